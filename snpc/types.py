@@ -1,0 +1,143 @@
+"""Every value that crosses a stage border. All are frozen; a value holds its predecessor.
+
+    path -load-> Model -analyze-> Analysis -score-> Scores -plan-> Plan -rewrite-> Pruned -verify-> Verdict
+
+Words: a *unit* is what must go together; units with the same sites form a *group* of ``blocks x size`` (heads x head
+width); a *site* is one axis of one constant that is sliced with the group; a *pin* says why an axis stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+AnyArray = npt.NDArray[Any]
+
+Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other")
+
+SiteKind = Literal["produce", "consume", "pointwise", "norm"]
+Freedom = Literal["basis", "pairs", "select"]
+PinKind = Literal["hard", "norm"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: ``shape`` holds an int where static and a name (or "") where dynamic."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` identifies the file's content."""
+
+    path: Path
+    graph: ir.Model
+    digest: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One axis of one constant that follows a group.
+
+    ``units``: [axis length], the unit (``block * size + position``) that each index belongs to, -1 for none.
+    ``kind``: how the constant meets the group (``produce``: output axis of a weight, ``consume``: input axis).
+    """
+
+    tensor: str
+    axis: int
+    kind: SiteKind
+    units: IntArray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An activation in which a group's units can be watched during calibration.
+
+    ``units`` has the tensor's rank, is 1 on axes the units do not vary on, and holds unit numbers (-1: none).
+    """
+
+    kind: ProbeKind
+    tensor: str
+    units: IntArray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width. ``kind`` "norm" marks a normalisation's statistics."""
+
+    tensor: str
+    axis: int
+    size: int
+    reason: str
+    operator: str
+    kind: PinKind = "hard"
+
+
+@dataclass(frozen=True)
+class Group:
+    """``blocks x size`` units that are sliced at the same sites; every block keeps the same number of units.
+
+    ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
+    half of them). A group with ``pins`` is shown but never cut.
+    """
+
+    id: str
+    role: Role
+    layer: int
+    blocks: int
+    size: int
+    sites: tuple[Site, ...] = field(repr=False)
+    probes: tuple[Probe, ...] = field(repr=False)
+    freedom: Freedom
+    freedom_reason: str
+    macs: int
+    params: int
+    pins: tuple[Pin, ...] = ()
+
+    @property
+    def prunable(self) -> bool:
+        return not self.pins
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says."""
+
+    params: int
+    macs: int
+    bytes: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All that a criterion sees of one group: arrays, never operators.
+
+    ``produce``/``consume``: weight name -> [blocks*size, fan], row ``block*size + position`` is what makes / what reads
+    that unit (float64). ``sums``: what ``Criterion.observe`` returned, summed over ``samples`` calibration samples.
+    """
+
+    role: Role
+    blocks: int
+    size: int
+    produce: Mapping[str, FloatArray]
+    consume: Mapping[str, FloatArray]
+    sums: Mapping[str, FloatArray]
+    samples: int
