@@ -1,0 +1,133 @@
+"""Contractions, written as Einstein sums: the letters of the two operands that do not reach the output are summed."""
+
+from __future__ import annotations
+
+from string import ascii_letters
+
+from snpc.ops.spec import Blocked, Call, Letters, OpSpec, Shape
+
+
+def matmul_letters(left_rank: int, right_rank: int) -> Letters:
+    """numpy's matmul: batch axes are aligned from the right; vectors have no row (or column) axis."""
+    batch = max(left_rank, right_rank) - 2
+    names = ascii_letters[: max(batch, 0)]
+    left = ("" if left_rank == 1 else names[batch - (left_rank - 2) :] + "M") + "K"
+    right = ("" if right_rank == 1 else names[batch - (right_rank - 2) :]) + "K" + ("" if right_rank == 1 else "N")
+    out = names + ("" if left_rank == 1 else "M") + ("" if right_rank == 1 else "N")
+    return Letters(left, right, out)
+
+
+def _matmul(call: Call) -> Letters:
+    return matmul_letters(len(call.shape(0)), len(call.shape(1)))
+
+
+def _fused_matmul(call: Call) -> Letters:
+    """com.microsoft.FusedMatMul: transA/transB swap the last two axes of an operand."""
+    letters = _matmul(call)
+    left, right = letters.left, letters.right
+    if call.attrs.get("transA", 0):
+        left = left[:-2] + left[-1] + left[-2]
+    if call.attrs.get("transB", 0):
+        right = right[:-2] + right[-1] + right[-2]
+    return Letters(left, right, letters.out)
+
+
+def _gemm(call: Call) -> Letters:
+    left = "KM" if call.attrs.get("transA", 0) else "MK"
+    right = "NK" if call.attrs.get("transB", 0) else "KN"
+    return Letters(left, right, "MN")
+
+
+def _gemm_bias(call: Call) -> str:
+    return "MN"[2 - len(call.shape(2)) :]
+
+
+def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
+    """Terms of an equation with every ellipsis spelled out, output last."""
+    terms, _, out = equation.replace(" ", "").partition("->")
+    parts = terms.split(",")
+    if not out and "->" not in equation:
+        flat = "".join(parts).replace(".", "")
+        out = ("..." if "..." in equation else "") + "".join(sorted(c for c in set(flat) if flat.count(c) == 1))
+    free = [c for c in ascii_letters if c not in equation]
+    depth = max(
+        (len(shape) - len(part.replace("...", "")) for part, shape in zip(parts, shapes, strict=False) if "..." in part),
+        default=0,
+    )
+    dots = "".join(free[:depth])
+
+    def spell(part: str, rank: int) -> str:
+        count = rank - len(part.replace("...", ""))
+        return part.replace("...", dots[depth - count :] if count else "")
+
+    spelled = [spell(part, len(shape)) for part, shape in zip(parts, shapes, strict=False)]
+    return [*spelled, out.replace("...", dots)]
+
+
+def _einsum(call: Call) -> Letters:
+    shapes = [call.shape(k) for k in range(len(call.shapes))]
+    terms = parse_einsum(str(call.attrs["equation"]), shapes)
+    if len(terms) != 3:
+        raise Blocked(0, "a product of other than two tensors")
+    if any(len(set(term)) != len(term) for term in terms):
+        raise Blocked(0, "a letter occurs twice in one term")
+    return Letters(terms[0], terms[1], terms[2])
+
+
+def _conv(call: Call) -> Letters:
+    spatial = ascii_letters[: len(call.shape(0)) - 2]
+    kernel = "".join("KLMNOP"[k] for k in range(len(spatial)))
+    return Letters("BI" + spatial, "CI" + kernel, "BC" + spatial, windowed=spatial)
+
+
+def _conv_transpose(call: Call) -> Letters:
+    spatial = ascii_letters[: len(call.shape(0)) - 2]
+    kernel = "".join("KLMNOP"[k] for k in range(len(spatial)))
+    return Letters("BI" + spatial, "IC" + kernel, "BC" + spatial, windowed=spatial)
+
+
+def _matmul_shape(call: Call) -> list[Shape]:
+    letters = _fused_matmul(call)
+    sizes: dict[str, int] = {}
+    for term, shape in ((letters.left, call.shape(0)), (letters.right, call.shape(1))):
+        for letter, size in zip(term, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return [tuple(sizes[letter] for letter in letters.out)]
+
+
+def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
+    """A depthwise Conv has one group per channel, however many stay."""
+    if int(old.attrs.get("group", 1)) > 1:
+        return {"group": new.shape(0)[1]}
+    return {}
+
+
+MICROSOFT = "com.microsoft"
+
+
+def entries() -> list[OpSpec]:
+    def bias_channel(call: Call) -> str:
+        return "C"
+
+    return [
+        OpSpec("MatMul", "contraction", "x @ y: the last axis of x joins the last but one of y", letters=_matmul,
+               keeps_scale=True),
+        OpSpec("Gemm", "contraction", "as MatMul, with transposes and a bias", letters=_gemm, bias=2,
+               bias_letters=_gemm_bias, keeps_scale=True),
+        OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum,
+               keeps_scale=True),
+        OpSpec("Conv", "contraction", "input channels are summed, output channels come from the weight; depthwise "
+               "convolutions are per channel", letters=_conv, bias=2, bias_letters=bias_channel, reattr=_conv_attrs),
+        OpSpec("ConvTranspose", "contraction", "as Conv, with the weight's axes swapped", letters=_conv_transpose,
+               bias=2, bias_letters=bias_channel),
+        OpSpec("FusedMatMul", "contraction", "as MatMul, with transposes and a factor", domain=MICROSOFT,
+               letters=_fused_matmul, out_shapes=_matmul_shape, keeps_scale=True),
+        OpSpec("FusedGemm", "contraction", "as Gemm, then an activation", domain=MICROSOFT, letters=_gemm, bias=2,
+               bias_letters=_gemm_bias, out_shapes=lambda call: [_gemm_shape(call)], curved=True),
+    ]
+
+
+def _gemm_shape(call: Call) -> Shape:
+    letters = _gemm(call)
+    sizes = dict(zip(letters.left, call.shape(0), strict=True)) | dict(zip(letters.right, call.shape(1), strict=True))
+    return (sizes["M"], sizes["N"])

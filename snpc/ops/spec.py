@@ -1,0 +1,122 @@
+"""What one entry of the operator table can say. The entries themselves stand in the sibling modules.
+
+A *label array* has the rank of the tensor it describes; an axis has size 1 where the labels do not vary. Labels are
+integers, -1 where a position has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from snpc.types import AnyArray
+
+Labels = npt.NDArray[np.int32]
+Shape = tuple[int, ...]
+
+Kind = Literal[
+    "movement",  # positions move, values do not: run on the labels themselves
+    "concat",  # movement of several inputs
+    "pointwise",  # output position = f(the same position of every input)
+    "contraction",  # sum over an index of a product of two inputs
+    "normalise",  # statistics along axes, same shape out
+    "reduce",  # axes disappear
+    "attention",  # scores, softmax and context in one node
+    "shape",  # reads the shape only: labels end here, nothing is pinned
+    "opaque",  # pinned, for the reason the entry gives
+]
+Effect = Literal["add", "scale", "same", "nonlinear"]
+
+
+class Blocked(Exception):
+    """Raised by a movement rule: these labels cannot follow (axis, reason)."""
+
+    def __init__(self, axis: int, reason: str) -> None:
+        super().__init__(reason)
+        self.axis = axis
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node as the table sees it: attributes, shapes of inputs and outputs, and the inputs' values where known."""
+
+    op: str
+    version: int
+    attrs: Mapping[str, Any]
+    shapes: tuple[Shape | None, ...]
+    values: tuple[AnyArray | None, ...]
+    outs: tuple[Shape, ...]
+
+    def value(self, index: int) -> AnyArray | None:
+        return self.values[index] if index < len(self.values) else None
+
+    def shape(self, index: int) -> Shape:
+        shape = self.shapes[index]
+        assert shape is not None, f"{self.op}: the shape of input {index} is asked for but unknown"
+        return shape
+
+    def has(self, index: int) -> bool:
+        return index < len(self.shapes) and self.shapes[index] is not None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What slicing does to one tensor of a movement node: sizes before and after, and how many entries stay before
+    each position of an axis (``before(axis, position)``; None where blocks differ)."""
+
+    old: Shape
+    new: Shape
+    before: Callable[[int, int], int | None]
+    keep: Callable[[int], AnyArray | None]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """New parameters of a movement node: ``inputs`` by position (whole arrays; entries equal to the old ones are
+    left as they were in the graph), ``attrs`` by name (None removes the attribute)."""
+
+    inputs: Mapping[int, AnyArray] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+Move = Callable[[Call, Labels], list[Labels]]
+Repairer = Callable[[Call, Cut, list[Cut]], Repair]
+
+
+@dataclass(frozen=True)
+class Letters:
+    """A contraction in Einstein's notation, one letter per axis; letters in both operands and not in ``out`` are
+    summed. ``windowed`` letters of the first operand are seen through a window (the spatial axes of a Conv)."""
+
+    left: str
+    right: str
+    out: str
+    windowed: str = ""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    kind: Kind
+    says: str
+    domain: str = ""
+    data: tuple[int, ...] | None = None
+    move: Move | None = None
+    repair: Repairer | None = None
+    effect: Effect = "nonlinear"
+    letters: Callable[[Call], Letters] | None = None
+    operands: tuple[int, int] = (0, 1)
+    bias: int | None = None
+    bias_letters: Callable[[Call], str] | None = None
+    axes: Callable[[Call], tuple[int, ...]] | None = None
+    per_axis: tuple[int, ...] = ()
+    reason: str = ""
+    out_shapes: Callable[[Call], list[Shape]] | None = None
+    reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
+    keeps_scale: bool = False
+    curved: bool = False

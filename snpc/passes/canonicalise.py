@@ -1,0 +1,72 @@
+"""The one normal form that every later stage reads: a private copy of the model in which
+
+- model-local functions are inlined and ``Constant`` nodes are initializers,
+- a vector shared by several users, and any constant shared by several pointwise users, is one initializer per user
+  (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
+- nodes stand in topological order and every node has a name.
+
+The copies share their bytes, and ``emit`` merges those that end equal, so a model that is not cut is written as read.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from snpc.ops import lookup
+from snpc.passes.shapes import is_float
+
+ORIGIN = "snpc.origin"
+
+
+def canonicalise(model: ir.Model) -> ir.Model:
+    """Bring ``model`` (this object, in place) into the normal form and return it."""
+    if model.functions:
+        common.InlinePass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    model.graph.sort()
+    name_nodes(model.graph)
+    fork_shared_constants(model.graph)
+    return model
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    taken: set[str] = set()
+    for index, node in enumerate(graph):
+        name = node.name or f"{node.op_type}_{index}"
+        while name in taken:
+            name = f"{name}_{index}"
+        node.name = name
+        taken.add(name)
+
+
+def is_vector(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and sum(int(n) > 1 for n in tensor.shape) <= 1
+
+
+def fork_shared_constants(graph: ir.Graph) -> None:
+    for value in list(graph.initializers.values()):
+        uses = list(value.uses())
+        if len(uses) < 2 or value.is_graph_input() or value.is_graph_output() or not is_float(value.dtype):
+            continue
+        vector = is_vector(value)
+        for count, (node, index) in enumerate(uses):
+            per_position = lookup(node.domain, node.op_type).kind in ("pointwise", "normalise")
+            if count and node.graph is graph and (vector or per_position):
+                node.replace_input_with(index, fork(graph, value, count))
+
+
+def fork(graph: ir.Graph, value: ir.Value, count: int) -> ir.Value:
+    name = f"{value.name}__{count}"
+    while name in graph.initializers:
+        name += "_"
+    copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+    copy.meta[ORIGIN] = value.meta.get(ORIGIN, value.name)
+    graph.register_initializer(copy)
+    return copy
+
+
+def origin(value: ir.Value) -> str:
+    """The name that this constant has in the user's file."""
+    return str(value.meta.get(ORIGIN, value.name))

@@ -1,0 +1,319 @@
+"""From units to groups: what is sliced together, where, in which role, and what it accounts for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from snpc.cost import contraction_sizes, macs_of
+from snpc.passes.canonicalise import origin
+from snpc.passes.labels import Axis, Flag, PinNote
+from snpc.passes.names import common_path, path_of, unique_names
+from snpc.passes.resolve import Units
+from snpc.passes.shapes import Facts, opset
+from snpc.passes.trace import Carried, Contraction, Trace
+from snpc.types import Freedom, Group, Pin, Probe, ProbeKind, Role, Site, SiteKind
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group before it has a name: ``units[block, position]`` are unit numbers (see ``resolve.Units``)."""
+
+    units: Ints
+    role: Role
+    flags: Flag
+    pins: tuple[PinNote, ...]
+    children: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Book2:
+    """Everything ``draft`` needs, computed once."""
+
+    trace: Trace
+    units: Units
+    flags: npt.NDArray[np.int32]
+    signature: npt.NDArray[np.uint64]
+    pinned: dict[int, list[PinNote]]
+
+
+def unit_flags(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
+    flags = np.zeros(trace.book.count, np.int32)
+    np.bitwise_or.at(flags, units.unit, trace.book.flags[: trace.book.count])
+    return flags
+
+
+def signatures(trace: Trace, units: Units) -> npt.NDArray[np.uint64]:
+    """A hash of the set of constant axes that each unit lives on."""
+    rng = np.random.default_rng(0)
+    found = np.zeros(trace.book.count, np.uint64)
+    for axis in trace.book.axes:
+        mine = np.unique(units.unit[axis.first : axis.first + axis.size])
+        found[mine] += rng.integers(1, 1 << 63, dtype=np.uint64)
+    return found
+
+
+def pins_by_unit(trace: Trace, units: Units) -> dict[int, list[PinNote]]:
+    found: dict[int, list[PinNote]] = defaultdict(list)
+    for note in trace.book.pins:
+        for unit in np.unique(units.unit[note.labels]):
+            found[int(unit)].append(note)
+    return found
+
+
+def drafts(trace: Trace, units: Units) -> list[Draft]:
+    flags = unit_flags(trace, units)
+    signature = signatures(trace, units)
+    pinned = pins_by_unit(trace, units)
+    heads = np.unique(units.head[units.head >= 0])
+    made = np.flatnonzero(flags & int(Flag.PRODUCED))
+    bundles: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+    for unit in made:
+        blocked = units.block[unit] >= 0
+        bundles[int(signature[unit]), int(unit) in pinned, bool(blocked)].append(int(unit))
+    found: list[Draft] = []
+    for (_, is_pinned, _), members in bundles.items():
+        notes = unique_notes(pinned, members) if is_pinned else ()
+        for grid in grids(np.array(members), units.block):
+            merged = Flag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
+            found.append(Draft(grid, role_of(merged, notes), merged, notes))
+    found += head_drafts(found, heads, units, pinned, flags)
+    return sorted(found, key=lambda d: (int(d.units.min()), d.role == "head"))
+
+
+def unique_notes(pinned: Mapping[int, list[PinNote]], members: list[int]) -> tuple[PinNote, ...]:
+    notes: dict[int, PinNote] = {}
+    for unit in members:
+        for note in pinned.get(unit, ()):
+            notes[id(note)] = note
+    return tuple(notes.values())
+
+
+def grids(members: Ints, block: Ints) -> list[Ints]:
+    """[blocks, size] arrays of units; blocks of different sizes are different groups."""
+    names = block[members]
+    if (names < 0).all():
+        return [np.sort(members)[None, :]]
+    rows: dict[int, list[Ints]] = defaultdict(list)
+    for name in np.unique(names):
+        row = np.sort(members[names == name])
+        rows[len(row)].append(row)
+    return [np.stack(sorted(same, key=lambda r: int(r[0]))) for same in rows.values()]
+
+
+def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
+    if flags & Flag.SCORED:
+        return "qk"
+    if flags & Flag.CARRIED:
+        return "vo"
+    if flags & Flag.ADDED or any(note.kind == "norm" for note in notes):
+        return "residual"
+    if flags & Flag.CONVOLVED:
+        return "conv"
+    return "ffn" if flags & Flag.CONSUMED else "other"
+
+
+def head_drafts(found: list[Draft], heads: Ints, units: Units, pinned: Mapping[int, list[PinNote]],
+                flags: npt.NDArray[np.int32]) -> list[Draft]:
+    """Whole blocks as units: one draft per set of groups whose blocks the same heads cover."""
+    owners: dict[int, list[int]] = defaultdict(list)
+    for index, draft in enumerate(found):
+        if draft.role not in ("qk", "vo"):
+            continue
+        for row in draft.units:
+            head = units.head[units.block[row[0]]] if units.block[row[0]] >= 0 else -1
+            if head >= 0:
+                owners[int(head)].append(index)
+    bundles: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for head, indices in owners.items():
+        bundles[tuple(sorted(set(indices)))].append(head)
+    made = []
+    for children, members in bundles.items():
+        if len(members) < 2 or not any(found[k].role == "vo" for k in children):
+            continue
+        torn = [h for h in members if h in set(units.crossed.tolist())]
+        notes = unique_notes(pinned, members)
+        for child in children:
+            hard = tuple(n for n in found[child].pins if n.kind == "hard")
+            notes = tuple(dict.fromkeys((*notes, *hard)))
+        if torn:
+            notes = (*notes, PinNote(np.array(torn), "", 0, len(torn), "something is shared by part of its heads", "",
+                                     "hard"))
+        made.append(Draft(np.array(sorted(members))[None, :], "head", Flag(int(np.bitwise_or.reduce(flags[members]))),
+                          notes, children))
+    return made
+
+
+# -- finished groups -------------------------------------------------------------------------------------------------
+
+
+def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made: list[Draft]) -> tuple[Group, ...]:
+    usage = Usage(model, trace, units, cost_facts)
+    wanted, layers, counters = [], [], defaultdict(int)
+    for draft in made:
+        covered = usage.covered(draft, made)
+        counters[draft.role] += 1
+        layers.append(counters[draft.role] - 1)
+        path = usage.path(covered)
+        wanted.append(".".join((*path, draft.role)) if path else f"{draft.role}.{layers[-1]}")
+    groups = []
+    for draft, name, layer in zip(made, unique_names(wanted), layers, strict=True):
+        numbers = usage.covered(draft, made)
+        freedom, why = freedom_of(draft)
+        macs, params = usage.account(numbers)
+        groups.append(Group(
+            id=name, role=draft.role, layer=layer, blocks=draft.units.shape[0], size=draft.units.shape[1],
+            sites=usage.sites(numbers), probes=usage.probes(draft, numbers, made), freedom=freedom,
+            freedom_reason=why, macs=macs, params=params, pins=tuple(to_pin(note) for note in draft.pins),
+        ))
+    return tuple(groups)
+
+
+def to_pin(note: PinNote) -> Pin:
+    return Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind)
+
+
+def freedom_of(draft: Draft) -> tuple[Freedom, str]:
+    if draft.role not in ("qk", "vo"):
+        return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
+    if draft.flags & Flag.CURVED:
+        return "select", "a nonlinear operator or a normalisation on the way"
+    if draft.flags & Flag.GATED:
+        return "pairs", "multiplied by another activation on the way (rotary position)"
+    if draft.flags & Flag.SCALED:
+        return "pairs", "multiplied by constants that differ between positions (rotary table or gain)"
+    return "basis", ""
+
+
+class Usage:
+    """Where the units of a group occur in constants and in contractions."""
+
+    def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: Facts) -> None:
+        self.model, self.trace, self.units, self.facts = model, trace, units, facts
+        self.axes_of: dict[int, list[Axis]] = defaultdict(list)
+        for axis in trace.book.axes:
+            for unit in np.unique(units.unit[axis.first : axis.first + axis.size]):
+                self.axes_of[int(unit)].append(axis)
+        self.users: dict[int, list[tuple[Contraction, Carried, str, int]]] = defaultdict(list)
+        for contraction in trace.contractions:
+            for side, letters in ((contraction.left, contraction.letters.left),
+                                  (contraction.right, contraction.letters.right)):
+                for index, labels in enumerate(side.factors):
+                    for unit in np.unique(units.unit[labels[labels >= 0]]):
+                        self.users[int(unit)].append((contraction, side, letters, index))
+
+    def covered(self, draft: Draft, made: list[Draft]) -> dict[int, int]:
+        """unit -> index within the group; the units of a head's blocks count as that head."""
+        numbers = {int(unit): k for k, unit in enumerate(draft.units.reshape(-1))}
+        for other in made if draft.role == "head" else ():
+            for row in other.units if other.role in ("qk", "vo") else ():
+                block = self.units.block[row[0]]
+                head = int(self.units.head[block]) if block >= 0 else -1
+                if head in numbers:
+                    numbers |= {int(unit): numbers[head] for unit in row}
+        return numbers
+
+    def numbered(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> Ints:
+        """Unit indices for an array of labels, -1 where the group has none."""
+        table = np.full(self.trace.book.count + 1, -1, np.int64)
+        keys = np.fromiter(numbers, np.int64)
+        table[keys] = np.fromiter(numbers.values(), np.int64)
+        return np.where(labels >= 0, table[self.units.unit[labels]], -1)
+
+    def own_axes(self, numbers: Mapping[int, int]) -> list[Axis]:
+        found = {(a.constant, a.axis): a for unit in numbers for a in self.axes_of.get(unit, ())}
+        return sorted(found.values(), key=lambda a: a.first)
+
+    def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
+        made = []
+        for axis in self.own_axes(numbers):
+            labels = np.arange(axis.first, axis.first + axis.size, dtype=np.int32)
+            flags = Flag(int(np.bitwise_or.reduce(self.trace.book.flags[labels])))
+            kind: SiteKind = "consume" if flags & Flag.READS else "produce" if flags & Flag.PRODUCED else (
+                "norm" if flags & Flag.NORMED else "pointwise")
+            made.append(Site(str(axis.constant.name), axis.axis, kind, self.numbered(labels, numbers)))
+        return tuple(made)
+
+    def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, Carried, str, int]]:
+        seen: dict[tuple[int, int, int], tuple[Contraction, Carried, str, int]] = {}
+        for unit in numbers:
+            for entry in self.users.get(unit, ()):
+                seen[id(entry[0]), id(entry[1]), entry[3]] = entry
+        return list(seen.values())
+
+    def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
+        paths = []
+        for contraction, side, *_ in self.contractions(numbers):
+            if contraction.constant and side.constant:
+                names = [origin(v) for v in contraction.node.inputs if v is not None and v.const_value is not None]
+                paths.append(path_of(contraction.node, names))
+        return common_path(paths)
+
+    def account(self, numbers: Mapping[int, int]) -> tuple[int, int]:
+        """(MACs, parameters) that grow with the group's size."""
+        shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
+        for contraction, side, letters, index in self.contractions(numbers):
+            labels = side.factors[index]
+            mine = self.numbered(labels, numbers)
+            share = float((mine >= 0).mean())
+            axes = [k for k, n in enumerate(labels.shape) if n > 1]
+            if axes:
+                letter = letters[axes[-1]]
+                key = (contraction.node, contraction.part)
+                shares[key][letter] = max(share, shares[key].get(letter, 0.0))
+        macs = sum(self.macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items())
+        params = 0.0
+        for site in self.sites(numbers):
+            tensor = self.model.graph.initializers[site.tensor]
+            params += float((site.units >= 0).mean()) * float(np.prod(tensor.shape or (), dtype=np.float64))  # type: ignore[arg-type]
+        return int(macs), int(params)
+
+    def macs(self, node: ir.Node, part: str) -> int:
+        call = self.facts.call(node, opset(self.model, node.domain))
+        return sum(macs_of(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
+
+    def probes(self, draft: Draft, numbers: Mapping[int, int], made: list[Draft]) -> tuple[Probe, ...]:
+        found: dict[tuple[str, str], Probe] = {}
+        consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
+        for contraction, side, letters, index in self.contractions(numbers):
+            if side.constant:
+                continue
+            labels = side.factors[index]
+            summed = {c for c in letters if c not in contraction.letters.out}
+            on = {letters[k] for k, n in enumerate(labels.shape) if n > 1}
+            kind: ProbeKind | None = None
+            if contraction.constant and on & summed:
+                kind = consumed
+            elif draft.role == "qk" and on & summed and not contraction.constant:
+                kind = "query" if side is contraction.left else "key"
+            elif draft.role == "vo" and not on & summed and not contraction.constant:
+                kind = "value"
+            if kind is None or (draft.role == "head" and kind != "context"):
+                continue
+            probe = self.probe(kind, side, contraction, labels, numbers)
+            if probe is not None:
+                found.setdefault((kind, probe.tensor), probe)
+        return tuple(found.values())
+
+    def probe(self, kind: ProbeKind, side: Carried, contraction: Contraction, labels: npt.NDArray[np.int32],
+              numbers: Mapping[int, int]) -> Probe | None:
+        """The activation itself, or the input of a fused node that holds it."""
+        by_name = {v.name: v for v in contraction.node.inputs if v is not None}
+        value = by_name.get(side.name)
+        if value is None:
+            return None
+        carried = self.trace.values[value]
+        if carried.shape != side.shape:  # a fused node splits heads inside: watch its input as it is
+            for own in carried.factors:
+                mine = self.numbered(own, numbers)
+                if (mine >= 0).any():
+                    return Probe(kind, side.name, mine)
+            return None
+        return Probe(kind, side.name, self.numbered(labels, numbers))

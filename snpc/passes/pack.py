@@ -1,0 +1,134 @@
+"""Which positions of a tensor stay, from its label arrays: axis by axis, and ragged where blocks keep different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snpc.ops.movement import compress
+from snpc.ops.spec import Labels, Shape
+from snpc.passes.labels import varying
+
+Mask = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dead:
+    """What is removed: ``units[u]`` is true where unit u goes; ``unit`` and ``block`` as in ``resolve.Units``."""
+
+    unit: Ints
+    block: Ints
+    units: Mask
+
+    def mask(self, labels: Labels) -> Mask:
+        """Positions that stay."""
+        return np.where(labels >= 0, ~self.units[self.unit[labels]], True)
+
+    def touches(self, labels: Labels) -> bool:
+        return not bool(self.mask(labels).all())
+
+
+class Ragged(Exception):
+    """The positions that stay do not form a box: blocks that share a tensor keep different numbers."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one tensor shrinks. ``keep[axis]``: positions that stay; ``along``: the axis on which blocks keep different
+    positions, with ``mask`` over the varying axes (after ``keep``) saying which."""
+
+    old: Shape
+    new: Shape
+    keep: dict[int, Ints]
+    along: int | None = None
+    mask: Mask | None = None
+
+    def pack(self, labels: Labels) -> Labels:
+        """The label array of the shrunk tensor."""
+        for axis, kept in self.keep.items():
+            if labels.shape[axis] > 1:
+                labels = labels.take(kept, axis)
+        if self.along is None or self.mask is None or not varying(labels) & varying_mask(self.mask):
+            return compress(labels)
+        shape = np.broadcast_shapes(labels.shape, self.mask.shape)
+        full, mask = np.broadcast_to(labels, shape), np.broadcast_to(self.mask, shape)
+        moved = np.moveaxis(full, self.along, -1)
+        kept_mask = np.moveaxis(mask, self.along, -1)
+        packed = moved[kept_mask].reshape(*moved.shape[:-1], -1)
+        return compress(np.moveaxis(packed, -1, self.along))
+
+    def positions(self, axis: int) -> Ints | None:
+        """Old positions that stay along ``axis``; None where blocks differ."""
+        if axis == self.along:
+            return None
+        return self.keep.get(axis, np.arange(self.old[axis]))
+
+    def before(self, axis: int, position: int) -> int | None:
+        """How many entries stay before ``position``; None where blocks differ in that."""
+        if axis == self.along and self.mask is not None:
+            inside = np.moveaxis(self.mask, axis, -1)[..., :position].sum(-1)
+            return int(inside.flat[0]) if bool((inside == inside.flat[0]).all()) else None
+        kept = self.keep.get(axis)
+        return position if kept is None else int((kept < position).sum())
+
+
+def varying_mask(mask: Mask) -> frozenset[int]:
+    return frozenset(k for k, n in enumerate(mask.shape) if n > 1)
+
+
+def packing(shape: Shape, factors: Sequence[Labels], dead: Dead) -> Packing:
+    """How a tensor with these factors shrinks. Raises ``Ragged`` where it cannot stay a box."""
+    cut = [f for f in factors if dead.touches(f)]
+    if not cut:
+        return Packing(shape, shape, {})
+    mask = dead.mask(cut[0])
+    for labels in cut[1:]:
+        mask = mask & dead.mask(labels)
+    keep: dict[int, Ints] = {}
+    for axis in sorted(varying_mask(mask)):
+        others = tuple(k for k in range(mask.ndim) if k != axis)
+        stays = np.flatnonzero(mask.any(axis=others))
+        if len(stays) < mask.shape[axis]:
+            keep[axis] = stays
+    for axis, stays in keep.items():
+        mask = mask.take(stays, axis)
+    sizes = list(shape)
+    for axis, stays in keep.items():
+        sizes[axis] = len(stays)
+    if bool(mask.all()):
+        return Packing(shape, tuple(sizes), keep)
+    along = ragged_axis(mask, [packed_by(f, keep) for f in cut], dead)
+    sizes[along] = int(np.moveaxis(mask, along, -1).sum(-1).flat[0])
+    return Packing(shape, tuple(sizes), keep, along, mask)
+
+
+def packed_by(labels: Labels, keep: dict[int, Ints]) -> Labels:
+    for axis, stays in keep.items():
+        if labels.shape[axis] > 1:
+            labels = labels.take(stays, axis)
+    return labels
+
+
+def ragged_axis(mask: Mask, factors: Sequence[Labels], dead: Dead) -> int:
+    """The axis along which every row keeps the same number; the one within blocks where that is known."""
+    candidates = []
+    for axis in sorted(varying_mask(mask), reverse=True):
+        counts = mask.sum(axis)
+        if bool((counts == counts.flat[0]).all()):
+            candidates.append(axis)
+    for axis in candidates:
+        if any(axis in varying(f) and within_block(f, axis, dead) for f in factors):
+            return axis
+    if candidates and all((dead.block[dead.unit[f[f >= 0]]] < 0).all() for f in factors):
+        return candidates[0]
+    raise Ragged
+
+
+def within_block(labels: Labels, axis: int, dead: Dead) -> bool:
+    block = dead.block[dead.unit[np.maximum(labels, 0)]]
+    first = block.take([0], axis)
+    return bool((block == first).all()) and bool((block >= 0).all())

@@ -1,0 +1,139 @@
+"""Writing recomputed parameters into the graph: constants, or the least change to what computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.errors import CheckFailed
+from snpc.passes.shapes import Facts, evaluate, learn, learn_constant, other_binding
+from snpc.types import AnyArray
+
+
+class Repairs:
+    """New parameters for one sliced model. Equal constants are shared; a constant with other users is never edited."""
+
+    def __init__(self, copy: ir.Model, model: ir.Model, before: Facts, after: Facts, sizes: Mapping[str, int]) -> None:
+        self.copy, self.model, self.before, self.after, self.sizes = copy, model, before, after, sizes
+        self.constants: dict[tuple[bytes, str, tuple[int, ...]], ir.Value] = {}
+        self._elsewhere: Facts | None = None
+
+    def constant(self, array: AnyArray, hint: str) -> ir.Value:
+        key = (array.tobytes(), str(array.dtype), array.shape)
+        if key not in self.constants:
+            name = f"{hint}__cut"
+            while name in self.copy.graph.initializers or any(v.name == name for v in self.copy.graph.inputs):
+                name += "_"
+            value = ir.Value(name=name, const_value=ir.Tensor(np.ascontiguousarray(array), name=name))
+            value.shape = ir.Shape(array.shape)
+            value.dtype = ir.DataType.from_numpy(array.dtype)
+            self.copy.graph.register_initializer(value)
+            learn_constant(self.after, value)
+            self.constants[key] = value
+        return self.constants[key]
+
+    def elsewhere(self) -> Facts:
+        """Facts of the original under another binding: what differs there depends on a dynamic axis."""
+        if self._elsewhere is None:
+            self._elsewhere = evaluate(self.model, other_binding(self.sizes))
+        return self._elsewhere
+
+    def set_input(self, old: ir.Node, node: ir.Node, index: int, wanted: AnyArray) -> None:
+        """Make input ``index`` of ``node`` be ``wanted``, leaving entries alone that already are right."""
+        current = node.inputs[index] if index < len(node.inputs) else None
+        hint = f"{node.outputs[0].name}_{index}"
+        if current is None or current not in self.after.value:
+            self.put(node, index, self.constant(wanted, hint))
+            return
+        now = self.after.value[current]
+        if now.shape == wanted.shape and bool((now == wanted).all()):
+            return
+        if current.is_initializer() or now.shape != wanted.shape:
+            self.put(node, index, self.constant(wanted.astype(now.dtype), hint))
+            return
+        source = old.inputs[index]
+        assert source is not None
+        fixed = self.static(source)
+        wrong = now != wanted
+        if bool(fixed.all()):
+            self.put(node, index, self.constant(wanted.astype(now.dtype), hint))
+        elif bool(fixed[wrong].all()):
+            self.put(node, index, self.overwrite(node, current, wrong, wanted, hint))
+        else:
+            self.put(node, index, self.rescale(node, current, now, wanted, hint))
+
+    def static(self, source: ir.Value) -> AnyArray:
+        """Which entries of a computed parameter are the same under every binding."""
+        here, there = self.before.value[source], self.elsewhere().value.get(source)
+        if there is None or there.shape != here.shape:
+            return np.zeros(here.shape, bool)
+        return np.asarray(here == there)
+
+    def put(self, node: ir.Node, index: int, value: ir.Value) -> None:
+        while len(node.inputs) <= index:
+            node.resize_inputs(len(node.inputs) + 1)
+        node.replace_input_with(index, value)
+
+    def insert(self, before: ir.Node, op: str, inputs: list[ir.Value], name: str) -> ir.Value:
+        made = ir.Node("", op, inputs, num_outputs=1, name=name)
+        made.outputs[0].name = name
+        before.prepend(made)
+        learn(self.after, made, self.copy, self.sizes)
+        return made.outputs[0]
+
+    def overwrite(self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
+        """Constants in the entries that changed, the computed ones elsewhere. A Concat of its entries is respelled."""
+        producer = current.producer()
+        kind = self.after.value[current].dtype
+        if producer is not None and producer.op_type == "Concat":
+            pieces: list[ir.Value] = []
+            position = 0
+            for piece in producer.inputs:
+                size = self.after.value[piece].size if piece in self.after.value else -1  # type: ignore[index]
+                if size < 0 or piece is None:
+                    break
+                part = slice(position, position + size)
+                changed = bool(wrong[part].any())
+                pieces.append(self.constant(wanted[part].astype(kind), f"{hint}_{position}") if changed else piece)
+                position += size
+            whole_pieces = position == wanted.size and self.fully_fixed(producer, wrong)
+            if whole_pieces:
+                name = self.fresh(f"{hint}__shape")
+                made = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
+                made.outputs[0].name = name
+                node.prepend(made)
+                learn(self.after, made, self.copy, self.sizes)
+                return made.outputs[0]
+        mask, values = self.constant(wrong, f"{hint}_which"), self.constant(wanted.astype(kind), f"{hint}_what")
+        return self.insert(node, "Where", [mask, values, current], self.fresh(f"{hint}__shape"))
+
+    def fully_fixed(self, producer: ir.Node, wrong: AnyArray) -> bool:
+        """No piece mixes an entry that changed with one that must stay computed."""
+        position = 0
+        for piece in producer.inputs:
+            size = self.after.value[piece].size  # type: ignore[index]
+            part = wrong[position : position + size]
+            if part.any() and not part.all():
+                return False
+            position += size
+        return True
+
+    def rescale(self, node: ir.Node, current: ir.Value, now: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
+        """An entry such as batch x heads: multiply by the ratio of new to old, entry by entry."""
+        if (now <= 0).any() and (wanted != now)[now <= 0].any():
+            raise CheckFailed(f"{node.op_type} {node.name}: a computed size cannot be recomputed")
+        common = np.gcd(np.abs(now), np.abs(wanted))
+        common[common == 0] = 1
+        down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
+        times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
+        up = self.constant(times, f"{hint}_times")
+        product = self.insert(node, "Mul", [current, up], self.fresh(f"{hint}__times"))
+        return self.insert(node, "Div", [product, down], self.fresh(f"{hint}__shape"))
+
+    def fresh(self, wanted: str) -> str:
+        taken = {n.name for n in self.copy.graph}
+        while wanted in taken:
+            wanted += "_"
+        return wanted

@@ -1,0 +1,296 @@
+"""Concrete shapes: bind dynamic axes to small sizes and evaluate, node by node, shapes and shape arithmetic.
+
+Shapes come from onnx's own inference, values (integers and small floats, which is what shape arithmetic is made of)
+from its reference implementation. Nothing here runs a layer.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import defs, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+from snpc.ops import lookup
+from snpc.ops.spec import Call, Shape
+from snpc.types import AnyArray
+
+MAX_INTEGERS = 1 << 22
+MAX_FLOATS = 64
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+
+
+@dataclass
+class Facts:
+    """What is known of every value under one binding: its shape (None: unknown), element type, and contents."""
+
+    shape: dict[ir.Value, Shape | None] = field(default_factory=dict)
+    dtype: dict[ir.Value, ir.DataType | None] = field(default_factory=dict)
+    value: dict[ir.Value, AnyArray] = field(default_factory=dict)
+    problems: dict[ir.Node, str] = field(default_factory=dict)
+
+    def call(self, node: ir.Node, version: int) -> Call:
+        shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
+        values = tuple(None if v is None else self.value.get(v) for v in node.inputs)
+        outs = tuple(self.shape.get(v) or () for v in node.outputs)
+        return Call(node.op_type, version, attributes(node), shapes, values, outs)
+
+
+def attributes(node: ir.Node) -> dict[str, Any]:
+    return {
+        name: attr.value
+        for name, attr in node.attributes.items()
+        if isinstance(attr, ir.Attr) and attr.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    }
+
+
+def opset(model: ir.Model, domain: str = "") -> int:
+    imports = model.graph.opset_imports
+    return imports.get(domain, imports.get("ai.onnx", 1) if domain == "" else 1)
+
+
+def is_float(dtype: ir.DataType | None) -> bool:
+    return dtype in FLOATS
+
+
+# -- binding ---------------------------------------------------------------------------------------------------------
+
+
+def dynamic_axes(graph: ir.Graph) -> list[tuple[str, str, int, int]]:
+    """(dimension name, input name, axis, rank) of every dynamic axis of the graph's inputs."""
+    found = []
+    for value in graph.inputs:
+        if value.shape is None or value.is_initializer():
+            continue
+        for axis, dim in enumerate(value.shape):
+            if not isinstance(dim, int):
+                name = dim.value if dim.value else f"{value.name}.{axis}"
+                found.append((str(name), str(value.name), axis, len(value.shape)))
+    return found
+
+
+def bindings(graph: ir.Graph, fixed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
+    """Candidate sizes for the dynamic dimensions, the most telling first (all different, then all alike)."""
+    axes = dynamic_axes(graph)
+    plain = {name: (axis, rank) for name, _, axis, rank in axes if re.fullmatch(r"[\w.:/-]+", name)}
+    choices = []
+    # The last pairs serve strided stacks: wide pictures, and audio, whose samples a front end divides by hundreds.
+    for image, length in ((64, (7, 11, 13, 17)), (64, (8,)), (224, (7, 11, 13, 17)), (224, (8,)), (64, (2000,))):
+        lengths = itertools.cycle(length)
+        sizes = {}
+        for name, (axis, rank) in plain.items():
+            sizes[name] = 2 if axis == 0 else image if rank == 4 and axis >= 2 and "past" not in name else next(lengths)
+        choices.append(sizes | dict(fixed or {}))
+    unique: list[dict[str, int]] = []
+    for sizes in choices:
+        for name in dict.fromkeys(name for name, *_ in axes):
+            sizes.setdefault(name, evaluate_dimension(name, sizes))
+        if sizes not in unique:
+            unique.append(sizes)
+    return unique
+
+
+def evaluate_dimension(text: str, sizes: Mapping[str, int]) -> int:
+    """``past_sequence_length + 1`` with the sizes of the names in it; 8 where it cannot be read."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        return max(1, _arithmetic(tree, sizes))
+    except (SyntaxError, KeyError, ValueError):
+        return 8
+
+
+def _arithmetic(tree: ast.expr, sizes: Mapping[str, int]) -> int:
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return tree.value
+    if isinstance(tree, ast.Name):
+        return sizes[tree.id]
+    if isinstance(tree, ast.BinOp):
+        left, right = _arithmetic(tree.left, sizes), _arithmetic(tree.right, sizes)
+        if isinstance(tree.op, ast.Add):
+            return left + right
+        if isinstance(tree.op, ast.Sub):
+            return left - right
+        if isinstance(tree.op, ast.Mult):
+            return left * right
+        if isinstance(tree.op, ast.FloorDiv) and right:
+            return left // right
+    raise ValueError("not arithmetic over dimension names")
+
+
+def other_binding(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Every dimension at another size, so that what differs between the two is dynamic."""
+    return {name: size * 2 if size >= 32 else size + 3 for name, size in sizes.items()}
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def start(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+    """Facts of graph inputs and initializers."""
+    facts = Facts()
+    for value in model.graph.inputs:
+        facts.dtype[value] = value.dtype
+        facts.shape[value] = None if value.shape is None else bind(value.shape, str(value.name), sizes)
+    for value in model.graph.initializers.values():
+        learn_constant(facts, value)
+    return facts
+
+
+def bind(shape: ir.Shape, name: str, sizes: Mapping[str, int]) -> Shape:
+    return tuple(
+        dim if isinstance(dim, int) else sizes.get(str(dim.value or f"{name}.{axis}"), 8)
+        for axis, dim in enumerate(shape)
+    )
+
+
+def learn_constant(facts: Facts, value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None:
+        return
+    shape = tuple(int(n) for n in tensor.shape)
+    facts.shape[value] = shape
+    facts.dtype[value] = tensor.dtype
+    limit = MAX_FLOATS if is_float(tensor.dtype) else MAX_INTEGERS
+    if tensor.dtype != ir.DataType.STRING and int(np.prod(shape, dtype=np.int64)) <= limit:
+        facts.value[value] = np.asarray(tensor.numpy())
+
+
+def evaluate(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+    """Shapes, types and known values of every value of the main graph."""
+    facts = start(model, sizes)
+    for node in model.graph:
+        learn(facts, node, model, sizes)
+    return facts
+
+
+def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Add what ``node`` makes to ``facts``. A node that cannot be evaluated leaves its outputs' shapes unknown."""
+    version = opset(model, node.domain)
+    computed = compute(facts, node, version) if computable(facts, node) else None
+    if computed is not None:
+        for value, array in zip(node.outputs, computed, strict=False):
+            facts.shape[value] = array.shape
+            facts.dtype[value] = ir.DataType.from_numpy(array.dtype)
+            limit = MAX_FLOATS if is_float(facts.dtype[value]) else MAX_INTEGERS
+            if array.size <= limit:
+                facts.value[value] = array
+        return
+    try:
+        infer(facts, node, model, version)
+    except Exception as error:  # onnx raises several unrelated types; whatever it is, the shape stays unknown
+        facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    for value in node.outputs:
+        if facts.shape.get(value) is None:
+            hint = value.shape
+            static = hint is not None and all(isinstance(d, int) or str(d.value) in sizes for d in hint)
+            facts.shape[value] = bind(hint, "", sizes) if static and hint is not None else None
+            facts.dtype.setdefault(value, value.dtype)
+
+
+def computable(facts: Facts, node: ir.Node) -> bool:
+    """Shape arithmetic: every input's contents are known, and the result is small."""
+    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).kind == "opaque" or subgraphs(node):
+        return False
+    if node.op_type in ("Shape", "Size"):
+        return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
+    if not node.inputs or node.op_type.startswith("Random"):
+        return False
+    present = [v for v in node.inputs if v is not None]
+    if not all(v in facts.value for v in present):
+        return False
+    total = sum(facts.value[v].size for v in present)
+    return total <= MAX_INTEGERS and not (node.op_type == "ConstantOfShape" and total_of(facts, present) > MAX_INTEGERS)
+
+
+def total_of(facts: Facts, values: Sequence[ir.Value]) -> int:
+    return int(np.prod(facts.value[values[0]], dtype=np.int64))
+
+
+def subgraphs(node: ir.Node) -> bool:
+    return any(
+        isinstance(attr, ir.Attr) and attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for attr in node.attributes.values()
+    )
+
+
+def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
+    if node.op_type == "Shape":
+        shape = facts.shape[node.inputs[0]]  # type: ignore[index]
+        assert shape is not None
+        attrs = attributes(node)
+        end = attrs.get("end")
+        return [np.asarray(shape[attrs.get("start", 0) : end if end is not None else len(shape)], np.int64)]
+    if node.op_type == "Size":
+        return [np.asarray(np.prod(facts.shape[node.inputs[0]], dtype=np.int64))]  # type: ignore[index, arg-type]
+    proto = ir.serde.serialize_node(node)
+    feeds = {v.name: facts.value[v] for v in node.inputs if v is not None}
+    try:
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
+    except Exception as error:  # an operator the reference does not have: shape inference may still know it
+        facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None
+    return [np.asarray(r) for r in results] if all(isinstance(r, np.ndarray | np.generic) for r in results) else None
+
+
+def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
+    spec = lookup(node.domain, node.op_type)
+    if spec.out_shapes is not None:
+        for value in node.outputs:
+            facts.dtype[value] = facts.dtype.get(node.inputs[0]) if node.inputs[0] is not None else None
+            facts.shape[value] = None
+        call = facts.call(node, version)
+        for value, shape in zip(node.outputs, spec.out_shapes(call), strict=False):
+            facts.shape[value] = tuple(shape)
+        return
+    schema = defs.get_schema(node.op_type, version, node.domain)
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for value in node.inputs:
+        if value is None or not value.name:
+            continue
+        dtype, shape = facts.dtype.get(value), facts.shape.get(value)
+        if dtype is None:
+            continue
+        types[value.name] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
+        array = facts.value.get(value)
+        if array is not None and array.ndim <= 1 and array.size <= 64 and not is_float(dtype):
+            data[value.name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array), value.name)
+    inferred = shape_inference.infer_node_outputs(
+        schema,
+        ir.serde.serialize_node(node),
+        types,
+        data,
+        opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()],
+        ir_version=model.ir_version,
+    )
+    for value in node.outputs:
+        found = inferred.get(value.name or "")
+        if found is None or not found.HasField("tensor_type"):
+            continue
+        facts.dtype[value] = ir.DataType(found.tensor_type.elem_type) if found.tensor_type.elem_type else None
+        dims = found.tensor_type.shape.dim if found.tensor_type.HasField("shape") else None
+        known = dims is not None and all(d.HasField("dim_value") for d in dims)
+        facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
+
+
+def best_binding(model: ir.Model, fixed: Mapping[str, int] | None = None) -> tuple[dict[str, int], Facts]:
+    """The candidate binding under which most shapes are known, with its facts."""
+    best: tuple[int, dict[str, int], Facts] | None = None
+    for sizes in bindings(model.graph, fixed):
+        facts = evaluate(model, sizes)
+        missing = sum(1 for shape in facts.shape.values() if shape is None)
+        if best is None or missing < best[0]:
+            best = (missing, sizes, facts)
+        if not missing:
+            break
+    assert best is not None
+    return best[1], best[2]

@@ -1,0 +1,224 @@
+"""graph -> graph: remove labels, shrink every constant, recompute every parameter that spells a size.
+
+One forward pass. At each node the table's own rule is run on the shrunk labels with the parameters as they stand; only
+where the result is not what it must be are the parameters repaired, and then the rule is run again. So a shape that
+the graph computes for itself is left alone, and no repair is believed before it has been executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from snpc.errors import CheckFailed
+from snpc.ops import lookup
+from snpc.ops.movement import compress
+from snpc.ops.spec import Blocked, Call, Cut, Labels, Shape
+from snpc.passes.pack import Dead, Packing, Ragged, packing
+from snpc.passes.repair import Repairs
+from snpc.passes.resolve import Units
+from snpc.passes.shapes import Facts, attributes, learn, opset, start
+from snpc.passes.trace import Carried, Trace
+
+Cuts = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The shrunk model with its facts, and the nodes whose numeric constants changed their value on the way."""
+
+    model: ir.Model
+    facts: Facts
+    dead: Dead
+
+
+def dead_units(trace: Trace, units: Units, cuts: Cuts) -> Dead:
+    """Units that lose a position of some constant's axis, as ``cuts`` says by (constant, axis)."""
+    gone = np.zeros(trace.book.count, bool)
+    for axis in trace.book.axes:
+        removed = cuts.get((str(axis.constant.name), axis.axis))
+        if removed is not None:
+            labels = np.arange(axis.first, axis.first + axis.size)[removed]
+            gone[units.unit[labels]] = True
+    return Dead(units.unit, units.block, gone)
+
+
+def slice_model(model: ir.Model, facts: Facts, trace: Trace, dead: Dead, sizes: Mapping[str, int]) -> Sliced:
+    """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
+    ``Ragged`` where blocks that share a tensor keep different numbers."""
+    copy = model.clone()
+    names = {v.name: v for v in trace.values if v.name}
+    for value in copy.graph.initializers.values():
+        shrink_constant(value, trace.values.get(names[value.name]), dead)
+    new = start(copy, sizes)
+    repairs = Repairs(copy, model, facts, new, sizes)
+    old_nodes = {node.name: node for node in model.graph}
+    for node in list(copy.graph):
+        old = old_nodes[node.name]
+        learn(new, node, copy, sizes)
+        spec = lookup(node.domain, node.op_type)
+        version = opset(model, node.domain)
+        if spec.reattr is not None:
+            changed = spec.reattr(facts.call(old, version), new.call(node, version))
+            if set_attributes(node, changed):
+                learn(new, node, copy, sizes)
+        expected = [expected_output(trace, v, dead) for v in old.outputs]
+        if spec.kind == "movement" and any(e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))):
+            check_movement(Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected)), copy, sizes)
+        check_shapes(node, new, expected)
+    return Sliced(copy, new, dead)
+
+
+def inputs_of(trace: Trace, node: ir.Node, dead: Dead) -> list[Packing | None]:
+    return [expected_output(trace, v, dead) for v in node.inputs[:1] if v is not None]
+
+
+def expected_output(trace: Trace, value: ir.Value, dead: Dead) -> Packing | None:
+    carried = trace.values.get(value)
+    if carried is None:
+        return None
+    try:
+        return packing(carried.shape, carried.factors, dead)
+    except Ragged:
+        raise Ragged(str(value.name)) from None
+
+
+def shrink_constant(value: ir.Value, carried: Carried | None, dead: Dead) -> None:
+    if carried is None or not carried.factors:
+        return
+    packed = packing(carried.shape, carried.factors, dead)
+    if packed.new != packed.old and value.const_value is not None:
+        value.const_value = taken(value.const_value, packed.keep, packed.new, str(value.name))
+        value.shape = ir.Shape(packed.new)
+
+
+def taken(tensor: ir.TensorProtocol, keep: Mapping[int, npt.NDArray[np.int64]], shape: Shape, name: str) -> ir.LazyTensor:
+    """The kept part of ``tensor``, read when it is needed."""
+
+    def read() -> ir.Tensor:
+        array = tensor.numpy()
+        for axis, kept in keep.items():
+            array = array.take(kept, axis)
+        return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
+
+
+def set_attributes(node: ir.Node, changed: Mapping[str, object]) -> bool:
+    before = attributes(node)
+    fresh = {k: v for k, v in changed.items() if before.get(k) != v}
+    for name, value in fresh.items():
+        if value is None:
+            node.attributes.pop(name, None)
+        else:
+            node.attributes[name] = ir.convenience.convert_attribute(name, value)
+    return bool(fresh)
+
+
+def check_shapes(node: ir.Node, facts: Facts, expected: list[Packing | None]) -> None:
+    for value, packed in zip(node.outputs, expected, strict=True):
+        found = facts.shape.get(value)
+        if packed is not None and found != packed.new:
+            raise CheckFailed(
+                f"{node.op_type} {node.name}: output {value.name} would be {list(found) if found else 'of unknown shape'}"
+                f", must be {list(packed.new)}; exclude its group with --exclude and report this model"
+            )
+
+
+# -- movement --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A movement node before (``old``) and after (``node``) the cut."""
+
+    old: ir.Node
+    node: ir.Node
+    before: Facts
+    after: Facts
+    trace: Trace
+    dead: Dead
+    repairs: Repairs
+    version: int
+    expected: tuple[Packing | None, ...]
+
+
+def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Run the node's rule on shrunk labels; repair its parameters if the outcome is wrong; run it again."""
+    if moves_right(step):
+        return
+    spec = lookup(step.node.domain, step.node.op_type)
+    data = expected_output(step.trace, step.old.inputs[0], step.dead) if step.old.inputs[0] is not None else None
+    if spec.repair is None or data is None:
+        raise CheckFailed(f"{step.node.op_type} {step.node.name}: its sizes cannot be recomputed")
+    call = step.before.call(step.old, step.version)
+    try:
+        repair = spec.repair(call, as_cut(data), [as_cut(p) for p in step.expected if p is not None])
+    except Blocked as block:
+        raise CheckFailed(f"{step.node.op_type} {step.node.name}, axis {block.axis}: {block.reason}") from None
+    set_attributes(step.node, repair.attrs)
+    for index, array in repair.inputs.items():
+        step.repairs.set_input(step.old, step.node, index, array)
+    learn(step.after, step.node, model, sizes)
+    if not moves_right(step):
+        raise CheckFailed(f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong")
+
+
+def as_cut(packed: Packing) -> Cut:
+    return Cut(packed.old, packed.new, packed.before, packed.positions)
+
+
+def moves_right(step: Step) -> bool:
+    """Does the node, with its parameters as they are, put every shrunk label where it must be?"""
+    source = step.old.inputs[0]
+    carried = step.trace.values.get(source) if source is not None else None
+    packed_in = expected_output(step.trace, source, step.dead) if source is not None else None
+    if carried is None or packed_in is None:
+        return True
+    call = step.after.call(step.node, step.version)
+    for value, packed in zip(step.node.outputs, step.expected, strict=True):
+        if packed is not None and step.after.shape.get(value) != packed.new:
+            return False
+    old_call = step.before.call(step.old, step.version)
+    spec = lookup(step.node.domain, step.node.op_type)
+    for labels in carried.factors:
+        if spec.move is None:
+            continue
+        try:
+            wanted = spec.move(old_call, labels)
+            found = spec.move(call, packed_in.pack(labels))
+        except Blocked:
+            continue
+        for out, want, got in zip(step.expected, wanted, found, strict=False):
+            if out is not None and not same(out.pack(want), got):
+                return False
+    return True
+
+
+def same(left: Labels, right: Labels) -> bool:
+    return left.shape == right.shape and bool((compress(left) == compress(right)).all())
+
+
+def broken_scalars(model: ir.Model, old: Facts, new: Facts, copy: ir.Model) -> list[tuple[ir.Node, int, float, float]]:
+    """(node of the copy, input, value before, value after) where a float computed from shapes changed with the cut."""
+    found = []
+    before = {n.name: n for n in model.graph}
+    for node in copy.graph:
+        twin = before.get(node.name)
+        if twin is None or all(v in new.value for v in node.outputs):
+            continue
+        for index, value in enumerate(node.inputs):
+            other = twin.inputs[index] if index < len(twin.inputs) else None
+            if value is None or other is None or value not in new.value or other not in old.value:
+                continue
+            a, b = old.value[other], new.value[value]
+            if a.dtype.kind == "f" and a.size == 1 and b.size == 1 and float(a.reshape(-1)[0]) != float(b.reshape(-1)[0]):
+                found.append((node, index, float(a.reshape(-1)[0]), float(b.reshape(-1)[0])))
+    return found
+
+
+__all__ = ["Call", "Cuts", "Sliced", "broken_scalars", "dead_units", "slice_model"]
