@@ -1,0 +1,185 @@
+"""Criteria: plug-ins that score a group's units from numbers alone. Higher means keep.
+
+A criterion is one small file holding one frozen dataclass whose fields are its options. It never sees a graph: the
+runtime measures what `Criterion.probes` names, streams it through `Criterion.observe`, sums the answers over the whole
+calibration set and hands them to `Criterion.score` together with the group's weights (`snpc.types.Numbers`).
+
+What can be measured, for a probe kind K of query, key, value, context, hidden (all float64, rows are usually tokens):
+
+    "energy:K"   [samples, blocks, size]         sum over rows of the squared activation of each unit
+    "gram:K"     [samples, blocks, size, size]   X^T X over rows, X the [rows, size] activations of one block
+    "tokens:K"   [samples]                       how many rows were summed (comes along, need not be asked for)
+
+    role                      probe kinds
+    qk                        query, key
+    vo                        context (after the attention weights), value
+    ffn, conv, residual,      hidden
+    other
+    head                      context, as "energy" only: [samples, 1, heads], summed over the head's width
+
+A probe the group has no activation for (a constant query) is absent from the batch: a criterion must cope.
+
+Adding one: docs/adding-a-criterion.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args, get_origin, get_type_hints
+
+from snpc.criteria.activation import Activation
+from snpc.criteria.magnitude import Magnitude
+from snpc.criteria.random import Random
+from snpc.criteria.snp import Snp
+from snpc.errors import UserError
+from snpc.types import FloatArray, Numbers, Role
+
+__all__ = ["ENTRY_POINTS", "Criterion", "Description", "criteria", "describe", "make_criterion", "needs_data"]
+
+ENTRY_POINTS = "snpc.criteria"
+"""The entry point group in which other packages offer criteria: ``name = "module:Class"``."""
+
+
+class Criterion(Protocol):
+    """What a criterion must offer; a frozen dataclass whose fields all have defaults."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def probes(self, role: Role) -> tuple[str, ...]:
+        """The names it wants measured for a group of this role, such as ``"energy:hidden"``; () needs no data."""
+        ...
+
+    def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+        """One batch of measurements -> arrays SUMMED over the batch's samples; they are added up over all batches."""
+        ...
+
+    def score(self, numbers: Numbers) -> FloatArray:
+        """[blocks, size], finite, higher = keep. Must follow the units when they are reordered."""
+        ...
+
+
+class Description(NamedTuple):
+    """One criterion for ``--help``: ``options`` holds (``"terms=8"``, what it does) pairs with the defaults."""
+
+    name: str
+    summary: str
+    options: tuple[tuple[str, str], ...]
+
+
+_BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType(
+    {cls.name: cls for cls in (Activation, Magnitude, Random, Snp)}
+)
+
+
+def criteria() -> Mapping[str, type[Criterion]]:
+    """Name -> class of every criterion there is, snpc's own and those of installed packages, sorted by name.
+
+    Raises `UserError` where two offer the same name or an installed one does not load.
+    """
+    found = {**_BUILT_IN, **{name: _load(entry) for name, entry in _entry_points().items()}}
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def make_criterion(spec: str) -> Criterion:
+    """A criterion from its spelling: ``"snp"`` or ``"snp:terms=4,average=grams"``.
+
+    Options are the fields of the criterion's dataclass and take the field's type: a whole number, a number, text,
+    true or false, or one of a ``Literal``'s words. Raises `UserError` that lists what exists.
+    """
+    name, colon, options = spec.partition(":")
+    cls = _find(name)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in options.split(",") if colon else ():
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals:
+            example = next((_spell(field) for field in fields.values()), "key=value")
+            raise UserError(f"criterion {spec!r}: {item!r} is not key=value: write {name}:{example}")
+        if key not in fields:
+            raise UserError(f"criterion {name!r} has no option {key!r}: it has {', '.join(fields) or 'none'}")
+        if key in values:
+            raise UserError(f"criterion {spec!r} gives {key!r} twice: keep one")
+        values[key] = _parse(name, key, text, hints[key])
+    return cls(**values)
+
+
+def describe() -> list[Description]:
+    """What ``--help`` shows: every criterion with its one line and its options, sorted by name."""
+    return [
+        Description(
+            name,
+            next(iter((cls.__doc__ or "").strip().splitlines()), ""),
+            tuple((_spell(field), str(field.metadata.get("help", ""))) for field in dataclasses.fields(cls)),
+        )
+        for name, cls in criteria().items()
+    ]
+
+
+def needs_data(criterion: Criterion, roles: Iterable[Role]) -> bool:
+    """Whether scoring groups of these roles takes calibration data."""
+    return any(criterion.probes(role) for role in roles)
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    """What other packages offer, not yet imported: a broken one must not stop the others from being used."""
+    found: dict[str, metadata.EntryPoint] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name in _BUILT_IN:
+            raise UserError(f"criterion {entry.name!r} of {entry.value!r} is also snpc's own: uninstall or rename it")
+        if entry.name in found:
+            other = found[entry.name].value
+            raise UserError(f"criterion {entry.name!r} is offered by both {other!r} and {entry.value!r}: uninstall one")
+        found[entry.name] = entry
+    return found
+
+
+def _load(entry: metadata.EntryPoint) -> type[Criterion]:
+    try:
+        cls = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"criterion {entry.name!r} of {entry.value!r} does not load: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and getattr(cls, "name", None) == entry.name):
+        raise UserError(f"criterion {entry.name!r} of {entry.value!r} is not a dataclass with name = {entry.name!r}")
+    return cast("type[Criterion]", cls)
+
+
+def _find(name: str) -> type[Criterion]:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    offered = _entry_points()
+    if name in offered:
+        return _load(offered[name])
+    names = sorted([*_BUILT_IN, *offered])
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"there is no criterion {name!r}{hint}: choose one of {', '.join(names)}")
+
+
+def _spell(field: dataclasses.Field[Any]) -> str:
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f"{field.name}={default}"
+
+
+def _parse(name: str, key: str, text: str, hint: Any) -> Any:
+    """One option's text as its field's type."""
+    if get_origin(hint) is Literal:
+        words = {str(value): value for value in get_args(hint)}
+        wanted = f"one of {', '.join(words)}"
+    elif hint is bool:
+        words = {"true": True, "false": False}
+        wanted = "true or false"
+    elif hint in (int, float):
+        words = {}
+        wanted = "a whole number" if hint is int else "a number"
+    else:
+        return text
+    try:
+        return words[text] if words else hint(text)
+    except (KeyError, ValueError):
+        raise UserError(f"criterion {name!r}: {key}={text} is not {wanted}") from None

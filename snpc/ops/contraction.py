@@ -97,7 +97,7 @@ def _matmul_shape(call: Call) -> list[Shape]:
 
 def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
     """A depthwise Conv has one group per channel, however many stay."""
-    if int(old.attrs.get("group", 1)) > 1:
+    if int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
         return {"group": new.shape(0)[1]}
     return {}
 
@@ -110,18 +110,16 @@ def entries() -> list[OpSpec]:
         return "C"
 
     return [
-        OpSpec("MatMul", "contraction", "x @ y: the last axis of x joins the last but one of y", letters=_matmul,
-               keeps_scale=True),
+        OpSpec("MatMul", "contraction", "x @ y: the last axis of x joins the last but one of y", letters=_matmul),
         OpSpec("Gemm", "contraction", "as MatMul, with transposes and a bias", letters=_gemm, bias=2,
-               bias_letters=_gemm_bias, keeps_scale=True),
-        OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum,
-               keeps_scale=True),
+               bias_letters=_gemm_bias),
+        OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum),
         OpSpec("Conv", "contraction", "input channels are summed, output channels come from the weight; depthwise "
                "convolutions are per channel", letters=_conv, bias=2, bias_letters=bias_channel, reattr=_conv_attrs),
         OpSpec("ConvTranspose", "contraction", "as Conv, with the weight's axes swapped", letters=_conv_transpose,
                bias=2, bias_letters=bias_channel),
         OpSpec("FusedMatMul", "contraction", "as MatMul, with transposes and a factor", domain=MICROSOFT,
-               letters=_fused_matmul, out_shapes=_matmul_shape, keeps_scale=True),
+               letters=_fused_matmul, out_shapes=_matmul_shape),
         OpSpec("FusedGemm", "contraction", "as Gemm, then an activation", domain=MICROSOFT, letters=_gemm, bias=2,
                bias_letters=_gemm_bias, out_shapes=lambda call: [_gemm_shape(call)], curved=True),
     ]

@@ -6,6 +6,8 @@ what the tensor weighs. Whatever has no such shortcut is broadcast and run by on
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from snpc.ops.spec import Blocked, Call, Cut, Labels, OpSpec, Repair, Shape
@@ -274,7 +276,8 @@ def entries() -> list[OpSpec]:
         entry("Tile", "labels repeat", _tile),
         entry("Slice", "runs on the labels; the bounds are recomputed", _slice, _slice_repair),
         entry("Split", "runs on the labels; the sizes are recomputed", _split, _split_repair),
-        entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
+        replace(entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
+                selects=True),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _blocks),
         entry("SpaceToDepth", "runs on the labels", _blocks),

@@ -53,10 +53,10 @@ def _same_shape(call: Call) -> list[Shape]:
     return [call.shape(0)] * len(call.outs)
 
 
-def _one(names: str, says: str, effect: Effect, domain: str = "", keeps_scale: bool = False) -> list[OpSpec]:
+def _one(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:
     shapes = _same_shape if domain else None
     return [
-        OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes, keeps_scale=keeps_scale)
+        OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes)
         for name in names.split()
     ]
 
@@ -70,10 +70,11 @@ def entries() -> list[OpSpec]:
     )
     norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
     table = [
-        *_one("Add Sub Sum", "positions that meet are joined; constants follow", "add", keeps_scale=True),
-        *_one("Mul Div", "positions that meet are joined; constants follow", "scale", keeps_scale=True),
-        *_one("Cast CastLike Dropout", "labels pass", "same", keeps_scale=True),
-        *_one("Neg", "labels pass", "scale", keeps_scale=True),
+        *_one("Add Sub Sum", "positions that meet are joined; constants follow", "add"),
+        *_one("Mul", "positions that meet are joined; constants follow", "scale"),
+        OpSpec("Div", "pointwise", "positions that meet are joined; constants follow", effect="scale", divides=True),
+        *_one("Cast CastLike Dropout", "labels pass", "same"),
+        *_one("Neg", "labels pass", "scale"),
         *_one(nonlinear, "labels pass; positions that meet are joined", "nonlinear"),
         *_one("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
         OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),

@@ -118,5 +118,6 @@ class OpSpec:
     reason: str = ""
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
-    keeps_scale: bool = False
     curved: bool = False
+    divides: bool = False
+    selects: bool = False  # drops an axis by reading one position of it

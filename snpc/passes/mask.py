@@ -1,7 +1,6 @@
 """The oracle's other side: the original, at its full size, with the removed units silenced.
 
-A unit is silent when nothing reads it: the rows of the weights that consume it are zero. Units that only meet other
-activations (Q and K) are silent when their projection is zero on both sides.
+What makes a removed unit and what reads it is zero: columns and rows of weights, biases, gains, tables.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.ops import lookup
 from snpc.passes.labels import Axis, Flag
 from snpc.passes.pack import Dead
 from snpc.passes.trace import Trace
@@ -29,28 +29,33 @@ def removed_positions(trace: Trace, dead: Dead) -> list[tuple[Axis, Mask]]:
 
 def mask_constants(trace: Trace, dead: Dead) -> dict[str, npt.NDArray[np.generic]]:
     """New contents, by name, of the constants that must change for the removed units to be silent."""
-    flags = trace.book.flags
-    read = np.zeros(trace.book.count, bool)
-    for axis, gone in removed_positions(trace, dead):
-        if flags[axis.first] & Flag.READS:
-            read[dead.unit[axis.first : axis.first + axis.size][gone]] = True
     changed: dict[str, npt.NDArray[np.generic]] = {}
     for axis, gone in removed_positions(trace, dead):
-        units = dead.unit[axis.first : axis.first + axis.size]
-        consumed = bool(flags[axis.first] & Flag.READS)
-        silence = gone if consumed else gone & ~read[units]
-        if silence.any():
-            name = str(axis.constant.name)
-            array = changed.get(name)
-            if array is None:
-                tensor = axis.constant.const_value
-                assert tensor is not None
-                array = np.array(tensor.numpy())
-            index: list[slice | npt.NDArray[np.bool_]] = [slice(None)] * array.ndim
-            index[axis.axis] = silence
-            array[tuple(index)] = 0
-            changed[name] = array
+        if not may_be_zero(axis, trace):
+            continue
+        name = str(axis.constant.name)
+        array = changed.get(name)
+        if array is None:
+            tensor = axis.constant.const_value
+            assert tensor is not None
+            array = np.array(tensor.numpy())
+        index: list[slice | Mask] = [slice(None)] * array.ndim
+        index[axis.axis] = gone
+        array[tuple(index)] = 0
+        changed[name] = array
     return changed
+
+
+def may_be_zero(axis: Axis, trace: Trace) -> bool:
+    """Not where a zero is divided by, or is a variance; what multiplies or adds silences enough."""
+    if trace.book.flags[axis.first] & (Flag.READS | Flag.PRODUCED):
+        return True
+    for user, index in axis.constant.uses():
+        spec = lookup(user.domain, user.op_type)
+        added = spec.kind == "pointwise" and spec.effect in ("add", "scale") and not (spec.divides and index == 1)
+        if not (added or spec.kind in ("contraction", "movement", "attention") or spec.kind == "normalise" and index < 3):
+            return False
+    return True
 
 
 def mask_model(model: ir.Model, trace: Trace, dead: Dead) -> ir.Model:

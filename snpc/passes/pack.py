@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snpc.ops.movement import compress
-from snpc.ops.spec import Labels, Shape
+from snpc.ops.spec import Cut, Labels, Shape
 from snpc.passes.labels import varying
 
 Mask = npt.NDArray[np.bool_]
@@ -70,6 +70,8 @@ class Packing:
     def before(self, axis: int, position: int) -> int | None:
         """How many entries stay before ``position``; None where blocks differ in that."""
         if axis == self.along and self.mask is not None:
+            if axis in self.keep:
+                position = int((self.keep[axis] < position).sum())
             inside = np.moveaxis(self.mask, axis, -1)[..., :position].sum(-1)
             return int(inside.flat[0]) if bool((inside == inside.flat[0]).all()) else None
         kept = self.keep.get(axis)
@@ -123,7 +125,7 @@ def ragged_axis(mask: Mask, factors: Sequence[Labels], dead: Dead) -> int:
     for axis in candidates:
         if any(axis in varying(f) and within_block(f, axis, dead) for f in factors):
             return axis
-    if candidates and all((dead.block[dead.unit[f[f >= 0]]] < 0).all() for f in factors):
+    if candidates:
         return candidates[0]
     raise Ragged
 
@@ -132,3 +134,7 @@ def within_block(labels: Labels, axis: int, dead: Dead) -> bool:
     block = dead.block[dead.unit[np.maximum(labels, 0)]]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
+
+
+def as_cut(packed: Packing) -> Cut:
+    return Cut(packed.old, packed.new, packed.before, packed.positions)

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.ops import lookup
+from snpc.ops.writing import CONCAT, DIV, MUL, WHERE
 from snpc.passes.shapes import Facts, evaluate, learn, learn_constant, other_binding
 from snpc.types import AnyArray
 
@@ -87,7 +89,7 @@ class Repairs:
         """Constants in the entries that changed, the computed ones elsewhere. A Concat of its entries is respelled."""
         producer = current.producer()
         kind = self.after.value[current].dtype
-        if producer is not None and producer.op_type == "Concat":
+        if producer is not None and lookup(producer.domain, producer.op_type).kind == "concat":
             pieces: list[ir.Value] = []
             position = 0
             for piece in producer.inputs:
@@ -101,13 +103,14 @@ class Repairs:
             whole_pieces = position == wanted.size and self.fully_fixed(producer, wrong)
             if whole_pieces:
                 name = self.fresh(f"{hint}__shape")
-                made = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
+                made = ir.Node("", CONCAT, pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
                 made.outputs[0].name = name
                 node.prepend(made)
                 learn(self.after, made, self.copy, self.sizes)
                 return made.outputs[0]
-        mask, values = self.constant(wrong, f"{hint}_which"), self.constant(wanted.astype(kind), f"{hint}_what")
-        return self.insert(node, "Where", [mask, values, current], self.fresh(f"{hint}__shape"))
+        mask = self.constant(wrong, f"{hint}_which")
+        values = self.constant(np.where(wrong, wanted, 0).astype(kind), f"{hint}_what")
+        return self.insert(node, WHERE, [mask, values, current], self.fresh(f"{hint}__shape"))
 
     def fully_fixed(self, producer: ir.Node, wrong: AnyArray) -> bool:
         """No piece mixes an entry that changed with one that must stay computed."""
@@ -129,8 +132,8 @@ class Repairs:
         down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
         times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
         up = self.constant(times, f"{hint}_times")
-        product = self.insert(node, "Mul", [current, up], self.fresh(f"{hint}__times"))
-        return self.insert(node, "Div", [product, down], self.fresh(f"{hint}__shape"))
+        product = self.insert(node, MUL, [current, up], self.fresh(f"{hint}__times"))
+        return self.insert(node, DIV, [product, down], self.fresh(f"{hint}__shape"))
 
     def fresh(self, wanted: str) -> str:
         taken = {n.name for n in self.copy.graph}

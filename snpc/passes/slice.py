@@ -17,13 +17,14 @@ import onnx_ir as ir
 from snpc.errors import CheckFailed
 from snpc.ops import lookup
 from snpc.ops.movement import compress
-from snpc.ops.spec import Blocked, Call, Cut, Labels, Shape
-from snpc.passes.pack import Dead, Packing, Ragged, packing
+from snpc.ops.spec import Blocked, Labels, Shape
+from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
 from snpc.passes.shapes import Facts, attributes, learn, opset, start
 from snpc.passes.trace import Carried, Trace
 
+Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
 Cuts = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
 
 
@@ -44,16 +45,34 @@ def dead_units(trace: Trace, units: Units, cuts: Cuts) -> Dead:
         if removed is not None:
             labels = np.arange(axis.first, axis.first + axis.size)[removed]
             gone[units.unit[labels]] = True
-    return Dead(units.unit, units.block, gone)
+    return Dead(units.unit, units.block, with_heads(units, gone))
 
 
-def slice_model(model: ir.Model, facts: Facts, trace: Trace, dead: Dead, sizes: Mapping[str, int]) -> Sliced:
+def with_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """A head goes when a whole block of it goes, and takes its other blocks along."""
+    every = np.unique(units.unit)
+    inside = every[units.block[every] >= 0]
+    owner = units.head[units.block[inside]]
+    size = len(gone)
+    total = np.bincount(units.block[inside], minlength=size)
+    dead = np.bincount(units.block[inside], weights=gone[inside], minlength=size)
+    empty = np.flatnonzero((total > 0) & (dead == total))
+    heads = units.head[empty]
+    gone[heads[heads >= 0]] = True
+    covered = (owner >= 0) & gone[np.maximum(owner, 0)]
+    gone[inside[covered]] = True
+    return gone
+
+
+def slice_model(model: ir.Model, facts: Facts, trace: Trace, dead: Dead, sizes: Mapping[str, int],
+                multiply: Multipliers | None = None) -> Sliced:
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
     ``Ragged`` where blocks that share a tensor keep different numbers."""
     copy = model.clone()
     names = {v.name: v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
-        shrink_constant(value, trace.values.get(names[value.name]), dead)
+        factors = {axis: vector for (name, axis), vector in (multiply or {}).items() if name == value.name}
+        shrink_constant(value, trace.values.get(names[value.name]), dead, factors)
     new = start(copy, sizes)
     repairs = Repairs(copy, model, facts, new, sizes)
     old_nodes = {node.name: node for node in model.graph}
@@ -87,20 +106,24 @@ def expected_output(trace: Trace, value: ir.Value, dead: Dead) -> Packing | None
         raise Ragged(str(value.name)) from None
 
 
-def shrink_constant(value: ir.Value, carried: Carried | None, dead: Dead) -> None:
-    if carried is None or not carried.factors:
+def shrink_constant(value: ir.Value, carried: Carried | None, dead: Dead,
+                    factors: Mapping[int, npt.NDArray[np.float64]]) -> None:
+    if carried is None or value.const_value is None:
         return
     packed = packing(carried.shape, carried.factors, dead)
-    if packed.new != packed.old and value.const_value is not None:
-        value.const_value = taken(value.const_value, packed.keep, packed.new, str(value.name))
+    if packed.new != packed.old or factors:
+        value.const_value = taken(value.const_value, packed.keep, packed.new, str(value.name), factors)
         value.shape = ir.Shape(packed.new)
 
 
-def taken(tensor: ir.TensorProtocol, keep: Mapping[int, npt.NDArray[np.int64]], shape: Shape, name: str) -> ir.LazyTensor:
-    """The kept part of ``tensor``, read when it is needed."""
+def taken(tensor: ir.TensorProtocol, keep: Mapping[int, npt.NDArray[np.int64]], shape: Shape, name: str,
+          factors: Mapping[int, npt.NDArray[np.float64]]) -> ir.LazyTensor:
+    """The kept part of ``tensor``, times ``factors`` per position of an axis, read when it is needed."""
 
     def read() -> ir.Tensor:
         array = tensor.numpy()
+        for axis, vector in factors.items():
+            array = (array * vector.reshape([-1 if k == axis else 1 for k in range(array.ndim)])).astype(array.dtype)
         for axis, kept in keep.items():
             array = array.take(kept, axis)
         return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
@@ -168,10 +191,6 @@ def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> Non
         raise CheckFailed(f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong")
 
 
-def as_cut(packed: Packing) -> Cut:
-    return Cut(packed.old, packed.new, packed.before, packed.positions)
-
-
 def moves_right(step: Step) -> bool:
     """Does the node, with its parameters as they are, put every shrunk label where it must be?"""
     source = step.old.inputs[0]
@@ -219,6 +238,3 @@ def broken_scalars(model: ir.Model, old: Facts, new: Facts, copy: ir.Model) -> l
             if a.dtype.kind == "f" and a.size == 1 and b.size == 1 and float(a.reshape(-1)[0]) != float(b.reshape(-1)[0]):
                 found.append((node, index, float(a.reshape(-1)[0]), float(b.reshape(-1)[0])))
     return found
-
-
-__all__ = ["Call", "Cuts", "Sliced", "broken_scalars", "dead_units", "slice_model"]

@@ -1,0 +1,52 @@
+"""Magnitude: how large the weights of a unit are. The classic baseline, and a weak one (papers.md 6.7, design.md 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from snpc.types import FloatArray, Numbers, Role
+
+Norm = Literal["l1", "l2"]
+Side = Literal["both", "produce", "consume"]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Norm of the unit's weights; needs no data.
+
+    l1: sum of ``|w|``; l2: ``sqrt(sum of w^2)``; over the unit's rows in every weight of ``side``. Where that side has
+    no weights (nothing but an activation reads a query), the other side stands in. A head is made of tensors of
+    different sizes, so there each counts by its mean instead of its sum: l2 is ``sqrt(sum over tensors of mean w^2)``.
+    """
+
+    name: ClassVar[str] = "magnitude"
+
+    norm: Norm = field(default="l2", metadata={"help": "l1 or l2"})
+    side: Side = field(default="both", metadata={"help": "weights that make the unit, that read it, or both"})
+
+    def probes(self, role: Role) -> tuple[str, ...]:
+        """(): weights only."""
+        return ()
+
+    def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+        """{}: nothing is measured."""
+        return {}
+
+    def score(self, numbers: Numbers) -> FloatArray:
+        """[blocks, size]; zeros where the group has no weights at all."""
+        total = np.zeros(numbers.blocks * numbers.size)
+        for weight in self._weights(numbers):
+            terms = np.abs(weight) if self.norm == "l1" else np.square(weight)
+            total += terms.mean(axis=1) if numbers.role == "head" else terms.sum(axis=1)
+        total = total if self.norm == "l1" else np.sqrt(total)
+        return total.reshape(numbers.blocks, numbers.size)
+
+    def _weights(self, numbers: Numbers) -> list[FloatArray]:
+        produce, consume = list(numbers.produce.values()), list(numbers.consume.values())
+        if self.side == "both":
+            return produce + consume
+        return (produce or consume) if self.side == "produce" else (consume or produce)

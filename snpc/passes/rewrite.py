@@ -1,0 +1,93 @@
+"""The whole rewrite: unpack where widths would differ, keep the attention scale, slice, and check what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.errors import CheckFailed
+from snpc.ops.writing import MUL
+from snpc.passes.pack import Dead
+from snpc.passes.repair import Repairs
+from snpc.passes.resolve import Units, resolve
+from snpc.passes.scale import ScalePlan, plan_scales
+from snpc.passes.shapes import Facts, evaluate
+from snpc.passes.slice import Cuts, Sliced, broken_scalars, dead_units, set_attributes, slice_model
+from snpc.passes.trace import Trace, trace_model
+from snpc.passes.unpack import ragged_values, unpack
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A canonical model with everything that the trace found in it."""
+
+    model: ir.Model
+    sizes: Mapping[str, int]
+    facts: Facts
+    trace: Trace
+    units: Units
+
+
+def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None) -> Traced:
+    facts = facts or evaluate(model, sizes)
+    trace = trace_model(model, facts)
+    return Traced(model, sizes, facts, trace, resolve(trace.book))
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The shrunk model; ``source`` is what was sliced (unpacked where need be), ``dead`` what went from it."""
+
+    model: ir.Model
+    source: Traced
+    dead: Dead
+
+
+def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
+    """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
+    for _ in range(4):
+        dead = dead_units(source.trace, source.units, cuts)
+        ragged = ragged_values(source.trace, dead)
+        if not ragged:
+            break
+        source = traced(unpack(source.model, source.facts, source.trace, ragged, source.sizes), source.sizes)
+    else:
+        raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
+    plan = plan_scales(source.model, source.facts, source.trace, dead)
+    sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply)
+    apply_scales(source, sliced, plan)
+    sliced.model.graph.sort()
+    return Rewritten(sliced.model, source, dead)
+
+
+def apply_scales(source: Traced, sliced: Sliced, plan: ScalePlan) -> None:
+    """Write the planned scales; any other number that changed because a shape did goes back to what it was."""
+    copy = sliced.model
+    repairs = Repairs(copy, source.model, source.facts, sliced.facts, source.sizes)
+    nodes = {str(n.name): n for n in copy.graph}
+    wanted = dict(plan.scalars)
+    for node, index, before, _ in broken_scalars(source.model, source.facts, sliced.facts, copy):
+        wanted.setdefault((str(node.name), index), before)
+    for (name, index), number in wanted.items():
+        set_scalar(repairs, sliced.facts, nodes[name], index, number)
+    for (name, attribute), number in plan.attributes.items():
+        set_attributes(nodes[name], {attribute: float(number)})
+    for (name, index), factor in plan.insert.items():
+        node = nodes[name]
+        value = node.inputs[index]
+        assert value is not None
+        kind = sliced.facts.dtype[value]
+        number = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")  # type: ignore[union-attr]
+        node.replace_input_with(index, repairs.insert(node, MUL, [value, number], repairs.fresh(f"{name}_rescale")))
+
+
+def set_scalar(repairs: Repairs, facts: Facts, node: ir.Node, index: int, number: float) -> None:
+    value = node.inputs[index]
+    assert value is not None
+    now = facts.value[value]
+    if abs(float(now.reshape(-1)[0]) - number) > 1e-6 * abs(number):
+        constant = np.full(now.shape, number, now.dtype)
+        node.replace_input_with(index, repairs.constant(constant, f"{node.outputs[0].name}_{index}"))

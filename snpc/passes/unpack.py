@@ -1,0 +1,241 @@
+"""graph -> graph: give Q, K and V their own reshape where they share one.
+
+``x W -> [B,N,3,H,D] -> transpose -> split`` ties the widths of Q, K and V: a box has one width. Before they are cut
+differently, the flat projection is split into its parts first, and each part gets its own copy of the movement that
+followed, shrunk to that part by the same machinery that shrinks the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from snpc.errors import CheckFailed
+from snpc.ops import lookup
+from snpc.ops.writing import GATHER, SPLIT, SQUEEZE
+from snpc.passes.labels import varying
+from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
+from snpc.passes.repair import Repairs
+from snpc.passes.shapes import Facts, learn, opset
+from snpc.passes.trace import Carried, Trace
+
+Ints = np.typing.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value that only moves positions of the packed one; ``channels`` are those it holds, ``path`` the nodes."""
+
+    value: ir.Value
+    path: tuple[tuple[ir.Node, int], ...]
+    channels: Ints
+
+
+def ragged_values(trace: Trace, dead: Dead) -> list[ir.Value]:
+    """Values that stop being a box when ``dead`` goes."""
+    found = []
+    for value, carried in trace.values.items():
+        try:
+            packing(carried.shape, carried.factors, dead)
+        except Ragged:
+            found.append(value)
+    return found
+
+
+def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value],
+           sizes: Mapping[str, int]) -> ir.Model:
+    """A copy of ``model`` in which the ragged values are gone. Raises CheckFailed where that is not possible."""
+    copy = model.clone()
+    twins = {n.name: n for n in copy.graph}
+    after = Facts()
+    repairs = Repairs(copy, model, facts, after, sizes)
+    tangled = set(ragged)
+    for root in dict.fromkeys(packed_root(v, tangled) for v in ragged):
+        split_root(Work(model, copy, facts, after, trace, repairs, sizes, twins), root, tangled)
+    common.RemoveUnusedNodesPass()(copy)
+    copy.graph.sort()
+    return copy
+
+
+@dataclass(frozen=True)
+class Work:
+    model: ir.Model
+    copy: ir.Model
+    before: Facts
+    after: Facts
+    trace: Trace
+    repairs: Repairs
+    sizes: Mapping[str, int]
+    twins: Mapping[str | None, ir.Node]
+
+    def twin(self, value: ir.Value) -> ir.Value:
+        producer = value.producer()
+        assert producer is not None
+        return self.twins[producer.name].outputs[value.index() or 0]
+
+
+def packed_root(value: ir.Value, ragged: set[ir.Value]) -> ir.Value:
+    """The flat value that the ragged one is a movement of."""
+    while value in ragged:
+        node = value.producer()
+        if node is None or lookup(node.domain, node.op_type).kind != "movement" or node.inputs[0] is None:
+            raise CheckFailed(f"{value.name}: its blocks would keep different widths and it cannot be split; "
+                              "use --uniform, or --exclude one of its groups")
+        value = node.inputs[0]
+    return value
+
+
+def leaves_of(work: Work, root: ir.Value, ragged: set[ir.Value]) -> list[Leaf]:
+    carried = work.trace.values[root]
+    axis, labels = flat_axis(carried)
+    place = {int(label): k for k, label in enumerate(labels)}
+    found: list[Leaf] = []
+    stack: list[tuple[ir.Value, tuple[tuple[ir.Node, int], ...]]] = [(root, ())]
+    while stack:
+        value, path = stack.pop()
+        if value not in ragged and value is not root:
+            held = {place[int(x)] for f in work.trace.values[value].factors for x in np.unique(f) if int(x) in place}
+            found.append(Leaf(value, path, np.array(sorted(held), np.int64)))
+            continue
+        for node in value.consumers():
+            kind = lookup(node.domain, node.op_type).kind
+            if kind == "shape":
+                continue
+            if kind != "movement" or node.inputs[0] is not value:
+                if value is root:
+                    raise CheckFailed(f"{root.name} is read by {node.op_type} {node.name} as well; use --uniform")
+                raise CheckFailed(f"{node.op_type} {node.name} reads parts of different widths; use --uniform")
+            for index, out in enumerate(node.outputs):
+                stack.append((out, (*path, (node, index))))
+    return [leaf for leaf in found if leaf.value.uses()]
+
+
+def flat_axis(carried: Carried) -> tuple[int, Ints]:
+    for labels in sorted(carried.factors, key=lambda f: -f.size):
+        axes = varying(labels)
+        if len(axes) == 1 and len(np.unique(labels)) == labels.size:
+            return next(iter(axes)), labels.reshape(-1).astype(np.int64)
+    raise CheckFailed(f"{carried.name}: its channels do not lie along one axis; use --uniform")
+
+
+def split_root(work: Work, root: ir.Value, ragged: set[ir.Value]) -> None:
+    carried = work.trace.values[root]
+    axis, labels = flat_axis(carried)
+    leaves = leaves_of(work, root, ragged)
+    parts = list(dict.fromkeys(tuple(leaf.channels.tolist()) for leaf in leaves))
+    held = [c for part in parts for c in part]
+    if len(held) != len(set(held)):
+        raise CheckFailed(f"{root.name}: its parts overlap; use --uniform")
+    made = dict(zip(parts, split_values(work, root, axis, parts, len(labels)), strict=True))
+    for leaf in leaves:
+        part = made[tuple(leaf.channels.tolist())]
+        gone = np.zeros(work.trace.book.count, bool)
+        gone[np.delete(labels, leaf.channels)] = True
+        only = Dead(np.arange(work.trace.book.count), np.full(work.trace.book.count, -1), gone)
+        work.twin(leaf.value).replace_all_uses_with(grow(work, leaf, part, only))
+
+
+def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, ...]], total: int) -> list[ir.Value]:
+    """One value per part, taken from the flat projection: a Split where the parts are runs, Gathers where not."""
+    source = work.twin(root)
+    producer = source.producer()
+    assert producer is not None
+    order = sorted(parts, key=lambda p: p[0])
+    runs = [c for part in order for c in part] == list(range(total))
+    name = f"{root.name}__parts"
+    if runs:
+        sizes = [len(part) for part in order]
+        made = new_node(work, SPLIT, [source], {"axis": axis}, name, len(order))
+        if opset(work.copy) >= 13:
+            made.resize_inputs(2)
+            made.replace_input_with(1, work.repairs.constant(np.asarray(sizes, np.int64), name))
+        else:
+            made.attributes["split"] = ir.AttrInt64s("split", sizes)
+        producer.append(made)
+        values = dict(zip(order, made.outputs, strict=True))
+    else:
+        values = {}
+        for k, part in enumerate(parts):
+            index = work.repairs.constant(np.asarray(part, np.int64), f"{name}_{k}")
+            made = new_node(work, GATHER, [source, index], {"axis": axis}, f"{name}_{k}", 1)
+            producer.append(made)
+            values[part] = made.outputs[0]
+    for part in parts:
+        shape = list(work.before.shape[root] or ())
+        shape[axis] = len(part)
+        work.after.shape[values[part]] = tuple(shape)
+        work.after.dtype[values[part]] = work.before.dtype[root]
+    return [values[part] for part in parts]
+
+
+def new_node(work: Work, op: str, inputs: list[ir.Value], attrs: Mapping[str, int], name: str, outputs: int) -> ir.Node:
+    node = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attrs.items()], num_outputs=outputs,
+                   name=work.repairs.fresh(name))
+    for k, value in enumerate(node.outputs):
+        value.name = f"{node.name}_out{k}"
+    return node
+
+
+def grow(work: Work, leaf: Leaf, value: ir.Value, only: Dead) -> ir.Value:
+    """The leaf's path again, on its own part."""
+    anchor = work.twins[leaf.path[-1][0].name]
+    for old, index in leaf.path:
+        packed_in = pack_of(work, old.inputs[0], only)
+        packed_out = pack_of(work, old.outputs[index], only)
+        if packed_in.new == packed_out.new and same_labels(work, old, index, packed_in, packed_out):
+            continue  # the part is all that this Split or Slice would select
+        value = clone_step(work, old, index, value, packed_in, packed_out, anchor, f"{leaf.value.name}__own")
+    return value
+
+
+def pack_of(work: Work, value: ir.Value | None, only: Dead) -> Packing:
+    assert value is not None
+    carried = work.trace.values[value]
+    return packing(carried.shape, carried.factors, only)
+
+
+def same_labels(work: Work, old: ir.Node, index: int, packed_in: Packing, packed_out: Packing) -> bool:
+    source = work.trace.values[old.inputs[0]]  # type: ignore[index]
+    target = work.trace.values[old.outputs[index]]
+    left = sorted(packed_in.pack(f).tobytes() for f in source.factors)
+    right = sorted(packed_out.pack(f).tobytes() for f in target.factors)
+    return left == right
+
+
+def clone_step(work: Work, old: ir.Node, index: int, value: ir.Value, packed_in: Packing, packed_out: Packing,
+               anchor: ir.Node, name: str) -> ir.Value:
+    spec = lookup(old.domain, old.op_type)
+    version = opset(work.copy, old.domain)
+    if spec.selects and len(packed_out.new) < len(packed_in.new):
+        dropped = [k for k in range(len(packed_in.new)) if packed_in.new[k] == 1 and packed_in.old[k] != 1]
+        axes = work.repairs.constant(np.asarray(dropped, np.int64), f"{name}_axes")
+        inputs = [value, axes] if version >= 13 else [value]
+        node = new_node(work, SQUEEZE, inputs, {}, f"{name}_{old.op_type}", 1)
+        if version < 13:
+            node.attributes["axes"] = ir.AttrInt64s("axes", dropped)
+        anchor.append(node)
+    else:
+        rest = [work.twins[old.name].inputs[k] for k in range(1, len(old.inputs))]
+        node = ir.Node(old.domain, old.op_type, [value, *rest], list(work.twins[old.name].attributes.values()),
+                       num_outputs=1, name=work.repairs.fresh(f"{name}_{old.op_type}"))
+        node.outputs[0].name = f"{node.name}_out"
+        anchor.append(node)
+        for k, extra in enumerate(old.inputs[1:], 1):
+            twin = node.inputs[k]
+            if extra is not None and twin is not None:
+                for table, origin in ((work.after.shape, work.before.shape), (work.after.dtype, work.before.dtype),
+                                      (work.after.value, work.before.value)):
+                    if extra in origin:
+                        table[twin] = origin[extra]  # type: ignore[index, assignment]
+        if spec.repair is not None:
+            repair = spec.repair(work.before.call(old, version), as_cut(packed_in), [as_cut(packed_out)])
+            for k, array in repair.inputs.items():
+                work.repairs.set_input(old, node, k, array)
+    learn(work.after, node, work.copy, work.sizes)
+    if work.after.shape.get(node.outputs[0]) != packed_out.new:
+        raise CheckFailed(f"{old.op_type} {old.name}: cannot be repeated for one part of {value.name}; use --uniform")
+    return node.outputs[0]

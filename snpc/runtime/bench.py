@@ -1,0 +1,388 @@
+"""How fast are these models, side by side?
+
+Models are timed in rounds: every model runs once in a round, on the same inputs, and the order rotates from round to
+round. What slows the machine down for a while then slows them all; a speed-up is the median over rounds of
+
+    ratio = time of the first model / time of the other model,  both in the same round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.feeds import Feeds, Shape, check_feeds, random_feeds, shape_text
+from snpc.runtime.session import open_session, prepare_run, run_session, session_inputs
+from snpc.types import AnyArray, FloatArray, TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Call = Callable[[], object]
+
+MAX_FEEDS = 16  # kept in memory from the data; rounds go through them in turn
+RESAMPLES = 2000
+LEVEL = 95  # per cent, of the bootstrap interval
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model's times in ms; ``percentiles``: (percent, ms)."""
+
+    model: str
+    median: float
+    mean: float
+    min: float
+    percentiles: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class OutputDiff:
+    """Largest absolute difference of an output on the first feed; None where there is none to give, and why."""
+
+    name: str
+    max_abs: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster ``model`` is than ``base``, the first model.
+
+    ``ratio`` is the median of the rounds' ratios, ``q1``/``q3`` their quartiles (the spread of one round), and
+    ``low``/``high`` the bootstrap 95 % interval of the median. It takes rounds for independent: on a machine whose load
+    comes and goes over many rounds it is too narrow.
+    """
+
+    model: str
+    base: str
+    ratio: float
+    low: float
+    high: float
+    q1: float
+    q3: float
+    outputs: tuple[OutputDiff, ...]
+
+    @property
+    def iqr(self) -> float:
+        return self.q3 - self.q1
+
+    @property
+    def worst(self) -> OutputDiff | None:
+        """The output that differs most, of those that can be compared."""
+        known = [diff for diff in self.outputs if diff.max_abs is not None]
+        return max(known, key=lambda diff: diff.max_abs or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured. ``provider`` is the session's own; ``threads`` is its setting, 0: onnxruntime chose."""
+
+    provider: str
+    threads: int
+    cpu: str
+    cores: int
+    onnxruntime: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured. ``shapes``: of the first feed; ``feeds``: how many different ones the rounds went through."""
+
+    timings: tuple[Timing, ...]
+    speedups: tuple[Speedup, ...]
+    machine: Machine
+    shapes: Mapping[str, Shape]
+    feeds: int
+    warmup: int
+    rounds: int
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers; times in ms, percentiles as {"p99": ms}."""
+        report = asdict(self)
+        for timing in report["timings"]:
+            timing["percentiles"] = {f"p{percent:g}": ms for percent, ms in timing["percentiles"]}
+        for speedup in report["speedups"]:
+            speedup["outputs"] = list(speedup["outputs"])
+        report.update(timings=list(report["timings"]), speedups=list(report["speedups"]))
+        report["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        return report
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A table as text: the header, then one row per model. Without p50, which is the median."""
+        shown = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
+        header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in shown))
+        compared = ("speed-up", f"{LEVEL} %", "quartiles", "max |diff|") if self.speedups else ()
+        by_position = [None, *self.speedups]
+        rows = [
+            (*_timing_cells(timing, shown), *_speedup_cells(speedup))
+            for timing, speedup in zip(self.timings, by_position, strict=True)
+        ]
+        return [(*header, *compared), *(row[: len(header) + len(compared)] for row in rows)]
+
+
+def bench(
+    paths: Sequence[Path],
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    batch: int = 1,
+    shapes: Mapping[str, Shape] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    limits: Mapping[str, int] | None = None,
+    data: Feeds | Iterable[Feeds] | None = None,
+    warmup: int = 5,
+    iterations: int = 50,
+    duration: float | None = None,
+    percentiles: Sequence[float] = (50, 90, 99),
+    seed: int = 0,
+) -> Bench:
+    """Times the models in turn and compares each with the first.
+
+    ``data``: one feed or several (the first 16 are used); without it random feeds are made from ``batch``, ``shapes``,
+    ``sizes``, ``limits`` and ``seed`` (see random_feeds). ``warmup``: rounds that do not count. ``iterations``: rounds
+    that count, and more until ``duration`` seconds have passed. Before them all, each model runs once on the first
+    feed, for the outputs that are compared. UserError: a model that does not load or run, models with different
+    inputs, or a request that no input can meet.
+    """
+    _check_request(paths, warmup, iterations, duration, percentiles)
+    labels = _labels(paths)
+    sessions = [open_session(path, provider=provider, threads=threads) for path in paths]
+    inputs = common_inputs(labels, [session_inputs(session) for session in sessions])
+    if data is None:
+        _check_axes(inputs, batch, sizes or {})
+        feeds = [random_feeds(inputs, batch=batch, shapes=shapes, sizes=sizes, seed=seed, limits=limits)]
+    elif shapes or sizes or limits or batch != 1:
+        raise UserError("batch, shapes, sizes and limits make random inputs; data was given, so leave them out")
+    else:
+        feeds = _read_feeds(inputs, data)
+    outputs = [run_session(session, feeds[0], name=label) for session, label in zip(sessions, labels, strict=True)]
+    calls = [
+        [prepare_run(session, feed, name=label) for feed in feeds]
+        for session, label in zip(sessions, labels, strict=True)
+    ]
+    run_rounds(calls, iterations=warmup)
+    times = run_rounds(calls, iterations=iterations, duration=duration) * 1e3
+    return Bench(
+        timings=tuple(timing(label, times[:, m], percentiles) for m, label in enumerate(labels)),
+        speedups=tuple(
+            speedup(labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed)
+            for m in range(1, len(labels))
+        ),
+        machine=_machine(sessions[0]),
+        shapes={name: tuple(array.shape) for name, array in feeds[0].items()},
+        feeds=len(feeds),
+        warmup=warmup,
+        rounds=len(times),
+        seed=seed,
+    )
+
+
+def run_rounds(
+    calls: Sequence[Sequence[Call]],
+    *,
+    iterations: int,
+    duration: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> FloatArray:
+    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed."""
+    models = len(calls)
+    times: list[list[float]] = []
+    began = clock()
+    while len(times) < iterations or (duration is not None and clock() - began < duration):
+        turn = len(times)
+        spent = [0.0] * models
+        for model in round_order(models, turn):
+            # The feed changes once per full rotation, so that every feed meets every order.
+            call = calls[model][turn // models % len(calls[model])]
+            start = clock()
+            output = call()
+            spent[model] = clock() - start
+            del output  # freed here: not within the next model's time
+        times.append(spent)
+    return np.array(times, dtype=np.float64).reshape(-1, models)
+
+
+def round_order(models: int, turn: int) -> list[int]:
+    """``round_order(3, 1)`` -> [1, 2, 0]: every model is first, last and in between equally often."""
+    return [(turn + position) % models for position in range(models)]
+
+
+def timing(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
+    """[rounds] ms -> its summary; percentiles interpolate linearly between neighbours."""
+    return Timing(
+        model=model,
+        median=float(np.median(times)),
+        mean=float(np.mean(times)),
+        min=float(np.min(times)),
+        percentiles=tuple((float(percent), float(np.percentile(times, percent))) for percent in percentiles),
+    )
+
+
+def speedup(model: str, base: str, ratios: FloatArray, outputs: tuple[OutputDiff, ...], *, seed: int = 0) -> Speedup:
+    """[rounds] ratios -> their median, its interval and their quartiles."""
+    low, high = median_interval(ratios, seed=seed)
+    q1, ratio, q3 = np.percentile(ratios, (25, 50, 75))
+    return Speedup(model, base, float(ratio), low, high, float(q1), float(q3), outputs)
+
+
+def median_interval(values: FloatArray, *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of the median of ``values``, from 2000 seeded resamples."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, 1_000_000 // len(values))  # resamples at a time: long runs have many rounds
+    medians = [
+        np.median(values[rng.integers(0, len(values), (min(rows, RESAMPLES - done), len(values)))], axis=1)
+        for done in range(0, RESAMPLES, rows)
+    ]
+    low, high = np.percentile(np.concatenate(medians), ((100 - LEVEL) / 2, (100 + LEVEL) / 2))
+    return float(low), float(high)
+
+
+def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
+    """One entry per output name of either model, those of the first in its order. Stated, not judged."""
+    return tuple(
+        _difference(name, first[name], other[name])
+        if name in first and name in other
+        else OutputDiff(name, None, f"only the {'first' if name in first else 'other'} model has it")
+        for name in dict.fromkeys([*first, *other])
+    )
+
+
+def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
+    """The first model's inputs, with every size that any model fixes. UserError: what differs between two models."""
+    merged = {spec.name: spec for spec in inputs[0]}
+    for label, specs in zip(labels[1:], inputs[1:], strict=True):
+        named = {spec.name: spec for spec in specs}
+        for name in [*merged, *named]:
+            if name not in merged or name not in named:
+                has, lacks = (labels[0], label) if name in merged else (label, labels[0])
+                raise UserError(f"{has} and {lacks} cannot run on the same inputs: only {has} has {name!r}")
+        for name, spec in merged.items():
+            _check_same(labels[0], spec, label, named[name])
+        # A name is one size: where the other model fixes it in one input, it is fixed in all.
+        pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
+        sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
+        merged = {name: _fix(spec, named[name], sizes) for name, spec in merged.items()}
+    return tuple(merged.values())
+
+
+def _check_same(first: str, spec: TensorSpec, other: str, against: TensorSpec) -> None:
+    both = f"input {spec.name!r} of {first} and {other}"
+    if spec.dtype != against.dtype:
+        raise UserError(f"{both}: the types differ, {spec.dtype} and {against.dtype}")
+    if len(spec.shape) != len(against.shape) or any(
+        isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(spec.shape, against.shape, strict=True)
+    ):
+        raise UserError(f"{both}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
+
+
+def _fix(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
+    shape = (
+        b if isinstance(b, int) else sizes.get(a, a) if isinstance(a, str) else a
+        for a, b in zip(spec.shape, against.shape, strict=True)
+    )
+    return replace(spec, shape=tuple(shape))
+
+
+def _check_request(
+    paths: Sequence[Path], warmup: int, iterations: int, duration: float | None, percentiles: Sequence[float]
+) -> None:
+    if not paths:
+        raise UserError("no model to time: name at least one ONNX file")
+    if iterations < 1 or warmup < 0 or (duration is not None and duration < 0):
+        raise UserError(
+            f"iterations {iterations}, warmup {warmup}, duration {duration}: at least 1 round, none of them negative"
+        )
+    for percent in percentiles:
+        if not 0 <= percent <= 100:
+            raise UserError(f"percentile {percent:g} is not in [0, 100]")
+
+
+def _check_axes(inputs: Sequence[TensorSpec], batch: int, sizes: Mapping[str, int]) -> None:
+    """An option without effect would be read as one with effect."""
+    shown = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
+    fixed = [spec.shape[0] for spec in inputs if spec.shape]
+    if batch != 1 and batch not in fixed and all(isinstance(dim, int) for dim in fixed):
+        raise UserError(f"batch {batch}: no input has a dynamic first axis: {shown}")
+    text = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    terms = {term.strip() for dim in text for term in (dim, *dim.split("+"))}
+    for name in sizes:
+        if name not in terms:
+            raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {shown}")
+
+
+def _read_feeds(inputs: Sequence[TensorSpec], data: Feeds | Iterable[Feeds]) -> list[dict[str, AnyArray]]:
+    several = [data] if isinstance(data, Mapping) else data
+    feeds = [check_feeds(inputs, feed) for feed in islice(several, MAX_FEEDS)]
+    if not feeds:
+        raise UserError("the data is empty: nothing to run the models on")
+    return feeds
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """File names, or whole paths where two names are equal."""
+    count = Counter(path.name for path in paths)
+    return [path.name if count[path.name] == 1 else str(path) for path in paths]
+
+
+def _difference(name: str, first: AnyArray, other: AnyArray) -> OutputDiff:
+    if first.shape != other.shape:
+        return OutputDiff(name, None, f"shapes {shape_text(first.shape)} and {shape_text(other.shape)}")
+    if object in (first.dtype, other.dtype):
+        return OutputDiff(name, None, "strings")
+    a, b = (array.astype(np.result_type(array.dtype, np.float64)) for array in (first, other))
+    same = (a == b) | (np.isnan(a) & np.isnan(b))  # inf - inf is no difference here
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(a - b))
+    if not np.isfinite(gap).all():
+        return OutputDiff(name, None, f"{np.count_nonzero(~np.isfinite(gap))} entries not finite in only one model")
+    return OutputDiff(name, float(gap.max(initial=0.0)))
+
+
+def _machine(session: ort.InferenceSession) -> Machine:
+    import onnxruntime as ort
+
+    return Machine(
+        provider=session.get_providers()[0],
+        threads=session.get_session_options().intra_op_num_threads,
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        onnxruntime=ort.__version__,
+    )
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux knows it, else as Python does (often only the architecture)."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), "") or platform.processor() or platform.machine()
+
+
+def _timing_cells(timing: Timing, shown: Sequence[float]) -> tuple[str, ...]:
+    at = dict(timing.percentiles)
+    numbers = (timing.median, timing.mean, timing.min, *(at[percent] for percent in shown))
+    return (timing.model, *(f"{ms:.3f}" for ms in numbers))
+
+
+def _speedup_cells(speedup: Speedup | None) -> tuple[str, ...]:
+    if speedup is None:
+        return ("1.00x", "", "", "")
+    worst = speedup.worst
+    return (
+        f"{speedup.ratio:.2f}x",
+        f"{speedup.low:.2f}..{speedup.high:.2f}",
+        f"{speedup.q1:.2f}..{speedup.q3:.2f}",
+        f"{worst.max_abs:.2g} ({worst.name})" if worst else "",
+    )

@@ -1,0 +1,73 @@
+"""Calibration data as users have it, served as batches that fit the model.
+
+    source -open-> parts (shapes known, nothing read) -choose, plan-> Calibration -batches()-> feeds
+
+| source | one part is |
+|---|---|
+| ``calib.npz``: keys are input names, leading axis = samples | the file |
+| ``calib.npy``: the same, for a model with one input | the file |
+| folder of ``.npz`` or ``.npy``, each one sample or a batch | a file |
+| folder of pictures (also in sub-folders), for a model with one image input | a picture |
+| ``.json``: Polygraphy's ``List[Dict[str, ndarray]]``, or plain lists of numbers | a dict of the list |
+| ``test_data_set_*/input_N.pb``: the folder of them, or one | a ``test_data_set`` |
+| ``file.py:function``, which runs that code | a dict that it yields |
+| Python: dicts, a function giving them, an onnxruntime ``CalibrationDataReader``, or one dict of arrays | a dict |
+
+Of files, ``samples`` are drawn at random by ``seed`` and fed in the order they are stored: folders are often sorted by
+class. Of code, the first ``samples`` are kept in memory: it runs once, may be endless, and every pass sees the same.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from snpc.errors import UserError
+from snpc.runtime.calibration.files import path_source
+from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
+from snpc.runtime.calibration.loaders import Feeds, script_source, value_source
+from snpc.runtime.calibration.parts import Source
+from snpc.runtime.calibration.stream import Calibration, calibrate
+from snpc.types import TensorSpec
+
+__all__ = ["PREPROCESS", "Calibration", "ImageOptions", "load_calibration"]
+
+
+def load_calibration(
+    source: str | Path | Feeds,
+    inputs: Sequence[TensorSpec],
+    *,
+    samples: int = 128,
+    batch: int = 8,
+    images: ImageOptions = IMAGENET,
+    seed: int = 0,
+) -> Calibration:
+    """Open calibration data for a model with these ``inputs`` and check its first batch.
+
+    ``source``: a path or ``file.py:function`` (str or Path), an iterable of dicts, a callable returning one, a
+    ``CalibrationDataReader``, or one dict of arrays whose leading axis is samples. At most ``samples`` are used, in
+    batches of at most ``batch``; a model with a static batch size gets batches of exactly that size.
+
+    Raises UserError when the data cannot be fed to the model: it says which file, input and sample, and what to do.
+    What needs the values (NaN, overflow, an attention mask of zeros) is checked for the first batch here and for the
+    others as they stream.
+    """
+    if samples < 1:
+        raise UserError(f"{samples} calibration samples asked: at least one is needed (--calib-samples)")
+    if batch < 1:
+        raise UserError(f"calibration batch {batch}: at least one sample per batch is needed (--calib-batch)")
+    if not inputs:
+        raise UserError("the model has no inputs: calibration data has nowhere to go")
+    calibration = calibrate(_open(source, tuple(inputs), images), tuple(inputs), samples, batch, seed)
+    next(calibration.batches())
+    return calibration
+
+
+def _open(source: str | Path | Feeds, inputs: tuple[TensorSpec, ...], images: ImageOptions) -> Source:
+    if not isinstance(source, str | Path):
+        return value_source(source, inputs)
+    script, colon, function = str(source).rpartition(":")
+    if colon and script.endswith(".py"):
+        return script_source(Path(script), function, inputs)
+    return path_source(Path(source), inputs, images)

@@ -1,0 +1,172 @@
+"""Pictures as calibration data: short side resized, centre cropped, (value / 255 - mean) / std."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.calibration.parts import Header, Part, Source, listed, refusing
+from snpc.types import AnyArray, TensorSpec
+
+PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5,), (0.5,)),  # most ViTs of timm and Google: values in [-1, 1]
+    "0-1": ((0.0,), (1.0,)),
+}
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How a picture becomes an input; the defaults are ImageNet's. Raises UserError for values that make no sense.
+
+    ``size``: (height, width), None takes the model's static sizes. ``mean``, ``std``: one value, or one per channel,
+    of pixels scaled to [0, 1]; uint8 inputs get the raw pixels instead. ``layout``: where the channel axis is.
+    """
+
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = PREPROCESS["imagenet"][0]
+    std: tuple[float, ...] = PREPROCESS["imagenet"][1]
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("nchw", "nhwc"):
+            raise UserError(f"image layout '{self.layout}': nchw or nhwc")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"image size {self.size}: height and width are at least 1")
+        if not self.mean or not np.isfinite(self.mean).all():
+            raise UserError(f"image mean {self.mean}: one number, or one per channel")
+        if not self.std or not np.isfinite(self.std).all() or min(self.std) <= 0:
+            raise UserError(f"image std {self.std}: one positive number, or one per channel")
+
+
+IMAGENET = ImageOptions()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the model takes: [channels, height, width] or [height, width, channels], raw pixels or normalised."""
+
+    height: int
+    width: int
+    channels: int
+    raw: bool
+
+
+def image_source(folder: Path, files: Sequence[Path], inputs: tuple[TensorSpec, ...], options: ImageOptions) -> Source:
+    """One part per picture, read when its batch is due."""
+    spec = _image_input(folder, inputs)
+    frame = _frame(spec, options)
+    pixels = (frame.channels, frame.height, frame.width)
+    shape = (1, *pixels) if options.layout == "nchw" else (1, *pixels[1:], pixels[0])
+    header = Header(shape, np.dtype(np.uint8 if frame.raw else np.float32))
+    whole = len(spec.shape) == 3  # a model for a single picture: no sample axis
+    held = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if whole else spec
+    load = _loader(frame, options)
+
+    def part(file: Path) -> Part:
+        def read(names: Sequence[str]) -> Mapping[str, AnyArray]:
+            return {spec.name: load(file)}
+
+        return Part(str(file), {spec.name: header}, read)
+
+    return Source(str(folder), (part(file) for file in files), (held,), whole=whole)
+
+
+def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+    if len(inputs) != 1:
+        raise UserError(
+            f"{folder}: pictures can feed a model with one input, this one has {len(inputs)} "
+            f"({listed(spec.name for spec in inputs)}): save an .npz with a key for each"
+        )
+    (spec,) = inputs
+    if len(spec.shape) not in (3, 4) or not (spec.dtype.kind in "fu" or spec.dtype.name == "bfloat16"):
+        raise UserError(
+            f"{folder}: it holds pictures, but input '{spec.name}' ({spec.dtype} {list(spec.shape)}) takes none: "
+            "save what it takes as an .npz"
+        )
+    return spec
+
+
+def _frame(spec: TensorSpec, options: ImageOptions) -> Frame:
+    sizes = spec.shape[-3:]
+    first = options.layout == "nchw"
+    channels = _channels(spec, sizes[0] if first else sizes[2], sizes[2] if first else sizes[0], options)
+    height, width = _size(spec, sizes[1:] if first else sizes[:2], options)
+    raw = spec.dtype == np.uint8
+    if not raw and spec.dtype.kind == "u":
+        raise UserError(f"input '{spec.name}' takes {spec.dtype}: pictures are fed as uint8 or floats; save an .npz")
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if not raw and len(values) not in (1, channels):
+            raise UserError(
+                f"image {name} has {len(values)} values, but input '{spec.name}' takes {channels} channel(s): "
+                f"give one value or {channels} (--image-{name})"
+            )
+    return Frame(height, width, channels, raw)
+
+
+def _channels(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
+    """1 is greyscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
+    if size in (1, 3):
+        return int(size)
+    if isinstance(size, str) and len(spec.shape) == 4 and other not in (1, 3):
+        return 3
+    what = f"input '{spec.name}' takes {list(spec.shape)}, as {options.layout} not a picture of 1 or 3 channels"
+    if other in (1, 3):
+        raise UserError(f"{what}: it looks like {'nhwc' if options.layout == 'nchw' else 'nchw'} (--image-layout)")
+    raise UserError(f"{what}: save what it takes as an .npz")
+
+
+def _size(spec: TensorSpec, sizes: Sequence[int | str], options: ImageOptions) -> tuple[int, int]:
+    height, width = sizes
+    if options.size is None:
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
+        raise UserError(f"input '{spec.name}' takes pictures of any size {list(spec.shape)}: choose one (--image-size)")
+    for want, have in zip(sizes, options.size, strict=True):
+        if isinstance(want, int) and want != have:
+            raise UserError(
+                f"image size {options.size[0]}x{options.size[1]}, but input '{spec.name}' takes {height}x{width}: "
+                "leave --image-size out"
+            )
+    return options.size
+
+
+def _loader(frame: Frame, options: ImageOptions) -> Callable[[Path], AnyArray]:
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise UserError("reading pictures needs Pillow: pip install snpc[images]") from error
+    return partial(_load, PIL.Image, frame, options)
+
+
+def _load(pillow: Any, frame: Frame, options: ImageOptions, file: Path) -> AnyArray:
+    """file -> [1,C,H,W] or [1,H,W,C], uint8 or float32."""
+    advice = "the picture cannot be read; repair or remove it"
+    broken = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)
+    with refusing(str(file), advice, *broken), pillow.open(file) as picture:
+        if picture.mode[0] in "IF":  # converting would clip them to white
+            raise ValueError("its pixels have more than 8 bits")
+        pixels = _fitted(pillow, picture.convert("RGB" if frame.channels == 3 else "L"), frame)
+    array: AnyArray = pixels.reshape(frame.height, frame.width, frame.channels)
+    if not frame.raw:
+        array = (array.astype(np.float32) / 255 - np.array(options.mean, np.float32)) / np.array(
+            options.std, np.float32
+        )
+    return array[None] if options.layout == "nhwc" else np.ascontiguousarray(array.transpose(2, 0, 1))[None]
+
+
+def _fitted(pillow: Any, picture: Any, frame: Frame) -> AnyArray:
+    """Resized (bicubic) until it just covers the frame, then cropped around the centre."""
+    scale = max(frame.height / picture.height, frame.width / picture.width)
+    width, height = max(frame.width, round(picture.width * scale)), max(frame.height, round(picture.height * scale))
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), pillow.Resampling.BICUBIC)
+    left, top = (width - frame.width) // 2, (height - frame.height) // 2
+    return np.asarray(picture.crop((left, top, left + frame.width, top + frame.height)))

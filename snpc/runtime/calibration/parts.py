@@ -1,0 +1,86 @@
+"""What every source of calibration data is turned into: parts, whose shapes are known before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.types import AnyArray, TensorSpec
+
+
+class Header(NamedTuple):
+    """What is known of an array without its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, picture or dict. ``where`` is what messages call it; ``read(names)`` gives those arrays, as stored."""
+
+    where: str
+    headers: Mapping[str, Header]
+    read: Callable[[Sequence[str]], Mapping[str, AnyArray]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    ``inputs``: the model's inputs as the parts hold them. ``lone``: an array may be one sample without a leading axis.
+    ``beginning``: the length is unknown, so the first samples are taken and iteration stops there. ``whole``: the model
+    has no sample axis; ``inputs`` carry an extra leading 1, which is taken off again when a batch is fed.
+    """
+
+    label: str
+    parts: Iterable[Part]
+    inputs: tuple[TensorSpec, ...]
+    lone: bool = True
+    beginning: bool = False
+    whole: bool = False
+
+
+def memory_part(where: str, arrays: Mapping[str, AnyArray]) -> Part:
+    """A part that is already in memory."""
+    headers = {name: Header(array.shape, array.dtype) for name, array in arrays.items()}
+    return Part(where, headers, lambda names: {name: arrays[name] for name in names})
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names for a message; a decoder with a cache has far too many to print."""
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more if every else "nothing"
+
+
+def require_names(where: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
+    """UserError unless every input has data."""
+    there = list(map(str, present))
+    absent = [spec.name for spec in inputs if spec.name not in there]
+    if absent:
+        raise UserError(
+            f"{where}: no data for input {listed(absent)}; it holds {listed(there)}: name arrays as the model's inputs"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """``ValueError: what it said``, on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@contextmanager
+def refusing(where: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn what a reader raises on a broken file into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{where}: {one_line(error)}: {advice}") from error

@@ -1,0 +1,195 @@
+"""From parts to batches: choose samples, plan which rows of which part make each batch, then read along the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.calibration.check import Axes, Shape, axes_of, checked, count_of, shapes_of
+from snpc.runtime.calibration.parts import Part, Source
+from snpc.types import AnyArray, IntArray, TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows of one part that go into one batch."""
+
+    part: Part
+    shapes: Mapping[str, Shape] = field(repr=False)
+    rows: IntArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data that fits a model; ``batches()`` can be called as often as wanted and gives the same each time.
+
+    ``samples``: how many are fed. ``batch``: the most in one batch, or the model's own batch size. ``available``: how
+    many the source holds (None: not counted). ``dropped``: chosen, but left over from batches of the model's size.
+    ``plan``, ``held`` (the inputs as stored), ``axes`` and ``whole`` say how to read it.
+    """
+
+    source: str
+    inputs: tuple[TensorSpec, ...]
+    samples: int
+    batch: int
+    asked: int
+    available: int | None
+    dropped: int
+    plan: tuple[tuple[Piece, ...], ...] = field(repr=False, compare=False)
+    held: tuple[TensorSpec, ...] = field(repr=False)
+    axes: Axes = field(repr=False)
+    whole: bool = field(repr=False)
+
+    def batches(self) -> Iterator[dict[str, AnyArray]]:
+        """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
+
+        Raises UserError for values that no model should be calibrated on.
+        """
+        opened: tuple[Part, Mapping[str, AnyArray]] | None = None
+        for pieces in self.plan:
+            taken = []
+            for piece in pieces:
+                if opened is None or opened[0] is not piece.part:
+                    opened = (piece.part, _read(piece, self.held))
+                taken.append(self._take(piece, opened[1]))
+            yield self._joined(taken)
+
+    def described(self) -> str:
+        """``128 of 256 samples from calib.npz, 8 per batch``"""
+        size = min(self.batch, self.samples)
+        if self.available is None:
+            text = f"the first {self.samples} samples from {self.source}, {size} per batch"
+        elif self.samples == self.available:
+            short = f" ({self.asked} asked)" if self.asked > self.available else ""
+            text = f"all {self.samples} samples from {self.source}{short}, {size} per batch"
+        else:
+            text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
+        return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
+
+    def _take(self, piece: Piece, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        feed = {}
+        for spec in self.held:
+            sampled = spec.name in self.axes.sampled
+            rows = arrays[spec.name][piece.rows] if sampled else arrays[spec.name].copy()
+            feed[spec.name] = checked(rows, spec, piece.part.where, piece.rows if sampled else None)
+        return feed
+
+    def _joined(self, taken: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
+        feed = dict(taken[0])
+        for name in self.axes.sampled if len(taken) > 1 else ():
+            feed[name] = np.concatenate([one[name] for one in taken])
+        return {name: array[0] for name, array in feed.items()} if self.whole else feed
+
+
+def calibrate(source: Source, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int) -> Calibration:
+    """Survey the parts, choose the samples and plan the batches; reads no samples of files."""
+    axes = axes_of(source.inputs)
+    pieces = _survey(source, axes, samples)
+    total = sum(map(len, pieces))
+    if not total:
+        raise UserError(f"{source.label}: it holds no samples: at least one is needed")
+    chosen = _first(pieces, samples) if source.beginning else _drawn(pieces, samples, seed)
+    size = axes.size or batch
+    plan = _planned(chosen, [_kind(piece, source.inputs, axes) for piece in chosen], size)
+    if axes.size:  # the model takes nothing but full batches
+        plan = [pieces for pieces in plan if sum(map(len, pieces)) == size]
+    used = sum(len(piece) for pieces in plan for piece in pieces)
+    if not used:
+        raise UserError(_too_few(source.label, size, min(samples, total), total))
+    return Calibration(
+        source=source.label,
+        inputs=inputs,
+        samples=used,
+        batch=size,
+        asked=samples,
+        available=None if source.beginning and total >= samples else total,
+        dropped=sum(map(len, chosen)) - used,
+        plan=tuple(tuple(pieces) for pieces in plan),
+        held=source.inputs,
+        axes=axes,
+        whole=source.whole,
+    )
+
+
+def _survey(source: Source, axes: Axes, samples: int) -> list[Piece]:
+    """Every part with all of its rows; of an endless source, as many parts as hold ``samples``."""
+    pieces: list[Piece] = []
+    total = 0
+    for part in source.parts:
+        shapes = shapes_of(part, source.inputs, source.lone)
+        pieces.append(Piece(part, shapes, np.arange(count_of(part, shapes, source.inputs, axes))))
+        total += len(pieces[-1])
+        if source.beginning and total >= samples:
+            break
+    return pieces
+
+
+def _first(pieces: Sequence[Piece], samples: int) -> list[Piece]:
+    chosen = []
+    for piece in pieces:
+        chosen.append(Piece(piece.part, piece.shapes, piece.rows[:samples]))
+        samples -= len(chosen[-1])
+    return [piece for piece in chosen if len(piece)]
+
+
+def _drawn(pieces: Sequence[Piece], samples: int, seed: int) -> list[Piece]:
+    """``samples`` rows drawn without replacement over all parts, left in the order they are stored."""
+    total = sum(map(len, pieces))
+    keep = np.zeros(total, bool)
+    keep[np.random.default_rng(seed).permutation(total)[:samples]] = True
+    ends = np.cumsum([len(piece) for piece in pieces])
+    kept = np.split(keep, ends[:-1])
+    chosen = [Piece(piece.part, piece.shapes, piece.rows[rows]) for piece, rows in zip(pieces, kept, strict=True)]
+    return [piece for piece in chosen if len(piece)]
+
+
+def _kind(piece: Piece, inputs: Sequence[TensorSpec], axes: Axes) -> Hashable:
+    """Pieces of the same kind can share a batch: equal sizes behind the sample axis, equal inputs without one."""
+    sizes = tuple(piece.shapes[name][1:] for name in sorted(axes.sampled))
+    fixed = [spec for spec in inputs if spec.name not in axes.sampled]
+    if not fixed:
+        return sizes
+    arrays = _read(piece, fixed)
+    return sizes, tuple(arrays[spec.name].tobytes() for spec in fixed)
+
+
+def _planned(chosen: Sequence[Piece], kinds: Sequence[Hashable], size: int) -> list[list[Piece]]:
+    """Batches of ``size`` in order; a new one begins where the kind changes."""
+    batches: list[list[Piece]] = []
+    room = 0
+    last: Hashable = None
+    for piece, kind in zip(chosen, kinds, strict=True):
+        rows = piece.rows
+        while len(rows):
+            if not room or kind != last:
+                batches.append([])
+                room, last = size, kind
+            batches[-1].append(Piece(piece.part, piece.shapes, rows[:room]))
+            rows = rows[room:]
+            room -= len(batches[-1][-1])
+    return batches
+
+
+def _read(piece: Piece, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+    """The part's arrays with their leading axes; files may have changed since the survey."""
+    arrays = piece.part.read([spec.name for spec in inputs])
+    for spec in inputs:
+        shape = arrays[spec.name].shape
+        if piece.shapes[spec.name] not in (shape, (1, *shape)):
+            raise UserError(f"{piece.part.where}: input '{spec.name}' changed while it was in use: run again")
+    return {spec.name: arrays[spec.name].reshape(piece.shapes[spec.name]) for spec in inputs}
+
+
+def _too_few(label: str, size: int, chosen: int, total: int) -> str:
+    what = f"{label}: the model's batch is {size}"
+    if total < size:
+        return f"{what}, but there are only {total} samples: give at least {size}, or export it with a dynamic batch"
+    if chosen < size:
+        return f"{what}, but only {chosen} of {total} samples are asked for: --calib-samples {size} or more"
+    return f"{what}, but no {size} neighbouring samples have the same sizes: store batches of {size} samples"
