@@ -3,20 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.cost import contraction_sizes, macs_of
 from snpc.passes.groups import drafts, finish
-from snpc.passes.resolve import resolve
-from snpc.passes.shapes import Facts, best_binding, bindings, evaluate
-from snpc.passes.trace import trace_model
+from snpc.passes.labels import Flag
+from snpc.passes.rewrite import Traced, traced
+from snpc.passes.shapes import Facts, best_binding, evaluate, opset
+from snpc.types import Cost, Group, Model, Pin
 
 
-def cost_binding(sizes: Mapping[str, int], graph: ir.Graph, fixed: Mapping[str, int]) -> dict[str, int]:
-    """Batch 1, sequences of 128, pictures of 224: the sizes at which MACs are quoted."""
-    first = {str(d.value or f"{v.name}.0") for v in graph.inputs if v.shape for d in v.shape[:1] if not isinstance(d, int)}
-    return {
-        name: fixed.get(name, 1 if name in first else 224 if size in (64, 224) else max(size, 128))
-        for name, size in sizes.items()
+@dataclass(frozen=True)
+class Analysis:
+    """What snpc found in a model. ``binding`` is what MACs are quoted at; ``traced`` is the passes' own material."""
+
+    model: Model
+    groups: tuple[Group, ...]
+    pins: tuple[Pin, ...]
+    cost: Cost
+    binding: Mapping[str, int]
+    traced: Traced = field(repr=False)
+
+    def group(self, name: str) -> Group:
+        return next(g for g in self.groups if g.id == name)
+
+
+def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
+    """Find everything that can be made narrower in ``model`` and why the rest cannot.
+
+    ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
+    """
+    binding, facts = best_binding(model.graph)
+    found = traced(model.graph, binding, facts)
+    quoted = quoted_binding(model.graph.graph, binding, sizes or {})
+    cost_facts = evaluate(model.graph, quoted)
+    if sum(s is None for s in cost_facts.shape.values()) > sum(s is None for s in facts.shape.values()):
+        quoted, cost_facts = dict(binding), facts
+    groups = finish(model.graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
+    return Analysis(model, groups, pins_of(found), cost_of(model.graph, cost_facts), quoted, found)
+
+
+def quoted_binding(graph: ir.Graph, binding: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
+    """Batch 1, sequences of 128, pictures as they were bound: the sizes at which MACs are quoted."""
+    leading = {
+        str(value.shape[0].value or f"{value.name}.0")
+        for value in graph.inputs
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
     }
+    return {name: fixed.get(name, 1 if name in leading else max(size, 128)) for name, size in binding.items()}
+
+
+def pins_of(found: Traced) -> tuple[Pin, ...]:
+    """Pins of what a weight makes, one per tensor, axis and reason."""
+    produced = np.zeros(found.trace.book.count, bool)
+    flags = found.trace.book.flags[: found.trace.book.count]
+    produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
+    pins = {}
+    for note in found.trace.book.pins:
+        if produced[found.units.unit[note.labels]].any():
+            key = (note.tensor, note.axis, note.reason)
+            pins.setdefault(key, Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind))
+    return tuple(pins.values())
+
+
+def cost_of(model: ir.Model, facts: Facts) -> Cost:
+    """Parameters (float initializers that are used), MACs at the facts' binding, bytes of the weights, nodes."""
+    weights = [v for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
+    seen = {id(v.const_value): v for v in weights}.values()
+    floats = [v for v in seen if v.dtype is not None and v.dtype.is_floating_point()]
+    params = sum(int(np.prod([int(d) for d in v.const_value.shape], dtype=np.int64)) for v in floats)  # type: ignore[union-attr, arg-type]
+    macs = 0
+    for node in model.graph:
+        call = facts.call(node, opset(model, node.domain))
+        macs += sum(macs_of(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
+    return Cost(params, macs, sum(v.const_value.nbytes for v in seen), model.graph.num_nodes())  # type: ignore[union-attr]

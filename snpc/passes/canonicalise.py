@@ -70,3 +70,45 @@ def fork(graph: ir.Graph, value: ir.Value, count: int) -> ir.Value:
 def origin(value: ir.Value) -> str:
     """The name that this constant has in the user's file."""
     return str(value.meta.get(ORIGIN, value.name))
+
+
+def merge_forks(graph: ir.Graph) -> None:
+    """Give copies that ended with the same contents one initializer again, under the original's name.
+
+    Copies of an uncut constant share one tensor object; cut ones are compared by what they hold.
+    """
+    families: dict[str, list[ir.Value]] = {}
+    for value in graph.initializers.values():
+        families.setdefault(origin(value), []).append(value)
+    for name, members in families.items():
+        if len(members) == 1 and members[0].name == name:
+            continue
+        kept: list[tuple[object, ir.Value]] = []
+        for value in members:
+            if not value.uses() and not value.is_graph_output():
+                if not value.is_graph_input():
+                    del graph.initializers[str(value.name)]
+                continue
+            key = contents(value)
+            twin = next((other for same, other in kept if same == key), None)
+            if twin is None:
+                kept.append((key, value))
+                continue
+            value.replace_all_uses_with(twin)
+            del graph.initializers[str(value.name)]
+        if kept and name not in graph.initializers:
+            rename(graph, kept[0][1], name)
+
+
+def contents(value: ir.Value) -> object:
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.LazyTensor):
+        return tensor.tobytes(), tuple(tensor.shape)
+    return id(tensor)
+
+
+def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    del graph.initializers[str(value.name)]
+    value.name = name
+    graph.initializers[name] = value

@@ -1,0 +1,285 @@
+"""Files in, files out: load a model as it is, write one without ever holding its bytes twice.
+
+Writing goes to a temporary file beside the target and is renamed, so a crash or a full disk leaves what was there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes import common
+
+from snpc.errors import UserError
+from snpc.passes.canonicalise import canonicalise, merge_forks
+from snpc.types import Model, TensorSpec
+
+LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
+LENGTH_DELIMITED = 2
+GRAPH_FIELD, INITIALIZER_FIELD = 7, 5
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file and bring it into the normal form (see ``passes.canonicalise``).
+
+    External data stays where it is and is read when needed. Raises UserError for anything that is not a readable
+    ONNX model.
+    """
+    where = Path(path)
+    if not where.is_file():
+        raise UserError(f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself")
+    try:
+        proto = onnx.load(str(where), load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise UserError(f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?") from None
+    if not proto.graph.node or not proto.opset_import:
+        raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
+    check_external(proto, where)
+    digest = digest_of(where, proto)
+    try:
+        graph = ir.from_proto(proto)
+        set_base(graph, where.parent)
+        graph = canonicalise(graph)
+    except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
+        raise UserError(f"{where}: the graph is malformed ({first_line(error)}); run onnx.checker on it") from None
+    return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph))
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def set_base(model: ir.Model, folder: Path) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.ExternalTensor(
+                    value.const_value.location, value.const_value.offset, value.const_value.length,
+                    value.const_value.dtype, shape=value.const_value.shape, name=str(value.name), base_dir=folder,
+                )
+
+
+def external_files(proto: onnx.ModelProto) -> dict[str, str]:
+    """location -> a tensor that lies there."""
+    found: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    found.setdefault(entry.value, tensor.name)
+    return found
+
+
+def check_external(proto: onnx.ModelProto, where: Path) -> None:
+    sizes: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {e.key: e.value for e in tensor.external_data}
+        location = entries.get("location", "")
+        file = where.parent / location
+        if location not in sizes:
+            if not location or not file.is_file():
+                raise UserError(f"{where}: its weights are in {location or 'a file without a name'}, which is not beside it; "
+                                "copy that file next to the model")
+            sizes[location] = file.stat().st_size
+        with suppress(ValueError):
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            if end > sizes[location]:
+                raise UserError(f"{file}: too short for {tensor.name} ({end} bytes needed, {sizes[location]} there); "
+                                "the download may be truncated")
+
+
+def digest_of(where: Path, proto: onnx.ModelProto) -> str:
+    """sha256 of the file; external data counts by name and size (reading 14 GB to name a model is not worth it)."""
+    sha = hashlib.sha256()
+    with where.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    for location in sorted(external_files(proto)):
+        sha.update(f"{location}:{(where.parent / location).stat().st_size}".encode())
+    return sha.hexdigest()
+
+
+def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
+    found = []
+    for value in values:
+        if value.name in model.graph.initializers:
+            continue
+        dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else np.dtype(object)
+        dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
+        found.append(TensorSpec(str(value.name), dtype, dims))
+    return tuple(found)
+
+
+def file_bytes(path: Path) -> int:
+    """Size on disk of a model with the external data it names."""
+    total = path.stat().st_size
+    proto = onnx.load(str(path), load_external_data=False)
+    return total + sum((path.parent / name).stat().st_size for name in external_files(proto) if (path.parent / name).is_file())
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary path in ``target``'s folder that becomes ``target`` when the block ends well."""
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write there ({error.strerror})") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~current_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write it ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_target(target: Path, *sources: Path) -> None:
+    """Refuse to write over an input, or where nothing can be written."""
+    for source in sources:
+        if target.exists() and source.exists() and target.samefile(source):
+            raise UserError(f"{target}: is the input itself; choose another output with -o")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give a file name with -o")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{target}: the folder {target.parent} is not writable; choose another output with -o")
+
+
+def clean(model: ir.Model) -> ir.Model:
+    """What is written: no dead nodes, no stale shapes of intermediate values, copies that ended equal merged again."""
+    common.RemoveUnusedNodesPass()(model)
+    merge_forks(model.graph)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+                value.type = None
+    return model
+
+
+def save(model: ir.Model, target: Path, external: bool | None = None) -> None:
+    """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where the model is too big for one
+    file, was external before, or ``external`` asks for it."""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    was_external = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+    if external or (external is None and was_external) or weights > LIMIT:
+        save_external(model, target)
+    else:
+        with replacing(target) as temporary:
+            write_inline(model, temporary)
+
+
+def save_external(model: ir.Model, target: Path) -> None:
+    data = target.with_name(target.name + ".data")
+    big = {name: v.const_value for name, v in model.graph.initializers.items()
+           if v.const_value is not None and v.const_value.nbytes >= 1024}
+    offsets: dict[str, tuple[int, int]] = {}
+    with replacing(data) as temporary:
+        with temporary.open("wb") as file:
+            for name, tensor in big.items():
+                file.seek(-file.tell() % 4096, os.SEEK_CUR)
+                start = file.tell()
+                file.write(tensor.tobytes())
+                offsets[name] = (start, file.tell() - start)
+        skeleton = skeleton_proto(model, set(big))
+        for name, (offset, length) in offsets.items():
+            tensor_proto = skeleton.graph.initializer.add(name=name, data_type=int(big[name].dtype),
+                                                          dims=[int(d) for d in big[name].shape],  # type: ignore[arg-type]
+                                                          data_location=onnx.TensorProto.EXTERNAL)
+            for key, value in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
+                tensor_proto.external_data.add(key=key, value=value)
+        with replacing(target) as head:
+            head.write_bytes(skeleton.SerializeToString())
+
+
+def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:
+    """The model's message without the weights named ``without``."""
+    held = {name: model.graph.initializers[name] for name in without}
+    kept = {name: value.const_value for name, value in held.items()}
+    try:
+        for value in held.values():
+            value.const_value = None
+        for name in without:
+            del model.graph.initializers[name]
+        return ir.to_proto(model)
+    finally:
+        for name, value in held.items():
+            value.const_value = kept[name]
+            model.graph.initializers[name] = value
+
+
+def write_inline(model: ir.Model, path: Path) -> None:
+    """One protobuf message, its weights streamed one by one behind the graph's other fields."""
+    big = {name for name, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes >= 1024}
+    order = [name for name in model.graph.initializers if name in big]
+    skeleton = skeleton_proto(model, big)
+    graph = skeleton.graph.SerializeToString()
+    skeleton.ClearField("graph")
+    sizes = {name: tensor_length(name, model.graph.initializers[name].const_value) for name in order}
+    total = len(graph) + sum(1 + varint_length(size) + size for size in sizes.values())
+    with path.open("wb") as file:
+        file.write(skeleton.SerializeToString())
+        file.write(varint(GRAPH_FIELD << 3 | LENGTH_DELIMITED) + varint(total) + graph)
+        for name in order:
+            message = tensor_message(name, model.graph.initializers[name].const_value)
+            file.write(varint(INITIALIZER_FIELD << 3 | LENGTH_DELIMITED) + varint(sizes[name]))
+            for piece in message:
+                file.write(piece)
+
+
+def tensor_message(name: str, tensor: Any) -> tuple[bytes, bytes]:
+    """A TensorProto as (fields but the data, data): raw_data is field 9, last and length-delimited."""
+    head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
+    data = tensor.tobytes()
+    return head.SerializeToString() + varint(9 << 3 | LENGTH_DELIMITED) + varint(len(data)), data
+
+
+def tensor_length(name: str, tensor: Any) -> int:
+    head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
+    return int(head.ByteSize() + 1 + varint_length(tensor.nbytes) + tensor.nbytes)
+
+
+def varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def varint_length(number: int) -> int:
+    return len(varint(number))
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
