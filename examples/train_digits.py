@@ -1,4 +1,4 @@
-"""Train and export the small Vision Transformer behind ``snpc``'s digits example (a few minutes on two CPU cores).
+"""Train and export the small Vision Transformer behind ``snpc``'s digits example (a few minutes on one CPU core).
 
     python examples/train_digits.py --out snpc/data/digits
 
@@ -150,7 +150,8 @@ def learning_rate_factor(epoch: int) -> float:
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW that decays weight matrices only: pulling norms, biases and tokens towards zero helps nothing."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
         (decayed if is_matrix else free).append(parameter)
@@ -210,7 +211,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(2)  # the order of float sums, so the exact weights, depends on it
+    torch.set_num_threads(1)  # layers too small to share out, and the order of float sums depends on it
     train_images, test_images, train_labels, test_labels = load_split()
     start = time.perf_counter()
     model = train(train_images, train_labels)

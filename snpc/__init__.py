@@ -1,0 +1,32 @@
+"""snpc: make exported attention models small and fast.
+
+    model = snpc.load("vit.onnx")
+    analysis = snpc.analyze(model)
+    scores = snpc.score(analysis, "snp", snpc.load_calibration("calib.npz", model.inputs))
+    plan = snpc.make_plan(scores, snpc.Choice(ratio=0.5))
+    result = snpc.apply_plan(plan, Path("vit-half.onnx"))
+
+Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
+"""
+
+from __future__ import annotations
+
+from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.passes.analyze import Analysis, analyze
+from snpc.passes.plan import Choice, Plan, Scores, make_plan, plan_from_json, plan_to_json
+from snpc.runtime.bench import Bench, bench
+from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
+from snpc.runtime.example import write_example
+from snpc.runtime.model_io import load, save
+from snpc.runtime.prune import Pruned, apply_plan, report, verify
+from snpc.runtime.score import score
+from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis", "Bench", "Calibration", "CheckFailed", "Choice", "Cost", "Difference", "Group", "ImageOptions", "Model",
+    "Pin", "Plan", "Probe", "Pruned", "Scores", "Site", "SnpcError", "UserError", "Verdict", "__version__", "analyze",
+    "apply_plan", "bench", "load", "load_calibration", "make_plan", "plan_from_json", "plan_to_json", "report", "save",
+    "score", "verify", "write_example",
+]

@@ -141,3 +141,31 @@ class Numbers:
     consume: Mapping[str, FloatArray]
     sums: Mapping[str, FloatArray]
     samples: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two outputs of the same name compared: largest difference, and root mean square relative to the reference."""
+
+    output: str
+    max_abs_diff: float
+    relative: float
+    cosine: float
+    agreement: float | None = None
+    """Share of rows whose largest entry is the same; only for outputs that look like logits."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``verify`` compared. ``equals_mask``: sliced against masked; ``drift``: pruned against original."""
+
+    structure: tuple[str, ...]
+    equals_mask: tuple[Difference, ...]
+    drift: tuple[Difference, ...]
+    compared: str
+    tolerance: float
+
+    @property
+    def max_abs_diff(self) -> float | None:
+        """Largest difference between sliced and masked, over all outputs; None where that was not compared."""
+        return max((d.max_abs_diff for d in self.equals_mask), default=None)

@@ -150,9 +150,9 @@ def _load(entry: metadata.EntryPoint) -> type[Criterion]:
 
 
 def _find(name: str) -> type[Criterion]:
+    offered = _entry_points()
     if name in _BUILT_IN:
         return _BUILT_IN[name]
-    offered = _entry_points()
     if name in offered:
         return _load(offered[name])
     names = sorted([*_BUILT_IN, *offered])

@@ -28,7 +28,7 @@ class Repairs:
             name = f"{hint}__cut"
             while name in self.copy.graph.initializers or any(v.name == name for v in self.copy.graph.inputs):
                 name += "_"
-            value = ir.Value(name=name, const_value=ir.Tensor(np.ascontiguousarray(array), name=name))
+            value = ir.Value(name=name, const_value=ir.Tensor(array.copy(order="C"), name=name))
             value.shape = ir.Shape(array.shape)
             value.dtype = ir.DataType.from_numpy(array.dtype)
             self.copy.graph.register_initializer(value)

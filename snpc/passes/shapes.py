@@ -263,7 +263,7 @@ def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
         types[value.name] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
         array = facts.value.get(value)
         if array is not None and array.ndim <= 1 and array.size <= 64 and not is_float(dtype):
-            data[value.name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array), value.name)
+            data[value.name] = onnx.numpy_helper.from_array(array.copy(order="C"), value.name)
     inferred = shape_inference.infer_node_outputs(
         schema,
         ir.serde.serialize_node(node),

@@ -1,0 +1,217 @@
+"""The verbs: prune in one call, or plan, apply and verify in steps. The command line is a thin skin over these."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+from snpc.passes.analyze import Analysis, analyze, cost_of
+from snpc.passes.canonicalise import origin
+from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.rewrite import Rewritten, rewrite_model
+from snpc.passes.shapes import evaluate
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.model_io import check_target, clean, file_bytes, load, replacing, save
+from snpc.runtime.verify import check_structure, drift, equals_mask, judge, tolerance_of
+from snpc.types import Cost, Verdict
+
+CHECKED_BATCHES = 2
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per stage, in the order in which they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A written pruned model: costs read from the two files, and what verification found."""
+
+    plan: Plan
+    path: Path
+    before: Cost
+    after: Cost
+    verdict: Verdict
+    seconds: Mapping[str, float]
+    calibration: str = ""
+
+
+def apply_plan(plan: Plan, target: Path, *, calibration: Calibration | None = None, provider: str = "cpu",
+               watch: Stopwatch | None = None) -> Pruned:
+    """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
+
+    Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
+    left at ``target``).
+    """
+    watch = watch or Stopwatch()
+    analysis = plan.analysis
+    check_target(target, analysis.model.path)
+    with watch.stage("rewrite"):
+        rewritten = rewrite_model(analysis.traced, cuts_of(plan))
+        clean(rewritten.model)
+    with watch.stage("write"):
+        temporary = target.with_name(f".{target.name}.unverified.onnx")
+    try:
+        with watch.stage("write"):
+            save(rewritten.model, temporary)
+        with watch.stage("verify"):
+            verdict = verify_written(rewritten, plan, temporary, calibration, provider)
+            judge(verdict)
+        with watch.stage("write"):
+            publish(temporary, target)
+    finally:
+        discard(temporary)
+    with watch.stage("report"):
+        after = written_cost(target, analysis)
+    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
+    described = calibration.described() if calibration else ""
+    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a verified model its name; external data is written again under the name that the model refers to."""
+    data = temporary.with_name(temporary.name + ".data")
+    if data.is_file():
+        save(load(temporary).graph, target, external=True)
+    else:
+        with replacing(target) as final:
+            temporary.replace(final)
+
+
+def discard(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+
+
+def written_cost(path: Path, analysis: Analysis) -> Cost:
+    """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
+    model = load(path)
+    cost = cost_of(model.graph, evaluate(model.graph, dict(analysis.binding)))
+    return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)
+
+
+def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
+    """Feeds for verification: the first calibration batches, or seeded random inputs."""
+    if calibration is not None:
+        found: list[Feeds] = []
+        for feeds in calibration.batches():
+            found.append(feeds)
+            if len(found) == CHECKED_BATCHES:
+                break
+        samples = sum(len(next(iter(f.values()))) for f in found)
+        return found, f"{samples} samples of {calibration.source}"
+    sizes = {name: size for name, size in analysis.traced.sizes.items()}
+    limits = id_limits(analysis)
+    return [random_feeds(analysis.model.inputs, batch=2, sizes=sizes, limits=limits)], "random inputs"
+
+
+def id_limits(analysis: Analysis) -> dict[str, int]:
+    """How many rows the table has that an integer input indexes directly."""
+    found: dict[str, int] = {}
+    facts = analysis.traced.facts
+    for value in analysis.model.graph.graph.inputs:
+        for node, index in value.uses():
+            table = node.inputs[0] if index == 1 and node.inputs else None
+            shape = facts.shape.get(table) if table is not None else None
+            if shape and table is not None and table.const_value is not None:
+                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
+                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
+    return found
+
+
+def verify_written(rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str) -> Verdict:
+    analysis = plan.analysis
+    structure = check_structure(analysis.model.path, path)
+    batches, compared = check_batches(analysis, calibration)
+    same = equals_mask(rewritten, path, batches, provider)
+    moved = drift(analysis.model.path, path, batches, provider)
+    return Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
+
+
+def verify(original: Path, pruned: Path, *, plan: Plan | None = None, calibration: Calibration | None = None,
+           provider: str = "cpu") -> Verdict:
+    """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known."""
+    analysis = plan.analysis if plan is not None else analyze(load(original))
+    load(pruned)
+    structure = check_structure(original, pruned)
+    batches, compared = check_batches(analysis, calibration)
+    same = equals_mask(rewrite_model(analysis.traced, cuts_of(plan)), pruned, batches, provider) if plan else ()
+    verdict = Verdict(structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model))
+    judge(verdict)
+    return verdict
+
+
+# -- the JSON report: an interface -----------------------------------------------------------------------------------
+
+
+def report(result: Pruned) -> dict[str, Any]:
+    """What ``--json`` writes. ``keep`` are indices into the original initializer."""
+    plan = result.plan
+    both = {
+        key: {"before": getattr(result.before, key), "after": getattr(result.after, key)}
+        for key in ("params", "macs", "bytes", "nodes")
+    }
+    return {
+        "snpc_report": 1, "model": str(plan.analysis.model.path), "output": str(result.path),
+        "digest": plan.analysis.model.digest, "criterion": plan.criterion, "options": dict(plan.options),
+        "calibration": result.calibration or None, **both,
+        "macs_at": dict(plan.analysis.binding),
+        "groups": groups_json(plan), "pins": pins_json(plan.analysis), "verify": verdict_json(result.verdict),
+        "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
+    }
+
+
+def groups_json(plan: Plan) -> list[dict[str, Any]]:
+    cuts = cuts_of(plan)
+    graph = plan.analysis.traced.model.graph
+    found = []
+    for group in plan.analysis.groups:
+        if group.pins:
+            continue
+        sites = []
+        for site in group.sites:
+            gone = cuts.get((site.tensor, site.axis))
+            if gone is not None:
+                sites.append({"tensor": origin(graph.initializers[site.tensor]), "axis": site.axis,
+                              "keep": np.flatnonzero(~gone).tolist()})
+        found.append({"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size,
+                      "kept": plan.kept(group), "freedom": group.freedom, "sites": sites})
+    return found
+
+
+def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
+    return [asdict(pin) for pin in analysis.pins]
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "max_abs_diff": verdict.max_abs_diff, "compared": f"sliced against masked on {verdict.compared}",
+        "tolerance": verdict.tolerance, "structure": list(verdict.structure),
+        "equals_mask": [asdict(d) for d in verdict.equals_mask], "drift": [asdict(d) for d in verdict.drift],
+    }
+
+
+def write_json(data: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+
+

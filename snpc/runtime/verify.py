@@ -1,0 +1,149 @@
+"""Does the written file hold? Structure, sliced equals masked, and how far the outputs moved."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import shape_inference
+
+from snpc.errors import CheckFailed
+from snpc.passes.mask import mask_model
+from snpc.passes.rewrite import Rewritten
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.session import open_session, run_session
+from snpc.types import AnyArray, Difference, Model, Verdict
+
+TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
+HALF = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
+CHECK_LIMIT = 1 << 31
+
+
+def check_structure(original: Path, pruned: Path) -> tuple[str, ...]:
+    """What was checked of ``pruned``. Raises CheckFailed with onnx's own words where a check fails.
+
+    Inputs and outputs must be those of ``original``; the checker and strict shape inference must accept the file if
+    they accept the original (custom operators can make both impossible).
+    """
+    before, after = (onnx.load(str(p), load_external_data=False) for p in (original, pruned))
+    for what in ("input", "output"):
+        a = [signature(v) for v in interface(before, what)]
+        b = [signature(v) for v in interface(after, what)]
+        if a != b:
+            odd = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), (a[-1], b[-1]))
+            raise CheckFailed(f"{pruned}: {what} {odd[0][0]} changed: {odd[0][1:]} became {odd[1]}")
+    done = ["same inputs and outputs"]
+    complaint = complaint_of(pruned)
+    if complaint is None:
+        done.append("onnx.checker and strict shape inference")
+    elif complaint_of(original) is None:
+        raise CheckFailed(f"{pruned}: onnx.checker refuses it: {complaint}")
+    else:
+        done.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
+    return tuple(done)
+
+
+def interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
+    weights = {t.name for t in model.graph.initializer}
+    return [v for v in getattr(model.graph, what) if v.name not in weights]
+
+
+def signature(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[object, ...]]:
+    tensor = value.type.tensor_type
+    return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
+
+
+def complaint_of(path: Path) -> str | None:
+    """The first line of what onnx's checker or strict shape inference says against a file; None if nothing."""
+    try:
+        onnx.checker.check_model(str(path))
+        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+            shape_inference.infer_shapes_path(str(path), str(Path(folder) / "inferred.onnx"), strict_mode=True)
+    except Exception as error:  # onnx raises ValidationError, InferenceError, RuntimeError: each means "not accepted"
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return None
+
+
+def compare(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
+    found = []
+    for name, a in reference.items():
+        b = other[name]
+        if a.shape != b.shape:
+            raise CheckFailed(f"output {name}: shape {list(b.shape)} instead of {list(a.shape)}")
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        if not np.isfinite(y).all() and np.isfinite(x).all():
+            raise CheckFailed(f"output {name}: holds NaN or infinity, the original does not")
+        gap = np.where(np.isfinite(x) & np.isfinite(y), x - y, 0.0)
+        scale = float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0.0) ** 2))) or 1.0
+        flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
+        norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
+        found.append(Difference(
+            name, float(np.abs(gap).max(initial=0.0)), float(np.sqrt(np.mean(gap**2))) / scale if gap.size else 0.0,
+            float(flat[0] @ flat[1]) / norms, agreement(x, y),
+        ))
+    return found
+
+
+def agreement(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:
+    if x.ndim < 2 or x.shape[-1] < 2 or x.size == 0:
+        return None
+    return float((x.argmax(-1) == y.argmax(-1)).mean())
+
+
+def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
+    """One Difference per output over several batches: the largest difference, the mean of the rest."""
+    by_name: dict[str, list[Difference]] = {}
+    for row in rows:
+        for d in row:
+            by_name.setdefault(d.output, []).append(d)
+    found = []
+    for name, items in by_name.items():
+        rates = [d.agreement for d in items if d.agreement is not None]
+        found.append(Difference(name, max(d.max_abs_diff for d in items), float(np.mean([d.relative for d in items])),
+                                float(np.mean([d.cosine for d in items])), float(np.mean(rates)) if rates else None))
+    return tuple(found)
+
+
+def outputs_of(path: Path, batches: Sequence[Feeds], provider: str, optimise: str) -> list[dict[str, AnyArray]]:
+    session = open_session(path, provider=provider, optimise=optimise)  # type: ignore[arg-type]
+    names = {i.name for i in session.get_inputs()}
+    return [run_session(session, {k: v for k, v in feeds.items() if k in names}, name=path.name) for feeds in batches]
+
+
+def equals_mask(rewritten: Rewritten, pruned: Path, batches: Iterable[Feeds], provider: str = "cpu") -> tuple[Difference, ...]:
+    """Outputs of the written model against the original with the removed units silenced, at its full size."""
+    feeds = list(batches)
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        path = Path(folder) / "masked.onnx"
+        source = rewritten.source
+        save(clean(mask_model(source.model, source.trace, rewritten.dead)), path)
+        reference = outputs_of(path, feeds, provider, "basic")
+    return pooled([compare(a, b) for a, b in zip(reference, outputs_of(pruned, feeds, provider, "basic"), strict=True)])
+
+
+def drift(original: Path, pruned: Path, batches: Iterable[Feeds], provider: str = "cpu") -> tuple[Difference, ...]:
+    """How far the pruned model's outputs are from the original's, both as onnxruntime runs them by default."""
+    feeds = list(batches)
+    reference = outputs_of(original, feeds, provider, "all")
+    return pooled([compare(a, b) for a, b in zip(reference, outputs_of(pruned, feeds, provider, "all"), strict=True)])
+
+
+def tolerance_of(model: Model) -> float:
+    """Largest relative difference that rounding explains, by the type of most weights."""
+    kinds = [v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()]
+    common = max(set(kinds), key=kinds.count) if kinds else None
+    return TOLERANCE.get(common.numpy(), HALF) if common is not None else 1e-4
+
+
+def judge(verdict: Verdict) -> None:
+    """Raise CheckFailed where sliced and masked disagree by more than rounding."""
+    for d in verdict.equals_mask:
+        if d.relative > verdict.tolerance:
+            raise CheckFailed(
+                f"output {d.output}: the pruned model differs from its masked original by {d.relative:.1e} relative "
+                f"({d.max_abs_diff:.1e} at most), more than {verdict.tolerance:.0e}"
+            )
