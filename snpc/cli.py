@@ -1,0 +1,356 @@
+"""The command line: each command parses, calls one verb, prints. Exit codes: 0 done, 1 a check failed, 2 cannot be asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from snpc import show
+from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.types import ROLES, Role
+
+F = TypeVar("F", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns snpc's own errors into one line and an exit code; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SnpcError as error:
+            click.echo(f"snpc: {error}", err=True)
+            sys.exit(1 if isinstance(error, CheckFailed) else 2)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator."""
+
+    def apply(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in named if name not in ROLES]
+    if unknown or not named:
+        raise click.BadParameter(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas")
+    return named  # type: ignore[return-value]
+
+
+def numbers(text: str, name: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.replace("x", ",").split(",") if part)
+    except ValueError:
+        raise UserError(f"{name} {text!r}: numbers separated by commas are needed") from None
+
+
+choosing = options(
+    click.option("--ratio", type=float, required=True, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
+    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option("--criterion", default=None, metavar="NAME[:KEY=VALUE,...]",
+                 help="How units are scored: magnitude, random, activation, snp. Default: snp with --calib, else magnitude."),
+    click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
+    click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
+    click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
+    click.option("--include", metavar="REGEX", help="Only groups whose id matches."),
+    click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
+)
+
+calibrating = options(
+    click.option("--calib", "--calibration-data", "calib", metavar="DATA",
+                 help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
+                      "test_data_set_*/input_N.pb, or file.py:function (runs that code)."),
+    click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
+    click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
+    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+    click.option("--seed", default=0, show_default=True, type=int, help="Which samples are drawn from larger data."),
+)
+
+running = options(
+    click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, trt or its full name."),
+)
+
+as_json = click.option("--json", "json_path", type=FILE, metavar="PATH", help="Also write the result as JSON ('-': to stdout, nothing else).")
+at_sizes = click.option("--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs.")
+model_argument = click.argument("model", type=FILE)
+
+
+def parse_dims(dims: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in dims:
+        name, equals, size = text.rpartition("=")
+        if not equals or not size.isdigit() or not int(size):
+            raise UserError(f"--dim-param {text!r}: must look like batch=1")
+        found[name] = int(size)
+    return found
+
+
+def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
+    import snpc
+
+    model = snpc.load(path)
+    sizes = parse_dims(dims)
+    named = {d for spec in model.inputs for d in spec.shape if isinstance(d, str)}
+    unknown = sorted(set(sizes) - named)
+    if unknown:
+        raise UserError(f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}")
+    return snpc.analyze(model, sizes)
+
+
+def calibration_of(model: Any, calib: str | None, calib_samples: int, calib_batch: int, image_size: str | None,
+                   image_mean: str | None, image_std: str | None, image_layout: str | None, seed: int) -> Any:
+    """The calibration data that the flags describe, or None without --calib."""
+    import snpc
+
+    given = {"size": numbers(image_size, "--image-size", int) if image_size else None,
+             "mean": numbers(image_mean, "--image-mean", float) if image_mean else None,
+             "std": numbers(image_std, "--image-std", float) if image_std else None, "layout": image_layout}
+    chosen = {k: v for k, v in given.items() if v is not None}
+    if calib is None:
+        if chosen:
+            raise UserError("--image-size, --image-mean, --image-std and --image-layout describe calibration images: give --calib too")
+        return None
+    return snpc.load_calibration(calib, model.inputs, samples=calib_samples, batch=calib_batch,
+                                 images=snpc.ImageOptions(**chosen), seed=seed)
+
+
+def planned(analysis: Any, calibration: Any, ratio: float, roles: tuple[Role, ...], criterion: str | None, uniform: bool,
+            round_to: int, min_width: int, include: str | None, exclude: str | None, provider: str, watch: Any) -> Any:
+    """Score and plan as the flags say."""
+    import snpc
+    from snpc.passes.plan import chosen_groups
+
+    choice = snpc.Choice(ratio, roles, uniform, round_to, min_width, include, exclude)
+    chosen_groups(analysis, choice)
+    name = criterion or ("snp" if calibration is not None else "magnitude")
+    if criterion is None and calibration is None:
+        show.note("no --calib: scoring by weight magnitude, which needs no data and keeps far less accuracy than snp with data")
+    with watch.stage("score"):
+        scores = snpc.score(analysis, name, calibration, roles=roles, provider=provider,
+                            progress=show.progress("calibrating", calibration))
+    if calibration is not None and not scores.samples:
+        show.note(f"criterion {name} takes no data for {', '.join(roles)}: --calib is used for verification only")
+    with watch.stage("plan"):
+        return snpc.make_plan(scores, choice)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="snpc")
+def main() -> None:
+    """Make exported attention models small and fast: structured pruning of ONNX files, without training code."""
+
+
+@main.command()
+@model_argument
+@as_json
+@at_sizes
+@click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
+def inspect(model: Path, json_path: Path | None, dims: tuple[str, ...], pins: bool) -> None:
+    """Show what can be made narrower in MODEL, and why the rest cannot."""
+    analysis = analysed(model, dims)
+    show.emit_json(show.analysis_json(analysis), json_path)
+    if str(json_path) != "-":
+        show.groups(analysis)
+        if pins:
+            show.pins(analysis)
+
+
+@main.command()
+@model_argument
+@choosing
+@calibrating
+@running
+@at_sizes
+@click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
+@click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
+@as_json
+@click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
+def prune(model: Path, output: Path | None, plan_path: Path | None, json_path: Path | None, dry_run: bool, provider: str,
+          dims: tuple[str, ...], **flags: Any) -> None:
+    """Prune MODEL, write the result, verify what was written, and show before and after."""
+    import snpc
+    from snpc.runtime.model_io import check_target
+    from snpc.runtime.prune import Stopwatch
+
+    watch = Stopwatch()
+    target = output or model.with_name(f"{model.stem}-pruned.onnx")
+    with watch.stage("analyze"):
+        analysis = analysed(model, dims)
+    for path in (p for p in ((None if dry_run else target), plan_path, json_path) if p is not None and str(p) != "-"):
+        check_target(path, model)
+    choice, calib = split_flags(flags)
+    with watch.stage("calibration"):
+        calibration = calibration_of(analysis.model, **calib)
+    plan = planned(analysis, calibration, provider=provider, watch=watch, **choice)
+    if plan_path is not None:
+        write_text(plan_path, snpc.plan_to_json(plan))
+    if dry_run:
+        show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
+        if str(json_path) != "-":
+            show.plan(plan)
+        return
+    result = snpc.apply_plan(plan, target, calibration=calibration, provider=provider, watch=watch)
+    finish(result, json_path)
+
+
+def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("calib", "calib_samples", "calib_batch", "image_size", "image_mean", "image_std", "image_layout", "seed")
+    return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
+
+
+def finish(result: Any, json_path: Path | None) -> None:
+    import snpc
+
+    show.emit_json(snpc.report(result), json_path)
+    if str(json_path) != "-":
+        show.result(result)
+
+
+def write_text(path: Path, text: str) -> None:
+    from snpc.runtime.model_io import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@main.command()
+@model_argument
+@choosing
+@calibrating
+@running
+@click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
+def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
+    """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
+    import snpc
+    from snpc.runtime.model_io import check_target
+    from snpc.runtime.prune import Stopwatch
+
+    target = output or model.with_name(f"{model.stem}.plan.json")
+    analysis = analysed(model)
+    check_target(target, model)
+    choice, calib = split_flags(flags)
+    made = planned(analysis, calibration_of(analysis.model, **calib), provider=provider, watch=Stopwatch(), **choice)
+    write_text(target, snpc.plan_to_json(made))
+    show.plan(made)
+    show.line(f"plan written to {target}")
+
+
+@main.command()
+@model_argument
+@click.argument("plan_file", type=FILE)
+@calibrating
+@running
+@click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
+@as_json
+def apply(model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any) -> None:
+    """Apply PLAN_FILE to MODEL, write the result and verify it. --calib is used for verification only."""
+    import snpc
+    from snpc.runtime.prune import Stopwatch
+
+    watch = Stopwatch()
+    with watch.stage("analyze"):
+        analysis = analysed(model)
+    plan = read_plan(plan_file, analysis)
+    _, calib = split_flags(flags)
+    target = output or model.with_name(f"{model.stem}-pruned.onnx")
+    result = snpc.apply_plan(plan, target, calibration=calibration_of(analysis.model, **calib), provider=provider, watch=watch)
+    finish(result, json_path)
+
+
+def read_plan(path: Path, analysis: Any) -> Any:
+    import snpc
+
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return snpc.plan_from_json(text, analysis, str(path))
+
+
+@main.command()
+@model_argument
+@click.argument("pruned", type=FILE)
+@click.option("--plan", "plan_path", type=FILE, help="The plan that made it: also checks that slicing equals masking.")
+@click.option("--data", "calib", metavar="DATA", help="Inputs to run on (forms as --calib of prune); default: random.")
+@click.option("--max-drift", type=float, help="Fail if an output moves by more than this (root mean square, relative).")
+@as_json
+@running
+def verify(model: Path, pruned: Path, plan_path: Path | None, calib: str | None, max_drift: float | None,
+           json_path: Path | None, provider: str) -> None:
+    """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
+    import snpc
+    from snpc.runtime.prune import verdict_json
+
+    analysis = analysed(model)
+    plan = read_plan(plan_path, analysis) if plan_path else None
+    calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
+    verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
+    show.emit_json(verdict_json(verdict), json_path)
+    if str(json_path) != "-":
+        show.verdict(verdict)
+    moved = max((d.relative for d in verdict.drift), default=0.0)
+    if max_drift is not None and moved > max_drift:
+        raise CheckFailed(f"{pruned}: outputs moved by {moved:.3g}, more than --max-drift {max_drift:g}")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, type=FILE)
+@click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
+@click.option("--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable.")
+@click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
+@click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
+@click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
+@click.option("--duration", type=float, help="Go on until so many seconds have passed.")
+@click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
+@as_json
+@running
+def bench(models: tuple[Path, ...], batch: int, shapes: tuple[str, ...], data: str | None, warmup: int, iterations: int,
+          duration: float | None, threads: int, json_path: Path | None, provider: str) -> None:
+    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first."""
+    import snpc
+    from snpc.runtime.feeds import parse_shapes
+
+    feeds = None
+    if data is not None:
+        feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
+    result = snpc.bench(list(models), provider=provider, threads=threads, data=feeds, warmup=warmup, iterations=iterations,
+                        duration=duration, **({} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}))
+    show.emit_json(result.to_json(), json_path)
+    if str(json_path) != "-":
+        show.benchmark(result)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("folder", type=FILE)
+def example(name: str, folder: Path) -> None:
+    """Write a shipped example into FOLDER: NAME is `digits`, a trained ViT with calibration and evaluation data."""
+    import snpc
+
+    for path in snpc.write_example(name, folder):
+        show.line(str(path))
+
+
+@main.command()
+def criteria() -> None:
+    """List the criteria and their options."""
+    from snpc.criteria import describe
+
+    show.criteria(describe())
+
+
+if __name__ == "__main__":
+    main()

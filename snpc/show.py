@@ -1,0 +1,195 @@
+"""What people see: rich tables and progress bars on a terminal, plain aligned lines in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snpc.passes.analyze import Analysis
+from snpc.passes.plan import Plan
+from snpc.runtime.bench import Bench
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
+from snpc.types import Cost, Difference, Group, Verdict
+
+
+def line(text: str) -> None:
+    click.echo(text)
+
+
+def note(text: str) -> None:
+    """A remark that is no result: to stderr, so that pipes stay clean."""
+    click.echo(f"snpc: note: {text}", err=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        made = Table(title=title, title_justify="left")
+        for k, name in enumerate(header):
+            made.add_column(name, justify="right" if k in right else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*row)
+        Console().print(made)
+        return
+    line(title)
+    widths = [max(len(str(r[k])) for r in (header, *rows)) for k in range(len(header))]
+    for row in (header, *rows):
+        cells = (c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+        line("  " + "  ".join(cells).rstrip())
+
+
+def progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
+    """A bar over calibration batches where there is a terminal to show it on."""
+    if calibration is None or not sys.stderr.isatty():
+        return None
+
+    def wrap(batches: Iterable[Feeds]) -> Iterator[Feeds]:
+        from rich.console import Console
+        from rich.progress import track
+
+        total = -(-calibration.samples // calibration.batch)
+        yield from track(batches, what, total=total, console=Console(stderr=True), transient=True)
+
+    return wrap
+
+
+def emit_json(data: Any, path: Path | None) -> None:
+    if path is None:
+        return
+    if str(path) == "-":
+        line(json.dumps(data, indent=1))
+    else:
+        write_json(data, path)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def count(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
+    freedom = group.freedom if not group.pins else "pinned"
+    return (group.id, group.role, str(group.layer), f"{group.blocks} x {group.size}", freedom,
+            share(group.macs, cost.macs), share(group.params, cost.params))
+
+
+def groups(analysis: Analysis) -> None:
+    cost = analysis.cost
+    sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
+    line(f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{f' at {sizes}' if sizes else ''}, "
+         f"{cost.nodes} nodes")
+    rows = [group_row(g, cost) for g in analysis.groups]
+    if rows:
+        table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))
+    counts = Counter(g.role for g in analysis.groups if g.prunable)
+    line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def pins(analysis: Analysis) -> None:
+    if analysis.pins:
+        rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
+        table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
+
+
+def analysis_json(analysis: Analysis) -> dict[str, Any]:
+    found = []
+    for g in analysis.groups:
+        found.append({
+            "id": g.id, "role": g.role, "layer": g.layer, "blocks": g.blocks, "size": g.size, "freedom": g.freedom,
+            "freedom_reason": g.freedom_reason, "macs": g.macs, "params": g.params, "prunable": g.prunable,
+            "sites": [{"tensor": s.tensor, "axis": s.axis, "kind": s.kind} for s in g.sites],
+            "pins": [asdict(p) for p in g.pins],
+        })
+    return {"snpc_inspect": 1, "model": str(analysis.model.path), "digest": analysis.model.digest,
+            "params": analysis.cost.params, "macs": analysis.cost.macs, "nodes": analysis.cost.nodes,
+            "macs_at": dict(analysis.binding), "groups": found, "pins": pins_json(analysis)}
+
+
+# -- plan and result -------------------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> list[dict[str, Any]]:
+    return groups_json(plan)
+
+
+def plan(plan: Plan) -> None:
+    rows = []
+    for g in plan.analysis.groups:
+        if g.id in plan.keep:
+            rows.append((g.id, g.role, f"{g.blocks} x {g.size}", f"{g.blocks} x {plan.kept(g)}",
+                         share(plan.kept(g), g.size)))
+    table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+
+
+def result(result: Pruned) -> None:
+    before, after = result.before, result.after
+    rows = [
+        (name, count(a), count(b), share(b, a))
+        for name, a, b in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs),
+                           ("bytes on disk", before.bytes, after.bytes), ("nodes", before.nodes, after.nodes))
+    ]
+    table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
+    by_role = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
+    total: Counter[str] = Counter()
+    for g in result.plan.analysis.groups:
+        if g.id in result.plan.keep:
+            by_role[g.role] += g.blocks * (g.size - result.plan.kept(g))
+            total[g.role] += g.blocks * g.size
+    line("removed: " + ", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items())
+         + f" (scored by {result.plan.criterion}{', ' + result.calibration if result.calibration else ', no data'})")
+    verdict(result.verdict)
+    line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+
+
+def verdict(verdict: Verdict) -> None:
+    line(f"verified: {'; '.join(verdict.structure)}")
+    for d in verdict.equals_mask:
+        line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
+    for d in verdict.drift:
+        line(f"  {d.output}: {drift_text(d)} ({verdict.compared})")
+
+
+def drift_text(d: Difference) -> str:
+    same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
+    return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def benchmark(result: Bench) -> None:
+    header, *rows = result.rows()
+    machine = result.machine
+    threads = machine.threads or "onnxruntime's choice of"
+    table(f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+          f"{result.rounds} interleaved rounds after {result.warmup} of warm-up", header, rows, right=range(1, len(header)))
+
+
+def criteria(described: Sequence[Any]) -> None:
+    for item in described:
+        line(f"{item.name}: {item.summary}")
+        for option, what in item.options:
+            line(f"    {option}: {what}")
