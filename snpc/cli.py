@@ -43,7 +43,9 @@ def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
     named = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in named if name not in ROLES]
     if unknown or not named:
-        raise click.BadParameter(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas")
+        raise click.BadParameter(
+            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas"
+        )
     return named  # type: ignore[return-value]
 
 
@@ -55,10 +57,16 @@ def numbers(text: str, name: str, kind: Callable[[str], Any]) -> tuple[Any, ...]
 
 
 choosing = options(
-    click.option("--ratio", type=float, required=True, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
+    click.option(
+        "--ratio", type=float, required=True, help="Fraction of the units of every chosen role to remove, in [0, 1)."
+    ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
-    click.option("--criterion", default=None, metavar="NAME[:KEY=VALUE,...]",
-                 help="How units are scored: magnitude, random, activation, snp. Default: snp with --calib, else magnitude."),
+    click.option(
+        "--criterion",
+        default=None,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="How units are scored: magnitude, random, activation, snp. Default: snp with --calib, else magnitude.",
+    ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
     click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
     click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
@@ -67,9 +75,14 @@ choosing = options(
 )
 
 calibrating = options(
-    click.option("--calib", "--calibration-data", "calib", metavar="DATA",
-                 help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
-                      "test_data_set_*/input_N.pb, or file.py:function (runs that code)."),
+    click.option(
+        "--calib",
+        "--calibration-data",
+        "calib",
+        metavar="DATA",
+        help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
+        "test_data_set_*/input_N.pb, or file.py:function (runs that code).",
+    ),
     click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
     click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
     click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
@@ -80,11 +93,21 @@ calibrating = options(
 )
 
 running = options(
-    click.option("--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, trt or its full name."),
+    click.option(
+        "--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, trt or its full name."
+    ),
 )
 
-as_json = click.option("--json", "json_path", type=FILE, metavar="PATH", help="Also write the result as JSON ('-': to stdout, nothing else).")
-at_sizes = click.option("--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs.")
+as_json = click.option(
+    "--json",
+    "json_path",
+    type=FILE,
+    metavar="PATH",
+    help="Also write the result as JSON ('-': to stdout, nothing else).",
+)
+at_sizes = click.option(
+    "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
+)
 model_argument = click.argument("model", type=FILE)
 
 
@@ -106,29 +129,58 @@ def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
     named = {d for spec in model.inputs for d in spec.shape if isinstance(d, str)}
     unknown = sorted(set(sizes) - named)
     if unknown:
-        raise UserError(f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}")
+        raise UserError(
+            f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
+        )
     return snpc.analyze(model, sizes)
 
 
-def calibration_of(model: Any, calib: str | None, calib_samples: int, calib_batch: int, image_size: str | None,
-                   image_mean: str | None, image_std: str | None, image_layout: str | None, seed: int) -> Any:
+def calibration_of(
+    model: Any,
+    calib: str | None,
+    calib_samples: int,
+    calib_batch: int,
+    image_size: str | None,
+    image_mean: str | None,
+    image_std: str | None,
+    image_layout: str | None,
+    seed: int,
+) -> Any:
     """The calibration data that the flags describe, or None without --calib."""
     import snpc
 
-    given = {"size": numbers(image_size, "--image-size", int) if image_size else None,
-             "mean": numbers(image_mean, "--image-mean", float) if image_mean else None,
-             "std": numbers(image_std, "--image-std", float) if image_std else None, "layout": image_layout}
+    given = {
+        "size": numbers(image_size, "--image-size", int) if image_size else None,
+        "mean": numbers(image_mean, "--image-mean", float) if image_mean else None,
+        "std": numbers(image_std, "--image-std", float) if image_std else None,
+        "layout": image_layout,
+    }
     chosen = {k: v for k, v in given.items() if v is not None}
     if calib is None:
         if chosen:
-            raise UserError("--image-size, --image-mean, --image-std and --image-layout describe calibration images: give --calib too")
+            raise UserError(
+                "--image-size, --image-mean, --image-std and --image-layout describe calibration images: give --calib too"
+            )
         return None
-    return snpc.load_calibration(calib, model.inputs, samples=calib_samples, batch=calib_batch,
-                                 images=snpc.ImageOptions(**chosen), seed=seed)
+    return snpc.load_calibration(
+        calib, model.inputs, samples=calib_samples, batch=calib_batch, images=snpc.ImageOptions(**chosen), seed=seed
+    )
 
 
-def planned(analysis: Any, calibration: Any, ratio: float, roles: tuple[Role, ...], criterion: str | None, uniform: bool,
-            round_to: int, min_width: int, include: str | None, exclude: str | None, provider: str, watch: Any) -> Any:
+def planned(
+    analysis: Any,
+    calibration: Any,
+    ratio: float,
+    roles: tuple[Role, ...],
+    criterion: str | None,
+    uniform: bool,
+    round_to: int,
+    min_width: int,
+    include: str | None,
+    exclude: str | None,
+    provider: str,
+    watch: Any,
+) -> Any:
     """Score and plan as the flags say."""
     import snpc
     from snpc.passes.plan import chosen_groups
@@ -137,10 +189,18 @@ def planned(analysis: Any, calibration: Any, ratio: float, roles: tuple[Role, ..
     chosen_groups(analysis, choice)
     name = criterion or ("snp" if calibration is not None else "magnitude")
     if criterion is None and calibration is None:
-        show.note("no --calib: scoring by weight magnitude, which needs no data and keeps far less accuracy than snp with data")
+        show.note(
+            "no --calib: scoring by weight magnitude, which needs no data and keeps far less accuracy than snp with data"
+        )
     with watch.stage("score"):
-        scores = snpc.score(analysis, name, calibration, roles=roles, provider=provider,
-                            progress=show.progress("calibrating", calibration))
+        scores = snpc.score(
+            analysis,
+            name,
+            calibration,
+            roles=roles,
+            provider=provider,
+            progress=show.progress("calibrating", calibration),
+        )
     if calibration is not None and not scores.samples:
         show.note(f"criterion {name} takes no data for {', '.join(roles)}: --calib is used for verification only")
     with watch.stage("plan"):
@@ -178,8 +238,16 @@ def inspect(model: Path, json_path: Path | None, dims: tuple[str, ...], pins: bo
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
 @click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
-def prune(model: Path, output: Path | None, plan_path: Path | None, json_path: Path | None, dry_run: bool, provider: str,
-          dims: tuple[str, ...], **flags: Any) -> None:
+def prune(
+    model: Path,
+    output: Path | None,
+    plan_path: Path | None,
+    json_path: Path | None,
+    dry_run: bool,
+    provider: str,
+    dims: tuple[str, ...],
+    **flags: Any,
+) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
     import snpc
     from snpc.runtime.model_io import check_target
@@ -255,7 +323,9 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
 @running
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @as_json
-def apply(model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any) -> None:
+def apply(
+    model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any
+) -> None:
     """Apply PLAN_FILE to MODEL, write the result and verify it. --calib is used for verification only."""
     import snpc
     from snpc.runtime.prune import Stopwatch
@@ -266,7 +336,9 @@ def apply(model: Path, plan_file: Path, output: Path | None, json_path: Path | N
     plan = read_plan(plan_file, analysis)
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
-    result = snpc.apply_plan(plan, target, calibration=calibration_of(analysis.model, **calib), provider=provider, watch=watch)
+    result = snpc.apply_plan(
+        plan, target, calibration=calibration_of(analysis.model, **calib), provider=provider, watch=watch
+    )
     finish(result, json_path)
 
 
@@ -288,8 +360,15 @@ def read_plan(path: Path, analysis: Any) -> Any:
 @click.option("--max-drift", type=float, help="Fail if an output moves by more than this (root mean square, relative).")
 @as_json
 @running
-def verify(model: Path, pruned: Path, plan_path: Path | None, calib: str | None, max_drift: float | None,
-           json_path: Path | None, provider: str) -> None:
+def verify(
+    model: Path,
+    pruned: Path,
+    plan_path: Path | None,
+    calib: str | None,
+    max_drift: float | None,
+    json_path: Path | None,
+    provider: str,
+) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     import snpc
     from snpc.runtime.prune import verdict_json
@@ -309,7 +388,9 @@ def verify(model: Path, pruned: Path, plan_path: Path | None, calib: str | None,
 @main.command()
 @click.argument("models", nargs=-1, required=True, type=FILE)
 @click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
-@click.option("--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable.")
+@click.option(
+    "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
+)
 @click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
 @click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
 @click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
@@ -317,8 +398,18 @@ def verify(model: Path, pruned: Path, plan_path: Path | None, calib: str | None,
 @click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
 @as_json
 @running
-def bench(models: tuple[Path, ...], batch: int, shapes: tuple[str, ...], data: str | None, warmup: int, iterations: int,
-          duration: float | None, threads: int, json_path: Path | None, provider: str) -> None:
+def bench(
+    models: tuple[Path, ...],
+    batch: int,
+    shapes: tuple[str, ...],
+    data: str | None,
+    warmup: int,
+    iterations: int,
+    duration: float | None,
+    threads: int,
+    json_path: Path | None,
+    provider: str,
+) -> None:
     """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
@@ -326,8 +417,16 @@ def bench(models: tuple[Path, ...], batch: int, shapes: tuple[str, ...], data: s
     feeds = None
     if data is not None:
         feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
-    result = snpc.bench(list(models), provider=provider, threads=threads, data=feeds, warmup=warmup, iterations=iterations,
-                        duration=duration, **({} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}))
+    result = snpc.bench(
+        list(models),
+        provider=provider,
+        threads=threads,
+        data=feeds,
+        warmup=warmup,
+        iterations=iterations,
+        duration=duration,
+        **({} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}),
+    )
     show.emit_json(result.to_json(), json_path)
     if str(json_path) != "-":
         show.benchmark(result)

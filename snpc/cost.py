@@ -48,16 +48,25 @@ def attention_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Siz
     if shape.packed_weight is not None:
         q, _, v = packed_sizes(call)
         batch, length, width = query
-        yield "projection", Letters("aMK", "KN", "aMN"), {"a": batch, "M": length, "K": width,
-                                                          "N": call.shape(shape.packed_weight)[1]}
+        yield (
+            "projection",
+            Letters("aMK", "KN", "aMN"),
+            {"a": batch, "M": length, "K": width, "N": call.shape(shape.packed_weight)[1]},
+        )
         sizes = {"a": batch, "b": heads, "M": length, "N": length, "K": q // heads, "V": v // heads}
     else:
         if not (call.has(shape.key) and call.has(shape.value)):
             return
         key, value = call.shape(shape.key), call.shape(shape.value)
         if heads:
-            sizes = {"a": query[0], "b": heads, "M": query[1], "N": key[1], "K": query[2] // heads,
-                     "V": value[2] // max(int(call.attrs.get("kv_num_heads", heads)), 1)}
+            sizes = {
+                "a": query[0],
+                "b": heads,
+                "M": query[1],
+                "N": key[1],
+                "K": query[2] // heads,
+                "V": value[2] // max(int(call.attrs.get("kv_num_heads", heads)), 1),
+            }
         else:
             sizes = {"a": query[0], "b": query[1], "M": query[2], "N": key[2], "K": query[3], "V": value[3]}
     width = sizes.pop("V")

@@ -92,15 +92,24 @@ def share(part: float, whole: float) -> str:
 
 def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
     freedom = group.freedom if not group.pins else "pinned"
-    return (group.id, group.role, str(group.layer), f"{group.blocks} x {group.size}", freedom,
-            share(group.macs, cost.macs), share(group.params, cost.params))
+    return (
+        group.id,
+        group.role,
+        str(group.layer),
+        f"{group.blocks} x {group.size}",
+        freedom,
+        share(group.macs, cost.macs),
+        share(group.params, cost.params),
+    )
 
 
 def groups(analysis: Analysis) -> None:
     cost = analysis.cost
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
-    line(f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{f' at {sizes}' if sizes else ''}, "
-         f"{cost.nodes} nodes")
+    line(
+        f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{f' at {sizes}' if sizes else ''}, "
+        f"{cost.nodes} nodes"
+    )
     rows = [group_row(g, cost) for g in analysis.groups]
     if rows:
         table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))
@@ -117,15 +126,33 @@ def pins(analysis: Analysis) -> None:
 def analysis_json(analysis: Analysis) -> dict[str, Any]:
     found = []
     for g in analysis.groups:
-        found.append({
-            "id": g.id, "role": g.role, "layer": g.layer, "blocks": g.blocks, "size": g.size, "freedom": g.freedom,
-            "freedom_reason": g.freedom_reason, "macs": g.macs, "params": g.params, "prunable": g.prunable,
-            "sites": [{"tensor": s.tensor, "axis": s.axis, "kind": s.kind} for s in g.sites],
-            "pins": [asdict(p) for p in g.pins],
-        })
-    return {"snpc_inspect": 1, "model": str(analysis.model.path), "digest": analysis.model.digest,
-            "params": analysis.cost.params, "macs": analysis.cost.macs, "nodes": analysis.cost.nodes,
-            "macs_at": dict(analysis.binding), "groups": found, "pins": pins_json(analysis)}
+        found.append(
+            {
+                "id": g.id,
+                "role": g.role,
+                "layer": g.layer,
+                "blocks": g.blocks,
+                "size": g.size,
+                "freedom": g.freedom,
+                "freedom_reason": g.freedom_reason,
+                "macs": g.macs,
+                "params": g.params,
+                "prunable": g.prunable,
+                "sites": [{"tensor": s.tensor, "axis": s.axis, "kind": s.kind} for s in g.sites],
+                "pins": [asdict(p) for p in g.pins],
+            }
+        )
+    return {
+        "snpc_inspect": 1,
+        "model": str(analysis.model.path),
+        "digest": analysis.model.digest,
+        "params": analysis.cost.params,
+        "macs": analysis.cost.macs,
+        "nodes": analysis.cost.nodes,
+        "macs_at": dict(analysis.binding),
+        "groups": found,
+        "pins": pins_json(analysis),
+    }
 
 
 # -- plan and result -------------------------------------------------------------------------------------------------
@@ -139,8 +166,9 @@ def plan(plan: Plan) -> None:
     rows = []
     for g in plan.analysis.groups:
         if g.id in plan.keep:
-            rows.append((g.id, g.role, f"{g.blocks} x {g.size}", f"{g.blocks} x {plan.kept(g)}",
-                         share(plan.kept(g), g.size)))
+            rows.append(
+                (g.id, g.role, f"{g.blocks} x {g.size}", f"{g.blocks} x {plan.kept(g)}", share(plan.kept(g), g.size))
+            )
     table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
 
 
@@ -148,8 +176,12 @@ def result(result: Pruned) -> None:
     before, after = result.before, result.after
     rows = [
         (name, count(a), count(b), share(b, a))
-        for name, a, b in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs),
-                           ("bytes on disk", before.bytes, after.bytes), ("nodes", before.nodes, after.nodes))
+        for name, a, b in (
+            ("parameters", before.params, after.params),
+            ("MACs", before.macs, after.macs),
+            ("bytes on disk", before.bytes, after.bytes),
+            ("nodes", before.nodes, after.nodes),
+        )
     ]
     table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
     by_role = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
@@ -158,8 +190,11 @@ def result(result: Pruned) -> None:
         if g.id in result.plan.keep:
             by_role[g.role] += g.blocks * (g.size - result.plan.kept(g))
             total[g.role] += g.blocks * g.size
-    line("removed: " + ", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items())
-         + f" (scored by {result.plan.criterion}{', ' + result.calibration if result.calibration else ', no data'})")
+    line(
+        "removed: "
+        + ", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items())
+        + f" (scored by {result.plan.criterion}{', ' + result.calibration if result.calibration else ', no data'})"
+    )
     verdict(result.verdict)
     line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
 
@@ -184,8 +219,13 @@ def benchmark(result: Bench) -> None:
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "onnxruntime's choice of"
-    table(f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
-          f"{result.rounds} interleaved rounds after {result.warmup} of warm-up", header, rows, right=range(1, len(header)))
+    table(
+        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+        f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
+        header,
+        rows,
+        right=range(1, len(header)),
+    )
 
 
 def criteria(described: Sequence[Any]) -> None:

@@ -111,9 +111,11 @@ def test_all_widths_at_once(name: str) -> None:
     assert {n.op_type for n in after.graph.node} >= {"MatMul"} & {n.op_type for n in before.graph.node}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if prunable(analysis_of(name).groups, "head")])
+@pytest.mark.parametrize("name", NAMES)
 def test_heads_and_widths_at_once(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
+    if not prunable(analysis.groups, "head"):
+        pytest.skip("no heads to cut: test_groups says why")
     cuts = random_cuts(prunable(analysis.groups), seed_of(name) + 1, RATIOS)
     assert cuts_everything(analysis, cuts)
     pair = cut(analysis, cuts)

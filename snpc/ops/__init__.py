@@ -32,4 +32,6 @@ def lookup(domain: str, name: str) -> OpSpec:
     if known:
         return known
     label = f"{domain}.{name}" if domain else name
-    return OpSpec(name, "opaque", "pinned: no entry", domain=domain, reason=f"no entry for {label} in the operator table")
+    return OpSpec(
+        name, "opaque", "pinned: no entry", domain=domain, reason=f"no entry for {label} in the operator table"
+    )

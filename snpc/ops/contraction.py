@@ -51,7 +51,11 @@ def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
         out = ("..." if "..." in equation else "") + "".join(sorted(c for c in set(flat) if flat.count(c) == 1))
     free = [c for c in ascii_letters if c not in equation]
     depth = max(
-        (len(shape) - len(part.replace("...", "")) for part, shape in zip(parts, shapes, strict=False) if "..." in part),
+        (
+            len(shape) - len(part.replace("...", ""))
+            for part, shape in zip(parts, shapes, strict=False)
+            if "..." in part
+        ),
         default=0,
     )
     dots = "".join(free[:depth])
@@ -111,17 +115,51 @@ def entries() -> list[OpSpec]:
 
     return [
         OpSpec("MatMul", "contraction", "x @ y: the last axis of x joins the last but one of y", letters=_matmul),
-        OpSpec("Gemm", "contraction", "as MatMul, with transposes and a bias", letters=_gemm, bias=2,
-               bias_letters=_gemm_bias),
+        OpSpec(
+            "Gemm",
+            "contraction",
+            "as MatMul, with transposes and a bias",
+            letters=_gemm,
+            bias=2,
+            bias_letters=_gemm_bias,
+        ),
         OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum),
-        OpSpec("Conv", "contraction", "input channels are summed, output channels come from the weight; depthwise "
-               "convolutions are per channel", letters=_conv, bias=2, bias_letters=bias_channel, reattr=_conv_attrs),
-        OpSpec("ConvTranspose", "contraction", "as Conv, with the weight's axes swapped", letters=_conv_transpose,
-               bias=2, bias_letters=bias_channel),
-        OpSpec("FusedMatMul", "contraction", "as MatMul, with transposes and a factor", domain=MICROSOFT,
-               letters=_fused_matmul, out_shapes=_matmul_shape),
-        OpSpec("FusedGemm", "contraction", "as Gemm, then an activation", domain=MICROSOFT, letters=_gemm, bias=2,
-               bias_letters=_gemm_bias, out_shapes=lambda call: [_gemm_shape(call)], curved=True),
+        OpSpec(
+            "Conv",
+            "contraction",
+            "input channels are summed, output channels come from the weight; depthwise convolutions are per channel",
+            letters=_conv,
+            bias=2,
+            bias_letters=bias_channel,
+            reattr=_conv_attrs,
+        ),
+        OpSpec(
+            "ConvTranspose",
+            "contraction",
+            "as Conv, with the weight's axes swapped",
+            letters=_conv_transpose,
+            bias=2,
+            bias_letters=bias_channel,
+        ),
+        OpSpec(
+            "FusedMatMul",
+            "contraction",
+            "as MatMul, with transposes and a factor",
+            domain=MICROSOFT,
+            letters=_fused_matmul,
+            out_shapes=_matmul_shape,
+        ),
+        OpSpec(
+            "FusedGemm",
+            "contraction",
+            "as Gemm, then an activation",
+            domain=MICROSOFT,
+            letters=_gemm,
+            bias=2,
+            bias_letters=_gemm_bias,
+            out_shapes=lambda call: [_gemm_shape(call)],
+            curved=True,
+        ),
     ]
 
 

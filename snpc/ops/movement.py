@@ -78,9 +78,7 @@ def _reshape_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     for axis, (before, after) in enumerate(zip(outs[0].old, outs[0].new, strict=True)):
         copies = old[axis] == 0 and not allow_zero
         still_right = old[axis] == -1 or (copies and axis < len(data.new) and data.new[axis] == after)
-        if copies and not still_right:
-            new[axis] = after
-        elif before != after and not still_right:
+        if (copies and not still_right) or (before != after and not still_right):
             new[axis] = after
     return Repair(inputs={1: new})
 
@@ -276,8 +274,10 @@ def entries() -> list[OpSpec]:
         entry("Tile", "labels repeat", _tile),
         entry("Slice", "runs on the labels; the bounds are recomputed", _slice, _slice_repair),
         entry("Split", "runs on the labels; the sizes are recomputed", _split, _split_repair),
-        replace(entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
-                selects=True),
+        replace(
+            entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
+            selects=True,
+        ),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _blocks),
         entry("SpaceToDepth", "runs on the labels", _blocks),

@@ -55,10 +55,7 @@ def _same_shape(call: Call) -> list[Shape]:
 
 def _one(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:
     shapes = _same_shape if domain else None
-    return [
-        OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes)
-        for name in names.split()
-    ]
+    return [OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes) for name in names.split()]
 
 
 def entries() -> list[OpSpec]:
@@ -84,28 +81,108 @@ def entries() -> list[OpSpec]:
         OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,)),
         OpSpec("SimplifiedLayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,)),
         OpSpec("LpNormalization", "normalise", norm, axes=_axis(-1)),  # type: ignore[arg-type]
-        OpSpec("InstanceNormalization", "normalise", "per channel; scale and bias follow", axes=_spatial,
-               per_axis=(-1, -2)),
-        OpSpec("BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_none,
-               per_axis=(-1, -2, -3, -4)),
-        OpSpec("CumSum", "normalise", "adds up along its axis", axes=lambda call: _cumsum_axes(call),
-               reason="it is summed along"),
-        OpSpec("SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
-               per_axis=(2, 3, 4), out_shapes=_same_shape),
-        OpSpec("SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
-               per_axis=(2, 3), out_shapes=_same_shape),
+        OpSpec(
+            "InstanceNormalization", "normalise", "per channel; scale and bias follow", axes=_spatial, per_axis=(-1, -2)
+        ),
+        OpSpec(
+            "BatchNormalization",
+            "normalise",
+            "per channel; scale, bias, mean and variance follow",
+            axes=_none,
+            per_axis=(-1, -2, -3, -4),
+        ),
+        OpSpec(
+            "CumSum",
+            "normalise",
+            "adds up along its axis",
+            axes=lambda call: _cumsum_axes(call),
+            reason="it is summed along",
+        ),
+        OpSpec(
+            "SkipLayerNormalization",
+            "normalise",
+            norm,
+            domain=MICROSOFT,
+            data=(0, 1),
+            axes=_last,
+            per_axis=(2, 3, 4),
+            out_shapes=_same_shape,
+        ),
+        OpSpec(
+            "SkipSimplifiedLayerNormalization",
+            "normalise",
+            norm,
+            domain=MICROSOFT,
+            data=(0, 1),
+            axes=_last,
+            per_axis=(2, 3),
+            out_shapes=_same_shape,
+        ),
     ]
-    for name in "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum " \
-                "ReduceSumSquare".split():
-        table.append(OpSpec(name, "reduce", "the reduced axes keep their width", data=(0,), axes=_reduce_axes,
-                            reason="it is reduced over"))
-    for name in "GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool GlobalLpPool Resize Upsample".split():
-        table.append(OpSpec(name, "normalise", "per channel over a window", axes=_spatial, data=(0,),
-                            reason="it is pooled or resampled"))
-    for name in "ArgMax ArgMin".split():
-        table.append(OpSpec(name, "reduce", "the axis keeps its width", data=(0,), axes=_axis(0),  # type: ignore[arg-type]
-                            reason="positions along it are numbered"))
-    for name in "Shape Size ConstantOfShape Range EyeLike RandomNormalLike RandomUniformLike NonZero OneHot".split():
+    for name in [
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+    ]:
+        table.append(
+            OpSpec(
+                name,
+                "reduce",
+                "the reduced axes keep their width",
+                data=(0,),
+                axes=_reduce_axes,
+                reason="it is reduced over",
+            )
+        )
+    for name in [
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "AveragePool",
+        "MaxPool",
+        "LpPool",
+        "GlobalLpPool",
+        "Resize",
+        "Upsample",
+    ]:
+        table.append(
+            OpSpec(
+                name,
+                "normalise",
+                "per channel over a window",
+                axes=_spatial,
+                data=(0,),
+                reason="it is pooled or resampled",
+            )
+        )
+    for name in ["ArgMax", "ArgMin"]:
+        table.append(
+            OpSpec(
+                name,
+                "reduce",
+                "the axis keeps its width",
+                data=(0,),
+                axes=_axis(0),  # type: ignore[arg-type]
+                reason="positions along it are numbered",
+            )
+        )
+    for name in [
+        "Shape",
+        "Size",
+        "ConstantOfShape",
+        "Range",
+        "EyeLike",
+        "RandomNormalLike",
+        "RandomUniformLike",
+        "NonZero",
+        "OneHot",
+    ]:
         table.append(OpSpec(name, "shape", "reads shapes or makes constants: labels end here"))
     return table
 

@@ -120,8 +120,9 @@ def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
     return "ffn" if flags & Flag.CONSUMED else "other"
 
 
-def head_drafts(found: list[Draft], heads: Ints, units: Units, pinned: Mapping[int, list[PinNote]],
-                flags: npt.NDArray[np.int32]) -> list[Draft]:
+def head_drafts(
+    found: list[Draft], heads: Ints, units: Units, pinned: Mapping[int, list[PinNote]], flags: npt.NDArray[np.int32]
+) -> list[Draft]:
     """Whole blocks as units: one draft per set of groups whose blocks the same heads cover."""
     owners: dict[int, list[int]] = defaultdict(list)
     for index, draft in enumerate(found):
@@ -144,10 +145,19 @@ def head_drafts(found: list[Draft], heads: Ints, units: Units, pinned: Mapping[i
             hard = tuple(n for n in found[child].pins if n.kind == "hard")
             notes = tuple(dict.fromkeys((*notes, *hard)))
         if torn:
-            notes = (*notes, PinNote(np.array(torn), "", 0, len(torn), "something is shared by part of its heads", "",
-                                     "hard"))
-        made.append(Draft(np.array(sorted(members))[None, :], "head", Flag(int(np.bitwise_or.reduce(flags[members]))),
-                          notes, children))
+            notes = (
+                *notes,
+                PinNote(np.array(torn), "", 0, len(torn), "something is shared by part of its heads", "", "hard"),
+            )
+        made.append(
+            Draft(
+                np.array(sorted(members))[None, :],
+                "head",
+                Flag(int(np.bitwise_or.reduce(flags[members]))),
+                notes,
+                children,
+            )
+        )
     return made
 
 
@@ -168,11 +178,22 @@ def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made:
         numbers = usage.covered(draft, made)
         freedom, why = freedom_of(draft)
         macs, params = usage.account(numbers)
-        groups.append(Group(
-            id=name, role=draft.role, layer=layer, blocks=draft.units.shape[0], size=draft.units.shape[1],
-            sites=usage.sites(numbers), probes=usage.probes(draft, numbers, made), freedom=freedom,
-            freedom_reason=why, macs=macs, params=params, pins=tuple(to_pin(note) for note in draft.pins),
-        ))
+        groups.append(
+            Group(
+                id=name,
+                role=draft.role,
+                layer=layer,
+                blocks=draft.units.shape[0],
+                size=draft.units.shape[1],
+                sites=usage.sites(numbers),
+                probes=usage.probes(draft, numbers, made),
+                freedom=freedom,
+                freedom_reason=why,
+                macs=macs,
+                params=params,
+                pins=tuple(to_pin(note) for note in draft.pins),
+            )
+        )
     return tuple(groups)
 
 
@@ -203,8 +224,10 @@ class Usage:
                 self.axes_of[int(unit)].append(axis)
         self.users: dict[int, list[tuple[Contraction, Carried, str, int]]] = defaultdict(list)
         for contraction in trace.contractions:
-            for side, letters in ((contraction.left, contraction.letters.left),
-                                  (contraction.right, contraction.letters.right)):
+            for side, letters in (
+                (contraction.left, contraction.letters.left),
+                (contraction.right, contraction.letters.right),
+            ):
                 for index, labels in enumerate(side.factors):
                     for unit in np.unique(units.unit[labels[labels >= 0]]):
                         self.users[int(unit)].append((contraction, side, letters, index))
@@ -236,8 +259,13 @@ class Usage:
         for axis in self.own_axes(numbers):
             labels = np.arange(axis.first, axis.first + axis.size, dtype=np.int32)
             flags = Flag(int(np.bitwise_or.reduce(self.trace.book.flags[labels])))
-            kind: SiteKind = "consume" if flags & Flag.READS else "produce" if flags & Flag.PRODUCED else (
-                "norm" if flags & Flag.NORMED else "pointwise")
+            kind: SiteKind = (
+                "consume"
+                if flags & Flag.READS
+                else "produce"
+                if flags & Flag.PRODUCED
+                else ("norm" if flags & Flag.NORMED else "pointwise")
+            )
             made.append(Site(str(axis.constant.name), axis.axis, kind, self.numbered(labels, numbers)))
         return tuple(made)
 
@@ -302,8 +330,14 @@ class Usage:
                 found.setdefault((kind, probe.tensor), probe)
         return tuple(found.values())
 
-    def probe(self, kind: ProbeKind, side: Carried, contraction: Contraction, labels: npt.NDArray[np.int32],
-              numbers: Mapping[int, int]) -> Probe | None:
+    def probe(
+        self,
+        kind: ProbeKind,
+        side: Carried,
+        contraction: Contraction,
+        labels: npt.NDArray[np.int32],
+        numbers: Mapping[int, int],
+    ) -> Probe | None:
         """The activation itself, or the input of a fused node that holds it."""
         by_name = {v.name: v for v in contraction.node.inputs if v is not None}
         value = by_name.get(side.name)

@@ -126,8 +126,9 @@ class Book:
         named = labels[labels >= 0]
         self.flags[named] |= int(flag)
 
-    def pin(self, labels: Labels, tensor: str, axis: int, size: int, reason: str, operator: str,
-            kind: PinKind = "hard") -> None:
+    def pin(
+        self, labels: Labels, tensor: str, axis: int, size: int, reason: str, operator: str, kind: PinKind = "hard"
+    ) -> None:
         named = np.unique(labels[labels >= 0]).astype(np.int64)
         if len(named):
             self.pins.append(PinNote(named, tensor, axis, size, reason, operator, kind))

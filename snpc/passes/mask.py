@@ -53,7 +53,9 @@ def may_be_zero(axis: Axis, trace: Trace) -> bool:
     for user, index in axis.constant.uses():
         spec = lookup(user.domain, user.op_type)
         added = spec.kind == "pointwise" and spec.effect in ("add", "scale") and not (spec.divides and index == 1)
-        if not (added or spec.kind in ("contraction", "movement", "attention") or spec.kind == "normalise" and index < 3):
+        if not (
+            added or spec.kind in ("contraction", "movement", "attention") or (spec.kind == "normalise" and index < 3)
+        ):
             return False
     return True
 

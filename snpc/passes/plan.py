@@ -49,12 +49,16 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
-            raise UserError(f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5")
+            raise UserError(
+                f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"
+            )
         if self.round_to < 1 or self.min_width < 1:
             raise UserError("--round-to and --min-width must be at least 1")
         unknown = [r for r in self.roles if r not in ROLES]
         if unknown or not self.roles:
-            raise UserError(f"unknown role {', '.join(map(repr, unknown)) or '(none given)'}: choose from {', '.join(ROLES)}")
+            raise UserError(
+                f"unknown role {', '.join(map(repr, unknown)) or '(none given)'}: choose from {', '.join(ROLES)}"
+            )
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")
@@ -80,8 +84,12 @@ class Plan:
 def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
     """Groups that the choice is about. Raises UserError where there are none, saying why."""
     mine = [g for g in analysis.groups if g.role in choice.roles]
-    named = [g for g in mine if (not choice.include or re.search(choice.include, g.id))
-             and not (choice.exclude and re.search(choice.exclude, g.id))]
+    named = [
+        g
+        for g in mine
+        if (not choice.include or re.search(choice.include, g.id))
+        and not (choice.exclude and re.search(choice.exclude, g.id))
+    ]
     found = [g for g in named if g.prunable and g.size > 1]
     if found:
         return found
@@ -90,7 +98,9 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
     pins = [p for g in named for p in g.pins] or list(analysis.pins)
     why = f", for example {pins[0].tensor} axis {pins[0].axis}: {pins[0].reason} ({pins[0].operator})" if pins else ""
-    raise UserError(f"{name}: nothing to prune in the roles {', '.join(choice.roles)}{why}; `snpc inspect` lists every pin")
+    raise UserError(
+        f"{name}: nothing to prune in the roles {', '.join(choice.roles)}{why}; `snpc inspect` lists every pin"
+    )
 
 
 def make_plan(scores: Scores, choice: Choice) -> Plan:
@@ -193,12 +203,18 @@ def plan_to_json(plan: Plan) -> str:
     for group in plan.analysis.groups:
         rows = plan.keep.get(group.id)
         if rows is not None:
-            head = json.dumps({"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size,
-                               "kept": len(rows[0])})
+            head = json.dumps(
+                {"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size, "kept": len(rows[0])}
+            )
             lines = ",\n      ".join(json.dumps(list(row)) for row in rows)
             groups.append(f'    {head[:-1]}, "keep": [\n      {lines}]}}')
-    head = {"snpc_plan": FORMAT, "model": plan.analysis.model.path.name, "digest": plan.analysis.model.digest,
-            "criterion": plan.criterion, "options": dict(plan.options)}
+    head = {
+        "snpc_plan": FORMAT,
+        "model": plan.analysis.model.path.name,
+        "digest": plan.analysis.model.digest,
+        "criterion": plan.criterion,
+        "options": dict(plan.options),
+    }
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
 
@@ -210,17 +226,21 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
     except json.JSONDecodeError as error:
         raise UserError(f"{name}: not JSON (line {error.lineno}: {error.msg})") from None
     if not isinstance(data, dict) or data.get("snpc_plan") != FORMAT:
-        raise UserError(f"{name}: not a snpc plan (it needs \"snpc_plan\": {FORMAT}); `snpc plan` writes one")
+        raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {FORMAT}); `snpc plan` writes one')
     if data.get("digest") != analysis.model.digest:
-        raise UserError(f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
-                        f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan")
+        raise UserError(
+            f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
+            f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
+        )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}
     for entry in data.get("groups", []):
         group = groups.get(entry.get("id")) if isinstance(entry, dict) else None
         if group is None:
-            raise UserError(f"{name}: unknown group {entry.get('id') if isinstance(entry, dict) else entry!r}; "
-                            "`snpc inspect` lists them")
+            raise UserError(
+                f"{name}: unknown group {entry.get('id') if isinstance(entry, dict) else entry!r}; "
+                "`snpc inspect` lists them"
+            )
         keep[group.id] = checked_rows(entry.get("keep"), group, name)
     return Plan(analysis, str(data.get("criterion", "by hand")), data.get("options", {}), keep)
 
@@ -230,10 +250,10 @@ def checked_rows(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], .
     if group.pins:
         raise UserError(f"{where} is pinned ({group.pins[0].reason}); remove it from the plan")
     if not isinstance(rows, list) or len(rows) != group.blocks or not all(isinstance(r, list) for r in rows):
-        raise UserError(f"{where}: needs {group.blocks} lists in \"keep\", one per block")
+        raise UserError(f'{where}: needs {group.blocks} lists in "keep", one per block')
     for row in rows:
         if not row or not all(type(k) is int and 0 <= k < group.size for k in row) or len(set(row)) != len(row):
-            raise UserError(f"{where}: \"keep\" must hold different positions from 0 to {group.size - 1}, at least one")
+            raise UserError(f'{where}: "keep" must hold different positions from 0 to {group.size - 1}, at least one')
     if len({len(row) for row in rows}) > 1:
         counts = sorted({len(row) for row in rows})
         raise UserError(f"{where}: every block must keep the same number of units, not {counts[0]} and {counts[-1]}")

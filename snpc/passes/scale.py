@@ -193,7 +193,7 @@ def upstream(node: ir.Node, facts: Facts) -> tuple[Scalar | None, ir.Value | Non
 def scalar_of(node: ir.Node, facts: Facts) -> tuple[Scalar | None, bool]:
     """(the number this node multiplies by, whether values only move through it)."""
     spec = lookup(node.domain, node.op_type)
-    if spec.kind == "movement" or spec.effect == "same" and spec.kind == "pointwise":
+    if spec.kind == "movement" or (spec.effect == "same" and spec.kind == "pointwise"):
         return None, True
     if spec.kind != "pointwise" or spec.effect != "scale" or len(node.inputs) != 2:
         return None, False
@@ -229,13 +229,16 @@ def walk(fold: Fold, value: ir.Value, wanted: frozenset[int], trace: Trace, fact
     spec = lookup(node.domain, node.op_type)
     if spec.kind == "movement" and node.inputs[0] is not None:
         walk(fold, node.inputs[0], wanted, trace, facts, model)
-    elif spec.kind == "concat" or spec.kind == "pointwise" and spec.effect == "add":
+    elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
             if part is not None:
                 walk_term(fold, node, part, wanted, trace, facts, model)
     elif spec.kind == "pointwise" and spec.effect in ("scale", "same"):
-        linear = [v for v in node.inputs[:1] if v is not None] if spec.divides else [
-            v for v in node.inputs if v is not None and side_labels(trace.values[v]) & wanted]
+        linear = (
+            [v for v in node.inputs[:1] if v is not None]
+            if spec.divides
+            else [v for v in node.inputs if v is not None and side_labels(trace.values[v]) & wanted]
+        )
         if len(linear) != 1 or v_is_constant(linear[0]):
             raise CannotFold
         walk(fold, linear[0], wanted, trace, facts, model)
@@ -249,8 +252,9 @@ def walk(fold: Fold, value: ir.Value, wanted: frozenset[int], trace: Trace, fact
         raise CannotFold
 
 
-def walk_term(fold: Fold, node: ir.Node, part: ir.Value, wanted: frozenset[int], trace: Trace, facts: Facts,
-              model: ir.Model) -> None:
+def walk_term(
+    fold: Fold, node: ir.Node, part: ir.Value, wanted: frozenset[int], trace: Trace, facts: Facts, model: ir.Model
+) -> None:
     if v_is_constant(part):
         mark_aligned(fold, node, part, wanted, trace)
     elif side_labels(trace.values[part]) & wanted:
@@ -380,9 +384,5 @@ def merge_folds(plan: ScalePlan, folds: list[Fold]) -> None:
 def closed(fold: Fold, nodes: Mapping[ir.Node, float]) -> bool:
     values = fold.values | {value for value, _ in fold.constants}
     return all(
-        nodes.get(user) == fold.factor or is_shape(user)
-        for value in values
-        for user in value.consumers()
+        nodes.get(user) == fold.factor or is_shape(user) for value in values for user in value.consumers()
     ) and not any(value.is_graph_output() for value in values)
-
-

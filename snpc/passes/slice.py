@@ -64,8 +64,14 @@ def with_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool
     return gone
 
 
-def slice_model(model: ir.Model, facts: Facts, trace: Trace, dead: Dead, sizes: Mapping[str, int],
-                multiply: Multipliers | None = None) -> Sliced:
+def slice_model(
+    model: ir.Model,
+    facts: Facts,
+    trace: Trace,
+    dead: Dead,
+    sizes: Mapping[str, int],
+    multiply: Multipliers | None = None,
+) -> Sliced:
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
     ``Ragged`` where blocks that share a tensor keep different numbers."""
     copy = model.clone()
@@ -86,7 +92,9 @@ def slice_model(model: ir.Model, facts: Facts, trace: Trace, dead: Dead, sizes: 
             if set_attributes(node, changed):
                 learn(new, node, copy, sizes)
         expected = [expected_output(trace, v, dead) for v in old.outputs]
-        if spec.kind == "movement" and any(e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))):
+        if spec.kind == "movement" and any(
+            e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))
+        ):
             check_movement(Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected)), copy, sizes)
         check_shapes(node, new, expected)
     return Sliced(copy, new, dead)
@@ -106,8 +114,9 @@ def expected_output(trace: Trace, value: ir.Value, dead: Dead) -> Packing | None
         raise Ragged(str(value.name)) from None
 
 
-def shrink_constant(value: ir.Value, carried: Carried | None, dead: Dead,
-                    factors: Mapping[int, npt.NDArray[np.float64]]) -> None:
+def shrink_constant(
+    value: ir.Value, carried: Carried | None, dead: Dead, factors: Mapping[int, npt.NDArray[np.float64]]
+) -> None:
     if carried is None or value.const_value is None:
         return
     packed = packing(carried.shape, carried.factors, dead)
@@ -116,8 +125,13 @@ def shrink_constant(value: ir.Value, carried: Carried | None, dead: Dead,
         value.shape = ir.Shape(packed.new)
 
 
-def taken(tensor: ir.TensorProtocol, keep: Mapping[int, npt.NDArray[np.int64]], shape: Shape, name: str,
-          factors: Mapping[int, npt.NDArray[np.float64]]) -> ir.LazyTensor:
+def taken(
+    tensor: ir.TensorProtocol,
+    keep: Mapping[int, npt.NDArray[np.int64]],
+    shape: Shape,
+    name: str,
+    factors: Mapping[int, npt.NDArray[np.float64]],
+) -> ir.LazyTensor:
     """The kept part of ``tensor``, times ``factors`` per position of an axis, read when it is needed."""
 
     def read() -> ir.Tensor:
@@ -188,7 +202,9 @@ def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> Non
         step.repairs.set_input(step.old, step.node, index, array)
     learn(step.after, step.node, model, sizes)
     if not moves_right(step):
-        raise CheckFailed(f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong")
+        raise CheckFailed(
+            f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong"
+        )
 
 
 def moves_right(step: Step) -> bool:
@@ -235,6 +251,11 @@ def broken_scalars(model: ir.Model, old: Facts, new: Facts, copy: ir.Model) -> l
             if value is None or other is None or value not in new.value or other not in old.value:
                 continue
             a, b = old.value[other], new.value[value]
-            if a.dtype.kind == "f" and a.size == 1 and b.size == 1 and float(a.reshape(-1)[0]) != float(b.reshape(-1)[0]):
+            if (
+                a.dtype.kind == "f"
+                and a.size == 1
+                and b.size == 1
+                and float(a.reshape(-1)[0]) != float(b.reshape(-1)[0])
+            ):
                 found.append((node, index, float(a.reshape(-1)[0]), float(b.reshape(-1)[0])))
     return found

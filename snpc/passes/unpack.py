@@ -46,8 +46,7 @@ def ragged_values(trace: Trace, dead: Dead) -> list[ir.Value]:
     return found
 
 
-def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value],
-           sizes: Mapping[str, int]) -> ir.Model:
+def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value], sizes: Mapping[str, int]) -> ir.Model:
     """A copy of ``model`` in which the ragged values are gone. Raises CheckFailed where that is not possible."""
     copy = model.clone()
     twins = {n.name: n for n in copy.graph}
@@ -83,8 +82,10 @@ def packed_root(value: ir.Value, ragged: set[ir.Value]) -> ir.Value:
     while value in ragged:
         node = value.producer()
         if node is None or lookup(node.domain, node.op_type).kind != "movement" or node.inputs[0] is None:
-            raise CheckFailed(f"{value.name}: its blocks would keep different widths and it cannot be split; "
-                              "use --uniform, or --exclude one of its groups")
+            raise CheckFailed(
+                f"{value.name}: its blocks would keep different widths and it cannot be split; "
+                "use --uniform, or --exclude one of its groups"
+            )
         value = node.inputs[0]
     return value
 
@@ -173,8 +174,14 @@ def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, .
 
 
 def new_node(work: Work, op: str, inputs: list[ir.Value], attrs: Mapping[str, int], name: str, outputs: int) -> ir.Node:
-    node = ir.Node("", op, inputs, [ir.AttrInt64(k, v) for k, v in attrs.items()], num_outputs=outputs,
-                   name=work.repairs.fresh(name))
+    node = ir.Node(
+        "",
+        op,
+        inputs,
+        [ir.AttrInt64(k, v) for k, v in attrs.items()],
+        num_outputs=outputs,
+        name=work.repairs.fresh(name),
+    )
     for k, value in enumerate(node.outputs):
         value.name = f"{node.name}_out{k}"
     return node
@@ -206,8 +213,16 @@ def same_labels(work: Work, old: ir.Node, index: int, packed_in: Packing, packed
     return left == right
 
 
-def clone_step(work: Work, old: ir.Node, index: int, value: ir.Value, packed_in: Packing, packed_out: Packing,
-               anchor: ir.Node, name: str) -> ir.Value:
+def clone_step(
+    work: Work,
+    old: ir.Node,
+    index: int,
+    value: ir.Value,
+    packed_in: Packing,
+    packed_out: Packing,
+    anchor: ir.Node,
+    name: str,
+) -> ir.Value:
     spec = lookup(old.domain, old.op_type)
     version = opset(work.copy, old.domain)
     if spec.selects and len(packed_out.new) < len(packed_in.new):
@@ -220,15 +235,24 @@ def clone_step(work: Work, old: ir.Node, index: int, value: ir.Value, packed_in:
         anchor.append(node)
     else:
         rest = [work.twins[old.name].inputs[k] for k in range(1, len(old.inputs))]
-        node = ir.Node(old.domain, old.op_type, [value, *rest], list(work.twins[old.name].attributes.values()),
-                       num_outputs=1, name=work.repairs.fresh(f"{name}_{old.op_type}"))
+        node = ir.Node(
+            old.domain,
+            old.op_type,
+            [value, *rest],
+            list(work.twins[old.name].attributes.values()),
+            num_outputs=1,
+            name=work.repairs.fresh(f"{name}_{old.op_type}"),
+        )
         node.outputs[0].name = f"{node.name}_out"
         anchor.append(node)
         for k, extra in enumerate(old.inputs[1:], 1):
             twin = node.inputs[k]
             if extra is not None and twin is not None:
-                for table, origin in ((work.after.shape, work.before.shape), (work.after.dtype, work.before.dtype),
-                                      (work.after.value, work.before.value)):
+                for table, origin in (
+                    (work.after.shape, work.before.shape),
+                    (work.after.dtype, work.before.dtype),
+                    (work.after.value, work.before.value),
+                ):
                     if extra in origin:
                         table[twin] = origin[extra]  # type: ignore[index, assignment]
         if spec.repair is not None:

@@ -131,8 +131,13 @@ class Instrument:
         return self.prepared[key]
 
     def axis_size(self, probe: Probe, layout: Layout, axis: int) -> int:
-        return int(probe.units.shape[axis - 1] if layout.period and axis > 1 else
-                   layout.period if layout.period else probe.units.shape[axis])
+        return int(
+            probe.units.shape[axis - 1]
+            if layout.period and axis > 1
+            else layout.period
+            if layout.period
+            else probe.units.shape[axis]
+        )
 
     def energy(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         rows, layout = self.rows(probe, blocks * size)
@@ -159,8 +164,9 @@ class Instrument:
         self.model.graph.outputs.append(value)
 
 
-def measure(analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu",
-            threads: int = 0) -> Iterator[dict[str, FloatArray]]:
+def measure(
+    analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu", threads: int = 0
+) -> Iterator[dict[str, FloatArray]]:
     """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64."""
     instrument = Instrument(analysis.traced.model)
     for item in wanted:

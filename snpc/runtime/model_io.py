@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ def load(path: str | os.PathLike[str]) -> Model:
     """
     where = Path(path)
     if not where.is_file():
-        raise UserError(f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself")
+        raise UserError(
+            f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
+        )
     try:
         proto = onnx.load(str(where), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise UserError(f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?") from None
+        raise UserError(
+            f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?"
+        ) from None
     if not proto.graph.node or not proto.opset_import:
         raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
     check_external(proto, where)
@@ -64,8 +68,13 @@ def set_base(model: ir.Model, folder: Path) -> None:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.ExternalTensor(
-                    value.const_value.location, value.const_value.offset, value.const_value.length,
-                    value.const_value.dtype, shape=value.const_value.shape, name=str(value.name), base_dir=folder,
+                    value.const_value.location,
+                    value.const_value.offset,
+                    value.const_value.length,
+                    value.const_value.dtype,
+                    shape=value.const_value.shape,
+                    name=str(value.name),
+                    base_dir=folder,
                 )
 
 
@@ -90,14 +99,18 @@ def check_external(proto: onnx.ModelProto, where: Path) -> None:
         file = where.parent / location
         if location not in sizes:
             if not location or not file.is_file():
-                raise UserError(f"{where}: its weights are in {location or 'a file without a name'}, which is not beside it; "
-                                "copy that file next to the model")
+                raise UserError(
+                    f"{where}: its weights are in {location or 'a file without a name'}, which is not beside it; "
+                    "copy that file next to the model"
+                )
             sizes[location] = file.stat().st_size
         with suppress(ValueError):
             end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
             if end > sizes[location]:
-                raise UserError(f"{file}: too short for {tensor.name} ({end} bytes needed, {sizes[location]} there); "
-                                "the download may be truncated")
+                raise UserError(
+                    f"{file}: too short for {tensor.name} ({end} bytes needed, {sizes[location]} there); "
+                    "the download may be truncated"
+                )
 
 
 def digest_of(where: Path, proto: onnx.ModelProto) -> str:
@@ -116,8 +129,12 @@ def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
     for value in values:
         if value.name in model.graph.initializers:
             continue
-        dtype = value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else np.dtype(object)
-        dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
+        dtype = (
+            value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else np.dtype(object)
+        )
+        dims = (
+            () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
+        )
         found.append(TensorSpec(str(value.name), dtype, dims))
     return tuple(found)
 
@@ -126,7 +143,9 @@ def file_bytes(path: Path) -> int:
     """Size on disk of a model with the external data it names."""
     total = path.stat().st_size
     proto = onnx.load(str(path), load_external_data=False)
-    return total + sum((path.parent / name).stat().st_size for name in external_files(proto) if (path.parent / name).is_file())
+    return total + sum(
+        (path.parent / name).stat().st_size for name in external_files(proto) if (path.parent / name).is_file()
+    )
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -198,8 +217,11 @@ def save(model: ir.Model, target: Path, external: bool | None = None) -> None:
 
 def save_external(model: ir.Model, target: Path) -> None:
     data = target.with_name(target.name + ".data")
-    big = {name: v.const_value for name, v in model.graph.initializers.items()
-           if v.const_value is not None and v.const_value.nbytes >= 1024}
+    big = {
+        name: v.const_value
+        for name, v in model.graph.initializers.items()
+        if v.const_value is not None and v.const_value.nbytes >= 1024
+    }
     offsets: dict[str, tuple[int, int]] = {}
     with replacing(data) as temporary:
         with temporary.open("wb") as file:
@@ -210,9 +232,12 @@ def save_external(model: ir.Model, target: Path) -> None:
                 offsets[name] = (start, file.tell() - start)
         skeleton = skeleton_proto(model, set(big))
         for name, (offset, length) in offsets.items():
-            tensor_proto = skeleton.graph.initializer.add(name=name, data_type=int(big[name].dtype),
-                                                          dims=[int(d) for d in big[name].shape],  # type: ignore[arg-type]
-                                                          data_location=onnx.TensorProto.EXTERNAL)
+            tensor_proto = skeleton.graph.initializer.add(
+                name=name,
+                data_type=int(big[name].dtype),
+                dims=[int(d) for d in big[name].shape],  # type: ignore[arg-type]
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
             for key, value in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
                 tensor_proto.external_data.add(key=key, value=value)
         with replacing(target) as head:
@@ -237,7 +262,11 @@ def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:
 
 def write_inline(model: ir.Model, path: Path) -> None:
     """One protobuf message, its weights streamed one by one behind the graph's other fields."""
-    big = {name for name, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes >= 1024}
+    big = {
+        name
+        for name, v in model.graph.initializers.items()
+        if v.const_value is not None and v.const_value.nbytes >= 1024
+    }
     order = [name for name in model.graph.initializers if name in big]
     skeleton = skeleton_proto(model, big)
     graph = skeleton.graph.SerializeToString()
@@ -281,5 +310,3 @@ def varint_length(number: int) -> int:
 
 def to_bytes(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
-
-

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-
 from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
@@ -55,8 +54,14 @@ class Pruned:
     calibration: str = ""
 
 
-def apply_plan(plan: Plan, target: Path, *, calibration: Calibration | None = None, provider: str = "cpu",
-               watch: Stopwatch | None = None) -> Pruned:
+def apply_plan(
+    plan: Plan,
+    target: Path,
+    *,
+    calibration: Calibration | None = None,
+    provider: str = "cpu",
+    watch: Stopwatch | None = None,
+) -> Pruned:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
@@ -138,7 +143,9 @@ def id_limits(analysis: Analysis) -> dict[str, int]:
     return found
 
 
-def verify_written(rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str) -> Verdict:
+def verify_written(
+    rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str
+) -> Verdict:
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path)
     batches, compared = check_batches(analysis, calibration)
@@ -147,15 +154,23 @@ def verify_written(rewritten: Rewritten, plan: Plan, path: Path, calibration: Ca
     return Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
 
 
-def verify(original: Path, pruned: Path, *, plan: Plan | None = None, calibration: Calibration | None = None,
-           provider: str = "cpu") -> Verdict:
+def verify(
+    original: Path,
+    pruned: Path,
+    *,
+    plan: Plan | None = None,
+    calibration: Calibration | None = None,
+    provider: str = "cpu",
+) -> Verdict:
     """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known."""
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     same = equals_mask(rewrite_model(analysis.traced, cuts_of(plan)), pruned, batches, provider) if plan else ()
-    verdict = Verdict(structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model))
+    verdict = Verdict(
+        structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model)
+    )
     judge(verdict)
     return verdict
 
@@ -171,11 +186,18 @@ def report(result: Pruned) -> dict[str, Any]:
         for key in ("params", "macs", "bytes", "nodes")
     }
     return {
-        "snpc_report": 1, "model": str(plan.analysis.model.path), "output": str(result.path),
-        "digest": plan.analysis.model.digest, "criterion": plan.criterion, "options": dict(plan.options),
-        "calibration": result.calibration or None, **both,
+        "snpc_report": 1,
+        "model": str(plan.analysis.model.path),
+        "output": str(result.path),
+        "digest": plan.analysis.model.digest,
+        "criterion": plan.criterion,
+        "options": dict(plan.options),
+        "calibration": result.calibration or None,
+        **both,
         "macs_at": dict(plan.analysis.binding),
-        "groups": groups_json(plan), "pins": pins_json(plan.analysis), "verify": verdict_json(result.verdict),
+        "groups": groups_json(plan),
+        "pins": pins_json(plan.analysis),
+        "verify": verdict_json(result.verdict),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
 
@@ -191,10 +213,24 @@ def groups_json(plan: Plan) -> list[dict[str, Any]]:
         for site in group.sites:
             gone = cuts.get((site.tensor, site.axis))
             if gone is not None:
-                sites.append({"tensor": origin(graph.initializers[site.tensor]), "axis": site.axis,
-                              "keep": np.flatnonzero(~gone).tolist()})
-        found.append({"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size,
-                      "kept": plan.kept(group), "freedom": group.freedom, "sites": sites})
+                sites.append(
+                    {
+                        "tensor": origin(graph.initializers[site.tensor]),
+                        "axis": site.axis,
+                        "keep": np.flatnonzero(~gone).tolist(),
+                    }
+                )
+        found.append(
+            {
+                "id": group.id,
+                "role": group.role,
+                "blocks": group.blocks,
+                "size": group.size,
+                "kept": plan.kept(group),
+                "freedom": group.freedom,
+                "sites": sites,
+            }
+        )
     return found
 
 
@@ -204,14 +240,15 @@ def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     return {
-        "max_abs_diff": verdict.max_abs_diff, "compared": f"sliced against masked on {verdict.compared}",
-        "tolerance": verdict.tolerance, "structure": list(verdict.structure),
-        "equals_mask": [asdict(d) for d in verdict.equals_mask], "drift": [asdict(d) for d in verdict.drift],
+        "max_abs_diff": verdict.max_abs_diff,
+        "compared": f"sliced against masked on {verdict.compared}",
+        "tolerance": verdict.tolerance,
+        "structure": list(verdict.structure),
+        "equals_mask": [asdict(d) for d in verdict.equals_mask],
+        "drift": [asdict(d) for d in verdict.drift],
     }
 
 
 def write_json(data: Any, path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
-
-

@@ -19,9 +19,16 @@ from snpc.types import FloatArray, Group, Numbers, Role
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 
 
-def score(analysis: Analysis, criterion: str | Criterion = "magnitude", calibration: Calibration | None = None, *,
-          roles: Sequence[Role] = ("qk", "vo", "ffn"), provider: str = "cpu", threads: int = 0,
-          progress: Progress | None = None) -> Scores:
+def score(
+    analysis: Analysis,
+    criterion: str | Criterion = "magnitude",
+    calibration: Calibration | None = None,
+    *,
+    roles: Sequence[Role] = ("qk", "vo", "ffn"),
+    provider: str = "cpu",
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
     """Score the units of every prunable group of ``roles``.
 
     ``criterion``: a name with options ("snp:terms=4") or a ``Criterion``. Raises UserError where it needs calibration
@@ -32,21 +39,25 @@ def score(analysis: Analysis, criterion: str | Criterion = "magnitude", calibrat
     needed = {g.id: judge.probes(g.role) for g in groups}
     wanted = wanted_statistics(analysis, needed)
     if calibration is None and needs_data(judge, [g.role for g in groups]):
-        raise UserError(f"criterion {judge.name} needs calibration data for {', '.join(sorted({g.role for g in groups if needed[g.id]}))}: "
-                        "give --calib DATA, or choose --criterion magnitude")
+        raise UserError(
+            f"criterion {judge.name} needs calibration data for {', '.join(sorted({g.role for g in groups if needed[g.id]}))}: "
+            "give --calib DATA, or choose --criterion magnitude"
+        )
     sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
     samples = 0
     if wanted and calibration is not None:
         batches: Iterable[Feeds] = calibration.batches()
-        for result in measure(analysis, wanted, progress(batches) if progress else batches, provider=provider,
-                              threads=threads):
+        for result in measure(
+            analysis, wanted, progress(batches) if progress else batches, provider=provider, threads=threads
+        ):
             samples += observe(judge, wanted, result, sums)
     values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
     return Scores(analysis, judge.name if not isinstance(criterion, str) else criterion, values, samples)
 
 
-def observe(judge: Criterion, wanted: Sequence[Wanted], result: Mapping[str, FloatArray],
-            sums: dict[str, dict[str, FloatArray]]) -> int:
+def observe(
+    judge: Criterion, wanted: Sequence[Wanted], result: Mapping[str, FloatArray], sums: dict[str, dict[str, FloatArray]]
+) -> int:
     """Add one batch's statistics to ``sums``; the number of samples in it."""
     batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
     groups: dict[str, Group] = {}
@@ -68,7 +79,7 @@ def observe(judge: Criterion, wanted: Sequence[Wanted], result: Mapping[str, Flo
 
 
 def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
-    produce, consume = (head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group))
+    produce, consume = head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group)
     return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
 
 
@@ -84,8 +95,9 @@ def own_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], d
     return produce, consume
 
 
-def unit_rows(analysis: Analysis, tensor: str, axis: int, units: np.ndarray[tuple[int], np.dtype[np.int64]],
-              group: Group) -> list[FloatArray]:
+def unit_rows(
+    analysis: Analysis, tensor: str, axis: int, units: np.ndarray[tuple[int], np.dtype[np.int64]], group: Group
+) -> list[FloatArray]:
     """[units, fan] arrays. A packed weight holds a unit several times (its Q and its K column): one array each."""
     value = analysis.traced.model.graph.initializers[tensor].const_value
     assert value is not None

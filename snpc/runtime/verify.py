@@ -81,14 +81,21 @@ def compare(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) ->
         scale = float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0.0) ** 2))) or 1.0
         flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
         norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
-        found.append(Difference(
-            name, float(np.abs(gap).max(initial=0.0)), float(np.sqrt(np.mean(gap**2))) / scale if gap.size else 0.0,
-            float(flat[0] @ flat[1]) / norms, agreement(x, y),
-        ))
+        found.append(
+            Difference(
+                name,
+                float(np.abs(gap).max(initial=0.0)),
+                float(np.sqrt(np.mean(gap**2))) / scale if gap.size else 0.0,
+                float(flat[0] @ flat[1]) / norms,
+                agreement(x, y),
+            )
+        )
     return found
 
 
-def agreement(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:
+def agreement(
+    x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+) -> float | None:
     if x.ndim < 2 or x.shape[-1] < 2 or x.size == 0:
         return None
     return float((x.argmax(-1) == y.argmax(-1)).mean())
@@ -103,8 +110,15 @@ def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     found = []
     for name, items in by_name.items():
         rates = [d.agreement for d in items if d.agreement is not None]
-        found.append(Difference(name, max(d.max_abs_diff for d in items), float(np.mean([d.relative for d in items])),
-                                float(np.mean([d.cosine for d in items])), float(np.mean(rates)) if rates else None))
+        found.append(
+            Difference(
+                name,
+                max(d.max_abs_diff for d in items),
+                float(np.mean([d.relative for d in items])),
+                float(np.mean([d.cosine for d in items])),
+                float(np.mean(rates)) if rates else None,
+            )
+        )
     return tuple(found)
 
 
@@ -114,7 +128,9 @@ def outputs_of(path: Path, batches: Sequence[Feeds], provider: str, optimise: st
     return [run_session(session, {k: v for k, v in feeds.items() if k in names}, name=path.name) for feeds in batches]
 
 
-def equals_mask(rewritten: Rewritten, pruned: Path, batches: Iterable[Feeds], provider: str = "cpu") -> tuple[Difference, ...]:
+def equals_mask(
+    rewritten: Rewritten, pruned: Path, batches: Iterable[Feeds], provider: str = "cpu"
+) -> tuple[Difference, ...]:
     """Outputs of the written model against the original with the removed units silenced, at its full size."""
     feeds = list(batches)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -134,7 +150,9 @@ def drift(original: Path, pruned: Path, batches: Iterable[Feeds], provider: str 
 
 def tolerance_of(model: Model) -> float:
     """Largest relative difference that rounding explains, by the type of most weights."""
-    kinds = [v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()]
+    kinds = [
+        v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()
+    ]
     common = max(set(kinds), key=kinds.count) if kinds else None
     return TOLERANCE.get(common.numpy(), HALF) if common is not None else 1e-4
 

@@ -1,0 +1,106 @@
+"""What the trace carries from value to value, and where it writes what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops.spec import Call, Labels, Letters, OpSpec, Shape
+from snpc.passes.labels import Book, varying
+
+Factors = tuple[Labels, ...]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What the trace knows of one value: its shape, the labels on it, and whether it is made of constants only."""
+
+    name: str
+    shape: Shape
+    factors: Factors = ()
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One sum of products, as the cost, the scale and the probes need it."""
+
+    node: ir.Node
+    letters: Letters
+    left: Carried
+    right: Carried
+    constant: bool
+    part: str = ""
+
+
+@dataclass
+class Trace:
+    """Labels of every value of the main graph, and the book of what they mean."""
+
+    book: Book = field(default_factory=Book)
+    values: dict[ir.Value, Carried] = field(default_factory=dict)
+    contractions: list[Contraction] = field(default_factory=list)
+    extra: dict[tuple[ir.Node, str], Carried] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The node that is being traced, for pins."""
+
+    node: ir.Node
+    call: Call
+    spec: OpSpec
+    trace: Trace
+
+    @property
+    def operator(self) -> str:
+        return f"{self.node.op_type} {self.node.name}"
+
+    def pin(self, carried: Carried, labels: Labels, reason: str, axis: int | None = None, norm: bool = False) -> None:
+        axes = sorted(varying(labels)) or [0]
+        at = axes[0] if axis is None else axis
+        size = carried.shape[at] if at < len(carried.shape) else 1
+        self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, "norm" if norm else "hard")
+
+    def pin_all(self, inputs: Sequence[Carried | None], reason: str) -> None:
+        for carried in inputs:
+            if carried is not None:
+                for labels in carried.factors:
+                    self.pin(carried, labels, reason)
+
+    def refuse(self, inputs: Sequence[Carried | None], reason: str) -> list[Factors]:
+        """Pin everything that enters; nothing comes out labelled."""
+        self.pin_all(inputs, reason)
+        return []
+
+
+def align(labels: Labels, rank: int) -> Labels:
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
+def independent(factors: Factors) -> Factors:
+    """Without the factors that a finer one on the same axes determines (heads beneath heads x width, flattened).
+
+    Nothing is lost: what the coarser labels cover was written down where the two first met.
+    """
+    kept: list[Labels] = []
+    for labels in sorted(factors, key=lambda f: -len(np.unique(f))):
+        if not any(varying(labels) == varying(fine) and determines(fine, labels) for fine in kept):
+            kept.append(labels)
+    return tuple(kept)
+
+
+def determines(fine: Labels, coarse: Labels) -> bool:
+    a, b = np.broadcast_arrays(fine, coarse)
+    return len(np.unique(np.stack([a.reshape(-1), b.reshape(-1)]), axis=1).T) == len(np.unique(a))
+
+
+def cover_rest(here: Here, labels: Labels, rest: frozenset[int]) -> Labels:
+    """Fresh labels for what remains of ``labels`` when the other axes are summed: one per head, say."""
+    shape = [n if k in rest else 1 for k, n in enumerate(labels.shape)]
+    coarse = here.trace.book.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    here.trace.book.cover(coarse, labels, "batch")
+    return coarse

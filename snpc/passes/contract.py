@@ -1,0 +1,177 @@
+"""Sums of products: the algebra of labels under contractions. That Q and K belong together is said here, once."""
+
+from __future__ import annotations
+
+from snpc.ops.pointwise import SUMMED
+from snpc.ops.spec import Labels, Letters
+from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
+from snpc.passes.labels import Flag, varying
+from snpc.passes.meet import meet, pin_half_labelled
+
+
+def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: str = "") -> Factors:
+    """Sum over the letters that do not reach the output. ``part`` names the step of a fused node."""
+    book = here.trace.book
+    summed = set(letters.left) & set(letters.right) - set(letters.out)
+    constant = left.constant or right.constant
+    here.trace.contractions.append(Contraction(here.node, letters, left, right, constant, part))
+    sides = ((left, letters.left, right, letters.right), (right, letters.right, left, letters.left))
+    out: list[tuple[Carried, Labels]] = []
+    covered: list[Labels] = []
+    join_summed(here, left, right, letters, summed)
+    for mine, my_letters, other, other_letters in sides:
+        for labels in mine.factors:
+            on = {my_letters[k] for k in varying(labels)}
+            windowed = on & set(letters.windowed) if mine is left else set()
+            if windowed:
+                here.pin(mine, labels, "it is seen through a window", my_letters.index(min(windowed)))
+                continue
+            if on - summed - set(letters.out):
+                here.pin(mine, labels, SUMMED, my_letters.index(min(on - summed - set(letters.out))))
+                continue
+            if mine.constant and not other.constant:
+                book.flag(labels, Flag.CONSUMED | Flag.READS if on & summed else Flag.PRODUCED)
+                if not on & summed and letters.windowed:
+                    book.flag(labels, Flag.CONVOLVED)
+            elif other.constant and on & summed:
+                book.flag(labels, Flag.CONSUMED)
+            elif not constant:
+                book.flag(labels, Flag.SCORED if on & summed else Flag.CARRIED)
+            rest = frozenset(k for k in varying(labels) if my_letters[k] in letters.out)
+            if on & summed:
+                if not rest:
+                    continue
+                labels = cover_rest(here, labels, rest)
+                moved = spread_letters(
+                    squeeze_to(labels, my_letters, letters.out), kept_letters(my_letters, letters.out), letters.out
+                )
+                if any(m.shape == moved.shape for m in covered):
+                    book.join(next(m for m in covered if m.shape == moved.shape), moved)
+                    continue
+                covered.append(moved)
+            else:
+                moved = spread_letters(
+                    squeeze_to(labels, my_letters, letters.out), kept_letters(my_letters, letters.out), letters.out
+                )
+            out.append((mine, moved))
+    return join_batches(here, out, left, right, letters)
+
+
+def kept_letters(mine: str, out: str) -> str:
+    return "".join(c for c in mine if c in out)
+
+
+def squeeze_to(labels: Labels, mine: str, out: str) -> Labels:
+    return labels.reshape([n for k, n in enumerate(labels.shape) if mine[k] in out])
+
+
+def join_summed(here: Here, left: Carried, right: Carried, letters: Letters, summed: set[str]) -> None:
+    """Labels on both sides of a sum are one unit; labels on one side only are pinned."""
+    book = here.trace.book
+    for letter in sorted(summed):
+        i, j = letters.left.index(letter), letters.right.index(letter)
+        mine = [f for f in left.factors if i in varying(f)]
+        theirs = [f for f in right.factors if j in varying(f)]
+        for present, absent, axis, other_axis in ((mine, right, i, j), (theirs, left, j, i)):
+            counterpart = theirs if present is mine else mine
+            if present and not counterpart and absent.shape[other_axis] > 1:
+                owner = left if present is mine else right
+                for labels in present:
+                    here.pin(owner, labels, missing_partner(absent), axis)
+        for f in mine:
+            for g in theirs:
+                a, b = by_letter(f, letters.left, letters), by_letter(g, letters.right, letters)
+                if varying(a) == varying(b):
+                    book.match(a, b)
+                    pin_half_labelled(here, left, a, b)
+                elif varying(a) < varying(b):
+                    book.cover(a, b, "meet")
+                elif varying(b) < varying(a):
+                    book.cover(b, a, "meet")
+                else:
+                    book.share(a, b, "meet")
+
+
+def missing_partner(carried: Carried) -> str:
+    return f"it is summed against {carried.name}, which no float weight makes"
+
+
+def by_letter(labels: Labels, mine: str, letters: Letters) -> Labels:
+    every = sorted(set(letters.left) | set(letters.right))
+    return labels.transpose(sorted(range(len(mine)), key=lambda k: every.index(mine[k]))).reshape(
+        [labels.shape[mine.index(c)] if c in mine else 1 for c in every]
+    )
+
+
+def join_batches(
+    here: Here, out: list[tuple[Carried, Labels]], left: Carried, right: Carried, letters: Letters
+) -> Factors:
+    """Factors of both operands that share output axes: heads of the scores over heads of the values."""
+    book = here.trace.book
+    batch = {c for c in letters.out if c in letters.left and c in letters.right}
+    kept: list[tuple[Carried, Labels]] = []
+    for mine, labels in out:
+        on = {letters.out[k] for k in varying(labels)} & batch
+        absorbed = False
+        for other, existing in kept:
+            if other is mine or not (varying(labels) & varying(existing)):
+                continue
+            if varying(labels) == varying(existing):
+                book.join(labels, existing)
+                absorbed = True
+            elif varying(labels) < varying(existing):
+                book.cover(labels, existing, "batch")
+            elif varying(existing) < varying(labels):
+                book.cover(existing, labels, "batch")
+            else:
+                book.share(labels, existing, "batch")
+        partner, partner_letters = (right, letters.right) if mine is left else (left, letters.left)
+        for letter in on:
+            axis = partner_letters.index(letter)
+            if partner.shape[axis] > 1 and not any(axis in varying(f) for f in partner.factors):
+                pin_per_batch(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
+        if not absorbed:
+            kept.append((mine, labels))
+    return tuple(labels for _, labels in kept)
+
+
+def pin_per_batch(here: Here, carried: Carried, labels: Labels, axes: frozenset[int], partner: Carried) -> None:
+    """The other operand has this batch axis without labels: whole blocks stay, the width within them is free."""
+    if varying(labels) == axes:
+        here.pin(carried, labels, f"it meets {partner.name}, which no weight makes")
+        return
+    coarse = cover_rest(here, labels, axes)
+    here.pin(partner, coarse, "no weight makes this axis", min(axes))
+
+
+def add_bias(here: Here, factors: Factors, bias: Carried, out: str, letters: str) -> Factors:
+    shape = here.call.outs[0]
+    sizes = dict(zip(letters, bias.shape, strict=False))
+    view = tuple(sizes.get(letter, 1) for letter in out)
+    spread = Carried(bias.name, view, tuple(spread_letters(f, letters, out) for f in bias.factors), bias.constant)
+    return meet(here, [Carried(str(here.node.outputs[0].name), shape, factors), spread])
+
+
+def spread_letters(labels: Labels, letters: str, out: str) -> Labels:
+    order = [letters.index(c) for c in out if c in letters]
+    moved = labels.transpose(order)
+    return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])
+
+
+def depthwise(here: Here, data: Carried, weight: Carried) -> Factors | None:
+    """One filter per channel: the weight's first axis follows the data's channels."""
+    groups = int(here.call.attrs.get("group", 1))
+    if data.shape[1] != groups or weight.shape[0] != groups or not weight.constant:
+        return None
+    rank = len(data.shape)
+    channel = (1, groups) + (1,) * (rank - 2)
+    per_channel = tuple(f.reshape(channel) for f in weight.factors if varying(f) == {0})
+    for labels in data.factors:
+        spatial = varying(labels) - {0, 1}
+        if spatial:
+            here.pin(data, labels, "it is seen through a window", min(spatial))
+    kept = tuple(f for f in data.factors if not varying(f) - {0, 1})
+    factors = meet(here, [Carried(data.name, data.shape, kept), Carried(weight.name, channel, per_channel, True)])
+    for labels in factors:
+        here.trace.book.flag(labels, Flag.CURVED)
+    return factors
