@@ -43,13 +43,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` identifies the file's content."""
+    """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
+    ``external`` says that its weights lie in other files."""
 
     path: Path
     graph: ir.Model
     digest: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    external: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pin:
-    """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width. ``kind`` "norm" marks a normalisation's statistics."""
+    """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width. ``kind`` "norm": a normalisation's statistics."""
 
     tensor: str
     axis: int

@@ -19,7 +19,7 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
     out: list[tuple[Carried, Labels]] = []
     covered: list[Labels] = []
     join_summed(here, left, right, letters, summed)
-    for mine, my_letters, other, other_letters in sides:
+    for mine, my_letters, other, _other_letters in sides:
         for labels in mine.factors:
             on = {my_letters[k] for k in varying(labels)}
             windowed = on & set(letters.windowed) if mine is left else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -150,7 +151,7 @@ def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
         steps = [(rungs[0][0], name) for name, rungs in ladders.items() if rungs]
         if not steps:
             return widths
-        cost, name = min(steps)
+        _cost, name = min(steps)
         _, width = ladders[name].pop(0)
         units = blocks[name] * (widths[name] - width)
         if removed + units > budget + 1e-9:
@@ -168,7 +169,7 @@ def ladder(group: Group, scores: FloatArray, choice: Choice) -> list[tuple[float
     widths = allowed(group, choice)
     rungs: list[tuple[float, int]] = []
     highest = -math.inf
-    for above, below in zip(widths, widths[1:], strict=False):
+    for above, below in itertools.pairwise(widths):
         highest = max(highest, float(ordered[group.size - above : group.size - below].mean()))
         rungs.append((highest, below))
     return rungs

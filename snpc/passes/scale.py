@@ -347,7 +347,7 @@ def mark_bias(fold: Fold, node: ir.Node, bias: ir.Value, wanted: frozenset[int],
     tensor = bias.const_value
     if out is None or tensor is None:
         raise CannotFold
-    axis, hit = spread_positions(out, wanted)
+    _axis, hit = spread_positions(out, wanted)
     if int(tensor.shape[-1]) != len(hit):  # type: ignore[arg-type]
         raise CannotFold
     mark_constant(fold, bias, (len(tensor.shape) - 1, hit))

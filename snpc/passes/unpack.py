@@ -92,7 +92,7 @@ def packed_root(value: ir.Value, ragged: set[ir.Value]) -> ir.Value:
 
 def leaves_of(work: Work, root: ir.Value, ragged: set[ir.Value]) -> list[Leaf]:
     carried = work.trace.values[root]
-    axis, labels = flat_axis(carried)
+    _axis, labels = flat_axis(carried)
     place = {int(label): k for k, label in enumerate(labels)}
     found: list[Leaf] = []
     stack: list[tuple[ir.Value, tuple[tuple[ir.Node, int], ...]]] = [(root, ())]

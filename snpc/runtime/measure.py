@@ -140,7 +140,7 @@ class Instrument:
         )
 
     def energy(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        rows, layout = self.rows(probe, blocks * size)
+        rows, _layout = self.rows(probe, blocks * size)
         squares = self.op("Mul", [rows, rows])
         split = self.op("Reshape", [squares, self.ints([0, -1, blocks, size])])
         return self.total(split)
@@ -151,7 +151,7 @@ class Instrument:
         return self.op("ReduceSum", [value], axes=[1], keepdims=0)
 
     def gram(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        rows, layout = self.rows(probe, blocks * size)
+        rows, _layout = self.rows(probe, blocks * size)
         split = self.op("Reshape", [rows, self.ints([0, -1, blocks, size])])  # repeats become rows
         columns = self.op("Transpose", [split], perm=[0, 2, 3, 1])
         return self.op("MatMul", [columns, self.op("Transpose", [split], perm=[0, 2, 1, 3])])

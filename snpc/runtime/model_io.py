@@ -21,11 +21,10 @@ from onnx_ir.passes import common
 
 from snpc.errors import UserError
 from snpc.passes.canonicalise import canonicalise, merge_forks
+from snpc.runtime.wire import GRAPH, INITIALIZER, RAW_DATA, delimited, skim
 from snpc.types import Model, TensorSpec
 
 LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
-LENGTH_DELIMITED = 2
-GRAPH_FIELD, INITIALIZER_FIELD = 7, 5
 
 
 def load(path: str | os.PathLike[str]) -> Model:
@@ -40,7 +39,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
         )
     try:
-        proto = onnx.load(str(where), load_external_data=False)
+        proto = skim(where)
     except (DecodeError, ValueError, OSError) as error:
         raise UserError(
             f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?"
@@ -55,7 +54,8 @@ def load(path: str | os.PathLike[str]) -> Model:
         graph = canonicalise(graph)
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
         raise UserError(f"{where}: the graph is malformed ({first_line(error)}); run onnx.checker on it") from None
-    return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph))
+    external = any(location != where.name for location in external_files(proto))
+    return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
 
 
 def first_line(error: BaseException) -> str:
@@ -114,13 +114,20 @@ def check_external(proto: onnx.ModelProto, where: Path) -> None:
 
 
 def digest_of(where: Path, proto: onnx.ModelProto) -> str:
-    """sha256 of the file; external data counts by name and size (reading 14 GB to name a model is not worth it)."""
+    """sha256 of the file; of external data its name, size and ends (reading 14 GB to name a model is not worth it)."""
     sha = hashlib.sha256()
     with where.open("rb") as file:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     for location in sorted(external_files(proto)):
-        sha.update(f"{location}:{(where.parent / location).stat().st_size}".encode())
+        if location != where.name:
+            data = where.parent / location
+            size = data.stat().st_size
+            sha.update(f"{location}:{size}".encode())
+            with data.open("rb") as file:
+                for start in (0, max(0, size // 2), max(0, size - (1 << 20))):
+                    file.seek(start)
+                    sha.update(file.read(1 << 20))
     return sha.hexdigest()
 
 
@@ -141,11 +148,8 @@ def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
 
 def file_bytes(path: Path) -> int:
     """Size on disk of a model with the external data it names."""
-    total = path.stat().st_size
-    proto = onnx.load(str(path), load_external_data=False)
-    return total + sum(
-        (path.parent / name).stat().st_size for name in external_files(proto) if (path.parent / name).is_file()
-    )
+    files = {path, *(path.parent / name for name in external_files(skim(path)))}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -203,12 +207,11 @@ def clean(model: ir.Model) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, target: Path, external: bool | None = None) -> None:
-    """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where the model is too big for one
-    file, was external before, or ``external`` asks for it."""
+def save(model: ir.Model, target: Path, external: bool = False) -> None:
+    """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
+    the model is too big for one protobuf message."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    was_external = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
-    if external or (external is None and was_external) or weights > LIMIT:
+    if external or weights > LIMIT:
         save_external(model, target)
     else:
         with replacing(target) as temporary:
@@ -272,13 +275,13 @@ def write_inline(model: ir.Model, path: Path) -> None:
     graph = skeleton.graph.SerializeToString()
     skeleton.ClearField("graph")
     sizes = {name: tensor_length(name, model.graph.initializers[name].const_value) for name in order}
-    total = len(graph) + sum(1 + varint_length(size) + size for size in sizes.values())
+    total = len(graph) + sum(len(delimited(INITIALIZER, size)) + size for size in sizes.values())
     with path.open("wb") as file:
         file.write(skeleton.SerializeToString())
-        file.write(varint(GRAPH_FIELD << 3 | LENGTH_DELIMITED) + varint(total) + graph)
+        file.write(delimited(GRAPH, total) + graph)
         for name in order:
             message = tensor_message(name, model.graph.initializers[name].const_value)
-            file.write(varint(INITIALIZER_FIELD << 3 | LENGTH_DELIMITED) + varint(sizes[name]))
+            file.write(delimited(INITIALIZER, sizes[name]))
             for piece in message:
                 file.write(piece)
 
@@ -287,25 +290,12 @@ def tensor_message(name: str, tensor: Any) -> tuple[bytes, bytes]:
     """A TensorProto as (fields but the data, data): raw_data is field 9, last and length-delimited."""
     head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
     data = tensor.tobytes()
-    return head.SerializeToString() + varint(9 << 3 | LENGTH_DELIMITED) + varint(len(data)), data
+    return head.SerializeToString() + delimited(RAW_DATA, len(data)), data
 
 
 def tensor_length(name: str, tensor: Any) -> int:
     head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
-    return int(head.ByteSize() + 1 + varint_length(tensor.nbytes) + tensor.nbytes)
-
-
-def varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def varint_length(number: int) -> int:
-    return len(varint(number))
+    return int(head.ByteSize() + len(delimited(RAW_DATA, tensor.nbytes)) + tensor.nbytes)
 
 
 def to_bytes(model: ir.Model) -> bytes:

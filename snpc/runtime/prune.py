@@ -77,7 +77,7 @@ def apply_plan(
         temporary = target.with_name(f".{target.name}.unverified.onnx")
     try:
         with watch.stage("write"):
-            save(rewritten.model, temporary)
+            save(rewritten.model, temporary, analysis.model.external)
         with watch.stage("verify"):
             verdict = verify_written(rewritten, plan, temporary, calibration, provider)
             judge(verdict)
@@ -124,7 +124,7 @@ def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[
                 break
         samples = sum(len(next(iter(f.values()))) for f in found)
         return found, f"{samples} samples of {calibration.source}"
-    sizes = {name: size for name, size in analysis.traced.sizes.items()}
+    sizes = dict(analysis.traced.sizes.items())
     limits = id_limits(analysis)
     return [random_feeds(analysis.model.inputs, batch=2, sizes=sizes, limits=limits)], "random inputs"
 
