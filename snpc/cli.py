@@ -1,4 +1,7 @@
-"""The command line: each command parses, calls one verb, prints. Exit codes: 0 done, 1 a check failed, 2 cannot be asked."""
+"""The command line: each command parses, calls one verb, prints.
+
+Exit codes: 0 done, 1 a check failed, 2 the request cannot be served.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,26 @@ def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
     return named  # type: ignore[return-value]
 
 
-def numbers(text: str, name: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    """Refuse at once what this onnxruntime does not have; the CPU is always there."""
+    if name != "cpu":
+        from snpc.runtime.session import resolve_provider
+
+        resolve_provider(name)
+    return name
+
+
+def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]) -> tuple[Any, ...] | None:
+    """The numbers in ``text``, as many as one of ``counts``; None where the option is not given."""
+    if text is None:
+        return None
     try:
-        return tuple(kind(part) for part in text.replace("x", ",").split(",") if part)
+        found = tuple(kind(part) for part in text.replace("x", ",").split(","))
     except ValueError:
-        raise UserError(f"{name} {text!r}: numbers separated by commas are needed") from None
+        found = ()
+    if len(found) not in counts:
+        raise UserError(f"{name} {text!r}: {' or '.join(map(str, counts))} numbers separated by commas are needed")
+    return found
 
 
 choosing = options(
@@ -65,7 +83,7 @@ choosing = options(
         "--criterion",
         default=None,
         metavar="NAME[:KEY=VALUE,...]",
-        help="How units are scored: magnitude, random, activation, snp. Default: snp with --calib, else magnitude.",
+        help="How units are scored, see `snpc criteria`. Default: auto with --calib, else magnitude.",
     ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
     click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
@@ -89,12 +107,18 @@ calibrating = options(
     click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
     click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
     click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
-    click.option("--seed", default=0, show_default=True, type=int, help="Which samples are drawn from larger data."),
+    click.option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
+    ),
 )
 
 running = options(
     click.option(
-        "--provider", default="cpu", show_default=True, help="onnxruntime provider: cpu, cuda, trt or its full name."
+        "--provider",
+        default="cpu",
+        show_default=True,
+        callback=parse_provider,
+        help="onnxruntime provider: cpu, cuda, trt or its full name.",
     ),
 )
 
@@ -109,6 +133,17 @@ at_sizes = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
 )
 model_argument = click.argument("model", type=FILE)
+
+
+def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
+    """Refuse outputs that are an input, that are each other, or that cannot be written."""
+    from snpc.runtime.model_io import check_target
+
+    named = [path for path in targets if path is not None and str(path) != "-"]
+    for index, path in enumerate(named):
+        check_target(path, *(Path(source) for source in inputs if source is not None))
+        if path.resolve() in [other.resolve() for other in named[:index]]:
+            raise UserError(f"{path}: is the name of two outputs; give each its own")
 
 
 def parse_dims(dims: Sequence[str]) -> dict[str, int]:
@@ -150,17 +185,15 @@ def calibration_of(
     import snpc
 
     given = {
-        "size": numbers(image_size, "--image-size", int) if image_size else None,
-        "mean": numbers(image_mean, "--image-mean", float) if image_mean else None,
-        "std": numbers(image_std, "--image-std", float) if image_std else None,
+        "size": numbers(image_size, "--image-size", int, (2,)),
+        "mean": numbers(image_mean, "--image-mean", float, (1, 3, 4)),
+        "std": numbers(image_std, "--image-std", float, (1, 3, 4)),
         "layout": image_layout,
     }
-    chosen = {k: v for k, v in given.items() if v is not None}
+    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if calib is None:
         if chosen:
-            raise UserError(
-                "--image-size, --image-mean, --image-std and --image-layout describe calibration images: give --calib too"
-            )
+            raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
         return None
     return snpc.load_calibration(
         calib, model.inputs, samples=calib_samples, batch=calib_batch, images=snpc.ImageOptions(**chosen), seed=seed
@@ -187,10 +220,10 @@ def planned(
 
     choice = snpc.Choice(ratio, roles, uniform, round_to, min_width, include, exclude)
     chosen_groups(analysis, choice)
-    name = criterion or ("snp" if calibration is not None else "magnitude")
+    name = criterion if criterion is not None else "auto" if calibration is not None else "magnitude"
     if criterion is None and calibration is None:
         show.note(
-            "no --calib: scoring by weight magnitude, which needs no data and keeps far less accuracy than snp with data"
+            "no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy"
         )
     with watch.stage("score"):
         scores = snpc.score(
@@ -220,7 +253,10 @@ def main() -> None:
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
 def inspect(model: Path, json_path: Path | None, dims: tuple[str, ...], pins: bool) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
+    from snpc.runtime.model_io import model_files
+
     analysis = analysed(model, dims)
+    check_targets([json_path], *model_files(model))
     show.emit_json(show.analysis_json(analysis), json_path)
     if str(json_path) != "-":
         show.groups(analysis)
@@ -250,16 +286,16 @@ def prune(
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
     import snpc
-    from snpc.runtime.model_io import check_target
+    from snpc.runtime.model_io import data_file, model_files
     from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
         analysis = analysed(model, dims)
-    for path in (p for p in ((None if dry_run else target), plan_path, json_path) if p is not None and str(p) != "-"):
-        check_target(path, model)
     choice, calib = split_flags(flags)
+    written = [] if dry_run else [target, data_file(target)]
+    check_targets([*written, plan_path, json_path], *model_files(model), calib["calib"])
     with watch.stage("calibration"):
         calibration = calibration_of(analysis.model, **calib)
     plan = planned(analysis, calibration, provider=provider, watch=watch, **choice)
@@ -303,13 +339,13 @@ def write_text(path: Path, text: str) -> None:
 def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
-    from snpc.runtime.model_io import check_target
+    from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = analysed(model)
-    check_target(target, model)
     choice, calib = split_flags(flags)
+    check_targets([target], *model_files(model), calib["calib"])
     made = planned(analysis, calibration_of(analysis.model, **calib), provider=provider, watch=Stopwatch(), **choice)
     write_text(target, snpc.plan_to_json(made))
     show.plan(made)
@@ -328,6 +364,7 @@ def apply(
 ) -> None:
     """Apply PLAN_FILE to MODEL, write the result and verify it. --calib is used for verification only."""
     import snpc
+    from snpc.runtime.model_io import data_file, model_files
     from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
@@ -336,6 +373,7 @@ def apply(
     plan = read_plan(plan_file, analysis)
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
+    check_targets([target, data_file(target), json_path], *model_files(model), plan_file, calib["calib"])
     result = snpc.apply_plan(
         plan, target, calibration=calibration_of(analysis.model, **calib), provider=provider, watch=watch
     )
@@ -357,7 +395,9 @@ def read_plan(path: Path, analysis: Any) -> Any:
 @click.argument("pruned", type=FILE)
 @click.option("--plan", "plan_path", type=FILE, help="The plan that made it: also checks that slicing equals masking.")
 @click.option("--data", "calib", metavar="DATA", help="Inputs to run on (forms as --calib of prune); default: random.")
-@click.option("--max-drift", type=float, help="Fail if an output moves by more than this (root mean square, relative).")
+@click.option(
+    "--max-drift", type=click.FloatRange(0), help="Fail if an output moves by more: root mean square, relative."
+)
 @as_json
 @running
 def verify(
@@ -371,9 +411,12 @@ def verify(
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     import snpc
+    from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import verdict_json
 
     analysis = analysed(model)
+    snpc.load(pruned)
+    check_targets([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
     plan = read_plan(plan_path, analysis) if plan_path else None
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
     verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
@@ -381,7 +424,7 @@ def verify(
     if str(json_path) != "-":
         show.verdict(verdict)
     moved = max((d.relative for d in verdict.drift), default=0.0)
-    if max_drift is not None and moved > max_drift:
+    if max_drift is not None and not moved <= max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {moved:.3g}, more than --max-drift {max_drift:g}")
 
 
@@ -414,9 +457,13 @@ def bench(
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
+    check_targets([json_path], *models, data)
     feeds = None
     if data is not None:
         feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
+    if data is not None and shapes:
+        raise UserError("--data brings its own shapes: leave out --input-shapes")
+    drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
     result = snpc.bench(
         list(models),
         provider=provider,
@@ -425,7 +472,7 @@ def bench(
         warmup=warmup,
         iterations=iterations,
         duration=duration,
-        **({} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}),
+        **drawn,
     )
     show.emit_json(result.to_json(), json_path)
     if str(json_path) != "-":

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, bytes. From shapes and the operator table, without running it."""
+"""What a model costs in multiply-accumulates, from shapes and the operator table, without running it."""
 
 from __future__ import annotations
 

@@ -106,10 +106,8 @@ def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
 def groups(analysis: Analysis) -> None:
     cost = analysis.cost
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
-    line(
-        f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{f' at {sizes}' if sizes else ''}, "
-        f"{cost.nodes} nodes"
-    )
+    at = f" at {sizes}" if sizes else ""
+    line(f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{at}, {cost.nodes} nodes")
     rows = [group_row(g, cost) for g in analysis.groups]
     if rows:
         table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))
@@ -187,12 +185,12 @@ def result(result: Pruned) -> None:
     by_role = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:
-        if g.id in result.plan.keep:
+        if g.role in by_role and g.prunable:
             by_role[g.role] += g.blocks * (g.size - result.plan.kept(g))
             total[g.role] += g.blocks * g.size
     line(
         "removed: "
-        + ", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items())
+        + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" (scored by {result.plan.criterion}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     verdict(result.verdict)

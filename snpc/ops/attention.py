@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from snpc.ops.spec import Call, OpSpec, Shape
 
@@ -59,9 +60,46 @@ def _packed_shape(call: Call) -> list[Shape]:
     return [(data[0], data[1], packed_sizes(call)[2])]
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Heads and widths of a fused node after the cut."""
+
+    heads: int
+    kv_heads: int
+    query: int
+    value: int
+
+
+def refit(call: Call, domain: str, new: Widths) -> dict[str, Any]:
+    """Attributes that spell heads or widths."""
+    if "num_heads" not in call.attrs and "q_num_heads" not in call.attrs:
+        return {}
+    if domain != MICROSOFT:
+        return {"q_num_heads": new.heads, "kv_num_heads": new.kv_heads}
+    attrs: dict[str, Any] = {"num_heads": new.heads}
+    if form(domain, call.op).packed_weight is not None:
+        attrs["qkv_hidden_sizes"] = [new.heads * new.query] * 2 + [new.heads * new.value]
+    return attrs
+
+
+def _embedding_shape(call: Call) -> list[Shape]:
+    """[batch, length, width], then the mask's lengths."""
+    batch, length = call.shape(0)
+    return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.outs)]
+
+
 def entries() -> list[OpSpec]:
     says = "Q and K join per head and width; V passes per head; the scale is an attribute that is always written"
     return [
+        OpSpec(
+            "EmbedLayerNormalization",
+            "opaque",
+            "pinned: several tables and a normalisation in one node",
+            domain=MICROSOFT,
+            out_shapes=_embedding_shape,
+            typed_by=2,
+            reason="several tables and a normalisation in one node",
+        ),
         OpSpec("Attention", "attention", says),
         OpSpec("MultiHeadAttention", "attention", says, domain=MICROSOFT, out_shapes=_multihead_shape),
         OpSpec("Attention", "attention", says, domain=MICROSOFT, out_shapes=_packed_shape),

@@ -25,7 +25,9 @@ REASONS = {
     ),
     "groups of channels are normalised together": "GroupNormalization LRN MeanVarianceNormalization",
     "rotates pairs inside the node": "RotaryEmbedding",
-    "it works on text or images": "StringConcat StringNormalizer StringSplit RegexFullMatch TfIdfVectorizer ImageDecoder",
+    "it works on text or images": (
+        "StringConcat StringNormalizer StringSplit RegexFullMatch TfIdfVectorizer ImageDecoder"
+    ),
 }
 
 

@@ -119,5 +119,6 @@ class OpSpec:
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
     curved: bool = False
+    typed_by: int = 0
     divides: bool = False
     selects: bool = False  # drops an axis by reading one position of it

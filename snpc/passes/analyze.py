@@ -61,7 +61,7 @@ def pins_of(found: Traced) -> tuple[Pin, ...]:
     produced = np.zeros(found.trace.book.count, bool)
     flags = found.trace.book.flags[: found.trace.book.count]
     produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
-    pins = {}
+    pins: dict[tuple[str, int, str], Pin] = {}
     for note in found.trace.book.pins:
         if produced[found.units.unit[note.labels]].any():
             key = (note.tensor, note.axis, note.reason)
@@ -71,12 +71,11 @@ def pins_of(found: Traced) -> tuple[Pin, ...]:
 
 def cost_of(model: ir.Model, facts: Facts) -> Cost:
     """Parameters (float initializers that are used), MACs at the facts' binding, bytes of the weights, nodes."""
-    weights = [v for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
-    seen = {id(v.const_value): v for v in weights}.values()
-    floats = [v for v in seen if v.dtype is not None and v.dtype.is_floating_point()]
-    params = sum(int(np.prod([int(d) for d in v.const_value.shape], dtype=np.int64)) for v in floats)  # type: ignore[union-attr, arg-type]
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
+    weights = {id(tensor): tensor for tensor in tensors}.values()
+    params = sum(tensor.size for tensor in weights if tensor.dtype.is_floating_point())
     macs = 0
     for node in model.graph:
         call = facts.call(node, opset(model, node.domain))
         macs += sum(macs_of(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
-    return Cost(params, macs, sum(v.const_value.nbytes for v in seen), model.graph.num_nodes())  # type: ignore[union-attr]
+    return Cost(params, macs, sum(tensor.nbytes for tensor in weights), model.graph.num_nodes())

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.ops import lookup
-from snpc.passes.shapes import is_float
+from snpc.passes.shapes import is_float, static_shape
 
 ORIGIN = "snpc.origin"
 
@@ -42,7 +42,7 @@ def name_nodes(graph: ir.Graph) -> None:
 
 def is_vector(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and sum(int(n) > 1 for n in tensor.shape) <= 1
+    return tensor is not None and sum(n > 1 for n in static_shape(tensor)) <= 1
 
 
 def fork_shared_constants(graph: ir.Graph) -> None:

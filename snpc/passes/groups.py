@@ -105,7 +105,7 @@ def grids(members: Ints, block: Ints) -> list[Ints]:
     for name in np.unique(names):
         row = np.sort(members[names == name])
         rows[len(row)].append(row)
-    return [np.stack(sorted(same, key=lambda r: int(r[0]))) for same in rows.values()]
+    return [np.array(sorted(row.tolist() for row in same), np.int64) for same in rows.values()]
 
 
 def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
@@ -166,7 +166,9 @@ def head_drafts(
 
 def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made: list[Draft]) -> tuple[Group, ...]:
     usage = Usage(model, trace, units, cost_facts)
-    wanted, layers, counters = [], [], defaultdict(int)
+    wanted: list[str] = []
+    layers: list[int] = []
+    counters: dict[str, int] = defaultdict(int)
     for draft in made:
         covered = usage.covered(draft, made)
         counters[draft.role] += 1

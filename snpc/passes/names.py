@@ -50,7 +50,7 @@ def common_path(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
         return ()
     if len(named) == 1:
         return named[0][:-1] or named[0]
-    return tuple(os.path.commonprefix(named))
+    return tuple(os.path.commonprefix(named))  # noqa: RUF071 - of lists it compares entries
 
 
 def unique_names(wanted: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which positions of a tensor stay, from its label arrays: axis by axis, and ragged where blocks keep different ones."""
+"""Which positions of a tensor stay, from its label arrays: axis by axis, or ragged where blocks differ."""
 
 from __future__ import annotations
 

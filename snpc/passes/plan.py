@@ -204,11 +204,11 @@ def plan_to_json(plan: Plan) -> str:
     for group in plan.analysis.groups:
         rows = plan.keep.get(group.id)
         if rows is not None:
-            head = json.dumps(
+            opening = json.dumps(
                 {"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size, "kept": len(rows[0])}
             )
             lines = ",\n      ".join(json.dumps(list(row)) for row in rows)
-            groups.append(f'    {head[:-1]}, "keep": [\n      {lines}]}}')
+            groups.append(f'    {opening[:-1]}, "keep": [\n      {lines}]}}')
     head = {
         "snpc_plan": FORMAT,
         "model": plan.analysis.model.path.name,
@@ -226,6 +226,8 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{name}: not JSON (line {error.lineno}: {error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not a snpc plan (nested too deeply)") from None
     if not isinstance(data, dict) or data.get("snpc_plan") != FORMAT:
         raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {FORMAT}); `snpc plan` writes one')
     if data.get("digest") != analysis.model.digest:
@@ -235,15 +237,20 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for entry in data.get("groups", []):
-        group = groups.get(entry.get("id")) if isinstance(entry, dict) else None
+    entries, options = data.get("groups"), data.get("options", {})
+    if not isinstance(entries, list) or not isinstance(options, dict):
+        raise UserError(f'{name}: not a snpc plan ("groups" must be a list, "options" an object)')
+    for entry in entries:
+        group = groups.get(str(entry.get("id"))) if isinstance(entry, dict) else None
         if group is None:
             raise UserError(
                 f"{name}: unknown group {entry.get('id') if isinstance(entry, dict) else entry!r}; "
                 "`snpc inspect` lists them"
             )
+        if group.id in keep:
+            raise UserError(f"{name}: {group.id} is listed twice; keep one")
         keep[group.id] = checked_rows(entry.get("keep"), group, name)
-    return Plan(analysis, str(data.get("criterion", "by hand")), data.get("options", {}), keep)
+    return Plan(analysis, str(data.get("criterion", "by hand")), options, keep)
 
 
 def checked_rows(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:

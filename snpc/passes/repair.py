@@ -93,7 +93,7 @@ class Repairs:
             pieces: list[ir.Value] = []
             position = 0
             for piece in producer.inputs:
-                size = self.after.value[piece].size if piece in self.after.value else -1  # type: ignore[index]
+                size = self.after.value[piece].size if piece in self.after.value else -1
                 if size < 0 or piece is None:
                     break
                 part = slice(position, position + size)

@@ -80,8 +80,9 @@ def apply_scales(source: Traced, sliced: Sliced, plan: ScalePlan) -> None:
         value = node.inputs[index]
         assert value is not None
         kind = sliced.facts.dtype[value]
-        number = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")  # type: ignore[union-attr]
-        node.replace_input_with(index, repairs.insert(node, MUL, [value, number], repairs.fresh(f"{name}_rescale")))
+        assert kind is not None
+        scale = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")
+        node.replace_input_with(index, repairs.insert(node, MUL, [value, scale], repairs.fresh(f"{name}_rescale")))
 
 
 def set_scalar(repairs: Repairs, facts: Facts, node: ir.Node, index: int, number: float) -> None:

@@ -129,6 +129,9 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
         given = attributes(node).get("scale")
+        if form(node.domain, node.op_type).packed_weight is not None:  # Q is made inside: there is nothing to fold into
+            plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
+            return 1.0
         if given is None or float(given) == 0.0:
             return math.sqrt(new / old)
         if not is_standard(float(given), old):

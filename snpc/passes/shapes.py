@@ -20,7 +20,7 @@ from onnx import defs, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from snpc.ops import lookup
-from snpc.ops.spec import Call, Shape
+from snpc.ops.spec import Call, OpSpec, Shape
 from snpc.types import AnyArray
 
 MAX_INTEGERS = 1 << 22
@@ -155,12 +155,17 @@ def learn_constant(facts: Facts, value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None:
         return
-    shape = tuple(int(n) for n in tensor.shape)
+    shape = static_shape(tensor)
     facts.shape[value] = shape
     facts.dtype[value] = tensor.dtype
     limit = MAX_FLOATS if is_float(tensor.dtype) else MAX_INTEGERS
     if tensor.dtype != ir.DataType.STRING and int(np.prod(shape, dtype=np.int64)) <= limit:
         facts.value[value] = np.asarray(tensor.numpy())
+
+
+def static_shape(tensor: ir.TensorProtocol) -> Shape:
+    """The shape of a constant, which has no symbolic dimensions."""
+    return tuple(int(n) for n in tensor.shape if isinstance(n, int))
 
 
 def evaluate(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
@@ -231,7 +236,7 @@ def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
     if node.op_type == "Size":
         return [np.asarray(np.prod(facts.shape[node.inputs[0]], dtype=np.int64))]  # type: ignore[index, arg-type]
     proto = ir.serde.serialize_node(node)
-    feeds = {v.name: facts.value[v] for v in node.inputs if v is not None}
+    feeds = {str(v.name): facts.value[v] for v in node.inputs if v is not None}
     try:
         with np.errstate(all="ignore"):
             results = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
@@ -241,15 +246,21 @@ def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
     return [np.asarray(r) for r in results] if all(isinstance(r, np.ndarray | np.generic) for r in results) else None
 
 
+def spec_source(node: ir.Node, spec: OpSpec) -> ir.Value:
+    """The input whose element type the outputs have."""
+    source = node.inputs[spec.typed_by]
+    assert source is not None
+    return source
+
+
 def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
     spec = lookup(node.domain, node.op_type)
     if spec.out_shapes is not None:
-        for value in node.outputs:
-            facts.dtype[value] = facts.dtype.get(node.inputs[0]) if node.inputs[0] is not None else None
-            facts.shape[value] = None
-        call = facts.call(node, version)
-        for value, shape in zip(node.outputs, spec.out_shapes(call), strict=False):
-            facts.shape[value] = tuple(shape)
+        kind = facts.dtype.get(spec_source(node, spec))
+        for out in node.outputs:
+            facts.dtype[out], facts.shape[out] = kind, None
+        for out, sizes in zip(node.outputs, spec.out_shapes(facts.call(node, version)), strict=False):
+            facts.shape[out] = tuple(sizes)
         return
     schema = defs.get_schema(node.op_type, version, node.domain)
     types: dict[str, onnx.TypeProto] = {}

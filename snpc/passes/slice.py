@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops import lookup
+from snpc.ops.attention import Widths, refit
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
@@ -75,10 +77,10 @@ def slice_model(
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
     ``Ragged`` where blocks that share a tensor keep different numbers."""
     copy = model.clone()
-    names = {v.name: v for v in trace.values if v.name}
+    names = {str(v.name): v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
         factors = {axis: vector for (name, axis), vector in (multiply or {}).items() if name == value.name}
-        shrink_constant(value, trace.values.get(names[value.name]), dead, factors)
+        shrink_constant(value, trace.values.get(names[str(value.name)]), dead, factors)
     new = start(copy, sizes)
     repairs = Repairs(copy, model, facts, new, sizes)
     old_nodes = {node.name: node for node in model.graph}
@@ -91,6 +93,10 @@ def slice_model(
             changed = spec.reattr(facts.call(old, version), new.call(node, version))
             if set_attributes(node, changed):
                 learn(new, node, copy, sizes)
+        if spec.kind == "attention" and (old, "query") in trace.extra:
+            widths = fused_widths(trace, old, dead)
+            if set_attributes(node, refit(facts.call(old, version), node.domain, widths)):
+                learn(new, node, copy, sizes)
         expected = [expected_output(trace, v, dead) for v in old.outputs]
         if spec.kind == "movement" and any(
             e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))
@@ -98,6 +104,13 @@ def slice_model(
             check_movement(Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected)), copy, sizes)
         check_shapes(node, new, expected)
     return Sliced(copy, new, dead)
+
+
+def fused_widths(trace: Trace, node: ir.Node, dead: Dead) -> Widths:
+    """Heads and widths that a fused attention has after the cut."""
+    shapes = [trace.extra[node, part] for part in ("query", "key", "value")]
+    query, key, value = (packing(c.shape, c.factors, dead).new for c in shapes)
+    return Widths(query[1], query[1] * shapes[1].shape[1] // shapes[0].shape[1], query[3], value[3])
 
 
 def inputs_of(trace: Trace, node: ir.Node, dead: Dead) -> list[Packing | None]:
@@ -134,7 +147,7 @@ def taken(
 ) -> ir.LazyTensor:
     """The kept part of ``tensor``, times ``factors`` per position of an axis, read when it is needed."""
 
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         array = tensor.numpy()
         for axis, vector in factors.items():
             array = (array * vector.reshape([-1 if k == axis else 1 for k in range(array.ndim)])).astype(array.dtype)
@@ -145,7 +158,7 @@ def taken(
     return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)
 
 
-def set_attributes(node: ir.Node, changed: Mapping[str, object]) -> bool:
+def set_attributes(node: ir.Node, changed: Mapping[str, Any]) -> bool:
     before = attributes(node)
     fresh = {k: v for k, v in changed.items() if before.get(k) != v}
     for name, value in fresh.items():
@@ -160,9 +173,10 @@ def check_shapes(node: ir.Node, facts: Facts, expected: list[Packing | None]) ->
     for value, packed in zip(node.outputs, expected, strict=True):
         found = facts.shape.get(value)
         if packed is not None and found != packed.new:
+            shown = list(found) if found else "of unknown shape"
             raise CheckFailed(
-                f"{node.op_type} {node.name}: output {value.name} would be {list(found) if found else 'of unknown shape'}"
-                f", must be {list(packed.new)}; exclude its group with --exclude and report this model"
+                f"{node.op_type} {node.name}: output {value.name} would be {shown}, must be {list(packed.new)}; "
+                "exclude its group with --exclude and report this model"
             )
 
 

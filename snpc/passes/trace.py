@@ -38,14 +38,16 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
         step(trace, model, facts, node)
     for value in model.graph.outputs:
         carried = trace.values.get(value)
-        for labels in carried.factors if carried else ():
+        if carried is None:
+            continue
+        for labels in carried.factors:
             axis = min(varying(labels), default=0)
             trace.book.pin(
                 labels,
                 str(value.name),
                 axis,
                 carried.shape[axis],
-                "it is a graph output",  # type: ignore[union-attr]
+                "it is a graph output",
                 f"output {value.name}",
             )
     return trace

@@ -254,7 +254,7 @@ def clone_step(
                     (work.after.value, work.before.value),
                 ):
                     if extra in origin:
-                        table[twin] = origin[extra]  # type: ignore[index, assignment]
+                        table[twin] = origin[extra]  # type: ignore[assignment]
         if spec.repair is not None:
             repair = spec.repair(work.before.call(old, version), as_cut(packed_in), [as_cut(packed_out)])
             for k, array in repair.inputs.items():

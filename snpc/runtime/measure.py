@@ -76,7 +76,7 @@ def layout_of(probe: Probe, units: int) -> Layout:
 
 
 def shortest_period(rows: IntArray) -> int:
-    size = rows.shape[1]
+    size = int(rows.shape[1])
     for period in range(1, size):
         if size % period == 0 and bool((rows == np.tile(rows[:, :period], size // period)).all()):
             return period
@@ -88,8 +88,8 @@ class Instrument:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model.clone()
-        self.values = {v.name: v for node in self.model.graph for v in node.outputs}
-        self.values |= {v.name: v for v in self.model.graph.inputs}
+        self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
+        self.values |= {str(v.name): v for v in self.model.graph.inputs}
         self.values |= dict(self.model.graph.initializers)
         self.prepared: dict[tuple[str, bytes, int], tuple[ir.Value, Layout]] = {}
         self.count = 0

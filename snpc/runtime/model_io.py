@@ -6,6 +6,7 @@ Writing goes to a temporary file beside the target and is renamed, so a crash or
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def load(path: str | os.PathLike[str]) -> Model:
         graph = canonicalise(graph)
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
         raise UserError(f"{where}: the graph is malformed ({first_line(error)}); run onnx.checker on it") from None
+    check_values(graph, where)
     external = any(location != where.name for location in external_files(proto))
     return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
 
@@ -64,17 +66,18 @@ def first_line(error: BaseException) -> str:
 
 
 def set_base(model: ir.Model, folder: Path) -> None:
+    """Tie weights to their files by full paths: onnx-ir reads no links below a base, and caches of models are links."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.ExternalTensor(
-                    value.const_value.location,
+                    (folder / value.const_value.location).resolve(),
                     value.const_value.offset,
                     value.const_value.length,
                     value.const_value.dtype,
                     shape=value.const_value.shape,
                     name=str(value.name),
-                    base_dir=folder,
+                    base_dir="",
                 )
 
 
@@ -89,6 +92,13 @@ def external_files(proto: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
+def check_values(model: ir.Model, where: Path) -> None:
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.graph is None:
+                raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
+
+
 def check_external(proto: onnx.ModelProto, where: Path) -> None:
     sizes: dict[str, int] = {}
     for tensor in proto.graph.initializer:
@@ -98,6 +108,10 @@ def check_external(proto: onnx.ModelProto, where: Path) -> None:
         location = entries.get("location", "")
         file = where.parent / location
         if location not in sizes:
+            if Path(location).is_absolute() or ".." in Path(location).parts:
+                raise UserError(
+                    f"{where}: its weights are in {location}, outside its folder; move them beside the model"
+                )
             if not location or not file.is_file():
                 raise UserError(
                     f"{where}: its weights are in {location or 'a file without a name'}, which is not beside it; "
@@ -105,7 +119,13 @@ def check_external(proto: onnx.ModelProto, where: Path) -> None:
                 )
             sizes[location] = file.stat().st_size
         with suppress(ValueError):
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+            length = int(entries.get("length", needed))
+            if length != needed:
+                raise UserError(
+                    f"{where}: {tensor.name} holds {length} bytes, its shape needs {needed}; export it again"
+                )
+            end = int(entries.get("offset", 0)) + length
             if end > sizes[location]:
                 raise UserError(
                     f"{file}: too short for {tensor.name} ({end} bytes needed, {sizes[location]} there); "
@@ -148,8 +168,12 @@ def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
 
 def file_bytes(path: Path) -> int:
     """Size on disk of a model with the external data it names."""
-    files = {path, *(path.parent / name for name in external_files(skim(path)))}
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in model_files(path) if file.is_file())
+
+
+def model_files(path: Path) -> set[Path]:
+    """A model and the external data it names."""
+    return {path, *(path.parent / name for name in external_files(skim(path)))}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -180,6 +204,11 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def data_file(target: Path) -> Path:
+    """Where weights go that do not fit into ``target``, or that were external before."""
+    return target.parent / f"{target.name}.data"
 
 
 def check_target(target: Path, *sources: Path) -> None:
@@ -219,12 +248,9 @@ def save(model: ir.Model, target: Path, external: bool = False) -> None:
 
 
 def save_external(model: ir.Model, target: Path) -> None:
-    data = target.with_name(target.name + ".data")
-    big = {
-        name: v.const_value
-        for name, v in model.graph.initializers.items()
-        if v.const_value is not None and v.const_value.nbytes >= 1024
-    }
+    data = data_file(target)
+    held = {name: v.const_value for name, v in model.graph.initializers.items()}
+    big = {name: tensor for name, tensor in held.items() if tensor is not None and is_big(tensor)}
     offsets: dict[str, tuple[int, int]] = {}
     with replacing(data) as temporary:
         with temporary.open("wb") as file:
@@ -247,6 +273,11 @@ def save_external(model: ir.Model, target: Path) -> None:
             head.write_bytes(skeleton.SerializeToString())
 
 
+def is_big(tensor: ir.TensorProtocol | None) -> bool:
+    """Written apart from the graph. Small ones too where they lie in another file: the message would refer to that."""
+    return tensor is not None and (tensor.nbytes >= 1024 or isinstance(tensor, ir.ExternalTensor))
+
+
 def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:
     """The model's message without the weights named ``without``."""
     held = {name: model.graph.initializers[name] for name in without}
@@ -265,11 +296,7 @@ def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:
 
 def write_inline(model: ir.Model, path: Path) -> None:
     """One protobuf message, its weights streamed one by one behind the graph's other fields."""
-    big = {
-        name
-        for name, v in model.graph.initializers.items()
-        if v.const_value is not None and v.const_value.nbytes >= 1024
-    }
+    big = {name for name, v in model.graph.initializers.items() if is_big(v.const_value)}
     order = [name for name in model.graph.initializers if name in big]
     skeleton = skeleton_proto(model, big)
     graph = skeleton.graph.SerializeToString()

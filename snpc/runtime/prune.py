@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
@@ -19,7 +20,7 @@ from snpc.passes.rewrite import Rewritten, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds, random_feeds
-from snpc.runtime.model_io import check_target, clean, file_bytes, load, replacing, save
+from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.verify import check_structure, drift, equals_mask, judge, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -69,7 +70,8 @@ def apply_plan(
     """
     watch = watch or Stopwatch()
     analysis = plan.analysis
-    check_target(target, analysis.model.path)
+    for path in (target, data_file(target)):
+        check_target(path, *model_files(analysis.model.path))
     with watch.stage("rewrite"):
         rewritten = rewrite_model(analysis.traced, cuts_of(plan))
         clean(rewritten.model)
@@ -93,18 +95,22 @@ def apply_plan(
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a verified model its name; external data is written again under the name that the model refers to."""
-    data = temporary.with_name(temporary.name + ".data")
-    if data.is_file():
-        save(load(temporary).graph, target, external=True)
-    else:
-        with replacing(target) as final:
+    """Give a verified model its name, and its external data the name that goes with it."""
+    data = data_file(temporary)
+    with replacing(target) as final:
+        if data.is_file():
+            head = onnx.load(str(temporary), load_external_data=False)
+            for entry in (e for t in head.graph.initializer for e in t.external_data if e.key == "location"):
+                entry.value = data_file(target).name
+            final.write_bytes(head.SerializeToString())
+            data.replace(data_file(target))
+        else:
             temporary.replace(final)
 
 
 def discard(path: Path) -> None:
     path.unlink(missing_ok=True)
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)
 
 
 def written_cost(path: Path, analysis: Analysis) -> Cost:
@@ -239,9 +245,10 @@ def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": f"sliced against masked on {verdict.compared}",
+        "compared": f"{pair} on {verdict.compared}",
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
         "equals_mask": [asdict(d) for d in verdict.equals_mask],

@@ -39,8 +39,9 @@ def score(
     needed = {g.id: judge.probes(g.role) for g in groups}
     wanted = wanted_statistics(analysis, needed)
     if calibration is None and needs_data(judge, [g.role for g in groups]):
+        needy = ", ".join(sorted({g.role for g in groups if needed[g.id]}))
         raise UserError(
-            f"criterion {judge.name} needs calibration data for {', '.join(sorted({g.role for g in groups if needed[g.id]}))}: "
+            f"criterion {judge.name} needs calibration data for {needy}: "
             "give --calib DATA, or choose --criterion magnitude"
         )
     sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
@@ -104,13 +105,14 @@ def unit_rows(
     rows = np.moveaxis(value.numpy(), axis, 0)
     rows = rows.reshape(len(rows), -1)
     count = group.blocks * group.size
-    positions = [np.flatnonzero(units == unit) for unit in range(count)]
-    depth = max(len(p) for p in positions)
+    place = np.flatnonzero(units >= 0)
+    place = place[np.argsort(units[place], kind="stable")]
+    owner = units[place]
+    turn = np.arange(len(owner)) - np.searchsorted(owner, owner)  # the how-many-eth row of its unit
     found = []
-    for k in range(depth):
-        index = np.array([p[k] if k < len(p) else -1 for p in positions])
+    for k in range(int(turn.max(initial=-1)) + 1):
         picked = np.zeros((count, rows.shape[1]))
-        picked[index >= 0] = rows[index[index >= 0]].astype(np.float64)
+        picked[owner[turn == k]] = rows[place[turn == k]]
         found.append(picked)
     return found
 

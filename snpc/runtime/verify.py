@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from snpc.passes.mask import mask_model
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
-from snpc.runtime.wire import skim
 from snpc.runtime.session import open_session, run_session
+from snpc.runtime.wire import skim
 from snpc.types import AnyArray, Difference, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -35,8 +36,8 @@ def check_structure(original: Path, pruned: Path) -> tuple[str, ...]:
         a = [signature(v) for v in interface(before, what)]
         b = [signature(v) for v in interface(after, what)]
         if a != b:
-            odd = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), (a[-1], b[-1]))
-            raise CheckFailed(f"{pruned}: {what} {odd[0][0]} changed: {odd[0][1:]} became {odd[1]}")
+            old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
+            raise CheckFailed(f"{pruned}: its {what}s are not the original's: {old or 'none'} became {new or 'none'}")
     done = ["same inputs and outputs"]
     complaint = complaint_of(pruned)
     if complaint is None:

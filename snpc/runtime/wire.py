@@ -112,7 +112,8 @@ def light_tensor(data: mmap.mmap, start: int, end: int, name: str) -> onnx.Tenso
             where = (value, stop - value)
         else:
             kept += data[tag:stop]
-    tensor = onnx.TensorProto.FromString(bytes(kept))
+    tensor = onnx.TensorProto()
+    tensor.ParseFromString(bytes(kept))
     if where is not None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, text in (("location", name), ("offset", str(where[0])), ("length", str(where[1]))):
