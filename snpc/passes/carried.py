@@ -99,8 +99,16 @@ def determines(fine: Labels, coarse: Labels) -> bool:
 
 
 def cover_rest(here: Here, labels: Labels, rest: frozenset[int]) -> Labels:
-    """Fresh labels for what remains of ``labels`` when the other axes are summed: one per head, say."""
+    """Fresh labels for what remains of ``labels`` when the other axes are summed: one per head, say.
+
+    Positions that sum over the same labels get the same one (an axis may hold batch x heads).
+    """
+    order = [*sorted(rest), *(k for k in range(labels.ndim) if k not in rest)]
+    count = int(np.prod([labels.shape[k] for k in rest], dtype=np.int64))
+    rows = np.sort(labels.transpose(order).reshape(count, -1), axis=1)
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    turn = np.argsort(np.argsort(first))[inverse.reshape(-1)]  # numbered as they occur
     shape = [n if k in rest else 1 for k, n in enumerate(labels.shape)]
-    coarse = here.trace.book.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    coarse = here.trace.book.fresh(len(first))[turn].reshape(shape)
     here.trace.book.cover(coarse, labels, "batch")
     return coarse

@@ -109,7 +109,7 @@ def slice_model(
 def fused_widths(trace: Trace, node: ir.Node, dead: Dead) -> Widths:
     """Heads and widths that a fused attention has after the cut."""
     shapes = [trace.extra[node, part] for part in ("query", "key", "value")]
-    query, key, value = (packing(c.shape, c.factors, dead).new for c in shapes)
+    query, _, value = (packing(c.shape, c.factors, dead).new for c in shapes)
     return Widths(query[1], query[1] * shapes[1].shape[1] // shapes[0].shape[1], query[3], value[3])
 
 
