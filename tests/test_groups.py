@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from oracle import analysis_at, analysis_of, prunable
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.runtime.model_io import load
-from snpc.types import Pin
 
 NAMES = list(EXPORTS)
 Kinds = Counter[tuple[str, int, int]]
@@ -84,10 +84,7 @@ def found(analysis: Analysis) -> Kinds:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_groups_follow_from_the_configuration(name: str, request: pytest.FixtureRequest) -> None:
-    if name.startswith("t5"):
-        reason = "the decoder's bias table is listed as a group vo 1x4 of its own, beside the heads that it belongs to"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_groups_follow_from_the_configuration(name: str) -> None:
     assert found(analysis_of(name)) == expected(name)
 
 
@@ -123,22 +120,26 @@ def test_ids_are_unique_and_name_the_layer(name: str) -> None:
     ids = [g.id for g in analysis.groups]
     assert len(set(ids)) == len(ids)
     assert all(analysis.group(g.id) is g for g in analysis.groups)
-    parameters = {p for v in onnx.load(export(name)).graph.initializer for p in prefixes(v.name)}
+    named = names_in(export(name))
     for group in prunable(analysis.groups, "qk", "vo", "ffn", "head"):
-        path, _, last = group.id.partition("#")[0].rpartition(".")
-        assert last == group.role
         if name.startswith("t5") and group.role == "vo" and group.blocks == 1:
             continue  # see test_groups_follow_from_the_configuration
-        assert path in parameters, f"{group.id} is no module of the model"
+        path, _, last = group.id.partition("#")[0].rpartition(".")
+        assert last == group.role
+        assert f".{path}." in named, f"{group.id} is no module of the model"
 
 
-def prefixes(parameter: str) -> list[str]:
-    parts = parameter.split(".")
-    return [".".join(parts[:k]) for k in range(1, len(parts))]
+def names_in(path: Path) -> str:
+    """Every dotted module path that the exporter left somewhere in the file."""
+    graph = onnx.load(path).graph
+    parameters = [v.name for v in graph.initializer]
+    nodes = [n.name.replace("/", ".") for n in graph.node]
+    scopes = [name for n in graph.node for p in n.metadata_props for name in re.findall(r"[\w.]+", p.value)]
+    return " ".join(f".{name}." for name in {*parameters, *nodes, *scopes})
 
 
 def shape_of(analysis: Analysis) -> dict[str, tuple[object, ...]]:
-    return {g.id: (g.role, g.blocks, g.size, g.freedom, g.params) for g in prunable(analysis.groups)}
+    return {g.id: (g.role, g.blocks, g.size, g.freedom) for g in prunable(analysis.groups)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,28 +181,24 @@ def test_exporters_agree(name: str, other: str) -> None:
     assert shape_of(analysis_of(name)) == shape_of(analysis_of(other))
 
 
-def check_pin(pin: Pin, values: set[str]) -> None:
-    assert pin.reason
-    assert pin.operator
-    assert pin.tensor
-    assert pin.axis >= 0
-    assert pin.size > 1
-    assert pin.kind in ("hard", "norm")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stays_says_why(name: str) -> None:
     analysis = analysis_of(name)
-    values = {str(v.name) for v in analysis.traced.trace.values}
-    assert analysis.pins
-    pinned = [g for g in analysis.groups if not g.prunable]
-    for pin in (*analysis.pins, *(p for g in pinned for p in g.pins)):
-        check_pin(pin, values)
-    outputs = {o.name for o in analysis.model.outputs}
-    stays = [p for g in pinned for p in g.pins if p.tensor in outputs] or [
-        p for p in analysis.pins if p.tensor in outputs
-    ]
-    assert stays or "last_hidden_state" in outputs  # that one is made by a norm
+    said = [*analysis.pins, *(pin for group in analysis.groups for pin in group.pins)]
+    assert said
+    for pin in said:
+        assert pin.reason
+        assert pin.operator
+        assert pin.tensor
+        assert pin.axis >= 0
+        assert pin.size > 1
+    # What reaches a graph output can never be cut, and what keeps a width is in the list of all pins.
+    (output,) = analysis.model.outputs
+    ends = [p for p in analysis.pins if p.tensor == output.name]
+    assert ends
+    assert {p.size for p in ends} <= {int(d) for d in output.shape if isinstance(d, int)}
+    listed = {(p.tensor, p.axis, p.reason) for p in analysis.pins}
+    assert {(p.tensor, p.axis, p.reason) for g in analysis.groups for p in g.pins} <= listed
 
 
 # -- what cannot be followed -----------------------------------------------------------------------------------------
@@ -267,7 +264,7 @@ def test_what_a_branch_captures_is_pinned(tmp_path: Path) -> None:
     (pin,) = (p for p in analysis.pins if p.tensor == "g")
     assert (pin.axis, pin.size) == (1, 6)
     assert pin.operator.startswith("If ")
-    assert "If" in pin.reason or "subgraph" in pin.reason
+    assert "control flow" in pin.reason
 
 
 def test_what_a_loop_captures_is_pinned(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9."""
 
+ADD = "Add"
 CONCAT = "Concat"
 DIV = "Div"
 GATHER = "Gather"

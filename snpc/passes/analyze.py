@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,7 +43,7 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     if sum(s is None for s in cost_facts.shape.values()) > sum(s is None for s in facts.shape.values()):
         quoted, cost_facts = dict(binding), facts
     groups = finish(model.graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
-    return Analysis(model, groups, pins_of(found), cost_of(model.graph, cost_facts), quoted, found)
+    return Analysis(model, groups, pins_of(found, groups), cost_of(model.graph, cost_facts), quoted, found)
 
 
 def quoted_binding(graph: ir.Graph, binding: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
@@ -56,12 +56,12 @@ def quoted_binding(graph: ir.Graph, binding: Mapping[str, int], fixed: Mapping[s
     return {name: fixed.get(name, 1 if name in leading else max(size, 128)) for name, size in binding.items()}
 
 
-def pins_of(found: Traced) -> tuple[Pin, ...]:
-    """Pins of what a weight makes, one per tensor, axis and reason."""
+def pins_of(found: Traced, groups: Sequence[Group]) -> tuple[Pin, ...]:
+    """Pins of groups and of whatever else a weight makes, one per tensor, axis and reason."""
     produced = np.zeros(found.trace.book.count, bool)
     flags = found.trace.book.flags[: found.trace.book.count]
     produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
-    pins: dict[tuple[str, int, str], Pin] = {}
+    pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
     for note in found.trace.book.pins:
         if produced[found.units.unit[note.labels]].any():
             key = (note.tensor, note.axis, note.reason)

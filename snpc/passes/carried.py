@@ -22,6 +22,8 @@ class Carried:
     shape: Shape
     factors: Factors = ()
     constant: bool = False
+    because: str = ""
+    """Why nothing is known of it, where an operator that snpc does not look through made it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Here:
             if carried is not None:
                 for labels in carried.factors:
                     self.pin(carried, labels, reason)
+
+    @staticmethod
+    def stranger(carried: Carried) -> str:
+        """An unlabelled tensor, in words."""
+        return f"{carried.name}, which no float weight makes" + (f" ({carried.because})" if carried.because else "")
 
     def refuse(self, inputs: Sequence[Carried | None], reason: str) -> list[Factors]:
         """Pin everything that enters; nothing comes out labelled."""

@@ -77,7 +77,7 @@ def join_summed(here: Here, left: Carried, right: Carried, letters: Letters, sum
             if present and not counterpart and absent.shape[other_axis] > 1:
                 owner = left if present is mine else right
                 for labels in present:
-                    here.pin(owner, labels, missing_partner(absent), axis)
+                    here.pin(owner, labels, f"it is summed against {here.stranger(absent)}", axis)
         for f in mine:
             for g in theirs:
                 a, b = by_letter(f, letters.left, letters), by_letter(g, letters.right, letters)
@@ -90,10 +90,6 @@ def join_summed(here: Here, left: Carried, right: Carried, letters: Letters, sum
                     book.cover(b, a, "meet")
                 else:
                     book.share(a, b, "meet")
-
-
-def missing_partner(carried: Carried) -> str:
-    return f"it is summed against {carried.name}, which no float weight makes"
 
 
 def by_letter(labels: Labels, mine: str, letters: Letters) -> Labels:
@@ -138,7 +134,7 @@ def join_batches(
 def pin_per_batch(here: Here, carried: Carried, labels: Labels, axes: frozenset[int], partner: Carried) -> None:
     """The other operand has this batch axis without labels: whole blocks stay, the width within them is free."""
     if varying(labels) == axes:
-        here.pin(carried, labels, f"it meets {partner.name}, which no weight makes")
+        here.pin(carried, labels, f"it meets {here.stranger(partner)}")
         return
     coarse = cover_rest(here, labels, axes)
     here.pin(partner, coarse, "no weight makes this axis", min(axes))

@@ -73,7 +73,7 @@ def drafts(trace: Trace, units: Units) -> list[Draft]:
     signature = signatures(trace, units)
     pinned = pins_by_unit(trace, units)
     heads = np.unique(units.head[units.head >= 0])
-    made = np.flatnonzero(flags & int(Flag.PRODUCED))
+    made = np.setdiff1d(np.flatnonzero(flags & int(Flag.PRODUCED)), heads)
     bundles: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
     for unit in made:
         blocked = units.block[unit] >= 0

@@ -25,7 +25,7 @@ def meet(here: Here, parts: Sequence[Carried]) -> Factors:
         for labels in carried.factors:
             stranger = unlabelled_partner(parts, index, labels)
             if stranger is not None:
-                here.pin(carried, labels, f"it meets {stranger.name}, which no weight makes")
+                here.pin(carried, labels, f"it meets {here.stranger(stranger)}")
                 if carried.constant:
                     continue
             joined = False

@@ -29,6 +29,8 @@ class Scores:
     criterion: str
     values: Mapping[str, FloatArray] = field(repr=False)
     samples: int = 0
+    curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
+    """Loss curves where a closed form has one: group id -> [size + 1], squared output error when so many are kept."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
     """Cut where a step costs least: its cost is the mean score of the units it removes, over the group's mean score."""
     total = sum(g.blocks * g.size for g in groups)
     budget = choice.ratio * total
-    ladders = {g.id: ladder(g, scores.values[g.id], choice) for g in groups}
+    ladders = {g.id: ladder(g, step_costs(scores, g), choice) for g in groups}
     widths = {g.id: g.size for g in groups}
     blocks = {g.id: g.blocks for g in groups}
     removed = 0.0
@@ -161,11 +163,22 @@ def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
         removed += units
 
 
-def ladder(group: Group, scores: FloatArray, choice: Choice) -> list[tuple[float, int]]:
-    """(cost, width) of each step down, made to rise: a cheap step behind a dear one cannot be taken first."""
-    ordered = np.sort(scores, axis=1).mean(0)
+def step_costs(scores: Scores, group: Group) -> FloatArray:
+    """[size]: what removing one unit of every block costs, cheapest first; comparable between groups of a role.
+
+    From a loss curve: the growth of the squared output error, relative to the output. From scores: the score, relative
+    to the group's mean.
+    """
+    curve = scores.curves.get(group.id)
+    if curve is not None:
+        return np.diff(curve[::-1]) / max(float(curve[0]), 1e-300)
+    ordered: FloatArray = np.sort(scores.values[group.id], axis=1).mean(0)
     mean = float(ordered.mean())
-    ordered = ordered / mean if mean > 0 and math.isfinite(mean) else ordered
+    return ordered / mean if mean > 0 and math.isfinite(mean) else ordered
+
+
+def ladder(group: Group, ordered: FloatArray, choice: Choice) -> list[tuple[float, int]]:
+    """(cost, width) of each step down, made to rise: a cheap step behind a dear one cannot be taken first."""
     widths = allowed(group, choice)
     rungs: list[tuple[float, int]] = []
     highest = -math.inf

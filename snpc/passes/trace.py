@@ -99,7 +99,17 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(str(value.name), shape, usable, constant)
+        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable))
+
+
+def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:
+    """Why an unlabelled value is unlabelled, where that is an operator's doing; it moves along with the value."""
+    if factors:
+        return ""
+    if here.spec.kind == "opaque":
+        return f"{here.node.op_type}: {here.spec.reason}"
+    first = inputs[0] if inputs else None
+    return first.because if first is not None and here.spec.kind == "movement" else ""
 
 
 def outer_values(node: ir.Node) -> list[ir.Value]:
@@ -159,7 +169,7 @@ def concat(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
             if not fs and all(carried.shape[k] > 1 for k in pattern):
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
-                        here.pin(other, labels, f"it is laid beside {carried.name}, which no weight makes")
+                        here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
             for labels in fs:
                 if pattern in across:
                     here.trace.book.join(across[pattern], labels)

@@ -50,7 +50,7 @@ def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value], 
     """A copy of ``model`` in which the ragged values are gone. Raises CheckFailed where that is not possible."""
     copy = model.clone()
     twins = {n.name: n for n in copy.graph}
-    after = Facts()
+    after = facts_of_copy(facts, model, copy)
     repairs = Repairs(copy, model, facts, after, sizes)
     tangled = set(ragged)
     for root in dict.fromkeys(packed_root(v, tangled) for v in ragged):
@@ -58,6 +58,18 @@ def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value], 
     common.RemoveUnusedNodesPass()(copy)
     copy.graph.sort()
     return copy
+
+
+def facts_of_copy(facts: Facts, model: ir.Model, copy: ir.Model) -> Facts:
+    """The same facts, of the copy's values."""
+    values = {v.name: v for node in copy.graph for v in node.outputs} | dict(copy.graph.initializers)
+    values |= {v.name: v for v in copy.graph.inputs}
+    twins = {v: values[v.name] for v in facts.shape if v.name in values}
+    return Facts(
+        {twins[v]: x for v, x in facts.shape.items() if v in twins},
+        {twins[v]: x for v, x in facts.dtype.items() if v in twins},
+        {twins[v]: x for v, x in facts.value.items() if v in twins},
+    )
 
 
 @dataclass(frozen=True)
@@ -245,16 +257,6 @@ def clone_step(
         )
         node.outputs[0].name = f"{node.name}_out"
         anchor.append(node)
-        for k, extra in enumerate(old.inputs[1:], 1):
-            twin = node.inputs[k]
-            if extra is not None and twin is not None:
-                for table, origin in (
-                    (work.after.shape, work.before.shape),
-                    (work.after.dtype, work.before.dtype),
-                    (work.after.value, work.before.value),
-                ):
-                    if extra in origin:
-                        table[twin] = origin[extra]  # type: ignore[assignment]
         if spec.repair is not None:
             repair = spec.repair(work.before.call(old, version), as_cut(packed_in), [as_cut(packed_out)])
             for k, array in repair.inputs.items():

@@ -24,7 +24,8 @@ from snpc.types import FloatArray, Group, IntArray, Probe
 
 @dataclass(frozen=True)
 class Wanted:
-    """One statistic of one group: ``kind`` is "energy" or "gram"; ``output`` names the instrumented model's output."""
+    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums);
+    ``output`` names the instrumented model's output."""
 
     group: Group
     probe: Probe
@@ -118,15 +119,15 @@ class Instrument:
             layout = layout_of(probe, units)
             value = self.op("Cast", [self.values[probe.tensor]], to=int(ir.DataType.FLOAT))
             if layout.period:
-                tail = [0 if k else -1 for k in range(1)]
                 shape = self.op("Shape", [value])
                 rest = self.op("Slice", [shape, self.ints([1]), self.ints([1 << 30])])
-                head = self.ints([*tail, layout.period])
+                head = self.ints([-1, layout.period])
                 value = self.op("Reshape", [value, self.op("Concat", [head, rest], axis=0)])
             value = self.op("Transpose", [value], perm=[0, *layout.row_axes, *layout.unit_axes])
             total = int(np.prod([self.axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
             value = self.op("Reshape", [value, self.ints([0, -1, total])])
-            value = self.op("Gather", [value, self.ints(layout.columns.tolist())], axis=2)
+            if layout.columns.tolist() != list(range(total)):
+                value = self.op("Gather", [value, self.ints(layout.columns.tolist())], axis=2)
             self.prepared[key] = (value, layout)
         return self.prepared[key]
 
@@ -156,9 +157,37 @@ class Instrument:
         columns = self.op("Transpose", [split], perm=[0, 2, 3, 1])
         return self.op("MatMul", [columns, self.op("Transpose", [split], perm=[0, 2, 1, 3])])
 
+    def by_block(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """[blocks, samples, rows, size]."""
+        rows, _ = self.rows(probe, blocks * size)
+        return self.op("Transpose", [self.op("Reshape", [rows, self.ints([0, -1, blocks, size])])], perm=[2, 0, 1, 3])
+
+    def product(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
+        """[blocks, size, size]: X'X over samples and rows."""
+        flat = self.op("Reshape", [value, self.ints([blocks, -1, size])])
+        return self.op("MatMul", [self.op("Transpose", [flat], perm=[0, 2, 1]), flat])
+
+    def moment(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        return self.product(self.by_block(probe, blocks, size), blocks, size)
+
+    def centred(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """As ``moment``, of rows less the mean of their own sample."""
+        value = self.by_block(probe, blocks, size)
+        if self.version >= 18:
+            mean = self.op("ReduceMean", [value, self.ints([2])], keepdims=1)
+        else:
+            mean = self.op("ReduceMean", [value], axes=[2], keepdims=1)
+        return self.product(self.op("Sub", [value, mean]), blocks, size)
+
+    def sums(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """[blocks, size + 1]: the sum of the rows, and how many they are."""
+        value = self.op("Reshape", [self.by_block(probe, blocks, size), self.ints([blocks, -1, size])])
+        one = self.op("Gather", [value, self.ints([0])], axis=2)
+        ones = self.op("Exp", [self.op("Sub", [one, one])])
+        return self.total(self.op("Concat", [value, ones], axis=2))
+
     def add(self, wanted: Wanted) -> None:
-        make = self.gram if wanted.kind == "gram" else self.energy
-        value = make(wanted.probe, wanted.group.blocks, wanted.group.size)
+        value = getattr(self, wanted.kind)(wanted.probe, wanted.group.blocks, wanted.group.size)
         value.name = wanted.output
         value.dtype = ir.DataType.FLOAT
         self.model.graph.outputs.append(value)

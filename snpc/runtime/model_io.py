@@ -323,7 +323,3 @@ def tensor_message(name: str, tensor: Any) -> tuple[bytes, bytes]:
 def tensor_length(name: str, tensor: Any) -> int:
     head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
     return int(head.ByteSize() + len(delimited(RAW_DATA, tensor.nbytes)) + tensor.nbytes)
-
-
-def to_bytes(model: ir.Model) -> bytes:
-    return bytes(ir.to_proto(model).SerializeToString())

@@ -51,29 +51,27 @@ def score(
         for result in measure(
             analysis, wanted, progress(batches) if progress else batches, provider=provider, threads=threads
         ):
-            samples += observe(judge, wanted, result, sums)
+            observe(judge, wanted, result, sums)
+        samples = calibration.samples
     values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
     return Scores(analysis, judge.name if not isinstance(criterion, str) else criterion, values, samples)
 
 
 def observe(
     judge: Criterion, wanted: Sequence[Wanted], result: Mapping[str, FloatArray], sums: dict[str, dict[str, FloatArray]]
-) -> int:
-    """Add one batch's statistics to ``sums``; the number of samples in it."""
+) -> None:
+    """Add one batch's statistics to ``sums``."""
     batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
     groups: dict[str, Group] = {}
-    samples = 0
     for item in wanted:
         groups[item.group.id] = item.group
         key = f"{item.kind}:{item.probe.kind}"
         array = result[item.output]
         mine = batch[item.group.id]
         mine[key] = mine[key] + array if key in mine and mine[key].shape == array.shape else array
-        samples = max(samples, len(array))
     for name, arrays in batch.items():
         for key, summed in judge.observe(groups[name].role, arrays).items():
             sums[name][key] = sums[name][key] + summed if key in sums[name] else summed
-    return samples
 
 
 # -- weights as rows per unit ----------------------------------------------------------------------------------------

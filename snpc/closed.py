@@ -1,0 +1,151 @@
+"""The closed forms: what to keep of a group, and what to make of its weights, so that its output moves least.
+
+Plain linear algebra on second moments in float64; nothing here knows a graph. Moments are sums over calibration rows:
+``C = sum x x'``. Roots are symmetric and pseudo-inverted, so moments of less than full rank are fine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from snpc.types import FloatArray, IntArray
+
+RANK = 1e-10  # eigenvalues below this share of the largest count as zero
+RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
+
+
+@dataclass(frozen=True)
+class Rebase:
+    """A change of basis in order of importance: keep the first r columns of ``make`` and rows of ``read``.
+
+    ``make`` [d, d] multiplies what makes the units (W -> W make), ``read`` [d, d] is applied to what reads them
+    (W -> read W; for Q and K it makes K: W_k -> W_k read'). ``loss[r]``: squared output error when r are kept.
+    """
+
+    make: FloatArray
+    read: FloatArray
+    loss: FloatArray
+
+
+def root(moment: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(C^1/2, its pseudo-inverse) of a symmetric positive semi-definite C."""
+    values, vectors = np.linalg.eigh((moment + moment.T) / 2)
+    values = np.maximum(values, 0.0)
+    safe = values > RANK * max(float(values[-1]), 1e-300)
+    roots = np.sqrt(values)
+    inverse = np.where(safe, 1.0 / np.where(safe, roots, 1.0), 0.0)
+    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def tails(singular: FloatArray) -> FloatArray:
+    """``[r]``: sum of the squares from r on; length d + 1."""
+    return np.concatenate([np.cumsum((singular**2)[::-1])[::-1], [0.0]])
+
+
+def rebase_scores(query: FloatArray, key: FloatArray) -> Rebase:
+    """The best rank-r score map for the data, for every r at once.
+
+    ``query`` [d, d] = sum q q', ``key`` [d, d] = sum (k - mean)(k - mean)' with the mean of each sequence (softmax does
+    not see what all keys share). With C_q^1/2 C_k^1/2 = U S V': T_q = C_q^-1/2 U S^1/2 and T_k = C_k^-1/2 V S^1/2, and
+    q T_q (k T_k)' is the rank-r map with least squared error over all pairs of rows (A3, arXiv 2505.12942, in the
+    space of q and k). ``loss`` is that error. ``make`` = T_q, ``read`` = T_k'.
+    """
+    q_root, q_inverse = root(query)
+    k_root, k_inverse = root(key)
+    left, singular, right = np.linalg.svd(q_root @ k_root)
+    half = np.sqrt(singular)
+    return Rebase(q_inverse @ (left * half), (k_inverse @ (right.T * half)).T, tails(singular))
+
+
+def rebase_values(context: FloatArray, weight: FloatArray) -> Rebase:
+    """The best rank-r value/output pair for the data, for every r at once.
+
+    ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection's rows.
+    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input).
+    """
+    c_root, c_inverse = root(context)
+    left, singular, _ = np.linalg.svd(c_root @ weight, full_matrices=False)
+    basis = np.zeros((len(context), len(context)))
+    basis[:, : left.shape[1]] = left
+    if left.shape[1] < len(context):
+        singular = np.concatenate([singular, np.zeros(len(context) - len(singular))])
+    return Rebase(c_inverse @ basis, basis.T @ c_root, tails(singular))
+
+
+# -- selection with refit --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Units in the order in which they go (first out first) and the loss after each: ``loss[r]`` when r are kept."""
+
+    order: IntArray
+    loss: FloatArray
+
+
+def damped(moment: FloatArray) -> FloatArray:
+    return moment + np.eye(len(moment)) * (RIDGE * float(np.trace(moment)) / len(moment) + 1e-12)
+
+
+def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimination:
+    """Structured OBS: repeatedly drop the units whose loss, after all others made up for them, is least.
+
+    ``moment`` [F, F] of the centred hidden activations, ``weight`` [F, D] what reads them. The loss of unit i is
+    |w_i|^2 / (H^-1)_ii with w and H^-1 updated after every removal (ZipLM, arXiv 2302.04089). Units go one by one from
+    scores that are refreshed ``steps`` times.
+    """
+    size = len(moment)
+    alive = np.arange(size)
+    hessian = damped(moment)
+    target = hessian @ weight
+    total = float(np.sum(weight * target))
+    loss = np.zeros(size + 1)
+    loss[0] = total
+    order: list[int] = []
+    batch = max(1, -(-size // steps))
+    while len(alive):
+        inverse = np.linalg.inv(hessian[np.ix_(alive, alive)])
+        current = inverse @ target[alive]
+        if len(alive) < size:
+            loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
+        going = drop(inverse, current, min(batch, len(alive)))
+        order += alive[going].tolist()
+        alive = np.delete(alive, going)
+    known = np.flatnonzero(loss > 0)
+    filled = np.interp(np.arange(size + 1), np.append(known, size), np.append(loss[known], 0.0))
+    return Elimination(np.array(order, np.int64), filled)
+
+
+def drop(inverse: FloatArray, weight: FloatArray, count: int) -> list[int]:
+    """The ``count`` units that go next, exactly updated between them within the cheapest few."""
+    score = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
+    pool = np.argsort(score, kind="stable")[: min(len(score), 2 * count)]
+    small, rows = inverse[np.ix_(pool, pool)].copy(), weight[pool].copy()
+    alive = np.ones(len(pool), bool)
+    going: list[int] = []
+    for _ in range(count):
+        diagonal = np.where(alive, np.diag(small), 1.0)
+        cost = np.where(alive, np.einsum("ij,ij->i", rows, rows) / diagonal, np.inf)
+        k = int(np.argmin(cost))
+        going.append(int(pool[k]))
+        alive[k] = False
+        factor = small[:, k] / small[k, k]
+        rows -= np.outer(factor, rows[k])
+        small -= np.outer(factor, small[k])
+    return going
+
+
+def refit(moment: FloatArray, weight: FloatArray, keep: IntArray) -> FloatArray:
+    """[kept, D]: the rows that make the kept units say best what all of them said (ridge least squares)."""
+    hessian = damped(moment)
+    solved: FloatArray = np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight)
+    return solved
+
+
+def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: FloatArray) -> float:
+    """Squared output error of the fitted rows on centred activations."""
+    gap = weight.copy()
+    gap[keep] -= fitted
+    return float(np.sum(gap * (moment @ gap)))
