@@ -16,6 +16,7 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.plan import Choice, Plan, Scores, make_plan, plan_from_json, plan_to_json
 from snpc.runtime.bench import Bench, bench
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
+from snpc.runtime.compress import Compression, Decision, compress, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.model_io import load, save
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
@@ -30,7 +31,9 @@ __all__ = [
     "Calibration",
     "CheckFailed",
     "Choice",
+    "Compression",
     "Cost",
+    "Decision",
     "Difference",
     "Group",
     "ImageOptions",
@@ -48,6 +51,8 @@ __all__ = [
     "analyze",
     "apply_plan",
     "bench",
+    "compress",
+    "decide",
     "load",
     "load_calibration",
     "make_plan",

@@ -80,6 +80,12 @@ choosing = options(
     ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
     click.option(
+        "--method",
+        type=click.Choice(["auto", "select"]),
+        help="auto: rotate, slice and refit in closed form (needs --calib); select: slice the units that --criterion "
+        "prefers. Default: auto with --calib and no --criterion, else select.",
+    ),
+    click.option(
         "--criterion",
         default=None,
         metavar="NAME[:KEY=VALUE,...]",
@@ -200,44 +206,34 @@ def calibration_of(
     )
 
 
-def planned(
+def decided(
     analysis: Any,
     calibration: Any,
-    ratio: float,
-    roles: tuple[Role, ...],
+    *,
+    method: Any,
     criterion: str | None,
-    uniform: bool,
-    round_to: int,
-    min_width: int,
-    include: str | None,
-    exclude: str | None,
     provider: str,
     watch: Any,
+    **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say."""
+    """Score and plan as the flags say, and say what the flags leave unused."""
     import snpc
-    from snpc.passes.plan import chosen_groups
 
-    choice = snpc.Choice(ratio, roles, uniform, round_to, min_width, include, exclude)
-    chosen_groups(analysis, choice)
-    name = criterion if criterion is not None else "auto" if calibration is not None else "magnitude"
-    if criterion is None and calibration is None:
-        show.note(
-            "no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy"
-        )
-    with watch.stage("score"):
-        scores = snpc.score(
+    wanted = snpc.Choice(**choice)
+    with watch.stage("score and plan"):
+        decision = snpc.decide(
             analysis,
-            name,
-            calibration,
-            roles=roles,
+            wanted,
+            calibration=calibration,
+            method=method,
+            criterion=criterion,
             provider=provider,
             progress=show.progress("calibrating", calibration),
         )
-    if calibration is not None and not scores.samples:
-        show.note(f"criterion {name} takes no data for {', '.join(roles)}: --calib is used for verification only")
-    with watch.stage("plan"):
-        return snpc.make_plan(scores, choice)
+    if calibration is None and criterion is None:
+        show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
+    show.skipped(decision.compression)
+    return decision
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -298,7 +294,8 @@ def prune(
     check_targets([*written, plan_path, json_path], *model_files(model), calib["calib"])
     with watch.stage("calibration"):
         calibration = calibration_of(analysis.model, **calib)
-    plan = planned(analysis, calibration, provider=provider, watch=watch, **choice)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
+    plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
@@ -306,7 +303,9 @@ def prune(
         if str(json_path) != "-":
             show.plan(plan)
         return
-    result = snpc.apply_plan(plan, target, calibration=calibration, provider=provider, watch=watch)
+    result = snpc.apply_plan(
+        plan, target, compression=decision.compression, calibration=calibration, provider=provider, watch=watch
+    )
     finish(result, json_path)
 
 
@@ -346,7 +345,8 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     analysis = analysed(model)
     choice, calib = split_flags(flags)
     check_targets([target], *model_files(model), calib["calib"])
-    made = planned(analysis, calibration_of(analysis.model, **calib), provider=provider, watch=Stopwatch(), **choice)
+    calibration = calibration_of(analysis.model, **calib)
+    made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
     write_text(target, snpc.plan_to_json(made))
     show.plan(made)
     show.line(f"plan written to {target}")
@@ -362,8 +362,12 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
 def apply(
     model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any
 ) -> None:
-    """Apply PLAN_FILE to MODEL, write the result and verify it. --calib is used for verification only."""
+    """Apply PLAN_FILE to MODEL, write the result and verify it.
+
+    A plan of --method auto needs --calib, the data that it was made with; others use it for verification only.
+    """
     import snpc
+    from snpc.runtime.compress import compression_for
     from snpc.runtime.model_io import data_file, model_files
     from snpc.runtime.prune import Stopwatch
 
@@ -374,8 +378,11 @@ def apply(
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     check_targets([target, data_file(target), json_path], *model_files(model), plan_file, calib["calib"])
+    calibration = calibration_of(analysis.model, **calib)
+    with watch.stage("closed forms"):
+        compression = compression_for(plan, calibration, provider=provider)
     result = snpc.apply_plan(
-        plan, target, calibration=calibration_of(analysis.model, **calib), provider=provider, watch=watch
+        plan, target, compression=compression, calibration=calibration, provider=provider, watch=watch
     )
     finish(result, json_path)
 

@@ -62,7 +62,7 @@ def rebase_scores(query: FloatArray, key: FloatArray) -> Rebase:
 def rebase_values(context: FloatArray, weight: FloatArray) -> Rebase:
     """The best rank-r value/output pair for the data, for every r at once.
 
-    ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection's rows.
+    ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection.
     With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input).
     """
     c_root, c_inverse = root(context)
@@ -106,8 +106,8 @@ def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimin
     order: list[int] = []
     batch = max(1, -(-size // steps))
     while len(alive):
-        inverse = np.linalg.inv(hessian[np.ix_(alive, alive)])
-        current = inverse @ target[alive]
+        inverse: FloatArray = np.linalg.inv(hessian[np.ix_(alive, alive)]).astype(np.float64)
+        current: FloatArray = inverse @ target[alive]
         if len(alive) < size:
             loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
         going = drop(inverse, current, min(batch, len(alive)))
@@ -140,8 +140,7 @@ def drop(inverse: FloatArray, weight: FloatArray, count: int) -> list[int]:
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray) -> FloatArray:
     """[kept, D]: the rows that make the kept units say best what all of them said (ridge least squares)."""
     hessian = damped(moment)
-    solved: FloatArray = np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight)
-    return solved
+    return np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight).astype(np.float64)
 
 
 def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: FloatArray) -> float:

@@ -16,6 +16,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Compression
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
 from snpc.types import Cost, Difference, Group, Verdict
@@ -153,6 +154,14 @@ def analysis_json(analysis: Analysis) -> dict[str, Any]:
     }
 
 
+def skipped(compression: Compression | None) -> None:
+    """Groups that a closed form could not serve, by reason."""
+    if compression is not None and compression.skipped:
+        reasons = Counter(compression.skipped.values())
+        text = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
+        note(f"{len(compression.skipped)} groups are selected and sliced without refitting ({text})")
+
+
 # -- plan and result -------------------------------------------------------------------------------------------------
 
 
@@ -191,10 +200,18 @@ def result(result: Pruned) -> None:
     line(
         "removed: "
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
-        + f" (scored by {result.plan.criterion}{', ' + result.calibration if result.calibration else ', no data'})"
+        + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     verdict(result.verdict)
     line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+
+
+def how(result: Pruned) -> str:
+    """How units were chosen and weights made, in words."""
+    if not result.forms:
+        return f"selected by {result.plan.criterion}"
+    rotated = sum(form != "refit" for form in result.forms.values())
+    return f"in closed form: {rotated} groups rotated, {len(result.forms) - rotated} refitted"
 
 
 def verdict(verdict: Verdict) -> None:

@@ -50,6 +50,11 @@ def test_how_it_works_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     run_page(ROOT / "docs" / "how-it-works.md", {})
 
 
+def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "README.md", {})
+
+
 @pytest.fixture
 def fresh_table() -> Iterator[dict[tuple[str, str], object]]:
     """The operator table, put back afterwards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "begun": (VIT.read_bytes()[:10], "not .*ONNX"),
     "half": (VIT.read_bytes()[: VIT.stat().st_size // 2], "not a readable ONNX file.*truncated"),
     "almost": (VIT.read_bytes()[:-1], "not a readable ONNX file.*truncated"),
-    "no graph": (onnx.ModelProto(ir_version=8).SerializeToString(), "no graph"),
+    "no graph": (onnx.ModelProto(ir_version=8).SerializeToString(), "not an ONNX model .*no graph"),
 }
 
 
@@ -202,9 +203,10 @@ def pins_of(path: Path) -> dict[str, str]:
     return {p["tensor"]: p["reason"] for p in found["pins"]}
 
 
-class TestPinned:
-    FFN = {"up": (8, 32), "down": (32, 8)}
+FFN = {"up": (8, 32), "down": (32, 8)}
 
+
+class TestPinned:
     def test_a_model_without_weights(self, tmp_path: Path) -> None:
         path = build(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {})
         refused("nothing to prune in the roles qk, vo, ffn", "prune", path, *RATIO)
@@ -221,7 +223,7 @@ class TestPinned:
     def test_what_a_custom_operator_reads(self, tmp_path: Path, domain: str, operator: str) -> None:
         custom = helper.make_node(operator, ["h"], ["f"], domain=domain)
         nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), custom, *mlp("f", "y")]
-        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **self.FFN}, info={"f": ["n", 8]}, domains=[domain])
+        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **FFN}, info={"f": ["n", 8]}, domains=[domain])
         assert re.search(operator, pins_of(path)["h"])
         invoke("plan", path, *RATIO)
         groups = json.loads((tmp_path / "m.plan.json").read_text())["groups"]
@@ -230,7 +232,7 @@ class TestPinned:
     def test_only_a_custom_operator(self, tmp_path: Path) -> None:
         custom = helper.make_node("Foo", ["u"], ["r"], domain="my.operators")
         nodes = [mlp("x", "y")[0], custom, mlp("x", "y")[2]]
-        path = build(tmp_path / "m.onnx", nodes, self.FFN, domains=["my.operators"])
+        path = build(tmp_path / "m.onnx", nodes, FFN, domains=["my.operators"])
         refused(r"u axis 1: .*my\.operators\.Foo", "prune", path, *RATIO)
 
     def branches(self, then: str, other: str) -> dict[str, onnx.GraphProto]:
@@ -247,7 +249,7 @@ class TestPinned:
             *mlp("f", "y"),
         ]
         flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
-        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **self.FFN}, info={"f": ["n", 8]}, inputs=[flag])
+        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **FFN}, info={"f": ["n", 8]}, inputs=[flag])
         assert "control flow" in pins_of(path)["h"]
         report = json.loads(invoke("prune", path, *RATIO, "--json", "-").stdout)
         assert [g["kept"] for g in report["groups"] if g["size"] == 32] == [16]
@@ -269,7 +271,7 @@ class TestPinned:
             *mlp("f", "y"),
         ]
         held = [numpy_helper.from_array(np.array(3), "count"), numpy_helper.from_array(np.array(True), "always")]
-        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **self.FFN}, info={"f": ["n", 8]}, held=held)
+        path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8), **FFN}, info={"f": ["n", 8]}, held=held)
         assert "control flow" in pins_of(path)["h"]
         report = json.loads(invoke("prune", path, *RATIO, "--json", "-").stdout)
         assert [g["kept"] for g in report["groups"] if g["size"] == 32] == [16]
@@ -287,7 +289,7 @@ class TestPinned:
         """Both weights of an MLP behind DequantizeLinear; ``also_float``: a plain MLP follows."""
         rng = np.random.default_rng(2)
         held, nodes = [], []
-        for name, shape in self.FFN.items():
+        for name, shape in FFN.items():
             weight = rng.integers(-127, 127, shape, dtype=np.int8)
             scale = np.full(shape[1], 0.01, np.float32)
             for suffix, array in (("q", weight), ("s", scale), ("z", np.zeros(shape[1], np.int8))):
@@ -296,7 +298,7 @@ class TestPinned:
             nodes.append(helper.make_node("DequantizeLinear", parts, [name], axis=1))
         nodes += mlp("x", "m" if also_float else "y")
         more = mlp("m", "y", "plain_") if also_float else []
-        weights = {f"plain_{n}": s for n, s in self.FFN.items()} if also_float else {}
+        weights = {f"plain_{n}": s for n, s in FFN.items()} if also_float else {}
         return build(path, nodes + more, weights, held=held)
 
     def test_beside_quantised_weights(self, tmp_path: Path) -> None:
@@ -347,7 +349,7 @@ USAGE: dict[str, tuple[str, tuple[object, ...]]] = {
     "no roles": ("'--roles': nothing: choose from", ("--roles", " , ")),
     "seed": ("'--seed': -1 is not in the range", ("--seed", -1)),
     "image-layout": ("'--image-layout': 'chw' is not one of", ("--image-layout", "chw")),
-    "unknown": ("No such option: --ratios", ("--ratios", 1)),
+    "unknown": ("No such option:? .*--ratios", ("--ratios", 1)),
 }
 
 
@@ -403,7 +405,7 @@ DATA: dict[str, tuple[dict[str, Array], str]] = {
     "complex": ({"image": IMAGES.astype(np.complex64)}, "input 'image' takes float32, the data is complex64"),
     "objects": ({"image": np.array([None], dtype=object)}, "pickles, which snpc never loads"),
     "NaN": ({"image": with_nan(IMAGES)}, "input 'image' holds NaN in sample 1"),
-    "infinity": ({"image": IMAGES / 0.0}, "'image' holds (NaN|infinity) in sample 0"),
+    "infinity": ({"image": np.full_like(IMAGES, -np.inf)}, "'image' holds infinity in sample 0"),
     "no samples": ({"image": IMAGES[:0]}, "no samples"),
     "no arrays": ({}, "no data for input image; it holds nothing"),
 }
@@ -411,7 +413,6 @@ DATA: dict[str, tuple[dict[str, Array], str]] = {
 
 class TestCalibration:
     @pytest.mark.parametrize("case", DATA)
-    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_data_that_does_not_fit(self, case: str, tmp_path: Path, nothing_changes: Callable[[], None]) -> None:
         arrays, words = DATA[case]
         path = tmp_path / "data.npz"
@@ -527,11 +528,11 @@ class TestOutputs:
         refused("the folder .*missing does not exist", "prune", tiny, *RATIO, flag, tiny.parent / "missing" / "o")
         refused("is a folder", "prune", tiny, *RATIO, flag, tiny.parent)
         refused("tiny.onnx does not exist|cannot write", "prune", tiny, *RATIO, flag, tiny / "o")
-        if Path("/proc/self").is_dir():
-            refused("/proc", "prune", tiny, *RATIO, flag, "/proc/o.onnx")
+        if flag == "-o" and Path("/proc/self").is_dir():
+            refused("/proc.*cannot write there", "prune", tiny, *RATIO, flag, "/proc/o.onnx")
 
     def test_a_folder_without_permission(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+        monkeypatch.setattr("os.access", lambda path, mode, **_: mode != os.W_OK)  # root may write everywhere
         refused("is not writable", "prune", tiny, *RATIO, "-o", tiny.parent / "o.onnx")
 
     def test_an_empty_name(self, tiny: Path) -> None:
@@ -584,14 +585,15 @@ PLANS: dict[str, tuple[Change, str]] = {
 }
 
 
-class TestPlans:
-    @pytest.fixture(scope="class")
-    def plan(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        path = tmp_path_factory.mktemp("plan") / "plan.json"
-        invoke("plan", VIT, *RATIO, "--roles", "qk", "-o", path)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    invoke("plan", VIT, *RATIO, "--roles", "qk", "-o", path)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
+
+class TestPlans:
     @pytest.mark.parametrize("case", PLANS)
     def test_edited(self, case: str, plan: dict[str, Any], tmp_path: Path, nothing_changes: Callable[[], None]) -> None:
         change, words = PLANS[case]

@@ -19,6 +19,7 @@ from snpc.passes.carried import Carried, Contraction
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
 from snpc.passes.scale import CannotFold, Fold, v_is_constant, walk
+from snpc.passes.shapes import static_shape
 from snpc.types import FloatArray, Group, IntArray
 
 Index = npt.NDArray[np.int64]
@@ -128,7 +129,9 @@ class Reader:
         tensor = traced.model.graph.initializers[self.place.tensor].const_value
         assert tensor is not None
         moved = np.moveaxis(tensor.numpy(), self.place.axis, 0)
-        return np.stack([moved[index[block]].astype(np.float64).reshape(index.shape[1], -1) for index in self.place.index])
+        return np.stack(
+            [moved[index[block]].astype(np.float64).reshape(index.shape[1], -1) for index in self.place.index]
+        )
 
 
 def reader_of(traced: Traced, group: Group) -> Reader:
@@ -139,8 +142,12 @@ def reader_of(traced: Traced, group: Group) -> Reader:
     site = sites[0]
     constant = traced.model.graph.initializers[site.tensor]
     tensor = constant.const_value
-    users = [(c, side) for c in traced.trace.contractions for side in (c.left, c.right)
-             if c.constant and side.constant and reads(c, side, constant)]
+    users = [
+        (c, side)
+        for c in traced.trace.contractions
+        for side in (c.left, c.right)
+        if c.constant and side.constant and reads(c, side, constant)
+    ]
     if tensor is None or len(tensor.shape) != 2 or len(users) != 1 or users[0][0].letters.windowed:
         raise NoPlace("what reads it is not one matrix")
     node = users[0][0].node
@@ -180,14 +187,16 @@ def edited(traced: Traced, edits: Edits) -> ir.Model:
     return copy
 
 
-def changed(tensor: ir.TensorProtocol, changes: Sequence[Callable[[FloatArray], FloatArray]], name: str) -> ir.LazyTensor:
+def changed(
+    tensor: ir.TensorProtocol, changes: Sequence[Callable[[FloatArray], FloatArray]], name: str
+) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
         array = tensor.numpy().astype(np.float64)
         for change in changes:
             array = change(array)
         return ir.Tensor(np.ascontiguousarray(array.astype(tensor.numpy().dtype)), dtype=tensor.dtype, name=name)
 
-    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=name, cache=True)
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name, cache=True)
 
 
 def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) -> None:
@@ -214,29 +223,32 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
 
 
 def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
+    """The constant vector, used here only, that is added to a node's output."""
     spec = lookup(node.domain, node.op_type)
     if spec.bias is not None and spec.bias < len(node.inputs):
-        bias = node.inputs[spec.bias]
-        if bias is not None and v_is_constant(bias) and len(bias.uses()) == 1 and int(np.prod(bias.const_value.shape)) == width:  # type: ignore[union-attr, arg-type]
-            return bias
-        return None
+        return node.inputs[spec.bias] if is_own_vector(node.inputs[spec.bias], width) else None
     users = list(node.outputs[0].consumers())
     if len(users) != 1 or lookup(users[0].domain, users[0].op_type).effect != "add":
         return None
-    for value in users[0].inputs:
-        if value is not None and v_is_constant(value) and len(value.uses()) == 1:
-            shape = [int(n) for n in value.const_value.shape]  # type: ignore[union-attr, arg-type]
-            if shape and shape[-1] == width and int(np.prod(shape)) == width:
-                return value
-    return None
+    return next((value for value in users[0].inputs if is_own_vector(value, width)), None)
 
+
+def is_own_vector(value: ir.Value | None, width: int) -> bool:
+    """A constant of ``width`` entries along its last axis that nothing else uses."""
+    if value is None or value.const_value is None or not v_is_constant(value) or len(value.uses()) != 1:
+        return False
+    shape = static_shape(value.const_value)
+    return bool(shape) and shape[-1] == width and int(np.prod(shape)) == width
 
 
 def contraction_at(traced: Traced, group: Group) -> Contraction:
     """The product of activations that a qk group closes in."""
     tensors = {p.tensor for p in group.probes}
-    found = [c for c in traced.trace.contractions if not c.constant and not c.part
-             and c.left.name in tensors and c.right.name in tensors]
+    found = [
+        c
+        for c in traced.trace.contractions
+        if not c.constant and not c.part and c.left.name in tensors and c.right.name in tensors
+    ]
     if len(found) != 1:
         raise NoPlace(f"it takes part in {len(found)} score products")
     return found[0]

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from snpc.passes.slice import Cuts
 from snpc.types import ROLES, FloatArray, Group, Role
 
 FORMAT = 1
+Method = Literal["select", "auto"]
 DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
 
 
@@ -29,6 +30,7 @@ class Scores:
     criterion: str
     values: Mapping[str, FloatArray] = field(repr=False)
     samples: int = 0
+    method: Method = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Loss curves where a closed form has one: group id -> [size + 1], squared output error when so many are kept."""
 
@@ -77,6 +79,8 @@ class Plan:
     criterion: str
     options: Mapping[str, Any]
     keep: Mapping[str, tuple[tuple[int, ...], ...]] = field(repr=False)
+    method: Method = "select"
+    """"select": weights are sliced as they are; "auto": they are refitted to the plan first, from calibration data."""
 
     def kept(self, group: Group) -> int:
         """Units per block that stay."""
@@ -115,7 +119,7 @@ def make_plan(scores: Scores, choice: Choice) -> Plan:
         widths |= uniform_widths(mine, choice) if choice.uniform else ranked_widths(mine, scores, choice)
     keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups if widths[g.id] < g.size}
     options = {k: v for k, v in asdict(choice).items() if v is not None}
-    return Plan(scores.analysis, scores.criterion, options, keep)
+    return Plan(scores.analysis, scores.criterion, options, keep, scores.method)
 
 
 def keep_best(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
@@ -226,6 +230,7 @@ def plan_to_json(plan: Plan) -> str:
         "snpc_plan": FORMAT,
         "model": plan.analysis.model.path.name,
         "digest": plan.analysis.model.digest,
+        "method": plan.method,
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
@@ -263,7 +268,10 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         if group.id in keep:
             raise UserError(f"{name}: {group.id} is listed twice; keep one")
         keep[group.id] = checked_rows(entry.get("keep"), group, name)
-    return Plan(analysis, str(data.get("criterion", "by hand")), options, keep)
+    method = data.get("method", "select")
+    if method not in get_args(Method):
+        raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(Method))}")
+    return Plan(analysis, str(data.get("criterion", "by hand")), options, keep, method)
 
 
 def checked_rows(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:

@@ -1,27 +1,29 @@
 """Closed-form compression: measure second moments once, read loss curves off them, and refit weights to a plan.
 
-Groups whose freedom is ``basis`` are rotated before they are cut; groups that are selected get what reads them refitted.
-Where a group's weights do not have the form that this needs, its units are selected by a criterion and left as they are;
-``Compression.skipped`` says why.
+Groups whose freedom is ``basis`` are rotated before they are cut; of groups that are selected, what reads them is
+refitted. Where a group's weights do not have the form that this needs, its units are selected by a criterion and left
+as they are; ``Compression.skipped`` says why.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit
+from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, NoPlace, edited, operand_places, reader_of, value_places
-from snpc.passes.plan import Plan, Scores
+from snpc.passes.plan import Choice, Method, Plan, Scores, chosen_groups, make_plan
 from snpc.passes.rewrite import Traced, traced
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import measure, wanted_statistics
-from snpc.types import FloatArray, Group, IntArray, Role
+from snpc.runtime.score import score
+from snpc.types import FloatArray, Group, IntArray
 
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -55,7 +57,8 @@ class Compression:
     def curve(self, group: Group) -> FloatArray | None:
         """[size + 1]: squared output error on the calibration data when so many units per block are kept."""
         if group.id in self.rebases:
-            return np.sum([r.loss for r in self.rebases[group.id]], axis=0)
+            total: FloatArray = np.sum([r.loss for r in self.rebases[group.id]], axis=0)
+            return total
         found = self.eliminations.get(group.id)
         return None if found is None else found.loss
 
@@ -80,13 +83,12 @@ def form_of(analysis: Analysis, group: Group) -> str:
 def compress(
     analysis: Analysis,
     calibration: Calibration,
+    groups: Sequence[Group],
     *,
-    roles: Iterable[Role],
     provider: str = "cpu",
     progress: Progress | None = None,
 ) -> Compression:
-    """Measure what the closed forms of the prunable groups of ``roles`` need, and solve them for every width."""
-    groups = [g for g in analysis.groups if g.role in tuple(roles) and g.prunable and g.size > 1]
+    """Measure what the closed forms of these groups need, and solve them for every width."""
     forms: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for group in groups:
@@ -144,7 +146,7 @@ def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block:
 def with_curves(scores: Scores, compression: Compression) -> Scores:
     """Scores whose ranking across groups, and whose order within refitted groups, follow the closed forms' losses."""
     curves = {g.id: c for g in scores.analysis.groups if (c := compression.curve(g)) is not None}
-    values = dict(scores.values)
+    values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
         ranks = np.empty(len(found.order))
         ranks[found.order] = np.arange(len(found.order))
@@ -152,7 +154,70 @@ def with_curves(scores: Scores, compression: Compression) -> Scores:
     for name, parts in compression.rebases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
-    return replace(scores, values=values, curves=curves, samples=max(scores.samples, compression.samples))
+    return replace(
+        scores, values=values, curves=curves, method="auto", samples=max(scores.samples, compression.samples)
+    )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are)."""
+
+    plan: Plan
+    compression: Compression | None = None
+
+
+def decide(
+    analysis: Analysis,
+    choice: Choice,
+    *,
+    calibration: Calibration | None = None,
+    method: Method | None = None,
+    criterion: str | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> Decision:
+    """Score and plan in one step.
+
+    ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "auto") for the groups
+    that have none; "select" scores by ``criterion`` only (default "auto" with data, "magnitude" without). Left out, it
+    is "auto" where there is data and no criterion was named. Raises UserError where data is needed and missing.
+    """
+    groups = chosen_groups(analysis, choice)
+    method = method or ("auto" if calibration is not None and criterion is None else "select")
+    if method == "auto" and calibration is None:
+        raise UserError("--method auto refits weights from calibration data: give --calib, or --method select")
+    judge = criterion or ("auto" if calibration is not None else "magnitude")
+    if method == "select" or calibration is None:
+        scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
+        return Decision(make_plan(scores, choice))
+    found = compress(analysis, calibration, groups, provider=provider, progress=progress)
+    skip = set(found.forms)
+    rest = score(analysis, judge, calibration, roles=choice.roles, skip=skip, provider=provider, progress=progress)
+    plan = make_plan(with_curves(rest, found), choice)
+    return Decision(plan, found)
+
+
+def compression_for(plan: Plan, calibration: Calibration | None, *, provider: str = "cpu") -> Compression | None:
+    """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
+
+    Raises UserError where they are needed and there is no data.
+    """
+    if plan.method == "select":
+        return None
+    if calibration is None:
+        raise UserError("this plan refits weights (method auto): give --calib, the data that it was made with")
+    groups = [g for g in plan.analysis.groups if g.id in plan.keep]
+    return compress(plan.analysis, calibration, groups, provider=provider)
+
+
+def settled(compression: Compression, plan: Plan) -> Plan:
+    """The plan with rotated groups keeping their first units, which is where the rotation puts what matters most."""
+    keep = dict(plan.keep)
+    for name in compression.rebases:
+        if name in keep:
+            keep[name] = tuple(tuple(range(len(row))) for row in keep[name])
+    return replace(plan, keep=keep)
 
 
 def fit(compression: Compression, plan: Plan) -> Traced:
@@ -214,4 +279,3 @@ def fit_means(edits: Edits, compression: Compression, plan: Plan) -> None:
             weights = reader.rows(source, block)
             lost += sum((moments.mean[block] @ (w - kept @ w) for w in weights), np.zeros(reader.width))
         edits.add_bias(str(reader.node.name), lost)
-

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import onnx
 
+from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Compression, fit, settled
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.verify import check_structure, drift, equals_mask, judge, tolerance_of
@@ -53,17 +55,22 @@ class Pruned:
     verdict: Verdict
     seconds: Mapping[str, float]
     calibration: str = ""
+    forms: Mapping[str, str] = field(default_factory=dict)
+    """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
 
 
 def apply_plan(
     plan: Plan,
     target: Path,
     *,
+    compression: Compression | None = None,
     calibration: Calibration | None = None,
     provider: str = "cpu",
     watch: Stopwatch | None = None,
 ) -> Pruned:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
+
+    A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
     left at ``target``).
@@ -72,8 +79,17 @@ def apply_plan(
     analysis = plan.analysis
     for path in (target, data_file(target)):
         check_target(path, *model_files(analysis.model.path))
+    source = analysis.traced
+    if plan.method == "auto":
+        if compression is None:
+            raise UserError(
+                "this plan refits weights (method auto): it needs the calibration data that it was made with"
+            )
+        with watch.stage("refit"):
+            plan = settled(compression, plan)
+            source = fit(compression, plan)
     with watch.stage("rewrite"):
-        rewritten = rewrite_model(analysis.traced, cuts_of(plan))
+        rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
     with watch.stage("write"):
         temporary = target.with_name(f".{target.name}.unverified.onnx")
@@ -91,7 +107,8 @@ def apply_plan(
         after = written_cost(target, analysis)
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     described = calibration.described() if calibration else ""
-    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described)
+    forms = {**compression.forms} if compression is not None and plan.method == "auto" else {}
+    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -173,7 +190,10 @@ def verify(
     load(pruned)
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
-    same = equals_mask(rewrite_model(analysis.traced, cuts_of(plan)), pruned, batches, provider) if plan else ()
+    sliced = plan is not None and plan.method == "select"  # refitted weights have no masked original to compare with
+    same = (
+        equals_mask(rewrite_model(analysis.traced, cuts_of(plan)), pruned, batches, provider) if plan and sliced else ()
+    )
     verdict = Verdict(
         structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model)
     )
@@ -196,19 +216,22 @@ def report(result: Pruned) -> dict[str, Any]:
         "model": str(plan.analysis.model.path),
         "output": str(result.path),
         "digest": plan.analysis.model.digest,
+        "method": plan.method,
         "criterion": plan.criterion,
         "options": dict(plan.options),
         "calibration": result.calibration or None,
         **both,
         "macs_at": dict(plan.analysis.binding),
-        "groups": groups_json(plan),
+        "groups": groups_json(plan, result.forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verdict),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
 
 
-def groups_json(plan: Plan) -> list[dict[str, Any]]:
+def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
+    forms = forms or {}
     cuts = cuts_of(plan)
     graph = plan.analysis.traced.model.graph
     found = []
@@ -219,13 +242,9 @@ def groups_json(plan: Plan) -> list[dict[str, Any]]:
         for site in group.sites:
             gone = cuts.get((site.tensor, site.axis))
             if gone is not None:
-                sites.append(
-                    {
-                        "tensor": origin(graph.initializers[site.tensor]),
-                        "axis": site.axis,
-                        "keep": np.flatnonzero(~gone).tolist(),
-                    }
-                )
+                place = {"tensor": origin(graph.initializers[site.tensor]), "axis": site.axis}
+                rotated = forms.get(group.id) in ("scores", "values")
+                sites.append(place if rotated else {**place, "keep": np.flatnonzero(~gone).tolist()})
         found.append(
             {
                 "id": group.id,
@@ -234,6 +253,7 @@ def groups_json(plan: Plan) -> list[dict[str, Any]]:
                 "size": group.size,
                 "kept": plan.kept(group),
                 "freedom": group.freedom,
+                "form": forms.get(group.id),
                 "sites": sites,
             }
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,17 +25,18 @@ def score(
     calibration: Calibration | None = None,
     *,
     roles: Sequence[Role] = ("qk", "vo", "ffn"),
+    skip: Collection[str] = (),
     provider: str = "cpu",
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score the units of every prunable group of ``roles``.
+    """Score the units of every prunable group of ``roles`` but those whose ids are in ``skip``.
 
     ``criterion``: a name with options ("snp:terms=4") or a ``Criterion``. Raises UserError where it needs calibration
     data and there is none.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
-    groups = [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1]
+    groups = [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and g.id not in skip]
     needed = {g.id: judge.probes(g.role) for g in groups}
     wanted = wanted_statistics(analysis, needed)
     if calibration is None and needs_data(judge, [g.role for g in groups]):

@@ -87,9 +87,9 @@ def compare(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) ->
         x, y = a.astype(np.float64), b.astype(np.float64)
         if not np.isfinite(y).all() and np.isfinite(x).all():
             raise CheckFailed(f"output {name}: holds NaN or infinity, the original does not")
-        gap = np.where(np.isfinite(x) & np.isfinite(y), x - y, 0.0)
-        scale = float(np.sqrt(np.mean(np.where(np.isfinite(x), x, 0.0) ** 2))) or 1.0
+        gap = np.subtract(x, y, out=np.zeros(x.shape), where=np.isfinite(x) & np.isfinite(y))
         flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
+        scale = (float(np.sqrt(np.mean(flat[0] ** 2))) if gap.size else 0.0) or 1.0
         norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
         found.append(
             Difference(
