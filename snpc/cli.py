@@ -75,8 +75,11 @@ def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Seq
 
 
 choosing = options(
+    click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
     click.option(
-        "--ratio", type=float, required=True, help="Fraction of the units of every chosen role to remove, in [0, 1)."
+        "--target",
+        metavar="macs=R|params=R",
+        help="Come down to this share of the dense model instead, taking it from all roles where it costs least.",
     ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
     click.option(

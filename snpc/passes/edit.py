@@ -18,8 +18,8 @@ from snpc.ops.writing import ADD
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
-from snpc.passes.scale import CannotFold, Fold, v_is_constant, walk
-from snpc.passes.shapes import static_shape
+from snpc.passes.scale import CannotFold, Fold, side_labels, v_is_constant, walk
+from snpc.passes.shapes import attributes, static_shape
 from snpc.types import FloatArray, Group, IntArray
 
 Index = npt.NDArray[np.int64]
@@ -82,10 +82,10 @@ def places(traced: Traced, contraction: Contraction, side: Carried, value: ir.Va
         walk(fold, value, frozenset(wanted), traced.trace, traced.facts, traced.model)
     except CannotFold:
         raise NoPlace("what makes it is not linear all the way") from None
-    allowed = {*fold.nodes, contraction.node}
-    for seen in fold.values | {value for value, _ in fold.constants}:
-        users = [u for u in seen.consumers() if lookup(u.domain, u.op_type).kind != "shape"]
-        if any(u not in allowed for u in users):
+    allowed = frozenset({*fold.nodes, contraction.node})
+    made = {out for node in fold.nodes for out in node.outputs if carries(traced, out, wanted)}
+    for seen in fold.values | {value for value, _ in fold.constants} | made:
+        if read_elsewhere(traced, seen, wanted, allowed):
             raise NoPlace(f"{seen.name} is read elsewhere as well")
     sites = {(s.tensor, s.axis): s for s in group.sites}
     found = []
@@ -96,6 +96,26 @@ def places(traced: Traced, contraction: Contraction, side: Carried, value: ir.Va
         units = np.where(hit, site.units, -1)
         found.append(Place(str(constant.name), axis, positions_of(units, group)))
     return found
+
+
+def carries(traced: Traced, value: ir.Value, wanted: set[int]) -> bool:
+    found = traced.trace.values.get(value)
+    return found is not None and not side_labels(found).isdisjoint(wanted)
+
+
+def read_elsewhere(traced: Traced, value: ir.Value, wanted: set[int], allowed: frozenset[ir.Node]) -> bool:
+    """Does a node that is not ``allowed`` use the wanted positions? Not one that reads the shape, or moves others out
+    (K and V of a packed QKV)."""
+    for user in value.consumers():
+        kind = lookup(user.domain, user.op_type).kind
+        if user in allowed or kind == "shape":
+            continue
+        if kind != "movement" or not carries(traced, value, wanted):
+            return True
+        moved = [out for out in user.outputs if carries(traced, out, wanted) or out not in traced.trace.values]
+        if any(read_elsewhere(traced, out, wanted, frozenset()) for out in moved):
+            return True
+    return False
 
 
 def positions_of(units: IntArray, group: Group) -> tuple[Index, ...]:
@@ -153,7 +173,14 @@ def reader_of(traced: Traced, group: Group) -> Reader:
     node = users[0][0].node
     if lookup(node.domain, node.op_type).curved:
         raise NoPlace("its reader applies an activation")
+    if any(attributes(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        raise NoPlace("its reader scales the sum")
     width = int(tensor.shape[1 - site.axis])  # type: ignore[arg-type]
+    letters = users[0][0].letters
+    spelled = letters.left if users[0][1] is users[0][0].left else letters.right
+    shape = traced.facts.shape.get(node.outputs[0])
+    if letters.out[-1:] not in spelled or not shape or shape[-1] != width:
+        raise NoPlace("its reader's outputs do not lie along the last axis")
     return Reader(Place(site.tensor, site.axis, positions_of(site.units, group)), node, width)
 
 
@@ -208,18 +235,30 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
         return
     output = node.outputs[0]
     name = f"{output.name}__bias"
-    weight = next(v for v in node.inputs if v is not None and v.const_value is not None)
-    dtype = weight.dtype
-    assert dtype is not None
+    dtype = next(d for d in (weight_type(v) for v in node.inputs) if d is not None)
     tensor = ir.Tensor(vector.astype(dtype.numpy()), dtype=dtype, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(vector)]), type=ir.TensorType(dtype))
     model.graph.register_initializer(value)
     users = list(output.uses())
     made = ir.Node("", ADD, [output, value], num_outputs=1, name=f"{node_name}__bias")
     made.outputs[0].name = f"{output.name}__biased"
+    made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
     node.append(made)
     for user, index in users:
         user.replace_input_with(index, made.outputs[0])
+    if output.is_graph_output():
+        model.graph.outputs[model.graph.outputs.index(output)] = made.outputs[0]
+        made.outputs[0].name, output.name = output.name, f"{output.name}__unbiased"
+
+
+def weight_type(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a constant, seen directly or through movement."""
+    while value is not None and value.const_value is None:
+        node = value.producer()
+        if node is None or lookup(node.domain, node.op_type).kind != "movement":
+            return None
+        value = node.inputs[0]
+    return None if value is None else value.dtype
 
 
 def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
@@ -228,7 +267,9 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
     if spec.bias is not None and spec.bias < len(node.inputs):
         return node.inputs[spec.bias] if is_own_vector(node.inputs[spec.bias], width) else None
     users = list(node.outputs[0].consumers())
-    if len(users) != 1 or lookup(users[0].domain, users[0].op_type).effect != "add":
+    if len(users) != 1 or lookup(users[0].domain, users[0].op_type).effect != "add" or users[0].op_type == "Sub":
+        return None
+    if node.outputs[0].is_graph_output():
         return None
     return next((value for value in users[0].inputs if is_own_vector(value, width)), None)
 

@@ -32,20 +32,42 @@ class Scores:
     samples: int = 0
     method: Method = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Loss curves where a closed form has one: group id -> [size + 1], squared output error when so many are kept."""
+    """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """``kind`` ("macs" or "params") is to come down to ``share`` of the dense model's."""
+
+    kind: Literal["macs", "params"]
+    share: float
+
+
+def parse_target(text: str) -> Target:
+    """``macs=0.6`` or ``params=0.6``."""
+    kind, _, number = text.partition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if kind not in ("macs", "params") or not 0 < share <= 1:
+        raise UserError(f"target {text!r}: must look like macs=0.6 or params=0.6, a share of the dense model in (0, 1]")
+    return Target("macs" if kind == "macs" else "params", share)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1).
+    """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1); or ``target``:
+    the share of the MACs or parameters to come down to ("macs=0.6"), taken from all roles where it costs least.
 
     ``uniform`` takes the same share of every group; otherwise units are ranked across the groups of a role by score
     relative to their group's mean. Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has
     that many). ``include``/``exclude``: regular expressions searched in group ids.
     """
 
-    ratio: float
+    ratio: float | None = None
     roles: tuple[Role, ...] = DEFAULT_ROLES
+    target: str | None = None
     uniform: bool = False
     round_to: int = 1
     min_width: int = 1
@@ -53,7 +75,13 @@ class Choice:
     exclude: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
+        if (self.ratio is None) == (self.target is None):
+            raise UserError("give either --ratio R or --target macs=R (or params=R), one of the two")
+        if self.target is not None:
+            parse_target(self.target)
+            if self.uniform or "head" in self.roles:
+                raise UserError("--target chooses widths itself: leave out --uniform and the role head")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(
                 f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"
             )
@@ -114,7 +142,9 @@ def make_plan(scores: Scores, choice: Choice) -> Plan:
     """Decide which units stay."""
     groups = chosen_groups(scores.analysis, choice)
     widths: dict[str, int] = {}
-    for role in choice.roles:
+    if choice.target is not None:
+        widths = target_widths(groups, scores, choice, parse_target(choice.target))
+    for role in choice.roles if choice.target is None else ():
         mine = [g for g in groups if g.role == role]
         widths |= uniform_widths(mine, choice) if choice.uniform else ranked_widths(mine, scores, choice)
     keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups if widths[g.id] < g.size}
@@ -142,40 +172,73 @@ def allowed(group: Group, choice: Choice) -> list[int]:
 
 def uniform_widths(groups: Sequence[Group], choice: Choice) -> dict[str, int]:
     """Every group keeps the share 1 - ratio, to the nearest width it may have."""
-    return {g.id: min(allowed(g, choice), key=lambda w: (abs(w - g.size * (1 - choice.ratio)), -w)) for g in groups}
+    assert choice.ratio is not None
+    share = 1 - choice.ratio
+    return {g.id: min(allowed(g, choice), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
 
 
 def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
-    """Cut where a step costs least: its cost is the mean score of the units it removes, over the group's mean score."""
-    total = sum(g.blocks * g.size for g in groups)
-    budget = choice.ratio * total
-    ladders = {g.id: ladder(g, step_costs(scores, g), choice) for g in groups}
+    """Remove the share ``ratio`` of the units of one role, where it costs least."""
+    prices = {g.id: float(g.blocks) for g in groups}
+    assert choice.ratio is not None
+    return spend(groups, scores, choice, prices, choice.ratio * sum(g.blocks * g.size for g in groups))
+
+
+def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice, target: Target) -> dict[str, int]:
+    """Reach a share of the model's MACs or parameters, taking it from all roles where it costs least."""
+    cost = scores.analysis.cost
+    whole = float(cost.macs if target.kind == "macs" else cost.params)
+    prices = {g.id: (g.macs if target.kind == "macs" else g.params) / g.size for g in groups}
+    most = sum(prices[g.id] * (g.size - min(allowed(g, choice))) for g in groups)
+    budget = (1 - target.share) * whole
+    if budget > most:
+        raise UserError(
+            f"target {target.kind}={target.share:g} cannot be reached: with these roles and widths the least is "
+            f"{target.kind}={1 - most / whole:.3f}; allow more roles, or narrower groups"
+        )
+    return spend(groups, scores, choice, prices, budget, reach=True)
+
+
+def spend(
+    groups: Sequence[Group],
+    scores: Scores,
+    choice: Choice,
+    prices: Mapping[str, float],
+    budget: float,
+    reach: bool = False,
+) -> dict[str, int]:
+    """Widths after steps worth ``budget``, the least loss per price first. ``prices``: what one unit of every block is
+    worth. ``reach``: take the step that goes over the budget too, so that it is met."""
+    ladders = {
+        g.id: [(cost / max(prices[g.id], 1e-300), width) for cost, width in ladder(g, step_costs(scores, g), choice)]
+        for g in groups
+    }
     widths = {g.id: g.size for g in groups}
-    blocks = {g.id: g.blocks for g in groups}
     removed = 0.0
-    while True:
+    while removed < budget * (1 - 1e-12):
         steps = [(rungs[0][0], name) for name, rungs in ladders.items() if rungs]
         if not steps:
-            return widths
-        _cost, name = min(steps)
+            break
+        _, name = min(steps)
         _, width = ladders[name].pop(0)
-        units = blocks[name] * (widths[name] - width)
-        if removed + units > budget + 1e-9:
+        worth = prices[name] * (widths[name] - width)
+        if not reach and removed + worth > budget + 1e-9:
             ladders[name] = []
             continue
         widths[name] = width
-        removed += units
+        removed += worth
+    return widths
 
 
 def step_costs(scores: Scores, group: Group) -> FloatArray:
-    """[size]: what removing one unit of every block costs, cheapest first; comparable between groups of a role.
+    """[size]: what removing one unit of every block costs, cheapest first; comparable between groups.
 
-    From a loss curve: the growth of the squared output error, relative to the output. From scores: the score, relative
-    to the group's mean.
+    From a curve: the growth of the change of the model's outputs. From scores: the score, relative to the group's mean.
     """
     curve = scores.curves.get(group.id)
     if curve is not None:
-        return np.diff(curve[::-1]) / max(float(curve[0]), 1e-300)
+        growth: FloatArray = np.diff(curve[::-1])
+        return growth
     ordered: FloatArray = np.sort(scores.values[group.id], axis=1).mean(0)
     mean = float(ordered.mean())
     return ordered / mean if mean > 0 and math.isfinite(mean) else ordered

@@ -7,23 +7,31 @@ as they are; ``Compression.skipped`` says why.
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import Edits, NoPlace, edited, operand_places, reader_of, value_places
-from snpc.passes.plan import Choice, Method, Plan, Scores, chosen_groups, make_plan
+from snpc.passes.edit import Edits, NoPlace, Place, edited, existing_bias, operand_places, reader_of, value_places
+from snpc.passes.mask import removed_positions
+from snpc.passes.plan import Choice, Method, Plan, Scores, chosen_groups, cuts_of, make_plan
 from snpc.passes.rewrite import Traced, traced
+from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import measure, wanted_statistics
+from snpc.runtime.model_io import clean, save
 from snpc.runtime.score import score
-from snpc.types import FloatArray, Group, IntArray
+from snpc.runtime.session import open_session
+from snpc.types import AnyArray, FloatArray, Group, IntArray
 
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -66,18 +74,30 @@ class Compression:
 def form_of(analysis: Analysis, group: Group) -> str:
     """Which closed form fits the group. Raises NoPlace with the reason where none does."""
     if group.role == "qk" and group.freedom == "basis":
-        for side in (0, 1):
-            operand_places(analysis.traced, group, side)
+        check_sites(group, [*operand_places(analysis.traced, group, 0), *operand_places(analysis.traced, group, 1)])
         return "scores"
     if group.role == "vo" and group.freedom == "basis":
-        value_places(analysis.traced, group)
-        reader_of(analysis.traced, group)
+        check_sites(group, [*value_places(analysis.traced, group), reader_of(analysis.traced, group).place])
         return "values"
     if group.role in ("ffn", "conv", "other") and group.blocks == 1:
         if len(reader_of(analysis.traced, group).place.index) != 1:
             raise NoPlace("its reader sees every unit several times")
         return "refit"
     raise NoPlace(group.freedom_reason or f"no closed form for {group.role}")
+
+
+def check_sites(group: Group, found: Sequence[Place]) -> None:
+    """A change of basis reaches every site of the group, once. Raises NoPlace where it would not."""
+    reached = {(site.tensor, site.axis): np.zeros(len(site.units), np.int64) for site in group.sites}
+    for place in found:
+        for index in place.index:
+            np.add.at(reached[place.tensor, place.axis], index.reshape(-1), 1)
+    for site in group.sites:
+        count = reached[site.tensor, site.axis]
+        if (count > 1).any():
+            raise NoPlace(f"{site.tensor} makes both sides of it")
+        if (count != (site.units >= 0)).any():
+            raise NoPlace(f"{site.tensor} acts on it as well")
 
 
 def compress(
@@ -143,9 +163,8 @@ def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block:
     return rebase_values(moments.first[block], np.concatenate(list(rows), axis=1))
 
 
-def with_curves(scores: Scores, compression: Compression) -> Scores:
-    """Scores whose ranking across groups, and whose order within refitted groups, follow the closed forms' losses."""
-    curves = {g.id: c for g in scores.analysis.groups if (c := compression.curve(g)) is not None}
+def with_curves(scores: Scores, compression: Compression, curves: Mapping[str, FloatArray]) -> Scores:
+    """Scores in which the closed forms set the order of units within their groups, and ``curves`` that of groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
         ranks = np.empty(len(found.order))
@@ -154,9 +173,8 @@ def with_curves(scores: Scores, compression: Compression) -> Scores:
     for name, parts in compression.rebases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
-    return replace(
-        scores, values=values, curves=curves, method="auto", samples=max(scores.samples, compression.samples)
-    )
+    samples = max(scores.samples, compression.samples)
+    return replace(scores, values=values, curves=curves, method="auto", samples=samples)
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,8 @@ def decide(
     found = compress(analysis, calibration, groups, provider=provider, progress=progress)
     skip = set(found.forms)
     rest = score(analysis, judge, calibration, roles=choice.roles, skip=skip, provider=provider, progress=progress)
-    plan = make_plan(with_curves(rest, found), choice)
+    curves = {} if choice.uniform else output_curves(found, calibration, groups, provider=provider)
+    plan = make_plan(with_curves(rest, found, curves), choice)
     return Decision(plan, found)
 
 
@@ -211,6 +230,109 @@ def compression_for(plan: Plan, calibration: Calibration | None, *, provider: st
     return compress(plan.analysis, calibration, groups, provider=provider)
 
 
+# -- how much the outputs mind ---------------------------------------------------------------------------------------
+
+PROBED_SHARES = (0.9, 0.75, 0.5, 0.25)  # kept of a group's units to see how much the outputs move
+
+
+def output_curves(
+    compression: Compression, calibration: Calibration, groups: Sequence[Group], *, provider: str = "cpu"
+) -> dict[str, FloatArray]:
+    """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
+
+    Measured at a few widths, one group at a time, with silenced weights instead of sliced ones; in between, the
+    closed-form loss gives the shape. All these weights are inputs of one session, so that a width costs one small pass.
+    """
+    mine = [g for g in groups if g.id in compression.forms]
+    graph = compression.analysis.traced.model.graph
+    names = sorted({n for g in mine for n in trial(compression, g, max(1, g.size - 1))})
+    plain = {name: constant_array(graph.initializers[name]) for name in names}
+    found: dict[str, FloatArray] = {}
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        path = Path(folder) / "probed.onnx"
+        save(clean(open_weights(compression.analysis.traced.model, names)), path)
+        session = open_session(path, provider=provider, optimise="basic")
+        known = {i.name for i in session.get_inputs()}
+        outputs = [o.name for o in session.get_outputs()]
+        feeds = {k: v for k, v in next(iter(calibration.batches())).items() if k in known}
+        dense = session.run(outputs, {**feeds, **plain})
+        for group in mine:
+            widths = sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
+            moved = {w: session.run(outputs, {**feeds, **plain, **trial(compression, group, w)}) for w in widths}
+            curve = compression.curve(group)
+            assert curve is not None
+            found[group.id] = calibrated(curve, {w: relative_change(dense, m) for w, m in moved.items()})
+    return found
+
+
+def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
+    """The loss curve scaled so that it passes through the measured points; the scale is interpolated between them."""
+    widths = np.array(sorted(measured))
+    floor = 1e-12 * max(float(curve[0]), 1e-300)
+    scales = np.array([measured[w] / max(float(curve[w]), floor) for w in widths])
+    scaled = curve * np.exp(np.interp(np.arange(len(curve)), widths, np.log(np.maximum(scales, 1e-300))))
+    rising: FloatArray = np.maximum.accumulate(scaled[::-1])[::-1]
+    return rising
+
+
+def relative_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> float:
+    """Mean over outputs of |moved - dense|^2 / |dense|^2."""
+    ratios = []
+    for a, b in zip(dense, moved, strict=True):
+        gap = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+        ratios.append(float(np.sum(gap**2) / max(np.sum(np.asarray(a, np.float64) ** 2), 1e-300)))
+    return float(np.mean(ratios))
+
+
+def trial(compression: Compression, group: Group, width: int) -> dict[str, AnyArray]:
+    """Weights with this group cut to ``width`` in closed form, and what was cut silent: constant name -> array."""
+    analysis = compression.analysis
+    elimination = compression.eliminations.get(group.id)
+    if elimination is not None:
+        rows: tuple[tuple[int, ...], ...] = (tuple(sorted(int(k) for k in elimination.order[group.size - width :])),)
+    else:
+        rows = tuple(tuple(range(width)) for _ in range(group.blocks))
+    plan = Plan(analysis, "", {}, {group.id: rows}, "auto")
+    edits = edits_for(compression, plan)
+    source = analysis.traced
+    graph = source.model.graph
+    nodes = {n.name: n for n in graph}
+    for node, vector in edits.biases.items():
+        bias = existing_bias(nodes[node], len(vector))
+        if bias is not None:
+            edits.changes.setdefault(str(bias.name), []).append(partial(shifted, vector=vector))
+    changed = {name: constant_array(graph.initializers[name]).astype(np.float64) for name in edits.changes}
+    for name, changes in edits.changes.items():
+        for change in changes:
+            changed[name] = change(changed[name])
+    dead = dead_units(source.trace, source.units, cuts_of(plan))
+    for axis, gone in removed_positions(source.trace, dead):
+        name = str(axis.constant.name)
+        if name in changed:
+            np.moveaxis(changed[name], axis.axis, 0)[gone] = 0.0
+    return {name: array.astype(constant_array(graph.initializers[name]).dtype) for name, array in changed.items()}
+
+
+def shifted(array: FloatArray, vector: FloatArray) -> FloatArray:
+    return array + vector.reshape(array.shape)
+
+
+def constant_array(value: ir.Value) -> AnyArray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def open_weights(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of ``model`` in which these constants are inputs."""
+    copy = model.clone()
+    for name in names:
+        value = copy.graph.initializers.pop(name)
+        value.const_value = None
+        if not value.is_graph_input():
+            copy.graph.inputs.append(value)
+    return copy
+
+
 def settled(compression: Compression, plan: Plan) -> Plan:
     """The plan with rotated groups keeping their first units, which is where the rotation puts what matters most."""
     keep = dict(plan.keep)
@@ -223,6 +345,11 @@ def settled(compression: Compression, plan: Plan) -> Plan:
 def fit(compression: Compression, plan: Plan) -> Traced:
     """The model at its full size with every weight made for the plan: then cutting to the plan loses least."""
     source = compression.analysis.traced
+    return traced(edited(source, edits_for(compression, plan)), source.sizes)
+
+
+def edits_for(compression: Compression, plan: Plan) -> Edits:
+    """Every edit that a plan asks for."""
     edits = Edits()
     for group in compression.analysis.groups:
         rows = plan.keep.get(group.id)
@@ -234,7 +361,7 @@ def fit(compression: Compression, plan: Plan) -> Traced:
         else:
             fit_basis(edits, compression, group, form)
     fit_means(edits, compression, plan)
-    return traced(edited(source, edits), source.sizes)
+    return edits
 
 
 def fit_reader(edits: Edits, compression: Compression, group: Group, keep: IntArray) -> None:

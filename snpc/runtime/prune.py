@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze, cost_of
@@ -19,6 +20,7 @@ from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, rewrite_model
 from snpc.passes.shapes import evaluate
+from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Compression, fit, settled
 from snpc.runtime.feeds import Feeds, random_feeds
@@ -232,17 +234,18 @@ def report(result: Pruned) -> dict[str, Any]:
 def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
     forms = forms or {}
-    cuts = cuts_of(plan)
     graph = plan.analysis.traced.model.graph
+    cuts = cuts_in_file(cuts_of(plan), graph)
     found = []
     for group in plan.analysis.groups:
         if group.pins:
             continue
         sites = []
         for site in group.sites:
-            gone = cuts.get((site.tensor, site.axis))
+            tensor = origin(graph.initializers[site.tensor])
+            gone = cuts.get((tensor, site.axis))
             if gone is not None:
-                place = {"tensor": origin(graph.initializers[site.tensor]), "axis": site.axis}
+                place = {"tensor": tensor, "axis": site.axis}
                 rotated = forms.get(group.id) in ("scores", "values")
                 sites.append(place if rotated else {**place, "keep": np.flatnonzero(~gone).tolist()})
         found.append(
@@ -257,6 +260,20 @@ def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict
                 "sites": sites,
             }
         )
+    return found
+
+
+def cuts_in_file(cuts: Cuts, graph: ir.Graph) -> Cuts:
+    """Cuts by the names that constants have in the user's file. Of one that several users share (it is a copy per user
+    here), what every user loses is gone."""
+    copies: dict[str, list[str]] = {}
+    for name, value in graph.initializers.items():
+        copies.setdefault(origin(value), []).append(str(name))
+    found = {}
+    for (tensor, axis), gone in cuts.items():
+        name = origin(graph.initializers[tensor])
+        nothing = np.zeros_like(gone)
+        found[name, axis] = np.logical_and.reduce([cuts.get((copy, axis), nothing) for copy in copies[name]])
     return found
 
 
