@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from snpc.ops.spec import Call, Effect, OpSpec, Shape
+import numpy as np
+
+from snpc.ops.spec import Call, Cut, Effect, OpSpec, Repair, Shape
 
 MICROSOFT = "com.microsoft"
 SUMMED = "it is summed over"
@@ -47,6 +49,19 @@ def _reduce_axes(call: Call) -> tuple[int, ...]:
     if not given:
         return () if call.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
     return tuple(int(a) % rank for a in given)
+
+
+def _resize_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+    """``sizes`` (input 3) spells every axis, or those in ``axes``."""
+    sizes = call.value(3)
+    if sizes is None:
+        return Repair()
+    axes = call.attrs.get("axes") or range(len(sizes))
+    wanted = [
+        outs[0].new[axis] if outs[0].new[axis] != outs[0].old[axis] else int(size)
+        for axis, size in zip(axes, sizes, strict=True)
+    ]
+    return Repair(inputs={3: np.asarray(wanted, np.int64)})
 
 
 def _same_shape(call: Call) -> list[Shape]:
@@ -148,7 +163,6 @@ def entries() -> list[OpSpec]:
         "MaxPool",
         "LpPool",
         "GlobalLpPool",
-        "Resize",
         "Upsample",
     ]:
         table.append(
@@ -161,6 +175,17 @@ def entries() -> list[OpSpec]:
                 reason="it is pooled or resampled",
             )
         )
+    table.append(
+        OpSpec(
+            "Resize",
+            "normalise",
+            "per channel over a window; the sizes are recomputed",
+            axes=_spatial,
+            data=(0,),
+            repair=_resize_repair,
+            reason="it is pooled or resampled",
+        )
+    )
     for name in ["ArgMax", "ArgMin"]:
         table.append(
             OpSpec(

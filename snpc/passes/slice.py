@@ -98,10 +98,13 @@ def slice_model(
             if set_attributes(node, refit(facts.call(old, version), node.domain, widths)):
                 learn(new, node, copy, sizes)
         expected = [expected_output(trace, v, dead) for v in old.outputs]
+        step = Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
         if spec.kind == "movement" and any(
             e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))
         ):
-            check_movement(Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected)), copy, sizes)
+            check_movement(step, copy, sizes)
+        elif spec.repair is not None and expected[0] is not None and new.shape.get(node.outputs[0]) != expected[0].new:
+            mend(step, copy, sizes)
         check_shapes(node, new, expected)
     return Sliced(copy, new, dead)
 
@@ -202,6 +205,15 @@ def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> Non
     """Run the node's rule on shrunk labels; repair its parameters if the outcome is wrong; run it again."""
     if moves_right(step):
         return
+    mend(step, model, sizes)
+    if not moves_right(step):
+        raise CheckFailed(
+            f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong"
+        )
+
+
+def mend(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Write the node's recomputed parameters."""
     spec = lookup(step.node.domain, step.node.op_type)
     data = expected_output(step.trace, step.old.inputs[0], step.dead) if step.old.inputs[0] is not None else None
     if spec.repair is None or data is None:
@@ -215,10 +227,6 @@ def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> Non
     for index, array in repair.inputs.items():
         step.repairs.set_input(step.old, step.node, index, array)
     learn(step.after, step.node, model, sizes)
-    if not moves_right(step):
-        raise CheckFailed(
-            f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong"
-        )
 
 
 def moves_right(step: Step) -> bool:
