@@ -43,6 +43,8 @@ def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]
 
 def attention_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Sizes]]:
     shape = form(domain, call.op)
+    if not call.has(shape.query):
+        return
     heads, _ = head_counts(call)
     query = call.shape(shape.query)
     if shape.packed_weight is not None:

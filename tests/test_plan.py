@@ -64,7 +64,7 @@ class TestWidths:
         groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
         roles = tuple(dict.fromkeys(g.role for g in groups))
         made = random_scores(groups, seed)
-        plan = snpc.make_plan(made, snpc.Choice(ratio, roles, uniform, step, least))
+        plan = snpc.make_plan(made, snpc.Choice(ratio, roles, uniform=uniform, round_to=step, min_width=least))
         for g in groups:
             width = plan.kept(g)
             assert 1 <= width <= g.size
@@ -81,7 +81,8 @@ class TestWidths:
             if uniform:
                 for g in mine:
                     nearest = min(
-                        abs(w - g.size * (1 - ratio)) for w in allowed(g, snpc.Choice(0, (role,), True, step, least))
+                        abs(w - g.size * (1 - ratio))
+                        for w in allowed(g, snpc.Choice(0, (role,), round_to=step, min_width=least))
                     )
                     assert abs(plan.kept(g) - g.size * (1 - ratio)) == pytest.approx(nearest)
             else:

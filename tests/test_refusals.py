@@ -307,7 +307,6 @@ class TestPinned:
         assert [g["kept"] for g in report["groups"]] == [16]
         assert {s["tensor"] for g in report["groups"] for s in g["sites"]} == {"plain_up", "plain_down"}
 
-    @pytest.mark.xfail(strict=True, reason="no pin says that weights are behind DequantizeLinear")
     def test_only_quantised_weights(self, tmp_path: Path) -> None:
         path = self.quantised(tmp_path / "m.onnx", also_float=False)
         assert any("DequantizeLinear" in reason or "quanti" in reason for reason in pins_of(path).values())
@@ -330,7 +329,8 @@ OPTIONS: dict[str, tuple[str, tuple[object, ...]]] = {
     "exclude all": ("--include/--exclude leave no group", ("--exclude", ".")),
     "criterion": ("no criterion 'importance'.*magnitude", ("--criterion", "importance")),
     "criterion close": (r"did you mean magnitude\?", ("--criterion", "magnitud")),
-    "criterion empty": ("there is no criterion ''", ("--criterion", "")),
+    "method": ("--method auto .*give --calib", ("--method", "auto")),
+    "ratio and target": ("give either --ratio R or --target", ("--target", "macs=0.5")),
     "criterion option": ("'snp' has no option 'term': it has terms", ("--criterion", "snp:term=3")),
     "criterion value": ("norm=l3 is not one of l1, l2", ("--criterion", "magnitude:norm=l3")),
     "criterion number": ("terms=-1 is negative", ("--criterion", "snp:terms=-1")),
@@ -348,6 +348,7 @@ USAGE: dict[str, tuple[str, tuple[object, ...]]] = {
     "roles": ("'--roles': heads: choose from qk, vo, ffn, head", ("--roles", "qk,heads")),
     "no roles": ("'--roles': nothing: choose from", ("--roles", " , ")),
     "seed": ("'--seed': -1 is not in the range", ("--seed", -1)),
+    "method word": ("'--method': 'rotate' is not one of", ("--method", "rotate")),
     "image-layout": ("'--image-layout': 'chw' is not one of", ("--image-layout", "chw")),
     "unknown": ("No such option:? .*--ratios", ("--ratios", 1)),
 }
@@ -364,9 +365,36 @@ def test_options(case: str, verb: str, tiny: Path, nothing_changes: Callable[[],
 
 
 def test_needed_arguments(tiny: Path) -> None:
-    refused("Missing option '--ratio'", "prune", tiny, usage=True)
+    for verb in ("prune", "plan"):
+        refused("give either --ratio R or --target", verb, tiny)
     refused("Missing argument 'MODEL'", "inspect", usage=True)
     refused("Missing argument 'PLAN_FILE'", "apply", tiny, usage=True)
+
+
+def test_an_empty_criterion(tiny: Path) -> None:
+    refused("there is no criterion ''", "prune", tiny, *RATIO, "--criterion", "")
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("macs", "must look like macs=0.6"), ("macs=", "must look like"), ("bytes=0.5", "must look like"),
+        ("macs=0", "must look like"), ("macs=1.5", "must look like"), ("params=nan", "must look like"),
+        ("macs=0.001", r"cannot be reached.* the least is macs=0\.\d+"),
+    ],
+)  # fmt: skip
+def test_targets(target: str, words: str, tiny: Path, nothing_changes: Callable[[], None]) -> None:
+    nothing_changes()
+    for verb in ("prune", "plan"):
+        refused(words, verb, tiny, "--target", target)
+
+
+def test_a_plan_that_refits_needs_its_data(tiny: Path, nothing_changes: Callable[[], None]) -> None:
+    data = tiny.with_name("data.npz")
+    np.savez(data, x=np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32))
+    invoke("plan", tiny, *RATIO, "--calib", data, "-o", tiny.with_name("plan.json"))
+    nothing_changes()
+    refused("method auto.*give --calib", "apply", tiny, tiny.with_name("plan.json"))
 
 
 @pytest.mark.parametrize("verb", ["apply", "verify", "bench"])

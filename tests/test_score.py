@@ -154,8 +154,6 @@ def test_every_role_has_its_probes(name: str) -> None:
     """The kinds that docs and criteria speak of, and every unit is in each of them."""
     expected = {"qk": {"query", "key"}, "vo": {"context", "value"}, "ffn": {"hidden"}, "head": {"context"}}
     for group in prunable(analysis_of(name).groups, *expected):
-        if not any(site.kind == "consume" for site in group.sites) and group.role == "vo":
-            continue  # T5: the position bias of a decoder counts as a value
         assert {p.kind for p in group.probes} == expected[group.role], group.id
         for probe in group.probes:
             assert set(np.unique(probe.units)) - {-1} == set(range(group.blocks * group.size))

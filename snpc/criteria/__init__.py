@@ -8,7 +8,7 @@ What can be measured, for a probe kind K of query, key, value, context, hidden (
 
     "energy:K"   [samples, blocks, size]         sum over rows of the squared activation of each unit
     "gram:K"     [samples, blocks, size, size]   X^T X over rows, X the [rows, size] activations of one block
-    "tokens:K"   [samples]                       how many rows were summed (comes along, need not be asked for)
+    "tokens:K"   [samples]                       how many rows were summed; where absent, samples count instead
 
     role                      probe kinds
     qk                        query, key

@@ -15,6 +15,8 @@ from snpc.passes.rewrite import Traced, traced
 from snpc.passes.shapes import Facts, best_binding, evaluate, opset
 from snpc.types import Cost, Group, Model, Pin
 
+QUOTED_LENGTHS = (128, 64, 32, 16)
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -38,22 +40,27 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     """
     binding, facts = best_binding(model.graph)
     found = traced(model.graph, binding, facts)
-    quoted = quoted_binding(model.graph.graph, binding, sizes or {})
-    cost_facts = evaluate(model.graph, quoted)
-    if sum(s is None for s in cost_facts.shape.values()) > sum(s is None for s in facts.shape.values()):
-        quoted, cost_facts = dict(binding), facts
+    quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     groups = finish(model.graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
     return Analysis(model, groups, pins_of(found, groups), cost_of(model.graph, cost_facts), quoted, found)
 
 
-def quoted_binding(graph: ir.Graph, binding: Mapping[str, int], fixed: Mapping[str, int]) -> dict[str, int]:
-    """Batch 1, sequences of 128, pictures as they were bound: the sizes at which MACs are quoted."""
+def quoted_facts(
+    model: ir.Model, binding: Mapping[str, int], facts: Facts, fixed: Mapping[str, int]
+) -> tuple[dict[str, int], Facts]:
+    """The sizes at which MACs are quoted, and the shapes there: batch 1, sequences of 128 (fewer where the model's
+    position table is shorter), pictures as they were bound."""
     leading = {
         str(value.shape[0].value or f"{value.name}.0")
-        for value in graph.inputs
+        for value in model.graph.inputs
         if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
     }
-    return {name: fixed.get(name, 1 if name in leading else max(size, 128)) for name, size in binding.items()}
+    for length in QUOTED_LENGTHS:
+        sizes = {name: fixed.get(name, 1 if name in leading else max(size, length)) for name, size in binding.items()}
+        found = evaluate(model, sizes)
+        if len(found.problems) <= len(facts.problems):
+            return sizes, found
+    return dict(binding), facts
 
 
 def pins_of(found: Traced, groups: Sequence[Group]) -> tuple[Pin, ...]:

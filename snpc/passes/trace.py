@@ -85,6 +85,9 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
         outputs: list[Factors] = []
     elif missing or not known:
         what = str(missing[0].name) if missing else str(node.outputs[0].name)
+        for c in inputs if here.spec.kind == "contraction" else ():
+            for labels in c.factors if c is not None and c.constant else ():
+                trace.book.flag(labels, Flag.PRODUCED)  # so that the weight is listed, with its pin
         here.pin_all(inputs, here.spec.reason or f"the shape of {what} cannot be worked out")
         outputs = []
     else:

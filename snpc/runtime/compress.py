@@ -205,7 +205,7 @@ def decide(
     method = method or ("auto" if calibration is not None and criterion is None else "select")
     if method == "auto" and calibration is None:
         raise UserError("--method auto refits weights from calibration data: give --calib, or --method select")
-    judge = criterion or ("auto" if calibration is not None else "magnitude")
+    judge = criterion if criterion is not None else "auto" if calibration is not None else "magnitude"
     if method == "select" or calibration is None:
         scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
         return Decision(make_plan(scores, choice))

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from snpc.passes.rewrite import Rewritten, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Compression, fit, settled
+from snpc.runtime.compress import Compression, compression_for, fit, settled
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.session import open_session
 from snpc.runtime.verify import check_structure, drift, equals_mask, judge, tolerance_of
-from snpc.types import Cost, Verdict
+from snpc.types import Cost, Difference, Verdict
 
 CHECKED_BATCHES = 2
 
@@ -101,12 +102,13 @@ def apply_plan(
         with watch.stage("verify"):
             verdict = verify_written(rewritten, plan, temporary, calibration, provider)
             judge(verdict)
+        with watch.stage("report"):
+            after = written_cost(temporary, analysis)
         with watch.stage("write"):
             publish(temporary, target)
     finally:
         discard(temporary)
-    with watch.stage("report"):
-        after = written_cost(target, analysis)
+    after = replace(after, bytes=file_bytes(target))
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     described = calibration.described() if calibration else ""
     forms = {**compression.forms} if compression is not None and plan.method == "auto" else {}
@@ -173,10 +175,16 @@ def verify_written(
 ) -> Verdict:
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path)
+    tolerance = tolerance_of(analysis.model)
+    try:
+        open_session(analysis.model.path, provider=provider, optimise="off")
+    except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
+        unrun = "the original cannot be run here, so outputs were not compared"
+        return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
     batches, compared = check_batches(analysis, calibration)
     same = equals_mask(rewritten, path, batches, provider)
     moved = drift(analysis.model.path, path, batches, provider)
-    return Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
+    return Verdict(structure, same, moved, compared, tolerance)
 
 
 def verify(
@@ -187,15 +195,20 @@ def verify(
     calibration: Calibration | None = None,
     provider: str = "cpu",
 ) -> Verdict:
-    """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known."""
+    """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known.
+
+    For a plan that refits weights (method auto) the calibration data that it was made with are needed for the last.
+    """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
-    sliced = plan is not None and plan.method == "select"  # refitted weights have no masked original to compare with
-    same = (
-        equals_mask(rewrite_model(analysis.traced, cuts_of(plan)), pruned, batches, provider) if plan and sliced else ()
-    )
+    same: tuple[Difference, ...] = ()
+    if plan is not None:
+        compression = compression_for(plan, calibration, provider=provider)
+        settled_plan = settled(compression, plan) if compression else plan
+        source = fit(compression, settled_plan) if compression else analysis.traced
+        same = equals_mask(rewrite_model(source, cuts_of(settled_plan)), pruned, batches, provider)
     verdict = Verdict(
         structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model)
     )
