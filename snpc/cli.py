@@ -204,10 +204,11 @@ def calibration_of(
         if chosen:
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
         return None
+    images = snpc.ImageOptions(**chosen)
     if chosen and not Path(calib).is_dir():
         raise UserError(f"{calib}: --image-size, -mean, -std and -layout are for a folder of images; leave them out")
     return snpc.load_calibration(
-        calib, model.inputs, samples=calib_samples, batch=calib_batch, images=snpc.ImageOptions(**chosen), seed=seed
+        calib, model.inputs, samples=calib_samples, batch=calib_batch, images=images, seed=seed
     )
 
 

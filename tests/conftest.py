@@ -7,7 +7,7 @@ import os
 # Two libraries that each start a thread per core slow each other down many times over; set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

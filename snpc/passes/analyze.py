@@ -70,7 +70,7 @@ def pins_of(found: Traced, groups: Sequence[Group]) -> tuple[Pin, ...]:
     produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
     for note in found.trace.book.pins:
-        if produced[found.units.unit[note.labels]].any():
+        if not len(note.labels) or produced[found.units.unit[note.labels]].any():
             key = (note.tensor, note.axis, note.reason)
             pins.setdefault(key, Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind))
     return tuple(pins.values())

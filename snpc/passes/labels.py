@@ -133,6 +133,10 @@ class Book:
         if len(named):
             self.pins.append(PinNote(named, tensor, axis, size, reason, operator, kind))
 
+    def remark(self, tensor: str, axis: int, size: int, reason: str, operator: str) -> None:
+        """A pin of something that has no labels at all: a weight that snpc cannot see into."""
+        self.pins.append(PinNote(np.zeros(0, np.int64), tensor, axis, size, reason, operator, "hard"))
+
     def cover(self, coarse: Labels, fine: Labels, kind: Literal["batch", "meet"]) -> None:
         """``coarse`` varies on fewer axes than ``fine``: each of its labels covers the fine ones beneath it."""
         a, b = np.broadcast_arrays(coarse, fine)

@@ -304,6 +304,10 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         letters = spec.letters(here.call)
     except Blocked as block:
         return here.refuse(inputs, block.reason)
+    for weight, term in ((left, letters.left), (right, letters.right)):
+        if weight.constant and weight.because and not weight.factors:
+            axis = next((k for k, c in enumerate(term) if c in letters.out), 0)
+            here.trace.book.remark(weight.name, axis, weight.shape[axis], weight.because, here.operator)
     if int(here.call.attrs.get("group", 1)) > 1:
         factors = depthwise(here, left, right)
         if factors is None:
