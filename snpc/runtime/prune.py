@@ -25,9 +25,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Compression, compression_for, fit, settled
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
-from snpc.runtime.session import open_session
-from snpc.runtime.verify import check_structure, drift, equals_mask, judge, tolerance_of
-from snpc.types import Cost, Difference, Verdict
+from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
+from snpc.types import Cost, Verdict
 
 CHECKED_BATCHES = 2
 
@@ -176,14 +175,13 @@ def verify_written(
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path)
     tolerance = tolerance_of(analysis.model)
+    batches, compared = check_batches(analysis, calibration)
     try:
-        open_session(analysis.model.path, provider=provider, optimise="off")
+        dense = outputs_of(analysis.model.path, batches, provider)
     except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
-    batches, compared = check_batches(analysis, calibration)
-    same = equals_mask(rewritten, path, batches, provider)
-    moved = drift(analysis.model.path, path, batches, provider)
+    same, moved = compare_models(dense, path, rewritten, batches, provider)
     return Verdict(structure, same, moved, compared, tolerance)
 
 
@@ -203,15 +201,13 @@ def verify(
     load(pruned)
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
-    same: tuple[Difference, ...] = ()
+    rewritten = None
     if plan is not None:
         compression = compression_for(plan, calibration, provider=provider)
-        settled_plan = settled(compression, plan) if compression else plan
-        source = fit(compression, settled_plan) if compression else analysis.traced
-        same = equals_mask(rewrite_model(source, cuts_of(settled_plan)), pruned, batches, provider)
-    verdict = Verdict(
-        structure, same, drift(original, pruned, batches, provider), compared, tolerance_of(analysis.model)
-    )
+        plan = settled(compression, plan) if compression else plan
+        rewritten = rewrite_model(fit(compression, plan) if compression else analysis.traced, cuts_of(plan))
+    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
+    verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)
     return verdict
 

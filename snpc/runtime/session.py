@@ -59,8 +59,11 @@ def open_session(
     provider: str = "cpu",
     threads: int = 0,
     optimise: Optimise = "all",
+    lean: bool = False,
 ) -> ort.InferenceSession:
     """A session of a file or of a serialised model, that logs errors only.
+
+    ``lean`` holds each weight once: slower runs, less memory, for a session that runs a few times only.
 
     ``threads``: intra-op threads, 0 leaves the number to onnxruntime. UserError: the provider is not in this
     onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
@@ -78,7 +81,7 @@ def open_session(
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _options(threads, optimise),
+            _options(threads, optimise, lean),
             providers=_provider_chain(wanted),
             enable_fallback=0,
         )
@@ -142,7 +145,7 @@ def first_lines(error: Exception, count: int = 1) -> str:
     return " ".join(lines[:count]) or type(error).__name__
 
 
-def _options(threads: int, optimise: Optimise) -> ort.SessionOptions:
+def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions:
     import onnxruntime as ort
 
     levels = {
@@ -156,6 +159,8 @@ def _options(threads: int, optimise: Optimise) -> ort.SessionOptions:
     options.graph_optimization_level = levels[optimise]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
