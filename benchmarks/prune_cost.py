@@ -1,4 +1,4 @@
-"""What pruning costs: seconds and peak memory per stage on a ViT-Base-sized model, beside loading it and running it once.
+"""What pruning costs: seconds and peak memory per stage on a ViT-Base-sized model, beside loading and running it.
 
     python benchmarks/prune_cost.py [--model vit_base.onnx] [--ratio 0.5] [--json out.json]
 
@@ -62,10 +62,17 @@ def export_vit(path: Path) -> None:
     import torch
     from exports import _timm  # type: ignore[import-not-found]
 
-    model = _timm("timm.models.vision_transformer").VisionTransformer(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12).eval()
+    vit = _timm("timm.models.vision_transformer").VisionTransformer
+    model = vit(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12).eval()
     torch.onnx.export(
-        model, (torch.randn(1, 3, 224, 224),), str(path), dynamo=False, opset_version=17, input_names=["image"],
-        output_names=["logits"], dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+        model,
+        (torch.randn(1, 3, 224, 224),),
+        str(path),
+        dynamo=False,
+        opset_version=17,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
     )
 
 
@@ -74,7 +81,8 @@ def reference(model: Path, what: str) -> tuple[float, int]:
     code = {
         "onnx.load": "import onnx; stage = lambda: onnx.load(path)",
         "forward": (
-            "import numpy as np, onnxruntime as ort; s = ort.InferenceSession(path, providers=['CPUExecutionProvider']); "
+            "import numpy as np, onnxruntime as ort; "
+            "s = ort.InferenceSession(path, providers=['CPUExecutionProvider']); "
             "x = {i.name: np.zeros([d if isinstance(d, int) else 1 for d in i.shape], 'f4') for i in s.get_inputs()}; "
             "stage = lambda: s.run(None, x)"
         ),
@@ -127,7 +135,8 @@ def main() -> None:
         total = sum(seconds for seconds, _ in stages.values())
         highest = max(peak for _, peak in stages.values())
         print(f"{'all stages of snpc':20s} {total:8.2f} {highest / MEGABYTE:9.0f} {highest / size:8.2f}")
-        print(f"that is {total / rows['onnx.load'][0]:.1f} x onnx.load and {total / rows['forward'][0]:.1f} x one forward pass")
+        loads, passes = total / rows["onnx.load"][0], total / rows["forward"][0]
+        print(f"that is {loads:.1f} x onnx.load and {passes:.1f} x one forward pass")
         if arguments.json:
             arguments.json.write_text(json.dumps({"bytes": size, "reference": rows, "stages": stages}, indent=1))
 

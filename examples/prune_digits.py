@@ -27,7 +27,7 @@ BATCHES = (1, 64)
 RATIOS = (0.25, 0.5, 0.75)
 CLOSED = "closed form"  # what snpc does by default when it has calibration data
 SHOWN = ((CLOSED, 0.5), (CLOSED, 0.75), ("magnitude", 0.5), ("magnitude", 0.75))
-CRITERIA = ("auto", "activation", "magnitude", "snp")  # selection: units go or stay, nothing else changes
+CRITERIA = ("mixed", "activation", "magnitude", "snp")  # selection: units go or stay, nothing else changes
 SEEDS = 5
 ROOT = Path(__file__).resolve().parent.parent
 

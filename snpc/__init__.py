@@ -2,9 +2,9 @@
 
     model = snpc.load("vit.onnx")
     analysis = snpc.analyze(model)
-    scores = snpc.score(analysis, "snp", snpc.load_calibration("calib.npz", model.inputs))
-    plan = snpc.make_plan(scores, snpc.Choice(ratio=0.5))
-    result = snpc.apply_plan(plan, Path("vit-half.onnx"))
+    calibration = snpc.load_calibration("calib.npz", model.inputs)
+    decision = snpc.decide(analysis, snpc.Choice(ratio=0.5), calibration=calibration)
+    result = snpc.apply_plan(decision.plan, Path("vit-half.onnx"), compression=decision.compression)
 
 Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
 """

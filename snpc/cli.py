@@ -92,7 +92,7 @@ choosing = options(
         "--criterion",
         default=None,
         metavar="NAME[:KEY=VALUE,...]",
-        help="How units are scored, see `snpc criteria`. Default: auto with --calib, else magnitude.",
+        help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
     ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
     click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),

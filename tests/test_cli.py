@@ -691,7 +691,7 @@ def test_example(tmp_path: Path) -> None:
 
 def test_criteria_are_listed() -> None:
     text = invoke("criteria").stdout
-    for name in ("activation", "auto", "magnitude", "random", "snp"):
+    for name in ("activation", "magnitude", "mixed", "random", "snp"):
         assert re.search(rf"^{name}: \w", text, re.MULTILINE)
     assert "terms=0" in text
 

@@ -33,7 +33,7 @@ NAMES = [
     "t5__ts17",
     "swin_timm__ts17",
 ]
-CRITERIA = ["snp", "snp:average=grams", "activation", "magnitude", "random", "auto"]
+CRITERIA = ["snp", "snp:average=grams", "activation", "magnitude", "random", "mixed"]
 LARGEST_GRAM = 64
 
 
@@ -290,6 +290,6 @@ def test_the_file_is_only_read(tmp_path: Path) -> None:
     path = tmp_path / "vit.onnx"
     path.write_bytes(VIT.read_bytes())
     model = snpc.load(path)
-    snpc.score(snpc.analyze(model), "auto", snpc.load_calibration(CALIB, model.inputs, samples=4))
+    snpc.score(snpc.analyze(model), "mixed", snpc.load_calibration(CALIB, model.inputs, samples=4))
     assert path.read_bytes() == VIT.read_bytes()
     assert list(tmp_path.iterdir()) == [path]

@@ -232,7 +232,7 @@ def test_the_whole_way_in_python(name: str, tmp_path: Path) -> None:
     model = snpc.load(export(name))
     analysis = snpc.analyze(model)
     data = snpc.load_calibration(load_feeds(name), model.inputs)
-    scores = snpc.score(analysis, "auto", data)
+    scores = snpc.score(analysis, "mixed", data)
     result = snpc.apply_plan(snpc.make_plan(scores, snpc.Choice(0.3)), tmp_path / "out.onnx", calibration=data)
     assert result.verdict.max_abs_diff is not None
     assert result.verdict.max_abs_diff < 1e-3

@@ -32,8 +32,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args, get_origin, get_type_hints
 
 from snpc.criteria.activation import Activation
-from snpc.criteria.auto import Auto
 from snpc.criteria.magnitude import Magnitude
+from snpc.criteria.mixed import Mixed
 from snpc.criteria.random import Random
 from snpc.criteria.snp import Snp
 from snpc.errors import UserError
@@ -73,7 +73,7 @@ class Description(NamedTuple):
 
 
 _BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType(
-    {cls.name: cls for cls in (Activation, Auto, Magnitude, Random, Snp)}
+    {cls.name: cls for cls in (Activation, Magnitude, Mixed, Random, Snp)}
 )
 
 

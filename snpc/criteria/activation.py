@@ -18,8 +18,8 @@ class Activation:
     With E[x^2] the mean over all samples and rows:
 
         qk     sqrt(E[q^2] E[k^2])        the energy of the unit's rank-one term: MoDeGPT's CR score sqrt(C_Q,jj C_K,jj)
-                                          (2408.09632, papers.md 6.6)
-        vo     E[c^2] |W[j, :]|^2         c the context; FLAP's fluctuation metric (2312.11983, papers.md 6.2) and A3's
+                                          (arXiv 2408.09632)
+        vo     E[c^2] |W[j, :]|^2         c the context; FLAP's fluctuation metric (arXiv 2312.11983) and A3's
         other  E[h^2] |W[j, :]|^2         lambda (2505.12942, 6.7) have this form; |W[j, :]| over all that read the unit
         head   the sum of c^2 over the head's width, times |W|^2 of the head's rows
 

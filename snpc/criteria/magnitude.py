@@ -1,4 +1,4 @@
-"""Magnitude: how large the weights of a unit are. The classic baseline, and a weak one (papers.md 6.7, design.md 4)."""
+"""Magnitude: how large the weights of a unit are. The classic baseline, and a weak one."""
 
 from __future__ import annotations
 

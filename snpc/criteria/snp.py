@@ -1,4 +1,4 @@
-"""SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630, papers.md 1)."""
+"""SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snpc.types import FloatArray, Numbers, Role
 Average = Literal["scores", "grams"]
 
 _GRAMS = ("gram:query", "gram:key")
-# Measured: half of Q/K removed from the ImageNet ViT-Tiny of design.md (d = 64; 64 calibration pictures, nothing
+# Measured: half of Q/K removed from an ImageNet ViT-Tiny (d = 64; 64 calibration pictures, nothing
 # trained, average=scores), top-1 on 400 others, dense 81.5:
 #     terms   1     2     4     8     12    16    24    32    48    64
 #     top-1   55.8  60.5  67.5  73.5  64.8  55.0  51.0  48.2  39.0  40.8
@@ -109,7 +109,7 @@ def qk_scores(query: FloatArray, key: FloatArray, terms: int) -> FloatArray:
     """SNP's attention score from Grams: two [..., d, d] (Q^T Q and K^T K) -> [..., d], in [0, 1].
 
     Any R with R^T R = C holds the same inner products as the activations it came from, so with SVD(R_q R_k^T) =
-    A diag(sigma) B^T: u_j.q_i = A[:, j].R_q[:, i], v_j.k_i = B[:, j].R_k[:, i] (papers.md 1a, "cheap and exact").
+    A diag(sigma) B^T: u_j.q_i = A[:, j].R_q[:, i], v_j.k_i = B[:, j].R_k[:, i].
     A unit whose query or key is zero on every row scores 0, and so does every unit where S is zero.
     """
     left, left_norms = _unit_roots(query)
@@ -123,7 +123,7 @@ def qk_scores(query: FloatArray, key: FloatArray, terms: int) -> FloatArray:
 
 
 def distances(weight: FloatArray) -> FloatArray:
-    """[units, fan] -> [units]: sum_l (1 - |cos(w_i, w_l)|) over all units; low = redundant (papers.md 1b, 1c).
+    """[units, fan] -> [units]: sum_l (1 - |cos(w_i, w_l)|) over all units; low = redundant.
 
     A zero row is a multiple of every other one, so its distances are 0: it scores lowest and nothing scores it.
     """

@@ -82,7 +82,8 @@ def entries() -> list[OpSpec]:
     )
     norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
     table = [
-        *_one("Add Sub Sum", "positions that meet are joined; constants follow", "add"),
+        *_one("Add Sum", "positions that meet are joined; constants follow", "add"),
+        OpSpec("Sub", "pointwise", "as Add", effect="add", subtracts=True),
         *_one("Mul", "positions that meet are joined; constants follow", "scale"),
         OpSpec("Div", "pointwise", "positions that meet are joined; constants follow", effect="scale", divides=True),
         *_one("Cast CastLike Dropout", "labels pass", "same"),

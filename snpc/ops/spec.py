@@ -121,4 +121,5 @@ class OpSpec:
     curved: bool = False
     typed_by: int = 0
     divides: bool = False
+    subtracts: bool = False
     selects: bool = False  # drops an axis by reading one position of it

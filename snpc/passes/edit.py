@@ -267,9 +267,10 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
     if spec.bias is not None and spec.bias < len(node.inputs):
         return node.inputs[spec.bias] if is_own_vector(node.inputs[spec.bias], width) else None
     users = list(node.outputs[0].consumers())
-    if len(users) != 1 or lookup(users[0].domain, users[0].op_type).effect != "add" or users[0].op_type == "Sub":
+    if len(users) != 1 or node.outputs[0].is_graph_output():
         return None
-    if node.outputs[0].is_graph_output():
+    added = lookup(users[0].domain, users[0].op_type)
+    if added.effect != "add" or added.subtracts:
         return None
     return next((value for value in users[0].inputs if is_own_vector(value, width)), None)
 

@@ -197,15 +197,15 @@ def decide(
 ) -> Decision:
     """Score and plan in one step.
 
-    ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "auto") for the groups
-    that have none; "select" scores by ``criterion`` only (default "auto" with data, "magnitude" without). Left out, it
+    ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
+    that have none; "select" scores by ``criterion`` only (default "mixed" with data, "magnitude" without). Left out, it
     is "auto" where there is data and no criterion was named. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
     method = method or ("auto" if calibration is not None and criterion is None else "select")
     if method == "auto" and calibration is None:
         raise UserError("--method auto refits weights from calibration data: give --calib, or --method select")
-    judge = criterion if criterion is not None else "auto" if calibration is not None else "magnitude"
+    judge = criterion if criterion is not None else "mixed" if calibration is not None else "magnitude"
     if method == "select" or calibration is None:
         scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
         return Decision(make_plan(scores, choice))

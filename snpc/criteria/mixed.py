@@ -12,14 +12,14 @@ from snpc.types import FloatArray, Numbers, Role
 
 
 @dataclass(frozen=True)
-class Auto:
+class Mixed:
     """SNP's attention-score criterion for qk, weighted activation for everything else.
 
     Measured on an ImageNet ViT-Tiny (dense 81.5 % top-1 on 400 pictures, 64 calibration pictures, half of one role
     removed uniformly, nothing trained): qk 73.8 by snp and 52.5 by activation; vo 1.3 and 45.0; ffn 3.0 and 4.0.
     """
 
-    name: ClassVar[str] = "auto"
+    name: ClassVar[str] = "mixed"
 
     def probes(self, role: Role) -> tuple[str, ...]:
         return judge(role).probes(role)
