@@ -294,7 +294,7 @@ def test_default_terms_are_eight_or_half_of_a_narrow_head(size: int, terms: int)
 
 
 def literal_distances(weight: FloatArray) -> FloatArray:
-    """Papers.md 1b as a double loop; zero rows are parallel to everything."""
+    """The paper as a double loop; zero rows are parallel to everything."""
     omega = np.zeros(len(weight))
     for i, mine in enumerate(weight):
         for other in weight:
