@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from snpc.ops.spec import Blocked, Call, Cut, Labels, OpSpec, Repair, Shape
-from snpc.types import AnyArray
 
 
 def compress(labels: Labels) -> Labels:
@@ -54,14 +53,12 @@ def regroup(labels: Labels, source: Shape, target: Shape) -> Labels:
             else:
                 raise Blocked(0, f"cannot reshape {list(source)} to {list(target)}")
         pieces.append((left, right))
-    shape_in: list[int] = []
     shape_out: list[int] = []
     full: list[int] = []
     for left, right in pieces:
         varies = any(labels.shape[k] > 1 for k in left)
         full += [source[k] if varies else 1 for k in left]
         shape_out += [target[k] if varies else 1 for k in right]
-        shape_in += left
     return compress(np.broadcast_to(labels, full).reshape(shape_out))
 
 
@@ -253,10 +250,6 @@ def _blocks(call: Call, labels: Labels) -> list[Labels]:
 
 def concat_axis(call: Call) -> int:
     return int(call.attrs["axis"]) % len(call.outs[0])
-
-
-def unknown(values: AnyArray | None) -> bool:
-    return values is None
 
 
 def entries() -> list[OpSpec]:

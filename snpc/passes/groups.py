@@ -33,17 +33,6 @@ class Draft:
     children: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Book2:
-    """Everything ``draft`` needs, computed once."""
-
-    trace: Trace
-    units: Units
-    flags: npt.NDArray[np.int32]
-    signature: npt.NDArray[np.uint64]
-    pinned: dict[int, list[PinNote]]
-
-
 def unit_flags(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
     flags = np.zeros(trace.book.count, np.int32)
     np.bitwise_or.at(flags, units.unit, trace.book.flags[: trace.book.count])

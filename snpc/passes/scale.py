@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.attention import form, packed_sizes
+from snpc.ops.attention import form
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, packing
 from snpc.passes.shapes import Facts, attributes
@@ -354,12 +354,6 @@ def mark_bias(fold: Fold, node: ir.Node, bias: ir.Value, wanted: frozenset[int],
     if int(tensor.shape[-1]) != len(hit):  # type: ignore[arg-type]
         raise CannotFold
     mark_constant(fold, bias, (len(tensor.shape) - 1, hit))
-
-
-def packed_query(node: ir.Node, facts: Facts, version: int) -> tuple[int, int]:
-    """(columns of Q, all columns) of a fused node that projects inside."""
-    sizes = packed_sizes(facts.call(node, version))
-    return sizes[0], sum(sizes)
 
 
 def merge_folds(plan: ScalePlan, folds: list[Fold]) -> None:
