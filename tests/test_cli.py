@@ -363,7 +363,7 @@ class TestChoosing:
         assert dry("--ratio", 0.5, "--criterion", "snp", *calib) == dry(
             "--ratio", 0.5, "--criterion", "snp", "--method", "select", *calib
         )
-        assert dry("--ratio", 0.5, "--method", "select", *calib) == dry("--ratio", 0.5, "--criterion", "auto", *calib)
+        assert dry("--ratio", 0.5, "--method", "select", *calib) == dry("--ratio", 0.5, "--criterion", "mixed", *calib)
         assert "no --calib" in invoke("prune", VIT, "--ratio", 0.5, "--dry-run").stderr
 
 
