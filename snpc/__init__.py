@@ -16,9 +16,11 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.plan import Choice, Plan, Scores, make_plan, plan_from_json, plan_to_json
 from snpc.runtime.bench import Bench, bench
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
-from snpc.runtime.compress import Compression, Decision, compress, decide
+from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
+from snpc.runtime.fit import Compression, compress
 from snpc.runtime.model_io import load, save
+from snpc.runtime.moments import Measured, measure_moments
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
@@ -37,6 +39,7 @@ __all__ = [
     "Difference",
     "Group",
     "ImageOptions",
+    "Measured",
     "Model",
     "Pin",
     "Plan",
@@ -56,6 +59,7 @@ __all__ = [
     "load",
     "load_calibration",
     "make_plan",
+    "measure_moments",
     "plan_from_json",
     "plan_to_json",
     "report",

@@ -16,8 +16,8 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Compression
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
 from snpc.types import Cost, Difference, Group, Verdict
 

@@ -26,8 +26,10 @@ from snpc.passes.edit import Edits, NoPlace, contraction_at, edited, reader_of
 from snpc.passes.plan import Choice, Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import NEEDS, Compression, compression_for, fit, fit_basis, form_of, settled
+from snpc.runtime.compress import compression_for
+from snpc.runtime.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.measure import measure, wanted_statistics
+from snpc.runtime.moments import NEEDS, form_of
 from snpc.types import FloatArray, Group, Role
 
 NAMES = (
@@ -62,7 +64,9 @@ def chosen(analysis: Analysis, *roles: Role) -> list[Group]:
 def compressed(name: str) -> Compression:
     """All groups of an export, measured on its feeds."""
     analysis = analysis_of(name)
-    return snpc.compress(analysis, calibration_of(analysis, feeds_of(name)), chosen(analysis))
+    return snpc.compress(
+        snpc.measure_moments(analysis, calibration_of(analysis, feeds_of(name)), chosen(analysis)), chosen(analysis)
+    )
 
 
 def more_data(name: str, samples: int, seed: int = 0) -> Feeds:
@@ -193,7 +197,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
     """On one sample, since keys are paired with the queries of all samples. Softmax ignores each query's mean."""
     analysis, feeds = analysis_of(name), more_data(name, 1)
     for group in chosen(analysis, "qk"):
-        found = snpc.compress(analysis, calibration_of(analysis, feeds), [group])
+        found = snpc.compress(snpc.measure_moments(analysis, calibration_of(analysis, feeds), [group]), [group])
         kept = round(group.size * share)
         model = shrunk(snpc.Decision(only(analysis, group, kept), found))
         scores = contraction_at(analysis.traced, group).node.outputs[0]
@@ -242,7 +246,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     """More rows than units, else nothing is lost that damping does not hide."""
     analysis, feeds = analysis_of(name), more_data(name, 48)
     for group in chosen(analysis, "ffn"):
-        found = snpc.compress(analysis, calibration_of(analysis, feeds, 16), [group])
+        found = snpc.compress(snpc.measure_moments(analysis, calibration_of(analysis, feeds, 16), [group]), [group])
         keep = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up

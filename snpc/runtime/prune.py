@@ -22,8 +22,9 @@ from snpc.passes.rewrite import Rewritten, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Compression, compression_for, fit, settled
+from snpc.runtime.compress import compression_for
 from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict

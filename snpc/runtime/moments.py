@@ -1,0 +1,123 @@
+"""Second moments of activations, per group, as its closed form needs them: measured in the graph, summed in float64."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from snpc.passes.analyze import Analysis
+from snpc.passes.edit import NoPlace, Place, operand_places, reader_of, value_places
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.measure import measure, wanted_statistics
+from snpc.types import FloatArray, Group
+
+Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "scores": ("moment:query", "centred:key"),
+    "values": ("moment:context", "sums:context"),
+    "refit": ("moment:hidden", "sums:hidden"),
+}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a group's activations: ``first``/``second`` [blocks, d, d] and the mean [blocks, d]."""
+
+    first: FloatArray
+    second: FloatArray | None = None
+    mean: FloatArray | None = None
+
+
+def form_of(analysis: Analysis, group: Group) -> str:
+    """Which closed form fits the group. Raises NoPlace with the reason where none does."""
+    if group.role == "qk" and group.freedom == "basis":
+        check_sites(group, [*operand_places(analysis.traced, group, 0), *operand_places(analysis.traced, group, 1)])
+        return "scores"
+    if group.role == "vo" and group.freedom == "basis":
+        check_sites(group, [*value_places(analysis.traced, group), reader_of(analysis.traced, group).place])
+        return "values"
+    if group.role in ("ffn", "conv", "other") and group.blocks == 1:
+        if len(reader_of(analysis.traced, group).place.index) != 1:
+            raise NoPlace("its reader sees every unit several times")
+        return "refit"
+    raise NoPlace(group.freedom_reason or f"no closed form for {group.role}")
+
+
+def check_sites(group: Group, found: Sequence[Place]) -> None:
+    """A change of basis reaches every site of the group, once. Raises NoPlace where it would not."""
+    reached = {(site.tensor, site.axis): np.zeros(len(site.units), np.int64) for site in group.sites}
+    for place in found:
+        for index in place.index:
+            np.add.at(reached[place.tensor, place.axis], index.reshape(-1), 1)
+    for site in group.sites:
+        count = reached[site.tensor, site.axis]
+        if (count > 1).any():
+            raise NoPlace(f"{site.tensor} makes both sides of it")
+        if (count != (site.units >= 0)).any():
+            raise NoPlace(f"{site.tensor} acts on it as well")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "values" or "refit"; ``skipped``:
+    group id -> why it has none; ``samples`` calibration samples were used."""
+
+    analysis: Analysis
+    forms: Mapping[str, str]
+    moments: Mapping[str, Moments]
+    skipped: Mapping[str, str]
+    samples: int = 0
+
+
+def measure_moments(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    *,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> Measured:
+    """One pass over the calibration data: what the closed forms of these groups need."""
+    forms, skipped = forms_of(analysis, groups)
+    wanted = wanted_statistics(analysis, {name: NEEDS[form] for name, form in forms.items()})
+    for name, form in [*forms.items()]:
+        if sum(w.group.id == name for w in wanted) != len(NEEDS[form]):
+            skipped[name] = "its activations cannot be watched"
+            del forms[name]
+    wanted = [w for w in wanted if w.group.id in forms]
+    if not wanted:
+        return Measured(analysis, forms, {}, skipped)
+    sums: dict[str, FloatArray] = {}
+    batches: Iterable[Feeds] = calibration.batches()
+    for result in measure(analysis, wanted, progress(batches) if progress else batches, provider=provider):
+        for name, array in result.items():
+            sums[name] = sums[name] + array if name in sums else array
+    found: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+    for item in wanted:
+        found[item.group.id][item.kind] = sums[item.output]
+    moments = {name: moments_of(forms[name], arrays) for name, arrays in found.items()}
+    return Measured(analysis, forms, moments, skipped, calibration.samples)
+
+
+def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, str]]:
+    """(group id -> closed form, group id -> why there is none)."""
+    forms: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for group in groups:
+        try:
+            forms[group.id] = form_of(analysis, group)
+        except NoPlace as reason:
+            skipped[group.id] = str(reason)
+    return forms, skipped
+
+
+def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
+    if form == "scores":
+        return Moments(arrays["moment"], arrays["centred"])
+    total, count = arrays["sums"][:, :-1], arrays["sums"][:, -1:]
+    mean = total / np.maximum(count, 1.0)
+    return Moments(arrays["moment"] - np.einsum("bi,bj->bij", total, mean), None, mean)
