@@ -84,7 +84,7 @@ choosing = options(
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
     click.option(
         "--method",
-        type=click.Choice(["auto", "select"]),
+        type=click.Choice(["auto", "parallel", "select"]),
         help="auto: rotate, slice and refit in closed form (needs --calib); select: slice the units that --criterion "
         "prefers. Default: auto with --calib and no --criterion, else select.",
     ),

@@ -143,6 +143,12 @@ def refit(moment: FloatArray, weight: FloatArray, keep: IntArray) -> FloatArray:
     return np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight).astype(np.float64)
 
 
+def damped_solution(moment: FloatArray, cross: FloatArray, damping: float) -> FloatArray:
+    """[kept, D]: ridge least squares with ``damping`` times the mean diagonal of ``moment`` as the ridge."""
+    ridge = damping * float(np.trace(moment)) / len(moment) + 1e-12
+    return np.linalg.solve(moment + ridge * np.eye(len(moment)), cross).astype(np.float64)
+
+
 def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: FloatArray) -> float:
     """Squared output error of the fitted rows on centred activations."""
     gap = weight.copy()

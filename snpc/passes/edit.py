@@ -53,6 +53,17 @@ class Edits:
 
             self.changes.setdefault(place.tensor, []).append(change)
 
+    def add(self, place: Place, block: int, units: IntArray, rows: FloatArray) -> None:
+        """Add ``rows`` [units, fan] where those units are read."""
+        where = place.index[0][block][units]
+
+        def change(array: FloatArray, axis: int = place.axis) -> FloatArray:
+            moved = np.moveaxis(array, axis, 0)
+            moved[where] += rows.reshape(len(where), *moved.shape[1:])
+            return array
+
+        self.changes.setdefault(place.tensor, []).append(change)
+
     def put(self, place: Place, block: int, units: IntArray, rows: FloatArray) -> None:
         """Write ``rows`` [units, fan] where those units are read."""
         where = place.index[0][block][units]
@@ -66,6 +77,16 @@ class Edits:
 
     def add_bias(self, node: str, vector: FloatArray) -> None:
         self.biases[node] = self.biases.get(node, 0.0) + vector
+
+
+def joined(first: Edits, then: Edits) -> Edits:
+    """Both, ``first`` first."""
+    both = Edits({name: list(todo) for name, todo in first.changes.items()}, dict(first.biases))
+    for name, todo in then.changes.items():
+        both.changes.setdefault(name, []).extend(todo)
+    for node, vector in then.biases.items():
+        both.add_bias(node, vector)
+    return both
 
 
 class NoPlace(Exception):

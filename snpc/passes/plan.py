@@ -18,7 +18,7 @@ from snpc.passes.slice import Cuts
 from snpc.types import ROLES, FloatArray, Group, Role
 
 FORMAT = 1
-Method = Literal["select", "auto"]
+Method = Literal["select", "parallel", "auto"]
 DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
 
 
@@ -108,7 +108,8 @@ class Plan:
     options: Mapping[str, Any]
     keep: Mapping[str, tuple[tuple[int, ...], ...]] = field(repr=False)
     method: Method = "select"
-    """"select": weights are sliced as they are; "auto": they are refitted to the plan first, from calibration data."""
+    """"select": weights are sliced as they are; "parallel": they are refitted to the plan first, from calibration data;
+    "auto": so too, one layer after the other, each from what the cut layers before it give."""
 
     def kept(self, group: Group) -> int:
         """Units per block that stay."""

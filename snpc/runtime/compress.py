@@ -8,7 +8,7 @@ as they are; ``Compression.skipped`` says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from snpc.runtime.score import score
 from snpc.types import FloatArray
 
 
-def with_curves(scores: Scores, compression: Compression, curves: Mapping[str, FloatArray]) -> Scores:
-    """Scores in which the closed forms set the order of units within their groups, and ``curves`` that of groups."""
+def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
+    """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
         ranks = np.empty(len(found.order))
@@ -34,7 +34,7 @@ def with_curves(scores: Scores, compression: Compression, curves: Mapping[str, F
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
     samples = max(scores.samples, compression.samples)
-    return replace(scores, values=values, curves=curves, method="auto", samples=samples)
+    return replace(scores, values=values, method=method, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Decision:
 
     plan: Plan
     compression: Compression | None = None
+    curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
+    """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
 
 
 def decide(
@@ -58,23 +60,29 @@ def decide(
     """Score and plan in one step.
 
     ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
-    that have none; "select" scores by ``criterion`` only (default "mixed" with data, "magnitude" without). Left out, it
-    is "auto" where there is data and no criterion was named. Raises UserError where data is needed and missing.
+    that have none, one layer after the other ("parallel": all at once); "select" scores by ``criterion`` only (default
+    "mixed" with data, "magnitude" without). Left out, it is "auto" where there is data and no criterion was named.
+    Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
     method = method or ("auto" if calibration is not None and criterion is None else "select")
-    if method == "auto" and calibration is None:
-        raise UserError("--method auto refits weights from calibration data: give --calib, or --method select")
+    if method != "select" and calibration is None:
+        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
     judge = criterion if criterion is not None else "mixed" if calibration is not None else "magnitude"
-    if method == "select" or calibration is None:
+    if method == "select":
         scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
-        return Decision(make_plan(scores, choice))
+        curves: Mapping[str, FloatArray] = {}
+        if choice.target is not None and calibration is not None:
+            curves = output_curves(Compression.empty(analysis), scores, calibration, groups, provider=provider)
+        return Decision(make_plan(replace(scores, curves=curves), choice), None, curves)
+    assert calibration is not None
     found = compress(measure_moments(analysis, calibration, groups, provider=provider, progress=progress), groups)
-    skip = set(found.forms)
-    rest = score(analysis, judge, calibration, roles=choice.roles, skip=skip, provider=provider, progress=progress)
-    curves = {} if choice.uniform else output_curves(found, calibration, groups, provider=provider)
-    plan = make_plan(with_curves(rest, found, curves), choice)
-    return Decision(plan, found)
+    rest = score(
+        analysis, judge, calibration, roles=choice.roles, skip=set(found.forms), provider=provider, progress=progress
+    )
+    scores = ordered(rest, found, method)
+    curves = {} if choice.uniform else output_curves(found, scores, calibration, groups, provider=provider)
+    return Decision(make_plan(replace(scores, curves=curves), choice), found, curves)
 
 
 def compression_for(plan: Plan, calibration: Calibration | None, *, provider: str = "cpu") -> Compression | None:
@@ -85,6 +93,8 @@ def compression_for(plan: Plan, calibration: Calibration | None, *, provider: st
     if plan.method == "select":
         return None
     if calibration is None:
-        raise UserError("this plan refits weights (method auto): give --calib, the data that it was made with")
+        raise UserError(
+            f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
+        )
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
     return compress(measure_moments(plan.analysis, calibration, groups, provider=provider), groups)

@@ -2,55 +2,80 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.passes.edit import existing_bias
-from snpc.passes.mask import removed_positions
-from snpc.passes.plan import Plan, cuts_of
-from snpc.passes.slice import dead_units
+from snpc.passes.edit import Edits
+from snpc.passes.plan import Plan, Scores, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import open_session
+from snpc.runtime.silent import constant_array, silent_constants
 from snpc.types import AnyArray, FloatArray, Group
 
-PROBED_SHARES = (0.9, 0.75, 0.5, 0.25)  # kept of a group's units to see how much the outputs move
+PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
+PROBED_SAMPLES = 16
 
 
 def output_curves(
-    compression: Compression, calibration: Calibration, groups: Sequence[Group], *, provider: str = "cpu"
+    compression: Compression,
+    scores: Scores,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    *,
+    provider: str = "cpu",
 ) -> dict[str, FloatArray]:
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
     Measured at a few widths, one group at a time, with silenced weights instead of sliced ones; in between, the
     closed-form loss gives the shape. All these weights are inputs of one session, so that a width costs one small pass.
+    ``scores`` say which units go first.
     """
-    mine = [g for g in groups if g.id in compression.forms]
-    graph = compression.analysis.traced.model.graph
-    names = sorted({n for g in mine for n in trial(compression, g, max(1, g.size - 1))})
+    analysis = compression.analysis
+    graph = analysis.traced.model.graph
+    tried = [(g, w, trial(compression, scores, g, w)) for g in groups for w in probed_widths(g)[:1]]
+    names = sorted({name for _, _, arrays in tried for name in arrays})
     plain = {name: constant_array(graph.initializers[name]) for name in names}
     found: dict[str, FloatArray] = {}
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "probed.onnx"
-        save(clean(open_weights(compression.analysis.traced.model, names)), path)
+        save(clean(open_weights(analysis.traced.model, names)), path)
         session = open_session(path, provider=provider, optimise="basic")
         known = {i.name for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
-        feeds = {k: v for k, v in next(iter(calibration.batches())).items() if k in known}
-        dense = session.run(outputs, {**feeds, **plain})
-        for group in mine:
-            widths = sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
-            moved = {w: session.run(outputs, {**feeds, **plain, **trial(compression, group, w)}) for w in widths}
-            curve = compression.curve(group)
-            assert curve is not None
-            found[group.id] = calibrated(curve, {w: relative_change(dense, m) for w, m in moved.items()})
+        batches = [{k: v for k, v in feeds.items() if k in known} for feeds in few_samples(calibration)]
+        dense = [session.run(outputs, {**feeds, **plain}) for feeds in batches]
+        for group in groups:
+            changes = {}
+            for width in probed_widths(group):
+                arrays = {**plain, **trial(compression, scores, group, width)}
+                moved = [session.run(outputs, {**feeds, **arrays}) for feeds in batches]
+                changes[width] = float(np.mean([relative_change(a, b) for a, b in zip(dense, moved, strict=True)]))
+            found[group.id] = calibrated(shape_of(compression, group), changes)
     return found
+
+
+def few_samples(calibration: Calibration) -> list[Feeds]:
+    """The first batches, until there are ``PROBED_SAMPLES``; one batch at least."""
+    count = max(1, PROBED_SAMPLES // calibration.batch)
+    return list(itertools.islice(calibration.batches(), count))
+
+
+def probed_widths(group: Group) -> list[int]:
+    return sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
+
+
+def shape_of(compression: Compression, group: Group) -> FloatArray:
+    """The closed-form loss, or where there is none a parabola: changes that add up evenly."""
+    curve = compression.curve(group)
+    return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
 
 
 def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
@@ -72,42 +97,12 @@ def relative_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> flo
     return float(np.mean(ratios))
 
 
-def trial(compression: Compression, group: Group, width: int) -> dict[str, AnyArray]:
-    """Weights with this group cut to ``width`` in closed form, and what was cut silent: constant name -> array."""
+def trial(compression: Compression, scores: Scores, group: Group, width: int) -> dict[str, AnyArray]:
+    """Weights with this group cut to ``width``, in closed form if it has one, and what was cut silent."""
     analysis = compression.analysis
-    elimination = compression.eliminations.get(group.id)
-    if elimination is not None:
-        rows: tuple[tuple[int, ...], ...] = (tuple(sorted(int(k) for k in elimination.order[group.size - width :])),)
-    else:
-        rows = tuple(tuple(range(width)) for _ in range(group.blocks))
-    plan = Plan(analysis, "", {}, {group.id: rows}, "auto")
-    edits = edits_for(compression, plan)
-    source = analysis.traced
-    graph = source.model.graph
-    nodes = {n.name: n for n in graph}
-    for node, vector in edits.biases.items():
-        bias = existing_bias(nodes[node], len(vector))
-        if bias is not None:
-            edits.changes.setdefault(str(bias.name), []).append(partial(shifted, vector=vector))
-    changed = {name: constant_array(graph.initializers[name]).astype(np.float64) for name in edits.changes}
-    for name, changes in edits.changes.items():
-        for change in changes:
-            changed[name] = change(changed[name])
-    dead = dead_units(source.trace, source.units, cuts_of(plan))
-    for axis, gone in removed_positions(source.trace, dead):
-        name = str(axis.constant.name)
-        if name in changed:
-            np.moveaxis(changed[name], axis.axis, 0)[gone] = 0.0
-    return {name: array.astype(constant_array(graph.initializers[name]).dtype) for name, array in changed.items()}
-
-
-def shifted(array: FloatArray, vector: FloatArray) -> FloatArray:
-    return array + vector.reshape(array.shape)
-
-
-def constant_array(value: ir.Value) -> AnyArray:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    plan = Plan(analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
+    edits = edits_for(compression, plan) if group.id in compression.forms else Edits()
+    return silent_constants(analysis.traced, edits, cuts_of(plan))
 
 
 def open_weights(model: ir.Model, names: Sequence[str]) -> ir.Model:

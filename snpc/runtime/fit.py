@@ -28,6 +28,10 @@ class Compression:
     skipped: Mapping[str, str]
     samples: int
 
+    @classmethod
+    def empty(cls, analysis: Analysis) -> Compression:
+        return cls(analysis, {}, {}, {}, {}, {}, 0)
+
     def curve(self, group: Group) -> FloatArray | None:
         """[size + 1]: squared output error on the calibration data when so many units per block are kept."""
         if group.id in self.rebases:
@@ -39,18 +43,24 @@ class Compression:
 
 def compress(measured: Measured, groups: Sequence[Group]) -> Compression:
     """Solve the closed forms of these groups for every width."""
+    analysis = measured.analysis
+    eliminations = {
+        g.id: eliminate(measured.moments[g.id].first[0], reader_of(analysis.traced, g).rows(analysis.traced, 0)[0])
+        for g in groups
+        if measured.forms.get(g.id) == "refit"
+    }
+    return replace(rotations(measured, groups), eliminations=eliminations)
+
+
+def rotations(measured: Measured, groups: Sequence[Group]) -> Compression:
+    """Only what a given plan needs: no order in which units go."""
     analysis, forms, moments = measured.analysis, measured.forms, measured.moments
     rebases = {
         g.id: tuple(rebase(analysis, g, forms[g.id], moments[g.id], b) for b in range(g.blocks))
         for g in groups
         if forms.get(g.id) in ("scores", "values")
     }
-    eliminations = {
-        g.id: eliminate(moments[g.id].first[0], reader_of(analysis.traced, g).rows(analysis.traced, 0)[0])
-        for g in groups
-        if forms.get(g.id) == "refit"
-    }
-    return Compression(analysis, forms, moments, rebases, eliminations, measured.skipped, measured.samples)
+    return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples)
 
 
 def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block: int) -> Rebase:

@@ -186,9 +186,24 @@ class Instrument:
         ones = self.op("Exp", [self.op("Sub", [one, one])])
         return self.total(self.op("Concat", [value, ones], axis=2))
 
+    def gap(self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        """(sum of unit' gap [1, size, D], sum of gap [1, D]), gap = dense - value, over the rows of a probe that shows
+        every unit once, along its last axis; ``dense`` is a new input of the type and shape of ``value``."""
+        entering = ir.Value(name=dense, type=ir.TensorType(dtype))
+        self.model.graph.inputs.append(entering)
+        both = [self.op("Cast", [v], to=int(ir.DataType.FLOAT)) for v in (entering, self.values[value])]
+        gap = self.op("Sub", both)
+        width = self.op("Slice", [self.op("Shape", [gap]), self.ints([-1]), self.ints([1 << 30])])
+        flat = self.op("Reshape", [gap, self.op("Concat", [self.ints([1, -1]), width], axis=0)])
+        units = self.op("Reshape", [self.by_block(probe, 1, size), self.ints([1, -1, size])])
+        cross = self.op("MatMul", [self.op("Transpose", [units], perm=[0, 2, 1]), flat])
+        return cross, self.total(flat)
+
     def add(self, wanted: Wanted) -> None:
-        value = getattr(self, wanted.kind)(wanted.probe, wanted.group.blocks, wanted.group.size)
-        value.name = wanted.output
+        self.expose(getattr(self, wanted.kind)(wanted.probe, wanted.group.blocks, wanted.group.size), wanted.output)
+
+    def expose(self, value: ir.Value, name: str) -> None:
+        value.name = name
         value.dtype = ir.DataType.FLOAT
         self.model.graph.outputs.append(value)
 

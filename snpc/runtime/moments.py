@@ -25,11 +25,13 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a group's activations: ``first``/``second`` [blocks, d, d] and the mean [blocks, d]."""
+    """Second moments of a group's activations: ``first``/``second`` [blocks, d, d] and the mean [blocks, d], over
+    ``count`` rows."""
 
     first: FloatArray
     second: FloatArray | None = None
     mean: FloatArray | None = None
+    count: float = 0.0
 
 
 def form_of(analysis: Analysis, group: Group) -> str:
@@ -120,4 +122,4 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
         return Moments(arrays["moment"], arrays["centred"])
     total, count = arrays["sums"][:, :-1], arrays["sums"][:, -1:]
     mean = total / np.maximum(count, 1.0)
-    return Moments(arrays["moment"] - np.einsum("bi,bj->bij", total, mean), None, mean)
+    return Moments(arrays["moment"] - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))

@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
-from snpc.passes.rewrite import Rewritten, rewrite_model
+from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
@@ -26,6 +26,8 @@ from snpc.runtime.compress import compression_for
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.stages import NotSequential
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -83,14 +85,9 @@ def apply_plan(
     for path in (target, data_file(target)):
         check_target(path, *model_files(analysis.model.path))
     source = analysis.traced
-    if plan.method == "auto":
-        if compression is None:
-            raise UserError(
-                "this plan refits weights (method auto): it needs the calibration data that it was made with"
-            )
+    if plan.method != "select":
         with watch.stage("refit"):
-            plan = settled(compression, plan)
-            source = fit(compression, plan)
+            plan, source = fitted(plan, compression, calibration, provider)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
@@ -111,8 +108,27 @@ def apply_plan(
     after = replace(after, bytes=file_bytes(target))
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     described = calibration.described() if calibration else ""
-    forms = {**compression.forms} if compression is not None and plan.method == "auto" else {}
+    forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
     return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
+
+
+def fitted(
+    plan: Plan, compression: Compression | None, calibration: Calibration | None, provider: str
+) -> tuple[Plan, Traced]:
+    """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
+    if plan.method == "select":
+        return plan, plan.analysis.traced
+    if compression is None or calibration is None:
+        raise UserError(
+            f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
+        )
+    plan = settled(compression, plan)
+    if plan.method == "auto":
+        try:
+            return plan, fit_sequentially(compression, plan, calibration, provider)
+        except NotSequential:
+            pass  # what the dense model gives serves as well
+    return plan, fit(compression, plan)
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -205,8 +221,8 @@ def verify(
     rewritten = None
     if plan is not None:
         compression = compression_for(plan, calibration, provider=provider)
-        plan = settled(compression, plan) if compression else plan
-        rewritten = rewrite_model(fit(compression, plan) if compression else analysis.traced, cuts_of(plan))
+        plan, source = fitted(plan, compression, calibration, provider)
+        rewritten = rewrite_model(source, cuts_of(plan))
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
     verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)

@@ -1,0 +1,94 @@
+"""Pieces of a graph: runs of nodes in topological order, with what goes in and what comes out.
+
+Run one after the other, on values that are carried over, they compute what the whole graph does; so a later piece
+can be run again and again without what comes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from snpc.passes.shapes import Facts
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes ``first`` to ``last`` (not included). ``inputs`` and ``outputs`` are names of values that enter from before
+    and that are used after; ``needed``: every value that nodes from ``last`` on use, for who carries them over."""
+
+    first: int
+    last: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    needed: frozenset[str]
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node uses, the bodies of its subgraphs included."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from reads(inner)
+
+
+def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
+    """The graph cut after ``ends`` (indices of first nodes that no longer belong), its last nodes included."""
+    nodes = list(model.graph)
+    made = {value: k for k, node in enumerate(nodes) for value in node.outputs}
+    made |= {value: -1 for value in model.graph.inputs if not value.is_initializer()}
+    last_use = dict.fromkeys(made, -1)
+    for k, node in enumerate(nodes):
+        for value in reads(node):
+            if value in made:
+                last_use[value] = k
+    for value in model.graph.outputs:
+        last_use[value] = len(nodes)
+    found = []
+    first = 0
+    for last in sorted({*ends, len(nodes)} - {0}):
+        used = {value: None for node in nodes[first:last] for value in reads(node) if made.get(value, first) < first}
+        out = [v for node in nodes[first:last] for v in node.outputs if v.name and last_use.get(v, -1) >= last]
+        needed = frozenset(str(v.name) for v, k in last_use.items() if k >= last and made[v] < last)
+        found.append(Segment(first, last, tuple(str(v.name) for v in used), tuple(str(v.name) for v in out), needed))
+        first = last
+    return found
+
+
+def extract(model: ir.Model, segment: Segment, facts: Facts) -> ir.Model:
+    """A model of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders.
+
+    Raises KeyError where the type of such a value is not known.
+    """
+    types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
+    copy = model.clone()
+    nodes = list(copy.graph)
+    values = {str(v.name): v for node in nodes for v in node.outputs} | {str(v.name): v for v in copy.graph.inputs}
+    entering = []
+    for name in segment.inputs:
+        value = values[name]
+        made = ir.Value(name=name, type=ir.TensorType(types[name]))
+        if value.is_graph_input():
+            made.shape = value.shape
+        value.replace_all_uses_with(made, replace_graph_outputs=True)
+        value.name = f"{name}__before"
+        entering.append(made)
+    copy.graph.outputs.clear()
+    inside = nodes[segment.first : segment.last]
+    outside = nodes[: segment.first] + nodes[segment.last :]
+    for node in outside:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+    copy.graph.remove(outside)
+    copy.graph.inputs.clear()
+    copy.graph.inputs.extend(entering)
+    made_here = {str(v.name): v for node in inside for v in node.outputs}
+    for name in segment.outputs:
+        made_here[name].dtype = types[name]
+        copy.graph.outputs.append(made_here[name])
+    return copy

@@ -1,0 +1,148 @@
+"""Which groups are fitted in which segment of the graph, when a model is fitted layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.passes.analyze import Analysis
+from snpc.passes.edit import Edits, contraction_at, edited, existing_bias, reader_of
+from snpc.passes.plan import Plan
+from snpc.passes.rewrite import Traced, traced
+from snpc.passes.segment import Segment, segments
+from snpc.runtime.fit import Compression
+from snpc.runtime.measure import Wanted, wanted_statistics
+from snpc.runtime.moments import NEEDS, forms_of
+from snpc.types import Group
+
+
+class NotSequential(Exception):
+    """The graph cannot be run in segments; the reason is the message."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Where the reader of hidden units meets the residual stream: ``value`` [..., D], rows as in ``wanted``'s probe.
+    ``cross`` and ``total`` name the outputs in which its sums come."""
+
+    group: Group
+    value: str
+    width: int
+    wanted: Wanted
+
+    @property
+    def cross(self) -> str:
+        return f"{self.wanted.output}_cross"
+
+    @property
+    def total(self) -> str:
+        return f"{self.wanted.output}_total"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A segment, the groups that are fitted in it, and what is measured for them."""
+
+    segment: Segment
+    groups: tuple[Group, ...]
+    forms: dict[str, str]
+    wanted: tuple[Wanted, ...]
+    gaps: tuple[Gap, ...]
+
+
+def fitted_groups(analysis: Analysis, plan: Plan) -> tuple[list[Group], dict[str, str]]:
+    """Groups of the plan that have a closed form, and the feed-forward groups that are not cut but can make up."""
+    wanted = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
+    forms, _ = forms_of(analysis, wanted)
+    found = [g for g in wanted if g.id in forms and (g.id in plan.keep or has_bias(analysis.traced, g))]
+    return found, {g.id: forms[g.id] for g in found}
+
+
+def has_bias(source: Traced, group: Group) -> bool:
+    reader = reader_of(source, group)
+    return existing_bias(reader.node, reader.width) is not None
+
+
+def with_biases(compression: Compression, plan: Plan) -> Traced:
+    """The model in which every reader that will be fitted has a bias (of zeros, if it had none)."""
+    source = compression.analysis.traced
+    groups, forms = fitted_groups(compression.analysis, plan)
+    readers = [reader_of(source, g) for g in groups if forms[g.id] != "scores"]
+    missing = {str(r.node.name): np.zeros(r.width) for r in readers if existing_bias(r.node, r.width) is None}
+    return traced(edited(source, Edits({}, dict(missing))), source.sizes) if missing else source
+
+
+def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
+    """The segments up to the last one in which something is fitted. ``base`` is the model ``with_biases``."""
+    groups, forms = fitted_groups(analysis, plan)
+    position = {str(node.name): k for k, node in enumerate(base.model.graph)}
+    nodes = list(base.model.graph)
+    meets: dict[str, ir.Value] = {}
+    ends: dict[str, int] = {}
+    for group in groups:
+        if forms[group.id] != "scores":
+            value = stream_behind(base, nodes[position[str(reader_of(analysis.traced, group).node.name)]].outputs[0])
+            meets[group.id] = value
+            ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
+    for group in groups:
+        if forms[group.id] == "scores":
+            closed = position[str(contraction_at(analysis.traced, group).node.name)] + 1
+            ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
+    found = []
+    for segment in segments(base.model, sorted(set(ends.values()))):
+        mine = [g for g in groups if ends[g.id] == segment.last]
+        wanted = wanted_statistics(analysis, {g.id: NEEDS[forms[g.id]] for g in mine})
+        inside = [g for g in mine if lies_inside(base, segment, position, g, [w for w in wanted if w.group is g])]
+        gaps = [gap for g in inside if forms[g.id] == "refit" for gap in gap_of(base, g, meets[g.id], wanted)]
+        chosen = {g.id: forms[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
+        kept = tuple(g for g in inside if g.id in chosen)
+        found.append(Stage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
+    while found and not found[-1].groups:
+        found.pop()
+    return found
+
+
+def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
+    """The sum in which a reader's output meets another activation; its own (biased) output where it does not."""
+    shape = base.facts.shape.get(value)
+    while True:
+        users = list(value.consumers())
+        if len(users) != 1 or value.is_graph_output():
+            return value
+        spec = lookup(users[0].domain, users[0].op_type)
+        after = users[0].outputs[0]
+        if spec.effect != "add" or spec.subtracts or base.facts.shape.get(after) != shape:
+            return value
+        value = after
+        others = [v for v in users[0].inputs if v is not None and v.const_value is None]
+        if len(others) > 1:
+            return value
+
+
+def lies_inside(
+    base: Traced, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[Wanted]
+) -> bool:
+    """Does all that makes, reads and shows the group lie in the segment?"""
+    constants = [base.model.graph.initializers[site.tensor] for site in group.sites]
+    users = [position.get(str(node.name), -1) for value in constants for node, _ in value.uses()]
+    shown = {w.probe.tensor for w in wanted}
+    made = {str(v.name) for node in list(base.model.graph)[segment.first : segment.last] for v in node.outputs}
+    return all(segment.first <= k < segment.last for k in users) and bool(shown) and shown <= made
+
+
+def gap_of(base: Traced, group: Group, value: ir.Value, wanted: Sequence[Wanted]) -> list[Gap]:
+    """The group's gap, where its rows are those of the hidden units; else nothing."""
+    probe = next((w for w in wanted if w.group is group and w.kind == "moment"), None)
+    width = reader_of(base, group).width
+    shapes = {str(v.name): shape for v, shape in base.facts.shape.items()}
+    behind, hidden = shapes.get(str(value.name)), shapes.get(probe.probe.tensor) if probe else None
+    if probe is None or not behind or not hidden or behind[:-1] != hidden[:-1] or behind[-1] != width:
+        return []
+    varies = [k for k, size in enumerate(probe.probe.units.shape) if size > 1]
+    if varies != [len(hidden) - 1] or hidden[-1] != group.size:
+        return []
+    return [Gap(group, str(value.name), width, probe)]
