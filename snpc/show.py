@@ -109,6 +109,10 @@ def groups(analysis: Analysis) -> None:
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
     at = f" at {sizes}" if sizes else ""
     line(f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{at}, {cost.nodes} nodes")
+    if analysis.dead_macs:
+        line(
+            f"rows that no output depends on: {share(analysis.dead_macs, cost.macs)} of the MACs, dropped without loss"
+        )
     rows = [group_row(g, cost) for g in analysis.groups]
     if rows:
         table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))

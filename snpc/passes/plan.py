@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -191,11 +190,12 @@ def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice, targe
     whole = float(cost.macs if target.kind == "macs" else cost.params)
     prices = {g.id: (g.macs if target.kind == "macs" else g.params) / g.size for g in groups}
     most = sum(prices[g.id] * (g.size - min(allowed(g, choice))) for g in groups)
-    budget = (1 - target.share) * whole
+    free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
+    budget = (1 - target.share) * whole - free
     if budget > most:
         raise UserError(
             f"target {target.kind}={target.share:g} cannot be reached: with these roles and widths the least is "
-            f"{target.kind}={1 - most / whole:.3f}; allow more roles, or narrower groups"
+            f"{target.kind}={1 - (most + free) / whole:.3f}; allow more roles, or narrower groups"
         )
     return spend(groups, scores, choice, prices, budget, reach=True)
 
@@ -246,13 +246,19 @@ def step_costs(scores: Scores, group: Group) -> FloatArray:
 
 
 def ladder(group: Group, ordered: FloatArray, choice: Choice) -> list[tuple[float, int]]:
-    """(cost, width) of each step down, made to rise: a cheap step behind a dear one cannot be taken first."""
+    """(cost per unit, width) of each step down, on the lower convex hull of the loss: a dear step with cheap ones
+    behind it is averaged with them, since they cannot be taken before it."""
     widths = allowed(group, choice)
+    loss = np.concatenate([[0.0], np.cumsum(ordered)])
     rungs: list[tuple[float, int]] = []
-    highest = -math.inf
-    for above, below in itertools.pairwise(widths):
-        highest = max(highest, float(ordered[group.size - above : group.size - below].mean()))
-        rungs.append((highest, below))
+    here = 0
+    while here < len(widths) - 1:
+        gone = loss[group.size - np.array(widths)]
+        rest = np.arange(here + 1, len(widths))
+        slopes = (gone[rest] - gone[here]) / (widths[here] - np.array(widths)[rest])
+        there = int(rest[len(rest) - 1 - np.argmin(slopes[::-1])])
+        rungs += [(float(slopes[there - here - 1]), width) for width in widths[here + 1 : there + 1]]
+        here = there
     return rungs
 
 

@@ -1,0 +1,254 @@
+"""Rows that no output depends on: a classifier reads one token, so the last layer need not compute the others.
+
+Backwards through the graph, every use of a value either needs all of it or only some positions of one axis. Where all
+uses agree, what makes the value is computed for these positions only, and the demand passes on to what it reads. It
+ends where somebody needs everything (the keys and values of the last attention, say); there the positions are
+gathered. The outputs are the same numbers; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.spec import Blocked, Call, Labels, OpSpec
+from snpc.ops.writing import GATHER, RESHAPE, SLICE
+from snpc.passes.shapes import Facts, opset, subgraphs
+from snpc.types import IntArray
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Only ``positions`` (ascending) of ``axis`` are needed."""
+
+    axis: int
+    positions: tuple[int, ...]
+
+
+Use = tuple[ir.Node, int]
+Demands = dict[Use, Demand]  # a use that is not listed needs everything
+
+
+@dataclass
+class Search:
+    """Demands by use, and the nodes that can be computed for some positions only (with the demand on their output)."""
+
+    model: ir.Model
+    facts: Facts
+    demands: Demands = field(default_factory=dict)
+    narrowed: dict[ir.Node, Demand] = field(default_factory=dict)
+    seeds: dict[ir.Node, Demand] = field(default_factory=dict)
+
+    def call(self, node: ir.Node) -> Call:
+        return self.facts.call(node, opset(self.model, node.domain))
+
+
+def drop_dead_rows(model: ir.Model, facts: Facts) -> ir.Model | None:
+    """A copy that computes only the rows that outputs depend on; None where that spares no product."""
+    search = Search(model, facts)
+    for node in reversed(list(model.graph)):
+        visit(search, node)
+    if not any(lookup(node.domain, node.op_type).kind == "contraction" for node in search.narrowed):
+        return None
+    return rewritten(search)
+
+
+def visit(search: Search, node: ir.Node) -> None:
+    """Pass the demand on a node's output on to what it reads, or start one."""
+    outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+    if subgraphs(node) or any(search.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
+        return
+    wanted = common_demand(search, outputs[0]) if len(outputs) == 1 else None
+    passed = inputs_for(search, node, wanted) if wanted is not None else None
+    if wanted is not None and passed is not None:
+        search.narrowed[node] = wanted
+        search.demands |= {(node, index): demand for index, demand in passed.items()}
+        return
+    start = selection(search, node)
+    if start is not None:
+        search.seeds[node] = start
+        search.demands[node, 0] = start
+
+
+def common_demand(search: Search, value: ir.Value) -> Demand | None:
+    """What every use of a value asks for, where they agree."""
+    if value.is_graph_output():
+        return None
+    found = {search.demands.get((use.node, use.idx)) for use in value.uses()}
+    return found.pop() if len(found) == 1 else None
+
+
+def selection(search: Search, node: ir.Node) -> Demand | None:
+    """The positions that a node picks out of one axis, where they are less than half of it."""
+    if node.op_type not in (GATHER, SLICE) or node.domain:
+        return None
+    call = search.call(node)
+    for axis, size in enumerate(call.shape(0)):
+        picked = moved(call, axis)
+        if picked is not None:
+            positions = sorted({int(p) for p in picked.reshape(-1)})
+            if 0 < 2 * len(positions) <= size:
+                return Demand(axis, tuple(positions))
+    return None
+
+
+def moved(call: Call, axis: int) -> Labels | None:
+    """Where each entry of the output comes from along ``axis`` of the input of a movement."""
+    spec = lookup("", call.op)
+    shape = call.shape(0)
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    if spec.move is None:
+        return None
+    try:
+        return spec.move(call, np.arange(shape[axis], dtype=np.int32).reshape(view))[0]
+    except Blocked:
+        return None
+
+
+def inputs_for(search: Search, node: ir.Node, wanted: Demand) -> Mapping[int, Demand] | None:
+    """What a node needs of its inputs to give these positions of its output; None where it needs everything."""
+    spec = lookup(node.domain, node.op_type)
+    call = search.call(node)
+    rule = {"pointwise": pointwise, "normalise": normalised, "contraction": contracted, "movement": carried}.get(
+        spec.kind
+    )
+    return rule(spec, call, wanted) if rule is not None else None
+
+
+def pointwise(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]:
+    """Operands broadcast from the right."""
+    rank = len(call.outs[0])
+    found = {}
+    for index in range(len(call.shapes)):
+        axis = wanted.axis - rank + len(call.shape(index)) if call.has(index) else -1
+        if axis >= 0 and call.shape(index)[axis] > 1:
+            found[index] = Demand(axis, wanted.positions)
+    return found
+
+
+def normalised(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+    axes = spec.axes(call) if spec.axes is not None else (wanted.axis,)
+    others = [k for k in range(1, len(call.shapes)) if call.has(k) and k not in spec.per_axis]
+    if wanted.axis in {axis % len(call.outs[0]) for axis in axes} or others or call.shape(0) != call.outs[0]:
+        return None
+    return {0: wanted}
+
+
+def contracted(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+    """The axis must be a free one of one operand."""
+    if spec.letters is None or spec.curved:
+        return None
+    letters = spec.letters(call)
+    letter = letters.out[wanted.axis]
+    bias = spec.bias_letters(call) if spec.bias_letters is not None and spec.bias is not None else ""
+    if letter in letters.windowed or letter in bias or (letter in letters.left) == (letter in letters.right):
+        return None
+    operand, spelled = (0, letters.left) if letter in letters.left else (1, letters.right)
+    axis = spelled.index(letter)
+    index = spec.operands[operand]
+    if call.shape(index)[axis] != call.outs[0][wanted.axis]:
+        return None
+    return {index: Demand(axis, wanted.positions)}
+
+
+def carried(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+    """The axis of the input that becomes this one as it is. What has sizes in its parameters is left alone, but for a
+    reshape that merges all that lies behind the axis."""
+    if spec.repair is not None and not merges_behind(call, wanted.axis):
+        return None
+    size = call.outs[0][wanted.axis]
+    view = [1] * len(call.outs[0])
+    view[wanted.axis] = size
+    for axis, length in enumerate(call.shape(0)):
+        picked = moved(call, axis) if length == size else None
+        if picked is not None and picked.size == size and (picked == np.arange(size).reshape(view)).all():
+            return {0: Demand(axis, wanted.positions)}
+    return None
+
+
+def merges_behind(call: Call, axis: int) -> bool:
+    before, after = call.shape(0), call.outs[0]
+    return call.op == RESHAPE and axis == len(after) - 2 and before[: axis + 1] == after[: axis + 1]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def rewritten(search: Search) -> ir.Model:
+    copy = search.model.clone()
+    twins = dict(zip(search.model.graph, copy.graph, strict=True))
+    gathered: dict[tuple[str, Demand], ir.Value] = {}
+    for (node, index), demand in search.demands.items():
+        value = node.inputs[index]
+        producer = value.producer() if value is not None else None
+        narrow = producer is not None and search.narrowed.get(producer) == demand
+        twin = twins[node]
+        if node in search.seeds:
+            if narrow:
+                pick_again(copy, search, node, twin, demand)
+        elif not narrow:
+            source = twin.inputs[index]
+            assert source is not None
+            key = (str(source.name), demand)
+            if key not in gathered:
+                gathered[key] = gather(copy, source, demand, twin)
+            twin.replace_input_with(index, gathered[key])
+    for node in search.narrowed:
+        reshape_again(copy, search, node, twins[node])
+        for value in twins[node].outputs:
+            value.shape = None
+    copy.graph.sort()
+    return copy
+
+
+def integers(model: ir.Model, name: str, numbers: IntArray) -> ir.Value:
+    value = ir.Value(
+        name=name,
+        const_value=ir.Tensor(numbers, name=name),
+        shape=ir.Shape(numbers.shape),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
+    name = f"{source.name}__rows_{demand.axis}_{demand.positions[0]}_{len(demand.positions)}"
+    index = integers(model, f"{name}_index", np.asarray(demand.positions, np.int64))
+    node = ir.node(GATHER, [source, index], attributes={"axis": demand.axis}, name=name)
+    node.outputs[0].name = f"{name}_out"
+    node.outputs[0].type = source.type
+    before.prepend(node)
+    return node.outputs[0]
+
+
+def pick_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node, demand: Demand) -> None:
+    """The node that started it picks from fewer positions now."""
+    picked = moved(search.call(node), demand.axis)
+    assert picked is not None
+    places = np.searchsorted(demand.positions, picked.reshape(-1)).astype(np.int64)
+    scalar = len(search.call(node).outs[0]) < len(search.call(node).shape(0))
+    index = integers(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
+    new = ir.node(GATHER, [twin.inputs[0], index], attributes={"axis": demand.axis}, name=f"{twin.name}__rows")
+    old = twin.outputs[0]
+    twin.prepend(new)
+    new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
+    output = old.is_graph_output()
+    old.replace_all_uses_with(new.outputs[0], replace_graph_outputs=output)
+    name = str(old.name)
+    model.graph.remove(twin, safe=True)
+    new.outputs[0].name = name
+
+
+def reshape_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node) -> None:
+    """All axes as they come, and one for the rest: right for any number of positions."""
+    if node.op_type == RESHAPE and not node.domain:
+        rank = len(search.call(node).outs[0])
+        shape = integers(model, f"{twin.outputs[0].name}__shape", np.asarray([0] * (rank - 1) + [-1], np.int64))
+        twin.replace_input_with(1, shape)
+        twin.attributes.pop("allowzero", None)
