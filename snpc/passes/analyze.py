@@ -12,6 +12,7 @@ from snpc.cost import contraction_sizes, macs_of
 from snpc.passes.groups import drafts, finish
 from snpc.passes.labels import Flag
 from snpc.passes.rewrite import Traced, traced
+from snpc.passes.rows import drop_dead_rows
 from snpc.passes.shapes import Facts, best_binding, evaluate, opset
 from snpc.types import Cost, Group, Model, Pin
 
@@ -28,6 +29,8 @@ class Analysis:
     cost: Cost
     binding: Mapping[str, int]
     traced: Traced = field(repr=False)
+    dead_macs: int = 0
+    """MACs for rows that no output depends on (see ``passes.rows``); ``traced`` does without them."""
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)
@@ -39,10 +42,17 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
     """
     binding, facts = best_binding(model.graph)
-    found = traced(model.graph, binding, facts)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
-    groups = finish(model.graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
-    return Analysis(model, groups, pins_of(found, groups), cost_of(model.graph, cost_facts), quoted, found)
+    cost = cost_of(model.graph, cost_facts)
+    graph = drop_dead_rows(model.graph, facts)
+    if graph is None:
+        graph = model.graph
+    else:
+        facts, cost_facts = evaluate(graph, binding), evaluate(graph, quoted)
+    found = traced(graph, binding, facts)
+    groups = finish(graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
+    spared = cost.macs - cost_of(graph, cost_facts).macs
+    return Analysis(model, groups, pins_of(found, groups), cost, quoted, found, spared)
 
 
 def quoted_facts(
