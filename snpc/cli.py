@@ -85,8 +85,9 @@ choosing = options(
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
-        help="auto: rotate, slice and refit in closed form (needs --calib); select: slice the units that --criterion "
-        "prefers. Default: auto with --calib and no --criterion, else select.",
+        help="auto: rotate, slice and refit in closed form, layer after layer (needs --calib); parallel: all layers at "
+        "once; select: slice the units that --criterion prefers. Default: auto with --calib and no --criterion, else "
+        "select.",
     ),
     click.option(
         "--criterion",

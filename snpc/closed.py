@@ -14,6 +14,14 @@ from snpc.types import FloatArray, IntArray
 
 RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
+SCARCE = 0.1  # more of it where rows are few: times units / rows
+
+
+def ridge_for(size: int, rows: float) -> float:
+    """The ridge, as a share of the mean diagonal, for moments of ``size`` units that ``rows`` rows were summed into:
+    few rows say little about what other data will bring (a last layer that only the class token passes sees one row per
+    sample)."""
+    return max(RIDGE, SCARCE * size / max(rows, 1.0))
 
 
 @dataclass(frozen=True)
@@ -44,34 +52,51 @@ def tails(singular: FloatArray) -> FloatArray:
     return np.concatenate([np.cumsum((singular**2)[::-1])[::-1], [0.0]])
 
 
-def rebase_scores(query: FloatArray, key: FloatArray) -> Rebase:
+def rebase_scores(query: FloatArray, key: FloatArray, ridges: tuple[float, float] = (0.0, 0.0)) -> Rebase:
     """The best rank-r score map for the data, for every r at once.
 
     ``query`` [d, d] = sum q q', ``key`` [d, d] = sum (k - mean)(k - mean)' with the mean of each sequence (softmax does
     not see what all keys share). With C_q^1/2 C_k^1/2 = U S V': T_q = C_q^-1/2 U S^1/2 and T_k = C_k^-1/2 V S^1/2, and
     q T_q (k T_k)' is the rank-r map with least squared error over all pairs of rows (A3, arXiv 2505.12942, in the
-    space of q and k). ``loss`` is that error. ``make`` = T_q, ``read`` = T_k'.
+    space of q and k), the moments having been given ``ridges``. ``loss`` is its error without. ``make`` = T_q,
+    ``read`` = T_k'.
     """
-    q_root, q_inverse = root(query)
-    k_root, k_inverse = root(key)
+    q_root, q_inverse = root(damped(query, ridges[0]))
+    k_root, k_inverse = root(damped(key, ridges[1]))
     left, singular, right = np.linalg.svd(q_root @ k_root)
     half = np.sqrt(singular)
-    return Rebase(q_inverse @ (left * half), (k_inverse @ (right.T * half)).T, tails(singular))
+    make, read = q_inverse @ (left * half), (k_inverse @ (right.T * half)).T
+    if not any(ridges):
+        return Rebase(make, read, tails(singular))
+    return Rebase(make, read, errors(root(query)[0], make, read, root(key)[0]))
 
 
-def rebase_values(context: FloatArray, weight: FloatArray) -> Rebase:
+def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -> Rebase:
     """The best rank-r value/output pair for the data, for every r at once.
 
     ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection.
-    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input).
+    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input), C having been given
+    ``ridge``. ``loss`` is the error without.
     """
-    c_root, c_inverse = root(context)
+    c_root, c_inverse = root(damped(context, ridge))
     left, singular, _ = np.linalg.svd(c_root @ weight, full_matrices=False)
     basis = np.zeros((len(context), len(context)))
     basis[:, : left.shape[1]] = left
     if left.shape[1] < len(context):
         singular = np.concatenate([singular, np.zeros(len(context) - len(singular))])
-    return Rebase(c_inverse @ basis, basis.T @ c_root, tails(singular))
+    make, read = c_inverse @ basis, basis.T @ c_root
+    return Rebase(make, read, errors(root(context)[0], make, read, weight) if ridge else tails(singular))
+
+
+def errors(left: FloatArray, make: FloatArray, read: FloatArray, right: FloatArray) -> FloatArray:
+    """``[r]``: | left (1 - make_r read_r) right |^2 with the first r columns and rows."""
+    columns, rows = left @ make, read @ right
+    gap = left @ right
+    found = [float(np.sum(gap**2))]
+    for column, row in zip(columns.T, rows, strict=True):
+        gap = gap - np.outer(column, row)
+        found.append(float(np.sum(gap**2)))
+    return np.maximum.accumulate(np.array(found)[::-1])[::-1]
 
 
 # -- selection with refit --------------------------------------------------------------------------------------------
@@ -85,24 +110,28 @@ class Elimination:
     loss: FloatArray
 
 
-def damped(moment: FloatArray) -> FloatArray:
-    return moment + np.eye(len(moment)) * (RIDGE * float(np.trace(moment)) / len(moment) + 1e-12)
+def damped(moment: FloatArray, ridge: float = RIDGE) -> FloatArray:
+    return moment + np.eye(len(moment)) * ridge_of(moment, ridge) if ridge else moment
 
 
-def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimination:
+def ridge_of(moment: FloatArray, ridge: float) -> float:
+    return ridge * float(np.trace(moment)) / len(moment) + 1e-12
+
+
+def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: float = RIDGE) -> Elimination:
     """Structured OBS: repeatedly drop the units whose loss, after all others made up for them, is least.
 
     ``moment`` [F, F] of the centred hidden activations, ``weight`` [F, D] what reads them. The loss of unit i is
     |w_i|^2 / (H^-1)_ii with w and H^-1 updated after every removal (ZipLM, arXiv 2302.04089). Units go one by one from
-    scores that are refreshed ``steps`` times.
+    scores that are refreshed ``steps`` times. ``loss`` is the error on ``moment`` itself, the ridge taken off.
     """
     size = len(moment)
     alive = np.arange(size)
-    hessian = damped(moment)
+    hessian = damped(moment, ridge)
     target = hessian @ weight
-    total = float(np.sum(weight * target))
     loss = np.zeros(size + 1)
-    loss[0] = total
+    loss[0] = total = float(np.sum(weight * target))
+    known, extra = [0], [ridge_of(moment, ridge) * float(np.sum(weight**2))]
     order: list[int] = []
     batch = max(1, -(-size // steps))
     while len(alive):
@@ -110,36 +139,44 @@ def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimin
         current: FloatArray = inverse @ target[alive]
         if len(alive) < size:
             loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
-        going = drop(inverse, current, min(batch, len(alive)))
+        gap = weight.copy()
+        gap[alive] -= current
+        known.append(len(alive))
+        extra.append(ridge_of(moment, ridge) * float(np.sum(gap**2)))
+        going, costs = drop(inverse, current, min(batch, len(alive)))
+        for k, cost in enumerate(costs[:-1], start=1):
+            loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
         order += alive[going].tolist()
         alive = np.delete(alive, going)
-    known = np.flatnonzero(loss > 0)
-    filled = np.interp(np.arange(size + 1), np.append(known, size), np.append(loss[known], 0.0))
-    return Elimination(np.array(order, np.int64), filled)
+    turn = np.argsort(known)
+    loss = np.maximum(loss - np.interp(np.arange(size + 1), np.array(known)[turn], np.array(extra)[turn]), 0.0)
+    return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
 
 
-def drop(inverse: FloatArray, weight: FloatArray, count: int) -> list[int]:
-    """The ``count`` units that go next, exactly updated between them within the cheapest few."""
+def drop(inverse: FloatArray, weight: FloatArray, count: int) -> tuple[list[int], list[float]]:
+    """The ``count`` units that go next and what each costs, exactly updated between them within the cheapest few."""
     score = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
     pool = np.argsort(score, kind="stable")[: min(len(score), 2 * count)]
     small, rows = inverse[np.ix_(pool, pool)].copy(), weight[pool].copy()
     alive = np.ones(len(pool), bool)
     going: list[int] = []
+    costs: list[float] = []
     for _ in range(count):
         diagonal = np.where(alive, np.diag(small), 1.0)
         cost = np.where(alive, np.einsum("ij,ij->i", rows, rows) / diagonal, np.inf)
         k = int(np.argmin(cost))
         going.append(int(pool[k]))
+        costs.append(float(cost[k]))
         alive[k] = False
         factor = small[:, k] / small[k, k]
         rows -= np.outer(factor, rows[k])
         small -= np.outer(factor, small[k])
-    return going
+    return going, costs
 
 
-def refit(moment: FloatArray, weight: FloatArray, keep: IntArray) -> FloatArray:
+def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:
     """[kept, D]: the rows that make the kept units say best what all of them said (ridge least squares)."""
-    hessian = damped(moment)
+    hessian = damped(moment, ridge)
     return np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight).astype(np.float64)
 
 

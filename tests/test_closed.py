@@ -221,27 +221,26 @@ def test_elimination_is_greedy_and_near_the_optimum(seed: int) -> None:
         assert costs[int(gone)] <= min(costs.values()) * (1 + 1e-6) + 1e-10 * whole
         alive.remove(int(gone))
         kept = len(alive)
-        assert close(found.loss[kept], costs[int(gone)], whole, 1e-6)
+        keep = np.array(alive, np.int64)
+        assert close(found.loss[kept], refit_loss(x.T @ x, weight, keep, refit(x.T @ x, weight, keep)), whole, 1e-6)
         optimum = min(best_loss(rows, weight, list(s)) for s in combinations(range(size), kept))
-        assert optimum * (1 - 1e-6) - 1e-10 * whole <= found.loss[kept] <= 4 * optimum + 1e-10 * whole
+        assert optimum * (1 - 1e-6) - 1e-10 * whole <= costs[int(gone)] <= 4 * optimum + 1e-10 * whole
     assert found.loss[size] == 0
 
 
 @given(SEEDS, st.integers(2, 70))
 @PLAIN
 def test_elimination_loss_is_that_of_the_kept_units(seed: int, size: int) -> None:
-    """Up to the damping; for more units than steps the losses between are read off a line."""
+    """At every width, between refreshes of the inverse too."""
     x, weight = centre(data(seed, size, rows=3 * size + 5)), np.random.default_rng(seed).normal(size=(size, 3))
     moment = x.T @ x
     found = eliminate(moment, weight)
     assert sorted(found.order.tolist()) == list(range(size))
     assert (np.diff(found.loss) <= 1e-9 * found.loss[0]).all()
-    slack = 2 * energy(damped(moment) - moment) ** 0.5 * energy(weight)
-    for kept in {1, size // 2, size - 1} if size <= 48 else {size - 2, size // 2 - size // 2 % 2 + size % 2}:
+    for kept in range(size):
         keep = np.sort(found.order[size - kept :])
         loss = refit_loss(moment, weight, keep, refit(moment, weight, keep))
-        assert loss <= found.loss[kept] * (1 + 1e-9) + 1e-10 * found.loss[0]
-        assert loss >= found.loss[kept] - slack - found.loss[kept] * 1e-6
+        assert abs(found.loss[kept] - loss) <= 0.01 * loss + 1e-5 * found.loss[0]
 
 
 @given(SEEDS, st.integers(3, 12), st.data())
@@ -293,7 +292,7 @@ def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
     moment = damped(x.T @ x)
-    going = drop(np.linalg.inv(moment), weight, count)
+    going, costs = drop(np.linalg.inv(moment), weight, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]

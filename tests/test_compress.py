@@ -99,6 +99,11 @@ def moved(before: Sequence[Array], after: Sequence[Array]) -> float:
     return float((gap / sum(float(np.sum(a.astype(np.float64) ** 2)) for a in before)) ** 0.5)
 
 
+def whole(name: str) -> bytes:
+    """The model as it is analysed: rows that no output depends on are gone from it already."""
+    return written(analysis_of(name).traced.model.clone())
+
+
 def watched(model: bytes, names: Sequence[str], feeds: Feeds) -> list[FloatArray]:
     """The values of inner tensors."""
     proto = onnx.load_from_string(model)
@@ -205,7 +210,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
         if after.op_type == "Mul":  # by 1/sqrt(head width), which the cut changes
             constant = next(v.const_value for v in after.inputs if v is not None and v.const_value is not None)
             scores, scale = after.outputs[0], float(constant.numpy().reshape(-1)[0])
-        (before,) = watched(export(name).read_bytes(), [str(scores.name)], feeds)
+        (before,) = watched(whole(name), [str(scores.name)], feeds)
         (now,) = watched(model, [str(scores.name)], feeds)
         gap = now - before
         measured = float(np.sum((gap - gap.mean(-1, keepdims=True)) ** 2)) / scale**2
@@ -226,7 +231,7 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
         reader = reader_of(analysis.traced, group)
         context = next(p.tensor for p in group.probes if p.kind == "context")
         sums = []
-        for proto, width in ((export(name).read_bytes(), group.size), (model, kept)):
+        for proto, width in ((whole(name), group.size), (model, kept)):
             weights = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(proto).graph.initializer}
             (rows,) = watched(proto, [context], feeds)
             split = rows.reshape(-1, group.blocks, width)
@@ -251,7 +256,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up
         outputs = biased_output(analysis, group)
-        (before,) = watched(export(name).read_bytes(), [outputs], feeds)
+        (before,) = watched(whole(name), [outputs], feeds)
         (now,) = watched(shrunk(snpc.Decision(plan, found)), [outputs], feeds)
         measured = float(np.sum((now - before) ** 2))
         curve = found.curve(group)
@@ -288,7 +293,7 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
         plan = replace(plan, keep={group.id: (keep,)})
     model = shrunk(snpc.Decision(plan, found))
     output = biased_output(analysis, group)
-    (before,) = watched(export(name).read_bytes(), [output], feeds)
+    (before,) = watched(whole(name), [output], feeds)
     new = f"{output}__biased"
     names = {o for n in onnx.load_from_string(model).graph.node for o in n.output}
     assert (new in names) == (name in ("llama__ts17", "t5_gated__ts17"))
@@ -346,7 +351,7 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
     for group in chosen(analysis, "vo", "ffn"):
         kind = "context" if group.role == "vo" else "hidden"
         tensor = next(p.tensor for p in group.probes if p.kind == kind)
-        (rows,) = watched(export(name).read_bytes(), [tensor], feeds)
+        (rows,) = watched(whole(name), [tensor], feeds)
         split = rows.reshape(-1, group.blocks, group.size)
         assert agree(sums[f"{group.id} moment {kind}"], np.einsum("rbi,rbj->bij", split, split))
         total = sums[f"{group.id} sums {kind}"]
@@ -354,7 +359,7 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         assert (total[:, -1] == len(split)).all()
     for group in chosen(analysis, "qk"):
         node = contraction_at(analysis.traced, group).node
-        query, key = watched(export(name).read_bytes(), [str(v.name) for v in node.inputs if v is not None], feeds)
+        query, key = watched(whole(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
         assert agree(sums[f"{group.id} moment query"], np.einsum("nbti,nbtj->bij", query, query))
         assert agree(sums[f"{group.id} centred key"], np.einsum("nbit,nbjt->bij", centred, centred))

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
-from exports import export, load_feeds
-from oracle import analysis_of, prunable, require
+from exports import load_feeds
+from oracle import analysis_of, prunable, require, written
 from test_cli import CALIB, VIT
 
 import snpc
@@ -80,7 +80,7 @@ def measured(name: str, size: int) -> dict[str, Array]:
 @functools.cache
 def activations(name: str) -> dict[str, Array]:
     """The probed tensors over all samples, from the exporter's file with those as its outputs."""
-    model = onnx.load(export(name))
+    model = onnx.load_from_string(written(analysis_of(name).traced.model.clone()))
     tensors = sorted({w.probe.tensor for w in wanted(name)})
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit
+from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit, ridge_for
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, edited, operand_places, reader_of, value_places
 from snpc.passes.plan import Plan
@@ -45,7 +45,11 @@ def compress(measured: Measured, groups: Sequence[Group]) -> Compression:
     """Solve the closed forms of these groups for every width."""
     analysis = measured.analysis
     eliminations = {
-        g.id: eliminate(measured.moments[g.id].first[0], reader_of(analysis.traced, g).rows(analysis.traced, 0)[0])
+        g.id: eliminate(
+            measured.moments[g.id].first[0],
+            reader_of(analysis.traced, g).rows(analysis.traced, 0)[0],
+            ridge=ridge_for(g.size, measured.moments[g.id].count),
+        )
         for g in groups
         if measured.forms.get(g.id) == "refit"
     }
@@ -66,9 +70,10 @@ def rotations(measured: Measured, groups: Sequence[Group]) -> Compression:
 def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block: int) -> Rebase:
     if form == "scores":
         assert moments.second is not None
-        return rebase_scores(moments.first[block], moments.second[block])
+        ridges = (ridge_for(group.size, moments.count), ridge_for(group.size, moments.second_count))
+        return rebase_scores(moments.first[block], moments.second[block], ridges)
     rows = reader_of(analysis.traced, group).rows(analysis.traced, block)
-    return rebase_values(moments.first[block], np.concatenate(list(rows), axis=1))
+    return rebase_values(moments.first[block], np.concatenate(list(rows), axis=1), ridge_for(group.size, moments.count))
 
 
 def settled(compression: Compression, plan: Plan) -> Plan:
@@ -106,7 +111,7 @@ def fit_reader(edits: Edits, compression: Compression, group: Group, keep: IntAr
     source = compression.analysis.traced
     moments, reader = compression.moments[group.id], reader_of(source, group)
     weight = reader.rows(source, 0)[0]
-    fitted = refit(moments.first[0], weight, keep)
+    fitted = refit(moments.first[0], weight, keep, ridge_for(group.size, moments.count))
     edits.put(reader.place, 0, keep, fitted)
     assert moments.mean is not None
     edits.add_bias(str(reader.node.name), moments.mean[0] @ weight - moments.mean[0][keep] @ fitted)

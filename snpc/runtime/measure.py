@@ -32,6 +32,10 @@ class Wanted:
     kind: str
     output: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.probe.kind}"
+
 
 def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[Wanted]:
     """Statistics to measure: group id -> names such as "gram:query"."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace, Place, operand_places, reader_of, value_places
+from snpc.passes.groups import APPROXIMATE
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import measure, wanted_statistics
@@ -17,7 +18,7 @@ from snpc.types import FloatArray, Group
 
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 NEEDS: Mapping[str, tuple[str, ...]] = {
-    "scores": ("moment:query", "centred:key"),
+    "scores": ("moment:query", "centred:key", "sums:query", "sums:key"),
     "values": ("moment:context", "sums:context"),
     "refit": ("moment:hidden", "sums:hidden"),
 }
@@ -26,12 +27,13 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a group's activations: ``first``/``second`` [blocks, d, d] and the mean [blocks, d], over
-    ``count`` rows."""
+    ``count`` rows (``second_count`` for ``second``)."""
 
     first: FloatArray
     second: FloatArray | None = None
     mean: FloatArray | None = None
     count: float = 0.0
+    second_count: float = 0.0
 
 
 def form_of(analysis: Analysis, group: Group) -> str:
@@ -100,7 +102,7 @@ def measure_moments(
             sums[name] = sums[name] + array if name in sums else array
     found: dict[str, dict[str, FloatArray]] = defaultdict(dict)
     for item in wanted:
-        found[item.group.id][item.kind] = sums[item.output]
+        found[item.group.id][item.name] = sums[item.output]
     moments = {name: moments_of(forms[name], arrays) for name, arrays in found.items()}
     return Measured(analysis, forms, moments, skipped, calibration.samples)
 
@@ -110,6 +112,8 @@ def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str
     forms: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for group in groups:
+        if group.freedom_reason == APPROXIMATE:
+            continue  # fitted when it is known what goes, see runtime.norms
         try:
             forms[group.id] = form_of(analysis, group)
         except NoPlace as reason:
@@ -118,8 +122,11 @@ def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str
 
 
 def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
+    """``arrays``: what ``NEEDS`` names, under these names."""
     if form == "scores":
-        return Moments(arrays["moment"], arrays["centred"])
-    total, count = arrays["sums"][:, :-1], arrays["sums"][:, -1:]
+        rows = (float(arrays[f"sums:{kind}"][0, -1]) for kind in ("query", "key"))
+        return Moments(arrays["moment:query"], arrays["centred:key"], None, *rows)
+    moment, sums = (arrays[name] for name in NEEDS[form])
+    total, count = sums[:, :-1], sums[:, -1:]
     mean = total / np.maximum(count, 1.0)
-    return Moments(arrays["moment"] - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))
+    return Moments(moment - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))

@@ -66,7 +66,7 @@ def observe(
     groups: dict[str, Group] = {}
     for item in wanted:
         groups[item.group.id] = item.group
-        key = f"{item.kind}:{item.probe.kind}"
+        key = item.name
         array = result[item.output]
         mine = batch[item.group.id]
         mine[key] = mine[key] + array if key in mine and mine[key].shape == array.shape else array

@@ -146,7 +146,7 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
 def moments_from(stage: Stage, sums: Mapping[str, FloatArray], fitting: Fitting) -> Measured:
     found: dict[str, dict[str, FloatArray]] = {}
     for item in stage.wanted:
-        found.setdefault(item.group.id, {})[item.kind] = sums[item.output]
+        found.setdefault(item.group.id, {})[item.name] = sums[item.output]
     moments = {name: moments_of(stage.forms[name], arrays) for name, arrays in found.items()}
     return Measured(fitting.plan.analysis, stage.forms, moments, {})
 
