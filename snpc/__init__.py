@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.plan import Choice, Plan, Scores, make_plan, plan_from_json, plan_to_json
+from snpc.passes.choice import Choice
+from snpc.passes.plan import Plan, Scores, make_plan
+from snpc.passes.planfile import plan_from_json, plan_to_json
 from snpc.runtime.bench import Bench, bench
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide

@@ -78,7 +78,7 @@ choosing = options(
     click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
     click.option(
         "--target",
-        metavar="macs=R|params=R",
+        metavar="macs=R|params=R|bytes=R",
         help="Come down to this share of the dense model instead, taking it from all roles where it costs least.",
     ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
@@ -98,6 +98,11 @@ choosing = options(
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
     click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
     click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
+    click.option(
+        "--max-ratio",
+        metavar="R|ROLE=R,...",
+        help="No group loses more than this share of its units.",
+    ),
     click.option("--include", metavar="REGEX", help="Only groups whose id matches."),
     click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
 )
@@ -254,15 +259,33 @@ def main() -> None:
 @as_json
 @at_sizes
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
-def inspect(model: Path, json_path: Path | None, dims: tuple[str, ...], pins: bool) -> None:
+@click.option("--curves", is_flag=True, help="Measure how much the outputs mind narrower groups (needs --calib).")
+@calibrating
+@running
+def inspect(
+    model: Path,
+    json_path: Path | None,
+    dims: tuple[str, ...],
+    pins: bool,
+    curves: bool,
+    provider: str,
+    **calib: Any,
+) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
+    import snpc
     from snpc.runtime.model_io import model_files
 
     analysis = analysed(model, dims)
-    check_targets([json_path], *model_files(model))
-    show.emit_json(show.analysis_json(analysis), json_path)
+    check_targets([json_path], *model_files(model), calib["calib"])
+    if curves != (calib["calib"] is not None):
+        raise UserError("--curves and --calib go together: curves are measured on calibration data")
+    calibration = calibration_of(analysis.model, **calib)
+    found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider) if curves else None
+    show.emit_json(show.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
         show.groups(analysis)
+        if found:
+            show.curves(analysis, found.curves)
         if pins:
             show.pins(analysis)
 

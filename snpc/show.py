@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
-from snpc.types import Cost, Difference, Group, Verdict
+from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 
 def line(text: str) -> None:
@@ -116,8 +116,23 @@ def groups(analysis: Analysis) -> None:
     rows = [group_row(g, cost) for g in analysis.groups]
     if rows:
         table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))
+    less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
+    for (freedom, reason), number in less.items():
+        line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
     counts = Counter(g.role for g in analysis.groups if g.prunable)
     line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
+    """Root mean square change of the outputs, relative, when a share of a group's units is kept and all else is."""
+    shares = (0.9, 0.75, 0.5, 0.25)
+    rows = [
+        (g.id, *(f"{100 * float(found[g.id][max(1, round(g.size * s))]) ** 0.5:.1f} %" for s in shares))
+        for g in analysis.groups
+        if g.id in found
+    ]
+    header = ("group", *(f"{100 * s:.0f} % kept" for s in shares))
+    table("change of the outputs, one group at a time", header, rows, right=(1, 2, 3, 4))
 
 
 def pins(analysis: Analysis) -> None:
@@ -126,7 +141,7 @@ def pins(analysis: Analysis) -> None:
         table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
 
 
-def analysis_json(analysis: Analysis) -> dict[str, Any]:
+def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[str, Any]:
     found = []
     for g in analysis.groups:
         found.append(
@@ -138,6 +153,7 @@ def analysis_json(analysis: Analysis) -> dict[str, Any]:
                 "size": g.size,
                 "freedom": g.freedom,
                 "freedom_reason": g.freedom_reason,
+                **({"curve": curves[g.id].tolist()} if g.id in curves else {}),
                 "macs": g.macs,
                 "params": g.params,
                 "prunable": g.prunable,

@@ -28,7 +28,7 @@ ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
-PinKind = Literal["hard", "norm"]
+PinKind = Literal["hard", "norm", "sum"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden"]
 
 
@@ -82,7 +82,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pin:
-    """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width. ``kind`` "norm": a normalisation's statistics."""
+    """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
+
+    ``kind`` "norm": a normalisation takes means over it, which fewer positions approximate; "sum": it is summed or
+    compared over, within a head as may be.
+    """
 
     tensor: str
     axis: int

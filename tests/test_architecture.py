@@ -96,7 +96,7 @@ OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas()} | {
 KNOWN = {"passes/shapes.py": {"Shape", "Size", "ConstantOfShape"}}
 
 # These make nodes of their own and look at nobody else's: an operator may be named there where one is made.
-WRITERS = {"runtime/measure.py"}
+WRITERS = {"runtime/measure.py", "runtime/norms.py"}
 
 
 def strings(node: ast.AST) -> Iterator[str]:

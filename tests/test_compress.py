@@ -22,8 +22,9 @@ from test_cli import invoke
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
+from snpc.passes.choice import Choice
 from snpc.passes.edit import Edits, NoPlace, contraction_at, edited, reader_of
-from snpc.passes.plan import Choice, Plan, cuts_of
+from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for

@@ -17,7 +17,9 @@ from test_cli import VIT
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import allowed, checked_rows, chosen_groups, cuts_of, keep_best, ladder, step_costs
+from snpc.passes.choice import allowed
+from snpc.passes.plan import chosen_groups, cuts_of, keep_best, ladder, step_costs
+from snpc.passes.planfile import checked_rows
 from snpc.types import Group, Pin, Role, Site
 
 Array = npt.NDArray[Any]
@@ -227,3 +229,32 @@ class TestFile:
         changed = snpc.analyze(snpc.load(tmp_path / "changed.onnx"))
         with pytest.raises(snpc.UserError, match="another model"):
             snpc.plan_from_json(text, changed, "p.json")
+
+
+# -- caps and bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"ratio": 0.8}, {"ratio": 0.8, "uniform": True}, {"target": "params=0.6"}])
+def test_no_group_loses_more_than_its_cap(how: dict[str, Any]) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    plan = snpc.make_plan(snpc.score(analysis, "magnitude"), snpc.Choice(**how, max_ratio="ffn=0.9,qk=0.25,vo=0.5"))
+    caps = {"ffn": 0.9, "qk": 0.25, "vo": 0.5}
+    cut = [g for g in analysis.groups if g.id in plan.keep]
+    assert cut
+    for group in cut:
+        assert plan.kept(group) >= group.size * (1 - caps[group.role]) - 1e-9
+    assert any(plan.kept(g) == g.size * 0.75 for g in cut if g.role == "qk")
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "half", "ffn", "ffn=2", "nothing=0.5", "0.5,0.4", ""])
+def test_caps_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(snpc.UserError, match="must look like"):
+        snpc.Choice(ratio=0.5, max_ratio=text)
+
+
+def test_bytes_come_down_to_the_target(tmp_path: Path) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    plan = snpc.make_plan(snpc.score(analysis, "magnitude"), snpc.Choice(target="bytes=0.6"))
+    result = snpc.apply_plan(plan, tmp_path / "cut.onnx")
+    weights = snpc.analyze(snpc.load(result.path)).cost.bytes
+    assert 0.55 < weights / analysis.cost.bytes <= 0.6

@@ -603,7 +603,7 @@ PLANS: dict[str, tuple[Change, str]] = {
     "list as id": (lambda p: p["groups"][0].update(id=[1]), "unknown group"),
     "group of text": (lambda p: p.update(groups=["blocks.0.attn.qk"]), "unknown group"),
     "group twice": (lambda p: p["groups"].append(p["groups"][0]), "listed twice"),
-    "pinned group": (lambda p: p["groups"][0].update(id="residual.0"), "residual.0 is pinned"),
+    "pinned group": (lambda p: p["groups"][0].update(id="head.other"), "head.other is pinned"),
     "groups a number": (lambda p: p.update(groups=5), "groups"),
     "no groups": (lambda p: p.pop("groups"), "groups"),
     "options a list": (lambda p: p.update(options=[]), "options"),

@@ -11,7 +11,8 @@ from oracle import Array, analysis_of, feeds_of, relative_error, run, written
 from test_compress import calibration_of, chosen
 
 import snpc
-from snpc.passes.plan import Choice, Plan, cuts_of
+from snpc.passes.choice import Choice
+from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.passes.segment import extract, segments
 from snpc.runtime.model_io import clean, save

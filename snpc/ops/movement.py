@@ -184,6 +184,8 @@ def _gather(call: Call, labels: Labels) -> list[Labels]:
         return [labels.reshape(shape)]
     if indices is None:
         raise Blocked(axis, "which entries are read depends on the data")
+    if indices.size and not -labels.shape[axis] <= indices.min() <= indices.max() < labels.shape[axis]:
+        raise Blocked(axis, "an index lies outside of it")
     return [compress(labels.take(indices, axis))]
 
 

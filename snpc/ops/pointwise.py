@@ -68,6 +68,12 @@ def _same_shape(call: Call) -> list[Shape]:
     return [call.shape(0)] * len(call.outs)
 
 
+def _normed_shapes(call: Call) -> list[Shape]:
+    """What is normalised, two statistics per row, and (of the operators that add first) the sum."""
+    shape = call.shape(0)
+    return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.outs)]
+
+
 def _one(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:
     shapes = _same_shape if domain else None
     return [OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes) for name in names.split()]
@@ -93,12 +99,34 @@ def entries() -> list[OpSpec]:
         OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
         OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
         OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, reason="it is compared along"),
-        OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2)),
-        OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,)),
-        OpSpec("SimplifiedLayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,)),
-        OpSpec("LpNormalization", "normalise", norm, axes=_axis(-1)),  # type: ignore[arg-type]
+        OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
+        OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
         OpSpec(
-            "InstanceNormalization", "normalise", "per channel; scale and bias follow", axes=_spatial, per_axis=(-1, -2)
+            "SimplifiedLayerNormalization",
+            "normalise",
+            norm,
+            axes=_from_axis,
+            per_axis=(1,),
+            affine=(1,),
+            pins="norm",
+            out_shapes=_normed_shapes,
+        ),
+        OpSpec(
+            "LpNormalization",
+            "normalise",
+            "the axis keeps its width",
+            axes=_axis(-1),  # type: ignore[arg-type]
+            pins="sum",
+            reason="its length is taken over this axis",
+        ),
+        OpSpec(
+            "InstanceNormalization",
+            "normalise",
+            "per channel; scale and bias follow",
+            axes=_spatial,
+            per_axis=(-1, -2),
+            pins="sum",
+            reason="its statistics are taken over this axis",
         ),
         OpSpec(
             "BatchNormalization",
@@ -122,7 +150,10 @@ def entries() -> list[OpSpec]:
             data=(0, 1),
             axes=_last,
             per_axis=(2, 3, 4),
-            out_shapes=_same_shape,
+            affine=(2, 3),
+            sums=(3,),
+            pins="norm",
+            out_shapes=_normed_shapes,
         ),
         OpSpec(
             "SkipSimplifiedLayerNormalization",
@@ -132,7 +163,10 @@ def entries() -> list[OpSpec]:
             data=(0, 1),
             axes=_last,
             per_axis=(2, 3),
-            out_shapes=_same_shape,
+            affine=(2,),
+            sums=(3,),
+            pins="norm",
+            out_shapes=_normed_shapes,
         ),
     ]
     for name in [
@@ -141,7 +175,6 @@ def entries() -> list[OpSpec]:
         "ReduceLogSum",
         "ReduceLogSumExp",
         "ReduceMax",
-        "ReduceMean",
         "ReduceMin",
         "ReduceProd",
         "ReduceSum",
@@ -154,9 +187,21 @@ def entries() -> list[OpSpec]:
                 "the reduced axes keep their width",
                 data=(0,),
                 axes=_reduce_axes,
+                pins="sum",
                 reason="it is reduced over",
             )
         )
+    table.append(
+        OpSpec(
+            "ReduceMean",
+            "reduce",
+            "the reduced axes keep their width unless asked, where the mean only normalises",
+            data=(0,),
+            axes=_reduce_axes,
+            pins="norm",
+            reason="a mean is taken over this axis",
+        )
+    )
     for name in [
         "GlobalAveragePool",
         "GlobalMaxPool",
@@ -195,6 +240,7 @@ def entries() -> list[OpSpec]:
                 "the axis keeps its width",
                 data=(0,),
                 axes=_axis(0),  # type: ignore[arg-type]
+                pins="sum",
                 reason="positions along it are numbered",
             )
         )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from snpc.types import AnyArray
+from snpc.types import AnyArray, PinKind
 
 Labels = npt.NDArray[np.int32]
 Shape = tuple[int, ...]
@@ -115,6 +115,9 @@ class OpSpec:
     bias_letters: Callable[[Call], str] | None = None
     axes: Callable[[Call], tuple[int, ...]] | None = None
     per_axis: tuple[int, ...] = ()
+    affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalisation, and its bias
+    sums: tuple[int, ...] = ()  # outputs beside the first that have its positions
+    pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
     reason: str = ""
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None

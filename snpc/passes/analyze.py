@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.cost import contraction_sizes, macs_of
-from snpc.passes.groups import drafts, finish
+from snpc.passes.groups import Draft, approximate, drafts, finish
 from snpc.passes.labels import Flag
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.rows import drop_dead_rows
@@ -50,9 +50,10 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     else:
         facts, cost_facts = evaluate(graph, binding), evaluate(graph, quoted)
     found = traced(graph, binding, facts)
-    groups = finish(graph, found.trace, found.units, cost_facts, drafts(found.trace, found.units))
+    made = drafts(found.trace, found.units)
+    groups = finish(graph, found.trace, found.units, cost_facts, made)
     spared = cost.macs - cost_of(graph, cost_facts).macs
-    return Analysis(model, groups, pins_of(found, groups), cost, quoted, found, spared)
+    return Analysis(model, groups, pins_of(found, groups, made), cost, quoted, found, spared)
 
 
 def quoted_facts(
@@ -73,14 +74,19 @@ def quoted_facts(
     return dict(binding), facts
 
 
-def pins_of(found: Traced, groups: Sequence[Group]) -> tuple[Pin, ...]:
+def pins_of(found: Traced, groups: Sequence[Group], made: Sequence[Draft]) -> tuple[Pin, ...]:
     """Pins of groups and of whatever else a weight makes, one per tensor, axis and reason."""
+    free = np.zeros(found.trace.book.count, bool)
+    for draft in made:
+        if approximate(draft):
+            free[draft.units] = True
     produced = np.zeros(found.trace.book.count, bool)
     flags = found.trace.book.flags[: found.trace.book.count]
     produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
     for note in found.trace.book.pins:
-        if not len(note.labels) or produced[found.units.unit[note.labels]].any():
+        own = found.units.unit[note.labels]
+        if not len(own) or (produced[own] & ~free[own]).any():
             key = (note.tensor, note.axis, note.reason)
             pins.setdefault(key, Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind))
     return tuple(pins.values())

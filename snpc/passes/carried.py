@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from snpc.ops.spec import Call, Labels, Letters, OpSpec, Shape
 from snpc.passes.labels import Book, varying
+from snpc.types import PinKind
 
 Factors = tuple[Labels, ...]
 
@@ -46,6 +47,17 @@ class Trace:
     values: dict[ir.Value, Carried] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     extra: dict[tuple[ir.Node, str], Carried] = field(default_factory=dict)
+    statistics: list[Statistic] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Means are taken over ``labels`` of ``data``, along ``axes`` counted from the right."""
+
+    here: Here
+    data: Carried
+    labels: Labels
+    axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,11 +73,29 @@ class Here:
     def operator(self) -> str:
         return f"{self.node.op_type} {self.node.name}"
 
-    def pin(self, carried: Carried, labels: Labels, reason: str, axis: int | None = None, norm: bool = False) -> None:
+    def pin(
+        self, carried: Carried, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
+    ) -> None:
         axes = sorted(varying(labels)) or [0]
         at = axes[0] if axis is None else axis
         size = carried.shape[at] if at < len(carried.shape) else 1
-        self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, "norm" if norm else "hard")
+        self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, kind)
+
+    def pin_statistics(self, carried: Carried, labels: Labels, axes: frozenset[int], reason: str) -> None:
+        """Statistics are taken along ``axes``: one pin for what goes into each, so that a statistic of one head can be
+        told from one of all heads."""
+        kind = self.spec.pins
+        if kind == "norm" and carried.constant:
+            kind = "hard"
+        elif kind == "norm" and len(varying(labels)) > 1:
+            kind = "sum"  # one of several statistics, each over its own part of the positions
+        if kind == "norm":
+            statistic = Statistic(self, carried, labels, tuple(k - labels.ndim for k in sorted(axes)))
+            self.trace.statistics.append(statistic)
+        rest = [k for k in range(labels.ndim) if k not in axes]
+        rows = labels.transpose([*rest, *sorted(axes)]).reshape(-1, int(np.prod([labels.shape[k] for k in axes])))
+        for row in np.unique(rows, axis=0):
+            self.trace.book.pin(row, carried.name, min(axes), carried.shape[min(axes)], reason, self.operator, kind)
 
     def pin_all(self, inputs: Sequence[Carried | None], reason: str) -> None:
         for carried in inputs:

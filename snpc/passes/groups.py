@@ -20,6 +20,7 @@ from snpc.passes.trace import Carried, Contraction, Trace
 from snpc.types import Freedom, Group, Pin, Probe, ProbeKind, Role, Site, SiteKind
 
 Ints = npt.NDArray[np.int64]
+APPROXIMATE = "normalisation statistics over it change: `--roles residual` prunes it approximately"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
         return "qk"
     if flags & Flag.CARRIED:
         return "vo"
-    if flags & Flag.ADDED or any(note.kind == "norm" for note in notes):
+    if flags & Flag.ADDED or any(note.kind in ("norm", "sum") for note in notes):
         return "residual"
     if flags & Flag.CONVOLVED:
         return "conv"
@@ -131,7 +132,7 @@ def head_drafts(
         torn = [h for h in members if h in set(units.crossed.tolist())]
         notes = unique_notes(pinned, members)
         for child in children:
-            hard = tuple(n for n in found[child].pins if n.kind == "hard")
+            hard = tuple(n for n in found[child].pins if n.kind == "hard" or spans_heads(n, units))
             notes = tuple(dict.fromkeys((*notes, *hard)))
         if torn:
             notes = (
@@ -148,6 +149,17 @@ def head_drafts(
             )
         )
     return made
+
+
+def spans_heads(note: PinNote, units: Units) -> bool:
+    """Is a statistic taken over more than one head?"""
+    return len(np.unique(units.block[units.unit[note.labels]])) > 1
+
+
+def approximate(draft: Draft) -> bool:
+    """Nothing but normalisations keeps its width: it can be cut where that is asked for."""
+    mine = draft.role == "residual" and len(draft.units) == 1
+    return mine and bool(draft.pins) and all(note.kind == "norm" for note in draft.pins)
 
 
 # -- finished groups -------------------------------------------------------------------------------------------------
@@ -182,7 +194,7 @@ def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made:
                 freedom_reason=why,
                 macs=macs,
                 params=params,
-                pins=tuple(to_pin(note) for note in draft.pins),
+                pins=() if approximate(draft) else tuple(to_pin(note) for note in draft.pins),
             )
         )
     return tuple(groups)
@@ -193,6 +205,8 @@ def to_pin(note: PinNote) -> Pin:
 
 
 def freedom_of(draft: Draft) -> tuple[Freedom, str]:
+    if approximate(draft):
+        return "select", APPROXIMATE
     if draft.role not in ("qk", "vo"):
         return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
     if draft.flags & Flag.CURVED:

@@ -1,6 +1,7 @@
 """The oracle's other side: the original, at its full size, with the removed units silenced.
 
-What makes a removed unit and what reads it is zero: columns and rows of weights, biases, gains, tables.
+What makes a removed unit and what reads it is zero: columns and rows of weights, biases, gains, tables. What takes
+statistics over it takes them over the others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.passes.labels import Axis, Flag
 from snpc.passes.pack import Dead
+from snpc.passes.restrict import restrict, touched
 from snpc.passes.trace import Trace
 
 Mask = npt.NDArray[np.bool_]
@@ -63,6 +65,9 @@ def may_be_zero(axis: Axis, trace: Trace) -> bool:
 def mask_model(model: ir.Model, trace: Trace, dead: Dead) -> ir.Model:
     """A copy of ``model`` with the removed units silenced; shapes stay."""
     copy = model.clone()
+    nodes = {node.name: node for node in copy.graph}
+    for statistic in touched(trace, dead):
+        restrict(copy.graph, nodes[statistic.here.node.name], statistic, trace, dead)
     for name, array in mask_constants(trace, dead).items():
         value = copy.graph.initializers[name]
         dtype = value.const_value.dtype if value.const_value is not None else None

@@ -20,6 +20,7 @@ from snpc.passes.carried import Carried, Contraction, Factors, Here, Trace, alig
 from snpc.passes.contract import add_bias, contract, depthwise
 from snpc.passes.fused import attention
 from snpc.passes.labels import Flag, varying
+from snpc.passes.means import stray_reader
 from snpc.passes.meet import meet, same_labels
 from snpc.passes.shapes import Facts, is_float, opset, subgraphs
 
@@ -36,6 +37,10 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
         enter_constant(trace, value, facts)
     for node in model.graph:
         step(trace, model, facts, node)
+    for statistic in trace.statistics:
+        reader = stray_reader(statistic, trace)
+        if reader is not None:
+            statistic.here.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
     for value in model.graph.outputs:
         carried = trace.values.get(value)
         if carried is None:
@@ -146,14 +151,22 @@ def movement(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         except Blocked as block:
             here.pin(data, labels, block.reason, block.axis)
             continue
-        for out, part in zip(outputs, moved, strict=False):
-            out.append(part)
+        for out, part, value in zip(outputs, moved, here.node.outputs, strict=False):
+            if varying(part) or not varying(labels):
+                out.append(part)
+            elif not only_shape_is_read(value):
+                here.pin(data, part, "one position of it is read alone", min(varying(labels)))
     if data.constant and any(
         c is not None and v is None for c, v in zip(inputs[1:], here.call.values[1:], strict=True)
     ):
         for labels in outputs[0]:
             here.trace.book.flag(labels, Flag.PRODUCED)
     return [tuple(out) for out in outputs]
+
+
+def only_shape_is_read(value: ir.Value) -> bool:
+    kinds = {lookup(user.domain, user.op_type).kind for user in value.consumers()}
+    return kinds <= {"shape"} and not value.is_graph_output()
 
 
 def concat(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
@@ -254,14 +267,10 @@ def normalise(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     for labels in factors:
         crossed = varying(labels) & set(axes)
         if crossed:
-            norm = not here.spec.reason
-            reason = "its statistics are taken over this axis" if norm else here.spec.reason
-            axis = min(crossed)
-            here.trace.book.pin(
-                labels, first.name, axis, first.shape[axis], reason, here.operator, "norm" if norm else "hard"
-            )
+            reason = here.spec.reason or "its statistics are taken over this axis"
+            here.pin_statistics(first, labels, crossed, reason)
         here.trace.book.flag(labels, Flag.CURVED)
-    return [factors] + [()] * (len(here.call.outs) - 1) if len(here.call.outs) > 1 else [factors]
+    return [factors if not k or k in here.spec.sums else () for k in range(len(here.call.outs))]
 
 
 def channelled(carried: Carried | None, rank: int, at_channel: bool) -> Carried | None:
@@ -284,7 +293,7 @@ def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     for labels in data.factors:
         crossed = varying(labels) & axes
         if crossed:
-            here.pin(data, labels, here.spec.reason, min(crossed), norm=True)
+            here.pin_statistics(data, labels, crossed, here.spec.reason)
             rest = varying(labels) - axes
             if not rest:
                 continue

@@ -14,7 +14,8 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import Choice, Method, Plan, Scores, chosen_groups, make_plan
+from snpc.passes.choice import Choice
+from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress

@@ -26,6 +26,7 @@ from snpc.runtime.compress import compression_for
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
@@ -109,6 +110,7 @@ def apply_plan(
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     described = calibration.described() if calibration else ""
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
+    forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
     return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
 
 
@@ -123,12 +125,19 @@ def fitted(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
     plan = settled(compression, plan)
+    normed = approximated(plan)
+    rest = without(plan, normed)
+    source = fitted_weights(compression, rest, calibration, provider) if rest.keep else plan.analysis.traced
+    return plan, fit_norms(source, plan, calibration, provider=provider) if normed else source
+
+
+def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration, provider: str) -> Traced:
     if plan.method == "auto":
         try:
-            return plan, fit_sequentially(compression, plan, calibration, provider)
+            return fit_sequentially(compression, plan, calibration, provider)
         except NotSequential:
             pass  # what the dense model gives serves as well
-    return plan, fit(compression, plan)
+    return fit(compression, plan)
 
 
 def publish(temporary: Path, target: Path) -> None:

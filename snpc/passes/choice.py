@@ -1,0 +1,114 @@
+"""What the user asks for: how much is to go, from where, and what widths are allowed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from snpc.errors import UserError
+from snpc.types import ROLES, Group, Role
+
+DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
+TargetKind = Literal["macs", "params", "bytes"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """``kind`` is to come down to ``share`` of the dense model's: MACs, parameters, or bytes of the weights."""
+
+    kind: TargetKind
+    share: float
+
+
+def parse_target(text: str) -> Target:
+    """``macs=0.6``, ``params=0.6`` or ``bytes=0.6``."""
+    kind, _, number = text.partition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if kind not in get_args(TargetKind) or not 0 < share <= 1:
+        raise UserError(
+            f"target {text!r}: must look like macs=0.6, params=0.6 or bytes=0.6, a share of the dense model in (0, 1]"
+        )
+    return Target(kind, share)  # type: ignore[arg-type]
+
+
+def parse_caps(text: str) -> dict[str, float]:
+    """``0.5`` for every role, or ``ffn=0.5,vo=0.3``: role -> the largest share of a group's units that may go."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        role, equals, number = part.strip().rpartition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = -1.0
+        known = role in ROLES if equals else not found and part == text
+        if not known or not 0 <= share < 1:
+            raise UserError(f"--max-ratio {text!r}: must look like 0.5 or ffn=0.5,vo=0.3, shares of units in [0, 1)")
+        found |= {role: share} if equals else dict.fromkeys(ROLES, share)
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1); or ``target``:
+    the share of the MACs, parameters or bytes to come down to ("macs=0.6"), taken from all roles where it costs least.
+
+    ``uniform`` takes the same share of every group; otherwise units are ranked across the groups of a role by score
+    relative to their group's mean. Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has
+    that many); no group loses more than ``max_ratio`` ("0.5", or by role "ffn=0.5,vo=0.3"). ``include``/``exclude``:
+    regular expressions searched in group ids.
+    """
+
+    ratio: float | None = None
+    roles: tuple[Role, ...] = DEFAULT_ROLES
+    target: str | None = None
+    uniform: bool = False
+    round_to: int = 1
+    min_width: int = 1
+    include: str | None = None
+    exclude: str | None = None
+    max_ratio: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.target is None):
+            raise UserError("give either --ratio R or --target macs=R (or params=R, bytes=R), one of the two")
+        if self.target is not None:
+            parse_target(self.target)
+            if self.uniform or "head" in self.roles:
+                raise UserError("--target chooses widths itself: leave out --uniform and the role head")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise UserError(
+                f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"
+            )
+        if self.round_to < 1 or self.min_width < 1:
+            raise UserError("--round-to and --min-width must be at least 1")
+        unknown = [r for r in self.roles if r not in ROLES]
+        if unknown or not self.roles:
+            raise UserError(
+                f"unknown role {', '.join(map(repr, unknown)) or '(none given)'}: choose from {', '.join(ROLES)}"
+            )
+        if self.max_ratio is not None:
+            parse_caps(self.max_ratio)
+        for pattern in (self.include, self.exclude):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise UserError(f"{pattern!r} is not a regular expression ({error})") from None
+
+
+def floor_of(group: Group, choice: Choice) -> int:
+    """The least width the options allow."""
+    cap = parse_caps(choice.max_ratio).get(group.role, 1.0) if choice.max_ratio is not None else 1.0
+    capped = math.ceil(group.size * (1 - cap) - 1e-9)
+    return min(group.size, max(choice.min_width, choice.round_to, capped))
+
+
+def allowed(group: Group, choice: Choice) -> list[int]:
+    """Widths a group may have, descending; its own width first."""
+    least = floor_of(group, choice)
+    multiples = range(group.size - group.size % choice.round_to, 0, -choice.round_to)
+    return [group.size, *(w for w in multiples if least <= w < group.size)]

@@ -1,0 +1,87 @@
+"""A plan as a file: JSON that can be read, edited and applied again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.plan import Method, Plan
+from snpc.types import Group
+
+FORMAT = 1
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Small, readable, editable: one line per block."""
+    groups = []
+    for group in plan.analysis.groups:
+        rows = plan.keep.get(group.id)
+        if rows is not None:
+            opening = json.dumps(
+                {"id": group.id, "role": group.role, "blocks": group.blocks, "size": group.size, "kept": len(rows[0])}
+            )
+            lines = ",\n      ".join(json.dumps(list(row)) for row in rows)
+            groups.append(f'    {opening[:-1]}, "keep": [\n      {lines}]}}')
+    head = {
+        "snpc_plan": FORMAT,
+        "model": plan.analysis.model.path.name,
+        "digest": plan.analysis.model.digest,
+        "method": plan.method,
+        "criterion": plan.criterion,
+        "options": dict(plan.options),
+    }
+    body = ",\n".join(groups)
+    return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
+
+
+def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
+    """Read a plan for this model. Raises UserError for another model, unknown groups, or lists that cannot be kept."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not JSON (line {error.lineno}: {error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not a snpc plan (nested too deeply)") from None
+    if not isinstance(data, dict) or data.get("snpc_plan") != FORMAT:
+        raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {FORMAT}); `snpc plan` writes one')
+    if data.get("digest") != analysis.model.digest:
+        raise UserError(
+            f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
+            f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
+        )
+    groups = {g.id: g for g in analysis.groups}
+    keep: dict[str, tuple[tuple[int, ...], ...]] = {}
+    entries, options = data.get("groups"), data.get("options", {})
+    if not isinstance(entries, list) or not isinstance(options, dict):
+        raise UserError(f'{name}: not a snpc plan ("groups" must be a list, "options" an object)')
+    for entry in entries:
+        group = groups.get(str(entry.get("id"))) if isinstance(entry, dict) else None
+        if group is None:
+            raise UserError(
+                f"{name}: unknown group {entry.get('id') if isinstance(entry, dict) else entry!r}; "
+                "`snpc inspect` lists them"
+            )
+        if group.id in keep:
+            raise UserError(f"{name}: {group.id} is listed twice; keep one")
+        keep[group.id] = checked_rows(entry.get("keep"), group, name)
+    method = data.get("method", "select")
+    if method not in get_args(Method):
+        raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(Method))}")
+    return Plan(analysis, str(data.get("criterion", "by hand")), options, keep, method)
+
+
+def checked_rows(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:
+    where = f"{name}: {group.id}"
+    if group.pins:
+        raise UserError(f"{where} is pinned ({group.pins[0].reason}); remove it from the plan")
+    if not isinstance(rows, list) or len(rows) != group.blocks or not all(isinstance(r, list) for r in rows):
+        raise UserError(f'{where}: needs {group.blocks} lists in "keep", one per block')
+    for row in rows:
+        if not row or not all(type(k) is int and 0 <= k < group.size for k in row) or len(set(row)) != len(row):
+            raise UserError(f'{where}: "keep" must hold different positions from 0 to {group.size - 1}, at least one')
+    if len({len(row) for row in rows}) > 1:
+        counts = sorted({len(row) for row in rows})
+        raise UserError(f"{where}: every block must keep the same number of units, not {counts[0]} and {counts[-1]}")
+    return tuple(tuple(sorted(row)) for row in rows)

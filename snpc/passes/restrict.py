@@ -1,0 +1,98 @@
+"""Statistics over the units that stay, in a graph that still has all of them.
+
+A mean over channels of which some are zero is not the mean over the others. So where the removed units are silenced
+instead of sliced off, what takes statistics over them is given the kept ones only, and a node that also hands out their
+positions gets zeros in the place of the removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from snpc.ops.writing import CONCAT, GATHER, SUB
+from snpc.passes.carried import Carried, Statistic, Trace
+from snpc.passes.labels import varying
+from snpc.passes.pack import Dead
+
+Mask = npt.NDArray[np.bool_]
+
+
+def touched(trace: Trace, dead: Dead) -> Iterator[Statistic]:
+    """The statistics that lose something."""
+    for statistic in trace.statistics:
+        if dead.touches(statistic.labels):
+            yield statistic
+
+
+def restrict(graph: ir.Graph, node: ir.Node, statistic: Statistic, trace: Trace, dead: Dead) -> None:
+    """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
+    old, spec = statistic.here.node, statistic.here.spec
+    writer = Writer(graph, node)
+    for index in {*(spec.data or (0,)), *spec.per_axis}:
+        value = old.inputs[index] if index < len(old.inputs) else None
+        for axis, stays in lost_along(trace.values.get(value), statistic.axes, dead):  # type: ignore[arg-type]
+            node.replace_input_with(index, writer.take(node.inputs[index], np.flatnonzero(stays), axis))
+    if spec.kind == "normalise":
+        for index in (0, *spec.sums):
+            if index < len(old.outputs):
+                for axis, stays in lost_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
+                    writer.spread(node.outputs[index], stays, axis)
+
+
+def lost_along(carried: Carried | None, axes: Sequence[int], dead: Dead) -> Iterator[tuple[int, Mask]]:
+    """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
+    for labels in carried.factors if carried is not None else ():
+        on = {k - labels.ndim for k in varying(labels)}
+        if on <= set(axes) and dead.touches(labels):
+            (axis,) = on
+            yield axis, dead.mask(labels).reshape(-1)
+
+
+class Writer:
+    """Puts nodes around one node of a graph."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph, self.node, self.count = graph, node, 0
+
+    def take(self, value: ir.Value | None, positions: npt.NDArray[np.int64], axis: int) -> ir.Value:
+        """``value`` with these positions of an axis, ahead of the node."""
+        assert value is not None
+        made = self.op(GATHER, [value, self.constant(positions)], axis)
+        self.node.prepend(made)
+        return made.outputs[0]
+
+    def spread(self, output: ir.Value, stays: Mask, axis: int) -> None:
+        """What reads ``output`` of the node reads it at its old size, with zeros where positions do not stay."""
+        users = list(output.uses())
+        first = self.op(GATHER, [output, self.constant(np.zeros(1, np.int64))], axis)
+        zero = self.op(SUB, [first.outputs[0], first.outputs[0]])
+        padded = self.op(CONCAT, [output, zero.outputs[0]], axis)
+        where = np.where(stays, np.cumsum(stays) - 1, stays.sum())
+        whole = self.op(GATHER, [padded.outputs[0], self.constant(where)], axis)
+        self.node.append([first, zero, padded, whole])
+        for user, index in users:
+            user.replace_input_with(index, whole.outputs[0])
+
+    def op(self, name: str, inputs: list[ir.Value], axis: int | None = None) -> ir.Node:
+        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+        made = ir.Node("", name, inputs, attributes, num_outputs=1, name=self.fresh())
+        made.outputs[0].name = f"{made.name}_out"
+        return made
+
+    def constant(self, array: npt.NDArray[np.int64]) -> ir.Value:
+        name = self.fresh()
+        tensor = ir.Tensor(np.asarray(array, np.int64), name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def fresh(self) -> str:
+        self.count += 1
+        name = f"{self.node.name}__kept{self.count}"
+        while name in self.graph.initializers:
+            name += "_"
+        return name

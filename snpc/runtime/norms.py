@@ -1,0 +1,215 @@
+"""What normalisations over fewer channels give is fitted back to what they gave over all.
+
+Without some of its channels a normalisation has another mean and deviation, so that the kept ones come out scaled and
+shifted. Both are watched on the same, dense inputs: y, the output over all channels, and z, the output over the kept
+ones. Per channel, y is fitted by a z + b in least squares, and a and b go into the normalisation's gain and bias. What
+reads it as a matrix W (that is all, where a normalisation stands ahead of a layer) is then refitted to y W, which also
+makes up for the channels that are gone. Plain sums over rows are enough for all of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.passes.edit import Edits, edited, existing_bias
+from snpc.passes.groups import APPROXIMATE
+from snpc.passes.norms import Norm, norms_of, readers_of
+from snpc.passes.pack import Dead
+from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.restrict import restrict
+from snpc.passes.rewrite import Traced, traced
+from snpc.passes.slice import dead_units
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.measure import Instrument
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.session import open_session
+from snpc.types import FloatArray, Group
+
+FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
+
+
+def approximated(plan: Plan) -> list[Group]:
+    """The groups of the plan over which statistics change."""
+    return [g for g in plan.analysis.groups if g.id in plan.keep and g.freedom_reason == APPROXIMATE]
+
+
+def without(plan: Plan, groups: Sequence[Group]) -> Plan:
+    """The plan with these groups left whole."""
+    names = {g.id for g in groups}
+    return replace(plan, keep={name: rows for name, rows in plan.keep.items() if name not in names})
+
+
+def fit_norms(source: Traced, plan: Plan, calibration: Calibration, *, provider: str = "cpu") -> Traced:
+    """``source`` with the normalisations over what ``plan`` cuts, and what reads them, fitted to the kept channels.
+
+    ``source`` is the analysed model, or that with other weights fitted; the statistics are always the analysed one's.
+    """
+    groups = approximated(plan)
+    dense = plan.analysis.traced
+    only = replace(plan, keep={g.id: plan.keep[g.id] for g in groups})
+    dead = dead_units(dense.trace, dense.units, cuts_of(only))
+    norms = norms_of(dense, dead)
+    edits = Edits()
+    for norm, sums in zip(norms, watch(dense, norms, dead, calibration.batches(), provider), strict=True):
+        gain = fit_affine(edits, norm, sums)
+        for reader in readers_of(dense, norm, groups):
+            node = next(n for n in source.model.graph if n.name == reader.node.name)
+            weight = reader.rows(source, 0)[0]
+            centred = existing_bias(node, reader.width) is not None
+            rows, shift = refit(sums, gain, weight, norm, centred)
+            edits.put(reader.place, 0, np.flatnonzero(norm.stays), rows)
+            if centred:
+                edits.add_bias(str(node.name), shift)
+    return traced(edited(source, edits), source.sizes)
+
+
+# -- the algebra -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over ``count`` rows, with z [kept] and y [positions]: z'z, z'y, and the sums of z and of y."""
+
+    zz: FloatArray
+    zy: FloatArray
+    z: FloatArray
+    y: FloatArray
+    count: float
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Per kept channel: y = scale z + shift."""
+
+    scale: FloatArray
+    shift: FloatArray
+
+
+def affine_of(sums: Sums, norm: Norm) -> Affine:
+    """Least squares per kept channel; through the origin where the norm has no bias, the identity where no gain."""
+    kept = len(sums.z)
+    if norm.gain is None:
+        return Affine(np.ones(kept), np.zeros(kept))
+    mine = np.flatnonzero(norm.stays)
+    square, cross = np.diag(sums.zz) / sums.count, sums.zy[np.arange(kept), mine] / sums.count
+    z, y = sums.z / sums.count, sums.y[mine] / sums.count
+    if norm.bias is None:
+        return Affine(np.where(square > 0, cross / np.where(square > 0, square, 1.0), 1.0), np.zeros(kept))
+    variance = square - z**2
+    varies = variance > FLAT * square
+    scale = np.where(varies, (cross - z * y) / np.where(varies, variance, 1.0), 1.0)
+    return Affine(scale, y - scale * z)
+
+
+def fit_affine(edits: Edits, norm: Norm, sums: Sums) -> Affine:
+    """Fold the fit of a norm's output into its gain and bias."""
+    found = affine_of(sums, norm)
+    scale, shift = np.ones(len(norm.stays)), np.zeros(len(norm.stays))
+    scale[norm.stays], shift[norm.stays] = found.scale, found.shift
+    if norm.gain is not None:
+        edits.changes.setdefault(norm.gain, []).append(lambda array: array * scale.reshape(array.shape))
+    if norm.gain is not None and norm.bias is not None:
+        edits.changes.setdefault(norm.bias, []).append(
+            lambda array: (array.reshape(-1) * scale + shift).reshape(array.shape)
+        )
+    return found
+
+
+def refit(sums: Sums, gain: Affine, weight: FloatArray, norm: Norm, centred: bool) -> tuple[FloatArray, FloatArray]:
+    """(rows [kept, D], bias [D]) that make of the fitted kept channels what ``weight`` [positions, D] makes of all.
+
+    Ridge least squares that shrinks towards the rows as they are, the more the fewer calibration rows there are.
+    ``centred``: with a bias to be added to the reader's (else that is zero).
+    """
+    scale, shift, count = gain.scale, gain.shift, sums.count
+    z, y = scale * sums.z / count + shift, sums.y / count
+    between = np.outer(scale * sums.z / count, shift)
+    square = scale[:, None] * sums.zz / count * scale + between + between.T + np.outer(shift, shift)
+    cross = scale[:, None] * sums.zy / count + np.outer(shift, y)
+    if centred:
+        square, cross = square - np.outer(z, z), cross - np.outer(z, y)
+    mine = weight[norm.stays]
+    ridge = np.eye(len(z)) * (np.trace(square) / count + 1e-12)
+    rows: FloatArray = np.linalg.solve(square + ridge, cross @ weight + ridge @ mine)
+    return rows, y @ weight - z @ rows if centred else np.zeros(weight.shape[1])
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def watch(dense: Traced, norms: Sequence[Norm], dead: Dead, batches: Iterable[Feeds], provider: str) -> list[Sums]:
+    """The sums of every norm over the calibration data, in one pass."""
+    instrument = Instrument(dense.model)
+    for index, norm in enumerate(norms):
+        watch_norm(instrument, dense, norm, dead, index)
+    names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
+    total: list[FloatArray] = []
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        path = Path(folder) / "norms.onnx"
+        save(clean(instrument.model), path)
+        session = open_session(path, provider=provider)
+        inputs = {i.name for i in session.get_inputs()}
+        for feeds in batches:
+            found = session.run(names, {k: v for k, v in feeds.items() if k in inputs})
+            arrays = [np.asarray(r, np.float64) for r in found]
+            total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
+    return [
+        Sums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
+        for zz, zy in zip(total[::2], total[1::2], strict=True)
+    ]
+
+
+def watch_norm(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead, index: int) -> None:
+    """Two outputs, with a column of ones behind z: z'z and z'y."""
+    shape = dense.facts.shape[norm.output]
+    assert shape is not None
+    narrow = kept_output(instrument, dense, norm, dead)
+    kept = int(norm.stays.sum())
+    z = as_rows(instrument, narrow, len(shape), norm.axis, kept)
+    y = as_rows(instrument, instrument.values[str(norm.output.name)], len(shape), norm.axis, len(norm.stays))
+    one = instrument.op("Gather", [z, instrument.ints([0])], axis=1)
+    z = instrument.op("Concat", [z, instrument.op("Exp", [instrument.op("Sub", [one, one])])], axis=1)
+    turned = instrument.op("Transpose", [z], perm=[1, 0])
+    instrument.expose(instrument.op("MatMul", [turned, z]), f"snpc_zz_{index}")
+    instrument.expose(instrument.op("MatMul", [turned, y]), f"snpc_zy_{index}")
+
+
+def as_rows(instrument: Instrument, value: ir.Value, rank: int, axis: int, width: int) -> ir.Value:
+    """[rows, width] in float32."""
+    value = instrument.op("Cast", [value], to=int(ir.DataType.FLOAT))
+    last = [k for k in range(rank) if k != rank + axis]
+    value = instrument.op("Transpose", [value], perm=[*last, rank + axis])
+    return instrument.op("Reshape", [value, instrument.ints([-1, width])])
+
+
+def kept_output(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead) -> ir.Value:
+    """What the norm would give for the kept channels: its nodes once more, with statistics over those only."""
+    graph = instrument.model.graph
+    twins: dict[ir.Value, ir.Value] = {}
+    nodes: dict[ir.Node, ir.Node] = {}
+    for node in norm.nodes:
+        inputs = [None if v is None else twins.get(v) or instrument.values[str(v.name)] for v in node.inputs]
+        twin = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            node.attributes.values(),
+            num_outputs=len(node.outputs),
+            name=f"{node.name}__twin",
+        )
+        for old, new in zip(node.outputs, twin.outputs, strict=True):
+            new.name = f"{old.name}__twin" if old.name else ""
+            twins[old] = new
+        graph.append(twin)
+        nodes[node] = twin
+    narrow = instrument.op("Gather", [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis)
+    for statistic in norm.statistics:
+        restrict(graph, nodes[statistic.here.node], statistic, dense.trace, dead)
+    return narrow
