@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from snpc.runtime.model_io import clean, save
 from snpc.runtime.prune import fitted
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import open_session
-from snpc.runtime.stages import fitted_groups, stages_of, with_biases
+from snpc.runtime.stages import NotSequential, fitted_groups, stages_of, with_biases
 
 NAMES = (
     "vit_timm__ts17",
@@ -128,3 +129,25 @@ def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
     plan: Plan = snpc.plan_from_json(snpc.plan_to_json(decision.plan), analysis_of(name), "plan")
     again = snpc.verify(analysis_of(name).model.path, target, plan=plan, calibration=calibration)  # type: ignore[arg-type]
     assert again.max_abs_diff is not None and again.max_abs_diff < 1e-4
+
+
+def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_timm__ts17"
+    decision, calibration = made(name, "auto", 0.5)
+    assert decision.compression is not None
+    analysis = analysis_of(name)
+    base = with_biases(decision.compression, decision.plan)
+    border = stages_of(analysis, base, decision.plan)[0].segment.outputs[0]
+    types = {v: None if v.name == border else dtype for v, dtype in base.facts.dtype.items()}
+    blind = replace(base, facts=replace(base.facts, dtype=types))
+    with pytest.raises(NotSequential, match=re.escape(border)):
+        stages_of(analysis, blind, decision.plan)
+    monkeypatch.setattr("snpc.runtime.sequential.with_biases", lambda *_: blind)
+    plan, source = fitted(decision.plan, decision.compression, calibration, "cpu")  # type: ignore[arg-type]
+    parallel = fitted(replace(decision.plan, method="parallel"), decision.compression, calibration, "cpu")[1]  # type: ignore[arg-type]
+    for a, b in zip(
+        run(written(rewrite_model(source, cuts_of(plan)).model), feeds_of(name)),
+        run(written(rewrite_model(parallel, cuts_of(plan)).model), feeds_of(name)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -61,10 +61,8 @@ def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
 
 
 def extract(model: ir.Model, segment: Segment, facts: Facts) -> ir.Model:
-    """A model of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders.
-
-    Raises KeyError where the type of such a value is not known.
-    """
+    """A model of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders; they must be
+    known."""
     types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
     copy = model.clone()
     nodes = list(copy.graph)

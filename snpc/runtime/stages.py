@@ -77,7 +77,10 @@ def with_biases(compression: Compression, plan: Plan) -> Traced:
 
 
 def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
-    """The segments up to the last one in which something is fitted. ``base`` is the model ``with_biases``."""
+    """The segments up to the last one in which something is fitted. ``base`` is the model ``with_biases``.
+
+    Raises NotSequential where a value that crosses a border cannot be handed from one segment to the next.
+    """
     groups, forms = fitted_groups(analysis, plan)
     position = {str(node.name): k for k, node in enumerate(base.model.graph)}
     nodes = list(base.model.graph)
@@ -103,7 +106,18 @@ def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
         found.append(Stage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
     while found and not found[-1].groups:
         found.pop()
+    check_borders(base, [stage.segment for stage in found])
     return found
+
+
+def check_borders(base: Traced, found: Sequence[Segment]) -> None:
+    types = {str(v.name): dtype for v, dtype in base.facts.dtype.items()}
+    for name in (name for segment in found for name in (*segment.inputs, *segment.outputs)):
+        dtype = types.get(name)
+        if dtype is None:
+            raise NotSequential(f"the type of {name} is not known")
+        if dtype == ir.DataType.BFLOAT16:
+            raise NotSequential(f"{name} is bfloat16, which onnxruntime does not hand over")
 
 
 def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
