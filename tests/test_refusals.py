@@ -378,7 +378,7 @@ def test_an_empty_criterion(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "target, words",
     [
-        ("macs", "must look like macs=0.6"), ("macs=", "must look like"), ("bytes=0.5", "must look like"),
+        ("macs", "must look like macs=0.6"), ("macs=", "must look like"), ("size=0.5", "must look like"),
         ("macs=0", "must look like"), ("macs=1.5", "must look like"), ("params=nan", "must look like"),
         ("macs=0.001", r"cannot be reached.* the least is macs=0\.\d+"),
     ],

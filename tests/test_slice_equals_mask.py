@@ -143,7 +143,7 @@ def test_the_analysed_model_is_never_changed(name: str) -> None:
     assert written(analysis.model.graph.clone()) == before
 
 
-@pytest.mark.parametrize("name", ["vit_timm__dyn20", "bert__ts17", "llama__ts17_sdpa"])
+@pytest.mark.parametrize("name", ["swin_timm__ts17", "bert__ts17", "llama__ts17_sdpa"])
 def test_no_cut_is_no_change(name: str) -> None:
     """An empty cut keeps every node, and every number the graph computes, bit for bit."""
     pair = cut(analysis_of(name), {})
