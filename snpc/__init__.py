@@ -26,7 +26,6 @@ from snpc.runtime.fit import Compression, compress
 from snpc.runtime.model_io import load, save
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
-from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"
@@ -51,7 +50,6 @@ __all__ = [
     "Scores",
     "Site",
     "SnpcError",
-    "Statistics",
     "UserError",
     "Verdict",
     "__version__",
@@ -62,14 +60,11 @@ __all__ = [
     "decide",
     "load",
     "load_calibration",
-    "load_statistics",
     "make_plan",
-    "measure_statistics",
     "plan_from_json",
     "plan_to_json",
     "report",
     "save",
-    "save_statistics",
     "score",
     "verify",
     "write_example",
