@@ -4,9 +4,7 @@
     analysis = snpc.analyze(model)
     calibration = snpc.load_calibration("calib.npz", model.inputs)
     decision = snpc.decide(analysis, snpc.Choice(ratio=0.5), calibration=calibration)
-    result = snpc.apply_plan(
-        decision.plan, Path("vit-half.onnx"), compression=decision.compression, calibration=calibration
-    )
+    result = snpc.apply_plan(decision.plan, Path("vit-half.onnx"), compression=decision.compression)
 
 Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
 """
@@ -24,6 +22,7 @@ from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.model_io import load, save
+from snpc.runtime.moments import Measured, measure_moments
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
@@ -42,6 +41,7 @@ __all__ = [
     "Difference",
     "Group",
     "ImageOptions",
+    "Measured",
     "Model",
     "Pin",
     "Plan",
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "load_calibration",
     "make_plan",
+    "measure_moments",
     "plan_from_json",
     "plan_to_json",
     "report",
