@@ -6,18 +6,15 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from snpc import show
+from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running
+from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
 from snpc.errors import CheckFailed, SnpcError, UserError
-from snpc.types import ROLES, Role
-
-F = TypeVar("F", bound=Callable[..., Any])
-FILE = click.Path(path_type=Path)
 
 
 class Commands(click.Group):
@@ -29,193 +26,6 @@ class Commands(click.Group):
         except SnpcError as error:
             click.echo(f"snpc: {error}", err=True)
             sys.exit(1 if isinstance(error, CheckFailed) else 2)
-
-
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator."""
-
-    def apply(command: F) -> F:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
-    named = tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [name for name in named if name not in ROLES]
-    if unknown or not named:
-        raise click.BadParameter(
-            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas"
-        )
-    return named  # type: ignore[return-value]
-
-
-def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
-    """Refuse at once what this onnxruntime does not have; the CPU is always there."""
-    if name != "cpu":
-        from snpc.runtime.session import resolve_provider
-
-        resolve_provider(name)
-    return name
-
-
-def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]) -> tuple[Any, ...] | None:
-    """The numbers in ``text``, as many as one of ``counts``; None where the option is not given."""
-    if text is None:
-        return None
-    try:
-        found = tuple(kind(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        found = ()
-    if len(found) not in counts:
-        raise UserError(f"{name} {text!r}: {' or '.join(map(str, counts))} numbers separated by commas are needed")
-    return found
-
-
-choosing = options(
-    click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
-    click.option(
-        "--target",
-        metavar="macs=R|params=R|bytes=R",
-        help="Come down to this share of the dense model instead, taking it from all roles where it costs least.",
-    ),
-    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
-    click.option(
-        "--method",
-        type=click.Choice(["auto", "parallel", "select"]),
-        help="auto: rotate, slice and refit in closed form, layer after layer (needs --calib); parallel: all layers at "
-        "once; select: slice the units that --criterion prefers. Default: auto with --calib and no --criterion, else "
-        "select.",
-    ),
-    click.option(
-        "--criterion",
-        default=None,
-        metavar="NAME[:KEY=VALUE,...]",
-        help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
-    ),
-    click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
-    click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
-    click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
-    click.option(
-        "--max-ratio",
-        metavar="R|ROLE=R,...",
-        help="No group loses more than this share of its units.",
-    ),
-    click.option("--include", metavar="REGEX", help="Only groups whose id matches."),
-    click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
-)
-
-calibrating = options(
-    click.option(
-        "--calib",
-        "--calibration-data",
-        "calib",
-        metavar="DATA",
-        help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
-        "test_data_set_*/input_N.pb, or file.py:function (runs that code).",
-    ),
-    click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
-    click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
-    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
-    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
-    click.option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
-    ),
-)
-
-running = options(
-    click.option(
-        "--provider",
-        default="cpu",
-        show_default=True,
-        callback=parse_provider,
-        help="onnxruntime provider: cpu, cuda, trt or its full name.",
-    ),
-)
-
-as_json = click.option(
-    "--json",
-    "json_path",
-    type=FILE,
-    metavar="PATH",
-    help="Also write the result as JSON ('-': to stdout, nothing else).",
-)
-at_sizes = click.option(
-    "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
-)
-model_argument = click.argument("model", type=FILE)
-
-
-def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
-    """Refuse outputs that are an input, that are each other, or that cannot be written."""
-    from snpc.runtime.model_io import check_target
-
-    named = [path for path in targets if path is not None and str(path) != "-"]
-    for index, path in enumerate(named):
-        check_target(path, *(Path(source) for source in inputs if source is not None))
-        if path.resolve() in [other.resolve() for other in named[:index]]:
-            raise UserError(f"{path}: is the name of two outputs; give each its own")
-
-
-def parse_dims(dims: Sequence[str]) -> dict[str, int]:
-    found = {}
-    for text in dims:
-        name, equals, size = text.rpartition("=")
-        if not equals or not size.isdigit() or not int(size):
-            raise UserError(f"--dim-param {text!r}: must look like batch=1")
-        found[name] = int(size)
-    return found
-
-
-def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
-    import snpc
-
-    model = snpc.load(path)
-    sizes = parse_dims(dims)
-    named = {d for spec in model.inputs for d in spec.shape if isinstance(d, str)}
-    unknown = sorted(set(sizes) - named)
-    if unknown:
-        raise UserError(
-            f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
-        )
-    return snpc.analyze(model, sizes)
-
-
-def calibration_of(
-    model: Any,
-    calib: str | None,
-    calib_samples: int,
-    calib_batch: int,
-    image_size: str | None,
-    image_mean: str | None,
-    image_std: str | None,
-    image_layout: str | None,
-    seed: int,
-) -> Any:
-    """The calibration data that the flags describe, or None without --calib."""
-    import snpc
-
-    given = {
-        "size": numbers(image_size, "--image-size", int, (2,)),
-        "mean": numbers(image_mean, "--image-mean", float, (1, 3, 4)),
-        "std": numbers(image_std, "--image-std", float, (1, 3, 4)),
-        "layout": image_layout,
-    }
-    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    if calib is None:
-        if chosen:
-            raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
-        return None
-    images = snpc.ImageOptions(**chosen)
-    if chosen and not Path(calib).is_dir():
-        raise UserError(f"{calib}: --image-size, -mean, -std and -layout are for a folder of images; leave them out")
-    return snpc.load_calibration(
-        calib, model.inputs, samples=calib_samples, batch=calib_batch, images=images, seed=seed
-    )
 
 
 def decided(
@@ -339,24 +149,12 @@ def prune(
     finish(result, json_path)
 
 
-def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = ("calib", "calib_samples", "calib_batch", "image_size", "image_mean", "image_std", "image_layout", "seed")
-    return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
-
-
 def finish(result: Any, json_path: Path | None) -> None:
     import snpc
 
     show.emit_json(snpc.report(result), json_path)
     if str(json_path) != "-":
         show.result(result)
-
-
-def write_text(path: Path, text: str) -> None:
-    from snpc.runtime.model_io import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 @main.command()
@@ -415,16 +213,6 @@ def apply(
         plan, target, compression=compression, calibration=calibration, provider=provider, watch=watch
     )
     finish(result, json_path)
-
-
-def read_plan(path: Path, analysis: Any) -> Any:
-    import snpc
-
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return snpc.plan_from_json(text, analysis, str(path))
 
 
 @main.command()
@@ -533,7 +321,3 @@ def criteria() -> None:
     from snpc.criteria import describe
 
     show.criteria(describe())
-
-
-if __name__ == "__main__":
-    main()
