@@ -12,6 +12,7 @@ Each verb takes the value that the one before returned. ``import snpc`` loads nu
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, Scores, make_plan
@@ -69,4 +70,5 @@ __all__ = [
     "score",
     "verify",
     "write_example",
+    "write_report",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.bench import Bench
@@ -72,20 +73,6 @@ def emit_json(data: Any, path: Path | None) -> None:
         line(json.dumps(data, indent=1))
     else:
         write_json(data, path)
-
-
-# -- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def count(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------
@@ -224,14 +211,6 @@ def result(result: Pruned) -> None:
     )
     verdict(result.verdict)
     line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
-
-
-def how(result: Pruned) -> str:
-    """How units were chosen and weights made, in words."""
-    if not result.forms:
-        return f"selected by {result.plan.criterion}"
-    rotated = sum(form != "refit" for form in result.forms.values())
-    return f"in closed form: {rotated} groups rotated, {len(result.forms) - rotated} refitted"
 
 
 def verdict(verdict: Verdict) -> None:

@@ -109,12 +109,16 @@ def inspect(
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
+@click.option(
+    "--report", "page", type=FILE, metavar="HTML", help="Also write a page with charts: one file, no network."
+)
 @click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
 def prune(
     model: Path,
     output: Path | None,
     plan_path: Path | None,
     json_path: Path | None,
+    page: Path | None,
     dry_run: bool,
     provider: str,
     dims: tuple[str, ...],
@@ -131,7 +135,9 @@ def prune(
         analysis = analysed(model, dims)
     choice, calib = split_flags(flags)
     written = [] if dry_run else [target, data_file(target)]
-    check_targets([*written, plan_path, json_path], *model_files(model), calib["calib"])
+    if dry_run and page is not None:
+        raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
+    check_targets([*written, plan_path, json_path, page], *model_files(model), calib["calib"])
     with watch.stage("calibration"):
         calibration = calibration_of(analysis.model, **calib)
     decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
@@ -146,6 +152,8 @@ def prune(
     result = snpc.apply_plan(
         plan, target, compression=decision.compression, calibration=calibration, provider=provider, watch=watch
     )
+    if page is not None:
+        snpc.write_report(result, page, decision=decision, calibration=calibration)
     finish(result, json_path)
 
 

@@ -96,7 +96,7 @@ def entries() -> list[OpSpec]:
         *_one("Neg", "labels pass", "scale"),
         *_one(nonlinear, "labels pass; positions that meet are joined", "nonlinear"),
         *_one("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
-        OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
+        OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED, shares=True),
         OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
         OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, reason="it is compared along"),
         OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),

@@ -125,4 +125,5 @@ class OpSpec:
     typed_by: int = 0
     divides: bool = False
     subtracts: bool = False
+    shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
     selects: bool = False  # drops an axis by reading one position of it

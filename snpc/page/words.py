@@ -1,0 +1,25 @@
+"""Numbers and results in the words that the terminal and the report share."""
+
+from __future__ import annotations
+
+from snpc.runtime.prune import Pruned
+
+
+def count(number: float) -> str:
+    """Three digits: 5.03 M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def how(result: Pruned) -> str:
+    """How units were chosen and weights made, in words."""
+    if not result.forms:
+        return f"selected by {result.plan.criterion}"
+    rotated = sum(form != "refit" for form in result.forms.values())
+    return f"in closed form: {rotated} groups rotated, {len(result.forms) - rotated} refitted"
