@@ -235,9 +235,9 @@ def attention(report: Report) -> Iterator[Element]:
     yield el(
         "p",
         {"class": "soft"},
-        f"Attention of {found.seen_from} over the patches of calibration pictures: left before, right after. Both of a "
-        "pair have the same scale, in square roots so that little shows. The overlap is the share of the attention that "
-        "stays on its patches.",
+        f"Attention of {found.seen_from} over the patches of calibration pictures: left before, right after. Both of "
+        "a pair have the same scale, of square roots. The overlap is the share of the attention that stays on its "
+        "patches.",
     )
     yield key(("ramp", "none to most"))
     for picture in found.pictures:

@@ -26,6 +26,7 @@ p { margin: 0 0 12px; max-width: 75ch; }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
 .curves { gap: 14px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 figure { margin: 0; min-width: 0; }
+figcaption, .card span { text-wrap: balance; }
 figcaption { font-size: 13px; line-height: 1.35; margin-bottom: 4px; }
 figcaption b { color: var(--ink); font-weight: 600; }
 .curves figure { display: flex; flex-direction: column; justify-content: space-between; }
@@ -50,11 +51,12 @@ rect.after { fill: var(--after); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 500; vertical-align: bottom; }
+th { font-weight: 500; vertical-align: bottom; overflow-wrap: normal; }
 td { white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; min-width: 100px; white-space: normal; }
 .curves figcaption b { display: block; }
-@media (max-width: 600px) { h1 { font-size: 21px; } main { padding-top: 16px; } }
+@media (max-width: 600px) { h1 { font-size: 21px; } main { padding-top: 16px; }
+  th, td { padding-right: 8px; } table { font-size: 13px; } th:first-child, td:first-child, .text { min-width: 70px; } }
 details { border-top: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 600; padding: 2px 0; }
 details > :nth-child(2) { margin-top: 8px; }

@@ -9,7 +9,7 @@ from snpc.page.data import Pair, Width
 from snpc.page.markup import Element, el
 from snpc.page.words import count, share
 
-LEFT, BOTTOM, TOP = 40.0, 34.0, 10.0
+LEFT, BOTTOM, TOP = 48.0, 34.0, 10.0
 
 
 def canvas(width: float, height: float, label: str) -> Element:
