@@ -1,0 +1,215 @@
+"""Where tokens can be dropped or merged: after which blocks, and why not after the others.
+
+A block ends its attention with a sum into the residual stream, [batch, tokens, width]. There the tokens can get fewer
+if everything that is made of them works per token or attends to all of them, and what leaves is read at fixed leading
+positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.attention import form
+from snpc.ops.pointwise import SUMMED
+from snpc.passes.flow import Flow, Stuck, flow_from
+from snpc.passes.shapes import Facts, is_float, opset
+from snpc.types import Pin
+
+LEAST_OPSET = 13
+MOST_LEADING = 0.25  # of the tokens: more that are read by number are no class tokens
+TOKEN_AXIS = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention weights of the block in front of a point: ``tensor``, with queries and keys along these axes. Of a
+    fused node (``fused`` names it) they are inside."""
+
+    tensor: str
+    query_axis: int
+    key_axis: int
+    heads: int
+    fused: str = ""
+
+
+@dataclass(frozen=True)
+class TokenPoint:
+    """A value of the residual stream, [batch, ``count``, ``width``], whose tokens can get fewer.
+
+    ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
+    that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
+    ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little.
+    """
+
+    block: int
+    value: str
+    count: int
+    width: int
+    leading: int
+    reads: int
+    pooled: bool
+    summed: bool
+    scores: Scores | None
+    flow: Flow = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What is known about the tokens of a model. ``blocks``: how many attentions there are."""
+
+    points: tuple[TokenPoint, ...]
+    pins: tuple[Pin, ...]
+    blocks: int
+
+    def at(self, block: int) -> TokenPoint | None:
+        return next((p for p in self.points if p.block == block), None)
+
+
+def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
+    """Every point, and of every block that has none the reason."""
+    nodes = list(model.graph)
+    sites = [k for k, node in enumerate(nodes) if is_attention(facts, node)]
+    points: list[TokenPoint] = []
+    pins: dict[str, Pin] = {}
+    if opset(model) < LEAST_OPSET:
+        reason = f"opset {opset(model)}: token reduction writes operators of opset {LEAST_OPSET}; convert the model"
+        return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),) if sites else (), len(sites))
+    made = data_made(model)
+    for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
+        first: Stuck | None = None
+        for node in nodes[start + 1 : end]:
+            if not is_residual_sum(facts, made, node):
+                continue
+            try:
+                points.append(point_at(model, facts, made, block, nodes[start], node))
+                break
+            except Stuck as stuck:
+                first = first or stuck
+            except NothingBehind:
+                break
+        else:
+            if first is not None:
+                shape = facts.shape[node.outputs[0]] or ()
+                pins.setdefault(first.reason, Pin(first.tensor, TOKEN_AXIS, tokens_of(shape), first.reason, first.operator))
+    return TokenFacts(tuple(points), tuple(pins.values()), len(sites))
+
+
+def tokens_of(shape: tuple[int, ...]) -> int:
+    return shape[TOKEN_AXIS] if len(shape) == 3 else 0
+
+
+class NothingBehind(Exception):
+    """No attention and no mean follows: fewer tokens would spare nothing that dead rows do not."""
+
+
+def is_attention(facts: Facts, node: ir.Node) -> bool:
+    """A softmax over the last of at least three axes, or a fused node."""
+    spec = lookup(node.domain, node.op_type)
+    shape = facts.shape.get(node.outputs[0]) or ()
+    if spec.kind == "attention":
+        return True
+    return spec.kind == "normalise" and spec.reason == SUMMED and len(shape) >= 3
+
+
+def is_residual_sum(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> bool:
+    """Two activations of one shape [batch, tokens, width] added."""
+    spec = lookup(node.domain, node.op_type)
+    out = node.outputs[0]
+    shape = facts.shape.get(out)
+    if spec.effect != "add" or spec.kind != "pointwise" or spec.subtracts or shape is None or len(shape) != 3:
+        return False
+    same = [v for v in node.inputs if v is not None and facts.shape.get(v) == shape and v in made]
+    return len(same) > 1 and is_float(facts.dtype.get(out))
+
+
+def data_made(model: ir.Model) -> frozenset[ir.Value]:
+    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
+    found = {value for value in model.graph.inputs if not value.is_initializer()}
+    for node in model.graph:
+        if lookup(node.domain, node.op_type).kind != "shape" and any(v in found for v in node.inputs):
+            found.update(node.outputs)
+    return frozenset(found)
+
+
+def point_at(
+    model: ir.Model, facts: Facts, made: frozenset[ir.Value], block: int, site: ir.Node, node: ir.Node
+) -> TokenPoint:
+    """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
+    value = node.outputs[0]
+    shape = facts.shape[value]
+    assert shape is not None
+    flow = flow_from(model, facts, value, TOKEN_AXIS)
+    if flow.stuck is not None:
+        raise flow.stuck
+    if not flow.weighings and not flow.pools:
+        raise NothingBehind
+    leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
+    if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
+        raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
+    return TokenPoint(
+        block,
+        str(value.name),
+        shape[TOKEN_AXIS],
+        shape[-1],
+        leading,
+        len(flow.reads),
+        bool(flow.pools),
+        bool(flow.sums),
+        scores_of(model, facts, site, node),
+        flow,
+    )
+
+
+def constant_tokens(facts: Facts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
+    """How many leading tokens are no data: class and register tokens laid before the others."""
+    most = 0
+    for node in model.graph:
+        shape = facts.shape.get(node.outputs[0]) or ()
+        if lookup(node.domain, node.op_type).kind != "concat" or len(shape) != 3 or shape[TOKEN_AXIS] != count:
+            continue
+        axis = int(node.attributes["axis"].value) % 3
+        if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
+            most = max(most, sum(leading_constants(facts, made, node)))
+    return most
+
+
+def leading_constants(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+    for value in node.inputs:
+        if value is None or value in made:
+            return
+        yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
+
+
+def scores_of(model: ir.Model, facts: Facts, site: ir.Node, node: ir.Node) -> Scores | None:
+    """The weights of attention ``site``, if they are over the same tokens that the sum ``node`` gives."""
+    out = site.outputs[0]
+    for before in node.inputs:
+        if before is None or facts.shape.get(before) != facts.shape.get(node.outputs[0]):
+            continue
+        flow = flow_from(model, facts, before, TOKEN_AXIS)
+        if node.outputs[0] not in flow.marks or any(v is site.outputs[0] for v in (before,)):
+            continue
+        if lookup(site.domain, site.op_type).kind == "attention":
+            shape = form(site.domain, site.op_type)
+            query = site.inputs[shape.query]
+            if shape.packed_weight is None and query in flow.marks and site.inputs[shape.key] in flow.marks:
+                return Scores("", 0, 0, 0, str(site.name))
+            continue
+        marks, shapes = flow.marks.get(out), facts.shape.get(out)
+        if marks is None or shapes is None or len(marks.axes) != 2 or any(marks.axes.values()):
+            continue
+        (key,) = [k for k in marks.axes if any(w.node is site and w.axis == k for w in flow.weighings)] or (-1,)
+        if key < 0:
+            continue
+        query_axis = next(k for k in marks.axes if k != key)
+        batch = (facts.shape.get(node.outputs[0]) or (1,))[0]
+        rest = 1
+        for k, size in enumerate(shapes):
+            rest *= size if k not in marks.axes else 1
+        if rest % batch == 0 and {key, query_axis} == {len(shapes) - 2, len(shapes) - 1}:
+            return Scores(str(out.name), query_axis, key, rest // batch)
+    return None
