@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -67,6 +68,29 @@ class TokenFacts:
 
     def at(self, block: int) -> TokenPoint | None:
         return next((p for p in self.points if p.block == block), None)
+
+
+NO_TOKENS = TokenFacts((), (), 0)
+
+
+class TokenReduction(Protocol):
+    """What an analysis needs to know of a reduction (``snpc.tokens.reduce`` makes them)."""
+
+    @property
+    def spec(self) -> str:
+        """The reduction as text."""
+        ...
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """Names of the tensors that say which tokens go: inputs of the open graph, values of the closed one."""
+        ...
+
+    def close(self, model: ir.Model) -> None:
+        """Make this open graph, in place, decide itself."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
