@@ -7,6 +7,7 @@ positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.attention import form
+from snpc.ops.attention import form, head_counts
 from snpc.ops.pointwise import SUMMED
 from snpc.passes.flow import Flow, Stuck, flow_from
 from snpc.passes.shapes import Facts, is_float, opset
@@ -27,19 +28,19 @@ TOKEN_AXIS = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention weights of the block in front of a point: ``tensor``, with queries and keys along these axes. Of a
-    fused node (``fused`` names it) they are inside."""
+    """Attention weights of the block in front of a point: ``tensor``, with queries along this axis and keys along
+    the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide."""
 
     tensor: str
     query_axis: int
-    key_axis: int
     heads: int
+    width: int = 0
     fused: str = ""
 
 
 @dataclass(frozen=True)
 class TokenPoint:
-    """A value of the residual stream, [batch, ``count``, ``width``], whose tokens can get fewer.
+    """A value of the residual stream, [batch, ``count``, width], whose tokens can get fewer.
 
     ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
     that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
@@ -49,12 +50,12 @@ class TokenPoint:
     block: int
     value: str
     count: int
-    width: int
     leading: int
     reads: int
     pooled: bool
     summed: bool
     scores: Scores | None
+    stream: ir.Value = field(repr=False, compare=False)
     flow: Flow = field(repr=False, compare=False)
 
 
@@ -178,12 +179,12 @@ def point_at(
         block,
         str(value.name),
         shape[TOKEN_AXIS],
-        shape[-1],
         leading,
         len(flow.reads),
         bool(flow.pools),
         bool(flow.sums),
         scores_of(model, facts, site, node),
+        value,
         flow,
     )
 
@@ -210,30 +211,42 @@ def leading_constants(facts: Facts, made: frozenset[ir.Value], node: ir.Node) ->
 
 def scores_of(model: ir.Model, facts: Facts, site: ir.Node, node: ir.Node) -> Scores | None:
     """The weights of attention ``site``, if they are over the same tokens that the sum ``node`` gives."""
-    out = site.outputs[0]
+    out = node.outputs[0]
     for before in node.inputs:
-        if before is None or facts.shape.get(before) != facts.shape.get(node.outputs[0]):
+        if before is None or facts.shape.get(before) != facts.shape.get(out):
             continue
         flow = flow_from(model, facts, before, TOKEN_AXIS)
-        if node.outputs[0] not in flow.marks or any(v is site.outputs[0] for v in (before,)):
-            continue
-        if lookup(site.domain, site.op_type).kind == "attention":
-            shape = form(site.domain, site.op_type)
-            query = site.inputs[shape.query]
-            if shape.packed_weight is None and query in flow.marks and site.inputs[shape.key] in flow.marks:
-                return Scores("", 0, 0, 0, str(site.name))
-            continue
-        marks, shapes = flow.marks.get(out), facts.shape.get(out)
-        if marks is None or shapes is None or len(marks.axes) != 2 or any(marks.axes.values()):
-            continue
-        (key,) = [k for k in marks.axes if any(w.node is site and w.axis == k for w in flow.weighings)] or (-1,)
-        if key < 0:
-            continue
-        query_axis = next(k for k in marks.axes if k != key)
-        batch = (facts.shape.get(node.outputs[0]) or (1,))[0]
-        rest = 1
-        for k, size in enumerate(shapes):
-            rest *= size if k not in marks.axes else 1
-        if rest % batch == 0 and {key, query_axis} == {len(shapes) - 2, len(shapes) - 1}:
-            return Scores(str(out.name), query_axis, key, rest // batch)
+        if out in flow.marks:
+            batch = (facts.shape[out] or (1,))[0]
+            fused = lookup(site.domain, site.op_type).kind == "attention"
+            found = fused_scores(facts, flow, site, opset(model)) if fused else plain_scores(facts, flow, site, batch)
+            if found is not None:
+                return found
     return None
+
+
+def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores | None:
+    """[batch, heads, queries, keys], with batch and heads in one axis or more."""
+    out = site.outputs[0]
+    marks, shape = flow.marks.get(out), facts.shape.get(out) or ()
+    keys = {w.axis for w in flow.weighings if w.node is site}
+    last = len(shape) - 1
+    if marks is None or set(marks.axes) != {last - 1, last} or any(marks.axes.values()) or len(keys) != 1:
+        return None
+    heads = math.prod(shape[:-2])
+    return Scores(str(out.name), (marks.axes.keys() - keys).pop(), heads // batch) if heads % batch == 0 else None
+
+
+def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:
+    shape = form(site.domain, site.op_type)
+    if shape.packed_weight is not None or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
+        return None
+    call = facts.call(site, version)
+    if call.has(shape.bias) if shape.bias is not None else False:
+        return None  # it is added inside
+    heads, others = head_counts(call)
+    sizes, keys = call.shape(shape.query), call.shape(shape.key)
+    if not heads:
+        heads, others = sizes[1], keys[1]
+        return Scores("", 0, heads, sizes[-1], str(site.name)) if heads == others else None
+    return Scores("", 0, heads, sizes[-1] // heads, str(site.name)) if heads == others and len(sizes) == 3 else None

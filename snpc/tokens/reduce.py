@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analysed, cost_of
-from snpc.passes.shapes import Facts, best_binding, evaluate
-from snpc.passes.tokens import TokenPoint
+from snpc.passes.shapes import best_binding, evaluate
 from snpc.tokens import method
 from snpc.tokens.methods import Method, Setting
-from snpc.tokens.rewrite import Step, close_tokens, open_tokens
+from snpc.tokens.rewrite import Step, close_tokens, open_tokens, stream_dtype
 
 SPELLING = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
 
@@ -92,12 +91,6 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
         reduction=reduction,
         extra_macs=extra,
     )
-
-
-def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
-    dtype = next(facts.dtype[v] for v in facts.shape if v.name == point.value)
-    assert dtype is not None
-    return dtype
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

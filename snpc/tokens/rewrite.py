@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
 from snpc.ops.attention import form
 from snpc.ops.spec import Cut
-from snpc.ops.writing import ADD, DIV, LOG, MATMUL, MUL, SOFTMAX
+from snpc.ops.writing import ADD, DIV, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
 from snpc.passes.flow import Weighing
 from snpc.passes.repair import Repairs
-from snpc.passes.shapes import Facts, evaluate, learn, opset
+from snpc.passes.shapes import Facts, learn, opset, start
 from snpc.passes.tokens import TokenPoint
 from snpc.tokens.methods import Decision, Method, Setting, Tokens
 from snpc.tokens.writer import Writer
@@ -60,7 +59,7 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
     current: ir.Value | None = None
     weights: list[tuple[Step, ir.Value]] = []
     for step in steps:
-        writer = Writer(copy.graph, step.prefix, dtype_of(facts, model, step))
+        writer = Writer(copy.graph, step.prefix, stream_dtype(facts, step.point))
         stream = values[step.point.value]
         uses = list(stream.uses())
         decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
@@ -84,9 +83,8 @@ def batch_dimension(model: ir.Model) -> int | ir.SymbolicDim:
     raise UserError("the model has no input with a batch axis, so its tokens cannot be reduced")
 
 
-def dtype_of(facts: Facts, model: ir.Model, step: Step) -> ir.DataType:
-    value = next(v for v, shape in facts.shape.items() if v.name == step.point.value)
-    dtype = facts.dtype[value]
+def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
+    dtype = facts.dtype[point.stream]
     assert dtype is not None
     return dtype
 
@@ -107,8 +105,7 @@ def decision_input(
 def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequence[Step]) -> None:
     """Behind a point each token counts as often as ``sizes`` [B, N, 1] says: log(size) is added to the scores of every
     softmax, and means are weighted. What lies behind a later point is left to that."""
-    dtype = sizes_dtype(facts, step)
-    writer = Writer(copy.graph, f"{step.prefix}_weigh", dtype)
+    writer = Writer(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
     behind = {node.name for s in later for node in s.point.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
     logs = None
@@ -133,17 +130,11 @@ def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequ
         insert(writer, nodes[weighing.node.name], 0, MUL, along(writer, facts, step, share, pooled, shape or ()))
 
 
-def sizes_dtype(facts: Facts, step: Step) -> ir.DataType:
-    found = next(facts.dtype[v] for v in facts.shape if v.name == step.point.value)
-    assert found is not None
-    return found
-
-
 def along(
     writer: Writer, facts: Facts, step: Step, value: ir.Value, weighing: Weighing, shape: tuple[int, ...]
 ) -> ir.Value:
     """[B, N, 1] laid along the axis of what it is for, batch first (repeated per head where these share its axis)."""
-    batch = next(s for v, s in facts.shape.items() if v.name == step.point.value and s)[0]
+    batch = (facts.shape[step.point.stream] or (0,))[0]
     if weighing.leading:
         value = writer.slice(value, 1, weighing.leading)
     target = [0] + [1] * (len(shape) - 1)
@@ -152,23 +143,12 @@ def along(
         return writer.reshape(value, *target)
     heads = shape[0] // batch
     if weighing.axis == 0 or heads * batch != shape[0]:
-        raise UserError(f"{weighing.node.name}: its batch axis is not found, so merged tokens cannot be weighed; use topk")
-    many = writer.concat(0, writer.ints(1, heads), writer.lengths(value, 1))
-    repeated = writer.expand(writer.swap(value), many)  # [B, heads, N]
-    flat = writer.reshape(repeated, -1, *[1] * (len(shape) - 2), 1)
-    length = writer.concat(0, writer.ints(-1), writer.ints(*[1] * (len(shape) - 1)))
-    del flat, length
-    return spread_heads(writer, repeated, weighing.axis, len(shape))
-
-
-def spread_heads(writer: Writer, repeated: ir.Value, axis: int, rank: int) -> ir.Value:
-    """[B, heads, N] -> [B * heads, 1, .., N, .., 1]."""
+        raise UserError(f"{weighing.node.name}: merged tokens cannot be weighed where its batch axis is lost; use topk")
+    length = writer.lengths(value, 1)
+    repeated = writer.expand(writer.swap(value), writer.concat(0, writer.ints(1, heads), length))  # [B, heads, N]
     one = writer.ints(1)
-    length = writer.lengths(repeated, 2)
-    parts = [writer.ints(-1), *[length if k == axis else one for k in range(1, rank)]]
-    from snpc.ops.writing import RESHAPE
-
-    return writer.op(RESHAPE, repeated, writer.concat(0, *parts))
+    sizes = [writer.ints(-1), *[length if k == weighing.axis else one for k in range(1, len(shape))]]
+    return writer.op(RESHAPE, repeated, writer.concat(0, *sizes))
 
 
 def insert(writer: Writer, node: ir.Node, index: int, op: str, other: ir.Value) -> None:
@@ -204,10 +184,7 @@ def repair(
 ) -> None:
     """Recompute what spells the number of tokens. Raises CheckFailed where the shapes do not come out right."""
     wanted = expected(facts, steps)
-    after = Facts()
     old = {node.name: node for node in model.graph}
-    from snpc.passes.shapes import start
-
     after = start(copy, sizes)
     repairs = Repairs(copy, model, facts, after, sizes)
     for node in list(copy.graph):
@@ -283,23 +260,27 @@ def class_scores(
     if scores.fused:
         return recomputed(writer, step, nodes[scores.fused])
     weights = values[scores.tensor]
-    queries_first = scores.query_axis < scores.key_axis
     if step.point.reads:
         weights = writer.row(weights, scores.query_axis, 0)
     else:
         weights = writer.total(weights, scores.query_axis)
-    del queries_first
-    per_head = writer.reshape(weights, -1, scores.heads, step.setting.count)
-    summed = writer.total(per_head, 1)
+    summed = writer.total(writer.reshape(weights, -1, scores.heads, step.setting.count), 1)
     return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
 
 
 def recomputed(writer: Writer, step: Step, node: ir.Node) -> ir.Value:
-    """Of a fused node only the class token's row is computed again."""
+    """Inside a fused node the weights are out of reach: the class token's row of them is computed again."""
     shape = form(node.domain, node.op_type)
-    query, key = node.inputs[shape.query], node.inputs[shape.key]
-    assert query is not None and key is not None
-    raise NotImplementedError((writer, step, query, key, SOFTMAX, MATMUL, np))
-
-
-__all__ = ["Step", "close_tokens", "evaluate", "open_tokens"]
+    query, key = (node.inputs[k] for k in (shape.query, shape.key))
+    assert query is not None and key is not None and step.point.scores is not None
+    heads, width = step.point.scores.heads, step.point.scores.width
+    if not by_head(node):  # [B, N, H * D] -> [B, H, N, D]
+        key = writer.op(TRANSPOSE, writer.reshape(key, 0, 0, heads, -1), perm=[0, 2, 1, 3])
+        query = writer.op(TRANSPOSE, writer.reshape(writer.slice(query, 1, 0, 1), 0, 1, heads, -1), perm=[0, 2, 1, 3])
+    else:
+        query = writer.slice(query, 2, 0, 1)
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    scaled = writer.op(MUL, query, writer.scalar(scale))
+    row = writer.op(SOFTMAX, writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2])), axis=-1)
+    summed = writer.total(row, 1, 2)
+    return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
