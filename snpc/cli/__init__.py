@@ -13,7 +13,7 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running
-from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
+from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, with_tokens, write_text
 from snpc.errors import CheckFailed, SnpcError, UserError
 
 
@@ -41,6 +41,8 @@ def decided(
     """Score and plan as the flags say, and say what the flags leave unused."""
     import snpc
 
+    if not choice["roles"]:
+        return nothing_else(analysis, choice)
     wanted = snpc.Choice(**choice)
     with watch.stage("score and plan"):
         decision = snpc.decide(
@@ -56,6 +58,15 @@ def decided(
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
+
+
+def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
+    """The decision that --roles none leaves: no width is cut."""
+    import snpc
+
+    if choice["ratio"] is not None:
+        raise UserError("--roles none cuts no widths: leave out --ratio")
+    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -140,6 +151,9 @@ def prune(
     check_targets([*written, plan_path, json_path, page], *model_files(model), calib["calib"])
     with watch.stage("calibration"):
         calibration = calibration_of(analysis.model, **calib)
+    tokens = choice.pop("tokens")
+    with watch.stage("tokens"):
+        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
     plan = decision.plan
     if plan_path is not None:
@@ -182,6 +196,7 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target], *model_files(model), calib["calib"])
     calibration = calibration_of(analysis.model, **calib)
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
     made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
     write_text(target, snpc.plan_to_json(made))
     show.plan(made)

@@ -21,6 +21,7 @@ from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.moments import Progress, measure_moments
 from snpc.runtime.score import score
+from snpc.runtime.tokens import told
 from snpc.types import FloatArray
 
 
@@ -66,6 +67,7 @@ def decide(
     Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
+    calibration = told(analysis, calibration, provider)
     method = method or ("auto" if calibration is not None and criterion is None else "select")
     if method != "select" and calibration is None:
         raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
@@ -98,4 +100,6 @@ def compression_for(plan: Plan, calibration: Calibration | None, *, provider: st
             f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
         )
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
+    calibration = told(plan.analysis, calibration, provider)
+    assert calibration is not None
     return compress(measure_moments(plan.analysis, calibration, groups, provider=provider), groups)

@@ -29,6 +29,7 @@ from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, lo
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.stages import NotSequential
+from snpc.runtime.tokens import check_tokens, told
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -91,6 +92,8 @@ def apply_plan(
             plan, source = fitted(plan, compression, calibration, provider)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
+        if analysis.reduction is not None:
+            analysis.reduction.close(rewritten.model)
         clean(rewritten.model)
     with watch.stage("write"):
         temporary = target.with_name(f".{target.name}.unverified.onnx")
@@ -124,6 +127,8 @@ def fitted(
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
+    calibration = told(plan.analysis, calibration, provider)
+    assert calibration is not None
     plan = settled(compression, plan)
     normed = approximated(plan)
     rest = without(plan, normed)
@@ -202,12 +207,16 @@ def verify_written(
     structure = check_structure(analysis.model.path, path)
     tolerance = tolerance_of(analysis.model)
     batches, compared = check_batches(analysis, calibration)
+    fed: list[Feeds] = batches
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
     except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
-    same, moved = compare_models(dense, path, rewritten, batches, provider)
+    if analysis.reduction is not None:
+        fed, said = check_tokens(analysis, path, batches, tolerance, provider)
+        structure = (*structure, said)
+    same, moved = compare_models(dense, path, rewritten, batches, provider, fed)
     return Verdict(structure, same, moved, compared, tolerance)
 
 
@@ -228,11 +237,15 @@ def verify(
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
+    fed: list[Feeds] = batches
     if plan is not None:
+        if analysis.reduction is not None:
+            fed, said = check_tokens(analysis, pruned, batches, tolerance_of(analysis.model), provider)
+            structure = (*structure, said)
         compression = compression_for(plan, calibration, provider=provider)
         plan, source = fitted(plan, compression, calibration, provider)
         rewritten = rewrite_model(source, cuts_of(plan))
-    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
+    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider, fed)
     verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)
     return verdict
@@ -259,6 +272,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "calibration": result.calibration or None,
         **both,
         "macs_at": dict(plan.analysis.binding),
+        "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verdict),

@@ -17,6 +17,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import open_session, run_session
+from snpc.runtime.verify import compare, outputs_of, pooled
 from snpc.tokens.inplace import inplace_feeds, inplace_model
 from snpc.tokens.reduce import Reduction
 from snpc.types import AnyArray, Difference
@@ -73,12 +74,28 @@ def decisions(path: Path, names: Sequence[str], batches: Iterator[Feeds] | Seque
             yield run_session(session, {k: v for k, v in feeds.items() if k in known}, name=path.name)
 
 
+def check_tokens(
+    analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, provider: str
+) -> tuple[list[Feeds], str]:
+    """(``batches`` with what the file at ``path`` decides for them, what was checked in words). Raises CheckFailed where
+    the decisions, carried out in place, give something else."""
+    assert analysis.reduction is not None
+    decided = list(decisions(path, analysis.reduction.decisions, batches, provider))
+    found = same_in_place(analysis, batches, decided, provider)
+    for d in found:
+        if d.relative > tolerance:
+            raise CheckFailed(
+                f"output {d.output}: fewer tokens differ from the same tokens taken out in place by {d.relative:.1e} "
+                f"relative, more than {tolerance:.0e}"
+            )
+    said = f"fewer tokens equal the same tokens taken out in place to {max(d.relative for d in found):.1e}"
+    return [{**feeds, **one} for feeds, one in zip(batches, decided, strict=True)], said
+
+
 def same_in_place(
     analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], provider: str
 ) -> tuple[Difference, ...]:
     """The open graph at its full width against the model with the same tokens taken out in place."""
-    from snpc.runtime.verify import compare, outputs_of, pooled
-
     reduction = analysis.reduction
     assert isinstance(reduction, Reduction)
     graph = analysis.model.graph
@@ -87,8 +104,7 @@ def same_in_place(
         short, full = Path(folder) / "fewer.onnx", Path(folder) / "in-place.onnx"
         save(clean(analysis.traced.model.clone()), short)
         save(clean(inplace_model(graph, facts, reduction.steps)), full)
-        kinds = {s.point.value: reduction.dtypes[s.point.value].numpy() for s in reduction.steps}
-        kind = next(iter(kinds.values()))
+        kind = reduction.dtypes[reduction.steps[0].point.value].numpy()
         fed = [
             {**feeds, **{k: v.astype(kind) for k, v in inplace_feeds(reduction.steps, one).items()}}
             for feeds, one in zip(batches, decided, strict=True)
@@ -97,5 +113,3 @@ def same_in_place(
         found = outputs_of(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], provider)
     return pooled([compare(a, b) for a, b in zip(expected, found, strict=True)])
 
-
-__all__ = ["Told", "closed", "decisions", "same_in_place", "told"]

@@ -67,6 +67,10 @@ class Method(Protocol):
 
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens: ...
 
+    def macs(self, setting: Setting, width: int) -> int:
+        """What it costs itself, per sample; ``width``: of the stream."""
+        ...
+
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
         """([B, N', N]: each new token as a weighted sum of old ones; [B, N']: new sizes). ``sizes``: [B, N]."""
         ...
@@ -112,6 +116,9 @@ class TopK:
         sizes = picked(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
         return Tokens(picked(writer, setting, tokens.values, decided[0]), sizes)
 
+    def macs(self, setting: Setting, width: int) -> int:
+        return 0
+
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
         chosen = selection(setting, decided[0])
         return chosen, np.einsum("bij,bj->bi", chosen, sizes)
@@ -150,6 +157,9 @@ class Fuse:
             return Tokens(values)
         one = writer.slice(writer.ones(tokens.values), 1, 0, 1)
         return Tokens(values, writer.op(CONCAT, picked(writer, setting, tokens.sizes, keep), one, axis=1))
+
+    def macs(self, setting: Setting, width: int) -> int:
+        return setting.count * width
 
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
         keep, share = decided
@@ -214,6 +224,10 @@ class Merge:
             return writer.concat(1, *front, writer.pick(first, stay), last)
 
         return Tokens(laid(tokens.values, even, merged), laid(sizes, even_size, whole))
+
+    def macs(self, setting: Setting, width: int) -> int:
+        even, odd = (setting.others + 1) // 2, setting.others // 2
+        return even * odd * width + odd * setting.gone * (width + 1)
 
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
         stay, source, into = decided

@@ -1,0 +1,262 @@
+"""--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
+
+A schedule says how many tokens go behind each block. Schedules of the same cost are compared by building and running
+the model: first the methods, then over which blocks to spread, then tokens are moved between blocks while that helps.
+Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
+that the widths' curves predict for the rest of the way is least.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.choice import Choice, parse_target
+from snpc.passes.plan import Method, Scores, make_plan
+from snpc.passes.shapes import Facts, best_binding
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import decide
+from snpc.runtime.curves import relative_change
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.session import open_session
+from snpc.runtime.token_cost import TokenCost, token_cost
+from snpc.tokens import METHODS
+from snpc.tokens.methods import Setting
+from snpc.tokens.methods import Method as TokenMethod
+from snpc.tokens.reduce import Reduction, check_point, why_not, with_steps
+from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
+from snpc.types import AnyArray
+
+SAMPLES = 32
+STARTS, ENDS = (0.0, 0.1, 0.2, 0.35), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
+MOVES = 2  # rounds of moving tokens between blocks
+SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
+
+Schedule = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How widths are cut after the tokens: what ``decide`` is asked."""
+
+    choice: Choice
+    method: Method | None = None
+    criterion: str | None = None
+
+
+@dataclass
+class Trials:
+    """Builds and runs reduced models, each once. ``dense``: the outputs of the model on ``batches``."""
+
+    analysis: Analysis
+    facts: Facts
+    binding: Mapping[str, int]
+    cost: TokenCost
+    batches: Sequence[Feeds]
+    dense: Sequence[Sequence[AnyArray]]
+    provider: str
+    seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
+
+    def drift(self, method: TokenMethod, schedule: Schedule) -> float:
+        """Relative squared change of the outputs."""
+        key = (method.name, schedule)
+        if key not in self.seen:
+            steps = self.steps(method, schedule)
+            reduction = Reduction(tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps})
+            model = open_tokens(self.analysis.model.graph, self.facts, self.binding, steps)
+            reduction.close(model)
+            with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+                path = Path(folder) / "tried.onnx"
+                save(clean(model), path)
+                moved = run(path, self.batches, self.provider)
+            self.seen[key] = float(np.mean([relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
+        return self.seen[key]
+
+    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        points = self.analysis.tokens.points
+        count, steps = points[0].count, []
+        for point, gone in zip(points, schedule, strict=True):
+            gone = min(gone, method.most(count - point.leading))
+            if gone > 0:
+                steps.append(Step(point, method, Setting(count, point.leading, gone)))
+                count -= gone
+        return steps
+
+    def macs(self, method: TokenMethod, schedule: Schedule) -> float:
+        return self.cost.macs([s.setting for s in self.full(method, schedule)], method)
+
+    def full(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        """A step for every point, those included at which no token goes."""
+        points = self.analysis.tokens.points
+        count, steps = points[0].count, []
+        for point, gone in zip(points, schedule, strict=True):
+            gone = max(0, min(gone, method.most(count - point.leading)))
+            steps.append(Step(point, method, Setting(count, point.leading, gone)))
+            count -= gone
+        return steps
+
+    def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
+        """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
+        low, high = 0.0, float(self.analysis.tokens.points[0].count)
+
+        def at(scale: float) -> Schedule:
+            return tuple(int(round(scale * s)) for s in shape)
+
+        if self.macs(method, at(high)) > macs:
+            return None
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.macs(method, at(middle)) <= macs else (middle, high)
+        return at(high)
+
+
+def run(path: Path, batches: Sequence[Feeds], provider: str) -> list[list[AnyArray]]:
+    session = open_session(path, provider=provider, optimise="basic")
+    known = {i.name for i in session.get_inputs()}
+    return [list(session.run(None, {k: v for k, v in feeds.items() if k in known})) for feeds in batches]
+
+
+def choose_tokens(
+    analysis: Analysis, calibration: Calibration | None, target: str | None, widths: Widths | None, provider: str = "cpu"
+) -> Analysis:
+    """The analysis of the model with the tokens reduced that ``target`` ("macs=0.7") asks for, and of ``widths`` leaves.
+
+    Raises UserError where there is nothing to decide by, or where the target cannot be reached.
+    """
+    wanted = parse_target(target) if target is not None else None
+    if wanted is None or wanted.kind != "macs" or calibration is None:
+        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --target macs=R and --calib")
+    if not analysis.tokens.points:
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
+    trials = start(analysis, calibration, provider)
+    whole, budget = float(analysis.cost.macs), wanted.share * analysis.cost.macs
+    least = whole - analysis.dead_macs
+    if budget >= least:
+        return analysis
+    levels = [least - share * (least - budget) for share in (SHARES if widths is not None else (1.0,))]
+    best = cheapest_method(trials, levels[len(levels) // 2])
+    if best is None and widths is None:
+        raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
+    if best is None:
+        return analysis
+    found = [refined(trials, best, level) for level in levels]
+    reachable = [(level, schedule) for level, schedule in zip(levels, found, strict=True) if schedule is not None]
+    if not reachable:
+        raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
+    if widths is None:
+        return with_steps(analysis, trials.steps(best, reachable[0][1]))
+    return shared(trials, best, reachable, calibration, widths, budget)
+
+
+def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
+    binding, facts = best_binding(analysis.model.graph)
+    batches: list[Feeds] = []
+    for feeds in calibration.batches():
+        batches.append(feeds)
+        if len(batches) * calibration.batch >= SAMPLES:
+            break
+    dense = run(analysis.model.path, batches, provider)
+    return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider)
+
+
+def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
+    """The method that moves the outputs least when every block loses as many tokens."""
+    found: list[tuple[float, str]] = []
+    for made in METHODS.values():
+        try:
+            for point in trials.analysis.tokens.points:
+                check_point(trials.analysis, point.block, made)
+        except UserError:
+            continue
+        schedule = trials.fitted(made, [1.0] * len(trials.analysis.tokens.points), macs)
+        if schedule is not None:
+            found.append((trials.drift(made, schedule), made.name))
+    return METHODS[min(found)[1]] if found else None
+
+
+def refined(trials: Trials, method: TokenMethod, macs: float) -> Schedule | None:
+    """The schedule of this cost that moves the outputs least: between which blocks, then moved from block to block."""
+    count = len(trials.analysis.tokens.points)
+    best: tuple[float, Schedule] | None = None
+    for first, last in sorted({(round(s * count), max(round(e * count), 1)) for s in STARTS for e in ENDS}):
+        shape = [float(first <= k < last) for k in range(count)]
+        schedule = trials.fitted(method, shape, macs)
+        if schedule is not None:
+            best = min(best or (np.inf, schedule), (trials.drift(method, schedule), schedule))
+    for _ in range(MOVES if best is not None else 0):
+        assert best is not None
+        best = moved(trials, method, best, macs)
+    return best[1] if best is not None else None
+
+
+def moved(trials: Trials, method: TokenMethod, best: tuple[float, Schedule], macs: float) -> tuple[float, Schedule]:
+    """More tokens at one block, fewer at the others, where that helps."""
+    for k in range(len(best[1])):
+        for factor in (1.6, 0.4):
+            shape = [float(gone) for gone in best[1]]
+            shape[k] = max(shape[k], 2.0) * factor
+            schedule = trials.fitted(method, shape, macs)
+            if schedule is not None and schedule != best[1]:
+                better = (trials.drift(method, schedule), schedule)
+                if better < best:
+                    best = better
+                    break
+    return best
+
+
+def shared(
+    trials: Trials,
+    method: TokenMethod,
+    levels: Sequence[tuple[float, Schedule]],
+    calibration: Calibration,
+    widths: Widths,
+    budget: float,
+) -> Analysis:
+    """The level at which tokens and widths together are predicted to move the outputs least."""
+    _, middle = levels[len(levels) // 2]
+    reduced = with_steps(trials.analysis, trials.steps(method, middle))
+    try:
+        predicted = width_drift(reduced, calibration, widths, trials.provider)
+    except UserError:
+        return with_steps(trials.analysis, trials.steps(method, levels[0][1]))
+    scored = [
+        (trials.drift(method, schedule) + predicted(budget / trials.macs(method, schedule)), schedule)
+        for _, schedule in levels
+    ]
+    return with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
+
+
+def width_drift(
+    reduced: Analysis, calibration: Calibration, widths: Widths, provider: str
+) -> Callable[[float], float]:
+    """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach)."""
+    base = 1 - reduced.dead_macs / reduced.cost.macs
+    choice = replace(widths.choice, target=f"macs={0.9 * base:.6f}")
+    found = decide(
+        reduced,
+        choice,
+        calibration=calibration,
+        method=widths.method,
+        criterion=widths.criterion,
+        provider=provider,
+    )
+    values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
+    scores = Scores(reduced, "", values, curves=found.curves)
+
+    def predicted(share: float) -> float:
+        if share >= 1:
+            return 0.0
+        try:
+            plan = make_plan(scores, replace(widths.choice, target=f"macs={share * base:.6f}"))
+        except UserError:
+            return float("inf")
+        return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
+
+    return predicted
