@@ -1,7 +1,7 @@
 """--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
 
 A schedule says how many tokens go behind each block. Schedules of the same cost are compared by building and running
-the model: first the methods, then over which blocks to spread, then tokens are moved between blocks while that helps.
+the model: first the methods, then over which stretch of blocks to spread the tokens that go, and how evenly.
 Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
 that the widths' curves predict for the rest of the way is least.
 """
@@ -35,11 +35,12 @@ from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
 from snpc.types import AnyArray
 
 SAMPLES = 32
-STARTS, ENDS = (0.0, 0.1, 0.2, 0.35), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
-MOVES = 2  # rounds of moving tokens between blocks
+STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
+TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
 SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
 
 Schedule = tuple[int, ...]
+Shape = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def choose_tokens(
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if best is None:
         return analysis
-    found = [refined(trials, best, level) for level in levels]
-    reachable = [(level, schedule) for level, schedule in zip(levels, found, strict=True) if schedule is not None]
+    reachable = schedules(trials, best, levels)
     if not reachable:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if widths is None:
@@ -181,34 +181,43 @@ def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
     return METHODS[min(found)[1]] if found else None
 
 
-def refined(trials: Trials, method: TokenMethod, macs: float) -> Schedule | None:
-    """The schedule of this cost that moves the outputs least: between which blocks, then moved from block to block."""
-    count = len(trials.analysis.tokens.points)
-    best: tuple[float, Schedule] | None = None
-    for first, last in sorted({(round(s * count), max(round(e * count), 1)) for s in STARTS for e in ENDS}):
-        shape = [float(first <= k < last) for k in range(count)]
+def windows(count: int) -> list[Shape]:
+    """As many tokens at every block of a stretch."""
+    spans = sorted({(round(s * count), round(e * count)) for s in STARTS for e in ENDS})
+    return [tuple(float(first <= k < last) for k in range(count)) for first, last in spans if first < last]
+
+
+def tapered(shape: Shape) -> list[Shape]:
+    """The stretch with more tokens at its first blocks than at its last ones, and the other way round."""
+    inside = [k for k, share in enumerate(shape) if share]
+    slopes = [np.geomspace(ratio, 1, len(inside)) for ratio in TAPERS] if len(inside) > 1 else []
+    return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
+
+
+def best_shape(trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]) -> tuple[Shape, Schedule] | None:
+    """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``."""
+    found: list[tuple[float, Shape, Schedule]] = []
+    for shape in shapes:
         schedule = trials.fitted(method, shape, macs)
         if schedule is not None:
-            best = min(best or (np.inf, schedule), (trials.drift(method, schedule), schedule))
-    for _ in range(MOVES if best is not None else 0):
-        assert best is not None
-        best = moved(trials, method, best, macs)
-    return best[1] if best is not None else None
+            found.append((trials.drift(method, schedule), shape, schedule))
+    return min(found)[1:] if found else None
 
 
-def moved(trials: Trials, method: TokenMethod, best: tuple[float, Schedule], macs: float) -> tuple[float, Schedule]:
-    """More tokens at one block, fewer at the others, where that helps."""
-    for k in range(len(best[1])):
-        for factor in (1.6, 0.4):
-            shape = [float(gone) for gone in best[1]]
-            shape[k] = max(shape[k], 2.0) * factor
-            schedule = trials.fitted(method, shape, macs)
-            if schedule is not None and schedule != best[1]:
-                better = (trials.drift(method, schedule), schedule)
-                if better < best:
-                    best = better
-                    break
-    return best
+def schedules(trials: Trials, method: TokenMethod, levels: Sequence[float]) -> list[tuple[float, Schedule]]:
+    """(MACs, schedule) of every level that can be reached: all stretches are tried at the middle one, at the others the
+    best of them and the whole depth."""
+    whole = windows(len(trials.analysis.tokens.points))
+    middle = best_shape(trials, method, levels[len(levels) // 2], whole)
+    shapes = whole[:]
+    if middle is not None:
+        shapes = [middle[0], *tapered(middle[0])]
+    found = []
+    for level in levels:
+        best = best_shape(trials, method, level, shapes) or best_shape(trials, method, level, whole)
+        if best is not None:
+            found.append((level, best[1]))
+    return found
 
 
 def shared(
