@@ -43,8 +43,8 @@ class Marks:
 
 @dataclass(frozen=True)
 class Weighing:
-    """Input ``index`` of ``node`` holds scores of tokens along ``axis`` (``leading`` left out), before their softmax; of
-    a fused node (``axis`` -1) the softmax is inside."""
+    """Input ``index`` of ``node`` holds scores of tokens along ``axis`` (``leading`` left out), before their softmax;
+    of a fused node (``axis`` -1) the softmax is inside."""
 
     node: ir.Node
     index: int
@@ -173,9 +173,7 @@ def met(step: Step, index: int, pairs: bool) -> str:
 def normalise(step: Step) -> Found:
     spec, call = step.spec, step.call
     data = spec.data or (0,)
-    if step.marks(data[0]) is None or any(
-        step.marks(k) is not None for k in range(len(call.shapes)) if k not in data
-    ):
+    if step.marks(data[0]) is None or any(step.marks(k) is not None for k in range(len(call.shapes)) if k not in data):
         raise step.stuck(0, "a parameter of it has tokens")
     whole = joined(step, [(k, m) for k in data if (m := step.marks(k)) is not None])
     if any(step.marks(k) is None for k in data):

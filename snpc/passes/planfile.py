@@ -65,7 +65,9 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         )
     spec = analysis.reduction.spec if analysis.reduction is not None else None
     if data.get("tokens") != spec:
-        raise UserError(f"{name}: its tokens are {data.get('tokens')!r}, those of the analysis {spec!r}; reduce them first")
+        raise UserError(
+            f"{name}: its tokens are {data.get('tokens')!r}, those of the analysis {spec!r}; reduce them first"
+        )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}
     entries, options = data.get("groups"), data.get("options", {})

@@ -118,12 +118,13 @@ def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
                 break
         else:
             if first is not None:
-                shape = facts.shape[node.outputs[0]] or ()
-                pins.setdefault(first.reason, Pin(first.tensor, TOKEN_AXIS, tokens_of(shape), first.reason, first.operator))
+                count = tokens_of(facts, first.tensor)
+                pins.setdefault(first.reason, Pin(first.tensor, TOKEN_AXIS, count, first.reason, first.operator))
     return TokenFacts(tuple(points), tuple(pins.values()), len(sites))
 
 
-def tokens_of(shape: tuple[int, ...]) -> int:
+def tokens_of(facts: Facts, tensor: str) -> int:
+    shape = next((s for v, s in facts.shape.items() if v.name == tensor and s is not None), ())
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
 
 

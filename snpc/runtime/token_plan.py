@@ -28,8 +28,8 @@ from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import open_session
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS
-from snpc.tokens.methods import Setting
 from snpc.tokens.methods import Method as TokenMethod
+from snpc.tokens.methods import Setting
 from snpc.tokens.reduce import Reduction, check_point, why_not, with_steps
 from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
 from snpc.types import AnyArray
@@ -108,7 +108,7 @@ class Trials:
         low, high = 0.0, float(self.analysis.tokens.points[0].count)
 
         def at(scale: float) -> Schedule:
-            return tuple(int(round(scale * s)) for s in shape)
+            return tuple(round(scale * s) for s in shape)
 
         if self.macs(method, at(high)) > macs:
             return None
@@ -125,9 +125,14 @@ def run(path: Path, batches: Sequence[Feeds], provider: str) -> list[list[AnyArr
 
 
 def choose_tokens(
-    analysis: Analysis, calibration: Calibration | None, target: str | None, widths: Widths | None, provider: str = "cpu"
+    analysis: Analysis,
+    calibration: Calibration | None,
+    target: str | None,
+    widths: Widths | None,
+    provider: str = "cpu",
 ) -> Analysis:
-    """The analysis of the model with the tokens reduced that ``target`` ("macs=0.7") asks for, and of ``widths`` leaves.
+    """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
+    are cut as well.
 
     Raises UserError where there is nothing to decide by, or where the target cannot be reached.
     """
@@ -194,7 +199,9 @@ def tapered(shape: Shape) -> list[Shape]:
     return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
 
 
-def best_shape(trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]) -> tuple[Shape, Schedule] | None:
+def best_shape(
+    trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]
+) -> tuple[Shape, Schedule] | None:
     """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``."""
     found: list[tuple[float, Shape, Schedule]] = []
     for shape in shapes:
@@ -242,9 +249,7 @@ def shared(
     return with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
 
 
-def width_drift(
-    reduced: Analysis, calibration: Calibration, widths: Widths, provider: str
-) -> Callable[[float], float]:
+def width_drift(reduced: Analysis, calibration: Calibration, widths: Widths, provider: str) -> Callable[[float], float]:
     """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach)."""
     base = 1 - reduced.dead_macs / reduced.cost.macs
     choice = replace(widths.choice, target=f"macs={0.9 * base:.6f}")

@@ -4,7 +4,7 @@ tokens taken out in place."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def closed(analysis: Analysis) -> ir.Model:
     return model
 
 
-def decisions(path: Path, names: Sequence[str], batches: Iterator[Feeds] | Sequence[Feeds], provider: str) -> Iterator[Feeds]:
+def decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], provider: str) -> Iterator[Feeds]:
     """What the model at ``path`` decides, batch by batch."""
     model = ir.load(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
@@ -77,8 +77,10 @@ def decisions(path: Path, names: Sequence[str], batches: Iterator[Feeds] | Seque
 def check_tokens(
     analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, provider: str
 ) -> tuple[list[Feeds], str]:
-    """(``batches`` with what the file at ``path`` decides for them, what was checked in words). Raises CheckFailed where
-    the decisions, carried out in place, give something else."""
+    """(``batches`` with what the file at ``path`` decides for them, what was checked in words).
+
+    Raises CheckFailed where the decisions, carried out in place, give something else.
+    """
     assert analysis.reduction is not None
     decided = list(decisions(path, analysis.reduction.decisions, batches, provider))
     found = same_in_place(analysis, batches, decided, provider)
@@ -112,4 +114,3 @@ def same_in_place(
         expected = outputs_of(full, fed, provider)
         found = outputs_of(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], provider)
     return pooled([compare(a, b) for a, b in zip(expected, found, strict=True)])
-

@@ -63,4 +63,3 @@ def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> dic
         copies = np.maximum(holds.sum(2), 1)
         feeds[f"{step.prefix}_count"] = np.einsum("bij,bi->bj", holds, sizes / copies)[..., None].astype(np.float32)
     return feeds
-

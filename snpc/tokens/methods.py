@@ -91,7 +91,8 @@ def selection(setting: Setting, index: AnyArray) -> FloatArray:
     """[B, leading + k, N] of zeros and ones."""
     batch = len(index)
     front = np.broadcast_to(np.arange(setting.leading), (batch, setting.leading))
-    return np.eye(setting.count)[np.concatenate([front, index], 1)]
+    chosen: FloatArray = np.eye(setting.count)[np.concatenate([front, index], 1)]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -241,4 +242,4 @@ class Merge:
         return matrix / new[:, :, None], new
 
 
-__all__ = ["Decision", "Fuse", "Merge", "Method", "Setting", "TopK", "Tokens"]
+__all__ = ["Decision", "Fuse", "Merge", "Method", "Setting", "Tokens", "TopK"]

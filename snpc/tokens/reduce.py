@@ -130,7 +130,9 @@ def amount(text: str, digits: str) -> Amount:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise UserError(f"--tokens {text!r}: {digits} is neither a share to keep (0.7) nor a number of tokens that go (13)")
+        raise UserError(
+            f"--tokens {text!r}: {digits} is neither a share to keep (0.7) nor a number of tokens that go (13)"
+        )
     return Amount(0, share)
 
 

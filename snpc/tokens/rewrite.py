@@ -89,9 +89,7 @@ def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
     return dtype
 
 
-def decision_input(
-    copy: ir.Model, step: Step, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType
-) -> ir.Value:
+def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType) -> ir.Value:
     decision = step.decisions[index]
     kind = ir.DataType.INT64 if decision.whole else dtype
     value = ir.Value(name=step.names[index], shape=ir.Shape([batch, *decision.shape]), type=ir.TensorType(kind))
@@ -179,9 +177,7 @@ def by_head(node: ir.Node) -> bool:
 # -- sizes in parameters ---------------------------------------------------------------------------------------------
 
 
-def repair(
-    copy: ir.Model, model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]
-) -> None:
+def repair(copy: ir.Model, model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> None:
     """Recompute what spells the number of tokens. Raises CheckFailed where the shapes do not come out right."""
     wanted = expected(facts, steps)
     old = {node.name: node for node in model.graph}
@@ -230,7 +226,7 @@ def expected(facts: Facts, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
 
 
 def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir.DataType]) -> None:
-    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream at each point."""
+    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     nodes = {str(node.name): node for node in model.graph}
     for step in steps:
@@ -250,9 +246,7 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
     model.graph.sort()
 
 
-def class_scores(
-    writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]
-) -> ir.Value:
+def class_scores(writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]) -> ir.Value:
     """[B, N]: attention that each token gets from the class token, or from all tokens where nothing is read by number;
     summed over heads."""
     scores = step.point.scores
