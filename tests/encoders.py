@@ -29,6 +29,7 @@ class Encoder:
     literal: bool = False  # sizes of tokens are numbers in the reshapes
     merged: bool = False  # batch and heads share an axis
     bias: bool = False  # scores get a table over pairs of positions
+    masked: bool = False  # an input says which tokens are none
     mixing: bool = False  # a weight over tokens in the last block
     seed: int = 0
 
@@ -62,7 +63,11 @@ class Encoder:
 
     def feeds(self, batch: int = 3, seed: int = 1) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
-        return {"x": rng.standard_normal((batch, self.patches, self.width)).astype(self.kind)}
+        found = {"x": rng.standard_normal((batch, self.patches, self.width)).astype(self.kind)}
+        if self.masked:
+            lengths = rng.integers(self.tokens // 2, self.tokens, batch)
+            found["mask"] = (np.arange(self.tokens) < lengths[:, None]).astype(self.kind)
+        return found
 
 
 class Writing:
@@ -110,6 +115,9 @@ class Writing:
             flat = [self.ints(-1, e.tokens, w), self.ints(-1, w, e.tokens), self.ints(-1, e.tokens, w)]
             q, key, v = (self.op("Reshape", y, to) for y, to in zip((q, key, v), flat, strict=True))
         scores = self.op("Mul", self.op("MatMul", q, key), self.number(w**-0.5))
+        if e.masked:
+            hidden = self.op("Mul", self.op("Sub", "mask", self.number(1.0)), self.number(1e4))
+            scores = self.op("Add", scores, self.op("Unsqueeze", hidden, self.ints(1, 2)))
         if e.bias:
             scores = self.op("Add", scores, "table")
         context = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
@@ -160,7 +168,10 @@ class Writing:
         graph = helper.make_graph(
             self.nodes,
             "encoder",
-            [helper.make_tensor_value_info("x", kind, ["n", e.patches, e.width])],
+            [
+                helper.make_tensor_value_info("x", kind, ["n", e.patches, e.width]),
+                *([helper.make_tensor_value_info("mask", kind, ["n", e.tokens])] if e.masked else []),
+            ],
             [helper.make_tensor_value_info("y", kind, ["n", *(("tokens",) if e.exit == "all" else ()), 5])],
             [numpy_helper.from_array(a, name) for name, a in self.constants.items() if name in used],
         )

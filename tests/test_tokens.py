@@ -76,6 +76,19 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
         assert not np.allclose(plain[0], run(reduced.model.path, feeds)[0], atol=1e-3), "nothing was reduced"
 
 
+@pytest.mark.parametrize("encoder", [Encoder(masked=True), Encoder(masked=True, exit="mean")])
+def test_masks_lose_what_the_tokens_lose(encoder: Encoder, tmp_path: Path) -> None:
+    found = analysis(encoder, tmp_path)
+    reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
+    path = written(reduced, tmp_path)
+    batches = [encoder.feeds(3, seed) for seed in (1, 2)]
+    assert check_tokens(reduced, path, batches, 1e-5, "cpu")
+    other = {**batches[0], "mask": np.ones_like(batches[0]["mask"])}
+    assert np.abs(run(path, batches[0])[0] - run(path, other)[0]).max() > 1e-2
+    with pytest.raises(UserError, match="an entry for each; use topk"):
+        reduce_tokens(found, "merge:2")
+
+
 def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: here what is taken out in place belongs to another sample."""
     encoder = Encoder()

@@ -49,7 +49,7 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     binding, facts = best_binding(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
-    tokens = find_tokens(model.graph, facts)
+    tokens = find_tokens(model.graph, facts, binding)
     return analysed(model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens)
 
 

@@ -16,6 +16,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import form
 from snpc.ops.pointwise import SUMMED
 from snpc.ops.spec import Blocked, Call, OpSpec
+from snpc.passes.even import is_even
 from snpc.passes.segment import reads
 from snpc.passes.shapes import Facts, opset, subgraphs
 
@@ -52,10 +53,25 @@ class Weighing:
     leading: int
 
 
+@dataclass(frozen=True)
+class Side:
+    """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
+    many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
+
+    node: ir.Node
+    index: int
+    axes: dict[int, int]
+    even: bool
+    name: str
+
+
 @dataclass
 class Flow:
-    """What was met on the way: ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens;
-    ``pools``: means over tokens; ``sums``: other sums over tokens, in which none has a weight."""
+    """What was met on the way.
+
+    ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens; ``pools``: means over tokens;
+    ``sums``: other sums over tokens, in which none has a weight; ``sides``: what meets the tokens with an entry for each.
+    """
 
     marks: dict[ir.Value, Marks] = field(default_factory=dict)
     nodes: list[ir.Node] = field(default_factory=list)
@@ -63,6 +79,7 @@ class Flow:
     weighings: list[Weighing] = field(default_factory=list)
     pools: list[Weighing] = field(default_factory=list)
     sums: list[ir.Node] = field(default_factory=list)
+    sides: list[Side] = field(default_factory=list)
     stuck: Stuck | None = None
 
 
@@ -158,16 +175,27 @@ def pointwise(step: Step) -> Found:
             continue
         shape = step.call.shape(index)
         mine = dict(parts).get(index, Marks({})).axes
-        for axis in whole.axes.keys() - mine.keys():
-            at = axis - rank + len(shape)
-            if at >= 0 and shape[at] > 1:
-                raise step.stuck(index, met(step, index, len(whole.axes) > 1))
+        own = {axis - rank + len(shape): whole.axes[axis] for axis in whole.axes.keys() - mine.keys()}
+        own = {axis: leading for axis, leading in own.items() if axis >= 0 and shape[axis] > 1}
+        if own:
+            beside(step, index, own, len(whole.axes) > 1)
     return [whole] * len(step.node.outputs)
 
 
-def met(step: Step, index: int, pairs: bool) -> str:
-    positions = "every pair of positions" if pairs else "every position"
-    return f"tokens meet {step.name(index)}, which has an entry for {positions}"
+def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
+    """What has entries for tokens, but is not made of them: a mask along one axis can be picked from as the tokens are,
+    and what has the same entries everywhere needs one only."""
+    value = step.node.inputs[index]
+    assert value is not None
+    shape = step.call.shape(index)
+    even = is_even(step.model, step.facts, value, tuple(axes))
+    masks = (
+        len(axes) == 1 and not any(axes.values()) and len(shape) == 4 and min(axes) > 0 and value.const_value is None
+    )
+    if value in step.flow.marks or not (even or masks):
+        positions = "every pair of positions" if pairs else "every position"
+        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}")
+    step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
 
 
 def normalise(step: Step) -> Found:

@@ -8,7 +8,7 @@ positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,10 +18,11 @@ from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.pointwise import SUMMED
 from snpc.passes.flow import Flow, Stuck, flow_from
-from snpc.passes.shapes import Facts, is_float, opset
+from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, other_binding
 from snpc.types import Pin
 
 LEAST_OPSET = 13
+LENGTHS = "the number of tokens differs from input to input: export with a fixed length"
 MOST_LEADING = 0.25  # of the tokens: more that are read by number are no class tokens
 TOKEN_AXIS = 1
 
@@ -44,7 +45,8 @@ class TokenPoint:
 
     ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
     that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
-    ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little.
+    ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little. ``sided``: what
+    tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
     """
 
     block: int
@@ -54,6 +56,7 @@ class TokenPoint:
     reads: int
     pooled: bool
     summed: bool
+    sided: str
     scores: Scores | None
     stream: ir.Value = field(repr=False, compare=False)
     flow: Flow = field(repr=False, compare=False)
@@ -94,8 +97,8 @@ class TokenReduction(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
-    """Every point, and of every block that has none the reason."""
+def find_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int]) -> TokenFacts:
+    """Every point, and of every block that has none the reason. ``sizes``: the binding of ``facts``."""
     nodes = list(model.graph)
     sites = [k for k, node in enumerate(nodes) if is_attention(facts, node)]
     points: list[TokenPoint] = []
@@ -104,6 +107,7 @@ def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
         reason = f"opset {opset(model)}: token reduction writes operators of opset {LEAST_OPSET}; convert the model"
         return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),) if sites else (), len(sites))
     made = data_made(model)
+    fixed = fixed_lengths(model, sizes)
     for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
         first: Stuck | None = None
         for node in nodes[start + 1 : end]:
@@ -111,6 +115,8 @@ def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
                 continue
             try:
                 points.append(point_at(model, facts, made, block, nodes[start], node))
+                if not fixed(node.outputs[0]):
+                    raise Stuck(points.pop().stream.producer(), str(node.outputs[0].name), LENGTHS)
                 break
             except Stuck as stuck:
                 first = first or stuck
@@ -126,6 +132,19 @@ def find_tokens(model: ir.Model, facts: Facts) -> TokenFacts:
 def tokens_of(facts: Facts, tensor: str) -> int:
     shape = next((s for v, s in facts.shape.items() if v.name == tensor and s is not None), ())
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
+
+
+def fixed_lengths(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
+    """Whether a value has as many tokens however the dynamic axes (but for the batch) are bound."""
+    if all(axis == 0 for _, _, axis, _ in dynamic_axes(model.graph)):
+        return lambda value: True
+    here, there = evaluate(model, sizes), evaluate(model, other_binding(sizes))
+
+    def fixed(value: ir.Value) -> bool:
+        a, b = here.shape.get(value), there.shape.get(value)
+        return a is not None and b is not None and a[TOKEN_AXIS] == b[TOKEN_AXIS]
+
+    return fixed
 
 
 class NothingBehind(Exception):
@@ -184,6 +203,7 @@ def point_at(
         len(flow.reads),
         bool(flow.pools),
         bool(flow.sums),
+        next((side.name for side in flow.sides if not side.even), ""),
         scores_of(model, facts, site, node),
         value,
         flow,

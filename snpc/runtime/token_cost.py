@@ -17,20 +17,24 @@ from snpc.tokens.methods import Method, Setting
 @dataclass(frozen=True)
 class TokenCost:
     """``fixed`` MACs, and per point of the model what lies behind it (before the next) with one token axis and with
-    two: MACs at ``count`` tokens. ``width``: of the stream."""
+    two: MACs at ``count`` tokens. ``width``: of the stream; ``again``: at which points a row of scores is computed
+    again where a method asks for them."""
 
     fixed: float
     behind: tuple[tuple[float, float], ...]
     count: int
     width: int
+    again: tuple[bool, ...]
 
     def macs(self, settings: Sequence[Setting], method: Method) -> float:
         """MACs with these settings, one per point; what the method itself adds included."""
         total = self.fixed
-        for setting, (once, twice) in zip(settings, self.behind, strict=True):
+        for setting, (once, twice), again in zip(settings, self.behind, self.again, strict=True):
             share = (setting.count - setting.gone) / self.count
             total += once * share + twice * share**2
-            total += method.macs(setting, self.width) if setting.gone else 0
+            if setting.gone:
+                row = setting.count * self.width if again and method.scored else 0
+                total += method.macs(setting, self.width) + row
         return total
 
 
@@ -55,8 +59,9 @@ def token_cost(analysis: Analysis, facts: Facts) -> TokenCost:
                 behind[index][axes - 1] += macs
             else:
                 fixed += macs
+    again = tuple(p.scores is not None and bool(p.scores.fused) for p in points)
     width = (facts.shape[points[0].stream] or (0,))[-1]
-    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width)
+    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width, again)
 
 
 def parts(facts: Facts, node: ir.Node, version: int) -> dict[str, int]:

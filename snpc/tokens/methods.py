@@ -49,11 +49,13 @@ class Decision:
 
 
 class Method(Protocol):
-    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out stands for several tokens."""
+    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out stands for several tokens;
+    ``selects``: every token that comes out is one that went in."""
 
     name: ClassVar[str]
     scored: ClassVar[bool]
     weighs: ClassVar[bool]
+    selects: ClassVar[bool]
 
     def most(self, others: int) -> int:
         """How many of so many tokens can go at once."""
@@ -102,6 +104,7 @@ class TopK:
     name: ClassVar[str] = "topk"
     scored: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
 
     def most(self, others: int) -> int:
         return others - 1
@@ -132,6 +135,7 @@ class Fuse:
     name: ClassVar[str] = "fuse"
     scored: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others - 1
@@ -178,6 +182,7 @@ class Merge:
     name: ClassVar[str] = "merge"
     scored: ClassVar[bool] = False
     weighs: ClassVar[bool] = True
+    selects: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others // 2

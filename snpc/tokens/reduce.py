@@ -162,8 +162,10 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
     possible = ", ".join(str(p.block) for p in facts.points)
     if point is None:
         raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
-    if made.scored and point.scores is None:
+    if made.scored and (point.scores is None or (point.scores.fused and not point.reads)):
         raise UserError(f"--tokens: {made.name} needs attention weights that block {block} does not show; use merge")
+    if point.sided and not made.selects:
+        raise UserError(f"--tokens: behind block {block} tokens meet {point.sided}, an entry for each; use topk")
     if made.weighs and point.summed:
         raise UserError(f"--tokens: tokens are summed behind block {block}, so merged ones would count less; use topk")
 

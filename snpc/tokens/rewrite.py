@@ -69,6 +69,7 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
         current = made.sizes
         if current is not None:
             weights.append((step, current))
+    thin_sides(copy, facts, steps)
     for step, value in weights:
         weigh(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
     copy.graph.sort()
@@ -95,6 +96,45 @@ def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.Symbo
     value = ir.Value(name=step.names[index], shape=ir.Shape([batch, *decision.shape]), type=ir.TensorType(kind))
     copy.graph.inputs.append(value)
     return value
+
+
+# -- what has an entry for each token ---------------------------------------------------------------------------------
+
+
+def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
+    """Masks and tables behind the points lose the entries of the tokens that go."""
+    nodes = {node.name: node for node in copy.graph}
+    given = {str(v.name): v for v in copy.graph.inputs}
+    thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
+    for step in steps:
+        writer = Writer(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
+        for side in step.point.flow.sides:
+            if side.even and step is not steps[0] and side.node in steps[0].point.flow.nodes:
+                continue  # one entry is left of it already
+            node = nodes[side.node.name]
+            value = node.inputs[side.index]
+            assert value is not None
+            key = (step.prefix, str(value.name), tuple(side.axes))
+            if key not in thinned:
+                if side.even:
+                    thinned[key] = value
+                    for axis in side.axes:
+                        thinned[key] = writer.slice(thinned[key], axis, 0, 1)
+                else:
+                    (axis,) = side.axes
+                    thinned[key] = picked_along(writer, step, value, axis, given[step.names[0]])
+            node.replace_input_with(side.index, thinned[key])
+
+
+def picked_along(writer: Writer, step: Step, value: ir.Value, axis: int, keep: ir.Value) -> ir.Value:
+    """[B or 1, ..] with the entries along ``axis`` of the tokens that a selecting method keeps."""
+    order = [0, axis, *(k for k in range(1, 4) if k != axis)]
+    laid = writer.op(TRANSPOSE, value, perm=order)
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(1, 1, 1))
+    laid = writer.expand(laid, shape)
+    front = [writer.slice(laid, 1, 0, step.setting.leading)] if step.setting.leading else []
+    found = writer.concat(1, *front, writer.pick(laid, keep))
+    return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(4)])
 
 
 # -- what tokens weigh -----------------------------------------------------------------------------------------------
