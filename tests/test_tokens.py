@@ -42,7 +42,7 @@ FORMS = {
     "fp16": Encoder(half=True),
     "fused": Encoder(fused=True, opset=23),
 }
-REDUCTIONS = ("merge:2", "topk:0.7", "fuse:0.7@2-3", "merge:3@1+topk:2@2+fuse:3@3")
+REDUCTIONS = ("merge:2", "guided:2", "topk:0.7", "fuse:0.7@2-3", "merge:3@1+topk:2@2+fuse:3@3")
 
 
 def analysis(encoder: Encoder, folder: Path) -> Analysis:

@@ -70,7 +70,7 @@ class Flow:
     """What was met on the way.
 
     ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens; ``pools``: means over tokens;
-    ``sums``: other sums over tokens, in which none has a weight; ``sides``: what meets the tokens with an entry for each.
+    ``sums``: other sums over tokens, in which none has a weight; ``sides``: what has an entry for each of them.
     """
 
     marks: dict[ir.Value, Marks] = field(default_factory=dict)

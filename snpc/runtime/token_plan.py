@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, parse_target
-from snpc.passes.plan import Method, Scores, make_plan
+from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
+from snpc.passes.rewrite import rewrite_model
 from snpc.passes.shapes import Facts, best_binding
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import decide
+from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import relative_change
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import open_session
 from snpc.runtime.token_cost import TokenCost, token_cost
@@ -73,12 +76,16 @@ class Trials:
             reduction = Reduction(tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps})
             model = open_tokens(self.analysis.model.graph, self.facts, self.binding, steps)
             reduction.close(model)
-            with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-                path = Path(folder) / "tried.onnx"
-                save(clean(model), path)
-                moved = run(path, self.batches, self.provider)
-            self.seen[key] = float(np.mean([relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
+            self.seen[key] = self.change(model)
         return self.seen[key]
+
+    def change(self, model: ir.Model) -> float:
+        """Relative squared change of the outputs by ``model``, which is taken over."""
+        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+            path = Path(folder) / "tried.onnx"
+            save(clean(model), path)
+            moved = run(path, self.batches, self.provider)
+        return float(np.mean([relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
     def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
         points = self.analysis.tokens.points
@@ -108,7 +115,8 @@ class Trials:
         low, high = 0.0, float(self.analysis.tokens.points[0].count)
 
         def at(scale: float) -> Schedule:
-            return tuple(round(scale * s) for s in shape)
+            behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(shape)])]
+            return tuple(int(n) for n in np.diff(behind))
 
         if self.macs(method, at(high)) > macs:
             return None
@@ -239,8 +247,8 @@ def shared(
     _, middle = levels[len(levels) // 2]
     reduced = with_steps(trials.analysis, trials.steps(method, middle))
     try:
-        predicted = width_drift(reduced, calibration, widths, trials.provider)
-    except UserError:
+        predicted = width_drift(trials, reduced, trials.drift(method, middle), calibration, widths, budget)
+    except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
         return with_steps(trials.analysis, trials.steps(method, levels[0][1]))
     scored = [
         (trials.drift(method, schedule) + predicted(budget / trials.macs(method, schedule)), schedule)
@@ -249,28 +257,49 @@ def shared(
     return with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
 
 
-def width_drift(reduced: Analysis, calibration: Calibration, widths: Widths, provider: str) -> Callable[[float], float]:
-    """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach)."""
+def width_drift(
+    trials: Trials, reduced: Analysis, by_tokens: float, calibration: Calibration, widths: Widths, budget: float
+) -> Callable[[float], float]:
+    """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach).
+
+    Curves are of one group at a time. What they add up to is scaled by how much more the outputs move when all groups
+    are cut together, which is measured once. Raises UserError where ``budget`` is out of reach.
+    """
     base = 1 - reduced.dead_macs / reduced.cost.macs
-    choice = replace(widths.choice, target=f"macs={0.9 * base:.6f}")
     found = decide(
         reduced,
-        choice,
+        replace(widths.choice, target=f"macs={budget / reduced.cost.macs:.9f}"),
         calibration=calibration,
         method=widths.method,
         criterion=widths.criterion,
-        provider=provider,
+        provider=trials.provider,
     )
-    values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
-    scores = Scores(reduced, "", values, curves=found.curves)
+    scores = Scores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
+
+    def summed(plan: Plan) -> float:
+        return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
+
+    together = max(trials.change(cut_at_once(found)) - by_tokens, 0.0)
+    scale = max(1.0, together / max(summed(found.plan), 1e-12))
 
     def predicted(share: float) -> float:
         if share >= 1:
             return 0.0
         try:
-            plan = make_plan(scores, replace(widths.choice, target=f"macs={share * base:.6f}"))
+            return scale * summed(make_plan(scores, replace(widths.choice, target=f"macs={share * base:.9f}")))
         except UserError:
             return float("inf")
-        return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
 
     return predicted
+
+
+def cut_at_once(decision: Decision) -> ir.Model:
+    """The plan's model, all layers fitted to the dense one."""
+    plan, source = decision.plan, decision.plan.analysis.traced
+    if decision.compression is not None:
+        plan = settled(decision.compression, plan)
+        source = fit(decision.compression, plan)
+    model = rewrite_model(source, cuts_of(plan)).model
+    assert plan.analysis.reduction is not None
+    plan.analysis.reduction.close(model)
+    return model

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, MUL, SCATTER_ELEMENTS, SQRT, TOPK
+from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS, SQRT, SUB, TOPK
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
@@ -208,10 +208,15 @@ class Merge:
         alike = writer.matmul(even, writer.swap(odd))
         near, where = writer.ops(TOPK, alike, writer.ints(1), outputs=2, axis=2, largest=1, sorted=1)
         every = (setting.others + 1) // 2
-        order = writer.ops(TOPK, writer.reshape(near, 0, -1), writer.ints(every), outputs=2, axis=1, sorted=1)[1]
+        first = self.first(writer, setting, writer.reshape(near, 0, -1), scores)
+        order = writer.ops(TOPK, first, writer.ints(every), outputs=2, axis=1, sorted=1)[1]
         source = writer.slice(order, 1, 0, setting.gone)
         into = writer.reshape(writer.pick(where, source), 0, -1)
         return [writer.slice(order, 1, setting.gone), source, into]
+
+    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+        """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
+        return near
 
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
         stay, source, into = decided
@@ -247,4 +252,19 @@ class Merge:
         return matrix / new[:, :, None], new
 
 
-__all__ = ["Decision", "Fuse", "Merge", "Method", "Setting", "Tokens", "TopK"]
+@dataclass(frozen=True)
+class Guided(Merge):
+    """As merge, but tokens that get little attention (as topk counts it) go before others that are as similar."""
+
+    name: ClassVar[str] = "guided"
+    scored: ClassVar[bool] = True
+    weight: float = 0.07  # in cosine, of a factor e in attention
+
+    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+        assert scores is not None
+        own = writer.op(LOG, writer.slice(scores, 1, setting.leading, step=2))
+        scale = writer.constant(np.asarray([self.weight], np.float32))
+        return writer.op(SUB, near, writer.op(MUL, own, scale))
+
+
+__all__ = ["Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Tokens", "TopK"]
