@@ -26,6 +26,7 @@ from snpc.runtime.model_io import load, save
 from snpc.runtime.moments import Measured, measure_moments
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
+from snpc.tokens.reduce import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ __all__ = [
     "measure_moments",
     "plan_from_json",
     "plan_to_json",
+    "reduce_tokens",
     "report",
     "save",
     "score",

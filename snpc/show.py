@@ -115,12 +115,12 @@ def groups(analysis: Analysis) -> None:
 def tokens(analysis: Analysis) -> None:
     """Behind which blocks tokens can get fewer, and why not behind the others."""
     found = analysis.tokens
-    for count, leading, points in token_spans(analysis):
+    for tokens_now, leading, points in token_spans(analysis):
         first, last = points[0], points[-1]
         stay = f"the first {leading} stay" if leading else "none has to stay"
         ways = "merge" if first.scores is None else "topk, fuse" if first.summed else "topk, fuse, merge"
         where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
-        line(f"tokens: {count}, can get fewer {where} ({stay}; {ways})")
+        line(f"tokens: {tokens_now}, can get fewer {where} ({stay}; {ways})")
     for pin in found.pins:
         line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
 

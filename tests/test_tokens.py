@@ -278,6 +278,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert code == 0, text
     found = json.loads(report.read_text())
     assert 0.5 < found["macs"]["after"] / found["macs"]["before"] <= 0.7
+    page = ("--report", str(tmp_path / "page.html"))
+    code, text = command("prune", model, "--roles", "none", "--tokens", "topk:2@1-3", *calib, "-o", out, *page)
+    assert code == 0, text
     code, text = command("inspect", model)
     assert code == 0 and "tokens: 17" in text, text
 

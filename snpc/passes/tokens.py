@@ -192,6 +192,8 @@ def point_at(
         raise flow.stuck
     if not flow.weighings and not flow.pools:
         raise NothingBehind
+    if shape[0] != batch_of(model, facts):
+        raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
     leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
     if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
         raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
@@ -208,6 +210,12 @@ def point_at(
         value,
         flow,
     )
+
+
+def batch_of(model: ir.Model, facts: Facts) -> int | None:
+    """The first axis of the first input."""
+    shapes = [facts.shape.get(value) for value in model.graph.inputs if not value.is_initializer()]
+    return shapes[0][0] if shapes and shapes[0] else None
 
 
 def constant_tokens(facts: Facts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
