@@ -8,7 +8,7 @@ positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,32 +101,49 @@ def find_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int]) -> Toke
     """Every point, and of every block that has none the reason. ``sizes``: the binding of ``facts``."""
     nodes = list(model.graph)
     sites = [k for k, node in enumerate(nodes) if is_attention(facts, node)]
-    points: list[TokenPoint] = []
-    pins: dict[str, Pin] = {}
+    if not sites:
+        return NO_TOKENS
     if opset(model) < LEAST_OPSET:
         reason = f"opset {opset(model)}: token reduction writes operators of opset {LEAST_OPSET}; convert the model"
-        return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),) if sites else (), len(sites))
-    made = data_made(model)
-    fixed = fixed_lengths(model, sizes)
+        return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
+    search = Search(model, facts, data_made(model), fixed_lengths(model, sizes))
+    points: list[TokenPoint] = []
+    pins: dict[str, Pin] = {}
     for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
-        first: Stuck | None = None
-        for node in nodes[start + 1 : end]:
-            if not is_residual_sum(facts, made, node):
-                continue
-            try:
-                points.append(point_at(model, facts, made, block, nodes[start], node))
-                if not fixed(node.outputs[0]):
-                    raise Stuck(points.pop().stream.producer(), str(node.outputs[0].name), LENGTHS)
-                break
-            except Stuck as stuck:
-                first = first or stuck
-            except NothingBehind:
-                break
-        else:
-            if first is not None:
-                count = tokens_of(facts, first.tensor)
-                pins.setdefault(first.reason, Pin(first.tensor, TOKEN_AXIS, count, first.reason, first.operator))
+        found = point_behind(search, block, nodes[start], nodes[start + 1 : end])
+        if isinstance(found, Stuck):
+            count = tokens_of(facts, found.tensor)
+            pins.setdefault(found.reason, Pin(found.tensor, TOKEN_AXIS, count, found.reason, found.operator))
+        elif found is not None:
+            points.append(found)
     return TokenFacts(tuple(points), tuple(pins.values()), len(sites))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked at for every block. ``made``: values made from the contents of inputs; ``fixed`` says whether the
+    number of tokens of a value is the same for all inputs."""
+
+    model: ir.Model
+    facts: Facts
+    made: frozenset[ir.Value]
+    fixed: Callable[[ir.Value], bool]
+
+
+def point_behind(search: Search, block: int, site: ir.Node, after: Sequence[ir.Node]) -> TokenPoint | Stuck | None:
+    """The first sum behind attention ``site`` where tokens can get fewer, or why there is none; None where that would
+    be no use."""
+    first: Stuck | None = None
+    for node in after:
+        if not is_residual_sum(search.facts, search.made, node):
+            continue
+        try:
+            return point_at(search, block, site, node)
+        except Stuck as stuck:
+            first = first or stuck
+        except NothingBehind:
+            return None
+    return first or Stuck(site, str(site.outputs[0].name), "behind it no two streams [batch, tokens, width] are added")
 
 
 def tokens_of(facts: Facts, tensor: str) -> int:
@@ -180,10 +197,9 @@ def data_made(model: ir.Model) -> frozenset[ir.Value]:
     return frozenset(found)
 
 
-def point_at(
-    model: ir.Model, facts: Facts, made: frozenset[ir.Value], block: int, site: ir.Node, node: ir.Node
-) -> TokenPoint:
+def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
     """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
+    model, facts, made = search.model, search.facts, search.made
     value = node.outputs[0]
     shape = facts.shape[value]
     assert shape is not None
@@ -194,6 +210,8 @@ def point_at(
         raise NothingBehind
     if shape[0] != batch_of(model, facts):
         raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
+    if not search.fixed(value):
+        raise Stuck(node, str(value.name), LENGTHS)
     leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
     if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
         raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
