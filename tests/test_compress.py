@@ -66,7 +66,9 @@ def compressed(name: str) -> Compression:
     """All groups of an export, measured on its feeds."""
     analysis = analysis_of(name)
     return snpc.compress(
-        snpc.measure_moments(analysis, calibration_of(analysis, feeds_of(name)), chosen(analysis)), chosen(analysis)
+        analysis,
+        snpc.measure_statistics(analysis, calibration_of(analysis, feeds_of(name)), chosen(analysis)),
+        chosen(analysis),
     )
 
 
@@ -203,7 +205,9 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
     """On one sample, since keys are paired with the queries of all samples. Softmax ignores each query's mean."""
     analysis, feeds = analysis_of(name), more_data(name, 1)
     for group in chosen(analysis, "qk"):
-        found = snpc.compress(snpc.measure_moments(analysis, calibration_of(analysis, feeds), [group]), [group])
+        found = snpc.compress(
+            analysis, snpc.measure_statistics(analysis, calibration_of(analysis, feeds), [group]), [group]
+        )
         kept = round(group.size * share)
         model = shrunk(snpc.Decision(only(analysis, group, kept), found))
         scores = contraction_at(analysis.traced, group).node.outputs[0]
@@ -252,7 +256,9 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     """More rows than units, else nothing is lost that damping does not hide."""
     analysis, feeds = analysis_of(name), more_data(name, 48)
     for group in chosen(analysis, "ffn"):
-        found = snpc.compress(snpc.measure_moments(analysis, calibration_of(analysis, feeds, 16), [group]), [group])
+        found = snpc.compress(
+            analysis, snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), [group]), [group]
+        )
         keep = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up

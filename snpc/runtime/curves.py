@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +13,7 @@ from snpc.passes.plan import Plan, Scores, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
-from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import open_session
+from snpc.runtime.scratch import scratch
 from snpc.runtime.silent import constant_array, silent_constants
 from snpc.types import AnyArray, FloatArray, Group
 
@@ -44,19 +41,14 @@ def output_curves(
     names = sorted({name for _, _, arrays in tried for name in arrays})
     plain = {name: constant_array(graph.initializers[name]) for name in names}
     found: dict[str, FloatArray] = {}
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "probed.onnx"
-        save(clean(open_weights(analysis.traced.model, names)), path)
-        session = open_session(path, provider=provider, optimise="basic")
-        known = {i.name for i in session.get_inputs()}
-        outputs = [o.name for o in session.get_outputs()]
-        batches = [{k: v for k, v in feeds.items() if k in known} for feeds in few_samples(calibration)]
-        dense = [session.run(outputs, {**feeds, **plain}) for feeds in batches]
+    with scratch(open_weights(analysis.traced.model, names), provider=provider, optimise="basic") as run:
+        batches = few_samples(calibration)
+        dense = [list(run({**feeds, **plain}).values()) for feeds in batches]
         for group in groups:
             changes = {}
             for width in probed_widths(group):
                 arrays = {**plain, **trial(compression, scores, group, width)}
-                moved = [session.run(outputs, {**feeds, **arrays}) for feeds in batches]
+                moved = [list(run({**feeds, **arrays}).values()) for feeds in batches]
                 changes[width] = float(np.mean([relative_change(a, b) for a, b in zip(dense, moved, strict=True)]))
             found[group.id] = calibrated(shape_of(compression, group), changes)
     return found

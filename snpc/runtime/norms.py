@@ -9,10 +9,8 @@ makes up for the channels that are gone. Plain sums over rows are enough for all
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -28,8 +26,7 @@ from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import Instrument
-from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import open_session
+from snpc.runtime.scratch import scratch
 from snpc.types import FloatArray, Group
 
 FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
@@ -151,14 +148,10 @@ def watch(dense: Traced, norms: Sequence[Norm], dead: Dead, batches: Iterable[Fe
         watch_norm(instrument, dense, norm, dead, index)
     names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
     total: list[FloatArray] = []
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "norms.onnx"
-        save(clean(instrument.model), path)
-        session = open_session(path, provider=provider)
-        inputs = {i.name for i in session.get_inputs()}
+    with scratch(instrument.model, provider=provider) as run:
         for feeds in batches:
-            found = session.run(names, {k: v for k, v in feeds.items() if k in inputs})
-            arrays = [np.asarray(r, np.float64) for r in found]
+            found = run(feeds)
+            arrays = [np.asarray(found[name], np.float64) for name in names]
             total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
     return [
         Sums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))

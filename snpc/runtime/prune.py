@@ -29,6 +29,7 @@ from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, lo
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.stages import NotSequential
+from snpc.runtime.statistics import Statistics
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -108,7 +109,7 @@ def apply_plan(
         discard(temporary)
     after = replace(after, bytes=file_bytes(target))
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
-    described = calibration.described() if calibration else ""
+    described = calibration.described() if calibration else compression.source if compression else ""
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
     forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
     return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
@@ -120,19 +121,22 @@ def fitted(
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
         return plan, plan.analysis.traced
-    if compression is None or calibration is None:
+    normed = approximated(plan)
+    if compression is None or (calibration is None and (plan.method == "auto" or normed)):
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
     plan = settled(compression, plan)
-    normed = approximated(plan)
     rest = without(plan, normed)
     source = fitted_weights(compression, rest, calibration, provider) if rest.keep else plan.analysis.traced
-    return plan, fit_norms(source, plan, calibration, provider=provider) if normed else source
+    if not normed:
+        return plan, source
+    assert calibration is not None
+    return plan, fit_norms(source, plan, calibration, provider=provider)
 
 
-def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration, provider: str) -> Traced:
-    if plan.method == "auto":
+def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration | None, provider: str) -> Traced:
+    if plan.method == "auto" and calibration is not None:
         try:
             return fit_sequentially(compression, plan, calibration, provider)
         except NotSequential:
@@ -217,11 +221,12 @@ def verify(
     *,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    statistics: Statistics | None = None,
     provider: str = "cpu",
 ) -> Verdict:
     """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known.
 
-    For a plan that refits weights (method auto) the calibration data that it was made with are needed for the last.
+    For a plan that refits weights (method auto or parallel) the last needs the data that it was made with.
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
@@ -229,7 +234,7 @@ def verify(
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
     if plan is not None:
-        compression = compression_for(plan, calibration, provider=provider)
+        compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
         plan, source = fitted(plan, compression, calibration, provider)
         rewritten = rewrite_model(source, cuts_of(plan))
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)

@@ -11,10 +11,8 @@ behind it is regressed on its kept units, heavily damped, and added (asymmetric 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -27,9 +25,9 @@ from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.measure import Instrument
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
-from snpc.runtime.session import open_session
+from snpc.runtime.scratch import scratch
 from snpc.runtime.silent import biases_as_changes, silent_constants
 from snpc.runtime.stages import Gap, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
@@ -86,14 +84,9 @@ class Fitting:
 
     def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
         """Outputs per batch."""
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            path = Path(folder) / "segment.onnx"
-            save(model, path)
-            session = open_session(path, provider=self.provider)
-            inputs = [i.name for i in session.get_inputs()]
-            names = [o.name for o in session.get_outputs()]
+        with scratch(model, provider=self.provider) as run:
             for values in feeds:
-                yield dict(zip(names, session.run(names, {k: values[k] for k in inputs}), strict=True))
+                yield run(values)
 
 
 def fit_stage(fitting: Fitting, stage: Stage, total: Edits, carry: Carry) -> Edits:
