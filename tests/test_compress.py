@@ -61,15 +61,21 @@ def chosen(analysis: Analysis, *roles: Role) -> list[Group]:
     return [g for g in analysis.groups if g.role in (roles or ROLES) and g.prunable]
 
 
+def compressed_on(name: str, feeds: Feeds, groups: Sequence[Group], batch: int = 3) -> Compression:
+    analysis = analysis_of(name)
+    statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, batch), groups)
+    return snpc.compress(analysis, statistics, groups)
+
+
+def unpadded_feeds(name: str) -> Feeds:
+    """The export's feeds with every token attended to."""
+    return {key: np.ones_like(a) if "mask" in key else a for key, a in feeds_of(name).items()}
+
+
 @functools.cache
 def compressed(name: str) -> Compression:
-    """All groups of an export, measured on its feeds."""
-    analysis = analysis_of(name)
-    return snpc.compress(
-        analysis,
-        snpc.measure_statistics(analysis, calibration_of(analysis, feeds_of(name)), chosen(analysis)),
-        chosen(analysis),
-    )
+    """All groups of an export, measured on its feeds, without padding."""
+    return compressed_on(name, unpadded_feeds(name), chosen(analysis_of(name)))
 
 
 def more_data(name: str, samples: int, seed: int = 0) -> Feeds:
@@ -205,9 +211,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
     """On one sample, since keys are paired with the queries of all samples. Softmax ignores each query's mean."""
     analysis, feeds = analysis_of(name), more_data(name, 1)
     for group in chosen(analysis, "qk"):
-        found = snpc.compress(
-            analysis, snpc.measure_statistics(analysis, calibration_of(analysis, feeds), [group]), [group]
-        )
+        found = compressed_on(name, feeds, [group])
         kept = round(group.size * share)
         model = shrunk(snpc.Decision(only(analysis, group, kept), found))
         scores = contraction_at(analysis.traced, group).node.outputs[0]
@@ -229,7 +233,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_predicted_loss_of_values(name: str, share: float) -> None:
     """Head by head, as it is minimised: what a head adds to the output, less what the bias makes up for."""
-    analysis, feeds, found = analysis_of(name), feeds_of(name), compressed(name)
+    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), compressed(name)
     for group in chosen(analysis, "vo")[:2]:
         kept = round(group.size * share)
         model = shrunk(snpc.Decision(only(analysis, group, kept), found))
@@ -256,9 +260,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     """More rows than units, else nothing is lost that damping does not hide."""
     analysis, feeds = analysis_of(name), more_data(name, 48)
     for group in chosen(analysis, "ffn"):
-        found = snpc.compress(
-            analysis, snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), [group]), [group]
-        )
+        found = compressed_on(name, feeds, [group], 16)
         keep = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up
@@ -291,7 +293,7 @@ def biased_output(analysis: Analysis, group: Group) -> str:
 @pytest.mark.parametrize("role", ["vo", "ffn"])
 def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
     """What is cut loses its mean, and a bias takes it up: an own one, or a new one where there was none."""
-    analysis, feeds, found = analysis_of(name), feeds_of(name), compressed(name)
+    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), compressed(name)
     group = chosen(analysis, role)[0]
     kept = group.size // 4
     plan = only(analysis, group, kept)
@@ -353,7 +355,7 @@ def test_statistics_do_not_depend_on_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_moments_are_those_of_the_activations(name: str) -> None:
-    analysis, feeds = analysis_of(name), feeds_of(name)
+    analysis, feeds = analysis_of(name), unpadded_feeds(name)
     sums = statistics(name, feeds, 3)
     for group in chosen(analysis, "vo", "ffn"):
         kind = "context" if group.role == "vo" else "hidden"

@@ -17,7 +17,8 @@ from oracle import analysis_of, prunable, require, written
 from test_cli import CALIB, VIT
 
 import snpc
-from snpc.runtime.measure import Wanted, layout_of, measure, wanted_statistics
+from snpc.runtime.layout import layout_of
+from snpc.runtime.measure import Wanted, measure, wanted_statistics
 from snpc.runtime.score import numbers_of
 from snpc.types import Group, Probe
 

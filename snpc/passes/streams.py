@@ -28,11 +28,12 @@ PLAIN = {"movement", "concat", "pointwise"}  # kinds that lie between a product 
 @dataclass(frozen=True)
 class Source:
     """A value that tells padded keys from others: ``weights`` of attention, [.., queries, keys], or the ``mask`` that a
-    fused node takes, keys last. ``key_axis`` is that of the keys; ``period``: how many heads the first axis holds
-    beside the batch (0: none). ``stream`` is that of the keys."""
+    fused node takes, keys last. It has ``rank`` axes; ``key_axis`` is that of the keys; ``period``: how many heads the
+    first axis holds beside the batch (0: none). ``stream`` is that of the keys."""
 
     value: ir.Value
     kind: Literal["weights", "mask"]
+    rank: int
     key_axis: int
     period: int
     stream: int
@@ -164,12 +165,7 @@ def mask_inputs(node: ir.Node) -> list[ir.Value]:
 
 def sources_at(traced: Traced, node: ir.Node, product: Contraction | None, groups: Groups) -> Iterator[Source]:
     if product is None:
-        shape = form(node.domain, node.op_type)
-        values = node.inputs[shape.query if shape.packed_weight is not None else shape.value]
-        for mask in mask_inputs(node) if values is not None else ():
-            rank = len(traced.facts.shape.get(mask) or ())
-            if rank >= 2 and not is_constant(traced, mask):
-                yield Source(mask, "mask", rank - 1, 0, groups.number(values))  # type: ignore[arg-type]
+        yield from fused_sources(traced, node, groups)
         return
     weights = weights_side(traced, product)
     values = next(v for v in product.node.inputs if v is not None and v is not weights)
@@ -178,7 +174,19 @@ def sources_at(traced: Traced, node: ir.Node, product: Contraction | None, group
     mine, carried = (product.letters.left, product.left) if left else (product.letters.right, product.right)
     summed = [k for k, c in enumerate(mine) if c not in product.letters.out]
     if len(summed) == 1 and len(mine) >= 3 and summed[0] > 0:
-        yield Source(weights, "weights", summed[0], merged_heads(carried), groups.number(values))
+        yield Source(weights, "weights", len(mine), summed[0], merged_heads(carried), groups.number(values))
+
+
+def fused_sources(traced: Traced, node: ir.Node, groups: Groups) -> Iterator[Source]:
+    shape = form(node.domain, node.op_type)
+    values = node.inputs[shape.query if shape.packed_weight is not None else shape.value]
+    for mask in mask_inputs(node):
+        rank = len(traced.facts.shape.get(mask) or ())
+        dtype = traced.facts.dtype.get(mask)
+        per_query = is_float(dtype) or dtype == ir.DataType.BOOL
+        batched = rank == 4 if per_query else rank in (2, 3)  # [queries, keys] is the same for all
+        if values is not None and batched and not is_constant(traced, mask):
+            yield Source(mask, "mask", rank, rank - 1, 0, groups.number(values))
 
 
 def merged_heads(carried: Carried) -> int:

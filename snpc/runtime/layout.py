@@ -12,6 +12,8 @@ from snpc.ops.spec import Shape
 from snpc.passes.streams import shortest_period
 from snpc.types import IntArray, Probe
 
+Order = Literal["plain", "merged", "turned"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,8 +54,8 @@ def rows_of(layout: Layout, shape: Shape) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Told:
-    """Which rows of a probed tensor are tokens that count stands in input ``name`` [batch, tokens]: in that order, all
-    on one axis ("merged"), or tokens first ("turned")."""
+    """Which rows of a tensor are tokens that count is told by input ``name``, bool [batch, tokens]. ``order`` of the
+    rows: as there, all on the batch axis ("merged": [batch * tokens, 1]), or tokens first ("turned")."""
 
     name: str
-    order: Literal["plain", "merged", "turned"]
+    order: Order

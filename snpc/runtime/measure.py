@@ -1,8 +1,4 @@
-"""Statistics inside the graph: sums that onnxruntime computes beside the model, so that activations are never held.
-
-For each probe (an activation in which a group's units can be seen) the instrumented model gets a few more outputs:
-``energy`` [samples, blocks, size], the sum over rows of squares, and ``gram`` [samples, blocks, size, size], X^T X.
-"""
+"""Which statistics are wanted of which activations, and a pass over the data that gives them."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
-from snpc.errors import CheckFailed
 from snpc.passes.analyze import Analysis
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.instrument import Instrument
+from snpc.runtime.padding import padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
-from snpc.types import FloatArray, Group, IntArray, Probe
+from snpc.types import FloatArray, Group, Probe
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,17 @@ def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) ->
 def measure(
     analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu", threads: int = 0
 ) -> Iterator[dict[str, FloatArray]]:
-    """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64."""
-    instrument = Instrument(analysis.traced.model)
+    """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64. Padded tokens do not
+    count."""
+    source = analysis.traced
+    padding = padding_of(source, probe_rows((w.probe, w.group.blocks * w.group.size) for w in wanted))
+    instrument = Instrument(source.model, padding.told)
     for item in wanted:
-        instrument.add(item)
-    with scratch(instrument.model, provider=provider, threads=threads) as run:
+        instrument.add(item.kind, item.probe, item.group.blocks, item.group.size, item.output)
+    with (
+        token_masks(source, padding, provider, threads) as masks,
+        scratch(instrument.model, provider=provider, threads=threads) as run,
+    ):
         for feeds in batches:
-            yield {name: np.asarray(array, np.float64) for name, array in run(feeds).items()}
+            found = run({**feeds, **masks(feeds)})
+            yield {name: np.asarray(array, np.float64) for name, array in found.items()}

@@ -25,7 +25,7 @@ from snpc.passes.rewrite import Traced, traced
 from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import Instrument
+from snpc.runtime.instrument import Instrument
 from snpc.runtime.scratch import scratch
 from snpc.types import FloatArray, Group
 

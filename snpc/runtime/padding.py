@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 
 from snpc.ops.spec import Shape
 from snpc.passes.rewrite import Traced
@@ -19,81 +21,95 @@ from snpc.passes.shapes import Facts, evaluate, other_binding
 from snpc.passes.streams import Source, streams_of
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
-from snpc.runtime.layout import Layout, Told, layout_of, rows_of
+from snpc.runtime.layout import Order, Told, layout_of, rows_of
 from snpc.runtime.scratch import scratch
 from snpc.types import AnyArray, Probe
 
 ATTENDED = 1e-9  # a weight that is more than nothing
 HIDDEN = -1e3  # what a mask adds to hide a key is less
 
-Masks = Callable[[Feeds], dict[str, AnyArray]]
+Counts = npt.NDArray[np.bool_]
+Masks = Mapping[str, Counts]
+Rows = Callable[[Shape], tuple[int, int]]
+"""From the shape of a tensor to (samples, rows of each)."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """``told``: probed tensor -> where it stands which of its rows count; ``sources``: what tells it, by input name."""
+    """``told``: tensor -> where it stands which of its rows count; ``sources``: what tells it, by input name."""
 
     told: Mapping[str, Told] = field(default_factory=dict)
     sources: Mapping[str, Source] = field(default_factory=dict)
 
 
-def padding_of(traced: Traced, probes: Iterable[tuple[Probe, int]]) -> Padding:
-    """Where padding shows for each probe of so many units."""
+def padding_of(traced: Traced, tensors: Iterable[tuple[str, Rows]]) -> Padding:
+    """Where padding shows for each of these (tensor, how its rows are counted)."""
     streams = streams_of(traced)
     if not streams.sources:
         return Padding()
     sizes = other_binding(traced.sizes)
-    facts = (traced.facts, *([evaluate(traced.model, sizes)] if sizes != traced.sizes else []))
-    shapes = [{str(v.name): shape for v, shape in known.shape.items()} for known in facts]
-    told: dict[str, Told] = {}
+    known = [traced.facts, *([evaluate(traced.model, sizes)] if sizes != traced.sizes else [])]
+    views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in known]
+    told: dict[str, Told | None] = {}
+    for tensor, rows in tensors:
+        mine: Told | None = None
+        for index, source in enumerate(streams.sources):
+            orders = {order_of(source, rows, shapes.get(tensor), facts) for facts, shapes in views}
+            (order, *others) = orders
+            if streams.of.get(tensor) == source.stream and order is not None and not others:
+                mine = Told(f"snpc_counts_{index}", order)
+                break
+        told[tensor] = mine if told.get(tensor, mine) == mine else None
+    found = {tensor: mine for tensor, mine in told.items() if mine is not None}
+    names = sorted({mine.name for mine in found.values()})
+    return Padding(found, {name: streams.sources[int(name.rpartition("_")[2])] for name in names})
+
+
+def probe_rows(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[str, Rows]]:
+    """Probes of so many units, as ``padding_of`` takes them."""
     for probe, units in probes:
         layout = layout_of(probe, units)
-        for index, source in enumerate(streams.sources):
-            orders = {order_of(source, layout, known.get(probe.tensor), mine) for known, mine in zip(shapes, facts)}
-            if streams.of.get(probe.tensor) == source.stream and len(orders) == 1 and None not in orders:
-                told[probe.tensor] = Told(f"snpc_counts_{index}", orders.pop())
-                break
-    names = {t.name for t in told.values()}
-    sources = {f"snpc_counts_{index}": source for index, source in enumerate(streams.sources)}
-    return Padding(told, {name: source for name, source in sources.items() if name in names})
+        yield probe.tensor, lambda shape, layout=layout: rows_of(layout, shape)  # type: ignore[misc]
 
 
-def order_of(source: Source, layout: Layout, shape: Shape | None, facts: Facts) -> str | None:
+def order_of(source: Source, rows: Rows, shape: Shape | None, facts: Facts) -> Order | None:
     """How the rows of a tensor of this shape are the source's tokens; None where they are not."""
     weights = facts.shape.get(source.value)
     if weights is None or shape is None:
         return None
     batch, tokens = weights[0] // max(source.period, 1), weights[source.key_axis]
-    orders = {(batch, tokens): "plain", (batch * tokens, 1): "merged", (tokens, batch): "turned"}
-    return orders.get(rows_of(layout, shape))
+    orders: dict[tuple[int, int], Order]
+    orders = {(tokens, batch): "turned", (batch * tokens, 1): "merged", (batch, tokens): "plain"}
+    return orders.get(rows(shape))
 
 
 @contextmanager
-def token_masks(traced: Traced, padding: Padding, provider: str = "cpu", threads: int = 0) -> Iterator[Masks]:
-    """A call from feeds to [batch, tokens] per input that ``padding`` names: does the token count?"""
+def token_masks(
+    traced: Traced, padding: Padding, provider: str = "cpu", threads: int = 0
+) -> Iterator[Callable[[Feeds], Masks]]:
+    """A call from feeds to bool [batch, tokens] per input that ``padding`` names: does the token count?"""
     if not padding.sources:
         yield lambda feeds: {}
         return
     instrument = Instrument(traced.model)
     for name, source in padding.sources.items():
-        value = instrument.values[str(source.value.name)]
-        instrument.expose(instrument.attended(value, source) if source.kind == "weights" else value, name)
+        if source.kind == "weights":
+            instrument.expose(instrument.attended(source), name)
+        else:
+            dtype = traced.facts.dtype[source.value]
+            instrument.expose(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
     with scratch(instrument.model, provider=provider, threads=threads) as run:
-
-        def masks(feeds: Feeds) -> dict[str, AnyArray]:
-            return {name: counting(array) for name, array in run(feeds).items()}
-
-        yield masks
+        yield lambda feeds: {
+            name: counting(array, padding.sources[name].kind == "weights") for name, array in run(feeds).items()
+        }
 
 
-def counting(array: AnyArray) -> AnyArray:
-    """[batch, tokens]: of the most that each key gets, or of a mask [batch, .., keys]. Where no token of a sample
-    counts, nothing is known, and all do."""
-    if array.dtype == bool:
-        open_keys = array
-    else:
-        floats = array.dtype.kind == "f"
-        least = ATTENDED if array.ndim == 2 and floats else HIDDEN if floats else 0
-        open_keys = array > least
-    counts: AnyArray = open_keys.any(axis=tuple(range(1, array.ndim - 1)))
-    return counts | ~counts.any(axis=1, keepdims=True)
+def counting(array: AnyArray, weights: bool) -> Counts:
+    """[batch, tokens]: of the most that each key gets (``weights``), or of a mask [batch, .., keys].
+
+    Where no token of a sample counts, nothing is known, and all do.
+    """
+    least = ATTENDED if weights else HIDDEN if array.dtype.kind in "fV" else 0
+    counts: Counts = np.any(array > least, axis=tuple(range(1, array.ndim - 1)))
+    counts[~counts.any(axis=1)] = True
+    return counts

@@ -24,9 +24,10 @@ from snpc.passes.rewrite import Traced, traced
 from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
-from snpc.runtime.measure import Instrument
+from snpc.runtime.instrument import Instrument
 from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
+from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
 from snpc.runtime.silent import biases_as_changes, silent_constants
 from snpc.runtime.stages import Gap, Stage, stages_of, with_biases
@@ -43,6 +44,8 @@ class Carry:
 
     dense: list[Values]
     cut: list[Values]
+    masks: list[Masks]
+    """Which tokens count, by input name."""
 
 
 def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibration, provider: str = "cpu") -> Traced:
@@ -55,10 +58,13 @@ def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibrat
     staged = {g.id for stage in stages for g in stage.groups}
     before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
     total = biases_as_changes(base, edits_for(compression, before))
+    probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
+    padding = padding_of(compression.analysis.traced, probe_rows(probes))
     batches = [dict(feeds) for feeds in calibration.batches()]
-    carry = Carry(batches, [dict(feeds) for feeds in batches])
+    with token_masks(compression.analysis.traced, padding, provider) as masks:
+        carry = Carry(batches, [dict(feeds) for feeds in batches], [masks(feeds) for feeds in batches])
     for stage in stages:
-        total = fit_stage(Fitting(base, plan, before, provider), stage, total, carry)
+        total = fit_stage(Fitting(base, plan, before, provider, padding), stage, total, carry)
     return traced(edited(base, total), base.sizes)
 
 
@@ -70,6 +76,7 @@ class Fitting:
     plan: Plan
     before: Plan
     provider: str
+    padding: Padding
 
     def model(self, segment: Segment, edits: Edits, keep: Mapping[str, tuple[tuple[int, ...], ...]]) -> ir.Model:
         """The segment with edits, and what ``keep`` cuts silent."""
@@ -112,17 +119,17 @@ def advance(held: Values, made: Values, segment: Segment) -> None:
 
 def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list[Values]) -> Edits:
     """The edits of the stage's groups, from what the cut model gives."""
-    instrument = Instrument(fitting.model(stage.segment, done, {}))
-    for wanted in stage.wanted:
-        instrument.add(wanted)
+    instrument = Instrument(fitting.model(stage.segment, done, {}), fitting.padding.told)
+    for item in stage.wanted:
+        instrument.add(item.kind, item.probe, item.group.blocks, item.group.size, item.output)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
     for gap in stage.gaps:
         cross, total = instrument.gap(gap.wanted.probe, gap.group.size, gap.value, dense_input(gap), types[gap.value])
         instrument.expose(cross, gap.cross)
         instrument.expose(total, gap.total)
     feeds = [
-        {**cut, **{dense_input(g): values[g.value] for g in stage.gaps}}
-        for cut, values in zip(carry.cut, dense, strict=True)
+        {**cut, **counts, **{dense_input(g): values[g.value] for g in stage.gaps}}
+        for cut, counts, values in zip(carry.cut, carry.masks, dense, strict=True)
     ]
     sums: dict[str, FloatArray] = {}
     for result in fitting.run(clean(instrument.model), feeds):
