@@ -25,6 +25,7 @@ from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.model_io import load, save
+from snpc.runtime.noise import random_calibration
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
@@ -68,6 +69,7 @@ __all__ = [
     "measure_statistics",
     "plan_from_json",
     "plan_to_json",
+    "random_calibration",
     "report",
     "save",
     "save_statistics",

@@ -97,7 +97,7 @@ def decide(
     scores = ordered(rest, found, method)
     curves: Mapping[str, FloatArray] = {}
     if calibration is not None and (choice.target is not None if method == "select" else not choice.uniform):
-        curves = output_curves(found, scores, calibration, groups, provider=provider)
+        curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
     elif method != "select" and not choice.uniform:
         curves = {g.id: relative_loss(found, scores, g) for g in groups}
     plan = make_plan(replace(scores, curves=curves), choice)

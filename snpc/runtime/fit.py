@@ -13,8 +13,8 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, edited, operand_places, reader_of, value_places
 from snpc.passes.plan import Plan
 from snpc.passes.rewrite import Traced, traced
-from snpc.runtime.moments import NEEDS, Measured, Moments, forms_of, moments_of
-from snpc.runtime.statistics import Statistics
+from snpc.runtime.moments import NEEDS, LazyMoments, Measured, Moments, forms_of
+from snpc.runtime.statistics import Statistics, check_model
 from snpc.types import FloatArray, Group, IntArray
 
 
@@ -47,22 +47,23 @@ class Compression:
 
 def measured_moments(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Measured:
     """What the closed forms of these groups need, from what was measured. Raises UserError where that is not in it."""
-    if statistics.digest != analysis.model.digest:
-        raise UserError(
-            f"the statistics are of another model ({statistics.model}, digest {statistics.digest[:12]}), not of "
-            f"{analysis.model.path.name} ({analysis.model.digest[:12]}): measure this one (--calib, --save-stats)"
-        )
+    check_model(statistics, analysis)
     forms, skipped = forms_of(analysis, groups)
     for group in groups:
         found = statistics.sums.get(group.id, {})
-        missing = [name for name in NEEDS[forms[group.id]] if name not in found] if group.id in forms else []
+        needed = NEEDS[forms[group.id]] if group.id in forms else ()
+        missing = [name for name in needed if name not in found or not fits(group, found[name])]
         if missing:
             raise UserError(
                 f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
                 "again with the same --roles, --include and --exclude, and without --criterion"
             )
-    moments = {name: moments_of(form, statistics.sums[name]) for name, form in forms.items()}
+    moments = LazyMoments(forms, statistics.sums)
     return Measured(analysis, forms, moments, skipped, statistics.samples, statistics.described())
+
+
+def fits(group: Group, sums: FloatArray) -> bool:
+    return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))
 
 
 def compress(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Compression:
@@ -87,9 +88,10 @@ def rotations(measured: Measured, groups: Sequence[Group]) -> Compression:
     """Only what a given plan needs: no order in which units go."""
     analysis, forms, moments = measured.analysis, measured.forms, measured.moments
     rebases = {
-        g.id: tuple(rebase(analysis, g, forms[g.id], moments[g.id], b) for b in range(g.blocks))
+        g.id: tuple(rebase(analysis, g, forms[g.id], mine, b) for b in range(g.blocks))
         for g in groups
         if forms.get(g.id) in ("scores", "values")
+        for mine in (moments[g.id],)
     }
     return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples, measured.source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,3 +106,20 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
     total, count = sums[:, :-1], sums[:, -1:]
     mean = total / np.maximum(count, 1.0)
     return Moments(moment - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))
+
+
+class LazyMoments(Mapping[str, Moments]):
+    """Moments by group id, made from its sums when they are asked for: those may lie in files, and are big."""
+
+    def __init__(self, forms: Mapping[str, str], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
+        self.forms = forms
+        self.sums = sums
+
+    def __getitem__(self, group: str) -> Moments:
+        return moments_of(self.forms[group], self.sums[group])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)

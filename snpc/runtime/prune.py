@@ -23,9 +23,10 @@ from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
-from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.stages import NotSequential
@@ -72,12 +73,14 @@ def apply_plan(
     *,
     compression: Compression | None = None,
     calibration: Calibration | None = None,
+    memory_limit: int | None = None,
     provider: str = "cpu",
     watch: Stopwatch | None = None,
 ) -> Pruned:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
-    A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut.
+    A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut, and
+    the calibration data. ``memory_limit``: see ``sequential.fit_sequentially``.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
     left at ``target``).
@@ -89,7 +92,7 @@ def apply_plan(
     source = analysis.traced
     if plan.method != "select":
         with watch.stage("refit"):
-            plan, source = fitted(plan, compression, calibration, provider)
+            plan, source = fitted(plan, compression, calibration, provider, memory_limit)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
@@ -116,7 +119,11 @@ def apply_plan(
 
 
 def fitted(
-    plan: Plan, compression: Compression | None, calibration: Calibration | None, provider: str
+    plan: Plan,
+    compression: Compression | None,
+    calibration: Calibration | None,
+    provider: str,
+    memory_limit: int | None = None,
 ) -> tuple[Plan, Traced]:
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
@@ -128,17 +135,21 @@ def fitted(
         )
     plan = settled(compression, plan)
     rest = without(plan, normed)
-    source = fitted_weights(compression, rest, calibration, provider) if rest.keep else plan.analysis.traced
+    source = plan.analysis.traced
+    if rest.keep:
+        source = fitted_weights(compression, rest, calibration, provider, memory_limit)
     if not normed:
         return plan, source
     assert calibration is not None
     return plan, fit_norms(source, plan, calibration, provider=provider)
 
 
-def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration | None, provider: str) -> Traced:
+def fitted_weights(
+    compression: Compression, plan: Plan, calibration: Calibration | None, provider: str, memory_limit: int | None
+) -> Traced:
     if plan.method == "auto" and calibration is not None:
         try:
-            return fit_sequentially(compression, plan, calibration, provider)
+            return fit_sequentially(compression, plan, calibration, provider, memory_limit)
         except NotSequential:
             pass  # what the dense model gives serves as well
     return fit(compression, plan)
@@ -180,23 +191,7 @@ def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[
                 break
         samples = sum(len(next(iter(f.values()))) for f in found)
         return found, f"{samples} samples of {calibration.source}"
-    sizes = dict(analysis.traced.sizes.items())
-    limits = id_limits(analysis)
-    return [random_feeds(analysis.model.inputs, batch=2, sizes=sizes, limits=limits)], "random inputs"
-
-
-def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes directly."""
-    found: dict[str, int] = {}
-    facts = analysis.traced.facts
-    for value in analysis.model.graph.graph.inputs:
-        for node, index in value.uses():
-            table = node.inputs[0] if index == 1 and node.inputs else None
-            shape = facts.shape.get(table) if table is not None else None
-            if shape and table is not None and table.const_value is not None:
-                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
-                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
-    return found
+    return [random_inputs(analysis, 2)], "random inputs"
 
 
 def verify_written(

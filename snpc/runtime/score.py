@@ -13,7 +13,7 @@ from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.measure import wanted_statistics
 from snpc.runtime.moments import NEEDS
-from snpc.runtime.statistics import Progress, Statistics, measure_statistics
+from snpc.runtime.statistics import Progress, Statistics, check_model, measure_statistics
 from snpc.types import FloatArray, Group, Numbers, Role
 
 CLOSED = {name for names in NEEDS.values() for name in names}
@@ -69,6 +69,8 @@ def scores_of(
             f"criterion {spelled} cannot score {needed[0].id}: the statistics were measured for "
             f"{statistics.criterion}; give --criterion {statistics.criterion}, or measure again"
         )
+    if statistics is not None:
+        check_model(statistics, analysis)
     sums = statistics.sums if statistics is not None else {}
     unknown = [g.id for g in needed if statistics is not None and (g.id not in sums or CLOSED & set(sums[g.id]))]
     if statistics is not None and unknown:

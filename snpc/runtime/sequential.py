@@ -25,6 +25,7 @@ from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.instrument import Instrument
+from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
@@ -40,16 +41,29 @@ Values = dict[str, AnyArray]
 
 @dataclass
 class Carry:
-    """What later segments need of the dense and of the cut model, per calibration batch."""
+    """What later segments need of the dense and of the cut model, per calibration batch; ``masks`` say which tokens
+    count. What does not fit on the ``shelf`` lies in temporary files."""
 
     dense: list[Values]
     cut: list[Values]
     masks: list[Masks]
-    """Which tokens count, by input name."""
+    shelf: Shelf
+
+    def keep(self, values: Values) -> Values:
+        return {name: self.shelf.keep(array) for name, array in values.items()}
 
 
-def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibration, provider: str = "cpu") -> Traced:
+def fit_sequentially(
+    compression: Compression,
+    plan: Plan,
+    calibration: Calibration,
+    provider: str = "cpu",
+    memory_limit: int | None = None,
+) -> Traced:
     """The model at its full size with every weight made for the plan, layer after layer.
+
+    Of what crosses the borders of segments, what is more than ``memory_limit`` bytes (None: half of what is free) lies
+    in temporary files.
 
     Raises stages.NotSequential where the graph cannot be run in segments.
     """
@@ -60,9 +74,12 @@ def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibrat
     total = biases_as_changes(base, edits_for(compression, before))
     probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
     padding = padding_of(compression.analysis.traced, probe_rows(probes))
-    batches = [dict(feeds) for feeds in calibration.batches()]
+    carry = Carry([], [], [], Shelf(memory_budget(memory_limit)))
     with token_masks(compression.analysis.traced, padding, provider) as masks:
-        carry = Carry(batches, [dict(feeds) for feeds in batches], [masks(feeds) for feeds in batches])
+        for feeds in calibration.batches():
+            carry.masks.append(masks(feeds))
+            carry.dense.append(carry.keep(feeds))
+            carry.cut.append(dict(carry.dense[-1]))
     for stage in stages:
         total = fit_stage(Fitting(base, plan, before, provider, padding), stage, total, carry)
     return traced(edited(base, total), base.sizes)
@@ -100,14 +117,15 @@ def fit_stage(fitting: Fitting, stage: Stage, total: Edits, carry: Carry) -> Edi
     """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns all edits so far."""
     segment = stage.segment
     wide = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.gaps}}))
-    dense = list(fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense))
+    whole = fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense)
+    dense = [carry.keep(values) for values in whole]
     found = solve(fitting, stage, total, carry, dense)
     total = joined(total, biases_as_changes(fitting.base, found))
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     cut = fitting.run(fitting.model(segment, total, mine), carry.cut)
     for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.cut, cut, strict=True):
         advance(held, dense_values, segment)
-        advance(old, cut_values, segment)
+        advance(old, carry.keep(cut_values), segment)
     return total
 
 

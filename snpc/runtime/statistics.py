@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,11 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import Wanted, measure, wanted_statistics
+from snpc.runtime.measure import Wanted, measure, split, wanted_statistics
+from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import replacing
 from snpc.runtime.moments import NEEDS, forms_of
-from snpc.types import FloatArray, Group
+from snpc.types import AnyArray, FloatArray, Group
 
 FORMAT = 1
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
@@ -90,37 +90,43 @@ def measure_statistics(
     forms = {} if method == "select" else forms_of(analysis, groups)[0]
     names = {g.id: NEEDS[forms[g.id]] if g.id in forms else judge.probes(g.role) for g in groups}
     wanted = wanted_statistics(analysis, names)
-    sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    for part in [wanted] if wanted else []:
+    budget = memory_budget(memory_limit)
+    totals = Totals(forms, judge, Shelf(budget // 2))
+    for part in split(analysis, calibration, wanted, budget // 2):
         batches: Iterable[Feeds] = calibration.batches()
         for result in measure(
             analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
         ):
-            add_batch(sums, part, result, forms, judge)
+            totals.add(part, result)
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted else 0
     model = analysis.model
-    return Statistics(model.path.name, model.digest, spelled, samples, (calibration.described(),), dict(sums))
+    return Statistics(model.path.name, model.digest, spelled, samples, (calibration.described(),), totals.sums)
 
 
-def add_batch(
-    sums: dict[str, dict[str, FloatArray]],
-    wanted: Sequence[Wanted],
-    result: Mapping[str, FloatArray],
-    forms: Mapping[str, str],
-    judge: Criterion,
-) -> None:
-    """Add one batch's statistics to ``sums``, those for the criterion as it reduces them."""
-    batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    groups = {item.group.id: item.group for item in wanted}
-    for item in wanted:
-        array, mine = result[item.output], batch[item.group.id]
-        mine[item.name] = mine[item.name] + array if same_shape(mine.get(item.name), array) else array
-    for name, arrays in batch.items():
-        total = sums[name]
-        observed = arrays if name in forms else judge.observe(groups[name].role, arrays)
-        for key, array in observed.items():
-            total[key] = total[key] + array if key in total else np.asarray(array, np.float64)
+class Totals:
+    """Sums over batches, of groups without a closed form as ``judge`` reduces them."""
+
+    def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: Shelf) -> None:
+        self.forms = forms
+        self.judge = judge
+        self.shelf = shelf
+        self.sums: dict[str, dict[str, FloatArray]] = {}
+
+    def add(self, wanted: Sequence[Wanted], result: Mapping[str, FloatArray]) -> None:
+        batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+        groups = {item.group.id: item.group for item in wanted}
+        for item in wanted:
+            array, mine = result[item.output], batch[item.group.id]
+            mine[item.name] = mine[item.name] + array if same_shape(mine.get(item.name), array) else array
+        for name, arrays in batch.items():
+            observed = arrays if name in self.forms else self.judge.observe(groups[name].role, arrays)
+            total = self.sums.setdefault(name, {})
+            for key, array in observed.items():
+                if key in total:
+                    total[key] += array
+                else:
+                    total[key] = self.shelf.keep(np.array(array, np.float64))
 
 
 def same_shape(first: FloatArray | None, second: FloatArray) -> bool:
@@ -131,7 +137,9 @@ def same_shape(first: FloatArray | None, second: FloatArray) -> bool:
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """One .npz: ``header`` is JSON, the other entries are named by group and statistic. Written whole or not at all."""
+    """One .npz: ``header`` is JSON, and names the other entries, "0", "1" and so on, by group and statistic. Written
+    whole or not at all."""
+    entries = [(group, name) for group, mine in statistics.sums.items() for name in mine]
     header = {
         "snpc_statistics": FORMAT,
         "model": statistics.model,
@@ -139,8 +147,9 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
+        "entries": entries,
     }
-    arrays = {f"{group} {name}": a for group, mine in statistics.sums.items() for name, a in mine.items()}
+    arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
 
@@ -160,13 +169,11 @@ def read_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
-            arrays = {key: archive[key] for key in archive.files if key != "header"}
-        if header["snpc_statistics"] != FORMAT:
-            raise ValueError("the format is that of another version of snpc")
-        sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-        for key, array in arrays.items():
-            group, _, name = key.rpartition(" ")
-            sums[group][name] = np.asarray(array, np.float64)
+            if header["snpc_statistics"] != FORMAT:
+                raise ValueError("another version of snpc wrote it")
+            sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+            for k, (group, name) in enumerate(header["entries"]):
+                sums[str(group)][str(name)] = finite(archive[str(k)])
         return Statistics(
             str(header["model"]),
             str(header["digest"]),
@@ -175,6 +182,21 @@ def read_statistics(path: Path) -> Statistics:
             tuple(map(str, header["sources"])),
             dict(sums),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        said = getattr(error, "strerror", None) or str(error)
+    except Exception as error:  # a broken file fails in many ways inside zipfile, numpy and json; all mean the same
+        said = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
         raise UserError(f"{path}: holds no statistics ({said}): give a file that --save-stats wrote") from None
+
+
+def finite(array: AnyArray) -> FloatArray:
+    if array.dtype != np.float64 or not np.isfinite(array).all():
+        raise ValueError("its sums are not all finite float64 numbers")
+    return array
+
+
+def check_model(statistics: Statistics, analysis: Analysis) -> None:
+    """Raise UserError where the statistics are not of this model."""
+    if statistics.digest != analysis.model.digest:
+        raise UserError(
+            f"the statistics are of another model ({statistics.model}, digest {statistics.digest[:12]}), not of "
+            f"{analysis.model.path.name} ({analysis.model.digest[:12]}): measure this one (--calib, --save-stats)"
+        )
