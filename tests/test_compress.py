@@ -456,7 +456,11 @@ def test_pruned_twice(tmp_path: Path) -> None:
 
 
 def initializers(path: Path) -> dict[str, Array]:
-    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    return initializers_of(path.read_bytes())
+
+
+def initializers_of(model: bytes) -> dict[str, Array]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(model).graph.initializer}
 
 
 @pytest.mark.parametrize("name", ["vit_timm__dyn20_sdpa", "bert__ts17", "llama__ts17"])

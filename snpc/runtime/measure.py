@@ -59,9 +59,10 @@ def split(
         mine = [item for item in wanted if item.group is group]
         alone = bytes_of(mine, elements, calibration.batch)
         if alone > limit:
+            needed = f"{2 * alone // 1000 + 1}kB" if alone < 10**6 else f"{2 * alone // 10**6 + 1}MB"
             raise UserError(
-                f"statistics of {group.id} take about {2 * alone / 1e6:.0f} MB, more than there is for them: give "
-                f"--memory-limit {2 * alone // 10**6 + 1}MB or more, or a smaller --calib-batch"
+                f"statistics of {group.id} take about {needed}, more than there is for them: give --memory-limit "
+                f"{needed} or more, or a smaller --calib-batch"
             )
         if part and bytes_of([*part, *mine], elements, calibration.batch) > limit:
             yield tuple(part)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration, load_calibration
+from snpc.runtime.calibration.check import axes_of
 from snpc.runtime.feeds import random_feeds
 from snpc.types import AnyArray
 
@@ -21,9 +22,10 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
 
     No real input looks like this, and a model calibrated on it keeps what matters for noise.
     """
-    turns = range(-(-samples // batch))
-    feeds = [random_inputs(analysis, batch, seed * SEEDS + turn) for turn in turns]
-    made = load_calibration(feeds, analysis.model.inputs, samples=samples, batch=batch, seed=seed)
+    inputs = analysis.model.inputs
+    size = axes_of(inputs).size or max(batch, 1)
+    feeds = [random_inputs(analysis, size, seed * SEEDS + turn) for turn in range(-(-samples // size))]
+    made = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
     return replace(made, source="random inputs (no data)")
 
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from snpc.ops.spec import Shape
 from snpc.passes.rewrite import Traced
 from snpc.passes.shapes import Facts, evaluate, other_binding
-from snpc.passes.streams import Source, streams_of
+from snpc.passes.streams import Source, Streams, streams_of
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.layout import Order, Told, layout_of, rows_of
@@ -54,11 +54,15 @@ def padding_of(traced: Traced, tensors: Iterable[tuple[str, Rows]]) -> Padding:
     for tensor, rows in tensors:
         mine: Told | None = None
         for index, source in enumerate(streams.sources):
-            orders = {order_of(source, rows, shapes.get(tensor), facts) for facts, shapes in views}
-            (order, *others) = orders
-            if streams.of.get(tensor) == source.stream and order is not None and not others:
-                mine = Told(f"snpc_counts_{index}", order)
-                break
+            if streams.of.get(tensor) != source.stream:
+                continue
+            order, *others = {order_of(source, rows, shapes.get(tensor), facts) for facts, shapes in views}
+            if order is None or others:
+                continue
+            if order == "merged" and any(tokens_first(streams, source, facts) for facts, _ in views):
+                continue  # which of the two axes was merged into the other is not known
+            mine = Told(f"snpc_counts_{index}", order)
+            break
         told[tensor] = mine if told.get(tensor, mine) == mine else None
     found = {tensor: mine for tensor, mine in told.items() if mine is not None}
     names = sorted({mine.name for mine in found.values()})
@@ -72,12 +76,28 @@ def probe_rows(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[str, Rows]
         yield probe.tensor, lambda shape, layout=layout: rows_of(layout, shape)  # type: ignore[misc]
 
 
+def sizes_of(source: Source, facts: Facts) -> tuple[int, int] | None:
+    """(batch, tokens) of a source."""
+    shape = facts.shape.get(source.value)
+    return None if shape is None else (shape[0] // max(source.period, 1), shape[source.key_axis])
+
+
+def tokens_first(streams: Streams, source: Source, facts: Facts) -> bool:
+    """Does any tensor of the source's stream have its tokens ahead of its batch?"""
+    batch, tokens = sizes_of(source, facts) or (1, 1)
+    return batch != tokens and any(
+        shape is not None and len(shape) > 2 and shape[:2] == (tokens, batch)
+        for value, shape in facts.shape.items()
+        if streams.of.get(str(value.name)) == source.stream
+    )
+
+
 def order_of(source: Source, rows: Rows, shape: Shape | None, facts: Facts) -> Order | None:
     """How the rows of a tensor of this shape are the source's tokens; None where they are not."""
-    weights = facts.shape.get(source.value)
-    if weights is None or shape is None:
+    sizes = sizes_of(source, facts)
+    if sizes is None or shape is None:
         return None
-    batch, tokens = weights[0] // max(source.period, 1), weights[source.key_axis]
+    batch, tokens = sizes
     orders: dict[tuple[int, int], Order]
     orders = {(tokens, batch): "turned", (batch * tokens, 1): "merged", (batch, tokens): "plain"}
     return orders.get(rows(shape))
