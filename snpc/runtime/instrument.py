@@ -77,7 +77,7 @@ class Instrument:
 
     def expose(self, value: ir.Value, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         value.name = name
-        value.dtype = dtype
+        value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
 
     # -- rows

@@ -69,7 +69,7 @@ def widen(model: ir.Model) -> ir.Model:
         nodes = list(graph)
         for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs, *outputs_of(nodes)):
             if value.dtype == ir.DataType.BFLOAT16:
-                value.dtype = ir.DataType.FLOAT
+                value.type = ir.TensorType(ir.DataType.FLOAT)  # copies of a graph share the type that was there
             if value.const_value is not None:
                 value.const_value = widened(value.const_value)
         for node in nodes:
