@@ -4,7 +4,7 @@
     analysis = snpc.analyze(model)
     calibration = snpc.load_calibration("calib.npz", model.inputs)
     decision = snpc.decide(analysis, snpc.Choice(ratio=0.5), calibration=calibration)
-    result = snpc.apply_plan(decision.plan, Path("vit-half.onnx"), compression=decision.compression)
+    result = snpc.prune(decision, Path("vit-half.onnx"), calibration=calibration)
 
 Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
 """
@@ -22,9 +22,11 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
+from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import load, save
 from snpc.runtime.moments import Measured, measure_moments
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
+from snpc.runtime.reach import prune
 from snpc.runtime.score import score
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
@@ -53,6 +55,7 @@ __all__ = [
     "SnpcError",
     "UserError",
     "Verdict",
+    "Workload",
     "__version__",
     "analyze",
     "apply_plan",
@@ -65,6 +68,7 @@ __all__ = [
     "measure_moments",
     "plan_from_json",
     "plan_to_json",
+    "prune",
     "report",
     "save",
     "score",

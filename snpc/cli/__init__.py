@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from snpc import show
-from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running
-from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
+from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running, timing
+from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, workload_of, write_text
 from snpc.errors import CheckFailed, SnpcError, UserError
 
 
@@ -36,6 +36,9 @@ def decided(
     criterion: str | None,
     provider: str,
     watch: Any,
+    batch: int | None,
+    shapes: tuple[str, ...],
+    threads: int | None,
     **choice: Any,
 ) -> Any:
     """Score and plan as the flags say, and say what the flags leave unused."""
@@ -51,6 +54,7 @@ def decided(
             criterion=criterion,
             provider=provider,
             progress=show.progress("calibrating", calibration),
+            workload=workload_of(batch, shapes, threads),
         )
     if calibration is None and criterion is None:
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
@@ -103,6 +107,7 @@ def inspect(
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
 @running
 @at_sizes
@@ -145,13 +150,14 @@ def prune(
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
+        show.predicted(decision)
         show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
         if str(json_path) != "-":
             show.plan(plan)
         return
-    result = snpc.apply_plan(
-        plan, target, compression=decision.compression, calibration=calibration, provider=provider, watch=watch
-    )
+    result = snpc.prune(decision, target, calibration=calibration, provider=provider, watch=watch)
+    if plan_path is not None and result.search is not None:
+        write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     finish(result, json_path)
@@ -168,6 +174,7 @@ def finish(result: Any, json_path: Path | None) -> None:
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
 @running
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
@@ -182,8 +189,10 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target], *model_files(model), calib["calib"])
     calibration = calibration_of(analysis.model, **calib)
-    made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
+    decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
+    made = decision.plan
     write_text(target, snpc.plan_to_json(made))
+    show.predicted(decision)
     show.plan(made)
     show.line(f"plan written to {target}")
 

@@ -22,6 +22,16 @@ Method = Literal["select", "parallel", "auto"]
 
 
 @dataclass(frozen=True)
+class Times:
+    """Measured times in ms: of the ``dense`` model, of ``base``, the same with nothing narrowed yet (but for rows that
+    nobody reads), and group id -> [size + 1], what is ``saved`` of that when so many units per block are kept."""
+
+    dense: float
+    base: float
+    saved: Mapping[str, FloatArray] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Scores:
     """A score per unit, higher = keep: group id -> [blocks, size]. ``samples`` calibration samples were used."""
 
@@ -32,9 +42,7 @@ class Scores:
     method: Method = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
-    saved: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where measured: group id -> [size + 1], ms that are saved when so many are kept; of ``dense_ms``."""
-    dense_ms: float = 0.0
+    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,8 @@ def lowest(group: Group, choice: Choice) -> int:
 def savings(scores: Scores, group: Group, target: Target) -> FloatArray:
     """[size + 1]: what is saved when so many units per block are kept."""
     if target.kind == "latency":
-        return scores.saved[group.id]
+        assert scores.times is not None
+        return scores.times.saved[group.id]
     gone: FloatArray = 1 - np.arange(group.size + 1) / group.size
     return worth(scores.analysis, group, target) * gone
 
@@ -155,25 +164,26 @@ def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
     """Reach the target, taking it from all roles where it costs least. For a latency: as it is predicted."""
     assert choice.target is not None
     found, saved = way_down(groups, scores, choice)
-    budget, reachable = budget_of(scores, parse_target(choice.target), float(saved[-1]))
-    if budget > saved[-1] * (1 + 1e-12):
+    budget, reachable, slack = budget_of(scores, parse_target(choice.target), float(saved[-1]))
+    if budget > saved[-1] * (1 + 1e-12) + slack:
         raise UserError(
             f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
             "more roles, or narrower groups"
         )
-    return found.widths(int(np.argmax(saved >= budget * (1 - 1e-12))))
+    return found.widths(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
 
 
-def budget_of(scores: Scores, target: Target, most: float) -> tuple[float, str]:
-    """What has to be saved for the target, and what is reached when ``most`` is saved, in words."""
+def budget_of(scores: Scores, target: Target, most: float) -> tuple[float, str, float]:
+    """What has to be saved for the target, what is reached when ``most`` is saved, in words, and by how much that may
+    be wrong."""
     if target.kind == "latency":
-        dense = scores.dense_ms
-        least = dense - most
+        assert scores.times is not None
+        dense, least = scores.times.dense, scores.times.base - most
         text = f"{least:.3g}ms" if target.ms is not None else f"{least / dense:.3f}"
-        return dense - target.milliseconds(dense), f"latency={text} (predicted)"
+        return scores.times.base - target.milliseconds(dense), f"latency={text} (predicted)", 0.1 * dense
     whole = float(getattr(scores.analysis.cost, target.kind))
     free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
-    return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}"
+    return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
 
 
 def drift_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:

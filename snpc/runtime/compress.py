@@ -14,14 +14,15 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
+from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
+from snpc.runtime.latency import Workload, latency_table, timed_groups
 from snpc.runtime.moments import Progress, measure_moments
 from snpc.runtime.score import score
-from snpc.types import FloatArray
+from snpc.types import FloatArray, Group
 
 
 def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
@@ -40,12 +41,19 @@ def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are)."""
+    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are).
+
+    ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
+    """
 
     plan: Plan
     compression: Compression | None = None
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
+    choice: Choice | None = None
+    groups: tuple[Group, ...] = field(default=(), repr=False)
+    scores: Scores | None = field(default=None, repr=False)
+    workload: Workload | None = None
 
 
 def decide(
@@ -57,33 +65,66 @@ def decide(
     criterion: str | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
+    workload: Workload | None = None,
 ) -> Decision:
     """Score and plan in one step.
 
     ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
     that have none, one layer after the other ("parallel": all at once); "select" scores by ``criterion`` only (default
     "mixed" with data, "magnitude" without). Left out, it is "auto" where there is data and no criterion was named.
-    Raises UserError where data is needed and missing.
+    ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
+    check_request(choice, calibration, method, workload)
     method = method or ("auto" if calibration is not None and criterion is None else "select")
-    if method != "select" and calibration is None:
-        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
     judge = criterion if criterion is not None else "mixed" if calibration is not None else "magnitude"
+    found: Compression | None = None
     if method == "select":
         scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
-        curves: Mapping[str, FloatArray] = {}
-        if choice.target is not None and calibration is not None:
-            curves = output_curves(Compression.empty(analysis), scores, calibration, groups, provider=provider)
-        return Decision(make_plan(replace(scores, curves=curves), choice), None, curves)
-    assert calibration is not None
-    found = compress(measure_moments(analysis, calibration, groups, provider=provider, progress=progress), groups)
-    rest = score(
-        analysis, judge, calibration, roles=choice.roles, skip=set(found.forms), provider=provider, progress=progress
-    )
-    scores = ordered(rest, found, method)
-    curves = {} if choice.uniform else output_curves(found, scores, calibration, groups, provider=provider)
-    return Decision(make_plan(replace(scores, curves=curves), choice), found, curves)
+    else:
+        assert calibration is not None
+        found = compress(measure_moments(analysis, calibration, groups, provider=provider, progress=progress), groups)
+        rest = score(
+            analysis,
+            judge,
+            calibration,
+            roles=choice.roles,
+            skip=set(found.forms),
+            provider=provider,
+            progress=progress,
+        )
+        scores = ordered(rest, found, method)
+    if calibration is not None and needs_curves(choice, method):
+        curves = output_curves(found or Compression.empty(analysis), scores, calibration, groups, provider=provider)
+        scores = replace(scores, curves=curves)
+    if is_latency(choice):
+        roles = tuple(dict.fromkeys(g.role for g in groups))
+        table = latency_table(analysis, roles, workload=workload, provider=provider)
+        scores = replace(scores, times=table.times(timed_groups(analysis, roles), groups))
+    plan = make_plan(scores, choice)
+    return Decision(plan, found, scores.curves, choice, tuple(groups), scores, workload)
+
+
+def check_request(
+    choice: Choice, calibration: Calibration | None, method: Method | None, workload: Workload | None
+) -> None:
+    if method not in (None, "select") and calibration is None:
+        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
+    if choice.max_drift is not None and calibration is None:
+        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
+    if workload is not None and not is_latency(choice):
+        raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
+
+
+def is_latency(choice: Choice) -> bool:
+    return choice.target is not None and parse_target(choice.target).kind == "latency"
+
+
+def needs_curves(choice: Choice, method: Method) -> bool:
+    """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
+    if choice.uniform:
+        return choice.max_drift is not None
+    return method != "select" or choice.ratio is None
 
 
 def compression_for(plan: Plan, calibration: Calibration | None, *, provider: str = "cpu") -> Compression | None:

@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, Scores, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.chain import chain_of
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
-from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import open_session
-from snpc.runtime.silent import constant_array, silent_constants
+from snpc.runtime.silent import silent_constants
 from snpc.types import AnyArray, FloatArray, Group
 
-PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
+PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see what moves behind its layer
+TRACED_SHARES = (0.83, 0.5, 0.17)  # ... and how much of that arrives at the outputs
 PROBED_SAMPLES = 16
 
 
@@ -34,31 +33,27 @@ def output_curves(
 ) -> dict[str, FloatArray]:
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
-    Measured at a few widths, one group at a time, with silenced weights instead of sliced ones; in between, the
-    closed-form loss gives the shape. All these weights are inputs of one session, so that a width costs one small pass.
-    ``scores`` say which units go first.
+    Measured one group at a time, with silenced weights instead of sliced ones: at a few widths how much what leaves the
+    group's segment of the graph changes, and at some of them how much of that arrives at the outputs. The closed-form
+    loss gives the shape in between. ``scores`` say which units go first.
     """
-    analysis = compression.analysis
-    graph = analysis.traced.model.graph
-    tried = [(g, w, trial(compression, scores, g, w)) for g in groups for w in probed_widths(g)[:1]]
-    names = sorted({name for _, _, arrays in tried for name in arrays})
-    plain = {name: constant_array(graph.initializers[name]) for name in names}
+    tried = {g.id: trial(compression, scores, g, min(probed_widths(g))) for g in groups}
     found: dict[str, FloatArray] = {}
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "probed.onnx"
-        save(clean(open_weights(analysis.traced.model, names)), path)
-        session = open_session(path, provider=provider, optimise="basic")
-        known = {i.name for i in session.get_inputs()}
-        outputs = [o.name for o in session.get_outputs()]
-        batches = [{k: v for k, v in feeds.items() if k in known} for feeds in few_samples(calibration)]
-        dense = [session.run(outputs, {**feeds, **plain}) for feeds in batches]
+        chain = chain_of(compression.analysis, tried, Path(folder), provider)
+        dense = [chain.states(feeds) for feeds in few_samples(calibration)]
         for group in groups:
-            changes = {}
+            near, far = {}, {}
+            traced = widths_at(group, TRACED_SHARES)
             for width in probed_widths(group):
-                arrays = {**plain, **trial(compression, scores, group, width)}
-                moved = [session.run(outputs, {**feeds, **arrays}) for feeds in batches]
-                changes[width] = float(np.mean([relative_change(a, b) for a, b in zip(dense, moved, strict=True)]))
-            found[group.id] = calibrated(shape_of(compression, group), changes)
+                arrays = trial(compression, scores, group, width)
+                changes = [
+                    chain.changes(states, group.id, arrays, relative_change, width in traced) for states in dense
+                ]
+                near[width] = float(np.mean([c[0] for c in changes]))
+                if width in traced:
+                    far[width] = float(np.mean([c[1] for c in changes]))
+            found[group.id] = calibrated(calibrated(shape_of(compression, group), near), far)
     return found
 
 
@@ -69,7 +64,11 @@ def few_samples(calibration: Calibration) -> list[Feeds]:
 
 
 def probed_widths(group: Group) -> list[int]:
-    return sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
+    return widths_at(group, PROBED_SHARES)
+
+
+def widths_at(group: Group, shares: Sequence[float]) -> list[int]:
+    return sorted({max(1, round(group.size * share)) for share in shares} - {group.size})
 
 
 def shape_of(compression: Compression, group: Group) -> FloatArray:
@@ -92,9 +91,11 @@ def relative_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> flo
     """Mean over outputs of |moved - dense|^2 / |dense|^2."""
     ratios = []
     for a, b in zip(dense, moved, strict=True):
+        if a.dtype.kind in "biuO":
+            continue
         gap = np.asarray(a, np.float64) - np.asarray(b, np.float64)
         ratios.append(float(np.sum(gap**2) / max(np.sum(np.asarray(a, np.float64) ** 2), 1e-300)))
-    return float(np.mean(ratios))
+    return float(np.mean(ratios)) if ratios else 0.0
 
 
 def trial(compression: Compression, scores: Scores, group: Group, width: int) -> dict[str, AnyArray]:
@@ -103,14 +104,3 @@ def trial(compression: Compression, scores: Scores, group: Group, width: int) ->
     plan = Plan(analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
     edits = edits_for(compression, plan) if group.id in compression.forms else Edits()
     return silent_constants(analysis.traced, edits, cuts_of(plan))
-
-
-def open_weights(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of ``model`` in which these constants are inputs."""
-    copy = model.clone()
-    for name in names:
-        value = copy.graph.initializers.pop(name)
-        value.const_value = None
-        if not value.is_graph_input():
-            copy.graph.inputs.append(value)
-    return copy

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -23,7 +23,7 @@ from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
-from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.feeds import Feeds, id_limits, random_feeds
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.norms import approximated, fit_norms, without
@@ -51,6 +51,18 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Plans that were applied and measured: ``tried`` holds (predicted, measured) of each, in order. ``kind`` "drift":
+    relative root mean square change of the outputs; "latency": share of the dense model's time, or ms."""
+
+    kind: Literal["drift", "latency"]
+    unit: str
+    limit: float
+    reached: float
+    tried: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A written pruned model: costs read from the two files, and what verification found."""
 
@@ -63,6 +75,8 @@ class Pruned:
     calibration: str = ""
     forms: Mapping[str, str] = field(default_factory=dict)
     """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
+    search: Search | None = None
+    """How a drift or a latency was met, where the plan had to be found by trying."""
 
 
 def apply_plan(
@@ -82,6 +96,45 @@ def apply_plan(
     left at ``target``).
     """
     watch = watch or Stopwatch()
+    temporary = unverified(target)
+    try:
+        made = build(plan, target, temporary, compression, calibration, provider, watch)
+        return published(made, target, calibration, watch)
+    finally:
+        discard(temporary)
+
+
+def unverified(target: Path, turn: int = 0) -> Path:
+    """Where a model lies until it is verified."""
+    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A verified model under a temporary name."""
+
+    plan: Plan
+    path: Path
+    after: Cost
+    verdict: Verdict
+    forms: Mapping[str, str]
+
+    @property
+    def drift(self) -> float:
+        """The largest relative root mean square change of an output."""
+        return max((d.relative for d in self.verdict.drift), default=0.0)
+
+
+def build(
+    plan: Plan,
+    target: Path,
+    temporary: Path,
+    compression: Compression | None,
+    calibration: Calibration | None,
+    provider: str,
+    watch: Stopwatch,
+) -> Candidate:
+    """Rewrite the plan's model for ``target``, write it to ``temporary`` and verify it there; see ``apply_plan``."""
     analysis = plan.analysis
     for path in (target, data_file(target)):
         check_target(path, *model_files(analysis.model.path))
@@ -93,25 +146,28 @@ def apply_plan(
         rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
     with watch.stage("write"):
-        temporary = target.with_name(f".{target.name}.unverified.onnx")
-    try:
-        with watch.stage("write"):
-            save(rewritten.model, temporary, analysis.model.external)
-        with watch.stage("verify"):
-            verdict = verify_written(rewritten, plan, temporary, calibration, provider)
-            judge(verdict)
-        with watch.stage("report"):
-            after = written_cost(temporary, analysis)
-        with watch.stage("write"):
-            publish(temporary, target)
-    finally:
-        discard(temporary)
-    after = replace(after, bytes=file_bytes(target))
-    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
-    described = calibration.described() if calibration else ""
+        save(rewritten.model, temporary, analysis.model.external)
+    with watch.stage("verify"):
+        verdict = verify_written(rewritten, plan, temporary, calibration, provider)
+        judge(verdict)
+    with watch.stage("report"):
+        after = written_cost(temporary, analysis)
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
     forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
-    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
+    return Candidate(plan, temporary, after, verdict, forms)
+
+
+def published(
+    made: Candidate, target: Path, calibration: Calibration | None, watch: Stopwatch, search: Search | None = None
+) -> Pruned:
+    """Give the model its name."""
+    analysis = made.plan.analysis
+    with watch.stage("write"):
+        publish(made.path, target)
+    after = replace(made.after, bytes=file_bytes(target))
+    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
+    described = calibration.described() if calibration else ""
+    return Pruned(made.plan, target, before, after, made.verdict, dict(watch.seconds), described, made.forms, search)
 
 
 def fitted(
@@ -181,20 +237,6 @@ def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[
     return [random_feeds(analysis.model.inputs, batch=2, sizes=sizes, limits=limits)], "random inputs"
 
 
-def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes directly."""
-    found: dict[str, int] = {}
-    facts = analysis.traced.facts
-    for value in analysis.model.graph.graph.inputs:
-        for node, index in value.uses():
-            table = node.inputs[0] if index == 1 and node.inputs else None
-            shape = facts.shape.get(table) if table is not None else None
-            if shape and table is not None and table.const_value is not None:
-                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
-                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
-    return found
-
-
 def verify_written(
     rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str
 ) -> Verdict:
@@ -257,6 +299,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "criterion": plan.criterion,
         "options": dict(plan.options),
         "calibration": result.calibration or None,
+        "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.binding),
         "groups": groups_json(plan, result.forms),
