@@ -3,7 +3,7 @@ start, on what the dense model hands over there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace, reader_of
+from snpc.passes.rewrite import Traced
 from snpc.passes.segment import Segment, extract, segments
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
@@ -28,19 +29,24 @@ States = list[dict[str, AnyArray]]  # what enters each piece, and what the last 
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment as a session. ``weights``: those that are inputs, as they are in the dense model."""
+    """A segment twice: ``fixed``, as it is, and ``open``, with those ``weights`` as inputs that are to be changed (the
+    same session where there are none). Fixed weights run faster, and most pieces of a run are fixed."""
 
     segment: Segment
-    session: ort.InferenceSession
+    fixed: ort.InferenceSession
+    open: ort.InferenceSession
     weights: Mapping[str, AnyArray]
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
-    def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """The state behind the piece."""
-        given = {**self.weights, **{k: v for k, v in arrays.items() if k in self.weights}}
-        made = self.session.run(list(self.outputs), {k: given[k] if k in given else state[k] for k in self.inputs})
-        after = {**state, **dict(zip(self.outputs, made, strict=True))}
+    def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
+        """The state behind the piece; ``arrays``: contents of weights that differ."""
+        given = {name: state[name] for name in self.inputs}
+        names = list(self.segment.outputs)
+        if arrays is None:
+            made = self.fixed.run(names, given)
+        else:
+            made = self.open.run(names, {**given, **{k: arrays.get(k, v) for k, v in self.weights.items()}})
+        after = {**state, **dict(zip(names, made, strict=True))}
         return {k: v for k, v in after.items() if k in self.segment.needed}
 
 
@@ -53,32 +59,22 @@ class Chain:
     outputs: tuple[str, ...]
 
     def states(self, feeds: Feeds) -> States:
+        """What the dense model gives."""
         found = [dict(feeds)]
         for piece in self.pieces:
-            found.append(piece.run(found[-1], {}))
+            found.append(piece.run(found[-1]))
         return found
 
-    def changes(
-        self,
-        dense: States,
-        group: str,
-        arrays: Mapping[str, AnyArray],
-        measure: Callable[[Sequence[AnyArray], Sequence[AnyArray]], float],
-        through: bool,
-    ) -> tuple[float, float]:
-        """``measure`` of (dense, changed) values: of what leaves the group's last piece, and of the model's outputs
-        (0 unless ``through``)."""
+    def outputs_of(self, state: Mapping[str, AnyArray]) -> list[AnyArray]:
+        return [state[name] for name in self.outputs]
+
+    def changed(self, dense: States, group: str, arrays: Mapping[str, AnyArray]) -> list[AnyArray]:
+        """The model's outputs where the group's weights are ``arrays``."""
         first, last = self.spans[group]
         state = dense[first]
-        for piece in self.pieces[first : last + 1]:
-            state = piece.run(state, arrays)
-        names = self.pieces[last].outputs
-        near = measure([dense[last + 1][k] for k in names], [state[k] for k in names])
-        if not through:
-            return near, 0.0
-        for piece in self.pieces[last + 1 :]:
-            state = piece.run(state, {})
-        return near, measure([dense[-1][k] for k in self.outputs], [state[k] for k in self.outputs])
+        for number, piece in enumerate(self.pieces[first:], start=first):
+            state = piece.run(state, arrays if number <= last else None)
+        return self.outputs_of(state)
 
 
 def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], folder: Path, provider: str) -> Chain:
@@ -92,23 +88,25 @@ def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], 
     except NotSequential:  # then in one piece
         found = segments(source.model, [])
     names = {name for arrays in changed.values() for name in arrays}
-    pieces = []
-    for number, segment in enumerate(found):
-        model = open_weights(clean(extract(source.model, segment, source.facts)), names)
-        path = folder / f"piece{number}.onnx"
-        save(model, path)
-        session = open_session(path, provider=provider)
-        weights = {k: constant_array(source.model.graph.initializers[k]) for k in inputs_of(model) if k in names}
-        pieces.append(Piece(segment, session, weights, inputs_of(model), tuple(segment.outputs)))
+    pieces = tuple(
+        piece_of(source, segment, names, folder / f"piece{k}.onnx", provider) for k, segment in enumerate(found)
+    )
     spans = {}
     for name, arrays in changed.items():
         used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(arrays)]
         spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
-    return Chain(tuple(pieces), spans, tuple(str(v.name) for v in source.model.graph.outputs))
+    return Chain(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
 
 
-def inputs_of(model: ir.Model) -> tuple[str, ...]:
-    return tuple(str(v.name) for v in model.graph.inputs)
+def piece_of(source: Traced, segment: Segment, names: set[str], path: Path, provider: str) -> Piece:
+    model = clean(extract(source.model, segment, source.facts))
+    save(model, path)
+    fixed = open_session(path, provider=provider)
+    inputs = tuple(str(v.name) for v in model.graph.inputs if not v.is_initializer())
+    weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
+    if weights:
+        save(open_weights(model, names), path)
+    return Piece(segment, fixed, open_session(path, provider=provider) if weights else fixed, weights, inputs)
 
 
 def end_of(analysis: Analysis, group: Group) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.silent import silent_constants
 from snpc.types import AnyArray, FloatArray, Group
 
-PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see what moves behind its layer
-TRACED_SHARES = (0.83, 0.5, 0.17)  # ... and how much of that arrives at the outputs
-PROBED_SAMPLES = 16
+PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
+PROBED_SAMPLES = 8  # per width
+SMOOTH = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
+POOLS = 4  # that many times other samples, in turn
 
 
 def output_curves(
@@ -33,42 +35,72 @@ def output_curves(
 ) -> dict[str, FloatArray]:
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
-    Measured one group at a time, with silenced weights instead of sliced ones: at a few widths how much what leaves the
-    group's segment of the graph changes, and at some of them how much of that arrives at the outputs. The closed-form
-    loss gives the shape in between. ``scores`` say which units go first.
+    Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
+    lies on; in between, the closed-form loss gives the shape. Neighbouring widths see different samples: what samples
+    do to all groups is taken off, and a smooth line through what is left averages over more of them than each width
+    sees. ``scores`` say which units go first.
     """
-    tried = {g.id: trial(compression, scores, g, min(probed_widths(g))) for g in groups}
-    found: dict[str, FloatArray] = {}
+    tried = {g.id: trial(compression, scores, g, min(probed_widths(g), default=g.size)) for g in groups}
+    found: list[Change] = []
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         chain = chain_of(compression.analysis, tried, Path(folder), provider)
-        dense = [chain.states(feeds) for feeds in few_samples(calibration)]
-        for group in groups:
-            near, far = {}, {}
-            traced = widths_at(group, TRACED_SHARES)
-            for width in probed_widths(group):
-                arrays = trial(compression, scores, group, width)
-                changes = [
-                    chain.changes(states, group.id, arrays, relative_change, width in traced) for states in dense
-                ]
-                near[width] = float(np.mean([c[0] for c in changes]))
-                if width in traced:
-                    far[width] = float(np.mean([c[1] for c in changes]))
-            found[group.id] = calibrated(calibrated(shape_of(compression, group), near), far)
-    return found
+        pools = pools_of(calibration)
+        for number, feeds in enumerate(pools):
+            dense = [chain.states(one) for one in feeds]
+            for turn, group in enumerate(groups):
+                for width in probed_widths(group)[(number - turn) % len(pools) :: len(pools)]:
+                    arrays = trial(compression, scores, group, width)
+                    gaps = [
+                        relative_change(chain.outputs_of(states[-1]), chain.changed(states, group.id, arrays))
+                        for states in dense
+                    ]
+                    found.append(Change(group, width, number, float(np.mean(gaps))))
+    shapes = {g.id: shape_of(compression, g) for g in groups}
+    return fitted_curves(shapes, found)
 
 
-def few_samples(calibration: Calibration) -> list[Feeds]:
-    """The first batches, until there are ``PROBED_SAMPLES``; one batch at least."""
+@dataclass(frozen=True)
+class Change:
+    """Relative squared change of the outputs, with ``group`` at ``width``, on the samples of a pool."""
+
+    group: Group
+    width: int
+    pool: int
+    value: float
+
+
+def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change], rounds: int = 5) -> dict[str, FloatArray]:
+    """Each shape scaled to what was measured; ``rounds`` times the mean misfit of every pool is taken off."""
+    pools = 1 + max((c.pool for c in found), default=0)
+    effect = np.zeros(pools)
+    curves: dict[str, FloatArray] = {}
+    for _ in range(rounds if pools > 1 else 1):
+        points: dict[str, dict[int, float]] = {name: {} for name in shapes}
+        for c in found:
+            points[c.group.id][c.width] = c.value * float(np.exp(-effect[c.pool]))
+        curves = {name: calibrated(shapes[name], points[name]) for name in shapes}
+        misfit = [
+            [
+                np.log(max(points[c.group.id][c.width], 1e-30) / max(curves[c.group.id][c.width], 1e-30))
+                for c in found
+                if c.pool == pool
+            ]
+            for pool in range(pools)
+        ]
+        step = np.array([float(np.median(m)) if m else 0.0 for m in misfit])
+        effect += step - step.mean()
+    return curves
+
+
+def pools_of(calibration: Calibration) -> list[list[Feeds]]:
+    """The first batches: ``POOLS`` times as many as hold ``PROBED_SAMPLES``, one batch at least."""
     count = max(1, PROBED_SAMPLES // calibration.batch)
-    return list(itertools.islice(calibration.batches(), count))
+    batches: list[Feeds] = list(itertools.islice(calibration.batches(), count * POOLS))
+    return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 
 def probed_widths(group: Group) -> list[int]:
-    return widths_at(group, PROBED_SHARES)
-
-
-def widths_at(group: Group, shares: Sequence[float]) -> list[int]:
-    return sorted({max(1, round(group.size * share)) for share in shares} - {group.size})
+    return sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
 
 
 def shape_of(compression: Compression, group: Group) -> FloatArray:
@@ -78,11 +110,20 @@ def shape_of(compression: Compression, group: Group) -> FloatArray:
 
 
 def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
-    """The loss curve scaled so that it passes through the measured points; the scale is interpolated between them."""
+    """The loss curve scaled to what was measured: its logarithm by a parabola over the width. Where a parabola misses
+    a point by more than ``SMOOTH``, the line goes through all of them instead, straight in between."""
+    if not measured:
+        return curve
     widths = np.array(sorted(measured))
     floor = 1e-12 * max(float(curve[0]), 1e-300)
-    scales = np.array([measured[w] / max(float(curve[w]), floor) for w in widths])
-    scaled = curve * np.exp(np.interp(np.arange(len(curve)), widths, np.log(np.maximum(scales, 1e-300))))
+    scales = np.log([max(measured[w] / max(float(curve[w]), floor), 1e-300) for w in widths])
+    at = np.clip(np.arange(len(curve)), widths[0], widths[-1])
+    line = np.interp(at, widths, scales)
+    if len(widths) > 3:
+        smooth = np.polynomial.Polynomial.fit(widths, scales, 2)
+        if np.abs(smooth(widths) - scales).max() <= SMOOTH:
+            line = smooth(at)
+    scaled = curve * np.exp(line)
     rising: FloatArray = np.maximum.accumulate(scaled[::-1])[::-1]
     return rising
 
