@@ -17,7 +17,7 @@ from snpc.runtime.chain import chain_of
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.silent import silent_constants
-from snpc.types import AnyArray, FloatArray, Group
+from snpc.types import AnyArray, FloatArray, Group, IntArray
 
 PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
 PROBED_SAMPLES = 8  # per width
@@ -69,27 +69,41 @@ class Change:
     value: float
 
 
-def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change], rounds: int = 5) -> dict[str, FloatArray]:
-    """Each shape scaled to what was measured; ``rounds`` times the mean misfit of every pool is taken off."""
-    pools = 1 + max((c.pool for c in found), default=0)
-    effect = np.zeros(pools)
-    curves: dict[str, FloatArray] = {}
-    for _ in range(rounds if pools > 1 else 1):
-        points: dict[str, dict[int, float]] = {name: {} for name in shapes}
-        for c in found:
-            points[c.group.id][c.width] = c.value * float(np.exp(-effect[c.pool]))
-        curves = {name: calibrated(shapes[name], points[name]) for name in shapes}
-        misfit = [
-            [
-                np.log(max(points[c.group.id][c.width], 1e-30) / max(curves[c.group.id][c.width], 1e-30))
-                for c in found
-                if c.pool == pool
-            ]
-            for pool in range(pools)
-        ]
-        step = np.array([float(np.median(m)) if m else 0.0 for m in misfit])
-        effect += step - step.mean()
-    return curves
+def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change]) -> dict[str, FloatArray]:
+    """Each shape scaled to what was measured, less what the pools do to all groups."""
+    points: dict[str, list[Change]] = {name: [] for name in shapes}
+    for change in found:
+        points[change.group.id].append(change)
+    effect = pool_effects(shapes, points)
+    return {
+        name: calibrated(shapes[name], {c.width: c.value * float(np.exp(-effect[c.pool])) for c in mine})
+        for name, mine in points.items()
+    }
+
+
+def pool_effects(shapes: Mapping[str, FloatArray], points: Mapping[str, Sequence[Change]]) -> FloatArray:
+    """[pools] logarithms, of mean 0: least squares over all groups of what a parabola per group leaves. A group that no
+    parabola fits says little."""
+    pools = 1 + max((c.pool for mine in points.values() for c in mine), default=0)
+    rows, values = [np.ones((1, pools))], [np.zeros(1)]
+    for name, mine in points.items():
+        widths = np.array([c.width for c in mine])
+        if len(mine) > 3:
+            basis = np.vander(widths / (len(shapes[name]) - 1), 3)
+            rest = np.eye(len(mine)) - basis @ np.linalg.pinv(basis)
+            left = rest @ log_scales(shapes[name], widths, np.array([c.value for c in mine]))
+            weight = 1 / (1 + float(left @ left))
+            rows.append(weight * rest @ np.eye(pools)[[c.pool for c in mine]])
+            values.append(weight * left)
+    effect: FloatArray = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values), rcond=None)[0]
+    return effect
+
+
+def log_scales(curve: FloatArray, widths: IntArray, measured: FloatArray) -> FloatArray:
+    """How much more was measured at these widths than the curve says, as logarithms."""
+    floor = 1e-12 * max(float(curve[0]), 1e-300)
+    scales: FloatArray = np.log(np.maximum(measured / np.maximum(curve[widths], floor), 1e-300))
+    return scales
 
 
 def pools_of(calibration: Calibration) -> list[list[Feeds]]:
@@ -115,8 +129,7 @@ def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
     if not measured:
         return curve
     widths = np.array(sorted(measured))
-    floor = 1e-12 * max(float(curve[0]), 1e-300)
-    scales = np.log([max(measured[w] / max(float(curve[w]), floor), 1e-300) for w in widths])
+    scales = log_scales(curve, widths, np.array([measured[int(w)] for w in widths]))
     at = np.clip(np.arange(len(curve)), widths[0], widths[-1])
     line = np.interp(at, widths, scales)
     if len(widths) > 3:
