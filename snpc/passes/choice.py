@@ -88,8 +88,8 @@ class Choice:
     def __post_init__(self) -> None:
         if [self.ratio, self.target, self.max_drift].count(None) != 2:
             raise UserError(
-                "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X, one of the "
-                "three"
+                "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X, one "
+                "of the three"
             )
         if self.target is not None:
             parse_target(self.target)
