@@ -23,6 +23,7 @@ from snpc.cli.options import (
     remembering,
     running,
     saving,
+    timing,
 )
 from snpc.cli.requests import (
     analysed,
@@ -31,6 +32,7 @@ from snpc.cli.requests import (
     read_plan,
     split_flags,
     statistics_of,
+    workload_of,
     write_text,
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
@@ -58,6 +60,9 @@ def decided(
     memory_limit: int | None,
     provider: str,
     watch: Any,
+    batch: int | None,
+    shapes: tuple[str, ...],
+    threads: int | None,
     **choice: Any,
 ) -> Any:
     """Score and plan as the flags say, and say what the flags leave unused."""
@@ -78,6 +83,7 @@ def decided(
             memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
+            workload=workload_of(batch, shapes, threads),
         )
     if save_stats is not None and decision.statistics is not None:
         snpc.save_statistics(decision.statistics, save_stats)
@@ -132,6 +138,7 @@ def inspect(
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
 @saving
 @remembering
@@ -177,19 +184,21 @@ def prune(
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
+        show.predicted(decision)
         show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
         if str(json_path) != "-":
             show.plan(plan)
         return
-    result = snpc.apply_plan(
-        plan,
+    result = snpc.prune(
+        decision,
         target,
-        compression=decision.compression,
         calibration=calibration,
         memory_limit=choice["memory_limit"],
         provider=provider,
         watch=watch,
     )
+    if plan_path is not None and result.search is not None:
+        write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     finish(result, json_path)
@@ -206,6 +215,7 @@ def finish(result: Any, json_path: Path | None) -> None:
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
 @saving
 @remembering
@@ -222,8 +232,10 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
-    made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
+    decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
+    made = decision.plan
     write_text(target, snpc.plan_to_json(made))
+    show.predicted(decision)
     show.plan(made)
     show.line(f"plan written to {target}")
 

@@ -54,8 +54,15 @@ choosing = options(
     click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
     click.option(
         "--target",
-        metavar="macs=R|params=R|bytes=R",
-        help="Come down to this share of the dense model instead, taking it from all roles where it costs least.",
+        metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
+        help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
+        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+    ),
+    click.option(
+        "--max-drift",
+        type=float,
+        help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
+        "written model (needs --calib).",
     ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
     click.option(
@@ -122,6 +129,14 @@ remembering = options(
         help="Memory for statistics and kept activations, beside that of running the model: 2GB, 512MiB. Less means "
         "more passes over the data, and temporary files.  [default: half of what is free]",
     ),
+)
+
+timing = options(
+    click.option(
+        "--batch", type=click.IntRange(1), help="Size of the batch axis when a latency is measured.  [default: 1]"
+    ),
+    click.option("--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input then."),
+    click.option("--threads", type=click.IntRange(0), help="Threads then; 0: onnxruntime chooses.  [default: 0]"),
 )
 
 running = options(

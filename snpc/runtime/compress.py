@@ -14,11 +14,12 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
+from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
+from snpc.runtime.latency import Workload, latency_table, timed_groups
 from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
 from snpc.types import FloatArray, Group
@@ -40,12 +41,19 @@ def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are)."""
+    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are).
+
+    ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
+    """
 
     plan: Plan
     compression: Compression | None = None
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
+    choice: Choice | None = None
+    groups: tuple[Group, ...] = field(default=(), repr=False)
+    scores: Scores | None = field(default=None, repr=False)
+    workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
 
 
@@ -60,6 +68,7 @@ def decide(
     memory_limit: int | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
+    workload: Workload | None = None,
 ) -> Decision:
     """Score and plan in one step.
 
@@ -71,13 +80,15 @@ def decide(
     default then) and "select", and widths are chosen by the closed forms' own loss, relative to what each group does:
     how much the outputs mind takes ``calibration``. ``memory_limit``: see ``measure_statistics``.
 
-    Raises UserError where data is needed and missing.
+    ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
     informed = calibration is not None or statistics is not None
     method = method or default_method(calibration, informed and criterion is None)
     check_data(method, calibration, statistics)
-    judge = criterion or (statistics.criterion if statistics else "mixed" if informed else "magnitude")
+    check_request(choice, calibration, workload)
+    usual = statistics.criterion if statistics else "mixed" if informed else "magnitude"
+    judge = usual if criterion is None else criterion
     if statistics is None and calibration is not None:
         statistics = measure_statistics(
             analysis,
@@ -95,13 +106,36 @@ def decide(
         found = compress(analysis, statistics, groups)
     rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
     scores = ordered(rest, found, method)
-    curves: Mapping[str, FloatArray] = {}
-    if calibration is not None and (choice.target is not None if method == "select" else not choice.uniform):
+    if calibration is not None and needs_curves(choice, method):
         curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
+        scores = replace(scores, curves=curves)
     elif method != "select" and not choice.uniform:
-        curves = {g.id: relative_loss(found, scores, g) for g in groups}
-    plan = make_plan(replace(scores, curves=curves), choice)
-    return Decision(plan, found if method != "select" else None, curves, statistics)
+        scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
+    if is_latency(choice):
+        roles = tuple(dict.fromkeys(g.role for g in groups))
+        table = latency_table(analysis, roles, workload=workload, provider=provider)
+        scores = replace(scores, times=table.times(timed_groups(analysis, roles), groups))
+    plan = make_plan(scores, choice)
+    closed = found if method != "select" else None
+    return Decision(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)
+
+
+def check_request(choice: Choice, calibration: Calibration | None, workload: Workload | None) -> None:
+    if choice.max_drift is not None and calibration is None:
+        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
+    if workload is not None and not is_latency(choice):
+        raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
+
+
+def is_latency(choice: Choice) -> bool:
+    return choice.target is not None and parse_target(choice.target).kind == "latency"
+
+
+def needs_curves(choice: Choice, method: Method) -> bool:
+    """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
+    if choice.uniform:
+        return choice.max_drift is not None
+    return method != "select" or choice.ratio is None
 
 
 def default_method(calibration: Calibration | None, closed: bool) -> Method:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -53,6 +53,18 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Plans that were applied and measured: ``tried`` holds (predicted, measured) of each, in order. ``kind`` "drift":
+    relative root mean square change of the outputs; "latency": share of the dense model's time, or ms."""
+
+    kind: Literal["drift", "latency"]
+    unit: str
+    limit: float
+    reached: float
+    tried: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A written pruned model: costs read from the two files, and what verification found."""
 
@@ -65,6 +77,24 @@ class Pruned:
     calibration: str = ""
     forms: Mapping[str, str] = field(default_factory=dict)
     """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
+    search: Search | None = None
+    """How a drift or a latency was met, where the plan had to be found by trying."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
+
+    compression: Compression | None = None
+    calibration: Calibration | None = None
+    memory_limit: int | None = None
+    provider: str = "cpu"
+
+    def described(self) -> str:
+        """The data, in words."""
+        if self.calibration is not None:
+            return self.calibration.described()
+        return self.compression.source if self.compression is not None else ""
 
 
 def apply_plan(
@@ -86,49 +116,78 @@ def apply_plan(
     left at ``target``).
     """
     watch = watch or Stopwatch()
+    means = Means(compression, calibration, memory_limit, provider)
+    temporary = unverified(target)
+    try:
+        made = build(plan, target, temporary, means, watch)
+        return published(made, target, means, watch)
+    finally:
+        discard(temporary)
+
+
+def unverified(target: Path, turn: int = 0) -> Path:
+    """Where a model lies until it is verified."""
+    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A verified model under a temporary name."""
+
+    plan: Plan
+    path: Path
+    after: Cost
+    verdict: Verdict
+    forms: Mapping[str, str]
+
+    @property
+    def drift(self) -> float:
+        """The largest relative root mean square change of an output."""
+        return max((d.relative for d in self.verdict.drift), default=0.0)
+
+
+def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwatch) -> Candidate:
+    """Rewrite the plan's model for ``target``, write it to ``temporary`` and verify it there; see ``apply_plan``."""
     analysis = plan.analysis
     for path in (target, data_file(target)):
         check_target(path, *model_files(analysis.model.path))
     source = analysis.traced
     if plan.method != "select":
         with watch.stage("refit"):
-            plan, source = fitted(plan, compression, calibration, provider, memory_limit)
+            plan, source = fitted(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
     with watch.stage("write"):
-        temporary = target.with_name(f".{target.name}.unverified.onnx")
-    try:
-        with watch.stage("write"):
-            save(rewritten.model, temporary, analysis.model.external)
-        with watch.stage("verify"):
-            verdict = verify_written(rewritten, plan, temporary, calibration, provider)
-            judge(verdict)
-        with watch.stage("report"):
-            after = written_cost(temporary, analysis)
-        with watch.stage("write"):
-            publish(temporary, target)
-    finally:
-        discard(temporary)
-    after = replace(after, bytes=file_bytes(target))
-    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
-    described = calibration.described() if calibration else compression.source if compression else ""
+        save(rewritten.model, temporary, analysis.model.external)
+    with watch.stage("verify"):
+        verdict = verify_written(rewritten, plan, temporary, means.calibration, means.provider)
+        judge(verdict)
+    with watch.stage("report"):
+        after = written_cost(temporary, analysis)
+    compression = means.compression
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
     forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
-    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
+    return Candidate(plan, temporary, after, verdict, forms)
 
 
-def fitted(
-    plan: Plan,
-    compression: Compression | None,
-    calibration: Calibration | None,
-    provider: str,
-    memory_limit: int | None = None,
-) -> tuple[Plan, Traced]:
+def published(made: Candidate, target: Path, means: Means, watch: Stopwatch, search: Search | None = None) -> Pruned:
+    """Give the model its name."""
+    analysis = made.plan.analysis
+    with watch.stage("write"):
+        publish(made.path, target)
+    after = replace(made.after, bytes=file_bytes(target))
+    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
+    seconds = dict(watch.seconds)
+    return Pruned(made.plan, target, before, after, made.verdict, seconds, means.described(), made.forms, search)
+
+
+def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
         return plan, plan.analysis.traced
     normed = approximated(plan)
+    compression, calibration = means.compression, means.calibration
     if compression is None or (calibration is None and (plan.method == "auto" or normed)):
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
@@ -137,19 +196,17 @@ def fitted(
     rest = without(plan, normed)
     source = plan.analysis.traced
     if rest.keep:
-        source = fitted_weights(compression, rest, calibration, provider, memory_limit)
+        source = fitted_weights(compression, rest, means)
     if not normed:
         return plan, source
     assert calibration is not None
-    return plan, fit_norms(source, plan, calibration, provider=provider)
+    return plan, fit_norms(source, plan, calibration, provider=means.provider)
 
 
-def fitted_weights(
-    compression: Compression, plan: Plan, calibration: Calibration | None, provider: str, memory_limit: int | None
-) -> Traced:
-    if plan.method == "auto" and calibration is not None:
+def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
+    if plan.method == "auto" and means.calibration is not None:
         try:
-            return fit_sequentially(compression, plan, calibration, provider, memory_limit)
+            return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
         except NotSequential:
             pass  # what the dense model gives serves as well
     return fit(compression, plan)
@@ -230,7 +287,7 @@ def verify(
     rewritten = None
     if plan is not None:
         compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
-        plan, source = fitted(plan, compression, calibration, provider)
+        plan, source = fitted(plan, Means(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
     verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
@@ -257,6 +314,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "criterion": plan.criterion,
         "options": dict(plan.options),
         "calibration": result.calibration or None,
+        "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.binding),
         "groups": groups_json(plan, result.forms),
