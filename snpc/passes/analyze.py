@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,19 @@ class Analysis:
     tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
     reduction: TokenReduction | None = None
     """How tokens are reduced, where they are: ``traced`` is then told by inputs which go (``snpc.tokens``)."""
+
+    @property
+    def name(self) -> str:
+        """The model, in words."""
+        tokens = f" with tokens {self.reduction.spec}" if self.reduction is not None else ""
+        return f"{self.model.path.name}{tokens}"
+
+    @property
+    def digest(self) -> str:
+        """Of all that is measured of it: the file's contents, and how tokens are reduced."""
+        if self.reduction is None:
+            return self.model.digest
+        return hashlib.sha256(f"{self.model.digest} {self.reduction.spec}".encode()).hexdigest()
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)
