@@ -16,9 +16,9 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.ops.writing import ADD
 from snpc.passes.carried import Carried, Contraction
+from snpc.passes.fold import CannotFold, Fold, side_labels, v_is_constant, walk
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
-from snpc.passes.scale import CannotFold, Fold, side_labels, v_is_constant, walk
 from snpc.passes.shapes import attributes, static_shape
 from snpc.types import FloatArray, Group, IntArray
 
