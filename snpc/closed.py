@@ -6,6 +6,7 @@ Plain linear algebra on second moments in float64; nothing here knows a graph. M
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from snpc.types import FloatArray, IntArray
 
 RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
+LARGE = 3072  # rows above which a system is solved less often
 SCARCE = 0.1  # more of it where rows are few: times units / rows
 
 
@@ -88,6 +90,28 @@ def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -
     return Rebase(make, read, errors(root(context)[0], make, read, weight) if ridge else tails(singular))
 
 
+def read_again(context: FloatArray, make: FloatArray, weight: FloatArray, ridge: float = 0.0) -> FloatArray:
+    """[r, D]: the output projection that makes of the values ``make`` [d, r] leaves what ``weight`` [d, D] made of all.
+
+    ``context`` as in ``rebase_values``. Where one head reads the values this is ``read[:r] @ weight`` of its rebase;
+    query heads that share values share the basis, but each has its own best projection.
+    """
+    seen = make.T @ damped(context, ridge)
+    return np.linalg.solve(seen @ make, seen @ weight).astype(np.float64)
+
+
+def shared_values(
+    contexts: Sequence[FloatArray], weights: Sequence[FloatArray], make: FloatArray, ridge: float
+) -> FloatArray:
+    """``loss`` of query heads that share values in the basis ``make`` [d, d], each with its own projection."""
+    found = np.zeros(len(make) + 1)
+    for kept in range(len(make)):
+        for context, weight in zip(contexts, weights, strict=True):
+            gap = weight - make[:, :kept] @ read_again(context, make[:, :kept], weight, ridge) if kept else weight
+            found[kept] += float(np.sum(gap * (context @ gap)))
+    return np.maximum.accumulate(found[::-1])[::-1]
+
+
 def errors(left: FloatArray, make: FloatArray, read: FloatArray, right: FloatArray) -> FloatArray:
     """``[r]``: | left (1 - make_r read_r) right |^2 with the first r columns and rows."""
     columns, rows = left @ make, read @ right
@@ -118,32 +142,38 @@ def ridge_of(moment: FloatArray, ridge: float) -> float:
     return ridge * float(np.trace(moment)) / len(moment) + 1e-12
 
 
-def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: float = RIDGE) -> Elimination:
+@dataclass(frozen=True)
+class System:
+    """What one weight reads of the units: ``moment`` [units * m, units * m] of the centred columns, ``weight``
+    [units * m, D], each unit in m columns next to each other (the width of a head, the offsets of a kernel)."""
+
+    moment: FloatArray
+    weight: FloatArray
+    ridge: float = RIDGE
+
+
+def eliminate(systems: Sequence[System], size: int, steps: int | None = None) -> Elimination:
     """Structured OBS: repeatedly drop the units whose loss, after all others made up for them, is least.
 
-    ``moment`` [F, F] of the centred hidden activations, ``weight`` [F, D] what reads them. The loss of unit i is
-    |w_i|^2 / (H^-1)_ii with w and H^-1 updated after every removal (ZipLM, arXiv 2302.04089). Units go one by one from
-    scores that are refreshed ``steps`` times. ``loss`` is the error on ``moment`` itself, the ridge taken off.
+    The loss of unit i is tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems, with w and H^-1 updated after every
+    removal (ZipLM, arXiv 2302.04089). Units go one by one from scores that are refreshed ``steps`` times (default: 48,
+    fewer where systems are very large). ``loss`` is the error on the moments themselves, the ridge taken off.
     """
-    size = len(moment)
+    solved = [Solving(s, size) for s in systems]
+    steps = steps or steps_for(max(len(s.moment) for s in systems))
     alive = np.arange(size)
-    hessian = damped(moment, ridge)
-    target = hessian @ weight
     loss = np.zeros(size + 1)
-    loss[0] = total = float(np.sum(weight * target))
-    known, extra = [0], [ridge_of(moment, ridge) * float(np.sum(weight**2))]
+    loss[0] = total = sum(s.total for s in solved)
+    known, extra = [0], [sum(s.extra(alive[:0]) for s in solved)]
     order: list[int] = []
     batch = max(1, -(-size // steps))
     while len(alive):
-        inverse: FloatArray = np.linalg.inv(hessian[np.ix_(alive, alive)]).astype(np.float64)
-        current: FloatArray = inverse @ target[alive]
+        parts = [s.solve(alive) for s in solved]
         if len(alive) < size:
-            loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
-        gap = weight.copy()
-        gap[alive] -= current
+            loss[len(alive)] = max(total - sum(s.explained for s in solved), 0.0)
         known.append(len(alive))
-        extra.append(ridge_of(moment, ridge) * float(np.sum(gap**2)))
-        going, costs = drop(inverse, current, min(batch, len(alive)))
+        extra.append(sum(s.extra(alive) for s in solved))
+        going, costs = drop(parts, len(alive), min(batch, len(alive)))
         for k, cost in enumerate(costs[:-1], start=1):
             loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
         order += alive[going].tolist()
@@ -153,25 +183,87 @@ def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: fl
     return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
 
 
-def drop(inverse: FloatArray, weight: FloatArray, count: int) -> tuple[list[int], list[float]]:
-    """The ``count`` units that go next and what each costs, exactly updated between them within the cheapest few."""
-    score = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
-    pool = np.argsort(score, kind="stable")[: min(len(score), 2 * count)]
-    small, rows = inverse[np.ix_(pool, pool)].copy(), weight[pool].copy()
+def steps_for(rows: int) -> int:
+    """Solving a system of so many rows takes time that grows with their cube."""
+    return max(4, round(48 * min(1.0, LARGE / rows) ** 3))
+
+
+class Solving:
+    """One system, solved again and again for fewer units."""
+
+    def __init__(self, system: System, size: int) -> None:
+        self.weight, self.columns = system.weight, len(system.moment) // size
+        self.ridge = ridge_of(system.moment, system.ridge)
+        self.hessian = damped(system.moment, system.ridge)
+        self.target = self.hessian @ system.weight
+        self.total = float(np.sum(system.weight * self.target))
+        self.explained = 0.0
+        self.current = np.zeros_like(system.weight)
+
+    def solve(self, alive: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(inverse, refitted weight) of the columns of these units."""
+        rows = columns_of(alive, self.columns)
+        inverse: FloatArray = np.linalg.inv(self.hessian[np.ix_(rows, rows)]).astype(np.float64)
+        self.current = inverse @ self.target[rows]
+        self.explained = float(np.sum(self.current * self.target[rows]))
+        return inverse, self.current
+
+    def extra(self, alive: IntArray) -> float:
+        """The ridge's share of the loss when these units are left."""
+        gap = self.weight.copy()
+        if len(alive):
+            gap[columns_of(alive, self.columns)] -= self.current
+        return self.ridge * float(np.sum(gap**2))
+
+
+def columns_of(units: IntArray, columns: int) -> IntArray:
+    """Where the ``columns`` columns of each of these units stand."""
+    return (units[:, None] * columns + np.arange(columns)).reshape(-1)
+
+
+def drop(parts: Sequence[tuple[FloatArray, FloatArray]], units: int, count: int) -> tuple[list[int], list[float]]:
+    """The ``count`` of ``units`` that go next and what each costs, exactly updated between them within the cheapest.
+
+    ``parts``: (inverse, weight) per system.
+    """
+    score = np.sum([unit_costs(inverse, weight, units) for inverse, weight in parts], axis=0)
+    pool = np.argsort(score, kind="stable")[: min(units, 2 * count)]
+    small = []
+    for inverse, weight in parts:
+        rows = columns_of(pool, len(inverse) // units)
+        small.append((inverse[np.ix_(rows, rows)], weight[rows]))
     alive = np.ones(len(pool), bool)
     going: list[int] = []
     costs: list[float] = []
     for _ in range(count):
-        diagonal = np.where(alive, np.diag(small), 1.0)
-        cost = np.where(alive, np.einsum("ij,ij->i", rows, rows) / diagonal, np.inf)
+        left = np.flatnonzero(alive)
+        cost = np.sum([unit_costs(inverse, weight, len(left)) for inverse, weight in small], axis=0)
         k = int(np.argmin(cost))
-        going.append(int(pool[k]))
+        going.append(int(pool[left[k]]))
         costs.append(float(cost[k]))
-        alive[k] = False
-        factor = small[:, k] / small[k, k]
-        rows -= np.outer(factor, rows[k])
-        small -= np.outer(factor, small[k])
+        alive[left[k]] = False
+        small = [without(inverse, weight, k, len(left)) for inverse, weight in small]
     return going, costs
+
+
+def unit_costs(inverse: FloatArray, weight: FloatArray, units: int) -> FloatArray:
+    """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
+    columns = len(inverse) // units
+    if columns == 1:
+        found: FloatArray = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
+        return found
+    rows = weight.reshape(units, columns, -1)
+    blocks = np.einsum("iaib->iab", inverse.reshape(units, columns, units, columns))
+    return np.asarray(np.einsum("iaj,iaj->i", rows, np.linalg.solve(blocks, rows)))
+
+
+def without(inverse: FloatArray, weight: FloatArray, unit: int, units: int) -> tuple[FloatArray, FloatArray]:
+    """Both when one unit is gone and the others have made up for it."""
+    columns = len(inverse) // units
+    gone = columns_of(np.array([unit]), columns)
+    rest = np.delete(np.arange(len(inverse)), gone)
+    factor = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[np.ix_(gone, rest)]).T
+    return inverse[np.ix_(rest, rest)] - factor @ inverse[np.ix_(gone, rest)], weight[rest] - factor @ weight[gone]
 
 
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:

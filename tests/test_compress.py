@@ -24,14 +24,16 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
-from snpc.passes.edit import Edits, NoPlace, contraction_at, edited, reader_of
+from snpc.passes.edit import Edits, NoPlace, edited
 from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.products import contraction_at
+from snpc.passes.readers import reader_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
 from snpc.runtime.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.measure import measure, wanted_statistics
-from snpc.runtime.moments import NEEDS, form_of
+from snpc.runtime.moments import form_of, needs
 from snpc.runtime.verify import outputs_of
 from snpc.types import FloatArray, Group, Role
 
@@ -324,7 +326,7 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
 
 def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
     analysis, found = analysis_of(name), compressed(name)
-    wanted = wanted_statistics(analysis, {g: NEEDS[form] for g, form in found.forms.items()})
+    wanted = wanted_statistics(analysis, {g.id: needs(analysis, g, found.forms[g.id]) for g in chosen(analysis) if g.id in found.forms})
     assert wanted
     sums: dict[str, FloatArray] = {}
     for result in measure(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):

@@ -122,6 +122,7 @@ class OpSpec:
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
     curved: bool = False
+    windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
     divides: bool = False
     subtracts: bool = False

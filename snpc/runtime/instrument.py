@@ -133,8 +133,8 @@ class Instrument:
         return self.shaped(self.op(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
 
     def ones(self, rows: ir.Value, counts: ir.Value | None) -> ir.Value:
-        """For ``rows`` [blocks, samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
-        one = self.op(op.GATHER, [rows, self.ints([0])], axis=3)
+        """For ``rows`` [.., samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
+        one = self.op(op.GATHER, [rows, self.ints([0])], axis=-1)
         return self.only_counted(self.op(op.EXP, [self.op(op.SUB, [one, one])]), counts)
 
     # -- statistics, one method per kind
@@ -147,6 +147,7 @@ class Instrument:
             "moment": self.moment,
             "centred": self.centred,
             "sums": self.sums,
+            "apart": self.apart,
         }
         self.expose(kinds[kind](probe, blocks, size), output)
 
@@ -176,6 +177,62 @@ class Instrument:
         value = self.by_block(probe, blocks, size)
         both = self.op(op.CONCAT, [value, self.ones(value, self.counted_rows(probe, blocks * size))], axis=3)
         return self.reduced(op.REDUCE_SUM, both, [1, 2])
+
+    def apart(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with ones behind the units; what several
+        columns show of a unit (query heads that share their values) is kept apart."""
+        repeats = layout_of(probe, blocks * size).repeats
+        split = self.shaped(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
+        split = self.turned(split, 2, 3, 0, 1, 4)
+        both = self.op(op.CONCAT, [split, self.ones(split, self.counted(probe.tensor))], axis=4)
+        flat = self.shaped(both, repeats, blocks, -1, size + 1)
+        return self.op(op.MATMUL, [self.turned(flat, 0, 1, 3, 2), flat])
+
+    def joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
+        """[units * columns + 1] squared: X'X over samples and rows, with ones behind; the columns that show a unit (the
+        width of a head, the offsets at which ``window`` reads a channel) next to each other."""
+        if window is None:
+            repeats = layout_of(probe, units).repeats
+            rows = self.rows(probe, units)
+            if repeats > 1:
+                rows = self.turned(self.shaped(rows, 0, -1, repeats, units), 0, 1, 3, 2)
+                rows = self.shaped(rows, 0, -1, units * repeats)
+            counts = self.counted(probe.tensor)
+        else:
+            rows, counts = self.patches(probe, window), None
+        both = self.op(op.CONCAT, [rows, self.ones(rows, counts)], axis=2)
+        return self.square(both)
+
+    def square(self, rows: ir.Value) -> ir.Value:
+        """X'X of all rows."""
+        flat = self.op(op.RESHAPE, [rows, self.op(op.CONCAT, [self.ints([-1]), self.sizes(rows, 2)], axis=0)])
+        return self.op(op.MATMUL, [self.turned(flat, 1, 0), flat])
+
+    def patches(self, probe: Probe, window: ir.Node) -> ir.Value:
+        """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
+        seen = probe.units.reshape(-1)
+        weight = window.inputs[1]
+        assert weight is not None and weight.shape is not None
+        kernel = [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
+        taps = int(np.prod(kernel))
+        order = np.argsort(seen, kind="stable")
+        order = order[seen[order] >= 0]
+        value = self.op(op.GATHER, [self.float32(self.values[probe.tensor]), self.ints(order.tolist())], axis=1)
+        picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
+        kept = [a for a in window.attributes.values() if a.name != "group"]
+        self.count += 1
+        node = ir.Node(
+            window.domain,
+            window.op_type,
+            [value, self.constant(picks)],
+            [*kept, ir.AttrInt64("group", len(order))],
+            num_outputs=1,
+            name=f"snpc_measure_{self.count}",
+        )
+        node.outputs[0].name = f"{node.name}_out"
+        self.model.graph.append(node)
+        flat = self.shaped(node.outputs[0], 0, len(order) * taps, -1)
+        return self.turned(flat, 0, 2, 1)
 
     def product(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
         flat = self.shaped(value, blocks, -1, size)

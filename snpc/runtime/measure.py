@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
+from snpc.passes.readers import uses_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
@@ -23,17 +25,28 @@ ADDED = 4 + 8 + 8  # bytes of a statistic's element: as it comes, in float64, an
 
 @dataclass(frozen=True)
 class Wanted:
-    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums);
-    ``output`` names the instrumented model's output."""
+    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums, apart,
+    joint); ``output`` names the instrumented model's output. ``use`` is named "0.1" where it is what the second node
+    sees that uses the first reader."""
 
     group: Group
     probe: Probe
     kind: str
     output: str
+    use: str = ""
+    window: ir.Node | None = None
+    columns: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}:{self.probe.kind}"
+        return f"{self.kind}:{self.probe.kind}{'#' if self.use else ''}{self.use}"
+
+    def add_to(self, instrument: Instrument) -> None:
+        """As a new output of the instrumented model."""
+        if self.kind == "joint":
+            instrument.expose(instrument.joint(self.probe, self.group.size, self.window), self.output)
+        else:
+            instrument.add(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
 def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[Wanted]:
@@ -41,11 +54,23 @@ def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) ->
     found: list[Wanted] = []
     for group in analysis.groups:
         for name in names.get(group.id, ()):
-            kind, _, probe_kind = name.partition(":")
+            kind, _, rest = name.partition(":")
+            probe_kind, sharp, use = rest.partition("#")
+            if sharp:
+                found.append(wanted_at(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
+                continue
             for probe in group.probes:
                 if probe.kind == probe_kind:
                     found.append(Wanted(group, probe, kind, f"snpc_stat_{len(found)}"))
     return found
+
+
+def wanted_at(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> Wanted:
+    """A statistic of what one node sees that uses a reader."""
+    reader, _, node = use.partition(".")
+    seen = uses_of(analysis.traced, group)[int(reader)][int(node)]
+    window = seen.node if seen.reader.taps > 1 else None
+    return Wanted(group, seen.probe, kind, output, use, window, seen.reader.columns)
 
 
 def split(
@@ -82,12 +107,17 @@ def probed_elements(analysis: Analysis, calibration: Calibration) -> dict[str, f
 
 def bytes_of(wanted: Sequence[Wanted], elements: Mapping[str, float], batch: int) -> int:
     """About how much measuring these takes at once."""
-    held = sum(elements.get(tensor, 0) for tensor in {item.probe.tensor for item in wanted}) * HELD
+    windows = {item.probe.tensor: item.columns if item.window is not None else 1 for item in wanted}
+    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * HELD
     return int(held + ADDED * sum(statistic_elements(item, batch) for item in wanted))
 
 
 def statistic_elements(item: Wanted, batch: int) -> int:
     blocks, size = item.group.blocks, item.group.size
+    if item.kind == "joint":
+        return (size * item.columns + 1) ** 2
+    if item.kind == "apart":
+        return item.columns * blocks * (size + 1) ** 2
     square = item.kind in ("gram", "moment", "centred")
     per_sample = item.kind in ("gram", "energy")
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
@@ -102,7 +132,7 @@ def measure(
     padding = padding_of(source, probe_rows((w.probe, w.group.blocks * w.group.size) for w in wanted))
     instrument = Instrument(source.model, padding.told)
     for item in wanted:
-        instrument.add(item.kind, item.probe, item.group.blocks, item.group.size, item.output)
+        item.add_to(instrument)
     with (
         token_masks(source, padding, provider, threads) as masks,
         scratch(instrument.model, provider=provider, threads=threads) as run,

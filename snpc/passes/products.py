@@ -1,0 +1,122 @@
+"""The products in which query and key, or value and attention weights, meet; and the constants that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.passes.carried import Carried, Contraction
+from snpc.passes.edit import NoPlace, Place, positions_of
+from snpc.passes.fold import CannotFold, Fold, side_labels, walk
+from snpc.passes.labels import varying
+from snpc.passes.rewrite import Traced
+from snpc.types import Group
+
+Operand = tuple[Contraction, Carried, ir.Value]
+"""A product, one of its sides, and the value that it is."""
+
+
+def score_products(traced: Traced, group: Group) -> list[Contraction]:
+    """The products of activations that a qk group closes in: one, or several where layers share their weights."""
+    tensors = {p.tensor for p in group.probes}
+    found = [
+        c
+        for c in traced.trace.contractions
+        if not c.constant and not c.part and c.left.name in tensors and c.right.name in tensors
+    ]
+    if not found:
+        raise NoPlace("its query and key meet in no product that can be watched")
+    return found
+
+
+def contraction_at(traced: Traced, group: Group) -> Contraction:
+    """The one product of activations that a qk group closes in."""
+    found = score_products(traced, group)
+    if len(found) != 1:
+        raise NoPlace(f"it takes part in {len(found)} score products")
+    return found[0]
+
+
+def operand_places(traced: Traced, group: Group, side: int) -> list[Place]:
+    """Constants that make one operand (0: left, 1: right) of a qk group's score products."""
+    operands: list[Operand] = []
+    for product in score_products(traced, group):
+        carried = (product.left, product.right)[side]
+        value = product.node.inputs[lookup(product.node.domain, product.node.op_type).operands[side]]
+        assert value is not None
+        operands.append((product, carried, value))
+    return places(traced, operands, group)
+
+
+def value_operands(traced: Traced, group: Group) -> list[Operand]:
+    """(P V, its V side, the value) of a vo group: one, or several where layers share their weights."""
+    tensors = {p.tensor for p in group.probes if p.kind == "value"}
+    found: list[Operand] = []
+    for c in traced.trace.contractions:
+        if c.constant or c.part:
+            continue
+        for side in (c.left, c.right):
+            if side.name in tensors and any(len(varying(f)) for f in side.factors):
+                found.append((c, side, next(v for v in c.node.inputs if v is not None and v.name == side.name)))
+    if not found:
+        raise NoPlace("its values enter no product that can be watched")
+    return found
+
+
+def value_places(traced: Traced, group: Group) -> list[Place]:
+    """Constants that make a vo group's values."""
+    return places(traced, value_operands(traced, group), group)
+
+
+def places(traced: Traced, operands: Sequence[Operand], group: Group) -> list[Place]:
+    """Constants that make these operands, linearly, with the group's positions in them."""
+    folds = []
+    wanted: set[int] = set()
+    for product, side, value in operands:
+        mine = side_labels(side)
+        fold = Fold(product.node, 0, 1.0)
+        try:
+            walk(fold, value, mine, traced.trace, traced.facts, traced.model)
+        except CannotFold:
+            raise NoPlace("what makes it is not linear all the way") from None
+        folds.append(fold)
+        wanted |= mine
+    allowed = frozenset(node for fold in folds for node in (*fold.nodes, fold.node))
+    made = {out for node in allowed for out in node.outputs if carries(traced, out, wanted)}
+    made -= {out for fold in folds for out in fold.node.outputs}
+    constants = {key: hit for fold in folds for key, hit in fold.constants.items()}
+    for seen in {v for fold in folds for v in fold.values} | {value for value, _ in constants} | made:
+        if read_elsewhere(traced, seen, wanted, allowed):
+            raise NoPlace(f"{seen.name} is read elsewhere as well")
+    sites = {(s.tensor, s.axis): s for s in group.sites}
+    found = []
+    for (constant, axis), hit in constants.items():
+        site = sites.get((str(constant.name), axis))
+        if site is None:
+            raise NoPlace(f"{constant.name} is not a site of the group")
+        units = np.where(hit, site.units, -1)
+        found.append(Place(str(constant.name), axis, positions_of(units, group)))
+    return found
+
+
+def carries(traced: Traced, value: ir.Value, wanted: set[int]) -> bool:
+    found = traced.trace.values.get(value)
+    return found is not None and not side_labels(found).isdisjoint(wanted)
+
+
+def read_elsewhere(traced: Traced, value: ir.Value, wanted: set[int], allowed: frozenset[ir.Node]) -> bool:
+    """Does a node that is not ``allowed`` use the wanted positions? Not one that reads the shape, or moves others out
+    (K and V of a packed QKV)."""
+    for user in value.consumers():
+        kind = lookup(user.domain, user.op_type).kind
+        if user in allowed or kind == "shape":
+            continue
+        if kind != "movement" or not carries(traced, value, wanted):
+            return True
+        moved = [out for out in user.outputs if carries(traced, out, wanted) or out not in traced.trace.values]
+        if any(read_elsewhere(traced, out, wanted, frozenset()) for out in moved):
+            return True
+    return False
