@@ -20,8 +20,7 @@ from snpc.passes.edit import existing_bias
 from snpc.passes.plan import Plan
 from snpc.passes.readers import reader_of, readers_of, uses_of
 from snpc.runtime.compress import Decision
-from snpc.runtime.fit import Compression, compress, fit
-from snpc.runtime.moments import measure_moments
+from snpc.runtime.fit import Compression, fit
 from snpc.types import FloatArray, Group, Role
 
 SAMPLES = 48  # more rows than any group here has columns, else nothing is lost that damping does not hide
@@ -51,7 +50,8 @@ def found_for(name: str, role: Role) -> tuple[Compression, Feeds]:
     analysis, feeds = analysis_of(name), more_data(name, SAMPLES)
     groups = groups_of(analysis, role)
     assert groups
-    return compress(measure_moments(analysis, calibration_of(analysis, feeds, 16), groups), groups), feeds
+    statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), groups)
+    return snpc.compress(analysis, statistics, groups), feeds
 
 
 def keeping(analysis: Analysis, found: Compression, group: Group, kept: int) -> Plan:
