@@ -283,3 +283,20 @@ def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: F
     gap = weight.copy()
     gap[keep] -= fitted
     return float(np.sum(gap * (moment @ gap)))
+
+
+# -- selection without refit -----------------------------------------------------------------------------------------
+
+
+def eliminate_coupled(losses: FloatArray) -> Elimination:
+    """Units of which P lose ``sum_{u, v in P} losses[u, v]`` [size, size] together: greedily, the cheapest next."""
+    alive = np.arange(len(losses))
+    gone: list[int] = []
+    found = [0.0]
+    while len(alive):
+        costs = np.diag(losses)[alive] + 2 * losses[np.ix_(alive, np.array(gone, np.int64))].sum(axis=1)
+        k = int(np.argmin(costs))
+        gone.append(int(alive[k]))
+        found.append(found[-1] + float(costs[k]))
+        alive = np.delete(alive, k)
+    return Elimination(np.array(gone, np.int64), np.maximum(np.array(found)[::-1], 0.0))

@@ -144,8 +144,9 @@ def test_every_group_has_a_form_or_a_reason(name: str) -> None:
         assert "\n" not in reason
     expected = {"qk": "scores", "vo": "values", "ffn": "refit"}
     for group in groups:
-        assert found.forms.get(group.id, expected[group.role]) == expected[group.role]
-        if group.freedom != "basis" and group.role != "ffn":
+        form = "coupled" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
+        assert found.forms.get(group.id, form) == form
+        if group.freedom != "basis" and group.role == "vo":
             assert group.id in found.skipped
         curve = found.curve(group)
         assert (curve is None) == (group.id in found.skipped)
@@ -263,7 +264,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     analysis, feeds = analysis_of(name), more_data(name, 48)
     for group in chosen(analysis, "ffn"):
         found = compressed_on(name, feeds, [group], 16)
-        keep = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
+        keep = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up
         outputs = biased_output(analysis, group)
@@ -300,7 +301,7 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
     kept = group.size // 4
     plan = only(analysis, group, kept)
     if role == "ffn":
-        keep = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
+        keep = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(plan, keep={group.id: (keep,)})
     model = shrunk(snpc.Decision(plan, found))
     output = biased_output(analysis, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
 from snpc.passes.edit import existing_bias
 from snpc.passes.plan import Plan
+from snpc.passes.products import score_products
 from snpc.passes.readers import reader_of, readers_of, uses_of
 from snpc.runtime.compress import Decision
 from snpc.runtime.fit import Compression, fit
@@ -56,7 +58,7 @@ def found_for(name: str, role: Role) -> tuple[Compression, Feeds]:
 
 def keeping(analysis: Analysis, found: Compression, group: Group, kept: int) -> Plan:
     """The plan that keeps the ``kept`` units that go last."""
-    best = tuple(sorted(found.eliminations[group.id].order[group.size - kept :].tolist()))
+    best = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
     return Plan(analysis, "by hand", {}, {group.id: (best,)}, "parallel")
 
 
@@ -251,3 +253,58 @@ def test_statistics_of_kernels_are_those_of_patches() -> None:
         held = existing_bias(reader.node, reader.width)
         expected = held.const_value.numpy() if held is not None and held.const_value is not None else np.zeros(1)
         np.testing.assert_allclose(bias, np.broadcast_to(expected, bias.shape), atol=1e-4 * np.abs(flat).max())
+
+
+# -- rotary pairs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama__ts17", "llama__dyn20_sdpa"])
+def test_predicted_loss_of_rotary_pairs(name: str) -> None:
+    """What all heads of all layers lose in their scores when pairs go, sample by sample."""
+    analysis, feeds = analysis_of(name), more_data(name, 5)
+    (group,) = groups_of(analysis, "qk")
+    assert group.freedom != "basis"
+    statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 2), [group])
+    found = snpc.compress(analysis, statistics, [group])
+    assert found.forms == {group.id: "coupled"}
+    curve, (selection,) = found.curve(group), found.eliminations[group.id]
+    assert curve is not None
+    products = score_products(analysis.traced, group)
+    assert len(products) == 2
+    parts = []
+    for product in products:
+        query, key = watched(whole(name), [product.left.name, product.right.name], feeds)
+        units = next(p.units for p in group.probes if p.tensor == product.left.name).reshape(-1)[: query.shape[-1]]
+        parts.append((query, key, units))
+    for kept in range(group.size):
+        gone = selection.order[: group.size - kept]
+        measured = 0.0
+        for query, key, units in parts:
+            mine = np.isin(units, gone)
+            scores = query[..., mine] @ key[..., mine, :]
+            measured += float(np.sum((scores - scores.mean(-1, keepdims=True)) ** 2))
+        assert measured == pytest.approx(curve[kept], rel=1e-2)
+    # no other single pair, and no other two, lose less than those that go first
+    for count in (1, 2):
+        for others in combinations(range(group.size), count):
+            lost = 0.0
+            for query, key, units in parts:
+                mine = np.isin(units, others)
+                scores = query[..., mine] @ key[..., mine, :]
+                lost += float(np.sum((scores - scores.mean(-1, keepdims=True)) ** 2))
+            assert lost >= curve[group.size - count] * (0.999 if count == 1 else 0.7)
+
+
+def test_padded_tokens_do_not_count_among_rotary_pairs() -> None:
+    """Other ids where nobody looks: the same statistics."""
+    name = "llama__ts17"
+    analysis, feeds = analysis_of(name), dict(feeds_of(name))
+    (group,) = groups_of(analysis, "qk")
+    hidden = feeds["attention_mask"] == 0
+    assert hidden.any()
+    other = {**feeds, "input_ids": np.where(hidden, 7, feeds["input_ids"])}
+    sums = [
+        snpc.measure_statistics(analysis, calibration_of(analysis, f), [group]).sums[group.id]["coupled:query"]
+        for f in (feeds, other)
+    ]
+    assert np.abs(sums[0] - sums[1]).max() < 1e-5 * np.abs(sums[0]).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from snpc.passes.edit import NoPlace, Place, positions_of
 from snpc.passes.fold import CannotFold, Fold, side_labels, walk
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
-from snpc.types import Group
+from snpc.types import Group, IntArray
 
 Operand = tuple[Contraction, Carried, ir.Value]
 """A product, one of its sides, and the value that it is."""
@@ -49,6 +50,36 @@ def operand_places(traced: Traced, group: Group, side: int) -> list[Place]:
         assert value is not None
         operands.append((product, carried, value))
     return places(traced, operands, group)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Axes of both operands: those that the product is done once for, the tokens, the width."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    units: IntArray
+    """[batch axes.., width] of the query: which unit stands where; 1 on axes on which that does not vary."""
+
+
+def sides_of(product: Contraction, group: Group) -> Sides:
+    """Raises NoPlace where an operand has not one axis of tokens and one of width."""
+    probe = next((p for p in group.probes if p.tensor == product.left.name), None)
+    if probe is None or not any(p.tensor == product.right.name for p in group.probes):
+        raise NoPlace("its activations cannot be watched")
+    left, right, out = product.letters.left, product.letters.right, product.letters.out
+    width = [c for c in left if c in right and c not in out]
+    batch = [c for c in left if c in right and c in out]
+    tokens = [[c for c in side if c not in batch + width] for side in (left, right)]
+    if len(width) != 1 or [len(t) for t in tokens] != [1, 1] or probe.units.ndim != len(left):
+        raise NoPlace("its query and key are not rows of one width")
+    orders = [
+        tuple(side.index(c) for c in (*batch, *mine, *width)) for side, mine in zip((left, right), tokens, strict=True)
+    ]
+    units = np.transpose(probe.units, orders[0])
+    if units.shape[-2] != 1 or (probe.units.shape[0] > 1):
+        raise NoPlace("its heads stand on the axis of the samples")
+    return Sides(orders[0], orders[1], units[..., 0, :])
 
 
 def value_operands(traced: Traced, group: Group) -> list[Operand]:

@@ -13,6 +13,7 @@ from snpc.closed import (
     System,
     columns_of,
     eliminate,
+    eliminate_coupled,
     read_again,
     rebase_scores,
     rebase_values,
@@ -34,13 +35,14 @@ from snpc.types import FloatArray, Group, IntArray
 
 @dataclass(frozen=True)
 class Compression:
-    """Closed forms of a model for one calibration set. ``forms``: group id -> "scores", "values" or "refit"."""
+    """Closed forms of a model for one calibration set. ``forms``: group id -> "scores" or "values" (rotated), "refit"
+    (what reads it) or "coupled" (selected by what the scores lose)."""
 
     analysis: Analysis
     forms: Mapping[str, str]
     moments: Mapping[str, Moments] = field(repr=False)
     rebases: Mapping[str, tuple[Rebase, ...]] = field(repr=False)
-    eliminations: Mapping[str, Elimination] = field(repr=False)
+    eliminations: Mapping[str, tuple[Elimination, ...]] = field(repr=False)
     skipped: Mapping[str, str]
     samples: int
     source: str = ""
@@ -55,8 +57,9 @@ class Compression:
         if group.id in self.rebases:
             total: FloatArray = np.sum([r.loss for r in self.rebases[group.id]], axis=0)
             return total
-        found = self.eliminations.get(group.id)
-        return None if found is None else found.loss
+        if group.id in self.eliminations:
+            return np.asarray(np.sum([e.loss for e in self.eliminations[group.id]], axis=0))
+        return None
 
 
 def measured_moments(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Measured:
@@ -92,11 +95,19 @@ def compress(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]
     """
     measured = measured_moments(analysis, statistics, groups)
     eliminations = {
-        g.id: eliminate(systems_of(analysis.traced, g, measured.moments[g.id]), g.size)
+        g.id: eliminations_of(analysis.traced, g, measured.forms[g.id], measured.moments[g.id])
         for g in groups
-        if measured.forms.get(g.id) == "refit"
+        if measured.forms.get(g.id) in ("refit", "coupled")
     }
     return replace(rotations(measured, groups), eliminations=eliminations)
+
+
+def eliminations_of(source: Traced, group: Group, form: str, moments: Moments) -> tuple[Elimination, ...]:
+    """One per block."""
+    if form == "refit":
+        return (eliminate(systems_of(source, group, moments), group.size),)
+    assert moments.first is not None
+    return tuple(eliminate_coupled(losses) for losses in moments.first)
 
 
 def systems_of(source: Traced, group: Group, moments: Moments) -> list[System]:
@@ -162,7 +173,7 @@ def edits_for(compression: Compression, plan: Plan) -> Edits:
         rows, form = plan.keep[group.id], compression.forms[group.id]
         if form == "refit":
             fit_readers(edits, compression, group, np.array(rows[0], np.int64))
-        else:
+        elif form in ("scores", "values"):
             fit_basis(edits, compression, group, form, len(rows[0]))
     return edits
 

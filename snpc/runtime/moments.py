@@ -11,11 +11,13 @@ import numpy as np
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace, Place
 from snpc.passes.groups import APPROXIMATE
-from snpc.passes.products import operand_places, score_products, value_operands, value_places
+from snpc.passes.products import operand_places, score_products, sides_of, value_operands, value_places
 from snpc.passes.readers import Reader, reader_of, uses_of
 from snpc.types import FloatArray, Group
 
-KINDS = frozenset({"moment", "centred", "sums", "apart", "joint"})  # of the statistics that closed forms take
+KINDS = frozenset(
+    {"moment", "centred", "sums", "apart", "joint", "coupled"}
+)  # of the statistics that closed forms take
 MOST = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
 
 
@@ -34,7 +36,8 @@ class Moments:
     """Second moments of a group's activations, as its form needs them.
 
     "scores": ``first`` (queries) and ``second`` (centred keys) [blocks, d, d], over ``count`` and ``second_count``
-    rows. "values": ``contexts`` [blocks][repeats]. "refit": ``contexts`` [1][readers].
+    rows. "coupled": ``first``, what the scores lose [blocks, size, size]. "values": ``contexts`` [blocks][repeats].
+    "refit": ``contexts`` [1][readers].
     """
 
     first: FloatArray | None = None
@@ -46,8 +49,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Measured:
-    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "values" or "refit"; ``skipped``:
-    group id -> why it has none; ``samples`` calibration samples were used, of ``source``."""
+    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "coupled", "values" or "refit";
+    ``skipped``: group id -> why it has none; ``samples`` calibration samples were used, of ``source``."""
 
     analysis: Analysis
     forms: Mapping[str, str]
@@ -66,6 +69,10 @@ def form_of(analysis: Analysis, group: Group) -> str:
         if any({c.left.name, c.right.name} - shown for c in score_products(traced, group)):
             raise NoPlace("its activations cannot be watched")
         return "scores"
+    if group.role == "qk":
+        for product in score_products(traced, group):
+            sides_of(product, group)
+        return "coupled"
     if group.role == "vo" and group.freedom == "basis":
         reader = reader_of(traced, group)
         check_sites(group, [*value_places(traced, group), reader.place])
@@ -108,6 +115,8 @@ def needs(analysis: Analysis, group: Group, form: str) -> tuple[str, ...]:
     node that uses the first reader."""
     if form == "scores":
         return ("moment:query", "centred:key", "sums:query", "sums:key")
+    if form == "coupled":
+        return ("coupled:query",)
     if form == "values":
         return tuple(f"apart:context#0.{k}" for k in range(len(contexts(group))))
     uses = uses_of(analysis.traced, group)
@@ -133,6 +142,8 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
     if form == "scores":
         queries, keys = (float(arrays[f"sums:{kind}"][0, -1]) for kind in ("query", "key"))
         return Moments(arrays["moment:query"], arrays["centred:key"], queries, keys)
+    if form == "coupled":
+        return Moments(arrays["coupled:query"])
     readers: dict[int, dict[int, FloatArray]] = defaultdict(dict)
     for name, array in arrays.items():
         reader, use = name.partition("#")[2].split(".")

@@ -60,7 +60,11 @@ def fitted_groups(analysis: Analysis, plan: Plan) -> tuple[list[Group], dict[str
     """Groups of the plan that have a closed form, and the feed-forward groups that are not cut but can make up."""
     wanted = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
     forms, _ = forms_of(analysis, wanted)
-    found = [g for g in wanted if g.id in forms and (g.id in plan.keep or has_bias(analysis.traced, g))]
+    found = [
+        g
+        for g in wanted
+        if forms.get(g.id) not in (None, "coupled") and (g.id in plan.keep or has_bias(analysis.traced, g))
+    ]
     return found, {g.id: forms[g.id] for g in found}
 
 
