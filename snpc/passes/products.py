@@ -9,15 +9,28 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.attention import form, merged_sizes
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.edit import NoPlace, Place, positions_of
-from snpc.passes.fold import CannotFold, Fold, side_labels, walk
+from snpc.passes.fold import CannotFold, Fold, mark_constant, moved_from, side_labels, walk
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
+from snpc.passes.shapes import opset, static_shape
 from snpc.types import Group, IntArray
 
-Operand = tuple[Contraction, Carried, ir.Value]
-"""A product, one of its sides, and the value that it is."""
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product of activations. ``part``: 0, 1 or 2 for query, key or value of a fused node."""
+
+    product: Contraction
+    side: Carried
+    part: int
+
+    @property
+    def value(self) -> ir.Value:
+        """The input of a node that does one product only."""
+        return next(v for v in self.product.node.inputs if v is not None and v.name == self.side.name)
 
 
 def score_products(traced: Traced, group: Group) -> list[Contraction]:
@@ -26,7 +39,7 @@ def score_products(traced: Traced, group: Group) -> list[Contraction]:
     found = [
         c
         for c in traced.trace.contractions
-        if not c.constant and not c.part and c.left.name in tensors and c.right.name in tensors
+        if not c.constant and c.part in ("", "scores") and c.left.name in tensors and c.right.name in tensors
     ]
     if not found:
         raise NoPlace("its query and key meet in no product that can be watched")
@@ -43,13 +56,8 @@ def contraction_at(traced: Traced, group: Group) -> Contraction:
 
 def operand_places(traced: Traced, group: Group, side: int) -> list[Place]:
     """Constants that make one operand (0: left, 1: right) of a qk group's score products."""
-    operands: list[Operand] = []
-    for product in score_products(traced, group):
-        carried = (product.left, product.right)[side]
-        value = product.node.inputs[lookup(product.node.domain, product.node.op_type).operands[side]]
-        assert value is not None
-        operands.append((product, carried, value))
-    return places(traced, operands, group)
+    products = score_products(traced, group)
+    return places(traced, [Operand(c, (c.left, c.right)[side], side) for c in products], group)
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,13 @@ def sides_of(product: Contraction, group: Group) -> Sides:
 def value_operands(traced: Traced, group: Group) -> list[Operand]:
     """(P V, its V side, the value) of a vo group: one, or several where layers share their weights."""
     tensors = {p.tensor for p in group.probes if p.kind == "value"}
-    found: list[Operand] = []
-    for c in traced.trace.contractions:
-        if c.constant or c.part:
-            continue
-        for side in (c.left, c.right):
-            if side.name in tensors and any(len(varying(f)) for f in side.factors):
-                found.append((c, side, next(v for v in c.node.inputs if v is not None and v.name == side.name)))
+    found = [
+        Operand(c, side, 2)
+        for c in traced.trace.contractions
+        if not c.constant and c.part in ("", "context")
+        for side in (c.left, c.right)
+        if side.name in tensors and any(len(varying(f)) for f in side.factors)
+    ]
     if not found:
         raise NoPlace("its values enter no product that can be watched")
     return found
@@ -106,11 +114,14 @@ def places(traced: Traced, operands: Sequence[Operand], group: Group) -> list[Pl
     """Constants that make these operands, linearly, with the group's positions in them."""
     folds = []
     wanted: set[int] = set()
-    for product, side, value in operands:
-        mine = side_labels(side)
-        fold = Fold(product.node, 0, 1.0)
+    for operand in operands:
+        mine = side_labels(operand.side)
+        fold = Fold(operand.product.node, 0, 1.0)
         try:
-            walk(fold, value, mine, traced.trace, traced.facts, traced.model)
+            if operand.product.part:
+                walk_fused(fold, operand, mine, traced)
+            else:
+                walk(fold, operand.value, mine, traced.trace, traced.facts, traced.model)
         except CannotFold:
             raise NoPlace("what makes it is not linear all the way") from None
         folds.append(fold)
@@ -131,6 +142,38 @@ def places(traced: Traced, operands: Sequence[Operand], group: Group) -> list[Pl
         units = np.where(hit, site.units, -1)
         found.append(Place(str(constant.name), axis, positions_of(units, group)))
     return found
+
+
+def walk_fused(fold: Fold, operand: Operand, wanted: frozenset[int], traced: Traced) -> None:
+    """As ``walk``, of the query, key or value of a fused node: through its input, or the weight inside it, and its own
+    bias."""
+    node = operand.product.node
+    fused = form(node.domain, node.op_type)
+    own = [fused.packed_weight, fused.bias] if fused.packed_weight is not None else [fused.bias]
+    for index in own:
+        value = node.inputs[index] if index is not None and index < len(node.inputs) else None
+        if value is None:
+            continue
+        first, last = fused_columns(traced, node, operand.part)
+        root = moved_from(fold, value)
+        if root is not value:  # which of its positions are which is not known
+            raise CannotFold
+        assert root.const_value is not None
+        shape = static_shape(root.const_value)
+        where = np.arange(shape[-1])
+        mark_constant(fold, root, (len(shape) - 1, (where >= first) & (where < last)))
+    if fused.packed_weight is None:
+        given = node.inputs[(fused.query, fused.key, fused.value)[operand.part]]
+        assert given is not None
+        wanted |= side_labels(traced.trace.values[given])
+        walk(fold, given, wanted, traced.trace, traced.facts, traced.model)
+
+
+def fused_columns(traced: Traced, node: ir.Node, part: int) -> tuple[int, int]:
+    """Where query, key or value stand in what a fused node holds of all three."""
+    sizes = (0, *merged_sizes(traced.facts.call(node, opset(traced.model, node.domain)), node.domain))
+    ends = np.cumsum(sizes)
+    return int(ends[part]), int(ends[part + 1])
 
 
 def carries(traced: Traced, value: ir.Value, wanted: set[int]) -> bool:

@@ -26,7 +26,7 @@ def coupled(instrument: Instrument, product: Contraction, group: Group) -> ir.Va
     sides = sides_of(product, group)
     rank = len(sides.query)
     query, key = (
-        instrument.turned(instrument.float32(instrument.values[name]), *axes)
+        instrument.turned(instrument.float32(instrument.value(name)), *axes)
         for name, axes in ((product.left.name, sides.query), (product.right.name, sides.key))
     )
     query = instrument.only_counted(query, counts_of(instrument, product.left.name, sides.query))

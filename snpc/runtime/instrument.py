@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import writing as op
+from snpc.ops.attention import form
+from snpc.passes.shapes import attributes
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of
 from snpc.types import Probe
@@ -80,6 +82,37 @@ class Instrument:
         value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
 
+    def value(self, name: str) -> ir.Value:
+        """A value of the model, or what a fused node makes inside ("node.q")."""
+        if name not in self.values:
+            inside, _, part = name.rpartition(".")
+            node = next(n for n in self.model.graph if n.name == inside)
+            self.values[name] = self.projected(node, "qkv".index(part))
+        return self.values[name]
+
+    def projected(self, node: ir.Node, part: int) -> ir.Value:
+        """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
+        fused = form(node.domain, node.op_type)
+        held = [*node.inputs, *[None] * 4]
+        given = [held[k] for k in (fused.query, fused.key, fused.value)]
+        bias = None if fused.bias is None else held[fused.bias]
+        if fused.packed_weight is not None:
+            weight = held[fused.packed_weight]
+            assert given[0] is not None and weight is not None and weight.shape is not None
+            sizes = attributes(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
+            ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
+            merged = self.op(op.MATMUL, [given[0], weight])
+            merged = merged if bias is None else self.op(op.ADD, [merged, bias])
+            return self.op(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
+        assert bias is not None
+        ends = [self.ints([0])]
+        for value in given:
+            assert value is not None
+            ends.append(self.op(op.ADD, [ends[-1], self.sizes(value, 2, 3)]))
+        mine = given[part]
+        assert mine is not None
+        return self.op(op.ADD, [mine, self.op(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
+
     # -- rows
 
     def counted(self, tensor: str) -> ir.Value | None:
@@ -104,7 +137,7 @@ class Instrument:
         key = (probe.tensor, probe.units.tobytes(), units)
         if key not in self.prepared:
             layout = layout_of(probe, units)
-            value = self.float32(self.values[probe.tensor])
+            value = self.float32(self.value(probe.tensor))
             if layout.period:
                 head = self.ints([-1, layout.period])
                 value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
@@ -217,7 +250,7 @@ class Instrument:
         taps = int(np.prod(kernel))
         order = np.argsort(seen, kind="stable")
         order = order[seen[order] >= 0]
-        value = self.op(op.GATHER, [self.float32(self.values[probe.tensor]), self.ints(order.tolist())], axis=1)
+        value = self.op(op.GATHER, [self.float32(self.value(probe.tensor)), self.ints(order.tolist())], axis=1)
         picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
         kept = [a for a in window.attributes.values() if a.name != "group"]
         self.count += 1

@@ -148,7 +148,9 @@ def lies_inside(
     constants = [base.model.graph.initializers[site.tensor] for site in group.sites]
     users = [position.get(str(node.name), -1) for value in constants for node, _ in value.uses()]
     shown = {w.probe.tensor for w in wanted}
-    made = {str(v.name) for node in list(base.model.graph)[segment.first : segment.last] for v in node.outputs}
+    nodes = list(base.model.graph)[segment.first : segment.last]
+    made = {str(v.name) for node in nodes for v in node.outputs}
+    made |= {f"{node.name}.{part}" for node in nodes for part in "qkv"}  # what a fused node makes inside
     return all(segment.first <= k < segment.last for k in users) and bool(shown) and shown <= made
 
 
