@@ -106,6 +106,7 @@ def entries() -> list[OpSpec]:
             domain=MICROSOFT,
             out_shapes=_embedding_shape,
             typed_by=2,
+            lengths=(1,),
             reason="several tables and a normalisation in one node",
         ),
         OpSpec("Attention", "attention", says),

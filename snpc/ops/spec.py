@@ -124,6 +124,7 @@ class OpSpec:
     curved: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
+    lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
     shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K

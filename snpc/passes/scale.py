@@ -107,7 +107,7 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
         given = attributes(node).get("scale")
-        if form(node.domain, node.op_type).packed_weight is not None:  # Q is made inside: there is nothing to fold into
+        if made_inside(node):  # there is nothing to fold into
             plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
             return 1.0
         if given is None or float(given) == 0.0:
@@ -133,6 +133,13 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
         plan.scalars[str(scalar.node.name), scalar.index] = scalar.spelled(new ** (-0.5 * share))
         after *= new ** (-0.5 * share)
     return scale / after
+
+
+def made_inside(node: ir.Node) -> bool:
+    """Does a fused node make Q, or add a bias to it?"""
+    fused = form(node.domain, node.op_type)
+    biased = fused.bias is not None and fused.bias < len(node.inputs) and node.inputs[fused.bias] is not None
+    return fused.packed_weight is not None or biased
 
 
 def is_standard(scale: float, width: int) -> bool:
