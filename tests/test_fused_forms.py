@@ -70,7 +70,7 @@ def test_weights_inside_the_node(tmp_path: Path) -> None:
 
 
 def test_attention_of_the_standard(tmp_path: Path) -> None:
-    names = ("vit_timm__dyn23_sdpa", "vit_timm__dyn20_sdpa")
+    names = ("bert__dyn23_sdpa", "bert__dyn20_sdpa")
     check_same(analysis_of(names[0]), analysis_of(names[1]), more_data(names[1], 16), tmp_path)
 
 
