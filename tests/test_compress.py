@@ -331,7 +331,7 @@ def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
     sums: dict[str, FloatArray] = {}
     for result in measure(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
         for item in wanted:
-            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.use.removeprefix('#0.0')}"
+            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.use.removeprefix('0.0')}"
             sums[key] = sums.get(key, 0.0) + result[item.output]
     return sums
 
