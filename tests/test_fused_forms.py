@@ -139,3 +139,25 @@ def test_one_bias_for_query_key_and_value(tmp_path: Path) -> None:
         analyses.append(snpc.analyze(snpc.load(path)))
     feeds = {"x": rng.normal(size=(24, 6, 16)).astype(np.float32)}
     check_same(*analyses, feeds, tmp_path)
+
+
+def test_padded_tokens_do_not_count_inside_a_node(tmp_path: Path) -> None:
+    """Other values where nobody looks: the same statistics of what the node makes inside."""
+    rng = np.random.default_rng(1)
+    text = FUSED.replace("x) =>", "x, int32[batch, tokens] mask) =>").replace("(q, k, v, b)", "(q, k, v, b, mask)")
+    model = onnx.parser.parse_model(HEAD + text)
+    arrays = {n: rng.normal(size=(16, 16)).astype(np.float32) for n in ("Wq", "Wk", "Wv", "Wo")}
+    arrays["b"] = rng.normal(size=48).astype(np.float32)
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    onnx.save(model, tmp_path / "m.onnx")
+    analysis = snpc.analyze(snpc.load(tmp_path / "m.onnx"))
+    x, mask = rng.normal(size=(4, 6, 16)).astype(np.float32), np.ones((4, 6), np.int32)
+    mask[1:, 4:] = 0
+    groups = attention_groups(analysis)
+    sums = [
+        snpc.measure_statistics(analysis, calibration_of(analysis, {"x": given, "mask": mask}), groups).sums
+        for given in (x, np.where(mask[..., None] == 0, 5, x).astype(np.float32))
+    ]
+    for group in groups:
+        for key, value in sums[0][group.id].items():
+            assert np.abs(value - sums[1][group.id][key]).max() < 1e-5 * np.abs(value).max(), key
