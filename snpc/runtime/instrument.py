@@ -78,6 +78,8 @@ class Instrument:
         return value
 
     def expose(self, value: ir.Value, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        if value.producer() is None:  # an input keeps its name
+            value = self.op(op.IDENTITY, [value])
         value.name = name
         value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
