@@ -23,6 +23,7 @@ from snpc.passes.products import score_products
 from snpc.passes.readers import reader_of, readers_of, uses_of
 from snpc.runtime.compress import Decision
 from snpc.runtime.fit import Compression, fit
+from snpc.runtime.moments import forms_of
 from snpc.types import FloatArray, Group, Role
 
 SAMPLES = 48  # more rows than any group here has columns, else nothing is lost that damping does not hide
@@ -308,3 +309,19 @@ def test_padded_tokens_do_not_count_among_rotary_pairs() -> None:
         for f in (feeds, other)
     ]
     assert np.abs(sums[0] - sums[1]).max() < 1e-5 * np.abs(sums[0]).max()
+
+
+@pytest.mark.parametrize("name", ["qwen3__ts17", "vit_timm_qknorm__ts17"])
+def test_query_and_key_behind_a_norm_of_each_head_stay_and_the_rest_does_not(name: str) -> None:
+    analysis = analysis_of(name)
+    assert not groups_of(analysis, "qk")
+    assert not groups_of(analysis, "head")
+    pins = [
+        p for p in analysis.pins if ("_norm" in p.operator and "self_attn" in p.operator) or "attn/q_norm" in p.operator
+    ]
+    assert {p.kind for p in pins} <= {"sum", "norm"}
+    assert any("q_norm" in p.operator and ("mean" in p.reason or "statistics" in p.reason) for p in pins)
+    groups = [g for role in ("vo", "ffn") for g in groups_of(analysis, role)]  # type: ignore[arg-type]
+    forms, skipped = forms_of(analysis, groups)
+    assert sorted(set(forms.values())) == ["refit", "values"]
+    assert not skipped
