@@ -45,7 +45,9 @@ def examine(path: Path, ratio: float) -> dict[str, Any]:
         "prunable": sum(g.prunable for g in analysis.groups),
         "pinned": sum(not g.prunable for g in analysis.groups),
     }
-    decision = snpc.decide(analysis, snpc.Choice(ratio), calibration=calibration, method="select", criterion="magnitude")
+    decision = snpc.decide(
+        analysis, snpc.Choice(ratio), calibration=calibration, method="select", criterion="magnitude"
+    )
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
         result = snpc.apply_plan(decision.plan, target, calibration=calibration)
@@ -105,9 +107,7 @@ def reason_against(analysis: Any, scores: Any) -> str:
     from snpc.passes.labels import varying
 
     units = analysis.traced.units.unit
-    free = {
-        (site.tensor, site.axis) for g in analysis.groups if g.prunable and g.role == "qk" for site in g.sites
-    }
+    free = {(site.tensor, site.axis) for g in analysis.groups if g.prunable and g.role == "qk" for site in g.sites}
     axes = [a for a in analysis.traced.trace.book.axes if (str(a.constant.name), a.axis) in free]
     cuttable = {int(u) for a in axes for u in units[a.first : a.first + a.size]}
     mine: set[int] = set()

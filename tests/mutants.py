@@ -211,7 +211,9 @@ def untyped(model: onnx.ModelProto, rng: random.Random) -> None:
         value.type.tensor_type.ClearField("shape")
     elif how == 2:
         inner = helper.make_tensor_type_proto(1, [2])
-        value.type.CopyFrom(rng.choice([helper.make_sequence_type_proto(inner), helper.make_optional_type_proto(inner)]))
+        value.type.CopyFrom(
+            rng.choice([helper.make_sequence_type_proto(inner), helper.make_optional_type_proto(inner)])
+        )
     else:
         value.type.CopyFrom(helper.make_sparse_tensor_type_proto(1, [2, 3]))
 
@@ -450,7 +452,9 @@ def trial(path: Path) -> list[str]:
         result = CliRunner().invoke(main, [verb, str(path), *flags])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             trace = traceback.extract_tb(result.exception.__traceback__)
-            where = next((f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(trace) if "snpc" in f.filename), "")
+            where = next(
+                (f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(trace) if "snpc" in f.filename), ""
+            )
             complaints.append(f"{verb}: {type(result.exception).__name__} at {where}: {str(result.exception)[:200]}")
         lines = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
         if result.exit_code in (1, 2) and not complaints:

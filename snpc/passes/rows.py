@@ -15,10 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.contraction import letters_of
 from snpc.ops.spec import Blocked, Call, Labels, OpSpec
 from snpc.ops.writing import GATHER, RESHAPE, SLICE
 from snpc.passes.shapes import Facts, opset, subgraphs
 from snpc.types import IntArray
+
+LONGEST = 1 << 24  # entries of an axis that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def moved(call: Call, axis: int) -> Labels | None:
     shape = call.shape(0)
     view = [1] * len(shape)
     view[axis] = shape[axis]
-    if spec.move is None:
+    if spec.move is None or shape[axis] > LONGEST:
         return None
     try:
         return spec.move(call, np.arange(shape[axis], dtype=np.int32).reshape(view))[0]
@@ -143,7 +146,10 @@ def contracted(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]
     """The axis must be a free one of one operand."""
     if spec.letters is None or spec.curved:
         return None
-    letters = spec.letters(call)
+    try:
+        letters = letters_of(spec, call)
+    except Blocked:
+        return None
     letter = letters.out[wanted.axis]
     bias = spec.bias_letters(call) if spec.bias_letters is not None and spec.bias is not None else ""
     if letter in letters.windowed or letter in bias or (letter in letters.left) == (letter in letters.right):

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.contraction import letters_of
 from snpc.ops.movement import compress, concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
@@ -310,7 +311,7 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     if left is None or right is None:
         return here.refuse(inputs, "a product of other than two tensors")
     try:
-        letters = spec.letters(here.call)
+        letters = letters_of(spec, here.call)
     except Blocked as block:
         return here.refuse(inputs, block.reason)
     for weight, term in ((left, letters.left), (right, letters.right)):

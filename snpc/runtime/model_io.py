@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 
 from snpc.errors import UserError
 from snpc.passes.canonicalise import canonicalise, merge_forks
+from snpc.passes.shapes import weight_bytes
 from snpc.runtime.intake import check_tensors, entry, is_external, tensors
 from snpc.runtime.wire import GRAPH, INITIALIZER, RAW_DATA, delimited, skim
 from snpc.types import Model, TensorSpec
@@ -56,11 +57,28 @@ def load(path: str | os.PathLike[str]) -> Model:
         graph = ir.from_proto(proto)
         set_base(graph, where.parent)
         graph = canonicalise(graph)
+        check_values(graph, where)
+        rehearse(graph)
+    except UserError:
+        raise
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
-        raise UserError(f"{where}: the graph is malformed ({first_line(error)}); run onnx.checker on it") from None
-    check_values(graph, where)
+        why = first_line(innermost(error))
+        raise UserError(f"{where}: the graph is malformed ({why}); run onnx.checker on it") from None
     external = any(location != where.name for location in external_files(proto))
     return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
+
+
+def rehearse(model: ir.Model) -> None:
+    """Copy it and spell it as a message, weights left out: what cannot be written later is better refused now."""
+    copy = model.clone()
+    skeleton_proto(copy, set(copy.graph.initializers))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """onnx-ir wraps an error once per level of the message, each with its whole content."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def first_line(error: BaseException) -> str:
@@ -215,7 +233,7 @@ def clean(model: ir.Model) -> ir.Model:
 def save(model: ir.Model, target: Path, external: bool = False) -> None:
     """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
     the model is too big for one protobuf message."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = sum(weight_bytes(v.const_value) for v in model.graph.initializers.values() if v.const_value is not None)
     if external or weights > LIMIT:
         save_external(model, target)
     else:
@@ -251,7 +269,7 @@ def save_external(model: ir.Model, target: Path) -> None:
 
 def is_big(tensor: ir.TensorProtocol | None) -> bool:
     """Written apart from the graph. Small ones too where they lie in another file: the message would refer to that."""
-    return tensor is not None and (tensor.nbytes >= 1024 or isinstance(tensor, ir.ExternalTensor))
+    return tensor is not None and (weight_bytes(tensor) >= 1024 or isinstance(tensor, ir.ExternalTensor))
 
 
 def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:
