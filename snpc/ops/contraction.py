@@ -39,7 +39,10 @@ def _gemm(call: Call) -> Letters:
 
 
 def _gemm_bias(call: Call) -> str:
-    return "MN"[2 - len(call.shape(2)) :]
+    rank = len(call.shape(2))
+    if rank > 2:
+        raise Blocked(0, MISFIT)
+    return "MN"[2 - rank :]
 
 
 def letters_of(spec: OpSpec, call: Call) -> Letters:
@@ -90,6 +93,8 @@ def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
 
 
 def _einsum(call: Call) -> Letters:
+    if "equation" not in call.attrs:
+        raise Blocked(0, "it has no equation")
     shapes = [call.shape(k) for k in range(len(call.shapes))]
     terms = parse_einsum(str(call.attrs["equation"]), shapes)
     if len(terms) != 3:
@@ -126,7 +131,7 @@ def _matmul_shape(call: Call) -> list[Shape]:
 
 def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
     """A depthwise Conv has one group per channel, however many stay."""
-    if int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
+    if old.has(0) and int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
         return {"group": new.shape(0)[1]}
     return {}
 

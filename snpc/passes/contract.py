@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snpc.ops.pointwise import SUMMED
-from snpc.ops.spec import Labels, Letters
+from snpc.ops.spec import MISFIT, Blocked, Labels, Letters
 from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
 from snpc.passes.labels import Flag, varying
 from snpc.passes.meet import meet, pin_half_labelled
@@ -142,6 +142,8 @@ def pin_per_batch(here: Here, carried: Carried, labels: Labels, axes: frozenset[
 
 def add_bias(here: Here, factors: Factors, bias: Carried, out: str, letters: str) -> Factors:
     shape = here.call.outs[0]
+    if len(letters) != len(bias.shape):
+        raise Blocked(0, MISFIT)
     sizes = dict(zip(letters, bias.shape, strict=False))
     view = tuple(sizes.get(letter, 1) for letter in out)
     spread = Carried(bias.name, view, tuple(spread_letters(f, letters, out) for f in bias.factors), bias.constant)

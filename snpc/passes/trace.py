@@ -326,7 +326,10 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         factors = contract(here, left, right, letters)
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
-        factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        try:
+            factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        except Blocked as block:
+            return here.refuse(inputs, block.reason)
     if spec.curved:
         for labels in factors:
             here.trace.book.flag(labels, Flag.CURVED)

@@ -202,6 +202,8 @@ def _is_past(spec: TensorSpec) -> bool:
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
     # By name, since numpy calls bfloat16, float8 and int4 all "void" (they are ml_dtypes').
     kind = spec.dtype.name
+    if any(n < 0 for n in shape):
+        raise UserError(f"input {spec.name!r} would be {list(shape)}: no array has that shape; export the model again")
     if math.prod(shape) * 8 > LARGEST:
         raise UserError(f"input {spec.name!r} would be {list(shape)}: too large for random values; give data for it")
     if kind == "bool" or ("mask" in spec.name.lower() and ("int" in kind or "float" in kind)):
