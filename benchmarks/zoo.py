@@ -81,9 +81,28 @@ def attentions(traced: Any) -> Iterator[Any]:
     """The contraction that makes the scores of each attention."""
     for contraction in traced.trace.contractions:
         if contraction.part == "scores" or (
-            not contraction.part and not contraction.constant and reaches_softmax(contraction.node)
+            not contraction.part
+            and all(map(is_projected, contraction.node.inputs))
+            and reaches_softmax(contraction.node)
         ):
             yield contraction
+
+
+def is_projected(value: Any) -> bool:
+    """Not a weight or an input as it is: a product makes it, of constants as may be (a decoder's learnt queries)."""
+    from snpc.ops import lookup
+
+    todo, seen = [value], set()
+    while todo:
+        node = todo.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kind = lookup(node.domain, node.op_type).kind
+        if kind in ("contraction", "attention", "opaque"):
+            return True
+        todo += [v for v in node.inputs if v is not None] if kind != "shape" else []
+    return False
 
 
 def reaches_softmax(node: Any) -> bool:
@@ -120,6 +139,8 @@ def reason_against(analysis: Any, scores: Any) -> str:
     reasons = [n.reason for n in analysis.traced.trace.book.pins if mine & {int(u) for u in units[n.labels]}]
     if reasons:
         return reasons[0]
+    if not mine and scores.left.factors and scores.right.factors:
+        return "what is summed over is no width that a weight makes (tokens, say)"
     strangers = [side.because or f"{side.name} holds no width that a float weight makes"
                  for side in (scores.left, scores.right) if not side.factors]  # fmt: skip
     return (strangers or ["nothing says why"])[0]

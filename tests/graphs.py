@@ -456,8 +456,9 @@ def attention(g: Graph) -> None:
         k = heads_of(g, name, (batch, length, width), heads // shared, size)
         v = heads_of(g, name, (batch, length, width), heads // shared, value)
     if shared > 1:
-        k, v = repeated(g, k, (batch, heads // shared, length, size), shared), repeated(
-            g, v, (batch, heads // shared, length, value), shared
+        k, v = (
+            repeated(g, k, (batch, heads // shared, length, size), shared),
+            repeated(g, v, (batch, heads // shared, length, value), shared),
         )
     if g.flag() and g.flag():
         q, k = (rotated(g, x, (batch, heads, length, size)) for x in (q, k))

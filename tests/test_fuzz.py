@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import Cuts, analysis_at, cut, cuts_of, random_removal, run
 
+from snpc.errors import CheckFailed
 from snpc.passes.analyze import Analysis
 
 EXAMPLES = int(os.environ.get("SNPC_FUZZ", "0"))
@@ -57,6 +58,10 @@ def test_slicing_is_masking(model: onnx.ModelProto, data: st.DataObject) -> None
     with tempfile.TemporaryDirectory(prefix="snpc-fuzz-") as folder:
         analysis = analysis_at(Path(folder) / "m.onnx", model)
         cuts = some_cuts(analysis, data)
-        pair = cut(analysis, cuts)
+        try:
+            pair = cut(analysis, cuts)
+        except CheckFailed as refusal:  # other numbers per block, where they lie too mixed to be told apart
+            assert "--uniform" in str(refusal)
+            return
         assert pair.error(feeds, "off") < TOLERANCE
         assert pair.error(feeds, "all") < TOLERANCE

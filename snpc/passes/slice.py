@@ -251,21 +251,19 @@ def moves_right(step: Step) -> bool:
         except Blocked:
             continue
         try:
-            found = spec.move(call, packed_in.pack(labels))
+            packed = packed_in.pack(labels)
+            found = spec.move(call, packed)
         except Blocked:
             return False
         for out, want, got, matters in zip(step.expected, wanted, found, labelled, strict=False):
-            if out is not None and matters and not same(out.pack(want), got, narrowed(packed_in, labels)):
+            if out is not None and matters and not same(out.pack(want), got, packed.shape != labels.shape):
                 return False
     return True
 
 
-def narrowed(packed: Packing, labels: Labels) -> bool:
-    """One position is left of an axis that ``labels`` varied on: a label array cannot tell it from no variation."""
-    return any(packed.new[axis] == 1 < size for axis, size in enumerate(labels.shape))
-
-
-def same(left: Labels, right: Labels, narrow: bool = False) -> bool:
+def same(left: Labels, right: Labels, narrow: bool) -> bool:
+    """``narrow``: where one unit is left along an axis, a label array cannot tell it from no variation; what was padded
+    to it (no label) or left out of it then counts by its labels alone."""
     if left.shape == right.shape and bool((compress(left) == compress(right)).all()):
         return True
     return narrow and (not left.size or np.array_equal(np.unique(left[left >= 0]), np.unique(right[right >= 0])))
