@@ -316,7 +316,7 @@ class Usage:
         found: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
-            if side.constant:
+            if side.constant and not side.projected:
                 continue
             labels = side.factors[index]
             summed = {c for c in letters if c not in contraction.letters.out}

@@ -102,13 +102,16 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
         v is None or v in facts.value or (c is not None and c.constant)
         for v, c in zip(node.inputs, inputs, strict=True)
     )
+    projected = constant and (
+        here.spec.kind in ("contraction", "attention") or any(c is not None and c.projected for c in inputs)
+    )
     for index, value in enumerate(node.outputs):
         shape = facts.shape.get(value)
         if shape is None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable))
+        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable), projected)
 
 
 def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:
