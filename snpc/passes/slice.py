@@ -251,12 +251,12 @@ def moves_right(step: Step) -> bool:
         except Blocked:
             continue
         try:
-            packed = packed_in.pack(labels)
-            found = spec.move(call, packed)
+            shrunk = packed_in.pack(labels)
+            found = spec.move(call, shrunk)
         except Blocked:
             return False
         for out, want, got, matters in zip(step.expected, wanted, found, labelled, strict=False):
-            if out is not None and matters and not same(out.pack(want), got, packed.shape != labels.shape):
+            if out is not None and matters and not same(out.pack(want), got, shrunk.shape != labels.shape):
                 return False
     return True
 

@@ -111,7 +111,9 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable), projected)
+        trace.values[value] = Carried(
+            str(value.name), shape, usable, constant, because(here, inputs, usable), projected
+        )
 
 
 def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import Wanted, measure, wanted_statistics
-from snpc.types import FloatArray, Group, Numbers, Role
+from snpc.types import FloatArray, Group, IntArray, Numbers, Role, Site
 
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 
@@ -79,41 +80,63 @@ def observe(
 
 
 def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
+    produce: Mapping[str, FloatArray]
+    consume: Mapping[str, FloatArray]
     produce, consume = head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group)
     return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
 
 
-def own_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+class Rows(Mapping[str, FloatArray]):
+    """Weights as rows per unit, each made when it is read: a group of many layers need not fit into memory."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], FloatArray]]) -> None:
+        self.makers = dict(makers)
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def own_rows(analysis: Analysis, group: Group) -> tuple[Rows, Rows]:
     """weight name -> [blocks * size, fan] for what makes the units, and for what reads them."""
-    produce: dict[str, FloatArray] = {}
-    consume: dict[str, FloatArray] = {}
+    produce: dict[str, Callable[[], FloatArray]] = {}
+    consume: dict[str, Callable[[], FloatArray]] = {}
     for site in group.sites:
         if site.kind in ("produce", "consume"):
             target = produce if site.kind == "produce" else consume
-            for k, rows in enumerate(unit_rows(analysis, site.tensor, site.axis, np.asarray(site.units), group)):
-                target[site.tensor if not k else f"{site.tensor}#{k}"] = rows
-    return produce, consume
+            for k in range(occurrences(np.asarray(site.units))):
+                name = site.tensor if not k else f"{site.tensor}#{k}"
+                target[name] = partial(unit_rows, analysis, site, group, k)
+    return Rows(produce), Rows(consume)
 
 
-def unit_rows(
-    analysis: Analysis, tensor: str, axis: int, units: np.ndarray[tuple[int], np.dtype[np.int64]], group: Group
-) -> list[FloatArray]:
-    """[units, fan] arrays. A packed weight holds a unit several times (its Q and its K column): one array each."""
-    value = analysis.traced.model.graph.initializers[tensor].const_value
+def occurrences(units: IntArray) -> int:
+    """How often a packed weight holds a unit (its Q and its K column)."""
+    return int(np.bincount(units[units >= 0]).max(initial=0))
+
+
+def unit_rows(analysis: Analysis, site: Site, group: Group, k: int) -> FloatArray:
+    """[units, fan]: the k-th row of each unit in the site's weight; zeros where it has fewer."""
+    value = analysis.traced.model.graph.initializers[site.tensor].const_value
     assert value is not None
-    rows = np.moveaxis(value.numpy(), axis, 0)
-    rows = rows.reshape(len(rows), -1)
-    count = group.blocks * group.size
+    units = np.asarray(site.units)
     place = np.flatnonzero(units >= 0)
     place = place[np.argsort(units[place], kind="stable")]
     owner = units[place]
-    turn = np.arange(len(owner)) - np.searchsorted(owner, owner)  # the how-many-eth row of its unit
-    found = []
-    for k in range(int(turn.max(initial=-1)) + 1):
-        picked = np.zeros((count, rows.shape[1]))
-        picked[owner[turn == k]] = rows[place[turn == k]]
-        found.append(picked)
-    return found
+    mine = np.arange(len(owner)) - np.searchsorted(owner, owner) == k  # the how-many-eth row of its unit
+    rows = np.moveaxis(np.asarray(value.numpy()).take(place[mine], site.axis), site.axis, 0)
+    rows = rows.reshape(len(rows), -1).astype(np.float64)
+    count = group.blocks * group.size
+    if len(rows) == count:  # in the order of their units
+        return rows
+    picked = np.zeros((count, rows.shape[1]))
+    picked[owner[mine]] = rows
+    return picked
 
 
 def head_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
