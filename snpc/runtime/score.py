@@ -129,7 +129,7 @@ def unit_rows(analysis: Analysis, site: Site, group: Group, k: int) -> FloatArra
     place = place[np.argsort(units[place], kind="stable")]
     owner = units[place]
     mine = np.arange(len(owner)) - np.searchsorted(owner, owner) == k  # the how-many-eth row of its unit
-    rows = np.moveaxis(np.asarray(value.numpy()).take(place[mine], site.axis), site.axis, 0)
+    rows: FloatArray = np.moveaxis(np.asarray(value.numpy()).take(place[mine], site.axis), site.axis, 0)
     rows = rows.reshape(len(rows), -1).astype(np.float64)
     count = group.blocks * group.size
     if len(rows) == count:  # in the order of their units
