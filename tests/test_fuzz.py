@@ -39,7 +39,7 @@ def some_cuts(analysis: Analysis, data: st.DataObject) -> Cuts:
 
 
 @settings(
-    max_examples=EXAMPLES or 250,
+    max_examples=EXAMPLES or 200,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,
