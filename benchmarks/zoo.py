@@ -1,6 +1,6 @@
 """Prune every .onnx file of a folder and say what came of it: one row per file, failures at the end.
 
-    python benchmarks/zoo.py FOLDER [--ratio 0.5] [--only TEXT ...] [--expected TABLE.md] [--markdown] [--json out.json]
+    python benchmarks/zoo.py FOLDER [--ratio 0.5] [--only TEXT ...] [--expected TABLE] [--markdown] [--json out.json]
 
 Each file is loaded, pruned by weight magnitude, verified against its masked original and run once more as onnxruntime
 runs it by default, in a process of its own. Inputs are read from FILE.npz beside FILE.onnx where there is one, and are

@@ -254,14 +254,17 @@ def renumbered(model: onnx.ModelProto, rng: random.Random) -> None:
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
+LOCATIONS = ["weights.bin", "weights.bin", "weights.bin", "", ".", "..", "../secret", "a/../../secret", "/etc/passwd",
+             "none.bin", "weights.bin\0", "sub", "link.bin", "w" * 300, "model.onnx"]  # fmt: skip
+
+
 def readdressed(model: onnx.ModelProto, rng: random.Random) -> None:
     """External data that are elsewhere, outside, too few, or badly described."""
     tensor = rng.choice(model.graph.initializer)
     size = len(tensor.raw_data)
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    location = rng.choice(["weights.bin", "weights.bin", "weights.bin", "", ".", "..", "../secret", "a/../../secret",
-                           "/etc/passwd", "none.bin", "weights.bin\0", "sub", "link.bin", "w" * 300, "model.onnx"])  # fmt: skip
+    location = rng.choice(LOCATIONS)
     entries = {"location": location}
     if rng.random() < 0.7:
         entries["offset"] = rng.choice(["0", "4096", "-1", "-4096", "1e3", "", "99999999999", str(1 << 70), "0x10"])
@@ -457,9 +460,9 @@ def trial(path: Path) -> list[str]:
             )
             complaints.append(f"{verb}: {type(result.exception).__name__} at {where}: {str(result.exception)[:200]}")
         lines = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
-        if result.exit_code in (1, 2) and not complaints:
-            if len(lines) != 1 or not lines[0].startswith("snpc: ") or len(lines[0]) > 1000:
-                complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")
+        refused = result.exit_code in (1, 2) and not complaints
+        if refused and (len(lines) != 1 or not lines[0].startswith("snpc: ") or len(lines[0]) > 1000):
+            complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")
         after = {p: p.stat().st_mtime_ns for p in path.parent.iterdir()}
         made = {p.name for p in set(after) - set(before)}
         if made - ({"model-pruned.onnx", "model-pruned.onnx.data"} if result.exit_code == 0 else set()):

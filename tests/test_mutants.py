@@ -76,7 +76,7 @@ def test_data_outside_the_folder_of_a_constant_node(tmp_path: Path) -> None:
 
 def test_data_of_a_constant_node_beside_the_model(tmp_path: Path) -> None:
     """What onnx writes with ``convert_attribute``."""
-    text = 'c (float[N, 8] x) => (float[N, 8] y) { w = Constant() h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }'
+    text = "c (float[N, 8] x) => (float[N, 8] y) { w = Constant() h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
     model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
     weight, rng = onnx.numpy_helper, __import__("numpy").random.default_rng(0)
     model.graph.node[0].attribute.append(

@@ -18,7 +18,8 @@ HEADS, SIZE, WIDTH = 2, 8, 12
 PACKED = """
     <ir_version: 8, opset_import: ["" : 17]>
     block (float[B, N, 12] x) => (float[B, N, 12] y)
-    <int64[{rank}] apart = {{{apart}}}, int64[3] merge = {{0, 0, -1}}, int64[3] parts = {{{parts}}}, float root = {{0.35355338}},
+    <int64[{rank}] apart = {{{apart}}}, int64[3] merge = {{0, 0, -1}}, int64[3] parts = {{{parts}}},
+     float root = {{0.35355338}},
      int64[1] axis = {{{axis}}}>
     {{
         f = MatMul(x, w)

@@ -54,7 +54,7 @@ def needed_bytes(tensor: TensorProto) -> int:
     kind = ir.DataType(tensor.data_type)
     if kind == ir.DataType.UNDEFINED:
         raise ValueError("no type")
-    return math.ceil(math.prod(int(n) for n in tensor.dims) * kind.itemsize)
+    return math.ceil(math.prod(tensor.dims) * kind.itemsize)
 
 
 def check_tensors(model: onnx.ModelProto, where: Path) -> None:
@@ -84,7 +84,7 @@ def held_bytes(tensor: TensorProto, where: Path, size: int) -> int:
     """Bytes that a tensor really has; ``size`` is that of the file its data lies in."""
     if is_external(tensor):
         return external_bytes(tensor, where, size)
-    return int(len(tensor.raw_data)) if tensor.HasField("raw_data") else stored(tensor)
+    return len(tensor.raw_data) if tensor.HasField("raw_data") else stored(tensor)
 
 
 def stored(tensor: TensorProto) -> int:

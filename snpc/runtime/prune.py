@@ -29,6 +29,7 @@ from snpc.runtime.memory import too_large_to_run
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
@@ -209,9 +210,12 @@ def verify_written(
     batches, compared = check_batches(analysis, calibration)
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
-    except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
+    except NotLoaded as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
+    except UserError as error:  # it loads: then nothing is written that was not compared
+        advice = "" if calibration is not None else "; give --calib DATA that it runs on"
+        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     same, moved = compare_models(dense, path, rewritten, batches, provider)
     return Verdict(structure, same, moved, compared, tolerance)
 
