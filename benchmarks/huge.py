@@ -2,9 +2,9 @@
 
     python benchmarks/huge.py FOLDER [--layers 32] [--ratio 0.25] [--keep]
 
-Writes FOLDER/model.onnx with weights.bin beside it (13 GB at 32 layers, half precision; half of it again for the pruned
-model) unless they are there, and runs ``snpc inspect`` and ``snpc prune`` in processes of their own. "peak" is anonymous
-memory, sampled; pages of mapped files, which the system takes back when it needs them, are not in it and are shown apart.
+Writes FOLDER/model.onnx with weights.bin beside it (13 GB at 32 layers, half precision; three quarters of it again for
+the pruned model) unless they are there, and runs ``snpc inspect`` and ``snpc prune`` in processes of their own. "peak"
+is anonymous memory, sampled; pages of mapped files, which the system takes back when it needs them, are shown apart.
 Outputs are compared only where the model fits into memory; the report of prune says so where it does not.
 """
 
