@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from snpc import show
+from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running
 from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
 from snpc.errors import CheckFailed, SnpcError, UserError
@@ -329,3 +330,7 @@ def criteria() -> None:
     from snpc.criteria import describe
 
     show.criteria(describe())
+
+
+main.add_command(finetune)
+main.add_command(export_torch)
