@@ -17,8 +17,8 @@ FILE = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints in ``folder``, one ``every`` so many steps. ``run`` names all that decides the result: a checkpoint of
-    another run is refused."""
+    """Checkpoints in ``folder``, one ``every`` so many steps. ``run`` names all that decides the result: a checkpoint
+    of another run is refused."""
 
     folder: Path
     run: str

@@ -37,8 +37,8 @@ HELD = 0.1  # share of the data that early stopping holds out
 
 @dataclass(frozen=True)
 class Tuned:
-    """A written file. ``before`` and ``after``: the pruned and the tuned file against the teacher, run by onnxruntime on
-    ``compared``; ``hidden``: the values of the residual stream that the loss looked at."""
+    """A written file. ``before`` and ``after``: the pruned and the tuned file against the teacher, run by onnxruntime
+    on ``compared``; ``hidden``: the values of the residual stream that the loss looked at."""
 
     path: Path
     trained: Trained
@@ -73,8 +73,8 @@ def finetune(
 ) -> Tuned | None:
     """Train the weights of ``pruned`` on ``data`` towards what ``teacher`` says, and write them to ``target``.
 
-    ``teacher`` is the dense file that ``pruned`` was made from; ``labels``, one per sample of the data's source, are for
-    the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others return
+    ``teacher`` is the dense file that ``pruned`` was made from; ``labels``, one per sample of the data's source, are
+    for the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others return
     None. Raises UserError for what cannot be trained, CheckFailed where the written file is not what was trained.
     """
     training = training or Training()
@@ -288,6 +288,7 @@ def written(task: Task, pruned: Path, target: Path) -> tuple[str, ...]:
 
 def drifts(task: Task, pruned: Path, target: Path) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
     """The pruned and the tuned file against the teacher, on held-out data where there are any."""
+    batches: list[Feeds]
     if task.held is not None:
         batches, compared = list(task.held.batches()), f"{task.held.samples} samples of {task.held.source}, held out"
     else:

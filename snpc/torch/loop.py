@@ -127,6 +127,8 @@ def train(
     losses: list[float] = []
     shown = None
     start, first = time.perf_counter(), run.step
+    if training.early_stop and evaluate is not None and not run.step:
+        watched(run, module, evaluate)  # what was given may be the best
     stream = endless(batches, run.step)
     while run.step < steps and not (training.early_stop and run.behind >= training.early_stop):
         rate = learning_rate(training, run.step, steps)

@@ -43,7 +43,7 @@ def squared_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """[samples]: of the labels [samples, ...] under ``logits`` [samples, ..., classes]; negative labels do not count."""
+    """[samples]: of labels [samples, ...] under ``logits`` [samples, ..., classes]; negative labels do not count."""
     flat = labels.reshape(-1).to(logits.device)
     found = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(), flat.clamp(min=-1), ignore_index=-1, reduction="none"

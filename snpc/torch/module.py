@@ -24,7 +24,6 @@ from snpc.torch.weights import ties, trainable
 from snpc.types import Model
 
 PROGRAMS = 16  # of so many combinations of input shapes the constants are kept
-LOOSE = frozenset({"NonZero", "Range", "OneHot", "Unique", "Compress"})  # the output's shape depends on values
 
 Key = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
@@ -78,6 +77,9 @@ class GraphModule(torch.nn.Module):
         for name in dict.fromkeys(self.aliases.values()):
             if name not in self.paths and name not in self.ties:
                 self.place(name, tensor_of(constant(graph, name)), trains=False)
+        weights = set(self.weight_names())
+        self.exact = before_weights(self.steps, {name for name, owner in self.aliases.items() if owner in weights})
+        """Names of steps whose inputs no weight has met, such as angles of rotary embeddings: never in low precision."""
 
     def place(self, name: str, tensor: Tensor, *, trains: bool) -> None:
         """Register a tensor under its ONNX name: dots make submodules, as in torch; names that torch cannot have are
@@ -133,13 +135,14 @@ class GraphModule(torch.nn.Module):
             raise UserError(f"the model takes {', '.join(self.inputs)}: {', '.join(missing)} is missing")
         feeds = {name: feeds[name] for name in self.inputs}
         key = tuple((name, tuple(x.shape), x.dtype) for name, x in feeds.items())
-        device = str(next((p.device for _, p in self.weights()), torch.device("cpu")))
-        program = self.programs.get((*key, (device, (), torch.bool)))
+        first = next((p for _, p in self.weights()), torch.empty(0))
+        key = (*key, (str(first.device), (), first.dtype))
+        program = self.programs.get(key)
         if program is None:
-            return self.record((*key, (device, (), torch.bool)), feeds)  # type: ignore[no-any-return]
+            return self.record(key, feeds)  # type: ignore[no-any-return]
         values: dict[str, Tensor] = {**feeds, **program.known}
         for step in program.steps:
-            execute(step, self.arguments(step, values, program.integers), values)
+            self.execute(step, self.arguments(step, values, program.integers), values)
         return {name: self.value(name, values) for name in self.results}
 
     def value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
@@ -157,6 +160,14 @@ class GraphModule(torch.nn.Module):
                 found.append(self.value(name, values))
         return found
 
+    def execute(self, step: Step, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
+        kind = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
+        if step.name in self.exact and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                execute(step, arguments, values)
+        else:
+            execute(step, arguments, values)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, key: Key, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run everything, and keep what will be the same for all inputs of these shapes."""
@@ -172,11 +183,12 @@ class GraphModule(torch.nn.Module):
                 if name in fixed and device is not None:
                     values[name] = self.value(name, values)
             arguments = self.arguments(step, values, {})
-            execute(step, [moved(x, device) for x in arguments] if len(given) > 1 else arguments, values)
-            reads = step.call.op in ("Shape", "Size")
+            self.execute(step, [moved(x, device) for x in arguments] if len(given) > 1 else arguments, values)
             if is_loose(step, fixed, loose):
                 loose |= set(step.outputs)
-            if (reads and not loose.intersection(given)) or all(name in fixed for name in given):
+            if (step.implementation.reads == "shape" and not loose.intersection(given)) or all(
+                name in fixed for name in given
+            ):
                 fixed |= set(step.outputs)
             else:
                 steps.append(step)
@@ -226,7 +238,7 @@ def is_loose(step: Step, fixed: set[str], loose: set[str]) -> bool:
     given = [name for name in step.inputs if name is not None]
     if loose.intersection(given):
         return True
-    if step.call.op in LOOSE:
+    if step.implementation.loose:
         return not all(name in fixed for name in given)
     sized = [step.inputs[k] for k in step.implementation.integers if k < len(step.inputs)]
     return any(name is not None and name not in fixed for name in sized)
@@ -257,6 +269,18 @@ def needed(graph: ir.Graph, results: Sequence[str]) -> list[ir.Node]:
             found.append(node)
             wanted |= {str(value.name) for value in node.inputs if value is not None}
     return found[::-1]
+
+
+def before_weights(steps: Sequence[Step], weights: set[str]) -> frozenset[str]:
+    """Names of the steps that nothing reaches that a weight has met."""
+    met = set(weights)
+    found = set()
+    for step in steps:
+        if met.isdisjoint(name for name in step.inputs if name is not None):
+            found.add(step.name)
+        else:
+            met |= set(step.outputs)
+    return frozenset(found)
 
 
 def steps_of(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Step]:

@@ -26,8 +26,9 @@ class Place:
 
 @contextmanager
 def placed() -> Iterator[Place]:
-    """The place of this process: a GPU of its own where there are any, else the CPU. Under torchrun (it sets WORLD_SIZE)
-    the processes find each other, by NCCL on GPUs and gloo on CPUs; a group that is there already is used as it is."""
+    """The place of this process: a GPU of its own where there are any, else the CPU. Under torchrun (it sets
+    WORLD_SIZE) the processes find each other, by NCCL on GPUs and gloo on CPUs; a group that is there already is used
+    as it is."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():

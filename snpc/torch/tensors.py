@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from snpc.errors import UserError
@@ -22,8 +21,8 @@ WEIGHTS, WIDTHS = "model.safetensors", "widths.json"
 def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write ``model.safetensors``, every weight under the name it has in the file, and ``widths.json`` into ``folder``.
 
-    The JSON lists groups as ``{"id", "role", "layer", "blocks", "size", "sites": [{"tensor", "axis"}]}``: of an attention
-    layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix that is
+    The JSON lists groups as ``{"id", "role", "layer", "blocks", "size", "sites": [{"tensor", "axis"}]}``: of an
+    attention layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix that is
     stored twice (tied) is written once, and named under "tied". Raises UserError for operators that torch has not.
     """
     where = Path(folder)
@@ -62,9 +61,5 @@ def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
             for group in analysis.groups
         ],
         "tied": {name: {"to": owner, "transposed": turned} for name, (owner, turned) in module.ties.items()},
-        "shapes": {name: list(weight.shape) for name, weight in named(module)},
+        "shapes": {name: list(weight.shape) for name, weight in module.weights()},
     }
-
-
-def named(module: GraphModule) -> list[tuple[str, torch.Tensor]]:
-    return [(name, weight) for name, weight in module.weights()]

@@ -21,14 +21,15 @@ class Training:
     restarts). ``decay`` is AdamW's weight decay (arXiv 1711.05101), on matrices only.
 
     ``loss``: "kd" is the Kullback-Leibler divergence from the teacher's outputs at ``temperature``, times its square
-    (arXiv 1503.02531, section 2); "mse" the squared error to them, relative to their mean square; "ce" the cross entropy
-    of the labels; "kd+ce" the sum. ``layerwise`` adds the relative squared error of the hidden states behind every layer,
-    averaged. ``outputs``: which of the model's outputs the loss looks at; empty: the logits (for "mse" all).
+    (arXiv 1503.02531, section 2); "mse" the squared error to them, relative to their mean square; "ce" the cross
+    entropy of the labels; "kd+ce" the sum. ``layerwise`` adds the relative squared error of the hidden states behind
+    every layer, averaged. ``outputs``: which of the model's outputs the loss looks at; empty: the logits (for "mse"
+    all).
 
-    ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is then what
-    is written (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has not got better
-    for so many evaluations (0: never); the best weights are written. ``evaluate``: steps between evaluations (0: an
-    epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is bf16 on GPUs that have it.
+    ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is then
+    what is written (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has not got
+    better for so many evaluations (0: never); the best weights are written, the given ones included. ``evaluate``:
+    steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is bf16 on GPUs that have it.
     """
 
     epochs: int = 20

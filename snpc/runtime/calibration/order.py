@@ -1,7 +1,7 @@
 """The samples of calibration data in another order, split, or shared between processes: for training.
 
-Each function gives ``Calibration`` again, so everything is still streamed: parts (files) are read one after the other in
-random order, with their rows mixed. A file of many samples is thus read once per epoch, and mixed in itself only.
+Each function gives ``Calibration`` again, so everything is still streamed: parts (files) are read one after the other
+in random order, with their rows mixed. A file of many samples is thus read once per epoch, and mixed in itself only.
 """
 
 from __future__ import annotations

@@ -102,6 +102,35 @@ def multi_head_attention(
     return merge_heads(attend(q, k, v, scale, given, causal)), k, v
 
 
+@implements("GroupQueryAttention", domain=MICROSOFT)
+def group_query_attention(
+    call: Call, q: Tensor, k: Tensor | None, v: Tensor | None, past_k: Tensor | None, past_v: Tensor | None,
+    lengths: Tensor, total: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
+    positions: Tensor | None = None, added: Tensor | None = None, sink: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Over a whole sequence: what a decoder is trained on. ``lengths``: [B], the keys of each row less one."""
+    assert past_k is None or not past_k.shape[2], "a GroupQueryAttention with earlier keys is not implemented"
+    options = ("softcap", "smooth_softmax", "k_quant_type", "v_quant_type")
+    assert (
+        sink is None
+        and not any(call.get(name, 0) not in (0, 0.0, "NONE") for name in options)
+        and (call.get("local_window_size", -1) == -1)
+    ), "this GroupQueryAttention is not implemented"
+    heads, groups = call.attrs["num_heads"], call.attrs["kv_num_heads"]
+    if k is None or v is None:
+        width = q.shape[-1] // (heads + 2 * groups)
+        q, k, v = torch.split(q, [heads * width, groups * width, groups * width], -1)
+    q, k, v = split_heads(q, heads), split_heads(k, groups), split_heads(v, groups)
+    if call.get("do_rotary", 0) and cos is not None and sin is not None:
+        where = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+        turn = Call(call.op, call.version, {"interleaved": call.get("rotary_interleaved", 0)})
+        q, k = (rotated(x, cos, sin, where, 0, turn) for x in (q, k))
+    hidden = key_mask(lengths.reshape(-1) + 1, -math.inf, q, k.shape[2])
+    given = hidden if added is None else hidden + added if hidden is not None else added
+    scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
+    return merge_heads(attend(q, k, v, scale, given, 0)), k, v
+
+
 @implements("RotaryEmbedding")
 def rotary(call: Call, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
     return rotated(x, cos, sin, positions, call.get("num_heads", 0), call)

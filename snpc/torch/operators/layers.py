@@ -82,6 +82,13 @@ def conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return run(padded(x, pads), w, b, stride=stride, dilation=dilation, groups=call.get("group", 1))
 
 
+@implements("FusedConv", domain=MICROSOFT)
+def fused_conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    assert call.get("activation", "") in ACTIVATIONS, "this activation of a FusedConv is not implemented"
+    made = conv(call, x, w, b)
+    return ACTIVATIONS[call.get("activation", "")](made if added is None else made + added)
+
+
 @implements("ConvTranspose")
 def conv_transpose(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     spatial = w.ndim - 2
@@ -116,6 +123,23 @@ def pool(call: Call, x: Tensor) -> Tensor:
     if call.get("count_include_pad", 0) or not any(pads):
         return summed
     return summed / mean(padded(torch.ones_like(x), pads), kernel, stride)
+
+
+@implements("LpPool")
+def lp_pool(call: Call, x: Tensor) -> Tensor:
+    p = call.get("p", 2)
+    kernel = list(call.attrs["kernel_shape"])
+    spatial = len(kernel)
+    stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
+    assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
+    powers = padded(x.abs().pow(p), window_pads(call, x, kernel, stride, dilation))
+    mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
+    return torch.pow(torch.mul(mean, math.prod(kernel)), 1 / p)
+
+
+@implements("GlobalLpPool")
+def global_lp_pool(call: Call, x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
 
 
 @implements("GlobalAveragePool", "GlobalMaxPool")

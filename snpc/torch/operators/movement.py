@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from snpc.torch.operators.table import DTYPES, Call, Integers, Tensor, axis_list, implements, tensor_of
 
 
-@implements("Shape")
+@implements("Shape", reads="shape")
 def shape(call: Call, x: Tensor) -> Tensor:
     sizes = list(x.shape)[call.get("start", 0) : call.get("end", None)]
     return torch.tensor(sizes, dtype=torch.int64)
 
 
-@implements("Size")
+@implements("Size", reads="shape")
 def size(call: Call, x: Tensor) -> Tensor:
     return torch.tensor(x.numel(), dtype=torch.int64)
 
@@ -39,7 +39,7 @@ def constant_of_shape(call: Call, sizes: Integers) -> Tensor:
     return fill.reshape(()).expand(sizes).clone() if sizes else fill.reshape(())
 
 
-@implements("Range")
+@implements("Range", loose=True)
 def arange(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
 
@@ -167,7 +167,7 @@ def scatter_nd(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     return x.index_put(where, updates)
 
 
-@implements("ScatterElements")
+@implements("Scatter", "ScatterElements")
 def scatter_elements(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index)
@@ -231,6 +231,30 @@ def cumulate(call: Call, x: Tensor, axis: Tensor) -> Tensor:
     return summed.flip(k) if call.get("reverse", 0) else summed
 
 
+@implements("CumProd")
+def cumulate_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+    k = int(axis.item()) % x.ndim
+    values = x.flip(k) if call.get("reverse", 0) else x
+    if call.get("exclusive", 0):
+        values = torch.cat([torch.ones_like(values.narrow(k, 0, 1)), values.narrow(k, 0, values.shape[k] - 1)], k)
+    made = values.cumprod(k).to(x.dtype)
+    return made.flip(k) if call.get("reverse", 0) else made
+
+
+WINDOWS = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0), "BlackmanWindow": (0.42, 0.5, 0.08)}
+
+
+@implements(*WINDOWS)
+def window(call: Call, size: Tensor) -> Tensor:
+    """a0 - a1 cos(2 pi n / N) + a2 cos(4 pi n / N)."""
+    count = int(size.item())
+    n = torch.arange(count, dtype=torch.float64, device=size.device)
+    turn = 2 * math.pi * n / (count if call.get("periodic", 1) else count - 1)
+    first, second, third = WINDOWS[call.op]
+    made = first - second * turn.cos() + third * (2 * turn).cos()
+    return made.to(DTYPES[call.get("output_datatype", 1)])
+
+
 @implements("TopK", integers=(1,))
 def top_k(call: Call, x: Tensor, count: Integers | None = None) -> tuple[Tensor, ...]:
     k = count[0] if count is not None else call.attrs["k"]
@@ -238,7 +262,7 @@ def top_k(call: Call, x: Tensor, count: Integers | None = None) -> tuple[Tensor,
     return found.values, found.indices
 
 
-@implements("OneHot")
+@implements("OneHot", loose=True)
 def one_hot(call: Call, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
     count = int(depth.item())
     index = torch.where(index < 0, index + count, index).to(torch.int64)
@@ -246,6 +270,6 @@ def one_hot(call: Call, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
     return (hot * (values[1] - values[0]) + values[0]).movedim(-1, call.get("axis", -1))
 
 
-@implements("NonZero")
+@implements("NonZero", loose=True)
 def non_zero(call: Call, x: Tensor) -> Tensor:
     return torch.nonzero(x).T

@@ -148,6 +148,27 @@ def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
     return torch.clamp(x * call.get("alpha", 0.2) + call.get("beta", 0.5), 0, 1)
 
 
+@implements("Shrink")
+def shrink(call: Call, x: Tensor) -> Tensor:
+    edge, bias = call.get("lambd", 0.5), call.get("bias", 0.0)
+    return torch.where(x < -edge, x + bias, torch.where(x > edge, x - bias, torch.zeros_like(x)))
+
+
+@implements("BitShift")
+def bit_shift(call: Call, x: Tensor, by: Tensor) -> Tensor:
+    return torch.bitwise_left_shift(x, by) if call.attrs["direction"] == "LEFT" else torch.bitwise_right_shift(x, by)
+
+
+@implements("Hardmax")
+def hardmax(call: Call, x: Tensor) -> Tensor:
+    """One at the first of the largest entries; its gradient is zero."""
+    axis = call.get("axis", -1 if call.version >= 13 else 1) % x.ndim
+    flat = x if call.version >= 13 else x.reshape(math.prod(x.shape[:axis]), -1)
+    along = axis if call.version >= 13 else 1
+    hot = torch.zeros_like(flat).scatter(along, flat.argmax(along, keepdim=True), 1)
+    return hot.reshape(x.shape)
+
+
 @implements("Swish")
 def swish(call: Call, x: Tensor) -> Tensor:
     return x * torch.sigmoid(call.get("alpha", 1.0) * x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +31,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``run(call, *inputs)``; at positions ``integers`` it takes a tuple of integers (or None), elsewhere tensors."""
+    """``run(call, *inputs)``; at positions ``integers`` it takes a tuple of integers (or None), elsewhere tensors.
+
+    ``loose``: the output's shape depends on values; ``reads``: "shape" where the output depends on the input's shape
+    only, else "values"."""
 
     run: Callable[..., Result]
     integers: frozenset[int]
+    loose: bool = False
+    reads: Literal["shape", "values"] = "values"
 
 
 REGISTRY: dict[tuple[str, str], Implementation] = {}
@@ -42,11 +47,17 @@ REGISTRY: dict[tuple[str, str], Implementation] = {}
 MICROSOFT = "com.microsoft"
 
 
-def implements(*names: str, domain: str = "", integers: Sequence[int] = ()) -> Callable[[F], F]:
+def implements(
+    *names: str,
+    domain: str = "",
+    integers: Sequence[int] = (),
+    loose: bool = False,
+    reads: Literal["shape", "values"] = "values",
+) -> Callable[[F], F]:
     def register(run: F) -> F:
         for name in names:
             assert (domain, name) not in REGISTRY, name
-            REGISTRY[domain, name] = Implementation(run, frozenset(integers))
+            REGISTRY[domain, name] = Implementation(run, frozenset(integers), loose, reads)
         return run
 
     return register
