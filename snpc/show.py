@@ -25,8 +25,8 @@ from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
-    from snpc.torch.finetune import Tuned
     from snpc.torch.training import Progress, Report
+    from snpc.torch.tune import Tuned
 
 
 def line(text: str) -> None:

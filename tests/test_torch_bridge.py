@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +17,8 @@ torch = pytest.importorskip("torch")
 
 import snpc.torch  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
+from snpc.ops import table  # noqa: E402
+from snpc.torch.operators import implemented  # noqa: E402
 from snpc.torch.operators.table import DTYPES  # noqa: E402
 
 TIED = "gpt2__ts17"
@@ -178,3 +183,133 @@ def test_an_operator_without_an_implementation_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "d.onnx")
     with pytest.raises(UserError, match=r"the_det: .*Det"):
         snpc.torch.load(tmp_path / "d.onnx")
+
+
+# -- operators -------------------------------------------------------------------------------------------------------
+
+NOT_TRAINED = {
+    **dict.fromkeys(["RandomNormalLike", "RandomUniformLike"], "draws random numbers, which no gradient goes through"),
+    "com.microsoft.DecoderMaskedMultiHeadAttention": "one step of generation over a cache",
+    "com.microsoft.PackedMultiHeadAttention": "tokens without their padding, for inference on GPUs",
+}
+
+
+def test_every_operator_of_the_table_runs_in_torch() -> None:
+    known = {f"{domain}.{name}" if domain else name: spec for (domain, name), spec in table().items()}
+    followed = {name for name, spec in known.items() if spec.kind != "opaque"}
+    assert followed - set(implemented()) <= set(NOT_TRAINED)
+    assert not set(NOT_TRAINED) & set(implemented()), "it is implemented: take it off the list"
+
+
+def node_model(op: str, inputs: dict[str, np.ndarray], outputs: int, opset: int, attrs: dict[str, Any]) -> bytes:
+    """One node, with a path for every input that is not empty."""
+    domain = "com.microsoft" if op.startswith("ms.") else ""
+    names = [name if array.size else "" for name, array in inputs.items()]
+    made = [f"out{k}" for k in range(outputs)]
+    node = onnx.helper.make_node(op.removeprefix("ms."), names, made, name="node", domain=domain, **attrs)
+    taken = [
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in inputs.items()
+        if array.size
+    ]
+    given = [onnx.ValueInfoProto(name=name) for name in made]
+    graph = onnx.helper.make_graph([node], "g", taken, given)
+    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString()
+
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.normal(size=(2, 3, 6, 7)).astype(np.float32)
+ROWS = RNG.normal(size=(4, 5)).astype(np.float32)
+KERNEL = RNG.normal(size=(4, 3, 3, 3)).astype(np.float32)
+BYTES = RNG.integers(0, 9, (3, 4)).astype(np.uint8)
+PLACES = np.array([[0, 2, 1, 3, 1]])
+NONE = np.zeros(0, np.float32)
+HEADS = {n: RNG.normal(size=(2, 5, w)).astype(np.float32) for n, w in (("q", 64), ("k", 32), ("v", 32))}
+ANGLES = {n: RNG.normal(size=(9, 8)).astype(np.float32) for n in ("cos", "sin")}
+LENGTHS = {"n": np.array([4, 2], np.int32), "total": np.array(5, np.int32)}
+SHARED = {"past_k": NONE, "past_v": NONE, **LENGTHS}
+GROUPED = {"num_heads": 4, "kv_num_heads": 2}
+
+NODES: list[tuple[str, dict[str, np.ndarray], int, int, dict[str, Any]]] = [
+    ("Shrink", {"x": ROWS}, 1, 17, {"lambd": 0.4, "bias": 0.3}),
+    ("BitShift", {"x": BYTES, "by": BYTES % 4}, 1, 17, {"direction": "LEFT"}),
+    ("BitShift", {"x": BYTES, "by": BYTES % 4}, 1, 17, {"direction": "RIGHT"}),
+    ("Hardmax", {"x": ROWS}, 1, 17, {"axis": 0}),
+    ("Hardmax", {"x": IMAGE}, 1, 11, {"axis": 2}),
+    ("LpPool", {"x": IMAGE}, 1, 17, {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 0, 1, 0], "p": 3}),
+    ("GlobalLpPool", {"x": IMAGE}, 1, 17, {}),
+    ("HannWindow", {"n": np.array(9)}, 1, 17, {}),
+    ("HammingWindow", {"n": np.array(9)}, 1, 17, {"periodic": 0}),
+    ("BlackmanWindow", {"n": np.array(8)}, 1, 17, {}),
+    ("Scatter", {"x": ROWS, "i": PLACES, "u": ROWS[:1]}, 1, 10, {"axis": 0}),
+    ("ms.FusedConv", {"x": IMAGE, "w": KERNEL, "b": ROWS[:, 0]}, 1, 17, {"activation": "Relu", "pads": [1] * 4}),
+    ("ms.GroupQueryAttention", {**HEADS, **SHARED}, 3, 17, GROUPED),
+    ("ms.GroupQueryAttention", {**HEADS, **SHARED, **ANGLES}, 3, 17, {**GROUPED, "do_rotary": 1}),
+    (
+        "ms.GroupQueryAttention",
+        {"q": np.concatenate([*HEADS.values()], -1), "k": NONE, "v": NONE, **SHARED, **ANGLES},
+        3,
+        17,
+        {**GROUPED, "do_rotary": 1, "rotary_interleaved": 1, "scale": 0.2},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", NODES, ids=lambda case: f"{case[0]}-{case[3]}-{len(case[1])}")
+def test_operators_that_no_export_has(case: Any, tmp_path: Path) -> None:
+    op, inputs, outputs, opset, attrs = case
+    (tmp_path / "node.onnx").write_bytes(node_model(op, inputs, outputs, opset, attrs))
+    fed = {name: array for name, array in inputs.items() if array.size}
+    expected = ort.InferenceSession(tmp_path / "node.onnx").run(None, fed)
+    found = snpc.torch.load(tmp_path / "node.onnx")({name: torch.tensor(array) for name, array in fed.items()})
+    rows = [slice(None)] * 2 if op != "ms.GroupQueryAttention" else [slice(0, 5), slice(0, 3)]  # past them: padding
+    for value, array in zip(found.values(), expected, strict=True):
+        for k, part in enumerate(rows if op == "ms.GroupQueryAttention" else [slice(None)]):
+            axis = 1 if array.ndim == 3 else 2
+            pick = (k, *[slice(None)] * (axis - 1), part) if op == "ms.GroupQueryAttention" else ...
+            assert relative(value[pick], array[pick]) < 1e-5
+
+
+# -- compiled, in bfloat16, on a GPU ---------------------------------------------------------------------------------
+
+
+def test_a_compiled_module_says_the_same() -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    module, feeds = snpc.torch.load(export("vit_timm__ts17")), feeds_of("vit_timm__ts17")
+    expected = module(feeds)
+    expected_loss = sum(v.square().mean() for v in expected.values())
+    expected_loss.backward()
+    gradients = [w.grad.clone() for _, w in module.weights()]
+    module.zero_grad()
+    found = torch.compile(module)(feeds)
+    assert all(relative(found[k], v.detach().numpy()) < 1e-4 for k, v in expected.items())
+    sum(v.square().mean() for v in found.values()).backward()
+    assert all(relative(w.grad, g.numpy()) < 1e-3 for (_, w), g in zip(module.weights(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bert__dyn20", "t5_gated__ts17"])
+def test_bfloat16_stays_close(name: str) -> None:
+    module, feeds = snpc.torch.load(export(name)), feeds_of(name)
+    expected = module(feeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = snpc.torch.load(export(name))
+        for found in (module(feeds), fresh(feeds), fresh(feeds)):  # what is kept must not be rounded either
+            for key, value in expected.items():
+                gap = (found[key].float() - value).square().mean().sqrt() / value.square().mean().sqrt()
+                assert gap < 0.03
+    assert fresh.exact == module.exact
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bert__dyn20", "swin_timm__ts17"])
+def test_a_gpu_says_the_same(name: str) -> None:
+    module, feeds = snpc.torch.load(export(name)), feeds_of(name)
+    expected = module(feeds)
+    module.to("cuda")
+    for _ in range(2):
+        found = module({k: v.to("cuda") for k, v in feeds.items()})
+        assert all(relative(found[k].cpu(), v.detach().numpy()) < 1e-3 for k, v in expected.items())
+    sum(v.square().mean() for v in found.values()).backward()
+    assert all(w.grad is not None for _, w in module.weights())

@@ -16,12 +16,12 @@ import os
 from collections.abc import Sequence
 
 from snpc.runtime.model_io import load as load_model
-from snpc.torch.finetune import Saved, Tuned, finetune, report
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
 from snpc.torch.tensors import export_tensors
 from snpc.torch.training import Progress, Training
+from snpc.torch.tune import Saved, Tuned, finetune, report
 from snpc.torch.write import save
 
 __all__ = [

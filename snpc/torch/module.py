@@ -79,7 +79,7 @@ class GraphModule(torch.nn.Module):
                 self.place(name, tensor_of(constant(graph, name)), trains=False)
         weights = set(self.weight_names())
         self.exact = before_weights(self.steps, {name for name, owner in self.aliases.items() if owner in weights})
-        """Names of steps whose inputs no weight has met, such as angles of rotary embeddings: never in low precision."""
+        """Names of steps whose inputs no weight has met, such as rotary angles: never in low precision."""
 
     def place(self, name: str, tensor: Tensor, *, trains: bool) -> None:
         """Register a tensor under its ONNX name: dots make submodules, as in torch; names that torch cannot have are

@@ -22,8 +22,9 @@ def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str
     """Write ``model.safetensors``, every weight under the name it has in the file, and ``widths.json`` into ``folder``.
 
     The JSON lists groups as ``{"id", "role", "layer", "blocks", "size", "sites": [{"tensor", "axis"}]}``: of an
-    attention layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix that is
-    stored twice (tied) is written once, and named under "tied". Raises UserError for operators that torch has not.
+    attention layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix
+    that is stored twice (tied) is written once, and named under "tied". Raises UserError for operators that torch has
+    not.
     """
     where = Path(folder)
     try:

@@ -29,7 +29,8 @@ class Training:
     ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is then
     what is written (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has not got
     better for so many evaluations (0: never); the best weights are written, the given ones included. ``evaluate``:
-    steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is bf16 on GPUs that have it.
+    steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is
+    bf16 on GPUs that have it.
     """
 
     epochs: int = 20

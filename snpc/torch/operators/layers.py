@@ -134,7 +134,8 @@ def lp_pool(call: Call, x: Tensor) -> Tensor:
     assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
     powers = padded(x.abs().pow(p), window_pads(call, x, kernel, stride, dilation))
     mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
-    return torch.pow(torch.mul(mean, math.prod(kernel)), 1 / p)
+    made: Tensor = torch.pow(mean * math.prod(kernel), 1 / p)
+    return made
 
 
 @implements("GlobalLpPool")

@@ -74,8 +74,8 @@ def finetune(
     """Train the weights of ``pruned`` on ``data`` towards what ``teacher`` says, and write them to ``target``.
 
     ``teacher`` is the dense file that ``pruned`` was made from; ``labels``, one per sample of the data's source, are
-    for the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others return
-    None. Raises UserError for what cannot be trained, CheckFailed where the written file is not what was trained.
+    for the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others
+    return None. Raises UserError for what cannot be trained, CheckFailed where the file is not what was trained.
     """
     training = training or Training()
     start = time.perf_counter()
