@@ -311,9 +311,12 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
+EARLY = ("--early-stop", 3, "--evaluate", 4, "--loss", "mse", "--lr", 1e-3)
+
+
 def test_the_report_is_of_the_written_file(pruned: Path, tmp_path: Path) -> None:
     target = tmp_path / "t.onnx"
-    done = run("snpc.cli", *arguments(pruned, target, "--early-stop", 3, "--evaluate", 4, "--json", "-"))
+    done = run("snpc.cli", *arguments(pruned, target, *EARLY, "--json", "-"))
     found = json.loads(done.stdout)
     assert 0 < found["steps"] <= 14 and found["after"][0]["relative"] < found["before"][0]["relative"]
     assert "held out" in found["compared"] and found["held_out_drift"] is not None

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,28 @@ import click
 
 from snpc import show
 from snpc.cli.finetune import export_torch, finetune
-from snpc.cli.options import FILE, as_json, at_sizes, calibrating, choosing, model_argument, running
-from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
+from snpc.cli.options import (
+    FILE,
+    as_json,
+    at_sizes,
+    calibrating,
+    choosing,
+    model_argument,
+    remembering,
+    running,
+    saving,
+    timing,
+)
+from snpc.cli.requests import (
+    analysed,
+    calibration_of,
+    check_targets,
+    read_plan,
+    split_flags,
+    statistics_of,
+    workload_of,
+    write_text,
+)
 from snpc.errors import CheckFailed, SnpcError, UserError
 
 
@@ -35,25 +56,39 @@ def decided(
     *,
     method: Any,
     criterion: str | None,
+    load_stats: Sequence[Path],
+    save_stats: Path | None,
+    memory_limit: int | None,
     provider: str,
     watch: Any,
+    batch: int | None,
+    shapes: tuple[str, ...],
+    threads: int | None,
     **choice: Any,
 ) -> Any:
     """Score and plan as the flags say, and say what the flags leave unused."""
     import snpc
 
     wanted = snpc.Choice(**choice)
+    statistics = statistics_of(load_stats)
+    if save_stats is not None and calibration is None and statistics is None:
+        raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
     with watch.stage("score and plan"):
         decision = snpc.decide(
             analysis,
             wanted,
             calibration=calibration,
+            statistics=statistics,
             method=method,
             criterion=criterion,
+            memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
+            workload=workload_of(batch, shapes, threads),
         )
-    if calibration is None and criterion is None:
+    if save_stats is not None and decision.statistics is not None:
+        snpc.save_statistics(decision.statistics, save_stats)
+    if calibration is None and statistics is None and criterion is None:
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
@@ -90,7 +125,7 @@ def inspect(
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
-    calibration = calibration_of(analysis.model, **calib)
+    calibration = calibration_of(analysis, **calib)
     found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider) if curves else None
     show.emit_json(show.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
@@ -104,7 +139,10 @@ def inspect(
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
+@saving
+@remembering
 @running
 @at_sizes
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
@@ -138,21 +176,30 @@ def prune(
     written = [] if dry_run else [target, data_file(target)]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
-    check_targets([*written, plan_path, json_path, page], *model_files(model), calib["calib"])
+    read = [*model_files(model), calib["calib"], *choice["load_stats"]]
+    check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
-        calibration = calibration_of(analysis.model, **calib)
+        calibration = calibration_of(analysis, **calib)
     decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
+        show.predicted(decision)
         show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
         if str(json_path) != "-":
             show.plan(plan)
         return
-    result = snpc.apply_plan(
-        plan, target, compression=decision.compression, calibration=calibration, provider=provider, watch=watch
+    result = snpc.prune(
+        decision,
+        target,
+        calibration=calibration,
+        memory_limit=choice["memory_limit"],
+        provider=provider,
+        watch=watch,
     )
+    if plan_path is not None and result.search is not None:
+        write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     finish(result, json_path)
@@ -169,7 +216,10 @@ def finish(result: Any, json_path: Path | None) -> None:
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
+@saving
+@remembering
 @running
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
 def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
@@ -181,10 +231,12 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = analysed(model)
     choice, calib = split_flags(flags)
-    check_targets([target], *model_files(model), calib["calib"])
-    calibration = calibration_of(analysis.model, **calib)
-    made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
+    check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
+    calibration = calibration_of(analysis, **calib)
+    decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
+    made = decision.plan
     write_text(target, snpc.plan_to_json(made))
+    show.predicted(decision)
     show.plan(made)
     show.line(f"plan written to {target}")
 
@@ -193,15 +245,24 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
 @model_argument
 @click.argument("plan_file", type=FILE)
 @calibrating
+@remembering
 @running
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @as_json
 def apply(
-    model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any
+    model: Path,
+    plan_file: Path,
+    output: Path | None,
+    json_path: Path | None,
+    load_stats: tuple[Path, ...],
+    memory_limit: int | None,
+    provider: str,
+    **flags: Any,
 ) -> None:
     """Apply PLAN_FILE to MODEL, write the result and verify it.
 
-    A plan of --method auto needs --calib, the data that it was made with; others use it for verification only.
+    A plan of --method auto needs --calib, the data that it was made with, one of --method parallel that or
+    --load-stats; others use --calib for verification only.
     """
     import snpc
     from snpc.runtime.compress import compression_for
@@ -214,12 +275,21 @@ def apply(
     plan = read_plan(plan_file, analysis)
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
-    check_targets([target, data_file(target), json_path], *model_files(model), plan_file, calib["calib"])
-    calibration = calibration_of(analysis.model, **calib)
+    read = [*model_files(model), plan_file, calib["calib"], *load_stats]
+    check_targets([target, data_file(target), json_path], *read)
+    calibration = calibration_of(analysis, **calib)
     with watch.stage("closed forms"):
-        compression = compression_for(plan, calibration, provider=provider)
+        compression = compression_for(
+            plan, calibration, statistics=statistics_of(load_stats), memory_limit=memory_limit, provider=provider
+        )
     result = snpc.apply_plan(
-        plan, target, compression=compression, calibration=calibration, provider=provider, watch=watch
+        plan,
+        target,
+        compression=compression,
+        calibration=calibration,
+        memory_limit=memory_limit,
+        provider=provider,
+        watch=watch,
     )
     finish(result, json_path)
 

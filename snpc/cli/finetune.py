@@ -9,7 +9,7 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, as_json, model_argument, picturing
-from snpc.cli.requests import calibration_of, check_targets
+from snpc.cli.requests import analysed, calibration_of, check_targets
 from snpc.errors import UserError
 
 
@@ -82,7 +82,6 @@ def finetune(
     No labels are needed. Under torchrun, processes share every batch.
     """
     torch = bridge()
-    import snpc
     from snpc.runtime.model_io import data_file, model_files
 
     target = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
@@ -91,9 +90,8 @@ def finetune(
     training = torch.Training(**{k: v for k, v in flags.items() if v not in (None, ())}, seed=seed)
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
-    model = snpc.load(teacher)
     check_targets([target, data_file(target), json_path], *model_files(pruned), *model_files(teacher), calib["calib"])
-    data = calibration_of(model, **calib, calib_batch=training.batch, seed=seed)
+    data = calibration_of(analysed(teacher), **calib, calib_batch=training.batch, seed=seed)
     saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
     with show.training() as report:
         result = torch.finetune(

@@ -133,14 +133,15 @@ def lp_pool(call: Call, x: Tensor) -> Tensor:
     stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
     assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
     powers = padded(x.abs().pow(p), window_pads(call, x, kernel, stride, dilation))
-    mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
-    made: Tensor = torch.pow(mean * math.prod(kernel), 1 / p)
+    mean: Tensor = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
+    made: Tensor = (mean * math.prod(kernel)).pow(1 / p)
     return made
 
 
 @implements("GlobalLpPool")
 def global_lp_pool(call: Call, x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
+    made: Tensor = torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
+    return made
 
 
 @implements("GlobalAveragePool", "GlobalMaxPool")
