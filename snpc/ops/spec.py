@@ -122,7 +122,9 @@ class OpSpec:
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
     curved: bool = False
+    windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
+    lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
     shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K

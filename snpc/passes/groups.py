@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.cost import contraction_sizes, macs_of
+from snpc.ops import lookup
 from snpc.passes.canonicalise import origin
 from snpc.passes.labels import Axis, Flag, PinNote
 from snpc.passes.names import common_path, path_of, unique_names
@@ -347,7 +348,7 @@ class Usage:
         by_name = {v.name: v for v in contraction.node.inputs if v is not None}
         value = by_name.get(side.name)
         if value is None:
-            return None
+            return self.inner_probe(kind, side, contraction, labels, numbers)
         carried = self.trace.values[value]
         if carried.shape != side.shape:  # a fused node splits heads inside: watch its input as it is
             for own in carried.factors:
@@ -356,3 +357,19 @@ class Usage:
                     return Probe(kind, side.name, mine)
             return None
         return Probe(kind, side.name, self.numbered(labels, numbers))
+
+    def inner_probe(
+        self,
+        kind: ProbeKind,
+        side: Carried,
+        contraction: Contraction,
+        labels: npt.NDArray[np.int32],
+        numbers: Mapping[int, int],
+    ) -> Probe | None:
+        """What a fused node makes inside of its input, its weight and its bias: [batch, tokens, heads * width]."""
+        node = contraction.node
+        if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
+            return None
+        whole = np.broadcast_to(labels, (1, side.shape[1], 1, side.shape[3]))
+        merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
+        return Probe(kind, side.name, merged)

@@ -257,8 +257,9 @@ def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
     spec = lookup(node.domain, node.op_type)
     if spec.out_shapes is not None:
         kind = facts.dtype.get(spec_source(node, spec))
-        for out in node.outputs:
-            facts.dtype[out], facts.shape[out] = kind, None
+        for index, out in enumerate(node.outputs):
+            facts.dtype[out] = ir.DataType.INT32 if index in spec.lengths else kind
+            facts.shape[out] = None
         for out, sizes in zip(node.outputs, spec.out_shapes(facts.call(node, version)), strict=False):
             facts.shape[out] = tuple(sizes)
         return

@@ -76,7 +76,8 @@ class Pruned:
     seconds: Mapping[str, float]
     calibration: str = ""
     forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
+    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
+    "coupled" (selected by what the scores lose)."""
     search: Search | None = None
     """How a drift or a latency was met, where the plan had to be found by trying."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.measure import wanted_statistics
-from snpc.runtime.moments import NEEDS
+from snpc.runtime.moments import KINDS
 from snpc.runtime.statistics import Progress, Statistics, check_model, measure_statistics
 from snpc.types import FloatArray, Group, Numbers, Role
-
-CLOSED = {name for names in NEEDS.values() for name in names}
 
 
 def score(
@@ -72,7 +70,7 @@ def scores_of(
     if statistics is not None:
         check_model(statistics, analysis)
     sums = statistics.sums if statistics is not None else {}
-    unknown = [g.id for g in needed if statistics is not None and (g.id not in sums or CLOSED & set(sums[g.id]))]
+    unknown = [g.id for g in needed if statistics is not None and (g.id not in sums or is_closed(sums[g.id]))]
     if statistics is not None and unknown:
         raise UserError(
             f"the statistics of {statistics.model} hold nothing for scoring {unknown[0]}: measure again with the same "
@@ -81,6 +79,11 @@ def scores_of(
     samples = statistics.samples if statistics is not None and needed else 0
     values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
     return Scores(analysis, spelled, values, samples)
+
+
+def is_closed(names: Iterable[str]) -> bool:
+    """Are these statistics for a closed form, and not for a criterion?"""
+    return any(name.partition(":")[0] in KINDS for name in names)
 
 
 # -- weights as rows per unit ----------------------------------------------------------------------------------------
