@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +24,10 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
+
+if TYPE_CHECKING:  # these need torch
+    from snpc.torch.training import Progress, Report
+    from snpc.torch.tune import Tuned
 
 
 def line(text: str) -> None:
@@ -240,6 +246,58 @@ def verdict(verdict: Verdict) -> None:
 def drift_text(d: Difference) -> str:
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+
+
+# -- finetuning ------------------------------------------------------------------------------------------------------
+
+EVERY = 10.0  # seconds between lines in a pipe
+
+
+@contextmanager
+def training() -> Iterator[Report]:
+    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+        yield report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+
+
+def lines() -> Report:
+    last = -EVERY
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if now.step == now.steps or time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(progress_text(now), err=True)
+
+    return report
+
+
+def progress_text(now: Progress) -> str:
+    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
+    minutes, seconds = divmod(round(now.left), 60)
+    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def tuned(result: Tuned) -> None:
+    trained = result.trained
+    line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
+    if trained.losses:
+        line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    line(f"verified: {'; '.join(result.structure)}")
+    for what, found in (("before", result.before), ("after", result.after)):
+        for d in found:
+            line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from snpc import show
+from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
@@ -399,3 +400,7 @@ def criteria() -> None:
     from snpc.criteria import describe
 
     show.criteria(describe())
+
+
+main.add_command(finetune)
+main.add_command(export_torch)

@@ -90,6 +90,13 @@ choosing = options(
     click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
 )
 
+picturing = options(
+    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+)
+
 calibrating = options(
     click.option(
         "--calib",
@@ -101,10 +108,7 @@ calibrating = options(
     ),
     click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
     click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
-    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
-    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+    picturing,
     click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
     ),

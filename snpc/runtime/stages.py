@@ -141,6 +141,16 @@ def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
             return value
 
 
+def borders(analysis: Analysis) -> tuple[str, ...]:
+    """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
+    order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
+    base = analysis.traced
+    forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
+    readers = [reader_of(base, g).node for g in analysis.groups if forms.get(g.id, "scores") != "scores"]
+    found = {str(stream_behind(base, node.outputs[0]).name) for node in readers}
+    return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
+
+
 def lies_inside(
     base: Traced, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[Wanted]
 ) -> bool:
