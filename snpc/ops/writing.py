@@ -3,10 +3,12 @@
 from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
+CLIP = "Clip"
 CONCAT = "Concat"
 DIV = "Div"
 EXPAND = "Expand"
 GATHER = "Gather"
+IDENTITY = "Identity"
 MATMUL = "MatMul"
 MUL = "Mul"
 MULTIHEAD = "MultiHeadAttention"  # com.microsoft

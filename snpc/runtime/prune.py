@@ -19,7 +19,7 @@ from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
-from snpc.passes.shapes import evaluate
+from snpc.passes.shapes import Facts, evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
@@ -182,10 +182,13 @@ def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes directly."""
+    return table_rows(analysis.model.graph, analysis.traced.facts)
+
+
+def table_rows(model: ir.Model, facts: Facts) -> dict[str, int]:
+    """How many rows the table has that an integer input indexes directly, by the input's name."""
     found: dict[str, int] = {}
-    facts = analysis.traced.facts
-    for value in analysis.model.graph.graph.inputs:
+    for value in model.graph.inputs:
         for node, index in value.uses():
             table = node.inputs[0] if index == 1 and node.inputs else None
             shape = facts.shape.get(table) if table is not None else None

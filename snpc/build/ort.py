@@ -1,0 +1,169 @@
+"""onnxruntime: the graph as its own optimiser leaves it, saved; with fusions where they pay.
+
+Each candidate must give what the model gives, and is timed in interleaved rounds against a plain session of the model.
+The plain optimised graph stays unless another is faster beyond what the rounds scatter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snpc.build.base import Job, Made, Target
+from snpc.errors import UserError
+from snpc.passes.fuse import fuse_attention
+from snpc.runtime.bench import median_interval, run_rounds
+from snpc.runtime.model_io import LIMIT, clean, data_file, file_bytes, load, save
+from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
+from snpc.runtime.verify import TOLERANCE, compare, pooled, worst
+from snpc.types import AnyArray
+
+ROUNDS = 20
+SECONDS = 15.0  # small models get more rounds
+SAME = 10 * TOLERANCE[np.dtype(np.float32)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Timed:
+    """``speed``: times as fast as a plain session, median of the rounds; ``low``: lower end of its 95 % interval."""
+
+    candidate: Candidate
+    speed: float
+    low: float
+
+
+def make(job: Job) -> Made:
+    if job.precision == "fp16" and job.provider == "cpu":
+        return as_it_is(job)
+    folder = job.source.parent
+    plain = Candidate("as onnxruntime optimises it", folder / "plain.onnx")
+    save_optimised(job.source, plain.path, provider=job.provider)
+    reference = outputs(job.source, job)
+    notes: list[str] = []
+    good = [plain]
+    for name, source in sources(job, notes):
+        found = Candidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
+        try:
+            save_optimised(source, found.path, provider=job.provider)
+            gap = worst(pooled([compare(a, b) for a, b in zip(reference, outputs(found.path, job), strict=True)]))
+        except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
+            notes.append(f"{name}: not used, {first_lines(error)}")
+            continue
+        if gap > (SAME if job.precision == "fp32" else 10 * SAME):
+            notes.append(f"{name}: not used, it changes outputs by {gap:.1e}")
+        else:
+            good.append(found)
+    best = fastest(job, good, notes)
+    return publish(job, best, notes)
+
+
+def as_it_is(job: Job) -> Made:
+    """fp16 for a provider without fp16 kernels: optimising would write the weights back in fp32."""
+    head = job.output.with_suffix(".onnx")
+    job.source.replace(head)
+    note = "onnxruntime's CPU kernels compute in fp32: half the bytes, no speed; no .ort is written"
+    return Made((head,), (note,))
+
+
+def sources(job: Job, notes: list[str]) -> list[tuple[str, Path]]:
+    """Models with nodes fused beyond what a session does by itself."""
+    folder = job.source.parent
+    found = []
+    fused, count = fuse_attention(load(job.source).graph)
+    starts = [("", job.source)]
+    if count:
+        path = folder / "attention.onnx"
+        save(clean(fused), path)
+        found.append((f"attention in one node ({count} times)", path))
+        starts.append(found[0])
+    for index, (name, path) in enumerate(starts):
+        out = folder / f"transformers{index}.onnx"
+        if file_bytes(path) < LIMIT and transformers_fusions(path, out, job.provider):
+            found.append((f"{name + ' and ' if name else ''}onnxruntime.transformers' fusions", out))
+    return found
+
+
+def transformers_fusions(path: Path, out: Path, provider: str) -> bool:
+    """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
+    from onnxruntime.transformers import optimizer
+
+    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=provider != "cpu")
+    except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
+        return False
+    if not any(made.get_fused_operator_statistics().values()):
+        return False
+    made.save_model_to_file(str(out))
+    return True
+
+
+def outputs(path: Path, job: Job) -> list[dict[str, AnyArray]]:
+    session = open_session(path, provider=job.provider)
+    return [run_session(session, feeds, name=path.name) for feeds in job.feeds]
+
+
+def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Candidate:
+    paths = [job.source, *(c.path for c in candidates)]
+    sessions = [open_session(path, provider=job.provider) for path in paths]
+    calls = [[prepare_run(session, job.feeds[0])] for session in sessions]
+    run_rounds(calls, iterations=2)
+    times = run_rounds(calls, iterations=ROUNDS, duration=SECONDS)
+    plain = times[:, 1]
+    found = []
+    for k, candidate in enumerate(candidates):
+        low, _ = median_interval(plain / times[:, k + 1])
+        found.append(Timed(candidate, float(np.median(times[:, 0] / times[:, k + 1])), low if k else 1.0))
+    best = max((t for t in found if t.low >= 1.0), key=lambda t: t.speed if t.candidate is not candidates[0] else 1.0)
+    for timed in found[1:]:
+        notes.append(f"{timed.candidate.name}: {timed.speed:.2f}x a plain session")
+    notes.append(f"written: {best.candidate.name} ({len(times)} interleaved rounds)")
+    return best.candidate
+
+
+def publish(job: Job, best: Candidate, notes: list[str]) -> Made:
+    """The candidate as ONNX and in onnxruntime's own format, under the output's name."""
+    head = job.output.with_suffix(".onnx")
+    flat = job.output.with_suffix(".ort")
+    big = file_bytes(best.path) > LIMIT
+    save_optimised(best.path, head, provider=job.provider, external=data_file(head).name if big else "")
+    files = [head, *([data_file(head)] if big else [])]
+    if big:
+        notes.append("no .ort: that format holds 2 GB at most")
+    else:
+        save_optimised(best.path, flat, provider=job.provider, form="ORT")
+        open_session(flat, provider=job.provider)
+        files.append(flat)
+    wanted = flat if job.output.suffix == ".ort" and not big else head
+    notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
+    return Made((wanted, *(f for f in files if f != wanted)), tuple(notes))
+
+
+def check(job: Job) -> None:
+    if job.output.suffix not in (".onnx", ".ort"):
+        raise UserError(f"{job.output}: --target ort writes .onnx and .ort; give one of these names with -o")
+    if job.precision == "bf16" and job.provider == "cpu":
+        raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
+
+
+TARGET = Target(
+    "ort",
+    "onnxruntime: its optimised graph, saved as .onnx and .ort, with attention fused where that is faster",
+    ".onnx",
+    make,
+    ("fp32", "fp16", "bf16", "int8"),
+    check=check,
+)
