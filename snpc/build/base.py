@@ -56,8 +56,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """What a target wrote: ``files`` beside each other, the one that is loaded first. ``runs``: whether this machine can
-    run it; ``weights``: bytes of weight memory, where the runtime reports them."""
+    """What a target wrote: ``files`` beside each other, the one that is loaded comes first. ``runs``: whether this
+    machine can run it; ``weights``: bytes of weight memory, where the runtime reports them."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ float model on the calibration data.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ class Outliers:
 def quantised(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
     """Write ``model`` in int8 to ``path``; what was done, in words. ``signed``: activations symmetric around zero."""
     if opset(model.graph) < OLDEST:
-        raise UserError(f"{model.path}: int8 needs opset {OLDEST} or newer, this is {opset(model.graph)}: export it again")
+        raise UserError(
+            f"{model.path}: int8 needs opset {OLDEST} or newer, this is {opset(model.graph)}: export it again"
+        )
     folder = path.parent
     feeds = list(calibration.batches())
     outliers = find_outliers(model, folder, feeds)
@@ -95,7 +97,7 @@ def sums_last(node: ir.Node) -> bool:
 # -- outliers --------------------------------------------------------------------------------------------------------
 
 
-def find_outliers(model: Model, folder: Path, feeds: list[Feeds]) -> dict[str, Outliers]:
+def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, Outliers]:
     """Activation -> its outlier columns, for those that have some."""
     found = {}
     for name, sizes in column_sizes(model, folder, feeds).items():
@@ -108,7 +110,7 @@ def find_outliers(model: Model, folder: Path, feeds: list[Feeds]) -> dict[str, O
     return found
 
 
-def column_sizes(model: Model, folder: Path, feeds: list[Feeds]) -> dict[str, FloatArray]:
+def column_sizes(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
     """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
     copy = model.graph.clone()
     watched = {node.inputs[0] for node in weighted(copy) if sums_last(node)}
@@ -171,7 +173,7 @@ def front(
 
 
 def beside(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
-    """x W = x' W' + x[outliers] W[outliers], where W' has zero rows for the outliers (clipped columns of x' meet them)."""
+    """x W = x' W' + x[outliers] W[outliers]; W' has zero rows where x' has clipped outliers."""
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
@@ -192,9 +194,7 @@ def beside(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -
         model.graph.outputs[model.graph.outputs.index(out)] = total.outputs[0]
 
 
-def put(
-    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None
-) -> ir.Value:
+def put(before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None) -> ir.Value:
     made = ir.Node("", op, inputs, attrs or [], num_outputs=1, name=name)
     made.outputs[0].name = name
     before.prepend(made)
@@ -229,6 +229,7 @@ def quantise(model: ir.Model, nodes: list[str], calibration: Calibration, path: 
             extra_options={
                 "ActivationSymmetric": signed,
                 "WeightSymmetric": True,
+                "QuantizeBias": False,  # TensorRT refuses a bias of 32 bits, the others gain nothing from one
                 "OpTypesToExcludeOutputQuantization": kinds,
             },
         )

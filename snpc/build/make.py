@@ -89,7 +89,9 @@ def feeds_for(model: Model, calibration: Calibration | None, batch: int) -> tupl
     if calibration is not None:
         return tuple(islice(calibration.batches(), CHECKED_BATCHES))
     sizes, facts = best_binding(model.graph)
-    return (random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts)),)
+    return (
+        random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts)),
+    )
 
 
 def unbatched(model: Model, sizes: dict[str, int]) -> dict[str, int]:
@@ -113,7 +115,8 @@ def compared(job: Job, made: Made) -> tuple[tuple[Difference, ...], tuple[str, .
         found.append(pooled(rows))
         if job.precision == "fp32" and worst(found[-1]) > EXACT:
             raise CheckFailed(
-                f"{file.name}: its outputs differ from the model's by {worst(found[-1]):.1e} relative, more than {EXACT:g}"
+                f"{file.name}: its outputs differ from the model's by {worst(found[-1]):.1e} relative, "
+                f"more than {EXACT:g}"
             )
     return max(found, key=worst), ()
 

@@ -58,7 +58,7 @@ def half(model: Model, folder: Path) -> onnx.ModelProto:
 def weights_of(model: Model) -> dict[str, AnyArray]:
     found = {}
     for name, value in model.graph.graph.initializers.items():
-        if value.const_value is not None and value.const_value.dtype == onnx.TensorProto.FLOAT:
+        if value.const_value is not None and int(value.const_value.dtype) == onnx.TensorProto.FLOAT:
             found[name] = value.const_value.numpy()
     return found
 

@@ -59,9 +59,7 @@ def open_runner(path: Path, *, provider: str = "cpu", threads: int = 0) -> Runne
     if path.suffix == IR:
         return open_ir(path, threads)
     if path.suffix in ENGINES:
-        from snpc.runtime.engine import open_engine
-
-        return open_engine(path)
+        raise UserError(f"{path}: engines are not run by this version; time it with trtexec --loadEngine")
     return OrtRunner(path.name, open_session(path, provider=provider, threads=threads))
 
 
