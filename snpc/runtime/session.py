@@ -103,7 +103,7 @@ def save_optimised(
 
     ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
     """
-    entries = {"session.save_model_format": form}
+    entries: dict[str, str] = {"session.save_model_format": form}
     if external:
         entries["session.optimized_model_external_initializers_file_name"] = external
         entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
