@@ -11,6 +11,8 @@ Each verb takes the value that the one before returned. ``import snpc`` loads nu
 
 from __future__ import annotations
 
+from snpc.build import TARGETS, Build, Widths, build, widths_for
+from snpc.build import Options as BuildOptions
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
@@ -31,8 +33,11 @@ from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 __version__ = "0.1.0"
 
 __all__ = [
+    "TARGETS",
     "Analysis",
     "Bench",
+    "Build",
+    "BuildOptions",
     "Calibration",
     "CheckFailed",
     "Choice",
@@ -53,10 +58,12 @@ __all__ = [
     "SnpcError",
     "UserError",
     "Verdict",
+    "Widths",
     "__version__",
     "analyze",
     "apply_plan",
     "bench",
+    "build",
     "compress",
     "decide",
     "load",
@@ -69,6 +76,7 @@ __all__ = [
     "save",
     "score",
     "verify",
+    "widths_for",
     "write_example",
     "write_report",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from snpc.build import Build
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
@@ -226,15 +227,27 @@ def drift_text(d: Difference) -> str:
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
 
 
+# -- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(made: Build) -> None:
+    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
+    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    for note in made.notes:
+        line(f"  {note}")
+    for d in made.drift:
+        line(f"  {d.output}: {drift_text(d)}")
+
+
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def benchmark(result: Bench) -> None:
     header, *rows = result.rows()
     machine = result.machine
-    threads = machine.threads or "onnxruntime's choice of"
+    threads = machine.threads or "the runtime's choice of"
     table(
-        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,
         rows,

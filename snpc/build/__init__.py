@@ -4,6 +4,7 @@ A target is one file with one ``Target`` value, listed in ``make.TARGETS``.
 """
 
 from snpc.build.base import PRECISIONS, Build, Options, Precision
-from snpc.build.make import TARGETS, build
+from snpc.build.make import TARGETS, build, target_of
+from snpc.build.widths import Widths, widths_for
 
-__all__ = ["PRECISIONS", "TARGETS", "Build", "Options", "Precision", "build"]
+__all__ = ["PRECISIONS", "TARGETS", "Build", "Options", "Precision", "Widths", "build", "target_of", "widths_for"]

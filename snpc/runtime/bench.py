@@ -83,14 +83,14 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. ``provider``: what ran the models, ``onnxruntime`` its version (or that of another
-    runtime); several of either are joined. ``threads``: their setting, 0: the runtime chose."""
+    """Where it was measured. ``provider``: what ran the models, ``runtime``: its name and version; several of either
+    are joined. ``threads``: their setting, 0: the runtime chose."""
 
     provider: str
     threads: int
     cpu: str
     cores: int
-    onnxruntime: str
+    runtime: str
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def _machine(runners: Sequence[Runner]) -> Machine:
         threads=runners[0].threads,
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
-        onnxruntime=", ".join(dict.fromkeys(runner.version for runner in runners)),
+        runtime=", ".join(dict.fromkeys(runner.version for runner in runners)),
     )
 
 
