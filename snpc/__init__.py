@@ -11,8 +11,6 @@ Each verb takes the value that the one before returned. ``import snpc`` loads nu
 
 from __future__ import annotations
 
-from snpc.build import TARGETS, Build, Widths, build, widths_for
-from snpc.build import Options as BuildOptions
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
@@ -28,6 +26,8 @@ from snpc.runtime.model_io import load, save
 from snpc.runtime.moments import Measured, measure_moments
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.score import score
+from snpc.targets import TARGETS, Build, Widths, build, widths_for
+from snpc.targets import Options as BuildOptions
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"

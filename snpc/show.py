@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from snpc.build import Build
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
@@ -21,6 +20,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
+from snpc.targets import Build
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 

@@ -17,7 +17,7 @@ ROOT = Path(snpc.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each may import those before it, and itself.
-LAYERS = ("types", "errors", "ops", "cost", "closed", "passes", "criteria", "runtime", "build", "page", "show", "cli")
+LAYERS = ("types", "errors", "ops", "cost", "closed", "passes", "criteria", "runtime", "targets", "page", "show", "cli")
 FIRST = {"types", "errors"}
 
 HEAVY = ("onnxruntime", "torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "scipy")

@@ -55,7 +55,7 @@ def parse_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int
 
 def target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
     if name is not None:
-        from snpc.build import target_of
+        from snpc.targets import target_of
 
         target_of(name)
     return name
@@ -141,7 +141,7 @@ building = options(
     click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
     click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: that of the GPU here]"),
     click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
-    click.option("--timing-cache", type=FILE, help="trt: read if it is there, and written."),
+    click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
 )
 
 as_json = click.option(

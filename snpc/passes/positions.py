@@ -131,7 +131,10 @@ def merged(context: ir.Value, facts: Facts, version: int) -> ir.Value:
         if lookup(node.domain, node.op_type).kind != "movement" or rule is None or node.inputs[0] is not value:
             raise Unfit("the heads are not laid side by side again")
         value = node.outputs[0]
-        labels = np.broadcast_to(rule(facts.call(node, version), labels)[0], facts.shape[value] or ())
+        try:
+            labels = np.broadcast_to(rule(facts.call(node, version), labels)[0], facts.shape[value] or ())
+        except Blocked as block:
+            raise Unfit(block.reason) from None
         if labels.shape == wanted.shape and bool((labels == wanted).all()):
             if value.is_graph_output():
                 raise Unfit("the context is an output of the graph")

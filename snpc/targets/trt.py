@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snpc.build.base import Job, Made, Options, Precision, Target
-from snpc.build.profile import Range, profile
 from snpc.errors import UserError
 from snpc.runtime.session import first_lines
+from snpc.targets.base import Job, Made, Options, Precision, Target
+from snpc.targets.profile import Range, profile
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 SHAPES = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
@@ -238,6 +238,6 @@ TRT_RTX = Target(
     make_rtx,
     PRECISIONS,
     signed=True,
-    options=SHAPES | {"--workspace", "--timing-cache", "--sm"},
+    options=SHAPES | {"--workspace", "--sm"},
     check=check_rtx,
 )

@@ -3,8 +3,8 @@
 A target is one file with one ``Target`` value, listed in ``make.TARGETS``.
 """
 
-from snpc.build.base import PRECISIONS, Build, Options, Precision
-from snpc.build.make import TARGETS, build, target_of
-from snpc.build.widths import Widths, widths_for
+from snpc.targets.base import PRECISIONS, Build, Options, Precision
+from snpc.targets.make import TARGETS, build, target_of
+from snpc.targets.widths import Widths, widths_for
 
 __all__ = ["PRECISIONS", "TARGETS", "Build", "Options", "Precision", "Widths", "build", "target_of", "widths_for"]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from snpc.build.base import Job, Made, Target
 from snpc.errors import UserError
 from snpc.passes.fuse import fuse_attention
 from snpc.runtime.bench import median_interval, run_rounds
@@ -22,6 +21,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import LIMIT, clean, data_file, file_bytes, load, save
 from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
 from snpc.runtime.verify import TOLERANCE, compare, outputs_of, pooled, worst
+from snpc.targets.base import Job, Made, Target
 
 ROUNDS = 20
 SECONDS = 15.0  # small models get more rounds

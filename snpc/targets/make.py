@@ -11,9 +11,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from snpc.build import openvino, ort, trt
-from snpc.build.base import Build, Job, Made, Options, Precision, Target
-from snpc.build.precision import at_precision
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.shapes import best_binding
 from snpc.runtime.calibration import Calibration
@@ -22,6 +19,9 @@ from snpc.runtime.model_io import check_target, load, model_files
 from snpc.runtime.prune import CHECKED_BATCHES, table_rows
 from snpc.runtime.runner import open_runner
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
+from snpc.targets import openvino, ort, trt
+from snpc.targets.base import Build, Job, Made, Options, Precision, Target
+from snpc.targets.precision import at_precision
 from snpc.types import Difference, Model
 
 TARGETS: dict[str, Target] = {t.name: t for t in (ort.TARGET, trt.TRT, trt.TRT_RTX, openvino.TARGET)}

@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from snpc.build.base import Precision, Target
-from snpc.build.int8 import quantised
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import LIMIT, clean, save
 from snpc.runtime.session import first_lines
+from snpc.targets.base import Precision, Target
+from snpc.targets.int8 import quantised
 from snpc.types import AnyArray, Model
 
 

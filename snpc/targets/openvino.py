@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from snpc.build.base import Job, Made, Target
 from snpc.errors import UserError
 from snpc.runtime.runner import IR, PRECISION_NOTE, import_openvino
 from snpc.runtime.session import first_lines
+from snpc.targets.base import Job, Made, Target
 
 
 def make(job: Job) -> Made:

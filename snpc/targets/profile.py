@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from snpc.build.base import Options
 from snpc.errors import UserError
 from snpc.passes.analyze import quoted_facts
 from snpc.passes.shapes import best_binding
 from snpc.runtime.feeds import Shape, check_shape
 from snpc.runtime.model_io import load
+from snpc.targets.base import Options
 from snpc.types import TensorSpec
 
 LARGEST_BATCH = 16  # that a derived profile serves
