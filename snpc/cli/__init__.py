@@ -13,6 +13,7 @@ import click
 
 from snpc import show
 from snpc.cli import building as builds
+from snpc.cli import sweeping
 from snpc.cli.options import (
     FILE,
     as_json,
@@ -359,3 +360,4 @@ def criteria() -> None:
 
 
 main.add_command(builds.build)
+main.add_command(sweeping.sweep)

@@ -48,6 +48,17 @@ class Decision:
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """All that a plan needs but how much is to go: scores with their curves, and the closed forms."""
+
+    scores: Scores
+    compression: Compression | None
+
+    def decide(self, choice: Choice) -> Decision:
+        return Decision(make_plan(self.scores, choice), self.compression, self.scores.curves)
+
+
 def decide(
     analysis: Analysis,
     choice: Choice,
@@ -65,6 +76,29 @@ def decide(
     "mixed" with data, "magnitude" without). Left out, it is "auto" where there is data and no criterion was named.
     Raises UserError where data is needed and missing.
     """
+    weighed = weigh(
+        analysis,
+        choice,
+        calibration=calibration,
+        method=method,
+        criterion=criterion,
+        provider=provider,
+        progress=progress,
+    )
+    return weighed.decide(choice)
+
+
+def weigh(
+    analysis: Analysis,
+    choice: Choice,
+    *,
+    calibration: Calibration | None = None,
+    method: Method | None = None,
+    criterion: str | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+) -> Weighed:
+    """What ``decide`` measures. It holds for every choice that differs from this one in its target only."""
     groups = chosen_groups(analysis, choice)
     method = method or ("auto" if calibration is not None and criterion is None else "select")
     if method != "select" and calibration is None:
@@ -75,7 +109,7 @@ def decide(
         curves: Mapping[str, FloatArray] = {}
         if choice.target is not None and calibration is not None:
             curves = output_curves(Compression.empty(analysis), scores, calibration, groups, provider=provider)
-        return Decision(make_plan(replace(scores, curves=curves), choice), None, curves)
+        return Weighed(replace(scores, curves=curves), None)
     assert calibration is not None
     found = compress(measure_moments(analysis, calibration, groups, provider=provider, progress=progress), groups)
     rest = score(
@@ -83,7 +117,7 @@ def decide(
     )
     scores = ordered(rest, found, method)
     curves = {} if choice.uniform else output_curves(found, scores, calibration, groups, provider=provider)
-    return Decision(make_plan(replace(scores, curves=curves), choice), found, curves)
+    return Weighed(replace(scores, curves=curves), found)
 
 
 def compression_for(plan: Plan, calibration: Calibration | None, *, provider: str = "cpu") -> Compression | None:
