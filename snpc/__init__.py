@@ -4,7 +4,7 @@
     analysis = snpc.analyze(model)
     calibration = snpc.load_calibration("calib.npz", model.inputs)
     decision = snpc.decide(analysis, snpc.Choice(ratio=0.5), calibration=calibration)
-    result = snpc.apply_plan(decision.plan, Path("vit-half.onnx"), compression=decision.compression)
+    result = snpc.prune(decision, Path("vit-half.onnx"), calibration=calibration)
 
 Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
 """
@@ -22,10 +22,13 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
+from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import load, save
-from snpc.runtime.moments import Measured, measure_moments
+from snpc.runtime.noise import random_calibration
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
+from snpc.runtime.reach import prune
 from snpc.runtime.score import score
+from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, build, widths_for
 from snpc.targets import Options as BuildOptions
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
@@ -47,7 +50,6 @@ __all__ = [
     "Difference",
     "Group",
     "ImageOptions",
-    "Measured",
     "Model",
     "Pin",
     "Plan",
@@ -56,9 +58,11 @@ __all__ = [
     "Scores",
     "Site",
     "SnpcError",
+    "Statistics",
     "UserError",
     "Verdict",
     "Widths",
+    "Workload",
     "__version__",
     "analyze",
     "apply_plan",
@@ -68,12 +72,16 @@ __all__ = [
     "decide",
     "load",
     "load_calibration",
+    "load_statistics",
     "make_plan",
-    "measure_moments",
+    "measure_statistics",
     "plan_from_json",
     "plan_to_json",
+    "prune",
+    "random_calibration",
     "report",
     "save",
+    "save_statistics",
     "score",
     "verify",
     "widths_for",

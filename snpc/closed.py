@@ -134,9 +134,9 @@ def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: fl
     known, extra = [0], [ridge_of(moment, ridge) * float(np.sum(weight**2))]
     order: list[int] = []
     batch = max(1, -(-size // steps))
+    inverse: FloatArray = np.linalg.inv(hessian).astype(np.float64)
+    current: FloatArray = weight.astype(np.float64)
     while len(alive):
-        inverse: FloatArray = np.linalg.inv(hessian[np.ix_(alive, alive)]).astype(np.float64)
-        current: FloatArray = inverse @ target[alive]
         if len(alive) < size:
             loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
         gap = weight.copy()
@@ -148,9 +148,20 @@ def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: fl
             loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
         order += alive[going].tolist()
         alive = np.delete(alive, going)
+        inverse, current = downdated(inverse, current, going)
     turn = np.argsort(known)
     loss = np.maximum(loss - np.interp(np.arange(size + 1), np.array(known)[turn], np.array(extra)[turn]), 0.0)
     return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
+
+
+def downdated(inverse: FloatArray, current: FloatArray, going: list[int]) -> tuple[FloatArray, FloatArray]:
+    """(H^-1, w) without these units, the others having made up for them: a Schur complement instead of an inverse."""
+    rest = np.delete(np.arange(len(inverse)), going)
+    cross = inverse[:, going][rest]
+    solved = np.linalg.solve(inverse[np.ix_(going, going)], np.concatenate([cross.T, current[going]], axis=1))
+    small = inverse[rest][:, rest]
+    small -= cross @ solved[:, : len(rest)]
+    return small, current[rest] - cross @ solved[:, len(rest) :]
 
 
 def drop(inverse: FloatArray, weight: FloatArray, count: int) -> tuple[list[int], list[float]]:

@@ -28,6 +28,8 @@ def contraction_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, S
             return
         sizes = letter_sizes(letters, call.shape(left), call.shape(right))
         if letters.windowed:
+            if len(call.outs[0]) != len(letters.out):
+                return  # its shape is not known
             sizes |= dict(zip(letters.out, call.outs[0], strict=True))
             sizes["I"] = call.shape(right)[letters.right.index("I")]
         yield "", letters, sizes

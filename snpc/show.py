@@ -18,9 +18,10 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
-from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
+from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.targets import Build
 from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
@@ -212,8 +213,23 @@ def result(result: Pruned) -> None:
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    if result.search is not None:
+        line(search_text(result.search))
     verdict(result.verdict)
     line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+
+
+def predicted(decision: Decision) -> None:
+    """That a plan was made from predictions, where it was."""
+    choice = decision.choice
+    if choice is not None and (choice.max_drift is not None or is_latency(choice)):
+        what = "drift" if choice.max_drift is not None else "latency"
+        note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
+
+
+def search_text(search: Search) -> str:
+    tried = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
+    return f"{search.kind}: {search.reached:.3g} {search.unit}, asked for at most {search.limit:g} ({tried})"
 
 
 def verdict(verdict: Verdict) -> None:

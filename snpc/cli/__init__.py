@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,22 @@ from snpc.cli.options import (
     calibrating,
     choosing,
     model_argument,
+    remembering,
     running,
+    saving,
     target_name,
+    timing,
 )
-from snpc.cli.requests import analysed, calibration_of, check_targets, read_plan, split_flags, write_text
+from snpc.cli.requests import (
+    analysed,
+    calibration_of,
+    check_targets,
+    read_plan,
+    split_flags,
+    statistics_of,
+    workload_of,
+    write_text,
+)
 from snpc.errors import CheckFailed, SnpcError, UserError
 
 
@@ -46,8 +59,14 @@ def decided(
     *,
     method: Any,
     criterion: str | None,
+    load_stats: Sequence[Path],
+    save_stats: Path | None,
+    memory_limit: int | None,
     provider: str,
     watch: Any,
+    batch: int | None,
+    shapes: tuple[str, ...],
+    threads: int | None,
     build: str | None = None,
     **choice: Any,
 ) -> Any:
@@ -58,17 +77,25 @@ def decided(
         liked = snpc.widths_for(build, provider)
         choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
     wanted = snpc.Choice(**choice)
+    statistics = statistics_of(load_stats)
+    if save_stats is not None and calibration is None and statistics is None:
+        raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
     with watch.stage("score and plan"):
         decision = snpc.decide(
             analysis,
             wanted,
             calibration=calibration,
+            statistics=statistics,
             method=method,
             criterion=criterion,
+            memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
+            workload=workload_of(batch, shapes, threads),
         )
-    if calibration is None and criterion is None:
+    if save_stats is not None and decision.statistics is not None:
+        snpc.save_statistics(decision.statistics, save_stats)
+    if calibration is None and statistics is None and criterion is None:
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
@@ -105,7 +132,7 @@ def inspect(
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
-    calibration = calibration_of(analysis.model, **calib)
+    calibration = calibration_of(analysis, **calib)
     found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider) if curves else None
     show.emit_json(show.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
@@ -119,7 +146,10 @@ def inspect(
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
+@saving
+@remembering
 @running
 @at_sizes
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
@@ -157,21 +187,30 @@ def prune(
     written = [] if dry_run else [target, data_file(target)]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
-    check_targets([*written, plan_path, json_path, page], *model_files(model), calib["calib"])
+    read = [*model_files(model), calib["calib"], *choice["load_stats"]]
+    check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
-        calibration = calibration_of(analysis.model, **calib)
+        calibration = calibration_of(analysis, **calib)
     decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
+        show.predicted(decision)
         show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
         if str(json_path) != "-":
             show.plan(plan)
         return
-    result = snpc.apply_plan(
-        plan, target, compression=decision.compression, calibration=calibration, provider=provider, watch=watch
+    result = snpc.prune(
+        decision,
+        target,
+        calibration=calibration,
+        memory_limit=choice["memory_limit"],
+        provider=provider,
+        watch=watch,
     )
+    if plan_path is not None and result.search is not None:
+        write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     made = builds.built(target, build, None, calibration, provider, **build_flags) if build else None
@@ -192,7 +231,10 @@ def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
 @main.command()
 @model_argument
 @choosing
+@timing
 @calibrating
+@saving
+@remembering
 @running
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
 def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
@@ -204,10 +246,12 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = analysed(model)
     choice, calib = split_flags(flags)
-    check_targets([target], *model_files(model), calib["calib"])
-    calibration = calibration_of(analysis.model, **calib)
-    made = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice).plan
+    check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
+    calibration = calibration_of(analysis, **calib)
+    decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
+    made = decision.plan
     write_text(target, snpc.plan_to_json(made))
+    show.predicted(decision)
     show.plan(made)
     show.line(f"plan written to {target}")
 
@@ -216,15 +260,24 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
 @model_argument
 @click.argument("plan_file", type=FILE)
 @calibrating
+@remembering
 @running
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @as_json
 def apply(
-    model: Path, plan_file: Path, output: Path | None, json_path: Path | None, provider: str, **flags: Any
+    model: Path,
+    plan_file: Path,
+    output: Path | None,
+    json_path: Path | None,
+    load_stats: tuple[Path, ...],
+    memory_limit: int | None,
+    provider: str,
+    **flags: Any,
 ) -> None:
     """Apply PLAN_FILE to MODEL, write the result and verify it.
 
-    A plan of --method auto needs --calib, the data that it was made with; others use it for verification only.
+    A plan of --method auto needs --calib, the data that it was made with, one of --method parallel that or
+    --load-stats; others use --calib for verification only.
     """
     import snpc
     from snpc.runtime.compress import compression_for
@@ -237,12 +290,21 @@ def apply(
     plan = read_plan(plan_file, analysis)
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
-    check_targets([target, data_file(target), json_path], *model_files(model), plan_file, calib["calib"])
-    calibration = calibration_of(analysis.model, **calib)
+    read = [*model_files(model), plan_file, calib["calib"], *load_stats]
+    check_targets([target, data_file(target), json_path], *read)
+    calibration = calibration_of(analysis, **calib)
     with watch.stage("closed forms"):
-        compression = compression_for(plan, calibration, provider=provider)
+        compression = compression_for(
+            plan, calibration, statistics=statistics_of(load_stats), memory_limit=memory_limit, provider=provider
+        )
     result = snpc.apply_plan(
-        plan, target, compression=compression, calibration=calibration, provider=provider, watch=watch
+        plan,
+        target,
+        compression=compression,
+        calibration=calibration,
+        memory_limit=memory_limit,
+        provider=provider,
+        watch=watch,
     )
     finish(result, json_path)
 

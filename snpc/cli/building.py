@@ -51,7 +51,7 @@ def build(
     rest, calib = split_flags(flags)
     loaded = snpc.load(model)
     check_targets([output, json_path], *model_files(model), calib["calib"])
-    calibration = calibration_of(loaded, **calib)
+    calibration = calibration_of(snpc.analyze(loaded) if calib["calib"] else None, **calib)
     made = built(model, target, output, calibration, provider, batch=batch, emit_script=emit_script, **rest)
     show.emit_json(build_json(made), json_path)
     if str(json_path) != "-":

@@ -61,20 +61,33 @@ def target_name(ctx: click.Context, param: click.Parameter, name: str | None) ->
     return name
 
 
+def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    from snpc.runtime.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
+
+
 choosing = options(
     click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
     click.option(
         "--target",
-        metavar="macs=R|params=R|bytes=R",
-        help="Come down to this share of the dense model instead, taking it from all roles where it costs least.",
+        metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
+        help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
+        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+    ),
+    click.option(
+        "--max-drift",
+        type=float,
+        help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
+        "written model (needs --calib).",
     ),
     click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
         help="auto: rotate, slice and refit in closed form, layer after layer (needs --calib); parallel: all layers at "
-        "once; select: slice the units that --criterion prefers. Default: auto with --calib and no --criterion, else "
-        "select.",
+        "once; select: slice the units that --criterion prefers. Default: auto with --calib and no --criterion, "
+        "parallel with --load-stats only, else select.",
     ),
     click.option(
         "--criterion",
@@ -109,7 +122,7 @@ calibrating = options(
         "calib",
         metavar="DATA",
         help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
-        "test_data_set_*/input_N.pb, or file.py:function (runs that code).",
+        "test_data_set_*/input_N.pb, or file.py:function (runs that code). `random`: noise, where there is no data.",
     ),
     click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
     click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
@@ -120,6 +133,35 @@ calibrating = options(
     click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
     ),
+)
+
+saving = options(
+    click.option("--save-stats", type=FILE, metavar="FILE", help="Also write what was measured, for --load-stats."),
+)
+remembering = options(
+    click.option(
+        "--load-stats",
+        multiple=True,
+        type=FILE,
+        metavar="FILE",
+        help="What --save-stats wrote, instead of measuring; repeatable: they add up. Without --calib it serves "
+        "--method parallel and select.",
+    ),
+    click.option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=parse_size,
+        help="Memory for statistics and kept activations, beside that of running the model: 2GB, 512MiB. Less means "
+        "more passes over the data, and temporary files.  [default: half of what is free]",
+    ),
+)
+
+timing = options(
+    click.option(
+        "--batch", type=click.IntRange(1), help="Size of the batch axis when a latency is measured.  [default: 1]"
+    ),
+    click.option("--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input then."),
+    click.option("--threads", type=click.IntRange(0), help="Threads then; 0: onnxruntime chooses.  [default: 0]"),
 )
 
 running = options(

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from snpc import show
 from snpc.errors import UserError
+
+RANDOM = "random"  # --calib without data; a file of that name is ./random
 
 
 def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]) -> tuple[Any, ...] | None:
@@ -58,7 +61,7 @@ def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
 
 
 def calibration_of(
-    model: Any,
+    analysis: Any,
     calib: str | None,
     calib_samples: int,
     calib_batch: int,
@@ -68,7 +71,7 @@ def calibration_of(
     image_layout: str | None,
     seed: int,
 ) -> Any:
-    """The calibration data that the flags describe, or None without --calib."""
+    """The calibration data that the flags describe, noise for `--calib random`, or None without --calib."""
     import snpc
 
     given = {
@@ -82,12 +85,22 @@ def calibration_of(
         if chosen:
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
         return None
+    if calib == RANDOM and not chosen:
+        show.note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
+        return snpc.random_calibration(analysis, samples=calib_samples, batch=calib_batch, seed=seed)
     images = snpc.ImageOptions(**chosen)
     if chosen and not Path(calib).is_dir():
         raise UserError(f"{calib}: --image-size, -mean, -std and -layout are for a folder of images; leave them out")
     return snpc.load_calibration(
-        calib, model.inputs, samples=calib_samples, batch=calib_batch, images=images, seed=seed
+        calib, analysis.model.inputs, samples=calib_samples, batch=calib_batch, images=images, seed=seed
     )
+
+
+def statistics_of(load_stats: Sequence[Path]) -> Any:
+    """What the files hold, added up; None without --load-stats."""
+    import snpc
+
+    return snpc.load_statistics(*load_stats) if load_stats else None
 
 
 def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,3 +123,13 @@ def read_plan(path: Path, analysis: Any) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return snpc.plan_from_json(text, analysis, str(path))
+
+
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+    """What is timed, or None where no flag says anything about it."""
+    import snpc
+    from snpc.runtime.feeds import parse_shapes
+
+    if batch is None and not shapes and threads is None:
+        return None
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)

@@ -52,9 +52,9 @@ def sweep(
 
     choice, calib = split_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")
-    for name in ("ratio", "target"):
+    for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
-            raise UserError(f"--{name}: a sweep goes through --targets; leave it out")
+            raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
     if criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:
@@ -67,11 +67,11 @@ def sweep(
     names = parse_targets(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = analysed(model)
-    calibration = calibration_of(analysis.model, **calib)
+    calibration = calibration_of(analysis, **calib)
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)
-    judge = Evaluation(*evaluation(analysis.model, held_out, labels, calib)) if held_out else None
+    judge = Evaluation(*evaluation(analysis, held_out, labels, calib)) if held_out else None
     if labels and not held_out:
         raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
     with show.steps(steps(names)) as step:
@@ -109,11 +109,11 @@ def parse_targets(text: str) -> list[str]:
     return found
 
 
-def evaluation(model: Any, data: str, labels: str | None, calib: dict[str, Any]) -> tuple[Any, Any]:
+def evaluation(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> tuple[Any, Any]:
     """All of the data to judge by, prepared as the calibration data are, and its labels."""
     import numpy as np
 
-    loaded = calibration_of(model, **{**calib, "calib": data, "calib_samples": 1 << 30})
+    loaded = calibration_of(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
     if labels is None:
         return loaded, None
     if not data.endswith(".npz"):

@@ -12,7 +12,7 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Where a fused node holds its parts. ``heads``/``kv_heads`` are 0 where inputs are [B,H,N,D] already."""
+    """Where a fused node holds its parts. ``masks`` say which keys count: true, one, or not far below zero."""
 
     query: int
     key: int
@@ -21,11 +21,12 @@ class AttentionForm:
     packed_weight: int | None
     score_inputs: tuple[int, ...]
     other_inputs: tuple[int, ...]
+    masks: tuple[int, ...]
 
 
-ATTENTION = AttentionForm(0, 1, 2, None, None, (3,), (4, 5, 6))
-MULTIHEAD = AttentionForm(0, 1, 2, 3, None, (5,), (4, 6, 7, 8, 9))
-PACKED = AttentionForm(0, 0, 0, 2, 1, (5,), (3, 4, 6))
+ATTENTION = AttentionForm(0, 1, 2, None, None, (3,), (4, 5, 6), (3,))
+MULTIHEAD = AttentionForm(0, 1, 2, 3, None, (5,), (4, 6, 7, 8, 9), (4, 5))
+PACKED = AttentionForm(0, 0, 0, 2, 1, (5,), (3, 4, 6), (3,))
 
 FORMS = {("", "Attention"): ATTENTION, (MICROSOFT, "MultiHeadAttention"): MULTIHEAD, (MICROSOFT, "Attention"): PACKED}
 

@@ -3,15 +3,19 @@
 from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
+CAST = "Cast"
 CLIP = "Clip"
 CONCAT = "Concat"
 DIV = "Div"
+EXP = "Exp"
 EXPAND = "Expand"
 GATHER = "Gather"
 IDENTITY = "Identity"
 MATMUL = "MatMul"
 MUL = "Mul"
 MULTIHEAD = "MultiHeadAttention"  # com.microsoft
+REDUCE_MAX = "ReduceMax"
+REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
 SHAPE = "Shape"
 SLICE = "Slice"
@@ -21,3 +25,6 @@ SQUEEZE = "Squeeze"
 SUB = "Sub"
 TRANSPOSE = "Transpose"
 WHERE = "Where"
+
+TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit, ridge_for
+from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, edited, operand_places, reader_of, value_places
 from snpc.passes.plan import Plan
 from snpc.passes.rewrite import Traced, traced
-from snpc.runtime.moments import Measured, Moments
+from snpc.runtime.moments import NEEDS, LazyMoments, Measured, Moments, forms_of
+from snpc.runtime.statistics import Statistics, check_model
 from snpc.types import FloatArray, Group, IntArray
 
 
@@ -27,6 +29,8 @@ class Compression:
     eliminations: Mapping[str, Elimination] = field(repr=False)
     skipped: Mapping[str, str]
     samples: int
+    source: str = ""
+    """What it was measured on, in words."""
 
     @classmethod
     def empty(cls, analysis: Analysis) -> Compression:
@@ -41,9 +45,33 @@ class Compression:
         return None if found is None else found.loss
 
 
-def compress(measured: Measured, groups: Sequence[Group]) -> Compression:
-    """Solve the closed forms of these groups for every width."""
-    analysis = measured.analysis
+def measured_moments(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Measured:
+    """What the closed forms of these groups need, from what was measured. Raises UserError where that is not in it."""
+    check_model(statistics, analysis)
+    forms, skipped = forms_of(analysis, groups)
+    for group in groups:
+        found = statistics.sums.get(group.id, {})
+        needed = NEEDS[forms[group.id]] if group.id in forms else ()
+        missing = [name for name in needed if name not in found or not fits(group, found[name])]
+        if missing:
+            raise UserError(
+                f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
+                "again with the same --roles, --include and --exclude, and without --criterion"
+            )
+    moments = LazyMoments(forms, statistics.sums)
+    return Measured(analysis, forms, moments, skipped, statistics.samples, statistics.described())
+
+
+def fits(group: Group, sums: FloatArray) -> bool:
+    return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))
+
+
+def compress(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Compression:
+    """Solve the closed forms of these groups for every width.
+
+    Raises UserError where ``statistics`` are of another model, or not of these groups.
+    """
+    measured = measured_moments(analysis, statistics, groups)
     eliminations = {
         g.id: eliminate(
             measured.moments[g.id].first[0],
@@ -60,11 +88,12 @@ def rotations(measured: Measured, groups: Sequence[Group]) -> Compression:
     """Only what a given plan needs: no order in which units go."""
     analysis, forms, moments = measured.analysis, measured.forms, measured.moments
     rebases = {
-        g.id: tuple(rebase(analysis, g, forms[g.id], moments[g.id], b) for b in range(g.blocks))
+        g.id: tuple(rebase(analysis, g, forms[g.id], mine, b) for b in range(g.blocks))
         for g in groups
         if forms.get(g.id) in ("scores", "values")
+        for mine in (moments[g.id],)
     }
-    return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples)
+    return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples, measured.source)
 
 
 def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block: int) -> Rebase:

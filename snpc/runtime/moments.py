@@ -1,9 +1,8 @@
-"""Second moments of activations, per group, as its closed form needs them: measured in the graph, summed in float64."""
+"""Second moments of activations, per group, as its closed form needs them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +10,8 @@ import numpy as np
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace, Place, operand_places, reader_of, value_places
 from snpc.passes.groups import APPROXIMATE
-from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import measure, wanted_statistics
 from snpc.types import FloatArray, Group
 
-Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "scores": ("moment:query", "centred:key", "sums:query", "sums:key"),
     "values": ("moment:context", "sums:context"),
@@ -34,6 +29,19 @@ class Moments:
     mean: FloatArray | None = None
     count: float = 0.0
     second_count: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "values" or "refit"; ``skipped``:
+    group id -> why it has none; ``samples`` calibration samples were used, of ``source``."""
+
+    analysis: Analysis
+    forms: Mapping[str, str]
+    moments: Mapping[str, Moments]
+    skipped: Mapping[str, str]
+    samples: int = 0
+    source: str = ""
 
 
 def form_of(analysis: Analysis, group: Group) -> str:
@@ -65,48 +73,6 @@ def check_sites(group: Group, found: Sequence[Place]) -> None:
             raise NoPlace(f"{site.tensor} acts on it as well")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "values" or "refit"; ``skipped``:
-    group id -> why it has none; ``samples`` calibration samples were used."""
-
-    analysis: Analysis
-    forms: Mapping[str, str]
-    moments: Mapping[str, Moments]
-    skipped: Mapping[str, str]
-    samples: int = 0
-
-
-def measure_moments(
-    analysis: Analysis,
-    calibration: Calibration,
-    groups: Sequence[Group],
-    *,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-) -> Measured:
-    """One pass over the calibration data: what the closed forms of these groups need."""
-    forms, skipped = forms_of(analysis, groups)
-    wanted = wanted_statistics(analysis, {name: NEEDS[form] for name, form in forms.items()})
-    for name, form in [*forms.items()]:
-        if sum(w.group.id == name for w in wanted) != len(NEEDS[form]):
-            skipped[name] = "its activations cannot be watched"
-            del forms[name]
-    wanted = [w for w in wanted if w.group.id in forms]
-    if not wanted:
-        return Measured(analysis, forms, {}, skipped)
-    sums: dict[str, FloatArray] = {}
-    batches: Iterable[Feeds] = calibration.batches()
-    for result in measure(analysis, wanted, progress(batches) if progress else batches, provider=provider):
-        for name, array in result.items():
-            sums[name] = sums[name] + array if name in sums else array
-    found: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    for item in wanted:
-        found[item.group.id][item.name] = sums[item.output]
-    moments = {name: moments_of(forms[name], arrays) for name, arrays in found.items()}
-    return Measured(analysis, forms, moments, skipped, calibration.samples)
-
-
 def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, str]]:
     """(group id -> closed form, group id -> why there is none)."""
     forms: dict[str, str] = {}
@@ -115,10 +81,20 @@ def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str
         if group.freedom_reason == APPROXIMATE:
             continue  # fitted when it is known what goes, see runtime.norms
         try:
-            forms[group.id] = form_of(analysis, group)
+            form = form_of(analysis, group)
+            check_probes(group, NEEDS[form])
         except NoPlace as reason:
             skipped[group.id] = str(reason)
+        else:
+            forms[group.id] = form
     return forms, skipped
+
+
+def check_probes(group: Group, names: Sequence[str]) -> None:
+    """Each statistic has one activation to be measured in. Raises NoPlace where it has not."""
+    for name in names:
+        if sum(p.kind == name.partition(":")[2] for p in group.probes) != 1:
+            raise NoPlace("its activations cannot be watched")
 
 
 def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
@@ -130,3 +106,20 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
     total, count = sums[:, :-1], sums[:, -1:]
     mean = total / np.maximum(count, 1.0)
     return Moments(moment - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))
+
+
+class LazyMoments(Mapping[str, Moments]):
+    """Moments by group id, made from its sums when they are asked for: those may lie in files, and are big."""
+
+    def __init__(self, forms: Mapping[str, str], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
+        self.forms = forms
+        self.sums = sums
+
+    def __getitem__(self, group: str) -> Moments:
+        return moments_of(self.forms[group], self.sums[group])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)

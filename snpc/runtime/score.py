@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -12,11 +11,12 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import Wanted, measure, wanted_statistics
+from snpc.runtime.measure import wanted_statistics
+from snpc.runtime.moments import NEEDS
+from snpc.runtime.statistics import Progress, Statistics, check_model, measure_statistics
 from snpc.types import FloatArray, Group, Numbers, Role
 
-Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
+CLOSED = {name for names in NEEDS.values() for name in names}
 
 
 def score(
@@ -35,44 +35,52 @@ def score(
     ``criterion``: a name with options ("snp:terms=4") or a ``Criterion``. Raises UserError where it needs calibration
     data and there is none.
     """
-    judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     groups = [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and g.id not in skip]
-    needed = {g.id: judge.probes(g.role) for g in groups}
-    wanted = wanted_statistics(analysis, needed)
-    if calibration is None and needs_data(judge, [g.role for g in groups]):
-        needy = ", ".join(sorted({g.role for g in groups if needed[g.id]}))
+    statistics = None
+    if calibration is not None:
+        statistics = measure_statistics(
+            analysis,
+            calibration,
+            groups,
+            method="select",
+            criterion=criterion,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+    return scores_of(analysis, criterion, groups, statistics)
+
+
+def scores_of(
+    analysis: Analysis, criterion: str | Criterion, groups: Sequence[Group], statistics: Statistics | None
+) -> Scores:
+    """Score the units of these groups from what was measured. Raises UserError where that is missing."""
+    judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
+    spelled = criterion if isinstance(criterion, str) else judge.name
+    needed = [g for g in groups if wanted_statistics(analysis, {g.id: judge.probes(g.role)})]
+    if statistics is None and needs_data(judge, [g.role for g in groups]):
+        needy = ", ".join(sorted({g.role for g in groups if judge.probes(g.role)}))
         raise UserError(
             f"criterion {judge.name} needs calibration data for {needy}: "
             "give --calib DATA, or choose --criterion magnitude"
         )
-    sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    samples = 0
-    if wanted and calibration is not None:
-        batches: Iterable[Feeds] = calibration.batches()
-        for result in measure(
-            analysis, wanted, progress(batches) if progress else batches, provider=provider, threads=threads
-        ):
-            observe(judge, wanted, result, sums)
-        samples = calibration.samples
+    if statistics is not None and needed and statistics.criterion != spelled:
+        raise UserError(
+            f"criterion {spelled} cannot score {needed[0].id}: the statistics were measured for "
+            f"{statistics.criterion}; give --criterion {statistics.criterion}, or measure again"
+        )
+    if statistics is not None:
+        check_model(statistics, analysis)
+    sums = statistics.sums if statistics is not None else {}
+    unknown = [g.id for g in needed if statistics is not None and (g.id not in sums or CLOSED & set(sums[g.id]))]
+    if statistics is not None and unknown:
+        raise UserError(
+            f"the statistics of {statistics.model} hold nothing for scoring {unknown[0]}: measure again with the same "
+            "--roles, --include, --exclude and --method"
+        )
+    samples = statistics.samples if statistics is not None and needed else 0
     values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
-    return Scores(analysis, judge.name if not isinstance(criterion, str) else criterion, values, samples)
-
-
-def observe(
-    judge: Criterion, wanted: Sequence[Wanted], result: Mapping[str, FloatArray], sums: dict[str, dict[str, FloatArray]]
-) -> None:
-    """Add one batch's statistics to ``sums``."""
-    batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    groups: dict[str, Group] = {}
-    for item in wanted:
-        groups[item.group.id] = item.group
-        key = item.name
-        array = result[item.output]
-        mine = batch[item.group.id]
-        mine[key] = mine[key] + array if key in mine and mine[key].shape == array.shape else array
-    for name, arrays in batch.items():
-        for key, summed in judge.observe(groups[name].role, arrays).items():
-            sums[name][key] = sums[name][key] + summed if key in sums[name] else summed
+    return Scores(analysis, spelled, values, samples)
 
 
 # -- weights as rows per unit ----------------------------------------------------------------------------------------

@@ -113,11 +113,8 @@ def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
 def check_borders(base: Traced, found: Sequence[Segment]) -> None:
     types = {str(v.name): dtype for v, dtype in base.facts.dtype.items()}
     for name in (name for segment in found for name in (*segment.inputs, *segment.outputs)):
-        dtype = types.get(name)
-        if dtype is None:
+        if types.get(name) is None:
             raise NotSequential(f"the type of {name} is not known")
-        if dtype == ir.DataType.BFLOAT16:
-            raise NotSequential(f"{name} is bfloat16, which onnxruntime does not hand over")
 
 
 def stream_behind(base: Traced, value: ir.Value) -> ir.Value:

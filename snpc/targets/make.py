@@ -16,7 +16,8 @@ from snpc.passes.shapes import best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds, random_feeds
 from snpc.runtime.model_io import check_target, load, model_files
-from snpc.runtime.prune import CHECKED_BATCHES, table_rows
+from snpc.runtime.noise import table_rows
+from snpc.runtime.prune import CHECKED_BATCHES
 from snpc.runtime.runner import open_runner
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.targets import openvino, ort, trt

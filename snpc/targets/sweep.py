@@ -17,9 +17,10 @@ from snpc.passes.choice import Choice
 from snpc.passes.plan import Method
 from snpc.runtime.bench import bench
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import weigh
+from snpc.runtime.compress import Decision, decide, is_latency
+from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import check_target
-from snpc.runtime.prune import apply_plan
+from snpc.runtime.reach import prune
 from snpc.runtime.runner import open_runner
 from snpc.runtime.verify import compare, pooled, worst
 from snpc.targets.base import Precision
@@ -109,19 +110,15 @@ def sweep(
     check_target(folder / "sweep.json")
     judge = evaluation or Evaluation(calibration)
     step("measuring")
-    first = replace(choice, target=targets[0])
-    weighed = weigh(analysis, first, calibration=calibration, method=method, provider=provider)
-    decisions = [(text, weighed.decide(replace(choice, target=text))) for text in targets]
+    decisions = decided(analysis, targets, calibration, choice, method, provider, batch)
     with staging(folder / "sweep") as work:
         source = analysis.model.path
         size = source.stat().st_size
         points = [Point(ORIGINAL, (source,), analysis.cost.macs, analysis.cost.params, size, 0.0, None, None)]
-        for text, decision in decisions:
+        for text, decision in decisions.items():
             step(text)
             path = work / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
-            made = apply_plan(
-                decision.plan, path, compression=decision.compression, calibration=calibration, provider=provider
-            )
+            made = prune(decision, path, calibration=calibration, provider=provider)
             files: tuple[Path, ...] = (path,)
             if target is not None:
                 files = build(path, target, precision=precision, provider=provider, calibration=calibration).files
@@ -131,6 +128,26 @@ def sweep(
         points = timed(judged(points, judge, provider), provider, batch, rounds)
         points = on_front(points)
         return Sweep(source, folder, tuple(keep(points, folder)), batch)
+
+
+def decided(
+    analysis: Analysis,
+    targets: Sequence[str],
+    calibration: Calibration,
+    choice: Choice,
+    method: Method | None,
+    provider: str,
+    batch: int,
+) -> dict[str, Decision]:
+    """Measured for the first target, planned for each."""
+    choices = {text: replace(choice, target=text) for text in targets}
+    timed = [text for text in targets if is_latency(choices[text])]
+    first = timed[0] if timed else targets[0]
+    workload = Workload(batch=batch) if timed else None
+    made = decide(
+        analysis, choices[first], calibration=calibration, method=method, provider=provider, workload=workload
+    )
+    return {text: made.at(choices[text]) for text in targets}
 
 
 def steps(targets: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,16 @@ class Calibration:
                     opened = (piece.part, _read(piece, self.held))
                 taken.append(self._take(piece, opened[1]))
             yield self._joined(taken)
+
+    def largest(self) -> dict[str, int]:
+        """Input name -> the most elements that a batch has."""
+        found: dict[str, int] = {}
+        for pieces in self.plan:
+            for spec in self.held:
+                rows = sum(map(len, pieces)) if spec.name in self.axes.sampled else 1
+                each = pieces[0].shapes[spec.name][1 if spec.name in self.axes.sampled else 0 :]
+                found[spec.name] = max(found.get(spec.name, 0), rows * math.prod(each))
+        return found
 
     def described(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
