@@ -37,6 +37,7 @@ from snpc.cli.requests import (
     read_plan,
     split_flags,
     statistics_of,
+    with_tokens,
     workload_of,
     write_text,
 )
@@ -74,6 +75,8 @@ def decided(
     """Score and plan as the flags say, and say what the flags leave unused. ``build``: what the model is built for."""
     import snpc
 
+    if not choice["roles"]:
+        return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
     if choice["round_to"] == "auto":
         liked = snpc.widths_for(build, provider)
         choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
@@ -100,6 +103,16 @@ def decided(
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
+
+
+def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
+    """The decision that --roles none leaves: no width is cut."""
+    import snpc
+
+    for name in ("ratio", "max_drift", "load_stats", "save_stats"):
+        if choice[name] not in (None, ()):
+            raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
+    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -192,6 +205,9 @@ def prune(
     check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
         calibration = calibration_of(analysis, **calib)
+    tokens = choice.pop("tokens")
+    with watch.stage("tokens"):
+        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
     plan = decision.plan
     if plan_path is not None:
@@ -249,6 +265,7 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))

@@ -26,6 +26,8 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    if text.strip() == "none":
+        return ()
     named = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in named if name not in ROLES]
     if unknown or not named:
@@ -81,7 +83,15 @@ choosing = options(
         help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
         "written model (needs --calib).",
     ),
-    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option(
+        "--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut, or none."
+    ),
+    click.option(
+        "--tokens",
+        metavar="METHOD:N[@BLOCKS]|auto",
+        help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
+        "fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R (needs --calib).",
+    ),
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),

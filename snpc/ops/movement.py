@@ -223,6 +223,18 @@ def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     return Repair(inputs={1: moved.astype(indices.dtype)})
 
 
+def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
+    """Which positions are read depends on the data, so labels pass only where they do not vary on the axes read."""
+    batch = int(call.attrs.get("batch_dims", 0))
+    depth = call.shape(1)[-1]
+    for axis in range(batch + depth):
+        if labels.shape[axis] > 1:
+            raise Blocked(axis, "which entries are read depends on the data")
+    rank = len(call.outs[0])
+    rest = labels.shape[batch + depth :]
+    return [labels.reshape((1,) * (rank - len(rest)) + rest)]
+
+
 def _keep_rank(call: Call, labels: Labels) -> list[Labels]:
     return [labels]
 
@@ -289,6 +301,7 @@ def entries() -> list[OpSpec]:
             entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
             selects=True,
         ),
+        entry("GatherND", "labels of the axes that are not indexed pass", _gather_nd),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _blocks),
         entry("SpaceToDepth", "runs on the labels", _blocks),

@@ -143,7 +143,10 @@ def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Pa
     """The model with the first units of these groups; for its time, not for its outputs."""
     keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
-    save(clean(rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model), path)
+    model = rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model
+    if analysis.reduction is not None:
+        analysis.reduction.close(model)
+    save(clean(model), path)
     return path
 
 
@@ -152,7 +155,7 @@ def key_of(analysis: Analysis, roles: Sequence[str], workload: Workload, provide
     import onnxruntime as ort
 
     machine = [cpu_name(), cores(), ort.__version__, provider]
-    what = [FORMAT, analysis.model.digest, sorted(roles), sorted(workload.sizes(analysis).items()), asdict(workload)]
+    what = [FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), asdict(workload)]
     return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
 
 
