@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +24,13 @@ from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
+from snpc.targets import Build
+from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
+
+if TYPE_CHECKING:  # these need torch
+    from snpc.torch.training import Progress, Report
+    from snpc.torch.tune import Tuned
 
 
 def line(text: str) -> None:
@@ -299,15 +307,121 @@ def drift_text(d: Difference) -> str:
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
 
 
+# -- finetuning ------------------------------------------------------------------------------------------------------
+
+EVERY = 10.0  # seconds between lines in a pipe
+
+
+@contextmanager
+def training() -> Iterator[Report]:
+    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+        yield report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+
+
+def lines() -> Report:
+    last = -EVERY
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if now.step == now.steps or time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(progress_text(now), err=True)
+
+    return report
+
+
+def progress_text(now: Progress) -> str:
+    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
+    minutes, seconds = divmod(round(now.left), 60)
+    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def tuned(result: Tuned) -> None:
+    trained = result.trained
+    line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
+    if trained.losses:
+        line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    line(f"verified: {'; '.join(result.structure)}")
+    for what, found in (("before", result.before), ("after", result.after)):
+        for d in found:
+            line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
+
+
+# -- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(made: Build) -> None:
+    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
+    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    for note in made.notes:
+        line(f"  {note}")
+    for d in made.drift:
+        line(f"  {d.output}: {drift_text(d)}")
+
+
+def sweep(found: Sweep) -> None:
+    known = found.points[0].accuracy is not None
+    rows = []
+    for p in found.points:
+        same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
+        rows.append(
+            (
+                p.name,
+                share(p.macs, found.points[0].macs),
+                share(p.params, found.points[0].params),
+                f"{p.latency:.3g}",
+                f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not found.points[0] else "1.00x",
+                *((f"{100 * (p.accuracy or 0):.1f} %",) if known else ()),
+                f"{p.drift:.3g}",
+                same,
+                "front" if p.front else "",
+            )
+        )
+    header = ("target", "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
+    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(1, len(header) - 1))
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = iter(range(total))
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, completed=next(begun))
+
+        yield step
+
+
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def benchmark(result: Bench) -> None:
     header, *rows = result.rows()
     machine = result.machine
-    threads = machine.threads or "onnxruntime's choice of"
+    threads = machine.threads or "the runtime's choice of"
     table(
-        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,
         rows,

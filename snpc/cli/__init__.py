@@ -13,16 +13,21 @@ from typing import Any
 import click
 
 from snpc import show
+from snpc.cli import building as builds
+from snpc.cli import sweeping
+from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
     at_sizes,
+    building,
     calibrating,
     choosing,
     model_argument,
     remembering,
     running,
     saving,
+    target_name,
     timing,
 )
 from snpc.cli.requests import (
@@ -46,7 +51,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SnpcError as error:
-            click.echo(f"snpc: {error}", err=True)
+            click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
             sys.exit(1 if isinstance(error, CheckFailed) else 2)
 
 
@@ -64,13 +69,17 @@ def decided(
     batch: int | None,
     shapes: tuple[str, ...],
     threads: int | None,
+    build: str | None = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused."""
+    """Score and plan as the flags say, and say what the flags leave unused. ``build``: what the model is built for."""
     import snpc
 
     if not choice["roles"]:
         return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
+    if choice["round_to"] == "auto":
+        liked = snpc.widths_for(build, provider)
+        choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
     wanted = snpc.Choice(**choice)
     statistics = statistics_of(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
@@ -164,6 +173,8 @@ def inspect(
     "--report", "page", type=FILE, metavar="HTML", help="Also write a page with charts: one file, no network."
 )
 @click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
+@click.option("--build", metavar="TARGET", callback=target_name, help="Also build the result, see `snpc build --help`.")
+@building
 def prune(
     model: Path,
     output: Path | None,
@@ -171,6 +182,7 @@ def prune(
     json_path: Path | None,
     page: Path | None,
     dry_run: bool,
+    build: str | None,
     provider: str,
     dims: tuple[str, ...],
     **flags: Any,
@@ -184,6 +196,7 @@ def prune(
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
         analysis = analysed(model, dims)
+    flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
     written = [] if dry_run else [target, data_file(target)]
     if dry_run and page is not None:
@@ -195,7 +208,7 @@ def prune(
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
         analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -217,15 +230,19 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
-    finish(result, json_path)
+    made = builds.built(target, build, None, calibration, provider, **build_flags) if build else None
+    finish(result, json_path, made)
 
 
-def finish(result: Any, json_path: Path | None) -> None:
+def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
     import snpc
 
-    show.emit_json(snpc.report(result), json_path)
+    built = {"build": builds.build_json(made)} if made else {}
+    show.emit_json({**snpc.report(result), **built}, json_path)
     if str(json_path) != "-":
         show.result(result)
+        if made:
+            show.build(made)
 
 
 @main.command()
@@ -373,14 +390,18 @@ def bench(
     json_path: Path | None,
     provider: str,
 ) -> None:
-    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first."""
+    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
+
+    MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
+    """
     import snpc
     from snpc.runtime.feeds import parse_shapes
+    from snpc.runtime.runner import open_runner
 
     check_targets([json_path], *models, data)
     feeds = None
     if data is not None:
-        feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
+        feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
     if data is not None and shapes:
         raise UserError("--data brings its own shapes: leave out --input-shapes")
     drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
@@ -416,3 +437,9 @@ def criteria() -> None:
     from snpc.criteria import describe
 
     show.criteria(describe())
+
+
+main.add_command(finetune)
+main.add_command(export_torch)
+main.add_command(builds.build)
+main.add_command(sweeping.sweep)

@@ -3,9 +3,12 @@ token reduction writes since 13."""
 
 from __future__ import annotations
 
+from snpc.ops.attention import MICROSOFT as MICROSOFT
+
 ADD = "Add"
 CAST = "Cast"
 CEIL = "Ceil"
+CLIP = "Clip"
 CONCAT = "Concat"
 CONSTANT_OF_SHAPE = "ConstantOfShape"
 DIV = "Div"
@@ -14,9 +17,11 @@ EXP = "Exp"
 EXPAND = "Expand"
 GATHER = "Gather"
 GATHER_ND = "GatherND"
+IDENTITY = "Identity"
 LOG = "Log"
 MATMUL = "MatMul"
 MUL = "Mul"
+MULTIHEAD = "MultiHeadAttention"  # com.microsoft
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"

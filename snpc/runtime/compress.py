@@ -30,9 +30,7 @@ def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
     """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
-        ranks = np.empty(len(found.order))
-        ranks[found.order] = np.arange(len(found.order))
-        values[name] = ranks[None, :]
+        values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
     for name, parts in compression.rebases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
@@ -56,6 +54,12 @@ class Decision:
     scores: Scores | None = field(default=None, repr=False)
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
+
+    def at(self, choice: Choice) -> Decision:
+        """The same for another target: what was measured serves again. ``choice`` differs in its target only, and that
+        is a latency only if this one's is."""
+        assert self.scores is not None
+        return replace(self, plan=make_plan(self.scores, choice), choice=choice)
 
 
 def decide(

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +53,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+class NotLoaded(UserError):
+    """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
+
+
 def open_session(
     model: Path | bytes,
     *,
@@ -60,10 +64,14 @@ def open_session(
     threads: int = 0,
     optimise: Optimise = "all",
     lean: bool = False,
+    entries: Mapping[str, str] | None = None,
+    saved: Path | None = None,
 ) -> ort.InferenceSession:
-    """A session of a file or of a serialised model, that logs errors only.
+    """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
     ``lean`` holds each weight once: slower runs, less memory, for a session that runs a few times only.
+
+    ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
 
     ``threads``: intra-op threads, 0 leaves the number to onnxruntime. UserError: the provider is not in this
     onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
@@ -76,20 +84,34 @@ def open_session(
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
     wanted = resolve_provider(provider)
-    ort.set_default_logger_severity(3)
+    ort.set_default_logger_severity(4)
     _preload(wanted)
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _options(threads, optimise, lean),
+            _options(threads, optimise, lean, entries or {}, saved),
             providers=_provider_chain(wanted),
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise UserError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
+        raise NotLoaded(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
     if wanted not in session.get_providers():
         raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
+
+
+def save_optimised(
+    model: Path, target: Path, *, provider: str = "cpu", form: Literal["ONNX", "ORT"] = "ONNX", external: str = ""
+) -> None:
+    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
+
+    ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
+    """
+    entries: dict[str, str] = {"session.save_model_format": form}
+    if external:
+        entries["session.optimized_model_external_initializers_file_name"] = external
+        entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
+    open_session(model, provider=provider, entries=entries, saved=target)
 
 
 def resolve_provider(provider: str) -> str:
@@ -145,7 +167,9 @@ def first_lines(error: Exception, count: int = 1) -> str:
     return " ".join(lines[:count]) or type(error).__name__
 
 
-def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions:
+def _options(
+    threads: int, optimise: Optimise, lean: bool, entries: Mapping[str, str], saved: Path | None
+) -> ort.SessionOptions:
     import onnxruntime as ort
 
     levels = {
@@ -154,13 +178,17 @@ def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions
         "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.graph_optimization_level = levels[optimise]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if saved is not None:
+        options.optimized_model_filepath = str(saved)
     return options
 
 
