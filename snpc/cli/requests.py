@@ -129,6 +129,16 @@ def with_tokens(
     return analysis, told(analysis, calibration, provider)
 
 
+def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
+    """What --round-to auto stands for; {} where it was not asked for."""
+    import snpc
+
+    if choice["round_to"] != "auto":
+        return {}
+    liked = snpc.widths_for(build, provider)
+    return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+
+
 def offline_scores(analysis: Any, calibration: Any, tokens: str, provider: str) -> Any:
     """Of every position, by block, where a method asks for them and there is data."""
     from snpc.runtime.relevance import token_relevance

@@ -9,7 +9,15 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
-from snpc.cli.requests import analysed, calibration_of, check_targets, split_flags, write_text
+from snpc.cli.requests import (
+    analysed,
+    calibration_of,
+    check_targets,
+    liked_widths,
+    split_flags,
+    with_tokens,
+    write_text,
+)
 from snpc.errors import UserError
 
 
@@ -61,13 +69,15 @@ def sweep(
         raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
-    if choice["round_to"] == "auto":
-        liked = snpc.widths_for(build, provider)
-        choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+    tokens = choice.pop("tokens")
+    if not choice["roles"] or (tokens or "").strip() == "auto":
+        raise UserError("a sweep goes through widths: name --roles, and tokens by hand (--tokens merge:13)")
+    choice |= liked_widths(choice, build, provider)
     names = parse_targets(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = analysed(model)
     calibration = calibration_of(analysis, **calib)
+    analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from snpc.errors import UserError
@@ -36,9 +37,13 @@ def plan_to_json(plan: Plan) -> str:
         head["tokens"] = plan.analysis.reduction.spec
         told = plan.analysis.reduction.to_json()["steps"]
         if any("offline" in step for step in told):
-            head["token_scores"] = {str(s["block"]): s["offline"] for s in told if "offline" in s}
+            head["token_scores"] = {str(s["block"]): numbers(s["offline"]) for s in told if "offline" in s}
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
+
+
+def numbers(scores: Sequence[float]) -> str:
+    return " ".join(map(repr, scores))
 
 
 def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
@@ -51,7 +56,7 @@ def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
     if not isinstance(found, str):
         return None
     try:
-        scores = {int(k): [float(x) for x in row] for k, row in data.get("token_scores", {}).items()}
+        scores = {int(k): [float(x) for x in row.split()] for k, row in data.get("token_scores", {}).items()}
     except (AttributeError, TypeError, ValueError):
         scores = {}
     return found, scores
