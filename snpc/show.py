@@ -249,8 +249,8 @@ def drift_text(d: Difference) -> str:
 
 
 def build(made: Build) -> None:
-    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
-    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    sizes = [f"{file if file == made.path else file.name} {count(file.stat().st_size)}B" for file in made.files]
+    line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
     for note in made.notes:
         line(f"  {note}")
     for d in made.drift:

@@ -125,11 +125,11 @@ def read_plan(path: Path, analysis: Any) -> Any:
     return snpc.plan_from_json(text, analysis, str(path))
 
 
-def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
-    if batch is None and not shapes and threads is None:
+    if batch is None and not shapes and threads is None and artefact is None:
         return None
-    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)

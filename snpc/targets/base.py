@@ -42,7 +42,7 @@ class Options:
 class Job:
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
-    ``model`` is what the user named, and what outputs are compared with on ``feeds``.
+    ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timed`` is what to time on.
     """
 
     model: Path
@@ -51,6 +51,7 @@ class Job:
     precision: Precision
     provider: str
     feeds: tuple[Feeds, ...]
+    timed: Feeds
     options: Options
 
 

@@ -27,6 +27,8 @@ from snpc.types import FloatArray
 
 ROUNDS = 20
 SECONDS = 3.0  # small models get more rounds
+LOOK = 5  # rounds of a first look at all candidates
+SLOW = 0.95  # times as fast as the plain graph: less is not looked at again
 SAME = 10 * TOLERANCE[np.dtype(np.float32)]
 
 
@@ -115,6 +117,7 @@ def apart(reference: Sequence[Feeds], path: Path, job: Job) -> float:
 def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Candidate:
     """The candidate that takes least processor time on one thread, which other load on the machine does not blur; of
     those that are not slower by the clock, on as many threads as onnxruntime takes. On a GPU the clock decides."""
+    candidates = promising(job, candidates, notes)
     clock = ratios(job, candidates, time.perf_counter, 0)
     spent = ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
     good = [candidates[0]]
@@ -132,14 +135,32 @@ def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Cand
     return best
 
 
+def promising(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> list[Candidate]:
+    """Those that a first look does not find clearly slower than the first."""
+    clock = time.process_time if job.provider == "cpu" else time.perf_counter
+    found = []
+    for candidate, speeds in ratios(job, candidates, clock, 1, LOOK, 0.0).items():
+        speed = float(np.median(speeds))
+        if candidate is candidates[0] or speed >= SLOW:
+            found.append(candidate)
+        else:
+            notes.append(f"{candidate.name}: {speed:.2f}x in processor time")
+    return found
+
+
 def ratios(
-    job: Job, candidates: Sequence[Candidate], clock: Callable[[], float], threads: int
+    job: Job,
+    candidates: Sequence[Candidate],
+    clock: Callable[[], float],
+    threads: int,
+    rounds: int = ROUNDS,
+    seconds: float | None = None,
 ) -> dict[Candidate, FloatArray]:
     """Candidate -> [rounds], how many times as fast as the first it was in each round."""
     sessions = [open_session(c.path, provider=job.provider, threads=threads) for c in candidates]
-    calls = [[prepare_run(session, job.feeds[0])] for session in sessions]
+    calls = [[prepare_run(session, job.timed)] for session in sessions]
     run_rounds(calls, iterations=2)
-    times = run_rounds(calls, iterations=ROUNDS, duration=SECONDS, clock=clock)
+    times = run_rounds(calls, iterations=rounds, duration=SECONDS if seconds is None else seconds, clock=clock)
     return {candidate: times[:, 0] / times[:, k] for k, candidate in enumerate(candidates)}
 
 

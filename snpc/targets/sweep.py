@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from snpc.runtime.reach import prune
 from snpc.runtime.runner import open_runner
 from snpc.runtime.verify import compare, pooled, worst
 from snpc.targets.base import Precision
-from snpc.targets.make import build, staging
+from snpc.targets.make import artefact, build, staging
 from snpc.types import AnyArray
 
 ORIGINAL = "original"
@@ -110,7 +110,12 @@ def sweep(
     check_target(folder / "sweep.json")
     judge = evaluation or Evaluation(calibration)
     step("measuring")
-    decisions = decided(analysis, targets, calibration, choice, method, provider, batch)
+    choices = {text: replace(choice, target=text) for text in targets}
+    options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
+    workload = None
+    if any(is_latency(c) for c in choices.values()):
+        workload = Workload(batch=batch, artefact=artefact(target, **options) if target else None)
+    decisions = decided(analysis, choices, calibration, method, provider, workload)
     with staging(folder / "sweep") as work:
         source = analysis.model.path
         size = source.stat().st_size
@@ -121,7 +126,7 @@ def sweep(
             made = prune(decision, path, calibration=calibration, provider=provider)
             files: tuple[Path, ...] = (path,)
             if target is not None:
-                files = build(path, target, precision=precision, provider=provider, calibration=calibration).files
+                files = build(path, target, **options).files
             total = sum(file.stat().st_size for file in files)
             points.append(Point(text, files, made.after.macs, made.after.params, total, 0.0, None, None))
         step("judging and timing")
@@ -132,22 +137,16 @@ def sweep(
 
 def decided(
     analysis: Analysis,
-    targets: Sequence[str],
+    choices: Mapping[str, Choice],
     calibration: Calibration,
-    choice: Choice,
     method: Method | None,
     provider: str,
-    batch: int,
+    workload: Workload | None,
 ) -> dict[str, Decision]:
-    """Measured for the first target, planned for each."""
-    choices = {text: replace(choice, target=text) for text in targets}
-    timed = [text for text in targets if is_latency(choices[text])]
-    first = timed[0] if timed else targets[0]
-    workload = Workload(batch=batch) if timed else None
-    made = decide(
-        analysis, choices[first], calibration=calibration, method=method, provider=provider, workload=workload
-    )
-    return {text: made.at(choices[text]) for text in targets}
+    """Measured for one target (a latency if there is one), planned for each."""
+    first = max(choices.values(), key=is_latency)
+    made = decide(analysis, first, calibration=calibration, method=method, provider=provider, workload=workload)
+    return {text: made.at(choice) for text, choice in choices.items()}
 
 
 def steps(targets: Sequence[str]) -> int:
