@@ -397,6 +397,18 @@ def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: li
     assert said in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_latency_is_that_of_the_artefact(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    made = snpc.artefact("ort", batch=4).make(digits / "half.onnx", tmp_path / "dense")
+    assert made.parent == tmp_path / "dense"
+    wanted = reference(digits / "half.onnx", images(digits))["logits"]
+    np.testing.assert_allclose(open_runner(made).run(images(digits))["logits"], wanted, atol=1e-3)
+    arguments = ["prune", str(digits / "half.onnx"), "--target", "latency=0.9", "--build", "trt-rtx"]
+    refused = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "x.onnx")])
+    assert refused.exit_code == 2 and "does not run engines" in refused.stderr
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "narrow.onnx"
     arguments = ["prune", str(digits / "digits_vit.onnx"), "--ratio", "0.4", "--round-to", "auto", "-o", str(out)]

@@ -60,7 +60,8 @@ def make(job: Job) -> Made:
             notes.append(f"{name}: not used, outputs are {gap:.1e} away from the model's")
         else:
             good.append(found)
-    best = fastest(job, good, notes)
+    best = fastest(job, good, notes) if len(good) > 1 else plain
+    notes.append(f"written: {best.name}")
     return publish(job, best, notes)
 
 
@@ -118,6 +119,8 @@ def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Cand
     """The candidate that takes least processor time on one thread, which other load on the machine does not blur; of
     those that are not slower by the clock, on as many threads as onnxruntime takes. On a GPU the clock decides."""
     candidates = promising(job, candidates, notes)
+    if len(candidates) == 1:
+        return candidates[0]
     clock = ratios(job, candidates, time.perf_counter, 0)
     spent = ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
     good = [candidates[0]]
@@ -130,9 +133,7 @@ def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Cand
         notes.append(f"{candidate.name}: {speeds[candidate]:.2f}x in processor time, {by_clock:.2f}x by the clock")
         if low > 1.0 and high >= 1.0:
             good.append(candidate)
-    best = max(good, key=lambda candidate: speeds[candidate])
-    notes.append(f"written: {best.name}")
-    return best
+    return max(good, key=lambda candidate: speeds[candidate])
 
 
 def promising(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> list[Candidate]:
