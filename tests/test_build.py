@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +422,31 @@ def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     assert kept and all(width % multiple == 0 for width in kept)
     refused = CliRunner().invoke(main, [*arguments, "--precision", "fp16"])
     assert refused.exit_code == 2 and "--build" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--build", "trt"], "TensorRT is not installed"),
+        (["--build", "ort", "--precision", "int8"], "--calib"),
+        (["--build", "ort", "--sm", "86"], "--sm is not for"),
+    ],
+)
+def test_prune_refuses_a_build_before_it_prunes(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "narrow.onnx"
+    arguments = ["prune", str(digits / "digits_vit.onnx"), "--ratio", "0.4", "-o", str(out), *flags]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and said in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_does_not_overwrite_the_model(digits: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copy(digits / "half.onnx", tmp_path / "x-ort.onnx"))
+    before = model.read_bytes()
+    arguments = ["prune", str(model), "--ratio", "0.4", "-o", str(tmp_path / "x.onnx"), "--build", "ort"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "x-ort.onnx" in result.stderr
+    assert model.read_bytes() == before

@@ -189,7 +189,8 @@ def prune(
         analysis = analysed(model, dims)
     flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
-    written = [] if dry_run else [target, data_file(target)]
+    artefacts = builds.checked(build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags)
+    written = [] if dry_run else [target, data_file(target), *artefacts]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     read = [*model_files(model), calib["calib"], *choice["load_stats"]]

@@ -75,6 +75,18 @@ def built(
     return snpc.build(model, target, output, **asked)
 
 
+def checked(
+    build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
+) -> list[Path]:
+    """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
+    from snpc.targets.make import check_build
+
+    if build is None:
+        return []
+    asked = wanted(provider, None, batch or 1, **flags)
+    return [check_build(model, build, None, asked["precision"], provider, calibrated, asked["options"])]
+
+
 def artefact_of(
     build: str | None, latency: bool, provider: str, calibration: Any, batch: int | None, **flags: Any
 ) -> Any:

@@ -39,7 +39,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
+    """What is asked of a target, whatever the model."""
+
+    output: Path
+    precision: Precision
+    provider: str
+    options: Options
+
+
+@dataclass(frozen=True)
+class Job(Request):
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
     ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timed`` is what to time on.
@@ -47,12 +57,8 @@ class Job:
 
     model: Path
     source: Path
-    output: Path
-    precision: Precision
-    provider: str
     feeds: tuple[Feeds, ...]
     timed: Feeds
-    options: Options
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Target:
     in_graph: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     signed: bool = False
     options: frozenset[str] = frozenset()
-    check: Callable[[Job], None] | None = None
+    check: Callable[[Request], None] | None = None
     """Refuse at once what cannot be built here: called before anything is computed."""
 
     def refuse(self, precision: Precision, options: Options) -> None:

@@ -22,7 +22,7 @@ from snpc.runtime.prune import CHECKED_BATCHES
 from snpc.runtime.runner import ENGINES, open_runner
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.targets import openvino, ort, trt
-from snpc.targets.base import Build, Job, Made, Options, Precision, Target
+from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
 from snpc.targets.precision import at_precision
 from snpc.types import Difference, Model
 
@@ -52,18 +52,13 @@ def build(
     (what was built does not hold); what was at ``output`` before stays in both cases.
     """
     start = time.perf_counter()
-    chosen, asked = target_of(target), options or Options()
-    chosen.refuse(precision, asked)
-    if precision == "int8" and calibration is None:
-        raise UserError("--precision int8 is calibrated: give --calib DATA")
-    where = output or default_output(model, chosen, precision, asked)
-    loaded = load(model)
+    asked = options or Options()
+    where = check_build(model, target, output, precision, provider, calibration is not None, asked)
+    chosen, loaded = target_of(target), load(model)
     check_target(where, *model_files(model))
     drawn = drawn_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), CHECKED_BATCHES)) if calibration is not None else (drawn,)
-    job = Job(model, model, where, precision, provider, feeds, drawn, asked)
-    if chosen.check is not None:
-        chosen.check(job)
+    job = Job(where, precision, provider, asked, model, model, feeds, drawn)
     with staging(where) as folder:
         source, notes = at_precision(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
@@ -75,6 +70,26 @@ def build(
     return Build(
         files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weights, drift
     )
+
+
+def check_build(
+    model: Path,
+    target: str,
+    output: Path | None,
+    precision: Precision,
+    provider: str,
+    calibrated: bool,
+    options: Options,
+) -> Path:
+    """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
+    chosen = target_of(target)
+    chosen.refuse(precision, options)
+    if precision == "int8" and not calibrated:
+        raise UserError("--precision int8 is calibrated: give --calib DATA")
+    where = output or default_output(model, chosen, precision, options)
+    if chosen.check is not None:
+        chosen.check(Request(where, precision, provider, options))
+    return where
 
 
 def artefact(

@@ -22,7 +22,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import LIMIT, clean, data_file, file_bytes, load, save
 from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
 from snpc.runtime.verify import TOLERANCE, compare, outputs_of, pooled, worst
-from snpc.targets.base import Job, Made, Target
+from snpc.targets.base import Job, Made, Request, Target
 from snpc.types import FloatArray
 
 ROUNDS = 20
@@ -183,10 +183,10 @@ def publish(job: Job, best: Candidate, notes: list[str]) -> Made:
     return Made((wanted, *(f for f in files if f != wanted)), tuple(notes))
 
 
-def check(job: Job) -> None:
-    if job.output.suffix not in (".onnx", ".ort"):
-        raise UserError(f"{job.output}: --target ort writes .onnx and .ort; give one of these names with -o")
-    if job.precision == "bf16" and job.provider == "cpu":
+def check(request: Request) -> None:
+    if request.output.suffix not in (".onnx", ".ort"):
+        raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
+    if request.precision == "bf16" and request.provider == "cpu":
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 

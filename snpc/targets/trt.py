@@ -14,7 +14,7 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.runtime.session import first_lines
-from snpc.targets.base import Job, Made, Options, Precision, Target
+from snpc.targets.base import Job, Made, Options, Precision, Request, Target
 from snpc.targets.profile import Range, profile
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
@@ -162,25 +162,25 @@ def make_rtx(job: Job) -> Made:
     return engine(load_module("tensorrt_rtx", NO_RTX), job)
 
 
-def check_trt(job: Job) -> None:
-    if job.options.emit_script and job.output.suffix != ".onnx":
-        raise UserError(f"{job.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
-    if not job.options.emit_script:
+def check_trt(request: Request) -> None:
+    if request.options.emit_script and request.output.suffix != ".onnx":
+        raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
+    if not request.options.emit_script:
         load_module("tensorrt", NO_TENSORRT)
-        check_name(job)
+        check_name(request)
 
 
-def check_rtx(job: Job) -> None:
+def check_rtx(request: Request) -> None:
     trt = load_module("tensorrt_rtx", NO_RTX)
-    capabilities(trt, job.options.sm)
-    check_name(job)
+    capabilities(trt, request.options.sm)
+    check_name(request)
 
 
-def check_name(job: Job) -> None:
+def check_name(request: Request) -> None:
     from snpc.runtime.runner import ENGINES
 
-    if job.output.suffix not in ENGINES:
-        raise UserError(f"{job.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
+    if request.output.suffix not in ENGINES:
+        raise UserError(f"{request.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
 
 
 # -- for a machine that has TensorRT ---------------------------------------------------------------------------------
