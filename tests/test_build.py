@@ -449,4 +449,6 @@ def test_a_build_does_not_overwrite_the_model(digits: Path, tmp_path: Path) -> N
     arguments = ["prune", str(model), "--ratio", "0.4", "-o", str(tmp_path / "x.onnx"), "--build", "ort"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2 and "x-ort.onnx" in result.stderr
+    with pytest.raises(UserError, match=r"x-ort\.onnx"):
+        snpc.build(model, "ort", model.with_suffix(".ort"))
     assert model.read_bytes() == before

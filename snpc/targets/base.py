@@ -94,7 +94,7 @@ class Build:
 class Target:
     """One runtime. ``make`` writes ``job.output`` (and files beside it); ``in_graph``: precisions that it wants spelled
     out in the graph, others it makes itself; ``signed``: whether it wants int8 activations symmetric around zero;
-    ``options`` are those of Options that it understands."""
+    ``options`` are those of Options that it understands; ``beside``: suffixes of what is written beside the output."""
 
     name: str
     summary: str
@@ -104,6 +104,7 @@ class Target:
     in_graph: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     signed: bool = False
     options: frozenset[str] = frozenset()
+    beside: tuple[str, ...] = ()
     check: Callable[[Request], None] | None = None
     """Refuse at once what cannot be built here: called before anything is computed."""
 

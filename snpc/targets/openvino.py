@@ -42,5 +42,6 @@ TARGET = Target(
     make,
     ("fp32", "fp16", "bf16", "int8"),
     in_graph=("int8",),
+    beside=(".bin",),
     check=check,
 )

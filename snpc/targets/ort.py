@@ -196,5 +196,6 @@ TARGET = Target(
     ".onnx",
     make,
     ("fp32", "fp16", "bf16", "int8"),
+    beside=(".onnx", ".onnx.data", ".ort"),
     check=check,
 )
