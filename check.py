@@ -16,7 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  whoever runs this may have an old
 from scripts import environment
 
 STEPS = [
-    ("installing snpc and the tools of its tests; torch and the runtimes make this some minutes", ["--editable", ".[dev]"]),
+    ("installing snpc and the tools of its tests; torch makes this some minutes", ["--editable", ".[dev]"]),
     # timm's image models are used, not its data pipeline: torchvision, which only that needs, stays away.
     ("installing timm", ["--no-deps", "timm>=1.0.20"]),
 ]

@@ -20,7 +20,7 @@ NAMES = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace
 @model_argument
 @click.option("--target", required=True, metavar="NAME", callback=target_name, help="Runtime to build for, see below.")
 @click.option("-o", "--output", type=FILE, help="The artefact.  [default: MODEL-TARGET and the target's suffix]")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples that candidates are timed on.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples to time candidates on.")
 @click.option("--emit-script", is_flag=True, help="trt: write the model and a trtexec line instead of an engine.")
 @building
 @calibrating
