@@ -132,6 +132,21 @@ def onnx_tensor(array: Array, name: str) -> Any:
     return ir.Tensor(array, name=name)
 
 
+def test_weights_too_big_for_one_file_lie_beside_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snpc.runtime.model_io.LIMIT", 100_000)
+    monkeypatch.setattr("snpc.targets.ort.LIMIT", 100_000)
+    built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
+    assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]
+    ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=Options(emit_script=True))
+    assert [file.name for file in ready.files] == ["t.onnx", "t.sh", "t.onnx.data"]
+    wanted = reference(digits / "half.onnx", images(digits))["logits"]
+    for made in (built, ready):
+        assert made.path.stat().st_size < 0.5 * made.bytes
+        np.testing.assert_allclose(reference(made.path, images(digits))["logits"], wanted, atol=1e-3)
+
+
 def test_an_fp16_file_for_the_cpu_keeps_its_half_weights(digits: Path, tmp_path: Path) -> None:
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx", precision="fp16")
     assert built.bytes < 0.65 * (digits / "half.onnx").stat().st_size

@@ -55,7 +55,8 @@ def build(
     asked = options or Options()
     where = check_build(model, target, output, precision, provider, calibration is not None, asked)
     chosen, loaded = target_of(target), load(model)
-    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside)):
+    cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
+    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside), *cache):
         check_target(path, *model_files(model))
     drawn = drawn_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), CHECKED_BATCHES)) if calibration is not None else (drawn,)

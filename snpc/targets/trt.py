@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
+from snpc.runtime.model_io import data_file, replacing
+from snpc.runtime.prune import publish
 from snpc.runtime.session import first_lines
 from snpc.targets.base import Job, Made, Options, Precision, Request, Target
 from snpc.targets.profile import Range, profile
@@ -82,7 +84,8 @@ def engine(trt: Any, job: Job) -> Made:
         raise UserError(f"{job.model}: {trt.__name__} builds no engine: {log.cause()}")
     job.output.write_bytes(memoryview(plan))
     if cache is not None and job.options.timing_cache is not None:
-        job.options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        with replacing(job.options.timing_cache) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     size = len(memoryview(plan))
     notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
     if log.weights is not None:
@@ -188,7 +191,8 @@ def check_name(request: Request) -> None:
 
 def script(job: Job) -> Made:
     """A model that is ready for TensorRT, and the trtexec line that builds it."""
-    job.source.replace(job.output)
+    publish(job.source, job.output)
+    data = data_file(job.output)
     shell = job.output.with_suffix(".sh")
     try:
         major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
@@ -198,7 +202,7 @@ def script(job: Job) -> Made:
     shell.write_text(f"#!/bin/sh\n{line}\n")
     shell.chmod(0o755)
     version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
-    return Made((job.output, shell), (f"for {version}: {line}",), runs=False)
+    return Made((job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False)
 
 
 def trtexec(model: str, ranges: dict[str, Range], options: Options, major: int | None) -> str:
@@ -229,6 +233,7 @@ TRT = Target(
     PRECISIONS,
     signed=True,
     options=SHAPES | {"--workspace", "--timing-cache", "--emit-script"},
+    beside=(".sh", ".onnx.data"),
     check=check_trt,
 )
 TRT_RTX = Target(
