@@ -108,12 +108,12 @@ def artefact(
     Raises UserError for a target whose artefacts this machine cannot time.
     """
     chosen, asked = target_of(target), options or Options()
-    chosen.refuse(precision, asked)
     if chosen.suffix in ENGINES:
         raise UserError(
-            f"--target latency measures what is built, and snpc does not run engines of {target}: leave out --build to "
-            "measure onnxruntime, or choose --target macs"
+            f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
+            "onnxruntime, and build afterwards"
         )
+    check_build(Path("model.onnx"), target, None, precision, provider, calibration is not None, asked)
 
     def make(model: Path, folder: Path) -> Path:
         out = folder / f"model{chosen.suffix}"
