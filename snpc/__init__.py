@@ -31,6 +31,7 @@ from snpc.runtime.score import score
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions
+from snpc.tokens.reduce import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ __all__ = [
     "plan_to_json",
     "prune",
     "random_calibration",
+    "reduce_tokens",
     "report",
     "save",
     "save_statistics",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
+from snpc.passes.tokens import TokenPoint
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
@@ -25,6 +27,10 @@ from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_jso
 from snpc.targets import Build
 from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
+
+if TYPE_CHECKING:  # these need torch
+    from snpc.torch.training import Progress, Report
+    from snpc.torch.tune import Tuned
 
 
 def line(text: str) -> None:
@@ -110,8 +116,41 @@ def groups(analysis: Analysis) -> None:
     less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
     for (freedom, reason), number in less.items():
         line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
+    tokens(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
     line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def tokens(analysis: Analysis) -> None:
+    """Behind which blocks tokens can get fewer, and why not behind the others."""
+    found = analysis.tokens
+    for tokens_now, leading, points in token_spans(analysis):
+        first, last = points[0], points[-1]
+        stay = f"the first {leading} stay" if leading else "none has to stay"
+        ways = "merge" if first.scores is None else "topk, fuse" if first.summed else "topk, fuse, merge"
+        where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
+        line(f"tokens: {tokens_now}, can get fewer {where} ({stay}; {ways})")
+    for pin in found.pins:
+        line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+
+
+def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
+    """(tokens, leading ones that stay, points) of every run of blocks that are alike."""
+    spans: list[tuple[int, int, list[TokenPoint]]] = []
+    for point in analysis.tokens.points:
+        last = spans[-1][2][-1] if spans else None
+        alike = last is not None and (last.block + 1, last.count, last.leading, last.scores is None, last.summed) == (
+            point.block,
+            point.count,
+            point.leading,
+            point.scores is None,
+            point.summed,
+        )
+        if alike:
+            spans[-1][2].append(point)
+        else:
+            spans.append((point.count, point.leading, [point]))
+    return spans
 
 
 def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
@@ -162,6 +201,25 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "macs_at": dict(analysis.binding),
         "groups": found,
         "pins": pins_json(analysis),
+        "tokens": tokens_json(analysis),
+    }
+
+
+def tokens_json(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "blocks": analysis.tokens.blocks,
+        "points": [
+            {
+                "block": p.block,
+                "tensor": p.value,
+                "tokens": p.count,
+                "leading": p.leading,
+                "scores": p.scores is not None,
+                "summed": p.summed,
+            }
+            for p in analysis.tokens.points
+        ],
+        "pins": [asdict(pin) for pin in analysis.tokens.pins],
     }
 
 
@@ -213,6 +271,10 @@ def result(result: Pruned) -> None:
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    reduction = result.plan.analysis.reduction
+    if reduction is not None:
+        steps = reduction.to_json()["steps"]
+        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}")
     if result.search is not None:
         line(search_text(result.search))
     verdict(result.verdict)
@@ -243,6 +305,58 @@ def verdict(verdict: Verdict) -> None:
 def drift_text(d: Difference) -> str:
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+
+
+# -- finetuning ------------------------------------------------------------------------------------------------------
+
+EVERY = 10.0  # seconds between lines in a pipe
+
+
+@contextmanager
+def training() -> Iterator[Report]:
+    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+        yield report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+
+
+def lines() -> Report:
+    last = -EVERY
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if now.step == now.steps or time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(progress_text(now), err=True)
+
+    return report
+
+
+def progress_text(now: Progress) -> str:
+    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
+    minutes, seconds = divmod(round(now.left), 60)
+    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def tuned(result: Tuned) -> None:
+    trained = result.trained
+    line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
+    if trained.losses:
+        line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    line(f"verified: {'; '.join(result.structure)}")
+    for what, found in (("before", result.before), ("after", result.after)):
+        for d in found:
+            line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
 # -- build -----------------------------------------------------------------------------------------------------------

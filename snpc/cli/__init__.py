@@ -16,6 +16,7 @@ from snpc import show
 from snpc.cli import building as builds
 from snpc.cli import sweeping
 from snpc.cli import timing as times
+from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
@@ -37,6 +38,7 @@ from snpc.cli.requests import (
     read_plan,
     split_flags,
     statistics_of,
+    with_tokens,
     workload_of,
     write_text,
 )
@@ -50,7 +52,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SnpcError as error:
-            click.echo(f"snpc: {error}", err=True)
+            click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
             sys.exit(1 if isinstance(error, CheckFailed) else 2)
 
 
@@ -72,12 +74,11 @@ def decided(
     artefact: Any = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused.
-
-    ``build``: what the model is built for; ``artefact``: what a latency is measured on.
-    """
+    """Score and plan as the flags say (``build``: what for; ``artefact``: what is timed); say what is unused."""
     import snpc
 
+    if not choice["roles"]:
+        return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
     if choice["round_to"] == "auto":
         liked = snpc.widths_for(build, provider)
         choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
@@ -104,6 +105,16 @@ def decided(
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
+
+
+def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
+    """The decision that --roles none leaves: no width is cut."""
+    import snpc
+
+    for name in ("ratio", "max_drift", "load_stats", "save_stats"):
+        if choice[name] not in (None, ()):
+            raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
+    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -197,6 +208,9 @@ def prune(
     check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
         calibration = calibration_of(analysis, **calib)
+    tokens = choice.pop("tokens")
+    with watch.stage("tokens"):
+        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     latency = (choice["target"] or "").startswith("latency")
     artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
     decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
@@ -258,6 +272,7 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))
@@ -377,5 +392,7 @@ def criteria() -> None:
 
 
 main.add_command(times.bench)
+main.add_command(finetune)
+main.add_command(export_torch)
 main.add_command(builds.build)
 main.add_command(sweeping.sweep)

@@ -26,6 +26,8 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    if text.strip() == "none":
+        return ()
     named = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in named if name not in ROLES]
     if unknown or not named:
@@ -81,7 +83,15 @@ choosing = options(
         help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
         "written model (needs --calib).",
     ),
-    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option(
+        "--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut, or none."
+    ),
+    click.option(
+        "--tokens",
+        metavar="METHOD:N[@BLOCKS]|auto",
+        help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
+        "fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R (needs --calib).",
+    ),
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
@@ -115,6 +125,13 @@ choosing = options(
     click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
 )
 
+picturing = options(
+    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+)
+
 calibrating = options(
     click.option(
         "--calib",
@@ -126,10 +143,7 @@ calibrating = options(
     ),
     click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
     click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
-    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
-    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
-    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+    picturing,
     click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
     ),

@@ -55,6 +55,11 @@ def sweep(
     for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
+    if choice.pop("tokens") is not None or not choice["roles"]:
+        raise UserError(
+            "a sweep goes through widths: drop tokens first (`snpc prune --roles none --tokens ...`), then sweep what "
+            "that writes"
+        )
     if criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:

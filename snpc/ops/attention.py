@@ -51,6 +51,13 @@ def packed_sizes(call: Call) -> tuple[int, int, int]:
     return third, third, third
 
 
+def merged_sizes(call: Call, domain: str) -> tuple[int, int, int]:
+    """Widths of Q, K and V in what a node holds of all three."""
+    if form(domain, call.op).packed_weight is not None:
+        return packed_sizes(call)
+    return call.shape(0)[-1], call.shape(1)[-1], call.shape(2)[-1]
+
+
 def _multihead_shape(call: Call) -> list[Shape]:
     query, value = call.shape(0), call.shape(2)
     return [(query[0], query[1], value[-1])]
@@ -99,6 +106,7 @@ def entries() -> list[OpSpec]:
             domain=MICROSOFT,
             out_shapes=_embedding_shape,
             typed_by=2,
+            lengths=(1,),
             reason="several tables and a normalisation in one node",
         ),
         OpSpec("Attention", "attention", says),

@@ -136,22 +136,38 @@ def _slice(call: Call, labels: Labels) -> list[Labels]:
 
 def _slice_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     bounds = slice_parameters(call)
-    starts, ends = [], []
+    starts, ends, steps = [], [], []
     for axis, start, end, step in bounds:
+        first, last, stride = start, end if end >= 0 else -data.new[axis] - 1, step
         if step > 0 and data.old[axis] != data.new[axis]:
-            first, last = data.before(axis, start), data.before(axis, end)
-            if first is None or last is None:
-                raise Blocked(axis, "the blocks keep different positions")
-            starts.append(first)
-            ends.append(last)
-        else:
-            starts.append(start)
-            ends.append(end if end >= 0 else -data.new[axis] - 1)
+            first, last, stride = _kept_slice(data, axis, start, end, step)
+        starts.append(first)
+        ends.append(last)
+        steps.append(stride)
+    same_steps = steps == [step for *_, step in bounds]
     if call.version < 10:
         axes = [axis for axis, *_ in bounds]
         return Repair(attrs={"starts": starts, "ends": ends, "axes": axes})
     kinds = [call.values[1].dtype, call.values[2].dtype]  # type: ignore[union-attr]
-    return Repair(inputs={1: np.asarray(starts, kinds[0]), 2: np.asarray(ends, kinds[1])})
+    inputs = {1: np.asarray(starts, kinds[0]), 2: np.asarray(ends, kinds[1])}
+    return Repair(inputs=inputs if same_steps else inputs | {4: np.asarray(steps, kinds[0])})
+
+
+def _kept_slice(data: Cut, axis: int, start: int, end: int, step: int) -> tuple[int, int, int]:
+    """(start, end, step) among the positions that stay of those that a slice picks."""
+    kept = data.keep(axis)
+    if step == 1 or kept is None:
+        first, last = data.before(axis, start), data.before(axis, end)
+        if first is None or last is None:
+            raise Blocked(axis, "the blocks keep different positions")
+        return first, last, step
+    places = np.flatnonzero(np.isin(kept, np.arange(start, end, step)))
+    gaps = set(np.diff(places).tolist())
+    if len(gaps) > 1:
+        raise Blocked(axis, "the positions that stay are not evenly spaced")
+    if not len(places):
+        return 0, 0, step
+    return int(places[0]), int(places[-1]) + 1, gaps.pop() if gaps else step
 
 
 def split_axis(call: Call) -> int:
@@ -205,6 +221,18 @@ def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     if (moved < 0).any():
         raise Blocked(axis, "a removed position is still read")
     return Repair(inputs={1: moved.astype(indices.dtype)})
+
+
+def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
+    """Which positions are read depends on the data, so labels pass only where they do not vary on the axes read."""
+    batch = int(call.attrs.get("batch_dims", 0))
+    depth = call.shape(1)[-1]
+    for axis in range(batch + depth):
+        if labels.shape[axis] > 1:
+            raise Blocked(axis, "which entries are read depends on the data")
+    rank = len(call.outs[0])
+    rest = labels.shape[batch + depth :]
+    return [labels.reshape((1,) * (rank - len(rest)) + rest)]
 
 
 def _keep_rank(call: Call, labels: Labels) -> list[Labels]:
@@ -273,6 +301,7 @@ def entries() -> list[OpSpec]:
             entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
             selects=True,
         ),
+        entry("GatherND", "labels of the axes that are not indexed pass", _gather_nd),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _blocks),
         entry("SpaceToDepth", "runs on the labels", _blocks),

@@ -12,7 +12,7 @@ REASONS = {
     ),
     SUBGRAPH: "If Loop Scan SequenceMap",
     "which positions are read or written depends on the data or on an index array": (
-        "GatherElements GatherND ScatterElements ScatterND Scatter TopK Unique Compress ReverseSequence GridSample "
+        "GatherElements ScatterElements ScatterND Scatter TopK Unique Compress ReverseSequence GridSample "
         "RoiAlign NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid"
     ),
     "positions along its axes are compared with each other": "Trilu",

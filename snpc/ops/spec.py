@@ -29,6 +29,7 @@ Kind = Literal[
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
+MISFIT = "the shapes of its operands do not fit each other"
 Effect = Literal["add", "scale", "same", "nonlinear"]
 
 
@@ -122,7 +123,9 @@ class OpSpec:
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
     curved: bool = False
+    windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
+    lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
     shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K

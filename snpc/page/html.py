@@ -299,7 +299,7 @@ def rest(report: Report) -> Iterator[Element]:
 
 
 def made(item: Width) -> str:
-    forms = {"scores": "rotated", "values": "rotated", "refit": "refitted"}
+    forms = {"scores": "rotated", "values": "rotated", "refit": "refitted", "coupled": "selected by scores"}
     return forms.get(item.form, "sliced" if item.kept < item.size else "as they were")
 
 

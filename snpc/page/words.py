@@ -21,5 +21,8 @@ def how(result: Pruned) -> str:
     """How units were chosen and weights made, in words."""
     if not result.forms:
         return f"selected by {result.plan.criterion}"
-    rotated = sum(form != "refit" for form in result.forms.values())
-    return f"in closed form: {rotated} groups rotated, {len(result.forms) - rotated} refitted"
+    forms = list(result.forms.values())
+    coupled = forms.count("coupled")
+    rotated = len(forms) - coupled - forms.count("refit")
+    selected = f", {coupled} selected by what the scores lose" if coupled else ""
+    return f"in closed form: {rotated} groups rotated, {forms.count('refit')} refitted{selected}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,8 @@ from snpc.passes.groups import Draft, approximate, drafts, finish
 from snpc.passes.labels import Flag
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.rows import drop_dead_rows
-from snpc.passes.shapes import Facts, best_binding, evaluate, opset
+from snpc.passes.shapes import Facts, best_binding, evaluate, opset, weight_bytes
+from snpc.passes.tokens import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -30,7 +32,24 @@ class Analysis:
     binding: Mapping[str, int]
     traced: Traced = field(repr=False)
     dead_macs: int = 0
-    """MACs for rows that no output depends on (see ``passes.rows``); ``traced`` does without them."""
+    """MACs that are spared whatever the widths: for rows that no output depends on (see ``passes.rows``), and for
+    tokens that go; ``traced`` does without them."""
+    tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
+    reduction: TokenReduction | None = None
+    """How tokens are reduced, where they are: ``traced`` is then told by inputs which go (``snpc.tokens``)."""
+
+    @property
+    def name(self) -> str:
+        """The model, in words."""
+        tokens = f" with tokens {self.reduction.spec}" if self.reduction is not None else ""
+        return f"{self.model.path.name}{tokens}"
+
+    @property
+    def digest(self) -> str:
+        """Of all that is measured of it: the file's contents, and how tokens are reduced."""
+        if self.reduction is None:
+            return self.model.digest
+        return hashlib.sha256(f"{self.model.digest} {self.reduction.spec}".encode()).hexdigest()
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)
@@ -44,16 +63,32 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
     binding, facts = best_binding(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
-    graph = drop_dead_rows(model.graph, facts)
-    if graph is None:
-        graph = model.graph
-    else:
-        facts, cost_facts = evaluate(graph, binding), evaluate(graph, quoted)
+    tokens = find_tokens(model.graph, facts, binding)
+    return analysed(model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens)
+
+
+def analysed(
+    model: Model,
+    graph: ir.Model,
+    bound: tuple[Mapping[str, int], Facts],
+    quoted: tuple[Mapping[str, int], Facts],
+    cost: Cost,
+    *,
+    tokens: TokenFacts = NO_TOKENS,
+    reduction: TokenReduction | None = None,
+    extra_macs: int = 0,
+) -> Analysis:
+    """The analysis of ``graph``, which is that of ``model`` or what became of it. ``bound`` and ``quoted``: sizes of
+    dynamic dimensions with the graph's facts there; ``cost``: the model's; ``extra_macs``: what ``reduction`` adds."""
+    (binding, facts), (at, cost_facts) = bound, quoted
+    fewer = drop_dead_rows(graph, facts)
+    if fewer is not None:
+        graph, facts, cost_facts = fewer, evaluate(fewer, binding), evaluate(fewer, at)
     found = traced(graph, binding, facts)
     made = drafts(found.trace, found.units)
     groups = finish(graph, found.trace, found.units, cost_facts, made)
-    spared = cost.macs - cost_of(graph, cost_facts).macs
-    return Analysis(model, groups, pins_of(found, groups, made), cost, quoted, found, spared)
+    spared = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
+    return Analysis(model, groups, pins_of(found, groups, made), cost, at, found, spared, tokens, reduction)
 
 
 def quoted_facts(
@@ -101,4 +136,4 @@ def cost_of(model: ir.Model, facts: Facts) -> Cost:
     for node in model.graph:
         call = facts.call(node, opset(model, node.domain))
         macs += sum(macs_of(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
-    return Cost(params, macs, sum(tensor.nbytes for tensor in weights), model.graph.num_nodes())
+    return Cost(params, macs, sum(weight_bytes(tensor) for tensor in weights), model.graph.num_nodes())

@@ -111,7 +111,7 @@ def add_packed_bias(here: Here, given: Sequence[Carried], bias: Carried) -> tupl
     sizes = tuple(c.shape[-1] for c in given)
     parts = columns(here, tuple(align(f, 3) for f in bias.factors), (1, 1, sum(sizes)), sizes)  # type: ignore[arg-type]
     q, k, v = (
-        Carried(c.name, c.shape, meet(here, [c, Carried(bias.name, (1, 1, part.shape[-1]), part.factors, True)]))
+        Carried(part.name, c.shape, meet(here, [c, Carried(bias.name, (1, 1, part.shape[-1]), part.factors, True)]))
         for c, part in zip(given, parts, strict=True)
     )
     return q, k, v

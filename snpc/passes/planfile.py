@@ -32,8 +32,20 @@ def plan_to_json(plan: Plan) -> str:
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
+    if plan.analysis.reduction is not None:
+        head["tokens"] = plan.analysis.reduction.spec
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
+
+
+def tokens_in(text: str) -> str | None:
+    """How tokens are reduced by the plan in ``text``, if it is one and they are."""
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    found = data.get("tokens") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
@@ -50,6 +62,11 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         raise UserError(
             f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
             f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
+        )
+    spec = analysis.reduction.spec if analysis.reduction is not None else None
+    if data.get("tokens") != spec:
+        raise UserError(
+            f"{name}: its tokens are {data.get('tokens')!r}, those of the analysis {spec!r}; reduce them first"
         )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import NoPlace, reader_of
+from snpc.passes.edit import NoPlace
+from snpc.passes.readers import readers_of
 from snpc.passes.rewrite import Traced
 from snpc.passes.segment import Segment, extract, segments
 from snpc.runtime.feeds import Feeds
@@ -91,11 +92,13 @@ def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], 
 
 
 def piece_of(source: Traced, segment: Segment, names: set[str], provider: str, stack: ExitStack) -> Piece:
-    model = clean(extract(source.model, segment, source.facts))
-    held = model.graph.initializers
-    weights = {k: constant_array(source.model.graph.initializers[k]) for k in held if k in names}
-    fixed = stack.enter_context(scratch(model.clone() if weights else model, provider=provider))
-    opened = stack.enter_context(scratch(open_weights(model, names), provider=provider)) if weights else fixed
+    model = extract(source.model, segment, source.facts)
+    weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
+    fixed = stack.enter_context(scratch(clean(model.clone() if weights else model), provider=provider))
+    if not weights:
+        return Piece(segment, fixed, fixed, weights)
+    # opened before it is cleaned: constants that are equal now need not be so once they are changed
+    opened = stack.enter_context(scratch(clean(open_weights(model, names)), provider=provider))
     return Piece(segment, fixed, opened, weights)
 
 
@@ -103,13 +106,12 @@ def end_of(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
     try:
-        node = reader_of(analysis.traced, group).node
+        nodes = [n for reader in readers_of(analysis.traced, group) for n in reader.nodes]
     except NoPlace:
         return []
-    value = stream_behind(analysis.traced, node.outputs[0])
     position = {n: k for k, n in enumerate(analysis.traced.model.graph)}
-    producer = value.producer()
-    return [position[producer] + 1] if producer is not None else []
+    producers = [stream_behind(analysis.traced, n.outputs[0]).producer() for n in nodes]
+    return [position[p] + 1 for p in producers if p is not None]
 
 
 def open_weights(model: ir.Model, names: set[str]) -> ir.Model:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import writing as op
+from snpc.ops.attention import form
+from snpc.passes.shapes import attributes
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of
 from snpc.types import Probe
@@ -76,9 +78,42 @@ class Instrument:
         return value
 
     def expose(self, value: ir.Value, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        if value.producer() is None:  # an input keeps its name
+            value = self.op(op.IDENTITY, [value])
         value.name = name
         value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
+
+    def value(self, name: str) -> ir.Value:
+        """A value of the model, or what a fused node makes inside ("node.q")."""
+        if name not in self.values:
+            inside, _, part = name.rpartition(".")
+            node = next(n for n in self.model.graph if n.name == inside)
+            self.values[name] = self.projected(node, "qkv".index(part))
+        return self.values[name]
+
+    def projected(self, node: ir.Node, part: int) -> ir.Value:
+        """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
+        fused = form(node.domain, node.op_type)
+        held = [*node.inputs, *[None] * 4]
+        given = [held[k] for k in (fused.query, fused.key, fused.value)]
+        bias = None if fused.bias is None else held[fused.bias]
+        if fused.packed_weight is not None:
+            weight = held[fused.packed_weight]
+            assert given[0] is not None and weight is not None and weight.shape is not None
+            sizes = attributes(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
+            ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
+            merged = self.op(op.MATMUL, [given[0], weight])
+            merged = merged if bias is None else self.op(op.ADD, [merged, bias])
+            return self.op(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
+        assert bias is not None
+        ends = [self.ints([0])]
+        for value in given:
+            assert value is not None
+            ends.append(self.op(op.ADD, [ends[-1], self.sizes(value, 2, 3)]))
+        mine = given[part]
+        assert mine is not None
+        return self.op(op.ADD, [mine, self.op(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
 
     # -- rows
 
@@ -104,7 +139,7 @@ class Instrument:
         key = (probe.tensor, probe.units.tobytes(), units)
         if key not in self.prepared:
             layout = layout_of(probe, units)
-            value = self.float32(self.values[probe.tensor])
+            value = self.float32(self.value(probe.tensor))
             if layout.period:
                 head = self.ints([-1, layout.period])
                 value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
@@ -133,8 +168,8 @@ class Instrument:
         return self.shaped(self.op(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
 
     def ones(self, rows: ir.Value, counts: ir.Value | None) -> ir.Value:
-        """For ``rows`` [blocks, samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
-        one = self.op(op.GATHER, [rows, self.ints([0])], axis=3)
+        """For ``rows`` [.., samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
+        one = self.op(op.GATHER, [rows, self.ints([0])], axis=-1)
         return self.only_counted(self.op(op.EXP, [self.op(op.SUB, [one, one])]), counts)
 
     # -- statistics, one method per kind
@@ -147,6 +182,7 @@ class Instrument:
             "moment": self.moment,
             "centred": self.centred,
             "sums": self.sums,
+            "apart": self.apart,
         }
         self.expose(kinds[kind](probe, blocks, size), output)
 
@@ -176,6 +212,62 @@ class Instrument:
         value = self.by_block(probe, blocks, size)
         both = self.op(op.CONCAT, [value, self.ones(value, self.counted_rows(probe, blocks * size))], axis=3)
         return self.reduced(op.REDUCE_SUM, both, [1, 2])
+
+    def apart(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with ones behind the units; what several
+        columns show of a unit (query heads that share their values) is kept apart."""
+        repeats = layout_of(probe, blocks * size).repeats
+        split = self.shaped(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
+        split = self.turned(split, 2, 3, 0, 1, 4)
+        both = self.op(op.CONCAT, [split, self.ones(split, self.counted(probe.tensor))], axis=4)
+        flat = self.shaped(both, repeats, blocks, -1, size + 1)
+        return self.op(op.MATMUL, [self.turned(flat, 0, 1, 3, 2), flat])
+
+    def joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
+        """[units * columns + 1] squared: X'X over samples and rows, with ones behind; the columns that show a unit (the
+        width of a head, the offsets at which ``window`` reads a channel) next to each other."""
+        if window is None:
+            repeats = layout_of(probe, units).repeats
+            rows = self.rows(probe, units)
+            if repeats > 1:
+                rows = self.turned(self.shaped(rows, 0, -1, repeats, units), 0, 1, 3, 2)
+                rows = self.shaped(rows, 0, -1, units * repeats)
+            counts = self.counted(probe.tensor)
+        else:
+            rows, counts = self.patches(probe, window), None
+        both = self.op(op.CONCAT, [rows, self.ones(rows, counts)], axis=2)
+        return self.square(both)
+
+    def square(self, rows: ir.Value) -> ir.Value:
+        """X'X of all rows."""
+        flat = self.op(op.RESHAPE, [rows, self.op(op.CONCAT, [self.ints([-1]), self.sizes(rows, 2)], axis=0)])
+        return self.op(op.MATMUL, [self.turned(flat, 1, 0), flat])
+
+    def patches(self, probe: Probe, window: ir.Node) -> ir.Value:
+        """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
+        seen = probe.units.reshape(-1)
+        weight = window.inputs[1]
+        assert weight is not None and weight.shape is not None
+        kernel = [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
+        taps = int(np.prod(kernel))
+        order = np.argsort(seen, kind="stable")
+        order = order[seen[order] >= 0]
+        value = self.op(op.GATHER, [self.float32(self.value(probe.tensor)), self.ints(order.tolist())], axis=1)
+        picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
+        kept = [a for a in window.attributes.values() if a.name != "group"]
+        self.count += 1
+        node = ir.Node(
+            window.domain,
+            window.op_type,
+            [value, self.constant(picks)],
+            [*kept, ir.AttrInt64("group", len(order))],
+            num_outputs=1,
+            name=f"snpc_measure_{self.count}",
+        )
+        node.outputs[0].name = f"{node.name}_out"
+        self.model.graph.append(node)
+        flat = self.shaped(node.outputs[0], 0, len(order) * taps, -1)
+        return self.turned(flat, 0, 2, 1)
 
     def product(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
         flat = self.shaped(value, blocks, -1, size)

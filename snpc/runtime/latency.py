@@ -162,7 +162,10 @@ def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Pa
     """The model with the first units of these groups; for its time, not for its outputs."""
     keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
-    save(clean(rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model), path)
+    model = rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model
+    if analysis.reduction is not None:
+        analysis.reduction.close(model)
+    save(clean(model), path)
     return path
 
 
@@ -173,7 +176,7 @@ def key_of(analysis: Analysis, roles: Sequence[str], workload: Workload, provide
     machine = [cpu_name(), cores(), ort.__version__, provider]
     made = workload.artefact.name if workload.artefact else ""
     run = asdict(replace(workload, artefact=None))
-    what = [FORMAT, analysis.model.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
+    what = [FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
     return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
 
 

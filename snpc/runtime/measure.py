@@ -7,10 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
+from snpc.passes.carried import Contraction
+from snpc.passes.products import score_products
+from snpc.passes.readers import uses_of
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.coupled import coupled
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, probe_rows, token_masks
@@ -23,17 +28,32 @@ ADDED = 4 + 8 + 8  # bytes of a statistic's element: as it comes, in float64, an
 
 @dataclass(frozen=True)
 class Wanted:
-    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums);
-    ``output`` names the instrumented model's output."""
+    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums, apart,
+    joint), or "coupled"; ``output`` names the instrumented model's output. ``use`` is named "0.1" where it is what the
+    second node sees that uses the first reader; ``product`` that in which ``probe`` meets its ``partner``."""
 
     group: Group
     probe: Probe
     kind: str
     output: str
+    use: str = ""
+    window: ir.Node | None = None
+    columns: int = 1
+    product: Contraction | None = None
+    partner: Probe | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.kind}:{self.probe.kind}"
+        return f"{self.kind}:{self.probe.kind}{'#' if self.use else ''}{self.use}"
+
+    def add_to(self, instrument: Instrument) -> None:
+        """As a new output of the instrumented model."""
+        if self.kind == "joint":
+            instrument.expose(instrument.joint(self.probe, self.group.size, self.window), self.output)
+        elif self.product is not None:
+            instrument.expose(coupled(instrument, self.product, self.group), self.output)
+        else:
+            instrument.add(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
 def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[Wanted]:
@@ -41,11 +61,34 @@ def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) ->
     found: list[Wanted] = []
     for group in analysis.groups:
         for name in names.get(group.id, ()):
-            kind, _, probe_kind = name.partition(":")
+            kind, _, rest = name.partition(":")
+            probe_kind, sharp, use = rest.partition("#")
+            if kind == "coupled":
+                products = score_products(analysis.traced, group)
+                found += [wanted_in(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
+                continue
+            if sharp:
+                found.append(wanted_at(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
+                continue
             for probe in group.probes:
                 if probe.kind == probe_kind:
                     found.append(Wanted(group, probe, kind, f"snpc_stat_{len(found)}"))
     return found
+
+
+def wanted_in(group: Group, product: Contraction, output: str) -> Wanted:
+    """What the scores of one product lose."""
+    probes = {p.tensor: p for p in group.probes}
+    query, key = probes[product.left.name], probes[product.right.name]
+    return Wanted(group, query, "coupled", output, product=product, partner=key)
+
+
+def wanted_at(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> Wanted:
+    """A statistic of what one node sees that uses a reader."""
+    reader, _, node = use.partition(".")
+    seen = uses_of(analysis.traced, group)[int(reader)][int(node)]
+    window = seen.node if seen.reader.taps > 1 else None
+    return Wanted(group, seen.probe, kind, output, use, window, seen.reader.columns)
 
 
 def split(
@@ -82,13 +125,19 @@ def probed_elements(analysis: Analysis, calibration: Calibration) -> dict[str, f
 
 def bytes_of(wanted: Sequence[Wanted], elements: Mapping[str, float], batch: int) -> int:
     """About how much measuring these takes at once."""
-    held = sum(elements.get(tensor, 0) for tensor in {item.probe.tensor for item in wanted}) * HELD
+    windows = {item.probe.tensor: item.columns if item.window is not None else 1 for item in wanted}
+    windows |= {item.partner.tensor: 1 for item in wanted if item.partner is not None}
+    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * HELD
     return int(held + ADDED * sum(statistic_elements(item, batch) for item in wanted))
 
 
 def statistic_elements(item: Wanted, batch: int) -> int:
     blocks, size = item.group.blocks, item.group.size
-    square = item.kind in ("gram", "moment", "centred")
+    if item.kind == "joint":
+        return (size * item.columns + 1) ** 2
+    if item.kind == "apart":
+        return item.columns * blocks * (size + 1) ** 2
+    square = item.kind in ("gram", "moment", "centred", "coupled")
     per_sample = item.kind in ("gram", "energy")
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
 
@@ -99,10 +148,11 @@ def measure(
     """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64. Padded tokens do not
     count."""
     source = analysis.traced
-    padding = padding_of(source, probe_rows((w.probe, w.group.blocks * w.group.size) for w in wanted))
+    probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
+    padding = padding_of(source, probe_rows(probes))
     instrument = Instrument(source.model, padding.told)
     for item in wanted:
-        instrument.add(item.kind, item.probe, item.group.blocks, item.group.size, item.output)
+        item.add_to(instrument)
     with (
         token_masks(source, padding, provider, threads) as masks,
         scratch(instrument.model, provider=provider, threads=threads) as run,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.ops.attention import FORMS, form
 from snpc.ops.spec import Shape
 from snpc.passes.rewrite import Traced
 from snpc.passes.shapes import Facts, evaluate, other_binding
@@ -51,12 +52,14 @@ def padding_of(traced: Traced, tensors: Iterable[tuple[str, Rows]]) -> Padding:
     known = [traced.facts, *([evaluate(traced.model, sizes)] if sizes != traced.sizes else [])]
     views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in known]
     told: dict[str, Told | None] = {}
+    outside = outside_of(traced)
     for tensor, rows in tensors:
         mine: Told | None = None
+        tokens = outside.get(tensor, tensor)
         for index, source in enumerate(streams.sources):
-            if streams.of.get(tensor) != source.stream:
+            if streams.of.get(tokens) != source.stream:
                 continue
-            order, *others = {order_of(source, rows, shapes.get(tensor), facts) for facts, shapes in views}
+            order, *others = {order_of(source, rows, shapes.get(tokens), facts) for facts, shapes in views}
             if order is None or others:
                 continue
             if order == "merged" and any(tokens_first(streams, source, facts) for facts, _ in views):
@@ -67,6 +70,19 @@ def padding_of(traced: Traced, tensors: Iterable[tuple[str, Rows]]) -> Padding:
     found = {tensor: mine for tensor, mine in told.items() if mine is not None}
     names = sorted({mine.name for mine in found.values()})
     return Padding(found, {name: streams.sources[int(name.rpartition("_")[2])] for name in names})
+
+
+def outside_of(traced: Traced) -> dict[str, str]:
+    """What a fused node makes inside ("node.q") -> the input that has the same tokens."""
+    found: dict[str, str] = {}
+    for node in traced.model.graph:
+        if (node.domain, node.op_type) in FORMS:
+            fused = form(node.domain, node.op_type)
+            for part, index in zip("qkv", (fused.query, fused.key, fused.value), strict=True):
+                given = node.inputs[index] if index < len(node.inputs) else None
+                if given is not None:
+                    found[f"{node.name}.{part}"] = str(given.name)
+    return found
 
 
 def probe_rows(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[str, Rows]]:

@@ -22,6 +22,7 @@ from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, fit, settled
@@ -29,8 +30,10 @@ from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, lo
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.statistics import Statistics
+from snpc.runtime.tokens import check_tokens, told
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -76,7 +79,8 @@ class Pruned:
     seconds: Mapping[str, float]
     calibration: str = ""
     forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
+    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
+    "coupled" (selected by what the scores lose)."""
     search: Search | None = None
     """How a drift or a latency was met, where the plan had to be found by trying."""
 
@@ -157,6 +161,8 @@ def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwa
             plan, source = fitted(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
+        if analysis.reduction is not None:
+            analysis.reduction.close(rewritten.model)
         clean(rewritten.model)
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
@@ -192,6 +198,8 @@ def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
+    calibration = told(plan.analysis, calibration, means.provider)
+    means = replace(means, calibration=calibration)
     plan = settled(compression, plan)
     rest = without(plan, normed)
     source = plan.analysis.traced
@@ -257,13 +265,24 @@ def verify_written(
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path)
     tolerance = tolerance_of(analysis.model)
+    large = too_large_to_run(analysis.model) if provider == "cpu" else ""
+    if large:
+        said = f"outputs were not compared: {large}; compare them on a larger machine with `snpc verify`"
+        return Verdict((*structure, said), (), (), "nothing", tolerance)
     batches, compared = check_batches(analysis, calibration)
+    fed: list[Feeds] = batches
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
-    except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
+    except NotLoaded as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
-    same, moved = compare_models(dense, path, rewritten, batches, provider)
+    except UserError as error:  # it loads: then nothing is written that was not compared
+        advice = "" if calibration is not None else "; give --calib DATA that it runs on"
+        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
+    if analysis.reduction is not None:
+        fed, said = check_tokens(analysis, path, batches, tolerance, provider)
+        structure = (*structure, said)
+    same, moved = compare_models(dense, path, rewritten, batches, provider, fed)
     return Verdict(structure, same, moved, compared, tolerance)
 
 
@@ -285,11 +304,15 @@ def verify(
     structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
+    fed: list[Feeds] = batches
     if plan is not None:
+        if analysis.reduction is not None:
+            fed, said = check_tokens(analysis, pruned, batches, tolerance_of(analysis.model), provider)
+            structure = (*structure, said)
         compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
         plan, source = fitted(plan, Means(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
-    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
+    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider, fed)
     verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)
     return verdict
@@ -317,6 +340,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.binding),
+        "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verdict),

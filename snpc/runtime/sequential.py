@@ -18,8 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.closed import damped_solution
-from snpc.passes.edit import Edits, edited, joined, reader_of
+from snpc.passes.edit import Edits, edited, joined
 from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.readers import reader_of
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
@@ -139,7 +140,7 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
     """The edits of the stage's groups, from what the cut model gives."""
     instrument = Instrument(fitting.model(stage.segment, done, {}), fitting.padding.told)
     for item in stage.wanted:
-        instrument.add(item.kind, item.probe, item.group.blocks, item.group.size, item.output)
+        item.add_to(instrument)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
     for gap in stage.gaps:
         cross, total = instrument.gap(gap.wanted.probe, gap.group.size, gap.value, dense_input(gap), types[gap.value])
@@ -164,7 +165,8 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
 def moments_from(stage: Stage, sums: Mapping[str, FloatArray], fitting: Fitting) -> Measured:
     found: dict[str, dict[str, FloatArray]] = {}
     for item in stage.wanted:
-        found.setdefault(item.group.id, {})[item.name] = sums[item.output]
+        mine = found.setdefault(item.group.id, {})
+        mine[item.name] = mine.get(item.name, 0.0) + sums[item.output]
     moments = {name: moments_of(stage.forms[name], arrays) for name, arrays in found.items()}
     return Measured(fitting.plan.analysis, stage.forms, moments, {})
 
@@ -178,9 +180,9 @@ def close_gap(edits: Edits, fitting: Fitting, moments: Moments, gap: Gap, sums: 
     reader = reader_of(fitting.base, gap.group)
     rows = fitting.plan.keep.get(gap.group.id)
     keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
-    assert moments.mean is not None
-    count, total = moments.count, sums[gap.total].reshape(-1)
-    cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(moments.mean[0], total)
-    more = damped_solution(moments.first[0][np.ix_(keep, keep)], cross[keep], DAMPING)
+    (seen,) = moments.contexts[0]
+    (mean,), total = seen.means, sums[gap.total].reshape(-1)
+    cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
+    more = damped_solution(seen.moment[np.ix_(keep, keep)], cross[keep], DAMPING)
     edits.add(reader.place, 0, keep, more)
-    edits.add_bias(str(reader.node.name), total / count - moments.mean[0][keep] @ more)
+    edits.add_bias(str(reader.node.name), total / seen.count - mean[keep] @ more)

@@ -19,7 +19,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.measure import Wanted, measure, split, wanted_statistics
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import replacing
-from snpc.runtime.moments import NEEDS, forms_of
+from snpc.runtime.moments import forms_of, needs
 from snpc.types import AnyArray, FloatArray, Group
 
 FORMAT = 1
@@ -31,7 +31,7 @@ Sums = Mapping[str, Mapping[str, FloatArray]]
 class Statistics:
     """``sums``: group id -> name of a statistic -> what it came to over ``samples`` calibration samples.
 
-    Of groups with a closed form, "moment:query" and the like as ``moments.NEEDS`` names them, [blocks, d, d]; of the
+    Of groups with a closed form, "moment:query" and the like as ``moments.needs`` names them, [blocks, d, d]; of the
     others, what ``criterion`` observes. ``digest`` and ``model`` say of which model, ``sources`` on which data. Two of
     them add up, if the same was measured of the same model.
     """
@@ -88,7 +88,7 @@ def measure_statistics(
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     forms = {} if method == "select" else forms_of(analysis, groups)[0]
-    names = {g.id: NEEDS[forms[g.id]] if g.id in forms else judge.probes(g.role) for g in groups}
+    names = {g.id: needs(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups}
     wanted = wanted_statistics(analysis, names)
     budget = memory_budget(memory_limit)
     totals = Totals(forms, judge, Shelf(budget // 2))
@@ -100,8 +100,7 @@ def measure_statistics(
             totals.add(part, result)
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted else 0
-    model = analysis.model
-    return Statistics(model.path.name, model.digest, spelled, samples, (calibration.described(),), totals.sums)
+    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.described(),), totals.sums)
 
 
 class Totals:
@@ -195,8 +194,8 @@ def finite(array: AnyArray) -> FloatArray:
 
 def check_model(statistics: Statistics, analysis: Analysis) -> None:
     """Raise UserError where the statistics are not of this model."""
-    if statistics.digest != analysis.model.digest:
+    if statistics.digest != analysis.digest:
         raise UserError(
             f"the statistics are of another model ({statistics.model}, digest {statistics.digest[:12]}), not of "
-            f"{analysis.model.path.name} ({analysis.model.digest[:12]}): measure this one (--calib, --save-stats)"
+            f"{analysis.name} ({analysis.digest[:12]}): measure this one (--calib, --save-stats)"
         )
