@@ -182,23 +182,30 @@ class Writing:
 # -- the same in numpy -----------------------------------------------------------------------------------------------
 
 
-def forward(encoder: Encoder, x: Array, drop: dict[int, int]) -> Array:
+def forward(
+    encoder: Encoder, x: Array, drop: dict[int, int], offline: dict[int, Array] | None = None, online: float = 1.0
+) -> Array:
     """The outputs in float64, ``drop[block]`` tokens dropped behind that attention by class attention (``exit``
-    "class") or received attention ("mean")."""
+    "class") or received attention ("mean"), to the power ``online``, times ``offline[block]`` of the position that the
+    token had at first, to the power of the rest."""
     w = {name: a.astype(np.float64) for name, a in encoder.weights().items()}
     values = x.astype(np.float64)
     if encoder.tokens > encoder.patches:
         values = np.concatenate([np.broadcast_to(w["class"], (len(values), 1, encoder.width)), values], 1)
     values = values + w["positions"]
     lead = encoder.tokens - encoder.patches
+    where = np.tile(np.arange(encoder.tokens), (len(values), 1))
     for k in range(encoder.depth):
         probabilities, context = attend(encoder, w, norm(values, w, f"{k}a"), k)
         values = values + context @ w[f"o{k}"]
         gone = drop.get(k + 1, 0)
         if gone:
             score = probabilities[:, :, 0].sum(1) if lead else probabilities.sum((1, 2))
+            if offline is not None:
+                score = score**online * offline[k + 1][where] ** (1 - online)
             keep = [[*range(lead), *(lead + np.argsort(-row[lead:])[: len(row) - lead - gone])] for row in score]
             values = np.stack([v[rows] for v, rows in zip(values, keep, strict=True)])
+            where = np.stack([w0[rows] for w0, rows in zip(where, keep, strict=True)])
         hidden = np.maximum(norm(values, w, f"{k}b") @ w[f"up{k}"], 0)
         values = values + hidden @ w[f"down{k}"]
     out: Array = (values[:, 0] if lead else values.mean(1)) @ w["head"]

@@ -172,7 +172,7 @@ def test_refusals(flags: Sequence[object], words: str, tmp_path: Path, monkeypat
 
 def stub(groups: Sequence[Group]) -> Any:
     return SimpleNamespace(
-        groups=groups, pins=(), model=SimpleNamespace(path=Path("made.onnx"), digest="d"), dead_macs=0
+        groups=groups, pins=(), model=SimpleNamespace(path=Path("made.onnx"), digest="d"), dead_macs=0, reduction=None
     )
 
 

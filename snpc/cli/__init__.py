@@ -35,6 +35,7 @@ from snpc.cli.requests import (
     analysed,
     calibration_of,
     check_targets,
+    liked_widths,
     read_plan,
     split_flags,
     statistics_of,
@@ -79,10 +80,7 @@ def decided(
 
     if not choice["roles"]:
         return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
-    if choice["round_to"] == "auto":
-        liked = snpc.widths_for(build, provider)
-        choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
-    wanted = snpc.Choice(**choice)
+    wanted = snpc.Choice(**{**choice, **liked_widths(choice, build, provider)})
     statistics = statistics_of(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
@@ -210,7 +208,8 @@ def prune(
         calibration = calibration_of(analysis, **calib)
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
-        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
+        wanted = {**choice, **liked_widths(choice, build, provider)}
+        analysis, calibration = with_tokens(analysis, calibration, tokens, wanted, provider)
     latency = (choice["target"] or "").startswith("latency")
     artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
     decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
@@ -272,7 +271,8 @@ def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
-    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
+    wanted = {**choice, **liked_widths(choice, None, provider)}
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), wanted, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))

@@ -105,6 +105,13 @@ choosing = options(
         metavar="NAME[:KEY=VALUE,...]",
         help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
     ),
+    click.option(
+        "--allocator",
+        type=click.Choice(["loss", "dimap"]),
+        default="loss",
+        show_default=True,
+        help="How much of which layer goes: by the loss it brings, or by relative energy of the weights alone (dimap).",
+    ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
     click.option(
         "--round-to",

@@ -125,8 +125,28 @@ def with_tokens(
         widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"]) if choice["roles"] else None
         analysis = choose_tokens(analysis, calibration, choice["target"], widths, provider)
     else:
-        analysis = reduce_tokens(analysis, tokens)
+        analysis = reduce_tokens(analysis, tokens, offline_scores(analysis, calibration, tokens, provider))
     return analysis, told(analysis, calibration, provider)
+
+
+def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
+    """What --round-to auto stands for; {} where it was not asked for."""
+    import snpc
+
+    if choice["round_to"] != "auto":
+        return {}
+    liked = snpc.widths_for(build, provider)
+    return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+
+
+def offline_scores(analysis: Any, calibration: Any, tokens: str, provider: str) -> Any:
+    """Of every position, by block, where a method asks for them and there is data."""
+    from snpc.runtime.relevance import token_relevance
+    from snpc.tokens.reduce import needs_offline
+
+    if calibration is None or not needs_offline(tokens):
+        return None
+    return token_relevance(analysis.model.graph, analysis.tokens.points, calibration.batches(), provider)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,8 +166,8 @@ def read_plan(path: Path, analysis: Any) -> Any:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    spec = tokens_in(text)
-    return snpc.plan_from_json(text, reduce_tokens(analysis, spec) if spec else analysis, str(path))
+    found = tokens_in(text)
+    return snpc.plan_from_json(text, reduce_tokens(analysis, *found) if found else analysis, str(path))
 
 
 def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:

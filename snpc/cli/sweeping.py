@@ -9,7 +9,14 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
-from snpc.cli.requests import analysed, calibration_of, check_targets, split_flags, write_text
+from snpc.cli.requests import (
+    analysed,
+    calibration_of,
+    check_targets,
+    liked_widths,
+    split_flags,
+    write_text,
+)
 from snpc.errors import UserError
 
 
@@ -66,9 +73,7 @@ def sweep(
         raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
-    if choice["round_to"] == "auto":
-        liked = snpc.widths_for(build, provider)
-        choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+    choice |= liked_widths(choice, build, provider)
     names = parse_targets(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = analysed(model)

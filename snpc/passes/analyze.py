@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +50,8 @@ class Analysis:
         """Of all that is measured of it: the file's contents, and how tokens are reduced."""
         if self.reduction is None:
             return self.model.digest
-        return hashlib.sha256(f"{self.model.digest} {self.reduction.spec}".encode()).hexdigest()
+        told = json.dumps(self.reduction.to_json(), sort_keys=True)
+        return hashlib.sha256(f"{self.model.digest} {told}".encode()).hexdigest()
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)

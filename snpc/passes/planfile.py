@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from snpc.errors import UserError
@@ -34,18 +35,31 @@ def plan_to_json(plan: Plan) -> str:
     }
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
+        told = plan.analysis.reduction.to_json()["steps"]
+        if any("offline" in step for step in told):
+            head["token_scores"] = {str(s["block"]): numbers(s["offline"]) for s in told if "offline" in s}
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
 
 
-def tokens_in(text: str) -> str | None:
-    """How tokens are reduced by the plan in ``text``, if it is one and they are."""
+def numbers(scores: Sequence[float]) -> str:
+    return " ".join(map(repr, scores))
+
+
+def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
+    """How tokens are reduced by the plan in ``text``, if it is one and they are, and scores of positions by block."""
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return None
     found = data.get("tokens") if isinstance(data, dict) else None
-    return found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    try:
+        scores = {int(k): [float(x) for x in row.split()] for k, row in data.get("token_scores", {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        scores = {}
+    return found, scores
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:

@@ -20,6 +20,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.latency import Workload, latency_table, timed_groups
+from snpc.runtime.numbers import energies_of
 from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
 from snpc.runtime.tokens import told
@@ -112,6 +113,8 @@ def decide(
         found = compress(analysis, statistics, groups)
     rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
     scores = ordered(rest, found, method)
+    if choice.allocator == "dimap":
+        scores = replace(scores, energies=energies_of(analysis, groups))
     if calibration is not None and needs_curves(choice, method):
         curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
         scores = replace(scores, curves=curves)
@@ -139,7 +142,7 @@ def is_latency(choice: Choice) -> bool:
 
 def needs_curves(choice: Choice, method: Method) -> bool:
     """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
-    if choice.uniform:
+    if choice.uniform or choice.allocator == "dimap":
         return choice.max_drift is not None
     return method != "select" or choice.ratio is None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from snpc.runtime.curves import relative_change
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import clean, save
+from snpc.runtime.relevance import token_relevance
 from snpc.runtime.session import open_session
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS
@@ -66,6 +68,7 @@ class Trials:
     batches: Sequence[Feeds]
     dense: Sequence[Sequence[AnyArray]]
     provider: str
+    offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
 
     def drift(self, method: TokenMethod, schedule: Schedule) -> float:
@@ -93,7 +96,8 @@ class Trials:
         for point, gone in zip(points, schedule, strict=True):
             gone = min(gone, method.most(count - point.leading))
             if gone > 0:
-                steps.append(Step(point, method, Setting(count, point.leading, gone)))
+                scores = self.offline[point.block] if method.offline else ()
+                steps.append(Step(point, method, Setting(count, point.leading, gone), scores))
                 count -= gone
         return steps
 
@@ -182,13 +186,18 @@ def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials
         if len(batches) * calibration.batch >= SAMPLES:
             break
     dense = run(analysis.model.path, batches, provider)
-    return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider)
+    offline: Mapping[int, tuple[float, ...]] = {}
+    with suppress(UserError):  # without it there are other methods
+        offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
+    return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
 
 
 def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
     for made in METHODS.values():
+        if made.offline and not trials.offline:
+            continue
         try:
             for point in trials.analysis.tokens.points:
                 check_point(trials.analysis, point.block, made)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from snpc.errors import UserError
-from snpc.tokens.methods import Fuse, Guided, Merge, Method, TopK
+from snpc.tokens.methods import Fuse, Guided, Merge, Method, Star, TopK
 
-METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (TopK(), Fuse(), Merge(), Guided())})
+METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star())})
 
 
 def method(name: str) -> Method:

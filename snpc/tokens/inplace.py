@@ -7,7 +7,7 @@ counts nothing. The outputs must be those of the graph with fewer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -46,20 +46,34 @@ def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Mo
     return copy
 
 
-def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """The inputs that ``inplace_model`` adds, from the decisions of one batch."""
-    feeds: dict[str, AnyArray] = {}
+def members(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> Iterator[FloatArray]:
+    """Behind each step [B, tokens now, tokens at first] of zeros and ones: which are in which."""
+    for _, holds, _ in walked(steps, decided):
+        yield holds
+
+
+def walked(
+    steps: Sequence[Step], decided: Mapping[str, AnyArray]
+) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
+    """Behind each step: what each token becomes, [B, tokens at first, tokens at first]; members; sizes [B, tokens
+    now]."""
     batch = len(next(iter(decided.values())))
     count = steps[0].point.count
-    holds: FloatArray = np.tile(np.eye(count), (batch, 1, 1))  # [B, tokens now, tokens at first]: which are in which
+    holds: FloatArray = np.tile(np.eye(count), (batch, 1, 1))
     sizes: FloatArray = np.ones((batch, count))
     for step in steps:
         arrays = [decided[name] for name in step.names]
         matrix, sizes = step.method.matrix(step.setting, arrays, sizes)
-        members = holds / np.maximum(holds.sum(2, keepdims=True), 1)  # a token as the average of its equal copies
-        after = (matrix > 0).astype(float) @ holds > 0
-        holds = after.astype(float)
-        feeds[f"{step.prefix}_become"] = (holds.transpose(0, 2, 1) @ (matrix @ members)).astype(np.float32)
+        averaged = holds / np.maximum(holds.sum(2, keepdims=True), 1)  # a token as the average of its equal copies
+        holds = ((matrix > 0).astype(float) @ holds > 0).astype(float)
+        yield holds.transpose(0, 2, 1) @ (matrix @ averaged), holds, sizes
+
+
+def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """The inputs that ``inplace_model`` adds, from the decisions of one batch."""
+    feeds: dict[str, AnyArray] = {}
+    for step, (become, holds, sizes) in zip(steps, walked(steps, decided), strict=True):
+        feeds[f"{step.prefix}_become"] = become.astype(np.float32)
         copies = np.maximum(holds.sum(2), 1)
         feeds[f"{step.prefix}_count"] = np.einsum("bij,bi->bj", holds, sizes / copies)[..., None].astype(np.float32)
     return feeds

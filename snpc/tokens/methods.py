@@ -17,6 +17,8 @@ from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
+ONLINE = 0.4  # weight of a block's own scores where they are fused with what was measured before
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -50,12 +52,14 @@ class Decision:
 
 class Method(Protocol):
     """``scored``: it needs the attention weights of the block; ``weighs``: what comes out stands for several tokens;
-    ``selects``: every token that comes out is one that went in."""
+    ``selects``: every token that comes out is one that went in; ``offline``: it needs what was measured of every
+    position before (``runtime.relevance``)."""
 
     name: ClassVar[str]
     scored: ClassVar[bool]
     weighs: ClassVar[bool]
     selects: ClassVar[bool]
+    offline: ClassVar[bool]
 
     def most(self, others: int) -> int:
         """How many of so many tokens can go at once."""
@@ -85,6 +89,16 @@ def best(writer: Writer, setting: Setting, scores: ir.Value, keep: int) -> ir.Va
     return writer.op(ADD, found, writer.ints(setting.leading))
 
 
+def fused_scores(writer: Writer, scores: ir.Value, offline: ir.Value, weight: float = ONLINE) -> ir.Value:
+    """[B, N]: the logarithm of the shares s that minimise w KL(s | a) + (1 - w) KL(s | b), where a and b are ``scores``
+    and ``offline`` scores as shares: s is proportional to a^w b^(1 - w). Only its order counts."""
+    parts = [
+        writer.op(MUL, writer.op(LOG, value), writer.constant(np.asarray([share], np.float32)))
+        for value, share in ((scores, weight), (offline, 1 - weight))
+    ]
+    return writer.op(ADD, *parts)
+
+
 def picked(writer: Writer, setting: Setting, value: ir.Value, index: ir.Value) -> ir.Value:
     return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.pick(value, index))
 
@@ -105,6 +119,7 @@ class TopK:
     scored: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
     selects: ClassVar[bool] = True
+    offline: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others - 1
@@ -129,6 +144,15 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Star(TopK):
+    """As topk, by the class token's attention within the block fused with the relevance that each position of the
+    picture has for the outputs across the blocks behind (STAR, ICLR 2024)."""
+
+    name: ClassVar[str] = "star"
+    offline: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Fuse:
     """As topk; the dropped tokens leave their average, weighted by the same attention (EViT, arXiv 2202.07800)."""
 
@@ -136,6 +160,7 @@ class Fuse:
     scored: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
     selects: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others - 1
@@ -183,6 +208,7 @@ class Merge:
     scored: ClassVar[bool] = False
     weighs: ClassVar[bool] = True
     selects: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others // 2
@@ -267,4 +293,4 @@ class Guided(Merge):
         return writer.op(SUB, near, writer.op(MUL, own, scale))
 
 
-__all__ = ["Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Tokens", "TopK"]
+__all__ = ["Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Star", "Tokens", "TopK"]

@@ -13,10 +13,11 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analysed, cost_of
 from snpc.passes.shapes import best_binding, evaluate
-from snpc.tokens import method
+from snpc.tokens import METHODS, method
 from snpc.tokens.methods import Method, Setting
 from snpc.tokens.rewrite import Step, close_tokens, open_tokens, stream_dtype
 
+Offline = Mapping[int, Sequence[float]]
 SPELLING = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
 
 
@@ -53,19 +54,27 @@ class Reduction:
                     "method": s.method.name,
                     "tokens": s.setting.count,
                     "after": s.left,
+                    **({"offline": list(s.offline)} if s.offline else {}),
                 }
                 for s in self.steps
             ],
         }
 
 
-def reduce_tokens(analysis: Analysis, text: str) -> Analysis:
+def reduce_tokens(analysis: Analysis, text: str, offline: Offline | None = None) -> Analysis:
     """The analysis of the model with fewer tokens, by a specification such as ``topk:0.7@3,6,9``.
 
+    ``offline``: scores of positions by block, for methods that need them (``runtime.relevance.token_relevance``).
     A share is kept, a whole number goes; blocks count from 1; without ``@`` it is every block where it is possible.
     Raises UserError where it cannot be done, saying why. An analysis comes back unchanged where no token goes.
     """
-    return with_steps(analysis, parse_steps(analysis, text))
+    return with_steps(analysis, parse_steps(analysis, text, offline or {}))
+
+
+def needs_offline(text: str) -> bool:
+    """Does the specification name a method that takes scores measured before? Of what is no method: no."""
+    named = (part.partition(":")[0].strip() for part in text.split("+"))
+    return any(METHODS[name].offline for name in named if name in METHODS)
 
 
 def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
@@ -96,7 +105,7 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def parse_steps(analysis: Analysis, text: str) -> list[Step]:
+def parse_steps(analysis: Analysis, text: str, offline: Offline) -> list[Step]:
     wanted: dict[int, tuple[Method, Amount]] = {}
     for part in text.split("+"):
         found = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
@@ -108,7 +117,7 @@ def parse_steps(analysis: Analysis, text: str) -> list[Step]:
             if block in wanted:
                 raise UserError(f"--tokens {text!r}: block {block} is named twice; keep one")
             wanted[block] = (made, much)
-    return steps_for(analysis, wanted)
+    return steps_for(analysis, wanted, offline)
 
 
 @dataclass(frozen=True)
@@ -170,8 +179,11 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
         raise UserError(f"--tokens: tokens are summed behind block {block}, so merged ones would count less; use topk")
 
 
-def steps_for(analysis: Analysis, wanted: Mapping[int, tuple[Method, Amount]]) -> list[Step]:
-    """Steps at these blocks; those at which no token goes are left out."""
+def steps_for(analysis: Analysis, wanted: Mapping[int, tuple[Method, Amount]], offline: Offline) -> list[Step]:
+    """Steps at these blocks; those at which no token goes are left out.
+
+    Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
+    """
     steps: list[Step] = []
     count = analysis.tokens.points[0].count
     for point in analysis.tokens.points:
@@ -181,6 +193,11 @@ def steps_for(analysis: Analysis, wanted: Mapping[int, tuple[Method, Amount]]) -
         others = count - point.leading
         gone = min(much.going(others), made.most(others))
         if gone > 0:
-            steps.append(Step(point, made, Setting(count, point.leading, gone)))
+            if made.offline and any(not s.method.selects for s in steps):
+                raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
+            if made.offline and len(offline.get(point.block, ())) != point.count:
+                raise UserError(f"--tokens: {made.name} needs the relevance of every position: give --calib")
+            scores = tuple(offline[point.block]) if made.offline else ()
+            steps.append(Step(point, made, Setting(count, point.leading, gone), scores))
             count -= gone
     return steps

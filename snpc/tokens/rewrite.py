@@ -10,28 +10,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
 from snpc.ops.attention import form
 from snpc.ops.spec import Cut
-from snpc.ops.writing import ADD, DIV, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
+from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
 from snpc.passes.flow import Weighing
 from snpc.passes.repair import Repairs
 from snpc.passes.shapes import Facts, learn, opset, start
 from snpc.passes.tokens import TokenPoint
-from snpc.tokens.methods import Decision, Method, Setting, Tokens
+from snpc.tokens.methods import Decision, Method, Setting, Tokens, fused_scores
 from snpc.tokens.writer import Writer
+
+LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
 
 
 @dataclass(frozen=True)
 class Step:
-    """``gone`` tokens fewer behind a block, by a method."""
+    """``gone`` tokens fewer behind a block, by a method. ``offline``: a score for each position of the full stream,
+    where the method needs one."""
 
     point: TokenPoint
     method: Method
     setting: Setting
+    offline: tuple[float, ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -269,10 +274,13 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
     """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     nodes = {str(node.name): node for node in model.graph}
-    for step in steps:
+    origin: ir.Value | None = None
+    for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
         writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
         scores = class_scores(writer, step, values, nodes) if step.method.scored else None
+        if scores is not None and step.offline:
+            scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
         stream = values[step.point.value]
         if dtype != ir.DataType.FLOAT:
             stream = writer.cast(stream, ir.DataType.FLOAT)
@@ -283,7 +291,27 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
             model.graph.inputs.remove(given)
             given.name = f"{name}__open"
             made.name = name
+        if any(later.offline for later in steps[number + 1 :]):
+            origin = origins(writer, step, decided[0], origin)
     model.graph.sort()
+
+
+def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
+    """[B or 1, N]: the scores of the positions that the tokens had at first."""
+    table = np.asarray(step.offline, np.float32)
+    table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
+    if origin is None:
+        return writer.constant(table[None])
+    return writer.op(GATHER, writer.constant(table), origin, axis=0)
+
+
+def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None) -> ir.Value:
+    """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
+    it had (None: all)."""
+    front = writer.ints(*range(step.setting.leading))
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(step.setting.leading))
+    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.setting.leading else keep
+    return writer.pick(before, kept) if before is not None else kept
 
 
 def class_scores(writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]) -> ir.Value:
