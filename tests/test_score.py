@@ -19,7 +19,7 @@ from test_cli import CALIB, VIT
 import snpc
 from snpc.runtime.layout import layout_of
 from snpc.runtime.measure import Wanted, measure, wanted_statistics
-from snpc.runtime.score import numbers_of
+from snpc.runtime.numbers import numbers_of
 from snpc.types import Group, Probe
 
 Array = npt.NDArray[Any]

@@ -46,7 +46,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SnpcError as error:
-            click.echo(f"snpc: {error}", err=True)
+            click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
             sys.exit(1 if isinstance(error, CheckFailed) else 2)
 
 

@@ -29,6 +29,7 @@ Kind = Literal[
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
+MISFIT = "the shapes of its operands do not fit each other"
 Effect = Literal["add", "scale", "same", "nonlinear"]
 
 

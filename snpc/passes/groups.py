@@ -224,19 +224,22 @@ class Usage:
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: Facts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
-        self.axes_of: dict[int, list[Axis]] = defaultdict(list)
-        for axis in trace.book.axes:
-            for unit in np.unique(units.unit[axis.first : axis.first + axis.size]):
-                self.axes_of[int(unit)].append(axis)
-        self.users: dict[int, list[tuple[Contraction, Carried, str, int]]] = defaultdict(list)
+        self.axes = [(a, np.unique(units.unit[a.first : a.first + a.size])) for a in trace.book.axes]
+        self.users: list[tuple[tuple[Contraction, Carried, str, int], Ints]] = []
         for contraction in trace.contractions:
             for side, letters in (
                 (contraction.left, contraction.letters.left),
                 (contraction.right, contraction.letters.right),
             ):
                 for index, labels in enumerate(side.factors):
-                    for unit in np.unique(units.unit[labels[labels >= 0]]):
-                        self.users[int(unit)].append((contraction, side, letters, index))
+                    mine = np.unique(units.unit[labels[labels >= 0]])
+                    self.users.append(((contraction, side, letters, index), mine))
+
+    def among(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
+        """[units]: whether a unit is one of ``numbers``."""
+        found = np.zeros(self.trace.book.count, bool)
+        found[np.fromiter(numbers, np.int64, len(numbers))] = True
+        return found
 
     def covered(self, draft: Draft, made: list[Draft]) -> dict[int, int]:
         """unit -> index within the group; the units of a head's blocks count as that head."""
@@ -257,8 +260,8 @@ class Usage:
         return np.where(labels >= 0, table[self.units.unit[labels]], -1)
 
     def own_axes(self, numbers: Mapping[int, int]) -> list[Axis]:
-        found = {(a.constant, a.axis): a for unit in numbers for a in self.axes_of.get(unit, ())}
-        return sorted(found.values(), key=lambda a: a.first)
+        wanted = self.among(numbers)
+        return [axis for axis, units in self.axes if wanted[units].any()]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
         made = []
@@ -276,11 +279,8 @@ class Usage:
         return tuple(made)
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, Carried, str, int]]:
-        seen: dict[tuple[int, int, int], tuple[Contraction, Carried, str, int]] = {}
-        for unit in numbers:
-            for entry in self.users.get(unit, ()):
-                seen[id(entry[0]), id(entry[1]), entry[3]] = entry
-        return list(seen.values())
+        wanted = self.among(numbers)
+        return [use for use, units in self.users if wanted[units].any()]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         paths = []
@@ -317,7 +317,7 @@ class Usage:
         found: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
-            if side.constant:
+            if side.constant and not side.projected:
                 continue
             labels = side.factors[index]
             summed = {c for c in letters if c not in contraction.letters.out}

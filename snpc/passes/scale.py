@@ -151,7 +151,7 @@ def scalars_around(node: ir.Node, facts: Facts) -> Iterator[Scalar]:
     for index in lookup(node.domain, node.op_type).operands:
         value = node.inputs[index]
         seen = 0
-        while value is not None and value.producer() is not None and seen < 64:
+        while value is not None and value.producer() is not None and not value.is_graph_output() and seen < 64:
             producer = value.producer()
             assert producer is not None
             scalar, value = upstream(producer, facts)
@@ -161,7 +161,7 @@ def scalars_around(node: ir.Node, facts: Facts) -> Iterator[Scalar]:
     value = node.outputs[0]
     for _ in range(64):
         users = [u for u in (value.consumers() if value is not None else ()) if not is_shape(u)]
-        if len(users) != 1:
+        if len(users) != 1 or (value is not None and value.is_graph_output()):
             return
         scalar, follows = scalar_of(users[0], facts)
         if scalar is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.contraction import letters_of
 from snpc.ops.movement import compress, concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
@@ -101,13 +102,18 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
         v is None or v in facts.value or (c is not None and c.constant)
         for v, c in zip(node.inputs, inputs, strict=True)
     )
+    projected = constant and (
+        here.spec.kind in ("contraction", "attention") or any(c is not None and c.projected for c in inputs)
+    )
     for index, value in enumerate(node.outputs):
         shape = facts.shape.get(value)
         if shape is None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable))
+        trace.values[value] = Carried(
+            str(value.name), shape, usable, constant, because(here, inputs, usable), projected
+        )
 
 
 def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:
@@ -183,9 +189,13 @@ def concat(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
             continue
         for carried, fs in zip(parts, mine, strict=True):
             if not fs and all(carried.shape[k] > 1 for k in pattern):
+                finer = [f for f in carried.factors if varying(f) - {axis} > pattern and axis not in varying(f)]
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
-                        here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
+                        for fine in finer:
+                            here.trace.book.cover(labels, fine, "meet")
+                        if not finer:
+                            here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
             for labels in fs:
                 if pattern in across:
                     here.trace.book.join(across[pattern], labels)
@@ -310,7 +320,7 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     if left is None or right is None:
         return here.refuse(inputs, "a product of other than two tensors")
     try:
-        letters = spec.letters(here.call)
+        letters = letters_of(spec, here.call)
     except Blocked as block:
         return here.refuse(inputs, block.reason)
     for weight, term in ((left, letters.left), (right, letters.right)):
@@ -325,7 +335,10 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         factors = contract(here, left, right, letters)
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
-        factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        try:
+            factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        except Blocked as block:
+            return here.refuse(inputs, block.reason)
     if spec.curved:
         for labels in factors:
             here.trace.book.flag(labels, Flag.CURVED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ Shape = tuple[int, ...]
 
 DEFAULT_SIZE = 16  # of a dynamic axis nothing is said about
 DEFAULT_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
+
+LARGEST = 1 << 32  # bytes of one random input, as float64
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -214,6 +217,10 @@ def _is_past(spec: TensorSpec) -> bool:
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
     # By name, since numpy calls bfloat16, float8 and int4 all "void" (they are ml_dtypes').
     kind = spec.dtype.name
+    if any(n < 0 for n in shape):
+        raise UserError(f"input {spec.name!r} would be {list(shape)}: no array has that shape; export the model again")
+    if math.prod(shape) * 8 > LARGEST:
+        raise UserError(f"input {spec.name!r} would be {list(shape)}: too large for random values; give data for it")
     if kind == "bool" or ("mask" in spec.name.lower() and ("int" in kind or "float" in kind)):
         return np.ones(shape, spec.dtype)
     if "float" in kind:

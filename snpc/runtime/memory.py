@@ -27,20 +27,26 @@ def parse_bytes(text: str) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: what the system calls available, or what is left of its control group."""
-    found = []
+    """Bytes that can be had without swapping: the machine's, or what is left to this process's container."""
+    found = [n for n in (machine_free(), container_free()) if n is not None]
+    return max(min(found, default=UNKNOWN), 0)
+
+
+def machine_free() -> int | None:
     try:
-        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or found
-    except (OSError, ValueError, AttributeError):
-        found = found or [UNKNOWN]
+        told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        return told[0] if told else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):  # another system
+        return None
+
+
+def container_free(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     try:
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # there is no limit, or it is not told
-    return max(min(found), 0)
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return most - used
+    except (OSError, ValueError):  # no such limit ("max"), or another system
+        return None
 
 
 def memory_budget(limit: int | None) -> int:

@@ -22,6 +22,7 @@ from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, fit, settled
@@ -29,6 +30,7 @@ from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, lo
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.statistics import Statistics
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
@@ -258,12 +260,19 @@ def verify_written(
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path)
     tolerance = tolerance_of(analysis.model)
+    large = too_large_to_run(analysis.model) if provider == "cpu" else ""
+    if large:
+        said = f"outputs were not compared: {large}; compare them on a larger machine with `snpc verify`"
+        return Verdict((*structure, said), (), (), "nothing", tolerance)
     batches, compared = check_batches(analysis, calibration)
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
-    except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
+    except NotLoaded as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
+    except UserError as error:  # it loads: then nothing is written that was not compared
+        advice = "" if calibration is not None else "; give --calib DATA that it runs on"
+        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     same, moved = compare_models(dense, path, rewritten, batches, provider)
     return Verdict(structure, same, moved, compared, tolerance)
 

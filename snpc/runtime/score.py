@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Collection, Iterable, Sequence
 
 from snpc.criteria import Criterion, make_criterion, needs_data
 from snpc.errors import UserError
@@ -13,8 +11,9 @@ from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.measure import wanted_statistics
 from snpc.runtime.moments import KINDS
+from snpc.runtime.numbers import numbers_of
 from snpc.runtime.statistics import Progress, Statistics, check_model, measure_statistics
-from snpc.types import FloatArray, Group, Numbers, Role
+from snpc.types import Group, Role
 
 
 def score(
@@ -84,74 +83,3 @@ def scores_of(
 def is_closed(names: Iterable[str]) -> bool:
     """Are these statistics for a closed form, and not for a criterion?"""
     return any(name.partition(":")[0] in KINDS for name in names)
-
-
-# -- weights as rows per unit ----------------------------------------------------------------------------------------
-
-
-def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
-    produce, consume = head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group)
-    return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
-
-
-def own_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """weight name -> [blocks * size, fan] for what makes the units, and for what reads them."""
-    produce: dict[str, FloatArray] = {}
-    consume: dict[str, FloatArray] = {}
-    for site in group.sites:
-        if site.kind in ("produce", "consume"):
-            target = produce if site.kind == "produce" else consume
-            for k, rows in enumerate(unit_rows(analysis, site.tensor, site.axis, np.asarray(site.units), group)):
-                target[site.tensor if not k else f"{site.tensor}#{k}"] = rows
-    return produce, consume
-
-
-def unit_rows(
-    analysis: Analysis, tensor: str, axis: int, units: np.ndarray[tuple[int], np.dtype[np.int64]], group: Group
-) -> list[FloatArray]:
-    """[units, fan] arrays. A packed weight holds a unit several times (its Q and its K column): one array each."""
-    value = analysis.traced.model.graph.initializers[tensor].const_value
-    assert value is not None
-    rows = np.moveaxis(value.numpy(), axis, 0)
-    rows = rows.reshape(len(rows), -1)
-    count = group.blocks * group.size
-    place = np.flatnonzero(units >= 0)
-    place = place[np.argsort(units[place], kind="stable")]
-    owner = units[place]
-    turn = np.arange(len(owner)) - np.searchsorted(owner, owner)  # the how-many-eth row of its unit
-    found = []
-    for k in range(int(turn.max(initial=-1)) + 1):
-        picked = np.zeros((count, rows.shape[1]))
-        picked[owner[turn == k]] = rows[place[turn == k]]
-        found.append(picked)
-    return found
-
-
-def head_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """The rows of a head's Q/K and V units, flattened per head; keys are prefixed "qk:" or "vo:"."""
-    produce: dict[str, FloatArray] = {}
-    consume: dict[str, FloatArray] = {}
-    for child in analysis.groups:
-        heads = blocks_to_heads(group, child) if child.role in ("qk", "vo") else None
-        if heads is None:
-            continue
-        makes, reads = own_rows(analysis, child)
-        for rows, target in ((makes, produce), (reads, consume)):
-            for name, array in rows.items():
-                flat = array.reshape(child.blocks, -1)
-                ordered = np.zeros((group.size, flat.shape[1]))
-                ordered[heads] = flat
-                target[f"{child.role}:{name}"] = ordered
-    return produce, consume
-
-
-def blocks_to_heads(group: Group, child: Group) -> np.ndarray[tuple[int], np.dtype[np.int64]] | None:
-    """For each block of ``child`` the head that covers it; None where it is not this group's child."""
-    mine = {(s.tensor, s.axis): s.units for s in group.sites}
-    heads = np.full(child.blocks, -1, np.int64)
-    for site in child.sites:
-        units = mine.get((site.tensor, site.axis))
-        if units is not None:
-            both = (site.units >= 0) & (units >= 0)
-            heads[site.units[both] // child.size] = units[both]
-    return heads if (heads >= 0).all() else None

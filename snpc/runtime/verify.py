@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx import shape_inference
 
-from snpc.errors import CheckFailed
+from snpc.errors import CheckFailed, UserError
 from snpc.passes.mask import mask_model
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.feeds import Feeds
@@ -73,7 +73,7 @@ def complaint_of(path: Path) -> str | None:
         model.graph.initializer.remove(tensor)
     try:
         onnx.checker.check_model(model)
-        shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:  # onnx raises ValidationError, InferenceError, RuntimeError: each means "not accepted"
         return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return None
@@ -163,7 +163,10 @@ def compare_models(
     Sliced against masked: the written model, and the original at its full size with the removed units silenced (for
     refitted weights: with those). Empty where ``rewritten`` is None.
     """
-    narrow = outputs_of(pruned, batches, provider)
+    try:
+        narrow = outputs_of(pruned, batches, provider)
+    except UserError as error:  # the original ran
+        raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     moved = pooled([compare(a, b) for a, b in zip(dense, narrow, strict=True)])
     if rewritten is None:
         return (), moved
