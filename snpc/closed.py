@@ -85,8 +85,8 @@ def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -
     """The best rank-r value/output pair for the data, for every r at once.
 
     ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection.
-    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input), ``balanced``, C having been
-    given ``ridge``. ``loss`` is the error without.
+    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input), ``balanced``, C
+    having been given ``ridge``. ``loss`` is the error without.
     """
     c_root, c_inverse = root(damped(context, ridge))
     left, singular, _ = np.linalg.svd(c_root @ weight, full_matrices=False)

@@ -74,6 +74,13 @@ def shared(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[
     return _with_plan(data, plan), weights
 
 
+def singly(data: Calibration) -> Calibration:
+    """As they are stored, one sample per batch, or as few as the model takes."""
+    if data.whole:
+        return data
+    return _with_plan(data, planned(_lines(data), data.axes.size or 1))
+
+
 def from_batch(data: Calibration, first: int) -> Calibration:
     """Without the first ``first`` batches."""
     return replace(data, plan=data.plan[first:])
