@@ -94,6 +94,17 @@ def test_shuffling_is_a_permutation_that_the_seed_decides() -> None:
     assert fed(from_batch(mixed, 2)) == fed(mixed)[2:]
 
 
+def test_the_order_has_nothing_to_do_with_which_samples_are_taken() -> None:
+    """With one seed for both: calibrated samples must not come first, nor be those that are held out."""
+    spec = snpc.types.TensorSpec("x", np.dtype(np.float32), ("n", 1))
+    taken = snpc.load_calibration(parts([1] * 40), (spec,), samples=20, batch=4, seed=0)
+    mine = set(flat(fed(taken)))
+    whole = numbered([1] * 40)
+    first = flat(fed(shuffled(whole, (0, 0), 4)))[:20]
+    _, held = split(whole, 20, seed=0)
+    assert 0 < len(mine & set(first)) < 20 and 0 < len(mine & set(flat(fed(held)))) < 20
+
+
 def test_holding_out_splits_the_data() -> None:
     kept, held = split(numbered([5, 1, 9, 4]), 6, seed=3)
     assert kept.samples == 13 and held.samples == 6

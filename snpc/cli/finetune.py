@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, as_json, model_argument, picturing
-from snpc.cli.requests import analysed, calibration_of, check_targets
+from snpc.cli.requests import analysed, calibration_of, check_targets, write_text
 from snpc.errors import UserError
 
 
@@ -59,6 +60,14 @@ def bridge() -> Any:
 )
 @click.option("--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 on GPUs that have it.")
+@click.option(
+    "--learn-masks",
+    "masks",
+    type=click.Choice(["vib", "psp", "apma"]),
+    help="Train a factor on every unit of PRUNED (the teacher itself) and cut what they close; needs --target.",
+)
+@click.option("--target", metavar="macs=R", help="With --learn-masks: the share of the MACs to come down to.")
+@click.option("--plan", "plan_path", type=FILE, help="With --learn-masks: also write the plan here.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides the order of the data.")
 @click.option("--checkpoint", type=FILE, metavar="DIR", help="Save the state of the run here as it goes.")
 @click.option("--checkpoint-every", default=50, show_default=True, type=int, metavar="STEPS", help="How often.")
@@ -75,6 +84,9 @@ def finetune(
     checkpoint_every: int,
     resume: bool,
     json_path: Path | None,
+    masks: str | None,
+    target: str | None,
+    plan_path: Path | None,
     **flags: Any,
 ) -> None:
     """Train PRUNED towards what the dense model says, and write it under the same names.
@@ -84,24 +96,64 @@ def finetune(
     torch = bridge()
     from snpc.runtime.model_io import data_file, model_files
 
-    target = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
+    written = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
     reading = ("calib", "calib_samples", "image_size", "image_mean", "image_std", "image_layout")
     calib = {name: flags.pop(name) for name in reading}
-    training = torch.Training(**{k: v for k, v in flags.items() if v not in (None, ())}, seed=seed)
+    given = {k: v for k, v in flags.items() if v not in (None, ())}
+    training = torch.Training(**given, seed=seed)
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
-    check_targets([target, data_file(target), json_path], *model_files(pruned), *model_files(teacher), calib["calib"])
-    data = calibration_of(analysed(teacher), **calib, calib_batch=training.batch, seed=seed)
+    check_targets(
+        [written, data_file(written), json_path, plan_path], *model_files(pruned), *model_files(teacher), calib["calib"]
+    )
+    analysis = analysed(teacher)
+    data = calibration_of(analysis, **calib, calib_batch=training.batch, seed=seed)
+    if masks is not None:
+        if pruned.resolve() != teacher.resolve() or (labels, checkpoint) != (None, None):
+            raise UserError(
+                "--learn-masks cuts the dense model: give it as --teacher too, and no labels or checkpoints"
+            )
+        if "lr" not in given:
+            training = replace(training, lr=torch.RATE)
+        learn_and_cut(analysis, data, masks, target, training, written, plan_path, json_path)
+        return
+    if target is not None or plan_path is not None:
+        raise UserError("--target and --plan are for --learn-masks: cut with `snpc prune`, then finetune")
     saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
     with show.training() as report:
         result = torch.finetune(
-            pruned, teacher, data, target, training=training, labels=labels, saved=saved, report=report
+            pruned, teacher, data, written, training=training, labels=labels, saved=saved, report=report
         )
     if result is None:
         return  # one of several processes, and not the one that writes
     show.emit_json(torch.report(result), json_path)
     if str(json_path) != "-":
         show.tuned(result)
+
+
+def learn_and_cut(
+    analysis: Any,
+    data: Any,
+    masks: str,
+    target: str | None,
+    training: Any,
+    written: Path,
+    plan_path: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Masks, a plan by them, and the model that it makes, as `snpc prune` writes and shows it."""
+    import snpc
+
+    with show.training() as report:
+        learned = bridge().learn_masks(
+            analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, report=report
+        )
+    if plan_path is not None:
+        write_text(plan_path, snpc.plan_to_json(learned.plan))
+    result = snpc.apply_plan(learned.plan, written, calibration=data)
+    show.emit_json(snpc.report(result), json_path)
+    if str(json_path) != "-":
+        show.result(result)
 
 
 @click.command("export-torch")

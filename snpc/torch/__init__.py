@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 
 from snpc.runtime.model_io import load as load_model
+from snpc.torch.learn import RATE, Learned, learn_masks
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
@@ -25,8 +26,10 @@ from snpc.torch.tune import Saved, Tuned, finetune, report
 from snpc.torch.write import save
 
 __all__ = [
+    "RATE",
     "Batch",
     "GraphModule",
+    "Learned",
     "Progress",
     "Saved",
     "Trained",
@@ -34,6 +37,7 @@ __all__ = [
     "Tuned",
     "export_tensors",
     "finetune",
+    "learn_masks",
     "load",
     "report",
     "save",
