@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.ops.pointwise import SUMMED
-from snpc.ops.spec import Labels, Letters
+from snpc.ops.spec import SUMMED, Labels, Letters
 from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
 from snpc.passes.labels import Flag, varying
 from snpc.passes.meet import meet, pin_half_labelled
@@ -152,22 +151,3 @@ def spread_letters(labels: Labels, letters: str, out: str) -> Labels:
     order = [letters.index(c) for c in out if c in letters]
     moved = labels.transpose(order)
     return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])
-
-
-def depthwise(here: Here, data: Carried, weight: Carried) -> Factors | None:
-    """One filter per channel: the weight's first axis follows the data's channels."""
-    groups = int(here.call.attrs.get("group", 1))
-    if data.shape[1] != groups or weight.shape[0] != groups or not weight.constant:
-        return None
-    rank = len(data.shape)
-    channel = (1, groups) + (1,) * (rank - 2)
-    per_channel = tuple(f.reshape(channel) for f in weight.factors if varying(f) == {0})
-    for labels in data.factors:
-        spatial = varying(labels) - {0, 1}
-        if spatial:
-            here.pin(data, labels, "it is seen through a window", min(spatial))
-    kept = tuple(f for f in data.factors if not varying(f) - {0, 1})
-    factors = meet(here, [Carried(data.name, data.shape, kept), Carried(weight.name, channel, per_channel, True)])
-    for labels in factors:
-        here.trace.book.flag(labels, Flag.CURVED)
-    return factors

@@ -19,7 +19,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import form
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, packing
-from snpc.passes.shapes import Facts, attributes
+from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Carried, Contraction, Trace
 
 Vector = npt.NDArray[np.float64]
@@ -105,7 +105,7 @@ def score_widths(contraction: Contraction, dead: Dead) -> tuple[int, int] | None
 def query_index(contraction: Contraction) -> int:
     node = contraction.node
     spec = lookup(node.domain, node.op_type)
-    return form(node.domain, node.op_type).query if spec.kind == "attention" else spec.operands[0]
+    return 0 if spec.kind == "attention" else spec.operands[0]
 
 
 def operand(contraction: Contraction) -> ir.Value:
@@ -129,7 +129,7 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
         given = attributes(node).get("scale")
-        if form(node.domain, node.op_type).packed_weight is not None:  # Q is made inside: there is nothing to fold into
+        if form(facts.call(node, opset(model, node.domain)), node.domain).packed:  # Q has no input of its own
             plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
             return 1.0
         if given is None or float(given) == 0.0:
@@ -230,7 +230,7 @@ def walk(fold: Fold, value: ir.Value, wanted: frozenset[int], trace: Trace, fact
         return
     fold.nodes.add(node)
     spec = lookup(node.domain, node.op_type)
-    if spec.kind == "movement" and node.inputs[0] is not None:
+    if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         walk(fold, node.inputs[0], wanted, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:

@@ -202,11 +202,11 @@ def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]
 
 def computable(facts: Facts, node: ir.Node) -> bool:
     """Shape arithmetic: every input's contents are known, and the result is small."""
-    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).kind == "opaque" or subgraphs(node):
+    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).draws or subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
         return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
-    if not node.inputs or node.op_type.startswith("Random"):
+    if not node.inputs:
         return False
     present = [v for v in node.inputs if v is not None]
     if not all(v in facts.value for v in present):

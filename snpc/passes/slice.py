@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops import lookup
-from snpc.ops.attention import Widths, refit
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
@@ -93,9 +92,11 @@ def slice_model(
             changed = spec.reattr(facts.call(old, version), new.call(node, version))
             if set_attributes(node, changed):
                 learn(new, node, copy, sizes)
-        if spec.kind == "attention" and (old, "query") in trace.extra:
-            widths = fused_widths(trace, old, dead)
-            if set_attributes(node, refit(facts.call(old, version), node.domain, widths)):
+        if spec.refit is not None and (parts := parts_after(trace, old, dead)):
+            inputs = {
+                k: found.new for k, v in enumerate(old.inputs) if v and (found := expected_output(trace, v, dead))
+            }
+            if set_attributes(node, spec.refit(facts.call(old, version), node.domain, parts, inputs)):
                 learn(new, node, copy, sizes)
         expected = [expected_output(trace, v, dead) for v in old.outputs]
         step = Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
@@ -109,11 +110,9 @@ def slice_model(
     return Sliced(copy, new, dead)
 
 
-def fused_widths(trace: Trace, node: ir.Node, dead: Dead) -> Widths:
-    """Heads and widths that a fused attention has after the cut."""
-    shapes = [trace.extra[node, part] for part in ("query", "key", "value")]
-    query, _, value = (packing(c.shape, c.factors, dead).new for c in shapes)
-    return Widths(query[1], query[1] * shapes[1].shape[1] // shapes[0].shape[1], query[3], value[3])
+def parts_after(trace: Trace, node: ir.Node, dead: Dead) -> dict[str, Shape]:
+    """Shapes, after the cut, of what a node holds inside: [B,H,N,D] by name."""
+    return {name: packing(c.shape, c.factors, dead).new for (at, name), c in trace.extra.items() if at is node}
 
 
 def inputs_of(trace: Trace, node: ir.Node, dead: Dead) -> list[Packing | None]:
