@@ -45,7 +45,7 @@ class AttentionForm:
 FORMS = {
     ("", "Attention"): AttentionForm(scores=3, past=(4, 5)),
     (MICROSOFT, "MultiHeadAttention"): AttentionForm(bias=3, scores=5, past=(6, 7)),
-    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(bias=10, scores=4, past=(5, 6)),
+    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(bias=10, scores=4, past=(5, 6), equal=True),
     (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6),
     (MICROSOFT, "GroupQueryAttention"): AttentionForm(
         packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8
@@ -55,9 +55,13 @@ FORMS = {
 
 
 def form(call: Call, domain: str) -> AttentionForm:
-    """The form of one node: packed columns only where it has no key of its own."""
+    """The form of one node: packed columns only where it has no key of its own; keys and values that are split into
+    heads already must have one shape."""
     found = FORMS[domain, call.op]
-    return replace(found, packed="") if found.packed == "columns" and call.has(found.key) else found
+    if found.packed == "columns" and call.has(found.key):
+        found = replace(found, packed="")
+    split = domain == MICROSOFT and not found.packed and call.has(found.key) and len(call.shape(found.key)) == 4
+    return replace(found, equal=found.equal or split)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Call, Cut, Labels, OpSpec, Repair
-from snpc.types import IntArray
+from snpc.types import AnyArray, IntArray
 
 UNKNOWN = "which entries are read depends on the data"
 
@@ -15,6 +15,11 @@ def indexed_axes(call: Call, indices: int) -> range:
     """Axes of the data that the last axis of ``indices`` addresses, behind the batch axes."""
     batch = int(call.attrs.get("batch_dims", 0))
     return range(batch, batch + call.shape(indices)[-1])
+
+
+def within(indices: AnyArray, sizes: IntArray, axis: int) -> None:
+    if bool(((indices < -sizes) | (indices >= sizes)).any()):
+        raise Blocked(axis, "an index lies outside of it")
 
 
 def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
@@ -28,6 +33,7 @@ def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
     varied = next(k for k in axes if labels.shape[k] > 1)
     if indices is None or batch:
         raise Blocked(varied, UNKNOWN)
+    within(indices, np.asarray(call.shape(0)[: axes.stop]), varied)
     full = np.broadcast_to(labels, (*call.shape(0)[: axes.stop], *trailing))
     return [compress(full[tuple(np.moveaxis(indices, -1, 0))])]
 
@@ -65,6 +71,7 @@ def _gather_elements(call: Call, labels: Labels) -> list[Labels]:
         return [labels]
     if indices is None:
         raise Blocked(varied[0], UNKNOWN if axis in varied else "the tensor of indices has this axis as well")
+    within(indices, np.asarray(call.shape(0)[axis]), axis)
     full = np.broadcast_to(labels, call.shape(0))
     cropped = full[tuple(slice(None) if k == axis else slice(n) for k, n in enumerate(indices.shape))]
     return [compress(np.take_along_axis(cropped, indices, axis))]

@@ -9,7 +9,7 @@ NONLINEAR = (
     "Abs Acos Acosh And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip "
     "Cos Cosh Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN LeakyRelu Less "
     "LessOrEqual Log Max Mean Min Mish Mod Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin "
-    "Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Where Xor"
+    "Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Where Xor"
 )
 
 
@@ -31,5 +31,6 @@ def entries() -> list[OpSpec]:
         *_one("Cast CastLike Dropout", "labels pass", "same"),
         *_one("Neg", "labels pass", "scale"),
         *_one(NONLINEAR, "labels pass; positions that meet are joined", "nonlinear"),
+        OpSpec("Swish", "pointwise", "labels pass; positions that meet are joined", out_shapes=_same_shape),
         *_one("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
     ]

@@ -150,11 +150,11 @@ def normalisations() -> list[OpSpec]:
         OpSpec(
             "GroupNormalization", "normalise", "channels normalised together go together; scale and bias follow",
             axes=_channels, per_axis=(-1, -2), pins="sum", reason=STATISTICS, whole=channel_groups,
-            reattr=_group_attrs,
+            reattr=_group_attrs, out_shapes=_same_shape,
         ),
         OpSpec(
             "MeanVarianceNormalization", "normalise", "the axes it takes statistics over keep their width",
-            axes=_listed, pins="sum", reason=STATISTICS,
+            axes=_listed, pins="sum", reason=STATISTICS, out_shapes=_same_shape,
         ),
         OpSpec(
             "BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_none,

@@ -127,7 +127,7 @@ def head_drafts(
         bundles[tuple(sorted(set(indices)))].append(head)
     made = []
     for children, members in bundles.items():
-        if len(members) < 2 or not any(found[k].role == "vo" for k in children):
+        if len(members) < 2 or not any(found[k].flags & Flag.CARRIED for k in children):
             continue
         torn = [h for h in members if h in set(units.crossed.tolist())]
         notes = unique_notes(pinned, members)

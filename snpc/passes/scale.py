@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.attention import form
+from snpc.ops.attention import AttentionForm, form
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, packing
 from snpc.passes.shapes import Facts, attributes, opset
@@ -129,7 +129,7 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
         given = attributes(node).get("scale")
-        if form(facts.call(node, opset(model, node.domain)), node.domain).packed:  # Q has no input of its own
+        if made_inside(form(facts.call(node, opset(model, node.domain)), node.domain), node):
             plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
             return 1.0
         if given is None or float(given) == 0.0:
@@ -155,6 +155,13 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
         plan.scalars[str(scalar.node.name), scalar.index] = scalar.spelled(new ** (-0.5 * share))
         after *= new ** (-0.5 * share)
     return scale / after
+
+
+def made_inside(shape: AttentionForm, node: ir.Node) -> bool:
+    """Has Q no input of its own, or is a bias added to it inside? Then there is nothing to fold into."""
+    return bool(shape.packed) or (
+        shape.bias is not None and shape.bias < len(node.inputs) and bool(node.inputs[shape.bias])
+    )
 
 
 def is_standard(scale: float, width: int) -> bool:

@@ -257,6 +257,7 @@ def looked_up(here: Here, table: Carried | None, rank: int) -> Carried | None:
     free = []
     for labels in table.factors:
         if varying(labels) == {1}:
+            here.trace.book.flag(labels, Flag.PRODUCED)
             free.append(align(labels, rank))
         else:
             here.pin(table, labels, "which entries are read depends on the data")
