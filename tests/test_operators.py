@@ -435,7 +435,7 @@ class PackedMultiHeadAttention(OpRun):
 
     op_domain = "com.microsoft"
 
-    def _run(self, query, key, value, bias, offsets, lengths, scores=None, num_heads=None, scale=None):  # noqa: E501
+    def _run(self, query, key, value, bias, offsets, lengths, scores=None, num_heads=None, scale=None):
         widths = np.cumsum([query.shape[1], key.shape[1]])
         q, k, v = (x + b for x, b in zip((query, key, value), np.split(bias, widths), strict=True))
         q, k, v = (x.reshape(len(x), num_heads, -1).swapaxes(0, 1) for x in (q, k, v))
