@@ -1,7 +1,7 @@
 """More tiny models exported with the real exporters: one export for each family of architectures.
 
-As ``exports.py``, which says how; here every family has one or two exports, and fewer tests run on them. The weights are
-random, the sizes tiny, the code is that of timm and transformers.
+As ``exports.py``, which says how; here every family has one or two exports, and fewer tests run on them. The weights
+are random, the sizes tiny, the code is that of timm and transformers.
 """
 
 from __future__ import annotations
@@ -58,14 +58,24 @@ def _of_timm(attention: str, module: str, name: str, size: int, **options: Any) 
 @_register("ts17_sdpa", "timm")
 def _build_deit(attention: str) -> Model:
     return _of_timm(
-        attention, "deit", "VisionTransformerDistilled", 32, img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=3
+        attention,
+        "deit",
+        "VisionTransformerDistilled",
+        32,
+        img_size=32,
+        patch_size=8,
+        embed_dim=WIDTH,
+        depth=2,
+        num_heads=3,
     )
 
 
 @_register("ts17", "timm")
 def _build_beit(attention: str) -> Model:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3}
-    return _of_timm(attention, "beit", "Beit", 32, **sizes, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    return _of_timm(
+        attention, "beit", "Beit", 32, **sizes, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+    )
 
 
 @_register("ts17", "timm")
@@ -129,17 +139,9 @@ def _build_efficientformer(attention: str) -> Model:
 @_register("dyn20_sdpa", "timm")
 def _build_pvt(attention: str) -> Model:
     """Keys and values from a strided convolution."""
-    sizes = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "sr_ratios": (4, 2), "mlp_ratios": (2.0, 2.0)}
-    pvt = _timm("timm.models.pvt_v2")
-    del pvt
-    return _of_timm(
-        attention,
-        "pvt_v2",
-        "PyramidVisionTransformerV2",
-        64,
-        **{**sizes, "depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 3)},
-        **{"sr_ratios": (8, 4, 2, 1), "mlp_ratios": (2.0, 2.0, 2.0, 2.0)},
-    )
+    sizes = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 3)}
+    ratios = {"sr_ratios": (8, 4, 2, 1), "mlp_ratios": (2.0, 2.0, 2.0, 2.0)}
+    return _of_timm(attention, "pvt_v2", "PyramidVisionTransformerV2", 64, **sizes, **ratios)
 
 
 @_register("ts17", "timm")
@@ -176,14 +178,6 @@ def _build_mobilevitv2(attention: str) -> Model:
         return _image_model(_timm("timm").create_model("mobilevitv2_050", num_classes=10), 64)
 
 
-@_register("ts17", "timm")
-def _build_regnet(attention: str) -> Model:
-    """Convolutions in groups, with squeeze and excitation."""
-    regnet = _timm("timm.models.regnet")
-    config = regnet.RegNetCfg(depth=4, w0=16, wa=8.0, wm=2.0, group_size=8, se_ratio=0.25)
-    return _image_model(regnet.RegNet(config, num_classes=10), 32)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers: vision and speech
 
@@ -193,7 +187,9 @@ _SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4
 
 def _picture_model(model: nn.Module, size: int, output: str, name: str = "pixel_values") -> Model:
     _randomize(model)
-    return Model(_tensor_output(model, [name], output), _image_inputs(size, name), output, {name: _BATCH, output: _BATCH})
+    return Model(
+        _tensor_output(model, [name], output), _image_inputs(size, name), output, {name: _BATCH, output: _BATCH}
+    )
 
 
 def _vision(attention: str, config: str, model: str, output: str, size: int = 32, **options: Any) -> Model:
@@ -209,7 +205,13 @@ def _build_segformer(attention: str) -> Model:
     sizes = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_attention_heads": [1, 2], "sr_ratios": [4, 2]}
     more = {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "num_labels": 5}
     return _vision(
-        attention, "SegformerConfig", "SegformerForSemanticSegmentation", "logits", **sizes, **more, decoder_hidden_size=24
+        attention,
+        "SegformerConfig",
+        "SegformerForSemanticSegmentation",
+        "logits",
+        **sizes,
+        **more,
+        decoder_hidden_size=24,
     )
 
 
@@ -256,7 +258,7 @@ def _small_resnet(kind: str = "") -> Any:
     return config(**sizes, out_features=["stage2", "stage3", "stage4"] if kind else ["stage4"])
 
 
-@_register("dyn20", "transformers")
+@_register("ts17", "transformers")
 def _build_detr(attention: str) -> Model:
     """Object queries: constants that the exporter folds into the first layer of the decoder."""
     sizes = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
@@ -268,7 +270,7 @@ def _build_detr(attention: str) -> Model:
     )  # fmt: skip
 
 
-@_register("dyn20", "transformers")
+@_register("ts17", "transformers")
 def _build_rtdetr(attention: str) -> Model:
     """Deformable attention, which samples where the data say, behind a hybrid encoder."""
     sizes = {"d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_layers": 2}
@@ -305,7 +307,7 @@ def _build_wav2vec2(attention: str) -> Model:
     return Model(_tensor_output(model, ["input_values"], "logits"), _audio_inputs(200), "logits", axes)
 
 
-@_register("ts17_sdpa", "transformers")
+@_register("dyn20_sdpa", "transformers")
 def _build_whisper(attention: str) -> Model:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -372,14 +374,22 @@ def _build_deberta(attention: str) -> Model:
 @_register("dyn20_sdpa", "transformers")
 def _build_modernbert(attention: str) -> Model:
     """Packed projections, rotary tables for two kinds of layers, a gated MLP with one weight for both halves."""
-    options = {"global_attn_every_n_layers": 2, "local_attention": 4, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    options = {
+        "global_attn_every_n_layers": 2,
+        "local_attention": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+    }
     return _text(attention, "ModernBertConfig", "ModernBertForMaskedLM", **_TEXT_SIZES, **options, sep_token_id=2)
 
 
 def _decoder(attention: str, config: str, model: str, **options: Any) -> Model:
     import transformers
 
-    return _causal_model(getattr(transformers, model)(getattr(transformers, config)(**_rotary_options(attention) | options)))
+    return _causal_model(
+        getattr(transformers, model)(getattr(transformers, config)(**_rotary_options(attention) | options))
+    )
 
 
 @_register("dyn20_sdpa", "transformers")
@@ -407,9 +417,7 @@ def _build_gemma2(attention: str) -> Model:
 @_register("ts17 dyn20_sdpa", "transformers")
 def _build_phi(attention: str) -> Model:
     """Half of each head is rotated."""
-    return _decoder(
-        attention, "PhiConfig", "PhiForCausalLM", num_key_value_heads=4, partial_rotary_factor=0.5, head_dim=None
-    )
+    return _decoder(attention, "PhiConfig", "PhiForCausalLM", num_key_value_heads=4, partial_rotary_factor=0.5)
 
 
 @_register("ts17", "transformers")
@@ -456,12 +464,6 @@ def _build_moe(attention: str) -> Model:
     module = nn.Sequential(nn.Linear(20, WIDTH), Block(), Block(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7))
     axes: Axes = {"x": {0: "batch", 1: "sequence"}, "logits": {0: "batch", 1: "sequence"}}
     return Model(module, inputs, "logits", axes)
-
-
-@_register("ts17", "transformers")
-def _build_mixtral(attention: str) -> Model:
-    """Experts routed token by token."""
-    return _decoder(attention, "MixtralConfig", "MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2)
 
 
 __all__ = ["FAMILIES", "_padding"]

@@ -234,6 +234,24 @@ CASES["trilu_where_cumsum"] = Case(
     {("qk", 1, 8): 1, ("vo", 1, 12): 1},
 )
 
+CASES["tile_by_a_quotient"] = Case(
+    """<ir_version: 10, opset_import: ["": 17]>
+    g (float[B, 5, 16] x) => (float[B, 5, 16] y) <int64[4] heads = {0, 0, 4, 6}, int64 four = {4}, int64[1] zero = {0},
+        int64[3] flat = {-1, 5, 6}, int64[2] ones = {1, 1}, int64[4] apart = {-1, 4, 5, 6}, int64[3] merge = {0, 0, -1},
+        int64[1] one = {1}> {
+        q = MatMul(x, wq)  q4 = Reshape(q, heads)  qt = Transpose <perm = [0, 2, 1, 3]> (q4)  qf = Reshape(qt, flat)
+        k = MatMul(places, wk)  k4 = Reshape(k, heads)
+        kt = Transpose <perm = [0, 2, 1, 3]> (k4)  kf = Reshape(kt, flat)
+        v = MatMul(x, wv)  v4 = Reshape(v, heads)  vt = Transpose <perm = [0, 2, 1, 3]> (v4)  vf = Reshape(vt, flat)
+        sh = Shape(qf)  bh = Slice(sh, zero, one)  b = Div(bh, four)  r = Concat <axis = 0> (b, ones)
+        kr = Tile(kf, r)  kk = Transpose <perm = [0, 2, 1]> (kr)
+        s = MatMul(qf, kk)  p = Softmax(s)  c = MatMul(p, vf)
+        ca = Reshape(c, apart)  ct = Transpose <perm = [0, 2, 1, 3]> (ca)  cm = Reshape(ct, merge)  y = MatMul(cm, wo)
+    }""",
+    {"wq": (16, 24), "wk": (16, 24), "wv": (16, 24), "wo": (24, 16), "places": (1, 5, 16)},
+    {("ffn", 4, 6): 1, ("vo", 4, 6): 1, ("head", 1, 4): 1},
+)
+
 PROJECTED = "q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)"
 
 

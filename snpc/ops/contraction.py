@@ -108,7 +108,7 @@ def _matmul_shape(call: Call) -> list[Shape]:
 
 def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
     """A depthwise convolution has one group per channel, however many stay."""
-    if int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
+    if old.has(0) and new.has(0) and int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
         return {"group": new.shape(0)[1]}
     return {}
 

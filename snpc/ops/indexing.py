@@ -29,7 +29,7 @@ def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
     trailing = labels.shape[axes.stop :]
     if all(labels.shape[k] == 1 for k in axes):
         return [labels.reshape(labels.shape[:batch] + (1,) * (inner - batch) + trailing)]
-    indices = call.value(1)
+    indices = call.stored_value(1)
     varied = next(k for k in axes if labels.shape[k] > 1)
     if indices is None or batch:
         raise Blocked(varied, UNKNOWN)
@@ -39,7 +39,7 @@ def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
 
 
 def _gather_nd_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
-    indices = call.value(1)
+    indices = call.stored_value(1)
     if indices is None:
         raise Blocked(0, UNKNOWN)
     new = np.array(indices)
@@ -63,22 +63,24 @@ def renumbered(indices: IntArray, axis: int, data: Cut) -> IntArray:
 
 
 def _gather_elements(call: Call, labels: Labels) -> list[Labels]:
-    """The index tensor has the output's shape: where labels vary, it would have to be cut as well."""
+    """The index tensor has the output's shape. Where labels vary it must be known, or repeat."""
     axis = int(call.attrs.get("axis", 0)) % labels.ndim
-    indices = call.value(1)
+    indices = call.stored_value(1)
     varied = [k for k in range(labels.ndim) if labels.shape[k] > 1]
     if not varied:
         return [labels]
     if indices is None:
         raise Blocked(varied[0], UNKNOWN if axis in varied else "the tensor of indices has this axis as well")
     within(indices, np.asarray(call.shape(0)[axis]), axis)
+    if axis not in varied:
+        return [labels[tuple(slice(n) for n in indices.shape)]]
     full = np.broadcast_to(labels, call.shape(0))
     cropped = full[tuple(slice(None) if k == axis else slice(n) for k, n in enumerate(indices.shape))]
     return [compress(np.take_along_axis(cropped, indices, axis))]
 
 
 def _gather_elements_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
-    indices = call.value(1)
+    indices = call.stored_value(1)
     axis = int(call.attrs.get("axis", 0)) % len(data.old)
     if indices is None:
         raise Blocked(axis, UNKNOWN)

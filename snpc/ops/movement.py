@@ -236,6 +236,10 @@ def _tile(call: Call, labels: Labels) -> list[Labels]:
     return [compress(np.tile(labels, [int(r) if n > 1 else 1 for r, n in zip(repeats, labels.shape, strict=True)]))]
 
 
+def _tile_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+    return Repair(inputs={1: np.asarray(outs[0].new, np.int64) // np.maximum(np.asarray(data.new, np.int64), 1)})
+
+
 def _blocks(call: Call, labels: Labels) -> list[Labels]:
     """DepthToSpace, SpaceToDepth: positions of the channel and spatial axes mix; run it on the full array."""
     from onnx import helper
@@ -265,8 +269,10 @@ def entries() -> list[OpSpec]:
         entry("Squeeze", "runs on the labels", _reshape),
         entry("Unsqueeze", "runs on the labels", _reshape),
         entry("Transpose", "runs on the labels", _transpose),
-        entry("Expand", "labels repeat; the target shape is recomputed", _expand, _expand_repair),
-        entry("Tile", "labels repeat", _tile),
+        replace(
+            entry("Expand", "labels repeat; the target shape is recomputed", _expand, _expand_repair), expands=True
+        ),
+        entry("Tile", "labels repeat; the repeats are recomputed", _tile, _tile_repair),
         entry("Slice", "runs on the labels; the bounds are recomputed", _slice, _slice_repair),
         entry("Split", "runs on the labels; the sizes are recomputed", _split, _split_repair),
         replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from snpc.ops.attention import MICROSOFT
 from snpc.ops.spec import OpSpec
 
@@ -15,7 +17,7 @@ REASONS = {
     QUANTISED: (
         "DequantizeLinear QuantizeLinear DynamicQuantizeLinear QLinearMatMul QLinearConv MatMulInteger ConvInteger"
     ),
-    SUBGRAPH: "If Loop Scan SequenceMap",
+    SUBGRAPH: "Loop Scan SequenceMap",
     "which positions are read or written depends on the data": (
         "TopK Unique Compress ReverseSequence GridSample RoiAlign NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid "
         "DeformConv NonZero"
@@ -70,6 +72,7 @@ def entries() -> list[OpSpec]:
     made += [OpSpec(name, "opaque", f"pinned: {DRAWN}", reason=DRAWN, draws=True) for name in RANDOM.split()]
     made += [_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL.split()]
     made += [_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING.split()]
+    made.append(replace(_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
     return [*made, _entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview")]
 
 

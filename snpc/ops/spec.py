@@ -56,9 +56,15 @@ class Call:
     shapes: tuple[Shape | None, ...]
     values: tuple[AnyArray | None, ...]
     outs: tuple[Shape, ...]
+    stored: tuple[bool, ...] = ()
+    """Which inputs lie in the file; what is computed may depend on a dynamic axis, though its value is known here."""
 
     def value(self, index: int) -> AnyArray | None:
         return self.values[index] if index < len(self.values) else None
+
+    def stored_value(self, index: int) -> AnyArray | None:
+        """As ``value``, of what is the same at every size of the dynamic axes."""
+        return self.value(index) if index < len(self.stored) and self.stored[index] else None
 
     def shape(self, index: int) -> Shape:
         shape = self.shapes[index]
@@ -136,9 +142,13 @@ class OpSpec:
     """Attributes of a node that splits heads inside: the call before the cut, its domain, the shapes of the parts and
     of the inputs (by index) after it."""
     tables: tuple[int, ...] = ()  # of ``data``: tables of which rows are looked up
+    branches: tuple[str, str] | None = (
+        None  # attributes that hold what is done where the first input is true, and false
+    )
     draws: bool = False  # what comes out differs from run to run
     curved: bool = False
     typed_by: int = 0
     divides: bool = False
     subtracts: bool = False
+    expands: bool = False  # repeats its input to the shape that the second input spells
     selects: bool = False  # drops an axis by reading one position of it

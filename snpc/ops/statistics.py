@@ -128,9 +128,10 @@ def entries() -> list[OpSpec]:
 def normalisations() -> list[OpSpec]:
     norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
     return [
-        OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
-        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, reason=SUMMED),
-        OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, reason="it is compared along"),
+        OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
+        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
+        OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
+            reason="it is compared along"),
         OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
         OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
         OpSpec(

@@ -125,6 +125,7 @@ def join_batches(
             axis = partner_letters.index(letter)
             if partner.shape[axis] > 1 and not any(axis in varying(f) for f in partner.factors):
                 pin_per_batch(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
+                absorbed |= on == {letter} and len(varying(labels)) == 1  # pinned: nothing more to learn from it
         if not absorbed:
             kept.append((mine, labels))
     return tuple(labels for _, labels in kept)

@@ -159,7 +159,7 @@ def attend(here: Here, query: Carried, key: Carried, value: Carried, bias: Carri
     factors = meet(here, parts)
     for labels in factors:
         if 3 in varying(labels):
-            here.pin(scores, labels, SUMMED, 3)
+            here.pin_statistics(scores, labels, frozenset({3}), SUMMED, "sum")
     weights = Carried(f"{here.node.name}.weights", scores_shape, factors)
     context_shape = (*query.shape[:3], value.shape[3])
     for name, carried in (("query", query), ("key", key), ("value", value)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from snpc.cost import contraction_sizes, macs_of
 from snpc.passes.canonicalise import origin
+from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
 from snpc.passes.names import common_path, path_of, unique_names
 from snpc.passes.resolve import Units
@@ -68,14 +69,21 @@ def drafts(trace: Trace, units: Units) -> list[Draft]:
     for unit in made:
         blocked = units.block[unit] >= 0
         bundles[int(signature[unit]), int(unit) in pinned, bool(blocked)].append(int(unit))
+    lying = values_by_unit(trace, units)
     found: list[Draft] = []
     for (_, is_pinned, _), members in bundles.items():
         notes = unique_notes(pinned, members) if is_pinned else ()
         for grid in grids(np.array(members), units.block):
             merged = Flag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
             found.append(Draft(grid, role_of(merged, notes), merged, notes))
+    found = [pinned_where_ragged(trace, units, draft, lying) for draft in found]
     found += head_drafts(found, heads, units, pinned, flags)
     return sorted(found, key=lambda d: (int(d.units.min()), d.role == "head"))
+
+
+def pinned_where_ragged(trace: Trace, units: Units, draft: Draft, lying: Lying) -> Draft:
+    note = cannot_be_cut(trace, units, draft.units, lying) if not draft.pins else None
+    return draft if note is None else replace(draft, pins=(note,))
 
 
 def unique_notes(pinned: Mapping[int, list[PinNote]], members: list[int]) -> tuple[PinNote, ...]:

@@ -25,7 +25,8 @@ def lay_out(here: Here, parts: Sequence[Carried], axis: int) -> Factors:
             along += [row_of(here, parts, mine, axis, pattern)]
             continue
         for carried, fs in zip(parts, mine, strict=True):
-            if not fs and all(carried.shape[k] > 1 for k in pattern):
+            told = fs or any(pattern < varying(f) - {axis} for f in carried.factors)  # by finer labels, joined as well
+            if not told and all(carried.shape[k] > 1 for k in pattern):
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
                         here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")

@@ -15,7 +15,15 @@ from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units, resolve
 from snpc.passes.scale import ScalePlan, plan_scales
 from snpc.passes.shapes import Facts, evaluate
-from snpc.passes.slice import Cuts, Sliced, broken_scalars, dead_units, set_attributes, slice_model
+from snpc.passes.slice import (
+    Cuts,
+    Sliced,
+    broken_scalars,
+    dead_units,
+    holds_elsewhere,
+    set_attributes,
+    slice_model,
+)
 from snpc.passes.trace import Trace, trace_model
 from snpc.passes.unpack import ragged_values, unpack
 
@@ -58,6 +66,12 @@ def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
         raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
     plan = plan_scales(source.model, source.facts, source.trace, dead)
     sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply)
+    if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+        sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply, frozen=True)
+        if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+            raise CheckFailed(
+                "a size that the cut changes is divided, which would be wrong at other sizes of the inputs"
+            )
     apply_scales(source, sliced, plan)
     sliced.model.graph.sort()
     return Rewritten(sliced.model, source, dead)

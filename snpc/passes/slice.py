@@ -7,7 +7,7 @@ the graph computes for itself is left alone, and no repair is believed before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from snpc.ops.spec import Blocked, Labels, Shape
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, attributes, learn, opset, start
+from snpc.passes.shapes import Facts, attributes, evaluate, is_float, learn, opset, other_binding, start
 from snpc.passes.trace import Carried, Trace
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
@@ -72,9 +72,12 @@ def slice_model(
     dead: Dead,
     sizes: Mapping[str, int],
     multiply: Multipliers | None = None,
+    frozen: bool = False,
 ) -> Sliced:
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
-    ``Ragged`` where blocks that share a tensor keep different numbers."""
+    ``Ragged`` where blocks that share a tensor keep different numbers.
+
+    ``frozen``: what divides a size divides the one from before the cut."""
     copy = model.clone()
     names = {str(v.name): v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
@@ -88,6 +91,9 @@ def slice_model(
         learn(new, node, copy, sizes)
         spec = lookup(node.domain, node.op_type)
         version = opset(model, node.domain)
+        if frozen and divides_changed(old, node, facts, new):
+            repairs.set_input(old, node, 0, facts.value[old.inputs[0]])  # type: ignore[index]
+            learn(new, node, copy, sizes)
         if spec.reattr is not None:
             changed = spec.reattr(facts.call(old, version), new.call(node, version))
             if set_attributes(node, changed):
@@ -108,6 +114,40 @@ def slice_model(
             mend(step, copy, sizes)
         check_shapes(node, new, expected)
     return Sliced(copy, new, dead)
+
+
+def holds_elsewhere(model: ir.Model, sliced: Sliced, before: Facts, trace: Trace, sizes: Mapping[str, int]) -> bool:
+    """Are all shapes right under another binding as well? Asked where sizes that the cut has changed are divided:
+    a quotient may be right for one batch and wrong for another."""
+    pairs = list(zip_nodes(model, sliced.model))
+    if not any(divides_changed(old, node, before, sliced.facts) for old, node in pairs):
+        return True
+    other = other_binding(sizes)
+    there, now = evaluate(model, other), evaluate(sliced.model, other)
+    for old, node in pairs:
+        for value, twin in zip(old.outputs, node.outputs, strict=True):
+            packed = expected_output(trace, value, sliced.dead)
+            old_shape, new_shape = there.shape.get(value), now.shape.get(twin)
+            if packed is None or old_shape is None or len(old_shape) != len(packed.old):
+                continue
+            wanted = tuple(n * b // a for n, a, b in zip(old_shape, packed.old, packed.new, strict=True))
+            if new_shape != wanted:
+                return False
+    return True
+
+
+def zip_nodes(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """Nodes with their counterparts."""
+    olds = {node.name: node for node in model.graph}
+    return ((olds[node.name], node) for node in copy.graph if node.name in olds)
+
+
+def divides_changed(old: ir.Node, node: ir.Node, before: Facts, after: Facts) -> bool:
+    """Does a node divide an integer that the cut has changed?"""
+    if not lookup(node.domain, node.op_type).divides or is_float(after.dtype.get(node.outputs[0])):
+        return False
+    first, second = before.value.get(old.inputs[0]), after.value.get(node.inputs[0])  # type: ignore[arg-type]
+    return first is not None and second is not None and not np.array_equal(first, second)
 
 
 def parts_after(trace: Trace, node: ir.Node, dead: Dead) -> dict[str, Shape]:

@@ -24,7 +24,7 @@ from snpc.passes.laid import lay_out
 from snpc.passes.means import stray_reader
 from snpc.passes.meet import meet, same_labels
 from snpc.passes.rotary import rotary
-from snpc.passes.shapes import Facts, is_float, opset, subgraphs
+from snpc.passes.shapes import Facts, is_float, opset, subgraphs, whose_shape
 
 __all__ = ["Carried", "Contraction", "Trace", "trace_model"]
 
@@ -163,7 +163,19 @@ def movement(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     ):
         for labels in outputs[0]:
             here.trace.book.flag(labels, Flag.PRODUCED)
+    if here.spec.expands:
+        outputs[0] += expanded(here, data)
     return [tuple(out) for out in outputs]
+
+
+def expanded(here: Here, data: Carried) -> list[Labels]:
+    """Labels along the axes that repeat to the size of another tensor's: they follow that tensor."""
+    other = here.trace.values.get(whose_shape(here.node.inputs[1]))  # type: ignore[arg-type]
+    if other is None or other.shape != here.call.outs[0]:
+        return []
+    shape = (1,) * (len(other.shape) - len(data.shape)) + data.shape
+    grown = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
+    return [labels for labels in other.factors if varying(labels) & grown]
 
 
 def only_shape_is_read(value: ir.Value) -> bool:
