@@ -147,6 +147,12 @@ as_json = click.option(
 at_sizes = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
 )
+caches = click.option(
+    "--prune-kv-cache",
+    "kv_cache",
+    is_flag=True,
+    help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
+)
 model_argument = click.argument("model", type=FILE)
 
 
@@ -171,7 +177,7 @@ def parse_dims(dims: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
+def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
     import snpc
 
     model = snpc.load(path)
@@ -182,7 +188,7 @@ def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
         raise UserError(
             f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
         )
-    return snpc.analyze(model, sizes)
+    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache)
 
 
 def calibration_of(
@@ -258,6 +264,7 @@ def main() -> None:
 @model_argument
 @as_json
 @at_sizes
+@caches
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
 @click.option("--curves", is_flag=True, help="Measure how much the outputs mind narrower groups (needs --calib).")
 @calibrating
@@ -266,6 +273,7 @@ def inspect(
     model: Path,
     json_path: Path | None,
     dims: tuple[str, ...],
+    kv_cache: bool,
     pins: bool,
     curves: bool,
     provider: str,
@@ -275,7 +283,7 @@ def inspect(
     import snpc
     from snpc.runtime.model_io import model_files
 
-    analysis = analysed(model, dims)
+    analysis = analysed(model, dims, kv_cache)
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
@@ -296,6 +304,7 @@ def inspect(
 @calibrating
 @running
 @at_sizes
+@caches
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
@@ -308,6 +317,7 @@ def prune(
     dry_run: bool,
     provider: str,
     dims: tuple[str, ...],
+    kv_cache: bool,
     **flags: Any,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
@@ -318,7 +328,7 @@ def prune(
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
-        analysis = analysed(model, dims)
+        analysis = analysed(model, dims, kv_cache)
     choice, calib = split_flags(flags)
     written = [] if dry_run else [target, data_file(target)]
     check_targets([*written, plan_path, json_path], *model_files(model), calib["calib"])
@@ -364,15 +374,16 @@ def write_text(path: Path, text: str) -> None:
 @choosing
 @calibrating
 @running
+@caches
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
-def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
+def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
-    analysis = analysed(model)
+    analysis = analysed(model, kv_cache=kv_cache)
     choice, calib = split_flags(flags)
     check_targets([target], *model_files(model), calib["calib"])
     calibration = calibration_of(analysis.model, **calib)
@@ -403,8 +414,8 @@ def apply(
 
     watch = Stopwatch()
     with watch.stage("analyze"):
-        analysis = analysed(model)
-    plan = read_plan(plan_file, analysis)
+        plan = read_plan(plan_file, model)
+    analysis = plan.analysis
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     check_targets([target, data_file(target), json_path], *model_files(model), plan_file, calib["calib"])
@@ -417,14 +428,16 @@ def apply(
     finish(result, json_path)
 
 
-def read_plan(path: Path, analysis: Any) -> Any:
+def read_plan(path: Path, model: Path) -> Any:
+    """The plan in ``path``, for ``model`` analysed as it was then."""
     import snpc
+    from snpc.passes.planfile import wants_caches
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return snpc.plan_from_json(text, analysis, str(path))
+    return snpc.plan_from_json(text, analysed(model, kv_cache=wants_caches(text)), str(path))
 
 
 @main.command()
@@ -451,10 +464,10 @@ def verify(
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import verdict_json
 
-    analysis = analysed(model)
+    plan = read_plan(plan_path, model) if plan_path else None
+    analysis = plan.analysis if plan else analysed(model)
     snpc.load(pruned)
     check_targets([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
-    plan = read_plan(plan_path, analysis) if plan_path else None
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
     verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
     show.emit_json(verdict_json(verdict), json_path)

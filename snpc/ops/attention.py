@@ -55,13 +55,16 @@ FORMS = {
 
 
 def form(call: Call, domain: str) -> AttentionForm:
-    """The form of one node: packed columns only where it has no key of its own; keys and values that are split into
-    heads already must have one shape."""
+    """The form of one node: packed columns only where it has no key of its own; com.microsoft's kernels
+    want keys and values of one shape where they are split into heads already, and behind a past."""
     found = FORMS[domain, call.op]
     if found.packed == "columns" and call.has(found.key):
         found = replace(found, packed="")
-    split = domain == MICROSOFT and not found.packed and call.has(found.key) and len(call.shape(found.key)) == 4
-    return replace(found, equal=found.equal or split)
+    if domain != MICROSOFT or found.packed:
+        return found
+    split = call.has(found.key) and len(call.shape(found.key)) == 4
+    past = bool(found.past) and call.has(found.past[0])
+    return replace(found, equal=found.equal or split or past)
 
 
 @dataclass(frozen=True)

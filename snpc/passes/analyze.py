@@ -36,10 +36,11 @@ class Analysis:
         return next(g for g in self.groups if g.id == name)
 
 
-def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
+def analyze(model: Model, sizes: Mapping[str, int] | None = None, *, prune_kv_cache: bool = False) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
+    ``prune_kv_cache`` lets caches of keys and values become narrower, past inputs and present outputs alike.
     """
     binding, facts = best_binding(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
@@ -49,7 +50,7 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
         graph = model.graph
     else:
         facts, cost_facts = evaluate(graph, binding), evaluate(graph, quoted)
-    found = traced(graph, binding, facts)
+    found = traced(graph, binding, facts, prune_kv_cache)
     made = drafts(found.trace, found.units)
     groups = finish(graph, found.trace, found.units, cost_facts, made)
     spared = cost.macs - cost_of(graph, cost_facts).macs

@@ -48,6 +48,7 @@ class Trace:
     contractions: list[Contraction] = field(default_factory=list)
     extra: dict[tuple[ir.Node, str], Carried] = field(default_factory=dict)
     statistics: list[Statistic] = field(default_factory=list)
+    caches: dict[ir.Value, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def lengthened(here: Here, key: Carried, value: Carried, past: Sequence[Carried 
     if len(past) == 1:
         whole = past[0]
         earlier = [
-            Carried(whole.name, whole.shape[1:], tuple(f[min(k, len(f) - 1)] for f in whole.factors), whole.constant)
+            replace(whole, shape=whole.shape[1:], factors=tuple(f[min(k, len(f) - 1)] for f in whole.factors))
             for k in range(2)
         ]
     else:
@@ -136,8 +137,9 @@ def lengthened(here: Here, key: Carried, value: Carried, past: Sequence[Carried 
 
 
 def stacked(key: Carried, value: Carried) -> Factors:
-    """Keys and values in one tensor [2,B,H,N,D]; their positions are one already."""
-    return tuple(f[None] for f in key.factors) if value.factors else ()
+    """Keys and values in one tensor [2,B,H,N,D]."""
+    both = zip(key.factors, value.factors, strict=False)
+    return tuple(np.stack([a, b]) for a, b in both if a.shape == b.shape)
 
 
 def attend(here: Here, query: Carried, key: Carried, value: Carried, bias: Carried | None) -> Carried:

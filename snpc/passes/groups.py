@@ -217,6 +217,8 @@ def freedom_of(draft: Draft) -> tuple[Freedom, str]:
         return "select", APPROXIMATE
     if draft.role not in ("qk", "vo"):
         return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
+    if draft.flags & Flag.CACHED:
+        return "select", "it lies in a cache of keys and values"
     if draft.flags & Flag.CURVED:
         return "select", "a nonlinear operator or a normalisation on the way"
     if draft.flags & Flag.GATED:

@@ -32,8 +32,19 @@ def plan_to_json(plan: Plan) -> str:
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
+    if plan.analysis.traced.kv_cache:
+        head["prune_kv_cache"] = True
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
+
+
+def wants_caches(text: str) -> bool:
+    """Was the plan in ``text`` made with --prune-kv-cache? False for what is no plan: ``plan_from_json`` says so."""
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(data, dict) and bool(data.get("prune_kv_cache"))
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
@@ -51,6 +62,9 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
             f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
             f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
         )
+    if bool(data.get("prune_kv_cache")) != analysis.traced.kv_cache:
+        said = "made with" if data.get("prune_kv_cache") else "made without"
+        raise UserError(f"{name}: {said} --prune-kv-cache, and the model was analysed otherwise; analyse it alike")
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}
     entries, options = data.get("groups"), data.get("options", {})

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops.writing import MUL
-from snpc.passes.pack import Dead
+from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units, resolve
 from snpc.passes.scale import ScalePlan, plan_scales
@@ -22,6 +22,7 @@ from snpc.passes.slice import (
     dead_units,
     holds_elsewhere,
     set_attributes,
+    shrunk,
     slice_model,
 )
 from snpc.passes.trace import Trace, trace_model
@@ -37,12 +38,14 @@ class Traced:
     facts: Facts
     trace: Trace
     units: Units
+    kv_cache: bool = False
 
 
-def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None) -> Traced:
+def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None, kv_cache: bool = False) -> Traced:
+    """``kv_cache``: caches of keys and values among the inputs and outputs may become narrower too."""
     facts = facts or evaluate(model, sizes)
-    trace = trace_model(model, facts)
-    return Traced(model, sizes, facts, trace, resolve(trace.book))
+    trace = trace_model(model, facts, kv_cache)
+    return Traced(model, sizes, facts, trace, resolve(trace.book), kv_cache)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Rewritten:
     source: Traced
     dead: Dead
 
+    def interface(self) -> dict[str, Packing]:
+        """How the inputs and outputs that became narrower shrink, by name."""
+        graph = self.source.model.graph
+        return shrunk(self.source.trace, (*graph.inputs, *graph.outputs), self.dead)
+
 
 def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
     """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
@@ -61,7 +69,8 @@ def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
         ragged = ragged_values(source.trace, dead)
         if not ragged:
             break
-        source = traced(unpack(source.model, source.facts, source.trace, ragged, source.sizes), source.sizes)
+        unpacked = unpack(source.model, source.facts, source.trace, ragged, source.sizes)
+        source = traced(unpacked, source.sizes, kv_cache=source.kv_cache)
     else:
         raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
     plan = plan_scales(source.model, source.facts, source.trace, dead)

@@ -7,7 +7,7 @@ the graph computes for itself is left alone, and no repair is believed before it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from snpc.errors import CheckFailed
 from snpc.ops import lookup
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
+from snpc.passes.caches import narrow_interface
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
@@ -83,6 +84,8 @@ def slice_model(
     for value in copy.graph.initializers.values():
         factors = {axis: vector for (name, axis), vector in (multiply or {}).items() if name == value.name}
         shrink_constant(value, trace.values.get(names[str(value.name)]), dead, factors)
+    changed = shrunk(trace, (*model.graph.inputs, *model.graph.outputs), dead)
+    narrow_interface(copy, {name: dict(enumerate_changes(packed)) for name, packed in changed.items()})
     new = start(copy, sizes)
     repairs = Repairs(copy, model, facts, new, sizes)
     old_nodes = {node.name: node for node in model.graph}
@@ -95,8 +98,8 @@ def slice_model(
             repairs.set_input(old, node, 0, facts.value[old.inputs[0]])  # type: ignore[index]
             learn(new, node, copy, sizes)
         if spec.reattr is not None:
-            changed = spec.reattr(facts.call(old, version), new.call(node, version))
-            if set_attributes(node, changed):
+            fresh = spec.reattr(facts.call(old, version), new.call(node, version))
+            if set_attributes(node, fresh):
                 learn(new, node, copy, sizes)
         if spec.refit is not None and (parts := parts_after(trace, old, dead)):
             inputs = {
@@ -140,6 +143,20 @@ def zip_nodes(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Nod
     """Nodes with their counterparts."""
     olds = {node.name: node for node in model.graph}
     return ((olds[node.name], node) for node in copy.graph if node.name in olds)
+
+
+def shrunk(trace: Trace, values: Iterable[ir.Value], dead: Dead) -> dict[str, Packing]:
+    """How those of ``values`` that are no constants and lose something shrink, by name."""
+    found = {}
+    for value in values:
+        packed = expected_output(trace, value, dead) if value.const_value is None else None
+        if packed is not None and packed.old != packed.new:
+            found[str(value.name)] = packed
+    return found
+
+
+def enumerate_changes(packed: Packing) -> Iterator[tuple[int, int]]:
+    return ((k, b) for k, (a, b) in enumerate(zip(packed.old, packed.new, strict=True)) if a != b)
 
 
 def divides_changed(old: ir.Node, node: ir.Node, before: Facts, after: Facts) -> bool:

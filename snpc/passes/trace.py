@@ -15,6 +15,7 @@ from snpc.ops import lookup
 from snpc.ops.movement import concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
+from snpc.passes.caches import ADVICE, enter_cache, find_caches, handed_on
 from snpc.passes.carried import Carried, Contraction, Factors, Here, Trace, align, cover_rest, independent
 from snpc.passes.contract import add_bias, contract
 from snpc.passes.fused import attention
@@ -29,12 +30,15 @@ from snpc.passes.shapes import Facts, is_float, opset, subgraphs, whose_shape
 __all__ = ["Carried", "Contraction", "Trace", "trace_model"]
 
 
-def trace_model(model: ir.Model, facts: Facts) -> Trace:
-    """Run the labels through the main graph of a canonical model."""
+def trace_model(model: ir.Model, facts: Facts, kv_cache: bool = False) -> Trace:
+    """Run the labels through the main graph of a canonical model; caches have labels where ``kv_cache`` asks for it."""
     trace = Trace()
+    caches = find_caches(model, facts)
     for value in model.graph.inputs:
-        if not value.is_initializer():
-            enter_input(trace, value, facts)
+        if kv_cache and value in caches:
+            trace.values[value] = enter_cache(trace, value, facts, caches[value])
+        elif not value.is_initializer():
+            enter_input(trace, value, facts, ADVICE if value in caches else "")
     for value in model.graph.initializers.values():
         enter_constant(trace, value, facts)
     for node in model.graph:
@@ -43,9 +47,10 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
         reader = stray_reader(statistic, trace)
         if reader is not None:
             statistic.here.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
+    free = set(handed_on(trace, list(model.graph.outputs)))
     for value in model.graph.outputs:
         carried = trace.values.get(value)
-        if carried is None:
+        if carried is None or value in free:
             continue
         for labels in carried.factors:
             axis = min(varying(labels), default=0)
@@ -60,10 +65,10 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
     return trace
 
 
-def enter_input(trace: Trace, value: ir.Value, facts: Facts) -> None:
+def enter_input(trace: Trace, value: ir.Value, facts: Facts, because: str) -> None:
     shape = facts.shape.get(value)
     if shape is not None:
-        trace.values[value] = Carried(str(value.name), shape)
+        trace.values[value] = Carried(str(value.name), shape, because=because)
 
 
 def enter_constant(trace: Trace, value: ir.Value, facts: Facts) -> None:

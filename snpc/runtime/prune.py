@@ -132,7 +132,7 @@ def fitted(
 
 
 def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration, provider: str) -> Traced:
-    if plan.method == "auto":
+    if plan.method == "auto" and not plan.analysis.traced.kv_cache:
         try:
             return fit_sequentially(compression, plan, calibration, provider)
         except NotSequential:
@@ -199,7 +199,7 @@ def verify_written(
     rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str
 ) -> Verdict:
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path)
+    structure = check_structure(analysis.model.path, path, rewritten.interface())
     tolerance = tolerance_of(analysis.model)
     batches, compared = check_batches(analysis, calibration)
     try:
@@ -225,13 +225,13 @@ def verify(
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
-    structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
     if plan is not None:
         compression = compression_for(plan, calibration, provider=provider)
         plan, source = fitted(plan, compression, calibration, provider)
         rewritten = rewrite_model(source, cuts_of(plan))
+    structure = check_structure(original, pruned, rewritten.interface() if rewritten is not None else None)
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
     verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)

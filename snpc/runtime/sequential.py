@@ -61,7 +61,7 @@ def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibrat
     carry = Carry(batches, [dict(feeds) for feeds in batches])
     for stage in stages:
         total = fit_stage(Fitting(base, plan, before, provider), stage, total, carry)
-    return traced(edited(base, total), base.sizes)
+    return traced(edited(base, total), base.sizes, kv_cache=base.kv_cache)
 
 
 @dataclass(frozen=True)

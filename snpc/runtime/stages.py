@@ -73,7 +73,9 @@ def with_biases(compression: Compression, plan: Plan) -> Traced:
     groups, forms = fitted_groups(compression.analysis, plan)
     readers = [reader_of(source, g) for g in groups if forms[g.id] != "scores"]
     missing = {str(r.node.name): np.zeros(r.width) for r in readers if existing_bias(r.node, r.width) is None}
-    return traced(edited(source, Edits({}, dict(missing))), source.sizes) if missing else source
+    return (
+        traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache) if missing else source
+    )
 
 
 def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
