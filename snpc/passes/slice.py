@@ -133,7 +133,7 @@ def holds_elsewhere(model: ir.Model, sliced: Sliced, before: Facts, trace: Trace
             old_shape, new_shape = there.shape.get(value), now.shape.get(twin)
             if packed is None or old_shape is None or len(old_shape) != len(packed.old):
                 continue
-            wanted = tuple(n * b // a for n, a, b in zip(old_shape, packed.old, packed.new, strict=True))
+            wanted = tuple(n * b // a if a else n for n, a, b in zip(old_shape, packed.old, packed.new, strict=True))
             if new_shape != wanted:
                 return False
     return True
