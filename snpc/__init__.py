@@ -4,7 +4,7 @@
     analysis = snpc.analyze(model)
     calibration = snpc.load_calibration("calib.npz", model.inputs)
     decision = snpc.decide(analysis, snpc.Choice(ratio=0.5), calibration=calibration)
-    result = snpc.apply_plan(decision.plan, Path("vit-half.onnx"), compression=decision.compression)
+    result = snpc.prune(decision, Path("vit-half.onnx"), calibration=calibration)
 
 Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
 """
@@ -12,6 +12,7 @@ Each verb takes the value that the one before returned. ``import snpc`` loads nu
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, Scores, make_plan
@@ -21,10 +22,13 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
+from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import load, save
-from snpc.runtime.moments import Measured, measure_moments
+from snpc.runtime.noise import random_calibration
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
+from snpc.runtime.reach import prune
 from snpc.runtime.score import score
+from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"
@@ -41,7 +45,6 @@ __all__ = [
     "Difference",
     "Group",
     "ImageOptions",
-    "Measured",
     "Model",
     "Pin",
     "Plan",
@@ -50,8 +53,10 @@ __all__ = [
     "Scores",
     "Site",
     "SnpcError",
+    "Statistics",
     "UserError",
     "Verdict",
+    "Workload",
     "__version__",
     "analyze",
     "apply_plan",
@@ -60,13 +65,18 @@ __all__ = [
     "decide",
     "load",
     "load_calibration",
+    "load_statistics",
     "make_plan",
-    "measure_moments",
+    "measure_statistics",
     "plan_from_json",
     "plan_to_json",
+    "prune",
+    "random_calibration",
     "report",
     "save",
+    "save_statistics",
     "score",
     "verify",
     "write_example",
+    "write_report",
 ]

@@ -6,6 +6,7 @@ Plain linear algebra on second moments in float64; nothing here knows a graph. M
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,28 @@ def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -
     return Rebase(make, read, errors(root(context)[0], make, read, weight) if ridge else tails(singular))
 
 
+def read_again(context: FloatArray, make: FloatArray, weight: FloatArray, ridge: float = 0.0) -> FloatArray:
+    """[r, D]: the output projection that makes of the values ``make`` [d, r] leaves what ``weight`` [d, D] made of all.
+
+    ``context`` as in ``rebase_values``. Where one head reads the values this is ``read[:r] @ weight`` of its rebase;
+    query heads that share values share the basis, but each has its own best projection.
+    """
+    seen = make.T @ damped(context, ridge)
+    return np.linalg.solve(seen @ make, seen @ weight).astype(np.float64)
+
+
+def shared_values(
+    contexts: Sequence[FloatArray], weights: Sequence[FloatArray], make: FloatArray, ridge: float
+) -> FloatArray:
+    """``loss`` of query heads that share values in the basis ``make`` [d, d], each with its own projection."""
+    found = np.zeros(len(make) + 1)
+    for kept in range(len(make)):
+        for context, weight in zip(contexts, weights, strict=True):
+            gap = weight - make[:, :kept] @ read_again(context, make[:, :kept], weight, ridge) if kept else weight
+            found[kept] += float(np.sum(gap * (context @ gap)))
+    return np.maximum.accumulate(found[::-1])[::-1]
+
+
 def errors(left: FloatArray, make: FloatArray, read: FloatArray, right: FloatArray) -> FloatArray:
     """``[r]``: | left (1 - make_r read_r) right |^2 with the first r columns and rows."""
     columns, rows = left @ make, read @ right
@@ -118,60 +141,125 @@ def ridge_of(moment: FloatArray, ridge: float) -> float:
     return ridge * float(np.trace(moment)) / len(moment) + 1e-12
 
 
-def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48, ridge: float = RIDGE) -> Elimination:
+@dataclass(frozen=True)
+class System:
+    """What one weight reads of the units: ``moment`` [units * m, units * m] of the centred columns, ``weight``
+    [units * m, D], each unit in m columns next to each other (the width of a head, the offsets of a kernel)."""
+
+    moment: FloatArray
+    weight: FloatArray
+    ridge: float = RIDGE
+
+
+def eliminate(systems: Sequence[System], size: int, steps: int = 48) -> Elimination:
     """Structured OBS: repeatedly drop the units whose loss, after all others made up for them, is least.
 
-    ``moment`` [F, F] of the centred hidden activations, ``weight`` [F, D] what reads them. The loss of unit i is
-    |w_i|^2 / (H^-1)_ii with w and H^-1 updated after every removal (ZipLM, arXiv 2302.04089). Units go one by one from
-    scores that are refreshed ``steps`` times. ``loss`` is the error on ``moment`` itself, the ridge taken off.
+    The loss of unit i is tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems, with w and H^-1 updated after every
+    removal (ZipLM, arXiv 2302.04089). Units go one by one from scores that are refreshed ``steps`` times. ``loss`` is
+    the error on the moments themselves, the ridge taken off.
     """
-    size = len(moment)
+    remaining = [Remaining(s, size) for s in systems]
     alive = np.arange(size)
-    hessian = damped(moment, ridge)
-    target = hessian @ weight
     loss = np.zeros(size + 1)
-    loss[0] = total = float(np.sum(weight * target))
-    known, extra = [0], [ridge_of(moment, ridge) * float(np.sum(weight**2))]
+    loss[0] = total = sum(s.explained for s in remaining)
+    known, extra = [size], [sum(s.damping for s in remaining)]
     order: list[int] = []
     batch = max(1, -(-size // steps))
     while len(alive):
-        inverse: FloatArray = np.linalg.inv(hessian[np.ix_(alive, alive)]).astype(np.float64)
-        current: FloatArray = inverse @ target[alive]
-        if len(alive) < size:
-            loss[len(alive)] = max(total - float(np.sum(current * target[alive])), 0.0)
-        gap = weight.copy()
-        gap[alive] -= current
-        known.append(len(alive))
-        extra.append(ridge_of(moment, ridge) * float(np.sum(gap**2)))
-        going, costs = drop(inverse, current, min(batch, len(alive)))
+        going, costs = drop([(s.inverse, s.current) for s in remaining], len(alive), min(batch, len(alive)))
         for k, cost in enumerate(costs[:-1], start=1):
             loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
         order += alive[going].tolist()
         alive = np.delete(alive, going)
+        for s in remaining:
+            s.remove(np.array(going, np.int64))
+        loss[len(alive)] = max(total - sum(s.explained for s in remaining), 0.0)
+        known.append(len(alive))
+        extra.append(sum(s.damping for s in remaining))
     turn = np.argsort(known)
     loss = np.maximum(loss - np.interp(np.arange(size + 1), np.array(known)[turn], np.array(extra)[turn]), 0.0)
     return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
 
 
-def drop(inverse: FloatArray, weight: FloatArray, count: int) -> tuple[list[int], list[float]]:
-    """The ``count`` units that go next and what each costs, exactly updated between them within the cheapest few."""
-    score = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
-    pool = np.argsort(score, kind="stable")[: min(len(score), 2 * count)]
-    small, rows = inverse[np.ix_(pool, pool)].copy(), weight[pool].copy()
+class Remaining:
+    """What is left of one system: ``inverse`` and ``current``, the refitted weight, of the units still there."""
+
+    def __init__(self, system: System, size: int) -> None:
+        self.weight, self.columns = system.weight, len(system.moment) // size
+        self.ridge = ridge_of(system.moment, system.ridge)
+        hessian = damped(system.moment, system.ridge)
+        self.target = hessian @ system.weight
+        self.inverse: FloatArray = np.linalg.inv(hessian).astype(np.float64)
+        self.current: FloatArray = system.weight.astype(np.float64)
+        self.rows = np.arange(len(hessian))
+
+    @property
+    def explained(self) -> float:
+        return float(np.sum(self.current * self.target[self.rows]))
+
+    def remove(self, units: IntArray) -> None:
+        """The others make up for these (positions among the units left): a Schur complement instead of an inverse."""
+        going = columns_of(units, self.columns)
+        self.inverse, self.current = without(self.inverse, self.current, going)
+        self.rows = np.delete(self.rows, going)
+
+    @property
+    def damping(self) -> float:
+        """The ridge's share of the loss."""
+        gap = self.weight.copy()
+        gap[self.rows] -= self.current
+        return self.ridge * float(np.sum(gap**2))
+
+
+def columns_of(units: IntArray, columns: int) -> IntArray:
+    """Where the ``columns`` columns of each of these units stand."""
+    return (units[:, None] * columns + np.arange(columns)).reshape(-1)
+
+
+def without(inverse: FloatArray, weight: FloatArray, going: IntArray) -> tuple[FloatArray, FloatArray]:
+    """(H^-1, w) without these rows, the others having made up for them."""
+    rest = np.delete(np.arange(len(inverse)), going)
+    cross = inverse[:, going][rest]
+    solved = np.linalg.solve(inverse[np.ix_(going, going)], np.concatenate([cross.T, weight[going]], axis=1))
+    small = inverse[rest][:, rest]
+    small -= cross @ solved[:, : len(rest)]
+    return small, weight[rest] - cross @ solved[:, len(rest) :]
+
+
+def drop(parts: Sequence[tuple[FloatArray, FloatArray]], units: int, count: int) -> tuple[list[int], list[float]]:
+    """The ``count`` of ``units`` that go next and what each costs, exactly updated between them within the cheapest.
+
+    ``parts``: (inverse, weight) per system.
+    """
+    score = np.sum([unit_costs(inverse, weight, units) for inverse, weight in parts], axis=0)
+    pool = np.argsort(score, kind="stable")[: min(units, 2 * count)]
+    small = []
+    for inverse, weight in parts:
+        rows = columns_of(pool, len(inverse) // units)
+        small.append((inverse[np.ix_(rows, rows)], weight[rows]))
     alive = np.ones(len(pool), bool)
     going: list[int] = []
     costs: list[float] = []
     for _ in range(count):
-        diagonal = np.where(alive, np.diag(small), 1.0)
-        cost = np.where(alive, np.einsum("ij,ij->i", rows, rows) / diagonal, np.inf)
+        left = np.flatnonzero(alive)
+        cost = np.sum([unit_costs(inverse, weight, len(left)) for inverse, weight in small], axis=0)
         k = int(np.argmin(cost))
-        going.append(int(pool[k]))
+        going.append(int(pool[left[k]]))
         costs.append(float(cost[k]))
-        alive[k] = False
-        factor = small[:, k] / small[k, k]
-        rows -= np.outer(factor, rows[k])
-        small -= np.outer(factor, small[k])
+        alive[left[k]] = False
+        small = [without(i, w, columns_of(np.array([k]), len(i) // len(left))) for i, w in small]
     return going, costs
+
+
+def unit_costs(inverse: FloatArray, weight: FloatArray, units: int) -> FloatArray:
+    """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
+    columns = len(inverse) // units
+    if columns == 1:
+        found: FloatArray = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
+        return found
+    rows = weight.reshape(units, columns, -1)
+    blocks = np.einsum("iaib->iab", inverse.reshape(units, columns, units, columns))
+    return np.asarray(np.einsum("iaj,iaj->i", rows, np.linalg.solve(blocks, rows)))
 
 
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:
@@ -191,3 +279,20 @@ def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: F
     gap = weight.copy()
     gap[keep] -= fitted
     return float(np.sum(gap * (moment @ gap)))
+
+
+# -- selection without refit -----------------------------------------------------------------------------------------
+
+
+def eliminate_coupled(losses: FloatArray) -> Elimination:
+    """Units of which P lose ``sum_{u, v in P} losses[u, v]`` [size, size] together: greedily, the cheapest next."""
+    alive = np.arange(len(losses))
+    gone: list[int] = []
+    found = [0.0]
+    while len(alive):
+        costs = np.diag(losses)[alive] + 2 * losses[np.ix_(alive, np.array(gone, np.int64))].sum(axis=1)
+        k = int(np.argmin(costs))
+        gone.append(int(alive[k]))
+        found.append(found[-1] + float(costs[k]))
+        alive = np.delete(alive, k)
+    return Elimination(np.array(gone, np.int64), np.maximum(np.array(found)[::-1], 0.0))

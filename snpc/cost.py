@@ -8,6 +8,7 @@ import numpy as np
 
 from snpc.ops import lookup
 from snpc.ops.attention import form, geometry
+from snpc.ops.contraction import letters_of
 from snpc.ops.spec import Blocked, Call, Letters
 
 Sizes = dict[str, int]
@@ -23,11 +24,13 @@ def contraction_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, S
         if not (call.has(left) and call.has(right)):
             return
         try:
-            letters = spec.letters(call)
+            letters = letters_of(spec, call)
         except Blocked:
             return
         sizes = letter_sizes(letters, call.shape(left), call.shape(right))
         if letters.windowed:
+            if len(call.outs[0]) != len(letters.out):
+                return  # its shape is not known
             sizes |= dict(zip(letters.out, call.outs[0], strict=True))
             sizes["I"] = call.shape(right)[letters.right.index("I")]
         yield "", letters, sizes

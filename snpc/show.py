@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
-from snpc.runtime.prune import Pruned, groups_json, pins_json, write_json
+from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
+
+if TYPE_CHECKING:  # these need torch
+    from snpc.torch.training import Progress, Report
+    from snpc.torch.tune import Tuned
 
 
 def line(text: str) -> None:
@@ -72,20 +80,6 @@ def emit_json(data: Any, path: Path | None) -> None:
         line(json.dumps(data, indent=1))
     else:
         write_json(data, path)
-
-
-# -- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def count(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------
@@ -222,16 +216,23 @@ def result(result: Pruned) -> None:
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    if result.search is not None:
+        line(search_text(result.search))
     verdict(result.verdict)
     line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
 
 
-def how(result: Pruned) -> str:
-    """How units were chosen and weights made, in words."""
-    if not result.forms:
-        return f"selected by {result.plan.criterion}"
-    rotated = sum(form != "refit" for form in result.forms.values())
-    return f"in closed form: {rotated} groups rotated, {len(result.forms) - rotated} refitted"
+def predicted(decision: Decision) -> None:
+    """That a plan was made from predictions, where it was."""
+    choice = decision.choice
+    if choice is not None and (choice.max_drift is not None or is_latency(choice)):
+        what = "drift" if choice.max_drift is not None else "latency"
+        note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
+
+
+def search_text(search: Search) -> str:
+    tried = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
+    return f"{search.kind}: {search.reached:.3g} {search.unit}, asked for at most {search.limit:g} ({tried})"
 
 
 def verdict(verdict: Verdict) -> None:
@@ -245,6 +246,58 @@ def verdict(verdict: Verdict) -> None:
 def drift_text(d: Difference) -> str:
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+
+
+# -- finetuning ------------------------------------------------------------------------------------------------------
+
+EVERY = 10.0  # seconds between lines in a pipe
+
+
+@contextmanager
+def training() -> Iterator[Report]:
+    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+        yield report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+
+
+def lines() -> Report:
+    last = -EVERY
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if now.step == now.steps or time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(progress_text(now), err=True)
+
+    return report
+
+
+def progress_text(now: Progress) -> str:
+    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
+    minutes, seconds = divmod(round(now.left), 60)
+    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def tuned(result: Tuned) -> None:
+    trained = result.trained
+    line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
+    if trained.losses:
+        line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    line(f"verified: {'; '.join(result.structure)}")
+    for what, found in (("before", result.before), ("after", result.after)):
+        for d in found:
+            line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

@@ -464,6 +464,32 @@ def _build_convnet(attention: str) -> Model:
     return Model(module, _image_inputs(16), "logits", {"x": _BATCH, "logits": _BATCH})
 
 
+@register("ts17 dyn20")
+def _build_convchain(attention: str) -> Model:
+    """Convolutions one behind the other: strides, dilations, a depthwise one between pointwise ones."""
+    from torch import nn
+
+    module = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, stride=2, padding=1, bias=False),
+        nn.GELU(),
+        nn.Conv2d(20, 16, 3, padding=2, dilation=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 48, 1),
+        nn.SiLU(),
+        nn.Conv2d(48, 48, 3, padding=1, groups=48),
+        nn.ReLU(),
+        nn.Conv2d(48, 14, 1, bias=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(14, 10),
+    )
+    _randomize(module)
+    return Model(module, _image_inputs(16), "logits", {"x": _BATCH, "logits": _BATCH})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models on plain feature vectors
 

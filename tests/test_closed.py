@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snpc.closed import RIDGE, damped, drop, eliminate, rebase_scores, rebase_values, refit, refit_loss
+from snpc.closed import (
+    RIDGE,
+    Elimination,
+    System,
+    columns_of,
+    damped,
+    drop,
+    rebase_scores,
+    rebase_values,
+    refit,
+    refit_loss,
+)
+from snpc.closed import eliminate as eliminate_all
 from snpc.types import FloatArray, IntArray
 
 ROWS = 60
@@ -30,6 +42,11 @@ def centre(x: FloatArray) -> FloatArray:
 
 def energy(x: FloatArray) -> float:
     return float(np.sum(x * x))
+
+
+def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimination:
+    """Units of one column, read by one weight."""
+    return eliminate_all([System(moment, weight)], len(moment), steps)
 
 
 def close(found: float, expected: float, whole: float, rtol: float = 1e-8) -> bool:
@@ -292,7 +309,7 @@ def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
     moment = damped(x.T @ x)
-    going, costs = drop(np.linalg.inv(moment), weight, count)
+    going, costs = drop([(np.linalg.inv(moment), weight)], 8, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]
@@ -315,3 +332,33 @@ def test_more_steps_are_rarely_worse() -> None:
             losses.append(refit_loss(moment, weight, keep, refit(moment, weight, keep)))
         better.append(losses[0] <= losses[1] * (1 + 1e-9))
     assert sum(better) >= 8
+
+
+def lost(systems: list[System], size: int, keep: IntArray, ridge: bool = False) -> float:
+    """What all readers lose when they are refitted to these units; with the ``ridge``, what they minimise."""
+    total = 0.0
+    for system in systems:
+        rows = columns_of(keep, len(system.moment) // size)
+        fitted = refit(system.moment, system.weight, rows, system.ridge)
+        moment = damped(system.moment, system.ridge) if ridge else system.moment
+        total += refit_loss(moment, system.weight, rows, fitted)
+    return total
+
+
+@given(SEEDS, st.integers(2, 7), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+@PLAIN
+def test_wide_units_with_several_readers_go_in_the_order_of_what_all_lose(
+    seed: int, size: int, widths: list[int]
+) -> None:
+    """Heads of a few columns, kernels of a few offsets: greedy by brute force, and the loss is of the kept ones."""
+    rng, systems = np.random.default_rng(seed), []
+    for k, columns in enumerate(widths):
+        x = centre(data(seed + k, size * columns, rows=5 * size * columns))
+        systems.append(System(x.T @ x, rng.normal(size=(size * columns, 3))))
+    found = eliminate_all(systems, size)
+    alive = list(range(size))
+    for gone in found.order:
+        costs = {u: lost(systems, size, np.array([k for k in alive if k != u], np.int64), True) for u in alive}
+        assert costs[int(gone)] <= min(costs.values()) * (1 + 1e-6) + 1e-10 * found.loss[0]
+        alive.remove(int(gone))
+        assert close(found.loss[len(alive)], lost(systems, size, np.array(alive, np.int64)), found.loss[0], 1e-6)

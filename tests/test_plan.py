@@ -18,7 +18,8 @@ from test_cli import VIT
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import allowed
-from snpc.passes.plan import chosen_groups, cuts_of, keep_best, ladder, step_costs
+from snpc.passes.descent import ladder
+from snpc.passes.plan import chosen_groups, cuts_of, keep_best, step_costs
 from snpc.passes.planfile import checked_rows
 from snpc.types import Group, Pin, Role, Site
 

@@ -17,8 +17,9 @@ from oracle import analysis_of, prunable, require, written
 from test_cli import CALIB, VIT
 
 import snpc
-from snpc.runtime.measure import Wanted, layout_of, measure, wanted_statistics
-from snpc.runtime.score import numbers_of
+from snpc.runtime.layout import layout_of
+from snpc.runtime.measure import Wanted, measure, wanted_statistics
+from snpc.runtime.numbers import numbers_of
 from snpc.types import Group, Probe
 
 Array = npt.NDArray[Any]
@@ -45,9 +46,9 @@ def batches(name: str, size: int) -> Iterator[dict[str, Array]]:
 
 @functools.cache
 def samples_of(name: str) -> dict[str, Array]:
-    """Nine samples: the export's own three, and two more sets that differ from it."""
+    """Nine samples: the export's own three, without padding, and two more sets that differ from it."""
     require(name)
-    feeds = load_feeds(name)
+    feeds = {k: np.ones_like(v) if "mask" in k else v for k, v in load_feeds(name).items()}
     sets = []
     for turn in range(3):
         ids = {k: np.roll(v, turn, axis=1) if v.dtype.kind == "i" and "mask" not in k else v for k, v in feeds.items()}

@@ -88,7 +88,7 @@ class TestOpen:
         session = open_session(model_bytes(IDENTITY), threads=2, optimise=level)  # type: ignore[arg-type]
         options = session.get_session_options()
         assert options.intra_op_num_threads == 2
-        assert options.log_severity_level == 3
+        assert options.log_severity_level == 4
         assert name in str(options.graph_optimization_level)
         assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 

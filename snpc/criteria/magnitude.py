@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -45,8 +45,12 @@ class Magnitude:
         total = total if self.norm == "l1" else np.sqrt(total)
         return total.reshape(numbers.blocks, numbers.size)
 
-    def _weights(self, numbers: Numbers) -> list[FloatArray]:
-        produce, consume = list(numbers.produce.values()), list(numbers.consume.values())
+    def _weights(self, numbers: Numbers) -> Iterator[FloatArray]:
+        """One at a time: a group may span every layer of a large model."""
+        produce, consume = numbers.produce, numbers.consume
         if self.side == "both":
-            return produce + consume
-        return (produce or consume) if self.side == "produce" else (consume or produce)
+            yield from produce.values()
+            yield from consume.values()
+        else:
+            mine, other = (produce, consume) if self.side == "produce" else (consume, produce)
+            yield from (mine or other).values()

@@ -20,7 +20,8 @@ class AttentionForm:
     ``packed``: Q, K and V are columns of one matrix that the node multiplies by ("weight": input 1) or of one input
     ("columns", where no key is given). ``past``/``present``: inputs and outputs that hold the keys and values of
     earlier steps; one index where both lie in one tensor. ``equal``: keys and values have one width. ``multiple``:
-    widths that the kernels take.
+    widths that the kernels take. ``masks`` say which keys count: true, one, or not far below zero. ``one_row``: the
+    tokens of all samples lie in one row, without a batch axis.
     """
 
     query: int = 0
@@ -34,6 +35,8 @@ class AttentionForm:
     rotary: tuple[int, ...] = ()
     equal: bool = False
     multiple: int = 1
+    masks: tuple[int, ...] = ()
+    one_row: bool = False
 
     def others(self, call: Call) -> list[int]:
         """Inputs with no part in the algebra: masks, lengths, and whatever a newer version has added."""
@@ -43,14 +46,18 @@ class AttentionForm:
 
 
 FORMS = {
-    ("", "Attention"): AttentionForm(scores=3, past=(4, 5)),
-    (MICROSOFT, "MultiHeadAttention"): AttentionForm(bias=3, scores=5, past=(6, 7)),
-    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(bias=10, scores=4, past=(5, 6), equal=True),
-    (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6),
+    ("", "Attention"): AttentionForm(scores=3, past=(4, 5), masks=(3,)),
+    (MICROSOFT, "MultiHeadAttention"): AttentionForm(bias=3, scores=5, past=(6, 7), masks=(4, 5)),
+    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(
+        bias=10, scores=4, past=(5, 6), equal=True, masks=(3, 4)
+    ),
+    (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6, one_row=True),
     (MICROSOFT, "GroupQueryAttention"): AttentionForm(
         packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8
     ),
-    (MICROSOFT, "Attention"): AttentionForm(key=0, value=0, bias=2, packed="weight", scores=5, past=(4,), present=(1,)),
+    (MICROSOFT, "Attention"): AttentionForm(
+        key=0, value=0, bias=2, packed="weight", scores=5, past=(4,), present=(1,), masks=(3,)
+    ),
 }
 
 
@@ -123,6 +130,13 @@ def packed_sizes(call: Call) -> tuple[int, int, int]:
         return int(sizes[0]), int(sizes[1]), int(sizes[2])
     third = call.shape(1)[1] // 3
     return third, third, third
+
+
+def merged_sizes(call: Call, domain: str) -> tuple[int, int, int]:
+    """Widths of Q, K and V in what a node holds of all three."""
+    sizes = geometry(call, domain)
+    assert sizes is not None
+    return sizes.columns
 
 
 def _shapes(domain: str) -> Any:

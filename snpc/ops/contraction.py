@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_letters
 
-from snpc.ops.spec import Blocked, Call, Letters, OpSpec, Shape
+from snpc.ops.spec import MISFIT, Blocked, Call, Letters, OpSpec, Shape
 
 
 def matmul_letters(left_rank: int, right_rank: int) -> Letters:
@@ -46,7 +46,31 @@ def _gemm(call: Call) -> Letters:
 
 
 def _gemm_bias(call: Call) -> str:
-    return "MN"[2 - len(call.shape(2)) :]
+    rank = len(call.shape(2))
+    if rank > 2:
+        raise Blocked(0, MISFIT)
+    return "MN"[2 - rank :]
+
+
+def letters_of(spec: OpSpec, call: Call) -> Letters:
+    """The sum of products that a node does. Raises Blocked where its operands do not fit it, or each other."""
+    assert spec.letters is not None
+    left, right = (call.shape(k) for k in spec.operands)
+    try:
+        letters = spec.letters(call)
+    except IndexError:
+        raise Blocked(0, MISFIT) from None
+    ranks = len(letters.left), len(letters.right)
+    out = call.outs[0] if call.outs else ()
+    if ranks != (len(left), len(right)) or (out and len(letters.out) != len(out)):
+        raise Blocked(0, MISFIT)
+    sizes = dict(zip(letters.left, left, strict=True))
+    for letter, size in zip(letters.right, right, strict=True) if not letters.windowed else ():
+        summed = letter in letters.left and letter not in letters.out
+        other = sizes.get(letter, size)
+        if other != size and (summed or 1 not in (other, size)):
+            raise Blocked(0, MISFIT)
+    return letters
 
 
 def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
@@ -76,6 +100,8 @@ def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
 
 
 def _einsum(call: Call) -> Letters:
+    if "equation" not in call.attrs:
+        raise Blocked(0, "it has no equation")
     shapes = [call.shape(k) for k in range(len(call.shapes))]
     terms = parse_einsum(str(call.attrs["equation"]), shapes)
     if len(terms) != 3:
@@ -85,15 +111,19 @@ def _einsum(call: Call) -> Letters:
     return Letters(terms[0], terms[1], terms[2])
 
 
+def _spatial(call: Call) -> tuple[str, str]:
+    """Letters of the axes behind batch and channels, of the data and of the filter."""
+    count = len(call.shape(0)) - 2
+    return ascii_letters[:count], "".join("KLMNOP"[k] for k in range(count))
+
+
 def _conv(call: Call) -> Letters:
-    spatial = ascii_letters[: len(call.shape(0)) - 2]
-    kernel = "".join("KLMNOP"[k] for k in range(len(spatial)))
+    spatial, kernel = _spatial(call)
     return Letters("BI" + spatial, "CI" + kernel, "BC" + spatial, windowed=spatial)
 
 
 def _conv_transpose(call: Call) -> Letters:
-    spatial = ascii_letters[: len(call.shape(0)) - 2]
-    kernel = "".join("KLMNOP"[k] for k in range(len(spatial)))
+    spatial, kernel = _spatial(call)
     return Letters("BI" + spatial, "IC" + kernel, "BC" + spatial, windowed=spatial)
 
 
@@ -137,6 +167,7 @@ def entries() -> list[OpSpec]:
             "input channels are summed, output channels come from the weight; in groups, each keeps as many; depthwise "
             "ones are per channel",
             letters=_conv,
+            windowed=True,
             bias=2,
             bias_letters=bias_channel,
             reattr=_conv_attrs,
@@ -146,6 +177,7 @@ def entries() -> list[OpSpec]:
             "contraction",
             "as Conv, with the weight's axes swapped",
             letters=_conv_transpose,
+            windowed=True,
             bias=2,
             bias_letters=bias_channel,
             reattr=_conv_attrs,
@@ -164,6 +196,7 @@ def entries() -> list[OpSpec]:
             "as Conv, then an addition and an activation",
             domain=MICROSOFT,
             letters=_conv,
+            windowed=True,
             bias=2,
             bias_letters=bias_channel,
             added=3,

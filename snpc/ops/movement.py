@@ -136,22 +136,38 @@ def _slice(call: Call, labels: Labels) -> list[Labels]:
 
 def _slice_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     bounds = slice_parameters(call)
-    starts, ends = [], []
+    starts, ends, steps = [], [], []
     for axis, start, end, step in bounds:
+        first, last, stride = start, end if end >= 0 else -data.new[axis] - 1, step
         if step > 0 and data.old[axis] != data.new[axis]:
-            first, last = data.before(axis, start), data.before(axis, end)
-            if first is None or last is None:
-                raise Blocked(axis, "the blocks keep different positions")
-            starts.append(first)
-            ends.append(last)
-        else:
-            starts.append(start)
-            ends.append(end if end >= 0 else -data.new[axis] - 1)
+            first, last, stride = _kept_slice(data, axis, start, end, step)
+        starts.append(first)
+        ends.append(last)
+        steps.append(stride)
+    same_steps = steps == [step for *_, step in bounds]
     if call.version < 10:
         axes = [axis for axis, *_ in bounds]
         return Repair(attrs={"starts": starts, "ends": ends, "axes": axes})
     kinds = [call.values[1].dtype, call.values[2].dtype]  # type: ignore[union-attr]
-    return Repair(inputs={1: np.asarray(starts, kinds[0]), 2: np.asarray(ends, kinds[1])})
+    inputs = {1: np.asarray(starts, kinds[0]), 2: np.asarray(ends, kinds[1])}
+    return Repair(inputs=inputs if same_steps else inputs | {4: np.asarray(steps, kinds[0])})
+
+
+def _kept_slice(data: Cut, axis: int, start: int, end: int, step: int) -> tuple[int, int, int]:
+    """(start, end, step) among the positions that stay of those that a slice picks."""
+    kept = data.keep(axis)
+    if step == 1 or kept is None:
+        first, last = data.before(axis, start), data.before(axis, end)
+        if first is None or last is None:
+            raise Blocked(axis, "the blocks keep different positions")
+        return first, last, step
+    places = np.flatnonzero(np.isin(kept, np.arange(start, end, step)))
+    gaps = set(np.diff(places).tolist())
+    if len(gaps) > 1:
+        raise Blocked(axis, "the positions that stay are not evenly spaced")
+    if not len(places):
+        return 0, 0, step
+    return int(places[0]), int(places[-1]) + 1, gaps.pop() if gaps else step
 
 
 def split_axis(call: Call) -> int:

@@ -31,6 +31,7 @@ Kind = Literal[
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
+MISFIT = "the shapes of its operands do not fit each other"
 Effect = Literal["add", "scale", "same", "nonlinear"]
 
 
@@ -147,8 +148,11 @@ class OpSpec:
     )
     draws: bool = False  # what comes out differs from run to run
     curved: bool = False
+    windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
+    lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
     expands: bool = False  # repeats its input to the shape that the second input spells
+    shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
     selects: bool = False  # drops an axis by reading one position of it

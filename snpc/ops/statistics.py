@@ -128,7 +128,9 @@ def entries() -> list[OpSpec]:
 def normalisations() -> list[OpSpec]:
     norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
     return [
-        OpSpec("Softmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
+        OpSpec(
+            "Softmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED, shares=True
+        ),
         OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
         OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
             reason="it is compared along"),
@@ -164,7 +166,7 @@ def normalisations() -> list[OpSpec]:
         OpSpec(
             "EmbedLayerNormalization", "normalise", f"sums rows of its tables; {norm}", domain=MICROSOFT,
             data=(2, 3, 4), tables=(2, 3, 4), axes=_last_out, per_axis=(5, 6), affine=(5, 6), sums=(2,),
-            pins="norm", out_shapes=_embedded_shapes, typed_by=2,
+            pins="norm", out_shapes=_embedded_shapes, typed_by=2, lengths=(1,),
         ),
         OpSpec(
             "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,

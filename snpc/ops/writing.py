@@ -1,13 +1,24 @@
 """Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9."""
 
 ADD = "Add"
+CAST = "Cast"
 CONCAT = "Concat"
 DIV = "Div"
+EXP = "Exp"
 GATHER = "Gather"
+IDENTITY = "Identity"
+MATMUL = "MatMul"
 MUL = "Mul"
+REDUCE_MAX = "ReduceMax"
+REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
+SHAPE = "Shape"
 SLICE = "Slice"
 SPLIT = "Split"
 SQUEEZE = "Squeeze"
 SUB = "Sub"
+TRANSPOSE = "Transpose"
 WHERE = "Where"
+
+TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset

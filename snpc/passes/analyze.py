@@ -13,7 +13,7 @@ from snpc.passes.groups import Draft, approximate, drafts, finish
 from snpc.passes.labels import Flag
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.rows import drop_dead_rows
-from snpc.passes.shapes import Facts, best_binding, evaluate, opset
+from snpc.passes.shapes import Facts, best_binding, evaluate, opset, weight_bytes
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -102,4 +102,4 @@ def cost_of(model: ir.Model, facts: Facts) -> Cost:
     for node in model.graph:
         call = facts.call(node, opset(model, node.domain))
         macs += sum(macs_of(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
-    return Cost(params, macs, sum(tensor.nbytes for tensor in weights), model.graph.num_nodes())
+    return Cost(params, macs, sum(weight_bytes(tensor) for tensor in weights), model.graph.num_nodes())

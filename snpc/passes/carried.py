@@ -25,6 +25,8 @@ class Carried:
     constant: bool = False
     because: str = ""
     """Why nothing is known of it, where an operator that snpc does not look through made it."""
+    projected: bool = False
+    """Constant, but a product made it: a decoder's learnt queries, times a weight."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Contraction:
     left: Carried
     right: Carried
     constant: bool
+    """One operand is a weight; otherwise both are activations."""
     part: str = ""
 
 

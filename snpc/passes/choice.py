@@ -11,29 +11,37 @@ from snpc.errors import UserError
 from snpc.types import ROLES, Group, Role
 
 DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
-TargetKind = Literal["macs", "params", "bytes"]
+TargetKind = Literal["macs", "params", "bytes", "latency"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """``kind`` is to come down to ``share`` of the dense model's: MACs, parameters, or bytes of the weights."""
+    """``kind`` is to come down to ``share`` of the dense model's: MACs, parameters, bytes of the weights, or the time
+    of a run; that may be given in ``ms`` instead."""
 
     kind: TargetKind
     share: float
+    ms: float | None = None
+
+    def milliseconds(self, dense: float) -> float:
+        """The latency to reach, where the dense model takes ``dense`` ms."""
+        return self.ms if self.ms is not None else self.share * dense
 
 
 def parse_target(text: str) -> Target:
-    """``macs=0.6``, ``params=0.6`` or ``bytes=0.6``."""
+    """``macs=0.6``, ``params=0.6``, ``bytes=0.6``, ``latency=0.6`` or ``latency=12ms``."""
     kind, _, number = text.partition("=")
+    absolute = kind == "latency" and number.endswith("ms")
     try:
-        share = float(number)
+        share = float(number.removesuffix("ms") if absolute else number)
     except ValueError:
         share = -1.0
-    if kind not in get_args(TargetKind) or not 0 < share <= 1:
+    if kind not in get_args(TargetKind) or not 0 < share <= (1e9 if absolute else 1):
         raise UserError(
-            f"target {text!r}: must look like macs=0.6, params=0.6 or bytes=0.6, a share of the dense model in (0, 1]"
+            f"target {text!r}: must look like macs=0.6, params=0.6, bytes=0.6 or latency=0.6, a share of the dense "
+            "model in (0, 1], or like latency=12ms"
         )
-    return Target(kind, share)  # type: ignore[arg-type]
+    return Target(kind, 1.0, share) if absolute else Target(kind, share)  # type: ignore[arg-type]
 
 
 def parse_caps(text: str) -> dict[str, float]:
@@ -55,12 +63,15 @@ def parse_caps(text: str) -> dict[str, float]:
 @dataclass(frozen=True)
 class Choice:
     """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1); or ``target``:
-    the share of the MACs, parameters or bytes to come down to ("macs=0.6"), taken from all roles where it costs least.
+    the share of the MACs, parameters, bytes or latency to come down to ("macs=0.6"), taken from all roles where it
+    costs least; or ``max_drift``: as much as keeps the outputs within this root mean square change, relative, of the
+    dense model's (the largest of the outputs' on the samples that verification compares).
 
-    ``uniform`` takes the same share of every group; otherwise units are ranked across the groups of a role by score
-    relative to their group's mean. Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has
-    that many); no group loses more than ``max_ratio`` ("0.5", or by role "ffn=0.5,vo=0.3"). ``include``/``exclude``:
-    regular expressions searched in group ids.
+    ``uniform`` takes the same share of every group; otherwise units are ranked across groups by the loss they bring
+    (for a ratio: across those of a role, by score relative to their group's mean where no loss is known).
+    Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has that many); no group loses more
+    than ``max_ratio`` ("0.5", or by role "ffn=0.5,vo=0.3"). ``include``/``exclude``: regular expressions searched in
+    group ids.
     """
 
     ratio: float | None = None
@@ -72,14 +83,22 @@ class Choice:
     include: str | None = None
     exclude: str | None = None
     max_ratio: str | None = None
+    max_drift: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.target is None):
-            raise UserError("give either --ratio R or --target macs=R (or params=R, bytes=R), one of the two")
+        if [self.ratio, self.target, self.max_drift].count(None) != 2:
+            raise UserError(
+                "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X, one "
+                "of the three"
+            )
         if self.target is not None:
             parse_target(self.target)
-            if self.uniform or "head" in self.roles:
-                raise UserError("--target chooses widths itself: leave out --uniform and the role head")
+        if self.max_drift is not None and not 0 < self.max_drift < math.inf:
+            raise UserError(
+                f"--max-drift {self.max_drift:g} is not above 0: it is a relative change of the outputs, such as 0.1"
+            )
+        if self.ratio is None and "head" in self.roles:
+            raise UserError("--target and --max-drift choose widths themselves: leave out the role head")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(
                 f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"

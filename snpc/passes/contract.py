@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.ops.spec import SUMMED, Labels, Letters
+from snpc.ops.spec import MISFIT, SUMMED, Blocked, Labels, Letters
 from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
 from snpc.passes.labels import Flag, varying
 from snpc.passes.meet import meet, pin_half_labelled
@@ -12,13 +12,14 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
     """Sum over the letters that do not reach the output. ``part`` names the step of a fused node."""
     book = here.trace.book
     summed = set(letters.left) & set(letters.right) - set(letters.out)
-    constant = left.constant or right.constant
+    weights = which_weights(left, right)
+    constant = any(weights)
     here.trace.contractions.append(Contraction(here.node, letters, left, right, constant, part))
-    sides = ((left, letters.left, right, letters.right), (right, letters.right, left, letters.left))
+    sides = ((left, letters.left, weights), (right, letters.right, weights[::-1]))
     out: list[tuple[Carried, Labels]] = []
     covered: list[Labels] = []
     join_summed(here, left, right, letters, summed)
-    for mine, my_letters, other, _other_letters in sides:
+    for mine, my_letters, (is_weight, other_is) in sides:
         for labels in mine.factors:
             on = {my_letters[k] for k in varying(labels)}
             windowed = on & set(letters.windowed) if mine is left else set()
@@ -28,11 +29,11 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
             if on - summed - set(letters.out):
                 here.pin(mine, labels, SUMMED, my_letters.index(min(on - summed - set(letters.out))))
                 continue
-            if mine.constant and not other.constant:
+            if is_weight:
                 book.flag(labels, Flag.CONSUMED | Flag.READS if on & summed else Flag.PRODUCED)
                 if not on & summed and letters.windowed:
                     book.flag(labels, Flag.CONVOLVED)
-            elif other.constant and on & summed:
+            elif other_is and on & summed:
                 book.flag(labels, Flag.CONSUMED)
             elif not constant:
                 book.flag(labels, Flag.SCORED if on & summed else Flag.CARRIED)
@@ -54,6 +55,16 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
                 )
             out.append((mine, moved))
     return join_batches(here, out, left, right, letters)
+
+
+def which_weights(left: Carried, right: Carried) -> tuple[bool, bool]:
+    """Which operand of a product is the weight. Of two constants it is the right one, unless products made both: then
+    these are activations that happen to be the same on every run."""
+    if left.constant and right.constant:
+        both = left.projected and right.projected
+        swapped = right.projected and not left.projected
+        return swapped, not both and not swapped
+    return left.constant and not left.projected, right.constant
 
 
 def kept_letters(mine: str, out: str) -> str:
@@ -142,6 +153,8 @@ def pin_per_batch(here: Here, carried: Carried, labels: Labels, axes: frozenset[
 
 def add_bias(here: Here, factors: Factors, bias: Carried, out: str, letters: str) -> Factors:
     shape = here.call.outs[0]
+    if len(letters) != len(bias.shape):
+        raise Blocked(0, MISFIT)
     sizes = dict(zip(letters, bias.shape, strict=False))
     view = tuple(sizes.get(letter, 1) for letter in out)
     spread = Carried(bias.name, view, tuple(spread_letters(f, letters, out) for f in bias.factors), bias.constant)

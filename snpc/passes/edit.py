@@ -15,11 +15,9 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.ops.writing import ADD
-from snpc.passes.carried import Carried, Contraction
-from snpc.passes.labels import varying
+from snpc.passes.fold import v_is_constant
 from snpc.passes.rewrite import Traced
-from snpc.passes.scale import CannotFold, Fold, side_labels, v_is_constant, walk
-from snpc.passes.shapes import attributes, static_shape
+from snpc.passes.shapes import static_shape
 from snpc.types import FloatArray, Group, IntArray
 
 Index = npt.NDArray[np.int64]
@@ -93,52 +91,6 @@ class NoPlace(Exception):
     """A group's weights do not have the form that a closed form needs; the reason is the message."""
 
 
-def places(traced: Traced, contraction: Contraction, side: Carried, value: ir.Value, group: Group) -> list[Place]:
-    """Constants that make one operand of a contraction, linearly, with the group's positions in them."""
-    wanted: set[int] = set()
-    for labels in side.factors:
-        wanted |= set(labels[labels >= 0].reshape(-1).tolist())
-    fold = Fold(contraction.node, 0, 1.0)
-    try:
-        walk(fold, value, frozenset(wanted), traced.trace, traced.facts, traced.model)
-    except CannotFold:
-        raise NoPlace("what makes it is not linear all the way") from None
-    allowed = frozenset({*fold.nodes, contraction.node})
-    made = {out for node in fold.nodes for out in node.outputs if carries(traced, out, wanted)}
-    for seen in fold.values | {value for value, _ in fold.constants} | made:
-        if read_elsewhere(traced, seen, wanted, allowed):
-            raise NoPlace(f"{seen.name} is read elsewhere as well")
-    sites = {(s.tensor, s.axis): s for s in group.sites}
-    found = []
-    for (constant, axis), hit in fold.constants.items():
-        site = sites.get((str(constant.name), axis))
-        if site is None:
-            raise NoPlace(f"{constant.name} is not a site of the group")
-        units = np.where(hit, site.units, -1)
-        found.append(Place(str(constant.name), axis, positions_of(units, group)))
-    return found
-
-
-def carries(traced: Traced, value: ir.Value, wanted: set[int]) -> bool:
-    found = traced.trace.values.get(value)
-    return found is not None and not side_labels(found).isdisjoint(wanted)
-
-
-def read_elsewhere(traced: Traced, value: ir.Value, wanted: set[int], allowed: frozenset[ir.Node]) -> bool:
-    """Does a node that is not ``allowed`` use the wanted positions? Not one that reads the shape, or moves others out
-    (K and V of a packed QKV)."""
-    for user in value.consumers():
-        kind = lookup(user.domain, user.op_type).kind
-        if user in allowed or kind == "shape":
-            continue
-        if kind != "movement" or not carries(traced, value, wanted):
-            return True
-        moved = [out for out in user.outputs if carries(traced, out, wanted) or out not in traced.trace.values]
-        if any(read_elsewhere(traced, out, wanted, frozenset()) for out in moved):
-            return True
-    return False
-
-
 def positions_of(units: IntArray, group: Group) -> tuple[Index, ...]:
     """For each repeat [blocks, size]: where each unit stands on the axis."""
     count = group.blocks * group.size
@@ -155,69 +107,6 @@ def positions_of(units: IntArray, group: Group) -> tuple[Index, ...]:
     if not repeats:
         raise NoPlace("its units do not occur")
     return tuple(repeats)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The one weight that reads a group: ``rows`` [blocks, repeats * ..., D] can be gathered with ``place``."""
-
-    place: Place
-    node: ir.Node
-    width: int
-
-    def rows(self, traced: Traced, block: int) -> FloatArray:
-        """[repeats, size, D] in float64."""
-        tensor = traced.model.graph.initializers[self.place.tensor].const_value
-        assert tensor is not None
-        moved = np.moveaxis(tensor.numpy(), self.place.axis, 0)
-        return np.stack(
-            [moved[index[block]].astype(np.float64).reshape(index.shape[1], -1) for index in self.place.index]
-        )
-
-
-def reader_of(traced: Traced, group: Group) -> Reader:
-    """The matrix that consumes a group's units. Raises NoPlace where there is none, or more than one."""
-    sites = [s for s in group.sites if s.kind == "consume"]
-    if len(sites) != 1:
-        raise NoPlace(f"{len(sites)} weights read it")
-    site = sites[0]
-    constant = traced.model.graph.initializers[site.tensor]
-    tensor = constant.const_value
-    users = [
-        (c, side)
-        for c in traced.trace.contractions
-        for side in (c.left, c.right)
-        if c.constant and side.constant and reads(c, side, constant)
-    ]
-    if tensor is None or len(tensor.shape) != 2 or len(users) != 1 or users[0][0].letters.windowed:
-        raise NoPlace("what reads it is not one matrix")
-    node = users[0][0].node
-    if lookup(node.domain, node.op_type).curved:
-        raise NoPlace("its reader applies an activation")
-    if any(attributes(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
-        raise NoPlace("its reader scales the sum")
-    width = int(tensor.shape[1 - site.axis])  # type: ignore[arg-type]
-    letters = users[0][0].letters
-    spelled = letters.left if users[0][1] is users[0][0].left else letters.right
-    shape = traced.facts.shape.get(node.outputs[0])
-    if letters.out[-1:] not in spelled or not shape or shape[-1] != width:
-        raise NoPlace("its reader's outputs do not lie along the last axis")
-    return Reader(Place(site.tensor, site.axis, positions_of(site.units, group)), node, width)
-
-
-def reads(contraction: Contraction, side: Carried, constant: ir.Value) -> bool:
-    """Is ``side`` this constant, directly or through movement?"""
-    for value in contraction.node.inputs:
-        if value is not None and value.name == side.name:
-            root = value
-            while root.producer() is not None and root.producer().inputs:  # type: ignore[union-attr]
-                producer = root.producer()
-                assert producer is not None
-                if lookup(producer.domain, producer.op_type).kind != "movement" or producer.inputs[0] is None:
-                    return False
-                root = producer.inputs[0]
-            return root is constant
-    return False
 
 
 # -- applying --------------------------------------------------------------------------------------------------------
@@ -254,12 +143,18 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
     if existing is not None:
         edits.changes.setdefault(str(existing.name), []).append(lambda array: array + vector.reshape(array.shape))
         return
-    output = node.outputs[0]
+    output, spec = node.outputs[0], lookup(node.domain, node.op_type)
     name = f"{output.name}__bias"
     dtype = next(d for d in (weight_type(v) for v in node.inputs) if d is not None)
+    if spec.windowed and spec.bias is not None and len(node.inputs) > spec.bias:  # taken by one that is shared
+        vector = vector.reshape(-1, *[1] * (kernel_rank(node) - 2))
     tensor = ir.Tensor(vector.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([len(vector)]), type=ir.TensorType(dtype))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(vector.shape), type=ir.TensorType(dtype))
     model.graph.register_initializer(value)
+    if spec.windowed and spec.bias is not None and len(node.inputs) == spec.bias:
+        node.resize_inputs(spec.bias + 1)
+        node.replace_input_with(spec.bias, value)
+        return
     users = list(output.uses())
     made = ir.Node("", ADD, [output, value], num_outputs=1, name=f"{node_name}__bias")
     made.outputs[0].name = f"{output.name}__biased"
@@ -270,6 +165,12 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
     if output.is_graph_output():
         model.graph.outputs[model.graph.outputs.index(output)] = made.outputs[0]
         made.outputs[0].name, output.name = output.name, f"{output.name}__unbiased"
+
+
+def kernel_rank(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return len(weight.shape)
 
 
 def weight_type(value: ir.Value | None) -> ir.DataType | None:
@@ -287,6 +188,8 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
     spec = lookup(node.domain, node.op_type)
     if spec.bias is not None and spec.bias < len(node.inputs):
         return node.inputs[spec.bias] if is_own_vector(node.inputs[spec.bias], width) else None
+    if spec.windowed:
+        return None
     users = list(node.outputs[0].consumers())
     if len(users) != 1 or node.outputs[0].is_graph_output():
         return None
@@ -302,47 +205,3 @@ def is_own_vector(value: ir.Value | None, width: int) -> bool:
         return False
     shape = static_shape(value.const_value)
     return bool(shape) and shape[-1] == width and int(np.prod(shape)) == width
-
-
-def contraction_at(traced: Traced, group: Group) -> Contraction:
-    """The product of activations that a qk group closes in."""
-    tensors = {p.tensor for p in group.probes}
-    found = [
-        c
-        for c in traced.trace.contractions
-        if not c.constant and not c.part and c.left.name in tensors and c.right.name in tensors
-    ]
-    if len(found) != 1:
-        raise NoPlace(f"it takes part in {len(found)} score products")
-    return found[0]
-
-
-def value_product(traced: Traced, group: Group) -> tuple[Contraction, Carried, ir.Value]:
-    """(P V, its V side, the value) of a vo group."""
-    tensors = {p.tensor for p in group.probes if p.kind == "value"}
-    found = []
-    for c in traced.trace.contractions:
-        if c.constant or c.part:
-            continue
-        for side in (c.left, c.right):
-            if side.name in tensors and any(len(varying(f)) for f in side.factors):
-                value = next(v for v in c.node.inputs if v is not None and v.name == side.name)
-                found.append((c, side, value))
-    if len(found) != 1:
-        raise NoPlace(f"its values enter {len(found)} products")
-    return found[0]
-
-
-def operand_places(traced: Traced, group: Group, side: int) -> list[Place]:
-    """Constants that make one operand (0: left, 1: right) of a qk group's score product."""
-    contraction = contraction_at(traced, group)
-    carried = (contraction.left, contraction.right)[side]
-    value = contraction.node.inputs[lookup(contraction.node.domain, contraction.node.op_type).operands[side]]
-    assert value is not None
-    return places(traced, contraction, carried, value, group)
-
-
-def value_places(traced: Traced, group: Group) -> list[Place]:
-    """Constants that make a vo group's values."""
-    contraction, carried, value = value_product(traced, group)
-    return places(traced, contraction, carried, value, group)

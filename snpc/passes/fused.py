@@ -186,7 +186,7 @@ def add_packed_bias(here: Here, parts: Sequence[Carried], bias: Carried, sizes: 
     """One vector holds the biases of Q, K and V; what is [B,H,N,D] already was biased where it was made."""
     spread = Carried(bias.name, (1, 1, sum(sizes)), tuple(align(f, 3) for f in bias.factors), True)
     q, k, v = (
-        Carried(c.name, c.shape, meet(here, [c, Carried(bias.name, part.shape, part.factors, True)]))
+        Carried(part.name, c.shape, meet(here, [c, Carried(bias.name, part.shape, part.factors, True)]))
         if len(c.shape) == 3
         else c
         for c, part in zip(parts, columns(here, spread, sizes), strict=True)

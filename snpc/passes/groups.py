@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.cost import contraction_sizes, macs_of
+from snpc.ops import lookup
 from snpc.passes.canonicalise import origin
 from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
@@ -233,19 +234,22 @@ class Usage:
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: Facts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
-        self.axes_of: dict[int, list[Axis]] = defaultdict(list)
-        for axis in trace.book.axes:
-            for unit in np.unique(units.unit[axis.first : axis.first + axis.size]):
-                self.axes_of[int(unit)].append(axis)
-        self.users: dict[int, list[tuple[Contraction, Carried, str, int]]] = defaultdict(list)
+        self.axes = [(a, np.unique(units.unit[a.first : a.first + a.size])) for a in trace.book.axes]
+        self.users: list[tuple[tuple[Contraction, Carried, str, int], Ints]] = []
         for contraction in trace.contractions:
             for side, letters in (
                 (contraction.left, contraction.letters.left),
                 (contraction.right, contraction.letters.right),
             ):
                 for index, labels in enumerate(side.factors):
-                    for unit in np.unique(units.unit[labels[labels >= 0]]):
-                        self.users[int(unit)].append((contraction, side, letters, index))
+                    mine = np.unique(units.unit[labels[labels >= 0]])
+                    self.users.append(((contraction, side, letters, index), mine))
+
+    def among(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
+        """[units]: whether a unit is one of ``numbers``."""
+        found = np.zeros(self.trace.book.count, bool)
+        found[np.fromiter(numbers, np.int64, len(numbers))] = True
+        return found
 
     def covered(self, draft: Draft, made: list[Draft]) -> dict[int, int]:
         """unit -> index within the group; the units of a head's blocks count as that head."""
@@ -266,8 +270,8 @@ class Usage:
         return np.where(labels >= 0, table[self.units.unit[labels]], -1)
 
     def own_axes(self, numbers: Mapping[int, int]) -> list[Axis]:
-        found = {(a.constant, a.axis): a for unit in numbers for a in self.axes_of.get(unit, ())}
-        return sorted(found.values(), key=lambda a: a.first)
+        wanted = self.among(numbers)
+        return [axis for axis, units in self.axes if wanted[units].any()]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
         made = []
@@ -285,11 +289,8 @@ class Usage:
         return tuple(made)
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, Carried, str, int]]:
-        seen: dict[tuple[int, int, int], tuple[Contraction, Carried, str, int]] = {}
-        for unit in numbers:
-            for entry in self.users.get(unit, ()):
-                seen[id(entry[0]), id(entry[1]), entry[3]] = entry
-        return list(seen.values())
+        wanted = self.among(numbers)
+        return [use for use, units in self.users if wanted[units].any()]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         paths = []
@@ -326,7 +327,7 @@ class Usage:
         found: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
-            if side.constant:
+            if side.constant and not side.projected:
                 continue
             labels = side.factors[index]
             summed = {c for c in letters if c not in contraction.letters.out}
@@ -357,7 +358,7 @@ class Usage:
         by_name = {v.name: v for v in contraction.node.inputs if v is not None}
         value = by_name.get(side.name)
         if value is None:
-            return None
+            return self.inner_probe(kind, side, contraction, labels, numbers)
         carried = self.trace.values[value]
         if carried.shape != side.shape:  # a fused node splits heads inside: watch its input as it is
             for own in carried.factors:
@@ -366,3 +367,19 @@ class Usage:
                     return Probe(kind, side.name, mine)
             return None
         return Probe(kind, side.name, self.numbered(labels, numbers))
+
+    def inner_probe(
+        self,
+        kind: ProbeKind,
+        side: Carried,
+        contraction: Contraction,
+        labels: npt.NDArray[np.int32],
+        numbers: Mapping[int, int],
+    ) -> Probe | None:
+        """What a fused node makes inside of its input, its weight and its bias: [batch, tokens, heads * width]."""
+        node = contraction.node
+        if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
+            return None
+        whole = np.broadcast_to(labels, (1, side.shape[1], 1, side.shape[3]))
+        merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
+        return Probe(kind, side.name, merged)

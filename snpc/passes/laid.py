@@ -25,11 +25,14 @@ def lay_out(here: Here, parts: Sequence[Carried], axis: int) -> Factors:
             along += [row_of(here, parts, mine, axis, pattern)]
             continue
         for carried, fs in zip(parts, mine, strict=True):
-            told = fs or any(pattern < varying(f) - {axis} for f in carried.factors)  # by finer labels, joined as well
-            if not told and all(carried.shape[k] > 1 for k in pattern):
+            if not fs and all(carried.shape[k] > 1 for k in pattern):
+                finer = [f for f in carried.factors if varying(f) - {axis} > pattern and axis not in varying(f)]
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
-                        here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
+                        for fine in finer:
+                            here.trace.book.cover(labels, fine, "meet")
+                        if not finer:
+                            here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
             for labels in fs:
                 if pattern in across:
                     here.trace.book.join(across[pattern], labels)

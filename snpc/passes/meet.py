@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.spec import Labels
+from snpc.ops.spec import MISFIT, Labels
 from snpc.passes.carried import Carried, Factors, Here
 from snpc.passes.labels import varying
 
@@ -19,6 +19,9 @@ def same_labels(left: Carried, right: Carried) -> bool:
 
 def meet(here: Here, parts: Sequence[Carried]) -> Factors:
     """Factors of several tensors at the same positions: same axes join, coarser covers finer, the rest is pinned."""
+    if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
+        here.refuse(parts, MISFIT)
+        return ()
     book = here.trace.book
     kept: list[tuple[int, Labels]] = []
     for index, carried in enumerate(parts):

@@ -12,10 +12,11 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.passes.carried import Statistic
-from snpc.passes.edit import NoPlace, Place, Reader, is_own_vector, reader_of
+from snpc.passes.edit import NoPlace, Place, is_own_vector
 from snpc.passes.labels import varying
 from snpc.passes.means import paths_of
 from snpc.passes.pack import Dead
+from snpc.passes.readers import Reader, reader_of
 from snpc.passes.restrict import lost_along, touched
 from snpc.passes.rewrite import Traced
 from snpc.types import Group
@@ -150,11 +151,16 @@ def readers_of(traced: Traced, norm: Norm, groups: Sequence[Group]) -> list[Read
                 reader = reader_of(traced, replace(group, sites=(site,)))
             except NoPlace:
                 continue
-            if norm.axis != -1 or same.isdisjoint(reader.node.inputs) or not only_reads(traced, site.tensor):
+            if (
+                len(reader.nodes) > 1
+                or norm.axis != -1
+                or same.isdisjoint(reader.node.inputs)
+                or not only_reads(traced, site.tensor)
+            ):
                 continue
             if (units_along(traced, norm) == constant_units(traced, site.tensor, site.axis)).all():
                 every = np.arange(len(norm.stays))[None]
-                found.append(Reader(Place(site.tensor, site.axis, (every,)), reader.node, reader.width))
+                found.append(replace(reader, place=Place(site.tensor, site.axis, (every,))))
     return found
 
 

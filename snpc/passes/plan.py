@@ -13,11 +13,22 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, Target, allowed, parse_target
+from snpc.passes.descent import Descent, descent, within
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.slice import Cuts
 from snpc.types import FloatArray, Group
 
 Method = Literal["select", "parallel", "auto"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured times in ms: of the ``dense`` model, of ``base``, the same with nothing narrowed yet (but for rows that
+    nobody reads), and group id -> [size + 1], what is ``saved`` of that when so many units per block are kept."""
+
+    dense: float
+    base: float
+    saved: Mapping[str, FloatArray] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Scores:
     method: Method = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
+    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,10 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
     ]
     found = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if choice.target is not None and any(g.freedom_reason == APPROXIMATE for g in found):
+    if choice.ratio is None and any(g.freedom_reason == APPROXIMATE for g in found):
         raise UserError(
-            f"{name}: --target cannot weigh the residual width, since what other normalisation statistics cost is not "
-            "measured: cut it with --ratio, or leave out the role residual"
+            f"{name}: --target and --max-drift cannot weigh the residual width, since what other normalisation "
+            "statistics cost is not measured: cut it with --ratio, or leave out the role residual"
         )
     if found:
         return found
@@ -81,13 +93,24 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
 def make_plan(scores: Scores, choice: Choice) -> Plan:
     """Decide which units stay."""
     groups = chosen_groups(scores.analysis, choice)
-    widths: dict[str, int] = {}
+    return plan_of(scores, choice, widths_for(groups, scores, choice))
+
+
+def widths_for(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
     if choice.target is not None:
-        widths = target_widths(groups, scores, choice, parse_target(choice.target))
-    for role in choice.roles if choice.target is None else ():
-        mine = [g for g in groups if g.role == role]
-        widths |= uniform_widths(mine, choice) if choice.uniform else ranked_widths(mine, scores, choice)
-    keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups if widths[g.id] < g.size}
+        return target_widths(groups, scores, choice)
+    if choice.max_drift is not None:
+        return drift_widths(groups, scores, choice)
+    if choice.uniform:
+        return uniform_widths(groups, choice)
+    by_role = ([g for g in groups if g.role == role] for role in choice.roles)
+    return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, choice).items()}
+
+
+def plan_of(scores: Scores, choice: Choice, widths: Mapping[str, int]) -> Plan:
+    """The best units of each group, as many as ``widths`` (group id -> width) say."""
+    groups = [g for g in scores.analysis.groups if widths.get(g.id, g.size) < g.size]
+    keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups}
     options = {k: v for k, v in asdict(choice).items() if v is not None}
     return Plan(scores.analysis, scores.criterion, options, keep, scores.method)
 
@@ -107,24 +130,76 @@ def uniform_widths(groups: Sequence[Group], choice: Choice) -> dict[str, int]:
 
 def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
     """Remove the share ``ratio`` of the units of one role, where it costs least."""
-    prices = {g.id: float(g.blocks) for g in groups}
     assert choice.ratio is not None
-    return spend(groups, scores, choice, prices, choice.ratio * sum(g.blocks * g.size for g in groups))
+    blocks = {g.id: float(g.blocks) for g in groups}
+    found = descent(groups, {g.id: step_costs(scores, g) for g in groups}, blocks, choice)
+    budget = choice.ratio * sum(g.blocks * g.size for g in groups)
+    return within(found, lambda name, before, after: blocks[name] * (before - after), budget)
 
 
-def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice, target: Target) -> dict[str, int]:
-    """Reach a share of the model's MACs, parameters or bytes, taking it from all roles where it costs least."""
-    whole = float(getattr(scores.analysis.cost, target.kind))
-    prices = {g.id: worth(scores.analysis, g, target) / g.size for g in groups}
-    most = sum(prices[g.id] * (g.size - min(allowed(g, choice))) for g in groups)
-    free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
-    budget = (1 - target.share) * whole - free
-    if budget > most:
+def way_down(groups: Sequence[Group], scores: Scores, choice: Choice) -> tuple[Descent, FloatArray]:
+    """Every step towards the choice's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
+    or ms. With ``max_drift`` MACs are what is to be saved."""
+    target = parse_target(choice.target) if choice.target is not None else Target("macs", 0.0)
+    worth = {g.id: savings(scores, g, target) for g in groups}
+    prices = {g.id: float(worth[g.id][lowest(g, choice)]) / max(g.size - lowest(g, choice), 1) for g in groups}
+    found = descent(groups, {g.id: step_costs(scores, g) for g in groups}, prices, choice)
+    return found, found.along(worth)
+
+
+def lowest(group: Group, choice: Choice) -> int:
+    return min(allowed(group, choice))
+
+
+def savings(scores: Scores, group: Group, target: Target) -> FloatArray:
+    """[size + 1]: what is saved when so many units per block are kept."""
+    if target.kind == "latency":
+        assert scores.times is not None
+        return scores.times.saved[group.id]
+    gone: FloatArray = 1 - np.arange(group.size + 1) / group.size
+    return worth(scores.analysis, group, target) * gone
+
+
+def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+    """Reach the target, taking it from all roles where it costs least. For a latency: as it is predicted."""
+    assert choice.target is not None
+    found, saved = way_down(groups, scores, choice)
+    budget, reachable, slack = budget_of(scores, parse_target(choice.target), float(saved[-1]))
+    if budget > saved[-1] * (1 + 1e-12) + slack:
         raise UserError(
-            f"target {target.kind}={target.share:g} cannot be reached: with these roles and widths the least is "
-            f"{target.kind}={1 - (most + free) / whole:.3f}; allow more roles, or narrower groups"
+            f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
+            "more roles, or narrower groups"
         )
-    return spend(groups, scores, choice, prices, budget, reach=True)
+    return found.widths(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
+
+
+def budget_of(scores: Scores, target: Target, most: float) -> tuple[float, str, float]:
+    """What has to be saved for the target, what is reached when ``most`` is saved, in words, and by how much that may
+    be wrong."""
+    if target.kind == "latency":
+        assert scores.times is not None
+        dense, least = scores.times.dense, scores.times.base - most
+        text = f"{least:.3g}ms" if target.ms is not None else f"{least / dense:.3f}"
+        return scores.times.base - target.milliseconds(dense), f"latency={text} (predicted)", 0.1 * dense
+    whole = float(getattr(scores.analysis.cost, target.kind))
+    free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
+    return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
+
+
+def drift_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+    """The furthest down at which the drift that the curves predict is within ``max_drift``."""
+    found, _ = way_down(groups, scores, choice)
+    assert choice.max_drift is not None
+    return found.widths(int(np.flatnonzero(predicted_drift(found, scores) <= choice.max_drift)[-1]))
+
+
+def predicted_drift(found: Descent, scores: Scores) -> FloatArray:
+    """[steps + 1]: relative root mean square change of the outputs, the changes of all groups added up as if they had
+    nothing to do with each other."""
+    if any(g.id not in scores.curves for g in found.groups):
+        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
+    drift: FloatArray = np.sqrt(np.maximum(found.along(scores.curves), 0.0))
+    return drift
 
 
 def worth(analysis: Analysis, group: Group, target: Target) -> float:
@@ -136,37 +211,6 @@ def worth(analysis: Analysis, group: Group, target: Target) -> float:
     weight = analysis.traced.model.graph.initializers[group.sites[0].tensor].const_value
     assert weight is not None
     return group.params * weight.nbytes / weight.size
-
-
-def spend(
-    groups: Sequence[Group],
-    scores: Scores,
-    choice: Choice,
-    prices: Mapping[str, float],
-    budget: float,
-    reach: bool = False,
-) -> dict[str, int]:
-    """Widths after steps worth ``budget``, the least loss per price first. ``prices``: what one unit of every block is
-    worth. ``reach``: take the step that goes over the budget too, so that it is met."""
-    ladders = {
-        g.id: [(cost / max(prices[g.id], 1e-300), width) for cost, width in ladder(g, step_costs(scores, g), choice)]
-        for g in groups
-    }
-    widths = {g.id: g.size for g in groups}
-    removed = 0.0
-    while removed < budget * (1 - 1e-12):
-        steps = [(rungs[0][0], name) for name, rungs in ladders.items() if rungs]
-        if not steps:
-            break
-        _, name = min(steps)
-        _, width = ladders[name].pop(0)
-        worth = prices[name] * (widths[name] - width)
-        if not reach and removed + worth > budget + 1e-9:
-            ladders[name] = []
-            continue
-        widths[name] = width
-        removed += worth
-    return widths
 
 
 def step_costs(scores: Scores, group: Group) -> FloatArray:
@@ -181,23 +225,6 @@ def step_costs(scores: Scores, group: Group) -> FloatArray:
     ordered: FloatArray = np.sort(scores.values[group.id], axis=1).mean(0)
     mean = float(ordered.mean())
     return ordered / mean if mean > 0 and math.isfinite(mean) else ordered
-
-
-def ladder(group: Group, ordered: FloatArray, choice: Choice) -> list[tuple[float, int]]:
-    """(cost per unit, width) of each step down, on the lower convex hull of the loss: a dear step with cheap ones
-    behind it is averaged with them, since they cannot be taken before it."""
-    widths = allowed(group, choice)
-    loss = np.concatenate([[0.0], np.cumsum(ordered)])
-    rungs: list[tuple[float, int]] = []
-    here = 0
-    while here < len(widths) - 1:
-        gone = loss[group.size - np.array(widths)]
-        rest = np.arange(here + 1, len(widths))
-        slopes = (gone[rest] - gone[here]) / (widths[here] - np.array(widths)[rest])
-        there = int(rest[len(rest) - 1 - np.argmin(slopes[::-1])])
-        rungs += [(float(slopes[there - here - 1]), width) for width in widths[here + 1 : there + 1]]
-        here = there
-    return rungs
 
 
 # -- to the rewriter -------------------------------------------------------------------------------------------------

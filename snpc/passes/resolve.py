@@ -69,8 +69,9 @@ def resolve(book: Book) -> Units:
 
 def next_pairs(batch: Sequence[Slab], meet: Sequence[Slab], unit: Ints, block: Ints) -> list[tuple[Ints, Ints]]:
     """What to join next. Small slabs first: they may put units into blocks that a larger slab then covers whole."""
+    sizes = block_sizes(unit, block)
     for _, slabs in groupby(meet, key=lambda s: s.members.shape[1]):
-        news = changing((pair for slab in slabs for pair in across(slab, unit, block)), unit)
+        news = changing((pair for slab in slabs for pair in across(slab, unit, block, sizes)), unit)
         if news:
             return news
     return changing((pair for slab in batch for pair in same_keys(slab, unit, block)), unit)
@@ -116,10 +117,10 @@ def block_sizes(unit: Ints, block: Ints) -> Ints:
     return np.bincount(blocks[blocks >= 0], minlength=len(unit))
 
 
-def across(slab: Slab, unit: Ints, block: Ints) -> list[tuple[Ints, Ints]]:
+def across(slab: Slab, unit: Ints, block: Ints, sizes: Ints) -> list[tuple[Ints, Ints]]:
     """Pairs that make each row one unit, unless the row is one whole block, or several."""
     keys, members = rows(slab, unit)
-    merge = ~whole_blocks(members, block, block_sizes(unit, block))
+    merge = ~whole_blocks(members, block, sizes)
     kept = members[merge]
     first = np.repeat(keys[merge][:, None], members.shape[1], 1)
     return [(first.reshape(-1), kept.reshape(-1))] if merge.any() else []

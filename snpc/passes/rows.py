@@ -15,10 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.contraction import letters_of
 from snpc.ops.spec import Blocked, Call, Labels, OpSpec
 from snpc.ops.writing import GATHER, RESHAPE, SLICE
 from snpc.passes.shapes import Facts, opset, subgraphs
 from snpc.types import IntArray
+
+LONGEST = 1 << 24  # entries of an axis that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,23 @@ def selection(search: Search, node: ir.Node) -> Demand | None:
     if node.op_type not in (GATHER, SLICE) or node.domain:
         return None
     call = search.call(node)
-    for axis, size in enumerate(call.shape(0)):
+    shape = call.shape(0)
+    if len(call.outs[0]) > len(shape):
+        return None
+    for axis, size in enumerate(shape):
         picked = moved(call, axis)
         if picked is not None:
             positions = sorted({int(p) for p in picked.reshape(-1)})
-            if 0 < 2 * len(positions) <= size:
+            others = [k for k in range(len(shape)) if k != axis]
+            if 0 < 2 * len(positions) <= size and all(untouched(call, k) for k in others):
                 return Demand(axis, tuple(positions))
     return None
+
+
+def untouched(call: Call, axis: int) -> bool:
+    """A movement leaves the positions of ``axis`` as they are."""
+    picked = moved(call, axis)
+    return picked is not None and np.array_equal(picked.reshape(-1), np.arange(call.shape(0)[axis]))
 
 
 def moved(call: Call, axis: int) -> Labels | None:
@@ -102,7 +115,7 @@ def moved(call: Call, axis: int) -> Labels | None:
     shape = call.shape(0)
     view = [1] * len(shape)
     view[axis] = shape[axis]
-    if spec.move is None:
+    if spec.move is None or shape[axis] > LONGEST:
         return None
     try:
         return spec.move(call, np.arange(shape[axis], dtype=np.int32).reshape(view))[0]
@@ -143,9 +156,13 @@ def contracted(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]
     """The axis must be a free one of one operand."""
     if spec.letters is None or spec.curved:
         return None
-    letters = spec.letters(call)
+    try:
+        letters = letters_of(spec, call)
+    except Blocked:
+        return None
     letter = letters.out[wanted.axis]
-    bias = spec.bias_letters(call) if spec.bias_letters is not None and spec.bias is not None else ""
+    biased = spec.bias_letters is not None and spec.bias is not None and call.has(spec.bias)
+    bias = spec.bias_letters(call) if spec.bias_letters is not None and biased else ""
     if letter in letters.windowed or letter in bias or (letter in letters.left) == (letter in letters.right):
         return None
     operand, spelled = (0, letters.left) if letter in letters.left else (1, letters.right)
@@ -232,7 +249,10 @@ def pick_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node, de
     picked = moved(search.call(node), demand.axis)
     assert picked is not None
     places = np.searchsorted(demand.positions, picked.reshape(-1)).astype(np.int64)
-    scalar = len(search.call(node).outs[0]) < len(search.call(node).shape(0))
+    call = search.call(node)
+    scalar = len(call.outs[0]) < len(call.shape(0))
+    if not scalar and len(places) == 1:  # one position, several times
+        places = places.repeat(call.outs[0][demand.axis])
     index = integers(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
     new = ir.node(GATHER, [twin.inputs[0], index], attributes={"axis": demand.axis}, name=f"{twin.name}__rows")
     old = twin.outputs[0]

@@ -61,32 +61,24 @@ def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
 
 
 def extract(model: ir.Model, segment: Segment, facts: Facts) -> ir.Model:
-    """A model of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders; they must be
-    known."""
+    """A model of copies of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders; they
+    must be known."""
     types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
-    copy = model.clone()
-    nodes = list(copy.graph)
-    values = {str(v.name): v for node in nodes for v in node.outputs} | {str(v.name): v for v in copy.graph.inputs}
-    entering = []
-    for name in segment.inputs:
-        value = values[name]
-        made = ir.Value(name=name, type=ir.TensorType(types[name]))
-        if value.is_graph_input():
-            made.shape = value.shape
-        value.replace_all_uses_with(made, replace_graph_outputs=True)
-        value.name = f"{name}__before"
-        entering.append(made)
-    copy.graph.outputs.clear()
-    inside = nodes[segment.first : segment.last]
-    outside = nodes[: segment.first] + nodes[segment.last :]
-    for node in outside:
-        for index in range(len(node.inputs)):
-            node.replace_input_with(index, None)
-    copy.graph.remove(outside)
-    copy.graph.inputs.clear()
-    copy.graph.inputs.extend(entering)
-    made_here = {str(v.name): v for node in inside for v in node.outputs}
-    for name in segment.outputs:
-        made_here[name].dtype = types[name]
-        copy.graph.outputs.append(made_here[name])
-    return copy
+    inside = list(model.graph)[segment.first : segment.last]
+    used = {value: None for node in inside for value in reads(node)}
+    known = {str(v.name): v for v in (*used, *(out for node in inside for out in node.outputs))}
+    graph = ir.GraphView(
+        [known[name] for name in segment.inputs],
+        [known[name] for name in segment.outputs],
+        nodes=inside,
+        initializers=[v for v in used if v.is_initializer() and v.graph is model.graph],
+        opset_imports=model.graph.opset_imports,
+        name=model.graph.name,
+    ).clone()
+    for value in graph.inputs:
+        if not known[str(value.name)].is_graph_input():
+            value.shape = None
+        value.type = ir.TensorType(types[str(value.name)])
+    for value in graph.outputs:
+        value.dtype = types[str(value.name)]
+    return ir.Model(graph, ir_version=model.ir_version)

@@ -169,6 +169,11 @@ def static_shape(tensor: ir.TensorProtocol) -> Shape:
     return tuple(int(n) for n in tensor.shape if isinstance(n, int))
 
 
+def weight_bytes(tensor: ir.TensorProtocol) -> int:
+    """Bytes of a constant; strings, which have no size per entry, count as nothing."""
+    return 0 if tensor.dtype == ir.DataType.STRING else int(tensor.nbytes)
+
+
 def evaluate(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
     """Shapes, types and known values of every value of the main graph."""
     facts = start(model, sizes)
@@ -191,13 +196,18 @@ def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]
             if array.size <= limit:
                 facts.value[value] = array
         return
+    contradicted = False
     try:
         infer(facts, node, model, version)
     except Exception as error:  # onnx raises several unrelated types; whatever it is, the shape stays unknown
         facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        unknown = isinstance(error, defs.SchemaError) or any(
+            facts.shape.get(v) is None for v in node.inputs if v is not None
+        )
+        contradicted = not unknown  # the inputs themselves do not fit: what the file says of the output counts nothing
     for value in node.outputs:
         if facts.shape.get(value) is None:
-            hint = value.shape
+            hint = None if contradicted else value.shape
             static = hint is not None and all(isinstance(d, int) or str(d.value) in sizes for d in hint)
             facts.shape[value] = bind(hint, "", sizes) if static and hint is not None else None
             facts.dtype.setdefault(value, value.dtype)
@@ -291,8 +301,9 @@ def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
     spec = lookup(node.domain, node.op_type)
     if spec.out_shapes is not None:
         kind = facts.dtype.get(spec_source(node, spec))
-        for out in node.outputs:
-            facts.dtype[out], facts.shape[out] = kind, None
+        for index, out in enumerate(node.outputs):
+            facts.dtype[out] = ir.DataType.INT32 if index in spec.lengths else kind
+            facts.shape[out] = None
         for out, sizes in zip(node.outputs, spec.out_shapes(facts.call(node, version)), strict=False):
             facts.shape[out] = tuple(sizes)
         return
@@ -307,7 +318,7 @@ def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
             continue
         types[value.name] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
         array = facts.value.get(value)
-        if array is not None and array.ndim <= 1 and array.size <= 64:
+        if array is not None and array.ndim <= 1 and array.size <= 64 and array.dtype.kind in "iubf":
             data[value.name] = onnx.numpy_helper.from_array(array.copy(order="C"), value.name)
     inferred = shape_inference.infer_node_outputs(
         schema,

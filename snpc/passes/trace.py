@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from snpc.ops import lookup
+from snpc.ops.contraction import letters_of
 from snpc.ops.movement import concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
@@ -108,13 +109,18 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
         v is None or v in facts.value or (c is not None and c.constant)
         for v, c in zip(node.inputs, inputs, strict=True)
     )
+    projected = constant and (
+        here.spec.kind in ("contraction", "attention") or any(c is not None and c.projected for c in inputs)
+    )
     for index, value in enumerate(node.outputs):
         shape = facts.shape.get(value)
         if shape is None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(str(value.name), shape, usable, constant, because(here, inputs, usable))
+        trace.values[value] = Carried(
+            str(value.name), shape, usable, constant, because(here, inputs, usable), projected
+        )
 
 
 def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:
@@ -318,7 +324,7 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     if left is None or right is None:
         return here.refuse(inputs, "a product of other than two tensors")
     try:
-        letters = spec.letters(here.call)
+        letters = letters_of(spec, here.call)
     except Blocked as block:
         return here.refuse(inputs, block.reason)
     for weight, term in ((left, letters.left), (right, letters.right)):
@@ -329,7 +335,10 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     factors = contract(here, left, right, letters) if groups == 1 else grouped(here, left, right, letters, groups)
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
-        factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        try:
+            factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+        except Blocked as block:
+            return here.refuse(inputs, block.reason)
     added = inputs[spec.added] if spec.added is not None and spec.added < len(inputs) else None
     if added is not None:
         made = Carried(str(here.node.outputs[0].name), here.call.outs[0], factors)

@@ -356,13 +356,18 @@ def _machine(session: ort.InferenceSession) -> Machine:
     return Machine(
         provider=session.get_providers()[0],
         threads=session.get_session_options().intra_op_num_threads,
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        cpu=cpu_name(),
+        cores=cores(),
         onnxruntime=ort.__version__,
     )
 
 
-def _cpu_name() -> str:
+def cores() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+
+
+def cpu_name() -> str:
     """The processor's name as Linux knows it, else as Python does (often only the architecture)."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.is_file() else []

@@ -1,4 +1,4 @@
-"""Closed-form compression: measure second moments once, read loss curves off them, decide on a plan.
+"""Closed-form compression: from statistics, measured once, loss curves; from these a plan.
 
 Groups whose freedom is ``basis`` are rotated before they are cut; of groups that are selected, what reads them is
 refitted. Where a group's weights do not have the form that this needs, its units are selected by a criterion and left
@@ -14,23 +14,22 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
+from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
-from snpc.runtime.moments import Progress, measure_moments
-from snpc.runtime.score import score
-from snpc.types import FloatArray
+from snpc.runtime.latency import Workload, latency_table, timed_groups
+from snpc.runtime.score import scores_of
+from snpc.runtime.statistics import Progress, Statistics, measure_statistics
+from snpc.types import FloatArray, Group
 
 
 def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
     """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
-        ranks = np.empty(len(found.order))
-        ranks[found.order] = np.arange(len(found.order))
-        values[name] = ranks[None, :]
+        values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
     for name, parts in compression.rebases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
@@ -40,12 +39,20 @@ def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are)."""
+    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are).
+
+    ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
+    """
 
     plan: Plan
     compression: Compression | None = None
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
+    choice: Choice | None = None
+    groups: tuple[Group, ...] = field(default=(), repr=False)
+    scores: Scores | None = field(default=None, repr=False)
+    workload: Workload | None = None
+    statistics: Statistics | None = field(default=None, repr=False)
 
 
 def decide(
@@ -53,49 +60,130 @@ def decide(
     choice: Choice,
     *,
     calibration: Calibration | None = None,
+    statistics: Statistics | None = None,
     method: Method | None = None,
     criterion: str | None = None,
+    memory_limit: int | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
+    workload: Workload | None = None,
 ) -> Decision:
     """Score and plan in one step.
 
     ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
     that have none, one layer after the other ("parallel": all at once); "select" scores by ``criterion`` only (default
     "mixed" with data, "magnitude" without). Left out, it is "auto" where there is data and no criterion was named.
-    Raises UserError where data is needed and missing.
+
+    ``statistics`` that were measured before serve in place of a measurement. On their own they allow "parallel" (the
+    default then) and "select", and widths are chosen by the closed forms' own loss, relative to what each group does:
+    how much the outputs mind takes ``calibration``. ``memory_limit``: see ``measure_statistics``.
+
+    ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
-    method = method or ("auto" if calibration is not None and criterion is None else "select")
-    if method != "select" and calibration is None:
-        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
-    judge = criterion if criterion is not None else "mixed" if calibration is not None else "magnitude"
-    if method == "select":
-        scores = score(analysis, judge, calibration, roles=choice.roles, provider=provider, progress=progress)
-        curves: Mapping[str, FloatArray] = {}
-        if choice.target is not None and calibration is not None:
-            curves = output_curves(Compression.empty(analysis), scores, calibration, groups, provider=provider)
-        return Decision(make_plan(replace(scores, curves=curves), choice), None, curves)
-    assert calibration is not None
-    found = compress(measure_moments(analysis, calibration, groups, provider=provider, progress=progress), groups)
-    rest = score(
-        analysis, judge, calibration, roles=choice.roles, skip=set(found.forms), provider=provider, progress=progress
-    )
+    informed = calibration is not None or statistics is not None
+    method = method or default_method(calibration, informed and criterion is None)
+    check_data(method, calibration, statistics)
+    check_request(choice, calibration, workload)
+    usual = statistics.criterion if statistics else "mixed" if informed else "magnitude"
+    judge = usual if criterion is None else criterion
+    if statistics is None and calibration is not None:
+        statistics = measure_statistics(
+            analysis,
+            calibration,
+            groups,
+            method=method,
+            criterion=judge,
+            memory_limit=memory_limit,
+            provider=provider,
+            progress=progress,
+        )
+    found = Compression.empty(analysis)
+    if method != "select":
+        assert statistics is not None
+        found = compress(analysis, statistics, groups)
+    rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
     scores = ordered(rest, found, method)
-    curves = {} if choice.uniform else output_curves(found, scores, calibration, groups, provider=provider)
-    return Decision(make_plan(replace(scores, curves=curves), choice), found, curves)
+    if calibration is not None and needs_curves(choice, method):
+        curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
+        scores = replace(scores, curves=curves)
+    elif method != "select" and not choice.uniform:
+        scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
+    if is_latency(choice):
+        roles = tuple(dict.fromkeys(g.role for g in groups))
+        table = latency_table(analysis, roles, workload=workload, provider=provider)
+        scores = replace(scores, times=table.times(timed_groups(analysis, roles), groups))
+    plan = make_plan(scores, choice)
+    closed = found if method != "select" else None
+    return Decision(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)
 
 
-def compression_for(plan: Plan, calibration: Calibration | None, *, provider: str = "cpu") -> Compression | None:
+def check_request(choice: Choice, calibration: Calibration | None, workload: Workload | None) -> None:
+    if choice.max_drift is not None and calibration is None:
+        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
+    if workload is not None and not is_latency(choice):
+        raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
+
+
+def is_latency(choice: Choice) -> bool:
+    return choice.target is not None and parse_target(choice.target).kind == "latency"
+
+
+def needs_curves(choice: Choice, method: Method) -> bool:
+    """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
+    if choice.uniform:
+        return choice.max_drift is not None
+    return method != "select" or choice.ratio is None
+
+
+def default_method(calibration: Calibration | None, closed: bool) -> Method:
+    if not closed:
+        return "select"
+    return "auto" if calibration is not None else "parallel"
+
+
+def check_data(method: Method, calibration: Calibration | None, statistics: Statistics | None) -> None:
+    if method == "auto" and calibration is None and statistics is not None:
+        raise UserError(
+            "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
+            "as well, or --method parallel"
+        )
+    if method != "select" and calibration is None and statistics is None:
+        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
+
+
+def relative_loss(compression: Compression, scores: Scores, group: Group) -> FloatArray:
+    """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
+    curve = compression.curve(group)
+    if curve is None:
+        ordered = np.sort(scores.values[group.id], axis=1).mean(0)
+        curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]
+    return curve / max(float(curve[0]), 1e-300)
+
+
+def compression_for(
+    plan: Plan,
+    calibration: Calibration | None,
+    *,
+    statistics: Statistics | None = None,
+    memory_limit: int | None = None,
+    provider: str = "cpu",
+) -> Compression | None:
     """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
 
     Raises UserError where they are needed and there is no data.
     """
     if plan.method == "select":
         return None
-    if calibration is None:
+    if calibration is None and statistics is None:
         raise UserError(
             f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
         )
+    check_data(plan.method, calibration, statistics)
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
-    return compress(measure_moments(plan.analysis, calibration, groups, provider=provider), groups)
+    if statistics is None:
+        assert calibration is not None
+        statistics = measure_statistics(
+            plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider
+        )
+    return compress(plan.analysis, statistics, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
 from snpc.types import AnyArray, TensorSpec
 
 Feeds = Mapping[str, AnyArray]
@@ -18,6 +20,8 @@ Shape = tuple[int, ...]
 
 DEFAULT_SIZE = 16  # of a dynamic axis nothing is said about
 DEFAULT_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
+
+LARGEST = 1 << 32  # bytes of one random input, as float64
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -65,6 +69,20 @@ def random_feeds(
         )
         for spec in inputs
     }
+
+
+def id_limits(analysis: Analysis) -> dict[str, int]:
+    """How many rows the table has that an integer input indexes directly."""
+    found: dict[str, int] = {}
+    facts = analysis.traced.facts
+    for value in analysis.model.graph.graph.inputs:
+        for node, index in value.uses():
+            table = node.inputs[0] if index == 1 and node.inputs else None
+            shape = facts.shape.get(table) if table is not None else None
+            if shape and table is not None and table.const_value is not None:
+                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
+                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
+    return found
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, AnyArray]:
@@ -199,6 +217,10 @@ def _is_past(spec: TensorSpec) -> bool:
 def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
     # By name, since numpy calls bfloat16, float8 and int4 all "void" (they are ml_dtypes').
     kind = spec.dtype.name
+    if any(n < 0 for n in shape):
+        raise UserError(f"input {spec.name!r} would be {list(shape)}: no array has that shape; export the model again")
+    if math.prod(shape) * 8 > LARGEST:
+        raise UserError(f"input {spec.name!r} would be {list(shape)}: too large for random values; give data for it")
     if kind == "bool" or ("mask" in spec.name.lower() and ("int" in kind or "float" in kind)):
         return np.ones(shape, spec.dtype)
     if "float" in kind:

@@ -7,26 +7,46 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from snpc.closed import Elimination, Rebase, eliminate, rebase_scores, rebase_values, refit, ridge_for
+from snpc.closed import (
+    Elimination,
+    Rebase,
+    System,
+    columns_of,
+    eliminate,
+    eliminate_coupled,
+    read_again,
+    rebase_scores,
+    rebase_values,
+    refit,
+    ridge_for,
+    shared_values,
+)
+from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import Edits, edited, operand_places, reader_of, value_places
+from snpc.passes.edit import Edits, Place, edited
 from snpc.passes.plan import Plan
+from snpc.passes.products import operand_places, value_places
+from snpc.passes.readers import Reader, reader_of, readers_of
 from snpc.passes.rewrite import Traced, traced
-from snpc.runtime.moments import Measured, Moments
+from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, forms_of, needs
+from snpc.runtime.statistics import Statistics, check_model
 from snpc.types import FloatArray, Group, IntArray
 
 
 @dataclass(frozen=True)
 class Compression:
-    """Closed forms of a model for one calibration set. ``forms``: group id -> "scores", "values" or "refit"."""
+    """Closed forms of a model for one calibration set. ``forms``: group id -> "scores" or "values" (rotated), "refit"
+    (what reads it) or "coupled" (selected by what the scores lose)."""
 
     analysis: Analysis
     forms: Mapping[str, str]
     moments: Mapping[str, Moments] = field(repr=False)
     rebases: Mapping[str, tuple[Rebase, ...]] = field(repr=False)
-    eliminations: Mapping[str, Elimination] = field(repr=False)
+    eliminations: Mapping[str, tuple[Elimination, ...]] = field(repr=False)
     skipped: Mapping[str, str]
     samples: int
+    source: str = ""
+    """What it was measured on, in words."""
 
     @classmethod
     def empty(cls, analysis: Analysis) -> Compression:
@@ -37,43 +57,96 @@ class Compression:
         if group.id in self.rebases:
             total: FloatArray = np.sum([r.loss for r in self.rebases[group.id]], axis=0)
             return total
-        found = self.eliminations.get(group.id)
-        return None if found is None else found.loss
+        if group.id in self.eliminations:
+            return np.asarray(np.sum([e.loss for e in self.eliminations[group.id]], axis=0))
+        return None
 
 
-def compress(measured: Measured, groups: Sequence[Group]) -> Compression:
-    """Solve the closed forms of these groups for every width."""
-    analysis = measured.analysis
+def measured_moments(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Measured:
+    """What the closed forms of these groups need, from what was measured. Raises UserError where that is not in it."""
+    check_model(statistics, analysis)
+    forms, skipped = forms_of(analysis, groups)
+    for group in groups:
+        found = statistics.sums.get(group.id, {})
+        needed = needs(analysis, group, forms[group.id]) if group.id in forms else ()
+        missing = [name for name in needed if name not in found or not fits(group, name, found[name])]
+        if missing:
+            raise UserError(
+                f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
+                "again with the same --roles, --include and --exclude, and without --criterion"
+            )
+    moments = LazyMoments(forms, statistics.sums)
+    return Measured(analysis, forms, moments, skipped, statistics.samples, statistics.described())
+
+
+def fits(group: Group, name: str, sums: FloatArray) -> bool:
+    kind = name.partition(":")[0]
+    if kind == "joint":  # units of any number of columns, and ones
+        return sums.ndim == 2 and sums.shape[0] == sums.shape[1] and sums.shape[0] % group.size == 1 % group.size
+    if kind == "apart":
+        return sums.shape[1:] == (group.blocks, group.size + 1, group.size + 1)
+    return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))
+
+
+def compress(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Compression:
+    """Solve the closed forms of these groups for every width.
+
+    Raises UserError where ``statistics`` are of another model, or not of these groups.
+    """
+    measured = measured_moments(analysis, statistics, groups)
     eliminations = {
-        g.id: eliminate(
-            measured.moments[g.id].first[0],
-            reader_of(analysis.traced, g).rows(analysis.traced, 0)[0],
-            ridge=ridge_for(g.size, measured.moments[g.id].count),
-        )
+        g.id: eliminations_of(analysis.traced, g, measured.forms[g.id], measured.moments[g.id])
         for g in groups
-        if measured.forms.get(g.id) == "refit"
+        if measured.forms.get(g.id) in ("refit", "coupled")
     }
     return replace(rotations(measured, groups), eliminations=eliminations)
+
+
+def eliminations_of(source: Traced, group: Group, form: str, moments: Moments) -> tuple[Elimination, ...]:
+    """One per block."""
+    if form == "refit":
+        return (eliminate(systems_of(source, group, moments), group.size),)
+    assert moments.first is not None
+    return tuple(eliminate_coupled(losses) for losses in moments.first)
+
+
+def systems_of(source: Traced, group: Group, moments: Moments) -> list[System]:
+    return [
+        System(seen.moment, reader.matrix(source), ridge_for(len(seen.moment), seen.count))
+        for reader, seen in zip(readers_of(source, group), moments.contexts[0], strict=True)
+    ]
 
 
 def rotations(measured: Measured, groups: Sequence[Group]) -> Compression:
     """Only what a given plan needs: no order in which units go."""
     analysis, forms, moments = measured.analysis, measured.forms, measured.moments
     rebases = {
-        g.id: tuple(rebase(analysis, g, forms[g.id], moments[g.id], b) for b in range(g.blocks))
+        g.id: rebases_of(analysis.traced, g, forms[g.id], moments[g.id])
         for g in groups
         if forms.get(g.id) in ("scores", "values")
     }
-    return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples)
+    return Compression(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples, measured.source)
 
 
-def rebase(analysis: Analysis, group: Group, form: str, moments: Moments, block: int) -> Rebase:
-    if form == "scores":
-        assert moments.second is not None
-        ridges = (ridge_for(group.size, moments.count), ridge_for(group.size, moments.second_count))
-        return rebase_scores(moments.first[block], moments.second[block], ridges)
-    rows = reader_of(analysis.traced, group).rows(analysis.traced, block)
-    return rebase_values(moments.first[block], np.concatenate(list(rows), axis=1), ridge_for(group.size, moments.count))
+def rebases_of(
+    source: Traced, group: Group, form: str, moments: Moments, edits: Edits | None = None
+) -> tuple[Rebase, ...]:
+    """One per block."""
+    if form == "values":
+        reader = reader_of(source, group)
+        return tuple(rebase_block(moments.contexts[b], reader.rows(source, b, edits)) for b in range(group.blocks))
+    assert moments.first is not None and moments.second is not None
+    ridges = (ridge_for(group.size, moments.count), ridge_for(group.size, moments.second_count))
+    return tuple(rebase_scores(q, k, ridges) for q, k in zip(moments.first, moments.second, strict=True))
+
+
+def rebase_block(contexts: Sequence[Seen], rows: FloatArray) -> Rebase:
+    """Of values that one query head reads, or several; ``rows`` [repeats, d, D]."""
+    ridge = ridge_for(rows.shape[1], sum(c.count for c in contexts))
+    found = rebase_values(np.sum([c.moment for c in contexts], axis=0), np.concatenate(list(rows), axis=1), ridge)
+    if len(contexts) == 1:
+        return found
+    return replace(found, loss=shared_values([c.moment for c in contexts], list(rows), found.make, ridge))
 
 
 def settled(compression: Compression, plan: Plan) -> Plan:
@@ -92,33 +165,39 @@ def fit(compression: Compression, plan: Plan) -> Traced:
 
 
 def edits_for(compression: Compression, plan: Plan) -> Edits:
-    """Every edit that a plan asks for."""
+    """Every edit that a plan asks for. What reads whole heads is refitted first, since what is left of it decides on
+    the basis of the values."""
     edits = Edits()
-    for group in compression.analysis.groups:
-        rows = plan.keep.get(group.id)
-        form = compression.forms.get(group.id)
-        if rows is None or form is None:
-            continue
+    groups = [g for g in compression.analysis.groups if g.id in plan.keep and g.id in compression.forms]
+    for group in sorted(groups, key=lambda g: g.role != "head"):
+        rows, form = plan.keep[group.id], compression.forms[group.id]
         if form == "refit":
-            fit_reader(edits, compression, group, np.array(rows[0], np.int64))
-        else:
-            fit_basis(edits, compression, group, form)
-    fit_means(edits, compression, plan)
+            fit_readers(edits, compression, group, np.array(rows[0], np.int64))
+        elif form in ("scores", "values"):
+            fit_basis(edits, compression, group, form, len(rows[0]))
     return edits
 
 
-def fit_reader(edits: Edits, compression: Compression, group: Group, keep: IntArray) -> None:
+def fit_readers(edits: Edits, compression: Compression, group: Group, keep: IntArray) -> None:
+    """Refit every weight that reads the group; the mean of what goes is added to the bias behind it."""
     source = compression.analysis.traced
-    moments, reader = compression.moments[group.id], reader_of(source, group)
-    weight = reader.rows(source, 0)[0]
-    fitted = refit(moments.first[0], weight, keep, ridge_for(group.size, moments.count))
-    edits.put(reader.place, 0, keep, fitted)
-    assert moments.mean is not None
-    edits.add_bias(str(reader.node.name), moments.mean[0] @ weight - moments.mean[0][keep] @ fitted)
+    for reader, seen in zip(readers_of(source, group), compression.moments[group.id].contexts[0], strict=True):
+        weight, columns = reader.matrix(source, edits), columns_of(keep, reader.columns)
+        fitted = refit(seen.moment, weight, columns, ridge_for(len(seen.moment), seen.count))
+        reader.put(edits, keep, fitted)
+        gap = weight.copy()
+        gap[columns] -= fitted
+        add_means(edits, reader, seen, gap)
 
 
-def fit_basis(edits: Edits, compression: Compression, group: Group, form: str) -> None:
-    source = compression.analysis.traced
+def add_means(edits: Edits, reader: Reader, seen: Seen, gap: FloatArray) -> None:
+    for node, mean in zip(reader.nodes, seen.means, strict=True):
+        edits.add_bias(str(node.name), mean @ gap)
+
+
+def fit_basis(edits: Edits, compression: Compression, group: Group, form: str, width: int | None = None) -> None:
+    """Turn the group so that its first ``width`` units (default: all) say most."""
+    source, width = compression.analysis.traced, group.size if width is None else width
     parts = compression.rebases[group.id]
     if form == "scores":
         for side in (0, 1):
@@ -126,26 +205,29 @@ def fit_basis(edits: Edits, compression: Compression, group: Group, form: str) -
                 for block, part in enumerate(parts):
                     edits.mix(place, block, part.make if side == 0 else part.read.T)
         return
-    reader = reader_of(source, group)
+    reader, moments = reader_of(source, group), compression.moments[group.id]
+    if reader.place.tensor in edits.changes:
+        parts = rebases_of(source, group, form, moments, edits)
     for place in value_places(source, group):
         for block, part in enumerate(parts):
             edits.mix(place, block, part.make)
-    for block, part in enumerate(parts):
-        edits.mix(reader.place, block, part.read.T)
+    fit_outputs(edits, source, reader, moments, [part.make[:, :width] for part in parts])
 
 
-def fit_means(edits: Edits, compression: Compression, plan: Plan) -> None:
-    """What the cut takes from the mean of the contexts goes into the output's bias."""
-    source = compression.analysis.traced
-    for group in compression.analysis.groups:
-        rows = plan.keep.get(group.id)
-        if rows is None or compression.forms.get(group.id) != "values":
-            continue
-        moments, reader, width = compression.moments[group.id], reader_of(source, group), len(rows[0])
-        assert moments.mean is not None
-        lost = np.zeros(reader.width)
-        for block, part in enumerate(compression.rebases[group.id]):
-            kept = part.make[:, :width] @ part.read[:width]
-            weights = reader.rows(source, block)
-            lost += sum((moments.mean[block] @ (w - kept @ w) for w in weights), np.zeros(reader.width))
-        edits.add_bias(str(reader.node.name), lost)
+def fit_outputs(edits: Edits, source: Traced, reader: Reader, moments: Moments, makes: Sequence[FloatArray]) -> None:
+    """Rows of the output projection for values in the bases ``makes``, head by head; what the cut takes from the mean
+    of the contexts goes into the bias."""
+    for block, (make, contexts) in enumerate(zip(makes, moments.contexts, strict=True)):
+        ridge = ridge_for(len(make), sum(c.count for c in contexts))
+        weights = reader.rows(source, block, edits)
+        for index, seen, weight in zip(reader.place.index, contexts, weights, strict=True):
+            fitted = read_again(seen.moment, make, weight, ridge)
+            put_rows(edits, reader, index[block], fitted)
+            add_means(edits, reader, seen, weight - make @ fitted)
+
+
+def put_rows(edits: Edits, reader: Reader, where: IntArray, rows: FloatArray) -> None:
+    """Write the first rows of these positions; the others become zero."""
+    whole = np.zeros((len(where), rows.shape[1]))
+    whole[: len(rows)] = rows
+    edits.put(Place(reader.place.tensor, reader.place.axis, (where[None],)), 0, np.arange(len(where)), whole)

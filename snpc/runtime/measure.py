@@ -1,40 +1,59 @@
-"""Statistics inside the graph: sums that onnxruntime computes beside the model, so that activations are never held.
-
-For each probe (an activation in which a group's units can be seen) the instrumented model gets a few more outputs:
-``energy`` [samples, blocks, size], the sum over rows of squares, and ``gram`` [samples, blocks, size, size], X^T X.
-"""
+"""Which statistics are wanted of which activations, and a pass over the data that gives them."""
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.errors import CheckFailed
+from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
+from snpc.passes.carried import Contraction
+from snpc.passes.products import score_products
+from snpc.passes.readers import uses_of
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.coupled import coupled
 from snpc.runtime.feeds import Feeds
-from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import open_session
-from snpc.types import FloatArray, Group, IntArray, Probe
+from snpc.runtime.instrument import Instrument
+from snpc.runtime.padding import padding_of, probe_rows, token_masks
+from snpc.runtime.scratch import scratch
+from snpc.types import FloatArray, Group, Probe
+
+HELD = 4 * 3  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
+ADDED = 4 + 8 + 8  # bytes of a statistic's element: as it comes, in float64, and in the sum
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums);
-    ``output`` names the instrumented model's output."""
+    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums, apart,
+    joint), or "coupled"; ``output`` names the instrumented model's output. ``use`` is named "0.1" where it is what the
+    second node sees that uses the first reader; ``product`` that in which ``probe`` meets its ``partner``."""
 
     group: Group
     probe: Probe
     kind: str
     output: str
+    use: str = ""
+    window: ir.Node | None = None
+    columns: int = 1
+    product: Contraction | None = None
+    partner: Probe | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.kind}:{self.probe.kind}"
+        return f"{self.kind}:{self.probe.kind}{'#' if self.use else ''}{self.use}"
+
+    def add_to(self, instrument: Instrument) -> None:
+        """As a new output of the instrumented model."""
+        if self.kind == "joint":
+            instrument.expose(instrument.joint(self.probe, self.group.size, self.window), self.output)
+        elif self.product is not None:
+            instrument.expose(coupled(instrument, self.product, self.group), self.output)
+        else:
+            instrument.add(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
 def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[Wanted]:
@@ -42,189 +61,102 @@ def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) ->
     found: list[Wanted] = []
     for group in analysis.groups:
         for name in names.get(group.id, ()):
-            kind, _, probe_kind = name.partition(":")
+            kind, _, rest = name.partition(":")
+            probe_kind, sharp, use = rest.partition("#")
+            if kind == "coupled":
+                products = score_products(analysis.traced, group)
+                found += [wanted_in(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
+                continue
+            if sharp:
+                found.append(wanted_at(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
+                continue
             for probe in group.probes:
                 if probe.kind == probe_kind:
                     found.append(Wanted(group, probe, kind, f"snpc_stat_{len(found)}"))
     return found
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a probed tensor is turned into rows x units: a leading split of axis 0 where it merges batch and blocks,
-    then row axes before unit axes, then a gather of columns (several columns may show one unit)."""
-
-    period: int
-    rank: int
-    row_axes: tuple[int, ...]
-    unit_axes: tuple[int, ...]
-    columns: IntArray
-    repeats: int
+def wanted_in(group: Group, product: Contraction, output: str) -> Wanted:
+    """What the scores of one product lose."""
+    probes = {p.tensor: p for p in group.probes}
+    query, key = probes[product.left.name], probes[product.right.name]
+    return Wanted(group, query, "coupled", output, product=product, partner=key)
 
 
-def layout_of(probe: Probe, units: int) -> Layout:
-    numbers = probe.units
-    period = 0
-    if numbers.shape[0] > 1:
-        period = shortest_period(np.moveaxis(numbers, 0, -1).reshape(-1, numbers.shape[0]))
-        numbers = numbers[None, :period]
-    rank = numbers.ndim
-    unit_axes = tuple(k for k in range(1, rank) if numbers.shape[k] > 1) or (rank - 1,)
-    row_axes = tuple(k for k in range(1, rank) if k not in unit_axes)
-    flat = numbers.transpose(0, *row_axes, *unit_axes).reshape(-1)
-    columns = [np.flatnonzero(flat == unit) for unit in range(units)]
-    repeats = min(len(c) for c in columns)
-    if not repeats or max(len(c) for c in columns) != repeats:
-        raise CheckFailed(f"{probe.tensor}: some of its units are seen more often than others")
-    order = np.stack(columns).T.reshape(-1)  # [repeats, units]
-    return Layout(period, rank, row_axes, unit_axes, order, repeats)
+def wanted_at(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> Wanted:
+    """A statistic of what one node sees that uses a reader."""
+    reader, _, node = use.partition(".")
+    seen = uses_of(analysis.traced, group)[int(reader)][int(node)]
+    window = seen.node if seen.reader.taps > 1 else None
+    return Wanted(group, seen.probe, kind, output, use, window, seen.reader.columns)
 
 
-def shortest_period(rows: IntArray) -> int:
-    size = int(rows.shape[1])
-    for period in range(1, size):
-        if size % period == 0 and bool((rows == np.tile(rows[:, :period], size // period)).all()):
-            return period
-    return size
+def split(
+    analysis: Analysis, calibration: Calibration, wanted: Sequence[Wanted], limit: int
+) -> Iterator[tuple[Wanted, ...]]:
+    """``wanted`` in parts that take about ``limit`` bytes each to measure, beside the model itself; what is wanted of a
+    group stays together. Raises UserError where one group takes more."""
+    elements = probed_elements(analysis, calibration)
+    part: list[Wanted] = []
+    for group in {item.group.id: item.group for item in wanted}.values():
+        mine = [item for item in wanted if item.group is group]
+        alone = bytes_of(mine, elements, calibration.batch)
+        if alone > limit:
+            needed = f"{2 * alone // 1000 + 1}kB" if alone < 10**6 else f"{2 * alone // 10**6 + 1}MB"
+            raise UserError(
+                f"statistics of {group.id} take about {needed}, more than there is for them: give --memory-limit "
+                f"{needed} or more, or a smaller --calib-batch"
+            )
+        if part and bytes_of([*part, *mine], elements, calibration.batch) > limit:
+            yield tuple(part)
+            part = []
+        part += mine
+    if part:
+        yield tuple(part)
 
 
-class Instrument:
-    """Appends statistics to a copy of a model."""
+def probed_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
+    """Tensor -> about how many elements it has in the largest batch: what it has as analysed, scaled as the inputs."""
+    facts = analysis.traced.facts
+    sizes = {str(v.name): math.prod(shape) for v, shape in facts.shape.items() if shape is not None}
+    growth = max((count / max(sizes.get(name, count), 1) for name, count in calibration.largest().items()), default=1)
+    return {name: size * growth for name, size in sizes.items()}
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model.clone()
-        self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
-        self.values |= {str(v.name): v for v in self.model.graph.inputs}
-        self.values |= dict(self.model.graph.initializers)
-        self.prepared: dict[tuple[str, bytes, int], tuple[ir.Value, Layout]] = {}
-        self.count = 0
-        self.version = self.model.graph.opset_imports.get("", 17)
-        self.model.graph.outputs.clear()
 
-    def op(self, name: str, inputs: list[ir.Value], **attrs: int | list[int]) -> ir.Value:
-        self.count += 1
-        node = ir.node(name, inputs, attributes=attrs or None, name=f"snpc_measure_{self.count}")
-        node.outputs[0].name = f"snpc_measure_{self.count}_out"
-        self.model.graph.append(node)
-        return node.outputs[0]
+def bytes_of(wanted: Sequence[Wanted], elements: Mapping[str, float], batch: int) -> int:
+    """About how much measuring these takes at once."""
+    windows = {item.probe.tensor: item.columns if item.window is not None else 1 for item in wanted}
+    windows |= {item.partner.tensor: 1 for item in wanted if item.partner is not None}
+    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * HELD
+    return int(held + ADDED * sum(statistic_elements(item, batch) for item in wanted))
 
-    def ints(self, numbers: Iterable[int]) -> ir.Value:
-        self.count += 1
-        name = f"snpc_measure_{self.count}"
-        tensor = ir.Tensor(np.asarray(list(numbers), np.int64), name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
-        self.model.graph.register_initializer(value)
-        return value
 
-    def rows(self, probe: Probe, units: int) -> tuple[ir.Value, Layout]:
-        """[samples, rows, repeats * units] in float32."""
-        key = (probe.tensor, probe.units.tobytes(), units)
-        if key not in self.prepared:
-            layout = layout_of(probe, units)
-            value = self.op("Cast", [self.values[probe.tensor]], to=int(ir.DataType.FLOAT))
-            if layout.period:
-                shape = self.op("Shape", [value])
-                rest = self.op("Slice", [shape, self.ints([1]), self.ints([1 << 30])])
-                head = self.ints([-1, layout.period])
-                value = self.op("Reshape", [value, self.op("Concat", [head, rest], axis=0)])
-            value = self.op("Transpose", [value], perm=[0, *layout.row_axes, *layout.unit_axes])
-            total = int(np.prod([self.axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
-            value = self.op("Reshape", [value, self.ints([0, -1, total])])
-            if layout.columns.tolist() != list(range(total)):
-                value = self.op("Gather", [value, self.ints(layout.columns.tolist())], axis=2)
-            self.prepared[key] = (value, layout)
-        return self.prepared[key]
-
-    def axis_size(self, probe: Probe, layout: Layout, axis: int) -> int:
-        return int(
-            probe.units.shape[axis - 1]
-            if layout.period and axis > 1
-            else layout.period
-            if layout.period
-            else probe.units.shape[axis]
-        )
-
-    def energy(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        rows, _layout = self.rows(probe, blocks * size)
-        squares = self.op("Mul", [rows, rows])
-        split = self.op("Reshape", [squares, self.ints([0, -1, blocks, size])])
-        return self.total(split)
-
-    def total(self, value: ir.Value) -> ir.Value:
-        if self.version >= 13:
-            return self.op("ReduceSum", [value, self.ints([1])], keepdims=0)
-        return self.op("ReduceSum", [value], axes=[1], keepdims=0)
-
-    def gram(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        rows, _layout = self.rows(probe, blocks * size)
-        split = self.op("Reshape", [rows, self.ints([0, -1, blocks, size])])  # repeats become rows
-        columns = self.op("Transpose", [split], perm=[0, 2, 3, 1])
-        return self.op("MatMul", [columns, self.op("Transpose", [split], perm=[0, 2, 1, 3])])
-
-    def by_block(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[blocks, samples, rows, size]."""
-        rows, _ = self.rows(probe, blocks * size)
-        return self.op("Transpose", [self.op("Reshape", [rows, self.ints([0, -1, blocks, size])])], perm=[2, 0, 1, 3])
-
-    def product(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
-        """[blocks, size, size]: X'X over samples and rows."""
-        flat = self.op("Reshape", [value, self.ints([blocks, -1, size])])
-        return self.op("MatMul", [self.op("Transpose", [flat], perm=[0, 2, 1]), flat])
-
-    def moment(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        return self.product(self.by_block(probe, blocks, size), blocks, size)
-
-    def centred(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """As ``moment``, of rows less the mean of their own sample."""
-        value = self.by_block(probe, blocks, size)
-        if self.version >= 18:
-            mean = self.op("ReduceMean", [value, self.ints([2])], keepdims=1)
-        else:
-            mean = self.op("ReduceMean", [value], axes=[2], keepdims=1)
-        return self.product(self.op("Sub", [value, mean]), blocks, size)
-
-    def sums(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[blocks, size + 1]: the sum of the rows, and how many they are."""
-        value = self.op("Reshape", [self.by_block(probe, blocks, size), self.ints([blocks, -1, size])])
-        one = self.op("Gather", [value, self.ints([0])], axis=2)
-        ones = self.op("Exp", [self.op("Sub", [one, one])])
-        return self.total(self.op("Concat", [value, ones], axis=2))
-
-    def gap(self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-        """(sum of unit' gap [1, size, D], sum of gap [1, D]), gap = dense - value, over the rows of a probe that shows
-        every unit once, along its last axis; ``dense`` is a new input of the type and shape of ``value``."""
-        entering = ir.Value(name=dense, type=ir.TensorType(dtype))
-        self.model.graph.inputs.append(entering)
-        both = [self.op("Cast", [v], to=int(ir.DataType.FLOAT)) for v in (entering, self.values[value])]
-        gap = self.op("Sub", both)
-        width = self.op("Slice", [self.op("Shape", [gap]), self.ints([-1]), self.ints([1 << 30])])
-        flat = self.op("Reshape", [gap, self.op("Concat", [self.ints([1, -1]), width], axis=0)])
-        units = self.op("Reshape", [self.by_block(probe, 1, size), self.ints([1, -1, size])])
-        cross = self.op("MatMul", [self.op("Transpose", [units], perm=[0, 2, 1]), flat])
-        return cross, self.total(flat)
-
-    def add(self, wanted: Wanted) -> None:
-        self.expose(getattr(self, wanted.kind)(wanted.probe, wanted.group.blocks, wanted.group.size), wanted.output)
-
-    def expose(self, value: ir.Value, name: str) -> None:
-        value.name = name
-        value.dtype = ir.DataType.FLOAT
-        self.model.graph.outputs.append(value)
+def statistic_elements(item: Wanted, batch: int) -> int:
+    blocks, size = item.group.blocks, item.group.size
+    if item.kind == "joint":
+        return (size * item.columns + 1) ** 2
+    if item.kind == "apart":
+        return item.columns * blocks * (size + 1) ** 2
+    square = item.kind in ("gram", "moment", "centred", "coupled")
+    per_sample = item.kind in ("gram", "energy")
+    return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
 
 
 def measure(
     analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu", threads: int = 0
 ) -> Iterator[dict[str, FloatArray]]:
-    """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64."""
-    instrument = Instrument(analysis.traced.model)
+    """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64. Padded tokens do not
+    count."""
+    source = analysis.traced
+    probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
+    padding = padding_of(source, probe_rows(probes))
+    instrument = Instrument(source.model, padding.told)
     for item in wanted:
-        instrument.add(item)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "measured.onnx"
-        save(clean(instrument.model), path)
-        session = open_session(path, provider=provider, threads=threads)
-        names = [w.output for w in wanted]
-        inputs = {i.name for i in session.get_inputs()}
+        item.add_to(instrument)
+    with (
+        token_masks(source, padding, provider, threads) as masks,
+        scratch(instrument.model, provider=provider, threads=threads) as run,
+    ):
         for feeds in batches:
-            results = session.run(names, {k: v for k, v in feeds.items() if k in inputs})
-            yield {name: np.asarray(r, np.float64) for name, r in zip(names, results, strict=True)}
+            found = run({**feeds, **masks(feeds)})
+            yield {name: np.asarray(array, np.float64) for name, array in found.items()}

@@ -6,11 +6,11 @@ Writing goes to a temporary file beside the target and is renamed, so a crash or
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from onnx_ir.passes import common
 
 from snpc.errors import UserError
 from snpc.passes.canonicalise import canonicalise, merge_forks
+from snpc.passes.shapes import weight_bytes
+from snpc.runtime.intake import check_tensors, entry, is_external, tensors
 from snpc.runtime.wire import GRAPH, INITIALIZER, RAW_DATA, delimited, skim
 from snpc.types import Model, TensorSpec
 
 LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
+
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
 def load(path: str | os.PathLike[str]) -> Model:
@@ -47,17 +51,34 @@ def load(path: str | os.PathLike[str]) -> Model:
         ) from None
     if not proto.graph.node or not proto.opset_import:
         raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
-    check_external(proto, where)
+    check_tensors(proto, where)
     digest = digest_of(where, proto)
     try:
         graph = ir.from_proto(proto)
         set_base(graph, where.parent)
         graph = canonicalise(graph)
+        check_values(graph, where)
+        rehearse(graph)
+    except UserError:
+        raise
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
-        raise UserError(f"{where}: the graph is malformed ({first_line(error)}); run onnx.checker on it") from None
-    check_values(graph, where)
+        why = first_line(innermost(error))
+        raise UserError(f"{where}: the graph is malformed ({why}); run onnx.checker on it") from None
     external = any(location != where.name for location in external_files(proto))
     return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
+
+
+def rehearse(model: ir.Model) -> None:
+    """Copy it and spell it as a message, weights left out: what cannot be written later is better refused now."""
+    copy = model.clone()
+    skeleton_proto(copy, set(copy.graph.initializers))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """onnx-ir wraps an error once per level of the message, each with its whole content."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def first_line(error: BaseException) -> str:
@@ -70,25 +91,32 @@ def set_base(model: ir.Model, folder: Path) -> None:
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.ExternalTensor(
-                    (folder / value.const_value.location).resolve(),
-                    value.const_value.offset,
-                    value.const_value.length,
-                    value.const_value.dtype,
-                    shape=value.const_value.shape,
-                    name=str(value.name),
-                    base_dir="",
-                )
+                value.const_value = based(value.const_value, str(value.name), folder)
+        for node in graph:
+            for attribute in [a for a in node.attributes.values() if isinstance(a, ir.Attr)]:
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    tensor = based(attribute.value, str(attribute.value.name), folder)
+                    node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
+
+
+def based(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        (folder / tensor.location).resolve(),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=name,
+        base_dir="",
+    )
 
 
 def external_files(proto: onnx.ModelProto) -> dict[str, str]:
     """location -> a tensor that lies there."""
     found: dict[str, str] = {}
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    found.setdefault(entry.value, tensor.name)
+    for tensor in tensors(proto):
+        if is_external(tensor):
+            found.setdefault(entry(tensor, "location"), tensor.name)
     return found
 
 
@@ -97,40 +125,6 @@ def check_values(model: ir.Model, where: Path) -> None:
         for value in node.inputs:
             if value is not None and value.graph is None:
                 raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
-
-
-def check_external(proto: onnx.ModelProto, where: Path) -> None:
-    sizes: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {e.key: e.value for e in tensor.external_data}
-        location = entries.get("location", "")
-        file = where.parent / location
-        if location not in sizes:
-            if Path(location).is_absolute() or ".." in Path(location).parts:
-                raise UserError(
-                    f"{where}: its weights are in {location}, outside its folder; move them beside the model"
-                )
-            if not location or not file.is_file():
-                raise UserError(
-                    f"{where}: its weights are in {location or 'a file without a name'}, which is not beside it; "
-                    "copy that file next to the model"
-                )
-            sizes[location] = file.stat().st_size
-        with suppress(ValueError):
-            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
-            length = int(entries.get("length", needed))
-            if length != needed:
-                raise UserError(
-                    f"{where}: {tensor.name} holds {length} bytes, its shape needs {needed}; export it again"
-                )
-            end = int(entries.get("offset", 0)) + length
-            if end > sizes[location]:
-                raise UserError(
-                    f"{file}: too short for {tensor.name} ({end} bytes needed, {sizes[location]} there); "
-                    "the download may be truncated"
-                )
 
 
 def digest_of(where: Path, proto: onnx.ModelProto) -> str:
@@ -239,7 +233,7 @@ def clean(model: ir.Model) -> ir.Model:
 def save(model: ir.Model, target: Path, external: bool = False) -> None:
     """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
     the model is too big for one protobuf message."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = sum(weight_bytes(v.const_value) for v in model.graph.initializers.values() if v.const_value is not None)
     if external or weights > LIMIT:
         save_external(model, target)
     else:
@@ -275,7 +269,7 @@ def save_external(model: ir.Model, target: Path) -> None:
 
 def is_big(tensor: ir.TensorProtocol | None) -> bool:
     """Written apart from the graph. Small ones too where they lie in another file: the message would refer to that."""
-    return tensor is not None and (tensor.nbytes >= 1024 or isinstance(tensor, ir.ExternalTensor))
+    return tensor is not None and (weight_bytes(tensor) >= 1024 or isinstance(tensor, ir.ExternalTensor))
 
 
 def skeleton_proto(model: ir.Model, without: set[str]) -> onnx.ModelProto:

@@ -1,54 +1,99 @@
-"""Second moments of activations, per group, as its closed form needs them: measured in the graph, summed in float64."""
+"""Second moments of activations, per group, as its closed form needs them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import NoPlace, Place, operand_places, reader_of, value_places
+from snpc.passes.edit import NoPlace, Place
 from snpc.passes.groups import APPROXIMATE
-from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import measure, wanted_statistics
+from snpc.passes.products import operand_places, score_products, sides_of, value_operands, value_places
+from snpc.passes.readers import Reader, reader_of, uses_of
 from snpc.types import FloatArray, Group
 
-Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
-NEEDS: Mapping[str, tuple[str, ...]] = {
-    "scores": ("moment:query", "centred:key", "sums:query", "sums:key"),
-    "values": ("moment:context", "sums:context"),
-    "refit": ("moment:hidden", "sums:hidden"),
-}
+KINDS = frozenset(
+    {"moment", "centred", "sums", "apart", "joint", "coupled"}
+)  # of the statistics that closed forms take
+MOST = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one weight reads of a group: the second moment [n, n] of its columns about their mean at each node that uses
+    it, summed over these nodes; the means [n] there; how many rows."""
+
+    moment: FloatArray
+    means: tuple[FloatArray, ...]
+    count: float
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a group's activations: ``first``/``second`` [blocks, d, d] and the mean [blocks, d], over
-    ``count`` rows (``second_count`` for ``second``)."""
+    """Second moments of a group's activations, as its form needs them.
 
-    first: FloatArray
+    "scores": ``first`` (queries) and ``second`` (centred keys) [blocks, d, d], over ``count`` and ``second_count``
+    rows. "coupled": ``first``, what the scores lose [blocks, size, size]. "values": ``contexts`` [blocks][repeats].
+    "refit": ``contexts`` [1][readers].
+    """
+
+    first: FloatArray | None = None
     second: FloatArray | None = None
-    mean: FloatArray | None = None
     count: float = 0.0
     second_count: float = 0.0
+    contexts: tuple[tuple[Seen, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "coupled", "values" or "refit";
+    ``skipped``: group id -> why it has none; ``samples`` calibration samples were used, of ``source``."""
+
+    analysis: Analysis
+    forms: Mapping[str, str]
+    moments: Mapping[str, Moments]
+    skipped: Mapping[str, str]
+    samples: int = 0
+    source: str = ""
 
 
 def form_of(analysis: Analysis, group: Group) -> str:
     """Which closed form fits the group. Raises NoPlace with the reason where none does."""
+    traced = analysis.traced
     if group.role == "qk" and group.freedom == "basis":
-        check_sites(group, [*operand_places(analysis.traced, group, 0), *operand_places(analysis.traced, group, 1)])
+        check_sites(group, [*operand_places(traced, group, 0), *operand_places(traced, group, 1)])
+        shown = {p.tensor for p in group.probes}
+        if any({c.left.name, c.right.name} - shown for c in score_products(traced, group)):
+            raise NoPlace("its activations cannot be watched")
         return "scores"
+    if group.role == "qk":
+        for product in score_products(traced, group):
+            sides_of(product, group)
+        return "coupled"
     if group.role == "vo" and group.freedom == "basis":
-        check_sites(group, [*value_places(analysis.traced, group), reader_of(analysis.traced, group).place])
+        reader = reader_of(traced, group)
+        check_sites(group, [*value_places(traced, group), reader.place])
+        if len(value_operands(traced, group)) != len(reader.nodes) or len(contexts(group)) != len(reader.nodes):
+            raise NoPlace("its activations cannot be watched")
         return "values"
-    if group.role in ("ffn", "conv", "other") and group.blocks == 1:
-        if len(reader_of(analysis.traced, group).place.index) != 1:
-            raise NoPlace("its reader sees every unit several times")
+    if group.role in ("ffn", "conv", "other", "head", "residual") and group.blocks == 1:
+        for use, *_ in uses_of(traced, group):
+            check_reader(group, use.reader)
         return "refit"
     raise NoPlace(group.freedom_reason or f"no closed form for {group.role}")
+
+
+def contexts(group: Group) -> list[str]:
+    return [p.tensor for p in group.probes if p.kind == "context"]
+
+
+def check_reader(group: Group, reader: Reader) -> None:
+    columns = reader.columns * group.size
+    if columns > MOST:
+        raise NoPlace(f"its reader sees {columns} columns, more than are solved for ({MOST})")
 
 
 def check_sites(group: Group, found: Sequence[Place]) -> None:
@@ -65,46 +110,17 @@ def check_sites(group: Group, found: Sequence[Place]) -> None:
             raise NoPlace(f"{site.tensor} acts on it as well")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "values" or "refit"; ``skipped``:
-    group id -> why it has none; ``samples`` calibration samples were used."""
-
-    analysis: Analysis
-    forms: Mapping[str, str]
-    moments: Mapping[str, Moments]
-    skipped: Mapping[str, str]
-    samples: int = 0
-
-
-def measure_moments(
-    analysis: Analysis,
-    calibration: Calibration,
-    groups: Sequence[Group],
-    *,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-) -> Measured:
-    """One pass over the calibration data: what the closed forms of these groups need."""
-    forms, skipped = forms_of(analysis, groups)
-    wanted = wanted_statistics(analysis, {name: NEEDS[form] for name, form in forms.items()})
-    for name, form in [*forms.items()]:
-        if sum(w.group.id == name for w in wanted) != len(NEEDS[form]):
-            skipped[name] = "its activations cannot be watched"
-            del forms[name]
-    wanted = [w for w in wanted if w.group.id in forms]
-    if not wanted:
-        return Measured(analysis, forms, {}, skipped)
-    sums: dict[str, FloatArray] = {}
-    batches: Iterable[Feeds] = calibration.batches()
-    for result in measure(analysis, wanted, progress(batches) if progress else batches, provider=provider):
-        for name, array in result.items():
-            sums[name] = sums[name] + array if name in sums else array
-    found: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    for item in wanted:
-        found[item.group.id][item.name] = sums[item.output]
-    moments = {name: moments_of(forms[name], arrays) for name, arrays in found.items()}
-    return Measured(analysis, forms, moments, skipped, calibration.samples)
+def needs(analysis: Analysis, group: Group, form: str) -> tuple[str, ...]:
+    """Names of the statistics that a form takes. Those with "#" are of one activation: "joint:hidden#0.1" of the second
+    node that uses the first reader."""
+    if form == "scores":
+        return ("moment:query", "centred:key", "sums:query", "sums:key")
+    if form == "coupled":
+        return ("coupled:query",)
+    if form == "values":
+        return tuple(f"apart:context#0.{k}" for k in range(len(contexts(group))))
+    uses = uses_of(analysis.traced, group)
+    return tuple(f"joint:{use.probe.kind}#{r}.{k}" for r, mine in enumerate(uses) for k, use in enumerate(mine))
 
 
 def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, str]]:
@@ -122,11 +138,45 @@ def forms_of(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str
 
 
 def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
-    """``arrays``: what ``NEEDS`` names, under these names."""
+    """``arrays``: what ``needs`` names, under these names."""
     if form == "scores":
-        rows = (float(arrays[f"sums:{kind}"][0, -1]) for kind in ("query", "key"))
-        return Moments(arrays["moment:query"], arrays["centred:key"], None, *rows)
-    moment, sums = (arrays[name] for name in NEEDS[form])
-    total, count = sums[:, :-1], sums[:, -1:]
-    mean = total / np.maximum(count, 1.0)
-    return Moments(moment - np.einsum("bi,bj->bij", total, mean), None, mean, float(count[0, 0]))
+        queries, keys = (float(arrays[f"sums:{kind}"][0, -1]) for kind in ("query", "key"))
+        return Moments(arrays["moment:query"], arrays["centred:key"], queries, keys)
+    if form == "coupled":
+        return Moments(arrays["coupled:query"])
+    readers: dict[int, dict[int, FloatArray]] = defaultdict(dict)
+    for name, array in arrays.items():
+        reader, use = name.partition("#")[2].split(".")
+        readers[int(reader)][int(use)] = array
+    uses = [[mine[k] for k in sorted(mine)] for _, mine in sorted(readers.items())]
+    if form == "refit":
+        return Moments(contexts=(tuple(seen(mine) for mine in uses),))
+    repeats, blocks = uses[0][0].shape[:2]
+    return Moments(
+        contexts=tuple(tuple(seen([a[r, b] for a in uses[0]]) for r in range(repeats)) for b in range(blocks))
+    )
+
+
+def seen(sums: Sequence[FloatArray]) -> Seen:
+    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others."""
+    counts = [max(float(s[-1, -1]), 1.0) for s in sums]
+    means = tuple(s[-1, :-1] / n for s, n in zip(sums, counts, strict=True))
+    centred = [s[:-1, :-1] - n * np.outer(m, m) for s, n, m in zip(sums, counts, means, strict=True)]
+    return Seen(np.sum(centred, axis=0), means, sum(counts))
+
+
+class LazyMoments(Mapping[str, Moments]):
+    """Moments by group id, made from its sums when they are asked for: those may lie in files, and are big."""
+
+    def __init__(self, forms: Mapping[str, str], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
+        self.forms = forms
+        self.sums = sums
+
+    def __getitem__(self, group: str) -> Moments:
+        return moments_of(self.forms[group], self.sums[group])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)

@@ -9,14 +9,14 @@ makes up for the channels that are gone. Plain sums over rows are enough for all
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.ops import writing as op
 from snpc.passes.edit import Edits, edited, existing_bias
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.norms import Norm, norms_of, readers_of
@@ -27,9 +27,9 @@ from snpc.passes.rewrite import Traced, traced
 from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
-from snpc.runtime.measure import Instrument
-from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import open_session
+from snpc.runtime.instrument import Instrument
+from snpc.runtime.padding import padding_of, token_masks
+from snpc.runtime.scratch import scratch
 from snpc.types import FloatArray, Group
 
 FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
@@ -145,20 +145,17 @@ def refit(sums: Sums, gain: Affine, weight: FloatArray, norm: Norm, centred: boo
 
 
 def watch(dense: Traced, norms: Sequence[Norm], dead: Dead, batches: Iterable[Feeds], provider: str) -> list[Sums]:
-    """The sums of every norm over the calibration data, in one pass."""
-    instrument = Instrument(dense.model)
+    """The sums of every norm over the calibration data, in one pass. Padded tokens do not count."""
+    padding = padding_of(dense, [(str(norm.output.name), before_last) for norm in norms if norm.axis == -1])
+    instrument = Instrument(dense.model, padding.told)
     for index, norm in enumerate(norms):
         watch_norm(instrument, dense, norm, dead, index)
     names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
     total: list[FloatArray] = []
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "norms.onnx"
-        save(clean(instrument.model), path)
-        session = open_session(path, provider=provider)
-        inputs = {i.name for i in session.get_inputs()}
+    with token_masks(dense, padding, provider) as masks, scratch(instrument.model, provider=provider) as run:
         for feeds in batches:
-            found = session.run(names, {k: v for k, v in feeds.items() if k in inputs})
-            arrays = [np.asarray(r, np.float64) for r in found]
+            found = run({**feeds, **masks(feeds)})
+            arrays = [np.asarray(found[name], np.float64) for name in names]
             total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
     return [
         Sums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
@@ -174,19 +171,24 @@ def watch_norm(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead, in
     kept = int(norm.stays.sum())
     z = as_rows(instrument, narrow, len(shape), norm.axis, kept)
     y = as_rows(instrument, instrument.values[str(norm.output.name)], len(shape), norm.axis, len(norm.stays))
-    one = instrument.op("Gather", [z, instrument.ints([0])], axis=1)
-    z = instrument.op("Concat", [z, instrument.op("Exp", [instrument.op("Sub", [one, one])])], axis=1)
-    turned = instrument.op("Transpose", [z], perm=[1, 0])
-    instrument.expose(instrument.op("MatMul", [turned, z]), f"snpc_zz_{index}")
-    instrument.expose(instrument.op("MatMul", [turned, y]), f"snpc_zy_{index}")
+    one = instrument.op(op.GATHER, [z, instrument.ints([0])], axis=1)
+    z = instrument.op(op.CONCAT, [z, instrument.op(op.EXP, [instrument.op(op.SUB, [one, one])])], axis=1)
+    counts = instrument.counted(str(norm.output.name))
+    z = instrument.only_counted(z, None if counts is None else instrument.shaped(counts, -1, 1))
+    turned = instrument.turned(z, 1, 0)
+    instrument.expose(instrument.op(op.MATMUL, [turned, z]), f"snpc_zz_{index}")
+    instrument.expose(instrument.op(op.MATMUL, [turned, y]), f"snpc_zy_{index}")
 
 
 def as_rows(instrument: Instrument, value: ir.Value, rank: int, axis: int, width: int) -> ir.Value:
     """[rows, width] in float32."""
-    value = instrument.op("Cast", [value], to=int(ir.DataType.FLOAT))
     last = [k for k in range(rank) if k != rank + axis]
-    value = instrument.op("Transpose", [value], perm=[*last, rank + axis])
-    return instrument.op("Reshape", [value, instrument.ints([-1, width])])
+    return instrument.shaped(instrument.turned(instrument.float32(value), *last, rank + axis), -1, width)
+
+
+def before_last(shape: Sequence[int]) -> tuple[int, int]:
+    """(samples, rows of each) of a norm's output."""
+    return shape[0], math.prod(shape[1:-1])
 
 
 def kept_output(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead) -> ir.Value:
@@ -209,7 +211,7 @@ def kept_output(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead) -
             twins[old] = new
         graph.append(twin)
         nodes[node] = twin
-    narrow = instrument.op("Gather", [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis)
+    narrow = instrument.op(op.GATHER, [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis)
     for statistic in norm.statistics:
         restrict(graph, nodes[statistic.here.node], statistic, dense.trace, dead)
     return narrow

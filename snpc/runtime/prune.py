@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -22,13 +22,17 @@ from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for
-from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
+from snpc.runtime.statistics import Statistics
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -51,6 +55,18 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Plans that were applied and measured: ``tried`` holds (predicted, measured) of each, in order. ``kind`` "drift":
+    relative root mean square change of the outputs; "latency": share of the dense model's time, or ms."""
+
+    kind: Literal["drift", "latency"]
+    unit: str
+    limit: float
+    reached: float
+    tried: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A written pruned model: costs read from the two files, and what verification found."""
 
@@ -62,7 +78,26 @@ class Pruned:
     seconds: Mapping[str, float]
     calibration: str = ""
     forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated) or "refit" (what reads it)."""
+    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
+    "coupled" (selected by what the scores lose)."""
+    search: Search | None = None
+    """How a drift or a latency was met, where the plan had to be found by trying."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
+
+    compression: Compression | None = None
+    calibration: Calibration | None = None
+    memory_limit: int | None = None
+    provider: str = "cpu"
+
+    def described(self) -> str:
+        """The data, in words."""
+        if self.calibration is not None:
+            return self.calibration.described()
+        return self.compression.source if self.compression is not None else ""
 
 
 def apply_plan(
@@ -71,70 +106,110 @@ def apply_plan(
     *,
     compression: Compression | None = None,
     calibration: Calibration | None = None,
+    memory_limit: int | None = None,
     provider: str = "cpu",
     watch: Stopwatch | None = None,
 ) -> Pruned:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
-    A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut.
+    A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut, and
+    the calibration data. ``memory_limit``: see ``sequential.fit_sequentially``.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
     left at ``target``).
     """
     watch = watch or Stopwatch()
+    means = Means(compression, calibration, memory_limit, provider)
+    temporary = unverified(target)
+    try:
+        made = build(plan, target, temporary, means, watch)
+        return published(made, target, means, watch)
+    finally:
+        discard(temporary)
+
+
+def unverified(target: Path, turn: int = 0) -> Path:
+    """Where a model lies until it is verified."""
+    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A verified model under a temporary name."""
+
+    plan: Plan
+    path: Path
+    after: Cost
+    verdict: Verdict
+    forms: Mapping[str, str]
+
+    @property
+    def drift(self) -> float:
+        """The largest relative root mean square change of an output."""
+        return max((d.relative for d in self.verdict.drift), default=0.0)
+
+
+def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwatch) -> Candidate:
+    """Rewrite the plan's model for ``target``, write it to ``temporary`` and verify it there; see ``apply_plan``."""
     analysis = plan.analysis
     for path in (target, data_file(target)):
         check_target(path, *model_files(analysis.model.path))
     source = analysis.traced
     if plan.method != "select":
         with watch.stage("refit"):
-            plan, source = fitted(plan, compression, calibration, provider)
+            plan, source = fitted(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         clean(rewritten.model)
     with watch.stage("write"):
-        temporary = target.with_name(f".{target.name}.unverified.onnx")
-    try:
-        with watch.stage("write"):
-            save(rewritten.model, temporary, analysis.model.external)
-        with watch.stage("verify"):
-            verdict = verify_written(rewritten, plan, temporary, calibration, provider)
-            judge(verdict)
-        with watch.stage("report"):
-            after = written_cost(temporary, analysis)
-        with watch.stage("write"):
-            publish(temporary, target)
-    finally:
-        discard(temporary)
-    after = replace(after, bytes=file_bytes(target))
-    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
-    described = calibration.described() if calibration else ""
+        save(rewritten.model, temporary, analysis.model.external)
+    with watch.stage("verify"):
+        verdict = verify_written(rewritten, plan, temporary, means.calibration, means.provider)
+        judge(verdict)
+    with watch.stage("report"):
+        after = written_cost(temporary, analysis)
+    compression = means.compression
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
     forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
-    return Pruned(plan, target, before, after, verdict, dict(watch.seconds), described, forms)
+    return Candidate(plan, temporary, after, verdict, forms)
 
 
-def fitted(
-    plan: Plan, compression: Compression | None, calibration: Calibration | None, provider: str
-) -> tuple[Plan, Traced]:
+def published(made: Candidate, target: Path, means: Means, watch: Stopwatch, search: Search | None = None) -> Pruned:
+    """Give the model its name."""
+    analysis = made.plan.analysis
+    with watch.stage("write"):
+        publish(made.path, target)
+    after = replace(made.after, bytes=file_bytes(target))
+    before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
+    seconds = dict(watch.seconds)
+    return Pruned(made.plan, target, before, after, made.verdict, seconds, means.described(), made.forms, search)
+
+
+def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
         return plan, plan.analysis.traced
-    if compression is None or calibration is None:
+    normed = approximated(plan)
+    compression, calibration = means.compression, means.calibration
+    if compression is None or (calibration is None and (plan.method == "auto" or normed)):
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
     plan = settled(compression, plan)
-    normed = approximated(plan)
     rest = without(plan, normed)
-    source = fitted_weights(compression, rest, calibration, provider) if rest.keep else plan.analysis.traced
-    return plan, fit_norms(source, plan, calibration, provider=provider) if normed else source
+    source = plan.analysis.traced
+    if rest.keep:
+        source = fitted_weights(compression, rest, means)
+    if not normed:
+        return plan, source
+    assert calibration is not None
+    return plan, fit_norms(source, plan, calibration, provider=means.provider)
 
 
-def fitted_weights(compression: Compression, plan: Plan, calibration: Calibration, provider: str) -> Traced:
-    if plan.method == "auto" and not plan.analysis.traced.kv_cache:
+def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
+    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
         try:
-            return fit_sequentially(compression, plan, calibration, provider)
+            return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
         except NotSequential:
             pass  # what the dense model gives serves as well
     return fit(compression, plan)
@@ -176,23 +251,7 @@ def check_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[
                 break
         samples = sum(len(next(iter(f.values()))) for f in found)
         return found, f"{samples} samples of {calibration.source}"
-    sizes = dict(analysis.traced.sizes.items())
-    limits = id_limits(analysis)
-    return [random_feeds(analysis.model.inputs, batch=2, sizes=sizes, limits=limits)], "random inputs"
-
-
-def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes directly."""
-    found: dict[str, int] = {}
-    facts = analysis.traced.facts
-    for value in analysis.model.graph.graph.inputs:
-        for node, index in value.uses():
-            table = node.inputs[0] if index == 1 and node.inputs else None
-            shape = facts.shape.get(table) if table is not None else None
-            if shape and table is not None and table.const_value is not None:
-                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
-                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
-    return found
+    return [random_inputs(analysis, 2)], "random inputs"
 
 
 def verify_written(
@@ -201,12 +260,19 @@ def verify_written(
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path, rewritten.interface())
     tolerance = tolerance_of(analysis.model)
+    large = too_large_to_run(analysis.model) if provider == "cpu" else ""
+    if large:
+        said = f"outputs were not compared: {large}; compare them on a larger machine with `snpc verify`"
+        return Verdict((*structure, said), (), (), "nothing", tolerance)
     batches, compared = check_batches(analysis, calibration)
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
-    except UserError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
+    except NotLoaded as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
+    except UserError as error:  # it loads: then nothing is written that was not compared
+        advice = "" if calibration is not None else "; give --calib DATA that it runs on"
+        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     same, moved = compare_models(dense, path, rewritten, batches, provider)
     return Verdict(structure, same, moved, compared, tolerance)
 
@@ -217,19 +283,20 @@ def verify(
     *,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    statistics: Statistics | None = None,
     provider: str = "cpu",
 ) -> Verdict:
     """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known.
 
-    For a plan that refits weights (method auto) the calibration data that it was made with are needed for the last.
+    For a plan that refits weights (method auto or parallel) the last needs the data that it was made with.
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
     if plan is not None:
-        compression = compression_for(plan, calibration, provider=provider)
-        plan, source = fitted(plan, compression, calibration, provider)
+        compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
+        plan, source = fitted(plan, Means(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
     structure = check_structure(original, pruned, rewritten.interface() if rewritten is not None else None)
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
@@ -257,6 +324,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "criterion": plan.criterion,
         "options": dict(plan.options),
         "calibration": result.calibration or None,
+        "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.binding),
         "groups": groups_json(plan, result.forms),

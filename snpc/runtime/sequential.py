@@ -11,25 +11,26 @@ behind it is regressed on its kept units, heavily damped, and added (asymmetric 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.closed import damped_solution
-from snpc.passes.edit import Edits, edited, joined, reader_of
+from snpc.passes.edit import Edits, edited, joined
 from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.readers import reader_of
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
-from snpc.runtime.measure import Instrument
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.instrument import Instrument
+from snpc.runtime.memory import Shelf, memory_budget
+from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
-from snpc.runtime.session import open_session
+from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
+from snpc.runtime.scratch import scratch
 from snpc.runtime.silent import biases_as_changes, silent_constants
 from snpc.runtime.stages import Gap, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
@@ -41,14 +42,29 @@ Values = dict[str, AnyArray]
 
 @dataclass
 class Carry:
-    """What later segments need of the dense and of the cut model, per calibration batch."""
+    """What later segments need of the dense and of the cut model, per calibration batch; ``masks`` say which tokens
+    count. What does not fit on the ``shelf`` lies in temporary files."""
 
     dense: list[Values]
     cut: list[Values]
+    masks: list[Masks]
+    shelf: Shelf
+
+    def keep(self, values: Values) -> Values:
+        return {name: self.shelf.keep(array) for name, array in values.items()}
 
 
-def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibration, provider: str = "cpu") -> Traced:
+def fit_sequentially(
+    compression: Compression,
+    plan: Plan,
+    calibration: Calibration,
+    provider: str = "cpu",
+    memory_limit: int | None = None,
+) -> Traced:
     """The model at its full size with every weight made for the plan, layer after layer.
+
+    Of what crosses the borders of segments, what is more than ``memory_limit`` bytes (None: half of what is free) lies
+    in temporary files.
 
     Raises stages.NotSequential where the graph cannot be run in segments.
     """
@@ -57,10 +73,16 @@ def fit_sequentially(compression: Compression, plan: Plan, calibration: Calibrat
     staged = {g.id for stage in stages for g in stage.groups}
     before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
     total = biases_as_changes(base, edits_for(compression, before))
-    batches = [dict(feeds) for feeds in calibration.batches()]
-    carry = Carry(batches, [dict(feeds) for feeds in batches])
+    probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
+    padding = padding_of(compression.analysis.traced, probe_rows(probes))
+    carry = Carry([], [], [], Shelf(memory_budget(memory_limit)))
+    with token_masks(compression.analysis.traced, padding, provider) as masks:
+        for feeds in calibration.batches():
+            carry.masks.append(masks(feeds))
+            carry.dense.append(carry.keep(feeds))
+            carry.cut.append(dict(carry.dense[-1]))
     for stage in stages:
-        total = fit_stage(Fitting(base, plan, before, provider), stage, total, carry)
+        total = fit_stage(Fitting(base, plan, before, provider, padding), stage, total, carry)
     return traced(edited(base, total), base.sizes, kv_cache=base.kv_cache)
 
 
@@ -72,6 +94,7 @@ class Fitting:
     plan: Plan
     before: Plan
     provider: str
+    padding: Padding
 
     def model(self, segment: Segment, edits: Edits, keep: Mapping[str, tuple[tuple[int, ...], ...]]) -> ir.Model:
         """The segment with edits, and what ``keep`` cuts silent."""
@@ -86,28 +109,24 @@ class Fitting:
 
     def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
         """Outputs per batch."""
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            path = Path(folder) / "segment.onnx"
-            save(model, path)
-            session = open_session(path, provider=self.provider)
-            inputs = [i.name for i in session.get_inputs()]
-            names = [o.name for o in session.get_outputs()]
+        with scratch(model, provider=self.provider) as run:
             for values in feeds:
-                yield dict(zip(names, session.run(names, {k: values[k] for k in inputs}), strict=True))
+                yield run(values)
 
 
 def fit_stage(fitting: Fitting, stage: Stage, total: Edits, carry: Carry) -> Edits:
     """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns all edits so far."""
     segment = stage.segment
     wide = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.gaps}}))
-    dense = list(fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense))
+    whole = fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense)
+    dense = [carry.keep(values) for values in whole]
     found = solve(fitting, stage, total, carry, dense)
     total = joined(total, biases_as_changes(fitting.base, found))
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     cut = fitting.run(fitting.model(segment, total, mine), carry.cut)
     for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.cut, cut, strict=True):
         advance(held, dense_values, segment)
-        advance(old, cut_values, segment)
+        advance(old, carry.keep(cut_values), segment)
     return total
 
 
@@ -119,17 +138,17 @@ def advance(held: Values, made: Values, segment: Segment) -> None:
 
 def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list[Values]) -> Edits:
     """The edits of the stage's groups, from what the cut model gives."""
-    instrument = Instrument(fitting.model(stage.segment, done, {}))
-    for wanted in stage.wanted:
-        instrument.add(wanted)
+    instrument = Instrument(fitting.model(stage.segment, done, {}), fitting.padding.told)
+    for item in stage.wanted:
+        item.add_to(instrument)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
     for gap in stage.gaps:
         cross, total = instrument.gap(gap.wanted.probe, gap.group.size, gap.value, dense_input(gap), types[gap.value])
         instrument.expose(cross, gap.cross)
         instrument.expose(total, gap.total)
     feeds = [
-        {**cut, **{dense_input(g): values[g.value] for g in stage.gaps}}
-        for cut, values in zip(carry.cut, dense, strict=True)
+        {**cut, **counts, **{dense_input(g): values[g.value] for g in stage.gaps}}
+        for cut, counts, values in zip(carry.cut, carry.masks, dense, strict=True)
     ]
     sums: dict[str, FloatArray] = {}
     for result in fitting.run(clean(instrument.model), feeds):
@@ -146,7 +165,8 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
 def moments_from(stage: Stage, sums: Mapping[str, FloatArray], fitting: Fitting) -> Measured:
     found: dict[str, dict[str, FloatArray]] = {}
     for item in stage.wanted:
-        found.setdefault(item.group.id, {})[item.name] = sums[item.output]
+        mine = found.setdefault(item.group.id, {})
+        mine[item.name] = mine.get(item.name, 0.0) + sums[item.output]
     moments = {name: moments_of(stage.forms[name], arrays) for name, arrays in found.items()}
     return Measured(fitting.plan.analysis, stage.forms, moments, {})
 
@@ -160,9 +180,9 @@ def close_gap(edits: Edits, fitting: Fitting, moments: Moments, gap: Gap, sums: 
     reader = reader_of(fitting.base, gap.group)
     rows = fitting.plan.keep.get(gap.group.id)
     keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
-    assert moments.mean is not None
-    count, total = moments.count, sums[gap.total].reshape(-1)
-    cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(moments.mean[0], total)
-    more = damped_solution(moments.first[0][np.ix_(keep, keep)], cross[keep], DAMPING)
+    (seen,) = moments.contexts[0]
+    (mean,), total = seen.means, sums[gap.total].reshape(-1)
+    cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
+    more = damped_solution(seen.moment[np.ix_(keep, keep)], cross[keep], DAMPING)
     edits.add(reader.place, 0, keep, more)
-    edits.add_bias(str(reader.node.name), total / count - moments.mean[0][keep] @ more)
+    edits.add_bias(str(reader.node.name), total / seen.count - mean[keep] @ more)

@@ -53,6 +53,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+class NotLoaded(UserError):
+    """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
+
+
 def open_session(
     model: Path | bytes,
     *,
@@ -61,7 +65,7 @@ def open_session(
     optimise: Optimise = "all",
     lean: bool = False,
 ) -> ort.InferenceSession:
-    """A session of a file or of a serialised model, that logs errors only.
+    """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
     ``lean`` holds each weight once: slower runs, less memory, for a session that runs a few times only.
 
@@ -76,7 +80,7 @@ def open_session(
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
     wanted = resolve_provider(provider)
-    ort.set_default_logger_severity(3)
+    ort.set_default_logger_severity(4)
     _preload(wanted)
     try:
         session = ort.InferenceSession(
@@ -86,7 +90,7 @@ def open_session(
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise UserError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
+        raise NotLoaded(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
     if wanted not in session.get_providers():
         raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
@@ -154,7 +158,7 @@ def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions
         "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.graph_optimization_level = levels[optimise]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.

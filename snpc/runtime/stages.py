@@ -10,13 +10,15 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import Edits, contraction_at, edited, existing_bias, reader_of
+from snpc.passes.edit import Edits, edited, existing_bias
 from snpc.passes.plan import Plan
+from snpc.passes.products import score_products
+from snpc.passes.readers import readers_of
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.segment import Segment, segments
 from snpc.runtime.fit import Compression
 from snpc.runtime.measure import Wanted, wanted_statistics
-from snpc.runtime.moments import NEEDS, forms_of
+from snpc.runtime.moments import forms_of, needs
 from snpc.types import Group
 
 
@@ -58,24 +60,28 @@ def fitted_groups(analysis: Analysis, plan: Plan) -> tuple[list[Group], dict[str
     """Groups of the plan that have a closed form, and the feed-forward groups that are not cut but can make up."""
     wanted = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
     forms, _ = forms_of(analysis, wanted)
-    found = [g for g in wanted if g.id in forms and (g.id in plan.keep or has_bias(analysis.traced, g))]
+    found = [
+        g
+        for g in wanted
+        if forms.get(g.id) not in (None, "coupled") and (g.id in plan.keep or has_bias(analysis.traced, g))
+    ]
     return found, {g.id: forms[g.id] for g in found}
 
 
 def has_bias(source: Traced, group: Group) -> bool:
-    reader = reader_of(source, group)
-    return existing_bias(reader.node, reader.width) is not None
+    return all(existing_bias(node, r.width) is not None for r in readers_of(source, group) for node in r.nodes)
 
 
 def with_biases(compression: Compression, plan: Plan) -> Traced:
     """The model in which every reader that will be fitted has a bias (of zeros, if it had none)."""
     source = compression.analysis.traced
     groups, forms = fitted_groups(compression.analysis, plan)
-    readers = [reader_of(source, g) for g in groups if forms[g.id] != "scores"]
-    missing = {str(r.node.name): np.zeros(r.width) for r in readers if existing_bias(r.node, r.width) is None}
-    return (
-        traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache) if missing else source
-    )
+    readers = [reader for g in groups if forms[g.id] != "scores" for reader in readers_of(source, g)]
+    nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
+    missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
+    if not missing:
+        return source
+    return traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
 
 
 def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
@@ -90,17 +96,18 @@ def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
     ends: dict[str, int] = {}
     for group in groups:
         if forms[group.id] != "scores":
-            value = stream_behind(base, nodes[position[str(reader_of(analysis.traced, group).node.name)]].outputs[0])
+            last = max(position[str(n.name)] for r in readers_of(analysis.traced, group) for n in r.nodes)
+            value = stream_behind(base, nodes[last].outputs[0])
             meets[group.id] = value
             ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
     for group in groups:
         if forms[group.id] == "scores":
-            closed = position[str(contraction_at(analysis.traced, group).node.name)] + 1
+            closed = max(position[str(c.node.name)] for c in score_products(analysis.traced, group)) + 1
             ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
     found = []
     for segment in segments(base.model, sorted(set(ends.values()))):
         mine = [g for g in groups if ends[g.id] == segment.last]
-        wanted = wanted_statistics(analysis, {g.id: NEEDS[forms[g.id]] for g in mine})
+        wanted = wanted_statistics(analysis, {g.id: needs(analysis, g, forms[g.id]) for g in mine})
         inside = [g for g in mine if lies_inside(base, segment, position, g, [w for w in wanted if w.group is g])]
         gaps = [gap for g in inside if forms[g.id] == "refit" for gap in gap_of(base, g, meets[g.id], wanted)]
         chosen = {g.id: forms[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
@@ -115,11 +122,8 @@ def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
 def check_borders(base: Traced, found: Sequence[Segment]) -> None:
     types = {str(v.name): dtype for v, dtype in base.facts.dtype.items()}
     for name in (name for segment in found for name in (*segment.inputs, *segment.outputs)):
-        dtype = types.get(name)
-        if dtype is None:
+        if types.get(name) is None:
             raise NotSequential(f"the type of {name} is not known")
-        if dtype == ir.DataType.BFLOAT16:
-            raise NotSequential(f"{name} is bfloat16, which onnxruntime does not hand over")
 
 
 def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
@@ -139,6 +143,16 @@ def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
             return value
 
 
+def borders(analysis: Analysis) -> tuple[str, ...]:
+    """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
+    order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
+    base = analysis.traced
+    forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
+    readers = [reader_of(base, g).node for g in analysis.groups if forms.get(g.id, "scores") != "scores"]
+    found = {str(stream_behind(base, node.outputs[0]).name) for node in readers}
+    return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
+
+
 def lies_inside(
     base: Traced, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[Wanted]
 ) -> bool:
@@ -146,14 +160,19 @@ def lies_inside(
     constants = [base.model.graph.initializers[site.tensor] for site in group.sites]
     users = [position.get(str(node.name), -1) for value in constants for node, _ in value.uses()]
     shown = {w.probe.tensor for w in wanted}
-    made = {str(v.name) for node in list(base.model.graph)[segment.first : segment.last] for v in node.outputs}
+    nodes = list(base.model.graph)[segment.first : segment.last]
+    made = {str(v.name) for node in nodes for v in node.outputs}
+    made |= {f"{node.name}.{part}" for node in nodes for part in "qkv"}  # what a fused node makes inside
     return all(segment.first <= k < segment.last for k in users) and bool(shown) and shown <= made
 
 
 def gap_of(base: Traced, group: Group, value: ir.Value, wanted: Sequence[Wanted]) -> list[Gap]:
     """The group's gap, where its rows are those of the hidden units; else nothing."""
-    probe = next((w for w in wanted if w.group is group and w.kind == "moment"), None)
-    width = reader_of(base, group).width
+    probe = next((w for w in wanted if w.group is group and w.kind == "joint"), None)
+    found = readers_of(base, group)
+    if len(found) != 1 or found[0].columns != 1 or len(found[0].nodes) != 1:
+        return []
+    width = found[0].width
     shapes = {str(v.name): shape for v, shape in base.facts.shape.items()}
     behind, hidden = shapes.get(str(value.name)), shapes.get(probe.probe.tensor) if probe else None
     if probe is None or not behind or not hidden or behind[:-1] != hidden[:-1] or behind[-1] != width:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import shape_inference
 
-from snpc.errors import CheckFailed
+from snpc.errors import CheckFailed, UserError
 from snpc.passes.mask import mask_model
 from snpc.passes.pack import Packing
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
+from snpc.runtime.scratch import is_widened, scratch
 from snpc.runtime.session import open_session, run_session
 from snpc.runtime.wire import skim
 from snpc.types import AnyArray, Difference, Model, Verdict
@@ -83,7 +85,7 @@ def complaint_of(path: Path) -> str | None:
         model.graph.initializer.remove(tensor)
     try:
         onnx.checker.check_model(model)
-        shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:  # onnx raises ValidationError, InferenceError, RuntimeError: each means "not accepted"
         return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return None
@@ -148,7 +150,14 @@ def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
 
 
 def outputs_of(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict[str, AnyArray]]:
-    """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here."""
+    """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
+
+    bfloat16 is run in float32 where onnxruntime has no arithmetic in it.
+    """
+    model = ir.load(path)
+    if is_widened(model, provider):
+        with scratch(model, provider=provider, optimise="basic", lean=True) as run:
+            return [run(feeds) for feeds in batches]
     session = open_session(path, provider=provider, optimise="basic", lean=True)
     names = {i.name for i in session.get_inputs()}
     return [run_session(session, {k: v for k, v in feeds.items() if k in names}, name=path.name) for feeds in batches]
@@ -167,7 +176,10 @@ def compare_models(
     refitted weights: with those). Empty where ``rewritten`` is None.
     """
     cut = rewritten.interface() if rewritten is not None else {}
-    narrow = outputs_of(pruned, [taken(feeds, cut) for feeds in batches], provider)
+    try:
+        narrow = outputs_of(pruned, [taken(feeds, cut) for feeds in batches], provider)
+    except UserError as error:  # the original ran
+        raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     moved = pooled([compare(taken(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
     if rewritten is None:
         return (), moved

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,14 +16,22 @@ from snpc.types import AnyArray, IntArray, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rows of one part that go into one batch."""
+    """Rows of one part that go into one batch. ``first``: where the part's rows begin in the whole source; ``kind``:
+    pieces of the same kind can share a batch."""
 
     part: Part
     shapes: Mapping[str, Shape] = field(repr=False)
     rows: IntArray
+    first: int
+    kind: Hashable = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def ids(self) -> IntArray:
+        """[rows]: which samples of the source these are."""
+        return self.first + self.rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,16 @@ class Calibration:
                 taken.append(self._take(piece, opened[1]))
             yield self._joined(taken)
 
+    def largest(self) -> dict[str, int]:
+        """Input name -> the most elements that a batch has."""
+        found: dict[str, int] = {}
+        for pieces in self.plan:
+            for spec in self.held:
+                rows = sum(map(len, pieces)) if spec.name in self.axes.sampled else 1
+                each = pieces[0].shapes[spec.name][1 if spec.name in self.axes.sampled else 0 :]
+                found[spec.name] = max(found.get(spec.name, 0), rows * math.prod(each))
+        return found
+
     def described(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
         size = min(self.batch, self.samples)
@@ -96,7 +115,7 @@ def calibrate(source: Source, inputs: tuple[TensorSpec, ...], samples: int, batc
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
     chosen = _first(pieces, samples) if source.beginning else _drawn(pieces, samples, seed)
     size = axes.size or batch
-    plan = _planned(chosen, [_kind(piece, source.inputs, axes) for piece in chosen], size)
+    plan = planned([replace(piece, kind=_kind(piece, source.inputs, axes)) for piece in chosen], size)
     if axes.size:  # the model takes nothing but full batches
         plan = [pieces for pieces in plan if sum(map(len, pieces)) == size]
     used = sum(len(piece) for pieces in plan for piece in pieces)
@@ -123,7 +142,7 @@ def _survey(source: Source, axes: Axes, samples: int) -> list[Piece]:
     total = 0
     for part in source.parts:
         shapes = shapes_of(part, source.inputs, source.lone)
-        pieces.append(Piece(part, shapes, np.arange(count_of(part, shapes, source.inputs, axes))))
+        pieces.append(Piece(part, shapes, np.arange(count_of(part, shapes, source.inputs, axes)), total))
         total += len(pieces[-1])
         if source.beginning and total >= samples:
             break
@@ -133,7 +152,7 @@ def _survey(source: Source, axes: Axes, samples: int) -> list[Piece]:
 def _first(pieces: Sequence[Piece], samples: int) -> list[Piece]:
     chosen = []
     for piece in pieces:
-        chosen.append(Piece(piece.part, piece.shapes, piece.rows[:samples]))
+        chosen.append(replace(piece, rows=piece.rows[:samples]))
         samples -= len(chosen[-1])
     return [piece for piece in chosen if len(piece)]
 
@@ -145,7 +164,7 @@ def _drawn(pieces: Sequence[Piece], samples: int, seed: int) -> list[Piece]:
     keep[np.random.default_rng(seed).permutation(total)[:samples]] = True
     ends = np.cumsum([len(piece) for piece in pieces])
     kept = np.split(keep, ends[:-1])
-    chosen = [Piece(piece.part, piece.shapes, piece.rows[rows]) for piece, rows in zip(pieces, kept, strict=True)]
+    chosen = [replace(piece, rows=piece.rows[rows]) for piece, rows in zip(pieces, kept, strict=True)]
     return [piece for piece in chosen if len(piece)]
 
 
@@ -159,18 +178,18 @@ def _kind(piece: Piece, inputs: Sequence[TensorSpec], axes: Axes) -> Hashable:
     return sizes, tuple(arrays[spec.name].tobytes() for spec in fixed)
 
 
-def _planned(chosen: Sequence[Piece], kinds: Sequence[Hashable], size: int) -> list[list[Piece]]:
+def planned(chosen: Sequence[Piece], size: int) -> list[list[Piece]]:
     """Batches of ``size`` in order; a new one begins where the kind changes."""
     batches: list[list[Piece]] = []
     room = 0
     last: Hashable = None
-    for piece, kind in zip(chosen, kinds, strict=True):
+    for piece in chosen:
         rows = piece.rows
         while len(rows):
-            if not room or kind != last:
+            if not room or piece.kind != last:
                 batches.append([])
-                room, last = size, kind
-            batches[-1].append(Piece(piece.part, piece.shapes, rows[:room]))
+                room, last = size, piece.kind
+            batches[-1].append(replace(piece, rows=rows[:room]))
             rows = rows[room:]
             room -= len(batches[-1][-1])
     return batches

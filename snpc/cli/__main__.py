@@ -1,0 +1,5 @@
+"""``python -m snpc.cli`` is the command ``snpc``."""
+
+from snpc.cli import main
+
+main()

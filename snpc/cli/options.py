@@ -1,0 +1,172 @@
+"""Options that several commands share, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from snpc.types import ROLES, Role
+
+F = TypeVar("F", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator."""
+
+    def apply(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in named if name not in ROLES]
+    if unknown or not named:
+        raise click.BadParameter(
+            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas"
+        )
+    return named  # type: ignore[return-value]
+
+
+def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    """Refuse at once what this onnxruntime does not have; the CPU is always there."""
+    if name != "cpu":
+        from snpc.runtime.session import resolve_provider
+
+        resolve_provider(name)
+    return name
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    from snpc.runtime.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
+
+
+choosing = options(
+    click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
+    click.option(
+        "--target",
+        metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
+        help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
+        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+    ),
+    click.option(
+        "--max-drift",
+        type=float,
+        help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
+        "written model (needs --calib).",
+    ),
+    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option(
+        "--method",
+        type=click.Choice(["auto", "parallel", "select"]),
+        help="auto: rotate, slice and refit in closed form, layer after layer (needs --calib); parallel: all layers at "
+        "once; select: slice the units that --criterion prefers. Default: auto with --calib and no --criterion, "
+        "parallel with --load-stats only, else select.",
+    ),
+    click.option(
+        "--criterion",
+        default=None,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
+    ),
+    click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
+    click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
+    click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
+    click.option(
+        "--max-ratio",
+        metavar="R|ROLE=R,...",
+        help="No group loses more than this share of its units.",
+    ),
+    click.option("--include", metavar="REGEX", help="Only groups whose id matches."),
+    click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
+)
+
+picturing = options(
+    click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
+    click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
+)
+
+calibrating = options(
+    click.option(
+        "--calib",
+        "--calibration-data",
+        "calib",
+        metavar="DATA",
+        help="Unlabelled inputs: .npz by input name, .npy, a folder of either, a folder of images, Polygraphy JSON, "
+        "test_data_set_*/input_N.pb, or file.py:function (runs that code). `random`: noise, where there is no data.",
+    ),
+    click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
+    click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
+    picturing,
+    click.option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
+    ),
+)
+
+saving = options(
+    click.option("--save-stats", type=FILE, metavar="FILE", help="Also write what was measured, for --load-stats."),
+)
+remembering = options(
+    click.option(
+        "--load-stats",
+        multiple=True,
+        type=FILE,
+        metavar="FILE",
+        help="What --save-stats wrote, instead of measuring; repeatable: they add up. Without --calib it serves "
+        "--method parallel and select.",
+    ),
+    click.option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=parse_size,
+        help="Memory for statistics and kept activations, beside that of running the model: 2GB, 512MiB. Less means "
+        "more passes over the data, and temporary files.  [default: half of what is free]",
+    ),
+)
+
+timing = options(
+    click.option(
+        "--batch", type=click.IntRange(1), help="Size of the batch axis when a latency is measured.  [default: 1]"
+    ),
+    click.option("--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input then."),
+    click.option("--threads", type=click.IntRange(0), help="Threads then; 0: onnxruntime chooses.  [default: 0]"),
+)
+
+running = options(
+    click.option(
+        "--provider",
+        default="cpu",
+        show_default=True,
+        callback=parse_provider,
+        help="onnxruntime provider: cpu, cuda, trt or its full name.",
+    ),
+)
+
+as_json = click.option(
+    "--json",
+    "json_path",
+    type=FILE,
+    metavar="PATH",
+    help="Also write the result as JSON ('-': to stdout, nothing else).",
+)
+at_sizes = click.option(
+    "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
+)
+caches = click.option(
+    "--prune-kv-cache",
+    "kv_cache",
+    is_flag=True,
+    help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
+)
+model_argument = click.argument("model", type=FILE)

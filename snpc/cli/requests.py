@@ -1,0 +1,137 @@
+"""What flags ask for, as values: calibration data, sizes, plans, and files that may be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from snpc import show
+from snpc.errors import UserError
+
+RANDOM = "random"  # --calib without data; a file of that name is ./random
+
+
+def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]) -> tuple[Any, ...] | None:
+    """The numbers in ``text``, as many as one of ``counts``; None where the option is not given."""
+    if text is None:
+        return None
+    try:
+        found = tuple(kind(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in counts:
+        raise UserError(f"{name} {text!r}: {' or '.join(map(str, counts))} numbers separated by commas are needed")
+    return found
+
+
+def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
+    """Refuse outputs that are an input, that are each other, or that cannot be written."""
+    from snpc.runtime.model_io import check_target
+
+    named = [path for path in targets if path is not None and str(path) != "-"]
+    for index, path in enumerate(named):
+        check_target(path, *(Path(source) for source in inputs if source is not None))
+        if path.resolve() in [other.resolve() for other in named[:index]]:
+            raise UserError(f"{path}: is the name of two outputs; give each its own")
+
+
+def parse_dims(dims: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in dims:
+        name, equals, size = text.rpartition("=")
+        if not equals or not size.isdigit() or not int(size):
+            raise UserError(f"--dim-param {text!r}: must look like batch=1")
+        found[name] = int(size)
+    return found
+
+
+def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
+    import snpc
+
+    model = snpc.load(path)
+    sizes = parse_dims(dims)
+    named = {d for spec in model.inputs for d in spec.shape if isinstance(d, str)}
+    unknown = sorted(set(sizes) - named)
+    if unknown:
+        raise UserError(
+            f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
+        )
+    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache)
+
+
+def calibration_of(
+    analysis: Any,
+    calib: str | None,
+    calib_samples: int,
+    calib_batch: int,
+    image_size: str | None,
+    image_mean: str | None,
+    image_std: str | None,
+    image_layout: str | None,
+    seed: int,
+) -> Any:
+    """The calibration data that the flags describe, noise for `--calib random`, or None without --calib."""
+    import snpc
+
+    given = {
+        "size": numbers(image_size, "--image-size", int, (2,)),
+        "mean": numbers(image_mean, "--image-mean", float, (1, 3, 4)),
+        "std": numbers(image_std, "--image-std", float, (1, 3, 4)),
+        "layout": image_layout,
+    }
+    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if calib is None:
+        if chosen:
+            raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
+        return None
+    if calib == RANDOM and not chosen:
+        show.note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
+        return snpc.random_calibration(analysis, samples=calib_samples, batch=calib_batch, seed=seed)
+    images = snpc.ImageOptions(**chosen)
+    if chosen and not Path(calib).is_dir():
+        raise UserError(f"{calib}: --image-size, -mean, -std and -layout are for a folder of images; leave them out")
+    return snpc.load_calibration(
+        calib, analysis.model.inputs, samples=calib_samples, batch=calib_batch, images=images, seed=seed
+    )
+
+
+def statistics_of(load_stats: Sequence[Path]) -> Any:
+    """What the files hold, added up; None without --load-stats."""
+    import snpc
+
+    return snpc.load_statistics(*load_stats) if load_stats else None
+
+
+def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = ("calib", "calib_samples", "calib_batch", "image_size", "image_mean", "image_std", "image_layout", "seed")
+    return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
+
+
+def write_text(path: Path, text: str) -> None:
+    from snpc.runtime.model_io import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def read_plan(path: Path, model: Path) -> Any:
+    """The plan in ``path``, for ``model`` analysed as it was then."""
+    import snpc
+    from snpc.passes.planfile import wants_caches
+
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return snpc.plan_from_json(text, analysed(model, kv_cache=wants_caches(text)), str(path))
+
+
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+    """What is timed, or None where no flag says anything about it."""
+    import snpc
+    from snpc.runtime.feeds import parse_shapes
+
+    if batch is None and not shapes and threads is None:
+        return None
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)

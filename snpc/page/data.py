@@ -1,0 +1,187 @@
+"""Everything that a report shows, as one value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from snpc.page.attention import Attention, attention_maps
+from snpc.page.words import how
+from snpc.passes.account import macs_by_role
+from snpc.passes.analyze import analyze
+from snpc.runtime.bench import Bench
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision
+from snpc.runtime.model_io import load
+from snpc.runtime.prune import Pruned
+from snpc.types import Difference, FloatArray, Pin
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One number before and after. ``name`` says what it is, ``unit`` what it is counted in."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Width:
+    """One group of the plan: ``blocks`` x ``size`` units before, ``blocks`` x ``kept`` after.
+
+    ``curve`` [size + 1], where measured: root mean square change of the outputs, relative, when so many units per
+    block are kept and all other groups are as they were.
+    """
+
+    id: str
+    role: str
+    layer: int
+    blocks: int
+    size: int
+    kept: int
+    form: str
+    curve: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows. ``macs``: by role, each product once. ``drift`` and ``equals_mask``: of the written file."""
+
+    model: str
+    output: str
+    digest: str
+    done: str
+    options: Mapping[str, Any]
+    costs: tuple[Pair, ...]
+    widths: tuple[Width, ...]
+    macs: tuple[Pair, ...]
+    macs_at: Mapping[str, int]
+    compared: str
+    drift: tuple[Difference, ...]
+    equals_mask: tuple[Difference, ...]
+    structure: tuple[str, ...]
+    attention: Attention
+    warnings: tuple[str, ...]
+    pins: tuple[Pin, ...]
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def collect(
+    result: Pruned,
+    *,
+    decision: Decision | None = None,
+    calibration: Calibration | None = None,
+    bench: Bench | None = None,
+) -> Report:
+    """Read the written file once more for what the result does not hold: MACs by role and attention maps."""
+    plan, analysis, verdict = result.plan, result.plan.analysis, result.verdict
+    attention = attention_maps(result, calibration)
+    return Report(
+        model=str(analysis.model.path),
+        output=str(result.path),
+        digest=analysis.model.digest,
+        done=done(result),
+        options=dict(plan.options),
+        costs=(*costs(result), *latency(bench)),
+        widths=widths(result, decision.curves if decision else {}),
+        macs=macs(result),
+        macs_at=dict(analysis.binding),
+        compared=verdict.compared,
+        drift=verdict.drift,
+        equals_mask=verdict.equals_mask,
+        structure=verdict.structure,
+        attention=attention,
+        warnings=warnings(result, decision),
+        pins=analysis.pins,
+        seconds=dict(result.seconds),
+    )
+
+
+def done(result: Pruned) -> str:
+    """What was asked for, and how it was done, in one line."""
+    options = result.plan.options
+    goal = f"target {options['target']}" if "target" in options else f"ratio {options.get('ratio', 'by hand')}"
+    spread = ", the same share of every group" if options.get("uniform") else ""
+    roles = ", ".join(options.get("roles", ()))
+    data = result.calibration or "no calibration data"
+    return f"{goal}{f' in {roles}' if roles else ''}{spread}; {how(result)}; {data}"
+
+
+def costs(result: Pruned) -> tuple[Pair, ...]:
+    before, after = result.before, result.after
+    return (
+        Pair("parameters", "", before.params, after.params),
+        Pair("MACs", "", before.macs, after.macs),
+        Pair("size on disk", "B", before.bytes, after.bytes),
+    )
+
+
+def latency(bench: Bench | None) -> tuple[Pair, ...]:
+    """Of a benchmark of the original and the pruned model, in this order."""
+    if bench is None:
+        return ()
+    before, after = bench.timings[0], bench.timings[1]
+    return (Pair("latency", "ms", before.median, after.median),)
+
+
+def widths(result: Pruned, curves: Mapping[str, FloatArray]) -> tuple[Width, ...]:
+    plan = result.plan
+    cut = {g.role for g in plan.analysis.groups if g.id in plan.keep} | set(plan.options.get("roles", ()))
+    return tuple(
+        Width(
+            g.id,
+            g.role,
+            g.layer,
+            g.blocks,
+            g.size,
+            plan.kept(g),
+            result.forms.get(g.id, "") if g.id in plan.keep else "",
+            tuple(np.sqrt(curves[g.id]).tolist()) if g.id in curves else (),
+        )
+        for g in plan.analysis.groups
+        if g.prunable and g.role in cut
+    )
+
+
+def macs(result: Pruned) -> tuple[Pair, ...]:
+    analysis = result.plan.analysis
+    before = macs_by_role(analysis)
+    after = macs_by_role(analyze(load(result.path), analysis.binding))
+    return tuple(Pair(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after)))
+
+
+def warnings(result: Pruned, decision: Decision | None) -> tuple[str, ...]:
+    found = []
+    if not result.calibration:
+        found.append("No calibration data: drift was measured on random inputs and may be another on real ones.")
+    if not result.verdict.drift:
+        found.append("Outputs were not compared: the original cannot be run here.")
+    compression = decision.compression if decision else None
+    if compression is not None and compression.skipped:
+        for reason, number in Counter(compression.skipped.values()).items():
+            found.append(f"{number} {plural('group', number)} selected and sliced without refitting: {reason}.")
+    dead = result.plan.analysis.dead_macs
+    if dead:
+        found.append(f"{dead:,} MACs went with rows that no output depends on; that changes no output.")
+    return tuple(found)
+
+
+def plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
+
+
+def by_role(items: Sequence[Width]) -> dict[str, list[Width]]:
+    found: dict[str, list[Width]] = {}
+    for item in items:
+        found.setdefault(item.role, []).append(item)
+    return found

@@ -1,0 +1,28 @@
+"""Numbers and results in the words that the terminal and the report share."""
+
+from __future__ import annotations
+
+from snpc.runtime.prune import Pruned
+
+
+def count(number: float) -> str:
+    """Three digits: 5.03 M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def how(result: Pruned) -> str:
+    """How units were chosen and weights made, in words."""
+    if not result.forms:
+        return f"selected by {result.plan.criterion}"
+    forms = list(result.forms.values())
+    coupled = forms.count("coupled")
+    rotated = len(forms) - coupled - forms.count("refit")
+    selected = f", {coupled} selected by what the scores lose" if coupled else ""
+    return f"in closed form: {rotated} groups rotated, {forms.count('refit')} refitted{selected}"

@@ -1,0 +1,58 @@
+"""What the multiply-accumulates of a model are spent on, every product counted once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from snpc.cost import contraction_sizes, macs_of
+from snpc.passes.analyze import Analysis
+from snpc.passes.carried import Contraction
+from snpc.passes.labels import Ints
+from snpc.passes.shapes import evaluate, opset
+from snpc.types import Role
+
+UNREAD = "rows no output depends on"
+REST = "the rest"
+
+# A product can touch several: a projection of values reads the residual stream, and its width is that of values.
+PRECEDENCE: tuple[Role, ...] = ("qk", "vo", "ffn", "conv", "other", "head", "residual")
+
+
+def macs_by_role(analysis: Analysis) -> dict[str, int]:
+    """Role -> MACs, at the sizes of ``analysis.binding``; adds up to ``analysis.cost.macs``.
+
+    A product counts for the role whose width is an axis of it, the first of ``PRECEDENCE`` where there are several.
+    ``UNREAD`` and ``REST`` take what no role does.
+    """
+    model = analysis.traced.model
+    facts = evaluate(model, dict(analysis.binding))
+    roles = role_of_unit(analysis)
+    found: dict[str, int] = dict.fromkeys(PRECEDENCE, 0)
+    for contraction in analysis.traced.trace.contractions:
+        touched = roles_of(contraction, analysis.traced.units.unit, roles)
+        if touched:
+            node = contraction.node
+            call = facts.call(node, opset(model, node.domain))
+            found[PRECEDENCE[min(touched)]] += sum(
+                macs_of(sizes) for part, _, sizes in contraction_sizes(call, node.domain) if part == contraction.part
+            )
+    found[UNREAD] = analysis.dead_macs
+    found[REST] = max(0, analysis.cost.macs - sum(found.values()))
+    return {name: macs for name, macs in found.items() if macs}
+
+
+def role_of_unit(analysis: Analysis) -> Ints:
+    """Unit of the trace -> index into ``PRECEDENCE``, -1 for none."""
+    book, units = analysis.traced.trace.book, analysis.traced.units
+    first = {(str(axis.constant.name), axis.axis): axis.first for axis in book.axes}
+    found = np.full(book.count, -1, np.int64)
+    for group in sorted(analysis.groups, key=lambda g: -PRECEDENCE.index(g.role)):
+        for site in group.sites:
+            labels = first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0)
+            found[units.unit[labels]] = PRECEDENCE.index(group.role)
+    return found
+
+
+def roles_of(contraction: Contraction, unit: Ints, roles: Ints) -> set[int]:
+    labels = [f[f >= 0] for side in (contraction.left, contraction.right) for f in side.factors]
+    return {int(role) for own in labels for role in np.unique(roles[unit[own]])} - {-1}

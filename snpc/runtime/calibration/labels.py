@@ -1,0 +1,56 @@
+"""Labels beside calibration data: one whole number, or a row of them, per sample of the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.calibration.parts import listed, refusing
+from snpc.runtime.calibration.stream import Calibration
+from snpc.types import AnyArray, IntArray
+
+KEY = "labels"
+FORMS = ".npy, .npz (key 'labels', or the only one), or text with one whole number per line"
+
+
+def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
+    """[samples of the whole source, ...]: class of each, or of each position (negative: none).
+
+    ``source``: an array, or a file: .npy, .npz, or text with a number per line. Raises UserError for anything else, and
+    where there are not as many labels as samples.
+    """
+    where = str(source) if isinstance(source, Path) else "labels"
+    array = _read(source) if isinstance(source, Path) else np.asarray(source)
+    if array.ndim == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{where}: it holds {array.dtype} of shape {list(array.shape)}: labels are whole numbers")
+    needed = data.available
+    if needed is None:
+        needed = 1 + max(int(piece.ids.max()) for pieces in data.plan for piece in pieces)
+        short = len(array) < needed
+    else:
+        short = len(array) != needed
+    if short:
+        raise UserError(
+            f"{where}: {len(array)} labels for {needed} samples in {data.source}: give one for each, in order"
+        )
+    return array.astype(np.int64)
+
+
+def _read(path: Path) -> AnyArray:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; labels are {FORMS}")
+    with refusing(str(path), f"labels are {FORMS}", OSError, ValueError, EOFError):
+        if path.suffix == ".npy":
+            array: AnyArray = np.load(path, allow_pickle=False)
+            return array
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                names = list(arrays)
+                name = KEY if KEY in names else names[0] if len(names) == 1 else None
+                if name is None:
+                    raise UserError(f"{path}: no array is called '{KEY}'; it holds {listed(names)}")
+                found: AnyArray = arrays[name]
+                return found
+        return np.loadtxt(path, dtype=np.int64, ndmin=1)

@@ -1,0 +1,103 @@
+"""The samples of calibration data in another order, split, or shared between processes: for training.
+
+Each function gives ``Calibration`` again, so everything is still streamed: parts (files) are read one after the other
+in random order, with their rows mixed. A file of many samples is thus read once per epoch, and mixed in itself only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.calibration.stream import Calibration, Piece, planned
+from snpc.types import IntArray
+
+
+def sample_ids(data: Calibration) -> list[IntArray]:
+    """Per batch, [samples]: their places in the whole source, from 0."""
+    return [np.concatenate([piece.ids for piece in pieces]) for pieces in data.plan]
+
+
+def shuffled(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
+    """In an order that ``seed`` decides, in batches of at most ``batch`` and nearly equal sizes."""
+    rng = np.random.default_rng(seed)
+    lines = _lines(data)
+    kinds: dict[Hashable, list[Piece]] = {}
+    for k in rng.permutation(len(lines)):
+        mixed = replace(lines[k], rows=rng.permutation(lines[k].rows))
+        kinds.setdefault(mixed.kind, []).append(mixed)
+    plan = [pieces for alike in kinds.values() for pieces in _batched(data, alike, batch)]
+    if len(kinds) > 1:
+        plan = [plan[k] for k in rng.permutation(len(plan))]
+    return _with_plan(data, plan)
+
+
+def split(data: Calibration, held: int, seed: int) -> tuple[Calibration, Calibration]:
+    """(all but ``held`` samples, those), drawn by ``seed``. Raises UserError where one of the two would be empty."""
+    lines = _lines(data)
+    total = sum(map(len, lines))
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:held]] = True
+    parts = np.split(chosen, np.cumsum([len(line) for line in lines])[:-1])
+    found = []
+    for wanted in (False, True):
+        kept = [replace(line, rows=line.rows[part == wanted]) for line, part in zip(lines, parts, strict=True)]
+        plan = planned([line for line in kept if len(line)], data.batch)
+        found.append(
+            _with_plan(data, [pieces for pieces in plan if not data.axes.size or _count(pieces) == data.batch])
+        )
+    if not all(part.samples for part in found):
+        raise UserError(f"{data.source}: {total} samples are too few to hold some of them out")
+    return found[0], found[1]
+
+
+def shared(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[float]]:
+    """What process ``rank`` of ``world`` takes of every batch, and what each of its batches counts in an average over
+    processes. Batches with fewer samples than processes are left out."""
+    plan, weights = [], []
+    for pieces in data.plan:
+        count = _count(pieces)
+        if count < world:
+            continue
+        mine: list[Piece] = []
+        start = 0
+        for piece in pieces:
+            rows = piece.rows[(rank - start) % world :: world]
+            start += len(piece)
+            if len(rows):
+                mine.append(replace(piece, rows=rows))
+        plan.append(mine)
+        weights.append(_count(mine) * world / count)
+    return _with_plan(data, plan), weights
+
+
+def from_batch(data: Calibration, first: int) -> Calibration:
+    """Without the first ``first`` batches."""
+    return replace(data, plan=data.plan[first:])
+
+
+def _lines(data: Calibration) -> list[Piece]:
+    """One piece per part, with all of its rows that are in use."""
+    found: dict[int, list[Piece]] = {}
+    for piece in (piece for pieces in data.plan for piece in pieces):
+        found.setdefault(id(piece.part), []).append(piece)
+    return [replace(pieces[0], rows=np.concatenate([p.rows for p in pieces])) for pieces in found.values()]
+
+
+def _batched(data: Calibration, pieces: Sequence[Piece], batch: int) -> list[list[Piece]]:
+    if data.axes.size:
+        return [made for made in planned(pieces, data.axes.size) if _count(made) == data.axes.size]
+    total = _count(pieces)
+    return planned(pieces, -(-total // -(-total // batch)))
+
+
+def _count(pieces: Sequence[Piece]) -> int:
+    return sum(map(len, pieces))
+
+
+def _with_plan(data: Calibration, plan: Sequence[Sequence[Piece]]) -> Calibration:
+    size = data.axes.size or max(map(_count, plan), default=data.batch)
+    return replace(data, plan=tuple(map(tuple, plan)), samples=sum(map(_count, plan)), batch=size)

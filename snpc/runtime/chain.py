@@ -1,0 +1,124 @@
+"""A model in pieces whose weights are inputs: a change of a few weights is run from where they are used, not from the
+start, on what the dense model hands over there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from snpc.passes.analyze import Analysis
+from snpc.passes.edit import NoPlace
+from snpc.passes.readers import readers_of
+from snpc.passes.rewrite import Traced
+from snpc.passes.segment import Segment, extract, segments
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.memory import Shelf
+from snpc.runtime.model_io import clean
+from snpc.runtime.scratch import Run, scratch
+from snpc.runtime.silent import constant_array
+from snpc.runtime.stages import NotSequential, check_borders, stream_behind
+from snpc.types import AnyArray, Group
+
+States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment twice: ``fixed``, as it is, and ``open``, with those ``weights`` as inputs that are to be changed (the
+    same where there are none). Fixed weights run faster, and most pieces of a run are fixed."""
+
+    segment: Segment
+    fixed: Run
+    open: Run
+    weights: Mapping[str, AnyArray]
+
+    def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
+        """The state behind the piece; ``arrays``: contents of weights that differ."""
+        if arrays is None:
+            made = self.fixed(state)
+        else:
+            made = self.open({**state, **{k: arrays.get(k, v) for k, v in self.weights.items()}})
+        return {k: v for k, v in {**state, **made}.items() if k in self.segment.needed}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``spans``: group id -> the first and the last piece in which its weights are used."""
+
+    pieces: tuple[Piece, ...]
+    spans: Mapping[str, tuple[int, int]]
+    outputs: tuple[str, ...]
+
+    def states(self, feeds: Feeds, shelf: Shelf) -> States:
+        """What the dense model gives, kept on ``shelf``."""
+        found = [dict(feeds)]
+        for piece in self.pieces:
+            held = found[-1]
+            made = piece.run(held)
+            found.append({k: held[k] if k in held else shelf.keep(v) for k, v in made.items()})
+        return found
+
+    def changed(self, dense: States, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """The model's outputs where the group's weights are ``arrays``."""
+        first, last = self.spans[group]
+        state = dense[first]
+        for number, piece in enumerate(self.pieces[first:], start=first):
+            state = piece.run(state, arrays if number <= last else None)
+        return {name: state[name] for name in self.outputs}
+
+
+@contextmanager
+def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], provider: str) -> Iterator[Chain]:
+    """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
+    contents of the constants that a change of it touches (only their names count)."""
+    source = analysis.traced
+    ends = [end for g in analysis.groups if g.id in changed for end in end_of(analysis, g)]
+    found = segments(source.model, sorted(set(ends)))
+    try:
+        check_borders(source, found)
+    except NotSequential:  # then in one piece
+        found = segments(source.model, [])
+    names = {name for arrays in changed.values() for name in arrays}
+    with ExitStack() as stack:
+        pieces = tuple(piece_of(source, segment, names, provider, stack) for segment in found)
+        spans = {}
+        for name, arrays in changed.items():
+            used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(arrays)]
+            spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
+        yield Chain(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
+
+
+def piece_of(source: Traced, segment: Segment, names: set[str], provider: str, stack: ExitStack) -> Piece:
+    model = extract(source.model, segment, source.facts)
+    weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
+    fixed = stack.enter_context(scratch(clean(model.clone() if weights else model), provider=provider))
+    if not weights:
+        return Piece(segment, fixed, fixed, weights)
+    # opened before it is cleaned: constants that are equal now need not be so once they are changed
+    opened = stack.enter_context(scratch(clean(open_weights(model, names)), provider=provider))
+    return Piece(segment, fixed, opened, weights)
+
+
+def end_of(analysis: Analysis, group: Group) -> list[int]:
+    """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
+    is clear."""
+    try:
+        nodes = [n for reader in readers_of(analysis.traced, group) for n in reader.nodes]
+    except NoPlace:
+        return []
+    position = {n: k for k, n in enumerate(analysis.traced.model.graph)}
+    producers = [stream_behind(analysis.traced, n.outputs[0]).producer() for n in nodes]
+    return [position[p] + 1 for p in producers if p is not None]
+
+
+def open_weights(model: ir.Model, names: set[str]) -> ir.Model:
+    """``model`` with these constants as inputs."""
+    for name in names & set(model.graph.initializers):
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        if not value.is_graph_input():
+            model.graph.inputs.append(value)
+    return model

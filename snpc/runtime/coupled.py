@@ -1,0 +1,68 @@
+"""What the scores lose when pairs of query and key columns go: a quadratic form in the pairs, summed in the graph.
+
+The scores of one head are s = sum_u q_u k_u' over units u (a unit has one column, or a rotary pair of two). Without the
+units P they change by sum_{u in P} q_u k_u', and the squared change over all queries and keys is the sum over P x P of
+
+    M[u, v] = sum_{a in u, b in v} (Q'Q)_ab (K'K)_ab
+
+with K centred, since softmax does not see what all keys share. That is exact per sample and head, whatever lies between
+the projections and the product, and adds up over heads, samples and layers that must keep the same units.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import writing as op
+from snpc.passes.carried import Contraction
+from snpc.passes.products import sides_of
+from snpc.runtime.instrument import Instrument
+from snpc.types import Group
+
+
+def coupled(instrument: Instrument, product: Contraction, group: Group) -> ir.Value:
+    """[blocks, size, size]: M of each block over the samples."""
+    sides = sides_of(product, group)
+    rank = len(sides.query)
+    query, key = (
+        instrument.turned(instrument.float32(instrument.value(name)), *axes)
+        for name, axes in ((product.left.name, sides.query), (product.right.name, sides.key))
+    )
+    query = instrument.only_counted(query, counts_of(instrument, product.left.name, sides.query))
+    key = centred(instrument, key, counts_of(instrument, product.right.name, sides.key))
+    both = instrument.op(op.MUL, [gram(instrument, query, rank), gram(instrument, key, rank)])
+    units = sides.units.reshape(-1, sides.units.shape[-1])
+    fixed = [k for k in range(rank - 2) if sides.units.shape[k] == 1]
+    if fixed:
+        both = instrument.reduced(op.REDUCE_SUM, both, fixed)
+    both = instrument.shaped(both, *units.shape, units.shape[1])
+    picks = np.zeros((*units.shape, group.size), np.float32)
+    owner = np.zeros((group.blocks, len(units)), np.float32)
+    for head, row in enumerate(units):
+        mine = np.flatnonzero(row >= 0)
+        picks[head, mine, row[mine] % group.size] = 1
+        owner[np.unique(row[mine] // group.size), head] = 1
+    turned = instrument.constant(np.ascontiguousarray(picks.transpose(0, 2, 1)))
+    found = instrument.op(op.MATMUL, [instrument.op(op.MATMUL, [turned, both]), instrument.constant(picks)])
+    summed = instrument.op(op.MATMUL, [instrument.constant(owner), instrument.shaped(found, len(units), group.size**2)])
+    return instrument.shaped(summed, group.blocks, group.size, group.size)
+
+
+def gram(instrument: Instrument, value: ir.Value, rank: int) -> ir.Value:
+    """X'X of the last two axes."""
+    return instrument.op(op.MATMUL, [instrument.turned(value, *range(rank - 2), rank - 1, rank - 2), value])
+
+
+def centred(instrument: Instrument, value: ir.Value, counts: ir.Value | None) -> ir.Value:
+    """Rows less the mean of those that count, zero for the others."""
+    value = instrument.only_counted(value, counts)
+    total = [instrument.reduced(op.REDUCE_SUM, v, [-2], keep=True) for v in (value, instrument.ones(value, counts))]
+    return instrument.only_counted(instrument.op(op.SUB, [value, instrument.op(op.DIV, total)]), counts)
+
+
+def counts_of(instrument: Instrument, tensor: str, axes: tuple[int, ...]) -> ir.Value | None:
+    """[samples, 1.., rows, 1] bool; None where all rows count, or where it is not known which."""
+    told = instrument.told.get(tensor)
+    counts = instrument.counted(tensor) if told is not None and told.order == "plain" and axes[0] == 0 else None
+    return None if counts is None else instrument.shaped(counts, 0, *[1] * (len(axes) - 3), -1, 1)

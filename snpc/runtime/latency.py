@@ -1,0 +1,164 @@
+"""How much time narrower groups save: whole models of a few widths, timed side by side with the dense one.
+
+Times of single products do not add up to that of a model that is fused and run by a runtime; so every role is narrowed
+in the whole model, to a few widths, and what that saves is shared among its groups by their MACs. The table is kept in
+the user's cache directory, by machine, provider, model and sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snpc.passes.analyze import Analysis
+from snpc.passes.groups import APPROXIMATE
+from snpc.passes.plan import Plan, Times, cuts_of
+from snpc.passes.rewrite import rewrite_model
+from snpc.runtime.bench import bench, cores, cpu_name
+from snpc.runtime.feeds import Shape, id_limits
+from snpc.runtime.model_io import clean, replacing, save
+from snpc.types import FloatArray, Group
+
+SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run to measure a latency, as ``bench`` takes it. ``rounds`` and ``seconds``: at least so many for each
+    pair of models."""
+
+    batch: int = 1
+    shapes: Mapping[str, Shape] | None = None
+    threads: int = 0
+    warmup: int = 2
+    rounds: int = 16
+    seconds: float = 0.5
+
+    def sizes(self, analysis: Analysis) -> dict[str, int]:
+        """Of dynamic axes that are no batch: those at which MACs are quoted, unless a shape is given."""
+        inputs = analysis.model.inputs
+        given = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
+        leading = {spec.shape[0] for spec in inputs if spec.shape}
+        inner = {dim for spec in inputs for dim in spec.shape[1:]}
+        return {k: v for k, v in analysis.binding.items() if k in inner - leading - given}
+
+
+def side_by_side(
+    analysis: Analysis, base: Path, other: Path, workload: Workload, provider: str = "cpu"
+) -> tuple[float, float]:
+    """(ms of ``base``, time of ``other`` as a share of it): medians of interleaved rounds.
+
+    Raises UserError where a model does not run, or ``workload`` does not fit its inputs.
+    """
+    found = bench(
+        [base, other],
+        provider=provider,
+        threads=workload.threads,
+        batch=workload.batch,
+        shapes=workload.shapes,
+        sizes=workload.sizes(analysis),
+        limits=id_limits(analysis),
+        warmup=workload.warmup,
+        iterations=workload.rounds,
+        duration=workload.seconds,
+    )
+    return found.timings[0].median, 1 / found.speedups[0].ratio
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """``dense`` ms of the original, ``base`` ms of the model as it is analysed (without rows that nobody reads), and
+    per role the share of ``base`` that is saved when the shares ``SHARES`` of its units are kept."""
+
+    dense: float
+    base: float
+    roles: Mapping[str, tuple[float, ...]]
+
+    def times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> Times:
+        """Of the groups ``chosen``, where ``groups`` are all that were narrowed for the table."""
+        macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
+        saved = {g.id: self.curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
+        return Times(self.dense, self.base, saved)
+
+    def curve(self, group: Group) -> FloatArray:
+        """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest, on a line."""
+        shares, saved = np.array([1.0, *SHARES]), np.array([0.0, *self.roles[group.role]])
+        slope = (saved[-1] - saved[-2]) / (shares[-2] - shares[-1])
+        shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
+        rising = np.maximum.accumulate(np.maximum(saved, 0.0))
+        kept = np.arange(group.size + 1) / group.size
+        found: FloatArray = self.base * np.interp(kept, shares[::-1], rising[::-1])
+        return found
+
+
+def timed_groups(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
+    return [
+        g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and g.freedom_reason != APPROXIMATE
+    ]
+
+
+def latency_table(
+    analysis: Analysis, roles: Sequence[str], *, workload: Workload | None = None, provider: str = "cpu"
+) -> LatencyTable:
+    """The table of these roles: from the cache, or measured and cached. Raises UserError as ``side_by_side``."""
+    workload = workload or Workload()
+    file = cache_folder() / f"latency-{key_of(analysis, roles, workload, provider)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is measured again
+        data = json.loads(file.read_text())
+        return LatencyTable(float(data["dense"]), float(data["base"]), {r: tuple(data["roles"][r]) for r in roles})
+    table = measured_table(analysis, roles, workload, provider)
+    with suppress(OSError):  # a home that cannot be written to costs time only
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")
+    return table
+
+
+def measured_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        base = narrowed(analysis, (), 1.0, Path(folder) / "base.onnx")
+        dense, ratio = side_by_side(analysis, analysis.model.path, base, workload, provider)
+        saved = {}
+        for role in roles:
+            parts = []
+            for share in SHARES:
+                other = narrowed(analysis, timed_groups(analysis, (role,)), share, Path(folder) / "narrow.onnx")
+                parts.append(1 - side_by_side(analysis, base, other, workload, provider)[1])
+            saved[role] = tuple(parts)
+    return LatencyTable(dense, dense * ratio, saved)
+
+
+def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Path) -> Path:
+    """The model with the first units of these groups; for its time, not for its outputs."""
+    keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
+    keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
+    save(clean(rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model), path)
+    return path
+
+
+def key_of(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> str:
+    """A name for all that times depend on."""
+    import onnxruntime as ort
+
+    machine = [cpu_name(), cores(), ort.__version__, provider]
+    what = [FORMAT, analysis.model.digest, sorted(roles), sorted(workload.sizes(analysis).items()), asdict(workload)]
+    return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def cache_folder() -> Path:
+    """The user's own: ``$XDG_CACHE_HOME/snpc``, or what the system has for it."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "snpc"
+    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        return Path(os.environ["LOCALAPPDATA"]) / "snpc" / "Cache"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "snpc"

@@ -1,0 +1,61 @@
+"""How a probed tensor is read as rows of units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from snpc.errors import CheckFailed
+from snpc.ops.spec import Shape
+from snpc.passes.streams import shortest_period
+from snpc.types import IntArray, Probe
+
+Order = Literal["plain", "merged", "turned"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a probed tensor is turned into rows x units: a leading split of axis 0 where it merges batch and blocks,
+    then row axes before unit axes, then a gather of columns (several columns may show one unit)."""
+
+    period: int
+    rank: int
+    row_axes: tuple[int, ...]
+    unit_axes: tuple[int, ...]
+    columns: IntArray
+    repeats: int
+
+
+def layout_of(probe: Probe, units: int) -> Layout:
+    numbers = probe.units
+    period = 0
+    if numbers.shape[0] > 1:
+        period = shortest_period(np.moveaxis(numbers, 0, -1).reshape(-1, numbers.shape[0]))
+        numbers = numbers[None, :period]
+    rank = numbers.ndim
+    unit_axes = tuple(k for k in range(1, rank) if numbers.shape[k] > 1) or (rank - 1,)
+    row_axes = tuple(k for k in range(1, rank) if k not in unit_axes)
+    flat = numbers.transpose(0, *row_axes, *unit_axes).reshape(-1)
+    columns = [np.flatnonzero(flat == unit) for unit in range(units)]
+    repeats = min(len(c) for c in columns)
+    if not repeats or max(len(c) for c in columns) != repeats:
+        raise CheckFailed(f"{probe.tensor}: some of its units are seen more often than others")
+    order = np.stack(columns).T.reshape(-1)  # [repeats, units]
+    return Layout(period, rank, row_axes, unit_axes, order, repeats)
+
+
+def rows_of(layout: Layout, shape: Shape) -> tuple[int, int]:
+    """(samples, rows of each) of a probed tensor of this shape."""
+    split = (shape[0] // layout.period, layout.period, *shape[1:]) if layout.period else shape
+    return split[0], int(np.prod([split[k] for k in layout.row_axes], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Told:
+    """Which rows of a tensor are tokens that count is told by input ``name``, bool [batch, tokens]. ``order`` of the
+    rows: as there, all on the batch axis ("merged": [batch * tokens, 1]), or tokens first ("turned")."""
+
+    name: str
+    order: Order

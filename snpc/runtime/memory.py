@@ -1,0 +1,92 @@
+"""How much memory may be used: what a user writes, what is free, and arrays kept within it or in temporary files."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.types import AnyArray
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNKNOWN = 2 * 2**30  # taken for free where the system does not say
+
+
+def parse_bytes(text: str) -> int:
+    """``"2GB"``, ``"1.5 GiB"``, ``"500M"``, ``"1000000"`` -> bytes; GB is 10^9, GiB is 2^30. UserError: no size."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
+    return size
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping: the machine's, or what is left to this process's container."""
+    found = [n for n in (machine_free(), container_free()) if n is not None]
+    return max(min(found, default=UNKNOWN), 0)
+
+
+def machine_free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        return told[0] if told else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):  # another system
+        return None
+
+
+def container_free(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    try:
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return most - used
+    except (OSError, ValueError):  # no such limit ("max"), or another system
+        return None
+
+
+def memory_budget(limit: int | None) -> int:
+    """``limit``, or where there is none half of what is free."""
+    return free_memory() // 2 if limit is None else limit
+
+
+class Shelf:
+    """Keeps arrays: up to ``limit`` bytes of them in memory, what is more in temporary memory-mapped files.
+
+    The files lie where the system keeps temporaries (TMPDIR) and are gone when their arrays are.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self.spilled = 0
+
+    def keep(self, array: AnyArray) -> AnyArray:
+        """The array, or a copy of it in a file."""
+        if self.used + array.nbytes > self.limit and array.nbytes:
+            self.spilled += array.nbytes
+            return in_file(array)
+        self.used += array.nbytes
+        weakref.finalize(array, self.release, array.nbytes)
+        return array
+
+    def release(self, count: int) -> None:
+        self.used -= count
+
+
+def in_file(array: AnyArray) -> AnyArray:
+    with tempfile.TemporaryFile(prefix="snpc-") as file:
+        try:
+            np.ascontiguousarray(array).tofile(file)  # a mapped write would not survive a full disk
+            file.flush()
+            mapped: AnyArray = np.memmap(file, array.dtype, "r+", shape=array.shape or (1,))
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: no room for {array.nbytes / 1e6:.0f} MB that --memory-limit keeps out of "
+                f"memory ({error.strerror or error}): set TMPDIR, or raise --memory-limit"
+            ) from None
+    return mapped.reshape(array.shape)

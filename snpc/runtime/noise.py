@@ -1,0 +1,63 @@
+"""Inputs drawn at random where there is no data: to verify with, and, with less use, to calibrate on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.passes.analyze import Analysis
+from snpc.runtime.calibration import Calibration, load_calibration
+from snpc.runtime.calibration.check import axes_of
+from snpc.runtime.feeds import random_feeds
+from snpc.types import AnyArray
+
+SEEDS = 1 << 20  # as many batches have a seed of their own
+
+
+def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
+    """Calibration data for a model of which there is none: floats standard normal, ids uniform over the embedding that
+    they index, masks of ones, dynamic axes as analysed.
+
+    No real input looks like this, and a model calibrated on it keeps what matters for noise.
+    """
+    inputs = analysis.model.inputs
+    size = axes_of(inputs).size or max(batch, 1)
+    feeds = [random_inputs(analysis, size, seed * SEEDS + turn) for turn in range(-(-samples // size))]
+    made = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
+    return replace(made, source="random inputs (no data)")
+
+
+def random_inputs(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
+    """Feeds of this many samples (of the model's own batch where that is static)."""
+    inputs = analysis.model.inputs
+    batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
+    sizes = {name: size for name, size in analysis.traced.sizes.items() if name not in batches}
+    return random_feeds(inputs, batch=batch, sizes=sizes, seed=seed, limits=id_limits(analysis))
+
+
+def id_limits(analysis: Analysis) -> dict[str, int]:
+    """How many rows the table has that an integer input indexes."""
+    found: dict[str, int] = {}
+    for value in analysis.model.graph.graph.inputs:
+        limits = table_sizes(analysis, value)
+        if limits:
+            found[str(value.name)] = min(limits)
+    return found
+
+
+def table_sizes(analysis: Analysis, value: ir.Value) -> list[int]:
+    """Of every constant that ``value`` indexes, as it is or cast or reshaped."""
+    facts = analysis.traced.facts
+    found: list[int] = []
+    for node, index in value.uses():
+        spec = lookup(node.domain, node.op_type)
+        if index == 0 and (spec.kind == "movement" or (spec.kind == "pointwise" and len(node.inputs) == 1)):
+            found += table_sizes(analysis, node.outputs[0])
+        table = node.inputs[0] if index == 1 else None
+        shape = facts.shape.get(table) if table is not None else None
+        if shape and table is not None and table.const_value is not None:
+            axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
+            found.append(int(shape[axis]))
+    return found

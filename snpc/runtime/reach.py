@@ -1,0 +1,208 @@
+"""Decisions carried out. What is only predicted (drift, latency) is measured on the written model, and the plan moves
+up or down the planner's steps until it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from snpc.errors import CheckFailed, UserError
+from snpc.passes.choice import Choice, parse_target
+from snpc.passes.descent import Descent
+from snpc.passes.plan import Scores, plan_of, predicted_drift, way_down
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision, is_latency
+from snpc.runtime.latency import Workload, side_by_side
+from snpc.runtime.prune import (
+    Candidate,
+    Means,
+    Pruned,
+    Search,
+    Stopwatch,
+    apply_plan,
+    build,
+    discard,
+    published,
+    unverified,
+)
+from snpc.types import FloatArray
+
+ROUNDS = 6
+NEAR_DRIFT = math.log(1.1)  # a drift is met when it is at most this below the limit, as a ratio
+NEAR_TIME = 0.03  # a latency when it is at most this share of the dense model's below
+
+
+def prune(
+    decision: Decision,
+    target: Path,
+    *,
+    calibration: Calibration | None = None,
+    memory_limit: int | None = None,
+    provider: str = "cpu",
+    watch: Stopwatch | None = None,
+) -> Pruned:
+    """Apply a decision, write it to ``target``, verify it. Where it was made for ``max_drift`` or a latency, that is
+    measured on the written file before it gets its name, and another plan is tried while it does not hold or could cut
+    (or, for a latency, keep) clearly more: at most ``ROUNDS`` plans.
+
+    Raises as ``apply_plan``; CheckFailed also where the smallest cut moves the outputs by more than ``max_drift``,
+    UserError where a latency cannot be reached.
+    """
+    watch = watch or Stopwatch()
+    choice = decision.choice
+    latency = choice is not None and is_latency(choice)
+    if choice is None or decision.scores is None or not (latency or choice.max_drift is not None):
+        return apply_plan(
+            decision.plan,
+            target,
+            compression=decision.compression,
+            calibration=calibration,
+            memory_limit=memory_limit,
+            provider=provider,
+            watch=watch,
+        )
+    means = Means(decision.compression, calibration, memory_limit, provider)
+    trials = Trials(decision, choice, decision.scores, target, means, watch)
+    try:
+        return meet_latency(trials) if latency else meet_drift(trials)
+    finally:
+        trials.discard()
+
+
+@dataclass
+class Trials:
+    """Plans along the way down that were built and measured. ``best`` is the best that holds."""
+
+    decision: Decision
+    choice: Choice
+    scores: Scores
+    target: Path
+    means: Means
+    watch: Stopwatch
+    best: Candidate | None = None
+    value: float = math.nan
+    tried: list[tuple[float, float]] = field(default_factory=list)
+
+    def build(self, way: Descent, steps: int) -> Candidate:
+        """The plan after so many steps, as a verified file."""
+        plan = plan_of(self.scores, self.choice, way.widths(steps))
+        path = unverified(self.target, len(self.tried) + 1)
+        try:
+            return build(plan, self.target, path, self.means, self.watch)
+        except BaseException:
+            discard(path)
+            raise
+
+    def weigh(self, made: Candidate, predicted: float, measured: float, limit: float) -> float:
+        """Keep what holds (a later one is nearer to the limit), drop the rest."""
+        self.tried.append((predicted, measured))
+        if measured <= limit:
+            self.discard()
+            self.best, self.value = made, measured
+        else:
+            discard(made.path)
+        return measured
+
+    def discard(self) -> None:
+        if self.best is not None:
+            discard(self.best.path)
+
+    def publish(self, search: Search) -> Pruned:
+        assert self.best is not None
+        return published(self.best, self.target, self.means, self.watch, search)
+
+
+def meet_drift(trials: Trials) -> Pruned:
+    """Cut as much as keeps the drift that verification states within the limit."""
+    limit, way = trials.choice.max_drift, way_down_of(trials)
+    assert limit is not None
+    predicted = predicted_drift(way, trials.scores)[1:]
+
+    def measure(index: int) -> float:
+        made = trials.build(way, index + 1)
+        if not made.verdict.drift:
+            raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
+        return math.log(max(trials.weigh(made, float(predicted[index]), made.drift, limit), 1e-300))
+
+    seek(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, NEAR_DRIFT)
+    if trials.best is None:
+        least = min(value for _, value in trials.tried)
+        raise CheckFailed(
+            f"{trials.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
+            "nothing was written"
+        )
+    return trials.publish(Search("drift", "relative", limit, trials.value, tuple(trials.tried)))
+
+
+def meet_latency(trials: Trials) -> Pruned:
+    """Cut as little as brings the latency down to the target."""
+    times, way = trials.scores.times, way_down_of(trials)
+    assert times is not None and trials.choice.target is not None
+    target, original = parse_target(trials.choice.target), trials.decision.plan.analysis
+    scale = times.dense if target.ms is not None else 1.0
+    limit = target.ms if target.ms is not None else target.share
+    workload = trials.decision.workload or Workload()
+    shares = ((times.base - way.along(times.saved)) / times.dense)[::-1]  # rising, the whole way down first
+    last = len(shares) - 1
+
+    def measure(index: int) -> float:
+        made = trials.build(way, last - index)
+        with trials.watch.stage("latency"):
+            dense, share = side_by_side(original, original.model.path, made.path, workload, trials.means.provider)
+        value = share * (dense if target.ms is not None else 1.0)
+        return trials.weigh(made, float(shares[index]) * scale, value, limit) / scale
+
+    seek(shares, limit / scale, measure, NEAR_TIME)
+    unit = "ms" if target.ms is not None else ""
+    if trials.best is None:
+        least = min(value for _, value in trials.tried)
+        raise UserError(
+            f"target {trials.choice.target} cannot be reached: with these roles and widths the least measured is "
+            f"latency={least:.3g}{unit}; allow more roles, or narrower groups"
+        )
+    return trials.publish(Search("latency", unit or "of the dense model", limit, trials.value, tuple(trials.tried)))
+
+
+def way_down_of(trials: Trials) -> Descent:
+    groups = trials.decision.groups
+    return way_down(groups, trials.scores, trials.choice)[0]
+
+
+def seek(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:
+    """The largest index found at which ``measure`` stays within ``limit``, -1 if it does nowhere that was tried.
+
+    ``predicted`` rises. What was measured shifts it, interpolated between the places where it was; from the fourth
+    round on the rest is halved as well, and the last round, if nothing has held, tries index 0. A value less than
+    ``near`` below the limit is good enough.
+    """
+    known: dict[int, float] = {}
+    low, high = -1, len(predicted)
+    for turn in range(ROUNDS):
+        if high - low <= 1:
+            break
+        guess = guess_of(predicted, known, limit - near / 2 if known else limit)
+        if turn >= 3:
+            guess = min(guess, (low + high) // 2) if low < 0 else (low + high) // 2
+        if turn == ROUNDS - 1 and low < 0:
+            guess = 0
+        guess = min(max(guess, low + 1), high - 1)
+        known[guess] = measure(guess)
+        if known[guess] > limit:
+            high = guess
+        else:
+            low = guess
+            if known[guess] >= limit - near:
+                break
+    return low
+
+
+def guess_of(predicted: FloatArray, known: dict[int, float], aim: float) -> int:
+    """The largest index that should stay within ``aim``, after what is ``known``; 0 if none should."""
+    at = sorted(known)
+    shift = np.interp(np.arange(len(predicted)), at, [known[k] - predicted[k] for k in at]) if at else 0.0
+    fits = np.flatnonzero(predicted + shift <= aim)
+    return int(fits[-1]) if len(fits) else 0

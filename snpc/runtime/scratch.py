@@ -1,0 +1,97 @@
+"""Models that snpc runs to learn from them: written to a temporary, opened, run, and gone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops.writing import TYPE_ATTRIBUTES
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.session import PROVIDERS, Optimise, open_session, resolve_provider, run_session
+from snpc.types import AnyArray
+
+Run = Callable[[Feeds], dict[str, AnyArray]]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@contextmanager
+def scratch(
+    model: ir.Model,
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
+    optimise: Optimise = "all",
+    lean: bool = False,
+    external: bool = False,
+) -> Iterator[Run]:
+    """A call from feeds (what the model does not take is left out) to its outputs by name. Takes ``model`` over.
+
+    bfloat16 is run as float32 where onnxruntime has no arithmetic in it; then outputs are float32 too.
+    """
+    wide = is_widened(model, provider)
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        path = Path(folder) / "model.onnx"
+        save(widen(clean(model)) if wide else clean(model), path, external)
+        session = open_session(path, provider=provider, threads=threads, optimise=optimise, lean=lean)
+        names = {i.name for i in session.get_inputs()}
+
+        def run(feeds: Feeds) -> dict[str, AnyArray]:
+            mine = {name: array for name, array in feeds.items() if name in names}
+            if wide:
+                mine = {name: a.astype(np.float32) if a.dtype == BFLOAT16 else a for name, a in mine.items()}
+            return run_session(session, mine)
+
+        yield run
+
+
+# -- bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+def is_widened(model: ir.Model, provider: str) -> bool:
+    """Does ``scratch`` run this model in float32? onnxruntime's CPU provider has no arithmetic in bfloat16."""
+    if resolve_provider(provider) != PROVIDERS["cpu"]:
+        return False
+    values = [*model.graph.initializers.values(), *model.graph.inputs]
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
+
+
+def widen(model: ir.Model) -> ir.Model:
+    """The model with float32 in place of bfloat16 everywhere; changed in place, weights are converted as they are
+    read."""
+    for graph in model.graphs():
+        nodes = list(graph)
+        for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs, *outputs_of(nodes)):
+            if value.dtype == ir.DataType.BFLOAT16:
+                value.type = ir.TensorType(ir.DataType.FLOAT)  # copies of a graph share the type that was there
+            if value.const_value is not None:
+                value.const_value = widened(value.const_value)
+        for node in nodes:
+            for name, attribute in list(node.attributes.items()):
+                found = attribute.value
+                if name in TYPE_ATTRIBUTES and found == int(ir.DataType.BFLOAT16):
+                    node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+                elif isinstance(found, ir.TensorProtocol):
+                    node.attributes[name] = ir.AttrTensor(name, widened(found))
+    return model
+
+
+def outputs_of(nodes: Iterable[ir.Node]) -> Iterator[ir.Value]:
+    for node in nodes:
+        yield from node.outputs
+
+
+def widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if tensor.dtype != ir.DataType.BFLOAT16:
+        return tensor
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+    return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name)  # type: ignore[arg-type]

@@ -1,0 +1,202 @@
+"""What was measured of a model on calibration data: sums in float64 that add up over halves of the data."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from snpc.criteria import Criterion, make_criterion
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.plan import Method
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.measure import Wanted, measure, split, wanted_statistics
+from snpc.runtime.memory import Shelf, memory_budget
+from snpc.runtime.model_io import replacing
+from snpc.runtime.moments import forms_of, needs
+from snpc.types import AnyArray, FloatArray, Group
+
+FORMAT = 1
+Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
+Sums = Mapping[str, Mapping[str, FloatArray]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """``sums``: group id -> name of a statistic -> what it came to over ``samples`` calibration samples.
+
+    Of groups with a closed form, "moment:query" and the like as ``moments.needs`` names them, [blocks, d, d]; of the
+    others, what ``criterion`` observes. ``digest`` and ``model`` say of which model, ``sources`` on which data. Two of
+    them add up, if the same was measured of the same model.
+    """
+
+    model: str
+    digest: str
+    criterion: str
+    samples: int
+    sources: tuple[str, ...]
+    sums: Sums = field(repr=False)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        if self.digest != other.digest:
+            raise UserError(
+                f"statistics of {self.model} (digest {self.digest[:12]}) and of {other.model} ({other.digest[:12]}) do "
+                "not add up: give those of one model"
+            )
+        if layout(self) != layout(other) or self.criterion != other.criterion:
+            raise UserError(
+                f"statistics on {self.described()} and on {other.described()} are not of the same groups and "
+                "criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
+            )
+        sums = {
+            group: {name: array + other.sums[group][name] for name, array in mine.items()}
+            for group, mine in self.sums.items()
+        }
+        return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
+
+    def described(self) -> str:
+        return " and ".join(self.sources)
+
+
+def layout(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {(group, name): a.shape for group, mine in statistics.sums.items() for name, a in mine.items()}
+
+
+def measure_statistics(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    *,
+    method: Method = "auto",
+    criterion: str | Criterion = "mixed",
+    memory_limit: int | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
+    (with method "select": of all) what ``criterion`` asks for.
+
+    As many groups are measured in one pass over the data as fit in ``memory_limit`` bytes (None: half of what is free);
+    the sums are the same, to rounding. Raises UserError where the limit is too small for a single group.
+    """
+    judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
+    forms = {} if method == "select" else forms_of(analysis, groups)[0]
+    names = {g.id: needs(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups}
+    wanted = wanted_statistics(analysis, names)
+    budget = memory_budget(memory_limit)
+    totals = Totals(forms, judge, Shelf(budget // 2))
+    for part in split(analysis, calibration, wanted, budget // 2):
+        batches: Iterable[Feeds] = calibration.batches()
+        for result in measure(
+            analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
+        ):
+            totals.add(part, result)
+    spelled = criterion if isinstance(criterion, str) else judge.name
+    samples = calibration.samples if wanted else 0
+    model = analysis.model
+    return Statistics(model.path.name, model.digest, spelled, samples, (calibration.described(),), totals.sums)
+
+
+class Totals:
+    """Sums over batches, of groups without a closed form as ``judge`` reduces them."""
+
+    def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: Shelf) -> None:
+        self.forms = forms
+        self.judge = judge
+        self.shelf = shelf
+        self.sums: dict[str, dict[str, FloatArray]] = {}
+
+    def add(self, wanted: Sequence[Wanted], result: Mapping[str, FloatArray]) -> None:
+        batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+        groups = {item.group.id: item.group for item in wanted}
+        for item in wanted:
+            array, mine = result[item.output], batch[item.group.id]
+            mine[item.name] = mine[item.name] + array if same_shape(mine.get(item.name), array) else array
+        for name, arrays in batch.items():
+            observed = arrays if name in self.forms else self.judge.observe(groups[name].role, arrays)
+            total = self.sums.setdefault(name, {})
+            for key, array in observed.items():
+                if key in total:
+                    total[key] += array
+                else:
+                    total[key] = self.shelf.keep(np.array(array, np.float64))
+
+
+def same_shape(first: FloatArray | None, second: FloatArray) -> bool:
+    return first is not None and first.shape == second.shape
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    """One .npz: ``header`` is JSON, and names the other entries, "0", "1" and so on, by group and statistic. Written
+    whole or not at all."""
+    entries = [(group, name) for group, mine in statistics.sums.items() for name in mine]
+    header = {
+        "snpc_statistics": FORMAT,
+        "model": statistics.model,
+        "digest": statistics.digest,
+        "criterion": statistics.criterion,
+        "samples": statistics.samples,
+        "sources": list(statistics.sources),
+        "entries": entries,
+    }
+    arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+
+
+def load_statistics(path: Path, *more: Path) -> Statistics:
+    """The statistics in a file that ``save_statistics`` wrote; of several files, their sum.
+
+    Raises UserError where a file does not hold statistics, or they do not add up.
+    """
+    found = read_statistics(path)
+    for other in more:
+        found = found + read_statistics(other)
+    return found
+
+
+def read_statistics(path: Path) -> Statistics:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(str(archive["header"]))
+            if header["snpc_statistics"] != FORMAT:
+                raise ValueError("another version of snpc wrote it")
+            sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+            for k, (group, name) in enumerate(header["entries"]):
+                sums[str(group)][str(name)] = finite(archive[str(k)])
+        return Statistics(
+            str(header["model"]),
+            str(header["digest"]),
+            str(header["criterion"]),
+            int(header["samples"]),
+            tuple(map(str, header["sources"])),
+            dict(sums),
+        )
+    except Exception as error:  # a broken file fails in many ways inside zipfile, numpy and json; all mean the same
+        said = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
+        raise UserError(f"{path}: holds no statistics ({said}): give a file that --save-stats wrote") from None
+
+
+def finite(array: AnyArray) -> FloatArray:
+    if array.dtype != np.float64 or not np.isfinite(array).all():
+        raise ValueError("its sums are not all finite float64 numbers")
+    return array
+
+
+def check_model(statistics: Statistics, analysis: Analysis) -> None:
+    """Raise UserError where the statistics are not of this model."""
+    if statistics.digest != analysis.model.digest:
+        raise UserError(
+            f"the statistics are of another model ({statistics.model}, digest {statistics.digest[:12]}), not of "
+            f"{analysis.model.path.name} ({analysis.model.digest[:12]}): measure this one (--calib, --save-stats)"
+        )

@@ -1,0 +1,47 @@
+"""The torch bridge: a graph as a module, trained, and its weights handed back to the same graph.
+
+    module = snpc.torch.load("pruned.onnx")
+    logits = module(images)
+    snpc.torch.save(module, "pruned.onnx", "tuned.onnx")
+
+or, with the dense model as the teacher:
+
+    data = snpc.load_calibration("images.npz", snpc.load("model.onnx").inputs, samples=10_000)
+    snpc.torch.finetune(Path("pruned.onnx"), Path("model.onnx"), data, Path("tuned.onnx"))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from snpc.runtime.model_io import load as load_model
+from snpc.torch.loop import Trained, train
+from snpc.torch.losses import Batch
+from snpc.torch.module import GraphModule
+from snpc.torch.tensors import export_tensors
+from snpc.torch.training import Progress, Training
+from snpc.torch.tune import Saved, Tuned, finetune, report
+from snpc.torch.write import save
+
+__all__ = [
+    "Batch",
+    "GraphModule",
+    "Progress",
+    "Saved",
+    "Trained",
+    "Training",
+    "Tuned",
+    "export_tensors",
+    "finetune",
+    "load",
+    "report",
+    "save",
+    "train",
+]
+
+
+def load(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
+    """The model in an ONNX file as a module whose weights train. Raises UserError where it has an operator that cannot
+    be run in torch."""
+    return GraphModule(load_model(path), watch=watch)

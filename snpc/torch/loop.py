@@ -1,0 +1,241 @@
+"""The training loop: a module, a loss, batches and a number of steps. It knows nothing of pruning or teachers.
+
+Every step is a function of the weights, the optimiser's state, the step's number and the seed, so that a run that was
+killed goes on from its last checkpoint to the same weights, bit for bit (on a CPU; GPUs add in varying order).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from snpc.errors import UserError
+from snpc.torch.checkpoints import Checkpoints
+from snpc.torch.losses import Batch, LossFunction
+from snpc.torch.places import Place
+from snpc.torch.training import Progress, Report, Training
+
+SMOOTH = 0.9  # of the loss that is shown
+
+
+class Batches(Protocol):
+    """A training set. ``epoch`` gives the same batches for the same number each time, from batch ``first`` on."""
+
+    @property
+    def per_epoch(self) -> int: ...
+
+    def epoch(self, number: int, first: int) -> Iterator[Batch]: ...
+
+
+@dataclass
+class Run:
+    """The state of a run between two steps, all that a checkpoint holds. ``average`` and ``best``: tensors beside the
+    parameters, in their order; empty where there are none."""
+
+    parameters: list[torch.nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    average: list[torch.Tensor] = field(default_factory=list)
+    best: list[torch.Tensor] = field(default_factory=list)
+    drift: float = math.inf
+    behind: int = 0
+    """Evaluations since the best one."""
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "weights": [p.detach() for p in self.parameters],
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average,
+            "best": self.best,
+            "drift": self.drift,
+            "behind": self.behind,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["weights"], strict=True):
+                parameter.copy_(saved)
+        self.optimiser.load_state_dict(state["optimiser"])
+        device = self.parameters[0].device
+        self.average, self.best = ([t.to(device) for t in state[name]] for name in ("average", "best"))
+        self.step, self.drift, self.behind = state["step"], state["drift"], state["behind"]
+
+
+class Objective(torch.nn.Module):
+    """A module together with its loss: what DistributedDataParallel wraps, so that it sees what the gradient is of."""
+
+    def __init__(self, module: torch.nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.loss(self.module, batch).mean() * batch.weight
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``losses``: of every step that ran here; ``drift``: the best on held-out data, None without any."""
+
+    steps: int
+    losses: Sequence[float]
+    drift: float | None
+    seconds: float
+
+
+def train(
+    module: torch.nn.Module,
+    loss: LossFunction,
+    batches: Batches,
+    training: Training,
+    *,
+    place: Place | None = None,
+    parameters: Sequence[torch.nn.Parameter] | None = None,
+    evaluate: Callable[[torch.nn.Module], float] | None = None,
+    checkpoints: Checkpoints | None = None,
+    report: Report | None = None,
+) -> Trained:
+    """Train ``parameters`` (default: all) of ``module`` in place for ``training.steps`` steps or ``epochs``.
+
+    ``evaluate``: what early stopping watches, lower is better; called on every process. Raises UserError where the loss
+    is no longer finite.
+    """
+    place = place or Place(torch.device("cpu"))
+    trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
+    steps = training.steps or training.epochs * batches.per_epoch
+    run = Run(trained, optimiser_of(trained, training))
+    if training.ema:
+        run.average = [p.detach().clone() for p in trained]
+    saved = checkpoints.latest(place.device) if checkpoints else None
+    if saved is not None:
+        run.restore(saved)
+    objective = Objective(module, loss)
+    runner: torch.nn.Module = objective
+    if place.world > 1:
+        ids = [place.device] if place.device.type == "cuda" else None
+        runner = torch.nn.parallel.DistributedDataParallel(
+            objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
+        )
+    every = training.evaluate or max(1, min(batches.per_epoch, steps // 20))
+    losses: list[float] = []
+    shown = None
+    start, first = time.perf_counter(), run.step
+    if training.early_stop and evaluate is not None and not run.step:
+        watched(run, module, evaluate)  # what was given may be the best
+    stream = endless(batches, run.step)
+    while run.step < steps and not (training.early_stop and run.behind >= training.early_stop):
+        rate = learning_rate(training, run.step, steps)
+        value = stepped(runner, next(stream), run, training, place, rate)
+        losses.append(value)
+        shown = value if shown is None else SMOOTH * shown + (1 - SMOOTH) * value
+        if training.early_stop and evaluate is not None and (run.step % every == 0 or run.step == steps):
+            watched(run, module, evaluate)
+        if checkpoints and place.leads and (run.step % checkpoints.every == 0 or run.step == steps):
+            checkpoints.write(run.state())
+        if report and place.leads:
+            left = (time.perf_counter() - start) / (run.step - first) * (steps - run.step)
+            report(Progress(run.step, steps, shown, rate, left, run.drift if math.isfinite(run.drift) else None))
+    finish(run)
+    drift = run.drift if run.best else None
+    return Trained(run.step, losses, drift, time.perf_counter() - start)
+
+
+def endless(batches: Batches, step: int) -> Iterator[Batch]:
+    """Batches from step ``step`` on."""
+    number, first = divmod(step, batches.per_epoch)
+    while True:
+        yield from batches.epoch(number, first)
+        number, first = number + 1, 0
+
+
+def stepped(runner: torch.nn.Module, batch: Batch, run: Run, training: Training, place: Place, rate: float) -> float:
+    """One step; returns the loss, averaged over processes."""
+    torch.manual_seed(hash((training.seed, run.step, place.rank)) % 2**63)  # for losses that draw random numbers
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    run.optimiser.zero_grad(set_to_none=True)
+    with torch.autocast(place.device.type, torch.bfloat16, enabled=halved(training, place.device)):
+        value = runner(batch)
+    value.backward()
+    if training.clip:
+        torch.nn.utils.clip_grad_norm_(run.parameters, training.clip)
+    run.optimiser.step()
+    run.step += 1
+    if training.ema:
+        decay = min(training.ema, (1 + run.step) / (10 + run.step))  # at first the weights move, and so does this
+        with torch.no_grad():
+            torch._foreach_lerp_(run.average, [p.detach() for p in run.parameters], 1 - decay)
+    shown = value.detach()
+    if place.world > 1:
+        dist.all_reduce(shown)
+        shown = shown / place.world
+    found = float(shown)
+    if not math.isfinite(found):
+        raise UserError(f"step {run.step}: the loss is {found}: a smaller --lr, or --precision fp32, may help")
+    return found
+
+
+def optimiser_of(parameters: Sequence[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """AdamW; gains and biases do not decay."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.lr)
+
+
+def learning_rate(training: Training, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    warmup = steps // 20 if training.warmup is None else training.warmup
+    if step < warmup:
+        return training.lr * (step + 1) / warmup
+    return training.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def halved(training: Training, device: torch.device) -> bool:
+    """bfloat16 helps on GPUs that multiply it; on most CPUs it is slower than float32."""
+    if training.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return training.precision == "bf16"
+
+
+def watched(run: Run, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]) -> None:
+    """Evaluate what would be written now, and keep it if it is the best so far."""
+    with exchanged(run.parameters, run.average), torch.no_grad():
+        drift = evaluate(module)
+        better = drift < run.drift
+        if better:
+            run.best = [p.detach().clone() for p in run.parameters]
+    run.drift, run.behind = (drift, 0) if better else (run.drift, run.behind + 1)
+
+
+def finish(run: Run) -> None:
+    """Leave in the module what is to be written: the best weights, else their average, else the last."""
+    with torch.no_grad():
+        for parameter, value in zip(run.parameters, run.best or run.average or run.parameters, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def exchanged(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The parameters hold ``values`` (where there are any) while the block runs."""
+    if not values:
+        yield
+        return
+    held = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, held, strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,292 @@
+"""Operators with weights, statistics along axes, and windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from snpc.torch.operators.table import MICROSOFT, Call, Integers, Tensor, axis_list, implements
+
+
+@implements("MatMul")
+def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+@implements("FusedMatMul", domain=MICROSOFT)
+def fused_matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    left = a.mT if call.get("transA", 0) else a
+    product = torch.matmul(left, b.mT if call.get("transB", 0) else b)
+    return torch.mul(product, call.get("alpha", 1.0))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Relu": F.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid, "": lambda x: x,
+}  # fmt: skip
+
+
+@implements("Gemm")
+def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    product = torch.matmul(a.mT if call.get("transA", 0) else a, b.mT if call.get("transB", 0) else b)
+    scaled = product * call.get("alpha", 1.0) if call.get("alpha", 1.0) != 1 else product
+    return scaled if c is None else scaled + (c * call.get("beta", 1.0) if call.get("beta", 1.0) != 1 else c)
+
+
+@implements("FusedGemm", domain=MICROSOFT)
+def fused_gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    return ACTIVATIONS[call.get("activation", "")](gemm(call, a, b, c))
+
+
+@implements("Einsum")
+def einsum(call: Call, *values: Tensor) -> Tensor:
+    return torch.einsum(call.attrs["equation"], *values)
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+
+def window_pads(call: Call, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """[before..., after...] per spatial axis."""
+    spatial = len(kernel)
+    mode = call.get("auto_pad", "NOTSET")
+    if mode in ("NOTSET", ""):
+        return list(call.get("pads", [0] * 2 * spatial))
+    if mode == "VALID":
+        return [0] * 2 * spatial
+    before, after = [], []
+    for k in range(spatial):
+        size = x.shape[2 + k]
+        need = max((-(-size // stride[k]) - 1) * stride[k] + dilation[k] * (kernel[k] - 1) + 1 - size, 0)
+        small = need // 2
+        before.append(small if mode == "SAME_UPPER" else need - small)
+        after.append(need - before[-1])
+    return before + after
+
+
+def padded(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
+    spatial = len(pads) // 2
+    if not any(pads):
+        return x
+    return F.pad(x, [n for k in reversed(range(spatial)) for n in (pads[k], pads[spatial + k])], value=value)
+
+
+@implements("Conv")
+def conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    spatial = w.ndim - 2
+    stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
+    pads = window_pads(call, x, list(w.shape[2:]), stride, dilation)
+    run = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    return run(padded(x, pads), w, b, stride=stride, dilation=dilation, groups=call.get("group", 1))
+
+
+@implements("FusedConv", domain=MICROSOFT)
+def fused_conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    assert call.get("activation", "") in ACTIVATIONS, "this activation of a FusedConv is not implemented"
+    made = conv(call, x, w, b)
+    return ACTIVATIONS[call.get("activation", "")](made if added is None else made + added)
+
+
+@implements("ConvTranspose")
+def conv_transpose(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    spatial = w.ndim - 2
+    assert call.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and "output_shape" not in call.attrs
+    stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
+    pads = list(call.get("pads", [0] * 2 * spatial))
+    extra = list(call.get("output_padding", [0] * spatial))
+    run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+    whole = run(x, w, None, stride=stride, dilation=dilation, groups=call.get("group", 1))
+    whole = padded(whole, [0] * spatial + extra)
+    for k in range(spatial):
+        whole = whole.narrow(2 + k, pads[k], whole.shape[2 + k] - pads[k] - pads[spatial + k])
+    return whole if b is None else whole + b.reshape(-1, *[1] * spatial)
+
+
+@implements("MaxPool", "AveragePool")
+def pool(call: Call, x: Tensor) -> Tensor:
+    kernel = list(call.attrs["kernel_shape"])
+    spatial = len(kernel)
+    stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
+    pads = window_pads(call, x, kernel, stride, dilation)
+    if call.get("ceil_mode", 0):
+        for k in range(spatial):
+            size = x.shape[2 + k] + pads[k] + pads[spatial + k] - dilation[k] * (kernel[k] - 1) - 1
+            short = -size % stride[k]
+            pads[spatial + k] += short
+    if call.op == "MaxPool":
+        run = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
+        return run(padded(x, pads, -math.inf), kernel, stride, 0, dilation)
+    mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1]
+    summed = mean(padded(x, pads), kernel, stride)
+    if call.get("count_include_pad", 0) or not any(pads):
+        return summed
+    return summed / mean(padded(torch.ones_like(x), pads), kernel, stride)
+
+
+@implements("LpPool")
+def lp_pool(call: Call, x: Tensor) -> Tensor:
+    p = call.get("p", 2)
+    kernel = list(call.attrs["kernel_shape"])
+    spatial = len(kernel)
+    stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
+    assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
+    powers = padded(x.abs().pow(p), window_pads(call, x, kernel, stride, dilation))
+    mean: Tensor = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
+    made: Tensor = (mean * math.prod(kernel)).pow(1 / p)
+    return made
+
+
+@implements("GlobalLpPool")
+def global_lp_pool(call: Call, x: Tensor) -> Tensor:
+    made: Tensor = torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
+    return made
+
+
+@implements("GlobalAveragePool", "GlobalMaxPool")
+def global_pool(call: Call, x: Tensor) -> Tensor:
+    axes = list(range(2, x.ndim))
+    return x.mean(axes, keepdim=True) if call.op == "GlobalAveragePool" else x.amax(axes, keepdim=True)
+
+
+@implements("Resize", "Upsample")
+def resize(
+    call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
+) -> Tensor:
+    if call.op == "Upsample":
+        scales = roi
+    mode = call.get("mode", "nearest")
+    how = call.get("coordinate_transformation_mode", "half_pixel" if call.op == "Resize" else "asymmetric")
+    assert "axes" not in call.attrs and x.ndim in (3, 4, 5), "this Resize is not implemented"
+    given = scales.tolist() if scales is not None else []
+    wanted = sizes.tolist() if sizes is not None else [int(n * s) for n, s in zip(x.shape, given, strict=True)]
+    assert wanted[:2] == list(x.shape[:2]), "a Resize of batch or channels is not implemented"
+    if mode == "nearest":
+        fine = (how, call.get("nearest_mode", "round_prefer_floor"))
+        known = {("asymmetric", "floor"): "nearest", ("half_pixel", "round_prefer_floor"): "nearest-exact"}
+        assert fine in known, "this rounding of a nearest Resize is not implemented"
+        return F.interpolate(x, wanted[2:], mode=known[fine])
+    name = "bicubic" if mode == "cubic" else {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+    assert how in ("half_pixel", "pytorch_half_pixel", "align_corners"), "this Resize is not implemented"
+    assert mode != "cubic" or call.get("cubic_coeff_a", -0.75) == -0.75, "this Resize is not implemented"
+    return F.interpolate(x, wanted[2:], mode=name, align_corners=how == "align_corners")
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
+    "ReduceMean": lambda x, axes, keep: x.mean(axes, keepdim=keep),
+    "ReduceSum": lambda x, axes, keep: x.sum(axes, keepdim=keep).to(x.dtype),
+    "ReduceMax": lambda x, axes, keep: x.amax(axes, keepdim=keep),
+    "ReduceMin": lambda x, axes, keep: x.amin(axes, keepdim=keep),
+    "ReduceL1": lambda x, axes, keep: x.abs().sum(axes, keepdim=keep),
+    "ReduceL2": lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep),
+    "ReduceSumSquare": lambda x, axes, keep: x.square().sum(axes, keepdim=keep),
+    "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep),
+    "ReduceLogSum": lambda x, axes, keep: x.sum(axes, keepdim=keep).log(),
+}
+
+
+@implements("ReduceProd", integers=(1,))
+def product(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+    for axis in sorted(axis_list(call, axes, x.ndim) or range(x.ndim), reverse=True):
+        x = x.prod(axis, keepdim=bool(call.get("keepdims", 1)))
+    return x
+
+
+@implements(*REDUCTIONS, integers=(1,))
+def reduction(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+    over = axis_list(call, axes, x.ndim)
+    if not over:
+        if call.get("noop_with_empty_axes", 0):
+            return x
+        over = list(range(x.ndim))
+    return REDUCTIONS[call.op](x, over, bool(call.get("keepdims", 1)))
+
+
+@implements("ArgMax", "ArgMin")
+def extreme(call: Call, x: Tensor) -> Tensor:
+    assert not call.get("select_last_index", 0), "select_last_index is not implemented"
+    run = torch.argmax if call.op == "ArgMax" else torch.argmin
+    return run(x, call.get("axis", 0), bool(call.get("keepdims", 1)))
+
+
+@implements("LayerNormalization")
+def layer_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    axis = call.get("axis", -1) % x.ndim
+    axes = list(range(axis, x.ndim))
+    if list(scale.shape) == list(x.shape[axis:]):
+        return F.layer_norm(x, x.shape[axis:], scale, bias, call.get("epsilon", 1e-5))
+    gap = x - x.mean(axes, keepdim=True)
+    normal = gap * torch.rsqrt(gap.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5)) * scale
+    return normal if bias is None else normal + bias
+
+
+@implements("RMSNormalization", "SimplifiedLayerNormalization")
+def rms_normalisation(call: Call, x: Tensor, scale: Tensor) -> Tensor:
+    axes = list(range(call.get("axis", -1) % x.ndim, x.ndim))
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    normal = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5))
+    return normal.to(x.dtype) * scale
+
+
+implements("SimplifiedLayerNormalization", domain=MICROSOFT)(rms_normalisation)
+
+
+@implements("SkipLayerNormalization", domain=MICROSOFT)
+def skip_normalisation(
+    call: Call, x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    total = x + skip if bias is None else x + skip + bias
+    normal = F.layer_norm(total, gamma.shape, gamma, beta, call.get("epsilon", 1e-12))
+    return normal, total, total, total
+
+
+@implements("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+def skip_rms(call: Call, x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    total = x + skip if bias is None else x + skip + bias
+    return rms_normalisation(call, total, gamma), total, total, total
+
+
+@implements("EmbedLayerNormalization", domain=MICROSOFT)
+def embed_normalisation(
+    call: Call, ids: Tensor, segments: Tensor | None, words: Tensor, positions: Tensor,
+    segment_table: Tensor | None, gamma: Tensor, beta: Tensor, mask: Tensor | None = None, places: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    where = torch.arange(ids.shape[1], device=ids.device) if places is None else places
+    total = F.embedding(ids, words) + F.embedding(where, positions)
+    if segments is not None and segment_table is not None:
+        total = total + F.embedding(segments, segment_table)
+    counts = ids.new_full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1)
+    return F.layer_norm(total, gamma.shape, gamma, beta, call.get("epsilon", 1e-12)), counts.to(torch.int32), total
+
+
+@implements("BatchNormalization")
+def batch_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=call.get("epsilon", 1e-5))
+
+
+@implements("InstanceNormalization")
+def instance_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return F.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
+
+
+@implements("GroupNormalization")
+def group_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    groups = call.attrs["num_groups"]
+    if len(scale) == groups != x.shape[1]:
+        scale, bias = (v.repeat_interleave(x.shape[1] // groups) for v in (scale, bias))
+    return F.group_norm(x, groups, scale, bias, call.get("epsilon", 1e-5))
+
+
+@implements("LpNormalization")
+def lp_normalisation(call: Call, x: Tensor) -> Tensor:
+    return torch.div(x, torch.linalg.vector_norm(x, call.get("p", 2), dim=call.get("axis", -1), keepdim=True))
+
+
+@implements("MeanVarianceNormalization")
+def standardised(call: Call, x: Tensor) -> Tensor:
+    axes = list(call.get("axes", [0, 2, 3]))
+    gap = x - x.mean(axes, keepdim=True)
+    return gap / (gap.square().mean(axes, keepdim=True) + 1e-9).sqrt()

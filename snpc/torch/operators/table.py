@@ -1,0 +1,83 @@
+"""How operators are executed in torch: one function per operator, registered under its domain and name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+Tensor = torch.Tensor
+Result = Tensor | tuple[Tensor, ...]
+Integers = tuple[int, ...]
+F = TypeVar("F", bound="Callable[..., Result]")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node without its inputs: name, opset version, attributes, and how many outputs it has."""
+
+    op: str
+    version: int
+    attrs: Mapping[str, Any]
+    outputs: int = 1
+
+    def get(self, name: str, default: Any = None) -> Any:
+        found = self.attrs.get(name)
+        return default if found is None else found
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``run(call, *inputs)``; at positions ``integers`` it takes a tuple of integers (or None), elsewhere tensors.
+
+    ``loose``: the output's shape depends on values; ``reads``: "shape" where the output depends on the input's shape
+    only, else "values"."""
+
+    run: Callable[..., Result]
+    integers: frozenset[int]
+    loose: bool = False
+    reads: Literal["shape", "values"] = "values"
+
+
+REGISTRY: dict[tuple[str, str], Implementation] = {}
+
+MICROSOFT = "com.microsoft"
+
+
+def implements(
+    *names: str,
+    domain: str = "",
+    integers: Sequence[int] = (),
+    loose: bool = False,
+    reads: Literal["shape", "values"] = "values",
+) -> Callable[[F], F]:
+    def register(run: F) -> F:
+        for name in names:
+            assert (domain, name) not in REGISTRY, name
+            REGISTRY[domain, name] = Implementation(run, frozenset(integers), loose, reads)
+        return run
+
+    return register
+
+
+DTYPES: dict[int, torch.dtype] = {
+    1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
+    10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+}  # fmt: skip
+"""ONNX's element types as torch's."""
+
+
+def axis_list(call: Call, given: Integers | None, rank: int) -> list[int]:
+    """Axes from an input or, in earlier opsets, an attribute; none: an empty list."""
+    axes = given if given is not None else call.get("axes")
+    return [] if axes is None else [int(k) % rank for k in axes]
+
+
+def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+    """A torch tensor with its own memory; bfloat16 and friends by way of their bits."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C"))

@@ -1,0 +1,66 @@
+"""The weights of a graph as safetensors, with the widths of its layers beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis, analyze
+from snpc.passes.canonicalise import origin
+from snpc.runtime.model_io import check_target, load, model_files, replacing
+from snpc.torch.module import GraphModule
+
+WEIGHTS, WIDTHS = "model.safetensors", "widths.json"
+
+
+def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write ``model.safetensors``, every weight under the name it has in the file, and ``widths.json`` into ``folder``.
+
+    The JSON lists groups as ``{"id", "role", "layer", "blocks", "size", "sites": [{"tensor", "axis"}]}``: of an
+    attention layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix
+    that is stored twice (tied) is written once, and named under "tied". Raises UserError for operators that torch has
+    not.
+    """
+    where = Path(folder)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{where}: cannot make this folder ({error.strerror})") from None
+    weights, widths = where / WEIGHTS, where / WIDTHS
+    analysis = analyze(load(source))
+    for path in (weights, widths):
+        check_target(path, *model_files(analysis.model.path))
+    module = GraphModule(analysis.model)
+    tensors = {name: weight.detach().contiguous() for name, weight in module.weights()}
+    with replacing(weights) as temporary:
+        save_file(tensors, temporary, {"format": "pt", "digest": analysis.model.digest})
+    with replacing(widths) as temporary:
+        temporary.write_text(json.dumps(widths_json(analysis, module), indent=1) + "\n")
+    return weights, widths
+
+
+def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
+    graph = analysis.traced.model.graph
+    return {
+        "snpc_widths": 1,
+        "model": analysis.model.path.name,
+        "digest": analysis.model.digest,
+        "groups": [
+            {
+                "id": group.id,
+                "role": group.role,
+                "layer": group.layer,
+                "blocks": group.blocks,
+                "size": group.size,
+                "sites": [{"tensor": origin(graph.initializers[s.tensor]), "axis": s.axis} for s in group.sites],
+            }
+            for group in analysis.groups
+        ],
+        "tied": {name: {"to": owner, "transposed": turned} for name, (owner, turned) in module.ties.items()},
+        "shapes": {name: list(weight.shape) for name, weight in module.weights()},
+    }

@@ -1,0 +1,92 @@
+"""What can be said about a training run, and what is heard of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from snpc.errors import UserError
+
+Loss = Literal["kd", "ce", "mse", "kd+ce"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Options of a run. Raises UserError for values that make no sense.
+
+    ``epochs`` or, if given, ``steps`` bound the run; ``batch`` is over all processes together. ``lr`` is reached after
+    ``warmup`` steps (None: a twentieth of all) and falls to zero along a cosine (SGDR, arXiv 1608.03983, without
+    restarts). ``decay`` is AdamW's weight decay (arXiv 1711.05101), on matrices only.
+
+    ``loss``: "kd" is the Kullback-Leibler divergence from the teacher's outputs at ``temperature``, times its square
+    (arXiv 1503.02531, section 2); "mse" the squared error to them, relative to their mean square; "ce" the cross
+    entropy of the labels; "kd+ce" the sum. ``layerwise`` adds the relative squared error of the hidden states behind
+    every layer, averaged. ``outputs``: which of the model's outputs the loss looks at; empty: the logits (for "mse"
+    all).
+
+    ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is then
+    what is written (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has not got
+    better for so many evaluations (0: never); the best weights are written, the given ones included. ``evaluate``:
+    steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is
+    bf16 on GPUs that have it.
+    """
+
+    epochs: int = 20
+    steps: int = 0
+    batch: int = 32
+    lr: float = 3e-4
+    decay: float = 0.01
+    warmup: int | None = None
+    loss: Loss = "kd"
+    temperature: float = 2.0
+    layerwise: bool = False
+    outputs: tuple[str, ...] = ()
+    clip: float = 1.0
+    ema: float = 0.0
+    early_stop: int = 0
+    evaluate: int = 0
+    seed: int = 0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
+        require(self.lr > 0, "lr", self.lr, "more than 0")
+        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        require(self.loss in get_args(Loss), "loss", self.loss, f"one of {', '.join(get_args(Loss))}")
+        require(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32 or bf16")
+
+    @property
+    def distils(self) -> bool:
+        """Is the teacher asked while training?"""
+        return self.loss != "ce" or self.layerwise
+
+    @property
+    def labelled(self) -> bool:
+        return "ce" in self.loss
+
+
+def require(fine: bool, name: str, value: object, wanted: str) -> None:
+    if not fine:
+        raise UserError(f"{name} {value}: must be {wanted}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is after a step. ``left``: seconds. ``drift``: of the last evaluation, None without one."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    left: float
+    drift: float | None = None
+
+
+Report = Callable[[Progress], None]

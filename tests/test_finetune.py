@@ -1,0 +1,400 @@
+"""Finetuning: towards the teacher, the same again, after a kill, and by two processes; the data in an order by seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+import snpc  # noqa: E402
+import snpc.torch  # noqa: E402
+from snpc.errors import UserError  # noqa: E402
+from snpc.runtime.calibration.order import from_batch, sample_ids, shared, shuffled, split  # noqa: E402
+from snpc.runtime.stages import borders  # noqa: E402
+from snpc.torch import Batch, Training  # noqa: E402
+from snpc.torch.losses import cross_entropy, divergence, squared_error  # noqa: E402
+
+DATA = Path(snpc.__file__).parent / "data" / "digits"
+VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of every width, chosen by magnitude: far from the dense model."""
+    target = tmp_path_factory.mktemp("pruned") / "half.onnx"
+    analysis = snpc.analyze(snpc.load(VIT))
+    scores = snpc.score(analysis, "magnitude")
+    snpc.apply_plan(snpc.make_plan(scores, snpc.Choice(ratio=0.5)), target)
+    return target
+
+
+def data(samples: int = 64, batch: int = 16) -> snpc.Calibration:
+    return snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=samples, batch=batch)
+
+
+def weights_of(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights_of(one), weights_of(other)
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def drift(result: snpc.torch.Tuned) -> tuple[float, float]:
+    return result.before[0].relative, result.after[0].relative
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def parts(sizes: list[int]) -> list[dict[str, np.ndarray]]:
+    """Samples that hold their own number."""
+    ends = np.cumsum([0, *sizes])
+    return [{"x": np.arange(a, b, dtype=np.float32)[:, None]} for a, b in pairwise(ends)]
+
+
+def numbered(sizes: list[int], batch: int = 4) -> snpc.Calibration:
+    spec = snpc.types.TensorSpec("x", np.dtype(np.float32), ("n", 1))
+    return snpc.load_calibration(parts(sizes), (spec,), samples=999, batch=batch)
+
+
+def fed(found: snpc.Calibration) -> list[list[int]]:
+    return [feeds["x"][:, 0].astype(int).tolist() for feeds in found.batches()]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [number for batch in batches for number in batch]
+
+
+def test_shuffling_is_a_permutation_that_the_seed_decides() -> None:
+    plain = numbered([5, 1, 9, 4])
+    orders = [fed(shuffled(plain, (seed, epoch), 4)) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert all(sorted(flat(order)) == list(range(19)) for order in orders)
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] and orders[0] != orders[3]
+    assert {len(batch) for batch in orders[0]} <= {3, 4}  # nearly equal
+    mixed = shuffled(plain, (0, 0), 4)
+    assert [ids.tolist() for ids in sample_ids(mixed)] == fed(mixed)
+    assert fed(from_batch(mixed, 2)) == fed(mixed)[2:]
+
+
+def test_holding_out_splits_the_data() -> None:
+    kept, held = split(numbered([5, 1, 9, 4]), 6, seed=3)
+    assert kept.samples == 13 and held.samples == 6
+    assert sorted(flat(fed(kept) + fed(held))) == list(range(19))
+    with pytest.raises(UserError, match="too few"):
+        split(numbered([1]), 1, seed=0)
+
+
+def test_processes_share_every_batch() -> None:
+    whole = shuffled(numbered([5, 1, 9, 4]), (0, 0), 4)
+    shares = [shared(whole, rank, 2) for rank in range(2)]
+    for batch, one, other in zip(fed(whole), *(fed(found) for found, _ in shares), strict=True):
+        assert sorted(one + other) == sorted(batch)
+    for (_, a), (_, b), batch in zip(*(zip(fed(f), w, strict=True) for f, w in shares), fed(whole), strict=True):
+        assert a + b == pytest.approx(2) and a == pytest.approx(2 * -(-len(batch) // 2) / len(batch))
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_what_their_formulas_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 5, 7, generator=generator, dtype=torch.float64).float() for _ in range(2))
+    p, q = (b / 3).softmax(-1), (a / 3).softmax(-1)
+    assert torch.allclose(divergence(a, b, 3.0), 9 * (p * (p / q).log()).sum(-1).mean(1), atol=1e-5)
+    assert torch.allclose(squared_error(a, b, 2.0), (a - b).square().mean((1, 2)) / 2)
+    labels = torch.tensor([[0, 1, -1, -100, 6], [1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
+    expected = [
+        -a[0].log_softmax(-1)[[0, 1, 4], [0, 1, 6]].mean(),
+        -a[1].log_softmax(-1)[:, 1].mean(),
+        torch.tensor(0.0),
+    ]
+    assert torch.allclose(cross_entropy(a, labels), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": "mse"}, {"layerwise": True}, {"loss": "ce"}, {"loss": "kd+ce", "ema": 0.9}, {"precision": "bf16"}],
+    ids=str,
+)
+def test_every_loss_comes_closer_to_the_teacher(pruned: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    labels = None
+    if "ce" in options.get("loss", ""):  # the teacher's own predictions, for every sample of the source
+        images = np.load(CALIB)["image"]
+        labels = ort.InferenceSession(VIT).run(None, {"image": images})[0].argmax(-1)
+    training = Training(steps=12, lr=1e-3, batch=16, **options)
+    result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training, labels=labels)
+    assert result is not None
+    before, after = drift(result)
+    if training.loss != "ce":
+        assert after < 0.9 * before
+    assert np.mean(result.trained.losses[-3:]) < np.mean(result.trained.losses[:3])
+    assert bool(result.hidden) == training.layerwise
+    assert snpc.verify(VIT, result.path).drift[0].agreement is not None
+
+
+def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
+    names = borders(snpc.analyze(snpc.load(VIT)))
+    assert len(names) == 8  # four layers, attention and feed-forward
+    images = torch.from_numpy(np.load(CALIB)["image"][:2])
+    for path in (VIT, pruned):
+        found = snpc.torch.load(path, watch=names)({"image": images})
+        assert len({found[name].shape[-1] for name in names}) == 1
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """y = 3 x + 1, in batches of four."""
+
+    per_epoch = 8
+
+    def epoch(self, number: int, first: int) -> Any:
+        for k in range(first, self.per_epoch):
+            x = torch.randn(4, 1, generator=torch.Generator().manual_seed(100 * number + k))
+            yield Batch({"x": x}, {"y": 3 * x + 1})
+
+
+def gap(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return (module(batch.feeds["x"]) - batch.targets["y"]).square().mean(1)
+
+
+def test_the_loop_trains_any_module(tmp_path: Path) -> None:
+    heard: list[snpc.torch.Progress] = []
+    module = torch.nn.Linear(1, 1)
+    training = Training(steps=300, lr=0.1, decay=0.0)
+    trained = snpc.torch.train(module, gap, Line(), training, report=heard.append)
+    assert module.weight.item() == pytest.approx(3, abs=1e-2) and module.bias.item() == pytest.approx(1, abs=1e-2)
+    assert trained.steps == 300 == heard[-1].step and heard[-1].left == 0 and heard[0].left > 0
+    assert heard[0].lr < max(h.lr for h in heard) == pytest.approx(0.1) and heard[-1].lr < 1e-3
+
+
+def test_early_stopping_keeps_the_best_weights() -> None:
+    module = torch.nn.Linear(1, 1)
+    first = module.weight.detach().clone()
+    drifts = iter([5.0, 3.0, 4.0, 4.0, 1.0])
+    seen = []
+
+    def evaluate(module: torch.nn.Module) -> float:
+        seen.append(module.weight.detach().clone())
+        return next(drifts)
+
+    trained = snpc.torch.train(module, gap, Line(), Training(steps=50, early_stop=2, evaluate=5), evaluate=evaluate)
+    assert trained.steps == 15 and trained.drift == 3.0
+    assert (seen[0] == first).all() and (module.weight == seen[1]).all() and not (seen[3] == seen[1]).all()
+
+
+def test_a_moving_average_is_written(tmp_path: Path) -> None:
+    modules = [torch.nn.Linear(1, 1) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    for module, ema in zip(modules, (0.0, 0.9), strict=True):
+        snpc.torch.train(module, gap, Line(), Training(steps=3, lr=0.1, ema=ema))
+    assert not torch.equal(modules[0].weight, modules[1].weight)
+
+
+def test_vectors_do_not_decay_and_gradients_are_clipped() -> None:
+    class Nothing(Line):
+        def epoch(self, number: int, first: int) -> Any:
+            yield from (Batch({"x": torch.zeros(4, 1)}) for _ in range(8))
+
+    module = torch.nn.Linear(1, 1)
+    weight, bias = module.weight.item(), module.bias.item()
+    still = lambda module, batch: 0.0 * module(batch.feeds["x"])  # noqa: E731
+    snpc.torch.train(module, still, Nothing(), Training(steps=5, lr=0.1, decay=0.5, warmup=0))
+    assert abs(module.weight.item()) < abs(weight) and module.bias.item() == bias
+    norms = []
+    steep = lambda module, batch: 1e6 * module(batch.feeds["x"] + 1)  # noqa: E731
+
+    class Watching(torch.nn.Linear):
+        pass
+
+    module = Watching(1, 1)
+    hooked = torch.optim.AdamW.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norms.append(float(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()))
+        return hooked(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        snpc.torch.train(module, steep, Nothing(), Training(steps=2, clip=0.25))
+    assert norms and all(n == pytest.approx(0.25, rel=1e-3) for n in norms)
+
+
+def test_a_loss_that_explodes_is_said() -> None:
+    with pytest.raises(UserError, match="step 1: the loss is nan"):
+        snpc.torch.train(torch.nn.Linear(1, 1), lambda m, b: m(b.feeds["x"]) * float("nan"), Line(), Training(steps=2))
+
+
+# -- the same again, after a kill, and shared ------------------------------------------------------------------------
+
+
+def arguments(pruned: Path, target: Path, *more: object) -> list[str]:
+    words = ["finetune", pruned, "--teacher", VIT, "--data", CALIB, "--samples", 64, "--batch", 16, "--steps", 14]
+    return [str(w) for w in (*words, "--layerwise", "--ema", 0.8, "-o", target, *more)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(snpc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_path: Path) -> None:
+    whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
+    run("snpc.cli", *arguments(pruned, whole))
+    more = ("--checkpoint", folder, "--checkpoint-every", 3, "--resume")
+    words = [sys.executable, "-m", "snpc.cli", *arguments(pruned, resumed, *more)]
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL) as victim:
+        while not (folder / "checkpoint.pt").is_file():
+            assert victim.poll() is None
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        victim.send_signal(signal.SIGKILL)
+    assert not resumed.exists() or victim.returncode == 0
+    run("snpc.cli", *arguments(pruned, resumed, *more))
+    assert same_weights(whole, resumed)
+    assert not same_weights(pruned, resumed)
+
+
+def test_a_checkpoint_of_another_run_is_refused(pruned: Path, tmp_path: Path) -> None:
+    saved = snpc.torch.Saved(tmp_path / "state", every=1)
+    training = Training(steps=2, batch=16)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training, saved=saved)
+    with pytest.raises(UserError, match="--resume, or remove it"):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
+    again = snpc.torch.Saved(tmp_path / "state", every=1, resume=True)
+    with pytest.raises(UserError, match="other models, data or options"):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=Training(steps=3, batch=16), saved=again)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=again)
+    assert same_weights(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    (tmp_path / "state" / "checkpoint.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, saved=again)
+
+
+def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
+    run("snpc.cli", *arguments(pruned, one, "--batch", 15))
+    words = arguments(pruned, two, "--batch", 15)
+    run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snpc.cli", *words)
+    before, a, b = weights_of(pruned), weights_of(one), weights_of(two)
+    moved = np.sqrt(sum(((a[k] - before[k]) ** 2).sum() for k in a))
+    apart = np.sqrt(sum(((a[k] - b[k]) ** 2).sum() for k in a))
+    assert moved > 0 and apart < 1e-3 * moved
+
+
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+EARLY = ("--steps", 40, "--early-stop", 5, "--evaluate", 4, "--lr", 1e-3)
+
+
+def test_the_report_is_of_the_written_file(pruned: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t.onnx"
+    done = run("snpc.cli", *arguments(pruned, target, *EARLY, "--json", "-"))
+    found = json.loads(done.stdout)
+    assert 0 < found["steps"] <= 40 and found["after"][0]["relative"] < found["before"][0]["relative"]
+    assert "held out" in found["compared"] and found["held_out_drift"] is not None
+    assert f"step {found['steps']} of 40: loss" in done.stderr and "left" in done.stderr
+    before, after = onnx.load(pruned).graph, onnx.load(target).graph
+    assert [n.SerializeToString() for n in before.node] == [n.SerializeToString() for n in after.node]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr 0.0: must be more than 0"),
+        ({"ema": 1.0}, "ema 1.0"),
+        ({"loss": "l1"}, "loss l1: must be one of kd, ce, mse, kd\\+ce"),
+        ({"batch": 0}, "batch 0"),
+        ({"loss": "ce"}, "give --labels"),
+        ({"outputs": ("nothing",)}, "no float output nothing; there is logits"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(pruned: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=Training(**options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_must_fit(pruned: Path, tmp_path: Path) -> None:
+    ask = lambda labels: snpc.torch.finetune(  # noqa: E731
+        pruned, VIT, data(), tmp_path / "t.onnx", training=Training(steps=1, loss="ce"), labels=labels
+    )
+    with pytest.raises(UserError, match="3 labels for 256 samples"):
+        ask(np.arange(3))
+    with pytest.raises(UserError, match="whole numbers"):
+        ask(np.zeros(256))
+    (tmp_path / "l.txt").write_text("1\n2\n")
+    with pytest.raises(UserError, match=r"l\.txt: 2 labels"):
+        ask(tmp_path / "l.txt")
+    with pytest.raises(UserError, match="leave out --labels"):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", labels=np.zeros(256, np.int64))
+
+
+def test_labels_belong_to_their_samples(pruned: Path, tmp_path: Path) -> None:
+    """With labels that are what the dense model says of every image, the dense model has next to no loss; with labels
+    that are one image off, it has."""
+    with np.load(EVAL) as arrays:
+        labels = arrays["labels"]
+    losses = []
+    for given in (labels, np.roll(labels, 1)):
+        some = snpc.load_calibration(EVAL, snpc.load(VIT).inputs, samples=100, batch=32)
+        result = snpc.torch.finetune(
+            pruned,
+            VIT,
+            some,
+            tmp_path / "t.onnx",
+            training=Training(steps=1, loss="ce", lr=1e-9, batch=99),
+            labels=given,
+        )
+        assert result is not None
+        losses.append(result.trained.losses[0])
+    assert losses[0] < losses[1]
+
+
+# -- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_widths_are_exported(pruned: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    weights, widths = snpc.torch.export_tensors(pruned, tmp_path / "out")
+    found, held = load_file(weights), weights_of(pruned)
+    assert found and all((found[name] == held[name]).all() for name in found)
+    described = json.loads(widths.read_text())
+    by_role = {role: [g for g in described["groups"] if g["role"] == role] for role in ("qk", "vo", "ffn")}
+    assert [len(groups) for groups in by_role.values()] == [4, 4, 4]
+    for qk, vo in zip(by_role["qk"], by_role["vo"], strict=True):
+        packed = next(site for site in qk["sites"] if held[site["tensor"]].ndim == 2)
+        width = held[packed["tensor"]].shape[packed["axis"]]
+        assert width == 2 * qk["blocks"] * qk["size"] + vo["blocks"] * vo["size"] < 3 * 96
+    for group in described["groups"]:
+        for site in group["sites"]:
+            assert site["tensor"] in held and site["axis"] < held[site["tensor"]].ndim
+    assert described["shapes"] == {name: list(array.shape) for name, array in found.items()}
