@@ -23,6 +23,8 @@ from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
+from snpc.targets import Build
+from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
@@ -300,15 +302,69 @@ def tuned(result: Tuned) -> None:
             line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
+# -- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(made: Build) -> None:
+    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
+    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    for note in made.notes:
+        line(f"  {note}")
+    for d in made.drift:
+        line(f"  {d.output}: {drift_text(d)}")
+
+
+def sweep(found: Sweep) -> None:
+    known = found.points[0].accuracy is not None
+    rows = []
+    for p in found.points:
+        same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
+        rows.append(
+            (
+                p.name,
+                share(p.macs, found.points[0].macs),
+                share(p.params, found.points[0].params),
+                f"{p.latency:.3g}",
+                f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not found.points[0] else "1.00x",
+                *((f"{100 * (p.accuracy or 0):.1f} %",) if known else ()),
+                f"{p.drift:.3g}",
+                same,
+                "front" if p.front else "",
+            )
+        )
+    header = ("target", "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
+    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(1, len(header) - 1))
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = iter(range(total))
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, completed=next(begun))
+
+        yield step
+
+
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def benchmark(result: Bench) -> None:
     header, *rows = result.rows()
     machine = result.machine
-    threads = machine.threads or "onnxruntime's choice of"
+    threads = machine.threads or "the runtime's choice of"
     table(
-        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,
         rows,

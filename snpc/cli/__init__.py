@@ -13,11 +13,14 @@ from typing import Any
 import click
 
 from snpc import show
+from snpc.cli import building as builds
+from snpc.cli import sweeping
 from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
     at_sizes,
+    building,
     caches,
     calibrating,
     choosing,
@@ -25,6 +28,7 @@ from snpc.cli.options import (
     remembering,
     running,
     saving,
+    target_name,
     timing,
 )
 from snpc.cli.requests import (
@@ -65,11 +69,15 @@ def decided(
     batch: int | None,
     shapes: tuple[str, ...],
     threads: int | None,
+    build: str | None = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused."""
+    """Score and plan as the flags say, and say what the flags leave unused. ``build``: what the model is built for."""
     import snpc
 
+    if choice["round_to"] == "auto":
+        liked = snpc.widths_for(build, provider)
+        choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
     wanted = snpc.Choice(**choice)
     statistics = statistics_of(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
@@ -156,6 +164,8 @@ def inspect(
     "--report", "page", type=FILE, metavar="HTML", help="Also write a page with charts: one file, no network."
 )
 @click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
+@click.option("--build", metavar="TARGET", callback=target_name, help="Also build the result, see `snpc build --help`.")
+@building
 def prune(
     model: Path,
     output: Path | None,
@@ -163,6 +173,7 @@ def prune(
     json_path: Path | None,
     page: Path | None,
     dry_run: bool,
+    build: str | None,
     provider: str,
     dims: tuple[str, ...],
     kv_cache: bool,
@@ -177,6 +188,7 @@ def prune(
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
         analysis = analysed(model, dims, kv_cache)
+    flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
     written = [] if dry_run else [target, data_file(target)]
     if dry_run and page is not None:
@@ -185,7 +197,7 @@ def prune(
     check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
         calibration = calibration_of(analysis, **calib)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -207,15 +219,19 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
-    finish(result, json_path)
+    made = builds.built(target, build, None, calibration, provider, **build_flags) if build else None
+    finish(result, json_path, made)
 
 
-def finish(result: Any, json_path: Path | None) -> None:
+def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
     import snpc
 
-    show.emit_json(snpc.report(result), json_path)
+    built = {"build": builds.build_json(made)} if made else {}
+    show.emit_json({**snpc.report(result), **built}, json_path)
     if str(json_path) != "-":
         show.result(result)
+        if made:
+            show.build(made)
 
 
 @main.command()
@@ -363,14 +379,18 @@ def bench(
     json_path: Path | None,
     provider: str,
 ) -> None:
-    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first."""
+    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
+
+    MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
+    """
     import snpc
     from snpc.runtime.feeds import parse_shapes
+    from snpc.runtime.runner import open_runner
 
     check_targets([json_path], *models, data)
     feeds = None
     if data is not None:
-        feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
+        feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
     if data is not None and shapes:
         raise UserError("--data brings its own shapes: leave out --input-shapes")
     drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
@@ -410,3 +430,5 @@ def criteria() -> None:
 
 main.add_command(finetune)
 main.add_command(export_torch)
+main.add_command(builds.build)
+main.add_command(sweeping.sweep)

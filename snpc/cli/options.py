@@ -44,6 +44,23 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
     return name
 
 
+def parse_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text}: a number, or auto") from None
+
+
+def target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    if name is not None:
+        from snpc.targets import target_of
+
+        target_of(name)
+    return name
+
+
 def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     from snpc.runtime.memory import parse_bytes
 
@@ -79,7 +96,15 @@ choosing = options(
         help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
     ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
-    click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
+    click.option(
+        "--round-to",
+        "--align",
+        default="1",
+        show_default=True,
+        metavar="N|auto",
+        callback=parse_multiple,
+        help="Widths are multiples of this; auto: of what runs well where the model will run.",
+    ),
     click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
     click.option(
         "--max-ratio",
@@ -151,6 +176,18 @@ running = options(
         callback=parse_provider,
         help="onnxruntime provider: cpu, cuda, trt or its full name.",
     ),
+)
+
+building = options(
+    click.option(
+        "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the artefact.  [default: fp32]"
+    ),
+    click.option("--min-shapes", multiple=True, metavar="NAME:1,3,224,224", help="trt: least shape; repeatable."),
+    click.option("--opt-shapes", multiple=True, metavar="NAME:8,3,224,224", help="trt: shape it is tuned for."),
+    click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
+    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: that of the GPU here]"),
+    click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
+    click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
 )
 
 as_json = click.option(

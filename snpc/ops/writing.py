@@ -1,19 +1,25 @@
 """Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9."""
 
+from snpc.ops.attention import MICROSOFT as MICROSOFT
+
 ADD = "Add"
 CAST = "Cast"
+CLIP = "Clip"
 CONCAT = "Concat"
 DIV = "Div"
 EXP = "Exp"
+EXPAND = "Expand"
 GATHER = "Gather"
 IDENTITY = "Identity"
 MATMUL = "MatMul"
 MUL = "Mul"
+MULTIHEAD = "MultiHeadAttention"  # com.microsoft
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
 SHAPE = "Shape"
 SLICE = "Slice"
+SOFTMAX = "Softmax"
 SPLIT = "Split"
 SQUEEZE = "Squeeze"
 SUB = "Sub"

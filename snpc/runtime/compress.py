@@ -54,6 +54,12 @@ class Decision:
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
 
+    def at(self, choice: Choice) -> Decision:
+        """The same for another target: what was measured serves again. ``choice`` differs in its target only, and that
+        is a latency only if this one's is."""
+        assert self.scores is not None
+        return replace(self, plan=make_plan(self.scores, choice), choice=choice)
+
 
 def decide(
     analysis: Analysis,

@@ -24,8 +24,9 @@ from snpc.passes.groups import APPROXIMATE
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.bench import bench, cores, cpu_name
-from snpc.runtime.feeds import Shape, id_limits
+from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import clean, replacing, save
+from snpc.runtime.noise import id_limits
 from snpc.types import FloatArray, Group
 
 SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept

@@ -148,8 +148,9 @@ def borders(analysis: Analysis) -> tuple[str, ...]:
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
     base = analysis.traced
     forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
-    readers = [reader_of(base, g).node for g in analysis.groups if forms.get(g.id, "scores") != "scores"]
-    found = {str(stream_behind(base, node.outputs[0]).name) for node in readers}
+    fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
+    nodes = [node for g in fitted for reader in readers_of(base, g) for node in reader.nodes]
+    found = {str(stream_behind(base, node.outputs[0]).name) for node in nodes}
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
 
 

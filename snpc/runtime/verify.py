@@ -149,6 +149,11 @@ def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     return tuple(found)
 
 
+def worst(differences: Sequence[Difference]) -> float:
+    """The largest relative difference of any output."""
+    return max((d.relative for d in differences), default=0.0)
+
+
 def outputs_of(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict[str, AnyArray]]:
     """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
 
