@@ -48,7 +48,10 @@ def grows(model: ir.Model, facts: Facts, value: ir.Value, marks: Labels) -> bool
         spec = lookup(node.domain, node.op_type)
         call = facts.call(node, opset(model, node.domain))
         if spec.kind == "concat" and call.outs[0]:
-            if varying(marks) == {concat_axis(call)}:
+            if len(node.inputs) == 1:  # moves nothing
+                if grows(model, facts, node.outputs[0], marks):
+                    return True
+            elif varying(marks) == {concat_axis(call)}:
                 return True
         elif spec.kind == "attention":
             past = FORMS[node.domain, node.op_type].past

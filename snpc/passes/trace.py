@@ -130,7 +130,8 @@ def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> s
     if here.spec.kind == "opaque":
         return f"{here.node.op_type}: {here.spec.reason}"
     first = inputs[0] if inputs else None
-    return first.because if first is not None and here.spec.kind == "movement" else ""
+    moved = here.spec.kind == "movement" or (here.spec.kind == "concat" and len(here.node.inputs) == 1)
+    return first.because if first is not None and moved else ""
 
 
 def outer_values(node: ir.Node) -> list[ir.Value]:
