@@ -1,4 +1,4 @@
-"""One export for each family of architectures: what is found in it, why the rest stays, and that slicing equals masking.
+"""One export for each family of architectures: what is found, why the rest stays, and that slicing equals masking.
 
 The numbers follow from the sizes that ``families.py`` configures each model with.
 """

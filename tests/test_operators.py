@@ -107,6 +107,37 @@ CASES["conv_groups"] = Case(
     {("conv", 1, 4): 1, ("conv", 4, 6): 1},
     {"x": (2, 3, 9, 9)},
 )
+CASES["einsum_of_three_axes"] = Case(  # as Keras writes multi-head attention
+    """<ir_version: 10, opset_import: ["": 17]>
+    g (float[B, N, 16] x) => (float[B, N, 5] y) <float scale = {0.37796447}> {
+        q0 = Einsum <equation = "abc,cde->abde"> (x, wq)  q = Add(q0, bq)  qs = Mul(q, scale)
+        k0 = Einsum <equation = "abc,cde->abde"> (x, wk)  k = Add(k0, bk)
+        v0 = Einsum <equation = "abc,cde->abde"> (x, wv)  v = Add(v0, bv)
+        s = Einsum <equation = "aecd,abcd->acbe"> (k, qs)
+        p = Softmax(s)
+        c = Einsum <equation = "acbe,aecd->abcd"> (p, v)
+        y = Einsum <equation = "abcd,cde->abe"> (c, wo)
+    }""",
+    {"wq": (16, 3, 7), "wk": (16, 3, 7), "wv": (16, 3, 7), "wo": (3, 7, 5), "bq": (3, 7), "bk": (3, 7), "bv": (3, 7)},
+    {("qk", 1, 7): 1, ("vo", 1, 7): 1, ("head", 1, 3): 1},  # all heads keep the same positions
+)
+CASES["einsum_of_one"] = Case(
+    """<ir_version: 10, opset_import: ["": 17]>
+    g (float[B, N, 16] x) => (float[B, 5] y) {
+        a = MatMul(x, wa)  r = Relu(a)
+        t = Einsum <equation = "bnc->cbn"> (r)
+        s = Einsum <equation = "cbn->bc"> (t)
+        y = MatMul(s, wb)
+    }""",
+    {"wa": (16, 12), "wb": (12, 5)},
+    {("ffn", 1, 12): 1},
+)
+CASES["einsum_of_four"] = Case(
+    """<ir_version: 10, opset_import: ["": 12]>
+    g (float[B, N, 16] x) => (float[B, N, 5] y) { y = Einsum <equation = "bnc,cd,de,ef"> (x, wa, wb, wc) }""",
+    {"wa": (16, 12), "wb": (12, 8), "wc": (8, 5)},
+    {("ffn", 1, 12): 1, ("ffn", 1, 8): 1},
+)
 CASES["conv_depthwise_times"] = Case(
     """<ir_version: 10, opset_import: ["": 17]>
     g (float[B, 3, 9, 9] x) => (float[B, 5, 7, 7] y) {

@@ -160,7 +160,12 @@ def entries() -> list[OpSpec]:
             bias=2,
             bias_letters=_gemm_bias,
         ),
-        OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum),
+        OpSpec(
+            "Einsum",
+            "contraction",
+            "letters that do not reach the output are summed; of other than two tensors it is spelled out first",
+            letters=_einsum,
+        ),
         OpSpec(
             "Conv",
             "contraction",

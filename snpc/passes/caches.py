@@ -23,6 +23,7 @@ from snpc.passes.shapes import Facts, is_float, opset
 from snpc.types import IntArray
 
 ADVICE = "a cache: --prune-kv-cache narrows past and present together"
+LONGEST = 1 << 20  # what is longer is no cache
 ALONE = "no output hands this cache on, so what fills it would not know that it is narrower"
 
 
@@ -33,11 +34,11 @@ def find_caches(model: ir.Model, facts: Facts) -> dict[ir.Value, int]:
         shape = facts.shape.get(value)
         if shape is None or len(shape) < 3 or value.is_initializer() or not is_float(value.dtype):
             continue
-        for axis in range(1, len(shape)):
+        for axis in [k for k in range(1, len(shape)) if 1 < shape[k] <= LONGEST]:
             view = [1] * len(shape)
             view[axis] = shape[axis]
             marks = np.arange(shape[axis], dtype=np.int32).reshape(view)
-            if shape[axis] > 1 and grows(model, facts, value, marks):
+            if grows(model, facts, value, marks):
                 found[value] = axis
     return found
 

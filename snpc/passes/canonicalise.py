@@ -4,6 +4,7 @@
   initializers,
 - a vector shared by several users, and any constant shared by several pointwise users, is one initializer per user
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
+- Einstein sums have two operands,
 - nodes stand in topological order and every node has a name.
 
 The copies share their bytes, and ``emit`` merges those that end equal, so a model that is not cut is written as read.
@@ -16,6 +17,7 @@ from onnx_ir.passes import common
 
 from snpc.ops import lookup
 from snpc.passes.branches import settle_branches
+from snpc.passes.einsum import spell_out_sums
 from snpc.passes.shapes import is_float, static_shape
 
 ORIGIN = "snpc.origin"
@@ -28,6 +30,7 @@ def canonicalise(model: ir.Model) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.sort()
     settle_branches(model)
+    spell_out_sums(model.graph, model.graph.opset_imports.get("", 1))
     name_nodes(model.graph)
     fork_shared_constants(model.graph)
     return model

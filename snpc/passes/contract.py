@@ -36,7 +36,8 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
             elif other_is and on & summed:
                 book.flag(labels, Flag.CONSUMED)
             elif not constant:
-                book.flag(labels, Flag.SCORED if on & summed else Flag.CARRIED)
+                batched = Flag.BATCHED if on and on <= set(letters.left) & set(letters.right) else Flag.CARRIED
+                book.flag(labels, Flag.SCORED if on & summed else batched | Flag.CARRIED)
             rest = frozenset(k for k in varying(labels) if my_letters[k] in letters.out)
             if on & summed:
                 if not rest:

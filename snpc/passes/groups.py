@@ -110,6 +110,8 @@ def grids(members: Ints, block: Ints) -> list[Ints]:
 def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
     if flags & Flag.SCORED:
         return "qk"
+    if flags & Flag.BATCHED:  # heads on an axis of their own in every weight
+        return "head"
     if flags & Flag.CARRIED:
         return "vo"
     if flags & Flag.ADDED or any(note.kind in ("norm", "sum") for note in notes):

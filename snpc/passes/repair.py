@@ -130,8 +130,7 @@ class Repairs:
         """An entry such as batch x heads: multiply by the ratio of new to old, entry by entry."""
         if (now <= 0).any() and (wanted != now)[now <= 0].any():
             raise CheckFailed(f"{node.op_type} {node.name}: a computed size cannot be recomputed")
-        common = np.gcd(np.abs(now), np.abs(wanted))
-        common[common == 0] = 1
+        common = np.maximum(np.gcd(np.abs(now), np.abs(wanted)), 1)
         down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
         times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
         up = self.constant(times, f"{hint}_times")

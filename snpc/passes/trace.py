@@ -320,7 +320,7 @@ def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
 
 def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     spec = here.spec
-    left, right = inputs[spec.operands[0]], inputs[spec.operands[1]]
+    left, right = (inputs[k] if k < len(inputs) else None for k in spec.operands)
     assert spec.letters is not None
     if left is None or right is None:
         return here.refuse(inputs, "a product of other than two tensors")
