@@ -121,6 +121,18 @@ CASES["einsum_of_three_axes"] = Case(  # as Keras writes multi-head attention
     {"wq": (16, 3, 7), "wk": (16, 3, 7), "wv": (16, 3, 7), "wo": (3, 7, 5), "bq": (3, 7), "bk": (3, 7), "bv": (3, 7)},
     {("qk", 1, 7): 1, ("vo", 1, 7): 1, ("head", 1, 3): 1},  # all heads keep the same positions
 )
+CASES["heads_vary_fastest"] = Case(
+    """<ir_version: 10, opset_import: ["": 17]>
+    g (float[B, N, 16] x) => (float[B, N, 5] y) <int64[4] split = {0, 0, 4, 3}, int64[3] merge = {0, 0, -1}> {
+        q0 = MatMul(x, wq)  q1 = Reshape(q0, split)  q = Transpose <perm = [0, 3, 1, 2]> (q1)
+        k0 = MatMul(x, wk)  k1 = Reshape(k0, split)  k = Transpose <perm = [0, 3, 2, 1]> (k1)
+        v0 = MatMul(x, wv)  v1 = Reshape(v0, split)  v = Transpose <perm = [0, 3, 1, 2]> (v1)
+        s = MatMul(q, k)  p = Softmax(s)  c = MatMul(p, v)
+        c1 = Transpose <perm = [0, 2, 3, 1]> (c)  c0 = Reshape(c1, merge)  y = MatMul(c0, wo)
+    }""",
+    {"wq": (16, 12), "wk": (16, 12), "wv": (16, 12), "wo": (12, 5)},
+    {("qk", 1, 4): 1, ("vo", 1, 4): 1},  # all heads keep the same positions, and so no head goes
+)
 CASES["einsum_of_one"] = Case(
     """<ir_version: 10, opset_import: ["": 17]>
     g (float[B, N, 16] x) => (float[B, 5] y) {

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops.writing import MUL
+from snpc.passes.interleaved import resolved
 from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs
-from snpc.passes.resolve import Units, resolve
+from snpc.passes.resolve import Units
 from snpc.passes.scale import ScalePlan, plan_scales
 from snpc.passes.shapes import Facts, evaluate
 from snpc.passes.slice import (
@@ -45,7 +46,7 @@ def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None
     """``kv_cache``: caches of keys and values among the inputs and outputs may become narrower too."""
     facts = facts or evaluate(model, sizes)
     trace = trace_model(model, facts, kv_cache)
-    return Traced(model, sizes, facts, trace, resolve(trace.book), kv_cache)
+    return Traced(model, sizes, facts, trace, resolved(trace), kv_cache)
 
 
 @dataclass(frozen=True)
