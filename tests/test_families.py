@@ -9,11 +9,15 @@ import re
 import zlib
 from collections import Counter
 
+import numpy as np
 import pytest
 from exports import export
 from families import FAMILIES
 from oracle import TOLERANCE, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run
+from test_compress import calibration_of, more_data, moved, shrunk
 from test_groups import Kinds, attention, ffn, found, without
+
+import snpc
 
 WIDTHS = ("qk", "vo", "ffn", "conv", "residual")
 RATIOS = {"qk": 0.5, "vo": 0.34, "ffn": 0.6, "conv": 0.4, "residual": 0.25, "head": 0.3}
@@ -115,3 +119,34 @@ def test_slicing_equals_masking(name: str) -> None:
         assert relative_error(original, masked) > 1e-3
         for level in ("off", "all"):
             assert relative_error(masked, run(pair.sliced, feeds, level)) < TOLERANCE, (roles, level)
+
+
+CLOSED = [
+    "deit__ts17_sdpa",
+    "beit__ts17",
+    "cait__dyn20",
+    "pvt__dyn20_sdpa",
+    "twins__ts17",
+    "segformer__ts17_sdpa",
+    "dinov2__dyn20_sdpa",
+    "sam__dyn20_sdpa",
+    "clip__ts17",
+    "whisper__dyn20_sdpa",
+    "roberta__dyn20_sdpa",
+    "deberta__dyn20",
+    "modernbert__dyn20_sdpa",
+    "qwen2__dyn20_sdpa",
+    "phi__dyn20_sdpa",
+]
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms_move_outputs_less_than_magnitude(name: str) -> None:
+    """Half of every query/key, value/output and feed-forward width, on data that was not calibrated on."""
+    analysis, feeds = analysis_of(name), feeds_of(name)
+    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
+    choice = snpc.Choice(0.5)
+    after = run(shrunk(snpc.decide(analysis, choice, calibration=data)), feeds)
+    assert all(np.isfinite(array).all() for array in after)
+    plain = snpc.decide(analysis, choice, method="select", criterion="magnitude")
+    assert moved(before, after) < moved(before, run(shrunk(plain), feeds))

@@ -15,10 +15,13 @@ import pytest
 from onnx import defs, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from oracle import TOLERANCE, Array, analysis_at, cut, prunable, random_cuts, relative_error, run
+from oracle import TOLERANCE, Array, analysis_at, cut, prunable, random_cuts, relative_error, run, written
 
+import snpc
 from snpc.ops import lookup, table
 from snpc.passes.analyze import Analysis
+from snpc.passes.edit import Edits, edited
+from snpc.runtime.fit import fit_basis
 from snpc.types import Group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -489,6 +492,30 @@ def test_slicing_equals_masking(name: str, tmp_path: Path) -> None:
         check(case, analysis, [group], tmp_path / "model.onnx", 0.5)
     check(case, analysis, [g for g in groups if g.role != "head"], tmp_path / "model.onnx", 0.5)
     check(case, analysis, groups, tmp_path / "model.onnx", 0.3)
+
+
+FITTED = [
+    name
+    for name in CASES
+    if name.startswith(("einsum", "heads", "attention", "multi", "packed", "grouped", "decoder", "rotary", "tile"))
+]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_change_of_basis_alone_changes_nothing(name: str, tmp_path: Path) -> None:
+    """Where a node has a closed form at all; and what is fitted and cut is verified like anything else."""
+    case = CASES[name]
+    analysis, feeds = analysis_at(tmp_path / "model.onnx", build(case)), feeds_for(case)
+    data = snpc.load_calibration(feeds, analysis.model.inputs, batch=64)
+    groups = [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn")]
+    fitted, edits = snpc.compress(analysis, snpc.measure_statistics(analysis, data, groups), groups), Edits()
+    for group in groups:
+        if fitted.forms.get(group.id) in ("scores", "values"):
+            fit_basis(edits, fitted, group, fitted.forms[group.id])
+    before = run(tmp_path / "model.onnx", feeds)
+    assert relative_error(before, run(written(edited(analysis.traced, edits)), feeds)) < 1e-5
+    made = snpc.decide(analysis, snpc.Choice(0.5), calibration=data)
+    snpc.apply_plan(made.plan, tmp_path / "half.onnx", compression=made.compression, calibration=data)
 
 
 class PackedMultiHeadAttention(OpRun):

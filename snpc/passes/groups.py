@@ -17,7 +17,7 @@ from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
 from snpc.passes.names import common_path, path_of, unique_names
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, opset
+from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Carried, Contraction, Trace
 from snpc.types import Freedom, Group, Pin, Probe, ProbeKind, Role, Site, SiteKind
 
@@ -382,6 +382,8 @@ class Usage:
         node = contraction.node
         if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
             return None
-        whole = np.broadcast_to(labels, (1, side.shape[1], 1, side.shape[3]))
+        heads = side.shape[1]
+        own = heads if side is contraction.left else int(attributes(node).get("kv_num_heads", heads))
+        whole = np.broadcast_to(labels, (1, heads, 1, side.shape[3]))[:, :: heads // own]
         merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
         return Probe(kind, side.name, merged)
