@@ -202,7 +202,15 @@ def _gather(call: Call, labels: Labels) -> list[Labels]:
         raise Blocked(axis, "which entries are read depends on the data")
     if indices.size and not -labels.shape[axis] <= indices.min() <= indices.max() < labels.shape[axis]:
         raise Blocked(axis, "an index lies outside of it")
+    if call.stored_value(1) is None and repeats(labels, axis):
+        raise Blocked(axis, "the indices are computed from sizes that are not fixed")
     return [compress(labels.take(indices, axis))]
+
+
+def repeats(labels: Labels, axis: int) -> bool:
+    """Does a label come twice along ``axis``, as where it was merged with that of the samples?"""
+    rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
+    return len(np.unique(rows, axis=0)) < len(rows)
 
 
 def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
