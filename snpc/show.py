@@ -17,6 +17,7 @@ import click
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
+from snpc.passes.tokens import TokenPoint
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
@@ -115,8 +116,41 @@ def groups(analysis: Analysis) -> None:
     less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
     for (freedom, reason), number in less.items():
         line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
+    tokens(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
     line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def tokens(analysis: Analysis) -> None:
+    """Behind which blocks tokens can get fewer, and why not behind the others."""
+    found = analysis.tokens
+    for tokens_now, leading, points in token_spans(analysis):
+        first, last = points[0], points[-1]
+        stay = f"the first {leading} stay" if leading else "none has to stay"
+        ways = "merge" if first.scores is None else "topk, fuse" if first.summed else "topk, fuse, merge"
+        where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
+        line(f"tokens: {tokens_now}, can get fewer {where} ({stay}; {ways})")
+    for pin in found.pins:
+        line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+
+
+def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
+    """(tokens, leading ones that stay, points) of every run of blocks that are alike."""
+    spans: list[tuple[int, int, list[TokenPoint]]] = []
+    for point in analysis.tokens.points:
+        last = spans[-1][2][-1] if spans else None
+        alike = last is not None and (last.block + 1, last.count, last.leading, last.scores is None, last.summed) == (
+            point.block,
+            point.count,
+            point.leading,
+            point.scores is None,
+            point.summed,
+        )
+        if alike:
+            spans[-1][2].append(point)
+        else:
+            spans.append((point.count, point.leading, [point]))
+    return spans
 
 
 def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
@@ -167,6 +201,25 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "macs_at": dict(analysis.binding),
         "groups": found,
         "pins": pins_json(analysis),
+        "tokens": tokens_json(analysis),
+    }
+
+
+def tokens_json(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "blocks": analysis.tokens.blocks,
+        "points": [
+            {
+                "block": p.block,
+                "tensor": p.value,
+                "tokens": p.count,
+                "leading": p.leading,
+                "scores": p.scores is not None,
+                "summed": p.summed,
+            }
+            for p in analysis.tokens.points
+        ],
+        "pins": [asdict(pin) for pin in analysis.tokens.pins],
     }
 
 
@@ -218,6 +271,10 @@ def result(result: Pruned) -> None:
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    reduction = result.plan.analysis.reduction
+    if reduction is not None:
+        steps = reduction.to_json()["steps"]
+        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}")
     if result.search is not None:
         line(search_text(result.search))
     verdict(result.verdict)
@@ -306,8 +363,8 @@ def tuned(result: Tuned) -> None:
 
 
 def build(made: Build) -> None:
-    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
-    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    sizes = [f"{file if file == made.path else file.name} {count(file.stat().st_size)}B" for file in made.files]
+    line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
     for note in made.notes:
         line(f"  {note}")
     for d in made.drift:

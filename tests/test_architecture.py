@@ -18,8 +18,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each may import those before it, and itself.
 LAYERS = (
-    "types", "errors", "ops", "cost", "closed", "passes", "criteria", "runtime", "targets", "torch", "page", "show",
-    "cli",
+    "types", "errors", "ops", "cost", "closed", "passes", "tokens", "criteria", "runtime", "targets", "torch", "page",
+    "show", "cli",
 )  # fmt: skip
 FIRST = {"types", "errors"}
 

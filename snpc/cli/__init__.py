@@ -15,6 +15,7 @@ import click
 from snpc import show
 from snpc.cli import building as builds
 from snpc.cli import sweeping
+from snpc.cli import timing as times
 from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
@@ -38,6 +39,7 @@ from snpc.cli.requests import (
     read_plan,
     split_flags,
     statistics_of,
+    with_tokens,
     workload_of,
     write_text,
 )
@@ -70,11 +72,14 @@ def decided(
     shapes: tuple[str, ...],
     threads: int | None,
     build: str | None = None,
+    artefact: Any = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused. ``build``: what the model is built for."""
+    """Score and plan as the flags say (``build``: what for; ``artefact``: what is timed); say what is unused."""
     import snpc
 
+    if not choice["roles"]:
+        return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
     if choice["round_to"] == "auto":
         liked = snpc.widths_for(build, provider)
         choice |= {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
@@ -93,7 +98,7 @@ def decided(
             memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
-            workload=workload_of(batch, shapes, threads),
+            workload=workload_of(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
         snpc.save_statistics(decision.statistics, save_stats)
@@ -101,6 +106,16 @@ def decided(
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
+
+
+def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
+    """The decision that --roles none leaves: no width is cut."""
+    import snpc
+
+    for name in ("ratio", "max_drift", "load_stats", "save_stats"):
+        if choice[name] not in (None, ()):
+            raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
+    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -190,14 +205,20 @@ def prune(
         analysis = analysed(model, dims, kv_cache)
     flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
-    written = [] if dry_run else [target, data_file(target)]
+    artefacts = builds.checked(build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags)
+    written = [] if dry_run else [target, data_file(target), *artefacts]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     read = [*model_files(model), calib["calib"], *choice["load_stats"]]
     check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
         calibration = calibration_of(analysis, **calib)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
+    tokens = choice.pop("tokens")
+    with watch.stage("tokens"):
+        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
+    latency = (choice["target"] or "").startswith("latency")
+    artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -219,7 +240,9 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
-    made = builds.built(target, build, None, calibration, provider, **build_flags) if build else None
+    made = None
+    if build is not None:
+        made = builds.built(target, build, None, calibration, provider, batch=choice["batch"], **build_flags)
     finish(result, json_path, made)
 
 
@@ -255,6 +278,7 @@ def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flag
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))
@@ -355,61 +379,6 @@ def verify(
 
 
 @main.command()
-@click.argument("models", nargs=-1, required=True, type=FILE)
-@click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
-@click.option(
-    "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
-)
-@click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
-@click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
-@click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
-@click.option("--duration", type=float, help="Go on until so many seconds have passed.")
-@click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
-@as_json
-@running
-def bench(
-    models: tuple[Path, ...],
-    batch: int,
-    shapes: tuple[str, ...],
-    data: str | None,
-    warmup: int,
-    iterations: int,
-    duration: float | None,
-    threads: int,
-    json_path: Path | None,
-    provider: str,
-) -> None:
-    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
-
-    MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
-    """
-    import snpc
-    from snpc.runtime.feeds import parse_shapes
-    from snpc.runtime.runner import open_runner
-
-    check_targets([json_path], *models, data)
-    feeds = None
-    if data is not None:
-        feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
-    if data is not None and shapes:
-        raise UserError("--data brings its own shapes: leave out --input-shapes")
-    drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    result = snpc.bench(
-        list(models),
-        provider=provider,
-        threads=threads,
-        data=feeds,
-        warmup=warmup,
-        iterations=iterations,
-        duration=duration,
-        **drawn,
-    )
-    show.emit_json(result.to_json(), json_path)
-    if str(json_path) != "-":
-        show.benchmark(result)
-
-
-@main.command()
 @click.argument("name")
 @click.argument("folder", type=FILE)
 def example(name: str, folder: Path) -> None:
@@ -428,6 +397,7 @@ def criteria() -> None:
     show.criteria(describe())
 
 
+main.add_command(times.bench)
 main.add_command(finetune)
 main.add_command(export_torch)
 main.add_command(builds.build)

@@ -26,6 +26,8 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    if text.strip() == "none":
+        return ()
     named = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in named if name not in ROLES]
     if unknown or not named:
@@ -73,7 +75,7 @@ choosing = options(
         "--target",
         metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
         help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
-        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+        "latency is measured with --provider, --batch, --input-shapes and --threads, of what --build makes if given.",
     ),
     click.option(
         "--max-drift",
@@ -81,7 +83,15 @@ choosing = options(
         help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
         "written model (needs --calib).",
     ),
-    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option(
+        "--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut, or none."
+    ),
+    click.option(
+        "--tokens",
+        metavar="METHOD:N[@BLOCKS]|auto",
+        help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
+        "fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R (needs --calib).",
+    ),
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
@@ -185,7 +195,7 @@ building = options(
     click.option("--min-shapes", multiple=True, metavar="NAME:1,3,224,224", help="trt: least shape; repeatable."),
     click.option("--opt-shapes", multiple=True, metavar="NAME:8,3,224,224", help="trt: shape it is tuned for."),
     click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
-    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: that of the GPU here]"),
+    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: 8.0 and later]"),
     click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
     click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,26 @@ def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
 
 
+def with_tokens(
+    analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], provider: str
+) -> tuple[Any, Any]:
+    """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
+    import snpc
+    from snpc.runtime.token_plan import Widths, choose_tokens
+    from snpc.runtime.tokens import told
+    from snpc.tokens.reduce import reduce_tokens
+
+    if tokens is None:
+        return analysis, calibration
+    if tokens.strip() == "auto":
+        named = {f.name: choice[f.name] for f in fields(snpc.Choice)}
+        widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"]) if choice["roles"] else None
+        analysis = choose_tokens(analysis, calibration, choice["target"], widths, provider)
+    else:
+        analysis = reduce_tokens(analysis, tokens)
+    return analysis, told(analysis, calibration, provider)
+
+
 def write_text(path: Path, text: str) -> None:
     from snpc.runtime.model_io import replacing
 
@@ -116,22 +137,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_plan(path: Path, model: Path) -> Any:
-    """The plan in ``path``, for ``model`` analysed as it was then."""
+    """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
-    from snpc.passes.planfile import wants_caches
+    from snpc.passes.planfile import tokens_in, wants_caches
+    from snpc.tokens.reduce import reduce_tokens
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return snpc.plan_from_json(text, analysed(model, kv_cache=wants_caches(text)), str(path))
+    analysis, spec = analysed(model, kv_cache=wants_caches(text)), tokens_in(text)
+    return snpc.plan_from_json(text, reduce_tokens(analysis, spec) if spec else analysis, str(path))
 
 
-def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
-    if batch is None and not shapes and threads is None:
+    if batch is None and not shapes and threads is None and artefact is None:
         return None
-    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)

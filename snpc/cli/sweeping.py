@@ -23,7 +23,7 @@ from snpc.errors import UserError
 @click.option("--labels", metavar="NAME", help="Array of the --eval .npz with the right class of every sample.")
 @click.option("--build", metavar="TARGET", callback=target_name, help="Build each model for a runtime and time that.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the built artefacts.")
-@click.option("--batch", default=1, show_default=True, type=int, help="Batch size that is timed.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch size that is timed.")
 @click.option("--iterations", default=30, show_default=True, type=int, help="Interleaved rounds that are timed.")
 @choosing
 @calibrating
@@ -55,6 +55,11 @@ def sweep(
     for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
+    if choice.pop("tokens") is not None or not choice["roles"]:
+        raise UserError(
+            "a sweep goes through widths: drop tokens first (`snpc prune --roles none --tokens ...`), then sweep what "
+            "that writes"
+        )
     if criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:

@@ -34,17 +34,29 @@ def plan_to_json(plan: Plan) -> str:
     }
     if plan.analysis.traced.kv_cache:
         head["prune_kv_cache"] = True
+    if plan.analysis.reduction is not None:
+        head["tokens"] = plan.analysis.reduction.spec
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
 
 
 def wants_caches(text: str) -> bool:
     """Was the plan in ``text`` made with --prune-kv-cache? False for what is no plan: ``plan_from_json`` says so."""
+    return bool(entry_in(text, "prune_kv_cache"))
+
+
+def tokens_in(text: str) -> str | None:
+    """How tokens are reduced by the plan in ``text``, if it is one and they are."""
+    found = entry_in(text, "tokens")
+    return found if isinstance(found, str) else None
+
+
+def entry_in(text: str, name: str) -> object:
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        return False
-    return isinstance(data, dict) and bool(data.get("prune_kv_cache"))
+        return None
+    return data.get(name) if isinstance(data, dict) else None
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
@@ -65,6 +77,11 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
     if bool(data.get("prune_kv_cache")) != analysis.traced.kv_cache:
         said = "made with" if data.get("prune_kv_cache") else "made without"
         raise UserError(f"{name}: {said} --prune-kv-cache, and the model was analysed otherwise; analyse it alike")
+    spec = analysis.reduction.spec if analysis.reduction is not None else None
+    if data.get("tokens") != spec:
+        raise UserError(
+            f"{name}: its tokens are {data.get('tokens')!r}, those of the analysis {spec!r}; reduce them first"
+        )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}
     entries, options = data.get("groups"), data.get("options", {})

@@ -22,6 +22,7 @@ from snpc.runtime.fit import Compression, compress
 from snpc.runtime.latency import Workload, latency_table, timed_groups
 from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
+from snpc.runtime.tokens import told
 from snpc.types import FloatArray, Group
 
 
@@ -87,6 +88,7 @@ def decide(
     ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
+    calibration = told(analysis, calibration, provider)
     informed = calibration is not None or statistics is not None
     method = method or default_method(calibration, informed and criterion is None)
     check_data(method, calibration, statistics)
@@ -188,6 +190,7 @@ def compression_for(
     check_data(plan.method, calibration, statistics)
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
     if statistics is None:
+        calibration = told(plan.analysis, calibration, provider)
         assert calibration is not None
         statistics = measure_statistics(
             plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider

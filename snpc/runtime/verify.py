@@ -174,11 +174,13 @@ def compare_models(
     rewritten: Rewritten | None,
     batches: Sequence[Feeds],
     provider: str = "cpu",
+    fed: Sequence[Feeds] | None = None,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
     """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
 
     Sliced against masked: the written model, and the original at its full size with the removed units silenced (for
-    refitted weights: with those). Empty where ``rewritten`` is None.
+    refitted weights: with those). Empty where ``rewritten`` is None. ``fed``: what the masked original is run on, where
+    it takes more inputs (``runtime.tokens``).
     """
     cut = rewritten.interface() if rewritten is not None else {}
     try:
@@ -192,7 +194,7 @@ def compare_models(
         path = Path(folder) / "masked.onnx"
         source = rewritten.source
         save(clean(mask_model(source.model, source.trace, rewritten.dead)), path, external=True)
-        masked = outputs_of(path, batches, provider)
+        masked = outputs_of(path, fed or batches, provider)
     return pooled([compare(taken(a, cut), b) for a, b in zip(masked, narrow, strict=True)]), moved
 
 
