@@ -22,6 +22,7 @@ from snpc.cli.options import (
     as_json,
     at_sizes,
     building,
+    caches,
     calibrating,
     choosing,
     model_argument,
@@ -125,6 +126,7 @@ def main() -> None:
 @model_argument
 @as_json
 @at_sizes
+@caches
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
 @click.option("--curves", is_flag=True, help="Measure how much the outputs mind narrower groups (needs --calib).")
 @calibrating
@@ -133,6 +135,7 @@ def inspect(
     model: Path,
     json_path: Path | None,
     dims: tuple[str, ...],
+    kv_cache: bool,
     pins: bool,
     curves: bool,
     provider: str,
@@ -142,7 +145,7 @@ def inspect(
     import snpc
     from snpc.runtime.model_io import model_files
 
-    analysis = analysed(model, dims)
+    analysis = analysed(model, dims, kv_cache)
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
@@ -166,6 +169,7 @@ def inspect(
 @remembering
 @running
 @at_sizes
+@caches
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
@@ -185,6 +189,7 @@ def prune(
     build: str | None,
     provider: str,
     dims: tuple[str, ...],
+    kv_cache: bool,
     **flags: Any,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
@@ -195,7 +200,7 @@ def prune(
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
-        analysis = analysed(model, dims)
+        analysis = analysed(model, dims, kv_cache)
     flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
     artefacts = builds.checked(build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags)
@@ -259,15 +264,16 @@ def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
 @saving
 @remembering
 @running
+@caches
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
-def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
+def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
-    analysis = analysed(model)
+    analysis = analysed(model, kv_cache=kv_cache)
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
@@ -311,8 +317,8 @@ def apply(
 
     watch = Stopwatch()
     with watch.stage("analyze"):
-        analysis = analysed(model)
-    plan = read_plan(plan_file, analysis)
+        plan = read_plan(plan_file, model)
+    analysis = plan.analysis
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     read = [*model_files(model), plan_file, calib["calib"], *load_stats]
@@ -358,10 +364,10 @@ def verify(
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import verdict_json
 
-    analysis = analysed(model)
+    plan = read_plan(plan_path, model) if plan_path else None
+    analysis = plan.analysis if plan else analysed(model)
     snpc.load(pruned)
     check_targets([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
-    plan = read_plan(plan_path, analysis) if plan_path else None
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
     verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
     show.emit_json(verdict_json(verdict), json_path)

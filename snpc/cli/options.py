@@ -217,4 +217,10 @@ as_json = click.option(
 at_sizes = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
 )
+caches = click.option(
+    "--prune-kv-cache",
+    "kv_cache",
+    is_flag=True,
+    help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
+)
 model_argument = click.argument("model", type=FILE)

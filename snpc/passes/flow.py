@@ -14,8 +14,7 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.ops.attention import form
-from snpc.ops.pointwise import SUMMED
-from snpc.ops.spec import Blocked, Call, OpSpec
+from snpc.ops.spec import SUMMED, Blocked, Call, OpSpec
 from snpc.passes.even import is_even
 from snpc.passes.segment import reads
 from snpc.passes.shapes import Facts, opset, subgraphs
@@ -326,13 +325,16 @@ def concat(step: Step) -> Found:
 
 def attention(step: Step) -> Found:
     node, call = step.node, step.call
-    shape = form(node.domain, node.op_type)
+    shape = form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
         raise step.stuck(shape.query, "which tokens see each other depends on their order")
-    if any(call.has(k) for k in (*shape.score_inputs, *shape.other_inputs)):
-        raise step.stuck(shape.query, "a mask or a cache for all positions enters it")
+    entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
+    if any(k is not None and call.has(k) for k in entering):
+        raise step.stuck(shape.query, "a mask, a cache or a table for all positions enters it")
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        raise step.stuck(shape.query, "it hands out the keys and values of all positions")
     query, key, value = (step.marks(k) for k in (shape.query, shape.key, shape.value))
-    if shape.packed_weight is not None:
+    if shape.packed:
         key = value = query
     if key is not None and value is not None and key.axes == value.axes:
         step.flow.weighings.append(Weighing(node, shape.key, -1, next(iter(key.axes.values()))))
@@ -343,6 +345,11 @@ def attention(step: Step) -> Found:
 
 def shape_only(step: Step) -> Found:
     return []
+
+
+def by_position(step: Step) -> Found:
+    index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
+    raise step.stuck(index, "what it does to tokens depends on their positions")
 
 
 def opaque(step: Step) -> Found:
@@ -358,6 +365,8 @@ RULES: dict[str, Callable[[Step], Found]] = {
     "normalise": normalise,
     "reduce": reduce,
     "attention": attention,
+    "rotary": by_position,
+    "scatter": by_position,
     "shape": shape_only,
     "opaque": opaque,
 }
