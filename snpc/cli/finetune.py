@@ -59,6 +59,12 @@ def bridge() -> Any:
     help="Hold a tenth of the data out; stop after N evaluations that are no better.",
 )
 @click.option("--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]")
+@click.option("--adapters", type=int, metavar="RANK", help="Train low-rank updates of the matrices, and nothing else.")
+@click.option(
+    "--reinit",
+    type=click.Choice(["epochs", "budget"]),
+    help="Begin with new weights: as many steps, or as much computing as that for the teacher's size.",
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 on GPUs that have it.")
 @click.option(
     "--learn-masks",
