@@ -29,6 +29,7 @@ from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
+    from snpc.torch.schedule import Round
     from snpc.torch.training import Progress, Report
     from snpc.torch.tune import Tuned
 
@@ -346,6 +347,11 @@ def progress_text(now: Progress) -> str:
     drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
     minutes, seconds = divmod(round(now.left), 60)
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def round_of(found: Round) -> None:
+    said = "" if found.kept else ": taken back"
+    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{said}", err=True)
 
 
 def tuned(result: Tuned) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ def bridge() -> Any:
     help="Hold a tenth of the data out; stop after N evaluations that are no better.",
 )
 @click.option("--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]")
+@click.option("--adapters", type=int, metavar="RANK", help="Train low-rank updates of the matrices, and nothing else.")
+@click.option(
+    "--reinit",
+    type=click.Choice(["epochs", "budget"]),
+    help="Begin with new weights: as many steps, or as much computing as that for the teacher's size.",
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 on GPUs that have it.")
 @click.option(
     "--learn-masks",
@@ -66,7 +72,18 @@ def bridge() -> Any:
     type=click.Choice(["vib", "psp", "apma"]),
     help="Train a factor on every unit of PRUNED (the teacher itself) and cut what they close; needs --target.",
 )
-@click.option("--target", metavar="macs=R", help="With --learn-masks: the share of the MACs to come down to.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["cubic", "adaptive"]),
+    help="Cut PRUNED (the teacher itself) to --target in rounds, training after each: by the cubic schedule, or in "
+    "equal steps that are taken back and halved where the drift exceeds --max-drift.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), help="With --schedule: how many; adaptive: for the first step.  [default: 4]"
+)
+@click.option("--max-drift", type=float, help="With --schedule adaptive: largest drift of the outputs after training.")
+@click.option("--criterion", metavar="NAME", help="With --schedule: select units by it.  [default: closed forms]")
+@click.option("--target", metavar="macs=R", help="With --learn-masks or --schedule: the share of MACs to come down to.")
 @click.option("--plan", "plan_path", type=FILE, help="With --learn-masks: also write the plan here.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides the order of the data.")
 @click.option("--checkpoint", type=FILE, metavar="DIR", help="Save the state of the run here as it goes.")
@@ -87,6 +104,10 @@ def finetune(
     masks: str | None,
     target: str | None,
     plan_path: Path | None,
+    schedule: str | None,
+    rounds: int | None,
+    max_drift: float | None,
+    criterion: str | None,
     **flags: Any,
 ) -> None:
     """Train PRUNED towards what the dense model says, and write it under the same names.
@@ -108,6 +129,23 @@ def finetune(
     )
     analysis = analysed(teacher)
     data = calibration_of(analysis, **calib, calib_batch=training.batch, seed=seed)
+    if (schedule == "adaptive") != (max_drift is not None):
+        raise UserError("--schedule adaptive and --max-drift go together")
+    if schedule is None and (rounds, criterion) != (None, None):
+        raise UserError("--rounds and --criterion are for --schedule: cut with `snpc prune`, then finetune")
+    if schedule is not None:
+        if pruned.resolve() != teacher.resolve() or (labels, checkpoint, masks, plan_path) != (None,) * 4:
+            raise UserError(
+                "--schedule cuts the dense model: give it as --teacher too, and no labels, checkpoints, masks or --plan"
+            )
+        way = torch.Way("select" if criterion else None, criterion)
+        options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training}
+        run = torch.prune_in_rounds
+        if max_drift is not None:
+            run, options = torch.prune_adaptively, {**options, "limit": max_drift}
+        found = run(pruned, data, written, **options, heard=show.round_of)
+        show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
+        return
     if masks is not None:
         if pruned.resolve() != teacher.resolve() or (labels, checkpoint) != (None, None):
             raise UserError(
@@ -118,7 +156,9 @@ def finetune(
         learn_and_cut(analysis, data, masks, target, training, written, plan_path, json_path)
         return
     if target is not None or plan_path is not None:
-        raise UserError("--target and --plan are for --learn-masks: cut with `snpc prune`, then finetune")
+        raise UserError(
+            "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
+        )
     saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
     with show.training() as report:
         result = torch.finetune(

@@ -20,6 +20,7 @@ from snpc.torch.learn import RATE, Learned, learn_masks
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
+from snpc.torch.schedule import Round, Way, prune_adaptively, prune_in_rounds
 from snpc.torch.tensors import export_tensors
 from snpc.torch.training import Progress, Training
 from snpc.torch.tune import Saved, Tuned, finetune, report
@@ -31,14 +32,18 @@ __all__ = [
     "GraphModule",
     "Learned",
     "Progress",
+    "Round",
     "Saved",
     "Trained",
     "Training",
     "Tuned",
+    "Way",
     "export_tensors",
     "finetune",
     "learn_masks",
     "load",
+    "prune_adaptively",
+    "prune_in_rounds",
     "report",
     "save",
     "train",
