@@ -150,14 +150,7 @@ def test_merging_conserves_the_weighted_mean_in_the_graph(tmp_path: Path) -> Non
         log = next(n for n in model.graph if n.op_type == "Log" and str(n.name).startswith(f"{step.prefix}_weigh"))
         size = log.inputs[0]
         assert size is not None
-        tokens = next(
-            n.outputs[0]
-            for n in model.graph
-            if n.op_type == "Concat"
-            and str(n.name).startswith(step.prefix)
-            and n.outputs[0] is not size
-            and len(n.inputs) == 3
-        )
+        tokens = next(n.outputs[0] for n in model.graph if n.op_type == "Div" and n.inputs[1] is size)
         shown[step.prefix] = (values[step.point.value], tokens, size)
     model.graph.outputs.extend(v for vs in shown.values() for v in vs)
     save(model, tmp_path / "shown.onnx")

@@ -7,7 +7,6 @@ from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
 CAST = "Cast"
-CEIL = "Ceil"
 CLIP = "Clip"
 CONCAT = "Concat"
 CONSTANT_OF_SHAPE = "ConstantOfShape"
@@ -23,6 +22,7 @@ LOG = "Log"
 MATMUL = "MatMul"
 MUL = "Mul"
 MULTIHEAD = "MultiHeadAttention"  # com.microsoft
+REDUCE_L2 = "ReduceL2"
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
@@ -31,7 +31,6 @@ SHAPE = "Shape"
 SLICE = "Slice"
 SOFTMAX = "Softmax"
 SPLIT = "Split"
-SQRT = "Sqrt"
 SQUEEZE = "Squeeze"
 SUB = "Sub"
 TOPK = "TopK"
@@ -40,4 +39,4 @@ UNSQUEEZE = "Unsqueeze"
 WHERE = "Where"
 
 TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
-REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18, REDUCE_L2: 18}  # since this opset

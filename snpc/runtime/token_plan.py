@@ -1,7 +1,8 @@
 """--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
 
 A schedule says how many tokens go behind each block. Schedules of the same cost are compared by building and running
-the model: first the methods, then over which stretch of blocks to spread the tokens that go, and how evenly.
+the model: first the methods, then over which stretch of blocks to spread the tokens that go, how evenly, and in how
+many steps.
 Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
 that the widths' curves predict for the rest of the way is least.
 """
@@ -42,6 +43,8 @@ from snpc.types import AnyArray
 SAMPLES = 32
 STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
 TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
+STRIDES = (2, 3)
+NEAR = 1.1  # drifts that differ by less are as good
 SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
 
 Schedule = tuple[int, ...]
@@ -222,16 +225,28 @@ def tapered(shape: Shape) -> list[Shape]:
     return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
 
 
+def strided(shape: Shape) -> list[Shape]:
+    """Every second and every third block of the stretch: as many tokens in fewer steps."""
+    inside = [k for k, share in enumerate(shape) if share]
+    return [
+        tuple(float(k in inside[::stride]) for k in range(len(shape))) for stride in STRIDES if len(inside) > stride
+    ]
+
+
 def best_shape(
     trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]
 ) -> tuple[Shape, Schedule] | None:
-    """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``."""
+    """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``; of those that are as good the
+    one with the fewest steps, since each step takes time beside its MACs."""
     found: list[tuple[float, Shape, Schedule]] = []
     for shape in shapes:
         schedule = trials.fitted(method, shape, macs)
         if schedule is not None:
             found.append((trials.drift(method, schedule), shape, schedule))
-    return min(found)[1:] if found else None
+    if not found:
+        return None
+    near = [one for one in found if one[0] <= NEAR * min(found)[0]]
+    return min(near, key=lambda one: (sum(n > 0 for n in one[2]), one[0]))[1:]
 
 
 def schedules(trials: Trials, method: TokenMethod, levels: Sequence[float]) -> list[tuple[float, Schedule]]:
@@ -241,7 +256,7 @@ def schedules(trials: Trials, method: TokenMethod, levels: Sequence[float]) -> l
     middle = best_shape(trials, method, levels[len(levels) // 2], whole)
     shapes = whole[:]
     if middle is not None:
-        shapes = [middle[0], *tapered(middle[0])]
+        shapes = [middle[0], *tapered(middle[0]), *strided(middle[0])]
     found = []
     for level in levels:
         best = best_shape(trials, method, level, shapes) or best_shape(trials, method, level, whole)

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS, SQRT, SUB, TOPK
+from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS, SUB, TOPK
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
@@ -229,7 +229,7 @@ class Merge:
         )
 
     def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
-        length = writer.op(SQRT, writer.total(writer.op(MUL, values, values), -1, keep=True))
+        length = writer.length(values)
         even, odd = self.parts(writer, setting, writer.op(DIV, values, length))
         alike = writer.matmul(even, writer.swap(odd))
         near, where = writer.ops(TOPK, alike, writer.ints(1), outputs=2, axis=2, largest=1, sorted=1)
@@ -247,20 +247,16 @@ class Merge:
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
         stay, source, into = decided
         sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
+        weighed = writer.op(MUL, tokens.values, sizes) if tokens.sizes is not None else tokens.values
+        sums = writer.op(CONCAT, weighed, sizes, axis=2)  # [B, N, D + 1]: what tokens are sums of, and of how many
+        even, odd = self.parts(writer, setting, sums)
         places = writer.constant(np.arange(setting.others // 2, dtype=np.int64)[None, :, None])
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, odd, gone]
-        even, odd = self.parts(writer, setting, tokens.values)
-        even_size, odd_size = self.parts(writer, setting, sizes)
-        moving = writer.pick(even_size, source)
-        whole = writer.op(ADD, odd_size, writer.matmul(goes, moving))
-        summed = writer.matmul(goes, writer.op(MUL, writer.pick(even, source), moving))
-        merged = writer.op(DIV, writer.op(ADD, writer.op(MUL, odd, odd_size), summed), whole)
-
-        def laid(value: ir.Value, first: ir.Value, last: ir.Value) -> ir.Value:
-            front = [writer.slice(value, 1, 0, setting.leading)] if setting.leading else []
-            return writer.concat(1, *front, writer.pick(first, stay), last)
-
-        return Tokens(laid(tokens.values, even, merged), laid(sizes, even_size, whole))
+        merged = writer.op(ADD, odd, writer.matmul(goes, writer.pick(even, source)))
+        front = [writer.slice(sums, 1, 0, setting.leading)] if setting.leading else []
+        laid = writer.concat(1, *front, writer.pick(even, stay), merged)
+        size = writer.slice(laid, 2, -1)
+        return Tokens(writer.op(DIV, writer.slice(laid, 2, 0, -1), size), size)
 
     def macs(self, setting: Setting, width: int) -> int:
         even, odd = (setting.others + 1) // 2, setting.others // 2

@@ -15,7 +15,9 @@ from snpc.ops.writing import (
     GATHER,
     GATHER_ND,
     MATMUL,
+    REDUCE_L2,
     REDUCE_SUM,
+    REDUCTION_AXES_ARE_AN_INPUT,
     RESHAPE,
     SHAPE,
     SLICE,
@@ -87,6 +89,12 @@ class Writer:
 
     def total(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
         return self.op(REDUCE_SUM, value, self.ints(*axes), keepdims=int(keep))
+
+    def length(self, value: ir.Value) -> ir.Value:
+        """[..., D] -> [..., 1]: the Euclidean length."""
+        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_L2]:
+            return self.op(REDUCE_L2, value, self.ints(-1), keepdims=1)
+        return self.op(REDUCE_L2, value, axes=[-1], keepdims=1)
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
         return self.op(CAST, value, to=int(dtype or self.dtype))
