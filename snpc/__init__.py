@@ -29,13 +29,19 @@ from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.reach import prune
 from snpc.runtime.score import score
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
+from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
+from snpc.targets import Options as BuildOptions
+from snpc.tokens.reduce import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TARGETS",
     "Analysis",
     "Bench",
+    "Build",
+    "BuildOptions",
     "Calibration",
     "CheckFailed",
     "Choice",
@@ -56,11 +62,14 @@ __all__ = [
     "Statistics",
     "UserError",
     "Verdict",
+    "Widths",
     "Workload",
     "__version__",
     "analyze",
     "apply_plan",
+    "artefact",
     "bench",
+    "build",
     "compress",
     "decide",
     "load",
@@ -72,11 +81,13 @@ __all__ = [
     "plan_to_json",
     "prune",
     "random_calibration",
+    "reduce_tokens",
     "report",
     "save",
     "save_statistics",
     "score",
     "verify",
+    "widths_for",
     "write_example",
     "write_report",
 ]

@@ -17,12 +17,15 @@ import click
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
+from snpc.passes.tokens import TokenPoint
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
+from snpc.targets import Build
+from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
@@ -114,8 +117,41 @@ def groups(analysis: Analysis) -> None:
     less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
     for (freedom, reason), number in less.items():
         line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
+    tokens(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
     line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def tokens(analysis: Analysis) -> None:
+    """Behind which blocks tokens can get fewer, and why not behind the others."""
+    found = analysis.tokens
+    for tokens_now, leading, points in token_spans(analysis):
+        first, last = points[0], points[-1]
+        stay = f"the first {leading} stay" if leading else "none has to stay"
+        ways = "merge" if first.scores is None else "topk, fuse" if first.summed else "topk, fuse, merge"
+        where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
+        line(f"tokens: {tokens_now}, can get fewer {where} ({stay}; {ways})")
+    for pin in found.pins:
+        line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+
+
+def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
+    """(tokens, leading ones that stay, points) of every run of blocks that are alike."""
+    spans: list[tuple[int, int, list[TokenPoint]]] = []
+    for point in analysis.tokens.points:
+        last = spans[-1][2][-1] if spans else None
+        alike = last is not None and (last.block + 1, last.count, last.leading, last.scores is None, last.summed) == (
+            point.block,
+            point.count,
+            point.leading,
+            point.scores is None,
+            point.summed,
+        )
+        if alike:
+            spans[-1][2].append(point)
+        else:
+            spans.append((point.count, point.leading, [point]))
+    return spans
 
 
 def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
@@ -166,6 +202,25 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "macs_at": dict(analysis.binding),
         "groups": found,
         "pins": pins_json(analysis),
+        "tokens": tokens_json(analysis),
+    }
+
+
+def tokens_json(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "blocks": analysis.tokens.blocks,
+        "points": [
+            {
+                "block": p.block,
+                "tensor": p.value,
+                "tokens": p.count,
+                "leading": p.leading,
+                "scores": p.scores is not None,
+                "summed": p.summed,
+            }
+            for p in analysis.tokens.points
+        ],
+        "pins": [asdict(pin) for pin in analysis.tokens.pins],
     }
 
 
@@ -217,6 +272,10 @@ def result(result: Pruned) -> None:
         + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
         + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    reduction = result.plan.analysis.reduction
+    if reduction is not None:
+        steps = reduction.to_json()["steps"]
+        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}")
     if result.search is not None:
         line(search_text(result.search))
     verdict(result.verdict)
@@ -306,15 +365,69 @@ def tuned(result: Tuned) -> None:
             line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
+# -- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(made: Build) -> None:
+    sizes = [f"{file if file == made.path else file.name} {count(file.stat().st_size)}B" for file in made.files]
+    line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
+    for note in made.notes:
+        line(f"  {note}")
+    for d in made.drift:
+        line(f"  {d.output}: {drift_text(d)}")
+
+
+def sweep(found: Sweep) -> None:
+    known = found.points[0].accuracy is not None
+    rows = []
+    for p in found.points:
+        same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
+        rows.append(
+            (
+                p.name,
+                share(p.macs, found.points[0].macs),
+                share(p.params, found.points[0].params),
+                f"{p.latency:.3g}",
+                f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not found.points[0] else "1.00x",
+                *((f"{100 * (p.accuracy or 0):.1f} %",) if known else ()),
+                f"{p.drift:.3g}",
+                same,
+                "front" if p.front else "",
+            )
+        )
+    header = ("target", "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
+    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(1, len(header) - 1))
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = iter(range(total))
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, completed=next(begun))
+
+        yield step
+
+
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
 def benchmark(result: Bench) -> None:
     header, *rows = result.rows()
     machine = result.machine
-    threads = machine.threads or "onnxruntime's choice of"
+    threads = machine.threads or "the runtime's choice of"
     table(
-        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, onnxruntime {machine.onnxruntime}; "
+        f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,
         rows,

@@ -17,7 +17,10 @@ ROOT = Path(snpc.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each may import those before it, and itself.
-LAYERS = ("types", "errors", "ops", "cost", "closed", "passes", "criteria", "runtime", "torch", "page", "show", "cli")
+LAYERS = (
+    "types", "errors", "ops", "cost", "closed", "passes", "tokens", "criteria", "runtime", "targets", "torch", "page",
+    "show", "cli",
+)  # fmt: skip
 FIRST = {"types", "errors"}
 
 HEAVY = ("onnxruntime", "torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "scipy")

@@ -266,7 +266,7 @@ class TestBench:
 
         assert result.machine.provider == "CPUExecutionProvider"
         assert result.machine.threads == 1
-        assert result.machine.onnxruntime == onnxruntime.__version__
+        assert result.machine.runtime == f"onnxruntime {onnxruntime.__version__}"
         assert result.machine.cores >= 1
         assert result.machine.cpu
         assert (result.rounds, result.warmup, result.feeds, result.seed) == (30, 3, 1, 5)

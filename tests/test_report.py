@@ -386,3 +386,29 @@ def test_the_page_fits_its_window(width: int, digits: Written, tmp_path: Path) -
     if found is None:
         pytest.skip(f"{BROWSER} does not run here")
     assert int(found[1]) <= width
+
+
+@pytest.mark.parametrize("spec", ["topk:2@1-3", "merge:2@1-3", "fuse:0.6@2", "guided:3@1+topk:2@3"])
+def test_patches_that_are_left_are_shown(spec: str, tmp_path: Path) -> None:
+    model = snpc.load(DATA / "digits_vit.onnx")
+    calibration = snpc.load_calibration(str(DATA / "calib.npz"), model.inputs, samples=8)
+    reduced = snpc.reduce_tokens(snpc.analyze(model), spec)
+    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx", calibration=calibration)
+    report = snpc.write_report(result, tmp_path / "page.html", calibration=calibration)
+    assert reduced.reduction is not None
+    steps = reduced.reduction.to_json()["steps"]
+    leading = reduced.tokens.points[0].leading
+    shown = Parsed((tmp_path / "page.html").read_text())
+    pictures = report.survivors.pictures
+    assert pictures and not report.survivors.reason
+    for picture in pictures:
+        assert [(s.block, s.left) for s in picture.stages] == [(s["block"], s["after"]) for s in steps]
+        before = np.ones(np.shape(picture.stages[0].shares))
+        for stage in picture.stages:
+            shares = np.array(stage.shares)
+            assert np.isclose(shares.sum(), stage.left - leading)  # every token is the patches in it, added up
+            assert (shares <= before + 1e-9).all() and (shares < before).any()
+            assert picture.shaded(stage).shape == np.shape(picture.pixels)
+            before = shares
+    said = [text for text in shown.texts if re.fullmatch(r"block \d+: \d+ of \d+", text)]
+    assert len(said) == len(pictures) * len(steps)

@@ -13,26 +13,34 @@ from typing import Any
 import click
 
 from snpc import show
+from snpc.cli import building as builds
+from snpc.cli import sweeping
+from snpc.cli import timing as times
 from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
     at_sizes,
+    building,
+    caches,
     calibrating,
     choosing,
     model_argument,
     remembering,
     running,
     saving,
+    target_name,
     timing,
 )
 from snpc.cli.requests import (
     analysed,
     calibration_of,
     check_targets,
+    liked_widths,
     read_plan,
     split_flags,
     statistics_of,
+    with_tokens,
     workload_of,
     write_text,
 )
@@ -64,12 +72,16 @@ def decided(
     batch: int | None,
     shapes: tuple[str, ...],
     threads: int | None,
+    build: str | None = None,
+    artefact: Any = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused."""
+    """Score and plan as the flags say (``build``: what for; ``artefact``: what is timed); say what is unused."""
     import snpc
 
-    wanted = snpc.Choice(**choice)
+    if not choice["roles"]:
+        return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
+    wanted = snpc.Choice(**{**choice, **liked_widths(choice, build, provider)})
     statistics = statistics_of(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
@@ -84,7 +96,7 @@ def decided(
             memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
-            workload=workload_of(batch, shapes, threads),
+            workload=workload_of(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
         snpc.save_statistics(decision.statistics, save_stats)
@@ -92,6 +104,16 @@ def decided(
         show.note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
     show.skipped(decision.compression)
     return decision
+
+
+def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
+    """The decision that --roles none leaves: no width is cut."""
+    import snpc
+
+    for name in ("ratio", "max_drift", "load_stats", "save_stats"):
+        if choice[name] not in (None, ()):
+            raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
+    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,6 +126,7 @@ def main() -> None:
 @model_argument
 @as_json
 @at_sizes
+@caches
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
 @click.option("--curves", is_flag=True, help="Measure how much the outputs mind narrower groups (needs --calib).")
 @calibrating
@@ -112,6 +135,7 @@ def inspect(
     model: Path,
     json_path: Path | None,
     dims: tuple[str, ...],
+    kv_cache: bool,
     pins: bool,
     curves: bool,
     provider: str,
@@ -121,7 +145,7 @@ def inspect(
     import snpc
     from snpc.runtime.model_io import model_files
 
-    analysis = analysed(model, dims)
+    analysis = analysed(model, dims, kv_cache)
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
@@ -145,6 +169,7 @@ def inspect(
 @remembering
 @running
 @at_sizes
+@caches
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
@@ -152,6 +177,8 @@ def inspect(
     "--report", "page", type=FILE, metavar="HTML", help="Also write a page with charts: one file, no network."
 )
 @click.option("--dry-run", is_flag=True, help="Score and plan, show what would be kept, write no model.")
+@click.option("--build", metavar="TARGET", callback=target_name, help="Also build the result, see `snpc build --help`.")
+@building
 def prune(
     model: Path,
     output: Path | None,
@@ -159,8 +186,10 @@ def prune(
     json_path: Path | None,
     page: Path | None,
     dry_run: bool,
+    build: str | None,
     provider: str,
     dims: tuple[str, ...],
+    kv_cache: bool,
     **flags: Any,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
@@ -171,16 +200,24 @@ def prune(
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
-        analysis = analysed(model, dims)
+        analysis = analysed(model, dims, kv_cache)
+    flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
-    written = [] if dry_run else [target, data_file(target)]
+    artefacts = builds.checked(build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags)
+    written = [] if dry_run else [target, data_file(target), *artefacts]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     read = [*model_files(model), calib["calib"], *choice["load_stats"]]
     check_targets([*written, plan_path, json_path, page, choice["save_stats"]], *read)
     with watch.stage("calibration"):
         calibration = calibration_of(analysis, **calib)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, **choice)
+    tokens = choice.pop("tokens")
+    with watch.stage("tokens"):
+        wanted = {**choice, **liked_widths(choice, build, provider)}
+        analysis, calibration = with_tokens(analysis, calibration, tokens, wanted, provider)
+    latency = (choice["target"] or "").startswith("latency")
+    artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -202,15 +239,21 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
-    finish(result, json_path)
+    made = None
+    if build is not None:
+        made = builds.built(target, build, None, calibration, provider, batch=choice["batch"], **build_flags)
+    finish(result, json_path, made)
 
 
-def finish(result: Any, json_path: Path | None) -> None:
+def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
     import snpc
 
-    show.emit_json(snpc.report(result), json_path)
+    built = {"build": builds.build_json(made)} if made else {}
+    show.emit_json({**snpc.report(result), **built}, json_path)
     if str(json_path) != "-":
         show.result(result)
+        if made:
+            show.build(made)
 
 
 @main.command()
@@ -221,18 +264,21 @@ def finish(result: Any, json_path: Path | None) -> None:
 @saving
 @remembering
 @running
+@caches
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
-def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
+def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
-    analysis = analysed(model)
+    analysis = analysed(model, kv_cache=kv_cache)
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
+    wanted = {**choice, **liked_widths(choice, None, provider)}
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), wanted, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))
@@ -271,8 +317,8 @@ def apply(
 
     watch = Stopwatch()
     with watch.stage("analyze"):
-        analysis = analysed(model)
-    plan = read_plan(plan_file, analysis)
+        plan = read_plan(plan_file, model)
+    analysis = plan.analysis
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     read = [*model_files(model), plan_file, calib["calib"], *load_stats]
@@ -318,10 +364,10 @@ def verify(
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import verdict_json
 
-    analysis = analysed(model)
+    plan = read_plan(plan_path, model) if plan_path else None
+    analysis = plan.analysis if plan else analysed(model)
     snpc.load(pruned)
     check_targets([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
-    plan = read_plan(plan_path, analysis) if plan_path else None
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
     verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
     show.emit_json(verdict_json(verdict), json_path)
@@ -330,57 +376,6 @@ def verify(
     moved = max((d.relative for d in verdict.drift), default=0.0)
     if max_drift is not None and not moved <= max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {moved:.3g}, more than --max-drift {max_drift:g}")
-
-
-@main.command()
-@click.argument("models", nargs=-1, required=True, type=FILE)
-@click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
-@click.option(
-    "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
-)
-@click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
-@click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
-@click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
-@click.option("--duration", type=float, help="Go on until so many seconds have passed.")
-@click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
-@as_json
-@running
-def bench(
-    models: tuple[Path, ...],
-    batch: int,
-    shapes: tuple[str, ...],
-    data: str | None,
-    warmup: int,
-    iterations: int,
-    duration: float | None,
-    threads: int,
-    json_path: Path | None,
-    provider: str,
-) -> None:
-    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first."""
-    import snpc
-    from snpc.runtime.feeds import parse_shapes
-
-    check_targets([json_path], *models, data)
-    feeds = None
-    if data is not None:
-        feeds = snpc.load_calibration(data, snpc.load(models[0]).inputs, samples=batch * 16, batch=batch).batches()
-    if data is not None and shapes:
-        raise UserError("--data brings its own shapes: leave out --input-shapes")
-    drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    result = snpc.bench(
-        list(models),
-        provider=provider,
-        threads=threads,
-        data=feeds,
-        warmup=warmup,
-        iterations=iterations,
-        duration=duration,
-        **drawn,
-    )
-    show.emit_json(result.to_json(), json_path)
-    if str(json_path) != "-":
-        show.benchmark(result)
 
 
 @main.command()
@@ -402,5 +397,8 @@ def criteria() -> None:
     show.criteria(describe())
 
 
+main.add_command(times.bench)
 main.add_command(finetune)
 main.add_command(export_torch)
+main.add_command(builds.build)
+main.add_command(sweeping.sweep)

@@ -26,6 +26,8 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    if text.strip() == "none":
+        return ()
     named = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in named if name not in ROLES]
     if unknown or not named:
@@ -44,6 +46,23 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
     return name
 
 
+def parse_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text}: a number, or auto") from None
+
+
+def target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    if name is not None:
+        from snpc.targets import target_of
+
+        target_of(name)
+    return name
+
+
 def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     from snpc.runtime.memory import parse_bytes
 
@@ -56,7 +75,7 @@ choosing = options(
         "--target",
         metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
         help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
-        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+        "latency is measured with --provider, --batch, --input-shapes and --threads, of what --build makes if given.",
     ),
     click.option(
         "--max-drift",
@@ -64,7 +83,15 @@ choosing = options(
         help="Cut as much instead as keeps the outputs within this relative root mean square change, measured on the "
         "written model (needs --calib).",
     ),
-    click.option("--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut."),
+    click.option(
+        "--roles", default="qk,vo,ffn", show_default=True, callback=parse_roles, help="Which roles to cut, or none."
+    ),
+    click.option(
+        "--tokens",
+        metavar="METHOD:N[@BLOCKS]|auto",
+        help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
+        "fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R (needs --calib).",
+    ),
     click.option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
@@ -78,8 +105,23 @@ choosing = options(
         metavar="NAME[:KEY=VALUE,...]",
         help="How units are scored, see `snpc criteria`. Default: mixed with --calib, else magnitude.",
     ),
+    click.option(
+        "--allocator",
+        type=click.Choice(["loss", "dimap"]),
+        default="loss",
+        show_default=True,
+        help="How much of which layer goes: by the loss it brings, or by relative energy of the weights alone (dimap).",
+    ),
     click.option("--uniform", is_flag=True, help="The same share of every group, instead of ranking across groups."),
-    click.option("--round-to", "--align", default=1, show_default=True, type=int, help="Widths are multiples of this."),
+    click.option(
+        "--round-to",
+        "--align",
+        default="1",
+        show_default=True,
+        metavar="N|auto",
+        callback=parse_multiple,
+        help="Widths are multiples of this; auto: of what runs well where the model will run.",
+    ),
     click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
     click.option(
         "--max-ratio",
@@ -153,6 +195,18 @@ running = options(
     ),
 )
 
+building = options(
+    click.option(
+        "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the artefact.  [default: fp32]"
+    ),
+    click.option("--min-shapes", multiple=True, metavar="NAME:1,3,224,224", help="trt: least shape; repeatable."),
+    click.option("--opt-shapes", multiple=True, metavar="NAME:8,3,224,224", help="trt: shape it is tuned for."),
+    click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
+    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: 8.0 and later]"),
+    click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
+    click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
+)
+
 as_json = click.option(
     "--json",
     "json_path",
@@ -162,5 +216,11 @@ as_json = click.option(
 )
 at_sizes = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
+)
+caches = click.option(
+    "--prune-kv-cache",
+    "kv_cache",
+    is_flag=True,
+    help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
 )
 model_argument = click.argument("model", type=FILE)

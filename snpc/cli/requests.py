@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def parse_dims(dims: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
+def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
     import snpc
 
     model = snpc.load(path)
@@ -57,7 +58,7 @@ def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
         raise UserError(
             f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
         )
-    return snpc.analyze(model, sizes)
+    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache)
 
 
 def calibration_of(
@@ -108,6 +109,46 @@ def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
 
 
+def with_tokens(
+    analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], provider: str
+) -> tuple[Any, Any]:
+    """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
+    import snpc
+    from snpc.runtime.token_plan import Widths, choose_tokens
+    from snpc.runtime.tokens import told
+    from snpc.tokens.reduce import reduce_tokens
+
+    if tokens is None:
+        return analysis, calibration
+    if tokens.strip() == "auto":
+        named = {f.name: choice[f.name] for f in fields(snpc.Choice)}
+        widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"]) if choice["roles"] else None
+        analysis = choose_tokens(analysis, calibration, choice["target"], widths, provider)
+    else:
+        analysis = reduce_tokens(analysis, tokens, offline_scores(analysis, calibration, tokens, provider))
+    return analysis, told(analysis, calibration, provider)
+
+
+def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
+    """What --round-to auto stands for; {} where it was not asked for."""
+    import snpc
+
+    if choice["round_to"] != "auto":
+        return {}
+    liked = snpc.widths_for(build, provider)
+    return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+
+
+def offline_scores(analysis: Any, calibration: Any, tokens: str, provider: str) -> Any:
+    """Of every position, by block, where a method asks for them and there is data."""
+    from snpc.runtime.relevance import token_relevance
+    from snpc.tokens.reduce import needs_offline
+
+    if calibration is None or not needs_offline(tokens):
+        return None
+    return token_relevance(analysis.model.graph, analysis.tokens.points, calibration.batches(), provider)
+
+
 def write_text(path: Path, text: str) -> None:
     from snpc.runtime.model_io import replacing
 
@@ -115,21 +156,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def read_plan(path: Path, analysis: Any) -> Any:
+def read_plan(path: Path, model: Path) -> Any:
+    """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
+    from snpc.passes.planfile import tokens_in, wants_caches
+    from snpc.tokens.reduce import reduce_tokens
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return snpc.plan_from_json(text, analysis, str(path))
+    analysis, found = analysed(model, kv_cache=wants_caches(text)), tokens_in(text)
+    return snpc.plan_from_json(text, reduce_tokens(analysis, *found) if found else analysis, str(path))
 
 
-def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
-    if batch is None and not shapes and threads is None:
+    if batch is None and not shapes and threads is None and artefact is None:
         return None
-    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)

@@ -1,24 +1,42 @@
-"""Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9."""
+"""Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9; those that only
+token reduction writes since 13."""
+
+from __future__ import annotations
+
+from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
 CAST = "Cast"
+CLIP = "Clip"
 CONCAT = "Concat"
+CONSTANT_OF_SHAPE = "ConstantOfShape"
 DIV = "Div"
+EINSUM = "Einsum"
+EQUAL = "Equal"
 EXP = "Exp"
+EXPAND = "Expand"
 GATHER = "Gather"
+GATHER_ND = "GatherND"
 IDENTITY = "Identity"
+LOG = "Log"
 MATMUL = "MatMul"
 MUL = "Mul"
+MULTIHEAD = "MultiHeadAttention"  # com.microsoft
+REDUCE_L2 = "ReduceL2"
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
+SCATTER_ELEMENTS = "ScatterElements"
 SHAPE = "Shape"
 SLICE = "Slice"
+SOFTMAX = "Softmax"
 SPLIT = "Split"
 SQUEEZE = "Squeeze"
 SUB = "Sub"
+TOPK = "TopK"
 TRANSPOSE = "Transpose"
+UNSQUEEZE = "Unsqueeze"
 WHERE = "Where"
 
 TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
-REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18, REDUCE_L2: 18}  # since this opset

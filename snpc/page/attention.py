@@ -21,6 +21,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, load, save
 from snpc.runtime.prune import Pruned
 from snpc.runtime.session import open_session
+from snpc.runtime.tokens import closed
 from snpc.types import AnyArray, FloatArray, Group
 
 PICTURES = 2
@@ -85,7 +86,7 @@ def found_maps(result: Pruned, calibration: Calibration | None) -> Attention:
     values = chosen(weights_of(plan.analysis))
     kinds = plan.analysis.traced.facts.dtype
     types = {str(value.name): kinds.get(value) or ir.DataType.FLOAT for _, value in values}
-    before = exposed(plan.analysis.traced.model, types, feeds)
+    before = exposed(closed(plan.analysis), types, feeds)
     after = exposed(load(result.path).graph, types, feeds)
     count = min(PICTURES, len(pictures))
     maps: list[list[HeadMap]] = [[] for _ in range(count)]
@@ -94,7 +95,7 @@ def found_maps(result: Pruned, calibration: Calibration | None) -> Attention:
         pair = [per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
         heads = kept_heads(plan, group, pair)
         where = grid_of(pair[0].shape[-1], pictures.shape[1:3])
-        if where is None or heads is None:
+        if where is None or heads is None or fewer(plan.analysis, pair[0].shape[-1]):
             continue
         prefix, grid = where
         seen.add(rows_seen(pair[0], prefix))
@@ -229,6 +230,11 @@ def grid_of(tokens: int, picture: Sequence[int]) -> tuple[int, Grid] | None:
         if rows >= 2 and rows * columns == tokens - prefix and rows * width == columns * height and rows <= height:
             return prefix, (rows, columns)
     return None
+
+
+def fewer(analysis: Analysis, keys: int) -> bool:
+    """Are these tokens that are left of the patches, and no grid any more?"""
+    return analysis.reduction is not None and keys != analysis.tokens.points[0].count
 
 
 def rows_seen(weights: FloatArray, prefix: int) -> str:

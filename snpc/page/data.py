@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from snpc.page.attention import Attention, attention_maps
+from snpc.page.survivors import Survivors, survivors
 from snpc.page.words import how
 from snpc.passes.account import macs_by_role
 from snpc.passes.analyze import analyze
@@ -67,6 +68,7 @@ class Report:
     equals_mask: tuple[Difference, ...]
     structure: tuple[str, ...]
     attention: Attention
+    survivors: Survivors
     warnings: tuple[str, ...]
     pins: tuple[Pin, ...]
     seconds: Mapping[str, float]
@@ -101,6 +103,7 @@ def collect(
         equals_mask=verdict.equals_mask,
         structure=verdict.structure,
         attention=attention,
+        survivors=survivors(result, calibration),
         warnings=warnings(result, decision),
         pins=analysis.pins,
         seconds=dict(result.seconds),
@@ -111,6 +114,9 @@ def done(result: Pruned) -> str:
     """What was asked for, and how it was done, in one line."""
     options = result.plan.options
     goal = f"target {options['target']}" if "target" in options else f"ratio {options.get('ratio', 'by hand')}"
+    reduction = result.plan.analysis.reduction
+    if reduction is not None:
+        goal = f"tokens {reduction.spec}" + (f"; {goal}" if options.get("roles") else "")
     spread = ", the same share of every group" if options.get("uniform") else ""
     roles = ", ".join(options.get("roles", ()))
     data = result.calibration or "no calibration data"
@@ -171,7 +177,7 @@ def warnings(result: Pruned, decision: Decision | None) -> tuple[str, ...]:
         for reason, number in Counter(compression.skipped.values()).items():
             found.append(f"{number} {plural('group', number)} selected and sliced without refitting: {reason}.")
     dead = result.plan.analysis.dead_macs
-    if dead:
+    if dead and result.plan.analysis.reduction is None:
         found.append(f"{dead:,} MACs went with rows that no output depends on; that changes no output.")
     return tuple(found)
 

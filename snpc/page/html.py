@@ -77,6 +77,7 @@ def sections(report: Report, name: str) -> Iterator[Element]:
     yield from widths(report.widths)
     yield from macs(report)
     yield from curves(report.widths)
+    yield from tokens(report)
     yield from attention(report)
     yield from rest(report)
 
@@ -224,6 +225,35 @@ def curves(items: Sequence[Width]) -> Iterator[Element]:
         )
 
 
+# -- fewer tokens ----------------------------------------------------------------------------------------------------
+
+
+def tokens(report: Report) -> Iterator[Element]:
+    found = report.survivors
+    if not found.pictures:
+        return
+    yield el("h2", None, "Which patches are left")
+    yield el(
+        "p",
+        {"class": "soft"},
+        "Calibration pictures, and what is left of them behind each block that has fewer tokens. Patches that were "
+        "dropped are nearly black; the more patches share a token, the darker they are.",
+    )
+    for picture in found.pictures:
+        images = [
+            el(
+                "figure",
+                None,
+                el("figcaption", None, f"block {stage.block}: {stage.left} of {found.tokens}"),
+                el("img", {"src": data_url(picture.shaded(stage)), "alt": f"patches left behind block {stage.block}"}),
+            )
+            for stage in picture.stages
+        ]
+        pixels = data_url(np.array(picture.pixels, np.uint8))
+        original = el("img", {"src": pixels, "alt": "calibration picture"})
+        yield el("div", {"class": "picture"}, original, el("div", {"class": "stages"}, *images))
+
+
 # -- attention maps --------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +347,8 @@ def run(report: Report) -> Element:
     rows += [(f"seconds: {name}", f"{seconds:.2f} s") for name, seconds in report.seconds.items()]
     if report.attention.reason:
         rows.append(("no attention maps", report.attention.reason))
+    if report.survivors.reason:
+        rows.append(("no pictures of tokens", report.survivors.reason))
     return table(("", ""), rows, text=(0, 1))
 
 

@@ -64,6 +64,8 @@ ul { margin: 0; padding-left: 20px; }
 .picture { display: flex; flex-wrap: wrap; gap: 16px; padding: 12px 0 20px; }
 .picture > img { width: 112px; border-radius: 4px; align-self: flex-start; }
 .layers { flex: 1 1 300px; min-width: 0; display: grid; gap: 12px; }
+.stages { flex: 1 1 300px; min-width: 0; display: flex; flex-wrap: wrap; gap: 10px 12px; }
+.stages img { width: 112px; border-radius: 4px; }
 .heads { display: flex; flex-wrap: wrap; gap: 10px 22px; }
 .pair { display: flex; gap: 4px; }
 .pair img { width: 92px; image-rendering: pixelated; border-radius: 3px; }

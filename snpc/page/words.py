@@ -19,6 +19,8 @@ def share(part: float, whole: float) -> str:
 
 def how(result: Pruned) -> str:
     """How units were chosen and weights made, in words."""
+    if not result.plan.keep:
+        return "no widths cut"
     if not result.forms:
         return f"selected by {result.plan.criterion}"
     forms = list(result.forms.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from snpc.passes.labels import Flag
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.rows import drop_dead_rows
 from snpc.passes.shapes import Facts, best_binding, evaluate, opset, weight_bytes
+from snpc.passes.tokens import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -30,30 +33,68 @@ class Analysis:
     binding: Mapping[str, int]
     traced: Traced = field(repr=False)
     dead_macs: int = 0
-    """MACs for rows that no output depends on (see ``passes.rows``); ``traced`` does without them."""
+    """MACs that are spared whatever the widths: for rows that no output depends on (see ``passes.rows``), and for
+    tokens that go; ``traced`` does without them."""
+    tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
+    reduction: TokenReduction | None = None
+    """How tokens are reduced, where they are: ``traced`` is then told by inputs which go (``snpc.tokens``)."""
+
+    @property
+    def name(self) -> str:
+        """The model, in words."""
+        tokens = f" with tokens {self.reduction.spec}" if self.reduction is not None else ""
+        return f"{self.model.path.name}{tokens}"
+
+    @property
+    def digest(self) -> str:
+        """Of all that is measured of it: the file's contents, and how tokens are reduced."""
+        if self.reduction is None:
+            return self.model.digest
+        told = json.dumps(self.reduction.to_json(), sort_keys=True)
+        return hashlib.sha256(f"{self.model.digest} {told}".encode()).hexdigest()
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)
 
 
-def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
+def analyze(model: Model, sizes: Mapping[str, int] | None = None, *, prune_kv_cache: bool = False) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
+    ``prune_kv_cache`` lets caches of keys and values become narrower, past inputs and present outputs alike.
     """
     binding, facts = best_binding(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
-    graph = drop_dead_rows(model.graph, facts)
-    if graph is None:
-        graph = model.graph
-    else:
-        facts, cost_facts = evaluate(graph, binding), evaluate(graph, quoted)
-    found = traced(graph, binding, facts)
+    tokens = find_tokens(model.graph, facts, binding)
+    return analysed(
+        model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens, kv_cache=prune_kv_cache
+    )
+
+
+def analysed(
+    model: Model,
+    graph: ir.Model,
+    bound: tuple[Mapping[str, int], Facts],
+    quoted: tuple[Mapping[str, int], Facts],
+    cost: Cost,
+    *,
+    tokens: TokenFacts = NO_TOKENS,
+    reduction: TokenReduction | None = None,
+    extra_macs: int = 0,
+    kv_cache: bool = False,
+) -> Analysis:
+    """The analysis of ``graph``, which is that of ``model`` or what became of it. ``bound`` and ``quoted``: sizes of
+    dynamic dimensions with the graph's facts there; ``cost``: the model's; ``extra_macs``: what ``reduction`` adds."""
+    (binding, facts), (at, cost_facts) = bound, quoted
+    fewer = drop_dead_rows(graph, facts)
+    if fewer is not None:
+        graph, facts, cost_facts = fewer, evaluate(fewer, binding), evaluate(fewer, at)
+    found = traced(graph, binding, facts, kv_cache)
     made = drafts(found.trace, found.units)
     groups = finish(graph, found.trace, found.units, cost_facts, made)
-    spared = cost.macs - cost_of(graph, cost_facts).macs
-    return Analysis(model, groups, pins_of(found, groups, made), cost, quoted, found, spared)
+    spared = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
+    return Analysis(model, groups, pins_of(found, groups, made), cost, at, found, spared, tokens, reduction)
 
 
 def quoted_facts(

@@ -11,6 +11,7 @@ from snpc.errors import UserError
 from snpc.types import ROLES, Group, Role
 
 DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
+Allocator = Literal["loss", "dimap"]
 TargetKind = Literal["macs", "params", "bytes", "latency"]
 
 
@@ -71,7 +72,8 @@ class Choice:
     (for a ratio: across those of a role, by score relative to their group's mean where no loss is known).
     Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has that many); no group loses more
     than ``max_ratio`` ("0.5", or by role "ffn=0.5,vo=0.3"). ``include``/``exclude``: regular expressions searched in
-    group ids.
+    group ids. ``allocator`` "dimap": how much of each group goes is read off its weights alone, one threshold per role
+    on the relative energy of units (``passes.energy``).
     """
 
     ratio: float | None = None
@@ -84,6 +86,7 @@ class Choice:
     exclude: str | None = None
     max_ratio: str | None = None
     max_drift: float | None = None
+    allocator: Allocator = "loss"
 
     def __post_init__(self) -> None:
         if [self.ratio, self.target, self.max_drift].count(None) != 2:
@@ -93,6 +96,12 @@ class Choice:
             )
         if self.target is not None:
             parse_target(self.target)
+        by_time = self.target is not None and parse_target(self.target).kind == "latency"
+        if self.allocator == "dimap" and (self.uniform or self.max_drift is not None or by_time):
+            raise UserError(
+                "--allocator dimap sets widths by weights alone: give --ratio, or --target macs=R, params=R or "
+                "bytes=R, without --uniform"
+            )
         if self.max_drift is not None and not 0 < self.max_drift < math.inf:
             raise UserError(
                 f"--max-drift {self.max_drift:g} is not above 0: it is a relative change of the outputs, such as 0.1"

@@ -14,6 +14,7 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, Target, allowed, parse_target
 from snpc.passes.descent import Descent, descent, within
+from snpc.passes.energy import module_widths
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.slice import Cuts
 from snpc.types import FloatArray, Group
@@ -43,6 +44,8 @@ class Scores:
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
     times: Times | None = None
+    energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
+    """Where asked for: group id -> [blocks, size], squared weights of each unit."""
     comparable: bool = False
     """Are scores of different groups in one unit, such as that of a loss?"""
 
@@ -99,6 +102,8 @@ def make_plan(scores: Scores, choice: Choice) -> Plan:
 
 
 def widths_for(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+    if choice.allocator == "dimap":
+        return energy_widths(groups, scores, choice)
     if choice.target is not None:
         return target_widths(groups, scores, choice)
     if choice.max_drift is not None:
@@ -139,6 +144,40 @@ def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
     return within(found, lambda name, before, after: blocks[name] * (before - after), budget)
 
 
+def energy_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+    """One threshold per role on the relative energy of units; for a target, at the ratio of all roles that reaches it.
+
+    Raises UserError where the target is out of reach.
+    """
+    if any(g.id not in scores.energies for g in groups):
+        raise UserError("allocator dimap needs the energies of weights: plan with snpc.decide")
+    if choice.target is None:
+        assert choice.ratio is not None
+        return module_widths(groups, scores.energies, choice, choice.ratio)
+    target = parse_target(choice.target)
+
+    def saved(widths: Mapping[str, int]) -> float:
+        return sum(float(savings(scores, g, target)[widths[g.id]]) for g in groups)
+
+    most = module_widths(groups, scores.energies, choice, 1.0)
+    budget, reachable, slack = budget_of(scores, target, saved(most))
+    check_reachable(choice, budget, saved(most) + slack, reachable)
+    low, high = 0.0, 1.0
+    while (high - low) * sum(g.blocks * g.size for g in groups) > 0.5:
+        middle = (low + high) / 2
+        enough = saved(module_widths(groups, scores.energies, choice, middle)) >= budget * (1 - 1e-12)
+        low, high = (low, middle) if enough else (middle, high)
+    return module_widths(groups, scores.energies, choice, high)
+
+
+def check_reachable(choice: Choice, budget: float, most: float, reachable: str) -> None:
+    if budget > most * (1 + 1e-12):
+        raise UserError(
+            f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
+            "more roles, or narrower groups"
+        )
+
+
 def way_down(groups: Sequence[Group], scores: Scores, choice: Choice) -> tuple[Descent, FloatArray]:
     """Every step towards the choice's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
     or ms. With ``max_drift`` MACs are what is to be saved."""
@@ -167,11 +206,7 @@ def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> di
     assert choice.target is not None
     found, saved = way_down(groups, scores, choice)
     budget, reachable, slack = budget_of(scores, parse_target(choice.target), float(saved[-1]))
-    if budget > saved[-1] * (1 + 1e-12) + slack:
-        raise UserError(
-            f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
-            "more roles, or narrower groups"
-        )
+    check_reachable(choice, budget, float(saved[-1]) + slack, reachable)
     return found.widths(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
 
 

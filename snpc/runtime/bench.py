@@ -16,17 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.feeds import Feeds, Shape, check_feeds, random_feeds, shape_text
-from snpc.runtime.session import open_session, prepare_run, run_session, session_inputs
+from snpc.runtime.runner import Runner, open_runner
 from snpc.types import AnyArray, FloatArray, TensorSpec
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 Call = Callable[[], object]
 
@@ -86,13 +83,14 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. ``provider`` is the session's own; ``threads`` is its setting, 0: onnxruntime chose."""
+    """Where it was measured. ``provider``: what ran the models, ``runtime``: its name and version; several of either
+    are joined. ``threads``: their setting, 0: the runtime chose."""
 
     provider: str
     threads: int
     cpu: str
     cores: int
-    onnxruntime: str
+    runtime: str
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def bench(
     """
     _check_request(paths, warmup, iterations, duration, percentiles)
     labels = _labels(paths)
-    sessions = [open_session(path, provider=provider, threads=threads) for path in paths]
-    inputs = common_inputs(labels, [session_inputs(session) for session in sessions])
+    runners = [open_runner(path, provider=provider, threads=threads) for path in paths]
+    inputs = common_inputs(labels, [runner.inputs for runner in runners])
     if data is None:
         _check_axes(inputs, batch, sizes or {})
         feeds = [random_feeds(inputs, batch=batch, shapes=shapes, sizes=sizes, seed=seed, limits=limits)]
@@ -167,11 +165,8 @@ def bench(
         raise UserError("batch, shapes, sizes and limits make random inputs; data was given, so leave them out")
     else:
         feeds = _read_feeds(inputs, data)
-    outputs = [run_session(session, feeds[0], name=label) for session, label in zip(sessions, labels, strict=True)]
-    calls = [
-        [prepare_run(session, feed, name=label) for feed in feeds]
-        for session, label in zip(sessions, labels, strict=True)
-    ]
+    outputs = [runner.run(feeds[0]) for runner in runners]
+    calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
     run_rounds(calls, iterations=warmup)
     times = run_rounds(calls, iterations=iterations, duration=duration) * 1e3
     return Bench(
@@ -180,7 +175,7 @@ def bench(
             speedup(labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed)
             for m in range(1, len(labels))
         ),
-        machine=_machine(sessions[0]),
+        machine=_machine(runners),
         shapes={name: tuple(array.shape) for name, array in feeds[0].items()},
         feeds=len(feeds),
         warmup=warmup,
@@ -350,15 +345,13 @@ def _difference(name: str, first: AnyArray, other: AnyArray) -> OutputDiff:
     return OutputDiff(name, float(gap.max(initial=0.0)))
 
 
-def _machine(session: ort.InferenceSession) -> Machine:
-    import onnxruntime as ort
-
+def _machine(runners: Sequence[Runner]) -> Machine:
     return Machine(
-        provider=session.get_providers()[0],
-        threads=session.get_session_options().intra_op_num_threads,
+        provider=", ".join(dict.fromkeys(runner.device for runner in runners)),
+        threads=runners[0].threads,
         cpu=cpu_name(),
         cores=cores(),
-        onnxruntime=ort.__version__,
+        runtime=", ".join(dict.fromkeys(runner.version for runner in runners)),
     )
 
 

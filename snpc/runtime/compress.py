@@ -20,8 +20,10 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.latency import Workload, latency_table, timed_groups
+from snpc.runtime.numbers import energies_of
 from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
+from snpc.runtime.tokens import told
 from snpc.types import FloatArray, Group
 
 
@@ -54,6 +56,12 @@ class Decision:
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
 
+    def at(self, choice: Choice) -> Decision:
+        """The same for another target: what was measured serves again. ``choice`` differs in its target only, and that
+        is a latency only if this one's is."""
+        assert self.scores is not None
+        return replace(self, plan=make_plan(self.scores, choice), choice=choice)
+
 
 def decide(
     analysis: Analysis,
@@ -81,6 +89,7 @@ def decide(
     ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
+    calibration = told(analysis, calibration, provider)
     informed = calibration is not None or statistics is not None
     method = method or default_method(calibration, informed and criterion is None)
     check_data(method, calibration, statistics)
@@ -104,6 +113,8 @@ def decide(
         found = compress(analysis, statistics, groups)
     rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
     scores = ordered(rest, found, method)
+    if choice.allocator == "dimap":
+        scores = replace(scores, energies=energies_of(analysis, groups))
     if calibration is not None and needs_curves(choice, method):
         curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
         scores = replace(scores, curves=curves)
@@ -131,7 +142,7 @@ def is_latency(choice: Choice) -> bool:
 
 def needs_curves(choice: Choice, method: Method) -> bool:
     """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
-    if choice.uniform:
+    if choice.uniform or choice.allocator == "dimap":
         return choice.max_drift is not None
     return method != "select" or choice.ratio is None
 
@@ -182,6 +193,7 @@ def compression_for(
     check_data(plan.method, calibration, statistics)
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
     if statistics is None:
+        calibration = told(plan.analysis, calibration, provider)
         assert calibration is not None
         statistics = measure_statistics(
             plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider

@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
 from snpc.types import AnyArray, TensorSpec
 
 Feeds = Mapping[str, AnyArray]
@@ -69,20 +68,6 @@ def random_feeds(
         )
         for spec in inputs
     }
-
-
-def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes directly."""
-    found: dict[str, int] = {}
-    facts = analysis.traced.facts
-    for value in analysis.model.graph.graph.inputs:
-        for node, index in value.uses():
-            table = node.inputs[0] if index == 1 and node.inputs else None
-            shape = facts.shape.get(table) if table is not None else None
-            if shape and table is not None and table.const_value is not None:
-                axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
-                found[str(value.name)] = min(int(shape[axis]), found.get(str(value.name), 1 << 30))
-    return found
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, AnyArray]:

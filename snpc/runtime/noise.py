@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
+from snpc.passes.shapes import Facts
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.calibration.check import axes_of
 from snpc.runtime.feeds import random_feeds
@@ -38,23 +39,26 @@ def random_inputs(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, An
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes."""
+    return table_rows(analysis.model.graph, analysis.traced.facts)
+
+
+def table_rows(model: ir.Model, facts: Facts) -> dict[str, int]:
+    """How many rows the table has that an integer input indexes, by the input's name."""
     found: dict[str, int] = {}
-    for value in analysis.model.graph.graph.inputs:
-        limits = table_sizes(analysis, value)
+    for value in model.graph.inputs:
+        limits = table_sizes(facts, value)
         if limits:
             found[str(value.name)] = min(limits)
     return found
 
 
-def table_sizes(analysis: Analysis, value: ir.Value) -> list[int]:
+def table_sizes(facts: Facts, value: ir.Value) -> list[int]:
     """Of every constant that ``value`` indexes, as it is or cast or reshaped."""
-    facts = analysis.traced.facts
     found: list[int] = []
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)
         if index == 0 and (spec.kind == "movement" or (spec.kind == "pointwise" and len(node.inputs) == 1)):
-            found += table_sizes(analysis, node.outputs[0])
+            found += table_sizes(facts, node.outputs[0])
         table = node.inputs[0] if index == 1 else None
         shape = facts.shape.get(table) if table is not None else None
         if shape and table is not None and table.const_value is not None:

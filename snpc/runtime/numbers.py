@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,22 @@ from snpc.types import FloatArray, Group, IntArray, Numbers, Site
 def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
     produce: Mapping[str, FloatArray]
     consume: Mapping[str, FloatArray]
-    produce, consume = head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group)
+    produce, consume = head_rows(analysis, group) if group.role == "head" else ({}, {})
+    if not produce and not consume:  # heads may have an axis of their own
+        produce, consume = own_rows(analysis, group)
     return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
+
+
+def energies_of(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:
+    """group id -> [blocks, size]: squares of all weights that make a unit or read it, added up."""
+    found = {}
+    for group in groups:
+        made = numbers_of(analysis, group, {}, 0)
+        total = np.zeros(group.blocks * group.size)
+        for rows in (*made.produce.values(), *made.consume.values()):
+            total += np.square(rows).sum(1)
+        found[group.id] = total.reshape(group.blocks, group.size)
+    return found
 
 
 class Rows(Mapping[str, FloatArray]):

@@ -33,6 +33,7 @@ from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.statistics import Statistics
+from snpc.runtime.tokens import check_tokens, told
 from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Verdict
 
@@ -160,6 +161,8 @@ def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwa
             plan, source = fitted(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
+        if analysis.reduction is not None:
+            analysis.reduction.close(rewritten.model)
         clean(rewritten.model)
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
@@ -195,6 +198,8 @@ def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
+    calibration = told(plan.analysis, calibration, means.provider)
+    means = replace(means, calibration=calibration)
     plan = settled(compression, plan)
     rest = without(plan, normed)
     source = plan.analysis.traced
@@ -207,7 +212,7 @@ def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
 
 
 def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
-    if plan.method == "auto" and means.calibration is not None:
+    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
         try:
             return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
         except NotSequential:
@@ -258,13 +263,14 @@ def verify_written(
     rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str
 ) -> Verdict:
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path)
+    structure = check_structure(analysis.model.path, path, rewritten.interface())
     tolerance = tolerance_of(analysis.model)
     large = too_large_to_run(analysis.model) if provider == "cpu" else ""
     if large:
         said = f"outputs were not compared: {large}; compare them on a larger machine with `snpc verify`"
         return Verdict((*structure, said), (), (), "nothing", tolerance)
     batches, compared = check_batches(analysis, calibration)
+    fed: list[Feeds] = batches
     try:
         dense = outputs_of(analysis.model.path, batches, provider)
     except NotLoaded as error:  # an operator that this onnxruntime does not have, say: nothing can be run
@@ -273,7 +279,10 @@ def verify_written(
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
-    same, moved = compare_models(dense, path, rewritten, batches, provider)
+    if analysis.reduction is not None:
+        fed, said = check_tokens(analysis, path, batches, tolerance, provider)
+        structure = (*structure, said)
+    same, moved = compare_models(dense, path, rewritten, batches, provider, fed)
     return Verdict(structure, same, moved, compared, tolerance)
 
 
@@ -292,15 +301,20 @@ def verify(
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
-    structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
+    fed: list[Feeds] = batches
+    tokens: tuple[str, ...] = ()
     if plan is not None:
+        if analysis.reduction is not None:
+            fed, said = check_tokens(analysis, pruned, batches, tolerance_of(analysis.model), provider)
+            tokens = (said,)
         compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
         plan, source = fitted(plan, Means(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
-    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider)
-    verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
+    structure = check_structure(original, pruned, rewritten.interface() if rewritten is not None else None)
+    same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider, fed)
+    verdict = Verdict((*structure, *tokens), same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)
     return verdict
 
@@ -327,6 +341,7 @@ def report(result: Pruned) -> dict[str, Any]:
         "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.binding),
+        "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verdict),

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,10 +64,14 @@ def open_session(
     threads: int = 0,
     optimise: Optimise = "all",
     lean: bool = False,
+    entries: Mapping[str, str] | None = None,
+    saved: Path | None = None,
 ) -> ort.InferenceSession:
     """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
     ``lean`` holds each weight once: slower runs, less memory, for a session that runs a few times only.
+
+    ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
 
     ``threads``: intra-op threads, 0 leaves the number to onnxruntime. UserError: the provider is not in this
     onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
@@ -85,7 +89,7 @@ def open_session(
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _options(threads, optimise, lean),
+            _options(threads, optimise, lean, entries or {}, saved),
             providers=_provider_chain(wanted),
             enable_fallback=0,
         )
@@ -94,6 +98,20 @@ def open_session(
     if wanted not in session.get_providers():
         raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
+
+
+def save_optimised(
+    model: Path, target: Path, *, provider: str = "cpu", form: Literal["ONNX", "ORT"] = "ONNX", external: str = ""
+) -> None:
+    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
+
+    ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
+    """
+    entries: dict[str, str] = {"session.save_model_format": form}
+    if external:
+        entries["session.optimized_model_external_initializers_file_name"] = external
+        entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
+    open_session(model, provider=provider, entries=entries, saved=target)
 
 
 def resolve_provider(provider: str) -> str:
@@ -149,7 +167,9 @@ def first_lines(error: Exception, count: int = 1) -> str:
     return " ".join(lines[:count]) or type(error).__name__
 
 
-def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions:
+def _options(
+    threads: int, optimise: Optimise, lean: bool, entries: Mapping[str, str], saved: Path | None
+) -> ort.SessionOptions:
     import onnxruntime as ort
 
     levels = {
@@ -165,6 +185,10 @@ def _options(threads: int, optimise: Optimise, lean: bool) -> ort.SessionOptions
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if saved is not None:
+        options.optimized_model_filepath = str(saved)
     return options
 
 

@@ -79,7 +79,9 @@ def with_biases(compression: Compression, plan: Plan) -> Traced:
     readers = [reader for g in groups if forms[g.id] != "scores" for reader in readers_of(source, g)]
     nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
     missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
-    return traced(edited(source, Edits({}, dict(missing))), source.sizes) if missing else source
+    if not missing:
+        return source
+    return traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
 
 
 def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
@@ -146,8 +148,8 @@ def borders(analysis: Analysis) -> tuple[str, ...]:
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
     base = analysis.traced
     forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
-    refitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
-    nodes = [node for g in refitted for reader in readers_of(base, g) for node in reader.nodes]
+    fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
+    nodes = [node for g in fitted for reader in readers_of(base, g) for node in reader.nodes]
     found = {str(stream_behind(base, node.outputs[0]).name) for node in nodes}
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
 

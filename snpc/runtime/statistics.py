@@ -112,8 +112,7 @@ def measure_statistics(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted or gates else 0
-    model = analysis.model
-    return Statistics(model.path.name, model.digest, spelled, samples, (calibration.described(),), totals.sums)
+    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.described(),), totals.sums)
 
 
 class Totals:
@@ -210,8 +209,8 @@ def finite(array: AnyArray) -> FloatArray:
 
 def check_model(statistics: Statistics, analysis: Analysis) -> None:
     """Raise UserError where the statistics are not of this model."""
-    if statistics.digest != analysis.model.digest:
+    if statistics.digest != analysis.digest:
         raise UserError(
             f"the statistics are of another model ({statistics.model}, digest {statistics.digest[:12]}), not of "
-            f"{analysis.model.path.name} ({analysis.model.digest[:12]}): measure this one (--calib, --save-stats)"
+            f"{analysis.name} ({analysis.digest[:12]}): measure this one (--calib, --save-stats)"
         )

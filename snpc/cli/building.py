@@ -1,0 +1,157 @@
+"""``snpc build``, and what ``snpc prune --build`` shares with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snpc import show
+from snpc.cli.options import FILE, as_json, building, calibrating, model_argument, running, target_name
+from snpc.cli.requests import calibration_of, check_targets, numbers, split_flags
+from snpc.errors import UserError
+
+NAMES = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace", "timing_cache")
+
+
+@click.command()
+@model_argument
+@click.option("--target", required=True, metavar="NAME", callback=target_name, help="Runtime to build for, see below.")
+@click.option("-o", "--output", type=FILE, help="The artefact.  [default: MODEL-TARGET and the target's suffix]")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples to time candidates on.")
+@click.option("--emit-script", is_flag=True, help="trt: write the model and a trtexec line instead of an engine.")
+@building
+@calibrating
+@running
+@as_json
+def build(
+    model: Path,
+    target: str,
+    output: Path | None,
+    batch: int,
+    emit_script: bool,
+    json_path: Path | None,
+    provider: str,
+    **flags: Any,
+) -> None:
+    """Make MODEL into what a runtime loads fastest; load it again and compare its outputs.
+
+    \b
+    Targets:
+      ort       onnxruntime's optimised graph as .onnx and .ort, attention fused where that is faster
+      openvino  OpenVINO IR (.xml and .bin)
+      trt-rtx   TensorRT for RTX engine for the compute capabilities of --sm, built without a GPU
+      trt       TensorRT engine for this machine's GPU; --emit-script: what builds it elsewhere
+    """
+    import snpc
+    from snpc.runtime.model_io import model_files
+
+    rest, calib = split_flags(flags)
+    loaded = snpc.load(model)
+    check_targets([output, json_path], *model_files(model), calib["calib"])
+    calibration = calibration_of(snpc.analyze(loaded) if calib["calib"] else None, **calib)
+    made = built(model, target, output, calibration, provider, batch=batch, emit_script=emit_script, **rest)
+    show.emit_json(build_json(made), json_path)
+    if str(json_path) != "-":
+        show.build(made)
+
+
+def built(
+    model: Path,
+    target: str,
+    output: Path | None,
+    calibration: Any,
+    provider: str,
+    *,
+    batch: int | None,
+    **flags: Any,
+) -> Any:
+    """Build as the flags of ``building`` say."""
+    import snpc
+
+    asked = wanted(provider, calibration, batch or 1, **flags)
+    return snpc.build(model, target, output, **asked)
+
+
+def checked(
+    build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
+) -> list[Path]:
+    """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
+    from snpc.targets.make import check_build
+
+    if build is None:
+        return []
+    asked = wanted(provider, None, batch or 1, **flags)
+    return [check_build(model, build, None, asked["precision"], provider, calibrated, asked["options"])]
+
+
+def artefact_of(
+    build: str | None, latency: bool, provider: str, calibration: Any, batch: int | None, **flags: Any
+) -> Any:
+    """What a latency is measured on: the artefact that will be built, or None for the model itself."""
+    import snpc
+
+    return snpc.artefact(build, **wanted(provider, calibration, batch or 1, **flags)) if build and latency else None
+
+
+def wanted(
+    provider: str,
+    calibration: Any,
+    batch: int,
+    *,
+    precision: str | None,
+    min_shapes: tuple[str, ...],
+    opt_shapes: tuple[str, ...],
+    max_shapes: tuple[str, ...],
+    sm: str | None,
+    workspace: int | None,
+    timing_cache: Path | None,
+    emit_script: bool = False,
+) -> dict[str, Any]:
+    """The arguments of ``snpc.build`` that the flags of ``building`` stand for."""
+    import snpc
+    from snpc.runtime.feeds import parse_shapes
+
+    options = snpc.BuildOptions(
+        min_shapes=parse_shapes(min_shapes),
+        opt_shapes=parse_shapes(opt_shapes),
+        max_shapes=parse_shapes(max_shapes),
+        sm=numbers(sm, "--sm", int, range(1, 17)) or (),
+        workspace=workspace,
+        timing_cache=timing_cache,
+        emit_script=emit_script,
+    )
+    return {
+        "precision": precision or "fp32",
+        "provider": provider,
+        "calibration": calibration,
+        "batch": batch,
+        "options": options,
+    }
+
+
+def split_build(flags: dict[str, Any], target: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the rest, the flags of ``building``), which say nothing without a target."""
+    mine = {name: flags[name] for name in NAMES}
+    given = [name for name, value in mine.items() if value]
+    if target is None and given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for a build: give --build TARGET too, or leave it out")
+    return {k: v for k, v in flags.items() if k not in NAMES}, mine
+
+
+def build_json(made: Any) -> dict[str, Any]:
+    """What ``--json`` writes."""
+    return {
+        "snpc_build": 1,
+        "path": str(made.path),
+        "files": [str(file) for file in made.files],
+        "target": made.target,
+        "precision": made.precision,
+        "seconds": round(made.seconds, 3),
+        "bytes": made.bytes,
+        "weights": made.weights,
+        "notes": list(made.notes),
+        "drift": [asdict(d) for d in made.drift],
+    }

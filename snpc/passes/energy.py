@@ -1,0 +1,42 @@
+"""How much of each layer can go, from weights alone: DIMAP (Data-independent Module-Aware Pruning, ICLR 2024, arXiv
+2404.13648).
+
+The change of a network's outputs by what one layer loses is bounded by the share of the layer's energy that is lost,
+whatever the layer (eq. 8). So units are ranked across the layers of a module (query and key, value and output, hidden
+layers: the roles) by energy over that of all units of the layer that hold as much or more, and one threshold per module
+decides. The paper prunes single weights; here a unit's weights go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from snpc.passes.choice import Choice
+from snpc.passes.descent import descent
+from snpc.types import FloatArray, Group
+
+
+def relative_energy(energies: FloatArray) -> FloatArray:
+    """[blocks, size] squared weights of units -> [size]: of the units that go together (the k-th least of every block)
+    the energy over that of all units that hold as much or more, least first; between 0 and 1, rising."""
+    ordered = np.sort(energies, axis=1).sum(0)
+    left = np.cumsum(ordered[::-1])[::-1]
+    found: FloatArray = ordered / np.maximum(left, 1e-300)
+    return found
+
+
+def module_widths(
+    groups: Sequence[Group], energies: Mapping[str, FloatArray], choice: Choice, ratio: float
+) -> dict[str, int]:
+    """Widths at which the share ``ratio`` of the units of every role is gone, those of least relative energy."""
+    found: dict[str, int] = {}
+    for role in dict.fromkeys(g.role for g in groups):
+        mine = [g for g in groups if g.role == role]
+        costs = {g.id: relative_energy(energies[g.id]) for g in mine}
+        way = descent(mine, costs, dict.fromkeys(costs, 1.0), choice)
+        gone = way.along({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
+        budget = ratio * sum(g.blocks * g.size for g in mine)
+        found |= way.widths(int(np.flatnonzero(gone <= budget + 1e-9)[-1]))
+    return found

@@ -1,0 +1,372 @@
+"""Where tokens go: a token axis followed forwards from one value, through everything that is made of it.
+
+Every value behind gets the axes along which it has the tokens. What works per token, and attention over all of them,
+goes on with fewer tokens as with many; what does not raises ``Stuck`` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.attention import form
+from snpc.ops.spec import SUMMED, Blocked, Call, OpSpec
+from snpc.passes.even import is_even
+from snpc.passes.segment import reads
+from snpc.passes.shapes import Facts, opset, subgraphs
+
+
+class Stuck(Exception):
+    """The tokens cannot be followed through ``node`` with another number of them."""
+
+    def __init__(self, node: ir.Node | None, tensor: str, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.tensor, self.reason = node, tensor, reason
+
+    @property
+    def operator(self) -> str:
+        return f"{self.node.op_type} {self.node.name}" if self.node is not None else "the model"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The axes of a value that hold the tokens: axis -> how many leading ones are left out. ``weighed``: those of them
+    along which the entries are weights already (a softmax made them)."""
+
+    axes: dict[int, int]
+    weighed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Input ``index`` of ``node`` holds scores of tokens along ``axis`` (``leading`` left out), before their softmax;
+    of a fused node (``axis`` -1) the softmax is inside."""
+
+    node: ir.Node
+    index: int
+    axis: int
+    leading: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
+    many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
+
+    node: ir.Node
+    index: int
+    axes: dict[int, int]
+    even: bool
+    name: str
+
+
+@dataclass
+class Flow:
+    """What was met on the way.
+
+    ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens; ``pools``: means over tokens;
+    ``sums``: other sums over tokens, in which none has a weight; ``sides``: what has an entry for each of them.
+    """
+
+    marks: dict[ir.Value, Marks] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
+    reads: set[int] = field(default_factory=set)
+    weighings: list[Weighing] = field(default_factory=list)
+    pools: list[Weighing] = field(default_factory=list)
+    sums: list[ir.Node] = field(default_factory=list)
+    sides: list[Side] = field(default_factory=list)
+    stuck: Stuck | None = None
+
+
+def flow_from(model: ir.Model, facts: Facts, value: ir.Value, axis: int) -> Flow:
+    """Follow the tokens of ``value`` as far as they can be followed; ``Flow.stuck`` says what ended it."""
+    flow = Flow({value: Marks({axis: 0})})
+    try:
+        if value.is_graph_output():
+            raise Stuck(None, str(value.name), f"output {value.name} has all tokens")
+        for node in model.graph:
+            if any(v in flow.marks for v in reads(node)):
+                flow.nodes.append(node)
+                follow(Step(model, facts, flow, node))
+    except Stuck as stuck:
+        flow.stuck = stuck
+    return flow
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node on the way."""
+
+    model: ir.Model
+    facts: Facts
+    flow: Flow
+    node: ir.Node
+
+    @property
+    def spec(self) -> OpSpec:
+        return lookup(self.node.domain, self.node.op_type)
+
+    @property
+    def call(self) -> Call:
+        return self.facts.call(self.node, opset(self.model, self.node.domain))
+
+    def marks(self, index: int) -> Marks | None:
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return self.flow.marks.get(value) if value is not None else None
+
+    def name(self, index: int) -> str:
+        value = self.node.inputs[index]
+        return str(value.name) if value is not None else ""
+
+    def stuck(self, index: int, reason: str) -> Stuck:
+        return Stuck(self.node, self.name(index), reason)
+
+
+def follow(step: Step) -> None:
+    """Mark the outputs of one node."""
+    node = step.node
+    if subgraphs(node):
+        raise Stuck(node, str(node.name), "control flow: its body is not analysed")
+    values = [v for v in (*node.inputs, *node.outputs[:1]) if v is not None]
+    if step.spec.kind != "shape" and any(step.facts.shape.get(v) is None for v in values):
+        raise Stuck(node, str(node.outputs[0].name), "its shape cannot be worked out")
+    found = RULES[step.spec.kind](step)
+    for value, marks in zip(node.outputs, found, strict=False):
+        if marks is None or not marks.axes:
+            continue
+        if value.is_graph_output():
+            raise Stuck(node, str(value.name), f"output {value.name} has all tokens")
+        step.flow.marks[value] = marks
+
+
+Found = Sequence[Marks | None]
+
+
+def moved_to_right(marks: Marks, shift: int) -> Marks:
+    return Marks({axis + shift: k for axis, k in marks.axes.items()}, frozenset(a + shift for a in marks.weighed))
+
+
+def joined(step: Step, parts: Sequence[tuple[int, Marks]]) -> Marks:
+    axes: dict[int, int] = {}
+    weighed: frozenset[int] = frozenset()
+    for index, marks in parts:
+        for axis, leading in marks.axes.items():
+            if axes.setdefault(axis, leading) != leading:
+                raise step.stuck(index, "tokens meet others than themselves")
+        weighed |= marks.weighed
+    return Marks(axes, weighed)
+
+
+def pointwise(step: Step) -> Found:
+    rank = len(step.call.outs[0])
+    parts = []
+    for index in range(len(step.node.inputs)):
+        marks = step.marks(index)
+        if marks is not None:
+            parts.append((index, moved_to_right(marks, rank - len(step.call.shape(index)))))
+    whole = joined(step, parts)
+    for index in range(len(step.node.inputs)):
+        if not step.call.has(index):
+            continue
+        shape = step.call.shape(index)
+        mine = dict(parts).get(index, Marks({})).axes
+        own = {axis - rank + len(shape): whole.axes[axis] for axis in whole.axes.keys() - mine.keys()}
+        own = {axis: leading for axis, leading in own.items() if axis >= 0 and shape[axis] > 1}
+        if own:
+            beside(step, index, own, len(whole.axes) > 1)
+    return [whole] * len(step.node.outputs)
+
+
+def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
+    """What has entries for tokens, but is not made of them: a mask along one axis can be picked from as the tokens are,
+    and what has the same entries everywhere needs one only."""
+    value = step.node.inputs[index]
+    assert value is not None
+    shape = step.call.shape(index)
+    even = is_even(step.model, step.facts, value, tuple(axes))
+    masks = (
+        len(axes) == 1 and not any(axes.values()) and len(shape) == 4 and min(axes) > 0 and value.const_value is None
+    )
+    if value in step.flow.marks or not (even or masks):
+        positions = "every pair of positions" if pairs else "every position"
+        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}")
+    step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
+
+
+def normalise(step: Step) -> Found:
+    spec, call = step.spec, step.call
+    data = spec.data or (0,)
+    if step.marks(data[0]) is None or any(step.marks(k) is not None for k in range(len(call.shapes)) if k not in data):
+        raise step.stuck(0, "a parameter of it has tokens")
+    whole = joined(step, [(k, m) for k in data if (m := step.marks(k)) is not None])
+    if any(step.marks(k) is None for k in data):
+        raise step.stuck(data[-1], "tokens meet others than themselves")
+    axes = set(spec.axes(call) if spec.axes is not None else ())
+    over = axes & whole.axes.keys()
+    if over and spec.reason != SUMMED:
+        raise step.stuck(0, spec.reason or "statistics are taken over all tokens")
+    if over and len(axes) > 1:
+        raise step.stuck(0, "it sums over more than the tokens")
+    for axis in over:
+        step.flow.weighings.append(Weighing(step.node, 0, axis, whole.axes[axis]))
+    whole = Marks(whole.axes, whole.weighed | over)
+    return [whole if call.outs[k] == call.outs[0] else None for k in range(len(call.outs))]
+
+
+def reduce(step: Step) -> Found:
+    marks, call = step.marks(0), step.call
+    if marks is None or step.spec.axes is None:
+        raise step.stuck(0, "an axis that depends on tokens")
+    axes = set(step.spec.axes(call))
+    over = axes & marks.axes.keys()
+    for axis in over - marks.weighed:
+        if step.spec.pins == "norm":
+            step.flow.pools.append(Weighing(step.node, 0, axis, marks.axes[axis]))
+        else:
+            step.flow.sums.append(step.node)
+    kept = len(call.outs[0]) == len(call.shape(0))
+    left = {axis: k for axis, k in marks.axes.items() if axis not in over}
+    place = {a: a if kept else a - sum(gone < a for gone in axes) for a in left}
+    return [Marks({place[a]: k for a, k in left.items()}, frozenset(place[a] for a in marks.weighed - over))]
+
+
+def contraction(step: Step) -> Found:
+    spec, call = step.spec, step.call
+    assert spec.letters is not None
+    try:
+        letters = spec.letters(call)
+    except Blocked as block:
+        raise step.stuck(0, block.reason) from None
+    terms = dict(zip(spec.operands, (letters.left, letters.right), strict=True))
+    if any(step.marks(k) is not None for k in range(len(call.shapes)) if k not in terms):
+        raise step.stuck(spec.bias or 0, "its bias has tokens")
+    marked = {k: {t[a]: n for a, n in m.axes.items()} for k, t in terms.items() if (m := step.marks(k)) is not None}
+    weighed = {t[a] for k, t in terms.items() if (m := step.marks(k)) is not None for a in m.weighed}
+    axes: dict[int, int] = {}
+    for index, here in marked.items():
+        other = next(k for k in terms if k != index)
+        for letter, leading in here.items():
+            if letter in letters.windowed:
+                raise step.stuck(index, "tokens are seen through a window")
+            twin = letter in terms[other] and call.shape(other)[terms[other].index(letter)] > 1
+            if twin and marked.get(other, {}).get(letter) != leading:
+                raise step.stuck(other, "it mixes tokens by position")
+            if letter in letters.out:
+                axes[letters.out.index(letter)] = leading
+            elif not twin:
+                raise step.stuck(index, SUMMED)
+            elif letter not in weighed:
+                step.flow.sums.append(step.node)
+    if spec.bias is not None and spec.bias_letters is not None and call.has(spec.bias):
+        wide = [c for c, n in zip(spec.bias_letters(call), call.shape(spec.bias), strict=False) if n > 1]
+        if any(letters.out.index(c) in axes for c in wide):
+            raise step.stuck(spec.bias, "it holds a number for positions")
+    return [Marks(axes, frozenset(letters.out.index(c) for c in weighed if c in letters.out))]
+
+
+def movement(step: Step) -> Found:
+    marks, call = step.marks(0), step.call
+    if marks is None or any(step.marks(k) is not None for k in range(1, len(call.shapes))):
+        raise step.stuck(0, "where values go depends on tokens")
+    found: list[dict[int, int]] = [{} for _ in step.node.outputs]
+    weighed: list[set[int]] = [set() for _ in step.node.outputs]
+    for axis, leading in marks.axes.items():
+        for index, place in enumerate(places(step, call, axis, leading)):
+            if place is not None:
+                found[index][place[0]] = place[1]
+                weighed[index] |= {place[0]} if axis in marks.weighed else set()
+    return [Marks(axes, frozenset(w)) for axes, w in zip(found, weighed, strict=True)]
+
+
+def places(step: Step, call: Call, axis: int, leading: int) -> list[tuple[int, int] | None]:
+    """Of every output: the axis that holds the tokens now, and how many leading ones are left out; None where it holds
+    a few that are read by number."""
+    size = call.shape(0)[axis]
+    view = [1] * len(call.shape(0))
+    view[axis] = size
+    assert step.spec.move is not None
+    try:
+        moved = step.spec.move(call, np.arange(size, dtype=np.int32).reshape(view))
+    except Blocked as block:
+        raise step.stuck(0, block.reason) from None
+    found: list[tuple[int, int] | None] = []
+    for labels in moved:
+        axes = [k for k, n in enumerate(labels.shape) if n > 1]
+        flat = labels.reshape(-1)
+        if len(axes) == 1 and 2 * len(flat) > size:
+            if (np.diff(flat) != 1).any() or flat[-1] != size - 1:
+                raise step.stuck(0, "tokens are laid out in another order, or together with something else")
+            found.append((axes[0], leading + int(flat[0])))
+        elif len(axes) <= 1:
+            step.flow.reads |= {leading + int(k) for k in flat}
+            found.append(None)
+        else:
+            raise step.stuck(0, "tokens are laid out on several axes")
+    return found
+
+
+def concat(step: Step) -> Found:
+    call = step.call
+    axis = int(call.attrs["axis"]) % len(call.outs[0])
+    parts = [(k, m) for k in range(len(call.shapes)) if (m := step.marks(k)) is not None]
+    whole = joined(step, parts)
+    if axis in whole.axes:
+        raise step.stuck(parts[0][0], "tokens are laid beside others")
+    for index in range(len(call.shapes)):
+        mine = step.marks(index)
+        if mine is None or mine.axes != whole.axes:
+            raise step.stuck(index, "tokens are laid beside what is made for all positions")
+    return [whole]
+
+
+def attention(step: Step) -> Found:
+    node, call = step.node, step.call
+    shape = form(call, node.domain)
+    if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
+        raise step.stuck(shape.query, "which tokens see each other depends on their order")
+    entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
+    if any(k is not None and call.has(k) for k in entering):
+        raise step.stuck(shape.query, "a mask, a cache or a table for all positions enters it")
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        raise step.stuck(shape.query, "it hands out the keys and values of all positions")
+    query, key, value = (step.marks(k) for k in (shape.query, shape.key, shape.value))
+    if shape.packed:
+        key = value = query
+    if key is not None and value is not None and key.axes == value.axes:
+        step.flow.weighings.append(Weighing(node, shape.key, -1, next(iter(key.axes.values()))))
+    elif key is not None or value is not None:
+        raise step.stuck(shape.key, "tokens meet others than themselves")
+    return [query]
+
+
+def shape_only(step: Step) -> Found:
+    return []
+
+
+def by_position(step: Step) -> Found:
+    index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
+    raise step.stuck(index, "what it does to tokens depends on their positions")
+
+
+def opaque(step: Step) -> Found:
+    index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
+    raise step.stuck(index, step.spec.reason)
+
+
+RULES: dict[str, Callable[[Step], Found]] = {
+    "movement": movement,
+    "concat": concat,
+    "pointwise": pointwise,
+    "contraction": contraction,
+    "normalise": normalise,
+    "reduce": reduce,
+    "attention": attention,
+    "rotary": by_position,
+    "scatter": by_position,
+    "shape": shape_only,
+    "opaque": opaque,
+}

@@ -1,0 +1,291 @@
+"""graph -> graph: attention in separate nodes becomes one node of onnxruntime's, with the same numbers.
+
+No pattern of any exporter is looked for. An attention is what lies around a softmax: a product of two activations
+before it, one after it, and scaling, a bias and movement between. That the query, key and value are columns of
+``[batch, length, heads * width]`` values further up is read from where their positions go (see ``positions``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from snpc.ops import lookup
+from snpc.ops.spec import Shape
+from snpc.ops.writing import (
+    CONCAT,
+    EXPAND,
+    GATHER,
+    MICROSOFT,
+    MULTIHEAD,
+    RESHAPE,
+    SHAPE,
+    SLICE,
+    SOFTMAX,
+    SPLIT,
+    TRANSPOSE,
+)
+from snpc.passes.positions import Place, Unfit, merged, only_reader, place
+from snpc.passes.scale import scalar_of
+from snpc.passes.shapes import Facts, attributes, best_binding, opset
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention in separate nodes: where its parts are, and the value that the fused node gives instead."""
+
+    query: Place
+    key: Place
+    value: Place
+    scale: float
+    bias: ir.Value | None
+    out: ir.Value
+
+
+@dataclass
+class Work:
+    """The graph being changed; constants and splits that several fused nodes share are made once."""
+
+    model: ir.Model
+    facts: Facts
+    splits: dict[tuple[ir.Value, tuple[int, ...]], tuple[ir.Value, ...]] = field(default_factory=dict)
+    biases: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
+    count: int = 0
+
+    def name(self, hint: str) -> str:
+        self.count += 1
+        return f"{hint}__fused{self.count}"
+
+    def constant(self, numbers: list[int], hint: str) -> ir.Value:
+        name = self.name(hint)
+        value = ir.Value(name=name, const_value=ir.Tensor(np.asarray(numbers, np.int64), name=name))
+        self.model.graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        op: str,
+        inputs: list[ir.Value | None],
+        attrs: list[ir.Attr],
+        hint: str,
+        *,
+        outputs: int = 1,
+        domain: str = "",
+    ) -> tuple[ir.Value, ...]:
+        made = ir.Node(domain, op, inputs, attrs, num_outputs=outputs, name=self.name(hint))
+        for k, value in enumerate(made.outputs):
+            value.name = f"{made.name}_out{k}"
+        self.model.graph.append(made)
+        return tuple(made.outputs)
+
+
+def fuse_attention(model: ir.Model) -> tuple[ir.Model, int]:
+    """A copy of a canonical ``model`` with every attention that allows it as one com.microsoft.MultiHeadAttention, and
+    how many those are. Q and V may differ in width; scale and additive bias are carried over as they are."""
+    copy = model.clone()
+    _, facts = best_binding(copy)
+    work = Work(copy, facts)
+    count = 0
+    for node in [n for n in copy.graph if n.op_type == SOFTMAX and n.domain in ("", "ai.onnx")]:
+        try:
+            found = attention_at(node, facts, opset(copy))
+        except Unfit:
+            continue
+        replace(found, work)
+        count += 1
+    if count:
+        copy.graph.opset_imports.setdefault(MICROSOFT, 1)
+        common.RemoveUnusedNodesPass()(copy)
+        copy.graph.sort()
+    return copy, count
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def attention_at(softmax: ir.Node, facts: Facts, version: int) -> Attention:
+    """The attention around ``softmax``. Raises Unfit."""
+    scores_shape = facts.shape.get(softmax.outputs[0])
+    axes = lookup("", SOFTMAX).axes
+    if scores_shape is None or len(scores_shape) != 4 or axes is None or axes(facts.call(softmax, version)) != (3,):
+        raise Unfit("the softmax is not over the last of four axes")
+    scores, scale, bias = before(softmax, facts)
+    context = after(softmax, facts)
+    query, key, transposed = operands(scores, facts, version)
+    _, value, flipped = operands(context, facts, version)
+    sides = ((query, False), (key, not transposed), (value, flipped))
+    q, k, v = places = tuple(place(value, swapped, facts, version) for value, swapped in sides)
+    if places[0].width != places[1].width or len({p.heads for p in places}) != 1:
+        raise Unfit("heads or widths of query, key and value do not fit")
+    if bias is not None:
+        check_bias(bias, scores_shape, facts)
+    out = merged(context.outputs[0], facts, version)
+    factor = scale * places[0].factor * places[1].factor
+    if places[2].factor != 1.0:
+        raise Unfit("the value is scaled on the way")
+    return Attention(q, k, v, factor, bias, out)
+
+
+def before(softmax: ir.Node, facts: Facts) -> tuple[ir.Node, float, ir.Value | None]:
+    """(the product that makes the scores, what they are multiplied by, what is added to them after that)."""
+    value, scale, bias = softmax.inputs[0], 1.0, None
+    while value is not None and (node := value.producer()) is not None:
+        only_reader(value)
+        spec = lookup(node.domain, node.op_type)
+        if spec.kind == "contraction":
+            return node, scale * float(attributes(node).get("alpha", 1.0)), bias
+        scalar, _ = scalar_of(node, facts)
+        if scalar is not None:
+            scale *= scalar.factor
+            value = node.inputs[1 - scalar.index]
+        elif keeps(node, facts):
+            value = node.inputs[0]
+        elif spec.kind == "pointwise" and spec.effect == "add" and not spec.subtracts and len(node.inputs) == 2:
+            if bias is not None or scale != 1.0:
+                raise Unfit("the scores are added to twice, or scaled after it")
+            value, bias = scored_first(node, facts)
+        else:
+            raise Unfit(f"{node.op_type} lies between scores and softmax")
+    raise Unfit("no product makes the scores")
+
+
+def scored_first(node: ir.Node, facts: Facts) -> tuple[ir.Value, ir.Value]:
+    """(scores, bias) of a sum: the scores are what a product makes, by way of scaling at most."""
+    left, right = node.inputs
+    assert left is not None and right is not None
+    hits = [v for v in (left, right) if from_product(v, facts)]
+    if len(hits) != 1:
+        raise Unfit("it is not clear which summand is the scores")
+    return hits[0], right if hits[0] is left else left
+
+
+def from_product(value: ir.Value, facts: Facts) -> bool:
+    node = value.producer()
+    while node is not None:
+        spec = lookup(node.domain, node.op_type)
+        if spec.kind == "contraction":
+            return all(v is None or v.const_value is None for v in node.inputs[:2])
+        scalar, _ = scalar_of(node, facts)
+        if scalar is None and not keeps(node, facts):
+            return False
+        value_in = node.inputs[1 - scalar.index] if scalar is not None else node.inputs[0]
+        node = value_in.producer() if value_in is not None else None
+    return False
+
+
+def after(softmax: ir.Node, facts: Facts) -> ir.Node:
+    """The product of weights and values."""
+    weights = softmax.outputs[0]
+    node = only_reader(weights)
+    while keeps(node, facts):
+        weights = node.outputs[0]
+        node = only_reader(weights)
+    if lookup(node.domain, node.op_type).kind != "contraction" or attributes(node).get("alpha", 1.0) != 1.0:
+        raise Unfit(f"{node.op_type} reads the weights")
+    if node.inputs[0] is not weights:
+        raise Unfit("the weights are not the left operand")
+    return node
+
+
+def keeps(node: ir.Node, facts: Facts) -> bool:
+    """A node that hands its input on as it is: a cast to the same type, a dropout."""
+    spec = lookup(node.domain, node.op_type)
+    source = node.inputs[0] if node.inputs else None
+    same = source is not None and facts.dtype.get(source) == facts.dtype.get(node.outputs[0])
+    return spec.kind == "pointwise" and spec.effect == "same" and same
+
+
+def operands(node: ir.Node, facts: Facts, version: int) -> tuple[ir.Value, ir.Value, bool]:
+    """(left [B,H,M,K], right, whether right is [B,H,N,K] and not [B,H,K,N]) of a product over two batch axes."""
+    letters_of = lookup(node.domain, node.op_type).letters
+    left, right = node.inputs[:2]
+    if letters_of is None or left is None or right is None:
+        raise Unfit("a product that is not spelled out")
+    if any(len(facts.shape.get(v) or ()) != 4 for v in (left, right)):
+        raise Unfit("a product without two batch axes")
+    letters = letters_of(facts.call(node, version))
+    batch, summed = letters.left[:2], letters.left[3]
+    if (letters.right[:2], letters.out[:2]) != (batch, batch) or summed not in letters.right[2:]:
+        raise Unfit("a product that sums over another axis")
+    if letters.out[2:] != letters.left[2] + letters.right[2:].replace(summed, ""):
+        raise Unfit("a product laid out otherwise")
+    return left, right, letters.right[3] == summed
+
+
+def check_bias(bias: ir.Value, scores: Shape, facts: Facts) -> None:
+    shape = facts.shape.get(bias)
+    if shape is None or len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, scores, strict=True)):
+        raise Unfit("the bias does not have four axes that broadcast")
+    if shape[3] != scores[3]:
+        raise Unfit("the bias is one number per query")
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def replace(found: Attention, work: Work) -> None:
+    query, key, value = parts(found, work)
+    attrs = [ir.AttrInt64("num_heads", found.query.heads), ir.AttrFloat32("scale", found.scale)]
+    inputs: list[ir.Value | None] = [query, key, value]
+    if found.bias is not None:
+        inputs += [None, None, full_bias(found, query, work)]
+    (made,) = work.node(MULTIHEAD, inputs, attrs, "attention", domain=MICROSOFT)
+    found.out.replace_all_uses_with(made)
+
+
+def parts(found: Attention, work: Work) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Query, key and value as values of their own: split off together where they fill one value."""
+    places = (found.query, found.key, found.value)
+    shape = work.facts.shape[found.query.value]
+    ends = [p.start + p.columns for p in places]
+    together = len({p.value for p in places}) == 1 and [p.start for p in places] == [0, *ends[:2]]
+    if together and not found.query.order and shape is not None and ends[2] == shape[2]:
+        q, k, v = split(found.query.value, tuple(p.columns for p in places), work)
+        return q, k, v
+    q, k, v = (columns(p, work) for p in places)
+    return q, k, v
+
+
+def split(value: ir.Value, sizes: tuple[int, ...], work: Work) -> tuple[ir.Value, ...]:
+    if (value, sizes) not in work.splits:
+        inputs: list[ir.Value | None] = [value]
+        attrs: list[ir.Attr] = [ir.AttrInt64("axis", 2)]
+        if opset(work.model) >= 13:
+            inputs.append(work.constant(list(sizes), "sizes"))
+        else:
+            attrs.append(ir.AttrInt64s("split", sizes))
+        work.splits[value, sizes] = work.node(SPLIT, inputs, attrs, "qkv", outputs=len(sizes))
+    return work.splits[value, sizes]
+
+
+def columns(where: Place, work: Work) -> ir.Value:
+    shape = work.facts.shape[where.value]
+    assert shape is not None
+    if where.order:
+        (turned,) = work.node(TRANSPOSE, [where.value], [ir.AttrInt64s("perm", where.order)], "heads")
+        return work.node(RESHAPE, [turned, work.constant([0, 0, where.columns], "flat")], [], "columns")[0]
+    if where.columns == shape[2]:
+        return where.value
+    bounds = [work.constant([n], "bound") for n in (where.start, where.start + where.columns, 2)]
+    return work.node(SLICE, [where.value, *bounds], [], "columns")[0]
+
+
+def full_bias(found: Attention, query: ir.Value, work: Work) -> ir.Value:
+    """MultiHeadAttention broadcasts a bias over batch and heads only: a row for all queries is repeated."""
+    bias = found.bias
+    assert bias is not None
+    shape, length = work.facts.shape[bias], work.facts.shape[found.out]
+    assert shape is not None and length is not None
+    if shape[2] == length[1]:
+        return bias
+    key = (bias, length[1])
+    if key not in work.biases:
+        (sizes,) = work.node(SHAPE, [query], [], "sizes")
+        (rows,) = work.node(GATHER, [sizes, work.constant([1], "axis")], [], "length")
+        one, two = work.constant([1], "one"), work.constant([1, 1], "two")
+        (target,) = work.node(CONCAT, [two, rows, one], [ir.AttrInt64("axis", 0)], "target")
+        work.biases[key] = work.node(EXPAND, [bias, target], [], "bias")[0]
+    return work.biases[key]

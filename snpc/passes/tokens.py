@@ -1,0 +1,299 @@
+"""Where tokens can be dropped or merged: after which blocks, and why not after the others.
+
+A block ends its attention with a sum into the residual stream, [batch, tokens, width]. There the tokens can get fewer
+if everything that is made of them works per token or attends to all of them, and what leaves is read at fixed leading
+positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.attention import form, head_counts
+from snpc.ops.spec import SUMMED
+from snpc.passes.flow import Flow, Stuck, flow_from
+from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, other_binding
+from snpc.types import Pin
+
+LEAST_OPSET = 13
+LENGTHS = "the number of tokens differs from input to input: export with a fixed length"
+MOST_LEADING = 0.25  # of the tokens: more that are read by number are no class tokens
+TOKEN_AXIS = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention weights of the block in front of a point: ``tensor``, with queries along this axis and keys along
+    the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide."""
+
+    tensor: str
+    query_axis: int
+    heads: int
+    width: int = 0
+    fused: str = ""
+
+
+@dataclass(frozen=True)
+class TokenPoint:
+    """A value of the residual stream, [batch, ``count``, width], whose tokens can get fewer.
+
+    ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
+    that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
+    ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little. ``sided``: what
+    tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
+    """
+
+    block: int
+    value: str
+    count: int
+    leading: int
+    reads: int
+    pooled: bool
+    summed: bool
+    sided: str
+    scores: Scores | None
+    stream: ir.Value = field(repr=False, compare=False)
+    flow: Flow = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What is known about the tokens of a model. ``blocks``: how many attentions there are."""
+
+    points: tuple[TokenPoint, ...]
+    pins: tuple[Pin, ...]
+    blocks: int
+
+    def at(self, block: int) -> TokenPoint | None:
+        return next((p for p in self.points if p.block == block), None)
+
+
+NO_TOKENS = TokenFacts((), (), 0)
+
+
+class TokenReduction(Protocol):
+    """What an analysis needs to know of a reduction (``snpc.tokens.reduce`` makes them)."""
+
+    @property
+    def spec(self) -> str:
+        """The reduction as text."""
+        ...
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """Names of the tensors that say which tokens go: inputs of the open graph, values of the closed one."""
+        ...
+
+    def close(self, model: ir.Model) -> None:
+        """Make this open graph, in place, decide itself."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def find_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int]) -> TokenFacts:
+    """Every point, and of every block that has none the reason. ``sizes``: the binding of ``facts``."""
+    nodes = list(model.graph)
+    sites = [k for k, node in enumerate(nodes) if is_attention(facts, node)]
+    if not sites:
+        return NO_TOKENS
+    if opset(model) < LEAST_OPSET:
+        reason = f"opset {opset(model)}: token reduction writes operators of opset {LEAST_OPSET}; convert the model"
+        return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
+    search = Search(model, facts, data_made(model), fixed_lengths(model, sizes))
+    points: list[TokenPoint] = []
+    pins: dict[str, Pin] = {}
+    for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
+        found = point_behind(search, block, nodes[start], nodes[start + 1 : end])
+        if isinstance(found, Stuck):
+            count = tokens_of(facts, found.tensor)
+            pins.setdefault(found.reason, Pin(found.tensor, TOKEN_AXIS, count, found.reason, found.operator))
+        elif found is not None:
+            points.append(found)
+    return TokenFacts(tuple(points), tuple(pins.values()), len(sites))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked at for every block. ``made``: values made from the contents of inputs; ``fixed`` says whether the
+    number of tokens of a value is the same for all inputs."""
+
+    model: ir.Model
+    facts: Facts
+    made: frozenset[ir.Value]
+    fixed: Callable[[ir.Value], bool]
+
+
+def point_behind(search: Search, block: int, site: ir.Node, after: Sequence[ir.Node]) -> TokenPoint | Stuck | None:
+    """The first sum behind attention ``site`` where tokens can get fewer, or why there is none; None where that would
+    be no use."""
+    first: Stuck | None = None
+    for node in after:
+        if not is_residual_sum(search.facts, search.made, node):
+            continue
+        try:
+            return point_at(search, block, site, node)
+        except Stuck as stuck:
+            first = first or stuck
+        except NothingBehind:
+            return None
+    return first or Stuck(site, str(site.outputs[0].name), "behind it no two streams [batch, tokens, width] are added")
+
+
+def tokens_of(facts: Facts, tensor: str) -> int:
+    shape = next((s for v, s in facts.shape.items() if v.name == tensor and s is not None), ())
+    return shape[TOKEN_AXIS] if len(shape) == 3 else 0
+
+
+def fixed_lengths(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
+    """Whether a value has as many tokens however the dynamic axes (but for the batch) are bound."""
+    if all(axis == 0 for _, _, axis, _ in dynamic_axes(model.graph)):
+        return lambda value: True
+    here, there = evaluate(model, sizes), evaluate(model, other_binding(sizes))
+
+    def fixed(value: ir.Value) -> bool:
+        a, b = here.shape.get(value), there.shape.get(value)
+        return a is not None and b is not None and a[TOKEN_AXIS] == b[TOKEN_AXIS]
+
+    return fixed
+
+
+class NothingBehind(Exception):
+    """No attention and no mean follows: fewer tokens would spare nothing that dead rows do not."""
+
+
+def is_attention(facts: Facts, node: ir.Node) -> bool:
+    """A softmax over the last of at least three axes, or a fused node."""
+    spec = lookup(node.domain, node.op_type)
+    shape = facts.shape.get(node.outputs[0]) or ()
+    if spec.kind == "attention":
+        return True
+    return spec.kind == "normalise" and spec.reason == SUMMED and len(shape) >= 3
+
+
+def is_residual_sum(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> bool:
+    """Two activations of one shape [batch, tokens, width] added."""
+    spec = lookup(node.domain, node.op_type)
+    out = node.outputs[0]
+    shape = facts.shape.get(out)
+    if spec.effect != "add" or spec.kind != "pointwise" or spec.subtracts or shape is None or len(shape) != 3:
+        return False
+    same = [v for v in node.inputs if v is not None and facts.shape.get(v) == shape and v in made]
+    return len(same) > 1 and is_float(facts.dtype.get(out))
+
+
+def data_made(model: ir.Model) -> frozenset[ir.Value]:
+    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
+    found = {value for value in model.graph.inputs if not value.is_initializer()}
+    for node in model.graph:
+        if lookup(node.domain, node.op_type).kind != "shape" and any(v in found for v in node.inputs):
+            found.update(node.outputs)
+    return frozenset(found)
+
+
+def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
+    """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
+    model, facts, made = search.model, search.facts, search.made
+    value = node.outputs[0]
+    shape = facts.shape[value]
+    assert shape is not None
+    flow = flow_from(model, facts, value, TOKEN_AXIS)
+    if flow.stuck is not None:
+        raise flow.stuck
+    if not flow.weighings and not flow.pools:
+        raise NothingBehind
+    if shape[0] != batch_of(model, facts):
+        raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
+    if not search.fixed(value):
+        raise Stuck(node, str(value.name), LENGTHS)
+    leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
+    if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
+        raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
+    return TokenPoint(
+        block,
+        str(value.name),
+        shape[TOKEN_AXIS],
+        leading,
+        len(flow.reads),
+        bool(flow.pools),
+        bool(flow.sums),
+        next((side.name for side in flow.sides if not side.even), ""),
+        scores_of(model, facts, site, node),
+        value,
+        flow,
+    )
+
+
+def batch_of(model: ir.Model, facts: Facts) -> int | None:
+    """The first axis of the first input."""
+    shapes = [facts.shape.get(value) for value in model.graph.inputs if not value.is_initializer()]
+    return shapes[0][0] if shapes and shapes[0] else None
+
+
+def constant_tokens(facts: Facts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
+    """How many leading tokens are no data: class and register tokens laid before the others."""
+    most = 0
+    for node in model.graph:
+        shape = facts.shape.get(node.outputs[0]) or ()
+        if lookup(node.domain, node.op_type).kind != "concat" or len(shape) != 3 or shape[TOKEN_AXIS] != count:
+            continue
+        axis = int(node.attributes["axis"].value) % 3
+        if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
+            most = max(most, sum(leading_constants(facts, made, node)))
+    return most
+
+
+def leading_constants(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+    for value in node.inputs:
+        if value is None or value in made:
+            return
+        yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
+
+
+def scores_of(model: ir.Model, facts: Facts, site: ir.Node, node: ir.Node) -> Scores | None:
+    """The weights of attention ``site``, if they are over the same tokens that the sum ``node`` gives."""
+    out = node.outputs[0]
+    for before in node.inputs:
+        if before is None or facts.shape.get(before) != facts.shape.get(out):
+            continue
+        flow = flow_from(model, facts, before, TOKEN_AXIS)
+        if out in flow.marks:
+            batch = (facts.shape[out] or (1,))[0]
+            fused = lookup(site.domain, site.op_type).kind == "attention"
+            found = fused_scores(facts, flow, site, opset(model)) if fused else plain_scores(facts, flow, site, batch)
+            if found is not None:
+                return found
+    return None
+
+
+def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores | None:
+    """[batch, heads, queries, keys], with batch and heads in one axis or more."""
+    out = site.outputs[0]
+    marks, shape = flow.marks.get(out), facts.shape.get(out) or ()
+    keys = {w.axis for w in flow.weighings if w.node is site}
+    last = len(shape) - 1
+    if marks is None or set(marks.axes) != {last - 1, last} or any(marks.axes.values()) or len(keys) != 1:
+        return None
+    heads = math.prod(shape[:-2])
+    return Scores(str(out.name), (marks.axes.keys() - keys).pop(), heads // batch) if heads % batch == 0 else None
+
+
+def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:
+    call = facts.call(site, version)
+    shape = form(call, site.domain)
+    if shape.packed or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
+        return None
+    if call.has(shape.bias) if shape.bias is not None else False:
+        return None  # it is added inside
+    heads, others = head_counts(call)
+    sizes, keys = call.shape(shape.query), call.shape(shape.key)
+    if not heads:
+        heads, others = sizes[1], keys[1]
+        return Scores("", 0, heads, sizes[-1], str(site.name)) if heads == others else None
+    return Scores("", 0, heads, sizes[-1] // heads, str(site.name)) if heads == others and len(sizes) == 3 else None

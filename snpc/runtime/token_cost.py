@@ -1,0 +1,76 @@
+"""MACs by the number of tokens, without building the graph: to search schedules by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from snpc.cost import contraction_sizes, macs_of
+from snpc.passes.analyze import Analysis
+from snpc.passes.flow import Flow
+from snpc.passes.shapes import Facts, evaluate, opset
+from snpc.tokens.methods import Method, Setting
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """``fixed`` MACs, and per point of the model what lies behind it (before the next) with one token axis and with
+    two: MACs at ``count`` tokens. ``width``: of the stream; ``again``: at which points a row of scores is computed
+    again where a method asks for them."""
+
+    fixed: float
+    behind: tuple[tuple[float, float], ...]
+    count: int
+    width: int
+    again: tuple[bool, ...]
+
+    def macs(self, settings: Sequence[Setting], method: Method) -> float:
+        """MACs with these settings, one per point; what the method itself adds included."""
+        total = self.fixed
+        for setting, (once, twice), again in zip(settings, self.behind, self.again, strict=True):
+            share = (setting.count - setting.gone) / self.count
+            total += once * share + twice * share**2
+            if setting.gone:
+                row = setting.count * self.width if again and method.scored else 0
+                total += method.macs(setting, self.width) + row
+        return total
+
+
+def token_cost(analysis: Analysis, facts: Facts) -> TokenCost:
+    """Of a model whose tokens are not reduced; ``facts`` of its graph."""
+    points = analysis.tokens.points
+    graph, model = analysis.model.graph, analysis.traced.model
+    before, after = (evaluate(m, dict(analysis.binding)) for m in (graph, model))
+    originals = {str(node.name): node for node in graph.graph}
+    names = [{node.name for node in point.flow.nodes} for point in points]
+    behind = [[0.0, 0.0] for _ in points]
+    fixed = 0.0
+    for node in model.graph:
+        index = max((k for k, mine in enumerate(names) if node.name in mine), default=-1)
+        for part, macs in parts(after, node, opset(model, node.domain)).items():
+            axes = 0
+            if index >= 0:
+                original = originals[str(node.name)]
+                whole = parts(before, original, opset(graph, node.domain))[part]
+                axes = token_axes(points[0].flow, original, part) - (2 * macs < whole)  # of rows that nobody reads, one
+            if axes > 0:
+                behind[index][axes - 1] += macs
+            else:
+                fixed += macs
+    again = tuple(p.scores is not None and bool(p.scores.fused) for p in points)
+    width = (facts.shape[points[0].stream] or (0,))[-1]
+    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width, again)
+
+
+def parts(facts: Facts, node: ir.Node, version: int) -> dict[str, int]:
+    return {part: macs_of(sizes) for part, _, sizes in contraction_sizes(facts.call(node, version), node.domain)}
+
+
+def token_axes(flow: Flow, node: ir.Node, part: str) -> int:
+    """Along how many token axes a node works: two for scores and contexts."""
+    if part in ("scores", "context"):
+        return 2
+    marked = [flow.marks[v] for v in (*node.inputs, *node.outputs[:1]) if v is not None and v in flow.marks]
+    return max((len(marks.axes) for marks in marked), default=0)

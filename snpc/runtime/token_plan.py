@@ -1,0 +1,335 @@
+"""--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
+
+A schedule says how many tokens go behind each block. Schedules of the same cost are compared by building and running
+the model: first the methods, then over which stretch of blocks to spread the tokens that go, how evenly, and in how
+many steps.
+Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
+that the widths' curves predict for the rest of the way is least.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.choice import Choice, parse_target
+from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
+from snpc.passes.rewrite import rewrite_model
+from snpc.passes.shapes import Facts, best_binding
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision, decide
+from snpc.runtime.curves import relative_change
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.fit import fit, settled
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.relevance import token_relevance
+from snpc.runtime.session import open_session
+from snpc.runtime.token_cost import TokenCost, token_cost
+from snpc.tokens import METHODS
+from snpc.tokens.methods import Method as TokenMethod
+from snpc.tokens.methods import Setting
+from snpc.tokens.reduce import Reduction, check_point, why_not, with_steps
+from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
+from snpc.types import AnyArray
+
+SAMPLES = 32
+STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
+TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
+STRIDES = (2, 3)
+NEAR = 1.1  # drifts that differ by less are as good
+SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
+
+Schedule = tuple[int, ...]
+Shape = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How widths are cut after the tokens: what ``decide`` is asked."""
+
+    choice: Choice
+    method: Method | None = None
+    criterion: str | None = None
+
+
+@dataclass
+class Trials:
+    """Builds and runs reduced models, each once. ``dense``: the outputs of the model on ``batches``."""
+
+    analysis: Analysis
+    facts: Facts
+    binding: Mapping[str, int]
+    cost: TokenCost
+    batches: Sequence[Feeds]
+    dense: Sequence[Sequence[AnyArray]]
+    provider: str
+    offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
+
+    def drift(self, method: TokenMethod, schedule: Schedule) -> float:
+        """Relative squared change of the outputs."""
+        key = (method.name, schedule)
+        if key not in self.seen:
+            steps = self.steps(method, schedule)
+            reduction = Reduction(tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps})
+            model = open_tokens(self.analysis.model.graph, self.facts, self.binding, steps)
+            reduction.close(model)
+            self.seen[key] = self.change(model)
+        return self.seen[key]
+
+    def change(self, model: ir.Model) -> float:
+        """Relative squared change of the outputs by ``model``, which is taken over."""
+        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+            path = Path(folder) / "tried.onnx"
+            save(clean(model), path)
+            moved = run(path, self.batches, self.provider)
+        return float(np.mean([mean_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
+
+    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        points = self.analysis.tokens.points
+        count, steps = points[0].count, []
+        for point, gone in zip(points, schedule, strict=True):
+            gone = min(gone, method.most(count - point.leading))
+            if gone > 0:
+                scores = self.offline[point.block] if method.offline else ()
+                steps.append(Step(point, method, Setting(count, point.leading, gone), scores))
+                count -= gone
+        return steps
+
+    def macs(self, method: TokenMethod, schedule: Schedule) -> float:
+        return self.cost.macs([s.setting for s in self.full(method, schedule)], method)
+
+    def full(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        """A step for every point, those included at which no token goes."""
+        points = self.analysis.tokens.points
+        count, steps = points[0].count, []
+        for point, gone in zip(points, schedule, strict=True):
+            gone = max(0, min(gone, method.most(count - point.leading)))
+            steps.append(Step(point, method, Setting(count, point.leading, gone)))
+            count -= gone
+        return steps
+
+    def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
+        """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
+        low, high = 0.0, float(self.analysis.tokens.points[0].count)
+
+        def at(scale: float) -> Schedule:
+            behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(shape)])]
+            return tuple(int(n) for n in np.diff(behind))
+
+        if self.macs(method, at(high)) > macs:
+            return None
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.macs(method, at(middle)) <= macs else (middle, high)
+        return at(high)
+
+
+def mean_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> float:
+    """Mean over the outputs of numbers of |moved - dense|^2 / |dense|^2."""
+    each = [relative_change(a, b) for a, b in zip(dense, moved, strict=True) if a.dtype.kind not in "biuO"]
+    return float(np.mean(each)) if each else 0.0
+
+
+def run(path: Path, batches: Sequence[Feeds], provider: str) -> list[list[AnyArray]]:
+    session = open_session(path, provider=provider, optimise="basic")
+    known = {i.name for i in session.get_inputs()}
+    return [list(session.run(None, {k: v for k, v in feeds.items() if k in known})) for feeds in batches]
+
+
+def choose_tokens(
+    analysis: Analysis,
+    calibration: Calibration | None,
+    target: str | None,
+    widths: Widths | None,
+    provider: str = "cpu",
+) -> Analysis:
+    """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
+    are cut as well.
+
+    Raises UserError where there is nothing to decide by, or where the target cannot be reached.
+    """
+    wanted = parse_target(target) if target is not None else None
+    if wanted is None or wanted.kind != "macs" or calibration is None:
+        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --target macs=R and --calib")
+    if not analysis.tokens.points:
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
+    trials = start(analysis, calibration, provider)
+    whole, budget = float(analysis.cost.macs), wanted.share * analysis.cost.macs
+    least = whole - analysis.dead_macs
+    if budget >= least:
+        return analysis
+    levels = [least - share * (least - budget) for share in (SHARES if widths is not None else (1.0,))]
+    best = cheapest_method(trials, levels[len(levels) // 2])
+    if best is None and widths is None:
+        raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
+    if best is None:
+        return analysis
+    reachable = schedules(trials, best, levels)
+    if not reachable:
+        raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
+    if widths is None:
+        return with_steps(analysis, trials.steps(best, reachable[0][1]))
+    return shared(trials, best, reachable, calibration, widths, budget)
+
+
+def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
+    binding, facts = best_binding(analysis.model.graph)
+    batches: list[Feeds] = []
+    for feeds in calibration.batches():
+        batches.append(feeds)
+        if len(batches) * calibration.batch >= SAMPLES:
+            break
+    dense = run(analysis.model.path, batches, provider)
+    offline: Mapping[int, tuple[float, ...]] = {}
+    with suppress(UserError):  # without it there are other methods
+        offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
+    return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
+
+
+def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
+    """The method that moves the outputs least when every block loses as many tokens."""
+    found: list[tuple[float, str]] = []
+    for made in METHODS.values():
+        if made.offline and not trials.offline:
+            continue
+        try:
+            for point in trials.analysis.tokens.points:
+                check_point(trials.analysis, point.block, made)
+        except UserError:
+            continue
+        schedule = trials.fitted(made, [1.0] * len(trials.analysis.tokens.points), macs)
+        if schedule is not None:
+            found.append((trials.drift(made, schedule), made.name))
+    return METHODS[min(found)[1]] if found else None
+
+
+def windows(count: int) -> list[Shape]:
+    """As many tokens at every block of a stretch."""
+    spans = sorted({(round(s * count), round(e * count)) for s in STARTS for e in ENDS})
+    return [tuple(float(first <= k < last) for k in range(count)) for first, last in spans if first < last]
+
+
+def tapered(shape: Shape) -> list[Shape]:
+    """The stretch with more tokens at its first blocks than at its last ones, and the other way round."""
+    inside = [k for k, share in enumerate(shape) if share]
+    slopes = [np.geomspace(ratio, 1, len(inside)) for ratio in TAPERS] if len(inside) > 1 else []
+    return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
+
+
+def strided(shape: Shape) -> list[Shape]:
+    """Every second and every third block of the stretch: as many tokens in fewer steps."""
+    inside = [k for k, share in enumerate(shape) if share]
+    return [
+        tuple(float(k in inside[::stride]) for k in range(len(shape))) for stride in STRIDES if len(inside) > stride
+    ]
+
+
+def best_shape(
+    trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]
+) -> tuple[Shape, Schedule] | None:
+    """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``; of those that are as good the
+    one with the fewest steps, since each step takes time beside its MACs."""
+    found: list[tuple[float, Shape, Schedule]] = []
+    for shape in shapes:
+        schedule = trials.fitted(method, shape, macs)
+        if schedule is not None:
+            found.append((trials.drift(method, schedule), shape, schedule))
+    if not found:
+        return None
+    near = [one for one in found if one[0] <= NEAR * min(found)[0]]
+    return min(near, key=lambda one: (sum(n > 0 for n in one[2]), one[0]))[1:]
+
+
+def schedules(trials: Trials, method: TokenMethod, levels: Sequence[float]) -> list[tuple[float, Schedule]]:
+    """(MACs, schedule) of every level that can be reached: all stretches are tried at the middle one, at the others the
+    best of them and the whole depth."""
+    whole = windows(len(trials.analysis.tokens.points))
+    middle = best_shape(trials, method, levels[len(levels) // 2], whole)
+    shapes = whole[:]
+    if middle is not None:
+        shapes = [middle[0], *tapered(middle[0]), *strided(middle[0])]
+    found = []
+    for level in levels:
+        best = best_shape(trials, method, level, shapes) or best_shape(trials, method, level, whole)
+        if best is not None:
+            found.append((level, best[1]))
+    return found
+
+
+def shared(
+    trials: Trials,
+    method: TokenMethod,
+    levels: Sequence[tuple[float, Schedule]],
+    calibration: Calibration,
+    widths: Widths,
+    budget: float,
+) -> Analysis:
+    """The level at which tokens and widths together are predicted to move the outputs least."""
+    _, middle = levels[len(levels) // 2]
+    reduced = with_steps(trials.analysis, trials.steps(method, middle))
+    try:
+        predicted = width_drift(trials, reduced, trials.drift(method, middle), calibration, widths, budget)
+    except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
+        return with_steps(trials.analysis, trials.steps(method, levels[0][1]))
+    scored = [
+        (trials.drift(method, schedule) + predicted(budget / trials.macs(method, schedule)), schedule)
+        for _, schedule in levels
+    ]
+    return with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
+
+
+def width_drift(
+    trials: Trials, reduced: Analysis, by_tokens: float, calibration: Calibration, widths: Widths, budget: float
+) -> Callable[[float], float]:
+    """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach).
+
+    Curves are of one group at a time. What they add up to is scaled by how much more the outputs move when all groups
+    are cut together, which is measured once. Raises UserError where ``budget`` is out of reach.
+    """
+    base = 1 - reduced.dead_macs / reduced.cost.macs
+    found = decide(
+        reduced,
+        replace(widths.choice, target=f"macs={budget / reduced.cost.macs:.9f}"),
+        calibration=calibration,
+        method=widths.method,
+        criterion=widths.criterion,
+        provider=trials.provider,
+    )
+    scores = Scores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
+
+    def summed(plan: Plan) -> float:
+        return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
+
+    together = max(trials.change(cut_at_once(found)) - by_tokens, 0.0)
+    scale = max(1.0, together / max(summed(found.plan), 1e-12))
+
+    def predicted(share: float) -> float:
+        if share >= 1:
+            return 0.0
+        try:
+            return scale * summed(make_plan(scores, replace(widths.choice, target=f"macs={share * base:.9f}")))
+        except UserError:
+            return float("inf")
+
+    return predicted
+
+
+def cut_at_once(decision: Decision) -> ir.Model:
+    """The plan's model, all layers fitted to the dense one."""
+    plan, source = decision.plan, decision.plan.analysis.traced
+    if decision.compression is not None:
+        plan = settled(decision.compression, plan)
+        source = fit(decision.compression, plan)
+    model = rewrite_model(source, cuts_of(plan)).model
+    assert plan.analysis.reduction is not None
+    plan.analysis.reduction.close(model)
+    return model

@@ -1,0 +1,252 @@
+"""int8: weights and what they are multiplied with in 8 bits, spelled as QuantizeLinear and DequantizeLinear.
+
+Ranges come from calibration data through onnxruntime.quantization. Activations with a few columns far larger than the
+others lose the others to rounding; the product is then split as in LLM.int8 (Dettmers et al. 2022, section 3.2): those
+columns stay in float, the rest is clipped to its own range and quantised. The split is kept where it is closer to the
+float model on the calibration data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.errors import UserError
+from snpc.ops import lookup
+from snpc.ops.writing import ADD, CLIP, GATHER, IDENTITY, MATMUL
+from snpc.passes.shapes import opset
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.runtime.model_io import clean, save
+from snpc.runtime.session import first_lines, open_session, run_session
+from snpc.runtime.verify import compare, outputs_of, pooled, worst
+from snpc.types import FloatArray, IntArray, Model
+
+FAR = 4.0  # times the median column's largest value: that is an outlier column
+MOST = 16  # at most one column in so many is one
+WORTH = 0.9  # the split product is kept if it comes this much closer
+OLDEST = 13  # opset: from here on scales may differ by channel
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Columns of an activation that stay in float, and the largest value in the others."""
+
+    columns: IntArray
+    rest: float
+
+
+def quantised(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
+    """Write ``model`` in int8 to ``path``; what was done, in words. ``signed``: activations symmetric around zero."""
+    if opset(model.graph) < OLDEST:
+        raise UserError(
+            f"{model.path}: int8 needs opset {OLDEST} or newer, this is {opset(model.graph)}: export it again"
+        )
+    folder = path.parent
+    feeds = list(calibration.batches())
+    outliers = find_outliers(model, folder, feeds)
+    reference = outputs_of(model.path, feeds[:4], "cpu")
+
+    def attempt(split: Mapping[str, Outliers], to: Path) -> float:
+        graph, nodes = prepared(model.graph, split)
+        quantise(graph, nodes, calibration, to, signed)
+        found = outputs_of(to, feeds[:4], "cpu")
+        return worst(pooled([compare(a, b) for a, b in zip(reference, found, strict=True)]))
+
+    plain = attempt({}, path)
+    if not outliers:
+        return (f"int8: drift {plain:.3g} on calibration data; no activation has outlier columns",)
+    mixed = folder / "mixed.onnx"
+    drift = attempt(outliers, mixed)
+    kept = drift < WORTH * plain
+    if kept:
+        mixed.replace(path)
+    many = sum(len(o.columns) for o in outliers.values())
+    did = "kept" if kept else "not kept"
+    return (
+        f"int8: {many} outlier columns of {len(outliers)} activations in float: drift {drift:.3g} instead of "
+        f"{plain:.3g} on calibration data, {did}",
+    )
+
+
+def weighted(model: ir.Model) -> list[ir.Node]:
+    """Products of an activation (first) with a constant weight (second)."""
+    found = []
+    for node in model.graph:
+        spec = lookup(node.domain, node.op_type)
+        if spec.kind != "contraction" or node.domain not in ("", "ai.onnx") or spec.operands != (0, 1):
+            continue
+        data, weight = node.inputs[:2]
+        made = data is not None and data.const_value is None
+        if made and weight is not None and weight.const_value is not None and weight.const_value.size >= 256:
+            found.append(node)
+    return found
+
+
+def sums_last(node: ir.Node) -> bool:
+    """The activation's last axis is summed with the first of a weight matrix: x @ W."""
+    return node.op_type == MATMUL and len(node.inputs[1].const_value.shape) == 2  # type: ignore[union-attr]
+
+
+# -- outliers --------------------------------------------------------------------------------------------------------
+
+
+def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, Outliers]:
+    """Activation -> its outlier columns, for those that have some."""
+    found = {}
+    for name, sizes in column_sizes(model, folder, feeds).items():
+        limit = FAR * float(np.median(sizes))
+        columns = np.flatnonzero(sizes > limit)
+        most = max(1, len(sizes) // MOST)
+        columns = np.sort(columns[np.argsort(-sizes[columns])][:most])
+        if len(columns) and limit > 0:
+            found[name] = Outliers(columns, float(np.delete(sizes, columns).max()))
+    return found
+
+
+def column_sizes(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
+    """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
+    copy = model.graph.clone()
+    watched = {node.inputs[0] for node in weighted(copy) if sums_last(node)}
+    kind = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
+    for value in watched:
+        if value is not None and not value.is_graph_output() and not value.is_graph_input():
+            value.dtype = value.dtype or kind
+            copy.graph.outputs.append(value)
+    path = folder / "watched.onnx"
+    own = [str(value.name) for value in copy.graph.outputs]
+    for value in copy.graph.outputs:
+        value.dtype = value.dtype or ir.DataType.FLOAT
+    save(copy, path)
+    session = open_session(path, optimise="basic", lean=True)
+    found: dict[str, FloatArray] = {}
+    names = {str(v.name) for v in watched if v is not None} & set(own)
+    for batch in feeds:
+        outputs = run_session(session, batch, name=path.name)
+        for name in names:
+            array = np.abs(outputs[name].astype(np.float64))
+            found[name] = np.maximum(found.get(name, 0.0), array.reshape(-1, array.shape[-1]).max(0))
+    return found
+
+
+# -- the graph that is quantised -------------------------------------------------------------------------------------
+
+
+def prepared(source: ir.Model, split: Mapping[str, Outliers]) -> tuple[ir.Model, list[str]]:
+    """A copy whose products read a value of their own, clipped where ``split`` names outliers, and the products' names.
+
+    A value of their own, so that what else reads the activation (a residual sum) gets it unrounded.
+    """
+    model = source.clone()
+    nodes = weighted(model)
+    fronts: dict[ir.Value, tuple[ir.Value, ir.Value | None]] = {}
+    for node in nodes:
+        data = node.inputs[0]
+        assert data is not None
+        outliers = split.get(str(data.name)) if sums_last(node) else None
+        if data not in fronts:
+            fronts[data] = front(model, node, data, outliers)
+        narrow, columns = fronts[data]
+        node.replace_input_with(0, narrow)
+        if outliers is not None and columns is not None:
+            beside(model, node, columns, outliers.columns)
+    return model, [str(node.name) for node in nodes]
+
+
+def front(
+    model: ir.Model, node: ir.Node, data: ir.Value, outliers: Outliers | None
+) -> tuple[ir.Value, ir.Value | None]:
+    """(what the int8 product reads, the outlier columns)."""
+    if outliers is None:
+        return put(node, IDENTITY, [data], f"{data.name}_int8"), None
+    bound = np.float32(outliers.rest)
+    limits = [constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
+    index = constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
+    clipped = put(node, CLIP, [data, *limits], f"{data.name}_int8")
+    return clipped, put(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
+
+
+def beside(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
+    """x W = x' W' + x[outliers] W[outliers]; W' has zero rows where x' has clipped outliers."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    array = np.array(weight.const_value.numpy())
+    outer = constant(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    array[index] = 0
+    node.replace_input_with(1, constant(model, array, f"{node.name}_inner"))
+    out = node.outputs[0]
+    users, listed = list(out.uses()), out.is_graph_output()
+    product = ir.Node("", MATMUL, [columns, outer], num_outputs=1, name=f"{node.name}_float")
+    total = ir.Node("", ADD, [out, product.outputs[0]], num_outputs=1, name=f"{node.name}_sum")
+    for made in (product, total):
+        made.outputs[0].name = f"{made.name}_out"
+    node.append([product, total])
+    for user, position in users:
+        user.replace_input_with(position, total.outputs[0])
+    if listed:
+        total.outputs[0].name, out.name = out.name, f"{out.name}_inner"
+        model.graph.outputs[model.graph.outputs.index(out)] = total.outputs[0]
+
+
+def put(before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None) -> ir.Value:
+    made = ir.Node("", op, inputs, attrs or [], num_outputs=1, name=name)
+    made.outputs[0].name = name
+    before.prepend(made)
+    return made.outputs[0]
+
+
+def constant(model: ir.Model, array: Any, name: str) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    model.graph.register_initializer(value)
+    return value
+
+
+def quantise(model: ir.Model, nodes: list[str], calibration: Calibration, path: Path, signed: bool) -> None:
+    from onnxruntime import quantization as q
+
+    float_path = path.with_name(f"{path.stem}-float.onnx")
+    kinds = sorted({n.op_type for n in model.graph if n.name in nodes})
+    save(clean(model), float_path)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        q.quantize_static(
+            str(float_path),
+            str(path),
+            reader(calibration, q.CalibrationDataReader),
+            quant_format=q.QuantFormat.QDQ,
+            op_types_to_quantize=kinds,
+            nodes_to_quantize=nodes,
+            per_channel=True,
+            activation_type=q.QuantType.QInt8 if signed else q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+            extra_options={
+                "ActivationSymmetric": signed,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,  # TensorRT refuses a bias of 32 bits, the others gain nothing from one
+                "OpTypesToExcludeOutputQuantization": kinds,
+            },
+        )
+    except Exception as error:  # the quantiser has no exceptions of its own
+        raise UserError(f"onnxruntime.quantization refuses the model: {first_lines(error)}") from None
+    finally:
+        logging.disable(before)
+
+
+def reader(calibration: Calibration, base: type[Any]) -> Any:
+    """The calibration data as onnxruntime.quantization reads them."""
+
+    class Reader(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(calibration.batches())
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    return Reader()

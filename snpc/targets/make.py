@@ -1,0 +1,192 @@
+"""model -> artefact: at the wanted precision, by a target, loaded again, compared, and only then given its name."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from snpc.errors import CheckFailed, UserError
+from snpc.passes.shapes import best_binding
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.latency import Artefact
+from snpc.runtime.model_io import check_target, load, model_files
+from snpc.runtime.noise import table_rows
+from snpc.runtime.prune import CHECKED_BATCHES
+from snpc.runtime.runner import ENGINES, open_runner
+from snpc.runtime.verify import compare, outputs_of, pooled, worst
+from snpc.targets import openvino, ort, trt
+from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
+from snpc.targets.precision import at_precision
+from snpc.types import Difference, Model
+
+TARGETS: dict[str, Target] = {t.name: t for t in (ort.TARGET, trt.TRT, trt.TRT_RTX, openvino.TARGET)}
+EXACT = 1e-3  # relative: what another runtime's fp32 may differ by
+
+
+def build(
+    model: Path,
+    target: str,
+    output: Path | None = None,
+    *,
+    precision: Precision = "fp32",
+    provider: str = "cpu",
+    calibration: Calibration | None = None,
+    batch: int = 1,
+    options: Options | None = None,
+) -> Build:
+    """Make ``model`` into what ``target`` (a name in TARGETS) loads fastest, at ``precision``.
+
+    ``calibration``: inputs to compare on, and what int8 is calibrated with; without it random inputs. ``batch``: how
+    many samples the artefact is timed on, where a target chooses by time. ``output`` default: beside the model, named
+    after it and the target.
+
+    Everything is written into a temporary folder beside ``output``, loaded again, run where this machine can, and
+    compared with onnxruntime on ``model``; then it takes its name. Raises UserError (nothing can be built), CheckFailed
+    (what was built does not hold); what was at ``output`` before stays in both cases.
+    """
+    start = time.perf_counter()
+    asked = options or Options()
+    where = check_build(model, target, output, precision, provider, calibration is not None, asked)
+    chosen, loaded = target_of(target), load(model)
+    cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
+    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside), *cache):
+        check_target(path, *model_files(model))
+    drawn = drawn_feeds(loaded, batch)
+    feeds = tuple(islice(calibration.batches(), CHECKED_BATCHES)) if calibration is not None else (drawn,)
+    job = Job(where, precision, provider, asked, model, model, feeds, drawn)
+    with staging(where) as folder:
+        source, notes = at_precision(loaded, chosen, precision, calibration, folder / "work")
+        job = replace(job, source=source, output=folder / where.name)
+        made = chosen.make(job)
+        drift, said = compared(job, made)
+        files = publish(made.files, where.parent)
+    total = sum(file.stat().st_size for file in files)
+    seconds = time.perf_counter() - start
+    return Build(
+        files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weights, drift
+    )
+
+
+def check_build(
+    model: Path,
+    target: str,
+    output: Path | None,
+    precision: Precision,
+    provider: str,
+    calibrated: bool,
+    options: Options,
+) -> Path:
+    """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
+    chosen = target_of(target)
+    chosen.refuse(precision, options)
+    if precision == "int8" and not calibrated:
+        raise UserError("--precision int8 is calibrated: give --calib DATA")
+    where = output or default_output(model, chosen, precision, options)
+    if chosen.check is not None:
+        chosen.check(Request(where, precision, provider, options))
+    return where
+
+
+def artefact(
+    target: str,
+    *,
+    precision: Precision = "fp32",
+    provider: str = "cpu",
+    calibration: Calibration | None = None,
+    batch: int = 1,
+    options: Options | None = None,
+) -> Artefact:
+    """What a latency is measured on (``Workload.artefact``) when a model is to be built like this.
+
+    Raises UserError for a target whose artefacts this machine cannot time.
+    """
+    chosen, asked = target_of(target), options or Options()
+    if chosen.suffix in ENGINES:
+        raise UserError(
+            f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
+            "onnxruntime, and build afterwards"
+        )
+    check_build(Path("model.onnx"), target, None, precision, provider, calibration is not None, asked)
+
+    def make(model: Path, folder: Path) -> Path:
+        out = folder / f"model{chosen.suffix}"
+        data = calibration if precision == "int8" else None
+        return build(
+            model, target, out, precision=precision, provider=provider, calibration=data, batch=batch, options=asked
+        ).path
+
+    return Artefact(f"{target} in {precision}", make)
+
+
+def target_of(name: str) -> Target:
+    if name not in TARGETS:
+        raise UserError(f"target {name!r}: choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def default_output(model: Path, target: Target, precision: Precision, options: Options) -> Path:
+    exact = "" if precision == "fp32" else f"-{precision}"
+    suffix = ".onnx" if options.emit_script else target.suffix
+    return model.with_name(f"{model.stem}-{target.name}{exact}{suffix}")
+
+
+def drawn_feeds(model: Model, batch: int) -> Feeds:
+    sizes, facts = best_binding(model.graph)
+    return random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts))
+
+
+def unbatched(model: Model, sizes: dict[str, int]) -> dict[str, int]:
+    """``sizes`` without those of first axes, which are the batch."""
+    leading = {spec.shape[0] for spec in model.inputs if spec.shape}
+    return {name: size for name, size in sizes.items() if name not in leading}
+
+
+def compared(job: Job, made: Made) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """Outputs of every loadable file against onnxruntime on the model. Raises CheckFailed where fp32 does not hold."""
+    if not made.runs:
+        return (), ("not run here, so outputs are not compared",)
+    try:
+        reference = outputs_of(job.model, list(job.feeds), "cpu")
+    except UserError as error:
+        return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
+    found: list[tuple[Difference, ...]] = []
+    for file in [f for f in made.files if f.suffix in (".onnx", ".ort", ".xml")]:
+        runner = open_runner(file, provider=job.provider)
+        rows = [compare(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
+        found.append(pooled(rows))
+        if job.precision == "fp32" and worst(found[-1]) > EXACT:
+            raise CheckFailed(
+                f"{file.name}: its outputs differ from the model's by {worst(found[-1]):.1e} relative, "
+                f"more than {EXACT:g}"
+            )
+    return max(found, key=worst), ()
+
+
+@contextmanager
+def staging(where: Path) -> Iterator[Path]:
+    """A temporary folder beside ``where``, gone afterwards, with a folder ``work`` for what is not kept."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    except OSError as error:
+        raise UserError(f"{where}: cannot write there ({error.strerror})") from None
+    try:
+        (folder / "work").mkdir()
+        yield folder
+    except OSError as error:
+        raise UserError(f"{where}: cannot write it ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """Move finished files into place, what the first one refers to before it."""
+    for file in reversed(files):
+        file.replace(folder / file.name)
+    return tuple(folder / file.name for file in files)

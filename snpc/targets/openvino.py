@@ -1,0 +1,47 @@
+"""OpenVINO: an IR, which is an .xml and a .bin."""
+
+from __future__ import annotations
+
+from snpc.errors import UserError
+from snpc.runtime.runner import IR, PRECISION_NOTE, import_openvino
+from snpc.runtime.session import first_lines
+from snpc.targets.base import Job, Made, Request, Target
+
+
+def make(job: Job) -> Made:
+    ov = import_openvino()
+    try:
+        model = ov.convert_model(str(job.source))
+    except Exception as error:  # its front end raises types of its own per operator
+        raise UserError(f"{job.model}: OpenVINO does not convert it: {first_lines(error)}") from None
+    model.set_rt_info(job.precision, PRECISION_NOTE)
+    ov.save_model(model, str(job.output), compress_to_fp16=job.precision == "fp16")
+    notes = []
+    if job.precision in ("fp32", "int8"):
+        notes.append(
+            "a CPU with bfloat16 units computes in bfloat16 unless INFERENCE_PRECISION_HINT is f32; "
+            "snpc runs it with f32, also in `snpc bench`"
+        )
+    if job.precision == "fp16":
+        notes.append("weights are held in fp16; on a CPU the arithmetic is fp32 or bfloat16, as OpenVINO chooses")
+    if job.precision == "bf16":
+        notes.append("weights stay fp32; set INFERENCE_PRECISION_HINT to bf16, as `snpc bench` does")
+    return Made((job.output, job.output.with_suffix(".bin")), tuple(notes))
+
+
+def check(request: Request) -> None:
+    import_openvino()
+    if request.output.suffix != IR:
+        raise UserError(f"{request.output}: OpenVINO's IR is named .xml; give such a name with -o")
+
+
+TARGET = Target(
+    "openvino",
+    "OpenVINO: an IR (.xml and .bin)",
+    IR,
+    make,
+    ("fp32", "fp16", "bf16", "int8"),
+    in_graph=("int8",),
+    beside=(".bin",),
+    check=check,
+)

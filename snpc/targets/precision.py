@@ -1,0 +1,105 @@
+"""The same graph in fp16, bf16 or int8, with float32 inputs and outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from snpc.errors import UserError
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.model_io import LIMIT, clean, save
+from snpc.runtime.session import first_lines
+from snpc.targets.base import Precision, Target
+from snpc.targets.int8 import quantised
+from snpc.types import AnyArray, Model
+
+
+def at_precision(
+    model: Model, target: Target, precision: Precision, calibration: Calibration | None, folder: Path
+) -> tuple[Path, tuple[str, ...]]:
+    """(a file in ``folder``, what was done). In fp32, and where the target makes the precision itself: the model."""
+    path = folder / "source.onnx"
+    if precision == "fp32" or precision not in target.in_graph:
+        save(clean(model.graph.clone()), path)
+        return path, ()
+    if precision == "int8":
+        assert calibration is not None
+        return path, quantised(model, calibration, path, target.signed)
+    proto = half(model, folder)
+    if precision == "bf16":
+        to_bfloat16(proto, weights_of(model))
+    onnx.save(proto, str(path))
+    return path, ()
+
+
+def half(model: Model, folder: Path) -> onnx.ModelProto:
+    """The model in fp16 by onnxruntime's converter, which keeps operators that fp16 does not serve in fp32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    whole = folder / "float.onnx"
+    save(clean(model.graph.clone()), whole)
+    if whole.stat().st_size > LIMIT or whole.with_name(f"{whole.name}.data").exists():
+        raise UserError(f"{model.path}: over 2 GB: converting it to half precision is not supported")
+    try:
+        with quiet():
+            made: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
+    except Exception as error:  # the converter has no exceptions of its own
+        raise UserError(f"{model.path}: cannot be converted to fp16: {first_lines(error)}") from None
+    return made
+
+
+def weights_of(model: Model) -> dict[str, AnyArray]:
+    found = {}
+    for name, value in model.graph.graph.initializers.items():
+        if value.const_value is not None and int(value.const_value.dtype) == onnx.TensorProto.FLOAT:
+            found[name] = value.const_value.numpy()
+    return found
+
+
+def to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
+    """bfloat16 wherever fp16 is; weights are rounded from the float32 ones."""
+
+    def tensor(old: onnx.TensorProto) -> None:
+        if old.data_type == onnx.TensorProto.FLOAT16:
+            array = numpy_helper.to_array(old)
+            source = weights.get(old.name)
+            exact = source if source is not None and source.shape == array.shape else array
+            old.CopyFrom(numpy_helper.from_array(exact.astype(ml_dtypes.bfloat16), old.name))
+
+    for graph in graphs(proto.graph):
+        del graph.value_info[:]
+        for initializer in graph.initializer:
+            tensor(initializer)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.FLOAT16:
+                    attribute.i = onnx.TensorProto.BFLOAT16
+                if attribute.HasField("t"):
+                    tensor(attribute.t)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs(attribute.g)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the remarks that onnxruntime's tools log for developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        logging.disable(before)

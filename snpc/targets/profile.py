@@ -1,0 +1,76 @@
+"""The shapes that an engine serves: given by the user, or derived from the dynamic axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from snpc.errors import UserError
+from snpc.passes.analyze import quoted_facts
+from snpc.passes.shapes import best_binding
+from snpc.runtime.feeds import Shape, check_shape
+from snpc.runtime.model_io import load
+from snpc.targets.base import Options
+from snpc.types import TensorSpec
+
+LARGEST_BATCH = 16  # that a derived profile serves
+
+
+@dataclass(frozen=True)
+class Range:
+    """Shapes of one input: least, the one that is tuned for, and most."""
+
+    least: Shape
+    best: Shape
+    most: Shape
+
+
+def profile(path: Path, options: Options) -> dict[str, Range]:
+    """Input -> its shapes, for inputs with dynamic axes. Empty where there are none.
+
+    Derived: batches of 1 to 16, tuned for 1; other axes from 1 up to what MACs are quoted at (128 where the model
+    takes that). Of an input of which some shapes are given, the others are the nearest that is given, as in trtexec.
+    """
+    model = load(path)
+    dynamic = [spec for spec in model.inputs if any(isinstance(dim, str) for dim in spec.shape)]
+    given = {**options.min_shapes, **options.opt_shapes, **options.max_shapes}
+    unknown = sorted(set(given) - {spec.name for spec in model.inputs})
+    if unknown:
+        raise UserError(
+            f"a shape is given for {unknown[0]!r}: the inputs are {', '.join(s.name for s in model.inputs)}"
+        )
+    if not dynamic:
+        if given:
+            raise UserError(
+                f"{path.name}: no input has a dynamic axis: leave out --min-shapes, --opt-shapes, --max-shapes"
+            )
+        return {}
+    sizes, facts = best_binding(model.graph)
+    quoted, _ = quoted_facts(model.graph, sizes, facts, {})
+    return {spec.name: chosen(spec, options) or derived(spec, quoted) for spec in dynamic}
+
+
+def chosen(spec: TensorSpec, options: Options) -> Range | None:
+    least, best, most = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
+    best = best or most or least
+    if best is None:
+        return None
+    found = Range(least or best, best, most or best)
+    for shape in (found.least, found.best, found.most):
+        check_shape(spec, shape)
+    if any(not a <= b <= c for a, b, c in zip(found.least, found.best, found.most, strict=True)):
+        raise UserError(f"input {spec.name!r}: shapes must grow from --min-shapes over --opt-shapes to --max-shapes")
+    return found
+
+
+def derived(spec: TensorSpec, quoted: Mapping[str, int]) -> Range:
+    def size(axis: int, dim: int | str) -> int:
+        return dim if isinstance(dim, int) else quoted.get(dim or f"{spec.name}.{axis}", 1)
+
+    best = tuple(1 if k == 0 and isinstance(dim, str) else size(k, dim) for k, dim in enumerate(spec.shape))
+    return Range(
+        tuple(dim if isinstance(dim, int) else 1 for dim in spec.shape),
+        best,
+        tuple(LARGEST_BATCH if k == 0 and isinstance(d, str) else best[k] for k, d in enumerate(spec.shape)),
+    )

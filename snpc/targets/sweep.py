@@ -1,0 +1,216 @@
+"""One model at several sizes: quality and speed of each, and which of them no other one beats."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.choice import Choice
+from snpc.passes.plan import Method
+from snpc.runtime.bench import bench
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.compress import Decision, decide, is_latency
+from snpc.runtime.latency import Workload
+from snpc.runtime.model_io import check_target
+from snpc.runtime.reach import prune
+from snpc.runtime.runner import open_runner
+from snpc.runtime.verify import compare, pooled, worst
+from snpc.targets.base import Precision
+from snpc.targets.make import artefact, build, staging, target_of
+from snpc.types import AnyArray, Cost
+
+ORIGINAL = "original"
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size. ``macs`` and ``params`` are of the pruned ONNX file, the rest of the artefact where one was built.
+
+    ``drift``: outputs against the original's, relative; ``agreement``: share of rows with the same top entry;
+    ``accuracy``: share of labels that are the top entry, where labels are given. ``speedup``: over the original, with
+    its 95 % interval. ``front``: nothing else is both at least as good and at least as fast.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    macs: int
+    params: int
+    bytes: int
+    drift: float
+    agreement: float | None
+    accuracy: float | None
+    latency: float = 0.0
+    speedup: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+    front: bool = False
+
+    @property
+    def quality(self) -> float:
+        """Higher is better: accuracy where it is known, else the closer to the original the better."""
+        return self.accuracy if self.accuracy is not None else -self.drift
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points, the original first, then in the order of the targets. ``folder`` holds the models on the front."""
+
+    model: Path
+    folder: Path
+    points: tuple[Point, ...]
+    batch: int
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(p), "files": [f.name for f in p.files] if p.front else []} for p in self.points]
+        return {"snpc_sweep": 1, "model": str(self.model), "batch": self.batch, "latency_unit": "ms", "points": rows}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Inputs to judge by (any data that can be calibrated with), and their labels [samples, ...] if there are some."""
+
+    data: Calibration
+    labels: AnyArray | None = None
+
+
+def sweep(
+    analysis: Analysis,
+    targets: Sequence[str],
+    folder: Path,
+    calibration: Calibration,
+    *,
+    choice: Choice,
+    evaluation: Evaluation | None = None,
+    method: Method | None = None,
+    target: str | None = None,
+    precision: Precision = "fp32",
+    provider: str = "cpu",
+    batch: int = 1,
+    rounds: int = 30,
+    step: Step = lambda text: None,
+) -> Sweep:
+    """Prune to each of ``targets`` ("macs=0.8"), build these and the original for ``target`` if one is named, judge and
+    time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
+
+    What is measured on ``calibration`` is measured once. ``choice``: everything but the target. ``step`` is told what
+    comes next, ``steps(targets)`` times. Raises UserError for a target that cannot be reached, before anything is
+    written.
+    """
+    if len(set(targets)) != len(targets) or not targets:
+        raise UserError("--targets: give each target once, and at least one")
+    check_target(folder / "sweep.json")
+    choices = {text: replace(choice, target=text) for text in targets}
+    options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
+    made_as = artefact(target, **options) if target else None
+    workload = Workload(batch=batch, artefact=made_as) if any(map(is_latency, choices.values())) else None
+    judge = evaluation or Evaluation(calibration)
+    step("measuring")
+    decisions = decided(analysis, choices, calibration, method, provider, workload)
+    with staging(folder / "sweep") as work:
+        source = analysis.model.path
+
+        def point(name: str, path: Path, cost: Cost) -> Point:
+            out = work / path.with_suffix(target_of(target).suffix).name if target else None
+            files = build(path, target, out, **options).files if target else (path,)
+            total = sum(file.stat().st_size for file in files)
+            return Point(name, files, cost.macs, cost.params, total, 0.0, None, None)
+
+        points = [point(ORIGINAL, source, analysis.cost)]
+        for text, decision in decisions.items():
+            step(text)
+            path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
+            made = prune(decision, path, calibration=calibration, provider=provider)
+            points.append(point(text, path, made.after))
+        step("judging and timing")
+        points = timed(judged(points, source, judge, provider), provider, batch, rounds)
+        points = on_front(points)
+        return Sweep(source, folder, tuple(keep(points, source, folder)), batch)
+
+
+def decided(
+    analysis: Analysis,
+    choices: Mapping[str, Choice],
+    calibration: Calibration,
+    method: Method | None,
+    provider: str,
+    workload: Workload | None,
+) -> dict[str, Decision]:
+    """Measured for one target (a latency if there is one), planned for each."""
+    first = max(choices.values(), key=is_latency)
+    made = decide(analysis, first, calibration=calibration, method=method, provider=provider, workload=workload)
+    return {text: made.at(choice) for text, choice in choices.items()}
+
+
+def steps(targets: Sequence[str]) -> int:
+    return len(targets) + 2
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------
+
+
+def judged(points: Sequence[Point], source: Path, judge: Evaluation, provider: str) -> list[Point]:
+    dense = outputs(source, judge, provider)
+    found = []
+    for point in points:
+        mine = dense if point.files[0] == source else outputs(point.files[0], judge, provider)
+        moved = pooled([compare(a, b) for a, b in zip(dense, mine, strict=True)])
+        found.append(
+            replace(point, drift=worst(moved), agreement=moved[0].agreement, accuracy=accuracy(mine, judge.labels))
+        )
+    return found
+
+
+def outputs(path: Path, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
+    runner = open_runner(path, provider=provider)
+    return [runner.run(feeds) for feeds in judge.data.batches()]
+
+
+def accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
+    """Share of ``labels`` that are the largest entry of the first output."""
+    if labels is None:
+        return None
+    found = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
+    if found.shape != labels.shape:
+        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(found.shape)}")
+    return float((found == labels).mean())
+
+
+def timed(points: Sequence[Point], provider: str, batch: int, rounds: int) -> list[Point]:
+    result = bench([point.files[0] for point in points], provider=provider, batch=batch, iterations=rounds)
+    found = [replace(points[0], latency=result.timings[0].median)]
+    for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
+        found.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
+    return found
+
+
+def on_front(points: Sequence[Point]) -> list[Point]:
+    """Marked: points that no other is at least as good and as fast as, and better in one of the two."""
+
+    def beats(a: Point, b: Point) -> bool:
+        pair = (a.quality - b.quality, a.speedup - b.speedup)
+        return min(pair) >= 0 and max(pair) > 0
+
+    return [replace(p, front=not any(beats(other, p) for other in points)) for p in points]
+
+
+def keep(points: Sequence[Point], source: Path, folder: Path) -> list[Point]:
+    """Move the files of the front into ``folder``; those of the others go with the temporary folder, and so does what
+    was built of the original."""
+    found = []
+    for point in points:
+        if point.name == ORIGINAL:
+            point = replace(point, files=(source,))
+        elif point.front:
+            moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
+            point = replace(point, files=tuple(reversed(moved)))
+        found.append(point)
+    return found

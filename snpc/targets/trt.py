@@ -1,0 +1,248 @@
+"""TensorRT and TensorRT for RTX: one way to an engine, since their Python interfaces are the same.
+
+Networks are strongly typed: the graph says which precision is used where, for TensorRT 10 as for 11, which knows
+nothing else. TensorRT for RTX builds without a GPU, for the compute capabilities that are named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snpc.errors import UserError
+from snpc.runtime.model_io import data_file, replacing
+from snpc.runtime.prune import publish
+from snpc.runtime.session import first_lines
+from snpc.targets.base import Job, Made, Options, Precision, Request, Target
+from snpc.targets.profile import Range, profile
+
+WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+SHAPES = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+NO_TENSORRT = (
+    "TensorRT is not installed: pip install 'snpc[trt]' on a machine with an NVIDIA GPU; --target trt-rtx builds "
+    "without a GPU, --emit-script writes a model and a trtexec line for elsewhere"
+)
+NO_RTX = "TensorRT for RTX is not installed: pip install 'snpc[trt-rtx]'"
+
+
+@dataclass
+class Log:
+    """What the builder said: errors, and numbers that it tells nobody else."""
+
+    errors: list[str] = field(default_factory=list)
+    weights: int | None = None
+
+    def take(self, severity: Any, message: str, worst: Any) -> None:
+        if severity <= worst:
+            self.errors.append(message)
+        found = WEIGHTS.search(message)
+        if found:
+            self.weights = int(found.group(1))
+
+    def cause(self) -> str:
+        return first_lines(Exception(self.errors[-1])) if self.errors else "it gives no reason"
+
+
+def logger(trt: Any, log: Log) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.take(severity, message, trt.ILogger.Severity.ERROR)
+
+    return Logger()
+
+
+def load_module(name: str, missing: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(missing) from None
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+def engine(trt: Any, job: Job) -> Made:
+    """Parse ``job.source``, build, write the engine. UserError: what TensorRT refuses, in its words."""
+    log = Log()
+    told = logger(trt, log)
+    try:
+        builder = trt.Builder(told)
+    except TypeError:  # pybind11: the factory gave nothing
+        raise UserError(f"{trt.__name__} does not start here ({log.cause()}): it builds on the GPU it is for") from None
+    network = parsed(trt, builder, told, job)
+    config = configured(trt, builder, network, job)
+    cache = read_cache(config, job.options.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(f"{job.model}: {trt.__name__} builds no engine: {log.cause()}")
+    job.output.write_bytes(memoryview(plan))
+    if cache is not None and job.options.timing_cache is not None:
+        with replacing(job.options.timing_cache) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    size = len(memoryview(plan))
+    notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
+    if log.weights is not None:
+        notes.append(f"weight memory {log.weights} bytes")
+    runs = loads(trt, told, job.output)
+    if not runs:
+        notes.append("not loaded: an engine is loaded on a GPU it was built for, and there is none here")
+    return Made((job.output,), tuple(notes), runs, log.weights)
+
+
+def parsed(trt: Any, builder: Any, told: Any, job: Job) -> Any:
+    flags = trt.NetworkDefinitionCreationFlag
+    strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    network = builder.create_network(strong)
+    parser = trt.OnnxParser(network, told)
+    if not parser.parse_from_file(str(job.source)):
+        errors = [parser.get_error(k) for k in range(parser.num_errors)]
+        told_of = "; ".join(dict.fromkeys(spelled(error) for error in errors[:3])) or "it gives no reason"
+        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {told_of}")
+    return network
+
+
+def spelled(error: Any) -> str:
+    """``MatMul node_7: what is wrong`` for an error of the parser."""
+    node = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{node}: {first_lines(Exception(error.desc()))}" if node else first_lines(Exception(error.desc()))
+
+
+def configured(trt: Any, builder: Any, network: Any, job: Job) -> Any:
+    config = builder.create_builder_config()
+    if job.options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.options.workspace << 20)
+    if job.options.sm:
+        capable = capabilities(trt, job.options.sm)
+        config.num_compute_capabilities = len(capable)
+        for index, one in enumerate(capable):
+            config.set_compute_capability(one, index)
+    ranges = profile(job.source, job.options)
+    if ranges:
+        shapes = builder.create_optimization_profile()
+        for name, span in ranges.items():
+            shapes.set_shape(name, span.least, span.best, span.most)
+        config.add_optimization_profile(shapes)
+    return config
+
+
+def capabilities(trt: Any, numbers: tuple[int, ...]) -> list[Any]:
+    known = {int(name[2:]): value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
+    unknown = [number for number in numbers if number not in known]
+    if unknown:
+        named = ",".join(map(str, sorted(known)))
+        raise UserError(f"--sm {unknown[0]}: {trt.__name__} {trt.__version__} builds for {named}")
+    return [known[number] for number in numbers]
+
+
+def read_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def loads(trt: Any, told: Any, path: Path) -> bool:
+    runtime = trt.Runtime(told)
+    return runtime is not None and runtime.deserialize_cuda_engine(path.read_bytes()) is not None
+
+
+# -- the two targets -------------------------------------------------------------------------------------------------
+
+
+def make_trt(job: Job) -> Made:
+    return script(job) if job.options.emit_script else engine(load_module("tensorrt", NO_TENSORRT), job)
+
+
+def make_rtx(job: Job) -> Made:
+    return engine(load_module("tensorrt_rtx", NO_RTX), job)
+
+
+def check_trt(request: Request) -> None:
+    if request.options.emit_script and request.output.suffix != ".onnx":
+        raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
+    if not request.options.emit_script:
+        load_module("tensorrt", NO_TENSORRT)
+        check_name(request)
+
+
+def check_rtx(request: Request) -> None:
+    trt = load_module("tensorrt_rtx", NO_RTX)
+    capabilities(trt, request.options.sm)
+    check_name(request)
+
+
+def check_name(request: Request) -> None:
+    from snpc.runtime.runner import ENGINES
+
+    if request.output.suffix not in ENGINES:
+        raise UserError(f"{request.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
+
+
+# -- for a machine that has TensorRT ---------------------------------------------------------------------------------
+
+
+def script(job: Job) -> Made:
+    """A model that is ready for TensorRT, and the trtexec line that builds it."""
+    publish(job.source, job.output)
+    data = data_file(job.output)
+    shell = job.output.with_suffix(".sh")
+    try:
+        major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
+    except ImportError:
+        major = None
+    line = trtexec(job.output.name, profile(job.output, job.options), job.options, major)
+    shell.write_text(f"#!/bin/sh\n{line}\n")
+    shell.chmod(0o755)
+    version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
+    return Made((job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False)
+
+
+def trtexec(model: str, ranges: dict[str, Range], options: Options, major: int | None) -> str:
+    """The command line. TensorRT up to 10 must be told that the graph's types hold; 11 knows no other way."""
+
+    def shapes(part: str) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, getattr(span, part)))}" for name, span in ranges.items())
+
+    words = ["trtexec", f"--onnx={model}", f"--saveEngine={Path(model).stem}.engine"]
+    if ranges:
+        words += [
+            f"--{flag}Shapes={shapes(part)}" for flag, part in (("min", "least"), ("opt", "best"), ("max", "most"))
+        ]
+    if major is None or major <= 10:
+        words.append("--stronglyTyped")
+    if options.workspace is not None:
+        words.append(f"--memPoolSize=workspace:{options.workspace}")
+    if options.timing_cache is not None:
+        words.append(f"--timingCacheFile={options.timing_cache}")
+    return " ".join(words)
+
+
+TRT = Target(
+    "trt",
+    "TensorRT: an engine for the GPU of this machine, or with --emit-script what builds it elsewhere",
+    ".engine",
+    make_trt,
+    PRECISIONS,
+    signed=True,
+    options=SHAPES | {"--workspace", "--timing-cache", "--emit-script"},
+    beside=(".sh", ".onnx.data"),
+    check=check_trt,
+)
+TRT_RTX = Target(
+    "trt-rtx",
+    "TensorRT for RTX: an engine for the compute capabilities named by --sm, built without a GPU",
+    ".engine",
+    make_rtx,
+    PRECISIONS,
+    signed=True,
+    options=SHAPES | {"--workspace", "--sm"},
+    check=check_rtx,
+)

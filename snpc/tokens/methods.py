@@ -1,0 +1,292 @@
+"""Ways to have fewer tokens. Each is a small class; ``snpc.tokens`` lists them.
+
+A method works in two halves, so that what it decides can be looked at, compared and fed from outside: ``decide`` makes
+*decisions*, small tensors per sample, from what the graph holds at the point, and ``reduce`` carries them out. All that
+the rest of the program needs of the decisions is the matrix that ``matrix`` makes of them in numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS, SUB, TOPK
+from snpc.tokens.writer import Writer
+from snpc.types import AnyArray, FloatArray
+
+ONLINE = 0.4  # weight of a block's own scores where they are fused with what was measured before
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One reduction: of ``count`` tokens the ``leading`` ones stay, and of the others ``gone`` go."""
+
+    count: int
+    leading: int
+    gone: int
+
+    @property
+    def others(self) -> int:
+        return self.count - self.leading
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A stream [B, N, D], and how many tokens each of its tokens stands for, [B, N, 1] (None: one each)."""
+
+    values: ir.Value
+    sizes: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One tensor of a decision: [batch, *shape]; ``whole``: of integers."""
+
+    name: str
+    shape: tuple[int, ...]
+    whole: bool = True
+
+
+class Method(Protocol):
+    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out stands for several tokens;
+    ``selects``: every token that comes out is one that went in; ``offline``: it needs what was measured of every
+    position before (``runtime.relevance``)."""
+
+    name: ClassVar[str]
+    scored: ClassVar[bool]
+    weighs: ClassVar[bool]
+    selects: ClassVar[bool]
+    offline: ClassVar[bool]
+
+    def most(self, others: int) -> int:
+        """How many of so many tokens can go at once."""
+        ...
+
+    def decisions(self, setting: Setting) -> tuple[Decision, ...]: ...
+
+    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+        """The tensors of ``decisions``. ``values``: [B, N, D]; ``scores``: [B, N], higher = keep; both of float."""
+        ...
+
+    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens: ...
+
+    def macs(self, setting: Setting, width: int) -> int:
+        """What it costs itself, per sample; ``width``: of the stream."""
+        ...
+
+    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """([B, N', N]: each new token as a weighted sum of old ones; [B, N']: new sizes). ``sizes``: [B, N]."""
+        ...
+
+
+def best(writer: Writer, setting: Setting, scores: ir.Value, keep: int) -> ir.Value:
+    """Positions [B, keep] of the best tokens behind the leading ones."""
+    rest = writer.slice(scores, 1, setting.leading)
+    found = writer.ops(TOPK, rest, writer.ints(keep), outputs=2, axis=1, largest=1, sorted=1)[1]
+    return writer.op(ADD, found, writer.ints(setting.leading))
+
+
+def fused_scores(writer: Writer, scores: ir.Value, offline: ir.Value, weight: float = ONLINE) -> ir.Value:
+    """[B, N]: the logarithm of the shares s that minimise w KL(s | a) + (1 - w) KL(s | b), where a and b are ``scores``
+    and ``offline`` scores as shares: s is proportional to a^w b^(1 - w). Only its order counts."""
+    parts = [
+        writer.op(MUL, writer.op(LOG, value), writer.constant(np.asarray([share], np.float32)))
+        for value, share in ((scores, weight), (offline, 1 - weight))
+    ]
+    return writer.op(ADD, *parts)
+
+
+def picked(writer: Writer, setting: Setting, value: ir.Value, index: ir.Value) -> ir.Value:
+    return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.pick(value, index))
+
+
+def selection(setting: Setting, index: AnyArray) -> FloatArray:
+    """[B, leading + k, N] of zeros and ones."""
+    batch = len(index)
+    front = np.broadcast_to(np.arange(setting.leading), (batch, setting.leading))
+    chosen: FloatArray = np.eye(setting.count)[np.concatenate([front, index], 1)]
+    return chosen
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keeps the tokens with the highest attention from the class token (from all tokens where there is none)."""
+
+    name: ClassVar[str] = "topk"
+    scored: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
+    offline: ClassVar[bool] = False
+
+    def most(self, others: int) -> int:
+        return others - 1
+
+    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+        return (Decision("keep", (setting.others - setting.gone,)),)
+
+    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+        assert scores is not None
+        return [best(writer, setting, scores, setting.others - setting.gone)]
+
+    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+        sizes = picked(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
+        return Tokens(picked(writer, setting, tokens.values, decided[0]), sizes)
+
+    def macs(self, setting: Setting, width: int) -> int:
+        return 0
+
+    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        chosen = selection(setting, decided[0])
+        return chosen, np.einsum("bij,bj->bi", chosen, sizes)
+
+
+@dataclass(frozen=True)
+class Star(TopK):
+    """As topk, by the class token's attention within the block fused with the relevance that each position of the
+    picture has for the outputs across the blocks behind (STAR, ICLR 2024)."""
+
+    name: ClassVar[str] = "star"
+    offline: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """As topk; the dropped tokens leave their average, weighted by the same attention (EViT, arXiv 2202.07800)."""
+
+    name: ClassVar[str] = "fuse"
+    scored: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
+
+    def most(self, others: int) -> int:
+        return others - 1
+
+    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+        keep = setting.others - setting.gone - 1
+        return (Decision("keep", (keep,)), Decision("share", (setting.count,), whole=False))
+
+    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+        assert scores is not None
+        keep = best(writer, setting, scores, setting.others - setting.gone - 1)
+        front = writer.ints(*range(setting.leading))
+        batch = writer.concat(0, writer.lengths(keep, 0), writer.ints(setting.leading))
+        stays = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), batch), keep)
+        zeros = writer.expand(writer.constant(np.zeros(1, np.float32)), writer.lengths(stays, 0, 1))
+        left = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
+        return [keep, writer.cast(writer.op(DIV, left, writer.total(left, 1, keep=True)))]
+
+    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+        keep, share = decided
+        fused = writer.matmul(writer.unsqueeze(share, 1), tokens.values)
+        values = writer.op(CONCAT, picked(writer, setting, tokens.values, keep), fused, axis=1)
+        if tokens.sizes is None:
+            return Tokens(values)
+        one = writer.slice(writer.ones(tokens.values), 1, 0, 1)
+        return Tokens(values, writer.op(CONCAT, picked(writer, setting, tokens.sizes, keep), one, axis=1))
+
+    def macs(self, setting: Setting, width: int) -> int:
+        return setting.count * width
+
+    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        keep, share = decided
+        chosen = selection(setting, keep)
+        matrix = np.concatenate([chosen, share[:, None].astype(np.float64)], 1)
+        kept = np.einsum("bij,bj->bi", chosen, sizes)
+        return matrix, np.concatenate([kept, np.ones((len(keep), 1))], 1)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merges the most similar pairs: tokens in even places with tokens in odd ones, by cosine of the residual stream;
+    each counts in attention for as many as it is made of (ToMe, arXiv 2210.09461, which compares keys instead)."""
+
+    name: ClassVar[str] = "merge"
+    scored: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
+    selects: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
+
+    def most(self, others: int) -> int:
+        return others // 2
+
+    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+        even = (setting.others + 1) // 2
+        return (
+            Decision("stay", (even - setting.gone,)),
+            Decision("from", (setting.gone,)),
+            Decision("into", (setting.gone,)),
+        )
+
+    def parts(self, writer: Writer, setting: Setting, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Every second of the tokens behind the leading ones, and the others."""
+        return (
+            writer.slice(value, 1, setting.leading, step=2),
+            writer.slice(value, 1, setting.leading + 1, step=2),
+        )
+
+    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+        length = writer.length(values)
+        even, odd = self.parts(writer, setting, writer.op(DIV, values, length))
+        alike = writer.matmul(even, writer.swap(odd))
+        near, where = writer.ops(TOPK, alike, writer.ints(1), outputs=2, axis=2, largest=1, sorted=1)
+        every = (setting.others + 1) // 2
+        first = self.first(writer, setting, writer.reshape(near, 0, -1), scores)
+        order = writer.ops(TOPK, first, writer.ints(every), outputs=2, axis=1, sorted=1)[1]
+        source = writer.slice(order, 1, 0, setting.gone)
+        into = writer.reshape(writer.pick(where, source), 0, -1)
+        return [writer.slice(order, 1, setting.gone), source, into]
+
+    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+        """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
+        return near
+
+    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+        stay, source, into = decided
+        sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
+        weighed = writer.op(MUL, tokens.values, sizes) if tokens.sizes is not None else tokens.values
+        sums = writer.op(CONCAT, weighed, sizes, axis=2)  # [B, N, D + 1]: what tokens are sums of, and of how many
+        even, odd = self.parts(writer, setting, sums)
+        places = writer.constant(np.arange(setting.others // 2, dtype=np.int64)[None, :, None])
+        goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, odd, gone]
+        merged = writer.op(ADD, odd, writer.matmul(goes, writer.pick(even, source)))
+        front = [writer.slice(sums, 1, 0, setting.leading)] if setting.leading else []
+        laid = writer.concat(1, *front, writer.pick(even, stay), merged)
+        size = writer.slice(laid, 2, -1)
+        return Tokens(writer.op(DIV, writer.slice(laid, 2, 0, -1), size), size)
+
+    def macs(self, setting: Setting, width: int) -> int:
+        even, odd = (setting.others + 1) // 2, setting.others // 2
+        return even * odd * width + odd * setting.gone * (width + 1)
+
+    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        stay, source, into = decided
+        batch, lead = len(stay), setting.leading
+        odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
+        matrix = selection(setting, np.concatenate([lead + 2 * stay, odd], 1))
+        rows = matrix.shape[1] - odd.shape[1] + into
+        matrix[np.arange(batch)[:, None], rows, lead + 2 * source] = 1
+        matrix *= sizes[:, None, :]
+        new = matrix.sum(2)
+        return matrix / new[:, :, None], new
+
+
+@dataclass(frozen=True)
+class Guided(Merge):
+    """As merge, but tokens that get little attention (as topk counts it) go before others that are as similar."""
+
+    name: ClassVar[str] = "guided"
+    scored: ClassVar[bool] = True
+    weight: float = 0.07  # in cosine, of a factor e in attention
+
+    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+        assert scores is not None
+        own = writer.op(LOG, writer.slice(scores, 1, setting.leading, step=2))
+        scale = writer.constant(np.asarray([self.weight], np.float32))
+        return writer.op(SUB, near, writer.op(MUL, own, scale))
+
+
+__all__ = ["Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Star", "Tokens", "TopK"]

@@ -1,0 +1,348 @@
+"""The rewrite: at some points of the residual stream the tokens get fewer.
+
+``open_tokens`` makes a graph that is *told* which tokens go: the decisions are inputs. Everything else of snpc (label
+tracing, statistics, fits, slices) works on that graph, in which a decision never flips because a weight changed in its
+last digit. ``close_tokens`` then adds the nodes that decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.errors import CheckFailed, UserError
+from snpc.ops import lookup
+from snpc.ops.attention import FORMS
+from snpc.ops.spec import Cut
+from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
+from snpc.passes.flow import Weighing
+from snpc.passes.repair import Repairs
+from snpc.passes.shapes import Facts, learn, opset, start
+from snpc.passes.tokens import TokenPoint
+from snpc.tokens.methods import Decision, Method, Setting, Tokens, fused_scores
+from snpc.tokens.writer import Writer
+
+LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
+
+
+@dataclass(frozen=True)
+class Step:
+    """``gone`` tokens fewer behind a block, by a method. ``offline``: a score for each position of the full stream,
+    where the method needs one."""
+
+    point: TokenPoint
+    method: Method
+    setting: Setting
+    offline: tuple[float, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        return f"tokens_{self.point.block}"
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return self.method.decisions(self.setting)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the decisions, inputs of the open graph and values of the closed one."""
+        return [f"{self.prefix}_{d.name}" for d in self.decisions]
+
+    @property
+    def left(self) -> int:
+        return self.setting.count - self.setting.gone
+
+
+def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> ir.Model:
+    """A copy of ``model`` with ``steps`` carried out; their decisions are inputs, [batch, ...] each."""
+    copy = model.clone()
+    values = {str(v.name): v for node in copy.graph for v in node.outputs}
+    batch = batch_dimension(model)
+    current: ir.Value | None = None
+    weights: list[tuple[Step, ir.Value]] = []
+    for step in steps:
+        writer = Writer(copy.graph, step.prefix, stream_dtype(facts, step.point))
+        stream = values[step.point.value]
+        uses = list(stream.uses())
+        decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
+        made = step.method.reduce(writer, step.setting, Tokens(stream, current), decided)
+        for node, index in uses:
+            node.replace_input_with(index, made.values)
+        current = made.sizes
+        if current is not None:
+            weights.append((step, current))
+    thin_sides(copy, facts, steps)
+    for step, value in weights:
+        weigh(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
+    copy.graph.sort()
+    repair(copy, model, facts, sizes, steps)
+    return copy
+
+
+def batch_dimension(model: ir.Model) -> int | ir.SymbolicDim:
+    for value in model.graph.inputs:
+        if value.shape is not None and len(value.shape) and not value.is_initializer():
+            return value.shape[0]
+    raise UserError("the model has no input with a batch axis, so its tokens cannot be reduced")
+
+
+def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
+    dtype = facts.dtype[point.stream]
+    assert dtype is not None
+    return dtype
+
+
+def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType) -> ir.Value:
+    decision = step.decisions[index]
+    kind = ir.DataType.INT64 if decision.whole else dtype
+    value = ir.Value(name=step.names[index], shape=ir.Shape([batch, *decision.shape]), type=ir.TensorType(kind))
+    copy.graph.inputs.append(value)
+    return value
+
+
+# -- what has an entry for each token ---------------------------------------------------------------------------------
+
+
+def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
+    """Masks and tables behind the points lose the entries of the tokens that go."""
+    nodes = {node.name: node for node in copy.graph}
+    given = {str(v.name): v for v in copy.graph.inputs}
+    thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
+    for step in steps:
+        writer = Writer(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
+        for side in step.point.flow.sides:
+            if side.even and step is not steps[0] and side.node in steps[0].point.flow.nodes:
+                continue  # one entry is left of it already
+            node = nodes[side.node.name]
+            value = node.inputs[side.index]
+            assert value is not None
+            key = (step.prefix, str(value.name), tuple(side.axes))
+            if key not in thinned:
+                if side.even:
+                    thinned[key] = value
+                    for axis in side.axes:
+                        thinned[key] = writer.slice(thinned[key], axis, 0, 1)
+                else:
+                    (axis,) = side.axes
+                    thinned[key] = picked_along(writer, step, value, axis, given[step.names[0]])
+            node.replace_input_with(side.index, thinned[key])
+
+
+def picked_along(writer: Writer, step: Step, value: ir.Value, axis: int, keep: ir.Value) -> ir.Value:
+    """[B or 1, ..] with the entries along ``axis`` of the tokens that a selecting method keeps."""
+    order = [0, axis, *(k for k in range(1, 4) if k != axis)]
+    laid = writer.op(TRANSPOSE, value, perm=order)
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(1, 1, 1))
+    laid = writer.expand(laid, shape)
+    front = [writer.slice(laid, 1, 0, step.setting.leading)] if step.setting.leading else []
+    found = writer.concat(1, *front, writer.pick(laid, keep))
+    return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(4)])
+
+
+# -- what tokens weigh -----------------------------------------------------------------------------------------------
+
+
+def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequence[Step]) -> None:
+    """Behind a point each token counts as often as ``sizes`` [B, N, 1] says: log(size) is added to the scores of every
+    softmax, and means are weighted. What lies behind a later point is left to that."""
+    writer = Writer(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
+    behind = {node.name for s in later for node in s.point.flow.nodes}
+    nodes = {node.name: node for node in copy.graph}
+    logs = None
+    for weighing in step.point.flow.weighings:
+        if weighing.node.name in behind:
+            continue
+        logs = logs if logs is not None else writer.op(LOG, sizes)
+        if weighing.axis < 0:
+            bias_fused(writer, nodes[weighing.node.name], logs)
+        else:
+            shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
+            spread = along(writer, facts, step, logs, weighing, shape or ())
+            insert(writer, nodes[weighing.node.name], 0, ADD, spread)
+    for weighing in step.point.flow.pools:
+        if weighing.node.name in behind:
+            continue
+        own = writer.slice(sizes, 1, weighing.leading)
+        mean = writer.op(DIV, writer.total(own, 1, keep=True), writer.cast(writer.lengths(own, 1)))
+        share = writer.op(DIV, own, mean)
+        shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
+        pooled = Weighing(weighing.node, 0, weighing.axis, 0)
+        insert(writer, nodes[weighing.node.name], 0, MUL, along(writer, facts, step, share, pooled, shape or ()))
+
+
+def along(
+    writer: Writer, facts: Facts, step: Step, value: ir.Value, weighing: Weighing, shape: tuple[int, ...]
+) -> ir.Value:
+    """[B, N, 1] laid along the axis of what it is for, batch first (repeated per head where these share its axis)."""
+    batch = (facts.shape[step.point.stream] or (0,))[0]
+    if weighing.leading:
+        value = writer.slice(value, 1, weighing.leading)
+    target = [0] + [1] * (len(shape) - 1)
+    target[weighing.axis] = -1
+    if shape[0] == batch:
+        return writer.reshape(value, *target)
+    heads = shape[0] // batch
+    if weighing.axis == 0 or heads * batch != shape[0]:
+        raise UserError(f"{weighing.node.name}: merged tokens cannot be weighed where its batch axis is lost; use topk")
+    length = writer.lengths(value, 1)
+    repeated = writer.expand(writer.swap(value), writer.concat(0, writer.ints(1, heads), length))  # [B, heads, N]
+    one = writer.ints(1)
+    sizes = [writer.ints(-1), *[length if k == weighing.axis else one for k in range(1, len(shape))]]
+    return writer.op(RESHAPE, repeated, writer.concat(0, *sizes))
+
+
+def insert(writer: Writer, node: ir.Node, index: int, op: str, other: ir.Value) -> None:
+    value = node.inputs[index]
+    assert value is not None
+    node.replace_input_with(index, writer.op(op, value, other))
+
+
+def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value) -> None:
+    """The mask of a fused node, [B, 1, queries, keys]."""
+    shape = FORMS[node.domain, node.op_type]
+    index = shape.scores
+    query = node.inputs[shape.query]
+    assert query is not None and index is not None
+    row = writer.unsqueeze(writer.swap(logs), 1)
+    rank = 3 if shape.packed or not by_head(node) else 4
+    queries = writer.lengths(query, rank - 2)
+    many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
+    while len(node.inputs) <= index:
+        node.resize_inputs(len(node.inputs) + 1)
+    node.replace_input_with(index, writer.expand(row, many))
+
+
+def by_head(node: ir.Node) -> bool:
+    return "num_heads" not in node.attributes and "q_num_heads" not in node.attributes
+
+
+# -- sizes in parameters ---------------------------------------------------------------------------------------------
+
+
+def repair(copy: ir.Model, model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> None:
+    """Recompute what spells the number of tokens. Raises CheckFailed where the shapes do not come out right."""
+    wanted = expected(facts, steps)
+    old = {node.name: node for node in model.graph}
+    after = start(copy, sizes)
+    repairs = Repairs(copy, model, facts, after, sizes)
+    for node in list(copy.graph):
+        learn(after, node, copy, sizes)
+        twin = old.get(node.name)
+        for k, value in enumerate(twin.outputs if twin is not None else ()):
+            shape = wanted.get(str(value.name))
+            if twin is None or shape is None or after.shape.get(node.outputs[k]) == shape:
+                continue
+            spec = lookup(node.domain, node.op_type)
+            if spec.repair is None:
+                raise CheckFailed(f"{node.op_type} {node.name}: gives {after.shape.get(node.outputs[k])}, not {shape}")
+            call = facts.call(twin, opset(model, twin.domain))
+            data = cut_of(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
+            outs = [cut_of(call.outs[i], wanted.get(str(v.name), call.outs[i])) for i, v in enumerate(twin.outputs)]
+            fix = spec.repair(call, data, outs)
+            for index, array in fix.inputs.items():
+                repairs.set_input(twin, node, index, array)
+            learn(after, node, copy, sizes)
+            if after.shape.get(node.outputs[k]) != shape:
+                raise CheckFailed(f"{node.op_type} {node.name}: its sizes cannot be recomputed for fewer tokens")
+
+
+def cut_of(old: tuple[int, ...], new: tuple[int, ...]) -> Cut:
+    return Cut(old, new, lambda axis, position: min(position, new[axis]), lambda axis: None)
+
+
+def expected(facts: Facts, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
+    """New shapes of everything behind the points, by name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for step in steps:  # later ones overwrite what lies behind them too
+        for value, marks in step.point.flow.marks.items():
+            if value.name == step.point.value:
+                continue
+            shape = list(facts.shape[value] or ())
+            for axis, leading in marks.axes.items():
+                shape[axis] = step.left - leading
+            found[str(value.name)] = tuple(shape)
+    return found
+
+
+# -- deciding --------------------------------------------------------------------------------------------------------
+
+
+def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir.DataType]) -> None:
+    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    nodes = {str(node.name): node for node in model.graph}
+    origin: ir.Value | None = None
+    for number, step in enumerate(steps):
+        dtype = dtypes[step.point.value]
+        writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
+        scores = class_scores(writer, step, values, nodes) if step.method.scored else None
+        if scores is not None and step.offline:
+            scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
+        stream = values[step.point.value]
+        if dtype != ir.DataType.FLOAT:
+            stream = writer.cast(stream, ir.DataType.FLOAT)
+        decided = step.method.decide(writer, step.setting, stream, scores)
+        for name, made in zip(step.names, decided, strict=True):
+            given = next(v for v in model.graph.inputs if v.name == name)
+            given.replace_all_uses_with(made)
+            model.graph.inputs.remove(given)
+            given.name = f"{name}__open"
+            made.name = name
+        if any(later.offline for later in steps[number + 1 :]):
+            origin = origins(writer, step, decided[0], origin)
+    model.graph.sort()
+
+
+def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
+    """[B or 1, N]: the scores of the positions that the tokens had at first."""
+    table = np.asarray(step.offline, np.float32)
+    table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
+    if origin is None:
+        return writer.constant(table[None])
+    return writer.op(GATHER, writer.constant(table), origin, axis=0)
+
+
+def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None) -> ir.Value:
+    """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
+    it had (None: all)."""
+    front = writer.ints(*range(step.setting.leading))
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(step.setting.leading))
+    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.setting.leading else keep
+    return writer.pick(before, kept) if before is not None else kept
+
+
+def class_scores(writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]) -> ir.Value:
+    """[B, N]: attention that each token gets from the class token, or from all tokens where nothing is read by number;
+    summed over heads."""
+    scores = step.point.scores
+    assert scores is not None
+    if scores.fused:
+        return recomputed(writer, step, nodes[scores.fused])
+    weights = values[scores.tensor]
+    if step.point.reads:
+        weights = writer.row(weights, scores.query_axis, 0)
+    else:
+        weights = writer.total(weights, scores.query_axis)
+    summed = writer.total(writer.reshape(weights, -1, scores.heads, step.setting.count), 1)
+    return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
+
+
+def recomputed(writer: Writer, step: Step, node: ir.Node) -> ir.Value:
+    """Inside a fused node the weights are out of reach: the class token's row of them is computed again."""
+    shape = FORMS[node.domain, node.op_type]
+    query, key = (node.inputs[k] for k in (shape.query, shape.key))
+    assert query is not None and key is not None and step.point.scores is not None
+    heads, width = step.point.scores.heads, step.point.scores.width
+    if not by_head(node):  # [B, N, H * D] -> [B, H, N, D]
+        key = writer.op(TRANSPOSE, writer.reshape(key, 0, 0, heads, -1), perm=[0, 2, 1, 3])
+        query = writer.op(TRANSPOSE, writer.reshape(writer.slice(query, 1, 0, 1), 0, 1, heads, -1), perm=[0, 2, 1, 3])
+    else:
+        query = writer.slice(query, 2, 0, 1)
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    scaled = writer.op(MUL, query, writer.scalar(scale))
+    row = writer.op(SOFTMAX, writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2])), axis=-1)
+    summed = writer.total(row, 1, 2)
+    return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)

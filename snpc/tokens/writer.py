@@ -1,0 +1,134 @@
+"""Making nodes: what token reduction writes into a graph, all of it standard operators of opset 13."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops.writing import (
+    CAST,
+    CONCAT,
+    CONSTANT_OF_SHAPE,
+    EXPAND,
+    GATHER,
+    GATHER_ND,
+    MATMUL,
+    REDUCE_L2,
+    REDUCE_SUM,
+    REDUCTION_AXES_ARE_AN_INPUT,
+    RESHAPE,
+    SHAPE,
+    SLICE,
+    TRANSPOSE,
+    UNSQUEEZE,
+)
+from snpc.types import AnyArray
+
+END = np.iinfo(np.int64).max
+
+
+class Writer:
+    """Adds nodes to ``graph``, named ``prefix_1``, ``prefix_2``, ...; ``dtype`` is that of the stream."""
+
+    def __init__(self, graph: ir.Graph, prefix: str, dtype: ir.DataType) -> None:
+        self.graph, self.prefix, self.dtype = graph, prefix, dtype
+        self.count = 0
+        self.made: list[ir.Node] = []
+
+    def name(self) -> str:
+        self.count += 1
+        return f"{self.prefix}_{self.count}"
+
+    def op(self, op: str, *inputs: ir.Value, outputs: int = 1, **attributes: int | Sequence[int]) -> ir.Value:
+        """The first output of a new node."""
+        return self.ops(op, *inputs, outputs=outputs, **attributes)[0]
+
+    def ops(self, op: str, *inputs: ir.Value, outputs: int = 1, **attributes: int | Sequence[int]) -> list[ir.Value]:
+        name = self.name()
+        node = ir.node(op, list(inputs), attributes=attributes or None, num_outputs=outputs, name=name)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{name}_out" + (f"_{index}" if index else "")
+        self.graph.append(node)
+        self.made.append(node)
+        return list(node.outputs)
+
+    def constant(self, array: AnyArray) -> ir.Value:
+        name = f"{self.name()}_constant"
+        value = ir.Value(
+            name=name,
+            const_value=ir.Tensor(array, name=name),
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def ints(self, *numbers: int) -> ir.Value:
+        return self.constant(np.asarray(numbers, np.int64))
+
+    def scalar(self, number: float) -> ir.Value:
+        """A number of the stream's type, [1]."""
+        return self.constant(np.asarray([number], self.dtype.numpy()))
+
+    # -- what is needed more than once -----------------------------------------------------------------------------
+
+    def slice(self, value: ir.Value, axis: int, start: int, end: int = END, step: int = 1) -> ir.Value:
+        return self.op(SLICE, value, self.ints(start), self.ints(end), self.ints(axis), self.ints(step))
+
+    def concat(self, axis: int, *parts: ir.Value) -> ir.Value:
+        return self.op(CONCAT, *parts, axis=axis) if len(parts) > 1 else parts[0]
+
+    def unsqueeze(self, value: ir.Value, *axes: int) -> ir.Value:
+        return self.op(UNSQUEEZE, value, self.ints(*axes))
+
+    def pick(self, value: ir.Value, index: ir.Value) -> ir.Value:
+        """[B, N, ...] and [B, k] -> [B, k, ...]: of every sample, its own rows."""
+        return self.op(GATHER_ND, value, self.unsqueeze(index, -1), batch_dims=1)
+
+    def total(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
+        return self.op(REDUCE_SUM, value, self.ints(*axes), keepdims=int(keep))
+
+    def length(self, value: ir.Value) -> ir.Value:
+        """[..., D] -> [..., 1]: the Euclidean length."""
+        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_L2]:
+            return self.op(REDUCE_L2, value, self.ints(-1), keepdims=1)
+        return self.op(REDUCE_L2, value, axes=[-1], keepdims=1)
+
+    def cast(self, value: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
+        return self.op(CAST, value, to=int(dtype or self.dtype))
+
+    def matmul(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        return self.op(MATMUL, left, right)
+
+    def swap(self, value: ir.Value) -> ir.Value:
+        """[B, M, N] -> [B, N, M]."""
+        return self.op(TRANSPOSE, value, perm=[0, 2, 1])
+
+    def row(self, value: ir.Value, axis: int, position: int) -> ir.Value:
+        return self.op(GATHER, value, self.constant(np.asarray(position, np.int64)), axis=axis)
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        return self.op(RESHAPE, value, self.ints(*shape))
+
+    def expand(self, value: ir.Value, shape: ir.Value) -> ir.Value:
+        return self.op(EXPAND, value, shape)
+
+    def lengths(self, value: ir.Value, *axes: int) -> ir.Value:
+        """The sizes of these axes, [len(axes)]."""
+        return self.op(GATHER, self.op(SHAPE, value), self.ints(*axes), axis=0)
+
+    def ones(self, value: ir.Value) -> ir.Value:
+        """[B, N, D] -> ones [B, N, 1]."""
+        shape = self.concat(0, self.lengths(value, 0, 1), self.ints(1))
+        node = ir.node(
+            CONSTANT_OF_SHAPE,
+            [shape],
+            attributes={"value": ir.Tensor(np.ones(1, self.dtype.numpy()))},
+            name=self.name(),
+        )
+        node.outputs[0].name = f"{node.name}_out"
+        self.graph.append(node)
+        self.made.append(node)
+        return node.outputs[0]

@@ -1,0 +1,108 @@
+"""Several sizes of one model: judged, timed, and only those kept that no other one beats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import snpc
+from snpc.cli import main
+from snpc.cli.sweeping import parse_targets
+from snpc.errors import UserError
+from snpc.page.scatter import even, scatter
+from snpc.targets.sweep import ORIGINAL, Point, Sweep, on_front
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def point(name: str, accuracy: float, speedup: float) -> Point:
+    return Point(name, (), 1, 1, 1, 1 - accuracy, None, accuracy, latency=10 / speedup, speedup=speedup)
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    points = [
+        point(ORIGINAL, 0.9, 1.0),
+        point("worse and slower", 0.8, 0.9),
+        point("worse but faster", 0.85, 1.5),
+        point("as good and faster", 0.9, 1.2),
+        point("same as the one before", 0.9, 1.2),
+    ]
+    marked = {p.name for p in on_front(points) if p.front}
+    assert marked == {"worse but faster", "as good and faster", "same as the one before"}
+
+
+def test_the_front_without_labels_goes_by_drift() -> None:
+    points = [dataclasses.replace(p, accuracy=None) for p in (point("a", 0.9, 1.0), point("b", 0.95, 1.1))]
+    assert [p.front for p in on_front(points)] == [False, True]
+
+
+def test_the_plot_puts_faster_left_and_better_higher() -> None:
+    points = on_front([point(ORIGINAL, 0.9, 1.0), point("fast", 0.8, 2.0), point("bad", 0.7, 0.5)])
+    root = ElementTree.fromstring(scatter(Sweep(Path("m.onnx"), Path(), tuple(points), 1)))
+    dots = [(float(c.get("cx", "")), float(c.get("cy", "")), c.get("class")) for c in root.iter(f"{SVG}circle")]
+    (x0, y0, kind0), (x1, y1, kind1), (x2, y2, kind2) = dots
+    assert x1 < x0 < x2 and y0 < y1 < y2
+    assert (kind0, kind1, kind2) == ("front", "front", "beaten")
+    assert {ORIGINAL, "fast", "bad"} <= {t.text for t in root.iter(f"{SVG}text")}
+    assert even(2.0, 2.0) == [2.0] and even(0.0, 4.0) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_targets_are_read_as_written() -> None:
+    assert parse_targets("macs=0.9, 0.8,params=0.5") == ["macs=0.9", "macs=0.8", "params=0.5"]
+    with pytest.raises(UserError, match="must look like"):
+        parse_targets("0.9")
+
+
+def swept(folder: Path, *arguments: str) -> Result:
+    data = ["--calib", str(folder / "calib.npz"), "--calib-samples", "32", "--iterations", "5", "--seed", "0"]
+    return CliRunner().invoke(main, ["sweep", str(folder / "digits_vit.onnx"), *data, *arguments])
+
+
+def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
+    snpc.write_example("digits", tmp_path)
+    out = tmp_path / "sizes"
+    labels = ["--eval", str(tmp_path / "eval.npz"), "--labels", "labels"]
+    result = swept(tmp_path, "--targets", "macs=0.6,0.25", "-o", str(out), *labels, "--batch", "8")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "sweep.json").read_text())["points"]
+    assert [row["name"] for row in rows] == ["original", "macs=0.6", "macs=0.25"]
+    assert rows[0]["macs"] > rows[1]["macs"] > rows[2]["macs"]
+    assert rows[1]["macs"] <= 0.6 * rows[0]["macs"]
+    kept = {name for row in rows[1:] for name in row["files"]}
+    assert {file.name for file in out.iterdir()} == kept | {"sweep.json", "sweep.svg"}
+    assert all(row["front"] == bool(row["files"]) for row in rows[1:])
+    with np.load(tmp_path / "eval.npz") as data:
+        for row in rows[1:]:
+            for name in row["files"]:
+                outputs = snpc.runtime.runner.open_runner(out / name).run({"image": data["image"]})
+                assert (outputs["logits"].argmax(-1) == data["labels"]).mean() == pytest.approx(row["accuracy"])
+    assert ElementTree.parse(out / "sweep.svg").getroot().tag == f"{SVG}svg"
+    assert "macs=0.25" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--targets", "macs=0.0001"], "cannot be reached"),
+        (["--targets", "macs=0.5,0.5"], "once"),
+        (["--targets", "macs=0.5", "--ratio", "0.5"], "--ratio"),
+        (["--targets", "macs=0.5", "--precision", "fp16"], "--build"),
+        (["--targets", "macs=0.5", "--labels", "labels"], "--eval"),
+        (["--targets", "macs=0.5", "--build", "ncnn"], "choose from"),
+        (["--targets", "macs=0.5", "--build", "trt-rtx"], "does not run engines"),
+        (["--targets", "macs=0.5", "--max-drift", "0.1"], "--max-drift"),
+        (["--targets", "macs=0.5", "--tokens", "merge:1"], "goes through widths"),
+    ],
+)
+def test_what_a_sweep_refuses(tmp_path: Path, arguments: list[str], said: str) -> None:
+    snpc.write_example("digits", tmp_path)
+    result = swept(tmp_path, *arguments)
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("digits_vit-sweep/*.onnx"))
