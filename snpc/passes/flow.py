@@ -19,6 +19,8 @@ from snpc.passes.even import is_even
 from snpc.passes.segment import reads
 from snpc.passes.shapes import Facts, opset, subgraphs
 
+LONGEST = 1 << 24
+
 
 class Stuck(Exception):
     """The tokens cannot be followed through ``node`` with another number of them."""
@@ -286,6 +288,8 @@ def places(step: Step, call: Call, axis: int, leading: int) -> list[tuple[int, i
     """Of every output: the axis that holds the tokens now, and how many leading ones are left out; None where it holds
     a few that are read by number."""
     size = call.shape(0)[axis]
+    if size > LONGEST:
+        raise step.stuck(0, f"{size} positions are more than snpc follows")
     view = [1] * len(call.shape(0))
     view[axis] = size
     assert step.spec.move is not None
