@@ -23,7 +23,8 @@ STEPS = [
 CHECKS = [
     ("ruff", ["-m", "ruff", "check", "."]),
     ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc"]),
-    ("pytest", ["-m", "pytest", *sys.argv[1:]]),
+    # One worker per core; files stay together, as their tests share models.
+    ("pytest", ["-m", "pytest", *(sys.argv[1:] or ["-n", "auto", "--dist", "loadfile"])]),
 ]
 
 if __name__ == "__main__":

@@ -132,12 +132,16 @@ def variants(name: str, folder: Path, multiples: list[int]) -> Iterator[tuple[st
     analysis = snpc.analyze(snpc.load(dense))
     cuts = {"SNP's widths": case.published, **{f"multiples of {m}": aligned(case, m) for m in multiples}}
     yield "dense", dense, 1.0
-    yield "dense, built", snpc.build(dense, "ort").path, 1.0
     for title, widths in cuts.items():
         path = folder / f"{name}-{title.replace(' ', '-')}.onnx"
-        less = cut(analysis, widths, path)
+        yield title, path, cut(analysis, widths, path)
+
+
+def built(made: list[tuple[str, Path, float]], batch: int) -> Iterator[tuple[str, Path, float]]:
+    """Each as it is, and built for this batch size."""
+    for title, path, less in made:
         yield title, path, less
-        yield f"{title}, built", snpc.build(path, "ort").path, less
+        yield f"{title}, built", snpc.build(path, "ort", batch=batch).path, less
 
 
 def main() -> None:
@@ -152,9 +156,10 @@ def main() -> None:
     print("| model | batch | | MACs | time, ms | speed-up | 95 % | per MAC |\n|---|---:|---|---:|---:|---:|---:|---:|")
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            made = list(variants(name, Path(folder), options.multiple or [8, 16]))
-            runners = [open_runner(path, threads=options.threads) for _, path, _ in made]
+            pruned = list(variants(name, Path(folder), options.multiple or [8, 16]))
             for batch in options.batch or [1, 8]:
+                made = list(built(pruned, batch))
+                runners = [open_runner(path, threads=options.threads) for _, path, _ in made]
                 feeds = random_feeds(runners[0].inputs, batch=batch)
                 calls = [[runner.prepare(feeds)] for runner in runners]
                 run_rounds(calls, iterations=2)

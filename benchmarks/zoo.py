@@ -4,7 +4,7 @@
 
 Each file is loaded, pruned by weight magnitude, verified against its masked original and run once more as onnxruntime
 runs it by default, in a process of its own. Inputs are read from FILE.npz beside FILE.onnx where there is one, and are
-random otherwise. An attention is a product of two activations that reaches a softmax, or a fused attention node; it is
+random otherwise. An attention is a softmax that products of two activations reach, or a fused attention node; it is
 "found" where the width that query and key share can be cut, else the first reason why not is shown. ``--expected``
 names a Markdown table with the number of attentions in the column after the file's name.
 """
@@ -37,7 +37,9 @@ def examine(path: Path, ratio: float) -> dict[str, Any]:
     analysis = snpc.analyze(model)
     data = path.with_suffix(".npz")
     calibration = snpc.load_calibration(str(data), model.inputs) if data.is_file() else None
-    found = [reason_against(analysis, c) for c in attentions(analysis.traced)]
+    found = [
+        next(filter(None, (reason_against(analysis, c) for c in scores)), "") for scores in attentions(analysis.traced)
+    ]
     row: dict[str, Any] = {
         "attentions": len(found),
         "found": found.count(""),
@@ -77,15 +79,17 @@ def runs(path: Path, inputs: Any, calibration: Any) -> bool:
     return bool(run_session(session, {k: v for k, v in feeds.items() if k in names}))
 
 
-def attentions(traced: Any) -> Iterator[Any]:
-    """The contraction that makes the scores of each attention."""
+def attentions(traced: Any) -> Iterator[list[Any]]:
+    """The contractions that make the scores of each attention: one, or several that are added up before the softmax."""
+    behind: dict[Any, list[Any]] = {}
     for contraction in traced.trace.contractions:
-        if contraction.part == "scores" or (
-            not contraction.part
-            and all(map(is_projected, contraction.node.inputs))
-            and reaches_softmax(contraction.node)
-        ):
-            yield contraction
+        if contraction.part == "scores":
+            yield [contraction]
+        elif not contraction.part and all(map(is_projected, contraction.node.inputs)):
+            softmax = softmax_of(contraction.node)
+            if softmax is not None:
+                behind.setdefault(softmax, []).append(contraction)
+    yield from behind.values()
 
 
 def is_projected(value: Any) -> bool:
@@ -105,20 +109,20 @@ def is_projected(value: Any) -> bool:
     return False
 
 
-def reaches_softmax(node: Any) -> bool:
-    """Through operators that keep positions, and no other product."""
+def softmax_of(node: Any) -> Any:
+    """The softmax that a node's output reaches through operators that keep positions, and no other product."""
     from snpc.ops import lookup
 
     todo, seen = list(node.outputs), set()
     while todo:
         for user in todo.pop().consumers():
             if user.op_type == "Softmax":
-                return True
+                return user
             kind = lookup(user.domain, user.op_type).kind
             if user not in seen and kind in ("movement", "pointwise", "concat"):
                 seen.add(user)
                 todo += user.outputs
-    return False
+    return None
 
 
 def reason_against(analysis: Any, scores: Any) -> str:

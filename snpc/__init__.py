@@ -29,7 +29,7 @@ from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.reach import prune
 from snpc.runtime.score import score
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
-from snpc.targets import TARGETS, Build, Widths, build, widths_for
+from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions
 from snpc.tokens.reduce import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
@@ -67,6 +67,7 @@ __all__ = [
     "__version__",
     "analyze",
     "apply_plan",
+    "artefact",
     "bench",
     "build",
     "compress",

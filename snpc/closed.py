@@ -53,6 +53,15 @@ def tails(singular: FloatArray) -> FloatArray:
     return np.concatenate([np.cumsum((singular**2)[::-1])[::-1], [0.0]])
 
 
+def balanced(make: FloatArray, read: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The same map with columns of ``make`` as long as rows of ``read``: neither side's weights become tiny, which
+    matters to whoever trains or quantises them later."""
+    columns, rows = np.linalg.norm(make, axis=0), np.linalg.norm(read, axis=1)
+    both = (columns > 0) & (rows > 0)
+    factor = np.sqrt(np.where(both, rows, 1.0) / np.where(both, columns, 1.0))
+    return make * factor, read / factor[:, None]
+
+
 def rebase_scores(query: FloatArray, key: FloatArray, ridges: tuple[float, float] = (0.0, 0.0)) -> Rebase:
     """The best rank-r score map for the data, for every r at once.
 
@@ -60,13 +69,13 @@ def rebase_scores(query: FloatArray, key: FloatArray, ridges: tuple[float, float
     not see what all keys share). With C_q^1/2 C_k^1/2 = U S V': T_q = C_q^-1/2 U S^1/2 and T_k = C_k^-1/2 V S^1/2, and
     q T_q (k T_k)' is the rank-r map with least squared error over all pairs of rows (A3, arXiv 2505.12942, in the
     space of q and k), the moments having been given ``ridges``. ``loss`` is its error without. ``make`` = T_q,
-    ``read`` = T_k'.
+    ``read`` = T_k', ``balanced``.
     """
     q_root, q_inverse = root(damped(query, ridges[0]))
     k_root, k_inverse = root(damped(key, ridges[1]))
     left, singular, right = np.linalg.svd(q_root @ k_root)
     half = np.sqrt(singular)
-    make, read = q_inverse @ (left * half), (k_inverse @ (right.T * half)).T
+    make, read = balanced(q_inverse @ (left * half), (k_inverse @ (right.T * half)).T)
     if not any(ridges):
         return Rebase(make, read, tails(singular))
     return Rebase(make, read, errors(root(query)[0], make, read, root(key)[0]))
@@ -76,8 +85,8 @@ def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -
     """The best rank-r value/output pair for the data, for every r at once.
 
     ``context`` [d, d] = sum (c - mean)(c - mean)' of the context c = P V, ``weight`` [d, D] the output projection.
-    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input), C having been given
-    ``ridge``. ``loss`` is the error without.
+    With C^1/2 W = U S V': V -> V C^-1/2 U_r, W -> U_r' C^1/2 W (A3's OV with the attended input), ``balanced``, C
+    having been given ``ridge``. ``loss`` is the error without.
     """
     c_root, c_inverse = root(damped(context, ridge))
     left, singular, _ = np.linalg.svd(c_root @ weight, full_matrices=False)
@@ -85,7 +94,7 @@ def rebase_values(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -
     basis[:, : left.shape[1]] = left
     if left.shape[1] < len(context):
         singular = np.concatenate([singular, np.zeros(len(context) - len(singular))])
-    make, read = c_inverse @ basis, basis.T @ c_root
+    make, read = balanced(c_inverse @ basis, basis.T @ c_root)
     return Rebase(make, read, errors(root(context)[0], make, read, weight) if ridge else tails(singular))
 
 

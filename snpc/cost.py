@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from snpc.ops import lookup
-from snpc.ops.attention import form, head_counts, packed_sizes
+from snpc.ops.attention import form, geometry
 from snpc.ops.contraction import letters_of
 from snpc.ops.spec import Blocked, Call, Letters
 
@@ -45,38 +45,19 @@ def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]
 
 
 def attention_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Sizes]]:
-    shape = form(domain, call.op)
-    if not call.has(shape.query):
+    shape = geometry(call, domain)
+    if shape is None:
         return
-    heads, _ = head_counts(call)
-    query = call.shape(shape.query)
-    if shape.packed_weight is not None:
-        q, _, v = packed_sizes(call)
-        batch, length, width = query
+    if form(call, domain).packed == "weight":
+        width, columns = call.shape(1)
         yield (
             "projection",
             Letters("aMK", "KN", "aMN"),
-            {"a": batch, "M": length, "K": width, "N": call.shape(shape.packed_weight)[1]},
+            {"a": shape.batch, "M": shape.length, "K": width, "N": columns},
         )
-        sizes = {"a": batch, "b": heads, "M": length, "N": length, "K": q // heads, "V": v // heads}
-    else:
-        if not (call.has(shape.key) and call.has(shape.value)):
-            return
-        key, value = call.shape(shape.key), call.shape(shape.value)
-        if heads:
-            sizes = {
-                "a": query[0],
-                "b": heads,
-                "M": query[1],
-                "N": key[1],
-                "K": query[2] // heads,
-                "V": value[2] // max(int(call.attrs.get("kv_num_heads", heads)), 1),
-            }
-        else:
-            sizes = {"a": query[0], "b": query[1], "M": query[2], "N": key[2], "K": query[3], "V": value[3]}
-    width = sizes.pop("V")
+    sizes = {"a": shape.batch, "b": shape.heads, "M": shape.length, "N": shape.kv_length, "K": shape.width}
     yield "scores", Letters("abMK", "abNK", "abMN"), dict(sizes)
-    yield "context", Letters("abMK", "abKN", "abMN"), {**sizes, "K": sizes["N"], "N": width}
+    yield "context", Letters("abMK", "abKN", "abMN"), {**sizes, "K": shape.kv_length, "N": shape.value_width}
 
 
 def macs_of(sizes: Mapping[str, int]) -> int:

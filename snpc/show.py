@@ -29,6 +29,7 @@ from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
+    from snpc.torch.schedule import Round
     from snpc.torch.training import Progress, Report
     from snpc.torch.tune import Tuned
 
@@ -348,6 +349,11 @@ def progress_text(now: Progress) -> str:
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
 
 
+def round_of(found: Round) -> None:
+    said = "" if found.kept else ": taken back"
+    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{said}", err=True)
+
+
 def tuned(result: Tuned) -> None:
     trained = result.trained
     line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
@@ -363,8 +369,8 @@ def tuned(result: Tuned) -> None:
 
 
 def build(made: Build) -> None:
-    also = f" (and {', '.join(file.name for file in made.files[1:])})" if len(made.files) > 1 else ""
-    line(f"{made.path}{also}: {made.target}, {made.precision}, {count(made.bytes)}B, {made.seconds:.1f} s")
+    sizes = [f"{file if file == made.path else file.name} {count(file.stat().st_size)}B" for file in made.files]
+    line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
     for note in made.notes:
         line(f"  {note}")
     for d in made.drift:

@@ -104,6 +104,9 @@ class Export:
     attention: str
     static_batch: int | None
     requires: tuple[str, ...]
+    builder: Builder
+    source: Path
+    """The file that says how it is built."""
 
     @property
     def dynamic(self) -> bool:
@@ -121,7 +124,7 @@ class Export:
         seed = zlib.crc32(self.model.encode())
         torch.manual_seed(seed)
         with _quiet():
-            model = BUILDERS[self.model].build(self.attention)
+            model = self.builder(self.attention)
         model.module.eval().requires_grad_(False)
         fixed_length = model.trace_fixes_length and self.exporter == "ts"
         axes = {name: {0: "batch"} if fixed_length else axes for name, axes in model.axes.items()}
@@ -140,38 +143,36 @@ class Export:
         )
 
 
-@dataclass(frozen=True)
-class Builder:
-    """How to make a model, given the attention implementation, and the packages this takes."""
+Builder = Callable[[str], "Model"]  # of the attention implementation
+Exports = dict[str, Export]
 
-    build: Callable[[str], Model]
-    requires: tuple[str, ...]
+EXPORTS: Exports = {}
+"""The exports of this file, which every test runs on; see families.py for more."""
 
-
-BUILDERS: dict[str, Builder] = {}
-EXPORTS: dict[str, Export] = {}
+ALL: Exports = {}
 
 _VARIANT = re.compile(r"(?P<exporter>ts|dyn)(?P<opset>\d+)(?P<sdpa>_sdpa)?(?P<static>_static1?)?")
 
 
-def _register(variants: str, *requires: str) -> Callable[[Callable[[str], Model]], Callable[[str], Model]]:
+def register(
+    variants: str, *requires: str, into: Exports = EXPORTS, source: str = __file__
+) -> Callable[[Builder], Builder]:
     """Register the decorated function's model, and one export of it for each of the blank-separated variants."""
 
-    def register(build: Callable[[str], Model]) -> Callable[[str], Model]:
-        _add(build.__name__.removeprefix("_build_"), build, variants, requires)
+    def add(build: Builder) -> Builder:
+        _add(build.__name__.removeprefix("_build_"), build, variants, requires, into, Path(source))
         return build
 
-    return register
+    return add
 
 
-def _add(model: str, build: Callable[[str], Model], variants: str, requires: Sequence[str]) -> None:
-    BUILDERS[model] = Builder(build, ("torch", *requires))
+def _add(model: str, build: Builder, variants: str, requires: Sequence[str], into: Exports, source: Path) -> None:
     for variant in variants.split():
         match = _VARIANT.fullmatch(variant)
         assert match, f"not a variant: {variant}"
         dynamo = match["exporter"] == "dyn"
         name = f"{model}__{variant}"
-        EXPORTS[name] = Export(
+        into[name] = ALL[name] = Export(
             name=name,
             model=model,
             exporter=match["exporter"],
@@ -179,6 +180,8 @@ def _add(model: str, build: Callable[[str], Model], variants: str, requires: Seq
             attention="sdpa" if match["sdpa"] else "eager",
             static_batch={None: None, "_static": EXAMPLE_BATCH, "_static1": 1}[match["static"]],
             requires=("torch", *requires, *(["onnxscript"] if dynamo else [])),
+            builder=build,
+            source=source,
         )
 
 
@@ -381,22 +384,22 @@ def _timm_vit(attention: str, **options: Any) -> Model:
     return Model(module, _image_inputs(32), "logits", {"x": _BATCH, "logits": _BATCH})
 
 
-@_register("ts17 ts17_sdpa ts17_static ts17_static1 dyn18 dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "timm")
+@register("ts17 ts17_sdpa ts17_static ts17_static1 dyn18 dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "timm")
 def _build_vit_timm(attention: str) -> Model:
     return _timm_vit(attention)
 
 
-@_register("ts17 dyn20_sdpa", "timm")
+@register("ts17 dyn20_sdpa", "timm")
 def _build_vit_timm_layerscale(attention: str) -> Model:
     return _timm_vit(attention, init_values=0.5)
 
 
-@_register("ts17 dyn20_sdpa", "timm")
+@register("ts17 dyn20_sdpa", "timm")
 def _build_vit_timm_qknorm(attention: str) -> Model:
     return _timm_vit(attention, qk_norm=True)
 
 
-@_register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn18_static", "timm")
+@register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn18_static", "timm")
 def _build_swin_timm(attention: str) -> Model:
     """8x8 patches in windows of 4: four windows with a shift and real masks, then one window after the merge."""
     swin_transformer = _timm("timm.models.swin_transformer")
@@ -408,7 +411,7 @@ def _build_swin_timm(attention: str) -> Model:
     return Model(module, _image_inputs(32), "logits", {"x": _BATCH, "logits": _BATCH})
 
 
-@_register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
+@register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
 def _build_vit_hf(attention: str) -> Model:
     """Separate query, key and value projections."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -429,7 +432,7 @@ def _build_vit_hf(attention: str) -> Model:
     return Model(module, _image_inputs(32, "pixel_values"), "logits", {"pixel_values": _BATCH, "logits": _BATCH})
 
 
-@_register("ts17 ts17_static dyn20")
+@register("ts17 ts17_static dyn20")
 def _build_convnet(attention: str) -> Model:
     """Conv-BN-ReLU, with a residual block around a depthwise convolution."""
     from torch import nn
@@ -461,7 +464,7 @@ def _build_convnet(attention: str) -> Model:
     return Model(module, _image_inputs(16), "logits", {"x": _BATCH, "logits": _BATCH})
 
 
-@_register("ts17 dyn20")
+@register("ts17 dyn20")
 def _build_convchain(attention: str) -> Model:
     """Convolutions one behind the other: strides, dilations, a depthwise one between pointwise ones."""
     from torch import nn
@@ -491,7 +494,7 @@ def _build_convchain(attention: str) -> Model:
 # Models on plain feature vectors
 
 
-@_register("ts17 ts17_static dyn20")
+@register("ts17 ts17_static dyn20")
 def _build_mlp(attention: str) -> Model:
     from torch import nn
 
@@ -517,7 +520,7 @@ def _build_mlp(attention: str) -> Model:
     return Model(module, inputs, "logits", {"x": _BATCH, "logits": _BATCH})
 
 
-@_register("ts17 ts17_static dyn20")
+@register("ts17 ts17_static dyn20")
 def _build_linear_attention(attention: str) -> Model:
     """Attention without a softmax: positive feature maps of query and key, and the key-value product taken first."""
     from torch import nn
@@ -591,18 +594,18 @@ def _segment_model(model: nn.Module) -> Model:
     return Model(module, _segment_inputs, output, {**_causal_axes(output), "token_type_ids": _TEXT})
 
 
-@_register("ts17 ts17_sdpa ts17_static ts17_static1 dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "transformers")
+@register("ts17 ts17_sdpa ts17_static ts17_static1 dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "transformers")
 def _build_bert(attention: str) -> Model:
     return _bert(attention)
 
 
-@_register("ts17 dyn20", "transformers")
+@register("ts17 dyn20", "transformers")
 def _build_bert_zero_bias(attention: str) -> Model:
     """Biases all zero and norm weights all one, as initialised: the exporter stores those tensors once for all."""
     return _bert(attention, keep_vectors=True)
 
 
-@_register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
+@register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
 def _build_albert(attention: str) -> Model:
     """Three layers that are one and the same: every weight has three consumers."""
     from transformers import AlbertConfig, AlbertModel
@@ -632,7 +635,7 @@ def _causal_model(model: nn.Module) -> Model:
     return Model(module, _causal_inputs, "logits", _causal_axes("logits"))
 
 
-@_register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "transformers")
+@register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn18_static dyn23_sdpa", "transformers")
 def _build_gpt2(attention: str) -> Model:
     """Packed Conv1D weights, stored input axis first, and an output head tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -666,14 +669,14 @@ def _rotary_options(attention: str) -> dict[str, Any]:
 
 
 # At opset 23 the exporter emits RotaryEmbedding with the caches of one sample, which takes no other batch than 1.
-@_register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn23_sdpa_static1", "transformers")
+@register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn23_sdpa_static1", "transformers")
 def _build_llama(attention: str) -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _causal_model(LlamaForCausalLM(LlamaConfig(**_rotary_options(attention))))
 
 
-@_register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
+@register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
 def _build_qwen3(attention: str) -> Model:
     """As Llama, with a norm on the query and the key of each head."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -717,17 +720,17 @@ def _t5(attention: str, feed_forward: str) -> Model:
     return _seq2seq_model(model)
 
 
-@_register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
+@register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
 def _build_t5(attention: str) -> Model:
     return _t5(attention, "relu")
 
 
-@_register("ts17 dyn20", "transformers")
+@register("ts17 dyn20", "transformers")
 def _build_t5_gated(attention: str) -> Model:
     return _t5(attention, "gated-gelu")
 
 
-@_register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
+@register("ts17 ts17_sdpa dyn20 dyn20_sdpa", "transformers")
 def _build_bart(attention: str) -> Model:
     """Post-norm, and the embedding shared by encoder, decoder and head."""
     from transformers import BartConfig, BartForConditionalGeneration
@@ -750,7 +753,7 @@ def _build_bart(attention: str) -> Model:
     return _seq2seq_model(model)
 
 
-@_register("ts17 ts17_static dyn20")
+@register("ts17 ts17_static dyn20")
 def _build_encdec(attention: str) -> Model:
     """torch.nn.Transformer, pre-norm: packed input projections, of which cross attention takes slices.
 
@@ -860,23 +863,25 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _key() -> str:
-    """What the content of an export depends on: this file and the packages."""
+def _key(*sources: Path) -> str:
+    """What the content of an export depends on: this file, the one that builds it, and the packages."""
     key = hashlib.sha256(Path(__file__).read_bytes())
+    for source in sources:
+        key.update(source.read_bytes())
     for package in VERSIONED:
         key.update(f"{package}={_version(package)}\n".encode())
     return key.hexdigest()[:12]
 
 
-def cache_dir() -> Path:
-    """Where the exports are kept: below $SNPC_EXPORTS, or .cache/exports of the repository."""
+def cache_dir(source: Path) -> Path:
+    """Where the exports of a file are kept: below $SNPC_EXPORTS, or .cache/exports of the repository."""
     root = os.environ.get("SNPC_EXPORTS") or Path(__file__).resolve().parents[1] / ".cache" / "exports"
-    return Path(root) / _key()
+    return Path(root) / (_key() if source == Path(__file__) else _key(source))
 
 
 def export(name: str) -> Path:
     """The named export as a file, made now unless the cache has it; its feeds lie beside it as `.npz`."""
-    path = cache_dir() / f"{name}.onnx"
+    path = cache_dir(ALL[name].source) / f"{name}.onnx"
     if not path.exists():
         write(name, path.parent)
     return path
@@ -884,7 +889,7 @@ def export(name: str) -> Path:
 
 def write(name: str, directory: Path) -> Path:
     """Make the named export and its feeds in a directory, over any that are there."""
-    spec = EXPORTS[name]
+    spec = ALL[name]
     path = directory / f"{name}.onnx"
     directory.mkdir(parents=True, exist_ok=True)
     # Written aside and moved into place: a test process running in parallel sees the whole file or none. The model

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from exports import EXPORTS, export, load_feeds
+from exports import ALL, export, load_feeds
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.mask import mask_model
@@ -42,7 +42,7 @@ LEVELS = {
 
 def require(name: str) -> None:
     """Skip the test where the export is neither cached nor can be made."""
-    missing = EXPORTS[name].missing()
+    missing = ALL[name].missing()
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
 

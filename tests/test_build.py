@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,21 @@ def onnx_tensor(array: Array, name: str) -> Any:
     import onnx_ir as ir
 
     return ir.Tensor(array, name=name)
+
+
+def test_weights_too_big_for_one_file_lie_beside_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snpc.runtime.model_io.LIMIT", 100_000)
+    monkeypatch.setattr("snpc.targets.ort.LIMIT", 100_000)
+    built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
+    assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]
+    ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=Options(emit_script=True))
+    assert [file.name for file in ready.files] == ["t.onnx", "t.sh", "t.onnx.data"]
+    wanted = reference(digits / "half.onnx", images(digits))["logits"]
+    for made in (built, ready):
+        assert made.path.stat().st_size < 0.5 * made.bytes
+        np.testing.assert_allclose(reference(made.path, images(digits))["logits"], wanted, atol=1e-3)
 
 
 def test_an_fp16_file_for_the_cpu_keeps_its_half_weights(digits: Path, tmp_path: Path) -> None:
@@ -397,6 +413,17 @@ def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: li
     assert said in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_latency_is_that_of_the_artefact(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    made = snpc.artefact("ort", batch=4).make(digits / "half.onnx", tmp_path / "dense")
+    assert made.parent == tmp_path / "dense"
+    wanted = reference(digits / "half.onnx", images(digits))["logits"]
+    np.testing.assert_allclose(open_runner(made).run(images(digits))["logits"], wanted, atol=1e-3)
+    for target in ("trt", "trt-rtx"):
+        with pytest.raises(UserError, match="does not run engines"):
+            snpc.artefact(target)
+
+
 def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "narrow.onnx"
     arguments = ["prune", str(digits / "digits_vit.onnx"), "--ratio", "0.4", "--round-to", "auto", "-o", str(out)]
@@ -409,3 +436,33 @@ def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     assert kept and all(width % multiple == 0 for width in kept)
     refused = CliRunner().invoke(main, [*arguments, "--precision", "fp16"])
     assert refused.exit_code == 2 and "--build" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--build", "trt"], "TensorRT is not installed"),
+        (["--build", "ort", "--precision", "int8"], "--calib"),
+        (["--build", "ort", "--sm", "86"], "--sm is not for"),
+    ],
+)
+def test_prune_refuses_a_build_before_it_prunes(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "narrow.onnx"
+    arguments = ["prune", str(digits / "digits_vit.onnx"), "--ratio", "0.4", "-o", str(out), *flags]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and said in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_does_not_overwrite_the_model(digits: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copy(digits / "half.onnx", tmp_path / "x-ort.onnx"))
+    before = model.read_bytes()
+    arguments = ["prune", str(model), "--ratio", "0.4", "-o", str(tmp_path / "x.onnx"), "--build", "ort"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "x-ort.onnx" in result.stderr
+    with pytest.raises(UserError, match=r"x-ort\.onnx"):
+        snpc.build(model, "ort", model.with_suffix(".ort"))
+    assert model.read_bytes() == before

@@ -35,10 +35,21 @@ SPECS = (
     "mixed",
     "random",
     "random:seed=7",
+    "fisher",
+    "group_fisher",
+    "group_fisher:per=macs",
+    "group_fisher:per=unit",
+    "gum",
+    "gum:unique=0.1",
+    "lm",
+    "lrp",
+    "movement",
+    "qm",
     "snp",
     "snp:terms=1",
     "snp:terms=1000",
     "snp:average=grams",
+    "taylor",
 )
 KINDS: Mapping[Role, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("context", "value"), "head": ("context",)}
 
@@ -69,6 +80,11 @@ def measure(role: Role, values: Batch) -> Batch:
         batch[f"tokens:{kind}"] = np.full(len(x), float(x.shape[2]))
         if role != "head":
             batch[f"gram:{kind}"] = np.swapaxes(x, -1, -2) @ x
+    first = next(iter(values.values()))
+    batch["gate:loss"] = first.sum(axis=2)
+    batch["gate:weights"] = np.square(first).sum(axis=2)
+    batch["gate:relevance"] = first.mean(axis=2)
+    batch["gate:macs"] = batch["gate:memory"] = np.full(len(first), 17.0)
     return batch
 
 
@@ -476,9 +492,9 @@ def test_spelling(spec: str, want: Criterion) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("lasso", "there is no criterion 'lasso': choose one of activation, magnitude, mixed, random, snp"),
+        ("lasso", "there is no criterion 'lasso': choose one of activation, fisher, group_fisher, gum"),
         ("magnitud", "there is no criterion 'magnitud' (did you mean magnitude?): choose one of"),
-        ("", "there is no criterion '': choose one of activation, magnitude, mixed, random, snp"),
+        ("", "there is no criterion '': choose one of activation, fisher, group_fisher, gum"),
         ("snp:", "criterion 'snp:': '' is not key=value: write snp:terms=0"),
         ("snp:4", "criterion 'snp:4': '4' is not key=value: write snp:terms=0"),
         ("snp:gamma=4", "criterion 'snp' has no option 'gamma': it has terms, average"),
@@ -567,6 +583,6 @@ def test_refused_packages(offered: list[tuple[str, str]], words: str, monkeypatc
 def test_a_broken_package_does_not_stop_snpcs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, ("new", "no_such_module_of_snpc:X"))
     assert make_criterion("snp") == Snp()
-    with pytest.raises(UserError, match=r"choose one of activation, magnitude, mixed, new, random, snp$"):
+    with pytest.raises(UserError, match=r"choose one of activation, .*, movement, new, qm, random, snp, taylor$"):
         make_criterion("old")
     assert "no_such_module_of_snpc" not in sys.modules

@@ -55,6 +55,12 @@ def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_page(ROOT / "README.md", {})
 
 
+def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "finetuning.md", {})
+
+
 @pytest.fixture
 def fresh_table() -> Iterator[dict[tuple[str, str], object]]:
     """The operator table, put back afterwards."""

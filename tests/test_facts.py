@@ -64,8 +64,11 @@ HALVES = """
     {t} = Add(c{t}, s{t})"""
 
 
-def block(path: Path, scale: str, rotate: str = PLAIN) -> tuple[Analysis, dict[str, np.ndarray]]:
-    model = parser.parse_model(ATTENTION.format(scale=scale, rotate=rotate))
+def block(
+    path: Path, scale: str, rotate: str = PLAIN, split: str = "0, 0, 2, 8"
+) -> tuple[Analysis, dict[str, np.ndarray]]:
+    text = ATTENTION.replace("0, 0, 2, 8", split)
+    model = parser.parse_model(text.format(scale=scale, rotate=rotate))
     rng = np.random.default_rng(0)
     inner = HEADS * SIZE
     shapes = {"wq": (WIDTH, inner), "wk": (WIDTH, inner), "wv": (WIDTH, inner), "wo": (inner, WIDTH)}
@@ -294,3 +297,126 @@ def test_f8_halves_in_the_open(tmp_path: Path) -> None:
         pair = cut(analysis, random_cuts([group], 1, ratio))
         assert pair.error(feeds) < TOLERANCE, f"ratio {ratio}"
         assert set(halves(parse(pair))) == {round(SIZE // 2 * (1 - ratio))}
+
+
+# -- F7, F9, F10, F11: what a rewrite of weights alone, or by position, gets wrong ------------------------------------
+
+
+def test_f7_weights_alone_can_run_and_be_wrong(tmp_path: Path) -> None:
+    """[batch, tokens, -1, width]: half of two heads of 8 passes as one head of 8."""
+    analysis, feeds = block(tmp_path, CONSTANT.format(value=SIZE**-0.5), split="0, 0, -1, 8")
+    removed = random_cuts(prunable(analysis.groups, "qk", "vo"), 7, 0.5)
+    naive = onnx.load(tmp_path / "block.onnx")
+    for tensor in naive.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        for axis in range(array.ndim):
+            if (tensor.name, axis) in removed:
+                array = np.compress(~removed[tensor.name, axis], array, axis)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    pair = cut(analysis, removed)
+    masked = run(pair.masked, feeds)
+    assert relative_error(masked, run(naive.SerializeToString(), feeds)) > 0.1
+    assert relative_error(masked, run(pair.sliced, feeds)) < TOLERANCE
+
+
+PACKED = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    block (float[B, N, 12] x) => (float[B, N, 12] y)
+    <int64[{rank}] split = {{{split}}}, int64[3] merge = {{0, 0, -1}}, float scale = {{0.35355338}}>
+    {{
+        p = MatMul(x, w)
+        {parts}
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        raw = MatMul(q, kt)
+        scores = Mul(raw, scale)
+        a = Softmax <axis = -1> (scores)
+        c = MatMul(a, v)
+        ct = Transpose <perm = [0, 2, 1, 3]> (c)
+        cm = Reshape(ct, merge)
+        y = MatMul(cm, wo)
+    }}"""
+SPLIT = "{0}2 = Reshape({0}1, split) {0} = Transpose <perm = [0, 2, 1, 3]> ({0}2)"
+PICK = "{0}0 = Constant <value_int = {1}> () {0}1 = Gather <axis = {axis}> (r, {0}0) {move}"
+TURN = "{0} = Transpose <perm = [0, 2, 1, 3]> ({0}1)"
+ORDERS = {  # how query, key and value lie in one weight: (split, what makes q, k and v, the columns of each)
+    "queries, values, keys": (
+        "0, 0, 2, 8",
+        "q1, v1, k1 = Split <axis = -1> (p)" + "".join(SPLIT.format(t) for t in "qkv"),
+        {"q": range(16), "v": range(16, 32), "k": range(32, 48)},
+    ),
+    "head by head": (
+        "0, 0, 2, 3, 8",
+        "r = Reshape(p, split)"
+        + "".join(PICK.format(t, i, axis=3, move=TURN.format(t)) for i, t in enumerate("kvq")),
+        {t: [*range(8 * i, 8 * i + 8), *range(24 + 8 * i, 32 + 8 * i)] for i, t in enumerate("kvq")},
+    ),
+    "five axes": (
+        "0, 0, 3, 2, 8",
+        "r0 = Reshape(p, split) r = Transpose <perm = [2, 0, 3, 1, 4]> (r0)"
+        + "".join(PICK.format(t, i, axis=0, move="") .replace(f"{t}1", t) for i, t in enumerate("vqk")),
+        {t: range(16 * i, 16 * i + 16) for i, t in enumerate("vqk")},
+    ),
+}  # fmt: skip
+
+
+def packed(path: Path, order: str) -> tuple[Analysis, dict[str, np.ndarray]]:
+    split, parts, _ = ORDERS[order]
+    model = parser.parse_model(PACKED.format(rank=split.count(",") + 1, split=split, parts=parts))
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (WIDTH, 48), "wo": (16, WIDTH)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32) * 0.5, name))
+    onnx.checker.check_model(model)
+    return analysis_at(path / "block.onnx", model), {"x": rng.normal(size=(3, 5, WIDTH)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_f9_roles_do_not_follow_from_positions(tmp_path: Path, order: str) -> None:
+    analysis, feeds = packed(tmp_path, order)
+    columns = ORDERS[order][2]
+    for role, parts in (("qk", "qk"), ("vo", "v")):
+        (group,) = prunable(analysis.groups, role)
+        (site,) = (s for s in group.sites if s.tensor == "w")
+        assert np.flatnonzero(site.units >= 0).tolist() == sorted(k for part in parts for k in columns[part])
+        assert cut_roles(analysis, role).error(feeds) < TOLERANCE
+
+
+@pytest.mark.parametrize("role", ["qk", "vo"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_f10_widths_of_a_packed_projection_come_apart(tmp_path: Path, order: str, role: str) -> None:
+    """A box, or a split into equal parts, has one width for all three; cut alone, the others keep theirs."""
+    analysis, feeds = packed(tmp_path, order)
+    pair = cut_roles(analysis, role)
+    assert pair.error(feeds, "all") < TOLERANCE
+    (weight,) = (t for t in parse(pair).graph.initializer if t.name == "w")
+    assert list(weight.dims) == [WIDTH, 48 - 16 if role == "qk" else 48 - 8]
+
+
+@pytest.mark.parametrize(("name", "step"), [("grouped_query_attention", 8), ("..._packed_rotary", 16)])
+def test_f11_grouped_query_attention_takes_multiples(tmp_path: Path, name: str, step: int) -> None:
+    """onnxruntime's kernel refuses other widths: what goes of a head goes in such steps, of keys and values alike."""
+    from test_operators import CASES, build, feeds_for
+
+    case = CASES[name.replace("...", "grouped_query_attention")]
+    analysis, feeds = analysis_at(tmp_path / "model.onnx", build(case)), feeds_for(case)
+    (group,) = prunable(analysis.groups, "qk")
+    assert 32 // group.size == step
+    pair = cut(analysis, random_cuts([group], 1, 0.25 if step == 8 else 0.5))
+    assert relative_error(run(pair.masked, feeds), run(pair.sliced, feeds)) < TOLERANCE
+    assert cut_width(tmp_path, case, 4)
+
+
+def cut_width(folder: Path, case: object, lost: int) -> bool:
+    """Does onnxruntime refuse the node where every head is narrower by ``lost``?"""
+    from test_operators import Case, build, feeds_for
+
+    assert isinstance(case, Case)
+    narrow = {
+        name: tuple(n // 32 * (32 - lost) if n % 32 == 0 else n for n in shape) for name, shape in case.weights.items()
+    }
+    tables = {k: v[:, : (32 - lost) // 2] for k, v in case.given.items()}
+    model = build(Case(case.text, narrow, {}, case.feeds, tables, case.ints))
+    try:
+        run(model.SerializeToString(), feeds_for(case))
+    except Exception as error:
+        return "multiple" in str(error)
+    return False

@@ -94,6 +94,17 @@ def test_shuffling_is_a_permutation_that_the_seed_decides() -> None:
     assert fed(from_batch(mixed, 2)) == fed(mixed)[2:]
 
 
+def test_the_order_has_nothing_to_do_with_which_samples_are_taken() -> None:
+    """With one seed for both: calibrated samples must not come first, nor be those that are held out."""
+    spec = snpc.types.TensorSpec("x", np.dtype(np.float32), ("n", 1))
+    taken = snpc.load_calibration(parts([1] * 40), (spec,), samples=20, batch=4, seed=0)
+    mine = set(flat(fed(taken)))
+    whole = numbered([1] * 40)
+    first = flat(fed(shuffled(whole, (0, 0), 4)))[:20]
+    _, held = split(whole, 20, seed=0)
+    assert 0 < len(mine & set(first)) < 20 and 0 < len(mine & set(flat(fed(held)))) < 20
+
+
 def test_holding_out_splits_the_data() -> None:
     kept, held = split(numbered([5, 1, 9, 4]), 6, seed=3)
     assert kept.samples == 13 and held.samples == 6
@@ -398,3 +409,52 @@ def test_weights_and_widths_are_exported(pruned: Path, tmp_path: Path) -> None:
         for site in group["sites"]:
             assert site["tensor"] in held and site["axis"] < held[site["tensor"]].ndim
     assert described["shapes"] == {name: list(array.shape) for name, array in found.items()}
+
+
+# -- adapters, and new weights ---------------------------------------------------------------------------------------
+
+
+def test_adapters_change_matrices_by_their_rank_and_nothing_else(pruned: Path, tmp_path: Path) -> None:
+    training = Training(steps=12, lr=3e-3, batch=16, adapters=2)
+    result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
+    assert result is not None and result.after[0].relative < result.before[0].relative
+    before, after = weights_of(pruned), weights_of(tmp_path / "t.onnx")
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert changed and all(before[name].ndim == 2 for name in changed)
+    for name in changed:
+        values = np.linalg.svd(after[name].astype(np.float64) - before[name], compute_uv=False)
+        assert values[2] < 1e-4 * values[0]  # rank 2, to the rounding of float32
+
+
+def test_adapters_begin_at_the_weights_and_resume(pruned: Path, tmp_path: Path) -> None:
+    still = Training(steps=1, lr=1e-12, batch=16, adapters=4)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "s.onnx", training=still)
+    assert all(np.allclose(a, weights_of(pruned)[k], atol=1e-6) for k, a in weights_of(tmp_path / "s.onnx").items())
+    saved = snpc.torch.Saved(tmp_path / "state", every=2, resume=True)
+    training = Training(steps=4, batch=16, adapters=4)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, saved=saved)
+    assert same_weights(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert same_weights(tmp_path / "a.onnx", tmp_path / "c.onnx")
+
+
+def test_new_weights_forget_the_old_ones(pruned: Path, tmp_path: Path) -> None:
+    steps = {}
+    for reinit in ("epochs", "budget"):
+        training = Training(steps=6, batch=16, lr=1e-3, reinit=reinit)
+        result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
+        assert result is not None and result.after[0].relative > 2 * result.before[0].relative
+        steps[reinit] = result.trained.steps
+    saved = snpc.analyze(snpc.load(VIT)).cost.macs / snpc.analyze(snpc.load(pruned)).cost.macs
+    assert steps == {"epochs": 6, "budget": round(6 * saved)}
+    before, after = weights_of(pruned), weights_of(tmp_path / "t.onnx")
+    for name in ("blocks.0.norm1.weight", "blocks.0.norm1.bias"):
+        assert np.abs(after[name] - (1 if "weight" in name else 0)).max() < 0.05
+        assert not np.allclose(after[name], before[name], atol=1e-3)
+    cosines = [
+        abs(float((before[k] * after[k]).sum() / np.linalg.norm(before[k]) / np.linalg.norm(after[k])))
+        for k in before
+        if before[k].ndim == 2 and before[k].size > 1000
+    ]
+    assert max(cosines) < 0.2

@@ -48,6 +48,8 @@ def expected(name: str) -> Kinds:
         return kinds - Counter({("head", 1, 2): 1}) if sdpa else kinds
     if model == "convnet":  # no norm but folded statistics: the residual stream can be cut
         return Counter({("residual", 1, 16): 1, ("conv", 1, 24): 1})
+    if model == "convchain":
+        return Counter({("conv", 1, channels): 1 for channels in (12, 20, 16, 48, 14)})
     if model == "mlp":
         return Counter({("residual", 1, 48): 1}) + ffn(96, 1)
     if model == "linear_attention":  # the normaliser sums q * k over the width, which pins it
@@ -82,7 +84,7 @@ def expected(name: str) -> Kinds:
 def residual(name: str) -> Kinds:
     """Widths that nothing but normalisations keep."""
     model = name.partition("__")[0]
-    if model in ("convnet", "mlp", "bert", "bert_zero_bias"):  # no statistics over it; a graph output
+    if model in ("convnet", "convchain", "mlp", "bert", "bert_zero_bias"):  # no statistics over it; a graph output
         return Counter()
     widths = {"swin_timm": (24, 48), "albert": (24,)}.get(model, (48,))  # ALBERT's embeddings, before they are widened
     return Counter(("residual", 1, width) for width in widths)

@@ -18,7 +18,7 @@ from snpc.passes.streams import streams_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import clean
 from snpc.runtime.norms import fit_norms
-from snpc.runtime.prune import fitted
+from snpc.runtime.prune import Means, fitted
 from snpc.runtime.statistics import Statistics
 
 Feeds = dict[str, Array]
@@ -129,7 +129,7 @@ def test_layers_are_fitted_without_padded_tokens(name: str) -> None:
     data = [calibration(name, garbage) for garbage in (0, 1, None)]
     decision = snpc.decide(analysis, Choice(0.5, uniform=True), calibration=data[0], method="auto")
     assert decision.compression is not None
-    found = [fitted(decision.plan, decision.compression, d, "cpu") for d in data]
+    found = [fitted(decision.plan, Means(decision.compression, d)) for d in data]
     cut = [written(rewrite_model(source, cuts_of(plan)).model) for plan, source in found]
     garbage, again, unpadded = (run(model, feeds_of(name)) for model in cut)  # a rotation is free in its signs
     assert relative_error(garbage, again) < 1e-3

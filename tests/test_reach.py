@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from snpc.passes.choice import Choice, parse_target
 from snpc.passes.descent import descent
 from snpc.passes.plan import Times, make_plan, plan_of, predicted_drift, way_down
 from snpc.runtime import latency, reach
-from snpc.runtime.latency import SHARES, LatencyTable, Workload, latency_table
+from snpc.runtime.latency import SHARES, Artefact, LatencyTable, Workload, latency_table
 from snpc.runtime.reach import NEAR_DRIFT, ROUNDS, seek
 from snpc.types import FloatArray, Group, Role
 
@@ -282,6 +283,26 @@ def test_the_table_is_measured_once_for_a_machine_model_and_sizes(clock: list[Pa
         file.write_text("not json")
     assert latency_table(analysis, ("qk", "ffn")) == first
     assert len(clock) == 3 * count
+
+
+def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(model: Path, folder: Path) -> Path:
+        made.append(Path(shutil.copy(model, folder / f"artefact{len(made)}.onnx")))
+        return made[-1]
+
+    analysis = snpc.analyze(snpc.load(VIT))
+    choice = snpc.Choice(target="latency=0.6")
+    plain = snpc.decide(analysis, choice)
+    count = len(clock)
+    workload = Workload(artefact=Artefact("a copy", make))
+    decision = snpc.decide(analysis, choice, workload=workload)
+    assert decision.plan.keep == plain.plan.keep, "the clock counts MACs: a copy takes as long"
+    result = snpc.prune(decision, tmp_path / "cut.onnx")
+    assert len(clock) > 2 * count, "times of the model itself do not serve for the artefact"
+    assert set(clock[count:]) <= set(made)
+    assert result.search is not None and result.search.unit == "of the dense model, built for a copy"
 
 
 def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

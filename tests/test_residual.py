@@ -44,7 +44,7 @@ from snpc.passes.slice import dead_units
 from snpc.runtime.norms import Affine, Sums, affine_of, refit, watch
 from snpc.types import Group
 
-NAMES = [name for name in EXPORTS if not name.startswith(("bert", "convnet", "mlp"))]
+NAMES = [name for name in EXPORTS if not name.startswith(("bert", "conv", "mlp"))]
 DECODERS = ["gpt2__dyn20_sdpa", "llama__ts17", "qwen3__dyn20", "t5__ts17"]
 
 

@@ -17,7 +17,7 @@ from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.passes.segment import extract, segments
 from snpc.runtime.model_io import clean, save
-from snpc.runtime.prune import fitted
+from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import open_session
 from snpc.runtime.stages import NotSequential, fitted_groups, stages_of, with_biases
@@ -102,7 +102,7 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     found = {}
     for method in ("auto", "parallel"):
         plan = replace(decision.plan, method=method)  # type: ignore[arg-type]
-        plan, source = fitted(plan, decision.compression, calibration, "cpu")  # type: ignore[arg-type]
+        plan, source = fitted(plan, Means(decision.compression, calibration))  # type: ignore[arg-type]
         cut = rewrite_model(source, cuts_of(plan)).model
         found[method] = float(np.sum((stream(cut, gap.value, name) - dense) ** 2))
     assert found["auto"] < found["parallel"]
@@ -143,8 +143,8 @@ def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.Mo
     with pytest.raises(NotSequential, match=re.escape(border)):
         stages_of(analysis, blind, decision.plan)
     monkeypatch.setattr("snpc.runtime.sequential.with_biases", lambda *_: blind)
-    plan, source = fitted(decision.plan, decision.compression, calibration, "cpu")  # type: ignore[arg-type]
-    parallel = fitted(replace(decision.plan, method="parallel"), decision.compression, calibration, "cpu")[1]  # type: ignore[arg-type]
+    plan, source = fitted(decision.plan, Means(decision.compression, calibration))  # type: ignore[arg-type]
+    parallel = fitted(replace(decision.plan, method="parallel"), Means(decision.compression, calibration))[1]  # type: ignore[arg-type]
     for a, b in zip(
         run(written(rewrite_model(source, cuts_of(plan)).model), feeds_of(name)),
         run(written(rewrite_model(parallel, cuts_of(plan)).model), feeds_of(name)),

@@ -95,6 +95,9 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
         (["--targets", "macs=0.5", "--precision", "fp16"], "--build"),
         (["--targets", "macs=0.5", "--labels", "labels"], "--eval"),
         (["--targets", "macs=0.5", "--build", "ncnn"], "choose from"),
+        (["--targets", "macs=0.5", "--build", "trt-rtx"], "does not run engines"),
+        (["--targets", "macs=0.5", "--max-drift", "0.1"], "--max-drift"),
+        (["--targets", "macs=0.5", "--tokens", "merge:1"], "goes through widths"),
     ],
 )
 def test_what_a_sweep_refuses(tmp_path: Path, arguments: list[str], said: str) -> None:

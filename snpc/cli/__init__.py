@@ -15,12 +15,14 @@ import click
 from snpc import show
 from snpc.cli import building as builds
 from snpc.cli import sweeping
+from snpc.cli import timing as times
 from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
     as_json,
     at_sizes,
     building,
+    caches,
     calibrating,
     choosing,
     model_argument,
@@ -71,9 +73,10 @@ def decided(
     shapes: tuple[str, ...],
     threads: int | None,
     build: str | None = None,
+    artefact: Any = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say, and say what the flags leave unused. ``build``: what the model is built for."""
+    """Score and plan as the flags say (``build``: what for; ``artefact``: what is timed); say what is unused."""
     import snpc
 
     if not choice["roles"]:
@@ -93,7 +96,7 @@ def decided(
             memory_limit=memory_limit,
             provider=provider,
             progress=show.progress("calibrating", calibration),
-            workload=workload_of(batch, shapes, threads),
+            workload=workload_of(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
         snpc.save_statistics(decision.statistics, save_stats)
@@ -123,6 +126,7 @@ def main() -> None:
 @model_argument
 @as_json
 @at_sizes
+@caches
 @click.option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
 @click.option("--curves", is_flag=True, help="Measure how much the outputs mind narrower groups (needs --calib).")
 @calibrating
@@ -131,6 +135,7 @@ def inspect(
     model: Path,
     json_path: Path | None,
     dims: tuple[str, ...],
+    kv_cache: bool,
     pins: bool,
     curves: bool,
     provider: str,
@@ -140,7 +145,7 @@ def inspect(
     import snpc
     from snpc.runtime.model_io import model_files
 
-    analysis = analysed(model, dims)
+    analysis = analysed(model, dims, kv_cache)
     check_targets([json_path], *model_files(model), calib["calib"])
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
@@ -164,6 +169,7 @@ def inspect(
 @remembering
 @running
 @at_sizes
+@caches
 @click.option("-o", "--output", type=FILE, help="The pruned model.  [default: MODEL-pruned.onnx]")
 @click.option("--plan", "plan_path", type=FILE, help="Also write the plan here.")
 @as_json
@@ -183,6 +189,7 @@ def prune(
     build: str | None,
     provider: str,
     dims: tuple[str, ...],
+    kv_cache: bool,
     **flags: Any,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
@@ -193,10 +200,11 @@ def prune(
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     with watch.stage("analyze"):
-        analysis = analysed(model, dims)
+        analysis = analysed(model, dims, kv_cache)
     flags, build_flags = builds.split_build(flags, build)
     choice, calib = split_flags(flags)
-    written = [] if dry_run else [target, data_file(target)]
+    artefacts = builds.checked(build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags)
+    written = [] if dry_run else [target, data_file(target), *artefacts]
     if dry_run and page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     read = [*model_files(model), calib["calib"], *choice["load_stats"]]
@@ -207,7 +215,9 @@ def prune(
     with watch.stage("tokens"):
         wanted = {**choice, **liked_widths(choice, build, provider)}
         analysis, calibration = with_tokens(analysis, calibration, tokens, wanted, provider)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, **choice)
+    latency = (choice["target"] or "").startswith("latency")
+    artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -229,7 +239,9 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
         snpc.write_report(result, page, decision=decision, calibration=calibration)
-    made = builds.built(target, build, None, calibration, provider, **build_flags) if build else None
+    made = None
+    if build is not None:
+        made = builds.built(target, build, None, calibration, provider, batch=choice["batch"], **build_flags)
     finish(result, json_path, made)
 
 
@@ -252,15 +264,16 @@ def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
 @saving
 @remembering
 @running
+@caches
 @click.option("-o", "--output", type=FILE, help="The plan.  [default: MODEL.plan.json]")
-def plan(model: Path, output: Path | None, provider: str, **flags: Any) -> None:
+def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
-    analysis = analysed(model)
+    analysis = analysed(model, kv_cache=kv_cache)
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
@@ -304,8 +317,8 @@ def apply(
 
     watch = Stopwatch()
     with watch.stage("analyze"):
-        analysis = analysed(model)
-    plan = read_plan(plan_file, analysis)
+        plan = read_plan(plan_file, model)
+    analysis = plan.analysis
     _, calib = split_flags(flags)
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
     read = [*model_files(model), plan_file, calib["calib"], *load_stats]
@@ -351,10 +364,10 @@ def verify(
     from snpc.runtime.model_io import model_files
     from snpc.runtime.prune import verdict_json
 
-    analysis = analysed(model)
+    plan = read_plan(plan_path, model) if plan_path else None
+    analysis = plan.analysis if plan else analysed(model)
     snpc.load(pruned)
     check_targets([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
-    plan = read_plan(plan_path, analysis) if plan_path else None
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
     verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
     show.emit_json(verdict_json(verdict), json_path)
@@ -363,61 +376,6 @@ def verify(
     moved = max((d.relative for d in verdict.drift), default=0.0)
     if max_drift is not None and not moved <= max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {moved:.3g}, more than --max-drift {max_drift:g}")
-
-
-@main.command()
-@click.argument("models", nargs=-1, required=True, type=FILE)
-@click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
-@click.option(
-    "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
-)
-@click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
-@click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
-@click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
-@click.option("--duration", type=float, help="Go on until so many seconds have passed.")
-@click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
-@as_json
-@running
-def bench(
-    models: tuple[Path, ...],
-    batch: int,
-    shapes: tuple[str, ...],
-    data: str | None,
-    warmup: int,
-    iterations: int,
-    duration: float | None,
-    threads: int,
-    json_path: Path | None,
-    provider: str,
-) -> None:
-    """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
-
-    MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
-    """
-    import snpc
-    from snpc.runtime.feeds import parse_shapes
-    from snpc.runtime.runner import open_runner
-
-    check_targets([json_path], *models, data)
-    feeds = None
-    if data is not None:
-        feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
-    if data is not None and shapes:
-        raise UserError("--data brings its own shapes: leave out --input-shapes")
-    drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    result = snpc.bench(
-        list(models),
-        provider=provider,
-        threads=threads,
-        data=feeds,
-        warmup=warmup,
-        iterations=iterations,
-        duration=duration,
-        **drawn,
-    )
-    show.emit_json(result.to_json(), json_path)
-    if str(json_path) != "-":
-        show.benchmark(result)
 
 
 @main.command()
@@ -439,6 +397,7 @@ def criteria() -> None:
     show.criteria(describe())
 
 
+main.add_command(times.bench)
 main.add_command(finetune)
 main.add_command(export_torch)
 main.add_command(builds.build)

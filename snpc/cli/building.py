@@ -20,7 +20,7 @@ NAMES = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace
 @model_argument
 @click.option("--target", required=True, metavar="NAME", callback=target_name, help="Runtime to build for, see below.")
 @click.option("-o", "--output", type=FILE, help="The artefact.  [default: MODEL-TARGET and the target's suffix]")
-@click.option("--batch", default=1, show_default=True, type=int, help="Samples to time and compare on without --calib.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples to time candidates on.")
 @click.option("--emit-script", is_flag=True, help="trt: write the model and a trtexec line instead of an engine.")
 @building
 @calibrating
@@ -65,6 +65,42 @@ def built(
     calibration: Any,
     provider: str,
     *,
+    batch: int | None,
+    **flags: Any,
+) -> Any:
+    """Build as the flags of ``building`` say."""
+    import snpc
+
+    asked = wanted(provider, calibration, batch or 1, **flags)
+    return snpc.build(model, target, output, **asked)
+
+
+def checked(
+    build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
+) -> list[Path]:
+    """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
+    from snpc.targets.make import check_build
+
+    if build is None:
+        return []
+    asked = wanted(provider, None, batch or 1, **flags)
+    return [check_build(model, build, None, asked["precision"], provider, calibrated, asked["options"])]
+
+
+def artefact_of(
+    build: str | None, latency: bool, provider: str, calibration: Any, batch: int | None, **flags: Any
+) -> Any:
+    """What a latency is measured on: the artefact that will be built, or None for the model itself."""
+    import snpc
+
+    return snpc.artefact(build, **wanted(provider, calibration, batch or 1, **flags)) if build and latency else None
+
+
+def wanted(
+    provider: str,
+    calibration: Any,
+    batch: int,
+    *,
     precision: str | None,
     min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...],
@@ -72,10 +108,9 @@ def built(
     sm: str | None,
     workspace: int | None,
     timing_cache: Path | None,
-    batch: int = 1,
     emit_script: bool = False,
-) -> Any:
-    """Build as the flags of ``building`` say."""
+) -> dict[str, Any]:
+    """The arguments of ``snpc.build`` that the flags of ``building`` stand for."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
@@ -88,16 +123,13 @@ def built(
         timing_cache=timing_cache,
         emit_script=emit_script,
     )
-    return snpc.build(
-        model,
-        target,
-        output,
-        precision=precision or "fp32",  # type: ignore[arg-type]
-        provider=provider,
-        calibration=calibration,
-        batch=batch,
-        options=options,
-    )
+    return {
+        "precision": precision or "fp32",
+        "provider": provider,
+        "calibration": calibration,
+        "batch": batch,
+        "options": options,
+    }
 
 
 def split_build(flags: dict[str, Any], target: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

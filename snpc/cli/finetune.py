@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, as_json, model_argument, picturing
-from snpc.cli.requests import analysed, calibration_of, check_targets
+from snpc.cli.requests import analysed, calibration_of, check_targets, write_text
 from snpc.errors import UserError
 
 
@@ -58,7 +59,32 @@ def bridge() -> Any:
     help="Hold a tenth of the data out; stop after N evaluations that are no better.",
 )
 @click.option("--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]")
+@click.option("--adapters", type=int, metavar="RANK", help="Train low-rank updates of the matrices, and nothing else.")
+@click.option(
+    "--reinit",
+    type=click.Choice(["epochs", "budget"]),
+    help="Begin with new weights: as many steps, or as much computing as that for the teacher's size.",
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 on GPUs that have it.")
+@click.option(
+    "--learn-masks",
+    "masks",
+    type=click.Choice(["vib", "psp", "apma"]),
+    help="Train a factor on every unit of PRUNED (the teacher itself) and cut what they close; needs --target.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["cubic", "adaptive"]),
+    help="Cut PRUNED (the teacher itself) to --target in rounds, training after each: by the cubic schedule, or in "
+    "equal steps that are taken back and halved where the drift exceeds --max-drift.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), help="With --schedule: how many; adaptive: for the first step.  [default: 4]"
+)
+@click.option("--max-drift", type=float, help="With --schedule adaptive: largest drift of the outputs after training.")
+@click.option("--criterion", metavar="NAME", help="With --schedule: select units by it.  [default: closed forms]")
+@click.option("--target", metavar="macs=R", help="With --learn-masks or --schedule: the share of MACs to come down to.")
+@click.option("--plan", "plan_path", type=FILE, help="With --learn-masks: also write the plan here.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides the order of the data.")
 @click.option("--checkpoint", type=FILE, metavar="DIR", help="Save the state of the run here as it goes.")
 @click.option("--checkpoint-every", default=50, show_default=True, type=int, metavar="STEPS", help="How often.")
@@ -75,6 +101,13 @@ def finetune(
     checkpoint_every: int,
     resume: bool,
     json_path: Path | None,
+    masks: str | None,
+    target: str | None,
+    plan_path: Path | None,
+    schedule: str | None,
+    rounds: int | None,
+    max_drift: float | None,
+    criterion: str | None,
     **flags: Any,
 ) -> None:
     """Train PRUNED towards what the dense model says, and write it under the same names.
@@ -84,24 +117,83 @@ def finetune(
     torch = bridge()
     from snpc.runtime.model_io import data_file, model_files
 
-    target = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
+    written = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
     reading = ("calib", "calib_samples", "image_size", "image_mean", "image_std", "image_layout")
     calib = {name: flags.pop(name) for name in reading}
-    training = torch.Training(**{k: v for k, v in flags.items() if v not in (None, ())}, seed=seed)
+    given = {k: v for k, v in flags.items() if v not in (None, ())}
+    training = torch.Training(**given, seed=seed)
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
-    check_targets([target, data_file(target), json_path], *model_files(pruned), *model_files(teacher), calib["calib"])
-    data = calibration_of(analysed(teacher), **calib, calib_batch=training.batch, seed=seed)
+    check_targets(
+        [written, data_file(written), json_path, plan_path], *model_files(pruned), *model_files(teacher), calib["calib"]
+    )
+    analysis = analysed(teacher)
+    data = calibration_of(analysis, **calib, calib_batch=training.batch, seed=seed)
+    if (schedule == "adaptive") != (max_drift is not None):
+        raise UserError("--schedule adaptive and --max-drift go together")
+    if schedule is None and (rounds, criterion) != (None, None):
+        raise UserError("--rounds and --criterion are for --schedule: cut with `snpc prune`, then finetune")
+    if schedule is not None:
+        if pruned.resolve() != teacher.resolve() or (labels, checkpoint, masks, plan_path) != (None,) * 4:
+            raise UserError(
+                "--schedule cuts the dense model: give it as --teacher too, and no labels, checkpoints, masks or --plan"
+            )
+        way = torch.Way("select" if criterion else None, criterion)
+        options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training}
+        run = torch.prune_in_rounds
+        if max_drift is not None:
+            run, options = torch.prune_adaptively, {**options, "limit": max_drift}
+        found = run(pruned, data, written, **options, heard=show.round_of)
+        show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
+        return
+    if masks is not None:
+        if pruned.resolve() != teacher.resolve() or (labels, checkpoint) != (None, None):
+            raise UserError(
+                "--learn-masks cuts the dense model: give it as --teacher too, and no labels or checkpoints"
+            )
+        if "lr" not in given:
+            training = replace(training, lr=torch.RATE)
+        learn_and_cut(analysis, data, masks, target, training, written, plan_path, json_path)
+        return
+    if target is not None or plan_path is not None:
+        raise UserError(
+            "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
+        )
     saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
     with show.training() as report:
         result = torch.finetune(
-            pruned, teacher, data, target, training=training, labels=labels, saved=saved, report=report
+            pruned, teacher, data, written, training=training, labels=labels, saved=saved, report=report
         )
     if result is None:
         return  # one of several processes, and not the one that writes
     show.emit_json(torch.report(result), json_path)
     if str(json_path) != "-":
         show.tuned(result)
+
+
+def learn_and_cut(
+    analysis: Any,
+    data: Any,
+    masks: str,
+    target: str | None,
+    training: Any,
+    written: Path,
+    plan_path: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Masks, a plan by them, and the model that it makes, as `snpc prune` writes and shows it."""
+    import snpc
+
+    with show.training() as report:
+        learned = bridge().learn_masks(
+            analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, report=report
+        )
+    if plan_path is not None:
+        write_text(plan_path, snpc.plan_to_json(learned.plan))
+    result = snpc.apply_plan(learned.plan, written, calibration=data)
+    show.emit_json(snpc.report(result), json_path)
+    if str(json_path) != "-":
+        show.result(result)
 
 
 @click.command("export-torch")

@@ -75,7 +75,7 @@ choosing = options(
         "--target",
         metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
         help="Come down to this share of the dense model instead, taking it from all roles where it costs least. A "
-        "latency is measured with --provider, --batch, --input-shapes and --threads.",
+        "latency is measured with --provider, --batch, --input-shapes and --threads, of what --build makes if given.",
     ),
     click.option(
         "--max-drift",
@@ -90,8 +90,8 @@ choosing = options(
         "--tokens",
         metavar="METHOD:N[@BLOCKS]|auto",
         help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
-        "star, fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R. star and auto "
-        "need --calib.",
+        "star, fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R. star and "
+        "auto need --calib.",
     ),
     click.option(
         "--method",
@@ -203,7 +203,7 @@ building = options(
     click.option("--min-shapes", multiple=True, metavar="NAME:1,3,224,224", help="trt: least shape; repeatable."),
     click.option("--opt-shapes", multiple=True, metavar="NAME:8,3,224,224", help="trt: shape it is tuned for."),
     click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
-    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: that of the GPU here]"),
+    click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: 8.0 and later]"),
     click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
     click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
 )
@@ -217,5 +217,11 @@ as_json = click.option(
 )
 at_sizes = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
+)
+caches = click.option(
+    "--prune-kv-cache",
+    "kv_cache",
+    is_flag=True,
+    help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
 )
 model_argument = click.argument("model", type=FILE)

@@ -47,7 +47,7 @@ def parse_dims(dims: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
+def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
     import snpc
 
     model = snpc.load(path)
@@ -58,7 +58,7 @@ def analysed(path: Path, dims: Sequence[str] = ()) -> Any:
         raise UserError(
             f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(named)) or 'none'}"
         )
-    return snpc.analyze(model, sizes)
+    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache)
 
 
 def calibration_of(
@@ -156,25 +156,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def read_plan(path: Path, analysis: Any) -> Any:
-    """The plan, with the analysis that it was made from: with fewer tokens where it says so."""
+def read_plan(path: Path, model: Path) -> Any:
+    """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
-    from snpc.passes.planfile import tokens_in
+    from snpc.passes.planfile import tokens_in, wants_caches
     from snpc.tokens.reduce import reduce_tokens
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    found = tokens_in(text)
+    analysis, found = analysed(model, kv_cache=wants_caches(text)), tokens_in(text)
     return snpc.plan_from_json(text, reduce_tokens(analysis, *found) if found else analysis, str(path))
 
 
-def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None) -> Any:
+def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
     from snpc.runtime.feeds import parse_shapes
 
-    if batch is None and not shapes and threads is None:
+    if batch is None and not shapes and threads is None and artefact is None:
         return None
-    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0)
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)

@@ -15,7 +15,6 @@ from snpc.cli.requests import (
     check_targets,
     liked_widths,
     split_flags,
-    with_tokens,
     write_text,
 )
 from snpc.errors import UserError
@@ -31,7 +30,7 @@ from snpc.errors import UserError
 @click.option("--labels", metavar="NAME", help="Array of the --eval .npz with the right class of every sample.")
 @click.option("--build", metavar="TARGET", callback=target_name, help="Build each model for a runtime and time that.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the built artefacts.")
-@click.option("--batch", default=1, show_default=True, type=int, help="Batch size that is timed.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch size that is timed.")
 @click.option("--iterations", default=30, show_default=True, type=int, help="Interleaved rounds that are timed.")
 @choosing
 @calibrating
@@ -63,21 +62,22 @@ def sweep(
     for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
+    if choice.pop("tokens") is not None or not choice["roles"]:
+        raise UserError(
+            "a sweep goes through widths: drop tokens first (`snpc prune --roles none --tokens ...`), then sweep what "
+            "that writes"
+        )
     if criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:
         raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
-    tokens = choice.pop("tokens")
-    if not choice["roles"] or (tokens or "").strip() == "auto":
-        raise UserError("a sweep goes through widths: name --roles, and tokens by hand (--tokens merge:13)")
     choice |= liked_widths(choice, build, provider)
     names = parse_targets(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = analysed(model)
     calibration = calibration_of(analysis, **calib)
-    analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)

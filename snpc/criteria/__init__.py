@@ -17,6 +17,13 @@ What can be measured, for a probe kind K of query, key, value, context, hidden (
     other
     head                      context, as "energy" only: [samples, 1, heads], summed over the head's width
 
+With torch, of a gate on each unit (a factor: one as the model is, zero where the unit is gone), for every role:
+
+    "gate:loss"        [samples, blocks, size]   derivative of the sample's loss
+    "gate:weights"     [samples, blocks, size]   sum over the unit's weights of (w dL/dw)^2
+    "gate:relevance"   [samples, blocks, size]   relevance (LRP) that passes through the unit
+    "gate:macs", "gate:memory"   [samples]       what one unit costs: MACs, activations
+
 A probe the group has no activation for (a constant query) is absent from the batch: a criterion must cope.
 
 Adding one: docs/adding-a-criterion.md.
@@ -32,10 +39,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args, get_origin, get_type_hints
 
 from snpc.criteria.activation import Activation
+from snpc.criteria.fisher import Fisher, GroupFisher
 from snpc.criteria.magnitude import Magnitude
 from snpc.criteria.mixed import Mixed
+from snpc.criteria.movement import Gum, Movement
 from snpc.criteria.random import Random
+from snpc.criteria.relevance import Relevance
 from snpc.criteria.snp import Snp
+from snpc.criteria.taylor import Linear, Quadratic, Taylor
 from snpc.errors import UserError
 from snpc.types import FloatArray, Numbers, Role
 
@@ -72,9 +83,10 @@ class Description(NamedTuple):
     options: tuple[tuple[str, str], ...]
 
 
-_BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType(
-    {cls.name: cls for cls in (Activation, Magnitude, Mixed, Random, Snp)}
-)
+_CLASSES: tuple[type[Criterion], ...] = (
+    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Relevance, Snp, Taylor,
+)  # fmt: skip
+_BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in _CLASSES})
 
 
 def criteria() -> Mapping[str, type[Criterion]]:

@@ -2,44 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from snpc.ops.spec import Call, OpSpec, Shape
 
 MICROSOFT = "com.microsoft"
 
+Packed = Literal["weight", "columns", ""]
+
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Where a fused node holds its parts. ``masks`` say which keys count: true, one, or not far below zero."""
+    """Where a fused node holds its parts: input indices, () or None where it has no such input.
 
-    query: int
-    key: int
-    value: int
-    bias: int | None
-    packed_weight: int | None
-    score_inputs: tuple[int, ...]
-    other_inputs: tuple[int, ...]
-    masks: tuple[int, ...]
+    ``packed``: Q, K and V are columns of one matrix that the node multiplies by ("weight": input 1) or of one input
+    ("columns", where no key is given). ``past``/``present``: inputs and outputs that hold the keys and values of
+    earlier steps; one index where both lie in one tensor. ``equal``: keys and values have one width. ``multiple``:
+    widths that the kernels take. ``masks`` say which keys count: true, one, or not far below zero. ``one_row``: the
+    tokens of all samples lie in one row, without a batch axis.
+    """
+
+    query: int = 0
+    key: int = 1
+    value: int = 2
+    bias: int | None = None
+    packed: Packed = ""
+    scores: int | None = None
+    past: tuple[int, ...] = ()
+    present: tuple[int, ...] = (1, 2)
+    rotary: tuple[int, ...] = ()
+    equal: bool = False
+    multiple: int = 1
+    masks: tuple[int, ...] = ()
+    one_row: bool = False
+
+    def others(self, call: Call) -> list[int]:
+        """Inputs with no part in the algebra: masks, lengths, and whatever a newer version has added."""
+        taken = {self.query, self.bias, self.scores, *self.past, *self.rotary}
+        taken |= {1} if self.packed == "weight" else {self.key, self.value}
+        return [k for k in range(len(call.shapes)) if k not in taken]
 
 
-ATTENTION = AttentionForm(0, 1, 2, None, None, (3,), (4, 5, 6), (3,))
-MULTIHEAD = AttentionForm(0, 1, 2, 3, None, (5,), (4, 6, 7, 8, 9), (4, 5))
-PACKED = AttentionForm(0, 0, 0, 2, 1, (5,), (3, 4, 6), (3,))
+FORMS = {
+    ("", "Attention"): AttentionForm(scores=3, past=(4, 5), masks=(3,)),
+    (MICROSOFT, "MultiHeadAttention"): AttentionForm(bias=3, scores=5, past=(6, 7), masks=(4, 5)),
+    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(
+        bias=10, scores=4, past=(5, 6), equal=True, masks=(3, 4)
+    ),
+    (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6, one_row=True),
+    (MICROSOFT, "GroupQueryAttention"): AttentionForm(
+        packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8
+    ),
+    (MICROSOFT, "Attention"): AttentionForm(
+        key=0, value=0, bias=2, packed="weight", scores=5, past=(4,), present=(1,), masks=(3,)
+    ),
+}
 
-FORMS = {("", "Attention"): ATTENTION, (MICROSOFT, "MultiHeadAttention"): MULTIHEAD, (MICROSOFT, "Attention"): PACKED}
+
+def form(call: Call, domain: str) -> AttentionForm:
+    """The form of one node: packed columns only where it has no key of its own; com.microsoft's kernels
+    want keys and values of one shape where they are split into heads already, and behind a past."""
+    found = FORMS[domain, call.op]
+    if found.packed == "columns" and call.has(found.key):
+        found = replace(found, packed="")
+    if domain != MICROSOFT or found.packed:
+        return found
+    split = call.has(found.key) and len(call.shape(found.key)) == 4
+    past = bool(found.past) and call.has(found.past[0])
+    return replace(found, equal=found.equal or split or past)
 
 
-def form(domain: str, op: str) -> AttentionForm:
-    return FORMS[(domain, op)]
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a fused node: [batch, heads, length, width] of the query, and what keys and values differ in."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    kv_length: int
+    width: int
+    value_width: int
+
+    @property
+    def columns(self) -> tuple[int, int, int]:
+        """Widths of Q, K and V laid flat."""
+        return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
 
 
 def head_counts(call: Call) -> tuple[int, int]:
     """(query heads, key heads) of a node whose inputs are [B,N,H*D]; (0, 0) where they are [B,H,N,D]."""
-    if "num_heads" in call.attrs:
-        return int(call.attrs["num_heads"]), int(call.attrs["num_heads"])
-    return int(call.attrs.get("q_num_heads", 0)), int(call.attrs.get("kv_num_heads", 0))
+    heads = int(call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0)))
+    return heads, int(call.attrs.get("kv_num_heads", heads))
+
+
+def geometry(call: Call, domain: str) -> Geometry | None:
+    """None where a part is missing or packed in a way that snpc does not take apart."""
+    shape = form(call, domain)
+    heads, kv_heads = head_counts(call)
+    if not call.has(shape.query):
+        return None
+    query = (1,) * (3 - len(call.shape(shape.query))) + call.shape(shape.query)
+    if shape.packed == "weight":
+        widths = packed_sizes(call)
+        return Geometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
+    if shape.packed == "columns":
+        width = query[2] // (heads + 2 * kv_heads)
+        return Geometry(query[0], heads, kv_heads, query[1], query[1], width, width)
+    if not (call.has(shape.key) and call.has(shape.value)) or len(query) > 4:
+        return None
+    if len(query) == 4:
+        heads, kv_heads = query[1], call.shape(shape.key)[1]
+    length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
+    kv_length = call.shape(shape.key)[-2]
+    value = call.shape(shape.value)
+    return Geometry(
+        query[0], heads, kv_heads, length, kv_length, width, value[3] if len(value) == 4 else value[-1] // kv_heads
+    )
 
 
 def packed_sizes(call: Call) -> tuple[int, int, int]:
@@ -53,63 +134,66 @@ def packed_sizes(call: Call) -> tuple[int, int, int]:
 
 def merged_sizes(call: Call, domain: str) -> tuple[int, int, int]:
     """Widths of Q, K and V in what a node holds of all three."""
-    if form(domain, call.op).packed_weight is not None:
-        return packed_sizes(call)
-    return call.shape(0)[-1], call.shape(1)[-1], call.shape(2)[-1]
+    sizes = geometry(call, domain)
+    assert sizes is not None
+    return sizes.columns
 
 
-def _multihead_shape(call: Call) -> list[Shape]:
-    query, value = call.shape(0), call.shape(2)
-    return [(query[0], query[1], value[-1])]
+def _shapes(domain: str) -> Any:
+    """Output shapes of com.microsoft's nodes: the context as flat as the query, then keys and values as they grow."""
+
+    def shapes(call: Call) -> list[Shape]:
+        found, sizes = form(call, domain), geometry(call, domain)
+        if sizes is None:
+            return []
+        width = sizes.heads * sizes.value_width
+        query = call.shape(found.query)
+        context = (*query[:-1], width) if len(query) < 4 else (query[0], query[2], width)
+        past = call.shape(found.past[0]) if found.past and call.has(found.past[0]) else None
+        length = (past[-2] if past else 0) + (0 if _shares_buffer(call) else sizes.kv_length)
+        key = (sizes.batch, sizes.kv_heads, length, sizes.width)
+        if len(found.present) == 1:
+            return [context, (2, *key)][: len(call.outs)]
+        return [context, key, (*key[:3], sizes.value_width)][: len(call.outs)]
+
+    return shapes
 
 
-def _packed_shape(call: Call) -> list[Shape]:
-    data = call.shape(0)
-    return [(data[0], data[1], packed_sizes(call)[2])]
+def _shares_buffer(call: Call) -> bool:
+    return bool(call.attrs.get("past_present_share_buffer", 0))
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Heads and widths of a fused node after the cut."""
-
-    heads: int
-    kv_heads: int
-    query: int
-    value: int
-
-
-def refit(call: Call, domain: str, new: Widths) -> dict[str, Any]:
-    """Attributes that spell heads or widths."""
-    if "num_heads" not in call.attrs and "q_num_heads" not in call.attrs:
+def _refit(call: Call, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]) -> Mapping[str, Any]:
+    """Attributes that spell heads or widths. The key's heads are those of the query by then."""
+    _, heads, _, width = parts["query"]
+    old, old_kv = head_counts(call)
+    kv_heads = heads * old_kv // old if old else 0
+    if "q_num_heads" in call.attrs:
+        return {"q_num_heads": heads, "kv_num_heads": kv_heads}
+    if "num_heads" not in call.attrs:
         return {}
-    if domain != MICROSOFT:
-        return {"q_num_heads": new.heads, "kv_num_heads": new.kv_heads}
-    attrs: dict[str, Any] = {"num_heads": new.heads}
-    if form(domain, call.op).packed_weight is not None:
-        attrs["qkv_hidden_sizes"] = [new.heads * new.query] * 2 + [new.heads * new.value]
+    attrs: dict[str, Any] = {"num_heads": heads}
+    if "kv_num_heads" in call.attrs:
+        attrs["kv_num_heads"] = kv_heads
+    if form(call, domain).packed == "weight":
+        attrs["qkv_hidden_sizes"] = [heads * width] * 2 + [heads * parts["value"][3]]
     return attrs
-
-
-def _embedding_shape(call: Call) -> list[Shape]:
-    """[batch, length, width], then the mask's lengths."""
-    batch, length = call.shape(0)
-    return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.outs)]
 
 
 def entries() -> list[OpSpec]:
     says = "Q and K join per head and width; V passes per head; the scale is an attribute that is always written"
+    grouped = "as Attention; keys and values keep the same positions, eight neighbours together"
+    names = {
+        "MultiHeadAttention": says,
+        "DecoderMaskedMultiHeadAttention": says,
+        "PackedMultiHeadAttention": f"{says}; the tokens of all samples lie in one row",
+        "GroupQueryAttention": grouped,
+        "Attention": f"{says}; its weight's columns are cut",
+    }
     return [
-        OpSpec(
-            "EmbedLayerNormalization",
-            "opaque",
-            "pinned: several tables and a normalisation in one node",
-            domain=MICROSOFT,
-            out_shapes=_embedding_shape,
-            typed_by=2,
-            lengths=(1,),
-            reason="several tables and a normalisation in one node",
+        OpSpec("Attention", "attention", says, refit=_refit),
+        *(
+            OpSpec(name, "attention", text, domain=MICROSOFT, refit=_refit, out_shapes=_shapes(MICROSOFT))
+            for name, text in names.items()
         ),
-        OpSpec("Attention", "attention", says),
-        OpSpec("MultiHeadAttention", "attention", says, domain=MICROSOFT, out_shapes=_multihead_shape),
-        OpSpec("Attention", "attention", says, domain=MICROSOFT, out_shapes=_packed_shape),
     ]

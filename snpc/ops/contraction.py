@@ -22,14 +22,21 @@ def _matmul(call: Call) -> Letters:
 
 
 def _fused_matmul(call: Call) -> Letters:
-    """com.microsoft.FusedMatMul: transA/transB swap the last two axes of an operand."""
+    """com.microsoft.FusedMatMul: attributes transpose the operands."""
     letters = _matmul(call)
-    left, right = letters.left, letters.right
-    if call.attrs.get("transA", 0):
-        left = left[:-2] + left[-1] + left[-2]
-    if call.attrs.get("transB", 0):
-        right = right[:-2] + right[-1] + right[-2]
+    left, right = (
+        _as_stored(term, bool(call.attrs.get(f"trans{side}", 0)), bool(call.attrs.get(f"transBatch{side}", 0)))
+        for side, term in (("A", letters.left), ("B", letters.right))
+    )
     return Letters(left, right, letters.out)
+
+
+def _as_stored(term: str, last_two: bool, batch: bool) -> str:
+    """The letters of an operand as it is stored: ``batch`` moves its first axis behind the other batch axes, then
+    ``last_two`` swaps the last two."""
+    if last_two and len(term) > 1:
+        term = term[:-2] + term[-1] + term[-2]
+    return term[-2] + term[:-2] + term[-1] if batch and len(term) > 2 else term
 
 
 def _gemm(call: Call) -> Letters:
@@ -130,8 +137,8 @@ def _matmul_shape(call: Call) -> list[Shape]:
 
 
 def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
-    """A depthwise Conv has one group per channel, however many stay."""
-    if old.has(0) and int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
+    """A depthwise convolution has one group per channel, however many stay."""
+    if old.has(0) and new.has(0) and int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
         return {"group": new.shape(0)[1]}
     return {}
 
@@ -153,11 +160,17 @@ def entries() -> list[OpSpec]:
             bias=2,
             bias_letters=_gemm_bias,
         ),
-        OpSpec("Einsum", "contraction", "letters that do not reach the output are summed", letters=_einsum),
+        OpSpec(
+            "Einsum",
+            "contraction",
+            "letters that do not reach the output are summed; of other than two tensors it is spelled out first",
+            letters=_einsum,
+        ),
         OpSpec(
             "Conv",
             "contraction",
-            "input channels are summed, output channels come from the weight; depthwise convolutions are per channel",
+            "input channels are summed, output channels come from the weight; in groups, each keeps as many; depthwise "
+            "ones are per channel",
             letters=_conv,
             windowed=True,
             bias=2,
@@ -172,6 +185,7 @@ def entries() -> list[OpSpec]:
             windowed=True,
             bias=2,
             bias_letters=bias_channel,
+            reattr=_conv_attrs,
         ),
         OpSpec(
             "FusedMatMul",
@@ -180,6 +194,20 @@ def entries() -> list[OpSpec]:
             domain=MICROSOFT,
             letters=_fused_matmul,
             out_shapes=_matmul_shape,
+        ),
+        OpSpec(
+            "FusedConv",
+            "contraction",
+            "as Conv, then an addition and an activation",
+            domain=MICROSOFT,
+            letters=_conv,
+            windowed=True,
+            bias=2,
+            bias_letters=bias_channel,
+            added=3,
+            reattr=_conv_attrs,
+            out_shapes=lambda call: [_conv_shape(call)],
+            curved=True,
         ),
         OpSpec(
             "FusedGemm",
@@ -193,6 +221,22 @@ def entries() -> list[OpSpec]:
             curved=True,
         ),
     ]
+
+
+def _conv_shape(call: Call) -> Shape:
+    """Pads are given, or nothing is padded, or outputs are as many as strides."""
+    data, weight = call.shape(0), call.shape(1)
+    rank = len(data) - 2
+    strides = call.attrs.get("strides") or [1] * rank
+    spread = call.attrs.get("dilations") or [1] * rank
+    pads = call.attrs.get("pads") or [0] * 2 * rank
+    same = str(call.attrs.get("auto_pad", "NOTSET")).startswith("SAME")
+    sizes = []
+    for k in range(rank):
+        window = (weight[2 + k] - 1) * spread[k] + 1
+        padded = data[2 + k] + pads[k] + pads[k + rank]
+        sizes.append(-(-data[2 + k] // strides[k]) if same else (padded - window) // strides[k] + 1)
+    return (data[0], weight[0], *sizes)
 
 
 def _gemm_shape(call: Call) -> Shape:

@@ -202,7 +202,15 @@ def _gather(call: Call, labels: Labels) -> list[Labels]:
         raise Blocked(axis, "which entries are read depends on the data")
     if indices.size and not -labels.shape[axis] <= indices.min() <= indices.max() < labels.shape[axis]:
         raise Blocked(axis, "an index lies outside of it")
+    if call.stored_value(1) is None and repeats(labels, axis):
+        raise Blocked(axis, "the indices are computed from sizes that are not fixed")
     return [compress(labels.take(indices, axis))]
+
+
+def repeats(labels: Labels, axis: int) -> bool:
+    """Does a label come twice along ``axis``, as where it was merged with that of the samples?"""
+    rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
+    return len(np.unique(rows, axis=0)) < len(rows)
 
 
 def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
@@ -221,18 +229,6 @@ def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     if (moved < 0).any():
         raise Blocked(axis, "a removed position is still read")
     return Repair(inputs={1: moved.astype(indices.dtype)})
-
-
-def _gather_nd(call: Call, labels: Labels) -> list[Labels]:
-    """Which positions are read depends on the data, so labels pass only where they do not vary on the axes read."""
-    batch = int(call.attrs.get("batch_dims", 0))
-    depth = call.shape(1)[-1]
-    for axis in range(batch + depth):
-        if labels.shape[axis] > 1:
-            raise Blocked(axis, "which entries are read depends on the data")
-    rank = len(call.outs[0])
-    rest = labels.shape[batch + depth :]
-    return [labels.reshape((1,) * (rank - len(rest)) + rest)]
 
 
 def _keep_rank(call: Call, labels: Labels) -> list[Labels]:
@@ -264,6 +260,10 @@ def _tile(call: Call, labels: Labels) -> list[Labels]:
     return [compress(np.tile(labels, [int(r) if n > 1 else 1 for r, n in zip(repeats, labels.shape, strict=True)]))]
 
 
+def _tile_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+    return Repair(inputs={1: np.asarray(outs[0].new, np.int64) // np.maximum(np.asarray(data.new, np.int64), 1)})
+
+
 def _blocks(call: Call, labels: Labels) -> list[Labels]:
     """DepthToSpace, SpaceToDepth: positions of the channel and spatial axes mix; run it on the full array."""
     from onnx import helper
@@ -293,15 +293,16 @@ def entries() -> list[OpSpec]:
         entry("Squeeze", "runs on the labels", _reshape),
         entry("Unsqueeze", "runs on the labels", _reshape),
         entry("Transpose", "runs on the labels", _transpose),
-        entry("Expand", "labels repeat; the target shape is recomputed", _expand, _expand_repair),
-        entry("Tile", "labels repeat", _tile),
+        replace(
+            entry("Expand", "labels repeat; the target shape is recomputed", _expand, _expand_repair), expands=True
+        ),
+        entry("Tile", "labels repeat; the repeats are recomputed", _tile, _tile_repair),
         entry("Slice", "runs on the labels; the bounds are recomputed", _slice, _slice_repair),
         entry("Split", "runs on the labels; the sizes are recomputed", _split, _split_repair),
         replace(
             entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
             selects=True,
         ),
-        entry("GatherND", "labels of the axes that are not indexed pass", _gather_nd),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _blocks),
         entry("SpaceToDepth", "runs on the labels", _blocks),

@@ -2,38 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from snpc.ops.attention import MICROSOFT
 from snpc.ops.spec import OpSpec
 
 SUBGRAPH = "control flow: its body is not analysed"
+QUANTISED = "quantised values: prune the float model first, then quantise"
+LEARNED = "it holds a learned classifier, regressor or feature map in its attributes"
+TRAINED = "it belongs to training"
+DRAWN = "it draws random numbers"
 
 REASONS = {
-    "quantised values: prune the float model first, then quantise": (
+    QUANTISED: (
         "DequantizeLinear QuantizeLinear DynamicQuantizeLinear QLinearMatMul QLinearConv MatMulInteger ConvInteger"
     ),
-    SUBGRAPH: "If Loop Scan SequenceMap",
-    "which positions are read or written depends on the data or on an index array": (
-        "GatherElements ScatterElements ScatterND Scatter TopK Unique Compress ReverseSequence GridSample "
-        "RoiAlign NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid"
+    SUBGRAPH: "Loop Scan SequenceMap",
+    "which positions are read or written depends on the data": (
+        "TopK Unique Compress ReverseSequence GridSample RoiAlign NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid "
+        "DeformConv NonZero"
     ),
-    "positions along its axes are compared with each other": "Trilu",
+    "a cache of fixed length that it writes into": "TensorScatter",
     "a recurrence over its input": "LSTM GRU RNN",
     "a transform over whole axes": "DFT STFT MelWeightMatrix Det",
-    "it draws random numbers": "Bernoulli Multinomial RandomNormal RandomUniform",
+    "channels and window positions are folded into one axis": "Col2Im",
+    "it cuts or pads every axis to given sizes": "CenterCropPad",
+    "neighbouring channels are normalised together": "LRN",
+    TRAINED: "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
     "it works on sequences or optionals, not on tensors": (
         "SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SplitToSequence "
         "ConcatFromSequence Optional OptionalGetElement OptionalHasElement"
     ),
-    "groups of channels are normalised together": "GroupNormalization LRN MeanVarianceNormalization",
-    "rotates pairs inside the node": "RotaryEmbedding",
     "it works on text or images": (
         "StringConcat StringNormalizer StringSplit RegexFullMatch TfIdfVectorizer ImageDecoder"
     ),
 }
 
+RANDOM = "Bernoulli Multinomial RandomNormal RandomUniform RandomNormalLike RandomUniformLike"
+
+CLASSICAL = (
+    "ArrayFeatureExtractor Binarizer CastMap CategoryMapper DictVectorizer FeatureVectorizer Imputer LabelEncoder "
+    "LinearClassifier LinearRegressor Normalizer OneHotEncoder SVMClassifier SVMRegressor Scaler TreeEnsemble "
+    "TreeEnsembleClassifier TreeEnsembleRegressor ZipMap"
+)
+TRAINING = "Adagrad Adam Gradient Momentum"
+
+MICROSOFT_REASONS = {
+    QUANTISED: (
+        "DequantizeLinear QuantizeLinear DynamicQuantizeMatMul MatMulInteger16 MatMulIntegerToFloat MatMulNBits "
+        "MatMulBnb4 MatMulFpQ4 QAttention QEmbedLayerNormalization QGemm QLinearAdd QLinearMul QLinearConcat "
+        "QLinearAveragePool QLinearGlobalAveragePool QLinearLeakyRelu QLinearReduceMean QLinearSigmoid QLinearSoftmax "
+        "QLinearWhere QLinearConv QMoE GatherBlockQuantized DynamicQuantizeLSTM"
+    ),
+    "experts are routed inside the node": "MoE",
+    "a search whose decoder is in its attributes": "BeamSearch GreedySearch Sampling WhisperBeamSearch",
+    "keys and values are kept in pages": "PagedAttention SparsePagedAttention",
+    "which scores are computed depends on a layout": "SparseAttention LongformerAttention DynamicSparseAttention",
+    "its queries, keys and values come packed in five axes": "PackedAttention DecoderMaskedSelfAttention",
+}
+
 
 def entries() -> list[OpSpec]:
-    return [
-        OpSpec(name, "opaque", f"pinned: {reason}", reason=reason)
-        for reason, names in REASONS.items()
+    made = [
+        _entry(name, reason, domain)
+        for domain, table in (("", REASONS), (MICROSOFT, MICROSOFT_REASONS))
+        for reason, names in table.items()
         for name in names.split()
     ]
+    made += [OpSpec(name, "opaque", f"pinned: {DRAWN}", reason=DRAWN, draws=True) for name in RANDOM.split()]
+    made += [_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL.split()]
+    made += [_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING.split()]
+    made.append(replace(_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
+    return [*made, _entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview")]
+
+
+def _entry(name: str, reason: str, domain: str) -> OpSpec:
+    return OpSpec(name, "opaque", f"pinned: {reason}", domain=domain, reason=reason)

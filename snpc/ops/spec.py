@@ -26,11 +26,16 @@ Kind = Literal[
     "normalise",  # statistics along axes, same shape out
     "reduce",  # axes disappear
     "attention",  # scores, softmax and context in one node
+    "rotary",  # pairs of channels turned by tables
+    "scatter",  # a tensor with parts of it written over by another
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
 MISFIT = "the shapes of its operands do not fit each other"
 Effect = Literal["add", "scale", "same", "nonlinear"]
+
+
+SUMMED = "it is summed over"
 
 
 class Blocked(Exception):
@@ -52,9 +57,15 @@ class Call:
     shapes: tuple[Shape | None, ...]
     values: tuple[AnyArray | None, ...]
     outs: tuple[Shape, ...]
+    stored: tuple[bool, ...] = ()
+    """Which inputs lie in the file; what is computed may depend on a dynamic axis, though its value is known here."""
 
     def value(self, index: int) -> AnyArray | None:
         return self.values[index] if index < len(self.values) else None
+
+    def stored_value(self, index: int) -> AnyArray | None:
+        """As ``value``, of what is the same at every size of the dynamic axes."""
+        return self.value(index) if index < len(self.stored) and self.stored[index] else None
 
     def shape(self, index: int) -> Shape:
         shape = self.shapes[index]
@@ -89,6 +100,9 @@ Move = Callable[[Call, Labels], list[Labels]]
 Repairer = Callable[[Call, Cut, list[Cut]], Repair]
 
 
+Refit = Callable[[Call, str, Mapping[str, Shape], Mapping[int, Shape]], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Letters:
     """A contraction in Einstein's notation, one letter per axis; letters in both operands and not in ``out`` are
@@ -114,19 +128,31 @@ class OpSpec:
     operands: tuple[int, int] = (0, 1)
     bias: int | None = None
     bias_letters: Callable[[Call], str] | None = None
+    added: int | None = None  # a further input of the output's shape that a contraction adds
     axes: Callable[[Call], tuple[int, ...]] | None = None
     per_axis: tuple[int, ...] = ()
     affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalisation, and its bias
     sums: tuple[int, ...] = ()  # outputs beside the first that have its positions
+    whole: Callable[[Call], int] | None = None
+    """Into how many parts the channels (axis 1) are divided for statistics: what shares one goes together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
     reason: str = ""
     out_shapes: Callable[[Call], list[Shape]] | None = None
     reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
+    refit: Refit | None = None
+    """Attributes of a node that splits heads inside: the call before the cut, its domain, the shapes of the parts and
+    of the inputs (by index) after it."""
+    tables: tuple[int, ...] = ()  # of ``data``: tables of which rows are looked up
+    branches: tuple[str, str] | None = (
+        None  # attributes that hold what is done where the first input is true, and false
+    )
+    draws: bool = False  # what comes out differs from run to run
     curved: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     typed_by: int = 0
     lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
+    expands: bool = False  # repeats its input to the shape that the second input spells
     shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
     selects: bool = False  # drops an axis by reading one position of it

@@ -57,16 +57,19 @@ class Analysis:
         return next(g for g in self.groups if g.id == name)
 
 
-def analyze(model: Model, sizes: Mapping[str, int] | None = None) -> Analysis:
+def analyze(model: Model, sizes: Mapping[str, int] | None = None, *, prune_kv_cache: bool = False) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
+    ``prune_kv_cache`` lets caches of keys and values become narrower, past inputs and present outputs alike.
     """
     binding, facts = best_binding(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
     tokens = find_tokens(model.graph, facts, binding)
-    return analysed(model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens)
+    return analysed(
+        model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens, kv_cache=prune_kv_cache
+    )
 
 
 def analysed(
@@ -79,6 +82,7 @@ def analysed(
     tokens: TokenFacts = NO_TOKENS,
     reduction: TokenReduction | None = None,
     extra_macs: int = 0,
+    kv_cache: bool = False,
 ) -> Analysis:
     """The analysis of ``graph``, which is that of ``model`` or what became of it. ``bound`` and ``quoted``: sizes of
     dynamic dimensions with the graph's facts there; ``cost``: the model's; ``extra_macs``: what ``reduction`` adds."""
@@ -86,7 +90,7 @@ def analysed(
     fewer = drop_dead_rows(graph, facts)
     if fewer is not None:
         graph, facts, cost_facts = fewer, evaluate(fewer, binding), evaluate(fewer, at)
-    found = traced(graph, binding, facts)
+    found = traced(graph, binding, facts, kv_cache)
     made = drafts(found.trace, found.units)
     groups = finish(graph, found.trace, found.units, cost_facts, made)
     spared = cost.macs - cost_of(graph, cost_facts).macs - extra_macs

@@ -1,8 +1,10 @@
 """The one normal form that every later stage reads: a private copy of the model in which
 
-- model-local functions are inlined and ``Constant`` nodes are initializers,
+- model-local functions are inlined, branches that always go the same way are what they do, and ``Constant`` nodes are
+  initializers,
 - a vector shared by several users, and any constant shared by several pointwise users, is one initializer per user
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
+- Einstein sums have two operands,
 - nodes stand in topological order and every node has a name.
 
 The copies share their bytes, and ``emit`` merges those that end equal, so a model that is not cut is written as read.
@@ -14,6 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.ops import lookup
+from snpc.passes.branches import settle_branches
+from snpc.passes.einsum import spell_out_sums
 from snpc.passes.shapes import is_float, static_shape
 
 ORIGIN = "snpc.origin"
@@ -25,6 +29,8 @@ def canonicalise(model: ir.Model) -> ir.Model:
         common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.sort()
+    settle_branches(model)
+    spell_out_sums(model.graph, model.graph.opset_imports.get("", 1))
     name_nodes(model.graph)
     fork_shared_constants(model.graph)
     return model

@@ -51,6 +51,7 @@ class Trace:
     contractions: list[Contraction] = field(default_factory=list)
     extra: dict[tuple[ir.Node, str], Carried] = field(default_factory=dict)
     statistics: list[Statistic] = field(default_factory=list)
+    caches: dict[ir.Value, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ class Here:
         size = carried.shape[at] if at < len(carried.shape) else 1
         self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, kind)
 
-    def pin_statistics(self, carried: Carried, labels: Labels, axes: frozenset[int], reason: str) -> None:
+    def pin_statistics(
+        self, carried: Carried, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
+    ) -> None:
         """Statistics are taken along ``axes``: one pin for what goes into each, so that a statistic of one head can be
         told from one of all heads."""
-        kind = self.spec.pins
+        kind = kind or self.spec.pins
         if kind == "norm" and carried.constant:
             kind = "hard"
         elif kind == "norm" and len(varying(labels)) > 1:

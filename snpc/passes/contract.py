@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.ops.pointwise import SUMMED
-from snpc.ops.spec import MISFIT, Blocked, Labels, Letters
+from snpc.ops.spec import MISFIT, SUMMED, Blocked, Labels, Letters
 from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
 from snpc.passes.labels import Flag, varying
 from snpc.passes.meet import meet, pin_half_labelled
@@ -37,7 +36,8 @@ def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: 
             elif other_is and on & summed:
                 book.flag(labels, Flag.CONSUMED)
             elif not constant:
-                book.flag(labels, Flag.SCORED if on & summed else Flag.CARRIED)
+                batched = Flag.BATCHED if on and on <= set(letters.left) & set(letters.right) else Flag.CARRIED
+                book.flag(labels, Flag.SCORED if on & summed else batched | Flag.CARRIED)
             rest = frozenset(k for k in varying(labels) if my_letters[k] in letters.out)
             if on & summed:
                 if not rest:
@@ -137,6 +137,7 @@ def join_batches(
             axis = partner_letters.index(letter)
             if partner.shape[axis] > 1 and not any(axis in varying(f) for f in partner.factors):
                 pin_per_batch(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
+                absorbed |= on == {letter} and len(varying(labels)) == 1  # pinned: nothing more to learn from it
         if not absorbed:
             kept.append((mine, labels))
     return tuple(labels for _, labels in kept)
@@ -165,22 +166,3 @@ def spread_letters(labels: Labels, letters: str, out: str) -> Labels:
     order = [letters.index(c) for c in out if c in letters]
     moved = labels.transpose(order)
     return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])
-
-
-def depthwise(here: Here, data: Carried, weight: Carried) -> Factors | None:
-    """One filter per channel: the weight's first axis follows the data's channels."""
-    groups = int(here.call.attrs.get("group", 1))
-    if data.shape[1] != groups or weight.shape[0] != groups or not weight.constant:
-        return None
-    rank = len(data.shape)
-    channel = (1, groups) + (1,) * (rank - 2)
-    per_channel = tuple(f.reshape(channel) for f in weight.factors if varying(f) == {0})
-    for labels in data.factors:
-        spatial = varying(labels) - {0, 1}
-        if spatial:
-            here.pin(data, labels, "it is seen through a window", min(spatial))
-    kept = tuple(f for f in data.factors if not varying(f) - {0, 1})
-    factors = meet(here, [Carried(data.name, data.shape, kept), Carried(weight.name, channel, per_channel, True)])
-    for labels in factors:
-        here.trace.book.flag(labels, Flag.CURVED)
-    return factors

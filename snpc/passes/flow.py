@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.ops.attention import form
-from snpc.ops.pointwise import SUMMED
-from snpc.ops.spec import Blocked, Call, OpSpec
+from snpc.ops.spec import SUMMED, Blocked, Call, OpSpec
 from snpc.passes.even import is_even
 from snpc.passes.segment import reads
 from snpc.passes.shapes import Facts, opset, subgraphs
+
+MOST_TOKENS = 1 << 20
 
 
 class Stuck(Exception):
@@ -287,6 +288,8 @@ def places(step: Step, call: Call, axis: int, leading: int) -> list[tuple[int, i
     """Of every output: the axis that holds the tokens now, and how many leading ones are left out; None where it holds
     a few that are read by number."""
     size = call.shape(0)[axis]
+    if size > MOST_TOKENS:
+        raise step.stuck(0, f"{size} positions are too many to follow one by one")
     view = [1] * len(call.shape(0))
     view[axis] = size
     assert step.spec.move is not None
@@ -326,13 +329,16 @@ def concat(step: Step) -> Found:
 
 def attention(step: Step) -> Found:
     node, call = step.node, step.call
-    shape = form(node.domain, node.op_type)
+    shape = form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
         raise step.stuck(shape.query, "which tokens see each other depends on their order")
-    if any(call.has(k) for k in (*shape.score_inputs, *shape.other_inputs)):
-        raise step.stuck(shape.query, "a mask or a cache for all positions enters it")
+    entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
+    if any(k is not None and call.has(k) for k in entering):
+        raise step.stuck(shape.query, "a mask, a cache or a table for all positions enters it")
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        raise step.stuck(shape.query, "it hands out the keys and values of all positions")
     query, key, value = (step.marks(k) for k in (shape.query, shape.key, shape.value))
-    if shape.packed_weight is not None:
+    if shape.packed:
         key = value = query
     if key is not None and value is not None and key.axes == value.axes:
         step.flow.weighings.append(Weighing(node, shape.key, -1, next(iter(key.axes.values()))))
@@ -343,6 +349,11 @@ def attention(step: Step) -> Found:
 
 def shape_only(step: Step) -> Found:
     return []
+
+
+def by_position(step: Step) -> Found:
+    index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
+    raise step.stuck(index, "what it does to tokens depends on their positions")
 
 
 def opaque(step: Step) -> Found:
@@ -358,6 +369,8 @@ RULES: dict[str, Callable[[Step], Found]] = {
     "normalise": normalise,
     "reduce": reduce,
     "attention": attention,
+    "rotary": by_position,
+    "scatter": by_position,
     "shape": shape_only,
     "opaque": opaque,
 }

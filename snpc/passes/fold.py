@@ -48,7 +48,7 @@ def walk(fold: Fold, value: ir.Value, wanted: frozenset[int], trace: Trace, fact
         return
     fold.nodes.add(node)
     spec = lookup(node.domain, node.op_type)
-    if spec.kind == "movement" and node.inputs[0] is not None:
+    if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         walk(fold, node.inputs[0], wanted, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:

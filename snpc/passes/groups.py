@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,11 @@ import onnx_ir as ir
 from snpc.cost import contraction_sizes, macs_of
 from snpc.ops import lookup
 from snpc.passes.canonicalise import origin
+from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
 from snpc.passes.names import common_path, path_of, unique_names
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, opset
+from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Carried, Contraction, Trace
 from snpc.types import Freedom, Group, Pin, Probe, ProbeKind, Role, Site, SiteKind
 
@@ -69,14 +70,21 @@ def drafts(trace: Trace, units: Units) -> list[Draft]:
     for unit in made:
         blocked = units.block[unit] >= 0
         bundles[int(signature[unit]), int(unit) in pinned, bool(blocked)].append(int(unit))
+    lying = values_by_unit(trace, units)
     found: list[Draft] = []
     for (_, is_pinned, _), members in bundles.items():
         notes = unique_notes(pinned, members) if is_pinned else ()
         for grid in grids(np.array(members), units.block):
             merged = Flag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
             found.append(Draft(grid, role_of(merged, notes), merged, notes))
+    found = [pinned_where_ragged(trace, units, draft, lying) for draft in found]
     found += head_drafts(found, heads, units, pinned, flags)
     return sorted(found, key=lambda d: (int(d.units.min()), d.role == "head"))
+
+
+def pinned_where_ragged(trace: Trace, units: Units, draft: Draft, lying: Lying) -> Draft:
+    note = cannot_be_cut(trace, units, draft.units, lying) if not draft.pins else None
+    return draft if note is None else replace(draft, pins=(note,))
 
 
 def unique_notes(pinned: Mapping[int, list[PinNote]], members: list[int]) -> tuple[PinNote, ...]:
@@ -102,6 +110,8 @@ def grids(members: Ints, block: Ints) -> list[Ints]:
 def role_of(flags: Flag, notes: tuple[PinNote, ...]) -> Role:
     if flags & Flag.SCORED:
         return "qk"
+    if flags & Flag.BATCHED:  # heads on an axis of their own in every weight
+        return "head"
     if flags & Flag.CARRIED:
         return "vo"
     if flags & Flag.ADDED or any(note.kind in ("norm", "sum") for note in notes):
@@ -128,7 +138,7 @@ def head_drafts(
         bundles[tuple(sorted(set(indices)))].append(head)
     made = []
     for children, members in bundles.items():
-        if len(members) < 2 or not any(found[k].role == "vo" for k in children):
+        if len(members) < 2 or not any(found[k].flags & Flag.CARRIED for k in children):
             continue
         torn = [h for h in members if h in set(units.crossed.tolist())]
         notes = unique_notes(pinned, members)
@@ -210,6 +220,8 @@ def freedom_of(draft: Draft) -> tuple[Freedom, str]:
         return "select", APPROXIMATE
     if draft.role not in ("qk", "vo"):
         return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
+    if draft.flags & Flag.CACHED:
+        return "select", "it lies in a cache of keys and values"
     if draft.flags & Flag.CURVED:
         return "select", "a nonlinear operator or a normalisation on the way"
     if draft.flags & Flag.GATED:
@@ -370,6 +382,8 @@ class Usage:
         node = contraction.node
         if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
             return None
-        whole = np.broadcast_to(labels, (1, side.shape[1], 1, side.shape[3]))
+        heads = side.shape[1]
+        own = heads if side is contraction.left else int(attributes(node).get("kv_num_heads", heads))
+        whole = np.broadcast_to(labels, (1, heads, 1, side.shape[3]))[:, :: heads // own]
         merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
         return Probe(kind, side.name, merged)

@@ -33,6 +33,8 @@ class Flag(IntFlag):
     SCALED = 256  # multiplied by a constant that differs between positions
     READS = 512  # input axis of a constant weight
     NORMED = 1024  # scale or bias of a normalisation
+    BATCHED = 4096  # a product of activations is done once per position of it
+    CACHED = 2048  # lies in a cache of keys or values
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from snpc.ops.movement import compress
 from snpc.ops.spec import Cut, Labels, Shape
 from snpc.passes.labels import varying
+from snpc.types import AnyArray
 
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -60,6 +61,16 @@ class Packing:
         kept_mask = np.moveaxis(mask, self.along, -1)
         packed = moved[kept_mask].reshape(*moved.shape[:-1], -1)
         return compress(np.moveaxis(packed, -1, self.along))
+
+    def take(self, array: AnyArray) -> AnyArray:
+        """The part of a tensor of these axes that stays; axes on which nothing goes may have any size."""
+        for axis, kept in self.keep.items():
+            array = array.take(kept, axis)
+        if self.along is None or self.mask is None:
+            return array
+        moved = np.moveaxis(array, self.along, -1)
+        mask = np.moveaxis(np.broadcast_to(self.mask, array.shape), self.along, -1)
+        return np.moveaxis(moved[mask].reshape(*moved.shape[:-1], self.new[self.along]), -1, self.along)
 
     def positions(self, axis: int) -> Ints | None:
         """Old positions that stay along ``axis``; None where blocks differ."""

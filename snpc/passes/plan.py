@@ -46,6 +46,8 @@ class Scores:
     times: Times | None = None
     energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where asked for: group id -> [blocks, size], squared weights of each unit."""
+    comparable: bool = False
+    """Are scores of different groups in one unit, such as that of a loss?"""
 
 
 @dataclass(frozen=True)
@@ -251,13 +253,16 @@ def worth(analysis: Analysis, group: Group, target: Target) -> float:
 def step_costs(scores: Scores, group: Group) -> FloatArray:
     """[size]: what removing one unit of every block costs, cheapest first; comparable between groups.
 
-    From a curve: the growth of the change of the model's outputs. From scores: the score, relative to the group's mean.
+    From a curve: the growth of the change of the model's outputs. From scores: the score, relative to the group's mean
+    unless scores are comparable as they are.
     """
     curve = scores.curves.get(group.id)
     if curve is not None:
         growth: FloatArray = np.diff(curve[::-1])
         return growth
     ordered: FloatArray = np.sort(scores.values[group.id], axis=1).mean(0)
+    if scores.comparable:
+        return np.sort(scores.values[group.id], axis=1).sum(0)  # type: ignore[no-any-return]
     mean = float(ordered.mean())
     return ordered / mean if mean > 0 and math.isfinite(mean) else ordered
 

@@ -33,6 +33,8 @@ def plan_to_json(plan: Plan) -> str:
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
+    if plan.analysis.traced.kv_cache:
+        head["prune_kv_cache"] = True
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         told = plan.analysis.reduction.to_json()["steps"]
@@ -46,20 +48,29 @@ def numbers(scores: Sequence[float]) -> str:
     return " ".join(map(repr, scores))
 
 
+def wants_caches(text: str) -> bool:
+    """Was the plan in ``text`` made with --prune-kv-cache? False for what is no plan: ``plan_from_json`` says so."""
+    return bool(entry_in(text, "prune_kv_cache"))
+
+
 def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
     """How tokens are reduced by the plan in ``text``, if it is one and they are, and scores of positions by block."""
+    found, rows = entry_in(text, "tokens"), entry_in(text, "token_scores")
+    if not isinstance(found, str):
+        return None
+    try:
+        scores = {int(k): [float(x) for x in row.split()] for k, row in rows.items()} if isinstance(rows, dict) else {}
+    except (AttributeError, TypeError, ValueError):
+        scores = {}
+    return found, scores
+
+
+def entry_in(text: str, name: str) -> object:
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return None
-    found = data.get("tokens") if isinstance(data, dict) else None
-    if not isinstance(found, str):
-        return None
-    try:
-        scores = {int(k): [float(x) for x in row.split()] for k, row in data.get("token_scores", {}).items()}
-    except (AttributeError, TypeError, ValueError):
-        scores = {}
-    return found, scores
+    return data.get(name) if isinstance(data, dict) else None
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
@@ -77,6 +88,9 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
             f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
             f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
         )
+    if bool(data.get("prune_kv_cache")) != analysis.traced.kv_cache:
+        said = "made with" if data.get("prune_kv_cache") else "made without"
+        raise UserError(f"{name}: {said} --prune-kv-cache, and the model was analysed otherwise; analyse it alike")
     spec = analysis.reduction.spec if analysis.reduction is not None else None
     if data.get("tokens") != spec:
         raise UserError(

@@ -148,9 +148,8 @@ def walk_fused(fold: Fold, operand: Operand, wanted: frozenset[int], traced: Tra
     """As ``walk``, of the query, key or value of a fused node: through its input, or the weight inside it, and its own
     bias."""
     node = operand.product.node
-    fused = form(node.domain, node.op_type)
-    own = [fused.packed_weight, fused.bias] if fused.packed_weight is not None else [fused.bias]
-    for index in own:
+    fused = form(traced.facts.call(node, opset(traced.model, node.domain)), node.domain)
+    for index in (1 if fused.packed == "weight" else None, fused.bias):
         value = node.inputs[index] if index is not None and index < len(node.inputs) else None
         if value is None:
             continue
@@ -162,10 +161,10 @@ def walk_fused(fold: Fold, operand: Operand, wanted: frozenset[int], traced: Tra
         shape = static_shape(root.const_value)
         where = np.arange(shape[-1])
         mark_constant(fold, root, (len(shape) - 1, (where >= first) & (where < last)))
-    if fused.packed_weight is None:
-        given = node.inputs[(fused.query, fused.key, fused.value)[operand.part]]
+    if fused.packed != "weight":
+        given = node.inputs[fused.query if fused.packed else (fused.query, fused.key, fused.value)[operand.part]]
         assert given is not None
-        wanted |= side_labels(traced.trace.values[given])
+        wanted = wanted if fused.packed else wanted | side_labels(traced.trace.values[given])
         walk(fold, given, wanted, traced.trace, traced.facts, traced.model)
 
 

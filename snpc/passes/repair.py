@@ -52,6 +52,8 @@ class Repairs:
         now = self.after.value[current]
         if now.shape == wanted.shape and bool((now == wanted).all()):
             return
+        if now.shape != wanted.shape and not (current.is_initializer() or bool(self.static(old.inputs[index]).all())):
+            raise CheckFailed(f"{node.op_type} {node.name}: {current.name} depends on a dynamic axis and cannot be cut")
         if current.is_initializer() or now.shape != wanted.shape:
             self.put(node, index, self.constant(wanted.astype(now.dtype), hint))
             return
@@ -66,8 +68,9 @@ class Repairs:
         else:
             self.put(node, index, self.rescale(node, current, now, wanted, hint))
 
-    def static(self, source: ir.Value) -> AnyArray:
+    def static(self, source: ir.Value | None) -> AnyArray:
         """Which entries of a computed parameter are the same under every binding."""
+        assert source is not None
         here, there = self.before.value[source], self.elsewhere().value.get(source)
         if there is None or there.shape != here.shape:
             return np.zeros(here.shape, bool)
@@ -127,8 +130,7 @@ class Repairs:
         """An entry such as batch x heads: multiply by the ratio of new to old, entry by entry."""
         if (now <= 0).any() and (wanted != now)[now <= 0].any():
             raise CheckFailed(f"{node.op_type} {node.name}: a computed size cannot be recomputed")
-        common = np.gcd(np.abs(now), np.abs(wanted))
-        common[common == 0] = 1
+        common = np.maximum(np.gcd(np.abs(now), np.abs(wanted)), 1)
         down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
         times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
         up = self.constant(times, f"{hint}_times")

@@ -10,12 +10,22 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops.writing import MUL
-from snpc.passes.pack import Dead
+from snpc.passes.interleaved import resolved
+from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs
-from snpc.passes.resolve import Units, resolve
+from snpc.passes.resolve import Units
 from snpc.passes.scale import ScalePlan, plan_scales
 from snpc.passes.shapes import Facts, evaluate
-from snpc.passes.slice import Cuts, Sliced, broken_scalars, dead_units, set_attributes, slice_model
+from snpc.passes.slice import (
+    Cuts,
+    Sliced,
+    broken_scalars,
+    dead_units,
+    holds_elsewhere,
+    set_attributes,
+    shrunk,
+    slice_model,
+)
 from snpc.passes.trace import Trace, trace_model
 from snpc.passes.unpack import ragged_values, unpack
 
@@ -29,12 +39,14 @@ class Traced:
     facts: Facts
     trace: Trace
     units: Units
+    kv_cache: bool = False
 
 
-def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None) -> Traced:
+def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None, kv_cache: bool = False) -> Traced:
+    """``kv_cache``: caches of keys and values among the inputs and outputs may become narrower too."""
     facts = facts or evaluate(model, sizes)
-    trace = trace_model(model, facts)
-    return Traced(model, sizes, facts, trace, resolve(trace.book))
+    trace = trace_model(model, facts, kv_cache)
+    return Traced(model, sizes, facts, trace, resolved(trace), kv_cache)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,11 @@ class Rewritten:
     source: Traced
     dead: Dead
 
+    def interface(self) -> dict[str, Packing]:
+        """How the inputs and outputs that became narrower shrink, by name."""
+        graph = self.source.model.graph
+        return shrunk(self.source.trace, (*graph.inputs, *graph.outputs), self.dead)
+
 
 def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
     """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
@@ -53,11 +70,18 @@ def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
         ragged = ragged_values(source.trace, dead)
         if not ragged:
             break
-        source = traced(unpack(source.model, source.facts, source.trace, ragged, source.sizes), source.sizes)
+        unpacked = unpack(source.model, source.facts, source.trace, ragged, source.sizes)
+        source = traced(unpacked, source.sizes, kv_cache=source.kv_cache)
     else:
         raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
     plan = plan_scales(source.model, source.facts, source.trace, dead)
     sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply)
+    if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+        sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply, frozen=True)
+        if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+            raise CheckFailed(
+                "a size that the cut changes is divided, which would be wrong at other sizes of the inputs"
+            )
     apply_scales(source, sliced, plan)
     sliced.model.graph.sort()
     return Rewritten(sliced.model, source, dead)

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.attention import form
+from snpc.ops.attention import AttentionForm, form
 from snpc.passes.fold import CannotFold, Fold, side_labels, walk
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, packing
-from snpc.passes.shapes import Facts, attributes
+from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Contraction, Trace
 
 Vector = npt.NDArray[np.float64]
@@ -90,7 +90,7 @@ def score_widths(contraction: Contraction, dead: Dead) -> tuple[int, int] | None
 def query_index(contraction: Contraction) -> int:
     node = contraction.node
     spec = lookup(node.domain, node.op_type)
-    return form(node.domain, node.op_type).query if spec.kind == "attention" else spec.operands[0]
+    return 0 if spec.kind == "attention" else spec.operands[0]
 
 
 def operand(contraction: Contraction) -> ir.Value:
@@ -107,7 +107,7 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
         given = attributes(node).get("scale")
-        if made_inside(node):  # there is nothing to fold into
+        if made_inside(form(facts.call(node, opset(model, node.domain)), node.domain), node):
             plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
             return 1.0
         if given is None or float(given) == 0.0:
@@ -135,11 +135,10 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     return scale / after
 
 
-def made_inside(node: ir.Node) -> bool:
-    """Does a fused node make Q, or add a bias to it?"""
-    fused = form(node.domain, node.op_type)
-    biased = fused.bias is not None and fused.bias < len(node.inputs) and node.inputs[fused.bias] is not None
-    return fused.packed_weight is not None or biased
+def made_inside(shape: AttentionForm, node: ir.Node) -> bool:
+    """Has Q no input of its own, or is a bias added to it inside? Then there is nothing to fold into."""
+    bias = shape.bias
+    return bool(shape.packed) or (bias is not None and bias < len(node.inputs) and node.inputs[bias] is not None)
 
 
 def is_standard(scale: float, width: int) -> bool:

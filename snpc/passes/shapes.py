@@ -41,7 +41,8 @@ class Facts:
         shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
         values = tuple(None if v is None else self.value.get(v) for v in node.inputs)
         outs = tuple(self.shape.get(v) or () for v in node.outputs)
-        return Call(node.op_type, version, attributes(node), shapes, values, outs)
+        stored = tuple(v is not None and v.producer() is None for v in node.inputs)
+        return Call(node.op_type, version, attributes(node), shapes, values, outs, stored)
 
 
 def attributes(node: ir.Node) -> dict[str, Any]:
@@ -184,6 +185,8 @@ def evaluate(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
 def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Add what ``node`` makes to ``facts``. A node that cannot be evaluated leaves its outputs' shapes unknown."""
     version = opset(model, node.domain)
+    if branch_taken(facts, node, model, sizes):
+        return
     computed = compute(facts, node, version) if computable(facts, node) else None
     if computed is not None:
         for value, array in zip(node.outputs, computed, strict=False):
@@ -210,13 +213,36 @@ def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]
             facts.dtype.setdefault(value, value.dtype)
 
 
+def branch_taken(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> bool:
+    """Learn what a branch makes whose condition is known: exporters ask about ranks and sizes."""
+    names = lookup(node.domain, node.op_type).branches
+    condition = facts.value.get(node.inputs[0]) if names and node.inputs[0] is not None else None
+    if condition is None or not names:
+        return False
+    graph = node.attributes[names[0 if bool(condition.reshape(-1)[0]) else 1]].as_graph()
+    for value in graph.initializers.values():
+        learn_constant(facts, value)
+    for inner in graph:
+        constant = inner.attributes.get("value") if not inner.inputs else None
+        if constant is not None and constant.type == ir.AttributeType.TENSOR:
+            inner.outputs[0].const_value = constant.as_tensor()
+            learn_constant(facts, inner.outputs[0])
+        else:
+            learn(facts, inner, model, sizes)
+    for inside, outside in zip(graph.outputs, node.outputs, strict=True):
+        facts.shape[outside], facts.dtype[outside] = facts.shape.get(inside), facts.dtype.get(inside)
+        if inside in facts.value:
+            facts.value[outside] = facts.value[inside]
+    return True
+
+
 def computable(facts: Facts, node: ir.Node) -> bool:
     """Shape arithmetic: every input's contents are known, and the result is small."""
-    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).kind == "opaque" or subgraphs(node):
+    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).draws or subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
         return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
-    if not node.inputs or node.op_type.startswith("Random"):
+    if not node.inputs:
         return False
     present = [v for v in node.inputs if v is not None]
     if not all(v in facts.value for v in present):
@@ -254,6 +280,14 @@ def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
         facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
     return [np.asarray(r) for r in results] if all(isinstance(r, np.ndarray | np.generic) for r in results) else None
+
+
+def whose_shape(value: ir.Value | None) -> ir.Value | None:
+    """The tensor of which ``value`` is the whole shape; None where it is anything else."""
+    node = value.producer() if value is not None else None
+    if node is None or node.domain or node.op_type != "Shape" or node.attributes:
+        return None
+    return node.inputs[0]
 
 
 def spec_source(node: ir.Node, spec: OpSpec) -> ir.Value:

@@ -7,7 +7,7 @@ the graph computes for itself is left alone, and no repair is believed before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops import lookup
-from snpc.ops.attention import Widths, refit
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
+from snpc.passes.caches import narrow_interface
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, attributes, learn, opset, start
+from snpc.passes.shapes import Facts, attributes, evaluate, is_float, learn, opset, other_binding, start
 from snpc.passes.trace import Carried, Trace
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
@@ -73,14 +73,19 @@ def slice_model(
     dead: Dead,
     sizes: Mapping[str, int],
     multiply: Multipliers | None = None,
+    frozen: bool = False,
 ) -> Sliced:
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
-    ``Ragged`` where blocks that share a tensor keep different numbers."""
+    ``Ragged`` where blocks that share a tensor keep different numbers.
+
+    ``frozen``: what divides a size divides the one from before the cut."""
     copy = model.clone()
     names = {str(v.name): v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
         factors = {axis: vector for (name, axis), vector in (multiply or {}).items() if name == value.name}
         shrink_constant(value, trace.values.get(names[str(value.name)]), dead, factors)
+    changed = shrunk(trace, (*model.graph.inputs, *model.graph.outputs), dead)
+    narrow_interface(copy, {name: dict(enumerate_changes(packed)) for name, packed in changed.items()})
     new = start(copy, sizes)
     repairs = Repairs(copy, model, facts, new, sizes)
     old_nodes = {node.name: node for node in model.graph}
@@ -89,13 +94,18 @@ def slice_model(
         learn(new, node, copy, sizes)
         spec = lookup(node.domain, node.op_type)
         version = opset(model, node.domain)
+        if frozen and divides_changed(old, node, facts, new):
+            repairs.set_input(old, node, 0, facts.value[old.inputs[0]])  # type: ignore[index]
+            learn(new, node, copy, sizes)
         if spec.reattr is not None:
-            changed = spec.reattr(facts.call(old, version), new.call(node, version))
-            if set_attributes(node, changed):
+            fresh = spec.reattr(facts.call(old, version), new.call(node, version))
+            if set_attributes(node, fresh):
                 learn(new, node, copy, sizes)
-        if spec.kind == "attention" and (old, "query") in trace.extra:
-            widths = fused_widths(trace, old, dead)
-            if set_attributes(node, refit(facts.call(old, version), node.domain, widths)):
+        if spec.refit is not None and (parts := parts_after(trace, old, dead)):
+            inputs = {
+                k: found.new for k, v in enumerate(old.inputs) if v and (found := expected_output(trace, v, dead))
+            }
+            if set_attributes(node, spec.refit(facts.call(old, version), node.domain, parts, inputs)):
                 learn(new, node, copy, sizes)
         expected = [expected_output(trace, v, dead) for v in old.outputs]
         step = Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
@@ -109,11 +119,57 @@ def slice_model(
     return Sliced(copy, new, dead)
 
 
-def fused_widths(trace: Trace, node: ir.Node, dead: Dead) -> Widths:
-    """Heads and widths that a fused attention has after the cut."""
-    shapes = [trace.extra[node, part] for part in ("query", "key", "value")]
-    query, _, value = (packing(c.shape, c.factors, dead).new for c in shapes)
-    return Widths(query[1], query[1] * shapes[1].shape[1] // shapes[0].shape[1], query[3], value[3])
+def holds_elsewhere(model: ir.Model, sliced: Sliced, before: Facts, trace: Trace, sizes: Mapping[str, int]) -> bool:
+    """Are all shapes right under another binding as well? Asked where sizes that the cut has changed are divided:
+    a quotient may be right for one batch and wrong for another."""
+    pairs = list(zip_nodes(model, sliced.model))
+    if not any(divides_changed(old, node, before, sliced.facts) for old, node in pairs):
+        return True
+    other = other_binding(sizes)
+    there, now = evaluate(model, other), evaluate(sliced.model, other)
+    for old, node in pairs:
+        for value, twin in zip(old.outputs, node.outputs, strict=True):
+            packed = expected_output(trace, value, sliced.dead)
+            old_shape, new_shape = there.shape.get(value), now.shape.get(twin)
+            if packed is None or old_shape is None or len(old_shape) != len(packed.old):
+                continue
+            wanted = tuple(n * b // a if a else n for n, a, b in zip(old_shape, packed.old, packed.new, strict=True))
+            if new_shape != wanted:
+                return False
+    return True
+
+
+def zip_nodes(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """Nodes with their counterparts."""
+    olds = {node.name: node for node in model.graph}
+    return ((olds[node.name], node) for node in copy.graph if node.name in olds)
+
+
+def shrunk(trace: Trace, values: Iterable[ir.Value], dead: Dead) -> dict[str, Packing]:
+    """How those of ``values`` that are no constants and lose something shrink, by name."""
+    found = {}
+    for value in values:
+        packed = expected_output(trace, value, dead) if value.const_value is None else None
+        if packed is not None and packed.old != packed.new:
+            found[str(value.name)] = packed
+    return found
+
+
+def enumerate_changes(packed: Packing) -> Iterator[tuple[int, int]]:
+    return ((k, b) for k, (a, b) in enumerate(zip(packed.old, packed.new, strict=True)) if a != b)
+
+
+def divides_changed(old: ir.Node, node: ir.Node, before: Facts, after: Facts) -> bool:
+    """Does a node divide an integer that the cut has changed?"""
+    if not lookup(node.domain, node.op_type).divides or is_float(after.dtype.get(node.outputs[0])):
+        return False
+    first, second = before.value.get(old.inputs[0]), after.value.get(node.inputs[0])  # type: ignore[arg-type]
+    return first is not None and second is not None and not np.array_equal(first, second)
+
+
+def parts_after(trace: Trace, node: ir.Node, dead: Dead) -> dict[str, Shape]:
+    """Shapes, after the cut, of what a node holds inside: [B,H,N,D] by name."""
+    return {name: packing(c.shape, c.factors, dead).new for (at, name), c in trace.extra.items() if at is node}
 
 
 def inputs_of(trace: Trace, node: ir.Node, dead: Dead) -> list[Packing | None]:

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.attention import FORMS, form
-from snpc.ops.pointwise import SUMMED
+from snpc.ops.attention import FORMS
+from snpc.ops.spec import SUMMED
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.rewrite import Traced
 from snpc.passes.shapes import is_float
@@ -159,7 +159,7 @@ def is_constant(traced: Traced, value: ir.Value) -> bool:
 
 
 def mask_inputs(node: ir.Node) -> list[ir.Value]:
-    given = [node.inputs[k] for k in form(node.domain, node.op_type).masks if k < len(node.inputs)]
+    given = [node.inputs[k] for k in FORMS[node.domain, node.op_type].masks if k < len(node.inputs)]
     return [v for v in given if v is not None]
 
 
@@ -178,8 +178,9 @@ def sources_at(traced: Traced, node: ir.Node, product: Contraction | None, group
 
 
 def fused_sources(traced: Traced, node: ir.Node, groups: Groups) -> Iterator[Source]:
-    shape = form(node.domain, node.op_type)
-    values = node.inputs[shape.query if shape.packed_weight is not None else shape.value]
+    shape = FORMS[node.domain, node.op_type]
+    given = node.inputs[shape.value] if shape.value < len(node.inputs) else None
+    values = node.inputs[shape.query] if given is None else given  # all three in one input
     for mask in mask_inputs(node):
         rank = len(traced.facts.shape.get(mask) or ())
         dtype = traced.facts.dtype.get(mask)
@@ -214,7 +215,7 @@ def same_tokens(traced: Traced, node: ir.Node, scores: set[ir.Value]) -> Iterato
     if out in scores or not is_float(traced.facts.dtype.get(out)):
         return
     inputs = [v for v in node.inputs if v is not None]
-    if spec.kind == "movement":
+    if spec.kind in ("movement", "rotary"):
         inputs = inputs[:1]
     elif spec.kind in ("pointwise", "normalise"):
         inputs = [v for v in inputs if shapes.get(v) == shapes.get(out)]

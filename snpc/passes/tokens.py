@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
-from snpc.ops.pointwise import SUMMED
+from snpc.ops.spec import SUMMED
 from snpc.passes.flow import Flow, Stuck, flow_from
 from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, other_binding
 from snpc.types import Pin
@@ -285,10 +285,10 @@ def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores 
 
 
 def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:
-    shape = form(site.domain, site.op_type)
-    if shape.packed_weight is not None or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
-        return None
     call = facts.call(site, version)
+    shape = form(call, site.domain)
+    if shape.packed or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
+        return None
     if call.has(shape.bias) if shape.bias is not None else False:
         return None  # it is added inside
     heads, others = head_counts(call)

@@ -9,31 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
-from snpc.ops.movement import compress, concat_axis
+from snpc.ops.movement import concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
+from snpc.passes.caches import ADVICE, enter_cache, find_caches, handed_on
 from snpc.passes.carried import Carried, Contraction, Factors, Here, Trace, align, cover_rest, independent
-from snpc.passes.contract import add_bias, contract, depthwise
+from snpc.passes.contract import add_bias, contract
 from snpc.passes.fused import attention
+from snpc.passes.grouped import grouped
 from snpc.passes.labels import Flag, varying
+from snpc.passes.laid import lay_out
 from snpc.passes.means import stray_reader
 from snpc.passes.meet import meet, same_labels
-from snpc.passes.shapes import Facts, is_float, opset, subgraphs
+from snpc.passes.rotary import rotary
+from snpc.passes.shapes import Facts, is_float, opset, subgraphs, whose_shape
 
 __all__ = ["Carried", "Contraction", "Trace", "trace_model"]
 
 
-def trace_model(model: ir.Model, facts: Facts) -> Trace:
-    """Run the labels through the main graph of a canonical model."""
+def trace_model(model: ir.Model, facts: Facts, kv_cache: bool = False) -> Trace:
+    """Run the labels through the main graph of a canonical model; caches have labels where ``kv_cache`` asks for it."""
     trace = Trace()
+    caches = find_caches(model, facts)
     for value in model.graph.inputs:
-        if not value.is_initializer():
-            enter_input(trace, value, facts)
+        if kv_cache and value in caches:
+            trace.values[value] = enter_cache(trace, value, facts, caches[value])
+        elif not value.is_initializer():
+            enter_input(trace, value, facts, ADVICE if value in caches else "")
     for value in model.graph.initializers.values():
         enter_constant(trace, value, facts)
     for node in model.graph:
@@ -42,9 +48,10 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
         reader = stray_reader(statistic, trace)
         if reader is not None:
             statistic.here.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
+    free = set(handed_on(trace, list(model.graph.outputs)))
     for value in model.graph.outputs:
         carried = trace.values.get(value)
-        if carried is None:
+        if carried is None or value in free:
             continue
         for labels in carried.factors:
             axis = min(varying(labels), default=0)
@@ -59,10 +66,10 @@ def trace_model(model: ir.Model, facts: Facts) -> Trace:
     return trace
 
 
-def enter_input(trace: Trace, value: ir.Value, facts: Facts) -> None:
+def enter_input(trace: Trace, value: ir.Value, facts: Facts, because: str) -> None:
     shape = facts.shape.get(value)
     if shape is not None:
-        trace.values[value] = Carried(str(value.name), shape)
+        trace.values[value] = Carried(str(value.name), shape, because=because)
 
 
 def enter_constant(trace: Trace, value: ir.Value, facts: Facts) -> None:
@@ -123,7 +130,8 @@ def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> s
     if here.spec.kind == "opaque":
         return f"{here.node.op_type}: {here.spec.reason}"
     first = inputs[0] if inputs else None
-    return first.because if first is not None and here.spec.kind == "movement" else ""
+    moved = here.spec.kind == "movement" or (here.spec.kind == "concat" and len(here.node.inputs) == 1)
+    return first.because if first is not None and moved else ""
 
 
 def outer_values(node: ir.Node) -> list[ir.Value]:
@@ -167,7 +175,19 @@ def movement(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     ):
         for labels in outputs[0]:
             here.trace.book.flag(labels, Flag.PRODUCED)
+    if here.spec.expands:
+        outputs[0] += expanded(here, data)
     return [tuple(out) for out in outputs]
+
+
+def expanded(here: Here, data: Carried) -> list[Labels]:
+    """Labels along the axes that repeat to the size of another tensor's: they follow that tensor."""
+    other = here.trace.values.get(whose_shape(here.node.inputs[1]))  # type: ignore[arg-type]
+    if other is None or other.shape != here.call.outs[0]:
+        return []
+    shape = (1,) * (len(other.shape) - len(data.shape)) + data.shape
+    grown = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
+    return [labels for labels in other.factors if varying(labels) & grown]
 
 
 def only_shape_is_read(value: ir.Value) -> bool:
@@ -176,52 +196,7 @@ def only_shape_is_read(value: ir.Value) -> bool:
 
 
 def concat(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
-    """Lay the parts end to end. On other axes the parts must agree, so what meets there is joined."""
-    axis = concat_axis(here.call)
-    parts = [c for c in inputs if c is not None and c.shape[axis] > 0]
-    along: list[Labels] = []
-    across: dict[frozenset[int], Labels] = {}
-    patterns = list(dict.fromkeys(varying(f) - {axis} for c in parts for f in c.factors))
-    for pattern in patterns:
-        mine = [[f for f in c.factors if varying(f) - {axis} == pattern] for c in parts]
-        if any(axis in varying(f) for fs in mine for f in fs) or not pattern:
-            along += [lay(here, parts, mine, axis, pattern)]
-            continue
-        for carried, fs in zip(parts, mine, strict=True):
-            if not fs and all(carried.shape[k] > 1 for k in pattern):
-                finer = [f for f in carried.factors if varying(f) - {axis} > pattern and axis not in varying(f)]
-                for other, gs in zip(parts, mine, strict=True):
-                    for labels in gs:
-                        for fine in finer:
-                            here.trace.book.cover(labels, fine, "meet")
-                        if not finer:
-                            here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
-            for labels in fs:
-                if pattern in across:
-                    here.trace.book.join(across[pattern], labels)
-                else:
-                    across[pattern] = labels
-    return [tuple(f for f in (*along, *across.values()) if f.size)]
-
-
-def lay(
-    here: Here, parts: Sequence[Carried], mine: Sequence[Sequence[Labels]], axis: int, pattern: frozenset[int]
-) -> Labels:
-    rows = []
-    shape = [
-        max((f.shape[k] for fs in mine for f in fs), default=1) if k in pattern else 1
-        for k in range(len(parts[0].shape))
-    ]
-    for carried, fs in zip(parts, mine, strict=True):
-        target = [*shape]
-        target[axis] = carried.shape[axis]
-        if not fs:
-            rows.append(np.full(target, -1, np.int32))
-            continue
-        for extra in fs[1:]:
-            here.trace.book.join(fs[0], extra)
-        rows.append(np.broadcast_to(fs[0], target))
-    return compress(np.concatenate(rows, axis))
+    return [lay_out(here, [c for c in inputs if c is not None], concat_axis(here.call))]
 
 
 def pointwise(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
@@ -256,41 +231,71 @@ def note_effect(here: Here, parts: Sequence[Carried], factors: Factors) -> None:
 
 
 def normalise(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
-    data = here.spec.data or (0,)
-    first = inputs[data[0]]
-    assert first is not None
-    rank = len(first.shape)
-    per_axis = [(abs(k), k < 0) for k in here.spec.per_axis]
-    parts = [inputs[k] for k in data] + [
-        channelled(inputs[k], rank, at_channel) for k, at_channel in per_axis if k < len(inputs)
+    spec = here.spec
+    rank = len(here.call.outs[0]) if spec.tables else len(here.call.shape((spec.data or (0,))[0]))
+    data = [
+        looked_up(here, inputs[k], rank) if k in spec.tables else inputs[k]
+        for k in spec.data or (0,)
+        if k < len(inputs)
     ]
-    present = [
+    channels = here.call.outs[0][1] if rank > 1 else 1
+    per_axis = [
+        channelled(inputs[abs(k)], rank, channels) if k < 0 else inputs[k]
+        for k in spec.per_axis
+        if abs(k) < len(inputs)
+    ]
+    spread = [
         Carried(c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(align(f, rank) for f in c.factors), c.constant)
-        for c in parts
+        for c in (*data, *per_axis)
         if c is not None
     ]
-    for c in present[len(data) :]:
-        for labels in c.factors:
+    first = spread[0]
+    for c in per_axis:
+        for labels in c.factors if c is not None else ():
             here.trace.book.flag(labels, Flag.NORMED)
-    factors = meet(here, present)
-    axes = here.spec.axes(here.call) if here.spec.axes else ()
+    factors = meet(here, spread)
+    axes = set(spec.axes(here.call)) if spec.axes else set()
     for labels in factors:
-        crossed = varying(labels) & set(axes)
-        if crossed:
-            reason = here.spec.reason or "its statistics are taken over this axis"
+        crossed = varying(labels) & axes
+        if crossed and not tied(here, labels, axes):
+            reason = spec.reason or "its statistics are taken over this axis"
             here.pin_statistics(first, labels, crossed, reason)
         here.trace.book.flag(labels, Flag.CURVED)
-    return [factors if not k or k in here.spec.sums else () for k in range(len(here.call.outs))]
+    return [factors if not k or k in spec.sums else () for k in range(len(here.call.outs))]
 
 
-def channelled(carried: Carried | None, rank: int, at_channel: bool) -> Carried | None:
-    """A vector per channel (axis 1) laid out so that it broadcasts."""
-    if carried is None or not at_channel:
+def tied(here: Here, labels: Labels, axes: set[int]) -> bool:
+    """Do statistics of several parts of the channels let each part go as a whole? Then it is one unit."""
+    parts = here.spec.whole(here.call) if here.spec.whole is not None else 1
+    if parts == 1 or labels.shape[0] > 1 or labels.shape[1] == 1 or (1 in axes and varying(labels) != {1}):
+        return False
+    rows = labels.reshape(parts, -1)
+    here.trace.book.join(rows, rows[:, :1])
+    return True
+
+
+def looked_up(here: Here, table: Carried | None, rank: int) -> Carried | None:
+    """Rows of a table: its columns lie along the last axis; which rows are read depends on the data."""
+    if table is None:
+        return None
+    free = []
+    for labels in table.factors:
+        if varying(labels) == {1}:
+            here.trace.book.flag(labels, Flag.PRODUCED)
+            free.append(align(labels, rank))
+        else:
+            here.pin(table, labels, "which entries are read depends on the data")
+    return Carried(str(here.node.outputs[0].name), (1,) * (rank - 1) + table.shape[1:], tuple(free))
+
+
+def channelled(carried: Carried | None, rank: int, channels: int) -> Carried | None:
+    """A vector per channel (axis 1), or per group of channels, laid out so that it broadcasts."""
+    if carried is None or len(carried.shape) != 1 or rank < 2:
         return carried
-    shape = (1, carried.shape[0]) + (1,) * (rank - 2)
-    return Carried(
-        carried.name, shape, tuple(f.reshape(shape) for f in carried.factors if f.size > 1), carried.constant
-    )
+    shape = (1, channels) + (1,) * (rank - 2)
+    times = channels // carried.shape[0]
+    factors = tuple(f.repeat(times).reshape(shape) for f in carried.factors if f.size > 1)
+    return Carried(carried.name, shape, factors, carried.constant)
 
 
 def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
@@ -315,7 +320,7 @@ def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
 
 def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     spec = here.spec
-    left, right = inputs[spec.operands[0]], inputs[spec.operands[1]]
+    left, right = (inputs[k] if k < len(inputs) else None for k in spec.operands)
     assert spec.letters is not None
     if left is None or right is None:
         return here.refuse(inputs, "a product of other than two tensors")
@@ -327,22 +332,45 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         if weight.constant and weight.because and not weight.factors:
             axis = next((k for k, c in enumerate(term) if c in letters.out), 0)
             here.trace.book.remark(weight.name, axis, weight.shape[axis], weight.because, here.operator)
-    if int(here.call.attrs.get("group", 1)) > 1:
-        factors = depthwise(here, left, right)
-        if factors is None:
-            return here.refuse(inputs, "a convolution in groups")
-    else:
-        factors = contract(here, left, right, letters)
+    groups = int(here.call.attrs.get("group", 1)) if letters.windowed else 1
+    factors = contract(here, left, right, letters) if groups == 1 else grouped(here, left, right, letters, groups)
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
         try:
             factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
         except Blocked as block:
             return here.refuse(inputs, block.reason)
+    added = inputs[spec.added] if spec.added is not None and spec.added < len(inputs) else None
+    if added is not None:
+        made = Carried(str(here.node.outputs[0].name), here.call.outs[0], factors)
+        factors = meet(here, [made, added])
+        for labels in factors:
+            here.trace.book.flag(labels, Flag.ADDED)
     if spec.curved:
         for labels in factors:
             here.trace.book.flag(labels, Flag.CURVED)
     return [factors]
+
+
+def scatter(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+    """Parts of a tensor written over. On the axes that are addressed everything stays; behind them both agree."""
+    data, updates = (inputs[k] for k in here.spec.data or (0, 2))
+    assert data is not None and updates is not None and here.spec.axes is not None
+    rank = len(data.shape)
+    addressed = set(here.spec.axes(here.call))
+    behind = max(addressed, default=-1) + 1
+    parts = []
+    for carried in (data, updates):
+        front = len(carried.shape) - (rank - behind)
+        free = []
+        for labels in carried.factors:
+            if any(k < front for k in varying(labels)):
+                here.pin(carried, labels, here.spec.reason, min(varying(labels)))
+            else:
+                free.append(labels.reshape((1,) * behind + labels.shape[front:]))
+        shape = (1,) * behind + carried.shape[front:]
+        parts.append(Carried(carried.name, shape, tuple(free), carried.constant))
+    return [meet(here, parts)]
 
 
 RULES = {
@@ -353,6 +381,8 @@ RULES = {
     "normalise": normalise,
     "reduce": reduce,
     "attention": attention,
+    "rotary": rotary,
+    "scatter": scatter,
     "shape": shape_only,
     "opaque": opaque,
 }

@@ -161,7 +161,7 @@ def settled(compression: Compression, plan: Plan) -> Plan:
 def fit(compression: Compression, plan: Plan) -> Traced:
     """The model at its full size with every weight made for the plan: then cutting to the plan loses least."""
     source = compression.analysis.traced
-    return traced(edited(source, edits_for(compression, plan)), source.sizes)
+    return traced(edited(source, edits_for(compression, plan)), source.sizes, kv_cache=source.kv_cache)
 
 
 def edits_for(compression: Compression, plan: Plan) -> Edits:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import writing as op
-from snpc.ops.attention import form
+from snpc.ops.attention import FORMS, AttentionForm
 from snpc.passes.shapes import attributes
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of
@@ -94,26 +94,48 @@ class Instrument:
 
     def projected(self, node: ir.Node, part: int) -> ir.Value:
         """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
-        fused = form(node.domain, node.op_type)
-        held = [*node.inputs, *[None] * 4]
-        given = [held[k] for k in (fused.query, fused.key, fused.value)]
-        bias = None if fused.bias is None else held[fused.bias]
-        if fused.packed_weight is not None:
-            weight = held[fused.packed_weight]
-            assert given[0] is not None and weight is not None and weight.shape is not None
+        fused = FORMS[node.domain, node.op_type]
+        held = [*node.inputs, *[None] * 12]
+        query, bias = held[fused.query], None if fused.bias is None else held[fused.bias]
+        assert query is not None
+        if fused.packed == "weight":
+            weight = held[1]
+            assert weight is not None and weight.shape is not None
             sizes = attributes(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
             ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
-            merged = self.op(op.MATMUL, [given[0], weight])
+            merged = self.op(op.MATMUL, [query, weight])
             merged = merged if bias is None else self.op(op.ADD, [merged, bias])
             return self.op(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
+        if held[fused.key] is None:
+            ends = self.ends_of_columns(node, query)
+            return self.op(op.SLICE, [query, ends[part], ends[part + 1], self.ints([2])])
+        return self.biased(fused, held, part)
+
+    def ends_of_columns(self, node: ir.Node, whole: ir.Value) -> list[ir.Value]:
+        """Where query, key and value begin and end in an input that holds the heads of all three."""
+        heads = int(attributes(node)["num_heads"])
+        kv_heads = int(attributes(node).get("kv_num_heads", heads))
+        width = self.op(op.DIV, [self.sizes(whole, 2, 3), self.ints([heads + 2 * kv_heads])])
+        counts = np.cumsum([0, heads, kv_heads, kv_heads]).tolist()
+        return [self.op(op.MUL, [width, self.ints([n])]) for n in counts]
+
+    def biased(self, fused: AttentionForm, held: Sequence[ir.Value | None], part: int) -> ir.Value:
+        """An input with its part of the bias that the node adds to query, key and value."""
+        bias = None if fused.bias is None else held[fused.bias]
         assert bias is not None
         ends = [self.ints([0])]
-        for value in given:
+        axis = 1 if fused.one_row else 2
+        for index in (fused.query, fused.key, fused.value):
+            value = held[index]
             assert value is not None
-            ends.append(self.op(op.ADD, [ends[-1], self.sizes(value, 2, 3)]))
-        mine = given[part]
+            ends.append(self.op(op.ADD, [ends[-1], self.sizes(value, axis, axis + 1)]))
+        mine = held[(fused.query, fused.key, fused.value)[part]]
         assert mine is not None
-        return self.op(op.ADD, [mine, self.op(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
+        found = self.op(op.ADD, [mine, self.op(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
+        if not fused.one_row:
+            return found
+        batched = self.op(op.CONCAT, [self.ints([1]), self.op(op.SHAPE, [found])], axis=0)
+        return self.op(op.RESHAPE, [found, batched])
 
     # -- rows
 

@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,17 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Artefact:
+    """What is timed in place of a model: ``make`` writes it for a model into a folder. ``name`` says all of how."""
+
+    name: str
+    make: Callable[[Path, Path], Path]
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is run to measure a latency, as ``bench`` takes it. ``rounds`` and ``seconds``: at least so many for each
-    pair of models."""
+    pair of models. ``artefact``: both are made into this first (see ``snpc.artefact``), and that is timed."""
 
     batch: int = 1
     shapes: Mapping[str, Shape] | None = None
@@ -44,6 +52,14 @@ class Workload:
     warmup: int = 2
     rounds: int = 16
     seconds: float = 0.5
+    artefact: Artefact | None = None
+
+    def file(self, model: Path, folder: Path) -> Path:
+        """What is timed for ``model``. Where it has to be made, it goes into ``folder``."""
+        if self.artefact is None:
+            return model
+        folder.mkdir(exist_ok=True)
+        return self.artefact.make(model, folder)
 
     def sizes(self, analysis: Analysis) -> dict[str, int]:
         """Of dynamic axes that are no batch: those at which MACs are quoted, unless a shape is given."""
@@ -126,14 +142,17 @@ def latency_table(
 
 
 def measured_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        base = narrowed(analysis, (), 1.0, Path(folder) / "base.onnx")
-        dense, ratio = side_by_side(analysis, analysis.model.path, base, workload, provider)
+    with tempfile.TemporaryDirectory(prefix="snpc-") as name:
+        folder = Path(name)
+        original = workload.file(analysis.model.path, folder / "dense")
+        base = workload.file(narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
+        dense, ratio = side_by_side(analysis, original, base, workload, provider)
         saved = {}
         for role in roles:
             parts = []
             for share in SHARES:
-                other = narrowed(analysis, timed_groups(analysis, (role,)), share, Path(folder) / "narrow.onnx")
+                narrow = narrowed(analysis, timed_groups(analysis, (role,)), share, folder / "narrow.onnx")
+                other = workload.file(narrow, folder / "narrow")
                 parts.append(1 - side_by_side(analysis, base, other, workload, provider)[1])
             saved[role] = tuple(parts)
     return LatencyTable(dense, dense * ratio, saved)
@@ -155,7 +174,9 @@ def key_of(analysis: Analysis, roles: Sequence[str], workload: Workload, provide
     import onnxruntime as ort
 
     machine = [cpu_name(), cores(), ort.__version__, provider]
-    what = [FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), asdict(workload)]
+    made = workload.artefact.name if workload.artefact else ""
+    run = asdict(replace(workload, artefact=None))
+    what = [FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
     return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -67,7 +67,7 @@ def fit_norms(source: Traced, plan: Plan, calibration: Calibration, *, provider:
             edits.put(reader.place, 0, np.flatnonzero(norm.stays), rows)
             if centred:
                 edits.add_bias(str(node.name), shift)
-    return traced(edited(source, edits), source.sizes)
+    return traced(edited(source, edits), source.sizes, kv_cache=source.kv_cache)
 
 
 # -- the algebra -----------------------------------------------------------------------------------------------------

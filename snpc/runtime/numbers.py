@@ -14,7 +14,9 @@ from snpc.types import FloatArray, Group, IntArray, Numbers, Site
 def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
     produce: Mapping[str, FloatArray]
     consume: Mapping[str, FloatArray]
-    produce, consume = head_rows(analysis, group) if group.role == "head" else own_rows(analysis, group)
+    produce, consume = head_rows(analysis, group) if group.role == "head" else ({}, {})
+    if not produce and not consume:  # heads may have an axis of their own
+        produce, consume = own_rows(analysis, group)
     return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.ops.attention import FORMS, form
+from snpc.ops.attention import FORMS
 from snpc.ops.spec import Shape
 from snpc.passes.rewrite import Traced
 from snpc.passes.shapes import Facts, evaluate, other_binding
@@ -77,9 +77,10 @@ def outside_of(traced: Traced) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in traced.model.graph:
         if (node.domain, node.op_type) in FORMS:
-            fused = form(node.domain, node.op_type)
+            fused = FORMS[node.domain, node.op_type]
             for part, index in zip("qkv", (fused.query, fused.key, fused.value), strict=True):
                 given = node.inputs[index] if index < len(node.inputs) else None
+                given = node.inputs[fused.query] if given is None else given  # all three in one input
                 if given is not None:
                     found[f"{node.name}.{part}"] = str(given.name)
     return found

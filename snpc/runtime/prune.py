@@ -212,7 +212,7 @@ def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
 
 
 def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
-    if plan.method == "auto" and means.calibration is not None:
+    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
         try:
             return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
         except NotSequential:
@@ -263,7 +263,7 @@ def verify_written(
     rewritten: Rewritten, plan: Plan, path: Path, calibration: Calibration | None, provider: str
 ) -> Verdict:
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path)
+    structure = check_structure(analysis.model.path, path, rewritten.interface())
     tolerance = tolerance_of(analysis.model)
     large = too_large_to_run(analysis.model) if provider == "cpu" else ""
     if large:
@@ -301,19 +301,20 @@ def verify(
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
-    structure = check_structure(original, pruned)
     batches, compared = check_batches(analysis, calibration)
     rewritten = None
     fed: list[Feeds] = batches
+    tokens: tuple[str, ...] = ()
     if plan is not None:
         if analysis.reduction is not None:
             fed, said = check_tokens(analysis, pruned, batches, tolerance_of(analysis.model), provider)
-            structure = (*structure, said)
+            tokens = (said,)
         compression = compression_for(plan, calibration, statistics=statistics, provider=provider)
         plan, source = fitted(plan, Means(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
+    structure = check_structure(original, pruned, rewritten.interface() if rewritten is not None else None)
     same, moved = compare_models(outputs_of(original, batches, provider), pruned, rewritten, batches, provider, fed)
-    verdict = Verdict(structure, same, moved, compared, tolerance_of(analysis.model))
+    verdict = Verdict((*structure, *tokens), same, moved, compared, tolerance_of(analysis.model))
     judge(verdict)
     return verdict
 

@@ -4,6 +4,7 @@ up or down the planner's steps until it holds."""
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,11 @@ def meet_drift(trials: Trials) -> Pruned:
 
 def meet_latency(trials: Trials) -> Pruned:
     """Cut as little as brings the latency down to the target."""
+    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+        return meet_latency_in(Path(folder), trials)
+
+
+def meet_latency_in(folder: Path, trials: Trials) -> Pruned:
     times, way = trials.scores.times, way_down_of(trials)
     assert times is not None and trials.choice.target is not None
     target, original = parse_target(trials.choice.target), trials.decision.plan.analysis
@@ -148,11 +154,13 @@ def meet_latency(trials: Trials) -> Pruned:
     workload = trials.decision.workload or Workload()
     shares = ((times.base - way.along(times.saved)) / times.dense)[::-1]  # rising, the whole way down first
     last = len(shares) - 1
+    dense_file = workload.file(original.model.path, folder / "dense")
 
     def measure(index: int) -> float:
         made = trials.build(way, last - index)
         with trials.watch.stage("latency"):
-            dense, share = side_by_side(original, original.model.path, made.path, workload, trials.means.provider)
+            file = workload.file(made.path, folder / "cut")
+            dense, share = side_by_side(original, dense_file, file, workload, trials.means.provider)
         value = share * (dense if target.ms is not None else 1.0)
         return trials.weigh(made, float(shares[index]) * scale, value, limit) / scale
 
@@ -164,7 +172,9 @@ def meet_latency(trials: Trials) -> Pruned:
             f"target {trials.choice.target} cannot be reached: with these roles and widths the least measured is "
             f"latency={least:.3g}{unit}; allow more roles, or narrower groups"
         )
-    return trials.publish(Search("latency", unit or "of the dense model", limit, trials.value, tuple(trials.tried)))
+    built = f", built for {workload.artefact.name}" if workload.artefact else ""
+    unit = (unit or "of the dense model") + built
+    return trials.publish(Search("latency", unit, limit, trials.value, tuple(trials.tried)))
 
 
 def way_down_of(trials: Trials) -> Descent:

@@ -276,9 +276,12 @@ def squeezed(array: FloatArray, term: str) -> tuple[FloatArray, str]:
 
 def attention(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
     """Of a fused node the weights are computed again."""
-    shape = form(node.domain, node.op_type)
-    if shape.packed_weight is not None or any(call.has(k) for k in (*shape.score_inputs, *shape.other_inputs)):
+    shape = form(call, node.domain)
+    extras = [k for k in (shape.scores, *shape.past, *shape.rotary, *shape.others(call)) if k is not None]
+    if shape.packed or any(call.has(k) for k in extras):
         raise unruled(node, "it holds its projections, or takes a mask or a cache")
+    if call.attrs.get("is_causal") or call.attrs.get("unidirectional"):
+        raise unruled(node, "it hides later tokens")
     if shape.bias is not None and call.has(shape.bias):
         raise unruled(node, "it adds a bias inside")
     heads, _ = head_counts(call)

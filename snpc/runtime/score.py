@@ -9,6 +9,7 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Scores
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.gates import asks_gates
 from snpc.runtime.measure import wanted_statistics
 from snpc.runtime.moments import KINDS
 from snpc.runtime.numbers import numbers_of
@@ -54,7 +55,7 @@ def scores_of(
     """Score the units of these groups from what was measured. Raises UserError where that is missing."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     spelled = criterion if isinstance(criterion, str) else judge.name
-    needed = [g for g in groups if wanted_statistics(analysis, {g.id: judge.probes(g.role)})]
+    needed = [g for g in groups if asks_gates(judge, g) or wanted_statistics(analysis, {g.id: judge.probes(g.role)})]
     if statistics is None and needs_data(judge, [g.role for g in groups]):
         needy = ", ".join(sorted({g.role for g in groups if judge.probes(g.role)}))
         raise UserError(
@@ -77,7 +78,7 @@ def scores_of(
         )
     samples = statistics.samples if statistics is not None and needed else 0
     values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
-    return Scores(analysis, spelled, values, samples)
+    return Scores(analysis, spelled, values, samples, comparable=getattr(judge, "comparable", False))
 
 
 def is_closed(names: Iterable[str]) -> bool:

@@ -83,7 +83,7 @@ def fit_sequentially(
             carry.cut.append(dict(carry.dense[-1]))
     for stage in stages:
         total = fit_stage(Fitting(base, plan, before, provider, padding), stage, total, carry)
-    return traced(edited(base, total), base.sizes)
+    return traced(edited(base, total), base.sizes, kv_cache=base.kv_cache)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ def with_biases(compression: Compression, plan: Plan) -> Traced:
     readers = [reader for g in groups if forms[g.id] != "scores" for reader in readers_of(source, g)]
     nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
     missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
-    return traced(edited(source, Edits({}, dict(missing))), source.sizes) if missing else source
+    if not missing:
+        return source
+    return traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
 
 
 def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:

@@ -16,6 +16,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.gates import asks_gates, measure_gates
 from snpc.runtime.measure import Wanted, measure, split, wanted_statistics
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import replacing
@@ -98,8 +99,19 @@ def measure_statistics(
             analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
         ):
             totals.add(part, result)
+    gates = [g for g in groups if g.id not in forms and asks_gates(judge, g)]
+    if gates:
+        roles = {g.id: g.role for g in gates}
+        measure_gates(
+            analysis,
+            calibration,
+            gates,
+            judge,
+            lambda name, arrays: totals.add_observed(name, judge.observe(roles[name], arrays)),
+            progress,
+        )
     spelled = criterion if isinstance(criterion, str) else judge.name
-    samples = calibration.samples if wanted else 0
+    samples = calibration.samples if wanted or gates else 0
     return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.described(),), totals.sums)
 
 
@@ -120,12 +132,15 @@ class Totals:
             mine[item.name] = mine[item.name] + array if same_shape(mine.get(item.name), array) else array
         for name, arrays in batch.items():
             observed = arrays if name in self.forms else self.judge.observe(groups[name].role, arrays)
-            total = self.sums.setdefault(name, {})
-            for key, array in observed.items():
-                if key in total:
-                    total[key] += array
-                else:
-                    total[key] = self.shelf.keep(np.array(array, np.float64))
+            self.add_observed(name, observed)
+
+    def add_observed(self, name: str, observed: Mapping[str, FloatArray]) -> None:
+        total = self.sums.setdefault(name, {})
+        for key, array in observed.items():
+            if key in total:
+                total[key] += array
+            else:
+                total[key] = self.shelf.keep(np.array(array, np.float64))
 
 
 def same_shape(first: FloatArray | None, second: FloatArray) -> bool:

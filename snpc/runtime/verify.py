@@ -14,6 +14,7 @@ from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.mask import mask_model
+from snpc.passes.pack import Packing
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
@@ -26,15 +27,15 @@ TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
 
 
-def check_structure(original: Path, pruned: Path) -> tuple[str, ...]:
+def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, Packing] | None = None) -> tuple[str, ...]:
     """What was checked of ``pruned``. Raises CheckFailed with onnx's own words where a check fails.
 
-    Inputs and outputs must be those of ``original``; the checker and strict shape inference must accept the file if
-    they accept the original (custom operators can make both impossible).
+    Inputs and outputs must be those of ``original``, but for caches that are ``narrowed``; the checker and strict shape
+    inference must accept the file if they accept the original (custom operators can make both impossible).
     """
     before, after = skim(original), skim(pruned)
     for what in ("input", "output"):
-        a = [signature(v) for v in interface(before, what)]
+        a = [at_new_size(signature(v), narrowed or {}) for v in interface(before, what)]
         b = [signature(v) for v in interface(after, what)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
@@ -55,9 +56,20 @@ def interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
     return [v for v in getattr(model.graph, what) if v.name not in weights]
 
 
-def signature(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[object, ...]]:
+Signature = tuple[str, int, tuple[object, ...]]
+
+
+def signature(value: onnx.ValueInfoProto) -> Signature:
     tensor = value.type.tensor_type
     return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
+
+
+def at_new_size(given: Signature, narrowed: Mapping[str, Packing]) -> Signature:
+    name, kind, dims = given
+    packed = narrowed.get(name)
+    if packed is None:
+        return given
+    return name, kind, tuple(b if a != b else d for d, a, b in zip(dims, packed.old, packed.new, strict=True))
 
 
 def complaint_of(path: Path) -> str | None:
@@ -170,11 +182,12 @@ def compare_models(
     refitted weights: with those). Empty where ``rewritten`` is None. ``fed``: what the masked original is run on, where
     it takes more inputs (``runtime.tokens``).
     """
+    cut = rewritten.interface() if rewritten is not None else {}
     try:
-        narrow = outputs_of(pruned, batches, provider)
+        narrow = outputs_of(pruned, [taken(feeds, cut) for feeds in batches], provider)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    moved = pooled([compare(a, b) for a, b in zip(dense, narrow, strict=True)])
+    moved = pooled([compare(taken(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
     if rewritten is None:
         return (), moved
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -182,7 +195,12 @@ def compare_models(
         source = rewritten.source
         save(clean(mask_model(source.model, source.trace, rewritten.dead)), path, external=True)
         masked = outputs_of(path, fed or batches, provider)
-    return pooled([compare(a, b) for a, b in zip(masked, narrow, strict=True)]), moved
+    return pooled([compare(taken(a, cut), b) for a, b in zip(masked, narrow, strict=True)]), moved
+
+
+def taken(arrays: Mapping[str, AnyArray], cut: Mapping[str, Packing]) -> dict[str, AnyArray]:
+    """Inputs or outputs of the original as the pruned model has them: caches may be narrower."""
+    return {name: cut[name].take(array) if name in cut else array for name, array in arrays.items()}
 
 
 def tolerance_of(model: Model) -> float:

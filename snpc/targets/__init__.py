@@ -4,7 +4,18 @@ A target is one file with one ``Target`` value, listed in ``make.TARGETS``.
 """
 
 from snpc.targets.base import PRECISIONS, Build, Options, Precision
-from snpc.targets.make import TARGETS, build, target_of
+from snpc.targets.make import TARGETS, artefact, build, target_of
 from snpc.targets.widths import Widths, widths_for
 
-__all__ = ["PRECISIONS", "TARGETS", "Build", "Options", "Precision", "Widths", "build", "target_of", "widths_for"]
+__all__ = [
+    "PRECISIONS",
+    "TARGETS",
+    "Build",
+    "Options",
+    "Precision",
+    "Widths",
+    "artefact",
+    "build",
+    "target_of",
+    "widths_for",
+]

@@ -39,19 +39,26 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
+    """What is asked of a target, whatever the model."""
+
+    output: Path
+    precision: Precision
+    provider: str
+    options: Options
+
+
+@dataclass(frozen=True)
+class Job(Request):
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
-    ``model`` is what the user named, and what outputs are compared with on ``feeds``.
+    ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timed`` is what to time on.
     """
 
     model: Path
     source: Path
-    output: Path
-    precision: Precision
-    provider: str
     feeds: tuple[Feeds, ...]
-    options: Options
+    timed: Feeds
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Build:
 class Target:
     """One runtime. ``make`` writes ``job.output`` (and files beside it); ``in_graph``: precisions that it wants spelled
     out in the graph, others it makes itself; ``signed``: whether it wants int8 activations symmetric around zero;
-    ``options`` are those of Options that it understands."""
+    ``options`` are those of Options that it understands; ``beside``: suffixes of what is written beside the output."""
 
     name: str
     summary: str
@@ -97,7 +104,8 @@ class Target:
     in_graph: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     signed: bool = False
     options: frozenset[str] = frozenset()
-    check: Callable[[Job], None] | None = None
+    beside: tuple[str, ...] = ()
+    check: Callable[[Request], None] | None = None
     """Refuse at once what cannot be built here: called before anything is computed."""
 
     def refuse(self, precision: Precision, options: Options) -> None:

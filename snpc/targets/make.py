@@ -15,13 +15,14 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.shapes import best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.latency import Artefact
 from snpc.runtime.model_io import check_target, load, model_files
 from snpc.runtime.noise import table_rows
 from snpc.runtime.prune import CHECKED_BATCHES
-from snpc.runtime.runner import open_runner
+from snpc.runtime.runner import ENGINES, open_runner
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.targets import openvino, ort, trt
-from snpc.targets.base import Build, Job, Made, Options, Precision, Target
+from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
 from snpc.targets.precision import at_precision
 from snpc.types import Difference, Model
 
@@ -42,25 +43,24 @@ def build(
 ) -> Build:
     """Make ``model`` into what ``target`` (a name in TARGETS) loads fastest, at ``precision``.
 
-    ``calibration``: inputs to compare and time on, and what int8 is calibrated with; without it random inputs of
-    ``batch`` samples. ``output`` default: beside the model, named after it and the target.
+    ``calibration``: inputs to compare on, and what int8 is calibrated with; without it random inputs. ``batch``: how
+    many samples the artefact is timed on, where a target chooses by time. ``output`` default: beside the model, named
+    after it and the target.
 
     Everything is written into a temporary folder beside ``output``, loaded again, run where this machine can, and
     compared with onnxruntime on ``model``; then it takes its name. Raises UserError (nothing can be built), CheckFailed
     (what was built does not hold); what was at ``output`` before stays in both cases.
     """
     start = time.perf_counter()
-    chosen, asked = target_of(target), options or Options()
-    chosen.refuse(precision, asked)
-    if precision == "int8" and calibration is None:
-        raise UserError("--precision int8 is calibrated: give --calib DATA")
-    where = output or default_output(model, chosen, precision, asked)
-    loaded = load(model)
-    check_target(where, *model_files(model))
-    feeds = feeds_for(loaded, calibration, batch)
-    job = Job(model, model, where, precision, provider, feeds, asked)
-    if chosen.check is not None:
-        chosen.check(job)
+    asked = options or Options()
+    where = check_build(model, target, output, precision, provider, calibration is not None, asked)
+    chosen, loaded = target_of(target), load(model)
+    cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
+    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside), *cache):
+        check_target(path, *model_files(model))
+    drawn = drawn_feeds(loaded, batch)
+    feeds = tuple(islice(calibration.batches(), CHECKED_BATCHES)) if calibration is not None else (drawn,)
+    job = Job(where, precision, provider, asked, model, model, feeds, drawn)
     with staging(where) as folder:
         source, notes = at_precision(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
@@ -72,6 +72,57 @@ def build(
     return Build(
         files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weights, drift
     )
+
+
+def check_build(
+    model: Path,
+    target: str,
+    output: Path | None,
+    precision: Precision,
+    provider: str,
+    calibrated: bool,
+    options: Options,
+) -> Path:
+    """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
+    chosen = target_of(target)
+    chosen.refuse(precision, options)
+    if precision == "int8" and not calibrated:
+        raise UserError("--precision int8 is calibrated: give --calib DATA")
+    where = output or default_output(model, chosen, precision, options)
+    if chosen.check is not None:
+        chosen.check(Request(where, precision, provider, options))
+    return where
+
+
+def artefact(
+    target: str,
+    *,
+    precision: Precision = "fp32",
+    provider: str = "cpu",
+    calibration: Calibration | None = None,
+    batch: int = 1,
+    options: Options | None = None,
+) -> Artefact:
+    """What a latency is measured on (``Workload.artefact``) when a model is to be built like this.
+
+    Raises UserError for a target whose artefacts this machine cannot time.
+    """
+    chosen, asked = target_of(target), options or Options()
+    if chosen.suffix in ENGINES:
+        raise UserError(
+            f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
+            "onnxruntime, and build afterwards"
+        )
+    check_build(Path("model.onnx"), target, None, precision, provider, calibration is not None, asked)
+
+    def make(model: Path, folder: Path) -> Path:
+        out = folder / f"model{chosen.suffix}"
+        data = calibration if precision == "int8" else None
+        return build(
+            model, target, out, precision=precision, provider=provider, calibration=data, batch=batch, options=asked
+        ).path
+
+    return Artefact(f"{target} in {precision}", make)
 
 
 def target_of(name: str) -> Target:
@@ -86,13 +137,9 @@ def default_output(model: Path, target: Target, precision: Precision, options: O
     return model.with_name(f"{model.stem}-{target.name}{exact}{suffix}")
 
 
-def feeds_for(model: Model, calibration: Calibration | None, batch: int) -> tuple[Feeds, ...]:
-    if calibration is not None:
-        return tuple(islice(calibration.batches(), CHECKED_BATCHES))
+def drawn_feeds(model: Model, batch: int) -> Feeds:
     sizes, facts = best_binding(model.graph)
-    return (
-        random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts)),
-    )
+    return random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts))
 
 
 def unbatched(model: Model, sizes: dict[str, int]) -> dict[str, int]:

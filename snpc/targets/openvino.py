@@ -5,7 +5,7 @@ from __future__ import annotations
 from snpc.errors import UserError
 from snpc.runtime.runner import IR, PRECISION_NOTE, import_openvino
 from snpc.runtime.session import first_lines
-from snpc.targets.base import Job, Made, Target
+from snpc.targets.base import Job, Made, Request, Target
 
 
 def make(job: Job) -> Made:
@@ -29,10 +29,10 @@ def make(job: Job) -> Made:
     return Made((job.output, job.output.with_suffix(".bin")), tuple(notes))
 
 
-def check(job: Job) -> None:
+def check(request: Request) -> None:
     import_openvino()
-    if job.output.suffix != IR:
-        raise UserError(f"{job.output}: OpenVINO's IR is named .xml; give such a name with -o")
+    if request.output.suffix != IR:
+        raise UserError(f"{request.output}: OpenVINO's IR is named .xml; give such a name with -o")
 
 
 TARGET = Target(
@@ -42,5 +42,6 @@ TARGET = Target(
     make,
     ("fp32", "fp16", "bf16", "int8"),
     in_graph=("int8",),
+    beside=(".bin",),
     check=check,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from snpc.runtime.reach import prune
 from snpc.runtime.runner import open_runner
 from snpc.runtime.verify import compare, pooled, worst
 from snpc.targets.base import Precision
-from snpc.targets.make import build, staging
-from snpc.types import AnyArray
+from snpc.targets.make import artefact, build, staging, target_of
+from snpc.types import AnyArray, Cost
 
 ORIGINAL = "original"
 Step = Callable[[str], None]
@@ -98,8 +98,8 @@ def sweep(
     rounds: int = 30,
     step: Step = lambda text: None,
 ) -> Sweep:
-    """Prune to each of ``targets`` ("macs=0.8"), build for ``target`` if one is named, judge and time all of them in
-    the same rounds, and keep in ``folder`` the models on the Pareto front.
+    """Prune to each of ``targets`` ("macs=0.8"), build these and the original for ``target`` if one is named, judge and
+    time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
     What is measured on ``calibration`` is measured once. ``choice``: everything but the target. ``step`` is told what
     comes next, ``steps(targets)`` times. Raises UserError for a target that cannot be reached, before anything is
@@ -108,46 +108,46 @@ def sweep(
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
+    choices = {text: replace(choice, target=text) for text in targets}
+    options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
+    made_as = artefact(target, **options) if target else None
+    workload = Workload(batch=batch, artefact=made_as) if any(map(is_latency, choices.values())) else None
     judge = evaluation or Evaluation(calibration)
     step("measuring")
-    decisions = decided(analysis, targets, calibration, choice, method, provider, batch)
+    decisions = decided(analysis, choices, calibration, method, provider, workload)
     with staging(folder / "sweep") as work:
         source = analysis.model.path
-        size = source.stat().st_size
-        points = [Point(ORIGINAL, (source,), analysis.cost.macs, analysis.cost.params, size, 0.0, None, None)]
+
+        def point(name: str, path: Path, cost: Cost) -> Point:
+            out = work / path.with_suffix(target_of(target).suffix).name if target else None
+            files = build(path, target, out, **options).files if target else (path,)
+            total = sum(file.stat().st_size for file in files)
+            return Point(name, files, cost.macs, cost.params, total, 0.0, None, None)
+
+        points = [point(ORIGINAL, source, analysis.cost)]
         for text, decision in decisions.items():
             step(text)
-            path = work / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
+            path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
             made = prune(decision, path, calibration=calibration, provider=provider)
-            files: tuple[Path, ...] = (path,)
-            if target is not None:
-                files = build(path, target, precision=precision, provider=provider, calibration=calibration).files
-            total = sum(file.stat().st_size for file in files)
-            points.append(Point(text, files, made.after.macs, made.after.params, total, 0.0, None, None))
+            points.append(point(text, path, made.after))
         step("judging and timing")
-        points = timed(judged(points, judge, provider), provider, batch, rounds)
+        points = timed(judged(points, source, judge, provider), provider, batch, rounds)
         points = on_front(points)
-        return Sweep(source, folder, tuple(keep(points, folder)), batch)
+        return Sweep(source, folder, tuple(keep(points, source, folder)), batch)
 
 
 def decided(
     analysis: Analysis,
-    targets: Sequence[str],
+    choices: Mapping[str, Choice],
     calibration: Calibration,
-    choice: Choice,
     method: Method | None,
     provider: str,
-    batch: int,
+    workload: Workload | None,
 ) -> dict[str, Decision]:
-    """Measured for the first target, planned for each."""
-    choices = {text: replace(choice, target=text) for text in targets}
-    timed = [text for text in targets if is_latency(choices[text])]
-    first = timed[0] if timed else targets[0]
-    workload = Workload(batch=batch) if timed else None
-    made = decide(
-        analysis, choices[first], calibration=calibration, method=method, provider=provider, workload=workload
-    )
-    return {text: made.at(choices[text]) for text in targets}
+    """Measured for one target (a latency if there is one), planned for each."""
+    first = max(choices.values(), key=is_latency)
+    made = decide(analysis, first, calibration=calibration, method=method, provider=provider, workload=workload)
+    return {text: made.at(choice) for text, choice in choices.items()}
 
 
 def steps(targets: Sequence[str]) -> int:
@@ -157,11 +157,11 @@ def steps(targets: Sequence[str]) -> int:
 # -- judging ---------------------------------------------------------------------------------------------------------
 
 
-def judged(points: Sequence[Point], judge: Evaluation, provider: str) -> list[Point]:
-    dense = outputs(points[0], judge, provider)
+def judged(points: Sequence[Point], source: Path, judge: Evaluation, provider: str) -> list[Point]:
+    dense = outputs(source, judge, provider)
     found = []
     for point in points:
-        mine = dense if point is points[0] else outputs(point, judge, provider)
+        mine = dense if point.files[0] == source else outputs(point.files[0], judge, provider)
         moved = pooled([compare(a, b) for a, b in zip(dense, mine, strict=True)])
         found.append(
             replace(point, drift=worst(moved), agreement=moved[0].agreement, accuracy=accuracy(mine, judge.labels))
@@ -169,8 +169,8 @@ def judged(points: Sequence[Point], judge: Evaluation, provider: str) -> list[Po
     return found
 
 
-def outputs(point: Point, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
-    runner = open_runner(point.files[0], provider=provider)
+def outputs(path: Path, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
+    runner = open_runner(path, provider=provider)
     return [runner.run(feeds) for feeds in judge.data.batches()]
 
 
@@ -202,11 +202,14 @@ def on_front(points: Sequence[Point]) -> list[Point]:
     return [replace(p, front=not any(beats(other, p) for other in points)) for p in points]
 
 
-def keep(points: Sequence[Point], folder: Path) -> list[Point]:
-    """Move the files of the front into ``folder``; those of the others go with the temporary folder."""
+def keep(points: Sequence[Point], source: Path, folder: Path) -> list[Point]:
+    """Move the files of the front into ``folder``; those of the others go with the temporary folder, and so does what
+    was built of the original."""
     found = []
     for point in points:
-        if point.front and point.name != ORIGINAL:
+        if point.name == ORIGINAL:
+            point = replace(point, files=(source,))
+        elif point.front:
             moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
             point = replace(point, files=tuple(reversed(moved)))
         found.append(point)

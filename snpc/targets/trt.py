@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
+from snpc.runtime.model_io import data_file, replacing
+from snpc.runtime.prune import publish
 from snpc.runtime.session import first_lines
-from snpc.targets.base import Job, Made, Options, Precision, Target
+from snpc.targets.base import Job, Made, Options, Precision, Request, Target
 from snpc.targets.profile import Range, profile
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
@@ -82,7 +84,8 @@ def engine(trt: Any, job: Job) -> Made:
         raise UserError(f"{job.model}: {trt.__name__} builds no engine: {log.cause()}")
     job.output.write_bytes(memoryview(plan))
     if cache is not None and job.options.timing_cache is not None:
-        job.options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        with replacing(job.options.timing_cache) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     size = len(memoryview(plan))
     notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
     if log.weights is not None:
@@ -162,25 +165,25 @@ def make_rtx(job: Job) -> Made:
     return engine(load_module("tensorrt_rtx", NO_RTX), job)
 
 
-def check_trt(job: Job) -> None:
-    if job.options.emit_script and job.output.suffix != ".onnx":
-        raise UserError(f"{job.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
-    if not job.options.emit_script:
+def check_trt(request: Request) -> None:
+    if request.options.emit_script and request.output.suffix != ".onnx":
+        raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
+    if not request.options.emit_script:
         load_module("tensorrt", NO_TENSORRT)
-        check_name(job)
+        check_name(request)
 
 
-def check_rtx(job: Job) -> None:
+def check_rtx(request: Request) -> None:
     trt = load_module("tensorrt_rtx", NO_RTX)
-    capabilities(trt, job.options.sm)
-    check_name(job)
+    capabilities(trt, request.options.sm)
+    check_name(request)
 
 
-def check_name(job: Job) -> None:
+def check_name(request: Request) -> None:
     from snpc.runtime.runner import ENGINES
 
-    if job.output.suffix not in ENGINES:
-        raise UserError(f"{job.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
+    if request.output.suffix not in ENGINES:
+        raise UserError(f"{request.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
 
 
 # -- for a machine that has TensorRT ---------------------------------------------------------------------------------
@@ -188,7 +191,8 @@ def check_name(job: Job) -> None:
 
 def script(job: Job) -> Made:
     """A model that is ready for TensorRT, and the trtexec line that builds it."""
-    job.source.replace(job.output)
+    publish(job.source, job.output)
+    data = data_file(job.output)
     shell = job.output.with_suffix(".sh")
     try:
         major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
@@ -198,7 +202,7 @@ def script(job: Job) -> Made:
     shell.write_text(f"#!/bin/sh\n{line}\n")
     shell.chmod(0o755)
     version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
-    return Made((job.output, shell), (f"for {version}: {line}",), runs=False)
+    return Made((job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False)
 
 
 def trtexec(model: str, ranges: dict[str, Range], options: Options, major: int | None) -> str:
@@ -229,6 +233,7 @@ TRT = Target(
     PRECISIONS,
     signed=True,
     options=SHAPES | {"--workspace", "--timing-cache", "--emit-script"},
+    beside=(".sh", ".onnx.data"),
     check=check_trt,
 )
 TRT_RTX = Target(

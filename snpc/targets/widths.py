@@ -1,4 +1,4 @@
-"""Widths that a runtime likes: what ``--round-to auto`` stands for. docs/build.md has the measurements."""
+"""Widths that a runtime likes: what ``--round-to auto`` stands for. docs/building.md has the measurements."""
 
 from __future__ import annotations
 

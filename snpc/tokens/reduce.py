@@ -99,6 +99,7 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
         tokens=analysis.tokens,
         reduction=reduction,
         extra_macs=extra,
+        kv_cache=analysis.traced.kv_cache,
     )
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
-from snpc.ops.attention import form
+from snpc.ops.attention import FORMS
 from snpc.ops.spec import Cut
 from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
 from snpc.passes.flow import Weighing
@@ -202,12 +202,12 @@ def insert(writer: Writer, node: ir.Node, index: int, op: str, other: ir.Value) 
 
 def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value) -> None:
     """The mask of a fused node, [B, 1, queries, keys]."""
-    shape = form(node.domain, node.op_type)
-    index = shape.score_inputs[0]
+    shape = FORMS[node.domain, node.op_type]
+    index = shape.scores
     query = node.inputs[shape.query]
-    assert query is not None
+    assert query is not None and index is not None
     row = writer.unsqueeze(writer.swap(logs), 1)
-    rank = 3 if shape.packed_weight is not None or not by_head(node) else 4
+    rank = 3 if shape.packed or not by_head(node) else 4
     queries = writer.lengths(query, rank - 2)
     many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
     while len(node.inputs) <= index:
@@ -332,7 +332,7 @@ def class_scores(writer: Writer, step: Step, values: Mapping[str, ir.Value], nod
 
 def recomputed(writer: Writer, step: Step, node: ir.Node) -> ir.Value:
     """Inside a fused node the weights are out of reach: the class token's row of them is computed again."""
-    shape = form(node.domain, node.op_type)
+    shape = FORMS[node.domain, node.op_type]
     query, key = (node.inputs[k] for k in (shape.query, shape.key))
     assert query is not None and key is not None and step.point.scores is not None
     heads, width = step.point.scores.heads, step.point.scores.width

@@ -8,7 +8,7 @@ of input shapes and kept, so that a step of training runs the layers only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from snpc.errors import UserError
 from snpc.passes.canonicalise import origin
 from snpc.passes.shapes import attributes, opset
 from snpc.torch.operators import Call, Implementation, implementation
-from snpc.torch.operators.table import Tensor, tensor_of
+from snpc.torch.operators.table import Result, Tensor, tensor_of
 from snpc.torch.weights import ties, trainable
 from snpc.types import Model
 
 PROGRAMS = 16  # of so many combinations of input shapes the constants are kept
 
+Change = Callable[[Tensor], Tensor]
 Key = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
@@ -37,6 +38,7 @@ class Step:
     implementation: Implementation
     inputs: tuple[str | None, ...]
     outputs: tuple[str, ...]
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class GraphModule(torch.nn.Module):
         """Initializer (as the file names it) -> name of its parameter, which is the same wherever torch allows it."""
         self.aliases: dict[str, str] = {name: origin(v) for name, v in graph.initializers.items()}
         self.programs: OrderedDict[Key, Program] = OrderedDict()
+        self.changes: Mapping[str, tuple[Change, ...]] = {}
+        """What is done to weights (as the graph names them) before they are used."""
+        self.around: Callable[[Step, Sequence[Any]], Result] | None = None
+        """Runs the steps in place of their own implementations."""
         names = trainable(model.graph)
         self.ties = ties(model.graph, names)
         for name in names:
@@ -115,6 +121,11 @@ class GraphModule(torch.nn.Module):
         found: Tensor = here.mT if turned else here
         return found
 
+    def owner(self, name: str) -> tuple[str, bool]:
+        """(parameter, is its transpose used?) behind a constant as the graph names it."""
+        found = self.aliases[name]
+        return self.ties.get(found, (found, False))
+
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name in the file, parameter) of everything that trains; tied ones once."""
         for name in self.paths:
@@ -147,7 +158,11 @@ class GraphModule(torch.nn.Module):
 
     def value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         found = values.get(name)
-        return found if found is not None else self.weight(self.aliases[name])
+        if found is None:
+            found = self.weight(self.aliases[name])
+            for change in self.changes.get(name, ()):
+                found = change(found)
+        return found
 
     def arguments(self, step: Step, values: Mapping[str, Tensor], integers: Mapping[str, tuple[int, ...]]) -> list[Any]:
         found: list[Any] = []
@@ -164,9 +179,9 @@ class GraphModule(torch.nn.Module):
         kind = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
         if step.name in self.exact and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                execute(step, arguments, values)
+                execute(step, arguments, values, self.around)
         else:
-            execute(step, arguments, values)
+            execute(step, arguments, values, self.around)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, key: Key, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,9 +259,14 @@ def is_loose(step: Step, fixed: set[str], loose: set[str]) -> bool:
     return any(name is not None and name not in fixed for name in sized)
 
 
-def execute(step: Step, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
+def execute(
+    step: Step,
+    arguments: Sequence[Any],
+    values: dict[str, Tensor],
+    around: Callable[[Step, Sequence[Any]], Result] | None = None,
+) -> None:
     try:
-        found = step.implementation.run(step.call, *arguments)
+        found = around(step, arguments) if around else step.implementation.run(step.call, *arguments)
     except AssertionError as error:
         raise UserError(f"{step.name} ({step.call.op}): {error}: it cannot be trained through here") from None
     for name, value in zip(step.outputs, found if isinstance(found, tuple) else (found,), strict=False):
@@ -297,4 +317,4 @@ def steps_of(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Step]:
         inputs = tuple(None if v is None else str(v.name) for v in node.inputs)
         outputs = tuple(str(v.name) for v in node.outputs)
         call = Call(node.op_type, opset(model, node.domain), attributes(node), len(outputs))
-        yield Step(str(node.name), call, found, inputs, outputs)
+        yield Step(str(node.name), call, found, inputs, outputs, node.domain)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from snpc.errors import UserError
 
 Loss = Literal["kd", "ce", "mse", "kd+ce"]
+Reinit = Literal["none", "epochs", "budget"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -31,6 +32,10 @@ class Training:
     better for so many evaluations (0: never); the best weights are written, the given ones included. ``evaluate``:
     steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is
     bf16 on GPUs that have it.
+
+    ``adapters``: train updates of this rank for the matrices, and nothing else (0: all weights). ``reinit`` "epochs"
+    begins with new weights; "budget" too, for as many more steps as the pruned model has fewer MACs than the teacher
+    (Scratch-E and Scratch-B of arXiv 1810.05270).
     """
 
     epochs: int = 20
@@ -47,19 +52,23 @@ class Training:
     ema: float = 0.0
     early_stop: int = 0
     evaluate: int = 0
+    adapters: int = 0
+    reinit: Reinit = "none"
     seed: int = 0
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay"):
+        for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay", "adapters"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
         require(self.lr > 0, "lr", self.lr, "more than 0")
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         require(self.loss in get_args(Loss), "loss", self.loss, f"one of {', '.join(get_args(Loss))}")
+        require(self.reinit in get_args(Reinit), "reinit", self.reinit, f"one of {', '.join(get_args(Reinit))}")
+        require(self.reinit == "none" or not self.adapters, "adapters", self.adapters, "0 with new weights")
         require(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32 or bf16")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from snpc.runtime.model_io import check_target, data_file, load, model_files
 from snpc.runtime.prune import check_batches, discard, publish
 from snpc.runtime.stages import borders
 from snpc.runtime.verify import check_structure, compare, compare_models, outputs_of, tolerance_of
+from snpc.torch.adapters import adapted, fuse
 from snpc.torch.checkpoints import Checkpoints, opened
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.table import tensor_of
 from snpc.torch.places import Place, placed, together
+from snpc.torch.scratch import reinitialise
 from snpc.torch.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
 from snpc.torch.training import Report, Training
 from snpc.torch.write import save
@@ -163,7 +165,15 @@ def task_of(
     train_on, held = data, None
     if training.early_stop:
         train_on, held = split(data, max(data.axes.size or 1, round(HELD * data.samples)), training.seed)
+    if training.reinit != "none":
+        reinitialise(module, student, training.seed)
+        module.to(place.device)
     task = Task(module, teacher, dense, train_on, held, training, labels, outputs, hidden, mean_squares(said), place)
+    if training.reinit == "budget":
+        longer = dense.cost.macs / analyze(student, dense.binding).cost.macs
+        steps = round((training.steps or training.epochs * task.per_epoch) * longer)
+        training = replace(training, steps=steps)
+        task = replace(task, training=training)
     visits = (training.steps or training.epochs * task.per_epoch) * training.batch
     if training.distils and visits > data.samples:
         teacher.learn_all(data)
@@ -234,16 +244,22 @@ def fit(task: Task, checkpoints: Checkpoints | None, report: Report | None) -> T
     if task.held is not None:
         expected = [answers_only(task, task.teacher.ask(feeds)) for feeds in task.held.batches()]
         evaluate = Drift(task, expected)
-    return train(
+    training = task.training
+    adapters = adapted(task.module, training.adapters, training.seed) if training.adapters else None
+    trained = train(
         task.module,
         loss,
         task,
-        task.training,
+        training,
         place=task.place,
+        parameters=list(adapters.parameters()) if adapters is not None else None,
         evaluate=evaluate,
         checkpoints=checkpoints,
         report=report,
     )
+    if adapters is not None:
+        fuse(task.module, adapters)
+    return trained
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from snpc.errors import UserError
 from snpc.runtime.calibration.stream import Calibration, Piece, planned
 from snpc.types import IntArray
 
+SHUFFLE, SPLIT = 1, 2  # what else numbers are drawn for with a seed; it also says which samples of a source are taken
+
 
 def sample_ids(data: Calibration) -> list[IntArray]:
     """Per batch, [samples]: their places in the whole source, from 0."""
@@ -23,7 +25,7 @@ def sample_ids(data: Calibration) -> list[IntArray]:
 
 def shuffled(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
     """In an order that ``seed`` decides, in batches of at most ``batch`` and nearly equal sizes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((*seed, SHUFFLE))
     lines = _lines(data)
     kinds: dict[Hashable, list[Piece]] = {}
     for k in rng.permutation(len(lines)):
@@ -40,7 +42,7 @@ def split(data: Calibration, held: int, seed: int) -> tuple[Calibration, Calibra
     lines = _lines(data)
     total = sum(map(len, lines))
     chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng(seed).permutation(total)[:held]] = True
+    chosen[np.random.default_rng((seed, SPLIT)).permutation(total)[:held]] = True
     parts = np.split(chosen, np.cumsum([len(line) for line in lines])[:-1])
     found = []
     for wanted in (False, True):
@@ -72,6 +74,13 @@ def shared(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[
         plan.append(mine)
         weights.append(_count(mine) * world / count)
     return _with_plan(data, plan), weights
+
+
+def singly(data: Calibration) -> Calibration:
+    """As they are stored, one sample per batch, or as few as the model takes."""
+    if data.whole:
+        return data
+    return _with_plan(data, planned(_lines(data), data.axes.size or 1))
 
 
 def from_batch(data: Calibration, first: int) -> Calibration:

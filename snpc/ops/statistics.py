@@ -1,0 +1,234 @@
+"""Operators that take statistics along axes: normalisations, reductions, pooling; and those that read shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from snpc.ops.attention import MICROSOFT
+from snpc.ops.spec import SUMMED, Call, Cut, OpSpec, Repair, Shape
+
+Axes = Callable[[Call], tuple[int, ...]]
+STATISTICS = "its statistics are taken over this axis"
+
+
+def _axis(default: int) -> Axes:
+    def axes(call: Call) -> tuple[int, ...]:
+        return (int(call.attrs.get("axis", default)) % len(call.shape(0)),)
+
+    return axes
+
+
+def _softmax_axes(call: Call) -> tuple[int, ...]:
+    rank = len(call.shape(0))
+    if call.version >= 13:
+        return (int(call.attrs.get("axis", -1)) % rank,)
+    return tuple(range(int(call.attrs.get("axis", 1)) % rank, rank))
+
+
+def _from_axis(call: Call) -> tuple[int, ...]:
+    rank = len(call.shape(0))
+    return tuple(range(int(call.attrs.get("axis", -1)) % rank, rank))
+
+
+def _last(call: Call) -> tuple[int, ...]:
+    return (len(call.shape(0)) - 1,)
+
+
+def _spatial(call: Call) -> tuple[int, ...]:
+    return tuple(range(2, len(call.shape(0))))
+
+
+def _last_out(call: Call) -> tuple[int, ...]:
+    return (len(call.outs[0]) - 1,)
+
+
+def _channels(call: Call) -> tuple[int, ...]:
+    return tuple(range(1, len(call.shape(0))))
+
+
+def _all_rows(call: Call) -> int:
+    return call.shape(0)[1]
+
+
+def _none(call: Call) -> tuple[int, ...]:
+    return ()
+
+
+def _reduce_axes(call: Call) -> tuple[int, ...]:
+    rank = len(call.shape(0))
+    given = call.attrs.get("axes")
+    if given is None and call.value(1) is not None:
+        given = [int(a) for a in call.values[1]]  # type: ignore[union-attr]
+    if not given:
+        return () if call.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    return tuple(int(a) % rank for a in given)
+
+
+def _resize_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+    """``sizes`` (input 3) spells every axis, or those in ``axes``."""
+    sizes = call.value(3)
+    if sizes is None:
+        return Repair()
+    axes = call.attrs.get("axes") or range(len(sizes))
+    wanted = [
+        outs[0].new[axis] if outs[0].new[axis] != outs[0].old[axis] else int(size)
+        for axis, size in zip(axes, sizes, strict=True)
+    ]
+    return Repair(inputs={3: np.asarray(wanted, np.int64)})
+
+
+def _same_shape(call: Call) -> list[Shape]:
+    return [call.shape(0)] * len(call.outs)
+
+
+def _normed_shapes(call: Call) -> list[Shape]:
+    """What is normalised, two statistics per row, and (of the operators that add first) the sum."""
+    shape = call.shape(0)
+    return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.outs)]
+
+
+def _written(call: Call) -> tuple[int, ...]:
+    rank = len(call.shape(0))
+    return (rank - 2, rank - 1)
+
+
+def _cumulated(call: Call) -> tuple[int, ...]:
+    axis = call.value(1)
+    if axis is None:
+        return tuple(range(len(call.shape(0))))
+    return (int(axis.reshape(-1)[0]) % len(call.shape(0)),)
+
+
+def _listed(call: Call) -> tuple[int, ...]:
+    return tuple(int(a) % len(call.shape(0)) for a in call.attrs.get("axes", (0, 2, 3)))
+
+
+def channel_groups(call: Call) -> int:
+    """Into how many groups a GroupNormalization divides its channels."""
+    return int(call.attrs["num_groups"])
+
+
+def _group_attrs(old: Call, new: Call) -> dict[str, int]:
+    """Groups keep their size: whole ones went."""
+    return {"num_groups": new.shape(0)[1] * channel_groups(old) // old.shape(0)[1]}
+
+
+def _embedded_shapes(call: Call) -> list[Shape]:
+    """[batch, length, width], the mask's lengths, and the sum of the embeddings."""
+    batch, length = call.shape(0)
+    return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.outs)]
+
+
+def entries() -> list[OpSpec]:
+    return [*normalisations(), *windows(), *reductions(), *constants()]
+
+
+def normalisations() -> list[OpSpec]:
+    norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
+    return [
+        OpSpec(
+            "Softmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED, shares=True
+        ),
+        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
+        OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
+            reason="it is compared along"),
+        OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
+        OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
+        OpSpec(
+            "SimplifiedLayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,),
+            pins="norm", out_shapes=_normed_shapes,
+        ),
+        OpSpec(
+            "LpNormalization", "normalise", "the axis keeps its width", axes=_axis(-1), pins="sum",
+            reason="its length is taken over this axis",
+        ),
+        OpSpec(
+            "InstanceNormalization", "normalise",
+            "per channel; scale and bias follow; where an exporter folded groups of channels into one, a group goes "
+            "as a whole",
+            axes=_spatial, per_axis=(-1, -2), pins="sum", reason=STATISTICS, whole=_all_rows,
+        ),
+        OpSpec(
+            "GroupNormalization", "normalise", "channels normalised together go together; scale and bias follow",
+            axes=_channels, per_axis=(-1, -2), pins="sum", reason=STATISTICS, whole=channel_groups,
+            reattr=_group_attrs, out_shapes=_same_shape,
+        ),
+        OpSpec(
+            "MeanVarianceNormalization", "normalise", "the axes it takes statistics over keep their width",
+            axes=_listed, pins="sum", reason=STATISTICS, out_shapes=_same_shape,
+        ),
+        OpSpec(
+            "BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_none,
+            per_axis=(-1, -2, -3, -4),
+        ),
+        OpSpec(
+            "EmbedLayerNormalization", "normalise", f"sums rows of its tables; {norm}", domain=MICROSOFT,
+            data=(2, 3, 4), tables=(2, 3, 4), axes=_last_out, per_axis=(5, 6), affine=(5, 6), sums=(2,),
+            pins="norm", out_shapes=_embedded_shapes, typed_by=2, lengths=(1,),
+        ),
+        OpSpec(
+            "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
+            per_axis=(2, 3, 4), affine=(2, 3), sums=(3,), pins="norm", out_shapes=_normed_shapes,
+        ),
+        OpSpec(
+            "SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
+            per_axis=(2, 3), affine=(2,), sums=(3,), pins="norm", out_shapes=_normed_shapes,
+        ),
+    ]  # fmt: skip
+
+
+def windows() -> list[OpSpec]:
+    """Same shape out, or another size of the same axis: what lies along the axes stays, all else passes."""
+    pooled = "GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool GlobalLpPool Upsample"
+    resampled = "it is pooled or resampled"
+    return [
+        *(
+            OpSpec(name, "normalise", "per channel over a window", axes=_spatial, data=(0,), reason=resampled)
+            for name in pooled.split()
+        ),
+        OpSpec(
+            "Resize", "normalise", "per channel over a window; the sizes are recomputed", axes=_spatial, data=(0,),
+            repair=_resize_repair, reason=resampled,
+        ),
+        OpSpec("CumSum", "normalise", "adds up along its axis", axes=_cumulated, reason="it is summed along"),
+        OpSpec("CumProd", "normalise", "multiplies along its axis", axes=_cumulated, reason="it is multiplied along"),
+        OpSpec(
+            "Trilu", "normalise", "labels pass on all but the last two axes", axes=_written, data=(0,),
+            reason="a triangle of it is set to zero",
+        ),
+    ]  # fmt: skip
+
+
+def reductions() -> list[OpSpec]:
+    summing = "L1 L2 LogSum LogSumExp Max Min Prod Sum SumSquare"
+    return [
+        *(
+            OpSpec(
+                f"Reduce{name}", "reduce", "the reduced axes keep their width", data=(0,), axes=_reduce_axes,
+                pins="sum", reason="it is reduced over",
+            )
+            for name in summing.split()
+        ),
+        OpSpec(
+            "ReduceMean", "reduce", "the reduced axes keep their width unless asked, where the mean only normalises",
+            data=(0,), axes=_reduce_axes, pins="norm", reason="a mean is taken over this axis",
+        ),
+        *(
+            OpSpec(
+                name, "reduce", "the axis keeps its width", data=(0,), axes=_axis(0), pins="sum",
+                reason="positions along it are numbered",
+            )
+            for name in ("ArgMax", "ArgMin")
+        ),
+    ]  # fmt: skip
+
+
+def constants() -> list[OpSpec]:
+    """Operators that look at nothing but shapes, or at nothing at all."""
+    reading = "Shape Size ConstantOfShape Range EyeLike OneHot HannWindow HammingWindow BlackmanWindow"
+    return [
+        OpSpec("Constant", "shape", "becomes an initializer while loading"),
+        *(OpSpec(name, "shape", "reads shapes or makes constants: labels end here") for name in reading.split()),
+    ]

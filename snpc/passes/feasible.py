@@ -1,0 +1,60 @@
+"""Can a group be cut at all? Blocks that lie in one tensor with others must leave a box behind."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.passes.carried import Trace
+from snpc.passes.labels import Ints, PinNote
+from snpc.passes.pack import Dead, Ragged, packing
+from snpc.passes.resolve import Units
+
+Lying = Mapping[int, list[ir.Value]]
+
+
+def values_by_unit(trace: Trace, units: Units) -> Lying:
+    """The values in which each unit lies, on axes of which more than one varies."""
+    found: dict[int, list[ir.Value]] = defaultdict(list)
+    for value, carried in trace.values.items():
+        held = {int(u) for f in carried.factors if f.squeeze().ndim > 1 for u in np.unique(units.unit[f[f >= 0]])}
+        for unit in held:
+            found[unit].append(value)
+    return found
+
+
+def cannot_be_cut(trace: Trace, units: Units, grid: Ints, lying: Lying) -> PinNote | None:
+    """Where removing one unit of every block would leave a tensor that is no box, and that is no movement of a flat
+    one that could be taken apart (see ``unpack``)."""
+    if grid.shape[1] < 2:
+        return None
+    gone = np.zeros(trace.book.count, bool)
+    gone[grid[:, 0]] = True
+    dead = Dead(units.unit, units.block, gone)
+    touched = dict.fromkeys(v for unit in grid[:, 0].tolist() for v in lying.get(unit, ()))
+    for value in touched:
+        node = value.producer()
+        if not ragged(trace, value, dead) or (
+            node is not None and lookup(node.domain, node.op_type).kind == "movement"
+        ):
+            continue
+        axis = max(k for f in trace.values[value].factors for k, n in enumerate(f.shape) if n > 1)
+        operator = f"{node.op_type} {node.name}" if node is not None else "constant"
+        reason = f"it lies in {value.name} beside units that are cut apart from it"
+        return PinNote(
+            grid.reshape(-1), str(value.name), axis, trace.values[value].shape[axis], reason, operator, "hard"
+        )
+    return None
+
+
+def ragged(trace: Trace, value: ir.Value, dead: Dead) -> bool:
+    carried = trace.values[value]
+    try:
+        packing(carried.shape, carried.factors, dead)
+    except Ragged:
+        return True
+    return False

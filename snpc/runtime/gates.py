@@ -1,0 +1,42 @@
+"""What criteria ask of gates, measured by the torch bridge where torch is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from snpc.criteria import Criterion
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+from snpc.types import FloatArray, Group
+
+PREFIX = "gate:"  # names of what is measured here
+PROVIDER = "snpc.torch.gradients"  # loaded by name: this layer stands below it, and does without it
+
+
+def asks_gates(criterion: Criterion, group: Group) -> bool:
+    return any(name.startswith(PREFIX) for name in criterion.probes(group.role))
+
+
+def measure_gates(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    criterion: Criterion,
+    observe: Callable[[str, Mapping[str, FloatArray]], None],
+    progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
+) -> None:
+    """See ``snpc.torch.gradients.measure_gates``. Raises UserError where torch is not installed."""
+    try:
+        provider = importlib.import_module(PROVIDER)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in ("torch", "safetensors"):
+            raise
+        raise UserError(
+            f"criterion {criterion.name} needs gradients, and for them {missing}, which is not installed: "
+            "pip install 'snpc[torch]', or choose --criterion mixed"
+        ) from None
+    provider.measure_gates(analysis, calibration, groups, criterion, observe, progress)

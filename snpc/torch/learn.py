@@ -1,0 +1,81 @@
+"""Learn masks by distillation from the model itself, and make a plan of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.choice import Choice, parse_target
+from snpc.passes.plan import Plan, Scores, chosen_groups, make_plan
+from snpc.runtime.calibration.stream import Calibration
+from snpc.torch.gates import gate_of, module_of
+from snpc.torch.loop import Trained, train
+from snpc.torch.losses import Batch, distillation
+from snpc.torch.masks import Masked, masks_of
+from snpc.torch.places import Place, placed
+from snpc.torch.teacher import Teacher, asked, mean_squares
+from snpc.torch.training import Report, Training
+from snpc.torch.tune import Task, outputs_for
+
+RATE = 0.05  # learning rate that masks are trained with where none is asked for
+
+
+@dataclass(frozen=True)
+class Learned:
+    """``macs``: the share of the dense MACs that the masks themselves kept, before the plan was made of them."""
+
+    plan: Plan
+    trained: Trained
+    macs: float
+
+
+def learn_masks(
+    analysis: Analysis,
+    data: Calibration,
+    kind: str,
+    choice: Choice,
+    *,
+    training: Training | None = None,
+    report: Report | None = None,
+) -> Learned:
+    """Train masks of ``kind`` (vib, psp or apma) on ``data`` towards ``choice.target`` (macs=R), and plan by them.
+
+    The loss is that of ``training``, between the model with masks and without, plus the masks' own. Weights are not
+    trained. Raises UserError for other targets, losses with labels, and operators that torch has not.
+    """
+    training = replace(training or Training(lr=RATE), decay=0.0)
+    target = parse_target(choice.target) if choice.target is not None else None
+    if target is None or target.kind != "macs":
+        raise UserError("masks are learnt under a budget of MACs: give --target macs=R")
+    if training.labelled or training.layerwise:
+        raise UserError(f"masks are learnt from the model's own outputs: loss kd or mse, not {training.loss}"
+                        + (" with --layerwise" if training.layerwise else ""))  # fmt: skip
+    groups = chosen_groups(analysis, choice)
+    with placed() as place:
+        masked = Masked(
+            module_of(analysis), [gate_of(analysis, g) for g in groups], masks_of(kind, analysis, groups, target.share)
+        ).to(place.device)
+        task = task_for(analysis, data, training, masked, place)
+        plain = distillation(training, task.outputs, (), task.scales)
+
+        def loss(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            return plain(module, batch) + masked.masks.penalty()
+
+        parameters = list(masked.masks.parameters())
+        trained = train(masked, loss, task, training, place=place, parameters=parameters, report=report)
+        kept = float(masked.masks.macs().detach())
+    scores = Scores(analysis, f"masks:{kind}", masked.masks.scores(), data.samples, comparable=True)
+    return Learned(make_plan(scores, choice), trained, kept)
+
+
+def task_for(analysis: Analysis, data: Calibration, training: Training, masked: Masked, place: Place) -> Task:
+    outputs = outputs_for(analysis.model, training)
+    teacher = Teacher(asked(analysis, outputs, place.device), place.device)
+    scales = mean_squares(teacher.ask(next(data.batches())))
+    task = Task(masked.inner, teacher, analysis, data, None, training, None, outputs, (), scales, place)
+    if (training.steps or training.epochs * task.per_epoch) * training.batch > data.samples:
+        teacher.learn_all(data)
+    return task

@@ -1,0 +1,192 @@
+"""Learned masks: a trained factor on every unit, under a price for MACs; what is learnt becomes an ordinary plan.
+
+The model's weights stay as they are. Each method says what factor a unit has, how much of it counts as kept, what is
+paid for that besides the distillation loss, and in the end how much each unit is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.runtime.numbers import own_rows
+from snpc.torch.gates import Gate, gated
+from snpc.torch.module import GraphModule
+from snpc.types import FloatArray, Group
+
+Tensor = torch.Tensor
+
+OVER = 100.0  # price of MACs above the target: times the square of their share of the dense model
+THRESHOLD = 0.5  # PSP: gates below it are closed
+OPEN = 2.0  # APMA: where indicators begin, as a logit
+WIDTH = 0.1  # of the ramp that stands in for the step at the threshold, for gradients
+
+
+class Masks(torch.nn.Module):
+    """Factors for ``groups``. ``target``: MACs to come down to, as a share of the dense ones."""
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
+        super().__init__()
+        self.groups, self.dense, self.target = tuple(groups), analysis.cost.macs, target
+        self.most = 1 - analysis.dead_macs / self.dense  # rows that nobody reads go in any case
+        self.numbers = {g.id: k for k, g in enumerate(groups)}
+
+    def made(self, value: float) -> torch.nn.ParameterList:
+        return torch.nn.ParameterList(
+            [torch.nn.Parameter(torch.full((g.blocks, g.size), float(value))) for g in self.groups]
+        )
+
+    def factor(self, group: Group) -> Tensor:
+        """[blocks, size]: what the units are multiplied with."""
+        raise NotImplementedError
+
+    def kept(self, group: Group) -> Tensor:
+        """[blocks, size] in [0, 1]: how much of each unit counts as kept."""
+        raise NotImplementedError
+
+    def cost(self, group: Group) -> Tensor:
+        """What is paid for the group's units, whatever the budget."""
+        raise NotImplementedError
+
+    def worth(self, group: Group) -> Tensor:
+        """[blocks, size]: higher = keep."""
+        raise NotImplementedError
+
+    def factors(self) -> dict[str, Tensor]:
+        return {g.id: self.factor(g) for g in self.groups}
+
+    def macs(self) -> Tensor:
+        """The share of the dense MACs that is kept."""
+        saved = [(1 - self.kept(g)).mean() * g.macs for g in self.groups]
+        return self.most - torch.stack(saved).sum() / self.dense
+
+    def penalty(self) -> Tensor:
+        costs = torch.stack([self.cost(g) * (g.macs / self.dense) for g in self.groups]).sum()
+        return OVER * torch.relu(self.macs() - self.target).square() + costs
+
+    def scores(self) -> dict[str, FloatArray]:
+        """Worth times MACs, so that a plan, which asks what a saved MAC costs, takes units in the order of worth."""
+        with torch.no_grad():
+            return {g.id: self.worth(g).double().cpu().numpy() * g.macs / (g.blocks * g.size) for g in self.groups}
+
+
+class Vib(Masks):
+    """Factors mu + sigma eps, eps normal noise; what is kept of a unit is mu^2 / (mu^2 + sigma^2), and log(1 + mu^2 /
+    sigma^2) / 2, the information that passes (Dai et al. 2018, arXiv 1802.10399, eq. 9), is paid for. VTrans (arXiv
+    2406.05276) puts such gates on Transformers."""
+
+    price = 0.01
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
+        super().__init__(analysis, groups, target)
+        self.mean, self.spread = self.made(1.0), self.made(-4.0)  # the logarithm of sigma^2
+
+    def factor(self, group: Group) -> Tensor:
+        mean, spread = self.mean[self.numbers[group.id]], self.spread[self.numbers[group.id]]
+        noise = torch.randn_like(mean) * torch.exp(spread / 2)
+        return torch.add(mean, noise) if self.training else mean
+
+    def ratio(self, group: Group) -> Tensor:
+        number = self.numbers[group.id]
+        return torch.mul(self.mean[number].square(), (-self.spread[number]).exp())
+
+    def kept(self, group: Group) -> Tensor:
+        ratio = self.ratio(group)
+        return torch.div(ratio, 1 + ratio)
+
+    def cost(self, group: Group) -> Tensor:
+        return torch.log1p(self.ratio(group)).mean() * (self.price / 2)
+
+    def worth(self, group: Group) -> Tensor:
+        return torch.log1p(self.ratio(group))
+
+
+class Psp(Masks):
+    """One scale per unit that is closed where it is below a threshold, and trained through it as if it were not; its
+    absolute value is paid for. After parameterised structured pruning (Schindler et al. 2019, arXiv 1906.05180)."""
+
+    price = 0.01
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
+        super().__init__(analysis, groups, target)
+        self.scale = self.made(1.0)
+
+    def factor(self, group: Group) -> Tensor:
+        scale = self.scale[self.numbers[group.id]]
+        return torch.add(scale, (torch.where(scale.abs() < THRESHOLD, 0.0, scale) - scale).detach())
+
+    def kept(self, group: Group) -> Tensor:
+        return torch.sigmoid((self.scale[self.numbers[group.id]].abs() - THRESHOLD) / WIDTH)
+
+    def cost(self, group: Group) -> Tensor:
+        return torch.mul(self.scale[self.numbers[group.id]].abs().mean(), self.price)
+
+    def worth(self, group: Group) -> Tensor:
+        return torch.abs(self.scale[self.numbers[group.id]])
+
+
+class Apma(Masks):
+    """An indicator in (0, 1) per unit; what is paid for one grows with its likeness to the others of its head, and
+    every head gives the same share: a unit's worth is its indicator relative to its head's. After automatic channel
+    pruning for multi-head attention (arXiv 2405.20867); its formulas are not reproduced."""
+
+    price = 0.05
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
+        super().__init__(analysis, groups, target)
+        self.indicator = self.made(OPEN)
+        for number, group in enumerate(self.groups):
+            self.register_buffer(f"alike{number}", likeness(analysis, group))
+
+    def factor(self, group: Group) -> Tensor:
+        return torch.sigmoid(self.indicator[self.numbers[group.id]]) * (1 + math.exp(-OPEN))
+
+    def kept(self, group: Group) -> Tensor:
+        return torch.sigmoid(self.indicator[self.numbers[group.id]])
+
+    def cost(self, group: Group) -> Tensor:
+        alike: Tensor = getattr(self, f"alike{self.numbers[group.id]}")
+        return self.price * (self.kept(group) * alike).mean()
+
+    def worth(self, group: Group) -> Tensor:
+        kept = self.kept(group)
+        return kept - kept.mean(dim=1, keepdim=True) + kept.mean()
+
+
+KINDS: Mapping[str, type[Masks]] = MappingProxyType({"vib": Vib, "psp": Psp, "apma": Apma})
+
+
+def masks_of(kind: str, analysis: Analysis, groups: Sequence[Group], target: float) -> Masks:
+    """Raises UserError for a kind that there is not."""
+    if kind not in KINDS:
+        raise UserError(f"masks {kind!r}: there are {', '.join(KINDS)}")
+    return KINDS[kind](analysis, groups, target)
+
+
+def likeness(analysis: Analysis, group: Group) -> Tensor:
+    """[blocks, size] in [0, 1]: mean |cosine| of a unit's weights and those of the others of its block."""
+    makes, reads = own_rows(analysis, group)
+    rows = np.concatenate([*makes.values(), *reads.values()], axis=1).reshape(group.blocks, group.size, -1)
+    norm = np.linalg.norm(rows, axis=2, keepdims=True)
+    unit = rows / np.where(norm > 0, norm, 1.0)
+    cosine = np.abs(unit @ unit.transpose(0, 2, 1)).sum(axis=2) - (norm[..., 0] > 0)
+    return torch.as_tensor(cosine / max(group.size - 1, 1), dtype=torch.float32)
+
+
+class Masked(torch.nn.Module):
+    """A module with masks on; its own weights do not train."""
+
+    def __init__(self, module: GraphModule, gates: Sequence[Gate], masks: Masks) -> None:
+        super().__init__()
+        self.inner, self.gates, self.masks = module.requires_grad_(False), tuple(gates), masks
+
+    def forward(self, feeds: Any) -> Any:
+        with gated(self.inner, self.gates, self.masks.factors()):
+            return self.inner(feeds)

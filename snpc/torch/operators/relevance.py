@@ -1,0 +1,86 @@
+"""Layer-wise relevance propagation as gradient times input: each operator with the part held fixed that its rule says.
+
+What comes out of an operator is unchanged; only its gradient is another one. Rules after Achtibat et al. 2024
+(arXiv 2402.05602); operators without a rule here (fused attention among them) keep their own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from snpc.ops import lookup
+from snpc.torch.module import GraphModule, Step
+from snpc.torch.operators.table import Call, Result, Tensor
+
+SMALL = 1e-6  # an activation function's factor f(x) / x is not taken where |x| is less
+
+
+@contextmanager
+def relevance_rules(module: GraphModule) -> Iterator[None]:
+    """The module with these rules, while the block runs."""
+    constants = set(module.aliases)
+    for step in module.steps:
+        if all(name is None or name in constants for name in step.inputs):
+            constants |= set(step.outputs)
+
+    def run(step: Step, arguments: Sequence[Any]) -> Result:
+        return by_rule(step, arguments, [name not in constants for name in step.inputs])
+
+    module.around = run
+    try:
+        yield
+    finally:
+        module.around = None
+
+
+def by_rule(step: Step, arguments: Sequence[Any], active: Sequence[bool]) -> Result:
+    """``active``: which of the inputs are activations."""
+    call, spec = step.call, lookup(step.domain, step.call.op)
+
+    def plain(*given: Any) -> Result:
+        return step.implementation.run(call, *given)
+
+    flowing = [k for k, x in enumerate(arguments) if active[k] and isinstance(x, Tensor) and x.requires_grad]
+    if call.op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization") and flowing == [0]:
+        return normalised(call, plain(*arguments), *arguments)
+    if call.op in ("Div", "Pow") and 1 in flowing:
+        return plain(arguments[0], arguments[1].detach(), *arguments[2:])
+    if (spec.kind == "contraction" or (spec.kind == "pointwise" and spec.effect == "scale")) and sum(active[:2]) == 2:
+        return halved(plain(*arguments), plain, arguments)
+    if spec.kind == "pointwise" and spec.effect == "nonlinear" and len(flowing) == 1:
+        return factored(plain(*arguments), arguments[flowing[0]])
+    return plain(*arguments)
+
+
+def halved(value: Result, plain: Any, arguments: Sequence[Any]) -> Result:
+    """A product of two activations: half to each."""
+    assert isinstance(value, Tensor)
+    first, second, *rest = arguments
+    paths = (plain(first, second.detach(), *rest) + plain(first.detach(), second, *rest)) / 2
+    return carried(value, paths)
+
+
+def factored(value: Result, x: Tensor) -> Result:
+    """f(x) as x times f(x) / x, the factor held fixed."""
+    if not isinstance(value, Tensor) or value.shape != x.shape or not value.is_floating_point():
+        return value
+    safe = torch.where(x.abs() > SMALL, x, torch.ones_like(x)).detach()
+    factor = torch.where(x.abs() > SMALL, value / safe, torch.zeros_like(x)).detach()
+    return carried(value, x * factor)
+
+
+def normalised(call: Call, value: Result, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Result:
+    """With the deviation held fixed."""
+    axes = list(range(call.get("axis", -1) % x.ndim, x.ndim))
+    gap = x - x.mean(axes, keepdim=True) if call.op.startswith("Layer") else x
+    spread = (gap.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5)).sqrt().detach()
+    return carried(value if isinstance(value, Tensor) else value[0], gap / spread * scale.detach())
+
+
+def carried(value: Tensor, path: Tensor) -> Tensor:
+    """``value``, with the gradient of ``path``."""
+    return value.detach() + path - path.detach()

@@ -1,0 +1,107 @@
+"""Learned masks: their gradients are finite differences, they find the unit that is not used, and end in a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+import snpc  # noqa: E402
+import snpc.torch  # noqa: E402
+from snpc.cli import main  # noqa: E402
+from snpc.errors import UserError  # noqa: E402
+from snpc.torch import Training  # noqa: E402
+from snpc.torch.gates import gate_of, module_of  # noqa: E402
+from snpc.torch.masks import KINDS, Masked, masks_of  # noqa: E402
+
+DATA = Path(snpc.__file__).parent / "data" / "digits"
+VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"
+DEAD = 7
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> snpc.Analysis:
+    """The digits ViT, in which nothing reads one unit of the second layer's feed-forward width."""
+    path = tmp_path_factory.mktemp("masks") / "planted.onnx"
+    model = onnx.load(VIT)
+    group = next(g for g in snpc.analyze(snpc.load(VIT)).groups if g.role == "ffn" and g.layer == 1)
+    (site,) = (s for s in group.sites if s.kind == "consume")
+    tensor = next(t for t in model.graph.initializer if t.name == site.tensor)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array[DEAD] = 0
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    return snpc.analyze(snpc.load(path))
+
+
+def cuttable(analysis: snpc.Analysis) -> list[snpc.types.Group]:
+    return [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_masks_are_finite_differences(kind: str, planted: snpc.Analysis) -> None:
+    """In the smooth parts: PSP's gates are all open, VIB's noise is the same on both sides."""
+    groups = cuttable(planted)
+    masks = masks_of(kind, planted, groups, 0.5)
+    masked = Masked(module_of(planted), [gate_of(planted, g) for g in groups], masks).double()
+    images = torch.from_numpy(np.load(CALIB)["image"][:4]).double()
+    generator = torch.Generator().manual_seed(1)
+    parameters = list(masks.parameters())
+    away = [0.01 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(0)
+        return masked({"image": images})["logits"].square().mean() + masks.penalty()
+
+    loss().backward()
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, away, strict=True))
+    sides = []
+    with torch.no_grad():
+        for step in (1e-4, -2e-4):
+            for p, d in zip(parameters, away, strict=True):
+                p += step * d
+            sides.append(loss().item())
+    assert (sides[0] - sides[1]) / 2e-4 == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_find_the_unit_that_nothing_reads(kind: str, planted: snpc.Analysis) -> None:
+    data = snpc.load_calibration(CALIB, planted.model.inputs, samples=64, batch=16)
+    choice = snpc.Choice(target="macs=0.35")
+    learned = snpc.torch.learn_masks(planted, data, kind, choice, training=Training(steps=40, batch=16, lr=0.05))
+    assert learned.macs < 0.82
+    group = next(g for g in planted.groups if g.role == "ffn" and g.layer == 1)
+    assert DEAD not in learned.plan.keep[group.id][0]
+    assert learned.plan.method == "select" and learned.plan.criterion == f"masks:{kind}"
+
+
+def test_the_command_cuts_and_writes_the_plan(tmp_path: Path) -> None:
+    target, plan = tmp_path / "cut.onnx", tmp_path / "cut.plan.json"
+    words = ["finetune", VIT, "--teacher", VIT, "--data", CALIB, "--samples", 32, "--batch", 16, "--steps", 3]
+    words += ["--learn-masks", "vib", "--target", "macs=0.6", "-o", target, "--plan", plan]
+    main([str(w) for w in words], standalone_mode=False)
+    analysis = snpc.analyze(snpc.load(target))
+    assert analysis.cost.macs <= 0.6 * snpc.analyze(snpc.load(VIT)).cost.macs
+    again = snpc.plan_from_json(plan.read_text(), snpc.analyze(snpc.load(VIT)), plan.name)
+    assert again.criterion == "masks:vib" and again.keep
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "training", "message"),
+    [
+        ("vib", "params=0.5", Training(), "give --target macs=R"),
+        ("gates", "macs=0.5", Training(), "there are vib, psp, apma"),
+        ("vib", "macs=0.5", Training(loss="ce"), "loss kd or mse, not ce"),
+    ],
+)
+def test_what_masks_cannot_do_is_refused(
+    kind: str, target: str, training: Training, message: str, planted: snpc.Analysis
+) -> None:
+    data = snpc.load_calibration(CALIB, planted.model.inputs, samples=8)
+    with pytest.raises(UserError, match=message):
+        snpc.torch.learn_masks(planted, data, kind, snpc.Choice(target=target), training=training)
