@@ -179,9 +179,10 @@ def eliminate(systems: Sequence[System], size: int, steps: int = 48) -> Eliminat
         for k, cost in enumerate(costs[:-1], start=1):
             loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
         order += alive[going].tolist()
-        alive = np.delete(alive, going)
+        gone = np.array(going, np.int64)
         for s in remaining:
-            s.remove(np.array(going, np.int64))
+            s.remove(gone)
+        alive = closed_up(alive, gone)
         loss[len(alive)] = max(total - sum(s.explained for s in remaining), 0.0)
         known.append(len(alive))
         extra.append(sum(s.damping for s in remaining))
@@ -207,10 +208,23 @@ class Remaining:
         return float(np.sum(self.current * self.target[self.rows]))
 
     def remove(self, units: IntArray) -> None:
-        """The others make up for these (positions among the units left): a Schur complement instead of an inverse."""
+        """The others make up for these (positions among the units left): a Schur complement instead of an inverse.
+
+        In place, as copying the rest would take most of the time: the last units move into the gaps, as in
+        ``closed_up``.
+        """
         going = columns_of(units, self.columns)
-        self.inverse, self.current = without(self.inverse, self.current, going)
-        self.rows = np.delete(self.rows, going)
+        left = len(self.inverse) - len(going)
+        pivot, cross, lost = self.inverse[np.ix_(going, going)], self.inverse[:, going], self.current[going]
+        gaps, movers = (columns_of(k, self.columns) for k in moves(len(self.rows) // self.columns, units))
+        self.inverse[gaps] = self.inverse[movers]
+        self.inverse[:, gaps] = self.inverse[:, movers]
+        for array in (cross, self.current, self.rows):
+            array[gaps] = array[movers]
+        self.inverse, self.current, self.rows = self.inverse[:left, :left], self.current[:left], self.rows[:left]
+        solved = np.linalg.solve(pivot, np.concatenate([cross[:left].T, lost], axis=1))
+        self.inverse -= cross[:left] @ solved[:, :left]
+        self.current -= cross[:left] @ solved[:, left:]
 
     @property
     def damping(self) -> float:
@@ -223,6 +237,19 @@ class Remaining:
 def columns_of(units: IntArray, columns: int) -> IntArray:
     """Where the ``columns`` columns of each of these units stand."""
     return (units[:, None] * columns + np.arange(columns)).reshape(-1)
+
+
+def moves(count: int, going: IntArray) -> tuple[IntArray, IntArray]:
+    """(gaps, movers): which of the last of ``count`` places go where so that the first ones stay full."""
+    left = count - len(going)
+    return going[going < left], np.setdiff1d(np.arange(left, count), going)
+
+
+def closed_up(array: IntArray, going: IntArray) -> IntArray:
+    """Without these places, the last entries moved into the gaps."""
+    gaps, movers = moves(len(array), going)
+    array[gaps] = array[movers]
+    return array[: len(array) - len(going)]
 
 
 def without(inverse: FloatArray, weight: FloatArray, going: IntArray) -> tuple[FloatArray, FloatArray]:
