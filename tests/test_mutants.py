@@ -116,3 +116,9 @@ def test_an_input_too_large_to_draw_asks_for_data(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.onnx", wide)
     result = invoke("prune", path, "--ratio", 0.5, code=2)
     assert "too large for random values" in result.stderr
+
+
+@pytest.mark.parametrize("seed", [1234, 1696])
+def test_groups_that_do_not_divide_the_channels_are_refused(seed: int, tmp_path: Path) -> None:
+    path, _ = mutant(seed, tmp_path / "inner")
+    assert not trial(path)
