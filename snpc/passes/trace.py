@@ -333,7 +333,7 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
             axis = next((k for k, c in enumerate(term) if c in letters.out), 0)
             here.trace.book.remark(weight.name, axis, weight.shape[axis], weight.because, here.operator)
     groups = int(here.call.attrs.get("group", 1)) if letters.windowed else 1
-    if groups < 1 or any(n % groups for n in (left.shape[1], right.shape[0]) if groups > 1):
+    if groups < 1 or (groups > 1 and any(n % groups for n in (*left.shape[1:2], *right.shape[:1]))):
         return here.refuse(inputs, "its groups do not divide its channels")
     factors = contract(here, left, right, letters) if groups == 1 else grouped(here, left, right, letters, groups)
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
