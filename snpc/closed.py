@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from snpc.types import FloatArray, IntArray
+
+Entries = TypeVar("Entries", FloatArray, IntArray)
 
 RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
@@ -208,23 +211,10 @@ class Remaining:
         return float(np.sum(self.current * self.target[self.rows]))
 
     def remove(self, units: IntArray) -> None:
-        """The others make up for these (positions among the units left): a Schur complement instead of an inverse.
-
-        In place, as copying the rest would take most of the time: the last units move into the gaps, as in
-        ``closed_up``.
-        """
+        """The others make up for these (positions among the units left)."""
         going = columns_of(units, self.columns)
-        left = len(self.inverse) - len(going)
-        pivot, cross, lost = self.inverse[np.ix_(going, going)], self.inverse[:, going], self.current[going]
-        gaps, movers = (columns_of(k, self.columns) for k in moves(len(self.rows) // self.columns, units))
-        self.inverse[gaps] = self.inverse[movers]
-        self.inverse[:, gaps] = self.inverse[:, movers]
-        for array in (cross, self.current, self.rows):
-            array[gaps] = array[movers]
-        self.inverse, self.current, self.rows = self.inverse[:left, :left], self.current[:left], self.rows[:left]
-        solved = np.linalg.solve(pivot, np.concatenate([cross[:left].T, lost], axis=1))
-        self.inverse -= cross[:left] @ solved[:, :left]
-        self.current -= cross[:left] @ solved[:, left:]
+        self.inverse, self.current = without(self.inverse, self.current, going)
+        self.rows = closed_up(self.rows, going)
 
     @property
     def damping(self) -> float:
@@ -239,27 +229,24 @@ def columns_of(units: IntArray, columns: int) -> IntArray:
     return (units[:, None] * columns + np.arange(columns)).reshape(-1)
 
 
-def moves(count: int, going: IntArray) -> tuple[IntArray, IntArray]:
-    """(gaps, movers): which of the last of ``count`` places go where so that the first ones stay full."""
-    left = count - len(going)
-    return going[going < left], np.setdiff1d(np.arange(left, count), going)
-
-
-def closed_up(array: IntArray, going: IntArray) -> IntArray:
-    """Without these places, the last entries moved into the gaps."""
-    gaps, movers = moves(len(array), going)
-    array[gaps] = array[movers]
-    return array[: len(array) - len(going)]
+def closed_up(array: Entries, going: IntArray) -> Entries:
+    """Without these entries of the first axis, the last ones moved into the gaps: in place, a view is returned."""
+    left = len(array) - len(going)
+    array[going[going < left]] = array[np.setdiff1d(np.arange(left, len(array)), going)]
+    return array[:left]
 
 
 def without(inverse: FloatArray, weight: FloatArray, going: IntArray) -> tuple[FloatArray, FloatArray]:
-    """(H^-1, w) without these rows, the others having made up for them."""
-    rest = np.delete(np.arange(len(inverse)), going)
-    cross = inverse[:, going][rest]
-    solved = np.linalg.solve(inverse[np.ix_(going, going)], np.concatenate([cross.T, weight[going]], axis=1))
-    small = inverse[rest][:, rest]
-    small -= cross @ solved[:, : len(rest)]
-    return small, weight[rest] - cross @ solved[:, len(rest) :]
+    """(H^-1, w) without these rows, the others having made up for them: a Schur complement instead of an inverse.
+
+    ``closed_up`` and in place, as copying the rest would take most of the time.
+    """
+    pivot, cross, lost = inverse[np.ix_(going, going)], closed_up(inverse[:, going], going), weight[going]
+    inverse, weight = closed_up(closed_up(inverse, going).T, going).T, closed_up(weight, going)
+    solved = np.linalg.solve(pivot, np.concatenate([cross.T, lost], axis=1))
+    inverse -= cross @ solved[:, : len(cross)]
+    weight -= cross @ solved[:, len(cross) :]
+    return inverse, weight
 
 
 def drop(parts: Sequence[tuple[FloatArray, FloatArray]], units: int, count: int) -> tuple[list[int], list[float]]:
@@ -273,17 +260,15 @@ def drop(parts: Sequence[tuple[FloatArray, FloatArray]], units: int, count: int)
     for inverse, weight in parts:
         rows = columns_of(pool, len(inverse) // units)
         small.append((inverse[np.ix_(rows, rows)], weight[rows]))
-    alive = np.ones(len(pool), bool)
     going: list[int] = []
     costs: list[float] = []
     for _ in range(count):
-        left = np.flatnonzero(alive)
-        cost = np.sum([unit_costs(inverse, weight, len(left)) for inverse, weight in small], axis=0)
-        k = int(np.argmin(cost))
-        going.append(int(pool[left[k]]))
-        costs.append(float(cost[k]))
-        alive[left[k]] = False
-        small = [without(i, w, columns_of(np.array([k]), len(i) // len(left))) for i, w in small]
+        cost = np.sum([unit_costs(inverse, weight, len(pool)) for inverse, weight in small], axis=0)
+        k = np.array([np.argmin(cost)])
+        going.append(int(pool[k[0]]))
+        costs.append(float(cost[k[0]]))
+        small = [without(i, w, columns_of(k, len(i) // len(pool))) for i, w in small]
+        pool = closed_up(pool, k)
     return going, costs
 
 
