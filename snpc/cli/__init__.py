@@ -72,16 +72,15 @@ def decided(
     batch: int | None,
     shapes: tuple[str, ...],
     threads: int | None,
-    build: str | None = None,
     artefact: Any = None,
     **choice: Any,
 ) -> Any:
-    """Score and plan as the flags say (``build``: what for; ``artefact``: what is timed); say what is unused."""
+    """Score and plan as the flags say (``artefact``: what is timed); say what is unused."""
     import snpc
 
     if not choice["roles"]:
         return nothing_else(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
-    wanted = snpc.Choice(**{**choice, **liked_widths(choice, build, provider)})
+    wanted = snpc.Choice(**choice)
     statistics = statistics_of(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
@@ -213,11 +212,11 @@ def prune(
         calibration = calibration_of(analysis, **calib)
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
-        wanted = {**choice, **liked_widths(choice, build, provider)}
-        analysis, calibration = with_tokens(analysis, calibration, tokens, wanted, provider)
+        choice |= liked_widths(choice, build, provider)
+        analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
     latency = (choice["target"] or "").startswith("latency")
     artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
-    decision = decided(analysis, calibration, provider=provider, watch=watch, build=build, artefact=artefact, **choice)
+    decision = decided(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
     plan = decision.plan
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(plan))
@@ -277,8 +276,8 @@ def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flag
     choice, calib = split_flags(flags)
     check_targets([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_of(analysis, **calib)
-    wanted = {**choice, **liked_widths(choice, None, provider)}
-    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), wanted, provider)
+    choice |= liked_widths(choice, None, provider)
+    analysis, calibration = with_tokens(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = decided(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.plan
     write_text(target, snpc.plan_to_json(made))

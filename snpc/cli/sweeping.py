@@ -71,6 +71,8 @@ def sweep(
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:
         raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
+    if labels and not held_out:
+        raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
     choice |= liked_widths(choice, build, provider)
@@ -82,8 +84,6 @@ def sweep(
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)
     judge = Evaluation(*evaluation(analysis, held_out, labels, calib)) if held_out else None
-    if labels and not held_out:
-        raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
     with show.steps(steps(names)) as step:
         found = run(
             analysis,

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace
-from snpc.passes.readers import readers_of
 from snpc.passes.rewrite import Traced
 from snpc.passes.segment import Segment, extract, segments
 from snpc.runtime.feeds import Feeds
@@ -19,7 +18,7 @@ from snpc.runtime.memory import Shelf
 from snpc.runtime.model_io import clean
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.silent import constant_array
-from snpc.runtime.stages import NotSequential, check_borders, stream_behind
+from snpc.runtime.stages import NotSequential, check_borders, joins
 from snpc.types import AnyArray, Group
 
 States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
@@ -106,11 +105,10 @@ def end_of(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
     try:
-        nodes = [n for reader in readers_of(analysis.traced, group) for n in reader.nodes]
+        producers = [value.producer() for value in joins(analysis.traced, group)]
     except NoPlace:
         return []
     position = {n: k for k, n in enumerate(analysis.traced.model.graph)}
-    producers = [stream_behind(analysis.traced, n.outputs[0]).producer() for n in nodes]
     return [position[p] + 1 for p in producers if p is not None]
 
 

@@ -143,14 +143,20 @@ def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
             return value
 
 
+def joins(base: Traced, group: Group) -> list[ir.Value]:
+    """Where what the group does has joined the other activations, for every use of every weight that reads it. Raises
+    NoPlace where one has not the form that can be refitted."""
+    nodes = [node for reader in readers_of(base, group) for node in reader.nodes]
+    return [stream_behind(base, node.outputs[0]) for node in nodes]
+
+
 def borders(analysis: Analysis) -> tuple[str, ...]:
     """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
     base = analysis.traced
     forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
     fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
-    nodes = [node for g in fitted for reader in readers_of(base, g) for node in reader.nodes]
-    found = {str(stream_behind(base, node.outputs[0]).name) for node in nodes}
+    found = {str(value.name) for g in fitted for value in joins(base, g)}
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
 
 
