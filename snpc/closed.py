@@ -18,6 +18,7 @@ Entries = TypeVar("Entries", FloatArray, IntArray)
 
 RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
+MUCH = 256  # rows from which on a product of matrices pays
 SCARCE = 0.1  # more of it where rows are few: times units / rows
 
 
@@ -173,55 +174,107 @@ def eliminate(systems: Sequence[System], size: int, steps: int = 48) -> Eliminat
     remaining = [Remaining(s, size) for s in systems]
     alive = np.arange(size)
     loss = np.zeros(size + 1)
-    loss[0] = total = sum(s.explained for s in remaining)
-    known, extra = [size], [sum(s.damping for s in remaining)]
+    known, extra = [size], [0.0]
     order: list[int] = []
     batch = max(1, -(-size // steps))
     while len(alive):
-        going, costs = drop([(s.inverse, s.current) for s in remaining], len(alive), min(batch, len(alive)))
-        for k, cost in enumerate(costs[:-1], start=1):
-            loss[len(alive) - k] = loss[len(alive) - k + 1] + cost
+        going, costs = drop(remaining, len(alive), min(batch, len(alive)))
+        left = len(alive) - len(going)
+        loss[left : len(alive)] = loss[len(alive)] + np.cumsum(costs)[::-1]
         order += alive[going].tolist()
-        gone = np.array(going, np.int64)
         for s in remaining:
-            s.remove(gone)
-        alive = closed_up(alive, gone)
-        loss[len(alive)] = max(total - sum(s.explained for s in remaining), 0.0)
-        known.append(len(alive))
+            s.remove(going)
+        alive = closed_up(alive, going)
+        known.append(left)
         extra.append(sum(s.damping for s in remaining))
-    turn = np.argsort(known)
-    loss = np.maximum(loss - np.interp(np.arange(size + 1), np.array(known)[turn], np.array(extra)[turn]), 0.0)
+    loss = np.maximum(loss - np.interp(np.arange(size + 1), known[::-1], extra[::-1]), 0.0)
     return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
 
 
 class Remaining:
-    """What is left of one system: ``inverse`` and ``current``, the refitted weight, of the units still there."""
+    """What is left of one system: ``inverse``, and of the rows still there ``current``, refitted, beside ``weight``, as
+    they were."""
 
     def __init__(self, system: System, size: int) -> None:
-        self.weight, self.columns = system.weight, len(system.moment) // size
+        self.columns = len(system.moment) // size
         self.ridge = ridge_of(system.moment, system.ridge)
-        hessian = damped(system.moment, system.ridge)
-        self.target = hessian @ system.weight
-        self.inverse: FloatArray = np.linalg.inv(hessian).astype(np.float64)
+        self.inverse = Inverse(inverted(damped(system.moment, system.ridge)))
         self.current: FloatArray = system.weight.astype(np.float64)
-        self.rows = np.arange(len(hessian))
+        self.weight = self.current.copy()
+        self.gone = 0.0
 
-    @property
-    def explained(self) -> float:
-        return float(np.sum(self.current * self.target[self.rows]))
+    def costs(self) -> FloatArray:
+        """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
+        pivots = self.inverse.blocks(self.columns)
+        if self.columns == 1:
+            return np.asarray(np.einsum("ij,ij->i", self.current, self.current) / pivots[:, 0, 0])
+        rows = self.current.reshape(len(pivots), self.columns, -1)
+        return np.asarray(np.einsum("iaj,iaj->i", rows, np.linalg.solve(pivots, rows)))
+
+    def few(self, units: IntArray) -> Few:
+        rows = columns_of(units, self.columns)
+        return Few(self.inverse.among(rows), self.current[rows] @ self.current[rows].T, self.columns)
 
     def remove(self, units: IntArray) -> None:
         """The others make up for these (positions among the units left)."""
         going = columns_of(units, self.columns)
-        self.inverse, self.current = without(self.inverse, self.current, going)
-        self.rows = closed_up(self.rows, going)
+        self.gone += float(np.sum(self.weight[going] ** 2))
+        lost = self.current[going]
+        self.current, self.weight = closed_up(self.current, going), closed_up(self.weight, going)
+        factor, half = self.inverse.remove(going)
+        self.current -= factor @ (half @ lost)
 
     @property
     def damping(self) -> float:
         """The ridge's share of the loss."""
-        gap = self.weight.copy()
-        gap[self.rows] -= self.current
-        return self.ridge * float(np.sum(gap**2))
+        gap = self.weight - self.current
+        return self.ridge * (self.gone + float(np.vdot(gap, gap)))
+
+
+class Inverse:
+    """H^-1 of the rows still there, as ``base`` - ``taken`` taken': what a few rows take when they go (a Schur
+    complement instead of an inverse) is not taken off the base, which is big, until there is much of it."""
+
+    def __init__(self, base: FloatArray) -> None:
+        self.base = base
+        self.taken = np.empty((len(base), 0))
+
+    def among(self, rows: IntArray) -> FloatArray:
+        return np.asarray(self.base[np.ix_(rows, rows)] - self.taken[rows] @ self.taken[rows].T)
+
+    def blocks(self, columns: int) -> FloatArray:
+        """[units, columns, columns]: the blocks on the diagonal."""
+        taken = self.taken.reshape(len(self.taken) // columns, columns, self.taken.shape[1])
+        return np.asarray(blocks_of(self.base, columns) - np.einsum("iak,ibk->iab", taken, taken))
+
+    def remove(self, going: IntArray) -> tuple[FloatArray, FloatArray]:
+        """F and L with F L = (H^-1)_rest,going ((H^-1)_going,going)^-1, the rest ``closed_up``."""
+        cross = self.base[:, going] - self.taken @ self.taken[going].T
+        half = np.linalg.inv(np.linalg.cholesky(cross[going])).astype(np.float64)
+        factor = closed_up(cross @ half.T, going)
+        self.base = closed_up(closed_up(self.base, going).T, going).T
+        self.taken = np.concatenate([closed_up(self.taken, going), factor], axis=1)
+        if self.taken.shape[1] >= MUCH:
+            for start in range(0, len(self.base), MUCH):  # a product that stays in the cache
+                self.base[start : start + MUCH] -= self.taken[start : start + MUCH] @ self.taken.T
+            self.taken = self.taken[:, :0]
+        return factor, half
+
+
+def inverted(matrix: FloatArray) -> FloatArray:
+    """The inverse of a symmetric positive definite matrix, by halves: half of the arithmetic of a general one."""
+    half = len(matrix) // 2
+    if half < MUCH:
+        return np.linalg.inv(matrix).astype(np.float64)
+    found = np.empty(matrix.shape)
+    first, cross = inverted(matrix[:half, :half]), matrix[:half, half:]
+    solved = first @ cross
+    second = inverted(matrix[half:, half:] - cross.T @ solved)
+    found[half:, half:] = second
+    found[:half, half:] = -solved @ second
+    found[half:, :half] = found[:half, half:].T
+    found[:half, :half] = first - found[:half, half:] @ solved.T
+    return found
 
 
 def columns_of(units: IntArray, columns: int) -> IntArray:
@@ -236,51 +289,53 @@ def closed_up(array: Entries, going: IntArray) -> Entries:
     return array[:left]
 
 
-def without(inverse: FloatArray, weight: FloatArray, going: IntArray) -> tuple[FloatArray, FloatArray]:
-    """(H^-1, w) without these rows, the others having made up for them: a Schur complement instead of an inverse.
-
-    ``closed_up`` and in place, as copying the rest would take most of the time.
-    """
-    pivot, cross, lost = inverse[np.ix_(going, going)], closed_up(inverse[:, going], going), weight[going]
-    inverse, weight = closed_up(closed_up(inverse, going).T, going).T, closed_up(weight, going)
-    solved = np.linalg.solve(pivot, np.concatenate([cross.T, lost], axis=1))
-    inverse -= cross @ solved[:, : len(cross)]
-    weight -= cross @ solved[:, len(cross) :]
-    return inverse, weight
-
-
-def drop(parts: Sequence[tuple[FloatArray, FloatArray]], units: int, count: int) -> tuple[list[int], list[float]]:
-    """The ``count`` of ``units`` that go next and what each costs, exactly updated between them within the cheapest.
-
-    ``parts``: (inverse, weight) per system.
-    """
-    score = np.sum([unit_costs(inverse, weight, units) for inverse, weight in parts], axis=0)
+def drop(parts: Sequence[Remaining], units: int, count: int) -> tuple[IntArray, list[float]]:
+    """The ``count`` of ``units`` that go next and what each costs, exactly updated between them within the cheapest."""
+    score = np.sum([part.costs() for part in parts], axis=0)
     pool = np.argsort(score, kind="stable")[: min(units, 2 * count)]
-    small = []
-    for inverse, weight in parts:
-        rows = columns_of(pool, len(inverse) // units)
-        small.append((inverse[np.ix_(rows, rows)], weight[rows]))
+    small = [part.few(pool) for part in parts]
     going: list[int] = []
     costs: list[float] = []
     for _ in range(count):
-        cost = np.sum([unit_costs(inverse, weight, len(pool)) for inverse, weight in small], axis=0)
-        k = np.array([np.argmin(cost)])
-        going.append(int(pool[k[0]]))
-        costs.append(float(cost[k[0]]))
-        small = [without(i, w, columns_of(k, len(i) // len(pool))) for i, w in small]
-        pool = closed_up(pool, k)
-    return going, costs
+        cost = np.sum([few.costs() for few in small], axis=0)
+        cost[going] = np.inf
+        going.append(int(np.argmin(cost)))
+        costs.append(float(cost[going[-1]]))
+        for few in small:
+            few.remove(going[-1])
+    return pool[going], costs
 
 
-def unit_costs(inverse: FloatArray, weight: FloatArray, units: int) -> FloatArray:
-    """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
-    columns = len(inverse) // units
-    if columns == 1:
-        found: FloatArray = np.einsum("ij,ij->i", weight, weight) / np.diag(inverse)
-        return found
-    rows = weight.reshape(units, columns, -1)
-    blocks = np.einsum("iaib->iab", inverse.reshape(units, columns, units, columns))
-    return np.asarray(np.einsum("iaj,iaj->i", rows, np.linalg.solve(blocks, rows)))
+class Few:
+    """Some units of a system, while others of them go: H^-1, and of the weights only ``gram`` = w w', which is all that
+    costs ask for. Rows that went stay, as rows that nothing depends on."""
+
+    def __init__(self, inverse: FloatArray, gram: FloatArray, columns: int) -> None:
+        self.inverse, self.gram, self.columns = inverse, gram, columns
+
+    def costs(self) -> FloatArray:
+        """[units]: tr(((H^-1)_ii)^-1 w_i w_i')."""
+        if self.columns == 1:
+            return np.asarray(np.diag(self.gram) / np.diag(self.inverse))
+        pivots, grams = (blocks_of(matrix, self.columns) for matrix in (self.inverse, self.gram))
+        return np.asarray(np.einsum("iaa->i", np.linalg.solve(pivots, grams)))
+
+    def remove(self, unit: int) -> None:
+        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the unit's rows."""
+        rows = slice(unit * self.columns, (unit + 1) * self.columns)
+        cross, seen = self.inverse[:, rows], self.gram[:, rows]
+        made = cross / cross[rows] if self.columns == 1 else np.linalg.solve(cross[rows], cross.T).T
+        half = made @ (seen - made @ (seen[rows] / 2)).T
+        self.inverse -= made @ cross.T
+        self.gram -= half + half.T
+        self.inverse[rows] = self.inverse[:, rows] = self.gram[rows] = self.gram[:, rows] = 0.0
+        self.inverse[rows, rows] = np.eye(self.columns)
+
+
+def blocks_of(matrix: FloatArray, columns: int) -> FloatArray:
+    """[units, columns, columns]: the blocks on the diagonal."""
+    units = len(matrix) // columns
+    return np.asarray(np.einsum("iaib->iab", matrix.reshape(units, columns, units, columns)))
 
 
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snpc import closed
 from snpc.closed import (
     RIDGE,
     Elimination,
+    Remaining,
     System,
     columns_of,
     damped,
     drop,
+    inverted,
     rebase_scores,
     rebase_values,
     refit,
@@ -308,8 +311,7 @@ def test_the_order_of_the_units_does_not_matter(seed: int, size: int, steps: int
 def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
-    moment = damped(x.T @ x)
-    going, costs = drop([(np.linalg.inv(moment), weight)], 8, count)
+    going, costs = drop([Remaining(System(x.T @ x, weight), 8)], 8, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]
@@ -318,6 +320,22 @@ def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
         costs = {u: best_loss(ridged(x), weight, [k for k in alive if k != u]) for u in alive if u in pool}
         assert unit == min(costs, key=lambda u: costs[u])
         alive.remove(unit)
+
+
+@pytest.mark.parametrize("much", [1, 7, 64])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inverse by halves and with parts not yet taken off it: the same order and loss."""
+    size = 24
+    systems = [System(x.T @ x, x[:6].T) for x in (data(seed, size * columns, rows=300) for seed in (1, 2))]
+    whole = eliminate_all(systems, size)
+    monkeypatch.setattr(closed, "MUCH", much)
+    found = eliminate_all(systems, size)
+    np.testing.assert_array_equal(found.order, whole.order)
+    np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])
+    np.testing.assert_allclose(
+        inverted(damped(systems[0].moment)) @ damped(systems[0].moment), np.eye(size * columns), atol=1e-8
+    )
 
 
 def test_more_steps_are_rarely_worse() -> None:

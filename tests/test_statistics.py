@@ -125,7 +125,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole[:-30], bytes(damaged)):
         bad.write_bytes(content)
         refused(bad)
-    for change in ({"snpc_statistics": 2}, {"entries": [["a"]]}, {"entries": [["g", "n"]] * (len(arrays) + 1)}):
+    for change in ({"snpc_statistics": 1}, {"entries": [["a"]]}, {"entries": [["g", "n"]] * (len(arrays) + 1)}):
         np.savez(bad, header=np.array(json.dumps(header | change)), **arrays)
         refused(bad)
     np.savez(bad, header=np.array(json.dumps(header)), **arrays | {"0": arrays["0"] * np.nan})

@@ -30,6 +30,7 @@ from snpc.passes.readers import Reader, reader_of, readers_of
 from snpc.passes.rewrite import Traced, traced
 from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, forms_of, needs
 from snpc.runtime.statistics import Statistics, check_model
+from snpc.runtime.triangle import packed_size
 from snpc.types import FloatArray, Group, IntArray
 
 
@@ -82,7 +83,8 @@ def measured_moments(analysis: Analysis, statistics: Statistics, groups: Sequenc
 def fits(group: Group, name: str, sums: FloatArray) -> bool:
     kind = name.partition(":")[0]
     if kind == "joint":  # units of any number of columns, and ones
-        return sums.ndim == 2 and sums.shape[0] == sums.shape[1] and sums.shape[0] % group.size == 1 % group.size
+        size = packed_size(len(sums)) if sums.ndim == 1 else None
+        return size is not None and size % group.size == 1 % group.size
     if kind == "apart":
         return sums.shape[1:] == (group.blocks, group.size + 1, group.size + 1)
     return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from snpc.ops.attention import FORMS, AttentionForm
 from snpc.passes.shapes import attributes
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of
+from snpc.runtime.triangle import strips
 from snpc.types import Probe
 
 END = 1 << 30  # behind the last axis
@@ -246,8 +248,8 @@ class Instrument:
         return self.op(op.MATMUL, [self.turned(flat, 0, 1, 3, 2), flat])
 
     def joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
-        """[units * columns + 1] squared: X'X over samples and rows, with ones behind; the columns that show a unit (the
-        width of a head, the offsets at which ``window`` reads a channel) next to each other."""
+        """X'X [units * columns + 1] squared, packed, over samples and rows, with ones behind; the columns that show a
+        unit (the width of a head, the offsets at which ``window`` reads a channel) next to each other."""
         if window is None:
             repeats = layout_of(probe, units).repeats
             rows = self.rows(probe, units)
@@ -258,20 +260,26 @@ class Instrument:
         else:
             rows, counts = self.patches(probe, window), None
         both = self.op(op.CONCAT, [rows, self.ones(rows, counts)], axis=2)
-        return self.square(both)
+        shown = layout_of(probe, units).repeats if window is None else math.prod(kernel_of(window))
+        return self.square(both, units * shown + 1)
 
-    def square(self, rows: ir.Value) -> ir.Value:
-        """X'X of all rows."""
-        flat = self.op(op.RESHAPE, [rows, self.op(op.CONCAT, [self.ints([-1]), self.sizes(rows, 2)], axis=0)])
-        return self.op(op.MATMUL, [self.turned(flat, 1, 0), flat])
+    def square(self, rows: ir.Value, size: int) -> ir.Value:
+        """X'X of all rows [.., size], packed as in ``runtime.triangle``."""
+        flat = self.shaped(rows, -1, size)
+        turned, parts = self.turned(flat, 1, 0), []
+        for start, stop in strips(size):
+            left, right = turned, flat
+            if (start, stop) != (0, size):
+                left = self.op(op.SLICE, [turned, self.ints([start]), self.ints([stop]), self.ints([0])])
+                right = self.op(op.SLICE, [flat, self.ints([start]), self.ints([size]), self.ints([1])])
+            parts.append(self.shaped(self.op(op.MATMUL, [left, right]), -1))
+        return parts[0] if len(parts) == 1 else self.op(op.CONCAT, parts, axis=0)
 
     def patches(self, probe: Probe, window: ir.Node) -> ir.Value:
         """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
         seen = probe.units.reshape(-1)
-        weight = window.inputs[1]
-        assert weight is not None and weight.shape is not None
-        kernel = [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
-        taps = int(np.prod(kernel))
+        kernel = kernel_of(window)
+        taps = math.prod(kernel)
         order = np.argsort(seen, kind="stable")
         order = order[seen[order] >= 0]
         value = self.op(op.GATHER, [self.float32(self.value(probe.tensor)), self.ints(order.tolist())], axis=1)
@@ -315,6 +323,12 @@ class Instrument:
             value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
             axis, rank = axis + 1, rank + 1
         return self.reduced(op.REDUCE_MAX, value, [k for k in range(1, rank) if k != axis])
+
+
+def kernel_of(window: ir.Node) -> list[int]:
+    weight = window.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
 
 
 def axis_size(probe: Probe, layout: Layout, axis: int) -> int:

@@ -20,10 +20,11 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
-from snpc.types import FloatArray, Group, Probe
+from snpc.runtime.triangle import packed_length
+from snpc.types import AnyArray, FloatArray, Group, Probe
 
 HELD = 4 * 3  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
-ADDED = 4 + 8 + 8  # bytes of a statistic's element: as it comes, in float64, and in the sum
+ADDED = 4 + 8  # bytes of a statistic's element: as it comes, and in the sum
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def bytes_of(wanted: Sequence[Wanted], elements: Mapping[str, float], batch: int
 def statistic_elements(item: Wanted, batch: int) -> int:
     blocks, size = item.group.blocks, item.group.size
     if item.kind == "joint":
-        return (size * item.columns + 1) ** 2
+        return packed_length(size * item.columns + 1)
     if item.kind == "apart":
         return item.columns * blocks * (size + 1) ** 2
     square = item.kind in ("gram", "moment", "centred", "coupled")
@@ -144,9 +145,10 @@ def statistic_elements(item: Wanted, batch: int) -> int:
 
 def measure(
     analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu", threads: int = 0
-) -> Iterator[dict[str, FloatArray]]:
-    """Run the instrumented model over ``batches``; per batch: output name -> statistic in float64. Padded tokens do not
-    count."""
+) -> Iterator[dict[str, AnyArray]]:
+    """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
+    are for the caller, in float64). Padded tokens do not count.
+    """
     source = analysis.traced
     probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
     padding = padding_of(source, probe_rows(probes))
@@ -158,5 +160,9 @@ def measure(
         scratch(instrument.model, provider=provider, threads=threads) as run,
     ):
         for feeds in batches:
-            found = run({**feeds, **masks(feeds)})
-            yield {name: np.asarray(array, np.float64) for name, array in found.items()}
+            yield run({**feeds, **masks(feeds)})
+
+
+def add_up(total: FloatArray, part: AnyArray) -> None:
+    """Add to a sum in float64, in place and without a copy of the part in float64."""
+    np.add(total, part, out=total)

@@ -13,6 +13,7 @@ from snpc.passes.edit import NoPlace, Place
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.products import operand_places, score_products, sides_of, value_operands, value_places
 from snpc.passes.readers import Reader, reader_of, uses_of
+from snpc.runtime.triangle import unpacked
 from snpc.types import FloatArray, Group
 
 KINDS = frozenset(
@@ -150,19 +151,24 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
         readers[int(reader)][int(use)] = array
     uses = [[mine[k] for k in sorted(mine)] for _, mine in sorted(readers.items())]
     if form == "refit":
-        return Moments(contexts=(tuple(seen(mine) for mine in uses),))
+        return Moments(contexts=(tuple(seen([unpacked(sums) for sums in mine]) for mine in uses),))
     repeats, blocks = uses[0][0].shape[:2]
     return Moments(
-        contexts=tuple(tuple(seen([a[r, b] for a in uses[0]]) for r in range(repeats)) for b in range(blocks))
+        contexts=tuple(tuple(seen([a[r, b].copy() for a in uses[0]]) for r in range(repeats)) for b in range(blocks))
     )
 
 
 def seen(sums: Sequence[FloatArray]) -> Seen:
-    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others."""
+    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others; taken over."""
     counts = [max(float(s[-1, -1]), 1.0) for s in sums]
     means = tuple(s[-1, :-1] / n for s, n in zip(sums, counts, strict=True))
-    centred = [s[:-1, :-1] - n * np.outer(m, m) for s, n, m in zip(sums, counts, means, strict=True)]
-    return Seen(np.sum(centred, axis=0), means, sum(counts))
+    moment: FloatArray | None = None
+    for total, count, mean in zip(sums, counts, means, strict=True):
+        centred = total[:-1, :-1]
+        centred -= np.outer(count * mean, mean)
+        moment = centred if moment is None else moment + centred
+    assert moment is not None
+    return Seen(moment, means, sum(counts))
 
 
 class LazyMoments(Mapping[str, Moments]):

@@ -26,6 +26,7 @@ from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.instrument import Instrument
+from snpc.runtime.measure import add_up
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
@@ -153,7 +154,7 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
     sums: dict[str, FloatArray] = {}
     for result in fitting.run(clean(instrument.model), feeds):
         for name, array in result.items():
-            sums[name] = sums.get(name, 0.0) + np.asarray(array, np.float64)
+            add_up(sums.setdefault(name, np.zeros(array.shape)), array)
     measured = moments_from(stage, sums, fitting)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     edits = edits_for(rotations(measured, stage.groups), replace(fitting.plan, keep=mine))

@@ -17,13 +17,13 @@ from snpc.passes.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.gates import asks_gates, measure_gates
-from snpc.runtime.measure import Wanted, measure, split, wanted_statistics
+from snpc.runtime.measure import Wanted, add_up, measure, split, wanted_statistics
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.model_io import replacing
 from snpc.runtime.moments import forms_of, needs
 from snpc.types import AnyArray, FloatArray, Group
 
-FORMAT = 1
+FORMAT = 2  # 1 held whole squares
 Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 Sums = Mapping[str, Mapping[str, FloatArray]]
 
@@ -124,26 +124,29 @@ class Totals:
         self.shelf = shelf
         self.sums: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, wanted: Sequence[Wanted], result: Mapping[str, FloatArray]) -> None:
-        batch: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+    def add(self, wanted: Sequence[Wanted], result: Mapping[str, AnyArray]) -> None:
+        batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
         groups = {item.group.id: item.group for item in wanted}
         for item in wanted:
             array, mine = result[item.output], batch[item.group.id]
-            mine[item.name] = mine[item.name] + array if same_shape(mine.get(item.name), array) else array
+            both = same_shape(mine.get(item.name), array)
+            mine[item.name] = np.add(mine[item.name], array, dtype=np.float64) if both else array
         for name, arrays in batch.items():
-            observed = arrays if name in self.forms else self.judge.observe(groups[name].role, arrays)
-            self.add_observed(name, observed)
+            self.add_observed(name, arrays if name in self.forms else self.observed(groups[name], arrays))
 
-    def add_observed(self, name: str, observed: Mapping[str, FloatArray]) -> None:
+    def observed(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
+        return self.judge.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
+
+    def add_observed(self, name: str, observed: Mapping[str, AnyArray]) -> None:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
-                total[key] += array
+                add_up(total[key], array)
             else:
                 total[key] = self.shelf.keep(np.array(array, np.float64))
 
 
-def same_shape(first: FloatArray | None, second: FloatArray) -> bool:
+def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
     return first is not None and first.shape == second.shape
 
 
