@@ -147,7 +147,10 @@ class Elimination:
 
 
 def damped(moment: FloatArray, ridge: float = RIDGE) -> FloatArray:
-    return moment + np.eye(len(moment)) * ridge_of(moment, ridge) if ridge else moment
+    found = moment.copy()
+    if ridge:
+        found.flat[:: len(found) + 1] += ridge_of(moment, ridge)
+    return found
 
 
 def ridge_of(moment: FloatArray, ridge: float) -> float:
@@ -340,14 +343,16 @@ def blocks_of(matrix: FloatArray, columns: int) -> FloatArray:
 
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:
     """[kept, D]: the rows that make the kept units say best what all of them said (ridge least squares)."""
-    hessian = damped(moment, ridge)
-    return np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight).astype(np.float64)
+    hessian, seen = moment[np.ix_(keep, keep)], moment[keep] @ weight
+    if ridge:
+        hessian.flat[:: len(keep) + 1] += ridge_of(moment, ridge)
+        seen += ridge_of(moment, ridge) * weight[keep]
+    return np.linalg.solve(hessian, seen).astype(np.float64)
 
 
 def damped_solution(moment: FloatArray, cross: FloatArray, damping: float) -> FloatArray:
     """[kept, D]: ridge least squares with ``damping`` times the mean diagonal of ``moment`` as the ridge."""
-    ridge = damping * float(np.trace(moment)) / len(moment) + 1e-12
-    return np.linalg.solve(moment + ridge * np.eye(len(moment)), cross).astype(np.float64)
+    return np.linalg.solve(damped(moment, damping), cross).astype(np.float64)
 
 
 def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, fitted: FloatArray) -> float:

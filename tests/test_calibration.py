@@ -915,3 +915,15 @@ def npy64(array: np.ndarray) -> str:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_heads_of_batches(batch: int) -> None:
+    """The first samples of each; of a model that takes full batches only, all."""
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    free = load_calibration({"x": rows}, (TensorSpec("x", np.dtype(np.float32), ("n", 2)),), batch=batch)
+    starts = range(0, 6, batch)
+    for feeds, start in zip(free.heads(2), starts, strict=True):
+        np.testing.assert_array_equal(feeds["x"], rows[start : start + min(batch, 2)])
+    fixed = load_calibration({"x": rows}, (TensorSpec("x", np.dtype(np.float32), (3, 2)),), batch=batch)
+    assert [len(feeds["x"]) for feeds in fixed.heads(2)] == [3, 3]

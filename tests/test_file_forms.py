@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime as ort
 import pytest
 from exports import export
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from oracle import TOLERANCE, Feeds, Level, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run
 
 from snpc.passes.analyze import Analysis, analyze
+from snpc.passes.canonicalise import canonicalise
 from snpc.runtime.model_io import load, save
 
 BASE = "bert__ts17"
@@ -324,3 +326,17 @@ def test_forms_do_not_change_the_base() -> None:
     first = onnx.load(export(BASE))
     behind_cast(copy.deepcopy(first))
     assert first == onnx.load(export(BASE))
+
+
+def test_a_constant_has_one_name() -> None:
+    """A bias that another layer reads through an Identity, as torch exports equal ones, is a bias of that layer."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 4] x) => (float[n, 4] y, float[4] kept)
+        <float[4] b = {1.0, 2.0, 3.0, 4.0}>
+        { other = Identity(b)  kept = Identity(b)  h = Add(x, b)  g2 = Relu(h)  y = Add(g2, other) }
+    """)
+    graph = canonicalise(onnx_ir.from_proto(model)).graph
+    assert [node.op_type for node in graph] == ["Identity", "Add", "Relu", "Add"]
+    read = [str(node.inputs[1].name) for node in graph if node.op_type == "Add"]
+    assert len(set(read)) == 2 and all(name in graph.initializers for name in read)

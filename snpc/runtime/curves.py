@@ -20,7 +20,7 @@ from snpc.runtime.silent import silent_constants
 from snpc.types import AnyArray, FloatArray, Group, IntArray
 
 PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
-PROBED_SAMPLES = 8  # per width
+PROBED_SAMPLES = 2  # per width: 8 say no more of which group minds most, since all groups see the same
 SMOOTH = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
 POOLS = 4  # that many times other samples, in turn
 
@@ -47,15 +47,17 @@ def output_curves(
     found: list[Change] = []
     padding = padding_of(analysis.traced, [(spec.name, leading) for spec in analysis.model.outputs])
     with token_masks(analysis.traced, padding, provider) as masks, chain_of(analysis, tried, provider) as chain:
-        pools = pools_of(calibration)
-        for number, batches in enumerate(pools):
-            shelf = Shelf(memory_budget(memory_limit))
-            samples = [Sample(chain.states(feeds, shelf), padded(masks(feeds), padding)) for feeds in batches]
-            for turn, group in enumerate(groups):
-                for width in probed_widths(group)[(number - turn) % len(pools) :: len(pools)]:
-                    arrays = trial(compression, scores, group, width)
-                    gaps = [one.change(chain.changed(one.states, group.id, arrays)) for one in samples]
-                    found.append(Change(group, width, number, float(np.mean(gaps))))
+        shelf = Shelf(memory_budget(memory_limit))
+        pools = [
+            [Sample(chain.states(feeds, shelf), padded(masks(feeds), padding)) for feeds in batches]
+            for batches in pools_of(calibration)
+        ]
+        for turn, group in enumerate(groups):
+            for k, width in enumerate(probed_widths(group)):
+                number = (turn + k) % len(pools)
+                arrays = trial(compression, scores, group, width)
+                gaps = [one.change(chain.changed(one.states, group.id, arrays)) for one in pools[number]]
+                found.append(Change(group, width, number, float(np.mean(gaps))))
     shapes = {g.id: shape_of(compression, g) for g in groups}
     return fitted_curves(shapes, found)
 
@@ -136,9 +138,9 @@ def log_scales(curve: FloatArray, widths: IntArray, measured: FloatArray) -> Flo
 
 
 def pools_of(calibration: Calibration) -> list[list[Feeds]]:
-    """The first batches: ``POOLS`` times as many as hold ``PROBED_SAMPLES``, one batch at least."""
-    count = max(1, PROBED_SAMPLES // calibration.batch)
-    batches: list[Feeds] = list(itertools.islice(calibration.batches(), count * POOLS))
+    """``POOLS`` times ``PROBED_SAMPLES``, from the first batches."""
+    count = -(-PROBED_SAMPLES // calibration.batch)
+    batches: list[Feeds] = list(itertools.islice(calibration.heads(PROBED_SAMPLES), count * POOLS))
     return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 

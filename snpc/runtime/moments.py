@@ -177,9 +177,12 @@ class LazyMoments(Mapping[str, Moments]):
     def __init__(self, forms: Mapping[str, str], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
         self.forms = forms
         self.sums = sums
+        self.last: tuple[str, Moments] | None = None  # asked for again, for the next width
 
     def __getitem__(self, group: str) -> Moments:
-        return moments_of(self.forms[group], self.sums[group])
+        if self.last is None or self.last[0] != group:
+            self.last = (group, moments_of(self.forms[group], self.sums[group]))
+        return self.last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.forms)

@@ -33,6 +33,9 @@ class Told(Calibration):
         for feeds, decided in zip(super().batches(), self.decided, strict=True):
             yield {**feeds, **decided}
 
+    def sampled(self, name: str) -> bool:
+        return name in self.decided[0] or super().sampled(name)
+
 
 def told(analysis: Analysis, calibration: Calibration | None, provider: str = "cpu") -> Calibration | None:
     """Calibration data as the analysed graph takes it: where its tokens are reduced, with the decisions that the model

@@ -69,6 +69,19 @@ class Calibration:
                 taken.append(self._take(piece, opened[1]))
             yield self._joined(taken)
 
+    def heads(self, rows: int) -> Iterator[dict[str, AnyArray]]:
+        """The first ``rows`` samples of each batch; all of them where the model takes nothing but full batches."""
+        for feeds in self.batches():
+            yield (
+                feeds
+                if self.axes.size or self.whole
+                else {k: v[:rows] if self.sampled(k) else v for k, v in feeds.items()}
+            )
+
+    def sampled(self, name: str) -> bool:
+        """Is the first axis of this input the samples'?"""
+        return name in self.axes.sampled
+
     def largest(self) -> dict[str, int]:
         """Input name -> the most elements that a batch has."""
         found: dict[str, int] = {}
