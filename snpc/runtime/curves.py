@@ -20,7 +20,7 @@ from snpc.runtime.silent import silent_constants
 from snpc.types import AnyArray, FloatArray, Group, IntArray
 
 PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
-PROBED_SAMPLES = 2  # per width: 8 say no more of which group minds most, since all groups see the same
+PROBED_SAMPLES = 4  # per width: 8 say no more of which group minds most, since all groups see the same
 SMOOTH = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
 POOLS = 4  # that many times other samples, in turn
 
