@@ -167,19 +167,19 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
-    """Killed at two random moments."""
+    """Killed at a random moment, and started again."""
     whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
     start = time.perf_counter()
     main(words(whole, *RUNS[name]), standalone_mode=False)
     lasts = time.perf_counter() - start
     command = words(resumed, *RUNS[name], "--checkpoint", folder, "--checkpoint-every", 1, "--resume")
     kills = 0
-    for attempt in range(3):
+    for attempt in range(2):
         with subprocess.Popen([sys.executable, "-m", "snpc.cli", *command], env=environment()) as victim:
             while not (folder.is_dir() and any(folder.iterdir())) and victim.poll() is None:
                 time.sleep(0.01)
             try:
-                victim.wait(random.uniform(0, 0.3 * lasts) if attempt < 2 else None)
+                victim.wait(random.uniform(0, 0.3 * lasts) if attempt < 1 else None)
             except subprocess.TimeoutExpired:
                 victim.send_signal(signal.SIGKILL)
                 kills += 1
