@@ -6,7 +6,9 @@
 ``--eval`` is an .npz with the model's inputs and ``labels``, or a folder of images with a CSV of file name and class.
 Metrics: ``top1`` (logits [N, C], in per cent), ``tokens`` (logits [N, T, V] against labels [N, T], 0 is padding, in per
 cent), ``perplexity`` (logits [N, T, V]; each token predicts the next one of the first input). Nothing is trained;
-labels serve to evaluate only. Every number is that of the written file under onnxruntime.
+labels serve to evaluate only. Every number is that of the written file under onnxruntime. ``--ways`` takes any
+criterion, with torch those that ask for gradients too (``--ways taylor,lrp``). What is trained, learned masks,
+schedules, adapters and new weights have their rows in ``quality_torch.py``.
 """
 
 from __future__ import annotations

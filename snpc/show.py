@@ -29,7 +29,7 @@ from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # these need torch
-    from snpc.torch.schedule import Round
+    from snpc.torch.journal import Round
     from snpc.torch.training import Progress, Report
     from snpc.torch.tune import Tuned
 
@@ -351,7 +351,8 @@ def progress_text(now: Progress) -> str:
 
 def round_of(found: Round) -> None:
     said = "" if found.kept else ": taken back"
-    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{said}", err=True)
+    lost = "" if found.lost is None else f", {100 * found.lost:.1f} points of accuracy lost"
+    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{lost}{said}", err=True)
 
 
 def tuned(result: Tuned) -> None:

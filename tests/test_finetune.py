@@ -319,6 +319,37 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     assert moved > 0 and apart < 1e-3 * moved
 
 
+def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
+    """With clipping, averages and early stopping; then once more, ended in the middle and taken up again."""
+    one, two, again, state = (tmp_path / name for name in ("one.onnx", "two.onnx", "again.onnx", "state"))
+    more = ("--early-stop", 9, "--evaluate", 3, "--lr", 1e-3, "--warmup", 2)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snpc.cli")
+    run("snpc.cli", *arguments(pruned, one, *more))
+    run(*torchrun, *arguments(pruned, two, *more, "--sharded"))
+    before, a, b = weights_of(pruned), weights_of(one), weights_of(two)
+    moved = np.sqrt(sum(((a[k] - before[k]) ** 2).sum() for k in a))
+    apart = np.sqrt(sum(((a[k] - b[k]) ** 2).sum() for k in a))
+    assert moved > 0 and apart < 1e-3 * moved
+    words = arguments(pruned, again, *more, "--sharded", "--checkpoint", state, "--checkpoint-every", 1, "--resume")
+    with subprocess.Popen([sys.executable, "-m", *torchrun, *words], env=environment()) as victim:
+        while not (state / "checkpoint.pt").is_file():
+            assert victim.poll() is None
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        victim.terminate()  # ends both processes with it
+    held = torch.load(state / "checkpoint.pt", weights_only=True)["weights"]
+    assert [tuple(w.shape) for w in held] == [tuple(w.shape) for w in snpc.torch.load(pruned).parameters()]
+    run(*torchrun, *words)
+    assert same_weights(two, again)
+
+
+def test_one_process_has_nobody_to_share_weights_with(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="start several with torchrun"):
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=Training(steps=1, sharded=True))
+    with pytest.raises(UserError, match="adapters 2: must be 0 with sharded weights"):
+        Training(adapters=2, sharded=True)
+
+
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,44 @@ def test_a_unit_that_nothing_reads_scores_nothing(criterion: str, tmp_path: Path
         assert found.argmin() == 7 and (found > 0).sum() > 300
 
 
+@pytest.mark.parametrize("criterion", ["movement", "gum"])
+def test_a_unit_that_training_would_shrink_scores_least(criterion: str, tmp_path: Path) -> None:
+    """The unit that answers depend on most works against them when what reads it is turned round."""
+    images = np.load(CALIB)["image"]
+    np.save(tmp_path / "said.npy", ort.InferenceSession(VIT).run(None, {"image": images})[0].argmax(-1))
+
+    unit = scores_of(VIT, "taylor").argmax()
+
+    def against(array: np.ndarray, site: Any) -> np.ndarray:
+        array = array.copy()
+        if site.kind == "consume":
+            np.moveaxis(array, site.axis, 0)[unit] *= -4
+        return array
+
+    spelled = f"{criterion}:labels={tmp_path / 'said.npy'}"
+    found = scores_of(changed(tmp_path / "m.onnx", against), spelled)
+    assert found.argmin() == unit and found[unit] < 0
+    assert scores_of(VIT, spelled).argmin() != unit
+
+
+def test_gum_gives_twins_less_than_either_had_alone(tmp_path: Path) -> None:
+    """Two units that do the same: unlike the others' likeness, theirs has grown."""
+
+    def doubled(array: np.ndarray, site: Any) -> np.ndarray:
+        array = array.copy()
+        if site.kind != "consume":
+            rows = np.moveaxis(array, site.axis, 0)
+            rows[7] = rows[8]
+        return array
+
+    twins = changed(tmp_path / "m.onnx", doubled)
+    bonus = scores_of(twins, "gum:unique=1000") - scores_of(twins, "gum:unique=0")
+    before = scores_of(VIT, "gum:unique=1000") - scores_of(VIT, "gum:unique=0")
+    scale = np.median(bonus) / np.median(before)  # the mean movement, which uniqueness is multiplied with
+    assert bonus[7] == pytest.approx(bonus[8], rel=1e-4)
+    assert bonus[8] < before[8] * scale * 0.9999
+
+
 @pytest.mark.parametrize("criterion", [*CRITERIA, "gum"])
 def test_scores_follow_units_that_are_stored_in_another_order(criterion: str, tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(384)

@@ -70,6 +70,38 @@ def test_gradients_of_masks_are_finite_differences(kind: str, planted: snpc.Anal
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_masks_follow_units_that_are_stored_in_another_order(kind: str, tmp_path: Path) -> None:
+    """Gradients, on which all training rests, and worth; without VIB's noise, which has an order of its own."""
+    group = next(g for g in snpc.analyze(snpc.load(VIT)).groups if g.role == "ffn" and g.layer == 1)
+    order = np.random.default_rng(0).permutation(group.size)
+    model = onnx.load(VIT)
+    for site in group.sites:
+        tensor = next(t for t in model.graph.initializer if t.name == site.tensor)
+        turned = np.ascontiguousarray(np.take(onnx.numpy_helper.to_array(tensor), order, site.axis))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(turned, tensor.name))
+    onnx.save(model, tmp_path / "turned.onnx")
+    images = torch.from_numpy(np.load(CALIB)["image"][:4]).double()
+    found = []
+    for path, place in ((VIT, slice(None)), (tmp_path / "turned.onnx", torch.from_numpy(order))):
+        analysis = snpc.analyze(snpc.load(path))
+        groups = cuttable(analysis)
+        number = next(k for k, g in enumerate(groups) if g.id == group.id)
+        masks = masks_of(kind, analysis, groups, 0.3)
+        masked = Masked(module_of(analysis), [gate_of(analysis, g) for g in groups], masks).double().eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for k, p in enumerate(masks.parameters()):
+                away = 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p += away[:, place] if k % len(groups) == number else away
+        loss = masked({"image": images})["logits"].square().mean() + masks.penalty()
+        slopes = torch.autograd.grad(loss, list(masks.parameters()), allow_unused=True)
+        found.append((slopes[number][0], masks.worth(groups[number])[0].detach()))
+    for plain, turned in zip(*found, strict=True):
+        assert float(plain.std()) > 0
+        torch.testing.assert_close(turned, plain[torch.from_numpy(order)], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_masks_find_the_unit_that_nothing_reads(kind: str, planted: snpc.Analysis) -> None:
     data = snpc.load_calibration(CALIB, planted.model.inputs, samples=64, batch=16)
     choice = snpc.Choice(target="macs=0.35")

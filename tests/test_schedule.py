@@ -9,15 +9,30 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from click.testing import CliRunner
+
 import snpc
 import snpc.torch
 from snpc.cli import main
 from snpc.errors import UserError
-from snpc.torch import Training, Way
+from snpc.targets.sweep import Evaluation
+from snpc.torch import AccuracyDrop, DriftLimit, Training, Way
 from snpc.torch.schedule import cubic
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
-VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"
+VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
 QUICK = Training(steps=6, batch=16)
 SELECT = Way("select", "magnitude")
 
@@ -51,7 +66,7 @@ def test_rounds_come_down_to_the_goal(tmp_path: Path) -> None:
 def test_what_does_not_hold_is_taken_back(tmp_path: Path) -> None:
     target, limit = tmp_path / "cut.onnx", 0.1
     found = snpc.torch.prune_adaptively(
-        VIT, data(), target, goal="macs=0.2", limit=limit, rounds=2, way=SELECT, training=QUICK
+        VIT, data(), target, goal="macs=0.2", objective=DriftLimit(limit), rounds=2, way=SELECT, training=QUICK
     )
     assert not found[-1].kept or found[-1].macs == pytest.approx(0.2)
     assert {r.kept for r in found} == {True, False}
@@ -66,7 +81,150 @@ def test_what_does_not_hold_is_taken_back(tmp_path: Path) -> None:
 def test_goals_that_cannot_be_are_refused(tmp_path: Path) -> None:
     run = snpc.torch.prune_adaptively
     with pytest.raises(UserError, match="no cut keeps the drift within 1e-09"):
-        run(VIT, data(), tmp_path / "c.onnx", goal="macs=0.5", limit=1e-9, rounds=1, way=SELECT, training=QUICK)
+        run(
+            VIT,
+            data(),
+            tmp_path / "c.onnx",
+            goal="macs=0.5",
+            objective=DriftLimit(1e-9),
+            rounds=1,
+            way=SELECT,
+            training=QUICK,
+        )
+    with pytest.raises(UserError, match="drift limit 0: must be more"):
+        DriftLimit(0)
+    with pytest.raises(UserError, match="accuracy is measured with labels"):
+        AccuracyDrop(0.1, VIT, Evaluation(data()))
     with pytest.raises(UserError, match="schedules cut MACs"):
         snpc.torch.prune_in_rounds(VIT, data(), tmp_path / "c.onnx", goal="params=0.5")
     assert not list(tmp_path.iterdir())
+
+
+def words(target: Path, *more: object) -> list[str]:
+    found = ["finetune", VIT, "--teacher", VIT, "--data", CALIB, "--samples", 32, "--batch", 16, "--steps", 4]
+    return [str(w) for w in (*found, "-o", target, *more)]
+
+
+def refused(command: list[str]) -> str:
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    return done.output
+
+
+ADAPTIVE = ("--schedule", "adaptive", "--rounds", 2, "--criterion", "magnitude", "--target", "macs=0.2")
+
+
+def right(path: Path) -> float:
+    with np.load(EVAL) as arrays:
+        return float(
+            (ort.InferenceSession(path).run(None, {"image": arrays["image"]})[0].argmax(-1) == arrays["labels"]).mean()
+        )
+
+
+def test_an_adaptive_schedule_can_keep_right_answers(tmp_path: Path) -> None:
+    target, report = tmp_path / "cut.onnx", tmp_path / "r.json"
+    more = (*ADAPTIVE, "--max-drop", 0.02, "--eval", EVAL, "--labels", "labels", "--json", report)
+    main(words(target, *more), standalone_mode=False)
+    rounds = json.loads(report.read_text())["rounds"]
+    assert {r["kept"] for r in rounds} == {True, False}
+    assert all(r["kept"] == (r["lost"] <= 0.02) for r in rounds)
+    last = [r for r in rounds if r["kept"]][-1]
+    assert right(VIT) - right(target) == pytest.approx(last["lost"], abs=1e-6)
+    assert macs(target) / macs(VIT) == pytest.approx(last["macs"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--max-drift", 0.1, "--max-drop", 0.1), "takes --max-drift, or --max-drop"),
+        ((), "takes --max-drift, or --max-drop"),
+        (("--max-drop", 0.1), "give all three"),
+        (("--max-drop", 0.1, "--eval", EVAL), "give all three"),
+        (("--max-drift", 0.1, "--labels", "labels"), "give all three"),
+        (("--max-drop", 0.1, "--eval", EVAL, "--labels", "truth"), "holds no 'truth'; it has"),
+    ],
+)
+def test_objectives_that_are_not_whole_are_refused(more: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+    assert message in refused(words(tmp_path / "c.onnx", *ADAPTIVE, *more))
+    assert "are for --schedule adaptive" in refused(words(tmp_path / "c.onnx", *RUNS["cubic"], "--max-drift", 0.1))
+    assert not list(tmp_path.iterdir())
+
+
+# -- after a kill ----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(snpc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+RUNS = {
+    "cubic": ("--schedule", "cubic", "--rounds", 3, "--criterion", "magnitude", "--target", "macs=0.4"),
+    "cubic, closed forms": ("--schedule", "cubic", "--rounds", 2, "--target", "macs=0.4"),
+    "adaptive": (*ADAPTIVE, "--max-drift", 0.15),
+    "masks": ("--learn-masks", "vib", "--target", "macs=0.5", "--steps", 30),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Killed at a random moment, and started again."""
+    whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
+    start = time.perf_counter()
+    main(words(whole, *RUNS[name]), standalone_mode=False)
+    lasts = time.perf_counter() - start
+    command = words(resumed, *RUNS[name], "--checkpoint", folder, "--checkpoint-every", 1, "--resume")
+    kills = 0
+    for attempt in range(2):
+        with subprocess.Popen([sys.executable, "-m", "snpc.cli", *command], env=environment()) as victim:
+            while not (folder.is_dir() and any(folder.iterdir())) and victim.poll() is None:
+                time.sleep(0.01)
+            try:
+                victim.wait(random.uniform(0, 0.3 * lasts) if attempt < 1 else None)
+            except subprocess.TimeoutExpired:
+                victim.send_signal(signal.SIGKILL)
+                kills += 1
+        if victim.returncode == 0:
+            break
+    assert victim.returncode == 0 and kills  # lasts is far longer than the wait: the first one always gets killed
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_checkpoints_of_other_rounds_are_refused(tmp_path: Path) -> None:
+    saved = ("--checkpoint", tmp_path / "state")
+    main(words(tmp_path / "a.onnx", *RUNS["cubic"], *saved), standalone_mode=False)
+    assert "go on from it with --resume" in refused(words(tmp_path / "b.onnx", *RUNS["cubic"], *saved))
+    others = words(tmp_path / "b.onnx", *RUNS["adaptive"], *saved, "--resume")
+    assert "other models, data or options" in refused(others)
+    main(words(tmp_path / "b.onnx", *RUNS["cubic"], *saved, "--resume"), standalone_mode=False)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["rounds.json", "tuned3.onnx"]
+    (tmp_path / "state" / "rounds.json").write_text("[1]")
+    assert "not a checkpoint" in refused(words(tmp_path / "c.onnx", *RUNS["cubic"], *saved, "--resume"))
+
+
+# -- what they find --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "adaptive"])
+def test_the_first_to_go_is_the_unit_that_nothing_reads(schedule: str, tmp_path: Path) -> None:
+    """Cut mildly in rounds without training to speak of, so that units can be told by the weights that make them."""
+    model = onnx.load(VIT)
+    group = next(g for g in snpc.analyze(snpc.load(VIT)).groups if g.role == "ffn" and g.layer == 1)
+    tensors = {t.name: t for t in model.graph.initializer}
+    (reads,) = (s for s in group.sites if s.kind == "consume")
+    array = np.moveaxis(onnx.numpy_helper.to_array(tensors[reads.tensor]).copy(), reads.axis, 0)
+    array[7] = 0
+    tensors[reads.tensor].CopyFrom(onnx.numpy_helper.from_array(np.moveaxis(array, 0, reads.axis), reads.tensor))
+    onnx.save(model, tmp_path / "planted.onnx")
+    makes = next(s for s in group.sites if s.kind == "produce")
+    before = np.moveaxis(onnx.numpy_helper.to_array(tensors[makes.tensor]), makes.axis, 0)
+    options: dict[str, Any] = {"goal": "macs=0.8", "rounds": 2, "way": Way("select", "taylor")}
+    options["training"] = Training(steps=1, lr=1e-12, batch=16)
+    run = snpc.torch.prune_in_rounds
+    if schedule == "adaptive":
+        run, options["objective"] = snpc.torch.prune_adaptively, DriftLimit(0.5)
+    run(tmp_path / "planted.onnx", data(), tmp_path / "cut.onnx", **options)
+    after = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "cut.onnx").graph.initializer}
+    left = np.moveaxis(after[makes.tensor], makes.axis, 0)
+    gaps = np.abs(before[:, None] - left[None]).max(-1).min(1)
+    assert gaps[7] > 1e-3 and (gaps < 1e-6).sum() == len(left) > 300

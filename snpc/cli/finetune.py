@@ -10,7 +10,7 @@ import click
 
 from snpc import show
 from snpc.cli.options import FILE, as_json, model_argument, picturing
-from snpc.cli.requests import analysed, calibration_of, check_targets, write_text
+from snpc.cli.requests import analysed, calibration_of, check_targets, evaluation_of, write_text
 from snpc.errors import UserError
 
 
@@ -32,7 +32,11 @@ def bridge() -> Any:
     "--data", "calib", metavar="DATA", required=True, help="Inputs to train on (forms as --calib of `snpc prune`)."
 )
 @click.option("--samples", "calib_samples", default=65536, show_default=True, type=int, help="At most so many samples.")
-@click.option("--labels", type=FILE, help="A class per sample, for ce: .npy, .npz or text.")
+@click.option(
+    "--labels",
+    metavar="FILE",
+    help="A class per sample, for ce: .npy, .npz or text. With --eval: the array of that .npz with the right classes.",
+)
 @click.option("-o", "--output", type=FILE, help="The tuned model.  [default: PRUNED-tuned.onnx]")
 @click.option(
     "--loss",
@@ -66,6 +70,7 @@ def bridge() -> Any:
     help="Begin with new weights: as many steps, or as much computing as that for the teacher's size.",
 )
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 on GPUs that have it.")
+@click.option("--sharded", is_flag=True, default=None, help="Under torchrun: each process holds a part of the weights.")
 @click.option(
     "--learn-masks",
     "masks",
@@ -76,12 +81,18 @@ def bridge() -> Any:
     "--schedule",
     type=click.Choice(["cubic", "adaptive"]),
     help="Cut PRUNED (the teacher itself) to --target in rounds, training after each: by the cubic schedule, or in "
-    "equal steps that are taken back and halved where the drift exceeds --max-drift.",
+    "equal steps that are taken back and halved where --max-drift or --max-drop is exceeded.",
 )
 @click.option(
     "--rounds", type=click.IntRange(1), help="With --schedule: how many; adaptive: for the first step.  [default: 4]"
 )
 @click.option("--max-drift", type=float, help="With --schedule adaptive: largest drift of the outputs after training.")
+@click.option(
+    "--max-drop", type=float, help="Or: largest share of right answers lost (0.01: one point), on --eval and --labels."
+)
+@click.option(
+    "--eval", "held_out", metavar="DATA", help="With --max-drop: inputs to judge by (forms as --data), as `snpc sweep`."
+)
 @click.option("--criterion", metavar="NAME", help="With --schedule: select units by it.  [default: closed forms]")
 @click.option("--target", metavar="macs=R", help="With --learn-masks or --schedule: the share of MACs to come down to.")
 @click.option("--plan", "plan_path", type=FILE, help="With --learn-masks: also write the plan here.")
@@ -94,7 +105,7 @@ def bridge() -> Any:
 def finetune(
     pruned: Path,
     teacher: Path,
-    labels: Path | None,
+    labels: str | None,
     output: Path | None,
     seed: int,
     checkpoint: Path | None,
@@ -107,6 +118,8 @@ def finetune(
     schedule: str | None,
     rounds: int | None,
     max_drift: float | None,
+    max_drop: float | None,
+    held_out: str | None,
     criterion: str | None,
     **flags: Any,
 ) -> None:
@@ -125,44 +138,48 @@ def finetune(
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
     check_targets(
-        [written, data_file(written), json_path, plan_path], *model_files(pruned), *model_files(teacher), calib["calib"]
+        [written, data_file(written), json_path, plan_path],
+        *model_files(pruned),
+        *model_files(teacher),
+        calib["calib"],
+        held_out,
     )
     analysis = analysed(teacher)
     data = calibration_of(analysis, **calib, calib_batch=training.batch, seed=seed)
-    if (schedule == "adaptive") != (max_drift is not None):
-        raise UserError("--schedule adaptive and --max-drift go together")
-    if schedule is None and (rounds, criterion) != (None, None):
-        raise UserError("--rounds and --criterion are for --schedule: cut with `snpc prune`, then finetune")
+    saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
+    if schedule is None and (rounds, criterion, max_drift, max_drop, held_out) != (None,) * 5:
+        raise UserError(
+            "--rounds, --criterion, --max-drift, --max-drop and --eval are for --schedule: cut with `snpc prune`, then "
+            "finetune"
+        )
     if schedule is not None:
-        if pruned.resolve() != teacher.resolve() or (labels, checkpoint, masks, plan_path) != (None,) * 4:
-            raise UserError(
-                "--schedule cuts the dense model: give it as --teacher too, and no labels, checkpoints, masks or --plan"
-            )
+        judged = None if held_out is None else evaluation_of(analysis, held_out, labels, judging(calib, training, seed))
+        check_schedule(schedule, pruned, teacher, labels, judged, (max_drift, max_drop), (masks, plan_path))
         way = torch.Way("select" if criterion else None, criterion)
-        options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training}
+        options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training, "saved": saved}
         run = torch.prune_in_rounds
-        if max_drift is not None:
-            run, options = torch.prune_adaptively, {**options, "limit": max_drift}
+        if schedule == "adaptive":
+            run = torch.prune_adaptively
+            limit = torch.DriftLimit(max_drift) if judged is None else torch.AccuracyDrop(max_drop, teacher, judged)
+            options["objective"] = limit
         found = run(pruned, data, written, **options, heard=show.round_of)
         show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
         return
     if masks is not None:
-        if pruned.resolve() != teacher.resolve() or (labels, checkpoint) != (None, None):
-            raise UserError(
-                "--learn-masks cuts the dense model: give it as --teacher too, and no labels or checkpoints"
-            )
+        if pruned.resolve() != teacher.resolve() or labels is not None:
+            raise UserError("--learn-masks cuts the dense model: give it as --teacher too, and no labels")
         if "lr" not in given:
             training = replace(training, lr=torch.RATE)
-        learn_and_cut(analysis, data, masks, target, training, written, plan_path, json_path)
+        learn_and_cut(analysis, data, masks, target, training, saved, written, plan_path, json_path)
         return
     if target is not None or plan_path is not None:
         raise UserError(
             "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
         )
-    saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
+    classes = Path(labels) if labels else None
     with show.training() as report:
         result = torch.finetune(
-            pruned, teacher, data, written, training=training, labels=labels, saved=saved, report=report
+            pruned, teacher, data, written, training=training, labels=classes, saved=saved, report=report
         )
     if result is None:
         return  # one of several processes, and not the one that writes
@@ -171,12 +188,38 @@ def finetune(
         show.tuned(result)
 
 
+def check_schedule(
+    schedule: str,
+    pruned: Path,
+    teacher: Path,
+    labels: str | None,
+    judged: Any,
+    limits: tuple[float | None, float | None],
+    others: tuple[object, ...],
+) -> None:
+    """``limits``: --max-drift and --max-drop; ``others``: what does not go together with a schedule."""
+    if pruned.resolve() != teacher.resolve() or others != (None,) * len(others):
+        raise UserError("--schedule cuts the dense model: give it as --teacher too, and no masks or --plan")
+    drift, drop = limits
+    if schedule == "cubic" and (limits != (None, None) or judged is not None or labels is not None):
+        raise UserError("--max-drift, --max-drop, --eval and --labels are for --schedule adaptive")
+    if schedule == "adaptive" and (drift is None) == (drop is None):
+        raise UserError("--schedule adaptive takes --max-drift, or --max-drop with --eval and --labels")
+    if (drop is not None) != (judged is not None and labels is not None) or (drop is None and labels is not None):
+        raise UserError("--max-drop is judged on --eval DATA --labels NAME: give all three, or --max-drift")
+
+
+def judging(calib: dict[str, Any], training: Any, seed: int) -> dict[str, Any]:
+    return {**calib, "calib_batch": training.batch, "seed": seed}
+
+
 def learn_and_cut(
     analysis: Any,
     data: Any,
     masks: str,
     target: str | None,
     training: Any,
+    saved: Any,
     written: Path,
     plan_path: Path | None,
     json_path: Path | None,
@@ -186,7 +229,7 @@ def learn_and_cut(
 
     with show.training() as report:
         learned = bridge().learn_masks(
-            analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, report=report
+            analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, saved=saved, report=report
         )
     if plan_path is not None:
         write_text(plan_path, snpc.plan_to_json(learned.plan))

@@ -178,3 +178,20 @@ def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, a
     if batch is None and not shapes and threads is None and artefact is None:
         return None
     return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)
+
+
+def evaluation_of(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> Any:
+    """All of the data to judge by, prepared as the calibration data are, and its labels, as an Evaluation."""
+    import numpy as np
+
+    from snpc.targets.sweep import Evaluation
+
+    loaded = calibration_of(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
+    if labels is None:
+        return Evaluation(loaded)
+    if not data.endswith(".npz"):
+        raise UserError(f"{data}: --labels names an array of an .npz")
+    with np.load(data) as arrays:
+        if labels not in arrays:
+            raise UserError(f"{data}: holds no {labels!r}; it has {', '.join(arrays)}")
+        return Evaluation(loaded, arrays[labels])

@@ -13,6 +13,7 @@ from snpc.cli.requests import (
     analysed,
     calibration_of,
     check_targets,
+    evaluation_of,
     liked_widths,
     split_flags,
     write_text,
@@ -54,7 +55,7 @@ def sweep(
     """
     import snpc
     from snpc.page.scatter import scatter
-    from snpc.targets.sweep import Evaluation, steps
+    from snpc.targets.sweep import steps
     from snpc.targets.sweep import sweep as run
 
     choice, calib = split_flags(flags)
@@ -83,7 +84,7 @@ def sweep(
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)
-    judge = Evaluation(*evaluation(analysis, held_out, labels, calib)) if held_out else None
+    judge = evaluation_of(analysis, held_out, labels, calib) if held_out else None
     with show.steps(steps(names)) as step:
         found = run(
             analysis,
@@ -117,18 +118,3 @@ def parse_targets(text: str) -> list[str]:
             raise UserError(f"--targets {text!r}: must look like macs=0.9,0.8")
         found.append(f"{kind}={number}")
     return found
-
-
-def evaluation(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> tuple[Any, Any]:
-    """All of the data to judge by, prepared as the calibration data are, and its labels."""
-    import numpy as np
-
-    loaded = calibration_of(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
-    if labels is None:
-        return loaded, None
-    if not data.endswith(".npz"):
-        raise UserError(f"{data}: --labels names an array of an .npz")
-    with np.load(data) as arrays:
-        if labels not in arrays:
-            raise UserError(f"{data}: holds no {labels!r}; it has {', '.join(arrays)}")
-        return loaded, arrays[labels]

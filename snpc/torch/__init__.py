@@ -16,19 +16,24 @@ import os
 from collections.abc import Sequence
 
 from snpc.runtime.model_io import load as load_model
+from snpc.torch.checkpoints import Saved
+from snpc.torch.journal import Round
 from snpc.torch.learn import RATE, Learned, learn_masks
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
-from snpc.torch.schedule import Round, Way, prune_adaptively, prune_in_rounds
+from snpc.torch.objectives import AccuracyDrop, DriftLimit
+from snpc.torch.schedule import Way, prune_adaptively, prune_in_rounds
 from snpc.torch.tensors import export_tensors
 from snpc.torch.training import Progress, Training
-from snpc.torch.tune import Saved, Tuned, finetune, report
+from snpc.torch.tune import Tuned, finetune, report
 from snpc.torch.write import save
 
 __all__ = [
     "RATE",
+    "AccuracyDrop",
     "Batch",
+    "DriftLimit",
     "GraphModule",
     "Learned",
     "Progress",

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from snpc.errors import UserError
+from snpc.runtime.calibration.order import sample_ids
+from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.model_io import replacing
 
 FILE = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where checkpoints go, one ``every`` so many steps: ``resume`` goes on from the one in ``folder``, if there is
+    one."""
+
+    folder: Path
+    every: int = 50
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,23 +53,46 @@ class Checkpoints:
         try:
             found: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.path}: not a checkpoint ({error}); remove it to start again") from None
+            raise broken(self.path, error) from None
         if found.get("run") != self.run:
-            raise UserError(
-                f"{self.path}: it is of a run with other models, data or options; give those, or another folder"
-            )
+            raise foreign(self.path)
         return found
 
 
-def opened(folder: Path, run: str, every: int, resume: bool) -> Checkpoints:
-    """Checkpoints in ``folder``, which is made. Raises UserError where one is there that was not asked for."""
-    if every < 1:
-        raise UserError(f"checkpoint every {every} steps: must be at least 1")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make this folder for checkpoints ({error.strerror})") from None
-    found = Checkpoints(folder, run, every)
-    if found.path.is_file() and not resume:
-        raise UserError(f"{found.path}: there is a checkpoint already; go on from it with --resume, or remove it")
+def opened(saved: Saved, run: str) -> Checkpoints:
+    """Checkpoints in a folder, which is made. Raises UserError where one is there that was not asked for."""
+    make_folder(saved)
+    found = Checkpoints(saved.folder, run, saved.every)
+    if found.path.is_file() and not saved.resume:
+        raise unasked(found.path)
     return found
+
+
+def make_folder(saved: Saved) -> None:
+    if saved.every < 1:
+        raise UserError(f"checkpoint every {saved.every} steps: must be at least 1")
+    try:
+        saved.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{saved.folder}: cannot make this folder for checkpoints ({error.strerror})") from None
+
+
+def run_name(data: Calibration, *parts: object) -> str:
+    """Names a run by all that decides its result: which samples of ``data``, and ``parts``, which say what they are."""
+    ids = np.concatenate(sample_ids(data))
+    return hashlib.sha256(repr((data.source, *parts)).encode() + ids.tobytes()).hexdigest()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def unasked(path: Path) -> UserError:
+    return UserError(f"{path}: there is a checkpoint already; go on from it with --resume, or remove it")
+
+
+def broken(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a checkpoint ({error}); remove it to start again")
+
+
+def foreign(path: Path) -> UserError:
+    return UserError(f"{path}: it is of a run with other models, data or options; give those, or another folder")

@@ -11,11 +11,12 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration.stream import Calibration
+from snpc.torch.checkpoints import Saved, opened, run_name
 from snpc.torch.gates import gate_of, module_of
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
 from snpc.torch.masks import Masked, masks_of
-from snpc.torch.places import Place, placed
+from snpc.torch.places import Place, placed, together
 from snpc.torch.teacher import Teacher, asked, mean_squares
 from snpc.torch.training import Report, Training
 from snpc.torch.tune import Task, outputs_for
@@ -39,6 +40,7 @@ def learn_masks(
     choice: Choice,
     *,
     training: Training | None = None,
+    saved: Saved | None = None,
     report: Report | None = None,
 ) -> Learned:
     """Train masks of ``kind`` (vib, psp or apma) on ``data`` towards ``choice.target`` (macs=R), and plan by them.
@@ -53,6 +55,8 @@ def learn_masks(
     if training.labelled or training.layerwise:
         raise UserError(f"masks are learnt from the model's own outputs: loss kd or mse, not {training.loss}"
                         + (" with --layerwise" if training.layerwise else ""))  # fmt: skip
+    if training.sharded:
+        raise UserError("masks are few numbers, and weights do not train with them: leave out --sharded")
     groups = chosen_groups(analysis, choice)
     with placed() as place:
         masked = Masked(
@@ -64,8 +68,15 @@ def learn_masks(
         def loss(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
             return plain(module, batch) + masked.masks.penalty()
 
+        checkpoints = None
+        if saved is not None:
+            run = run_name(data, "masks", kind, analysis.model.digest, choice, training, place.world)
+            checkpoints = opened(saved, run)
+            together(place)
         parameters = list(masked.masks.parameters())
-        trained = train(masked, loss, task, training, place=place, parameters=parameters, report=report)
+        trained = train(
+            masked, loss, task, training, place=place, parameters=parameters, checkpoints=checkpoints, report=report
+        )
         kept = float(masked.masks.macs().detach())
     scores = Scores(analysis, f"masks:{kind}", masked.masks.scores(), data.samples, comparable=True)
     return Learned(make_plan(scores, choice), trained, kept)

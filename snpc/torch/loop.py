@@ -20,6 +20,7 @@ from snpc.errors import UserError
 from snpc.torch.checkpoints import Checkpoints
 from snpc.torch.losses import Batch, LossFunction
 from snpc.torch.places import Place
+from snpc.torch.sharding import optimiser_parts, part_like, shard, whole
 from snpc.torch.training import Progress, Report, Training
 
 SMOOTH = 0.9  # of the loss that is shown
@@ -49,12 +50,13 @@ class Run:
     """Evaluations since the best one."""
 
     def state(self) -> dict[str, Any]:
+        """Of whole tensors, however many processes share them: all of them have to ask."""
         return {
             "step": self.step,
-            "weights": [p.detach() for p in self.parameters],
-            "optimiser": self.optimiser.state_dict(),
-            "average": self.average,
-            "best": self.best,
+            "weights": whole([p.detach() for p in self.parameters]),
+            "optimiser": whole(self.optimiser.state_dict()),
+            "average": whole(self.average),
+            "best": whole(self.best),
             "drift": self.drift,
             "behind": self.behind,
         }
@@ -62,10 +64,13 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["weights"], strict=True):
-                parameter.copy_(saved)
-        self.optimiser.load_state_dict(state["optimiser"])
-        device = self.parameters[0].device
-        self.average, self.best = ([t.to(device) for t in state[name]] for name in ("average", "best"))
+                parameter.copy_(part_like(saved, parameter))
+        order = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.optimiser.load_state_dict(optimiser_parts(state["optimiser"], order))
+        self.average, self.best = (
+            [part_like(t, p) for t, p in zip(state[name], self.parameters, strict=False)]
+            for name in ("average", "best")
+        )
         self.step, self.drift, self.behind = state["step"], state["drift"], state["behind"]
 
 
@@ -104,10 +109,13 @@ def train(
 ) -> Trained:
     """Train ``parameters`` (default: all) of ``module`` in place for ``training.steps`` steps or ``epochs``.
 
+    With ``training.sharded`` the module is left in parts: see ``gathered``.
     ``evaluate``: what early stopping watches, lower is better; called on every process. Raises UserError where the loss
     is no longer finite.
     """
     place = place or Place(torch.device("cpu"))
+    if training.sharded:
+        shard(module, place)
     trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
     steps = training.steps or training.epochs * batches.per_epoch
     run = Run(trained, optimiser_of(trained, training))
@@ -118,7 +126,7 @@ def train(
         run.restore(saved)
     objective = Objective(module, loss)
     runner: torch.nn.Module = objective
-    if place.world > 1:
+    if place.world > 1 and not training.sharded:
         ids = [place.device] if place.device.type == "cuda" else None
         runner = torch.nn.parallel.DistributedDataParallel(
             objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
@@ -137,8 +145,10 @@ def train(
         shown = value if shown is None else SMOOTH * shown + (1 - SMOOTH) * value
         if training.early_stop and evaluate is not None and (run.step % every == 0 or run.step == steps):
             watched(run, module, evaluate)
-        if checkpoints and place.leads and (run.step % checkpoints.every == 0 or run.step == steps):
-            checkpoints.write(run.state())
+        if checkpoints and (run.step % checkpoints.every == 0 or run.step == steps):
+            state = run.state() if training.sharded or place.leads else {}
+            if place.leads:
+                checkpoints.write(state)
         if report and place.leads:
             left = (time.perf_counter() - start) / (run.step - first) * (steps - run.step)
             report(Progress(run.step, steps, shown, rate, left, run.drift if math.isfinite(run.drift) else None))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +16,15 @@ from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.compress import decide
 from snpc.runtime.model_io import check_target, data_file, load, model_files
 from snpc.runtime.prune import apply_plan, discard, publish
+from snpc.torch.checkpoints import Saved, run_name
+from snpc.torch.journal import Journal, Round, journal
+from snpc.torch.objectives import AccuracyDrop, Objective, drift
 from snpc.torch.training import Training
-from snpc.torch.tune import Tuned, finetune
+from snpc.torch.tune import finetune
 
 SMALLEST = 8  # an adaptive step is halved down to this part of the first one
 
-
-@dataclass(frozen=True)
-class Round:
-    """``macs``: share of the dense MACs that was cut to; ``drift``: of the outputs after training, relative; ``kept``:
-    did the objective hold, so that the next round went on from here?"""
-
-    macs: float
-    drift: float
-    kept: bool
+Heard = Callable[[Round], None]
 
 
 @dataclass(frozen=True)
@@ -55,21 +50,17 @@ def prune_in_rounds(
     rounds: int = 4,
     way: Way | None = None,
     training: Training | None = None,
-    heard: Callable[[Round], None] | None = None,
+    saved: Saved | None = None,
+    heard: Heard | None = None,
 ) -> list[Round]:
     """Cut to ``goal`` ("macs=R") along the cubic schedule, ``training`` after each round, and write the last model."""
     share = check(source, target, goal, rounds)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        work = Work(analyze(load(source)), data, way or Way(), training or Training(), Path(folder))
-        found = []
+    options = (source, data, way or Way(), training or Training())
+    with working(*options, None, saved, ("cubic", goal, rounds), heard) as work:
         for left in cubic(share, rounds):
-            tuned = work.cut(left)
-            work.go_on(tuned)
-            found.append(Round(left, drift(tuned), True))
-            if heard:
-                heard(found[-1])
+            work.attempt(left)
         hand_over(work.here, target)
-    return found
+        return work.notes.rounds
 
 
 def prune_adaptively(
@@ -78,64 +69,100 @@ def prune_adaptively(
     target: Path,
     *,
     goal: str,
-    limit: float,
+    objective: Objective,
     rounds: int = 4,
     way: Way | None = None,
     training: Training | None = None,
-    heard: Callable[[Round], None] | None = None,
+    saved: Saved | None = None,
+    heard: Heard | None = None,
 ) -> list[Round]:
-    """Cut by equal steps towards ``goal`` ("macs=R") for as long as the outputs, after training, stay within a drift of
-    ``limit``; where they do not, go back to the model before and take half the step, down to an eighth (after AAP,
-    Zhao et al. 2022, arXiv 2201.10520: prune, test, roll back and tighten).
+    """Cut by equal steps towards ``goal`` ("macs=R") for as long as ``objective`` holds after training; where it does
+    not, go back to the model before and take half the step, down to an eighth (after AAP, Zhao et al. 2022, arXiv
+    2201.10520: prune, test, roll back and tighten).
 
     Writes the narrowest model that held. Raises UserError where not even the smallest step did.
     """
     share = check(source, target, goal, rounds)
-    if limit <= 0:
-        raise UserError(f"drift limit {limit:g}: must be more than 0")
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        work = Work(analyze(load(source)), data, way or Way(), training or Training(), Path(folder))
-        found = []
+    options = (source, data, way or Way(), training or Training())
+    with working(*options, objective, saved, ("adaptive", goal, rounds), heard) as work:
         left, step = 1.0, (1 - share) / rounds
         smallest = step / SMALLEST
         while left > share + 1e-9 and step >= smallest * (1 - 1e-9):
             aim = max(share, left - step)
-            tuned = work.cut(aim)
-            held = drift(tuned) <= limit
-            found.append(Round(aim, drift(tuned), held))
-            if heard:
-                heard(found[-1])
-            if held:
-                work.go_on(tuned)
+            if work.attempt(aim).kept:
                 left = aim
             else:
                 step /= 2
         if work.here == source:
-            raise UserError(f"{source}: no cut keeps the drift within {limit:g}: allow more, or train longer")
+            raise UserError(f"{source}: no cut keeps {objective}: allow more, or train longer")
         hand_over(work.here, target)
-    return found
+        return work.notes.rounds
+
+
+@contextmanager
+def working(
+    source: Path,
+    data: Calibration,
+    way: Way,
+    training: Training,
+    objective: Objective | None,
+    saved: Saved | None,
+    schedule: tuple[object, ...],
+    heard: Heard | None,
+) -> Iterator[Work]:
+    dense = analyze(load(source))
+    key = None if objective is None else objective.key
+    run = run_name(data, dense.model.digest, way, training, schedule, key)
+    with journal(saved, run) as notes:
+        yield Work(dense, data, way, training, objective, notes, heard or (lambda found: None))
 
 
 @dataclass
 class Work:
-    """The model so far (``here``) and what rounds are made with."""
+    """The model so far (``here``) and what rounds are made with. Rounds that the journal has are not made again."""
 
     dense: Analysis
     data: Calibration
     way: Way
     training: Training
-    folder: Path
+    objective: Objective | None
+    notes: Journal
+    heard: Heard
     turn: int = 0
 
     def __post_init__(self) -> None:
         self.here = self.dense.model.path
 
-    def cut(self, left: float) -> Tuned:
-        """``here`` cut to ``left`` of the dense MACs and trained, beside it."""
+    def attempt(self, left: float) -> Round:
+        """Cut ``here`` to ``left`` of the dense MACs, train, and go on from there if the objective holds."""
         self.turn += 1
+        if self.turn > len(self.notes.rounds):
+            self.notes.add(self.made(left))
+        found = self.notes.rounds[self.turn - 1]
+        if found.kept:
+            self.here = self.notes.tuned(self.turn)
+        self.heard(found)
+        return found
+
+    def made(self, left: float) -> Round:
+        cut = self.notes.cut(self.turn)
+        if not cut.is_file():
+            self.cut(left, cut)
+        saved = self.notes.training(self.turn)
+        tuned = finetune(
+            cut, self.dense.model.path, self.data, self.notes.tuned(self.turn), training=self.training, saved=saved
+        )
+        if tuned is None:
+            raise UserError("pruning in rounds takes one process")
+        if self.objective is None:
+            return Round(left, drift(tuned), kept=True)
+        value = self.objective.measure(tuned)
+        lost = value if isinstance(self.objective, AccuracyDrop) else None
+        return Round(left, drift(tuned), value <= self.objective.limit, lost)
+
+    def cut(self, left: float, target: Path) -> None:
         analysis = analyze(load(self.here), self.dense.binding)
         share = min(1.0, left * self.dense.cost.macs / analysis.cost.macs)
-        cut, tuned = self.folder / f"cut{self.turn}.onnx", self.folder / f"tuned{self.turn}.onnx"
         found = decide(
             analysis,
             Choice(target=f"macs={share!r}"),
@@ -143,14 +170,7 @@ class Work:
             method=self.way.method,
             criterion=self.way.criterion,
         )
-        apply_plan(found.plan, cut, compression=found.compression, calibration=self.data)
-        result = finetune(cut, self.dense.model.path, self.data, tuned, training=self.training)
-        if result is None:
-            raise UserError("pruning in rounds takes one process")
-        return result
-
-    def go_on(self, tuned: Tuned) -> None:
-        self.here = tuned.path
+        apply_plan(found.plan, target, compression=found.compression, calibration=self.data)
 
 
 def check(source: Path, target: Path, goal: str, rounds: int) -> float:
@@ -162,11 +182,6 @@ def check(source: Path, target: Path, goal: str, rounds: int) -> float:
     if rounds < 1:
         raise UserError(f"rounds {rounds}: must be at least 1")
     return parsed.share
-
-
-def drift(tuned: Tuned) -> float:
-    """The largest of the outputs, relative."""
-    return max(d.relative for d in tuned.after)
 
 
 def hand_over(path: Path, target: Path) -> None:

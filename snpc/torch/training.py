@@ -35,7 +35,8 @@ class Training:
 
     ``adapters``: train updates of this rank for the matrices, and nothing else (0: all weights). ``reinit`` "epochs"
     begins with new weights; "budget" too, for as many more steps as the pruned model has fewer MACs than the teacher
-    (Scratch-E and Scratch-B of arXiv 1810.05270).
+    (Scratch-E and Scratch-B of arXiv 1810.05270). ``sharded``: processes hold a part each of weights, gradients and
+    optimiser state (FSDP), in place of copies of all.
     """
 
     epochs: int = 20
@@ -56,6 +57,7 @@ class Training:
     reinit: Reinit = "none"
     seed: int = 0
     precision: Precision = "auto"
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -69,6 +71,7 @@ class Training:
         require(self.loss in get_args(Loss), "loss", self.loss, f"one of {', '.join(get_args(Loss))}")
         require(self.reinit in get_args(Reinit), "reinit", self.reinit, f"one of {', '.join(get_args(Reinit))}")
         require(self.reinit == "none" or not self.adapters, "adapters", self.adapters, "0 with new weights")
+        require(not (self.sharded and self.adapters), "adapters", self.adapters, "0 with sharded weights")
         require(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32 or bf16")
 
     @property

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from snpc.errors import CheckFailed, UserError
@@ -22,13 +21,14 @@ from snpc.runtime.prune import check_batches, discard, publish
 from snpc.runtime.stages import borders
 from snpc.runtime.verify import check_structure, compare, compare_models, outputs_of, tolerance_of
 from snpc.torch.adapters import adapted, fuse
-from snpc.torch.checkpoints import Checkpoints, opened
+from snpc.torch.checkpoints import Checkpoints, Saved, opened, run_name
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.table import tensor_of
 from snpc.torch.places import Place, placed, together
 from snpc.torch.scratch import reinitialise
+from snpc.torch.sharding import gathered
 from snpc.torch.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
 from snpc.torch.training import Report, Training
 from snpc.torch.write import save
@@ -51,15 +51,6 @@ class Tuned:
     hidden: tuple[str, ...]
     training: Training
     seconds: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Where checkpoints go: ``resume`` goes on from the one in ``folder``, if there is one."""
-
-    folder: Path
-    every: int = 50
-    resume: bool = False
 
 
 def finetune(
@@ -87,14 +78,17 @@ def finetune(
     check_pair(student, dense.model)
     known = labels_for(training, labels, data)
     with placed() as place:
-        check_place(place, data)
+        check_place(place, data, training)
         task = task_of(student, dense, data, training, known, place)
         checkpoints = None
         if saved is not None:
-            run = fingerprint(student, dense.model, data, training, known, place)
-            checkpoints = opened(saved.folder, run, saved.every, saved.resume)
+            said = None if known is None else hashlib.sha256(known.tobytes()).hexdigest()
+            run = run_name(data, student.digest, dense.model.digest, training, said, place.world)
+            checkpoints = opened(saved, run)
             together(place)
         trained = fit(task, checkpoints, report)
+        if training.sharded:
+            task = brought_together(task, student)
         if not place.leads:
             return None
         structure = written(task, pruned, target)
@@ -217,22 +211,14 @@ def check_pair(student: Model, dense: Model) -> None:
             )
 
 
-def check_place(place: Place, data: Calibration) -> None:
+def check_place(place: Place, data: Calibration, training: Training) -> None:
+    if training.sharded and place.world == 1:
+        raise UserError("weights are sharded between processes, and this is one: start several with torchrun")
     if place.world > 1 and data.axes.size:
         raise UserError(
             f"{data.source}: a model whose batch size is fixed at {data.axes.size} cannot share batches between "
             "processes: export it with a dynamic batch, or run one process"
         )
-
-
-def fingerprint(
-    student: Model, dense: Model, data: Calibration, training: Training, labels: IntArray | None, place: Place
-) -> str:
-    """Names all that decides the result."""
-    ids = np.concatenate(sample_ids(data))
-    parts = (student.digest, dense.digest, data.source, sorted(asdict(training).items()), place.world)
-    sha = hashlib.sha256(repr(parts).encode() + ids.tobytes())
-    return sha.hexdigest() if labels is None else hashlib.sha256(sha.digest() + labels.tobytes()).hexdigest()
 
 
 # -- training and writing --------------------------------------------------------------------------------------------
@@ -260,6 +246,13 @@ def fit(task: Task, checkpoints: Checkpoints | None, report: Report | None) -> T
     if adapters is not None:
         fuse(task.module, adapters)
     return trained
+
+
+def brought_together(task: Task, student: Model) -> Task:
+    """The task with a module that has all weights."""
+    module = GraphModule(student, watch=task.hidden).to(task.place.device)
+    gathered(task.module, module)
+    return replace(task, module=module)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Layer-wise relevance propagation as gradient times input: each operator with the part held fixed that its rule says.
 
 What comes out of an operator is unchanged; only its gradient is another one. Rules after Achtibat et al. 2024
-(arXiv 2402.05602); operators without a rule here (fused attention among them) keep their own gradient.
+(arXiv 2402.05602); operators without a rule here keep their own gradient. Attention as one node has the rules of its
+parts, so that it does not matter whether an exporter has fused them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from snpc.ops import lookup
 from snpc.torch.module import GraphModule, Step
 from snpc.torch.operators.table import Call, Result, Tensor
 
 SMALL = 1e-6  # an activation function's factor f(x) / x is not taken where |x| is less
+
+PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+HEADED = 4  # axes of queries, keys and values that are split into heads
 
 
 @contextmanager
@@ -51,6 +56,9 @@ def by_rule(step: Step, arguments: Sequence[Any], active: Sequence[bool]) -> Res
         return plain(arguments[0], arguments[1].detach(), *arguments[2:])
     if (spec.kind == "contraction" or (spec.kind == "pointwise" and spec.effect == "scale")) and sum(active[:2]) == 2:
         return halved(plain(*arguments), plain, arguments)
+    if spec.kind == "attention":
+        with Halves():
+            return plain(*arguments)
     if spec.kind == "pointwise" and spec.effect == "nonlinear" and len(flowing) == 1:
         return factored(plain(*arguments), arguments[flowing[0]])
     return plain(*arguments)
@@ -62,6 +70,17 @@ def halved(value: Result, plain: Any, arguments: Sequence[Any]) -> Result:
     first, second, *rest = arguments
     paths = (plain(first, second.detach(), *rest) + plain(first.detach(), second, *rest)) / 2
     return carried(value, paths)
+
+
+class Halves(TorchFunctionMode):
+    """The products inside an attention node, of queries with keys and of weights with values: half to each. Those with
+    weights that the node holds are of fewer axes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func not in PRODUCTS or not args[0].ndim == args[1].ndim == HEADED:
+            return value
+        return halved(value, func, args)
 
 
 def factored(value: Result, x: Tensor) -> Result:

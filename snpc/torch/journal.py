@@ -1,0 +1,92 @@
+"""The rounds of a schedule, kept in a folder together with what they made, so that a run that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from snpc.runtime.model_io import replacing
+from snpc.runtime.prune import discard
+from snpc.torch.checkpoints import Saved, broken, foreign, make_folder, unasked
+
+FILE = "rounds.json"
+
+
+@dataclass(frozen=True)
+class Round:
+    """``macs``: share of the dense MACs that was cut to; ``drift``: of the outputs after training, relative; ``kept``:
+    did the objective hold, so that the next round went on from here? ``lost``: accuracy lost, as a share of the
+    samples, where that is the objective."""
+
+    macs: float
+    drift: float
+    kept: bool
+    lost: float | None = None
+
+
+@dataclass
+class Journal:
+    """``rounds`` that are done, of the run that ``run`` names. Each has a cut model, a tuned one, and while it lasts
+    the state of its training."""
+
+    folder: Path
+    run: str
+    every: int
+    rounds: list[Round] = field(default_factory=list)
+
+    def cut(self, turn: int) -> Path:
+        return self.folder / f"cut{turn}.onnx"
+
+    def tuned(self, turn: int) -> Path:
+        return self.folder / f"tuned{turn}.onnx"
+
+    def training(self, turn: int) -> Saved:
+        return Saved(self.folder / f"training{turn}", self.every, resume=True)
+
+    def add(self, found: Round) -> None:
+        """Note a round, then remove what nothing needs any more."""
+        before = max((k for k, r in enumerate(self.rounds, 1) if r.kept), default=None)
+        self.rounds.append(found)
+        turn = len(self.rounds)
+        with replacing(self.folder / FILE) as temporary:
+            temporary.write_text(json.dumps({"run": self.run, "rounds": [asdict(r) for r in self.rounds]}))
+        discard(self.cut(turn))
+        shutil.rmtree(self.training(turn).folder, ignore_errors=True)
+        if not found.kept:
+            discard(self.tuned(turn))
+        elif before is not None:
+            discard(self.tuned(before))
+
+
+@contextmanager
+def journal(saved: Saved | None, run: str) -> Iterator[Journal]:
+    """The journal of a run in its folder, or in one that goes when the block ends. Raises UserError for one that is
+    there and was not asked for, or of another run."""
+    if saved is None:
+        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
+            yield Journal(Path(folder), run, 1 << 30)
+        return
+    make_folder(saved)
+    path = saved.folder / FILE
+    with replacing(path) as temporary:  # noted before the first round, so that another run is refused from the start
+        noted = reading(path, run, saved.resume) if path.is_file() else []
+        temporary.write_text(json.dumps({"run": run, "rounds": [asdict(r) for r in noted]}))
+    yield Journal(saved.folder, run, saved.every, noted)
+
+
+def reading(path: Path, run: str, resume: bool) -> list[Round]:
+    if not resume:
+        raise unasked(path)
+    try:
+        found = json.loads(path.read_text())
+        rounds = [Round(**r) for r in found["rounds"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise broken(path, error) from None
+    if found.get("run") != run:
+        raise foreign(path)
+    return rounds

@@ -1,0 +1,96 @@
+"""What an adaptive schedule keeps: how far the outputs may drift, or how many right answers may be lost."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from snpc.errors import UserError
+from snpc.targets.sweep import Evaluation, accuracy, outputs
+from snpc.torch.checkpoints import run_name
+from snpc.torch.tune import Tuned
+
+
+class Objective(Protocol):
+    """Something that grows as a model gets worse, and how far it may."""
+
+    @property
+    def limit(self) -> float: ...
+
+    @property
+    def key(self) -> str:
+        """Names all that decides what it says."""
+
+    def measure(self, tuned: Tuned) -> float: ...
+
+    def __str__(self) -> str:
+        """Completes "no cut keeps ..."."""
+
+
+@dataclass(frozen=True)
+class DriftLimit:
+    """The outputs after training stay within a relative change of ``limit``. Raises UserError for 0 or less."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0:
+            raise UserError(f"drift limit {self.limit:g}: must be more than 0")
+
+    @property
+    def key(self) -> str:
+        return f"drift {self.limit!r}"
+
+    def measure(self, tuned: Tuned) -> float:
+        return drift(tuned)
+
+    def __str__(self) -> str:
+        return f"the drift within {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class AccuracyDrop:
+    """Of the labels of ``evaluation``, a share of at most ``limit`` is lost against ``dense``, as `snpc sweep` judges.
+
+    Raises UserError for less than 0, and without labels.
+    """
+
+    limit: float
+    dense: Path
+    evaluation: Evaluation = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UserError(f"accuracy drop {self.limit:g}: must be 0 or more, as a share (0.01: one in a hundred)")
+        if self.evaluation.labels is None:
+            raise UserError("accuracy is measured with labels: give some")
+
+    @cached_property
+    def before(self) -> float:
+        return self.accuracy(self.dense)
+
+    @property
+    def key(self) -> str:
+        labels = self.evaluation.labels
+        assert labels is not None
+        said = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
+        return run_name(self.evaluation.data, self.limit, said)
+
+    def accuracy(self, path: Path) -> float:
+        found = accuracy(outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
+        assert found is not None
+        return found
+
+    def measure(self, tuned: Tuned) -> float:
+        return self.before - self.accuracy(tuned.path)
+
+    def __str__(self) -> str:
+        return f"the accuracy within {self.limit:g} of the dense model's {self.before:.4g}"
+
+
+def drift(tuned: Tuned) -> float:
+    """The largest of the outputs, relative."""
+    return max(d.relative for d in tuned.after)
