@@ -26,17 +26,25 @@ from snpc.passes.rewrite import rewrite_model
 from snpc.passes.shapes import Facts, best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
-from snpc.runtime.curves import relative_change
+from snpc.runtime.curves import mean_change
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.relevance import token_relevance
-from snpc.runtime.session import open_session
 from snpc.runtime.token_cost import TokenCost, token_cost
+from snpc.runtime.verify import outputs_of
 from snpc.tokens import METHODS
 from snpc.tokens.methods import Method as TokenMethod
-from snpc.tokens.methods import Setting
-from snpc.tokens.reduce import Reduction, check_point, why_not, with_steps
+from snpc.tokens.reduce import (
+    Amount,
+    Reduction,
+    Wanted,
+    check_point,
+    settings_for,
+    steps_for,
+    why_not,
+    with_steps,
+)
 from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
 from snpc.types import AnyArray
 
@@ -69,7 +77,7 @@ class Trials:
     binding: Mapping[str, int]
     cost: TokenCost
     batches: Sequence[Feeds]
-    dense: Sequence[Sequence[AnyArray]]
+    dense: Sequence[Mapping[str, AnyArray]]
     provider: str
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
@@ -90,32 +98,18 @@ class Trials:
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
             save(clean(model), path)
-            moved = run(path, self.batches, self.provider)
+            moved = outputs_of(path, self.batches, self.provider)
         return float(np.mean([mean_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
-    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+    def wanted(self, method: TokenMethod, schedule: Schedule) -> Wanted:
         points = self.analysis.tokens.points
-        count, steps = points[0].count, []
-        for point, gone in zip(points, schedule, strict=True):
-            gone = min(gone, method.most(count - point.leading))
-            if gone > 0:
-                scores = self.offline[point.block] if method.offline else ()
-                steps.append(Step(point, method, Setting(count, point.leading, gone), scores))
-                count -= gone
-        return steps
+        return {p.block: (method, Amount(gone)) for p, gone in zip(points, schedule, strict=True)}
+
+    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        return steps_for(self.analysis, self.wanted(method, schedule), self.offline)
 
     def macs(self, method: TokenMethod, schedule: Schedule) -> float:
-        return self.cost.macs([s.setting for s in self.full(method, schedule)], method)
-
-    def full(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
-        """A step for every point, those included at which no token goes."""
-        points = self.analysis.tokens.points
-        count, steps = points[0].count, []
-        for point, gone in zip(points, schedule, strict=True):
-            gone = max(0, min(gone, method.most(count - point.leading)))
-            steps.append(Step(point, method, Setting(count, point.leading, gone)))
-            count -= gone
-        return steps
+        return self.cost.macs(settings_for(self.analysis.tokens.points, self.wanted(method, schedule)), method)
 
     def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
         """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
@@ -131,18 +125,6 @@ class Trials:
             middle = (low + high) / 2
             low, high = (low, middle) if self.macs(method, at(middle)) <= macs else (middle, high)
         return at(high)
-
-
-def mean_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> float:
-    """Mean over the outputs of numbers of |moved - dense|^2 / |dense|^2."""
-    each = [relative_change(a, b) for a, b in zip(dense, moved, strict=True) if a.dtype.kind not in "biuO"]
-    return float(np.mean(each)) if each else 0.0
-
-
-def run(path: Path, batches: Sequence[Feeds], provider: str) -> list[list[AnyArray]]:
-    session = open_session(path, provider=provider, optimise="basic")
-    known = {i.name for i in session.get_inputs()}
-    return [list(session.run(None, {k: v for k, v in feeds.items() if k in known})) for feeds in batches]
 
 
 def choose_tokens(
@@ -188,7 +170,7 @@ def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials
         batches.append(feeds)
         if len(batches) * calibration.batch >= SAMPLES:
             break
-    dense = run(analysis.model.path, batches, provider)
+    dense = outputs_of(analysis.model.path, batches, provider)
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # without it there are other methods
         offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)

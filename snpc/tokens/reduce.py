@@ -13,6 +13,7 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analysed, cost_of
 from snpc.passes.shapes import best_binding, evaluate
+from snpc.passes.tokens import TokenPoint
 from snpc.tokens import METHODS, method
 from snpc.tokens.methods import Method, Setting
 from snpc.tokens.rewrite import Step, close_tokens, open_tokens, stream_dtype
@@ -180,25 +181,36 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
         raise UserError(f"--tokens: tokens are summed behind block {block}, so merged ones would count less; use topk")
 
 
-def steps_for(analysis: Analysis, wanted: Mapping[int, tuple[Method, Amount]], offline: Offline) -> list[Step]:
+Wanted = Mapping[int, tuple[Method, Amount]]
+
+
+def settings_for(points: Sequence[TokenPoint], wanted: Wanted) -> list[Setting]:
+    """One for every point, those included at which no token goes."""
+    count, found = points[0].count, []
+    for point in points:
+        others, gone = count - point.leading, 0
+        if point.block in wanted:
+            made, much = wanted[point.block]
+            gone = max(0, min(much.going(others), made.most(others)))
+        found.append(Setting(count, point.leading, gone))
+        count -= gone
+    return found
+
+
+def steps_for(analysis: Analysis, wanted: Wanted, offline: Offline) -> list[Step]:
     """Steps at these blocks; those at which no token goes are left out.
 
     Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
     """
     steps: list[Step] = []
-    count = analysis.tokens.points[0].count
-    for point in analysis.tokens.points:
-        if point.block not in wanted:
+    points = analysis.tokens.points
+    for point, setting in zip(points, settings_for(points, wanted), strict=True):
+        if not setting.gone:
             continue
-        made, much = wanted[point.block]
-        others = count - point.leading
-        gone = min(much.going(others), made.most(others))
-        if gone > 0:
-            if made.offline and any(not s.method.selects for s in steps):
-                raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
-            if made.offline and len(offline.get(point.block, ())) != point.count:
-                raise UserError(f"--tokens: {made.name} needs the relevance of every position: give --calib")
-            scores = tuple(offline[point.block]) if made.offline else ()
-            steps.append(Step(point, made, Setting(count, point.leading, gone), scores))
-            count -= gone
+        made, _ = wanted[point.block]
+        if made.offline and any(not s.method.selects for s in steps):
+            raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
+        if made.offline and len(offline.get(point.block, ())) != point.count:
+            raise UserError(f"--tokens: {made.name} needs the relevance of every position: give --calib")
+        steps.append(Step(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
     return steps
