@@ -379,12 +379,14 @@ def build(made: Build) -> None:
 
 def sweep(found: Sweep) -> None:
     known = found.points[0].accuracy is not None
+    fewer = any(p.tokens for p in found.points)
     rows = []
     for p in found.points:
         same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
         rows.append(
             (
                 p.name,
+                *((p.tokens or "-",) if fewer else ()),
                 share(p.macs, found.points[0].macs),
                 share(p.params, found.points[0].params),
                 f"{p.latency:.3g}",
@@ -395,8 +397,9 @@ def sweep(found: Sweep) -> None:
                 "front" if p.front else "",
             )
         )
-    header = ("target", "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
-    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(1, len(header) - 1))
+    first = ("target", *(("tokens",) if fewer else ()))
+    header = (*first, "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
+    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
 
 
 @contextmanager

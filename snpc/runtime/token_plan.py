@@ -133,19 +133,18 @@ def choose_tokens(
     target: str | None,
     widths: Widths | None,
     provider: str = "cpu",
+    trials: Trials | None = None,
 ) -> Analysis:
     """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
-    are cut as well.
+    are cut as well. ``trials``: what was tried for other targets.
 
     Raises UserError where there is nothing to decide by, or where the target cannot be reached.
     """
-    wanted = parse_target(target) if target is not None else None
-    if wanted is None or wanted.kind != "macs" or calibration is None:
-        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --target macs=R and --calib")
-    if not analysis.tokens.points:
-        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
-    trials = start(analysis, calibration, provider)
-    whole, budget = float(analysis.cost.macs), wanted.share * analysis.cost.macs
+    share = share_of_macs(target)
+    if calibration is None:
+        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
+    trials = trials or start(analysis, calibration, provider)
+    whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
     if budget >= least:
         return analysis
@@ -163,7 +162,18 @@ def choose_tokens(
     return shared(trials, best, reachable, calibration, widths, budget)
 
 
+def share_of_macs(target: str | None) -> float:
+    """R of "macs=R". Raises UserError for any other target."""
+    wanted = parse_target(target) if target is not None else None
+    if wanted is None or wanted.kind != "macs":
+        raise UserError(f"--tokens auto spares MACs: give macs=R and --calib{f', not {target}' if target else ''}")
+    return wanted.share
+
+
 def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
+    """Raises UserError where the tokens of the model cannot be reduced."""
+    if not analysis.tokens.points:
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
     binding, facts = best_binding(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
