@@ -45,7 +45,8 @@ from snpc.tokens.reduce import (
     why_not,
     with_steps,
 )
-from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
+from snpc.tokens.rewrite import open_tokens, stream_dtype
+from snpc.tokens.step import Step
 from snpc.types import AnyArray
 
 SAMPLES = 32
@@ -171,9 +172,11 @@ def share_of_macs(target: str | None) -> float:
 
 
 def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
-    """Raises UserError where the tokens of the model cannot be reduced."""
+    """Raises UserError where the tokens of the model cannot be reduced, or not by schedules of numbers."""
     if not analysis.tokens.points:
         raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
+    if not all(point.fixed for point in analysis.tokens.points):
+        raise UserError("--tokens auto: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
     binding, facts = best_binding(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
@@ -191,7 +194,7 @@ def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
     for made in METHODS.values():
-        if made.offline and not trials.offline:
+        if made.adapts or (made.offline and not trials.offline):
             continue
         try:
             for point in trials.analysis.tokens.points:
