@@ -265,3 +265,17 @@ def test_what_adaptive_refuses(spec: str, said: str, tmp_path: Path) -> None:
     encoder = Encoder(exit="mean" if "serves" in said else "class")
     with pytest.raises(UserError, match=said):
         adaptive(encoder, spec, tmp_path)
+
+
+def test_a_batch_without_a_name(tmp_path: Path) -> None:
+    encoder = Encoder()
+    model = encoder.model()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].Clear()
+    onnx.save(model, tmp_path / "encoder.onnx")
+    found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
+    for spec in ("topk:3@1", "adaptive:0.8@1"):
+        reduced = reduce_tokens(found, spec, {1: (0.75,)})
+        result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+        assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.9 * reduced.cost.macs
+        check_tokens(reduced, result.path, [encoder.feeds(4)], 1e-5, "cpu")

@@ -66,7 +66,8 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
 def batch_dimension(model: ir.Model) -> int | ir.SymbolicDim:
     for value in model.graph.inputs:
         if value.shape is not None and len(value.shape) and not value.is_initializer():
-            return value.shape[0]
+            batch = value.shape[0]
+            return batch if isinstance(batch, int) or batch.value else ir.SymbolicDim(f"{value.name}.0")
     raise UserError("the model has no input with a batch axis, so its tokens cannot be reduced")
 
 
