@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
-Exit = Literal["class", "mean", "both", "all", "last"]
+Exit = Literal["class", "mean", "both", "all", "last", "real"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ class Writing:
         x = self.body()
         if e.exit == "mean":
             y = self.mean(x)
+        elif e.exit == "real":
+            weights = self.op("Unsqueeze", "mask", self.ints(2))
+            total, count = (
+                self.op("ReduceSum", v, self.ints(1), keepdims=0) for v in (self.op("Mul", x, weights), weights)
+            )
+            y = self.op("Div", total, count)
         elif e.exit == "both":
             rest = self.op("Slice", x, self.ints(1), self.ints(1 << 40), self.ints(1))
             self.constants["first"] = np.asarray(0)

@@ -169,6 +169,7 @@ PINNED = {
     "it reads the last token": (Encoder(exit="last"), "is read by number"),
     "a table over pairs": (Encoder(bias=True), "every pair of positions"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
+    "a mean that leaves out padding": (Encoder(masked=True, exit="real"), "a mean that leaves out padding"),
 }
 
 

@@ -191,7 +191,9 @@ def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
     even = is_even(step.model, step.facts, value, tuple(axes))
     if value in step.flow.marks or not (even or is_mask(step, index, axes)):
         positions = "every pair of positions" if pairs else "every position"
-        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}")
+        computed = value.const_value is None and len(step.call.shape(index)) == 3
+        hint = " (a mean that leaves out padding? its total is not of tokens)" if computed else ""
+        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}{hint}")
     step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
 
 
