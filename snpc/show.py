@@ -128,11 +128,20 @@ def tokens(analysis: Analysis) -> None:
     for tokens_now, leading, points in token_spans(analysis):
         first, last = points[0], points[-1]
         stay = f"the first {leading} stay" if leading else "none has to stay"
-        ways = "merge" if first.scores is None else "topk, fuse" if first.summed else "topk, fuse, merge"
         where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
-        line(f"tokens: {tokens_now}, can get fewer {where} ({stay}; {ways})")
+        many = tokens_now if first.fixed else "as many as the input has"
+        line(f"tokens: {many}, can get fewer {where} ({stay}; {ways_of(first)})")
     for pin in found.pins:
         line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+
+
+def ways_of(point: TokenPoint) -> str:
+    """Methods that serve there, for ``inspect``."""
+    if point.scores is None:
+        return "merge" if point.fixed and not point.sided else "none: no attention weights to go by"
+    if not point.fixed or point.sided:
+        return "topk" if point.summed else "topk, adaptive"
+    return "topk, fuse" if point.summed else "topk, fuse, merge, adaptive"
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
@@ -140,12 +149,11 @@ def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
     spans: list[tuple[int, int, list[TokenPoint]]] = []
     for point in analysis.tokens.points:
         last = spans[-1][2][-1] if spans else None
-        alike = last is not None and (last.block + 1, last.count, last.leading, last.scores is None, last.summed) == (
+        alike = last is not None and (last.block + 1, last.count, last.leading, ways_of(last)) == (
             point.block,
             point.count,
             point.leading,
-            point.scores is None,
-            point.summed,
+            ways_of(point),
         )
         if alike:
             spans[-1][2].append(point)
@@ -213,7 +221,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
             {
                 "block": p.block,
                 "tensor": p.value,
-                "tokens": p.count,
+                "tokens": p.count if p.fixed else None,
                 "leading": p.leading,
                 "scores": p.scores is not None,
                 "summed": p.summed,
@@ -275,7 +283,8 @@ def result(result: Pruned) -> None:
     reduction = result.plan.analysis.reduction
     if reduction is not None:
         steps = reduction.to_json()["steps"]
-        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}")
+        mean = " on average of the calibration inputs, at which MACs are quoted" if "on_average" in steps[-1] else ""
+        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{mean}")
     if result.search is not None:
         line(search_text(result.search))
     verdict(result.verdict)
@@ -380,12 +389,14 @@ def build(made: Build) -> None:
 
 def sweep(found: Sweep) -> None:
     known = found.points[0].accuracy is not None
+    fewer = any(p.tokens for p in found.points)
     rows = []
     for p in found.points:
         same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
         rows.append(
             (
                 p.name,
+                *((p.tokens or "-",) if fewer else ()),
                 share(p.macs, found.points[0].macs),
                 share(p.params, found.points[0].params),
                 f"{p.latency:.3g}",
@@ -396,8 +407,9 @@ def sweep(found: Sweep) -> None:
                 "front" if p.front else "",
             )
         )
-    header = ("target", "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
-    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(1, len(header) - 1))
+    first = ("target", *(("tokens",) if fewer else ()))
+    header = (*first, "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
+    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
-Exit = Literal["class", "mean", "both", "all", "last"]
+Exit = Literal["class", "mean", "both", "all", "last", "real"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ class Writing:
         x = self.body()
         if e.exit == "mean":
             y = self.mean(x)
+        elif e.exit == "real":
+            weights = self.op("Unsqueeze", "mask", self.ints(2))
+            total, count = (
+                self.op("ReduceSum", v, self.ints(1), keepdims=0) for v in (self.op("Mul", x, weights), weights)
+            )
+            y = self.op("Div", total, count)
         elif e.exit == "both":
             rest = self.op("Slice", x, self.ints(1), self.ints(1 << 40), self.ints(1))
             self.constants["first"] = np.asarray(0)
@@ -175,7 +181,7 @@ class Writing:
             [helper.make_tensor_value_info("y", kind, ["n", *(("tokens",) if e.exit == "all" else ()), 5])],
             [numpy_helper.from_array(a, name) for name, a in self.constants.items() if name in used],
         )
-        ir_version = 8 if e.opset < 19 else 11
+        ir_version = 8 if e.opset < 19 else 11 if e.opset < 24 else 12
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", e.opset)], ir_version=ir_version)
 
 
@@ -183,11 +189,17 @@ class Writing:
 
 
 def forward(
-    encoder: Encoder, x: Array, drop: dict[int, int], offline: dict[int, Array] | None = None, online: float = 1.0
+    encoder: Encoder,
+    x: Array,
+    drop: dict[int, int],
+    offline: dict[int, Array] | None = None,
+    online: float = 1.0,
+    shares: dict[int, float] | None = None,
 ) -> Array:
     """The outputs in float64, ``drop[block]`` tokens dropped behind that attention by class attention (``exit``
     "class") or received attention ("mean"), to the power ``online``, times ``offline[block]`` of the position that the
-    token had at first, to the power of the rest."""
+    token had at first, to the power of the rest. Behind ``shares[block]``, of one sample, those stay that together
+    have this share of the scores."""
     w = {name: a.astype(np.float64) for name, a in encoder.weights().items()}
     values = x.astype(np.float64)
     if encoder.tokens > encoder.patches:
@@ -199,8 +211,11 @@ def forward(
         probabilities, context = attend(encoder, w, norm(values, w, f"{k}a"), k)
         values = values + context @ w[f"o{k}"]
         gone = drop.get(k + 1, 0)
+        score = probabilities[:, :, 0].sum(1) if lead else probabilities.sum((1, 2))
+        if shares is not None and k + 1 in shares:
+            ranked = -np.sort(-score[0, lead:])
+            gone = int((np.cumsum(ranked) - ranked >= shares[k + 1] * ranked.sum()).sum())
         if gone:
-            score = probabilities[:, :, 0].sum(1) if lead else probabilities.sum((1, 2))
             if offline is not None:
                 score = score**online * offline[k + 1][where] ** (1 - online)
             keep = [[*range(lead), *(lead + np.argsort(-row[lead:])[: len(row) - lead - gone])] for row in score]

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -87,6 +88,30 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "roles"), [("auto", "none"), ("auto", "ffn"), ("merge:2@1,2", "qk,vo,ffn")], ids=["auto", "both", "hand"]
+)
+def test_a_sweep_with_fewer_tokens(tokens: str, roles: str, tmp_path: Path) -> None:
+    snpc.write_example("digits", tmp_path)
+    out = tmp_path / "sizes"
+    result = swept(tmp_path, "--targets", "macs=0.6,0.5", "-o", str(out), "--tokens", tokens, "--roles", roles)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "sweep.json").read_text())["points"]
+    assert [row["name"] for row in rows] == ["original", "macs=0.6", "macs=0.5"]
+    assert rows[0]["tokens"] == ""
+    for row, share in zip(rows[1:], (0.6, 0.5), strict=True):
+        assert 0.7 * share * rows[0]["macs"] < row["macs"] <= share * rows[0]["macs"]
+        assert row["tokens"] == tokens if tokens != "auto" else row["tokens"]
+        assert roles != "none" or row["params"] == rows[0]["params"]
+        assert row["tokens"] in (out / "sweep.svg").read_text()
+    if roles == "none":
+        assert rows[1]["tokens"] != rows[2]["tokens"]
+    assert "tokens" in result.stdout
+    for name in {name for row in rows[1:] for name in row["files"]}:
+        names = {node.name for node in onnx.load(out / name).graph.node}
+        assert any(n.startswith("tokens_") for n in names)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--targets", "macs=0.0001"], "cannot be reached"),
@@ -97,7 +122,10 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
         (["--targets", "macs=0.5", "--build", "ncnn"], "choose from"),
         (["--targets", "macs=0.5", "--build", "trt-rtx"], "does not run engines"),
         (["--targets", "macs=0.5", "--max-drift", "0.1"], "--max-drift"),
-        (["--targets", "macs=0.5", "--tokens", "merge:1"], "goes through widths"),
+        (["--targets", "macs=0.5", "--roles", "none"], "--tokens auto"),
+        (["--targets", "macs=0.5", "--roles", "none", "--tokens", "merge:1"], "--tokens auto"),
+        (["--targets", "macs=0.5,params=0.5", "--tokens", "auto"], "spares MACs"),
+        (["--targets", "macs=0.5", "--tokens", "halve:1"], "no method"),
     ],
 )
 def test_what_a_sweep_refuses(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -28,7 +28,7 @@ from snpc.tokens import METHODS
 from snpc.tokens.inplace import inplace_feeds
 from snpc.tokens.methods import Setting
 from snpc.tokens.reduce import reduce_tokens
-from snpc.tokens.rewrite import Step
+from snpc.tokens.step import Step
 
 FORMS = {
     "plain": Encoder(),
@@ -96,8 +96,8 @@ def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = written(reduced, tmp_path)
     assert check_tokens(reduced, path, [encoder.feeds()], 1e-5, "cpu")
 
-    def mixed_up(steps: Sequence[Step], decided: Mapping[str, Array]) -> dict[str, Array]:
-        return inplace_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()})
+    def mixed_up(steps: Sequence[Step], decided: Mapping[str, Array], count: int) -> dict[str, Array]:
+        return inplace_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()}, count)
 
     monkeypatch.setattr("snpc.runtime.tokens.inplace_feeds", mixed_up)
     with pytest.raises(CheckFailed, match="taken out in place"):
@@ -169,6 +169,7 @@ PINNED = {
     "it reads the last token": (Encoder(exit="last"), "is read by number"),
     "a table over pairs": (Encoder(bias=True), "every pair of positions"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
+    "a mean that leaves out padding": (Encoder(masked=True, exit="real"), "a mean that leaves out padding"),
 }
 
 
@@ -183,7 +184,7 @@ def test_other_encoders_are_left_alone(name: str, tmp_path: Path) -> None:
         reduce_tokens(found, "merge:2@1")
 
 
-@pytest.mark.parametrize("name", ["swin_timm__ts17", "gpt2__ts17", "llama__ts17", "bart__ts17"])
+@pytest.mark.parametrize("name", ["swin_timm__ts17", "gpt2__ts17", "llama__ts17", "bert__ts17"])
 def test_exports_with_pinned_tokens_are_left_alone(name: str) -> None:
     found = analysis_of(name)
     assert not found.tokens.points and found.tokens.pins
@@ -300,4 +301,4 @@ def test_refusals(spec: str, tmp_path: Path) -> None:
 def test_auto_needs_a_target_in_macs_and_data(tmp_path: Path) -> None:
     analysis(Encoder(), tmp_path)
     code, text = command("prune", str(tmp_path / "encoder.onnx"), "--roles", "none", "--tokens", "auto")
-    assert code == 2 and "--target macs=R and --calib" in text
+    assert code == 2 and "give macs=R and --calib" in text

@@ -107,12 +107,12 @@ def decided(
 
 def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
     """The decision that --roles none leaves: no width is cut."""
-    import snpc
+    from snpc.runtime.compress import uncut
 
     for name in ("ratio", "max_drift", "load_stats", "save_stats"):
         if choice[name] not in (None, ()):
             raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
-    return snpc.Decision(snpc.Plan(analysis, "none", {"roles": ()}, {}, "select"))
+    return uncut(analysis)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

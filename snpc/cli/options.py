@@ -90,8 +90,8 @@ choosing = options(
         "--tokens",
         metavar="METHOD:N[@BLOCKS]|auto",
         help="Also drop or merge tokens: merge:13 (13 fewer at every block), topk:0.7@3,6,9 (keep 70 % after these), "
-        "star, fuse, guided, several joined by +; auto: where and how many is chosen for --target macs=R. star and "
-        "auto need --calib.",
+        "star, fuse, guided, adaptive:0.9 (as many as have 90 % of the attention: fewer of easy inputs), several "
+        "joined by +; auto: where and how many is chosen for --target macs=R. star, adaptive and auto need --calib.",
     ),
     click.option(
         "--method",

@@ -114,19 +114,15 @@ def with_tokens(
 ) -> tuple[Any, Any]:
     """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
     import snpc
-    from snpc.runtime.token_plan import Widths, choose_tokens
-    from snpc.runtime.tokens import told
-    from snpc.tokens.reduce import reduce_tokens
+    from snpc.runtime.token_plan import Widths
+    from snpc.runtime.token_request import AUTO
+    from snpc.runtime.token_request import with_tokens as reduced
 
-    if tokens is None:
-        return analysis, calibration
-    if tokens.strip() == "auto":
+    widths = None
+    if tokens is not None and tokens.strip() == AUTO and choice["roles"]:
         named = {f.name: choice[f.name] for f in fields(snpc.Choice)}
-        widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"]) if choice["roles"] else None
-        analysis = choose_tokens(analysis, calibration, choice["target"], widths, provider)
-    else:
-        analysis = reduce_tokens(analysis, tokens, offline_scores(analysis, calibration, tokens, provider))
-    return analysis, told(analysis, calibration, provider)
+        widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"])
+    return reduced(analysis, calibration, tokens, target=choice["target"], widths=widths, provider=provider)
 
 
 def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
@@ -137,16 +133,6 @@ def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> di
         return {}
     liked = snpc.widths_for(build, provider)
     return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
-
-
-def offline_scores(analysis: Any, calibration: Any, tokens: str, provider: str) -> Any:
-    """Of every position, by block, where a method asks for them and there is data."""
-    from snpc.runtime.relevance import token_relevance
-    from snpc.tokens.reduce import needs_offline
-
-    if calibration is None or not needs_offline(tokens):
-        return None
-    return token_relevance(analysis.model.graph, analysis.tokens.points, calibration.batches(), provider)
 
 
 def write_text(path: Path, text: str) -> None:

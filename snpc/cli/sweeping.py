@@ -51,6 +51,9 @@ def sweep(
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot and the models that no other one beats.
 
+    --tokens auto chooses the tokens for every target of MACs; any other --tokens holds for all targets, and widths are
+    cut for the rest of the way.
+
     Into the folder go sweep.json, sweep.svg (quality against latency) and the models on the Pareto front.
     """
     import snpc
@@ -63,11 +66,6 @@ def sweep(
     for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
-    if choice.pop("tokens") is not None or not choice["roles"]:
-        raise UserError(
-            "a sweep goes through widths: drop tokens first (`snpc prune --roles none --tokens ...`), then sweep what "
-            "that writes"
-        )
     if criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if precision is not None and build is None:
@@ -76,6 +74,7 @@ def sweep(
         raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
+    tokens = choice.pop("tokens")
     choice |= liked_widths(choice, build, provider)
     names = parse_targets(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
@@ -91,7 +90,8 @@ def sweep(
             names,
             folder,
             calibration,
-            choice=snpc.Choice(target=names[0], **choice),
+            choice=snpc.Choice(target=names[0], **choice) if choice["roles"] else None,
+            tokens=tokens,
             evaluation=judge,
             method=method,
             target=build,

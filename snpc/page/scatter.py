@@ -52,7 +52,8 @@ def height_of(point: Point) -> float:
 
 def mark(point: Point, x: float, y: float) -> list[Element]:
     kind = "front" if point.front else "beaten"
-    tip = f"{point.name}: {100 * height_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
+    name = f"{point.name}, tokens {point.tokens}" if point.tokens else point.name
+    tip = f"{name}: {100 * height_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
     dot = el("circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": kind}, el("title", None, tip))
     return [dot, words(x + 9, y + 4, point.name)]
 

@@ -77,7 +77,7 @@ def found_survivors(result: Pruned, reduction: Reduction, calibration: Calibrati
     prefix, grid = where
     (decided,) = decisions(result.path, reduction.decisions, [feeds], "cpu")
     stages: list[list[Stage]] = [[] for _ in range(min(PICTURES, len(pictures)))]
-    for step, holds in zip(steps, members(steps, decided), strict=True):
+    for step, holds in zip(steps, members(steps, decided, steps[0].point.count), strict=True):
         shares = (holds / np.maximum(holds.sum(2, keepdims=True), 1)).max(1)[:, prefix:]
         for k, mine in enumerate(stages):
             rows = shares[k].reshape(grid).tolist()

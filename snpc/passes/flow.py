@@ -184,19 +184,26 @@ def pointwise(step: Step) -> Found:
 
 
 def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
-    """What has entries for tokens, but is not made of them: a mask along one axis can be picked from as the tokens are,
-    and what has the same entries everywhere needs one only."""
+    """What has entries for tokens, but is not made of them: a mask can be picked from as the tokens are, and what has
+    the same entries everywhere needs one only."""
     value = step.node.inputs[index]
     assert value is not None
-    shape = step.call.shape(index)
     even = is_even(step.model, step.facts, value, tuple(axes))
-    masks = (
-        len(axes) == 1 and not any(axes.values()) and len(shape) == 4 and min(axes) > 0 and value.const_value is None
-    )
-    if value in step.flow.marks or not (even or masks):
+    if value in step.flow.marks or not (even or is_mask(step, index, axes)):
         positions = "every pair of positions" if pairs else "every position"
-        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}")
+        computed = value.const_value is None and len(step.call.shape(index)) == 3
+        hint = " (a mean that leaves out padding? its total is not of tokens)" if computed else ""
+        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}{hint}")
     step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
+
+
+def is_mask(step: Step, index: int, axes: dict[int, int]) -> bool:
+    """Is input ``index``, [batch or 1, .., queries, keys], computed, with entries for all tokens along ``axes``?"""
+    value, shape = step.node.inputs[index], step.call.shape(index)
+    assert value is not None
+    batch = (step.facts.shape[next(iter(step.flow.marks))] or (0,))[0]
+    whole = not any(axes.values()) and min(axes) > 0
+    return whole and len(shape) == 4 and shape[0] in (1, batch) and value.const_value is None
 
 
 def normalise(step: Step) -> Found:
@@ -332,8 +339,9 @@ def attention(step: Step) -> Found:
     shape = form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
         raise step.stuck(shape.query, "which tokens see each other depends on their order")
+    mask = fused_mask(step)
     entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
-    if any(k is not None and call.has(k) for k in entering):
+    if any(k is not None and k != mask and call.has(k) for k in entering):
         raise step.stuck(shape.query, "a mask, a cache or a table for all positions enters it")
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         raise step.stuck(shape.query, "it hands out the keys and values of all positions")
@@ -344,7 +352,22 @@ def attention(step: Step) -> Found:
         step.flow.weighings.append(Weighing(node, shape.key, -1, next(iter(key.axes.values()))))
     elif key is not None or value is not None:
         raise step.stuck(shape.key, "tokens meet others than themselves")
+    if mask is not None:
+        sides = {2: query, 3: key}
+        axes = {a: 0 for a, marks in sides.items() if marks is not None and call.shape(mask)[a] > 1}
+        if any(marks is not None and any(marks.axes.values()) for marks in sides.values()):
+            raise step.stuck(mask, "some of the tokens only meet a mask")
+        if axes:
+            beside(step, mask, axes, len(axes) > 1)
     return [query]
+
+
+def fused_mask(step: Step) -> int | None:
+    """The input that holds a mask [batch or 1, heads or 1, queries, keys], if there is one."""
+    call = step.call
+    index = form(call, step.node.domain).scores
+    one = index is not None and index in form(call, step.node.domain).masks and call.has(index)
+    return index if one and len(call.shape(index or 0)) == 4 else None
 
 
 def shape_only(step: Step) -> Found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 
@@ -22,7 +22,6 @@ from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, o
 from snpc.types import Pin
 
 LEAST_OPSET = 13
-LENGTHS = "the number of tokens differs from input to input: export with a fixed length"
 MOST_LEADING = 0.25  # of the tokens: more that are read by number are no class tokens
 TOKEN_AXIS = 1
 
@@ -30,13 +29,15 @@ TOKEN_AXIS = 1
 @dataclass(frozen=True)
 class Scores:
     """Attention weights of the block in front of a point: ``tensor``, with queries along this axis and keys along
-    the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide."""
+    the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
+    it may have a mask that is true where keys count ("tells") or that is added ("added")."""
 
     tensor: str
     query_axis: int
     heads: int
     width: int = 0
     fused: str = ""
+    mask: Literal["", "tells", "added"] = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TokenPoint:
 
     ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
     that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
+    ``fixed``: there are as many for all inputs (else ``count`` is what the facts' binding makes it).
     ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little. ``sided``: what
     tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
     """
@@ -55,6 +57,7 @@ class TokenPoint:
     leading: int
     reads: int
     pooled: bool
+    fixed: bool
     summed: bool
     sided: str
     scores: Scores | None
@@ -92,6 +95,10 @@ class TokenReduction(Protocol):
 
     def close(self, model: ir.Model) -> None:
         """Make this open graph, in place, decide itself."""
+        ...
+
+    def mark(self, model: ir.Model) -> None:
+        """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
         ...
 
     def to_json(self) -> dict[str, Any]: ...
@@ -210,8 +217,6 @@ def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenP
         raise NothingBehind
     if shape[0] != batch_of(model, facts):
         raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
-    if not search.fixed(value):
-        raise Stuck(node, str(value.name), LENGTHS)
     leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
     if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
         raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
@@ -222,6 +227,7 @@ def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenP
         leading,
         len(flow.reads),
         bool(flow.pools),
+        search.fixed(value),
         bool(flow.sums),
         next((side.name for side in flow.sides if not side.even), ""),
         scores_of(model, facts, site, node),
@@ -291,9 +297,15 @@ def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Score
         return None
     if call.has(shape.bias) if shape.bias is not None else False:
         return None  # it is added inside
+    mask: Literal["", "tells", "added"] = ""
+    given = site.inputs[shape.scores] if shape.scores is not None and call.has(shape.scores) else None
+    if given is not None:
+        mask = "tells" if facts.dtype.get(given) == ir.DataType.BOOL else "added"
     heads, others = head_counts(call)
     sizes, keys = call.shape(shape.query), call.shape(shape.key)
     if not heads:
         heads, others = sizes[1], keys[1]
-        return Scores("", 0, heads, sizes[-1], str(site.name)) if heads == others else None
-    return Scores("", 0, heads, sizes[-1] // heads, str(site.name)) if heads == others and len(sizes) == 3 else None
+        return Scores("", 0, heads, sizes[-1], str(site.name), mask) if heads == others else None
+    if heads != others or len(sizes) != 3:
+        return None
+    return Scores("", 0, heads, sizes[-1] // heads, str(site.name), mask)

@@ -63,6 +63,11 @@ class Decision:
         return replace(self, plan=make_plan(self.scores, choice), choice=choice)
 
 
+def uncut(analysis: Analysis) -> Decision:
+    """The decision to cut no width, as where only tokens go."""
+    return Decision(Plan(analysis, "none", {"roles": ()}, {}, "select"))
+
+
 def decide(
     analysis: Analysis,
     choice: Choice,

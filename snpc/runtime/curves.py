@@ -80,14 +80,7 @@ class Sample:
     counts: Mapping[str, Counts]
 
     def change(self, moved: Mapping[str, AnyArray]) -> float:
-        """Mean over outputs of |moved - dense|^2 / |dense|^2."""
-        dense = self.states[-1]
-        each = [
-            relative_change(dense[name], array, self.counts.get(name))
-            for name, array in moved.items()
-            if array.dtype.kind not in "biuO"
-        ]
-        return float(np.mean(each)) if each else 0.0
+        return mean_change(self.states[-1], moved, self.counts)
 
 
 @dataclass(frozen=True)
@@ -170,6 +163,15 @@ def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
     scaled = curve * np.exp(line)
     rising: FloatArray = np.maximum.accumulate(scaled[::-1])[::-1]
     return rising
+
+
+def mean_change(
+    dense: Mapping[str, AnyArray], moved: Mapping[str, AnyArray], counts: Mapping[str, Counts] | None = None
+) -> float:
+    """Mean over outputs of |moved - dense|^2 / |dense|^2; ``counts``: the tokens that count, by output."""
+    counts = counts or {}
+    each = [relative_change(dense[k], a, counts.get(k)) for k, a in moved.items() if a.dtype.kind not in "biuO"]
+    return float(np.mean(each)) if each else 0.0
 
 
 def relative_change(dense: AnyArray, moved: AnyArray, counts: Counts | None = None) -> float:

@@ -242,6 +242,8 @@ def discard(path: Path) -> None:
 def written_cost(path: Path, analysis: Analysis) -> Cost:
     """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
     model = load(path)
+    if analysis.reduction is not None:
+        analysis.reduction.mark(model.graph)
     cost = cost_of(model.graph, evaluate(model.graph, dict(analysis.binding)))
     return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)
 

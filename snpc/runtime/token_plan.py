@@ -26,18 +26,27 @@ from snpc.passes.rewrite import rewrite_model
 from snpc.passes.shapes import Facts, best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
-from snpc.runtime.curves import relative_change
+from snpc.runtime.curves import mean_change
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.relevance import token_relevance
-from snpc.runtime.session import open_session
 from snpc.runtime.token_cost import TokenCost, token_cost
+from snpc.runtime.verify import outputs_of
 from snpc.tokens import METHODS
 from snpc.tokens.methods import Method as TokenMethod
-from snpc.tokens.methods import Setting
-from snpc.tokens.reduce import Reduction, check_point, why_not, with_steps
-from snpc.tokens.rewrite import Step, open_tokens, stream_dtype
+from snpc.tokens.reduce import (
+    Amount,
+    Reduction,
+    Wanted,
+    check_point,
+    settings_for,
+    steps_for,
+    why_not,
+    with_steps,
+)
+from snpc.tokens.rewrite import open_tokens, stream_dtype
+from snpc.tokens.step import Step
 from snpc.types import AnyArray
 
 SAMPLES = 32
@@ -69,7 +78,7 @@ class Trials:
     binding: Mapping[str, int]
     cost: TokenCost
     batches: Sequence[Feeds]
-    dense: Sequence[Sequence[AnyArray]]
+    dense: Sequence[Mapping[str, AnyArray]]
     provider: str
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
@@ -90,32 +99,18 @@ class Trials:
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
             save(clean(model), path)
-            moved = run(path, self.batches, self.provider)
+            moved = outputs_of(path, self.batches, self.provider)
         return float(np.mean([mean_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
-    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+    def wanted(self, method: TokenMethod, schedule: Schedule) -> Wanted:
         points = self.analysis.tokens.points
-        count, steps = points[0].count, []
-        for point, gone in zip(points, schedule, strict=True):
-            gone = min(gone, method.most(count - point.leading))
-            if gone > 0:
-                scores = self.offline[point.block] if method.offline else ()
-                steps.append(Step(point, method, Setting(count, point.leading, gone), scores))
-                count -= gone
-        return steps
+        return {p.block: (method, Amount(gone)) for p, gone in zip(points, schedule, strict=True)}
+
+    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+        return steps_for(self.analysis, self.wanted(method, schedule), self.offline)
 
     def macs(self, method: TokenMethod, schedule: Schedule) -> float:
-        return self.cost.macs([s.setting for s in self.full(method, schedule)], method)
-
-    def full(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
-        """A step for every point, those included at which no token goes."""
-        points = self.analysis.tokens.points
-        count, steps = points[0].count, []
-        for point, gone in zip(points, schedule, strict=True):
-            gone = max(0, min(gone, method.most(count - point.leading)))
-            steps.append(Step(point, method, Setting(count, point.leading, gone)))
-            count -= gone
-        return steps
+        return self.cost.macs(settings_for(self.analysis.tokens.points, self.wanted(method, schedule)), method)
 
     def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
         """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
@@ -133,37 +128,24 @@ class Trials:
         return at(high)
 
 
-def mean_change(dense: Sequence[AnyArray], moved: Sequence[AnyArray]) -> float:
-    """Mean over the outputs of numbers of |moved - dense|^2 / |dense|^2."""
-    each = [relative_change(a, b) for a, b in zip(dense, moved, strict=True) if a.dtype.kind not in "biuO"]
-    return float(np.mean(each)) if each else 0.0
-
-
-def run(path: Path, batches: Sequence[Feeds], provider: str) -> list[list[AnyArray]]:
-    session = open_session(path, provider=provider, optimise="basic")
-    known = {i.name for i in session.get_inputs()}
-    return [list(session.run(None, {k: v for k, v in feeds.items() if k in known})) for feeds in batches]
-
-
 def choose_tokens(
     analysis: Analysis,
     calibration: Calibration | None,
     target: str | None,
     widths: Widths | None,
     provider: str = "cpu",
+    trials: Trials | None = None,
 ) -> Analysis:
     """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
-    are cut as well.
+    are cut as well. ``trials``: what was tried for other targets.
 
     Raises UserError where there is nothing to decide by, or where the target cannot be reached.
     """
-    wanted = parse_target(target) if target is not None else None
-    if wanted is None or wanted.kind != "macs" or calibration is None:
-        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --target macs=R and --calib")
-    if not analysis.tokens.points:
-        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
-    trials = start(analysis, calibration, provider)
-    whole, budget = float(analysis.cost.macs), wanted.share * analysis.cost.macs
+    share = share_of_macs(target)
+    if calibration is None:
+        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
+    trials = trials or start(analysis, calibration, provider)
+    whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
     if budget >= least:
         return analysis
@@ -181,14 +163,27 @@ def choose_tokens(
     return shared(trials, best, reachable, calibration, widths, budget)
 
 
+def share_of_macs(target: str | None) -> float:
+    """R of "macs=R". Raises UserError for any other target."""
+    wanted = parse_target(target) if target is not None else None
+    if wanted is None or wanted.kind != "macs":
+        raise UserError(f"--tokens auto spares MACs: give macs=R and --calib{f', not {target}' if target else ''}")
+    return wanted.share
+
+
 def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
+    """Raises UserError where the tokens of the model cannot be reduced, or not by schedules of numbers."""
+    if not analysis.tokens.points:
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
+    if not all(point.fixed for point in analysis.tokens.points):
+        raise UserError("--tokens auto: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
     binding, facts = best_binding(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
         batches.append(feeds)
         if len(batches) * calibration.batch >= SAMPLES:
             break
-    dense = run(analysis.model.path, batches, provider)
+    dense = outputs_of(analysis.model.path, batches, provider)
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # without it there are other methods
         offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
@@ -199,7 +194,7 @@ def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
     for made in METHODS.values():
-        if made.offline and not trials.offline:
+        if made.adapts or (made.offline and not trials.offline):
             continue
         try:
             for point in trials.analysis.tokens.points:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import best_binding
+from snpc.passes.shapes import best_binding, dynamic_axes, evaluate
+from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
@@ -42,13 +43,17 @@ def told(analysis: Analysis, calibration: Calibration | None, provider: str = "c
     makes before any width is cut."""
     if analysis.reduction is None or calibration is None or isinstance(calibration, Told):
         return calibration
-    model = closed(analysis)
+    decided = tuple(decided_by(closed(analysis), analysis.reduction.decisions, calibration, provider))
+    known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
+    return Told(**known, decided=decided)
+
+
+def decided_by(model: ir.Model, names: Sequence[str], calibration: Calibration, provider: str) -> Iterator[Feeds]:
+    """What ``model``, which is taken over, decides, batch by batch."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "deciding.onnx"
         save(clean(model), path)
-        decided = tuple(decisions(path, analysis.reduction.decisions, calibration.batches(), provider))
-    known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
-    return Told(**known, decided=decided)
+        yield from decisions(path, names, calibration.batches(), provider)
 
 
 def closed(analysis: Analysis) -> ir.Model:
@@ -97,6 +102,16 @@ def check_tokens(
     return [{**feeds, **one} for feeds, one in zip(batches, decided, strict=True)], said
 
 
+def tokens_in(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
+    """How many tokens these inputs have at ``point``."""
+    if point.fixed:
+        return point.count
+    sizes = {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
+    shape = evaluate(model, sizes).shape[point.stream]
+    assert shape is not None
+    return shape[TOKEN_AXIS]
+
+
 def same_in_place(
     analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], provider: str
 ) -> tuple[Difference, ...]:
@@ -110,10 +125,10 @@ def same_in_place(
         save(clean(analysis.traced.model.clone()), short)
         save(clean(inplace_model(graph, facts, reduction.steps)), full)
         kind = reduction.dtypes[reduction.steps[0].point.value].numpy()
-        fed = [
-            {**feeds, **{k: v.astype(kind) for k, v in inplace_feeds(reduction.steps, one).items()}}
-            for feeds, one in zip(batches, decided, strict=True)
-        ]
+        fed = []
+        for feeds, one in zip(batches, decided, strict=True):
+            added = inplace_feeds(reduction.steps, one, tokens_in(graph, reduction.steps[0].point, feeds))
+            fed.append({**feeds, **{k: v.astype(kind) for k, v in added.items()}})
         expected = outputs_of(full, fed, provider)
         found = outputs_of(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], provider)
     return pooled([compare(a, b) for a, b in zip(expected, found, strict=True)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from snpc.passes.choice import Choice
 from snpc.passes.plan import Method
 from snpc.runtime.bench import bench
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision, decide, is_latency
+from snpc.runtime.compress import Decision, decide, is_latency, uncut
 from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import check_target
 from snpc.runtime.reach import prune
 from snpc.runtime.runner import open_runner
+from snpc.runtime.token_plan import Widths, share_of_macs, start
+from snpc.runtime.token_request import AUTO, with_tokens
 from snpc.runtime.verify import compare, pooled, worst
 from snpc.targets.base import Precision
 from snpc.targets.make import artefact, build, staging, target_of
@@ -37,7 +39,8 @@ class Point:
 
     ``drift``: outputs against the original's, relative; ``agreement``: share of rows with the same top entry;
     ``accuracy``: share of labels that are the top entry, where labels are given. ``speedup``: over the original, with
-    its 95 % interval. ``front``: nothing else is both at least as good and at least as fast.
+    its 95 % interval. ``tokens``: how they get fewer, "" where they do not. ``front``: nothing else is both at least as
+    good and at least as fast.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Point:
     drift: float
     agreement: float | None
     accuracy: float | None
+    tokens: str = ""
     latency: float = 0.0
     speedup: float = 1.0
     low: float = 1.0
@@ -88,7 +92,8 @@ def sweep(
     folder: Path,
     calibration: Calibration,
     *,
-    choice: Choice,
+    choice: Choice | None,
+    tokens: str | None = None,
     evaluation: Evaluation | None = None,
     method: Method | None = None,
     target: str | None = None,
@@ -101,53 +106,117 @@ def sweep(
     """Prune to each of ``targets`` ("macs=0.8"), build these and the original for ``target`` if one is named, judge and
     time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
-    What is measured on ``calibration`` is measured once. ``choice``: everything but the target. ``step`` is told what
-    comes next, ``steps(targets)`` times. Raises UserError for a target that cannot be reached, before anything is
-    written.
+    ``choice``: everything but the target (None: widths stay as they are). ``tokens``: how they get fewer
+    (``runtime.token_request``), the same for all targets, or "auto": as is best for each. What is measured on
+    ``calibration`` is measured once, or once for every number of tokens. ``step`` is told what comes next,
+    ``steps(targets)`` times. Raises UserError for a target that cannot be reached, before anything is written.
     """
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
-    choices = {text: replace(choice, target=text) for text in targets}
+    wishes = [Wish(text, replace(choice, target=text) if choice is not None else None) for text in targets]
     options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
     made_as = artefact(target, **options) if target else None
-    workload = Workload(batch=batch, artefact=made_as) if any(map(is_latency, choices.values())) else None
+    workload = Workload(batch=batch, artefact=made_as) if any(w.timed for w in wishes) else None
     judge = evaluation or Evaluation(calibration)
     step("measuring")
-    decisions = decided(analysis, choices, calibration, method, provider, workload)
+    means = Means(calibration, method, provider, workload)
+    decisions = decided(analysis, wishes, tokens, means)
     with staging(folder / "sweep") as work:
         source = analysis.model.path
 
-        def point(name: str, path: Path, cost: Cost) -> Point:
+        def point(name: str, path: Path, cost: Cost, tokens: str = "") -> Point:
             out = work / path.with_suffix(target_of(target).suffix).name if target else None
             files = build(path, target, out, **options).files if target else (path,)
             total = sum(file.stat().st_size for file in files)
-            return Point(name, files, cost.macs, cost.params, total, 0.0, None, None)
+            return Point(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
 
         points = [point(ORIGINAL, source, analysis.cost)]
-        for text, decision in decisions.items():
+        for text, (decision, fed) in decisions.items():
             step(text)
             path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
-            made = prune(decision, path, calibration=calibration, provider=provider)
-            points.append(point(text, path, made.after))
+            made = prune(decision, path, calibration=fed, provider=provider)
+            reduction = decision.plan.analysis.reduction
+            points.append(point(text, path, made.after, reduction.spec if reduction is not None else ""))
         step("judging and timing")
         points = timed(judged(points, source, judge, provider), provider, batch, rounds)
         points = on_front(points)
         return Sweep(source, folder, tuple(keep(points, source, folder)), batch)
 
 
-def decided(
-    analysis: Analysis,
-    choices: Mapping[str, Choice],
-    calibration: Calibration,
-    method: Method | None,
-    provider: str,
-    workload: Workload | None,
+@dataclass(frozen=True)
+class Wish:
+    """One target, and the widths to cut for it (None: none)."""
+
+    target: str
+    choice: Choice | None
+
+    @property
+    def timed(self) -> bool:
+        return self.choice is not None and is_latency(self.choice)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What is measured, and how."""
+
+    calibration: Calibration
+    method: Method | None
+    provider: str
+    workload: Workload | None
+
+
+Decided = tuple[Decision, Calibration]
+
+
+def decided(analysis: Analysis, wishes: Sequence[Wish], tokens: str | None, means: Means) -> dict[str, Decided]:
+    """For each target a decision, and the data that it is carried out with."""
+    if tokens is not None and tokens.strip() == AUTO:
+        return by_target(analysis, wishes, means)
+    if wishes[0].choice is None:
+        raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
+    reduced, fed = with_tokens(analysis, means.calibration, tokens, provider=means.provider)
+    assert fed is not None
+    return {text: (decision, fed) for text, decision in measured_once(reduced, wishes, fed, means).items()}
+
+
+def measured_once(
+    analysis: Analysis, wishes: Sequence[Wish], calibration: Calibration, means: Means
 ) -> dict[str, Decision]:
     """Measured for one target (a latency if there is one), planned for each."""
+    choices = {wish.target: wish.choice for wish in wishes if wish.choice is not None}
     first = max(choices.values(), key=is_latency)
-    made = decide(analysis, first, calibration=calibration, method=method, provider=provider, workload=workload)
+    made = decide(
+        analysis,
+        first,
+        calibration=calibration,
+        method=means.method,
+        provider=means.provider,
+        workload=means.workload,
+    )
     return {text: made.at(choice) for text, choice in choices.items()}
+
+
+def by_target(analysis: Analysis, wishes: Sequence[Wish], means: Means) -> dict[str, Decided]:
+    """As many tokens as are best for each target; what was tried for one serves the next."""
+    for wish in wishes:
+        share_of_macs(wish.target)
+    trials, found = start(analysis, means.calibration, means.provider), {}
+    for wish in wishes:
+        widths = Widths(wish.choice, means.method) if wish.choice is not None else None
+        reduced, fed = with_tokens(
+            analysis,
+            means.calibration,
+            AUTO,
+            target=wish.target,
+            widths=widths,
+            provider=means.provider,
+            trials=trials,
+        )
+        assert fed is not None
+        made = measured_once(reduced, [wish], fed, means)[wish.target] if widths is not None else uncut(reduced)
+        found[wish.target] = made, fed
+    return found
 
 
 def steps(targets: Sequence[str]) -> int:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from snpc.errors import UserError
-from snpc.tokens.methods import Fuse, Guided, Merge, Method, Star, TopK
+from snpc.tokens.methods import Adaptive, Fuse, Guided, Merge, Method, Star, TopK
 
-METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star())})
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star(), Adaptive())}
+)
 
 
 def method(name: str) -> Method:

@@ -8,12 +8,14 @@ counts nothing. The outputs must be those of the graph with fewer tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.passes.shapes import Facts
-from snpc.tokens.rewrite import Step, batch_dimension, stream_dtype, weigh
+from snpc.tokens.rewrite import batch_dimension, stream_dtype, weigh
+from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
@@ -30,7 +32,7 @@ def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Mo
         writer = Writer(copy.graph, step.prefix, dtype)
         stream = values[step.point.value]
         uses = list(stream.uses())
-        count = step.point.count
+        count = step.point.count if step.point.fixed else f"{step.prefix}_of"
         become, weight = (
             ir.Value(name=f"{step.prefix}_{name}", shape=ir.Shape([batch, count, last]), type=ir.TensorType(dtype))
             for name, last in (("become", count), ("count", 1))
@@ -46,33 +48,34 @@ def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Mo
     return copy
 
 
-def members(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> Iterator[FloatArray]:
-    """Behind each step [B, tokens now, tokens at first] of zeros and ones: which are in which."""
-    for _, holds, _ in walked(steps, decided):
+def members(steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int) -> Iterator[FloatArray]:
+    """Behind each step [B, tokens now, tokens at first] of zeros and ones: which are in which. ``count``: tokens at
+    first."""
+    for _, holds, _ in walked(steps, decided, count):
         yield holds
 
 
 def walked(
-    steps: Sequence[Step], decided: Mapping[str, AnyArray]
+    steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int
 ) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
     """Behind each step: what each token becomes, [B, tokens at first, tokens at first]; members; sizes [B, tokens
     now]."""
     batch = len(next(iter(decided.values())))
-    count = steps[0].point.count
     holds: FloatArray = np.tile(np.eye(count), (batch, 1, 1))
     sizes: FloatArray = np.ones((batch, count))
     for step in steps:
         arrays = [decided[name] for name in step.names]
-        matrix, sizes = step.method.matrix(step.setting, arrays, sizes)
+        setting = replace(step.setting, count=holds.shape[1])
+        matrix, sizes = step.method.matrix(setting, arrays, sizes)
         averaged = holds / np.maximum(holds.sum(2, keepdims=True), 1)  # a token as the average of its equal copies
         holds = ((matrix > 0).astype(float) @ holds > 0).astype(float)
         yield holds.transpose(0, 2, 1) @ (matrix @ averaged), holds, sizes
 
 
-def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """The inputs that ``inplace_model`` adds, from the decisions of one batch."""
+def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int) -> dict[str, AnyArray]:
+    """The inputs that ``inplace_model`` adds, from the decisions of one batch of ``count`` tokens."""
     feeds: dict[str, AnyArray] = {}
-    for step, (become, holds, sizes) in zip(steps, walked(steps, decided), strict=True):
+    for step, (become, holds, sizes) in zip(steps, walked(steps, decided, count), strict=True):
         feeds[f"{step.prefix}_become"] = become.astype(np.float32)
         copies = np.maximum(holds.sum(2), 1)
         feeds[f"{step.prefix}_count"] = np.einsum("bij,bi->bj", holds, sizes / copies)[..., None].astype(np.float32)

@@ -7,13 +7,15 @@ the rest of the program needs of the decisions is the matrix that ``matrix`` mak
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import ADD, CONCAT, DIV, EQUAL, LOG, MUL, SCATTER_ELEMENTS, SUB, TOPK
+from snpc.ops.writing import ADD, CONCAT, CUMSUM, DIV, EQUAL, LESS, LOG, MUL, REDUCE_MAX, SCATTER_ELEMENTS, SUB, TOPK
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
@@ -22,11 +24,16 @@ ONLINE = 0.4  # weight of a block's own scores where they are fused with what wa
 
 @dataclass(frozen=True)
 class Setting:
-    """One reduction: of ``count`` tokens the ``leading`` ones stay, and of the others ``gone`` go."""
+    """One reduction: of ``count`` tokens the ``leading`` ones stay, and of the others ``gone`` go.
+
+    ``share``: how many go is not fixed but computed in the graph, as this share says (of the tokens to keep, or of
+    their scores); ``count`` and ``gone`` are then those of one input.
+    """
 
     count: int
     leading: int
     gone: int
+    share: float | None = None
 
     @property
     def others(self) -> int:
@@ -43,23 +50,29 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Decision:
-    """One tensor of a decision: [batch, *shape]; ``whole``: of integers."""
+    """One tensor of a decision: [batch, *shape] (a name: of no fixed size); ``whole``: of integers."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     whole: bool = True
 
 
+KEPT = "kept"  # the size of decisions that say of each token that is kept which it is, where it is computed
+
+
 class Method(Protocol):
-    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out stands for several tokens;
-    ``selects``: every token that comes out is one that went in; ``offline``: it needs what was measured of every
-    position before (``runtime.relevance``)."""
+    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out has a weight: it stands for
+    several tokens, or for none; ``selects``: every token that comes out is one that went in; ``offline``: it needs what
+    was measured before (``runtime.token_request``); ``counts``: it can compute how many go; ``adapts``: that depends on
+    the contents of the input."""
 
     name: ClassVar[str]
     scored: ClassVar[bool]
     weighs: ClassVar[bool]
     selects: ClassVar[bool]
     offline: ClassVar[bool]
+    counts: ClassVar[bool]
+    adapts: ClassVar[bool]
 
     def most(self, others: int) -> int:
         """How many of so many tokens can go at once."""
@@ -82,11 +95,24 @@ class Method(Protocol):
         ...
 
 
-def best(writer: Writer, setting: Setting, scores: ir.Value, keep: int) -> ir.Value:
-    """Positions [B, keep] of the best tokens behind the leading ones."""
+def best(writer: Writer, setting: Setting, scores: ir.Value, keep: int | None) -> ir.Value:
+    """Positions [B, keep] of the best tokens behind the leading ones; None: of the share that the setting names."""
     rest = writer.slice(scores, 1, setting.leading)
-    found = writer.ops(TOPK, rest, writer.ints(keep), outputs=2, axis=1, largest=1, sorted=1)[1]
+    many = writer.ints(keep) if keep is not None else share_of(writer, writer.lengths(rest, 1), setting)
+    found = writer.ops(TOPK, rest, many, outputs=2, axis=1, largest=1, sorted=1)[1]
     return writer.op(ADD, found, writer.ints(setting.leading))
+
+
+def share_kept(others: int, share: float) -> int:
+    """ceil(others * share), but for what rounding adds to a whole number."""
+    return math.ceil(others * share - 1e-9)
+
+
+def share_of(writer: Writer, others: ir.Value, setting: Setting) -> ir.Value:
+    """``share_kept`` in the graph, in whole numbers, [1]."""
+    above, below = Fraction(str(setting.share)).as_integer_ratio()
+    scaled = writer.op(ADD, writer.op(MUL, others, writer.ints(above)), writer.ints(below - 1))
+    return writer.op(DIV, scaled, writer.ints(below))
 
 
 def fused_scores(writer: Writer, scores: ir.Value, offline: ir.Value, weight: float = ONLINE) -> ir.Value:
@@ -120,16 +146,18 @@ class TopK:
     weighs: ClassVar[bool] = False
     selects: ClassVar[bool] = True
     offline: ClassVar[bool] = False
+    counts: ClassVar[bool] = True
+    adapts: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others - 1
 
     def decisions(self, setting: Setting) -> tuple[Decision, ...]:
-        return (Decision("keep", (setting.others - setting.gone,)),)
+        return (Decision("keep", (setting.others - setting.gone if setting.share is None else KEPT,)),)
 
     def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
         assert scores is not None
-        return [best(writer, setting, scores, setting.others - setting.gone)]
+        return [best(writer, setting, scores, setting.others - setting.gone if setting.share is None else None)]
 
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
         sizes = picked(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
@@ -150,6 +178,47 @@ class Star(TopK):
 
     name: ClassVar[str] = "star"
     offline: ClassVar[bool] = True
+    counts: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Adaptive(TopK):
+    """Keeps of each input as few tokens, best first, as together have a share of the scores of all (behind the leading
+    ones), so that easy inputs keep fewer. In a batch all samples get as many as the one that keeps most; what a sample
+    has beyond its own weighs nothing."""
+
+    name: ClassVar[str] = "adaptive"
+    weighs: ClassVar[bool] = True
+    offline: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
+
+    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+        return (Decision("keep", (KEPT,)), Decision("alive", (KEPT,), whole=False))
+
+    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+        assert scores is not None
+        rest = writer.slice(scores, 1, setting.leading)
+        ranked, where = writer.ops(TOPK, rest, writer.lengths(rest, 1), outputs=2, axis=1, largest=1, sorted=1)
+        before = writer.op(CUMSUM, ranked, writer.constant(np.asarray(1, np.int64)), exclusive=1)
+        share = writer.constant(np.asarray([setting.share], np.float32))
+        alive = writer.op(LESS, before, writer.op(MUL, writer.total(rest, 1, keep=True), share))
+        counts = writer.total(writer.cast(alive, ir.DataType.INT64), 1)
+        most = writer.op(REDUCE_MAX, counts, keepdims=1)
+        keep, alive = (writer.first(value, 1, most) for value in (where, alive))
+        return [writer.op(ADD, keep, writer.ints(setting.leading)), writer.cast(alive)]
+
+    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+        keep, alive = decided
+        sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
+        own = writer.op(MUL, writer.pick(sizes, keep), writer.unsqueeze(alive, -1))
+        front = [writer.slice(sizes, 1, 0, setting.leading)] if setting.leading else []
+        return Tokens(picked(writer, setting, tokens.values, keep), writer.concat(1, *front, own))
+
+    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+        keep, alive = decided
+        chosen = selection(setting, keep)
+        chosen[:, setting.leading :] *= alive[:, :, None]
+        return chosen, np.einsum("bij,bj->bi", chosen, sizes)
 
 
 @dataclass(frozen=True)
@@ -161,6 +230,8 @@ class Fuse:
     weighs: ClassVar[bool] = False
     selects: ClassVar[bool] = False
     offline: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others - 1
@@ -209,6 +280,8 @@ class Merge:
     weighs: ClassVar[bool] = True
     selects: ClassVar[bool] = False
     offline: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
 
     def most(self, others: int) -> int:
         return others // 2
@@ -289,4 +362,4 @@ class Guided(Merge):
         return writer.op(SUB, near, writer.op(MUL, own, scale))
 
 
-__all__ = ["Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Star", "Tokens", "TopK"]
+__all__ = ["KEPT", "Adaptive", "Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Star", "Tokens", "TopK"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -13,11 +13,16 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analysed, cost_of
 from snpc.passes.shapes import best_binding, evaluate
-from snpc.tokens import METHODS, method
-from snpc.tokens.methods import Method, Setting
-from snpc.tokens.rewrite import Step, close_tokens, open_tokens, stream_dtype
+from snpc.passes.tokens import TokenPoint
+from snpc.tokens import method
+from snpc.tokens.lengths import kept, kept_sizes, resized
+from snpc.tokens.methods import Method, Setting, share_kept
+from snpc.tokens.rewrite import batch_dimension, close_tokens, decision_shape, open_tokens, stream_dtype
+from snpc.tokens.step import Step
 
 Offline = Mapping[int, Sequence[float]]
+Wanted = Mapping[int, tuple[Method, "Amount"]]
+NOTHING: Mapping[int, float] = MappingProxyType({})
 SPELLING = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
 
 
@@ -33,7 +38,9 @@ class Reduction:
         """The steps as text that ``reduce_tokens`` reads."""
         parts: dict[str, list[int]] = {}
         for step in self.steps:
-            parts.setdefault(f"{step.method.name}:{step.setting.gone}", []).append(step.point.block)
+            setting = step.setting
+            much = setting.gone if setting.share is None else setting.share
+            parts.setdefault(f"{step.method.name}:{much}", []).append(step.point.block)
         return "+".join(f"{what}@{','.join(map(str, blocks))}" for what, blocks in parts.items())
 
     @property
@@ -45,6 +52,12 @@ class Reduction:
         """Make this open graph, in place, decide itself."""
         close_tokens(model, self.steps, self.dtypes)
 
+    def mark(self, model: ir.Model) -> None:
+        """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
+        shapes = {n: decision_shape(s, k, batch_dimension(model)) for s in self.steps for k, n in enumerate(s.names)}
+        for value in (v for node in model.graph for v in node.outputs):
+            value.shape = shapes.get(str(value.name), value.shape)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "spec": self.spec,
@@ -54,6 +67,7 @@ class Reduction:
                     "method": s.method.name,
                     "tokens": s.setting.count,
                     "after": s.left,
+                    **({"on_average": True} if s.method.adapts else {}),
                     **({"offline": list(s.offline)} if s.offline else {}),
                 }
                 for s in self.steps
@@ -64,17 +78,11 @@ class Reduction:
 def reduce_tokens(analysis: Analysis, text: str, offline: Offline | None = None) -> Analysis:
     """The analysis of the model with fewer tokens, by a specification such as ``topk:0.7@3,6,9``.
 
-    ``offline``: scores of positions by block, for methods that need them (``runtime.relevance.token_relevance``).
+    ``offline``: by block what methods need that was measured before (``runtime.token_request.measured``).
     A share is kept, a whole number goes; blocks count from 1; without ``@`` it is every block where it is possible.
     Raises UserError where it cannot be done, saying why. An analysis comes back unchanged where no token goes.
     """
-    return with_steps(analysis, parse_steps(analysis, text, offline or {}))
-
-
-def needs_offline(text: str) -> bool:
-    """Does the specification name a method that takes scores measured before? Of what is no method: no."""
-    named = (part.partition(":")[0].strip() for part in text.split("+"))
-    return any(METHODS[name].offline for name in named if name in METHODS)
+    return with_steps(analysis, steps_for(analysis, parse_wanted(analysis, text), offline or {}))
 
 
 def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
@@ -88,7 +96,9 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
     opened = open_tokens(graph, facts, binding, steps)
     closed = opened.clone()
     reduction.close(closed)
+    binding = {**binding, **kept_sizes(steps)}
     quoted = dict(analysis.binding)
+    quoted |= kept_sizes(resized(steps, evaluate(graph, quoted)))
     extra = cost_of(closed, evaluate(closed, quoted)).macs - cost_of(opened, evaluate(opened, quoted)).macs
     return analysed(
         analysis.model,
@@ -106,7 +116,8 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def parse_steps(analysis: Analysis, text: str, offline: Offline) -> list[Step]:
+def parse_wanted(analysis: Analysis, text: str) -> Wanted:
+    """Block -> method and how many tokens, as ``text`` says. Raises UserError where it cannot be read or done."""
     wanted: dict[int, tuple[Method, Amount]] = {}
     for part in text.split("+"):
         found = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
@@ -115,10 +126,11 @@ def parse_steps(analysis: Analysis, text: str, offline: Offline) -> list[Step]:
         made, much = method(found[1]), amount(text, found[2])
         for block in blocks(analysis, text, found[3]):
             check_point(analysis, block, made)
+            check_amount(analysis, block, made, much)
             if block in wanted:
                 raise UserError(f"--tokens {text!r}: block {block} is named twice; keep one")
             wanted[block] = (made, much)
-    return steps_for(analysis, wanted, offline)
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ class Amount:
     share: float | None = None
 
     def going(self, others: int) -> int:
-        return self.gone if self.share is None else others - math.ceil(others * self.share - 1e-9)
+        return self.gone if self.share is None else others - share_kept(others, self.share)
 
 
 def amount(text: str, digits: str) -> Amount:
@@ -166,6 +178,16 @@ def why_not(analysis: Analysis) -> str:
     return f": {pin.reason} ({pin.operator})" if pin is not None else ": it has no attention over tokens"
 
 
+def check_amount(analysis: Analysis, block: int, made: Method, much: Amount) -> None:
+    point = analysis.tokens.at(block)
+    assert point is not None
+    if made.adapts and much.share is None:
+        raise UserError(f"--tokens: {made.name} takes a share of the scores that the kept tokens have: {made.name}:0.9")
+    if point.fixed or (made.counts and much.share is not None):
+        return
+    raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
+
+
 def check_point(analysis: Analysis, block: int, made: Method) -> None:
     facts = analysis.tokens
     point = facts.at(block)
@@ -180,25 +202,56 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
         raise UserError(f"--tokens: tokens are summed behind block {block}, so merged ones would count less; use topk")
 
 
-def steps_for(analysis: Analysis, wanted: Mapping[int, tuple[Method, Amount]], offline: Offline) -> list[Step]:
+def settings_for(points: Sequence[TokenPoint], wanted: Wanted, shares: Mapping[int, float] = NOTHING) -> list[Setting]:
+    """One for every point, those included at which no token goes. ``shares``: how many stay on average where contents
+    decide."""
+    count, found = points[0].count, []
+    for point in points:
+        others, gone = count - point.leading, 0
+        if point.block in wanted:
+            made, much = wanted[point.block]
+            going, share = much.going(others), much.share if made.adapts or not point.fixed else None
+            if share == 1:
+                going, share = 0, None
+            if share is not None:
+                going = others - kept(made, others, shares[point.block] if made.adapts else share)
+            gone = max(0, min(going, made.most(others)))
+            found.append(Setting(count, point.leading, gone, share))
+        else:
+            found.append(Setting(count, point.leading, 0))
+        count -= gone
+    return found
+
+
+def check_measured(point: TokenPoint, wanted: Wanted, offline: Offline) -> None:
+    """Raises UserError where a method lacks what has to be measured before."""
+    made, much = wanted.get(point.block, (None, Amount(0)))
+    if made is None or not made.offline or (made.adapts and much.share == 1):
+        return
+    if len(offline.get(point.block, ())) != (1 if made.adapts else point.count):
+        what = "how many tokens inputs keep" if made.adapts else "the relevance of every position"
+        raise UserError(f"--tokens: {made.name} needs {what}: give --calib")
+
+
+def steps_for(analysis: Analysis, wanted: Wanted, offline: Offline) -> list[Step]:
     """Steps at these blocks; those at which no token goes are left out.
 
     Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
     """
     steps: list[Step] = []
-    count = analysis.tokens.points[0].count
-    for point in analysis.tokens.points:
-        if point.block not in wanted:
+    points = analysis.tokens.points
+    for point in points:
+        check_measured(point, wanted, offline)
+    shares = {block: offline[block][0] for block, (made, _) in wanted.items() if made.adapts and block in offline}
+    for point, setting in zip(points, settings_for(points, wanted, shares), strict=True):
+        if not setting.gone and setting.share is None:
             continue
-        made, much = wanted[point.block]
-        others = count - point.leading
-        gone = min(much.going(others), made.most(others))
-        if gone > 0:
-            if made.offline and any(not s.method.selects for s in steps):
-                raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
-            if made.offline and len(offline.get(point.block, ())) != point.count:
-                raise UserError(f"--tokens: {made.name} needs the relevance of every position: give --calib")
-            scores = tuple(offline[point.block]) if made.offline else ()
-            steps.append(Step(point, made, Setting(count, point.leading, gone), scores))
-            count -= gone
+        made, _ = wanted[point.block]
+        if made.offline and not made.adapts and any(not s.method.selects for s in steps):
+            raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
+        if not made.adapts and any(s.method.adapts for s in steps):
+            raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {made.name} before it")
+        if made.adapts and not point.reads and any(s.method.adapts for s in steps):
+            raise UserError(f"--tokens: without a class token {made.name} serves behind one block: name one")
+        steps.append(Step(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
     return steps

@@ -8,7 +8,6 @@ last digit. ``close_tokens`` then adds the nodes that decide.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -17,43 +16,17 @@ from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import Cut
-from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE
+from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE, WHERE
 from snpc.passes.flow import Weighing
 from snpc.passes.repair import Repairs
-from snpc.passes.shapes import Facts, learn, opset, start
+from snpc.passes.shapes import Facts, evaluate, learn, opset, other_binding, start
 from snpc.passes.tokens import TokenPoint
-from snpc.tokens.methods import Decision, Method, Setting, Tokens, fused_scores
+from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell
+from snpc.tokens.methods import Tokens, fused_scores
+from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer
 
 LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
-
-
-@dataclass(frozen=True)
-class Step:
-    """``gone`` tokens fewer behind a block, by a method. ``offline``: a score for each position of the full stream,
-    where the method needs one."""
-
-    point: TokenPoint
-    method: Method
-    setting: Setting
-    offline: tuple[float, ...] = ()
-
-    @property
-    def prefix(self) -> str:
-        return f"tokens_{self.point.block}"
-
-    @property
-    def decisions(self) -> tuple[Decision, ...]:
-        return self.method.decisions(self.setting)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the decisions, inputs of the open graph and values of the closed one."""
-        return [f"{self.prefix}_{d.name}" for d in self.decisions]
-
-    @property
-    def left(self) -> int:
-        return self.setting.count - self.setting.gone
 
 
 def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> ir.Model:
@@ -63,6 +36,7 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
     batch = batch_dimension(model)
     current: ir.Value | None = None
     weights: list[tuple[Step, ir.Value]] = []
+    uncounted: dict[str, ir.Value] = {}
     for step in steps:
         writer = Writer(copy.graph, step.prefix, stream_dtype(facts, step.point))
         stream = values[step.point.value]
@@ -72,20 +46,28 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
         for node, index in uses:
             node.replace_input_with(index, made.values)
         current = made.sizes
+        if step.setting.share is not None:
+            uncounted[step.prefix] = made.values
         if current is not None:
             weights.append((step, current))
     thin_sides(copy, facts, steps)
     for step, value in weights:
         weigh(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
     copy.graph.sort()
-    repair(copy, model, facts, sizes, steps)
+    repair(copy, model, facts, {**sizes, **kept_sizes(steps)}, steps, uncounted)
+    if uncounted:
+        other = other_binding(sizes)
+        there = evaluate(model, other)
+        moved = resized(steps, there, nudge=True)
+        check_shapes(evaluate(copy, {**other, **kept_sizes(moved)}), expected(there, moved), copy)
     return copy
 
 
 def batch_dimension(model: ir.Model) -> int | ir.SymbolicDim:
     for value in model.graph.inputs:
         if value.shape is not None and len(value.shape) and not value.is_initializer():
-            return value.shape[0]
+            batch = value.shape[0]
+            return batch if isinstance(batch, int) or batch.value else ir.SymbolicDim(f"{value.name}.0")
     raise UserError("the model has no input with a batch axis, so its tokens cannot be reduced")
 
 
@@ -98,9 +80,15 @@ def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
 def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType) -> ir.Value:
     decision = step.decisions[index]
     kind = ir.DataType.INT64 if decision.whole else dtype
-    value = ir.Value(name=step.names[index], shape=ir.Shape([batch, *decision.shape]), type=ir.TensorType(kind))
+    shape = decision_shape(step, index, batch)
+    value = ir.Value(name=step.names[index], shape=shape, type=ir.TensorType(kind))
     copy.graph.inputs.append(value)
     return value
+
+
+def decision_shape(step: Step, index: int, batch: int | ir.SymbolicDim) -> ir.Shape:
+    named = (f"{step.prefix}_{size}" if isinstance(size, str) else size for size in step.decisions[index].shape)
+    return ir.Shape([batch, *named])
 
 
 # -- what has an entry for each token ---------------------------------------------------------------------------------
@@ -126,8 +114,9 @@ def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
                     for axis in side.axes:
                         thinned[key] = writer.slice(thinned[key], axis, 0, 1)
                 else:
-                    (axis,) = side.axes
-                    thinned[key] = picked_along(writer, step, value, axis, given[step.names[0]])
+                    thinned[key] = value
+                    for axis in side.axes:
+                        thinned[key] = picked_along(writer, step, thinned[key], axis, given[step.names[0]])
             node.replace_input_with(side.index, thinned[key])
 
 
@@ -157,7 +146,7 @@ def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequ
             continue
         logs = logs if logs is not None else writer.op(LOG, sizes)
         if weighing.axis < 0:
-            bias_fused(writer, nodes[weighing.node.name], logs)
+            bias_fused(writer, nodes[weighing.node.name], logs, tells(facts, weighing.node))
         else:
             shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
             spread = along(writer, facts, step, logs, weighing, shape or ())
@@ -200,8 +189,9 @@ def insert(writer: Writer, node: ir.Node, index: int, op: str, other: ir.Value) 
     node.replace_input_with(index, writer.op(op, value, other))
 
 
-def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value) -> None:
-    """The mask of a fused node, [B, 1, queries, keys]."""
+def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value, tells: bool) -> None:
+    """``logs`` into the mask of a fused node, [B, 1, queries, keys]; ``tells``: the one it has is true where keys
+    count."""
     shape = FORMS[node.domain, node.op_type]
     index = shape.scores
     query = node.inputs[shape.query]
@@ -212,7 +202,20 @@ def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value) -> None:
     many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
     while len(node.inputs) <= index:
         node.resize_inputs(len(node.inputs) + 1)
-    node.replace_input_with(index, writer.expand(row, many))
+    mask, made = node.inputs[index], writer.expand(row, many)
+    node.replace_input_with(index, masked(writer, made, mask, tells) if mask is not None else made)
+
+
+def masked(writer: Writer, scores: ir.Value, mask: ir.Value, tells: bool) -> ir.Value:
+    """``scores`` with ``mask`` added, or (``tells``) hidden where it is false."""
+    return writer.op(WHERE, mask, scores, writer.scalar(-np.inf)) if tells else writer.op(ADD, scores, mask)
+
+
+def tells(facts: Facts, node: ir.Node) -> bool:
+    """Does a fused node have a mask that is true where keys count?"""
+    index = FORMS[node.domain, node.op_type].scores
+    mask = node.inputs[index] if index is not None and index < len(node.inputs) else None
+    return mask is not None and facts.dtype.get(mask) == ir.DataType.BOOL
 
 
 def by_head(node: ir.Node) -> bool:
@@ -222,12 +225,21 @@ def by_head(node: ir.Node) -> bool:
 # -- sizes in parameters ---------------------------------------------------------------------------------------------
 
 
-def repair(copy: ir.Model, model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> None:
-    """Recompute what spells the number of tokens. Raises CheckFailed where the shapes do not come out right."""
+def repair(
+    copy: ir.Model,
+    model: ir.Model,
+    facts: Facts,
+    sizes: Mapping[str, int],
+    steps: Sequence[Step],
+    uncounted: Mapping[str, ir.Value],
+) -> None:
+    """Recompute what spells the number of tokens. ``uncounted``: by step the stream behind it, where its number of
+    tokens is not fixed. Raises CheckFailed where the shapes do not come out right."""
     wanted = expected(facts, steps)
     old = {node.name: node for node in model.graph}
     after = start(copy, sizes)
     repairs = Repairs(copy, model, facts, after, sizes)
+    lengths: dict[str, ir.Value] = {}
     for node in list(copy.graph):
         learn(after, node, copy, sizes)
         twin = old.get(node.name)
@@ -242,8 +254,14 @@ def repair(copy: ir.Model, model: ir.Model, facts: Facts, sizes: Mapping[str, in
             data = cut_of(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
             outs = [cut_of(call.outs[i], wanted.get(str(v.name), call.outs[i])) for i, v in enumerate(twin.outputs)]
             fix = spec.repair(call, data, outs)
+            step = next(s for s in reversed(steps) if value in s.point.flow.marks)
             for index, array in fix.inputs.items():
-                repairs.set_input(twin, node, index, array)
+                if step.prefix in uncounted:
+                    if step.prefix not in lengths:
+                        lengths[step.prefix] = length_of(repairs, node, uncounted[step.prefix], step.prefix)
+                    spell(repairs, node, index, array, step.point.flow.marks[value], lengths[step.prefix])
+                else:
+                    repairs.set_input(twin, node, index, array)
             learn(after, node, copy, sizes)
             if after.shape.get(node.outputs[k]) != shape:
                 raise CheckFailed(f"{node.op_type} {node.name}: its sizes cannot be recomputed for fewer tokens")
@@ -278,8 +296,9 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
     for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
         writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
-        scores = class_scores(writer, step, values, nodes) if step.method.scored else None
-        if scores is not None and step.offline:
+        weighed = any(before.method.weighs for before in steps[:number])
+        scores = class_scores(writer, step, values, nodes, weighed) if step.method.scored else None
+        if scores is not None and step.positions:
             scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
         stream = values[step.point.value]
         if dtype != ir.DataType.FLOAT:
@@ -288,17 +307,18 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
         for name, made in zip(step.names, decided, strict=True):
             given = next(v for v in model.graph.inputs if v.name == name)
             given.replace_all_uses_with(made)
+            made.shape = given.shape
             model.graph.inputs.remove(given)
             given.name = f"{name}__open"
             made.name = name
-        if any(later.offline for later in steps[number + 1 :]):
+        if any(later.positions for later in steps[number + 1 :]):
             origin = origins(writer, step, decided[0], origin)
     model.graph.sort()
 
 
 def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
     """[B or 1, N]: the scores of the positions that the tokens had at first."""
-    table = np.asarray(step.offline, np.float32)
+    table = np.asarray(step.positions, np.float32)
     table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
     if origin is None:
         return writer.constant(table[None])
@@ -314,23 +334,29 @@ def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None)
     return writer.pick(before, kept) if before is not None else kept
 
 
-def class_scores(writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]) -> ir.Value:
+def class_scores(
+    writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node], weighed: bool
+) -> ir.Value:
     """[B, N]: attention that each token gets from the class token, or from all tokens where nothing is read by number;
-    summed over heads."""
+    summed over heads. ``weighed``: tokens have weights there."""
     scores = step.point.scores
     assert scores is not None
     if scores.fused:
-        return recomputed(writer, step, nodes[scores.fused])
+        return recomputed(writer, step, nodes[scores.fused], weighed)
     weights = values[scores.tensor]
     if step.point.reads:
         weights = writer.row(weights, scores.query_axis, 0)
     else:
         weights = writer.total(weights, scores.query_axis)
-    summed = writer.total(writer.reshape(weights, -1, scores.heads, step.setting.count), 1)
+    if step.setting.share is None:
+        split = writer.ints(-1, scores.heads, step.setting.count)
+    else:
+        split = writer.concat(0, writer.ints(-1, scores.heads), writer.lengths(weights, -1))
+    summed = writer.total(writer.op(RESHAPE, weights, split), 1)
     return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
 
 
-def recomputed(writer: Writer, step: Step, node: ir.Node) -> ir.Value:
+def recomputed(writer: Writer, step: Step, node: ir.Node, weighed: bool) -> ir.Value:
     """Inside a fused node the weights are out of reach: the class token's row of them is computed again."""
     shape = FORMS[node.domain, node.op_type]
     query, key = (node.inputs[k] for k in (shape.query, shape.key))
@@ -343,6 +369,11 @@ def recomputed(writer: Writer, step: Step, node: ir.Node) -> ir.Value:
         query = writer.slice(query, 2, 0, 1)
     scale = node.attributes.get_float("scale", 0.0) or width**-0.5
     scaled = writer.op(MUL, query, writer.scalar(scale))
-    row = writer.op(SOFTMAX, writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2])), axis=-1)
+    row = writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2]))
+    if weighed or step.point.scores.mask:  # weights have been added to the mask
+        mask = node.inputs[shape.scores or 0]
+        assert mask is not None
+        row = masked(writer, row, writer.slice(mask, 2, 0, 1), step.point.scores.mask == "tells" and not weighed)
+    row = writer.op(SOFTMAX, row, axis=-1)
     summed = writer.total(row, 1, 2)
     return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)

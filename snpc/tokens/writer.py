@@ -77,6 +77,10 @@ class Writer:
     def slice(self, value: ir.Value, axis: int, start: int, end: int = END, step: int = 1) -> ir.Value:
         return self.op(SLICE, value, self.ints(start), self.ints(end), self.ints(axis), self.ints(step))
 
+    def first(self, value: ir.Value, axis: int, end: ir.Value) -> ir.Value:
+        """``value`` up to the position that ``end`` [1] computes."""
+        return self.op(SLICE, value, self.ints(0), end, self.ints(axis), self.ints(1))
+
     def concat(self, axis: int, *parts: ir.Value) -> ir.Value:
         return self.op(CONCAT, *parts, axis=axis) if len(parts) > 1 else parts[0]
 

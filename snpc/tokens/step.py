@@ -1,0 +1,41 @@
+"""One step of a token reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snpc.passes.tokens import TokenPoint
+from snpc.tokens.methods import Decision, Method, Setting
+
+
+@dataclass(frozen=True)
+class Step:
+    """``gone`` tokens fewer behind a block, by a method. ``offline``: what the method needs that was measured before: a
+    score for each position of the full stream, or (``Method.adapts``) which share of the tokens stays on average."""
+
+    point: TokenPoint
+    method: Method
+    setting: Setting
+    offline: tuple[float, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        return f"tokens_{self.point.block}"
+
+    @property
+    def positions(self) -> tuple[float, ...]:
+        """Scores of positions, where the method takes such."""
+        return () if self.method.adapts else self.offline
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return self.method.decisions(self.setting)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the decisions, inputs of the open graph and values of the closed one."""
+        return [f"{self.prefix}_{d.name}" for d in self.decisions]
+
+    @property
+    def left(self) -> int:
+        return self.setting.count - self.setting.gone
