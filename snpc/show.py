@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +17,14 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.passes.tokens import TokenPoint
 from snpc.runtime.bench import Bench
-from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.targets import Build
 from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
-if TYPE_CHECKING:  # these need torch
-    from snpc.torch.journal import Round
-    from snpc.torch.training import Progress, Report
+if TYPE_CHECKING:  # this needs torch
     from snpc.torch.tune import Tuned
 
 
@@ -43,38 +37,45 @@ def note(text: str) -> None:
     click.echo(f"snpc: note: {text}", err=True)
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[int] = (),
+    spare: Sequence[str] = (),
+) -> None:
+    """``right``: columns of numbers. ``spare``: columns that a terminal too narrow for all goes without, first ones
+    first; a pipe gets them all."""
+    widths = [max(len(str(r[k])) for r in (header, *rows)) for k in range(len(header))]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
+        console = Console()
+        shown = [header[k] for k in columns_for(console.width, header, widths, spare)]
         made = Table(title=title, title_justify="left")
         for k, name in enumerate(header):
-            made.add_column(name, justify="right" if k in right else "left", overflow="fold")
+            if name in shown:
+                number = k in right
+                made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
         for row in rows:
-            made.add_row(*row)
-        Console().print(made)
+            made.add_row(*(cell for name, cell in zip(header, row, strict=True) if name in shown))
+        console.print(made)
         return
     line(title)
-    widths = [max(len(str(r[k])) for r in (header, *rows)) for k in range(len(header))]
     for row in (header, *rows):
         cells = (c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
         line("  " + "  ".join(cells).rstrip())
 
 
-def progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
-    """A bar over calibration batches where there is a terminal to show it on."""
-    if calibration is None or not sys.stderr.isatty():
-        return None
-
-    def wrap(batches: Iterable[Feeds]) -> Iterator[Feeds]:
-        from rich.console import Console
-        from rich.progress import track
-
-        total = -(-calibration.samples // calibration.batch)
-        yield from track(batches, what, total=total, console=Console(stderr=True), transient=True)
-
-    return wrap
+def columns_for(room: int, header: Sequence[str], widths: Sequence[int], spare: Sequence[str]) -> list[int]:
+    """Columns that fit into ``room`` characters with their borders, as far as those may be left out that are spare."""
+    left = list(range(len(header)))
+    for k in (k for name in spare for k in range(len(header)) if header[k] == name):
+        if sum(widths[k] + 3 for k in left) + 1 <= room:
+            break
+        left.remove(k)
+    return left
 
 
 def emit_json(data: Any, path: Path | None) -> None:
@@ -319,50 +320,6 @@ def drift_text(d: Difference) -> str:
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
 
-EVERY = 10.0  # seconds between lines in a pipe
-
-
-@contextmanager
-def training() -> Iterator[Report]:
-    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
-    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
-        yield report
-
-
-@contextmanager
-def bar() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
-
-
-def lines() -> Report:
-    last = -EVERY
-
-    def report(now: Progress) -> None:
-        nonlocal last
-        if now.step == now.steps or time.monotonic() - last >= EVERY:
-            last = time.monotonic()
-            click.echo(progress_text(now), err=True)
-
-    return report
-
-
-def progress_text(now: Progress) -> str:
-    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
-    minutes, seconds = divmod(round(now.left), 60)
-    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
-
-
-def round_of(found: Round) -> None:
-    said = "" if found.kept else ": taken back"
-    lost = "" if found.lost is None else f", {100 * found.lost:.1f} points of accuracy lost"
-    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{lost}{said}", err=True)
-
 
 def tuned(result: Tuned) -> None:
     trained = result.trained
@@ -412,26 +369,6 @@ def sweep(found: Sweep) -> None:
     table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
 
 
-@contextmanager
-def steps(total: int) -> Iterator[Callable[[str], None]]:
-    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = iter(range(total))
-
-        def step(text: str) -> None:
-            bar.update(task, description=text, completed=next(begun))
-
-        yield step
-
-
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +382,7 @@ def benchmark(result: Bench) -> None:
         header,
         rows,
         right=range(1, len(header)),
+        spare=("quartiles", "mean", "p99", "min", "p90"),
     )
 
 

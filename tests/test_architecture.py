@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Each may import those before it, and itself.
 LAYERS = (
     "types", "errors", "ops", "cost", "closed", "passes", "tokens", "criteria", "runtime", "targets", "torch", "page",
-    "show", "cli",
+    "show", "bars", "cli",
 )  # fmt: skip
 FIRST = {"types", "errors"}
 

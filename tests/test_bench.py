@@ -26,6 +26,7 @@ from snpc.runtime.bench import (
     timing,
 )
 from snpc.runtime.feeds import Feeds
+from snpc.show import columns_for
 from snpc.types import TensorSpec
 
 
@@ -100,6 +101,14 @@ class TestRounds:
         clock = FakeClock({"a": 1.0})
         assert run_rounds([[clock.call("a")]], iterations=2, duration=7.5, clock=clock).shape == (8, 1)
         assert run_rounds([[clock.call("a")]], iterations=20, duration=7.5, clock=clock).shape == (20, 1)
+
+    def test_what_is_done_is_told_between_rounds(self) -> None:
+        clock, told = FakeClock({"a": 1.0, "b": 1.0}), []
+        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, heard=told.append)
+        assert told == [0.25, 0.5, 0.75, 1.0]
+        told.clear()
+        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, heard=told.append)
+        assert told == [0.25, 0.5, 0.75, 1.0]
 
     def test_no_rounds(self) -> None:
         assert run_rounds([[], []], iterations=0).shape == (0, 2)
@@ -366,3 +375,9 @@ class TestRefusals:
         path = write(tmp_path / "m.onnx", "(float[a] x, float[b] z) => (float[c] y)", "y = Add(x, z)")
         with pytest.raises(UserError, match=r"^m\.onnx: onnxruntime does not run it on these inputs: "):
             bench([path], shapes={"x": (3,), "z": (2,)})
+
+
+@pytest.mark.parametrize(("room", "left"), [(100, "abcd"), (29, "abcd"), (28, "acd"), (20, "ad"), (3, "ad")])
+def test_a_narrow_terminal_goes_without_what_is_spare(room: int, left: str) -> None:
+    found = columns_for(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
+    assert "".join("abcd"[k] for k in found) == left

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from snpc import show
+from snpc import bars, show
 from snpc.cli import building as builds
 from snpc.cli import sweeping
 from snpc.cli import timing as times
@@ -94,7 +94,7 @@ def decided(
             criterion=criterion,
             memory_limit=memory_limit,
             provider=provider,
-            progress=show.progress("calibrating", calibration),
+            progress=bars.batches("calibrating", calibration),
             workload=workload_of(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:

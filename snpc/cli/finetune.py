@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from snpc import show
+from snpc import bars, show
 from snpc.cli.options import FILE, as_json, model_argument, picturing
 from snpc.cli.requests import analysed, calibration_of, check_targets, evaluation_of, write_text
 from snpc.errors import UserError
@@ -162,7 +162,7 @@ def finetune(
             run = torch.prune_adaptively
             limit = torch.DriftLimit(max_drift) if judged is None else torch.AccuracyDrop(max_drop, teacher, judged)
             options["objective"] = limit
-        found = run(pruned, data, written, **options, heard=show.round_of)
+        found = run(pruned, data, written, **options, heard=bars.round_of)
         show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
         return
     if masks is not None:
@@ -177,7 +177,7 @@ def finetune(
             "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
         )
     classes = Path(labels) if labels else None
-    with show.training() as report:
+    with bars.training() as report:
         result = torch.finetune(
             pruned, teacher, data, written, training=training, labels=classes, saved=saved, report=report
         )
@@ -227,7 +227,7 @@ def learn_and_cut(
     """Masks, a plan by them, and the model that it makes, as `snpc prune` writes and shows it."""
     import snpc
 
-    with show.training() as report:
+    with bars.training() as report:
         learned = bridge().learn_masks(
             analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, saved=saved, report=report
         )

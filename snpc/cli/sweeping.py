@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from snpc import show
+from snpc import bars, show
 from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
 from snpc.cli.requests import (
     analysed,
@@ -84,7 +84,7 @@ def sweep(
     table, plot = folder / "sweep.json", folder / "sweep.svg"
     check_targets([table, plot], model, calib["calib"], held_out)
     judge = evaluation_of(analysis, held_out, labels, calib) if held_out else None
-    with show.steps(steps(names)) as step:
+    with bars.steps(steps(names)) as step:
         found = run(
             analysis,
             names,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from snpc import show
+from snpc import bars, show
 from snpc.cli.options import FILE, as_json, running
 from snpc.cli.requests import check_targets
 from snpc.errors import UserError
@@ -53,16 +53,18 @@ def bench(
     if data is not None and shapes:
         raise UserError("--data brings its own shapes: leave out --input-shapes")
     drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    result = snpc.bench(
-        list(models),
-        provider=provider,
-        threads=threads,
-        data=feeds,
-        warmup=warmup,
-        iterations=iterations,
-        duration=duration,
-        **drawn,
-    )
+    with bars.rounds() as heard:
+        result = snpc.bench(
+            list(models),
+            provider=provider,
+            threads=threads,
+            data=feeds,
+            warmup=warmup,
+            iterations=iterations,
+            duration=duration,
+            heard=heard,
+            **drawn,
+        )
     show.emit_json(result.to_json(), json_path)
     if str(json_path) != "-":
         show.benchmark(result)

@@ -26,6 +26,7 @@ from snpc.runtime.runner import Runner, open_runner
 from snpc.types import AnyArray, FloatArray, TensorSpec
 
 Call = Callable[[], object]
+Heard = Callable[[float], object]  # told the share that is done
 
 MAX_FEEDS = 16  # kept in memory from the data; rounds go through them in turn
 RESAMPLES = 2000
@@ -145,14 +146,15 @@ def bench(
     duration: float | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
     seed: int = 0,
+    heard: Heard | None = None,
 ) -> Bench:
     """Times the models in turn and compares each with the first.
 
     ``data``: one feed or several (the first 16 are used); without it random feeds are made from ``batch``, ``shapes``,
     ``sizes``, ``limits`` and ``seed`` (see random_feeds). ``warmup``: rounds that do not count. ``iterations``: rounds
-    that count, and more until ``duration`` seconds have passed. Before them all, each model runs once on the first
-    feed, for the outputs that are compared. UserError: a model that does not load or run, models with different
-    inputs, or a request that no input can meet.
+    that count, and more until ``duration`` seconds have passed; ``heard`` is told the share that is done. Before them
+    all, each model runs once on the first feed, for the outputs that are compared. UserError: a model that does not
+    load or run, models with different inputs, or a request that no input can meet.
     """
     _check_request(paths, warmup, iterations, duration, percentiles)
     labels = _labels(paths)
@@ -168,7 +170,7 @@ def bench(
     outputs = [runner.run(feeds[0]) for runner in runners]
     calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
     run_rounds(calls, iterations=warmup)
-    times = run_rounds(calls, iterations=iterations, duration=duration) * 1e3
+    times = run_rounds(calls, iterations=iterations, duration=duration, heard=heard) * 1e3
     return Bench(
         timings=tuple(timing(label, times[:, m], percentiles) for m, label in enumerate(labels)),
         speedups=tuple(
@@ -190,8 +192,10 @@ def run_rounds(
     iterations: int,
     duration: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    heard: Heard | None = None,
 ) -> FloatArray:
-    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed."""
+    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed. ``heard``
+    is called between rounds."""
     models = len(calls)
     times: list[list[float]] = []
     began = clock()
@@ -206,6 +210,9 @@ def run_rounds(
             spent[model] = clock() - start
             del output  # freed here: not within the next model's time
         times.append(spent)
+        if heard is not None:
+            shares = [len(times) / max(iterations, 1), *([(clock() - began) / duration] if duration else [])]
+            heard(min(1.0, *shares))
     return np.array(times, dtype=np.float64).reshape(-1, models)
 
 

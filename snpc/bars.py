@@ -1,0 +1,115 @@
+"""What is under way: bars on a terminal, on stderr; in a pipe nothing, or a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.feeds import Feeds
+
+if TYPE_CHECKING:  # these need torch
+    from snpc.torch.journal import Round
+    from snpc.torch.training import Progress, Report
+
+
+def batches(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
+    """A bar over calibration batches where there is a terminal to show it on."""
+    if calibration is None or not sys.stderr.isatty():
+        return None
+
+    def wrap(feeds: Iterable[Feeds]) -> Iterator[Feeds]:
+        from rich.console import Console
+        from rich.progress import track
+
+        total = -(-calibration.samples // calibration.batch)
+        yield from track(feeds, what, total=total, console=Console(stderr=True), transient=True)
+
+    return wrap
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = iter(range(total))
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, completed=next(begun))
+
+        yield step
+
+
+@contextmanager
+def rounds() -> Iterator[Callable[[float], None] | None]:
+    """Called with the share that is done. The bar is drawn in these calls only: nothing runs while models are timed."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("timing"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share: bar.update(task, completed=share, refresh=True)
+
+
+# -- finetuning ------------------------------------------------------------------------------------------------------
+
+EVERY = 10.0  # seconds between lines in a pipe
+
+
+@contextmanager
+def training() -> Iterator[Report]:
+    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+        yield report
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+
+
+def lines() -> Report:
+    last = -EVERY
+
+    def report(now: Progress) -> None:
+        nonlocal last
+        if now.step == now.steps or time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(progress_text(now), err=True)
+
+    return report
+
+
+def progress_text(now: Progress) -> str:
+    drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
+    minutes, seconds = divmod(round(now.left), 60)
+    return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
+
+
+def round_of(found: Round) -> None:
+    said = "" if found.kept else ": taken back"
+    lost = "" if found.lost is None else f", {100 * found.lost:.1f} points of accuracy lost"
+    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{lost}{said}", err=True)
