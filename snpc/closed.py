@@ -209,10 +209,8 @@ class Remaining:
     def costs(self) -> FloatArray:
         """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
         pivots = self.inverse.blocks(self.columns)
-        if self.columns == 1:
-            return np.asarray(np.einsum("ij,ij->i", self.current, self.current) / pivots[:, 0, 0])
         rows = self.current.reshape(len(pivots), self.columns, -1)
-        return np.asarray(np.einsum("iaj,iaj->i", rows, np.linalg.solve(pivots, rows)))
+        return unit_costs(pivots, np.einsum("iaj,ibj->iab", rows, rows))
 
     def few(self, units: IntArray) -> Few:
         rows = columns_of(units, self.columns)
@@ -318,10 +316,7 @@ class Few:
 
     def costs(self) -> FloatArray:
         """[units]: tr(((H^-1)_ii)^-1 w_i w_i')."""
-        if self.columns == 1:
-            return np.asarray(np.diag(self.gram) / np.diag(self.inverse))
-        pivots, grams = (blocks_of(matrix, self.columns) for matrix in (self.inverse, self.gram))
-        return np.asarray(np.einsum("iaa->i", np.linalg.solve(pivots, grams)))
+        return unit_costs(blocks_of(self.inverse, self.columns), blocks_of(self.gram, self.columns))
 
     def remove(self, unit: int) -> None:
         """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the unit's rows."""
@@ -333,6 +328,13 @@ class Few:
         self.gram -= half + half.T
         self.inverse[rows] = self.inverse[:, rows] = self.gram[rows] = self.gram[:, rows] = 0.0
         self.inverse[rows, rows] = np.eye(self.columns)
+
+
+def unit_costs(pivots: FloatArray, grams: FloatArray) -> FloatArray:
+    """[units]: tr(P_i^-1 G_i) of [units, columns, columns] each."""
+    if pivots.shape[1] == 1:
+        return np.asarray((grams / pivots)[:, 0, 0])
+    return np.asarray(np.einsum("iaa->i", np.linalg.solve(pivots, grams)))
 
 
 def blocks_of(matrix: FloatArray, columns: int) -> FloatArray:

@@ -55,7 +55,7 @@ def output_curves(
         for turn, group in enumerate(groups):
             for k, width in enumerate(probed_widths(group)):
                 number = (turn + k) % len(pools)
-                arrays = trial(compression, scores, group, width)
+                arrays = trial(compression, scores, group, width) if k else tried.pop(group.id)
                 gaps = [one.change(chain.changed(one.states, group.id, arrays)) for one in pools[number]]
                 found.append(Change(group, width, number, float(np.mean(gaps))))
     shapes = {g.id: shape_of(compression, g) for g in groups}
