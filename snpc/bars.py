@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -39,18 +40,9 @@ def steps(total: int) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with left("", total) as update:
         begun = iter(range(total))
-
-        def step(text: str) -> None:
-            bar.update(task, description=text, completed=next(begun))
-
-        yield step
+        yield lambda text: update(description=text, completed=next(begun))
 
 
 @contextmanager
@@ -59,13 +51,19 @@ def rounds() -> Iterator[Callable[[float], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    with left("timing", 1.0, auto_refresh=False) as update:
+        yield lambda share: update(completed=share, refresh=True)
+
+
+@contextmanager
+def left(text: str, total: float, auto_refresh: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar with the time left; called with what changes of it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("timing"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda share: bar.update(task, completed=share, refresh=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=auto_refresh) as shown:
+        yield partial(shown.update, shown.add_task(text, total=total))
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
