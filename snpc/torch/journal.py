@@ -48,13 +48,16 @@ class Journal:
     def training(self, turn: int) -> Saved:
         return Saved(self.folder / f"training{turn}", self.every, resume=True)
 
+    def write(self) -> None:
+        with replacing(self.folder / FILE) as temporary:
+            temporary.write_text(json.dumps({"run": self.run, "rounds": [asdict(r) for r in self.rounds]}))
+
     def add(self, found: Round) -> None:
         """Note a round, then remove what nothing needs any more."""
         before = max((k for k, r in enumerate(self.rounds, 1) if r.kept), default=None)
         self.rounds.append(found)
         turn = len(self.rounds)
-        with replacing(self.folder / FILE) as temporary:
-            temporary.write_text(json.dumps({"run": self.run, "rounds": [asdict(r) for r in self.rounds]}))
+        self.write()
         discard(self.cut(turn))
         shutil.rmtree(self.training(turn).folder, ignore_errors=True)
         if not found.kept:
@@ -73,10 +76,10 @@ def journal(saved: Saved | None, run: str) -> Iterator[Journal]:
         return
     make_folder(saved)
     path = saved.folder / FILE
-    with replacing(path) as temporary:  # noted before the first round, so that another run is refused from the start
-        noted = reading(path, run, saved.resume) if path.is_file() else []
-        temporary.write_text(json.dumps({"run": run, "rounds": [asdict(r) for r in noted]}))
-    yield Journal(saved.folder, run, saved.every, noted)
+    noted = reading(path, run, saved.resume) if path.is_file() else []
+    found = Journal(saved.folder, run, saved.every, noted)
+    found.write()  # before the first round, so that another run is refused from the start
+    yield found
 
 
 def reading(path: Path, run: str, resume: bool) -> list[Round]:
