@@ -6,18 +6,19 @@ Plain linear algebra on second moments in float64; nothing here knows a graph. M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
-from snpc.types import FloatArray, IntArray
+from snpc.types import AnyArray, FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
 
 RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
+STEPS = 48  # in which the units of a group go
 MUCH = 256  # rows from which on a product of matrices pays
 SCARCE = 0.1  # more of it where rows are few: times units / rows
 
@@ -140,10 +141,19 @@ def errors(left: FloatArray, make: FloatArray, read: FloatArray, right: FloatArr
 
 @dataclass(frozen=True)
 class Elimination:
-    """Units in the order in which they go (first out first) and the loss after each: ``loss[r]`` when r are kept."""
+    """Units in the order in which they go (first out first) and the loss after each: ``loss[r]`` when r are kept.
+
+    ``fits``: for some numbers of units kept, what ``refit`` gives (per system, [kept, D] in float32).
+    """
 
     order: IntArray
     loss: FloatArray
+    fits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
+
+    def fit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
+        """The weights that read just these units (ascending), where they are known."""
+        last = np.sort(self.order[len(self.order) - len(keep) :])
+        return self.fits.get(len(keep)) if np.array_equal(last, keep) else None
 
 
 def damped(moment: FloatArray, ridge: float = RIDGE) -> FloatArray:
@@ -167,31 +177,38 @@ class System:
     ridge: float = RIDGE
 
 
-def eliminate(systems: Sequence[System], size: int, steps: int = 48) -> Elimination:
+def steps_of(size: int, steps: int = STEPS) -> list[int]:
+    """How many of ``size`` units are left after each step of an elimination."""
+    batch = max(1, -(-size // steps))
+    return [*range(size - batch, 0, -batch), 0]
+
+
+def eliminate(systems: Sequence[System], size: int, steps: int = STEPS, fits_at: Collection[int] = ()) -> Elimination:
     """Structured OBS: repeatedly drop the units whose loss, after all others made up for them, is least.
 
     The loss of unit i is tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems, with w and H^-1 updated after every
     removal (ZipLM, arXiv 2302.04089). Units go one by one from scores that are refreshed ``steps`` times. ``loss`` is
-    the error on the moments themselves, the ridge taken off.
+    the error on the moments themselves, the ridge taken off. ``fits_at``: of ``steps_of``, where to note the ``fits``.
     """
     remaining = [Remaining(s, size) for s in systems]
     alive = np.arange(size)
     loss = np.zeros(size + 1)
     known, extra = [size], [0.0]
     order: list[int] = []
-    batch = max(1, -(-size // steps))
-    while len(alive):
-        going, costs = drop(remaining, len(alive), min(batch, len(alive)))
-        left = len(alive) - len(going)
+    fits = {}
+    for left in steps_of(size, steps):
+        going, costs = drop(remaining, len(alive), len(alive) - left)
         loss[left : len(alive)] = loss[len(alive)] + np.cumsum(costs)[::-1]
         order += alive[going].tolist()
         for s in remaining:
             s.remove(going)
         alive = closed_up(alive, going)
+        if left in fits_at:
+            fits[left] = tuple(s.rows_of(np.argsort(alive)) for s in remaining)
         known.append(left)
         extra.append(sum(s.damping for s in remaining))
     loss = np.maximum(loss - np.interp(np.arange(size + 1), known[::-1], extra[::-1]), 0.0)
-    return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
+    return Elimination(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], fits)
 
 
 class Remaining:
@@ -224,6 +241,9 @@ class Remaining:
         self.current, self.weight = closed_up(self.current, going), closed_up(self.weight, going)
         factor, half = self.inverse.remove(going)
         self.current -= factor @ (half @ lost)
+
+    def rows_of(self, units: IntArray) -> AnyArray:
+        return self.current[columns_of(units, self.columns)].astype(np.float32)
 
     @property
     def damping(self) -> float:

@@ -23,6 +23,7 @@ from snpc.closed import (
     rebase_values,
     refit,
     refit_loss,
+    steps_of,
 )
 from snpc.closed import eliminate as eliminate_all
 from snpc.types import FloatArray, IntArray
@@ -281,6 +282,27 @@ def test_a_unit_that_others_can_stand_in_for_goes_first(seed: int, size: int, dr
     assert found.loss[size - 1] < 1e-2 * found.loss[size - 2]
     loss = refit_loss(x.T @ x, weight, keep, refit(x.T @ x, weight, keep))
     assert loss < 1e-5 * found.loss[0]
+
+
+@given(SEEDS, st.integers(2, 30), st.integers(1, 3), st.sampled_from([5, 48]))
+@PLAIN
+def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, columns: int, steps: int) -> None:
+    rng = np.random.default_rng(seed)
+    found = [centre(data(seed + k, size * columns, rows=5 * size * columns)) for k in range(2)]
+    systems = [System(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
+    widths = [width for width in steps_of(size, steps) if width]
+    gone = eliminate_all(systems, size, steps, fits_at=widths)
+    assert set(gone.fits) == set(widths)
+    for width in widths:
+        keep = np.sort(gone.order[size - width :])
+        noted = gone.fit_for(keep)
+        assert noted is not None
+        for system, rows in zip(systems, noted, strict=True):
+            expected = refit(system.moment, system.weight, columns_of(keep, columns))
+            np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
+        if width < size - 1:
+            others = np.sort(gone.order[:width])
+            assert gone.fit_for(others) is None or np.array_equal(others, keep)
 
 
 def test_an_exact_copy_goes_first_and_its_weight_moves_to_the_other() -> None:

@@ -17,9 +17,10 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.curves import output_curves
+from snpc.runtime.curves import output_curves, probed_widths
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.latency import Workload, latency_table, timed_groups
+from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.numbers import energies_of
 from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
@@ -113,16 +114,19 @@ def decide(
             progress=progress,
         )
     found = Compression.empty(analysis)
+    curves = calibration is not None and needs_curves(choice, method)
     if method != "select":
         assert statistics is not None
-        found = compress(analysis, statistics, groups)
+        probed = {g.id: probed_widths(g) for g in groups} if curves else {}
+        found = compress(analysis, statistics, groups, probed, Shelf(memory_budget(memory_limit) // 2))
     rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
     scores = ordered(rest, found, method)
     if choice.allocator == "dimap":
         scores = replace(scores, energies=energies_of(analysis, groups))
-    if calibration is not None and needs_curves(choice, method):
-        curves = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
-        scores = replace(scores, curves=curves)
+    if curves:
+        assert calibration is not None
+        measured = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
+        scores, found = replace(scores, curves=measured), found.without_fits()
     elif method != "select" and not choice.uniform:
         scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
     if is_latency(choice):

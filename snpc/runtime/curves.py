@@ -8,21 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from snpc.closed import steps_of
 from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, Scores, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.chain import States, chain_of
+from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
 from snpc.runtime.silent import silent_constants
-from snpc.types import AnyArray, FloatArray, Group, IntArray
+from snpc.types import AnyArray, FloatArray, Group
 
-PROBED_SHARES = (0.92, 0.83, 0.67, 0.5, 0.33, 0.17)  # kept of a group's units to see how much the outputs move
-PROBED_SAMPLES = 4  # per width: 8 say no more of which group minds most, since all groups see the same
-SMOOTH = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
-POOLS = 4  # that many times other samples, in turn
+PROBED_SHARES = (0.92, 0.75, 0.5, 0.25)  # kept of a group's units to see how much the outputs move
+PROBED_SAMPLES = 4  # per width
+POOLS = 2  # that many times other samples, in turn
 
 
 def output_curves(
@@ -37,10 +38,10 @@ def output_curves(
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
     Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
-    lies on; in between, the closed-form loss gives the shape. Neighbouring widths see different samples: what samples
-    do to all groups is taken off, and a smooth line through what is left averages over more of them than each width
-    sees. ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the
-    dense model gives, what is more than ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
+    lies on; in between, the closed-form loss gives the shape (``curve_fit``). Neighbouring widths see different
+    samples, so that a line through them averages over more than each width sees. ``scores`` say which units go first.
+    Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense model gives, what is more than
+    ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
     """
     analysis = compression.analysis
     tried = {g.id: trial(compression, scores, g, min(probed_widths(g), default=g.size)) for g in groups}
@@ -83,53 +84,6 @@ class Sample:
         return mean_change(self.states[-1], moved, self.counts)
 
 
-@dataclass(frozen=True)
-class Change:
-    """Relative squared change of the outputs, with ``group`` at ``width``, on the samples of a pool."""
-
-    group: Group
-    width: int
-    pool: int
-    value: float
-
-
-def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change]) -> dict[str, FloatArray]:
-    """Each shape scaled to what was measured, less what the pools do to all groups."""
-    points: dict[str, list[Change]] = {name: [] for name in shapes}
-    for change in found:
-        points[change.group.id].append(change)
-    effect = pool_effects(shapes, points)
-    return {
-        name: calibrated(shapes[name], {c.width: c.value * float(np.exp(-effect[c.pool])) for c in mine})
-        for name, mine in points.items()
-    }
-
-
-def pool_effects(shapes: Mapping[str, FloatArray], points: Mapping[str, Sequence[Change]]) -> FloatArray:
-    """[pools] logarithms, of mean 0: least squares over all groups of what a parabola per group leaves. A group that no
-    parabola fits says little."""
-    pools = 1 + max((c.pool for mine in points.values() for c in mine), default=0)
-    rows, values = [np.ones((1, pools))], [np.zeros(1)]
-    for name, mine in points.items():
-        widths = np.array([c.width for c in mine])
-        if len(mine) > 3:
-            basis = np.vander(widths / (len(shapes[name]) - 1), 3)
-            rest = np.eye(len(mine)) - basis @ np.linalg.pinv(basis)
-            left = rest @ log_scales(shapes[name], widths, np.array([c.value for c in mine]))
-            weight = 1 / (1 + float(left @ left))
-            rows.append(weight * rest @ np.eye(pools)[[c.pool for c in mine]])
-            values.append(weight * left)
-    effect: FloatArray = np.linalg.lstsq(np.concatenate(rows), np.concatenate(values), rcond=None)[0]
-    return effect
-
-
-def log_scales(curve: FloatArray, widths: IntArray, measured: FloatArray) -> FloatArray:
-    """How much more was measured at these widths than the curve says, as logarithms."""
-    floor = 1e-12 * max(float(curve[0]), 1e-300)
-    scales: FloatArray = np.log(np.maximum(measured / np.maximum(curve[widths], floor), 1e-300))
-    return scales
-
-
 def pools_of(calibration: Calibration) -> list[list[Feeds]]:
     """``POOLS`` times ``PROBED_SAMPLES``, from the first batches."""
     count = -(-PROBED_SAMPLES // calibration.batch)
@@ -138,31 +92,15 @@ def pools_of(calibration: Calibration) -> list[list[Feeds]]:
 
 
 def probed_widths(group: Group) -> list[int]:
-    return sorted({max(1, round(group.size * share)) for share in PROBED_SHARES} - {group.size})
+    """Widths at which the elimination of the group's units knows what is left of its reader."""
+    known = steps_of(group.size)[:-1]
+    return sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in PROBED_SHARES if known})
 
 
 def shape_of(compression: Compression, group: Group) -> FloatArray:
     """The closed-form loss, or where there is none a parabola: changes that add up evenly."""
     curve = compression.curve(group)
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
-
-
-def calibrated(curve: FloatArray, measured: Mapping[int, float]) -> FloatArray:
-    """The loss curve scaled to what was measured: its logarithm by a parabola over the width. Where a parabola misses
-    a point by more than ``SMOOTH``, the line goes through all of them instead, straight in between."""
-    if not measured:
-        return curve
-    widths = np.array(sorted(measured))
-    scales = log_scales(curve, widths, np.array([measured[int(w)] for w in widths]))
-    at = np.clip(np.arange(len(curve)), widths[0], widths[-1])
-    line = np.interp(at, widths, scales)
-    if len(widths) > 3:
-        smooth = np.polynomial.Polynomial.fit(widths, scales, 2)
-        if np.abs(smooth(widths) - scales).max() <= SMOOTH:
-            line = smooth(at)
-    scaled = curve * np.exp(line)
-    rising: FloatArray = np.maximum.accumulate(scaled[::-1])[::-1]
-    return rising
 
 
 def mean_change(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from snpc.passes.plan import Plan
 from snpc.passes.products import operand_places, value_places
 from snpc.passes.readers import Reader, reader_of, readers_of
 from snpc.passes.rewrite import Traced, traced
+from snpc.runtime.memory import Shelf
 from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, forms_of, needs
 from snpc.runtime.statistics import Statistics, check_model
 from snpc.runtime.triangle import packed_size
@@ -52,6 +53,11 @@ class Compression:
     @classmethod
     def empty(cls, analysis: Analysis) -> Compression:
         return cls(analysis, {}, {}, {}, {}, {}, 0)
+
+    def without_fits(self) -> Compression:
+        """The same, without the weights that were noted for trials."""
+        bare = {name: tuple(replace(one, fits={}) for one in found) for name, found in self.eliminations.items()}
+        return replace(self, eliminations=bare)
 
     def curve(self, group: Group) -> FloatArray | None:
         """[size + 1]: squared output error on the calibration data when so many units per block are kept."""
@@ -90,26 +96,40 @@ def fits(group: Group, name: str, sums: FloatArray) -> bool:
     return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))
 
 
-def compress(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> Compression:
+def compress(
+    analysis: Analysis,
+    statistics: Statistics,
+    groups: Sequence[Group],
+    fits_at: Mapping[str, Collection[int]] | None = None,
+    shelf: Shelf | None = None,
+) -> Compression:
     """Solve the closed forms of these groups for every width.
 
-    Raises UserError where ``statistics`` are of another model, or not of these groups.
+    ``fits_at``: group id -> widths (of ``closed.steps_of``) for which refitted weights are noted on the way, on
+    ``shelf`` if it is given. Raises UserError where ``statistics`` are of another model, or not of these groups.
     """
     measured = measured_moments(analysis, statistics, groups)
-    eliminations = {
-        g.id: eliminations_of(analysis.traced, g, measured.forms[g.id], measured.moments[g.id])
-        for g in groups
-        if measured.forms.get(g.id) in ("refit", "coupled")
-    }
+    eliminations: dict[str, tuple[Elimination, ...]] = {}
+    for group in groups:
+        if measured.forms.get(group.id) in ("refit", "coupled"):
+            form, widths = measured.forms[group.id], (fits_at or {}).get(group.id, ())
+            found = eliminations_of(analysis.traced, group, form, measured.moments[group.id], widths)
+            eliminations[group.id] = found if shelf is None else tuple(shelved(one, shelf) for one in found)
     return replace(rotations(measured, groups), eliminations=eliminations)
 
 
-def eliminations_of(source: Traced, group: Group, form: str, moments: Moments) -> tuple[Elimination, ...]:
+def eliminations_of(
+    source: Traced, group: Group, form: str, moments: Moments, fits_at: Collection[int] = ()
+) -> tuple[Elimination, ...]:
     """One per block."""
     if form == "refit":
-        return (eliminate(systems_of(source, group, moments), group.size),)
+        return (eliminate(systems_of(source, group, moments), group.size, fits_at=fits_at),)
     assert moments.first is not None
     return tuple(eliminate_coupled(losses) for losses in moments.first)
+
+
+def shelved(found: Elimination, shelf: Shelf) -> Elimination:
+    return replace(found, fits={width: tuple(map(shelf.keep, rows)) for width, rows in found.fits.items()})
 
 
 def systems_of(source: Traced, group: Group, moments: Moments) -> list[System]:
@@ -183,9 +203,15 @@ def edits_for(compression: Compression, plan: Plan) -> Edits:
 def fit_readers(edits: Edits, compression: Compression, group: Group, keep: IntArray) -> None:
     """Refit every weight that reads the group; the mean of what goes is added to the bias behind it."""
     source = compression.analysis.traced
-    for reader, seen in zip(readers_of(source, group), compression.moments[group.id].contexts[0], strict=True):
+    (found,) = compression.eliminations.get(group.id, (None,))
+    noted = found.fit_for(keep) if found is not None else None
+    contexts = compression.moments[group.id].contexts[0]
+    for number, (reader, seen) in enumerate(zip(readers_of(source, group), contexts, strict=True)):
         weight, columns = reader.matrix(source, edits), columns_of(keep, reader.columns)
-        fitted = refit(seen.moment, weight, columns, ridge_for(len(seen.moment), seen.count))
+        if noted is not None:
+            fitted = noted[number]
+        else:
+            fitted = refit(seen.moment, weight, columns, ridge_for(len(seen.moment), seen.count))
         reader.put(edits, keep, fitted)
         gap = weight.copy()
         gap[columns] -= fitted
