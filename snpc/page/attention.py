@@ -191,7 +191,7 @@ def exposed(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Feeds) -> 
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "exposed.onnx"
         save(copy, path)
-        session = open_session(path, optimise="basic", lean=True)
+        session = open_session(path, optimise="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         results = session.run(list(types), {k: v for k, v in feeds.items() if k in known})
     return dict(zip(types, results, strict=True))

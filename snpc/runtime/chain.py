@@ -93,11 +93,11 @@ def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], 
 def piece_of(source: Traced, segment: Segment, names: set[str], provider: str, stack: ExitStack) -> Piece:
     model = extract(source.model, segment, source.facts)
     weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
-    fixed = stack.enter_context(scratch(clean(model.clone() if weights else model), provider=provider))
+    fixed = stack.enter_context(scratch(clean(model.clone() if weights else model), provider=provider, memory="shared"))
     if not weights:
         return Piece(segment, fixed, fixed, weights)
     # opened before it is cleaned: constants that are equal now need not be so once they are changed
-    opened = stack.enter_context(scratch(clean(open_weights(model, names)), provider=provider))
+    opened = stack.enter_context(scratch(clean(open_weights(model, names)), provider=provider, memory="shared"))
     return Piece(segment, fixed, opened, weights)
 
 

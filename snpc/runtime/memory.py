@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import tempfile
@@ -47,6 +49,13 @@ def container_free(group: Path = Path("/sys/fs/cgroup")) -> int | None:
         return most - used
     except (OSError, ValueError):  # no such limit ("max"), or another system
         return None
+
+
+def trim() -> None:
+    """Hand back to the system what was freed. The C library keeps it otherwise, in pieces, after a large session more
+    than a gigabyte; where it knows no such call (not glibc), nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_budget(limit: int | None) -> int:

@@ -50,7 +50,7 @@ def token_relevance(
     shown.graph.outputs.extend(values[name] for name in names)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with scratch(shown, provider=provider, optimise="basic", lean=True) as run:
+    with scratch(shown, provider=provider, optimise="basic", memory="least") as run:
         for feeds in itertools.islice(singles(model, batches), SAMPLES):
             facts = evaluate(model, sizes_of(model, feeds))
             held = dict(zip(watched, run(feeds).values(), strict=True))

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from snpc.ops.writing import TYPE_ATTRIBUTES
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.memory import trim
 from snpc.runtime.model_io import clean, save
-from snpc.runtime.session import PROVIDERS, Optimise, open_session, resolve_provider, run_session
+from snpc.runtime.session import PROVIDERS, Memory, Optimise, open_session, resolve_provider, run_session
 from snpc.types import AnyArray
 
 Run = Callable[[Feeds], dict[str, AnyArray]]
@@ -28,7 +29,7 @@ def scratch(
     provider: str = "cpu",
     threads: int = 0,
     optimise: Optimise = "all",
-    lean: bool = False,
+    memory: Memory = "own",
     external: bool = False,
 ) -> Iterator[Run]:
     """A call from feeds (what the model does not take is left out) to its outputs by name. Takes ``model`` over.
@@ -39,16 +40,20 @@ def scratch(
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "model.onnx"
         save(widen(clean(model)) if wide else clean(model), path, external)
-        session = open_session(path, provider=provider, threads=threads, optimise=optimise, lean=lean)
-        names = {i.name for i in session.get_inputs()}
+        held = [open_session(path, provider=provider, threads=threads, optimise=optimise, memory=memory)]
+        names = {i.name for i in held[0].get_inputs()}
 
         def run(feeds: Feeds) -> dict[str, AnyArray]:
             mine = {name: array for name, array in feeds.items() if name in names}
             if wide:
                 mine = {name: a.astype(np.float32) if a.dtype == BFLOAT16 else a for name, a in mine.items()}
-            return run_session(session, mine)
+            return run_session(held[0], mine)
 
-        yield run
+        try:
+            yield run
+        finally:
+            held.clear()  # whoever still has ``run`` does not keep the session
+            trim()
 
 
 # -- bfloat16 --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Optimise = Literal["all", "basic", "off"]
+Memory = Literal["own", "shared", "least"]
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -63,13 +65,14 @@ def open_session(
     provider: str = "cpu",
     threads: int = 0,
     optimise: Optimise = "all",
-    lean: bool = False,
+    memory: Memory = "own",
     entries: Mapping[str, str] | None = None,
     saved: Path | None = None,
 ) -> ort.InferenceSession:
     """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
-    ``lean`` holds each weight once: slower runs, less memory, for a session that runs a few times only.
+    ``memory``: "own" as onnxruntime has it, for what is timed; "shared" takes what a run needs from one pool with all
+    other such sessions, of which dozens may be open; "least" holds each weight once as well: slower, for few runs.
 
     ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
 
@@ -89,7 +92,7 @@ def open_session(
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _options(threads, optimise, lean, entries or {}, saved),
+            _options(threads, optimise, memory, entries or {}, saved),
             providers=_provider_chain(wanted),
             enable_fallback=0,
         )
@@ -168,7 +171,7 @@ def first_lines(error: Exception, count: int = 1) -> str:
 
 
 def _options(
-    threads: int, optimise: Optimise, lean: bool, entries: Mapping[str, str], saved: Path | None
+    threads: int, optimise: Optimise, memory: Memory, entries: Mapping[str, str], saved: Path | None
 ) -> ort.SessionOptions:
     import onnxruntime as ort
 
@@ -183,13 +186,27 @@ def _options(
     options.graph_optimization_level = levels[optimise]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if lean:
+    if memory != "own":
+        _pool()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if memory == "least":
         options.add_session_config_entry("session.disable_prepacking", "1")
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     if saved is not None:
         options.optimized_model_filepath = str(saved)
     return options
+
+
+@functools.cache
+def _pool() -> None:
+    """Memory on the CPU for all sessions that share it. Each session's own would keep the most that it ever needed."""
+    import onnxruntime as ort
+
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    with contextlib.suppress(Exception):  # there is one already: then that serves
+        ort.create_and_register_allocator(where, None)
 
 
 def _preload(wanted: str) -> None:

@@ -76,7 +76,7 @@ def decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], provid
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         shown = Path(folder) / "decisions.onnx"
         save(clean(model), shown)
-        session = open_session(shown, provider=provider, optimise="basic", lean=True)
+        session = open_session(shown, provider=provider, optimise="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         for feeds in batches:
             yield run_session(session, {k: v for k, v in feeds.items() if k in known}, name=path.name)

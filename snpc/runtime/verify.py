@@ -17,6 +17,7 @@ from snpc.passes.mask import mask_model
 from snpc.passes.pack import Packing
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.feeds import Feeds
+from snpc.runtime.memory import trim
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.scratch import is_widened, scratch
 from snpc.runtime.session import open_session, run_session
@@ -161,11 +162,15 @@ def outputs_of(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict
     """
     model = ir.load(path)
     if is_widened(model, provider):
-        with scratch(model, provider=provider, optimise="basic", lean=True) as run:
+        with scratch(model, provider=provider, optimise="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
-    session = open_session(path, provider=provider, optimise="basic", lean=True)
+    session = open_session(path, provider=provider, optimise="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
-    return [run_session(session, {k: v for k, v in feeds.items() if k in names}, name=path.name) for feeds in batches]
+    mine = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
+    found = [run_session(session, feeds, name=path.name) for feeds in mine]
+    del session
+    trim()
+    return found
 
 
 def compare_models(

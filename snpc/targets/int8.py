@@ -124,7 +124,7 @@ def column_sizes(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str
     for value in copy.graph.outputs:
         value.dtype = value.dtype or ir.DataType.FLOAT
     save(copy, path)
-    session = open_session(path, optimise="basic", lean=True)
+    session = open_session(path, optimise="basic", memory="least")
     found: dict[str, FloatArray] = {}
     names = {str(v.name) for v in watched if v is not None} & set(own)
     for batch in feeds:
