@@ -18,6 +18,7 @@ from snpc.runtime.feeds import Feeds, check_feeds, parse_shapes, random_feeds
 from snpc.runtime.session import (
     DTYPES,
     PROVIDERS,
+    Memory,
     first_lines,
     open_session,
     prepare_run,
@@ -73,6 +74,17 @@ class TestOpen:
             np.testing.assert_array_equal(outputs["y"], feeds["x"])
             assert outputs["f"].shape == ()
             assert not outputs["f"]
+
+    @pytest.mark.parametrize("memory", ["shared", "least"])
+    def test_where_its_memory_comes_from_changes_nothing(self, memory: Memory) -> None:
+        feeds: Feeds = {"x": np.ones((2, 3, 4), np.float32), "ids": np.ones((2, 5), np.int64), "flag": np.array(True)}
+        expected = run_session(open_session(model_bytes(IDENTITY)), feeds)
+        sessions = [open_session(model_bytes(IDENTITY), memory=memory) for _ in range(3)]
+        for session in sessions:
+            outputs = run_session(session, feeds)
+            assert list(outputs) == list(expected)
+            for name, array in outputs.items():
+                np.testing.assert_array_equal(array, expected[name])
 
     def test_inputs_and_outputs_keep_names_sizes_and_unknowns(self) -> None:
         session = open_session(model_bytes(IDENTITY))
