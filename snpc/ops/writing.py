@@ -6,6 +6,7 @@ from __future__ import annotations
 from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
+ARG_MAX = "ArgMax"
 CAST = "Cast"
 CLIP = "Clip"
 CONCAT = "Concat"
@@ -21,10 +22,10 @@ GATHER_ND = "GatherND"
 IDENTITY = "Identity"
 LESS = "Less"
 LOG = "Log"
+LP_NORMALIZATION = "LpNormalization"
 MATMUL = "MatMul"
 MUL = "Mul"
 MULTIHEAD = "MultiHeadAttention"  # com.microsoft
-REDUCE_L2 = "ReduceL2"
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
@@ -41,4 +42,4 @@ UNSQUEEZE = "Unsqueeze"
 WHERE = "Where"
 
 TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
-REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18, REDUCE_L2: 18}  # since this opset
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset
