@@ -10,7 +10,9 @@ import pytest
 from exports import export, load_feeds
 from oracle import require
 
+from snpc.passes.biased import bias_in_products
 from snpc.passes.fuse import fuse_attention
+from snpc.passes.settle import settle_sizes
 from snpc.runtime.model_io import clean, load, save
 from snpc.runtime.session import open_session, run_session
 
@@ -48,6 +50,59 @@ def test_fused_attention_says_what_the_separate_nodes_said(name: str, count: int
     path = export(name)
     out, found = fused(path, tmp_path)
     assert found == count
+    wanted = {i.name for i in open_session(path).get_inputs()}
+    assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "all_of_them"),
+    [
+        ("vit_timm__ts17", 2, 2),  # one product
+        ("vit_timm__dyn20_sdpa", 2, 2),
+        ("vit_timm_qknorm__ts17", 0, 2),  # something lies between
+        ("vit_hf__ts17", 2, 2),  # three products
+        ("swin_timm__ts17_sdpa", 4, 4),
+        ("bert__ts17", 2, 2),
+        ("llama__dyn20", 0, 2),
+        ("bart__ts17", 4, 6),  # in cross attention keys are made of something else
+    ],
+)
+def test_projections_inside_say_what_they_said_outside(
+    name: str, inside: int, all_of_them: int, tmp_path: Path
+) -> None:
+    require(name)
+    path = export(name)
+    model, count = fuse_attention(load(path).graph, projections=True)
+    out = tmp_path / "fused.onnx"
+    save(clean(model), out)
+    kinds = [n.op_type for n in onnx.load(out).graph.node]
+    assert (count, kinds.count("Attention")) == (inside, inside)
+    assert kinds.count(FUSED) == all_of_them - inside
+    wanted = {i.name for i in open_session(path).get_inputs()}
+    assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("vit_timm__ts17", 8),
+        ("vit_hf__ts17", 12),
+        ("swin_timm__ts17_sdpa", 8),  # in attention; elsewhere sizes are not inferred
+        ("bert__ts17", 0),  # any length
+        ("bart__ts17", 0),
+    ],
+)
+def test_biases_inside_products_say_what_they_said_outside(name: str, inside: int, tmp_path: Path) -> None:
+    require(name)
+    path = export(name)
+    model, count = bias_in_products(settle_sizes(load(path).graph.clone()))
+    out = tmp_path / "biased.onnx"
+    save(clean(model), out)
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+    before, after = ([n.op_type for n in onnx.load(p).graph.node] for p in (path, out))
+    assert after.count("Gemm") == before.count("Gemm") + count
+    assert after.count("MatMul") == before.count("MatMul") - count
+    assert count == inside
     wanted = {i.name for i in open_session(path).get_inputs()}
     assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
 

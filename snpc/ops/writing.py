@@ -7,6 +7,7 @@ from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
 ARG_MAX = "ArgMax"
+ATTENTION = "Attention"  # com.microsoft: with the projections inside
 CAST = "Cast"
 CLIP = "Clip"
 CONCAT = "Concat"
@@ -19,6 +20,7 @@ EXP = "Exp"
 EXPAND = "Expand"
 GATHER = "Gather"
 GATHER_ND = "GatherND"
+GEMM = "Gemm"
 IDENTITY = "Identity"
 LESS = "Less"
 LOG = "Log"
