@@ -171,3 +171,29 @@ def test_what_does_not_fit_is_left_alone(tmp_path: Path, changes: dict[str, str]
     out, count = fused(path, tmp_path)
     assert count == 0
     assert gap(path, out, block_feeds()) < 1e-6
+
+
+def test_parts_of_one_product_go_in_as_its_columns(tmp_path: Path) -> None:
+    """Q, K and V of unequal widths, cut from one product by a Split; the bias of the scores is carried over."""
+    head = "block (float[batch, 3, 8] x, float[1, 1, 3, 3] mask) => (float[batch, 3, 12] y)"
+    front = """    p0 = MatMul (x, W)
+    p = Add (p0, B)
+    q0, k0, v0 = Split <axis = 2> (p, parts)
+    q1 ="""
+    text = BLOCK.replace(BLOCK[BLOCK.index("block (") : BLOCK.index("<int64[4] qk")], head + "\n")
+    text = text.replace("    q1 =", front).replace("int64[4] qk", "int64[3] parts = {8, 8, 12}, int64[4] qk")
+    for key, value in {"SCORES": SCALED, "SCALE": "0.3", "AXIS": "-1", "PERM": "[0, 2, 1, 3]"}.items():
+        text = text.replace(key, value)
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(text)
+    for name, shape in (("W", (8, 28)), ("B", (28,))):
+        array = rng.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "block.onnx")
+    fused_model, count = fuse_attention(load(tmp_path / "block.onnx").graph, projections=True)
+    save(clean(fused_model), tmp_path / "out.onnx")
+    kinds = [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert count == 1 and "MatMul" not in kinds and "Split" not in kinds
+    feeds = {"x": rng.normal(size=(2, 3, 8)), "mask": rng.normal(size=(1, 1, 3, 3))}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    assert gap(tmp_path / "block.onnx", tmp_path / "out.onnx", feeds) < 1e-6

@@ -256,7 +256,7 @@ def replace(found: Attention, work: Work, projections: bool) -> bool:
 def replace_projected(found: Attention, work: Work) -> None:
     """Raises Unfit before anything is changed."""
     places = (found.query, found.key, found.value)
-    packed = packed_projection(places)
+    packed = packed_projection(places, work.facts)
     attrs = [
         ir.AttrInt64("num_heads", found.query.heads),
         ir.AttrFloat32("scale", found.scale),

@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.ops.writing import MATMUL
+from snpc.ops.writing import MATMUL, SPLIT
 from snpc.passes.fold import v_is_constant as is_constant
 from snpc.passes.positions import Place, Unfit
+from snpc.passes.shapes import Facts
 from snpc.types import AnyArray
 
 
@@ -24,24 +25,25 @@ class Projection:
     bias: AnyArray
 
 
-def packed_projection(places: Sequence[Place]) -> Projection:
+def packed_projection(places: Sequence[Place], facts: Facts) -> Projection:
     """Query, key and value beside each other. Raises Unfit where they are not products of one value."""
-    found = [projection(place) for place in places]
+    found = [projection(place, facts) for place in places]
     if any(one.source is not found[0].source for one in found):
         raise Unfit("query, key and value are made of different values")
     weight, bias = (np.concatenate([getattr(one, name) for one in found], -1) for name in ("weight", "bias"))
     return Projection(found[0].source, weight, bias)
 
 
-def projection(place: Place) -> Projection:
-    value, bias = unbiased(place.value)
+def projection(place: Place, facts: Facts) -> Projection:
+    whole, before = undivided(place.value, facts)
+    value, bias = unbiased(whole)
     node = value.producer()
     if place.order or node is None or node.op_type != MATMUL or node.domain not in ("", "ai.onnx"):
         raise Unfit("it is not columns of a product")
     source, weight = node.inputs
     if source is None or weight is None or not is_constant(weight):
         raise Unfit("it is not a product with a constant")
-    columns = slice(place.start, place.start + place.columns)
+    columns = slice(before + place.start, before + place.start + place.columns)
     table = array_of(weight)
     if table.ndim != 2:
         raise Unfit("the constant is no matrix")
@@ -49,6 +51,18 @@ def projection(place: Place) -> Projection:
     if full.shape != (table.shape[1],):
         raise Unfit("what is added to the product is no bias")
     return Projection(source, table[:, columns], full[columns])
+
+
+def undivided(value: ir.Value, facts: Facts) -> tuple[ir.Value, int]:
+    """(what ``value`` is columns of, how many lie before them) where a node divides columns into parts."""
+    node = value.producer()
+    if node is None or node.op_type != SPLIT or node.inputs[0] is None:
+        return value, 0
+    shapes = [facts.shape.get(out) or () for out in node.outputs]
+    whole = facts.shape.get(node.inputs[0]) or ()
+    if any(len(shape) != len(whole) or shape[:-1] != whole[:-1] for shape in shapes):
+        return value, 0
+    return node.inputs[0], sum(shape[-1] for shape in shapes[: node.outputs.index(value)])
 
 
 def unbiased(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
