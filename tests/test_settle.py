@@ -73,8 +73,10 @@ def reshaped(shape: list[int | str], parts: list[int], last: int) -> ir.Model:
         (["batch", 6, 4], [0], 24, [-1, 24]),
         (["batch", 6, 4], [1], -1, [6, -1]),
         ([3, 6, 4], [0, 1], 4, [3, 6, 4]),
-        (["batch", 6, 4], [0], -1, None),  # two entries that are not known
-        (["batch", "length", 4], [0, 1], 4, None),
+        (["batch", 6, 4], [0], -1, [0, -1]),
+        (["batch", "length", 4], [0, 1], 4, [0, 0, 4]),
+        (["batch", "length", 4], [1, 0], 4, None),  # in other places
+        (["batch", "length", 4], [1], -1, None),
     ],
 )
 def test_targets(shape: list[int | str], parts: list[int], last: int, wanted: list[int] | None, tmp_path: Path) -> None:
