@@ -60,7 +60,7 @@ def reshaped(shape: list[int | str], parts: list[int], last: int) -> ir.Model:
     constants = [numpy_helper.from_array(np.asarray([axis]), f"axis{axis}") for axis in parts]
     constants.append(numpy_helper.from_array(np.asarray([last]), "last"))
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [f"out{k}" for k in range(len(parts) + 1)])
     graph = helper.make_graph(nodes, "g", [x], [y], constants)
     return ir.serde.deserialize_model(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -89,3 +89,22 @@ def test_targets(shape: list[int | str], parts: list[int], last: int, wanted: li
     target = {i.name: numpy_helper.to_array(i).tolist() for i in graph.initializer}.get(graph.node[-1].input[1])
     assert target == wanted
     assert (len(graph.node) == 1) == (wanted is not None)
+
+
+def test_stale_shapes_count_nothing(tmp_path: Path) -> None:
+    """A pass that cut a width has left the old one behind."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Shape", ["h"], ["sizes"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Reshape", ["r", "sizes"], ["y"]),
+    ]
+    w = numpy_helper.from_array(np.ones((4, 5), np.float32), "w")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "width"])
+    graph = helper.make_graph(nodes, "g", [x], [y], [w])
+    graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, ["batch", 7]))
+    model = ir.serde.deserialize_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    )
+    assert run(settled(model, tmp_path), {"x": np.ones((3, 4), np.float32)})[0].shape == (3, 5)

@@ -13,13 +13,14 @@ from onnx_ir.passes import common
 from snpc.ops import lookup
 from snpc.ops.writing import GEMM, MATMUL, RESHAPE
 from snpc.passes.fold import v_is_constant as is_constant
+from snpc.passes.settle import infer_shapes
 
 
 def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:
     """A copy of ``model`` in which sums of a product [.., N, K] x [K, M] and a bias [M] are one node, and how many
     these are. All axes but the first must have fixed sizes."""
     copy = model.clone()
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
+    infer_shapes(copy)
     rows: dict[ir.Value, ir.Value] = {}
     count = 0
     for node in list(copy.graph):

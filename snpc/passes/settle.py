@@ -48,13 +48,29 @@ class Names:
 def settle_sizes(model: ir.Model) -> ir.Model:
     """``model`` itself, without the arithmetic on shapes whose outcome no input changes; outputs stay as they were."""
     for _ in range(ROUNDS):
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model)
         names = Names()
         known = known_sizes(model, names)
         if not sum([settle(node, known, names, model.graph) for node in list(model.graph)]):
             break
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Shapes of all values between inputs and outputs, in place. Inference would believe what a file or an earlier pass
+    has left, stale as it may be, and would name what has no name."""
+    ends = [(value, value.shape.copy() if value.shape is not None else None) for value in interface(model)]
+    for value in (value for node in model.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value, shape in ends:
+        value.shape = shape
+
+
+def interface(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs]
 
 
 def known_sizes(model: ir.Model, names: Names) -> Known:
