@@ -114,7 +114,7 @@ def test_the_plain_graph_stays_unless_another_is_faster(
 def test_a_candidate_that_changes_outputs_is_not_used(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any) -> tuple[Any, int]:
+    def broken(model: Any, projections: bool = False) -> tuple[Any, int]:
         made = model.clone()
         weight = max(made.graph.initializers.values(), key=lambda v: v.const_value.size)
         weight.const_value = onnx_tensor(weight.const_value.numpy() * 1.1, weight.name)

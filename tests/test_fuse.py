@@ -10,7 +10,9 @@ import pytest
 from exports import export, load_feeds
 from oracle import require
 
+from snpc.passes.biased import bias_in_products
 from snpc.passes.fuse import fuse_attention
+from snpc.passes.settle import settle_sizes
 from snpc.runtime.model_io import clean, load, save
 from snpc.runtime.session import open_session, run_session
 
@@ -48,6 +50,59 @@ def test_fused_attention_says_what_the_separate_nodes_said(name: str, count: int
     path = export(name)
     out, found = fused(path, tmp_path)
     assert found == count
+    wanted = {i.name for i in open_session(path).get_inputs()}
+    assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "all_of_them"),
+    [
+        ("vit_timm__ts17", 2, 2),  # one product
+        ("vit_timm__dyn20_sdpa", 2, 2),
+        ("vit_timm_qknorm__ts17", 0, 2),  # something lies between
+        ("vit_hf__ts17", 2, 2),  # three products
+        ("swin_timm__ts17_sdpa", 4, 4),
+        ("bert__ts17", 2, 2),
+        ("llama__dyn20", 0, 2),
+        ("bart__ts17", 4, 6),  # in cross attention keys are made of something else
+    ],
+)
+def test_projections_inside_say_what_they_said_outside(
+    name: str, inside: int, all_of_them: int, tmp_path: Path
+) -> None:
+    require(name)
+    path = export(name)
+    model, count = fuse_attention(load(path).graph, projections=True)
+    out = tmp_path / "fused.onnx"
+    save(clean(model), out)
+    kinds = [n.op_type for n in onnx.load(out).graph.node]
+    assert (count, kinds.count("Attention")) == (inside, inside)
+    assert kinds.count(FUSED) == all_of_them - inside
+    wanted = {i.name for i in open_session(path).get_inputs()}
+    assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("vit_timm__ts17", 8),
+        ("vit_hf__ts17", 12),
+        ("swin_timm__ts17_sdpa", 8),  # in attention; elsewhere sizes are not inferred
+        ("bert__ts17", 0),  # any length
+        ("bart__ts17", 0),
+    ],
+)
+def test_biases_inside_products_say_what_they_said_outside(name: str, inside: int, tmp_path: Path) -> None:
+    require(name)
+    path = export(name)
+    model, count = bias_in_products(settle_sizes(load(path).graph.clone()))
+    out = tmp_path / "biased.onnx"
+    save(clean(model), out)
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+    before, after = ([n.op_type for n in onnx.load(p).graph.node] for p in (path, out))
+    assert after.count("Gemm") == before.count("Gemm") + count
+    assert after.count("MatMul") == before.count("MatMul") - count
+    assert count == inside
     wanted = {i.name for i in open_session(path).get_inputs()}
     assert gap(path, out, {k: v for k, v in load_feeds(name).items() if k in wanted}) < 1e-5
 
@@ -116,3 +171,29 @@ def test_what_does_not_fit_is_left_alone(tmp_path: Path, changes: dict[str, str]
     out, count = fused(path, tmp_path)
     assert count == 0
     assert gap(path, out, block_feeds()) < 1e-6
+
+
+def test_parts_of_one_product_go_in_as_its_columns(tmp_path: Path) -> None:
+    """Q, K and V of unequal widths, cut from one product by a Split; the bias of the scores is carried over."""
+    head = "block (float[batch, 3, 8] x, float[1, 1, 3, 3] mask) => (float[batch, 3, 12] y)"
+    front = """    p0 = MatMul (x, W)
+    p = Add (p0, B)
+    q0, k0, v0 = Split <axis = 2> (p, parts)
+    q1 ="""
+    text = BLOCK.replace(BLOCK[BLOCK.index("block (") : BLOCK.index("<int64[4] qk")], head + "\n")
+    text = text.replace("    q1 =", front).replace("int64[4] qk", "int64[3] parts = {8, 8, 12}, int64[4] qk")
+    for key, value in {"SCORES": SCALED, "SCALE": "0.3", "AXIS": "-1", "PERM": "[0, 2, 1, 3]"}.items():
+        text = text.replace(key, value)
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(text)
+    for name, shape in (("W", (8, 28)), ("B", (28,))):
+        array = rng.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "block.onnx")
+    fused_model, count = fuse_attention(load(tmp_path / "block.onnx").graph, projections=True)
+    save(clean(fused_model), tmp_path / "out.onnx")
+    kinds = [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert count == 1 and "MatMul" not in kinds and "Split" not in kinds
+    feeds = {"x": rng.normal(size=(2, 3, 8)), "mask": rng.normal(size=(1, 1, 3, 3))}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    assert gap(tmp_path / "block.onnx", tmp_path / "out.onnx", feeds) < 1e-6

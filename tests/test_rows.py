@@ -129,3 +129,17 @@ def test_dead_rows_count_towards_a_target() -> None:
     share = 1 - 0.5 * analysis.dead_macs / analysis.cost.macs
     scores = snpc.score(analysis, "magnitude")
     assert snpc.make_plan(scores, snpc.Choice(target=f"macs={share}")).keep == {}
+
+
+@pytest.mark.parametrize(("axis", "left"), [("zero", 1 / 6), ("ax", 1.0)])
+def test_who_asks_for_the_size_of_another_axis_asks_for_no_rows(axis: str, left: float) -> None:
+    """An exporter computes the target of a later reshape from a value's own shape."""
+    sizes = [
+        helper.make_node("Shape", ["c"], ["sizes"], name="sizes"),
+        helper.make_node("Gather", ["sizes", axis], ["size"], axis=0, name="size"),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"], name="zeros"),
+    ]
+    weights = {**WEIGHTS, "zero": np.array([0])}
+    share, dropped = compared(model_of([*HEAD, *sizes, PICKS["scalar"]], ["y", "zeros"], weights))
+    first, second = 6 * 4 * 5, 6 * 5 * 3
+    assert dropped and share == pytest.approx((left * first + second / 6) / (first + second))

@@ -6,6 +6,8 @@ from __future__ import annotations
 from snpc.ops.attention import MICROSOFT as MICROSOFT
 
 ADD = "Add"
+ARG_MAX = "ArgMax"
+ATTENTION = "Attention"  # com.microsoft: with the projections inside
 CAST = "Cast"
 CLIP = "Clip"
 CONCAT = "Concat"
@@ -18,13 +20,14 @@ EXP = "Exp"
 EXPAND = "Expand"
 GATHER = "Gather"
 GATHER_ND = "GatherND"
+GEMM = "Gemm"
 IDENTITY = "Identity"
 LESS = "Less"
 LOG = "Log"
+LP_NORMALIZATION = "LpNormalization"
 MATMUL = "MatMul"
 MUL = "Mul"
 MULTIHEAD = "MultiHeadAttention"  # com.microsoft
-REDUCE_L2 = "ReduceL2"
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
@@ -41,4 +44,4 @@ UNSQUEEZE = "Unsqueeze"
 WHERE = "Where"
 
 TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
-REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18, REDUCE_L2: 18}  # since this opset
+REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset

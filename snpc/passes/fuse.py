@@ -7,6 +7,7 @@ before it, one after it, and scaling, a bias and movement between. That the quer
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnx_ir.passes import common
 from snpc.ops import lookup
 from snpc.ops.spec import Shape
 from snpc.ops.writing import (
+    ATTENTION,
     CONCAT,
     EXPAND,
     GATHER,
@@ -29,8 +31,10 @@ from snpc.ops.writing import (
     TRANSPOSE,
 )
 from snpc.passes.positions import Place, Unfit, merged, only_reader, place
+from snpc.passes.projected import packed_projection
 from snpc.passes.scale import scalar_of
 from snpc.passes.shapes import Facts, attributes, best_binding, opset
+from snpc.types import AnyArray
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,11 @@ class Work:
         return f"{hint}__fused{self.count}"
 
     def constant(self, numbers: list[int], hint: str) -> ir.Value:
+        return self.tensor(np.asarray(numbers, np.int64), hint)
+
+    def tensor(self, array: AnyArray, hint: str) -> ir.Value:
         name = self.name(hint)
-        value = ir.Value(name=name, const_value=ir.Tensor(np.asarray(numbers, np.int64), name=name))
+        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
         self.model.graph.register_initializer(value)
         return value
 
@@ -82,9 +89,13 @@ class Work:
         return tuple(made.outputs)
 
 
-def fuse_attention(model: ir.Model) -> tuple[ir.Model, int]:
+def fuse_attention(model: ir.Model, *, projections: bool = False) -> tuple[ir.Model, int]:
     """A copy of a canonical ``model`` with every attention that allows it as one com.microsoft.MultiHeadAttention, and
-    how many those are. Q and V may differ in width; scale and additive bias are carried over as they are."""
+    how many those are. Q and V may differ in width; scale and additive bias are carried over as they are.
+
+    ``projections``: as one com.microsoft.Attention with the products that make query, key and value, where it is made
+    of these; only such count.
+    """
     copy = model.clone()
     _, facts = best_binding(copy)
     work = Work(copy, facts)
@@ -94,8 +105,8 @@ def fuse_attention(model: ir.Model) -> tuple[ir.Model, int]:
             found = attention_at(node, facts, opset(copy))
         except Unfit:
             continue
-        replace(found, work)
-        count += 1
+        inside = replace(found, work, projections)
+        count += inside or not projections
     if count:
         copy.graph.opset_imports.setdefault(MICROSOFT, 1)
         common.RemoveUnusedNodesPass()(copy)
@@ -226,13 +237,35 @@ def check_bias(bias: ir.Value, scores: Shape, facts: Facts) -> None:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def replace(found: Attention, work: Work) -> None:
+def replace(found: Attention, work: Work, projections: bool) -> bool:
+    """Whether the products went in as well."""
+    if projections:
+        with suppress(Unfit):
+            replace_projected(found, work)
+            return True
     query, key, value = parts(found, work)
     attrs = [ir.AttrInt64("num_heads", found.query.heads), ir.AttrFloat32("scale", found.scale)]
     inputs: list[ir.Value | None] = [query, key, value]
     if found.bias is not None:
         inputs += [None, None, full_bias(found, query, work)]
     (made,) = work.node(MULTIHEAD, inputs, attrs, "attention", domain=MICROSOFT)
+    found.out.replace_all_uses_with(made)
+    return False
+
+
+def replace_projected(found: Attention, work: Work) -> None:
+    """Raises Unfit before anything is changed."""
+    places = (found.query, found.key, found.value)
+    packed = packed_projection(places, work.facts)
+    attrs = [
+        ir.AttrInt64("num_heads", found.query.heads),
+        ir.AttrFloat32("scale", found.scale),
+        ir.AttrInt64s("qkv_hidden_sizes", [p.columns for p in places]),
+    ]
+    inputs: list[ir.Value | None] = [packed.source, *(work.tensor(a, "qkv") for a in (packed.weight, packed.bias))]
+    if found.bias is not None:
+        inputs += [None, None, full_bias(found, packed.source, work)]
+    (made,) = work.node(ATTENTION, inputs, attrs, "attention", domain=MICROSOFT)
     found.out.replace_all_uses_with(made)
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
 from snpc.ops.spec import Blocked, Call, Labels, OpSpec
-from snpc.ops.writing import GATHER, RESHAPE, SLICE
+from snpc.ops.writing import GATHER, RESHAPE, SHAPE, SLICE
 from snpc.passes.shapes import Facts, opset, subgraphs
 from snpc.types import IntArray
 
@@ -78,11 +78,29 @@ def visit(search: Search, node: ir.Node) -> None:
 
 
 def common_demand(search: Search, value: ir.Value) -> Demand | None:
-    """What every use of a value asks for, where they agree."""
+    """What every use of a value asks for, where they agree. Who asks for the sizes of other axes asks for no rows."""
     if value.is_graph_output():
         return None
-    found = {search.demands.get((use.node, use.idx)) for use in value.uses()}
-    return found.pop() if len(found) == 1 else None
+    found = {search.demands.get((use.node, use.idx)) for use in value.uses() if not asks_size(use.node)}
+    wanted = found.pop() if len(found) == 1 else None
+    asking = [use.node for use in value.uses() if asks_size(use.node)]
+    return wanted if wanted is not None and not any(asks_for(search, node, wanted.axis) for node in asking) else None
+
+
+def asks_size(node: ir.Node) -> bool:
+    return node.op_type == SHAPE and not node.domain and not node.attributes
+
+
+def asks_for(search: Search, node: ir.Node, axis: int) -> bool:
+    """Does anybody read the size of ``axis`` from what this node gives, or may they?"""
+    sizes = node.outputs[0]
+    if sizes.is_graph_output():
+        return True
+    picks = [
+        moved(search.call(u.node), 0) if u.idx == 0 and u.node.op_type in (GATHER, SLICE) else None
+        for u in sizes.uses()
+    ]
+    return any(picked is None or axis in np.asarray(picked) for picked in picks)
 
 
 def selection(search: Search, node: ir.Node) -> Demand | None:

@@ -30,7 +30,8 @@ TOKEN_AXIS = 1
 class Scores:
     """Attention weights of the block in front of a point: ``tensor``, with queries along this axis and keys along
     the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
-    it may have a mask that is true where keys count ("tells") or that is added ("added")."""
+    it may have a mask that is true where keys count ("tells") or that is added ("added"). ``apart``: heads have an axis
+    of their own, the second one."""
 
     tensor: str
     query_axis: int
@@ -38,6 +39,7 @@ class Scores:
     width: int = 0
     fused: str = ""
     mask: Literal["", "tells", "added"] = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,10 @@ def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores 
     if marks is None or set(marks.axes) != {last - 1, last} or any(marks.axes.values()) or len(keys) != 1:
         return None
     heads = math.prod(shape[:-2])
-    return Scores(str(out.name), (marks.axes.keys() - keys).pop(), heads // batch) if heads % batch == 0 else None
+    if heads % batch:
+        return None
+    apart = last == 3 and shape[0] == batch
+    return Scores(str(out.name), (marks.axes.keys() - keys).pop(), heads // batch, apart=apart)
 
 
 def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:

@@ -23,6 +23,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.rewrite import rewrite_model
+from snpc.passes.settle import settle_sizes
 from snpc.runtime.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import clean, replacing, save
@@ -165,6 +166,7 @@ def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Pa
     model = rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model
     if analysis.reduction is not None:
         analysis.reduction.close(model)
+        settle_sizes(model)
     save(clean(model), path)
     return path
 

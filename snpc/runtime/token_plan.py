@@ -53,7 +53,7 @@ SAMPLES = 32
 STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
 TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
 STRIDES = (2, 3)
-NEAR = 1.1  # drifts that differ by less are as good
+NEAR = 1.15  # drifts on so few samples that differ by less are as good
 SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
 
 Schedule = tuple[int, ...]

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.passes.biased import bias_in_products
 from snpc.passes.fuse import fuse_attention
+from snpc.passes.settle import settle_sizes
 from snpc.runtime.bench import median_interval, run_rounds
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import LIMIT, clean, data_file, file_bytes, load, save
@@ -29,6 +32,9 @@ ROUNDS = 20
 SECONDS = 3.0  # small models get more rounds
 LOOK = 5  # rounds of a first look at all candidates
 SLOW = 0.95  # times as fast as the plain graph: less is not looked at again
+ONE_NODE = "attention in one node"
+PROJECTED = "attention with its projections in one node"
+AND = " and "
 SAME = 10 * TOLERANCE[np.dtype(np.float32)]
 
 
@@ -76,18 +82,33 @@ def as_it_is(job: Job) -> Made:
 def sources(job: Job, notes: list[str]) -> list[tuple[str, Path]]:
     """Models with nodes fused beyond what a session does by itself."""
     folder = job.source.parent
-    found = []
-    fused, count = fuse_attention(load(job.source).graph)
-    starts = [("", job.source)]
-    if count:
-        path = folder / "attention.onnx"
-        save(clean(fused), path)
-        found.append((f"attention in one node ({count} times)", path))
-        starts.append(found[0])
-    for index, (name, path) in enumerate(starts):
+    found: list[tuple[str, Path]] = []
+    for name, made in rewritten(load(job.source).graph):
+        path = folder / f"rewritten{len(found)}.onnx"
+        save(clean(made), path)
+        found.append((name, path))
+    attention = [(name, path) for name, path in found if name.startswith(ONE_NODE) and AND not in name]
+    for index, (name, path) in enumerate([("", job.source), *attention]):
         out = folder / f"transformers{index}.onnx"
         if file_bytes(path) < LIMIT and transformers_fusions(path, out, job.provider):
-            found.append((f"{name + ' and ' if name else ''}onnxruntime.transformers' fusions", out))
+            found.append((f"{name + AND if name else ''}onnxruntime.transformers' fusions", out))
+    return found
+
+
+def rewritten(graph: ir.Model) -> list[tuple[str, ir.Model]]:
+    """What snpc makes of it: sizes written down, attention in one node with or without the products before it, biases
+    inside products."""
+    plain = settle_sizes(graph.clone())
+    starts = [("", plain)]
+    for name, projections in ((ONE_NODE, False), (PROJECTED, True)):
+        fused, count = fuse_attention(plain, projections=projections)
+        if count:
+            starts.append((f"{name} ({count} times)", fused))
+    found = starts[1:]
+    for name, made in starts:
+        biased, count = bias_in_products(made)
+        if count:
+            found.append((f"{name + AND if name else ''}biases inside products ({count} times)", biased))
     return found
 
 

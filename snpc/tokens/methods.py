@@ -15,7 +15,22 @@ from typing import ClassVar, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import ADD, CONCAT, CUMSUM, DIV, EQUAL, LESS, LOG, MUL, REDUCE_MAX, SCATTER_ELEMENTS, SUB, TOPK
+from snpc.ops.writing import (
+    ADD,
+    ARG_MAX,
+    CONCAT,
+    CUMSUM,
+    DIV,
+    EQUAL,
+    LESS,
+    LOG,
+    LP_NORMALIZATION,
+    MUL,
+    REDUCE_MAX,
+    SCATTER_ELEMENTS,
+    SUB,
+    TOPK,
+)
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray
 
@@ -289,9 +304,8 @@ class Merge:
     def decisions(self, setting: Setting) -> tuple[Decision, ...]:
         even = (setting.others + 1) // 2
         return (
-            Decision("stay", (even - setting.gone,)),
-            Decision("from", (setting.gone,)),
-            Decision("into", (setting.gone,)),
+            Decision("order", (even,)),  # even tokens, those that go first
+            Decision("into", (setting.gone,)),  # which odd token each of them is merged into
         )
 
     def parts(self, writer: Writer, setting: Setting, value: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -302,32 +316,31 @@ class Merge:
         )
 
     def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
-        length = writer.length(values)
-        even, odd = self.parts(writer, setting, writer.op(DIV, values, length))
+        even, odd = self.parts(writer, setting, writer.op(LP_NORMALIZATION, values, axis=-1, p=2))
         alike = writer.matmul(even, writer.swap(odd))
-        near, where = writer.ops(TOPK, alike, writer.ints(1), outputs=2, axis=2, largest=1, sorted=1)
-        every = (setting.others + 1) // 2
-        first = self.first(writer, setting, writer.reshape(near, 0, -1), scores)
-        order = writer.ops(TOPK, first, writer.ints(every), outputs=2, axis=1, sorted=1)[1]
-        source = writer.slice(order, 1, 0, setting.gone)
-        into = writer.reshape(writer.pick(where, source), 0, -1)
-        return [writer.slice(order, 1, setting.gone), source, into]
+        first = self.first(writer, setting, writer.largest(alike, 2), scores)
+        every = writer.ints((setting.others + 1) // 2)
+        order = writer.ops(TOPK, first, every, outputs=2, axis=1, sorted=1)[1]
+        rows = writer.pick(alike, writer.slice(order, 1, 0, setting.gone))
+        return [order, writer.op(ARG_MAX, rows, axis=2, keepdims=0)]
 
     def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
         """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
         return near
 
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
-        stay, source, into = decided
+        order, into = decided
         sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
         weighed = writer.op(MUL, tokens.values, sizes) if tokens.sizes is not None else tokens.values
         sums = writer.op(CONCAT, weighed, sizes, axis=2)  # [B, N, D + 1]: what tokens are sums of, and of how many
         even, odd = self.parts(writer, setting, sums)
+        left = (setting.others + 1) // 2 - setting.gone
         places = writer.constant(np.arange(setting.others // 2, dtype=np.int64)[None, :, None])
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, odd, gone]
-        merged = writer.op(ADD, odd, writer.matmul(goes, writer.pick(even, source)))
+        source, *stay = writer.split(writer.pick(even, order), 1, setting.gone, left)
+        merged = writer.op(ADD, odd, writer.matmul(goes, source))
         front = [writer.slice(sums, 1, 0, setting.leading)] if setting.leading else []
-        laid = writer.concat(1, *front, writer.pick(even, stay), merged)
+        laid = writer.concat(1, *front, *stay, merged)
         size = writer.slice(laid, 2, -1)
         return Tokens(writer.op(DIV, writer.slice(laid, 2, 0, -1), size), size)
 
@@ -336,8 +349,9 @@ class Merge:
         return even * odd * width + odd * setting.gone * (width + 1)
 
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
-        stay, source, into = decided
-        batch, lead = len(stay), setting.leading
+        order, into = decided
+        source, stay = np.split(order, [setting.gone], axis=1)
+        batch, lead = len(order), setting.leading
         odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
         matrix = selection(setting, np.concatenate([lead + 2 * stay, odd], 1))
         rows = matrix.shape[1] - odd.shape[1] + into

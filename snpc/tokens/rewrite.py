@@ -348,11 +348,13 @@ def class_scores(
         weights = writer.row(weights, scores.query_axis, 0)
     else:
         weights = writer.total(weights, scores.query_axis)
-    if step.setting.share is None:
-        split = writer.ints(-1, scores.heads, step.setting.count)
-    else:
-        split = writer.concat(0, writer.ints(-1, scores.heads), writer.lengths(weights, -1))
-    summed = writer.total(writer.op(RESHAPE, weights, split), 1)
+    if not scores.apart:
+        if step.setting.share is None:
+            split = writer.ints(-1, scores.heads, step.setting.count)
+        else:
+            split = writer.concat(0, writer.ints(-1, scores.heads), writer.lengths(weights, -1))
+        weights = writer.op(RESHAPE, weights, split)
+    summed = writer.total(weights, 1)
     return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
 
 

@@ -15,12 +15,13 @@ from snpc.ops.writing import (
     GATHER,
     GATHER_ND,
     MATMUL,
-    REDUCE_L2,
+    REDUCE_MAX,
     REDUCE_SUM,
     REDUCTION_AXES_ARE_AN_INPUT,
     RESHAPE,
     SHAPE,
     SLICE,
+    SPLIT,
     TRANSPOSE,
     UNSQUEEZE,
 )
@@ -94,11 +95,16 @@ class Writer:
     def total(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
         return self.op(REDUCE_SUM, value, self.ints(*axes), keepdims=int(keep))
 
-    def length(self, value: ir.Value) -> ir.Value:
-        """[..., D] -> [..., 1]: the Euclidean length."""
-        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_L2]:
-            return self.op(REDUCE_L2, value, self.ints(-1), keepdims=1)
-        return self.op(REDUCE_L2, value, axes=[-1], keepdims=1)
+    def largest(self, value: ir.Value, axis: int) -> ir.Value:
+        """The maximum along ``axis``, which goes."""
+        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_MAX]:
+            return self.op(REDUCE_MAX, value, self.ints(axis), keepdims=0)
+        return self.op(REDUCE_MAX, value, axes=[axis], keepdims=0)
+
+    def split(self, value: ir.Value, axis: int, *sizes: int) -> list[ir.Value]:
+        """Parts of these sizes, without those of none at the end."""
+        many = [size for size in sizes if size]
+        return self.ops(SPLIT, value, self.ints(*many), outputs=len(many), axis=axis) if len(many) > 1 else [value]
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
         return self.op(CAST, value, to=int(dtype or self.dtype))

@@ -1,0 +1,90 @@
+"""graph -> graph: a bias that is added to a product goes into the product.
+
+onnxruntime adds it in a node of its own where the product has a batch axis, or in the activation behind, which takes
+longer than starting the sums from it. What has a batch axis is laid out as rows and back, which moves nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from snpc.ops import lookup
+from snpc.ops.writing import GEMM, MATMUL, RESHAPE
+from snpc.passes.fold import v_is_constant as is_constant
+from snpc.passes.settle import infer_shapes
+
+
+def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:
+    """A copy of ``model`` in which sums of a product [.., N, K] x [K, M] and a bias [M] are one node, and how many
+    these are. All axes but the first must have fixed sizes."""
+    copy = model.clone()
+    infer_shapes(copy)
+    rows: dict[ir.Value, ir.Value] = {}
+    count = 0
+    for node in list(copy.graph):
+        found = biased_product(node)
+        if found is None:
+            continue
+        product, bias = found
+        source, weight = product.inputs
+        assert source is not None and weight is not None
+        if source not in rows:
+            rows[source] = reshaped(copy.graph, source, [-1, last(weight, 0)])
+        made = ir.node(GEMM, [rows[source], weight, bias], name=f"{product.name}__biased")
+        made.outputs[0].name = f"{made.name}_out"
+        copy.graph.append(made)
+        shape = node.outputs[0].shape
+        assert shape is not None
+        laid = reshaped(copy.graph, made.outputs[0], [-1, *(int(d) for d in shape[1:])])  # type: ignore[arg-type]
+        node.outputs[0].replace_all_uses_with(laid)
+        count += 1
+    common.RemoveUnusedNodesPass()(copy)
+    copy.graph.sort()
+    return copy, count
+
+
+def biased_product(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """(the product, the bias) where ``node`` adds nothing but a bias to a product with a weight."""
+    spec = lookup(node.domain, node.op_type)
+    if spec.kind != "pointwise" or spec.effect != "add" or spec.subtracts or len(node.inputs) != 2:
+        return None
+    out = node.outputs[0]
+    if out.is_graph_output() or out.shape is None or len(out.shape) < 3:
+        return None
+    if not all(isinstance(d, int) for d in out.shape[1:]):
+        return None
+    for index in (0, 1):
+        value, bias = node.inputs[index], node.inputs[1 - index]
+        product = value.producer() if value is not None else None
+        if value is None or bias is None or product is None or len(value.uses()) > 1 or value.is_graph_output():
+            continue
+        if product.op_type != MATMUL or product.domain not in ("", "ai.onnx"):
+            continue
+        weight = product.inputs[1]
+        if weight is None or not is_constant(weight) or not is_constant(bias):
+            continue
+        if rank(weight) == 2 and rank(bias) == 1 and last(bias, 0) == last(weight, 1):
+            return product, bias
+    return None
+
+
+def rank(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return len(value.const_value.shape)
+
+
+def last(value: ir.Value, axis: int) -> int:
+    assert value.const_value is not None
+    return int(value.const_value.shape[axis])  # type: ignore[arg-type]
+
+
+def reshaped(graph: ir.Graph, value: ir.Value, target: list[int]) -> ir.Value:
+    name = f"{value.name}__laid"
+    shape = ir.Value(name=f"{name}_shape", const_value=ir.Tensor(np.asarray(target, np.int64), name=f"{name}_shape"))
+    graph.register_initializer(shape)
+    made = ir.node(RESHAPE, [value, shape], name=name)
+    made.outputs[0].name = f"{name}_out"
+    graph.append(made)
+    return made.outputs[0]

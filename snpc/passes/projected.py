@@ -1,0 +1,81 @@
+"""What query, key and value are made of: columns of one product with a constant, as com.microsoft.Attention takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.writing import MATMUL, SPLIT
+from snpc.passes.fold import v_is_constant as is_constant
+from snpc.passes.positions import Place, Unfit
+from snpc.passes.shapes import Facts
+from snpc.types import AnyArray
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``source`` [B, N, D] times ``weight`` [D, columns], plus ``bias`` [columns]."""
+
+    source: ir.Value
+    weight: AnyArray
+    bias: AnyArray
+
+
+def packed_projection(places: Sequence[Place], facts: Facts) -> Projection:
+    """Query, key and value beside each other. Raises Unfit where they are not products of one value."""
+    found = [projection(place, facts) for place in places]
+    if any(one.source is not found[0].source for one in found):
+        raise Unfit("query, key and value are made of different values")
+    weight, bias = (np.concatenate([getattr(one, name) for one in found], -1) for name in ("weight", "bias"))
+    return Projection(found[0].source, weight, bias)
+
+
+def projection(place: Place, facts: Facts) -> Projection:
+    whole, before = undivided(place.value, facts)
+    value, bias = unbiased(whole)
+    node = value.producer()
+    if place.order or node is None or node.op_type != MATMUL or node.domain not in ("", "ai.onnx"):
+        raise Unfit("it is not columns of a product")
+    source, weight = node.inputs
+    if source is None or weight is None or not is_constant(weight):
+        raise Unfit("it is not a product with a constant")
+    columns = slice(before + place.start, before + place.start + place.columns)
+    table = array_of(weight)
+    if table.ndim != 2:
+        raise Unfit("the constant is no matrix")
+    full = np.zeros(table.shape[1], table.dtype) if bias is None else array_of(bias)
+    if full.shape != (table.shape[1],):
+        raise Unfit("what is added to the product is no bias")
+    return Projection(source, table[:, columns], full[columns])
+
+
+def undivided(value: ir.Value, facts: Facts) -> tuple[ir.Value, int]:
+    """(what ``value`` is columns of, how many lie before them) where a node divides columns into parts."""
+    node = value.producer()
+    if node is None or node.op_type != SPLIT or node.inputs[0] is None:
+        return value, 0
+    shapes = [facts.shape.get(out) or () for out in node.outputs]
+    whole = facts.shape.get(node.inputs[0]) or ()
+    if any(len(shape) != len(whole) or shape[:-1] != whole[:-1] for shape in shapes):
+        return value, 0
+    return node.inputs[0], sum(shape[-1] for shape in shapes[: node.outputs.index(value)])
+
+
+def unbiased(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """(what a constant is added to, the constant)."""
+    node = value.producer()
+    spec = lookup(node.domain, node.op_type) if node is not None else None
+    if node is None or spec is None or spec.kind != "pointwise" or spec.effect != "add" or spec.subtracts:
+        return value, None
+    constants = [v for v in node.inputs if v is not None and is_constant(v)]
+    others = [v for v in node.inputs if v is not None and not is_constant(v)]
+    return (others[0], constants[0]) if len(constants) == len(others) == 1 else (value, None)
+
+
+def array_of(value: ir.Value) -> AnyArray:
+    assert value.const_value is not None
+    return value.const_value.numpy()

@@ -1,0 +1,166 @@
+"""graph -> graph: sizes that are the same for every input are written down, instead of computed at every run.
+
+Exporters compute the target of a reshape from the shape of its input, in ten small nodes each. What onnx's own shape
+inference proves to be fixed becomes a constant; of what is left open in a target, an entry that the input has in the
+same place becomes 0, and one more -1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes import common
+
+from snpc.ops import lookup
+from snpc.ops.writing import RESHAPE, SHAPE
+from snpc.passes.shapes import attributes, opset
+from snpc.types import IntArray
+
+ROUNDS = 4  # a size that is written down lets more be inferred behind it
+LARGEST = 64  # entries of a value that still counts as sizes
+OPEN = -(2**40)  # entries that depend on the input are this or less: a number for each dimension that has a name
+STANDARD = ("", "ai.onnx")
+
+Known = dict[ir.Value, IntArray]
+
+
+@dataclass
+class Names:
+    """A number for each dimension without a fixed size; what has the same name has the same size."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def sizes(self, value: ir.Value | None) -> IntArray | None:
+        shape = value.shape if value is not None else None
+        return None if shape is None else np.asarray([self.size(dim) for dim in shape], np.int64)
+
+    def size(self, dim: int | ir.SymbolicDim) -> int:
+        if isinstance(dim, int):
+            return dim
+        name = str(dim.value) if dim.value is not None else f" {len(self.numbers)}"
+        return OPEN - self.numbers.setdefault(name, len(self.numbers))
+
+
+def settle_sizes(model: ir.Model) -> ir.Model:
+    """``model`` itself, without the arithmetic on shapes whose outcome no input changes; outputs stay as they were."""
+    for _ in range(ROUNDS):
+        infer_shapes(model)
+        names = Names()
+        known = known_sizes(model, names)
+        if not sum([settle(node, known, names, model.graph) for node in list(model.graph)]):
+            break
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Shapes of all values between inputs and outputs, in place. Inference would believe what a file or an earlier pass
+    has left, stale as it may be, and would name what has no name."""
+    ends = [(value, value.shape.copy() if value.shape is not None else None) for value in interface(model)]
+    for value in (value for node in model.graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value, shape in ends:
+        value.shape = shape
+
+
+def interface(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs]
+
+
+def known_sizes(model: ir.Model, names: Names) -> Known:
+    """Contents of small integer tensors."""
+    known: Known = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if value.is_graph_input() or tensor is None:
+            continue
+        if tensor.dtype == ir.DataType.INT64 and tensor.size <= LARGEST:
+            known[value] = tensor.numpy()
+    for node in model.graph:
+        if node.domain in STANDARD and len(node.outputs) == 1:
+            found = sizes_made(node, known, names, opset(model))
+            if found is not None and found.dtype == np.int64 and found.size <= LARGEST:
+                known[node.outputs[0]] = found
+    return known
+
+
+def sizes_made(node: ir.Node, known: Known, names: Names, version: int) -> IntArray | None:
+    if node.op_type == SHAPE:
+        return sizes_of(node, names)
+    inputs = [v for v in node.inputs if v is not None]
+    if not inputs or not all(v in known for v in inputs):
+        return None
+    kind = lookup("", node.op_type).kind
+    moved = inputs if kind == "concat" else inputs[:1] if kind == "movement" else []  # of these any entry may be open
+    if any(is_open(known[v]).any() for v in inputs if v not in moved):
+        return None
+    feeds = {str(v.name): known[v] for v in inputs}
+    try:
+        (made,) = ReferenceEvaluator(ir.serde.serialize_node(node), opsets={"": version}).run(None, feeds)
+    except Exception:  # what the reference cannot compute stays in the graph
+        return None
+    return np.asarray(made)
+
+
+def sizes_of(node: ir.Node, names: Names) -> IntArray | None:
+    sizes = names.sizes(node.inputs[0])
+    if sizes is None:
+        return None
+    attrs = attributes(node)
+    return sizes[attrs.get("start", 0) : attrs.get("end", len(sizes))]
+
+
+def is_open(sizes: IntArray) -> npt.NDArray[np.bool_]:
+    return sizes <= OPEN
+
+
+def settle(node: ir.Node, known: Known, names: Names, graph: ir.Graph) -> int:
+    """Inputs of ``node`` that are computed and known become constants. Returned: how many."""
+    if all(out in known and not is_open(known[out]).any() for out in node.outputs):
+        return 0  # nobody needs it any more
+    count = 0
+    for index, value in enumerate(node.inputs):
+        if value is None or value not in known or value.producer() is None:
+            continue
+        sizes = known[value]
+        if index == 1 and node.op_type == RESHAPE and node.domain in STANDARD:
+            sizes = target(node, sizes, names)
+        if not is_open(sizes).any():
+            node.replace_input_with(index, constant(graph, f"{value.name}__settled", sizes))
+            count += 1
+    return count
+
+
+def target(node: ir.Node, sizes: IntArray, names: Names) -> IntArray:
+    """The target of a reshape: what is open is copied from the input, or is what is left."""
+    if attributes(node).get("allowzero", 0):
+        return sizes
+    if is_open(sizes).sum() > 1 or (sizes == -1).any():
+        before = names.sizes(node.inputs[0])
+        width = min(len(sizes), len(before)) if before is not None else 0
+        same = np.zeros(len(sizes), bool)
+        same[:width] = before[:width] == sizes[:width] if before is not None else False
+        sizes = np.where(is_open(sizes) & same, 0, sizes)
+    alone = is_open(sizes).sum() == 1 and not (sizes == -1).any()
+    return np.where(is_open(sizes), -1, sizes) if alone else sizes
+
+
+def constant(graph: ir.Graph, name: str, array: IntArray) -> ir.Value:
+    if name in graph.initializers and np.array_equal(graph.initializers[name].const_value.numpy(), array):  # type: ignore[union-attr]
+        return graph.initializers[name]
+    while name in graph.initializers:
+        name += "_"
+    value = ir.Value(
+        name=name,
+        const_value=ir.Tensor(array, name=name),
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
+    graph.register_initializer(value)
+    return value
