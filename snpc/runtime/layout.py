@@ -38,11 +38,12 @@ def layout_of(probe: Probe, units: int) -> Layout:
     unit_axes = tuple(k for k in range(1, rank) if numbers.shape[k] > 1) or (rank - 1,)
     row_axes = tuple(k for k in range(1, rank) if k not in unit_axes)
     flat = numbers.transpose(0, *row_axes, *unit_axes).reshape(-1)
-    columns = [np.flatnonzero(flat == unit) for unit in range(units)]
-    repeats = min(len(c) for c in columns)
-    if not repeats or max(len(c) for c in columns) != repeats:
+    counts = np.bincount(flat[flat >= 0], minlength=units)
+    repeats = int(counts.min())
+    if not repeats or counts.max() != repeats or len(counts) > units:
         raise CheckFailed(f"{probe.tensor}: some of its units are seen more often than others")
-    order = np.stack(columns).T.reshape(-1)  # [repeats, units]
+    by_unit = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :].reshape(units, repeats)
+    order = by_unit.T.reshape(-1)
     return Layout(period, rank, row_axes, unit_axes, order, repeats)
 
 

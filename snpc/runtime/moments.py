@@ -19,6 +19,7 @@ from snpc.types import FloatArray, Group
 KINDS = frozenset(
     {"moment", "centred", "sums", "apart", "joint", "coupled"}
 )  # of the statistics that closed forms take
+FEW = 64  # rows
 MOST = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
 
 
@@ -165,7 +166,9 @@ def seen(sums: Sequence[FloatArray]) -> Seen:
     moment: FloatArray | None = None
     for total, count, mean in zip(sums, counts, means, strict=True):
         centred = total[:-1, :-1]
-        centred -= np.outer(count * mean, mean)
+        for start in range(0, len(mean), FEW):  # in pieces that stay in the cache
+            piece = slice(start, start + FEW)
+            centred[piece] -= np.outer(count * mean[piece], mean)
         moment = centred if moment is None else moment + centred
     assert moment is not None
     return Seen(moment, means, sum(counts))

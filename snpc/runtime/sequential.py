@@ -110,7 +110,7 @@ class Fitting:
 
     def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
         """Outputs per batch."""
-        with scratch(model, provider=self.provider) as run:
+        with scratch(model, provider=self.provider, memory="shared") as run:
             for values in feeds:
                 yield run(values)
 

@@ -308,15 +308,9 @@ class Merge:
             Decision("into", (setting.gone,)),  # which odd token each of them is merged into
         )
 
-    def parts(self, writer: Writer, setting: Setting, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Every second of the tokens behind the leading ones, and the others."""
-        return (
-            writer.slice(value, 1, setting.leading, step=2),
-            writer.slice(value, 1, setting.leading + 1, step=2),
-        )
-
     def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
-        even, odd = self.parts(writer, setting, writer.op(LP_NORMALIZATION, values, axis=-1, p=2))
+        unit = writer.op(LP_NORMALIZATION, values, axis=-1, p=2)
+        even, odd = (writer.rows(unit, range(setting.leading + k, setting.count, 2)) for k in (0, 1))
         alike = writer.matmul(even, writer.swap(odd))
         first = self.first(writer, setting, writer.largest(alike, 2), scores)
         every = writer.ints((setting.others + 1) // 2)
@@ -330,32 +324,39 @@ class Merge:
 
     def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
         order, into = decided
-        sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
-        weighed = writer.op(MUL, tokens.values, sizes) if tokens.sizes is not None else tokens.values
-        sums = writer.op(CONCAT, weighed, sizes, axis=2)  # [B, N, D + 1]: what tokens are sums of, and of how many
-        even, odd = self.parts(writer, setting, sums)
         left = (setting.others + 1) // 2 - setting.gone
-        places = writer.constant(np.arange(setting.others // 2, dtype=np.int64)[None, :, None])
-        goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, odd, gone]
-        source, *stay = writer.split(writer.pick(even, order), 1, setting.gone, left)
-        merged = writer.op(ADD, odd, writer.matmul(goes, source))
-        front = [writer.slice(sums, 1, 0, setting.leading)] if setting.leading else []
-        laid = writer.concat(1, *front, *stay, merged)
-        size = writer.slice(laid, 2, -1)
-        return Tokens(writer.op(DIV, writer.slice(laid, 2, 0, -1), size), size)
+        where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(setting.leading))
+        source, *stay = writer.split(where, 1, setting.gone, left)
+        fixed = [*range(setting.leading), *range(setting.leading + 1, setting.count, 2)]
+        number = np.concatenate([np.full(setting.leading, -1), np.arange(setting.others // 2)])
+        places = writer.constant(number.astype(np.int64)[None, :, None])
+        goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
+        rows = writer.rows(tokens.values, fixed)
+        if tokens.sizes is None:
+            size = writer.op(ADD, writer.total(goes, 2, keep=True), writer.scalar(1))
+            others = [writer.unsqueeze(writer.cast(writer.op(EQUAL, one, one)), -1) for one in stay]
+        else:
+            own = writer.rows(tokens.sizes, fixed)
+            goes = writer.op(MUL, goes, writer.swap(writer.pick(tokens.sizes, source)))
+            size = writer.op(ADD, own, writer.total(goes, 2, keep=True))
+            others = [writer.pick(tokens.sizes, one) for one in stay]
+            rows = writer.op(MUL, rows, own)
+        added = writer.matmul(goes, writer.pick(tokens.values, source))
+        merged = writer.op(DIV, writer.op(ADD, rows, added), size)
+        values = writer.concat(1, merged, *(writer.pick(tokens.values, one) for one in stay))
+        return Tokens(values, writer.concat(1, size, *others))
 
     def macs(self, setting: Setting, width: int) -> int:
         even, odd = (setting.others + 1) // 2, setting.others // 2
-        return even * odd * width + odd * setting.gone * (width + 1)
+        return even * odd * width + (setting.leading + odd) * setting.gone * width
 
     def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
         order, into = decided
         source, stay = np.split(order, [setting.gone], axis=1)
         batch, lead = len(order), setting.leading
         odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
-        matrix = selection(setting, np.concatenate([lead + 2 * stay, odd], 1))
-        rows = matrix.shape[1] - odd.shape[1] + into
-        matrix[np.arange(batch)[:, None], rows, lead + 2 * source] = 1
+        matrix = selection(setting, np.concatenate([odd, lead + 2 * stay], 1))
+        matrix[np.arange(batch)[:, None], lead + into, lead + 2 * source] = 1
         matrix *= sizes[:, None, :]
         new = matrix.sum(2)
         return matrix / new[:, :, None], new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -91,6 +91,10 @@ class Writer:
     def pick(self, value: ir.Value, index: ir.Value) -> ir.Value:
         """[B, N, ...] and [B, k] -> [B, k, ...]: of every sample, its own rows."""
         return self.op(GATHER_ND, value, self.unsqueeze(index, -1), batch_dims=1)
+
+    def rows(self, value: ir.Value, positions: Iterable[int]) -> ir.Value:
+        """[B, N, ...] -> [B, k, ...]: the same rows of every sample. (A slice with steps runs on one thread.)"""
+        return self.op(GATHER, value, self.ints(*positions), axis=1)
 
     def total(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
         return self.op(REDUCE_SUM, value, self.ints(*axes), keepdims=int(keep))
