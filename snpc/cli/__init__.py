@@ -45,6 +45,7 @@ from snpc.cli.requests import (
     write_text,
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.passes.choice import asks_latency
 
 
 class Commands(click.Group):
@@ -214,7 +215,7 @@ def prune(
     with watch.stage("tokens"):
         choice |= liked_widths(choice, build, provider)
         analysis, calibration = with_tokens(analysis, calibration, tokens, choice, provider)
-    latency = (choice["target"] or "").startswith("latency")
+    latency = asks_latency(choice["target"])
     artefact = builds.artefact_of(build, latency, provider, calibration, choice["batch"], **build_flags)
     decision = decided(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
     plan = decision.plan

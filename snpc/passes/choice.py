@@ -29,6 +29,10 @@ class Target:
         return self.ms if self.ms is not None else self.share * dense
 
 
+def asks_latency(target: str | None) -> bool:
+    return target is not None and parse_target(target).kind == "latency"
+
+
 def parse_target(text: str) -> Target:
     """``macs=0.6``, ``params=0.6``, ``bytes=0.6``, ``latency=0.6`` or ``latency=12ms``."""
     kind, _, number = text.partition("=")

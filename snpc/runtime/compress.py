@@ -14,7 +14,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice, parse_target
+from snpc.passes.choice import Choice, asks_latency
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves, probed_widths
@@ -146,7 +146,7 @@ def check_request(choice: Choice, calibration: Calibration | None, workload: Wor
 
 
 def is_latency(choice: Choice) -> bool:
-    return choice.target is not None and parse_target(choice.target).kind == "latency"
+    return asks_latency(choice.target)
 
 
 def needs_curves(choice: Choice, method: Method) -> bool:

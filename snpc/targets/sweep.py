@@ -120,7 +120,7 @@ def sweep(
     workload = Workload(batch=batch, artefact=made_as) if any(w.timed for w in wishes) else None
     judge = evaluation or Evaluation(calibration)
     step("measuring")
-    means = Means(calibration, method, provider, workload)
+    means = Measuring(calibration, method, provider, workload)
     decisions = decided(analysis, wishes, tokens, means)
     with staging(folder / "sweep") as work:
         source = analysis.model.path
@@ -157,7 +157,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Means:
+class Measuring:
     """What is measured, and how."""
 
     calibration: Calibration
@@ -169,7 +169,7 @@ class Means:
 Decided = tuple[Decision, Calibration]
 
 
-def decided(analysis: Analysis, wishes: Sequence[Wish], tokens: str | None, means: Means) -> dict[str, Decided]:
+def decided(analysis: Analysis, wishes: Sequence[Wish], tokens: str | None, means: Measuring) -> dict[str, Decided]:
     """For each target a decision, and the data that it is carried out with."""
     if tokens is not None and tokens.strip() == AUTO:
         return by_target(analysis, wishes, means)
@@ -181,7 +181,7 @@ def decided(analysis: Analysis, wishes: Sequence[Wish], tokens: str | None, mean
 
 
 def measured_once(
-    analysis: Analysis, wishes: Sequence[Wish], calibration: Calibration, means: Means
+    analysis: Analysis, wishes: Sequence[Wish], calibration: Calibration, means: Measuring
 ) -> dict[str, Decision]:
     """Measured for one target (a latency if there is one), planned for each."""
     choices = {wish.target: wish.choice for wish in wishes if wish.choice is not None}
@@ -197,7 +197,7 @@ def measured_once(
     return {text: made.at(choice) for text, choice in choices.items()}
 
 
-def by_target(analysis: Analysis, wishes: Sequence[Wish], means: Means) -> dict[str, Decided]:
+def by_target(analysis: Analysis, wishes: Sequence[Wish], means: Measuring) -> dict[str, Decided]:
     """As many tokens as are best for each target; what was tried for one serves the next."""
     for wish in wishes:
         share_of_macs(wish.target)
