@@ -333,7 +333,7 @@ class Merge:
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
         rows = writer.rows(tokens.values, fixed)
         if tokens.sizes is None:
-            size = writer.op(ADD, writer.total(goes, 2, keep=True), writer.scalar(1))
+            size = writer.op(ADD, writer.total(goes, 2, keep=True), writer.ones(rows))
             others = [writer.unsqueeze(writer.cast(writer.op(EQUAL, one, one)), -1) for one in stay]
         else:
             own = writer.rows(tokens.sizes, fixed)
