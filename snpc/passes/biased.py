@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.ops import lookup
-from snpc.ops.writing import GEMM, MATMUL, RESHAPE
-from snpc.passes.fold import v_is_constant as is_constant
+from snpc.ops.spec import Shape
+from snpc.ops.writing import GEMM, RESHAPE
+from snpc.passes.projected import unbiased, weighted_product
 from snpc.passes.settle import infer_shapes
+from snpc.passes.shapes import static_shape
 
 
 def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:
@@ -27,12 +28,10 @@ def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:
         found = biased_product(node)
         if found is None:
             continue
-        product, bias = found
-        source, weight = product.inputs
-        assert source is not None and weight is not None
+        source, weight, bias = found
         if source not in rows:
-            rows[source] = reshaped(copy.graph, source, [-1, last(weight, 0)])
-        made = ir.node(GEMM, [rows[source], weight, bias], name=f"{product.name}__biased")
+            rows[source] = reshaped(copy.graph, source, [-1, sizes_of(weight)[0]])
+        made = ir.node(GEMM, [rows[source], weight, bias], name=f"{node.name}__biased")
         made.outputs[0].name = f"{made.name}_out"
         copy.graph.append(made)
         shape = node.outputs[0].shape
@@ -45,39 +44,24 @@ def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:
     return copy, count
 
 
-def biased_product(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """(the product, the bias) where ``node`` adds nothing but a bias to a product with a weight."""
-    spec = lookup(node.domain, node.op_type)
-    if spec.kind != "pointwise" or spec.effect != "add" or spec.subtracts or len(node.inputs) != 2:
-        return None
+def biased_product(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """(rows, weight, bias) where ``node`` adds nothing but a bias to a product with a weight that nothing else uses."""
     out = node.outputs[0]
     if out.is_graph_output() or out.shape is None or len(out.shape) < 3:
         return None
     if not all(isinstance(d, int) for d in out.shape[1:]):
         return None
-    for index in (0, 1):
-        value, bias = node.inputs[index], node.inputs[1 - index]
-        product = value.producer() if value is not None else None
-        if value is None or bias is None or product is None or len(value.uses()) > 1 or value.is_graph_output():
-            continue
-        if product.op_type != MATMUL or product.domain not in ("", "ai.onnx"):
-            continue
-        weight = product.inputs[1]
-        if weight is None or not is_constant(weight) or not is_constant(bias):
-            continue
-        if rank(weight) == 2 and rank(bias) == 1 and last(bias, 0) == last(weight, 1):
-            return product, bias
-    return None
+    value, bias = unbiased(out)
+    found = weighted_product(value)
+    if found is None or bias is None or len(value.uses()) > 1 or value.is_graph_output():
+        return None
+    rows, weight = found
+    return (rows, weight, bias) if sizes_of(bias) == sizes_of(weight)[1:] else None
 
 
-def rank(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return len(value.const_value.shape)
-
-
-def last(value: ir.Value, axis: int) -> int:
-    assert value.const_value is not None
-    return int(value.const_value.shape[axis])  # type: ignore[arg-type]
+def sizes_of(constant: ir.Value) -> Shape:
+    assert constant.const_value is not None
+    return static_shape(constant.const_value)
 
 
 def reshaped(graph: ir.Graph, value: ir.Value, target: list[int]) -> ir.Value:

@@ -31,7 +31,7 @@ def spell_out_sums(graph: ir.Graph, version: int) -> None:
 
 def terms_of(node: ir.Node) -> list[str] | None:
     """The terms of an Einstein sum, output last; None for other nodes, and for sums that are not spelled out."""
-    equation = node.attributes.get("equation") if node.op_type == EINSUM and node.domain in ("", "ai.onnx") else None
+    equation = node.attributes.get("equation") if node.op_type == EINSUM and not node.domain else None
     if equation is None or "." in equation.as_string() or any(v is None for v in node.inputs):
         return None
     terms = parse_einsum(equation.as_string(), [()] * len(node.inputs))

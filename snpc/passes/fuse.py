@@ -100,7 +100,7 @@ def fuse_attention(model: ir.Model, *, projections: bool = False) -> tuple[ir.Mo
     _, facts = best_binding(copy)
     work = Work(copy, facts)
     count = 0
-    for node in [n for n in copy.graph if n.op_type == SOFTMAX and n.domain in ("", "ai.onnx")]:
+    for node in [n for n in copy.graph if n.op_type == SOFTMAX and not n.domain]:
         try:
             found = attention_at(node, facts, opset(copy))
         except Unfit:

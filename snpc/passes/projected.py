@@ -37,16 +37,11 @@ def packed_projection(places: Sequence[Place], facts: Facts) -> Projection:
 def projection(place: Place, facts: Facts) -> Projection:
     whole, before = undivided(place.value, facts)
     value, bias = unbiased(whole)
-    node = value.producer()
-    if place.order or node is None or node.op_type != MATMUL or node.domain not in ("", "ai.onnx"):
-        raise Unfit("it is not columns of a product")
-    source, weight = node.inputs
-    if source is None or weight is None or not is_constant(weight):
-        raise Unfit("it is not a product with a constant")
+    weighted = weighted_product(value)
+    if place.order or weighted is None:
+        raise Unfit("it is not columns of a product with a constant matrix")
     columns = slice(before + place.start, before + place.start + place.columns)
-    table = array_of(weight)
-    if table.ndim != 2:
-        raise Unfit("the constant is no matrix")
+    source, table = weighted[0], array_of(weighted[1])
     full = np.zeros(table.shape[1], table.dtype) if bias is None else array_of(bias)
     if full.shape != (table.shape[1],):
         raise Unfit("what is added to the product is no bias")
@@ -63,6 +58,17 @@ def undivided(value: ir.Value, facts: Facts) -> tuple[ir.Value, int]:
     if any(len(shape) != len(whole) or shape[:-1] != whole[:-1] for shape in shapes):
         return value, 0
     return node.inputs[0], sum(shape[-1] for shape in shapes[: node.outputs.index(value)])
+
+
+def weighted_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """(rows, weight) where ``value`` is rows times a constant matrix."""
+    node = value.producer()
+    if node is None or node.op_type != MATMUL or node.domain:
+        return None
+    rows, weight = node.inputs
+    if rows is None or weight is None or not is_constant(weight) or weight.const_value is None:
+        return None
+    return (rows, weight) if len(weight.const_value.shape) == 2 else None
 
 
 def unbiased(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:

@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 
 from snpc.ops import lookup
 from snpc.ops.writing import RESHAPE, SHAPE
-from snpc.passes.shapes import attributes, opset
+from snpc.passes.shapes import attributes, by_reference, opset, part_of
 from snpc.types import IntArray
 
 ROUNDS = 4  # a size that is written down lets more be inferred behind it
 LARGEST = 64  # entries of a value that still counts as sizes
 OPEN = -(2**40)  # entries that depend on the input are this or less: a number for each dimension that has a name
-STANDARD = ("", "ai.onnx")
 
 Known = dict[ir.Value, IntArray]
 
@@ -83,7 +81,7 @@ def known_sizes(model: ir.Model, names: Names) -> Known:
         if tensor.dtype == ir.DataType.INT64 and tensor.size <= LARGEST:
             known[value] = tensor.numpy()
     for node in model.graph:
-        if node.domain in STANDARD and len(node.outputs) == 1:
+        if not node.domain and len(node.outputs) == 1:
             found = sizes_made(node, known, names, opset(model))
             if found is not None and found.dtype == np.int64 and found.size <= LARGEST:
                 known[node.outputs[0]] = found
@@ -92,7 +90,8 @@ def known_sizes(model: ir.Model, names: Names) -> Known:
 
 def sizes_made(node: ir.Node, known: Known, names: Names, version: int) -> IntArray | None:
     if node.op_type == SHAPE:
-        return sizes_of(node, names)
+        sizes = names.sizes(node.inputs[0])
+        return None if sizes is None else part_of(node, sizes)
     inputs = [v for v in node.inputs if v is not None]
     if not inputs or not all(v in known for v in inputs):
         return None
@@ -100,20 +99,11 @@ def sizes_made(node: ir.Node, known: Known, names: Names, version: int) -> IntAr
     moved = inputs if kind == "concat" else inputs[:1] if kind == "movement" else []  # of these any entry may be open
     if any(is_open(known[v]).any() for v in inputs if v not in moved):
         return None
-    feeds = {str(v.name): known[v] for v in inputs}
     try:
-        (made,) = ReferenceEvaluator(ir.serde.serialize_node(node), opsets={"": version}).run(None, feeds)
+        (made,) = by_reference(node, known, version)
     except Exception:  # what the reference cannot compute stays in the graph
         return None
     return np.asarray(made)
-
-
-def sizes_of(node: ir.Node, names: Names) -> IntArray | None:
-    sizes = names.sizes(node.inputs[0])
-    if sizes is None:
-        return None
-    attrs = attributes(node)
-    return sizes[attrs.get("start", 0) : attrs.get("end", len(sizes))]
 
 
 def is_open(sizes: IntArray) -> npt.NDArray[np.bool_]:
@@ -129,7 +119,7 @@ def settle(node: ir.Node, known: Known, names: Names, graph: ir.Graph) -> int:
         if value is None or value not in known or value.producer() is None:
             continue
         sizes = known[value]
-        if index == 1 and node.op_type == RESHAPE and node.domain in STANDARD:
+        if index == 1 and node.op_type == RESHAPE and not node.domain:
             sizes = target(node, sizes, names)
         if not is_open(sizes).any():
             node.replace_input_with(index, constant(graph, f"{value.name}__settled", sizes))

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -21,7 +21,9 @@ from onnx.reference import ReferenceEvaluator
 
 from snpc.ops import lookup
 from snpc.ops.spec import Call, OpSpec, Shape
-from snpc.types import AnyArray
+from snpc.types import AnyArray, IntArray
+
+Sizes = TypeVar("Sizes", Shape, IntArray)
 
 MAX_INTEGERS = 1 << 22
 MAX_FLOATS = 64
@@ -238,7 +240,7 @@ def branch_taken(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[st
 
 def computable(facts: Facts, node: ir.Node) -> bool:
     """Shape arithmetic: every input's contents are known, and the result is small."""
-    if node.domain not in ("", "ai.onnx") or lookup("", node.op_type).draws or subgraphs(node):
+    if node.domain or lookup("", node.op_type).draws or subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
         return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
@@ -266,20 +268,29 @@ def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
     if node.op_type == "Shape":
         shape = facts.shape[node.inputs[0]]  # type: ignore[index]
         assert shape is not None
-        attrs = attributes(node)
-        end = attrs.get("end")
-        return [np.asarray(shape[attrs.get("start", 0) : end if end is not None else len(shape)], np.int64)]
+        return [np.asarray(part_of(node, shape), np.int64)]
     if node.op_type == "Size":
         return [np.asarray(np.prod(facts.shape[node.inputs[0]], dtype=np.int64))]  # type: ignore[index, arg-type]
-    proto = ir.serde.serialize_node(node)
-    feeds = {str(v.name): facts.value[v] for v in node.inputs if v is not None}
     try:
-        with np.errstate(all="ignore"):
-            results = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
+        results = by_reference(node, facts.value, version)
     except Exception as error:  # an operator the reference does not have: shape inference may still know it
         facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
     return [np.asarray(r) for r in results] if all(isinstance(r, np.ndarray | np.generic) for r in results) else None
+
+
+def part_of(node: ir.Node, sizes: Sizes) -> Sizes:
+    """Of the sizes of what it reads, those that a node gives that asks for them."""
+    attrs = attributes(node)
+    return sizes[attrs.get("start", 0) : attrs.get("end", len(sizes))]
+
+
+def by_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
+    """What onnx's own evaluator makes of known inputs. Raises what it raises."""
+    proto = ir.serde.serialize_node(node)
+    feeds = {str(v.name): known[v] for v in node.inputs if v is not None}
+    with np.errstate(all="ignore"):
+        return list(ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds))
 
 
 def whose_shape(value: ir.Value | None) -> ir.Value | None:

@@ -99,6 +99,10 @@ class TokenReduction(Protocol):
         """Make this open graph, in place, decide itself."""
         ...
 
+    def finish(self, model: ir.Model) -> None:
+        """As ``close``, for what is written or timed."""
+        ...
+
     def mark(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
         ...

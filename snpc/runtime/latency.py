@@ -23,7 +23,6 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.groups import APPROXIMATE
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.rewrite import rewrite_model
-from snpc.passes.settle import settle_sizes
 from snpc.runtime.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import clean, replacing, save
@@ -165,8 +164,7 @@ def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Pa
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
     model = rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model
     if analysis.reduction is not None:
-        analysis.reduction.close(model)
-        settle_sizes(model)
+        analysis.reduction.finish(model)
     save(clean(model), path)
     return path
 

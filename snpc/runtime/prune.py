@@ -19,7 +19,6 @@ from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
-from snpc.passes.settle import settle_sizes
 from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
@@ -163,8 +162,7 @@ def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwa
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         if analysis.reduction is not None:
-            analysis.reduction.close(rewritten.model)
-            settle_sizes(rewritten.model)
+            analysis.reduction.finish(rewritten.model)
         clean(rewritten.model)
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)

@@ -80,7 +80,7 @@ def weighted(model: ir.Model) -> list[ir.Node]:
     found = []
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
-        if spec.kind != "contraction" or node.domain not in ("", "ai.onnx") or spec.operands != (0, 1):
+        if spec.kind != "contraction" or node.domain or spec.operands != (0, 1):
             continue
         data, weight = node.inputs[:2]
         made = data is not None and data.const_value is None

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ ROUNDS = 20
 SECONDS = 3.0  # small models get more rounds
 LOOK = 5  # rounds of a first look at all candidates
 SLOW = 0.95  # times as fast as the plain graph: less is not looked at again
-ONE_NODE = "attention in one node"
-PROJECTED = "attention with its projections in one node"
-AND = " and "
 SAME = 10 * TOLERANCE[np.dtype(np.float32)]
+
+
+Rewrite = Callable[[ir.Model], tuple[ir.Model, int]]  # a copy, and how often it fitted
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make(job: Job) -> Made:
     allowed = SAME + 1.25 * apart(reference, plain.path, job)
     notes: list[str] = []
     good = [plain]
-    for name, source in sources(job, notes):
+    for name, source in sources(job):
         found = Candidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
             save_optimised(source, found.path, provider=job.provider)
@@ -79,37 +80,36 @@ def as_it_is(job: Job) -> Made:
     return Made((head,), (note,))
 
 
-def sources(job: Job, notes: list[str]) -> list[tuple[str, Path]]:
+def sources(job: Job) -> list[tuple[str, Path]]:
     """Models with nodes fused beyond what a session does by itself."""
     folder = job.source.parent
+    plain = settle_sizes(load(job.source).graph)
+    inside = fused("attention in one node", plain, fuse_attention)
+    projected = fused("attention with its projections in one node", plain, partial(fuse_attention, projections=True))
+    starts = [("", plain), *inside, *projected]
+    biased = [
+        one for name, made in starts for one in fused(joined(name, "biases inside products"), made, bias_in_products)
+    ]
     found: list[tuple[str, Path]] = []
-    for name, made in rewritten(load(job.source).graph):
+    for name, made in (*inside, *projected, *biased):
         path = folder / f"rewritten{len(found)}.onnx"
         save(clean(made), path)
         found.append((name, path))
-    attention = [(name, path) for name, path in found if name.startswith(ONE_NODE) and AND not in name]
-    for index, (name, path) in enumerate([("", job.source), *attention]):
+    for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
         out = folder / f"transformers{index}.onnx"
         if file_bytes(path) < LIMIT and transformers_fusions(path, out, job.provider):
-            found.append((f"{name + AND if name else ''}onnxruntime.transformers' fusions", out))
+            found.append((joined(name, "onnxruntime.transformers' fusions"), out))
     return found
 
 
-def rewritten(graph: ir.Model) -> list[tuple[str, ir.Model]]:
-    """What snpc makes of it: sizes written down, attention in one node with or without the products before it, biases
-    inside products."""
-    plain = settle_sizes(graph.clone())
-    starts = [("", plain)]
-    for name, projections in ((ONE_NODE, False), (PROJECTED, True)):
-        fused, count = fuse_attention(plain, projections=projections)
-        if count:
-            starts.append((f"{name} ({count} times)", fused))
-    found = starts[1:]
-    for name, made in starts:
-        biased, count = bias_in_products(made)
-        if count:
-            found.append((f"{name + AND if name else ''}biases inside products ({count} times)", biased))
-    return found
+def fused(name: str, model: ir.Model, rewrite: Rewrite) -> list[tuple[str, ir.Model]]:
+    """What ``rewrite`` makes of it, with how often it fits; nothing where it does not."""
+    made, count = rewrite(model)
+    return [(f"{name} ({count} times)", made)] if count else []
+
+
+def joined(*names: str) -> str:
+    return " and ".join(name for name in names if name)
 
 
 def transformers_fusions(path: Path, out: Path, provider: str) -> bool:

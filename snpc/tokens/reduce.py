@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analysed, cost_of
+from snpc.passes.settle import settle_sizes
 from snpc.passes.shapes import best_binding, evaluate
 from snpc.passes.tokens import TokenPoint
 from snpc.tokens import method
@@ -51,6 +52,11 @@ class Reduction:
     def close(self, model: ir.Model) -> None:
         """Make this open graph, in place, decide itself."""
         close_tokens(model, self.steps, self.dtypes)
+
+    def finish(self, model: ir.Model) -> None:
+        """As ``close``, for what is written or timed: sizes that are fixed now are not computed any more."""
+        self.close(model)
+        settle_sizes(model)
 
     def mark(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
