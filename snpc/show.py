@@ -141,8 +141,8 @@ def ways_of(point: TokenPoint) -> str:
     if point.scores is None:
         return "merge" if point.fixed and not point.sided else "none: no attention weights to go by"
     if not point.fixed or point.sided:
-        return "topk" if point.summed else "topk, adaptive"
-    return "topk, fuse" if point.summed else "topk, fuse, merge, adaptive"
+        return "topk, adaptive"
+    return "topk, fuse, merge, adaptive"
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
@@ -225,7 +225,6 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
                 "tokens": p.count if p.fixed else None,
                 "leading": p.leading,
                 "scores": p.scores is not None,
-                "summed": p.summed,
             }
             for p in analysis.tokens.points
         ],
@@ -284,8 +283,12 @@ def result(result: Pruned) -> None:
     reduction = result.plan.analysis.reduction
     if reduction is not None:
         steps = reduction.to_json()["steps"]
-        mean = " on average of the calibration inputs, at which MACs are quoted" if "on_average" in steps[-1] else ""
-        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{mean}")
+        where = ""
+        if "on_average" in steps[-1]:
+            where = " on average of the calibration inputs, at which MACs are quoted"
+        elif "any_length" in steps[-1]:
+            where = " at the length at which MACs are quoted"
+        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
     if result.search is not None:
         line(search_text(result.search))
     verdict(result.verdict)

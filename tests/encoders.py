@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
-Exit = Literal["class", "mean", "both", "all", "last", "real"]
+Exit = Literal["class", "mean", "both", "all", "last", "real", "sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Encoder:
     bias: bool = False  # scores get a table over pairs of positions
     masked: bool = False  # an input says which tokens are none
     mixing: bool = False  # a weight over tokens in the last block
+    skip: bool = False  # what the first block gives is added to what the last but one gives
+    linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
     seed: int = 0
 
     @property
@@ -106,6 +108,12 @@ class Writing:
         if e.fused:
             context = self.op("Attention", q, key, v, q_num_heads=h, kv_num_heads=h)
             return self.op("MatMul", context, f"o{k}")
+        if e.linear and k == e.depth - 1:
+            state = self.op("MatMul", self.op("Transpose", self.op("Relu", key), perm=[0, 2, 1]), v)
+            total = self.op("ReduceSum", self.op("Relu", key), self.ints(1), keepdims=1)
+            over = self.op("ReduceSum", self.op("Mul", self.op("Relu", q), total), self.ints(2), keepdims=1)
+            above = self.op("MatMul", self.op("Relu", q), state)
+            return self.op("MatMul", self.op("Div", above, self.op("Add", over, self.number(1.0))), f"o{k}")
         split = self.ints(-1, e.tokens if e.literal else 0, h, w) if e.literal else self.ints(0, 0, h, w)
         q, key, v = (
             self.op("Transpose", self.op("Reshape", y, split), perm=perm)
@@ -136,7 +144,10 @@ class Writing:
             )
             x = self.op("Concat", self.op("Expand", "class", batch), "x", axis=1)
         x = self.op("Add", x, "positions")
+        first = x
         for k in range(e.depth):
+            first = x if k == 1 else first
+            x = self.op("Add", x, first) if e.skip and k == e.depth - 1 else x
             x = self.op("Add", x, self.attention(self.norm(x, f"{k}a"), k))
             if e.mixing and k == e.depth - 1:
                 x = self.op("Add", x, self.op("MatMul", "mix", x))
@@ -154,6 +165,10 @@ class Writing:
         x = self.body()
         if e.exit == "mean":
             y = self.mean(x)
+        elif e.exit == "sum":
+            y = self.op("ReduceSum", x, self.ints(1), keepdims=0)
+        elif e.exit == "max":
+            y = self.op("ReduceMax", x, axes=[1], keepdims=0)
         elif e.exit == "real":
             weights = self.op("Unsqueeze", "mask", self.ints(2))
             total, count = (

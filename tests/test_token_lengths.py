@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from classifiers import CLASSIFIERS
+from classifiers import CLASSIFIERS, SENTENCES
 from click.testing import CliRunner
 from encoders import Array, Encoder, forward
 from exports import VOCABULARY, export
@@ -91,6 +91,25 @@ def test_padded_tokens_do_not_matter(tmp_path: Path) -> None:
     assert np.abs(run(path, feeds)[0] - run(path, other)[0]).max() < 1e-5
 
 
+@pytest.mark.parametrize("spec", ["topk:0.5@1+topk:0.6@2", "adaptive:0.8@1"])
+@pytest.mark.parametrize("name", SENTENCES)
+def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> None:
+    found = analysis_of(name)
+    fixed = SENTENCES[name].static_batch is not None
+    assert [(p.block, p.leading, p.fixed) for p in found.tokens.points] == [(k, 0, fixed) for k in (1, 2, 3)]
+    batches = [feeds_of(name)] if fixed else [texts(lengths) for lengths in LENGTHS]
+    data = snpc.load_calibration(batches[0], found.model.inputs, batch=2)
+    reduced = reduce_tokens(found, spec, measured(found, data, spec))
+    path = written(reduced, tmp_path)
+    _, said = check_tokens(reduced, path, batches, 1e-5, "cpu")
+    assert "in place" in said
+    for feeds in batches:
+        assert np.abs(run(path, feeds)[0] - run(export(name), feeds)[0]).max() > 1e-3, "nothing was reduced"
+        alone = {k: v[-1:, : feeds["attention_mask"][-1].sum()] for k, v in feeds.items()}
+        if spec.startswith("adaptive") and not fixed:  # padding is neither kept nor counted
+            assert np.abs(run(path, feeds)[0][-1:] - run(path, alone)[0]).max() < 1e-4
+
+
 def test_encoders_that_a_decoder_reads(tmp_path: Path) -> None:
     reduced = reduce_tokens(analysis_of("bart__ts17"), "topk:0.5")
     check_tokens(reduced, written(reduced, tmp_path), [feeds_of("bart__ts17")], 1e-5, "cpu")
@@ -139,6 +158,7 @@ FORMS = {
     "literal sizes": Encoder(literal=True),
     "batch and heads in one axis": Encoder(merged=True, literal=True),
     "fused": Encoder(fused=True, opset=23),
+    "fused and pooled": Encoder(fused=True, opset=23, exit="mean"),
 }
 
 
@@ -152,7 +172,7 @@ def adaptive(encoder: Encoder, spec: str, folder: Path) -> Analysis:
 @pytest.mark.parametrize("form", FORMS)
 def test_each_sample_keeps_what_numpy_keeps(form: str, tmp_path: Path) -> None:
     encoder = FORMS[form]
-    shares = {2: 0.8} if form == "pooled" else {1: 0.8, 3: 0.7}
+    shares = {1: 0.8, 3: 0.7}
     spec = "+".join(f"adaptive:{share}@{block}" for block, share in shares.items())
     reduced = adaptive(encoder, spec, tmp_path)
     path = written(reduced, tmp_path)
@@ -258,13 +278,11 @@ def test_adaptive_with_widths_by_the_command_line(tmp_path: Path) -> None:
         ("adaptive:3", "takes a share of the scores"),
         ("adaptive:0.8@1+topk:0.5@2", "put topk before it"),
         ("adaptive:0.8@1+merge:2@2", "put merge before it"),
-        ("adaptive:0.8@1,2", "serves behind one block"),
     ],
 )
 def test_what_adaptive_refuses(spec: str, said: str, tmp_path: Path) -> None:
-    encoder = Encoder(exit="mean" if "serves" in said else "class")
     with pytest.raises(UserError, match=said):
-        adaptive(encoder, spec, tmp_path)
+        adaptive(Encoder(), spec, tmp_path)
 
 
 def test_a_batch_without_a_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from encoders import Array, Encoder, forward
+from encoders import Array, Encoder, Exit, forward
 from exports import EXPORTS
 from oracle import analysis_of, feeds_of, run
 
@@ -41,6 +41,9 @@ FORMS = {
     "class token and pool, opset 18": Encoder(exit="both", opset=18),
     "fp16": Encoder(half=True),
     "fused": Encoder(fused=True, opset=23),
+    "fused and pooled": Encoder(fused=True, opset=23, exit="mean"),
+    "summed": Encoder(exit="sum"),
+    "keys and values summed in the last block": Encoder(linear=True),
 }
 REDUCTIONS = ("merge:2", "guided:2", "topk:0.7", "fuse:0.7@2-3", "merge:3@1+topk:2@2+fuse:3@3")
 
@@ -76,8 +79,9 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
         assert not np.allclose(plain[0], run(reduced.model.path, feeds)[0], atol=1e-3), "nothing was reduced"
 
 
-@pytest.mark.parametrize("encoder", [Encoder(masked=True), Encoder(masked=True, exit="mean")])
-def test_masks_lose_what_the_tokens_lose(encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["class", "mean", "real"])
+def test_masks_lose_what_the_tokens_lose(form: Exit, tmp_path: Path) -> None:
+    encoder = Encoder(masked=True, exit=form)
     found = analysis(encoder, tmp_path)
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     path = written(reduced, tmp_path)
@@ -87,6 +91,16 @@ def test_masks_lose_what_the_tokens_lose(encoder: Encoder, tmp_path: Path) -> No
     assert np.abs(run(path, batches[0])[0] - run(path, other)[0]).max() > 1e-2
     with pytest.raises(UserError, match="an entry for each; use topk"):
         reduce_tokens(found, "merge:2")
+
+
+def test_earlier_tokens_that_are_added_again_lose_what_the_tokens_lose(tmp_path: Path) -> None:
+    encoder = Encoder(skip=True)
+    found = analysis(encoder, tmp_path)
+    assert [bool(point.sided) for point in found.tokens.points] == [False, True, True]
+    reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
+    assert check_tokens(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
+    with pytest.raises(UserError, match="an entry for each; use topk"):
+        reduce_tokens(found, "merge:2@2")
 
 
 def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +185,7 @@ PINNED = {
     "it reads the last token": (Encoder(exit="last"), "is read by number"),
     "a table over pairs": (Encoder(bias=True), "every pair of positions"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
-    "a mean that leaves out padding": (Encoder(masked=True, exit="real"), "a mean that leaves out padding"),
+    "the largest of all": (Encoder(exit="max"), "it is reduced over"),
 }
 
 

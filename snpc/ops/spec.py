@@ -153,6 +153,7 @@ class OpSpec:
     lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
+    adds: bool = False  # a reduction that adds up, so that an entry can count more or less than once
     expands: bool = False  # repeats its input to the shape that the second input spells
     shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
     selects: bool = False  # drops an axis by reading one position of it

@@ -202,14 +202,14 @@ def windows() -> list[OpSpec]:
 
 
 def reductions() -> list[OpSpec]:
-    summing = "L1 L2 LogSum LogSumExp Max Min Prod Sum SumSquare"
+    others = "L1 L2 LogSum LogSumExp Max Min Prod Sum SumSquare"
     return [
         *(
             OpSpec(
                 f"Reduce{name}", "reduce", "the reduced axes keep their width", data=(0,), axes=_reduce_axes,
-                pins="sum", reason="it is reduced over",
+                pins="sum", reason="it is reduced over", adds=name == "Sum",
             )
-            for name in summing.split()
+            for name in others.split()
         ),
         OpSpec(
             "ReduceMean", "reduce", "the reduced axes keep their width unless asked, where the mean only normalises",

@@ -7,125 +7,55 @@ goes on with fewer tokens as with many; what does not raises ``Stuck`` with the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops import lookup
 from snpc.ops.attention import form
-from snpc.ops.spec import SUMMED, Blocked, Call, OpSpec
-from snpc.passes.even import is_even
+from snpc.ops.spec import SUMMED, Blocked, Call
+from snpc.passes.beside import apart, behind_of, beside, in_front_of
 from snpc.passes.segment import reads
-from snpc.passes.shapes import Facts, opset, subgraphs
+from snpc.passes.shapes import Facts, subgraphs
+from snpc.passes.walk import Entered, Flow, Marks, Side, Step, Stuck, Weighing
 
 MOST_TOKENS = 1 << 20
 
 
-class Stuck(Exception):
-    """The tokens cannot be followed through ``node`` with another number of them."""
-
-    def __init__(self, node: ir.Node | None, tensor: str, reason: str) -> None:
-        super().__init__(reason)
-        self.node, self.tensor, self.reason = node, tensor, reason
-
-    @property
-    def operator(self) -> str:
-        return f"{self.node.op_type} {self.node.name}" if self.node is not None else "the model"
-
-
-@dataclass(frozen=True)
-class Marks:
-    """The axes of a value that hold the tokens: axis -> how many leading ones are left out. ``weighed``: those of them
-    along which the entries are weights already (a softmax made them)."""
-
-    axes: dict[int, int]
-    weighed: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """Input ``index`` of ``node`` holds scores of tokens along ``axis`` (``leading`` left out), before their softmax;
-    of a fused node (``axis`` -1) the softmax is inside."""
-
-    node: ir.Node
-    index: int
-    axis: int
-    leading: int
-
-
-@dataclass(frozen=True)
-class Side:
-    """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
-    many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
-
-    node: ir.Node
-    index: int
-    axes: dict[int, int]
-    even: bool
-    name: str
-
-
-@dataclass
-class Flow:
-    """What was met on the way.
-
-    ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens; ``pools``: means over tokens;
-    ``sums``: other sums over tokens, in which none has a weight; ``sides``: what has an entry for each of them.
-    """
-
-    marks: dict[ir.Value, Marks] = field(default_factory=dict)
-    nodes: list[ir.Node] = field(default_factory=list)
-    reads: set[int] = field(default_factory=set)
-    weighings: list[Weighing] = field(default_factory=list)
-    pools: list[Weighing] = field(default_factory=list)
-    sums: list[ir.Node] = field(default_factory=list)
-    sides: list[Side] = field(default_factory=list)
-    stuck: Stuck | None = None
-
-
 def flow_from(model: ir.Model, facts: Facts, value: ir.Value, axis: int) -> Flow:
     """Follow the tokens of ``value`` as far as they can be followed; ``Flow.stuck`` says what ended it."""
-    flow = Flow({value: Marks({axis: 0})})
-    try:
-        if value.is_graph_output():
-            raise Stuck(None, str(value.name), f"output {value.name} has all tokens")
-        for node in model.graph:
-            if any(v in flow.marks for v in reads(node)):
-                flow.nodes.append(node)
-                follow(Step(model, facts, flow, node))
-    except Stuck as stuck:
-        flow.stuck = stuck
-    return flow
+    starts = {value: Marks({axis: 0})}
+    tried: list[Flow] = []
+    while True:
+        tried.append(Flow(frozenset(starts), dict(starts)))
+        try:
+            walk(model, facts, tried[-1], value)
+            return tried[-1]
+        except Entered as entered:
+            tried[-1].stuck = entered
+            starts |= entered.found
+        except Stuck as stuck:
+            tried[-1].stuck = stuck
+            return tried[0]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One node on the way."""
-
-    model: ir.Model
-    facts: Facts
-    flow: Flow
-    node: ir.Node
-
-    @property
-    def spec(self) -> OpSpec:
-        return lookup(self.node.domain, self.node.op_type)
-
-    @property
-    def call(self) -> Call:
-        return self.facts.call(self.node, opset(self.model, self.node.domain))
-
-    def marks(self, index: int) -> Marks | None:
-        value = self.node.inputs[index] if index < len(self.node.inputs) else None
-        return self.flow.marks.get(value) if value is not None else None
-
-    def name(self, index: int) -> str:
-        value = self.node.inputs[index]
-        return str(value.name) if value is not None else ""
-
-    def stuck(self, index: int, reason: str) -> Stuck:
-        return Stuck(self.node, self.name(index), reason)
+def walk(model: ir.Model, facts: Facts, flow: Flow, value: ir.Value) -> None:
+    """Follow everything that ``flow`` starts from; of what goes with the stream ``value`` only what is behind it."""
+    if value.is_graph_output():
+        raise Stuck(None, str(value.name), f"output {value.name} has all tokens")
+    entered = flow.starts - {value}
+    before = in_front_of(value) if entered else set()
+    for node in model.graph:
+        if node in before or not any(v in flow.marks for v in reads(node)):
+            continue
+        flow.nodes.append(node)
+        for index, given in enumerate(node.inputs):
+            if given in entered:
+                flow.sides.append(Side(node, index, flow.marks[given].axes, False, str(given.name)))
+        follow(Step(model, facts, flow, node))
+    alone = behind_of(model, entered, before) - behind_of(model, [value]) if entered else ()
+    for output in model.graph.outputs:
+        if output in alone:
+            raise Stuck(output.producer(), str(output.name), f"output {output.name} is made of all entries of a mask")
 
 
 def follow(step: Step) -> None:
@@ -183,29 +113,6 @@ def pointwise(step: Step) -> Found:
     return [whole] * len(step.node.outputs)
 
 
-def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
-    """What has entries for tokens, but is not made of them: a mask can be picked from as the tokens are, and what has
-    the same entries everywhere needs one only."""
-    value = step.node.inputs[index]
-    assert value is not None
-    even = is_even(step.model, step.facts, value, tuple(axes))
-    if value in step.flow.marks or not (even or is_mask(step, index, axes)):
-        positions = "every pair of positions" if pairs else "every position"
-        computed = value.const_value is None and len(step.call.shape(index)) == 3
-        hint = " (a mean that leaves out padding? its total is not of tokens)" if computed else ""
-        raise step.stuck(index, f"tokens meet {step.name(index)}, which has an entry for {positions}{hint}")
-    step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
-
-
-def is_mask(step: Step, index: int, axes: dict[int, int]) -> bool:
-    """Is input ``index``, [batch or 1, .., queries, keys], computed, with entries for all tokens along ``axes``?"""
-    value, shape = step.node.inputs[index], step.call.shape(index)
-    assert value is not None
-    batch = (step.facts.shape[next(iter(step.flow.marks))] or (0,))[0]
-    whole = not any(axes.values()) and min(axes) > 0
-    return whole and len(shape) == 4 and shape[0] in (1, batch) and value.const_value is None
-
-
 def normalise(step: Step) -> Found:
     spec, call = step.spec, step.call
     data = spec.data or (0,)
@@ -233,10 +140,10 @@ def reduce(step: Step) -> Found:
     axes = set(step.spec.axes(call))
     over = axes & marks.axes.keys()
     for axis in over - marks.weighed:
-        if step.spec.pins == "norm":
-            step.flow.pools.append(Weighing(step.node, 0, axis, marks.axes[axis]))
-        else:
-            step.flow.sums.append(step.node)
+        if step.spec.pins != "norm" and not step.spec.adds:
+            raise step.stuck(0, step.spec.reason)
+        noted = step.flow.pools if step.spec.pins == "norm" else step.flow.sums
+        noted.append(Weighing(step.node, 0, axis, marks.axes[axis]))
     kept = len(call.outs[0]) == len(call.shape(0))
     left = {axis: k for axis, k in marks.axes.items() if axis not in over}
     place = {a: a if kept else a - sum(gone < a for gone in axes) for a in left}
@@ -263,13 +170,13 @@ def contraction(step: Step) -> Found:
                 raise step.stuck(index, "tokens are seen through a window")
             twin = letter in terms[other] and call.shape(other)[terms[other].index(letter)] > 1
             if twin and marked.get(other, {}).get(letter) != leading:
-                raise step.stuck(other, "it mixes tokens by position")
+                raise apart(step, other, {terms[other].index(letter): leading}, "it mixes tokens by position")
             if letter in letters.out:
                 axes[letters.out.index(letter)] = leading
             elif not twin:
                 raise step.stuck(index, SUMMED)
-            elif letter not in weighed:
-                step.flow.sums.append(step.node)
+            elif letter not in weighed and index == min(marked):
+                step.flow.sums.append(Weighing(step.node, index, terms[index].index(letter), leading))
     if spec.bias is not None and spec.bias_letters is not None and call.has(spec.bias):
         wide = [c for c, n in zip(spec.bias_letters(call), call.shape(spec.bias), strict=False) if n > 1]
         if any(letters.out.index(c) in axes for c in wide):

@@ -2,7 +2,7 @@
 
 A block ends its attention with a sum into the residual stream, [batch, tokens, width]. There the tokens can get fewer
 if everything that is made of them works per token or attends to all of them, and what leaves is read at fixed leading
-positions (a class token), is a mean over tokens, or nothing (``passes.flow``).
+positions (a class token), is a mean or a sum over tokens, or nothing (``passes.flow``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import SUMMED
-from snpc.passes.flow import Flow, Stuck, flow_from
+from snpc.passes.beside import data_made
+from snpc.passes.flow import flow_from
 from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, other_binding
+from snpc.passes.walk import Flow, Stuck
 from snpc.types import Pin
 
 LEAST_OPSET = 13
@@ -28,10 +30,10 @@ TOKEN_AXIS = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention weights of the block in front of a point: ``tensor``, with queries along this axis and keys along
-    the other of the last two. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
+    """Attention weights of the block in front of a point: ``tensor``, with queries along this axis (-1 or -2) and keys
+    along the other one. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
     it may have a mask that is true where keys count ("tells") or that is added ("added"). ``apart``: heads have an axis
-    of their own, the second one."""
+    of their own, the second one; ``masked``: tokens meet a mask in front of them."""
 
     tensor: str
     query_axis: int
@@ -40,6 +42,7 @@ class Scores:
     fused: str = ""
     mask: Literal["", "tells", "added"] = ""
     apart: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ class TokenPoint:
     ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
     that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
     ``fixed``: there are as many for all inputs (else ``count`` is what the facts' binding makes it).
-    ``summed``: tokens are summed somewhere without weights, so that merged ones would count too little. ``sided``: what
-    tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
+    ``sided``: what tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
     """
 
     block: int
@@ -60,7 +62,6 @@ class TokenPoint:
     reads: int
     pooled: bool
     fixed: bool
-    summed: bool
     sided: str
     scores: Scores | None
     stream: ir.Value = field(repr=False, compare=False)
@@ -178,7 +179,7 @@ def fixed_lengths(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Val
 
 
 class NothingBehind(Exception):
-    """No attention and no mean follows: fewer tokens would spare nothing that dead rows do not."""
+    """No attention, no mean and no sum follows: fewer tokens would spare nothing that dead rows do not."""
 
 
 def is_attention(facts: Facts, node: ir.Node) -> bool:
@@ -201,15 +202,6 @@ def is_residual_sum(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> b
     return len(same) > 1 and is_float(facts.dtype.get(out))
 
 
-def data_made(model: ir.Model) -> frozenset[ir.Value]:
-    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
-    found = {value for value in model.graph.inputs if not value.is_initializer()}
-    for node in model.graph:
-        if lookup(node.domain, node.op_type).kind != "shape" and any(v in found for v in node.inputs):
-            found.update(node.outputs)
-    return frozenset(found)
-
-
 def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
     """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
     model, facts, made = search.model, search.facts, search.made
@@ -219,7 +211,7 @@ def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenP
     flow = flow_from(model, facts, value, TOKEN_AXIS)
     if flow.stuck is not None:
         raise flow.stuck
-    if not flow.weighings and not flow.pools:
+    if not flow.weighings and not flow.pools and not flow.sums:
         raise NothingBehind
     if shape[0] != batch_of(model, facts):
         raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
@@ -234,7 +226,6 @@ def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenP
         len(flow.reads),
         bool(flow.pools),
         search.fixed(value),
-        bool(flow.sums),
         next((side.name for side in flow.sides if not side.even), ""),
         scores_of(model, facts, site, node),
         value,
@@ -296,7 +287,10 @@ def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores 
     if heads % batch:
         return None
     apart = last == 3 and shape[0] == batch
-    return Scores(str(out.name), (marks.axes.keys() - keys).pop(), heads // batch, apart=apart)
+    masked = any(not side.even for side in flow.sides)
+    return Scores(
+        str(out.name), (marks.axes.keys() - keys).pop() - len(shape), heads // batch, apart=apart, masked=masked
+    )
 
 
 def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:
@@ -312,9 +306,10 @@ def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Score
         mask = "tells" if facts.dtype.get(given) == ir.DataType.BOOL else "added"
     heads, others = head_counts(call)
     sizes, keys = call.shape(shape.query), call.shape(shape.key)
-    if not heads:
+    by_head = not heads
+    if by_head:
         heads, others = sizes[1], keys[1]
-        return Scores("", 0, heads, sizes[-1], str(site.name), mask) if heads == others else None
-    if heads != others or len(sizes) != 3:
+    if heads != others or not (by_head or len(sizes) == 3):
         return None
-    return Scores("", 0, heads, sizes[-1] // heads, str(site.name), mask)
+    width = sizes[-1] if by_head else sizes[-1] // heads
+    return Scores("", -2, heads, width, str(site.name), mask, apart=True, masked=bool(mask))

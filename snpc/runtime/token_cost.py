@@ -9,32 +9,33 @@ import onnx_ir as ir
 
 from snpc.cost import contraction_sizes, macs_of
 from snpc.passes.analyze import Analysis
-from snpc.passes.flow import Flow
 from snpc.passes.shapes import Facts, evaluate, opset
+from snpc.passes.tokens import TokenPoint
+from snpc.passes.walk import Flow
 from snpc.tokens.methods import Method, Setting
 
 
 @dataclass(frozen=True)
 class TokenCost:
     """``fixed`` MACs, and per point of the model what lies behind it (before the next) with one token axis and with
-    two: MACs at ``count`` tokens. ``width``: of the stream; ``again``: at which points a row of scores is computed
-    again where a method asks for them."""
+    two: MACs at ``count`` tokens. ``width``: of the stream; ``scoring``: what a method that asks for scores adds at a
+    point, per token and per pair of tokens."""
 
     fixed: float
     behind: tuple[tuple[float, float], ...]
     count: int
     width: int
-    again: tuple[bool, ...]
+    scoring: tuple[tuple[int, int], ...]
 
     def macs(self, settings: Sequence[Setting], method: Method) -> float:
         """MACs with these settings, one per point; what the method itself adds included."""
         total = self.fixed
-        for setting, (once, twice), again in zip(settings, self.behind, self.again, strict=True):
+        for setting, (once, twice), (row, all_) in zip(settings, self.behind, self.scoring, strict=True):
             share = (setting.count - setting.gone) / self.count
             total += once * share + twice * share**2
             if setting.gone:
-                row = setting.count * self.width if again and method.scored else 0
-                total += method.macs(setting, self.width) + row
+                scoring = row * setting.count + all_ * setting.count**2 if method.scored else 0
+                total += method.macs(setting, self.width) + scoring
         return total
 
 
@@ -59,9 +60,17 @@ def token_cost(analysis: Analysis, facts: Facts) -> TokenCost:
                 behind[index][axes - 1] += macs
             else:
                 fixed += macs
-    again = tuple(p.scores is not None and bool(p.scores.fused) for p in points)
     width = (facts.shape[points[0].stream] or (0,))[-1]
-    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width, again)
+    scoring = tuple(scoring_of(point, width) for point in points)
+    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width, scoring)
+
+
+def scoring_of(point: TokenPoint, width: int) -> tuple[int, int]:
+    """MACs of finding out what attention tokens get: per token, and per pair of tokens."""
+    again = width if point.scores is not None and point.scores.fused else 0  # scores are computed again
+    if point.reads:
+        return again, 0
+    return 0, again + (point.scores is not None and point.scores.masked)
 
 
 def parts(facts: Facts, node: ir.Node, version: int) -> dict[str, int]:

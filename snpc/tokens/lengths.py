@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.ops.writing import GATHER, SHAPE, SUB, WHERE
-from snpc.passes.flow import Marks
 from snpc.passes.repair import Repairs
 from snpc.passes.shapes import Facts
 from snpc.passes.tokens import TOKEN_AXIS
+from snpc.passes.walk import Marks
 from snpc.tokens.methods import KEPT, Method, Setting, share_kept
 from snpc.tokens.step import Step
 from snpc.types import AnyArray

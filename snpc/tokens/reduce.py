@@ -16,9 +16,10 @@ from snpc.passes.settle import settle_sizes
 from snpc.passes.shapes import best_binding, evaluate
 from snpc.passes.tokens import TokenPoint
 from snpc.tokens import method
+from snpc.tokens.deciding import close_tokens
 from snpc.tokens.lengths import kept, kept_sizes, resized
 from snpc.tokens.methods import Method, Setting, share_kept
-from snpc.tokens.rewrite import batch_dimension, close_tokens, decision_shape, open_tokens, stream_dtype
+from snpc.tokens.rewrite import batch_dimension, decision_shape, open_tokens, stream_dtype
 from snpc.tokens.step import Step
 
 Offline = Mapping[int, Sequence[float]]
@@ -29,10 +30,12 @@ SPELLING = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
 
 @dataclass(frozen=True)
 class Reduction:
-    """What ``Analysis.reduction`` holds: the steps, and how to make an open graph decide them itself."""
+    """What ``Analysis.reduction`` holds: the steps, and how to make an open graph decide them itself. ``quoted``: the
+    steps with as many tokens as there are where MACs are quoted (empty: the same)."""
 
     steps: tuple[Step, ...]
     dtypes: Mapping[str, ir.DataType] = field(repr=False)
+    quoted: tuple[Step, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -73,10 +76,11 @@ class Reduction:
                     "method": s.method.name,
                     "tokens": s.setting.count,
                     "after": s.left,
+                    **({"any_length": True} if not s.point.fixed else {}),
                     **({"on_average": True} if s.method.adapts else {}),
                     **({"offline": list(s.offline)} if s.offline else {}),
                 }
-                for s in self.steps
+                for s in self.quoted or self.steps
             ],
         }
 
@@ -98,13 +102,14 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
         return analysis
     graph = analysis.model.graph
     binding, facts = best_binding(graph)
-    reduction = Reduction(tuple(steps), {s.point.value: stream_dtype(facts, s.point) for s in steps})
+    dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
+    there = resized(steps, evaluate(graph, dict(analysis.binding)))
+    reduction = Reduction(tuple(steps), dtypes, tuple(there))
     opened = open_tokens(graph, facts, binding, steps)
     closed = opened.clone()
     reduction.close(closed)
     binding = {**binding, **kept_sizes(steps)}
-    quoted = dict(analysis.binding)
-    quoted |= kept_sizes(resized(steps, evaluate(graph, quoted)))
+    quoted = {**analysis.binding, **kept_sizes(there)}
     extra = cost_of(closed, evaluate(closed, quoted)).macs - cost_of(opened, evaluate(opened, quoted)).macs
     return analysed(
         analysis.model,
@@ -200,12 +205,10 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
     possible = ", ".join(str(p.block) for p in facts.points)
     if point is None:
         raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
-    if made.scored and (point.scores is None or (point.scores.fused and not point.reads)):
+    if made.scored and point.scores is None:
         raise UserError(f"--tokens: {made.name} needs attention weights that block {block} does not show; use merge")
     if point.sided and not made.selects:
         raise UserError(f"--tokens: behind block {block} tokens meet {point.sided}, an entry for each; use topk")
-    if made.weighs and point.summed:
-        raise UserError(f"--tokens: tokens are summed behind block {block}, so merged ones would count less; use topk")
 
 
 def settings_for(points: Sequence[TokenPoint], wanted: Wanted, shares: Mapping[int, float] = NOTHING) -> list[Setting]:
@@ -257,7 +260,5 @@ def steps_for(analysis: Analysis, wanted: Wanted, offline: Offline) -> list[Step
             raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
         if not made.adapts and any(s.method.adapts for s in steps):
             raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {made.name} before it")
-        if made.adapts and not point.reads and any(s.method.adapts for s in steps):
-            raise UserError(f"--tokens: without a class token {made.name} serves behind one block: name one")
         steps.append(Step(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
     return steps

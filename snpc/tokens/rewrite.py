@@ -16,17 +16,15 @@ from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import Cut
-from snpc.ops.writing import ADD, DIV, GATHER, LOG, MUL, RESHAPE, SOFTMAX, TRANSPOSE, WHERE
-from snpc.passes.flow import Weighing
+from snpc.ops.writing import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.passes.repair import Repairs
 from snpc.passes.shapes import Facts, evaluate, learn, opset, other_binding, start
 from snpc.passes.tokens import TokenPoint
+from snpc.passes.walk import Weighing
 from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell
-from snpc.tokens.methods import Tokens, fused_scores
+from snpc.tokens.methods import Tokens
 from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer
-
-LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
 
 
 def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> ir.Model:
@@ -115,20 +113,21 @@ def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
                         thinned[key] = writer.slice(thinned[key], axis, 0, 1)
                 else:
                     thinned[key] = value
+                    rank = len(facts.shape[side.node.inputs[side.index]] or ())  # type: ignore[index]
                     for axis in side.axes:
-                        thinned[key] = picked_along(writer, step, thinned[key], axis, given[step.names[0]])
+                        thinned[key] = picked_along(writer, step, thinned[key], rank, axis, given[step.names[0]])
             node.replace_input_with(side.index, thinned[key])
 
 
-def picked_along(writer: Writer, step: Step, value: ir.Value, axis: int, keep: ir.Value) -> ir.Value:
-    """[B or 1, ..] with the entries along ``axis`` of the tokens that a selecting method keeps."""
-    order = [0, axis, *(k for k in range(1, 4) if k != axis)]
+def picked_along(writer: Writer, step: Step, value: ir.Value, rank: int, axis: int, keep: ir.Value) -> ir.Value:
+    """[B or 1, ..] of ``rank`` axes with the entries along ``axis`` of the tokens that a selecting method keeps."""
+    order = [0, axis, *(k for k in range(1, rank) if k != axis)]
     laid = writer.op(TRANSPOSE, value, perm=order)
-    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(1, 1, 1))
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(*[1] * (rank - 1)))
     laid = writer.expand(laid, shape)
     front = [writer.slice(laid, 1, 0, step.setting.leading)] if step.setting.leading else []
     found = writer.concat(1, *front, writer.pick(laid, keep))
-    return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(4)])
+    return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(rank)])
 
 
 # -- what tokens weigh -----------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def picked_along(writer: Writer, step: Step, value: ir.Value, axis: int, keep: i
 
 def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequence[Step]) -> None:
     """Behind a point each token counts as often as ``sizes`` [B, N, 1] says: log(size) is added to the scores of every
-    softmax, and means are weighted. What lies behind a later point is left to that."""
+    softmax, and means and sums are weighted. What lies behind a later point is left to that."""
     writer = Writer(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
     behind = {node.name for s in later for node in s.point.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
@@ -160,6 +159,13 @@ def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequ
         shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
         pooled = Weighing(weighing.node, 0, weighing.axis, 0)
         insert(writer, nodes[weighing.node.name], 0, MUL, along(writer, facts, step, share, pooled, shape or ()))
+    for weighing in step.point.flow.sums:
+        if weighing.node.name in behind:
+            continue
+        value = weighing.node.inputs[weighing.index]
+        assert value is not None
+        counts = along(writer, facts, step, sizes, weighing, facts.shape[value] or ())
+        insert(writer, nodes[weighing.node.name], weighing.index, MUL, writer.cast(counts, facts.dtype[value]))
 
 
 def along(
@@ -276,106 +282,10 @@ def expected(facts: Facts, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for step in steps:  # later ones overwrite what lies behind them too
         for value, marks in step.point.flow.marks.items():
-            if value.name == step.point.value:
+            if value in step.point.flow.starts:
                 continue
             shape = list(facts.shape[value] or ())
             for axis, leading in marks.axes.items():
                 shape[axis] = step.left - leading
             found[str(value.name)] = tuple(shape)
     return found
-
-
-# -- deciding --------------------------------------------------------------------------------------------------------
-
-
-def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir.DataType]) -> None:
-    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
-    values = {str(v.name): v for node in model.graph for v in node.outputs}
-    nodes = {str(node.name): node for node in model.graph}
-    origin: ir.Value | None = None
-    for number, step in enumerate(steps):
-        dtype = dtypes[step.point.value]
-        writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
-        weighed = any(before.method.weighs for before in steps[:number])
-        scores = class_scores(writer, step, values, nodes, weighed) if step.method.scored else None
-        if scores is not None and step.positions:
-            scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
-        stream = values[step.point.value]
-        if dtype != ir.DataType.FLOAT:
-            stream = writer.cast(stream, ir.DataType.FLOAT)
-        decided = step.method.decide(writer, step.setting, stream, scores)
-        for name, made in zip(step.names, decided, strict=True):
-            given = next(v for v in model.graph.inputs if v.name == name)
-            given.replace_all_uses_with(made)
-            made.shape = given.shape
-            model.graph.inputs.remove(given)
-            given.name = f"{name}__open"
-            made.name = name
-        if any(later.positions for later in steps[number + 1 :]):
-            origin = origins(writer, step, decided[0], origin)
-    model.graph.sort()
-
-
-def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
-    """[B or 1, N]: the scores of the positions that the tokens had at first."""
-    table = np.asarray(step.positions, np.float32)
-    table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
-    if origin is None:
-        return writer.constant(table[None])
-    return writer.op(GATHER, writer.constant(table), origin, axis=0)
-
-
-def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None) -> ir.Value:
-    """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
-    it had (None: all)."""
-    front = writer.ints(*range(step.setting.leading))
-    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(step.setting.leading))
-    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.setting.leading else keep
-    return writer.pick(before, kept) if before is not None else kept
-
-
-def class_scores(
-    writer: Writer, step: Step, values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node], weighed: bool
-) -> ir.Value:
-    """[B, N]: attention that each token gets from the class token, or from all tokens where nothing is read by number;
-    summed over heads. ``weighed``: tokens have weights there."""
-    scores = step.point.scores
-    assert scores is not None
-    if scores.fused:
-        return recomputed(writer, step, nodes[scores.fused], weighed)
-    weights = values[scores.tensor]
-    if step.point.reads:
-        weights = writer.row(weights, scores.query_axis, 0)
-    else:
-        weights = writer.total(weights, scores.query_axis)
-    if not scores.apart:
-        if step.setting.share is None:
-            split = writer.ints(-1, scores.heads, step.setting.count)
-        else:
-            split = writer.concat(0, writer.ints(-1, scores.heads), writer.lengths(weights, -1))
-        weights = writer.op(RESHAPE, weights, split)
-    summed = writer.total(weights, 1)
-    return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)
-
-
-def recomputed(writer: Writer, step: Step, node: ir.Node, weighed: bool) -> ir.Value:
-    """Inside a fused node the weights are out of reach: the class token's row of them is computed again."""
-    shape = FORMS[node.domain, node.op_type]
-    query, key = (node.inputs[k] for k in (shape.query, shape.key))
-    assert query is not None and key is not None and step.point.scores is not None
-    heads, width = step.point.scores.heads, step.point.scores.width
-    if not by_head(node):  # [B, N, H * D] -> [B, H, N, D]
-        key = writer.op(TRANSPOSE, writer.reshape(key, 0, 0, heads, -1), perm=[0, 2, 1, 3])
-        query = writer.op(TRANSPOSE, writer.reshape(writer.slice(query, 1, 0, 1), 0, 1, heads, -1), perm=[0, 2, 1, 3])
-    else:
-        query = writer.slice(query, 2, 0, 1)
-    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
-    scaled = writer.op(MUL, query, writer.scalar(scale))
-    row = writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2]))
-    if weighed or step.point.scores.mask:  # weights have been added to the mask
-        mask = node.inputs[shape.scores or 0]
-        assert mask is not None
-        row = masked(writer, row, writer.slice(mask, 2, 0, 1), step.point.scores.mask == "tells" and not weighed)
-    row = writer.op(SOFTMAX, row, axis=-1)
-    summed = writer.total(row, 1, 2)
-    return summed if writer.dtype == ir.DataType.FLOAT else writer.cast(summed, ir.DataType.FLOAT)

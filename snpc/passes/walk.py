@@ -1,0 +1,114 @@
+"""What following tokens through a graph notes down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from snpc.ops import lookup
+from snpc.ops.spec import Call, OpSpec
+from snpc.passes.shapes import Facts, opset
+
+
+class Stuck(Exception):
+    """The tokens cannot be followed through ``node`` with another number of them."""
+
+    def __init__(self, node: ir.Node | None, tensor: str, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.tensor, self.reason = node, tensor, reason
+
+    @property
+    def operator(self) -> str:
+        return f"{self.node.op_type} {self.node.name}" if self.node is not None else "the model"
+
+
+class Entered(Stuck):
+    """The tokens get no further, unless ``found`` go with them: these values have an entry for each token too."""
+
+    def __init__(self, stuck: Stuck, found: Mapping[ir.Value, Marks]) -> None:
+        super().__init__(stuck.node, stuck.tensor, stuck.reason)
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The axes of a value that hold the tokens: axis -> how many leading ones are left out. ``weighed``: those of them
+    along which the entries are weights already (a softmax made them)."""
+
+    axes: dict[int, int]
+    weighed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Input ``index`` of ``node`` has tokens along ``axis`` (``leading`` left out) that are weighed or added up there:
+    scores before their softmax (inside a fused node, where ``axis`` is -1), or what a mean or a sum is taken of."""
+
+    node: ir.Node
+    index: int
+    axis: int
+    leading: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
+    many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
+
+    node: ir.Node
+    index: int
+    axes: dict[int, int]
+    even: bool
+    name: str
+
+
+@dataclass
+class Flow:
+    """What was met on the way.
+
+    ``starts``: the values that are followed: the stream, and what else is picked from as its tokens are (a mask that a
+    mean leaves padding out by). ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens;
+    ``pools``: means over tokens; ``sums``: other sums over tokens, in which none has a weight; ``sides``: what has an
+    entry for each of them.
+    """
+
+    starts: frozenset[ir.Value] = frozenset()
+    marks: dict[ir.Value, Marks] = field(default_factory=dict)
+    nodes: list[ir.Node] = field(default_factory=list)
+    reads: set[int] = field(default_factory=set)
+    weighings: list[Weighing] = field(default_factory=list)
+    pools: list[Weighing] = field(default_factory=list)
+    sums: list[Weighing] = field(default_factory=list)
+    sides: list[Side] = field(default_factory=list)
+    stuck: Stuck | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node on the way."""
+
+    model: ir.Model
+    facts: Facts
+    flow: Flow
+    node: ir.Node
+
+    @property
+    def spec(self) -> OpSpec:
+        return lookup(self.node.domain, self.node.op_type)
+
+    @property
+    def call(self) -> Call:
+        return self.facts.call(self.node, opset(self.model, self.node.domain))
+
+    def marks(self, index: int) -> Marks | None:
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return self.flow.marks.get(value) if value is not None else None
+
+    def name(self, index: int) -> str:
+        value = self.node.inputs[index]
+        return str(value.name) if value is not None else ""
+
+    def stuck(self, index: int, reason: str) -> Stuck:
+        return Stuck(self.node, self.name(index), reason)

@@ -1,0 +1,127 @@
+"""How a graph decides itself which tokens go: scores from its attention, and what the methods make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.ops.attention import FORMS
+from snpc.ops.writing import GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
+from snpc.tokens.methods import fused_scores
+from snpc.tokens.rewrite import by_head, masked
+from snpc.tokens.step import Step
+from snpc.tokens.writer import Writer
+
+LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
+
+
+def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir.DataType]) -> None:
+    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    nodes = {str(node.name): node for node in model.graph}
+    origin: ir.Value | None = None
+    for number, step in enumerate(steps):
+        dtype = dtypes[step.point.value]
+        writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
+        scores = scores_for(writer, step, steps[:number], values, nodes) if step.method.scored else None
+        if scores is not None and step.positions:
+            scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
+        stream = values[step.point.value]
+        if dtype != ir.DataType.FLOAT:
+            stream = writer.cast(stream, ir.DataType.FLOAT)
+        decided = step.method.decide(writer, step.setting, stream, scores)
+        for name, made in zip(step.names, decided, strict=True):
+            given = next(v for v in model.graph.inputs if v.name == name)
+            given.replace_all_uses_with(made)
+            made.shape = given.shape
+            model.graph.inputs.remove(given)
+            given.name = f"{name}__open"
+            made.name = name
+        if any(later.positions for later in steps[number + 1 :]):
+            origin = origins(writer, step, decided[0], origin)
+    model.graph.sort()
+
+
+def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
+    """[B or 1, N]: the scores of the positions that the tokens had at first."""
+    table = np.asarray(step.positions, np.float32)
+    table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
+    if origin is None:
+        return writer.constant(table[None])
+    return writer.op(GATHER, writer.constant(table), origin, axis=0)
+
+
+def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None) -> ir.Value:
+    """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
+    it had (None: all)."""
+    front = writer.ints(*range(step.setting.leading))
+    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(step.setting.leading))
+    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.setting.leading else keep
+    return writer.pick(before, kept) if before is not None else kept
+
+
+def scores_for(
+    writer: Writer, step: Step, before: Sequence[Step], values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]
+) -> ir.Value:
+    """[B, N]: attention that each token gets, summed over heads: from the class token, or where nothing is read by
+    number from all tokens that count."""
+    scores = step.point.scores
+    assert scores is not None
+    weights = recomputed(writer, step, before, nodes[scores.fused]) if scores.fused else values[scores.tensor]
+    if step.point.reads and scores.fused:
+        found = writer.total(weights, 1, 2)
+    elif step.point.reads:
+        found = writer.total(by_heads(writer, step, writer.row(weights, scores.query_axis, 0), 1), 1)
+    elif scores.masked or any(b.method.adapts for b in before):
+        found = received(writer, writer.total(by_heads(writer, step, weights, 2), 1), scores.query_axis)
+    else:
+        found = writer.total(by_heads(writer, step, writer.total(weights, scores.query_axis), 1), 1)
+    return found if writer.dtype == ir.DataType.FLOAT else writer.cast(found, ir.DataType.FLOAT)
+
+
+def by_heads(writer: Writer, step: Step, weights: ir.Value, axes: int) -> ir.Value:
+    """[B, H, ..] with so many axes of tokens, where batch and heads share one."""
+    scores = step.point.scores
+    assert scores is not None
+    if scores.apart:
+        return weights
+    if step.setting.share is None:
+        return writer.reshape(weights, -1, scores.heads, *[step.setting.count] * axes)
+    lengths = [writer.lengths(weights, -1)] * axes
+    return writer.op(RESHAPE, weights, writer.concat(0, writer.ints(-1, scores.heads), *lengths))
+
+
+def received(writer: Writer, weights: ir.Value, query_axis: int) -> ir.Value:
+    """[B, N]: what each token gets, of ``weights`` [B, N, N], from those that get something themselves: tokens that are
+    masked (padding, say) attend to others all the same."""
+    counted = writer.cast(writer.cast(writer.total(weights, query_axis), ir.DataType.BOOL))
+    if query_axis == -2:
+        return writer.total(writer.matmul(writer.unsqueeze(counted, 1), weights), 1)
+    return writer.total(writer.matmul(weights, writer.unsqueeze(counted, 2)), 2)
+
+
+def recomputed(writer: Writer, step: Step, before: Sequence[Step], node: ir.Node) -> ir.Value:
+    """Inside a fused node the weights are out of reach: they are computed again, [B, H, N, N], or [B, H, 1, N] of the
+    class token where one is read in the end."""
+    shape = FORMS[node.domain, node.op_type]
+    query, key = (node.inputs[k] for k in (shape.query, shape.key))
+    assert query is not None and key is not None and step.point.scores is not None
+    heads, width = step.point.scores.heads, step.point.scores.width
+    one, flat = step.point.reads > 0, not by_head(node)
+    query = writer.slice(query, 1 if flat else 2, 0, 1) if one else query
+    if flat:  # [B, N, H * D] -> [B, H, N, D]
+        query, key = (
+            writer.op(TRANSPOSE, writer.reshape(value, 0, 0, heads, -1), perm=[0, 2, 1, 3]) for value in (query, key)
+        )
+    scale = node.attributes.get_float("scale", 0.0) or width**-0.5
+    scaled = writer.op(MUL, query, writer.scalar(scale))
+    weights = writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2]))
+    weighed = any(b.method.weighs for b in before)  # then weights have been added to the mask
+    if weighed or step.point.scores.mask:
+        mask = node.inputs[shape.scores or 0]
+        assert mask is not None
+        mask = writer.slice(mask, 2, 0, 1) if one else mask
+        weights = masked(writer, weights, mask, step.point.scores.mask == "tells" and not weighed)
+    return writer.op(SOFTMAX, weights, axis=-1)
