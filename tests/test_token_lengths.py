@@ -21,7 +21,7 @@ from snpc.cli import main
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.runtime.model_io import clean, save
-from snpc.runtime.token_request import measured
+from snpc.runtime.token_request import measured, with_tokens
 from snpc.runtime.tokens import check_tokens, closed, decisions
 from snpc.tokens.reduce import reduce_tokens
 
@@ -138,8 +138,21 @@ def test_the_command_line_with_widths(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "in place" in result.output, result.output
     for lengths in LENGTHS:
         assert run(Path(out), texts(lengths))[0].shape == (len(lengths), 5)
-    result = CliRunner().invoke(main, ["prune", model, "--tokens", "auto", "--target", "macs=0.7", *calib, "-o", out])
-    assert result.exit_code == 2 and "different numbers of tokens" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["bert_class__dyn20_sdpa", "bert_mean__ts17"])
+def test_schedules_for_inputs_of_any_length_are_shares(name: str, tmp_path: Path) -> None:
+    found = analysis_of(name)
+    parts = [texts((12, 9, 4, 12), seed) for seed in range(4)]
+    arrays = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    data = snpc.load_calibration(arrays, found.model.inputs, batch=4)
+    reduced, _ = with_tokens(found, data, "auto", target="macs=0.7")
+    assert reduced.reduction is not None and set(reduced.reduction.spec) >= set("topk:0.@")
+    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    assert 0.67 < result.after.macs / found.cost.macs <= 0.7
+    by_hand = reduce_tokens(found, reduced.reduction.spec)
+    assert by_hand.cost.macs == reduced.cost.macs
+    check_tokens(reduced, written(reduced, tmp_path), [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
 
 
 @pytest.mark.parametrize("name", ["bert_class__ts17", "bert_class__dyn23_sdpa"])

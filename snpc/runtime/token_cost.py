@@ -10,7 +10,7 @@ import onnx_ir as ir
 from snpc.cost import contraction_sizes, macs_of
 from snpc.passes.analyze import Analysis
 from snpc.passes.shapes import Facts, evaluate, opset
-from snpc.passes.tokens import TokenPoint
+from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.passes.walk import Flow
 from snpc.tokens.methods import Method, Setting
 
@@ -62,7 +62,8 @@ def token_cost(analysis: Analysis, facts: Facts) -> TokenCost:
                 fixed += macs
     width = (facts.shape[points[0].stream] or (0,))[-1]
     scoring = tuple(scoring_of(point, width) for point in points)
-    return TokenCost(fixed, tuple((a, b) for a, b in behind), points[0].count, width, scoring)
+    count = (before.shape[points[0].stream] or (0, 0))[TOKEN_AXIS]
+    return TokenCost(fixed, tuple((a, b) for a, b in behind), count, width, scoring)
 
 
 def scoring_of(point: TokenPoint, width: int) -> tuple[int, int]:

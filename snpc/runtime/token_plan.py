@@ -1,6 +1,7 @@
 """--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
 
-A schedule says how many tokens go behind each block. Schedules of the same cost are compared by building and running
+A schedule says how many tokens go behind each block, of as many as there are where MACs are quoted; of inputs of any
+length the same shares go. Schedules of the same cost are compared by building and running
 the model: first the methods, then over which stretch of blocks to spread the tokens that go, how evenly, and in how
 many steps.
 Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
@@ -50,6 +51,7 @@ from snpc.tokens.step import Step
 from snpc.types import AnyArray
 
 SAMPLES = 32
+SHARE_DIGITS = 3
 STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
 TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
 STRIDES = (2, 3)
@@ -103,18 +105,28 @@ class Trials:
         return float(np.mean([mean_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
     def wanted(self, method: TokenMethod, schedule: Schedule) -> Wanted:
-        points = self.analysis.tokens.points
-        return {p.block: (method, Amount(gone)) for p, gone in zip(points, schedule, strict=True)}
+        found: dict[int, tuple[TokenMethod, Amount]] = {}
+        count = self.cost.count
+        for point, gone in zip(self.analysis.tokens.points, schedule, strict=True):
+            others = count - point.leading
+            gone = max(0, min(gone, method.most(others)))
+            if point.fixed:
+                found[point.block] = (method, Amount(gone))
+            elif gone:
+                found[point.block] = (method, Amount(0, round((others - gone) / others, SHARE_DIGITS)))
+            count -= gone
+        return found
 
     def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
         return steps_for(self.analysis, self.wanted(method, schedule), self.offline)
 
     def macs(self, method: TokenMethod, schedule: Schedule) -> float:
-        return self.cost.macs(settings_for(self.analysis.tokens.points, self.wanted(method, schedule)), method)
+        wanted = self.wanted(method, schedule)
+        return self.cost.macs(settings_for(self.analysis.tokens.points, wanted, count=self.cost.count), method)
 
     def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
         """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
-        low, high = 0.0, float(self.analysis.tokens.points[0].count)
+        low, high = 0.0, float(self.cost.count)
 
         def at(scale: float) -> Schedule:
             behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(shape)])]
@@ -172,11 +184,9 @@ def share_of_macs(target: str | None) -> float:
 
 
 def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
-    """Raises UserError where the tokens of the model cannot be reduced, or not by schedules of numbers."""
+    """Raises UserError where the tokens of the model cannot be reduced."""
     if not analysis.tokens.points:
         raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
-    if not all(point.fixed for point in analysis.tokens.points):
-        raise UserError("--tokens auto: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
     binding, facts = best_binding(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
@@ -186,15 +196,22 @@ def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials
     dense = outputs_of(analysis.model.path, batches, provider)
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # without it there are other methods
-        offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
+        if is_fixed(analysis):
+            offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
     return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
+
+
+def is_fixed(analysis: Analysis) -> bool:
+    """Have all inputs as many tokens?"""
+    return all(point.fixed for point in analysis.tokens.points)
 
 
 def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
+    fixed = is_fixed(trials.analysis)
     for made in METHODS.values():
-        if made.adapts or (made.offline and not trials.offline):
+        if made.adapts or (made.offline and not trials.offline) or not (fixed or made.counts):
             continue
         try:
             for point in trials.analysis.tokens.points:

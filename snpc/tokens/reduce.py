@@ -211,10 +211,12 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
         raise UserError(f"--tokens: behind block {block} tokens meet {point.sided}, an entry for each; use topk")
 
 
-def settings_for(points: Sequence[TokenPoint], wanted: Wanted, shares: Mapping[int, float] = NOTHING) -> list[Setting]:
+def settings_for(
+    points: Sequence[TokenPoint], wanted: Wanted, shares: Mapping[int, float] = NOTHING, count: int = 0
+) -> list[Setting]:
     """One for every point, those included at which no token goes. ``shares``: how many stay on average where contents
-    decide."""
-    count, found = points[0].count, []
+    decide; ``count``: tokens in front of the first point, where inputs have any number of them (0: the points')."""
+    count, found = count or points[0].count, []
     for point in points:
         others, gone = count - point.leading, 0
         if point.block in wanted:
