@@ -7,7 +7,7 @@ Plain linear algebra on second moments in float64; nothing here knows a graph. M
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ RANK = 1e-10  # eigenvalues below this share of the largest count as zero
 RIDGE = 1e-4  # of the mean diagonal, added before a refit is solved
 STEPS = 48  # in which the units of a group go
 MUCH = 256  # rows from which on a product of matrices pays
+MOST_RIDGE = 10.0
 SCARCE = 0.1  # more of it where rows are few: times units / rows
 
 
@@ -189,7 +190,17 @@ def eliminate(systems: Sequence[System], size: int, steps: int = STEPS, fits_at:
     The loss of unit i is tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems, with w and H^-1 updated after every
     removal (ZipLM, arXiv 2302.04089). Units go one by one from scores that are refreshed ``steps`` times. ``loss`` is
     the error on the moments themselves, the ridge taken off. ``fits_at``: of ``steps_of``, where to note the ``fits``.
+    Moments that their ridge does not make positive definite, by rounding, get more of it.
     """
+    try:
+        return eliminated(systems, size, steps, fits_at)
+    except np.linalg.LinAlgError:
+        if max(s.ridge for s in systems) > MOST_RIDGE:
+            raise
+        return eliminate([replace(s, ridge=10 * max(s.ridge, RIDGE)) for s in systems], size, steps, fits_at)
+
+
+def eliminated(systems: Sequence[System], size: int, steps: int, fits_at: Collection[int]) -> Elimination:
     remaining = [Remaining(s, size) for s in systems]
     alive = np.arange(size)
     loss = np.zeros(size + 1)

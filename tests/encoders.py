@@ -31,6 +31,7 @@ class Encoder:
     bias: bool = False  # scores get a table over pairs of positions
     masked: bool = False  # an input says which tokens are none
     mixing: bool = False  # a weight over tokens in the last block
+    again: bool = False  # positions are added to the input of every block
     skip: bool = False  # what the first block gives is added to what the last but one gives
     linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
     seed: int = 0
@@ -147,6 +148,7 @@ class Writing:
         first = x
         for k in range(e.depth):
             first = x if k == 1 else first
+            x = self.op("Add", x, "positions") if e.again else x
             x = self.op("Add", x, first) if e.skip and k == e.depth - 1 else x
             x = self.op("Add", x, self.attention(self.norm(x, f"{k}a"), k))
             if e.mixing and k == e.depth - 1:

@@ -93,10 +93,18 @@ def test_masks_lose_what_the_tokens_lose(form: Exit, tmp_path: Path) -> None:
         reduce_tokens(found, "merge:2")
 
 
-def test_earlier_tokens_that_are_added_again_lose_what_the_tokens_lose(tmp_path: Path) -> None:
-    encoder = Encoder(skip=True)
+BESIDE = {
+    "an earlier block's tokens": (Encoder(skip=True), [False, True, True]),
+    "a table over pairs of positions": (Encoder(bias=True), [True, True, True]),
+    "positions in every block": (Encoder(again=True), [True, True, True]),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_has_an_entry_for_each_token_loses_what_the_tokens_lose(name: str, tmp_path: Path) -> None:
+    encoder, meets = BESIDE[name]
     found = analysis(encoder, tmp_path)
-    assert [bool(point.sided) for point in found.tokens.points] == [False, True, True]
+    assert [bool(point.sided) for point in found.tokens.points] == meets
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     assert check_tokens(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
     with pytest.raises(UserError, match="an entry for each; use topk"):
@@ -183,7 +191,6 @@ def test_merging_conserves_the_weighted_mean_in_the_graph(tmp_path: Path) -> Non
 PINNED = {
     "it keeps all tokens": (Encoder(exit="all"), "has all tokens"),
     "it reads the last token": (Encoder(exit="last"), "is read by number"),
-    "a table over pairs": (Encoder(bias=True), "every pair of positions"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
     "the largest of all": (Encoder(exit="max"), "it is reduced over"),
 }

@@ -18,7 +18,7 @@ def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
     value = step.node.inputs[index]
     assert value is not None
     even = is_even(step.model, step.facts, value, tuple(axes))
-    if is_made_of_tokens(step, value) or not (even or is_mask(step, index, axes)):
+    if is_made_of_tokens(step, value) or not (even or is_picked_from(step, index, axes)):
         positions = "every pair of positions" if pairs else "every position"
         raise apart(step, index, axes, f"tokens meet {step.name(index)}, which has an entry for {positions}")
     step.flow.sides.append(Side(step.node, index, axes, even, step.name(index)))
@@ -29,12 +29,16 @@ def is_made_of_tokens(step: Step, value: ir.Value) -> bool:
     return value in step.flow.marks and value in behind_of(step.model, [next(iter(step.flow.marks))])
 
 
-def is_mask(step: Step, index: int, axes: dict[int, int]) -> bool:
-    """Is input ``index``, [batch or 1, .., queries, keys], computed, with entries for all tokens along ``axes``?"""
+def is_picked_from(step: Step, index: int, axes: dict[int, int]) -> bool:
+    """Can the entries for tokens that stay be picked from input ``index`` as it is? It has one for all of them along
+    ``axes``: a mask that is computed, [batch or 1, .., queries, keys], or a table that is stored, [1, ..]."""
     value, shape = step.node.inputs[index], step.call.shape(index)
     assert value is not None
-    whole = not any(axes.values()) and min(axes) > 0
-    return whole and len(shape) == 4 and shape[0] in (1, batch_of(step)) and value.const_value is None
+    if any(axes.values()) or min(axes) == 0:
+        return False
+    if value.const_value is not None:
+        return len(shape) >= 3 and shape[0] == 1
+    return len(shape) == 4 and shape[0] in (1, batch_of(step))
 
 
 def batch_of(step: Step) -> int:

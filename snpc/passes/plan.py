@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -90,8 +91,10 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
     pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind == "norm") or list(analysis.pins)
     why = f", for example {pins[0].tensor} axis {pins[0].axis}: {pins[0].reason} ({pins[0].operator})" if pins else ""
+    roles = Counter(g.role for g in analysis.groups if g.prunable and g.size > 1 and g.role not in choice.roles)
+    others = f"; there are {' and '.join(f'{n} of {role}' for role, n in roles.items())} (--roles)" if roles else ""
     raise UserError(
-        f"{name}: nothing to prune in the roles {', '.join(choice.roles)}{why}; `snpc inspect` lists every pin"
+        f"{name}: nothing to prune in the roles {', '.join(choice.roles)}{why}{others}; `snpc inspect` lists every pin"
     )
 
 

@@ -3,7 +3,7 @@ start, on what the dense model hands over there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.memory import Shelf
 from snpc.runtime.model_io import clean
 from snpc.runtime.scratch import Run, scratch
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.silent import constant_array
 from snpc.runtime.stages import NotSequential, check_borders, joins
 from snpc.types import AnyArray, Group
@@ -75,19 +76,29 @@ def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], 
     contents of the constants that a change of it touches (only their names count)."""
     source = analysis.traced
     ends = [end for g in analysis.groups if g.id in changed for end in end_of(analysis, g)]
-    found = segments(source.model, sorted(set(ends)))
-    try:
-        check_borders(source, found)
-    except NotSequential:  # then in one piece
-        found = segments(source.model, [])
     names = {name for arrays in changed.values() for name in arrays}
     with ExitStack() as stack:
-        pieces = tuple(piece_of(source, segment, names, provider, stack) for segment in found)
+        try:
+            found = segments(source.model, sorted(set(ends)))
+            check_borders(source, found)
+            pieces = pieces_of(source, found, names, provider, stack)
+        except (NotSequential, NotLoaded):  # then in one piece
+            pieces = pieces_of(source, segments(source.model, []), names, provider, stack)
         spans = {}
         for name, arrays in changed.items():
             used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(arrays)]
             spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
         yield Chain(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
+
+
+def pieces_of(
+    source: Traced, found: Sequence[Segment], names: set[str], provider: str, stack: ExitStack
+) -> tuple[Piece, ...]:
+    """What is open is closed with ``stack``, but for where one piece does not load: then none stays open."""
+    with ExitStack() as mine:
+        pieces = tuple(piece_of(source, segment, names, provider, mine) for segment in found)
+        stack.push(mine.pop_all())
+    return pieces
 
 
 def piece_of(source: Traced, segment: Segment, names: set[str], provider: str, stack: ExitStack) -> Piece:

@@ -20,6 +20,7 @@ KINDS = frozenset(
     {"moment", "centred", "sums", "apart", "joint", "coupled"}
 )  # of the statistics that closed forms take
 FEW = 64  # rows
+ROUNDED = 1e-4  # of the square of a mean: what rounding leaves of it, over all columns together
 MOST = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
 
 
@@ -160,7 +161,11 @@ def moments_of(form: str, arrays: Mapping[str, FloatArray]) -> Moments:
 
 
 def seen(sums: Sequence[FloatArray]) -> Seen:
-    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others; taken over."""
+    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others; taken over.
+
+    X'X was summed in float32, so where a column hardly varies about its mean what is left without the mean is rounding,
+    and may be negative: that much of the mean stays on the diagonal.
+    """
     counts = [max(float(s[-1, -1]), 1.0) for s in sums]
     means = tuple(s[-1, :-1] / n for s, n in zip(sums, counts, strict=True))
     moment: FloatArray | None = None
@@ -169,6 +174,7 @@ def seen(sums: Sequence[FloatArray]) -> Seen:
         for start in range(0, len(mean), FEW):  # in pieces that stay in the cache
             piece = slice(start, start + FEW)
             centred[piece] -= np.outer(count * mean[piece], mean)
+        centred.flat[:: len(mean) + 1] += ROUNDED * count * mean**2
         moment = centred if moment is None else moment + centred
     assert moment is not None
     return Seen(moment, means, sum(counts))

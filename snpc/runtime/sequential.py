@@ -32,8 +32,9 @@ from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
+from snpc.runtime.session import NotLoaded
 from snpc.runtime.silent import biases_as_changes, silent_constants
-from snpc.runtime.stages import Gap, Stage, stages_of, with_biases
+from snpc.runtime.stages import Gap, NotSequential, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
 
 DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
@@ -109,10 +110,14 @@ class Fitting:
         return model
 
     def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
-        """Outputs per batch."""
-        with scratch(model, provider=self.provider, memory="shared") as run:
-            for values in feeds:
-                yield run(values)
+        """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
+        may need what lies before)."""
+        try:
+            with scratch(model, provider=self.provider, memory="shared") as run:
+                for values in feeds:
+                    yield run(values)
+        except NotLoaded as error:
+            raise NotSequential(str(error)) from error
 
 
 def fit_stage(fitting: Fitting, stage: Stage, total: Edits, carry: Carry) -> Edits:
@@ -139,6 +144,8 @@ def advance(held: Values, made: Values, segment: Segment) -> None:
 
 def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list[Values]) -> Edits:
     """The edits of the stage's groups, from what the cut model gives."""
+    if not stage.wanted:
+        return Edits()
     instrument = Instrument(fitting.model(stage.segment, done, {}), fitting.padding.told)
     for item in stage.wanted:
         item.add_to(instrument)
