@@ -26,6 +26,7 @@ from snpc.closed import (
     steps_of,
 )
 from snpc.closed import eliminate as eliminate_all
+from snpc.runtime.moments import seen
 from snpc.types import FloatArray, IntArray
 
 ROWS = 60
@@ -402,3 +403,27 @@ def test_wide_units_with_several_readers_go_in_the_order_of_what_all_lose(
         assert costs[int(gone)] <= min(costs.values()) * (1 + 1e-6) + 1e-10 * found.loss[0]
         alive.remove(int(gone))
         assert close(found.loss[len(alive)], lost(systems, size, np.array(alive, np.int64)), found.loss[0], 1e-6)
+
+
+def test_moments_that_rounding_left_indefinite_get_more_ridge() -> None:
+    rng = np.random.default_rng(0)
+    x = centre(rng.normal(size=(20, 300)))
+    moment = x.T @ x - 0.05 * np.diag(rng.uniform(0, 20, 300))
+    assert np.linalg.eigvalsh(moment)[0] < 0
+    found = eliminate_all([System(moment, rng.normal(size=(300, 4)))], 300)
+    assert sorted(found.order.tolist()) == list(range(300)) and np.isfinite(found.loss).all()
+
+
+def test_what_rounding_leaves_of_a_large_mean_is_no_spread() -> None:
+    """Second moments are summed in float32: of columns that hardly vary nothing is left but noise."""
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([100 + 1e-3 * rng.normal(size=(4000, 64)), np.ones((4000, 1))], 1).astype(np.float32)
+    sums = np.asarray(rows.T @ rows, np.float64)
+    mean = sums[-1, :-1] / 4000
+    assert np.linalg.eigvalsh(sums[:-1, :-1] - 4000 * np.outer(mean, mean))[0] < 0
+    found = seen([sums.copy()])
+    assert np.linalg.eigvalsh(found.moment)[0] > 0
+    plain = np.concatenate([rng.normal(size=(4000, 64)), np.ones((4000, 1))], 1)
+    np.testing.assert_allclose(
+        seen([plain.T @ plain]).moment, centre(plain[:, :-1]).T @ centre(plain[:, :-1]), atol=1e-6
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,8 @@ from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.curves import output_curves, probed_widths, trial
 from snpc.runtime.memory import Shelf
 from snpc.runtime.score import score
+from snpc.runtime.scratch import scratch
+from snpc.runtime.session import NotLoaded
 from snpc.types import AnyArray
 
 
@@ -63,6 +67,27 @@ def test_a_chain_has_a_piece_per_layer() -> None:
             assert first == last
         starts = {g.layer: chain.spans[g.id][0] for g in groups if g.role == "ffn"}
         assert len(set(starts.values())) == len(starts)
+
+
+def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
+    groups = chosen(analysis)
+    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    tried = {g.id: trial(found, scores, g, 1) for g in groups}
+    opened = []
+
+    def fails_once(*args: Any, **options: Any) -> Any:
+        opened.append(args)
+        if len(opened) == 3:
+            raise NotLoaded("sizes that are not known")
+        return scratch(*args, **options)
+
+    monkeypatch.setattr("snpc.runtime.chain.scratch", fails_once)
+    feeds = feeds_of("vit_timm__ts17")
+    with chain_of(analysis, tried, "cpu") as chain:
+        assert len(chain.pieces) == 1 and len(opened) > 3
+        states = chain.states(feeds, Shelf(0))
+        same([states[-1][output] for output in chain.outputs], run(written(analysis.traced.model.clone()), feeds))
 
 
 def test_curves_fall_with_the_width() -> None:

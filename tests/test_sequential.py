@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from snpc.passes.segment import extract, segments
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially
-from snpc.runtime.session import open_session
-from snpc.runtime.stages import NotSequential, fitted_groups, stages_of, with_biases
+from snpc.runtime.session import NotLoaded, open_session
+from snpc.runtime.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases
 
 NAMES = (
     "vit_timm__ts17",
@@ -143,6 +144,43 @@ def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.Mo
     with pytest.raises(NotSequential, match=re.escape(border)):
         stages_of(analysis, blind, decision.plan)
     monkeypatch.setattr("snpc.runtime.sequential.with_biases", lambda *_: blind)
+    assert_fitted_all_at_once(name, decision, calibration)
+
+
+def test_where_a_piece_does_not_load_all_is_fitted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_timm__ts17"
+    decision, calibration = made(name, "auto", 0.5)
+
+    def refuses(*args: object, **options: object) -> None:
+        raise NotLoaded("sizes that are not known")
+
+    monkeypatch.setattr("snpc.runtime.sequential.scratch", refuses)
+    with pytest.raises(NotSequential, match="sizes that are not known"):
+        fit_sequentially(decision.compression, decision.plan, calibration)  # type: ignore[arg-type]
+    assert_fitted_all_at_once(name, decision, calibration)
+
+
+def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all that is fitted there lies elsewhere too (what makes tables of positions, say)."""
+    name = "vit_timm__ts17"
+    decision, calibration = made(name, "auto", 0.5)
+    kept = {k: v for k, v in decision.plan.keep.items() if ".1." in k or "s1" in k}
+    assert 0 < len(kept) < len(decision.plan.keep)
+    plan = replace(decision.plan, keep=kept)
+
+    def emptied(*args: Any) -> list[Stage]:
+        first, *rest = stages_of(*args)
+        return [replace(first, groups=(), forms={}, wanted=(), gaps=()), *rest]
+
+    whole = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    monkeypatch.setattr("snpc.runtime.sequential.stages_of", emptied)
+    without = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    feeds = feeds_of(name)
+    for a, b in zip(run(written(clean(whole.model)), feeds), run(written(clean(without.model)), feeds), strict=True):
+        assert np.isfinite(b).all() and relative_error(a, b) < 0.5
+
+
+def assert_fitted_all_at_once(name: str, decision: snpc.Decision, calibration: object) -> None:
     plan, source = fitted(decision.plan, Means(decision.compression, calibration))  # type: ignore[arg-type]
     parallel = fitted(replace(decision.plan, method="parallel"), Means(decision.compression, calibration))[1]  # type: ignore[arg-type]
     for a, b in zip(
