@@ -1,12 +1,14 @@
 """Prune every .onnx file of a folder and say what came of it: one row per file, failures at the end.
 
-    python benchmarks/zoo.py FOLDER [--ratio 0.5] [--only TEXT ...] [--expected TABLE] [--markdown] [--json out.json]
+    python benchmarks/zoo.py FOLDER [--ratio 0.5] [--closed] [--only TEXT ...] [--expected TABLE] [--markdown]
+        [--json out.json]
 
-Each file is loaded, pruned by weight magnitude, verified against its masked original and run once more as onnxruntime
-runs it by default, in a process of its own. Inputs are read from FILE.npz beside FILE.onnx where there is one, and are
-random otherwise. An attention is a softmax that products of two activations reach, or a fused attention node; it is
-"found" where the width that query and key share can be cut, else the first reason why not is shown. ``--expected``
-names a Markdown table with the number of attentions in the column after the file's name.
+Each file is loaded, pruned by weight magnitude (``--closed``: in closed form, all layers alike), verified against its
+masked original and run once more as onnxruntime runs it by default, in a process of its own. Inputs are read from
+FILE.npz beside FILE.onnx where there is one, and are random otherwise. An attention is a softmax that products of two
+activations reach, or a fused attention node; it is "found" where the width that query and key share can be cut, else
+the first reason why not is shown. ``--expected`` names a Markdown table with the number of attentions in the column
+after the file's name.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BARS = {"float16": 1e-2, "bfloat16": 2e-2}  # relative, of what rounding explains; 1e-4 for the rest
 
 
-def examine(path: Path, ratio: float) -> dict[str, Any]:
+def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
     """Everything that the table says of one file. Raises where a step fails."""
     import snpc
 
@@ -37,6 +39,8 @@ def examine(path: Path, ratio: float) -> dict[str, Any]:
     analysis = snpc.analyze(model)
     data = path.with_suffix(".npz")
     calibration = snpc.load_calibration(str(data), model.inputs) if data.is_file() else None
+    if closed and calibration is None:
+        calibration = snpc.random_calibration(analysis, samples=4)
     found = [
         next(filter(None, (reason_against(analysis, c) for c in scores)), "") for scores in attentions(analysis.traced)
     ]
@@ -47,12 +51,12 @@ def examine(path: Path, ratio: float) -> dict[str, Any]:
         "prunable": sum(g.prunable for g in analysis.groups),
         "pinned": sum(not g.prunable for g in analysis.groups),
     }
-    decision = snpc.decide(
-        analysis, snpc.Choice(ratio), calibration=calibration, method="select", criterion="magnitude"
-    )
+    choice = snpc.Choice(ratio, uniform=closed)
+    how: dict[str, Any] = {"method": "auto"} if closed else {"method": "select", "criterion": "magnitude"}
+    decision = snpc.decide(analysis, choice, calibration=calibration, **how)
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
-        result = snpc.apply_plan(decision.plan, target, calibration=calibration)
+        result = snpc.apply_plan(decision.plan, target, compression=decision.compression, calibration=calibration)
         row["runs"] = runs(target, model.inputs, calibration)
     row["params"] = result.after.params / max(result.before.params, 1)
     row["macs"] = result.after.macs / max(result.before.macs, 1)
@@ -153,8 +157,8 @@ def reason_against(analysis: Any, scores: Any) -> str:
 # -- one process per file, and the table -----------------------------------------------------------------------------
 
 
-def row_of(path: Path, ratio: float, limit: int) -> dict[str, Any]:
-    words = [sys.executable, __file__, str(path), "--ratio", str(ratio), "--one"]
+def row_of(path: Path, ratio: float, closed: bool, limit: int) -> dict[str, Any]:
+    words = [sys.executable, __file__, str(path), "--ratio", str(ratio), "--one", *(["--closed"] if closed else [])]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False, env=env)
@@ -203,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--closed", action="store_true", help="in closed form, fitted to the inputs")
     parser.add_argument("--only", nargs="*", default=[], help="files whose name contains one of these")
     parser.add_argument("--expected", type=Path, help="Markdown table: | file | attentions |")
     parser.add_argument("--limit", type=int, default=600, help="seconds per file")
@@ -211,7 +216,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(examine(arguments.folder, arguments.ratio)))
+        print(json.dumps(examine(arguments.folder, arguments.ratio, arguments.closed)))
         return
     expected = expectations(arguments.expected)
     paths = [p for p in sorted(arguments.folder.glob("*.onnx"))
@@ -221,7 +226,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for path in paths:
-        row = rows[path.stem] = row_of(path, arguments.ratio, arguments.limit)
+        row = rows[path.stem] = row_of(path, arguments.ratio, arguments.closed, arguments.limit)
         show(path.stem, row, expected.get(path.stem), arguments.markdown)
         words = complaint(row, expected.get(path.stem))
         if words:

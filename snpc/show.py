@@ -237,7 +237,8 @@ def skipped(compression: Compression | None) -> None:
     if compression is not None and compression.skipped:
         reasons = Counter(compression.skipped.values())
         text = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
-        note(f"{len(compression.skipped)} groups are selected and sliced without refitting ({text})")
+        many = len(compression.skipped)
+        note(f"{many} {'group is' if many == 1 else 'groups are'} selected and sliced without refitting ({text})")
 
 
 # -- plan and result -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:
 
 def is_made_of_tokens(step: Step, value: ir.Value) -> bool:
     """Not so of a mask over pairs of which one axis goes with the tokens already."""
-    return value in step.flow.marks and value in behind_of(step.model, [next(iter(step.flow.marks))])
+    return value in step.flow.marks and value in behind_of(step.model, [step.flow.stream])
 
 
 def is_picked_from(step: Step, index: int, axes: dict[int, int]) -> bool:
@@ -42,7 +42,7 @@ def is_picked_from(step: Step, index: int, axes: dict[int, int]) -> bool:
 
 
 def batch_of(step: Step) -> int:
-    return (step.facts.shape[next(iter(step.flow.marks))] or (0,))[0]
+    return (step.facts.shape[step.flow.stream] or (0,))[0]
 
 
 def apart(step: Step, index: int, axes: dict[int, int], reason: str) -> Stuck:
@@ -65,7 +65,7 @@ def apart(step: Step, index: int, axes: dict[int, int], reason: str) -> Stuck:
 def entrances(step: Step, value: ir.Value) -> list[ir.Value]:
     """The values with contents of inputs that ``value`` is made of, each the first one that the tokens' stream is not
     made of too, or what enters the model."""
-    made, behind = data_made(step.model), in_front_of(next(iter(step.flow.marks)))
+    made, behind = data_made(step.model), in_front_of(step.flow.stream)
     found: list[ir.Value] = []
     todo, seen = [value], {value}
     while todo:

@@ -26,9 +26,9 @@ def flow_from(model: ir.Model, facts: Facts, value: ir.Value, axis: int) -> Flow
     starts = {value: Marks({axis: 0})}
     tried: list[Flow] = []
     while True:
-        tried.append(Flow(frozenset(starts), dict(starts)))
+        tried.append(Flow(value, frozenset(starts), dict(starts)))
         try:
-            walk(model, facts, tried[-1], value)
+            walk(model, facts, tried[-1])
             return tried[-1]
         except Entered as entered:
             tried[-1].stuck = entered
@@ -38,8 +38,9 @@ def flow_from(model: ir.Model, facts: Facts, value: ir.Value, axis: int) -> Flow
             return tried[0]
 
 
-def walk(model: ir.Model, facts: Facts, flow: Flow, value: ir.Value) -> None:
-    """Follow everything that ``flow`` starts from; of what goes with the stream ``value`` only what is behind it."""
+def walk(model: ir.Model, facts: Facts, flow: Flow) -> None:
+    """Follow everything that ``flow`` starts from; of what goes with the stream only what does not lie in front."""
+    value = flow.stream
     if value.is_graph_output():
         raise Stuck(None, str(value.name), f"output {value.name} has all tokens")
     entered = flow.starts - {value}

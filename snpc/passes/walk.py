@@ -68,14 +68,15 @@ class Side:
 class Flow:
     """What was met on the way.
 
-    ``starts``: the values that are followed: the stream, and what else is picked from as its tokens are (a mask that a
-    mean leaves padding out by). ``reads``: positions that are read by number; ``weighings``: softmaxes over tokens;
-    ``pools``: means over tokens; ``sums``: other sums over tokens, in which none has a weight; ``sides``: what has an
-    entry for each of them.
+    ``stream``: whose tokens get fewer; ``starts``: the values that are followed, it and what else is picked from as its
+    tokens are (a mask that a mean leaves padding out by). ``reads``: positions that are read by number; ``weighings``:
+    softmaxes over tokens; ``pools``: means over tokens; ``sums``: other sums over tokens, in which none has a weight;
+    ``sides``: what has an entry for each of them.
     """
 
-    starts: frozenset[ir.Value] = frozenset()
-    marks: dict[ir.Value, Marks] = field(default_factory=dict)
+    stream: ir.Value
+    starts: frozenset[ir.Value]
+    marks: dict[ir.Value, Marks]
     nodes: list[ir.Node] = field(default_factory=list)
     reads: set[int] = field(default_factory=set)
     weighings: list[Weighing] = field(default_factory=list)
