@@ -415,10 +415,10 @@ def test_moments_that_rounding_left_indefinite_get_more_ridge() -> None:
 
 
 def test_what_rounding_leaves_of_a_large_mean_is_no_spread() -> None:
-    """Second moments are summed in float32: of columns that hardly vary nothing is left but noise."""
+    """Second moments of a batch are summed in float32: of columns that hardly vary nothing is left but noise."""
     rng = np.random.default_rng(0)
     rows = np.concatenate([100 + 1e-3 * rng.normal(size=(4000, 64)), np.ones((4000, 1))], 1).astype(np.float32)
-    sums = np.asarray(rows.T @ rows, np.float64)
+    sums = sum((np.asarray(part.T @ part, np.float64) for part in np.split(rows, 10)), np.zeros((65, 65)))
     mean = sums[-1, :-1] / 4000
     assert np.linalg.eigvalsh(sums[:-1, :-1] - 4000 * np.outer(mean, mean))[0] < 0
     found = seen([sums.copy()])

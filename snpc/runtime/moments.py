@@ -20,7 +20,7 @@ KINDS = frozenset(
     {"moment", "centred", "sums", "apart", "joint", "coupled"}
 )  # of the statistics that closed forms take
 FEW = 64  # rows
-ROUNDED = 1e-4  # of the square of a mean: what rounding leaves of it, over all columns together
+ROUNDED = 1e-6  # of the square of a mean: what rounding leaves of it, times the root of how many columns there are
 MOST = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
 
 
@@ -174,7 +174,7 @@ def seen(sums: Sequence[FloatArray]) -> Seen:
         for start in range(0, len(mean), FEW):  # in pieces that stay in the cache
             piece = slice(start, start + FEW)
             centred[piece] -= np.outer(count * mean[piece], mean)
-        centred.flat[:: len(mean) + 1] += ROUNDED * count * mean**2
+        centred.flat[:: len(mean) + 1] += ROUNDED * np.sqrt(len(mean)) * count * mean**2
         moment = centred if moment is None else moment + centred
     assert moment is not None
     return Seen(moment, means, sum(counts))
