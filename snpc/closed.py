@@ -128,13 +128,12 @@ def shared_values(
 
 def errors(left: FloatArray, make: FloatArray, read: FloatArray, right: FloatArray) -> FloatArray:
     """``[r]``: | left (1 - make_r read_r) right |^2 with the first r columns and rows."""
-    columns, rows = left @ make, read @ right
-    gap = left @ right
-    found = [float(np.sum(gap**2))]
-    for column, row in zip(columns.T, rows, strict=True):
-        gap = gap - np.outer(column, row)
-        found.append(float(np.sum(gap**2)))
-    return np.maximum.accumulate(np.array(found)[::-1])[::-1]
+    columns, rows, whole = left @ make, read @ right, left @ right
+    both = (columns.T @ columns) * (rows @ rows.T)  # of two columns and rows: the product of what they say
+    alone = np.einsum("ij,ij->j", columns, whole @ rows.T)
+    found = float(np.sum(whole**2)) + np.concatenate([[0.0], np.diag(both.cumsum(0).cumsum(1)) - 2 * np.cumsum(alone)])
+    found[-1] = 0.0  # but for rounding
+    return np.maximum.accumulate(np.maximum(found, 0.0)[::-1])[::-1]
 
 
 # -- selection with refit --------------------------------------------------------------------------------------------
@@ -281,7 +280,7 @@ class Inverse:
 
     def remove(self, going: IntArray) -> tuple[FloatArray, FloatArray]:
         """F and L with F L = (H^-1)_rest,going ((H^-1)_going,going)^-1, the rest ``closed_up``."""
-        cross = self.base[:, going] - self.taken @ self.taken[going].T
+        cross = self.base[going].T - self.taken @ self.taken[going].T
         half = np.linalg.inv(np.linalg.cholesky(cross[going])).astype(np.float64)
         factor = closed_up(cross @ half.T, going)
         self.base = closed_up(closed_up(self.base, going).T, going).T
@@ -376,11 +375,11 @@ def blocks_of(matrix: FloatArray, columns: int) -> FloatArray:
 
 def refit(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: float = RIDGE) -> FloatArray:
     """[kept, D]: the rows that make the kept units say best what all of them said (ridge least squares)."""
-    hessian, seen = moment[np.ix_(keep, keep)], moment[keep] @ weight
+    hessian, gone = moment[np.ix_(keep, keep)], weight.copy()
+    gone[keep] = 0.0
     if ridge:
         hessian.flat[:: len(keep) + 1] += ridge_of(moment, ridge)
-        seen += ridge_of(moment, ridge) * weight[keep]
-    return np.linalg.solve(hessian, seen).astype(np.float64)
+    return weight[keep] + np.linalg.solve(hessian, (moment @ gone)[keep]).astype(np.float64)
 
 
 def damped_solution(moment: FloatArray, cross: FloatArray, damping: float) -> FloatArray:

@@ -150,7 +150,9 @@ def inspect(
     if curves != (calib["calib"] is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
     calibration = calibration_of(analysis, **calib)
-    found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider) if curves else None
+    found = None
+    if curves:
+        found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider, whole=True)
     show.emit_json(show.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
         show.groups(analysis)

@@ -77,16 +77,6 @@ class Edits:
         self.biases[node] = self.biases.get(node, 0.0) + vector
 
 
-def joined(first: Edits, then: Edits) -> Edits:
-    """Both, ``first`` first."""
-    both = Edits({name: list(todo) for name, todo in first.changes.items()}, dict(first.biases))
-    for name, todo in then.changes.items():
-        both.changes.setdefault(name, []).extend(todo)
-    for node, vector in then.biases.items():
-        both.add_bias(node, vector)
-    return both
-
-
 class NoPlace(Exception):
     """A group's weights do not have the form that a closed form needs; the reason is the message."""
 

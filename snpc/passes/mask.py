@@ -6,6 +6,8 @@ statistics over it takes them over the others.
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -15,6 +17,7 @@ from snpc.passes.labels import Axis, Flag
 from snpc.passes.pack import Dead
 from snpc.passes.restrict import restrict, touched
 from snpc.passes.trace import Trace
+from snpc.types import AnyArray
 
 Mask = npt.NDArray[np.bool_]
 
@@ -29,18 +32,21 @@ def removed_positions(trace: Trace, dead: Dead) -> list[tuple[Axis, Mask]]:
     return found
 
 
-def mask_constants(trace: Trace, dead: Dead) -> dict[str, npt.NDArray[np.generic]]:
-    """New contents, by name, of the constants that must change for the removed units to be silent."""
-    changed: dict[str, npt.NDArray[np.generic]] = {}
+def mask_constants(
+    trace: Trace, dead: Dead, held: Mapping[str, AnyArray] | None = None, names: Container[str] | None = None
+) -> dict[str, AnyArray]:
+    """New contents, by name, of the constants (of ``names``, where given) that must change for the removed units to be
+    silent; ``held``: contents of those that are no longer what they are in the graph."""
+    changed: dict[str, AnyArray] = {}
     for axis, gone in removed_positions(trace, dead):
-        if not may_be_zero(axis, trace):
-            continue
         name = str(axis.constant.name)
+        if (names is not None and name not in names) or not may_be_zero(axis, trace):
+            continue
         array = changed.get(name)
         if array is None:
             tensor = axis.constant.const_value
             assert tensor is not None
-            array = np.array(tensor.numpy())
+            array = np.array((held or {}).get(name, tensor.numpy()))
         index: list[slice | Mask] = [slice(None)] * array.ndim
         index[axis.axis] = gone
         array[tuple(index)] = 0

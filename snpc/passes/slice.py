@@ -52,7 +52,7 @@ def dead_units(trace: Trace, units: Units, cuts: Cuts) -> Dead:
 
 def with_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """A head goes when a whole block of it goes, and takes its other blocks along."""
-    every = np.unique(units.unit)
+    every = np.flatnonzero(units.unit == np.arange(len(units.unit)))
     inside = every[units.block[every] >= 0]
     owner = units.head[units.block[inside]]
     size = len(gone)

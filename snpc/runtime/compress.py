@@ -58,8 +58,8 @@ class Decision:
     statistics: Statistics | None = field(default=None, repr=False)
 
     def at(self, choice: Choice) -> Decision:
-        """The same for another target: what was measured serves again. ``choice`` differs in its target only, and that
-        is a latency only if this one's is."""
+        """The same for another target: what was measured serves again (for one far off, ``decide`` with ``whole``).
+        ``choice`` differs in its target only, and that is a latency only if this one's is."""
         assert self.scores is not None
         return replace(self, plan=make_plan(self.scores, choice), choice=choice)
 
@@ -81,6 +81,7 @@ def decide(
     provider: str = "cpu",
     progress: Progress | None = None,
     workload: Workload | None = None,
+    whole: bool = False,
 ) -> Decision:
     """Score and plan in one step.
 
@@ -92,7 +93,8 @@ def decide(
     default then) and "select", and widths are chosen by the closed forms' own loss, relative to what each group does:
     how much the outputs mind takes ``calibration``. ``memory_limit``: see ``measure_statistics``.
 
-    ``workload`` says at what sizes a latency is measured. Raises UserError where data is needed and missing.
+    ``workload`` says at what sizes a latency is measured. ``whole``: curves are measured all along, for other choices
+    than this one as well, not near its plan. Raises UserError where data is needed and missing.
     """
     groups = chosen_groups(analysis, choice)
     calibration = told(analysis, calibration, provider)
@@ -123,16 +125,17 @@ def decide(
     scores = ordered(rest, found, method)
     if choice.allocator == "dimap":
         scores = replace(scores, energies=energies_of(analysis, groups))
-    if curves:
-        assert calibration is not None
-        measured = output_curves(found, scores, calibration, groups, memory_limit=memory_limit, provider=provider)
-        scores, found = replace(scores, curves=measured), found.without_fits()
-    elif method != "select" and not choice.uniform:
-        scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
     if is_latency(choice):
         roles = tuple(dict.fromkeys(g.role for g in groups))
         table = latency_table(analysis, roles, workload=workload, provider=provider)
         scores = replace(scores, times=table.times(timed_groups(analysis, roles), groups))
+    if curves:
+        assert calibration is not None
+        near = None if whole else choice
+        measured = output_curves(found, scores, calibration, groups, near, memory_limit=memory_limit, provider=provider)
+        scores, found = replace(scores, curves=measured), found.without_fits()
+    elif method != "select" and not choice.uniform:
+        scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
     plan = make_plan(scores, choice)
     closed = found if method != "select" else None
     return Decision(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from snpc.closed import steps_of
+from snpc.passes.choice import Choice
 from snpc.passes.edit import Edits
-from snpc.passes.plan import Plan, Scores, cuts_of, keep_best
+from snpc.passes.plan import Plan, Scores, cuts_of, keep_best, widths_for
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.chain import States, chain_of
+from snpc.runtime.chain import Chain, States, chain_of
 from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
-from snpc.runtime.silent import silent_constants
-from snpc.types import AnyArray, FloatArray, Group
+from snpc.runtime.silent import edited_constants, silent_constants
+from snpc.types import AnyArray, FloatArray, Group, Role
 
-PROBED_SHARES = (0.92, 0.75, 0.5, 0.25)  # kept of a group's units to see how much the outputs move
+GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move
+WHOLE = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width
+FIRST = (0.75, 0.42)  # one for each group of a role, in turn, from which a first plan is made
+ROUNDS = 2  # plans that are made on the way to the final one
 PROBED_SAMPLES = 4  # per width
 POOLS = 2  # that many times other samples, in turn
 
@@ -31,6 +36,7 @@ def output_curves(
     scores: Scores,
     calibration: Calibration,
     groups: Sequence[Group],
+    choice: Choice | None = None,
     *,
     memory_limit: int | None = None,
     provider: str = "cpu",
@@ -38,14 +44,17 @@ def output_curves(
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
     Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
-    lies on; in between, the closed-form loss gives the shape (``curve_fit``). Neighbouring widths see different
-    samples, so that a line through them averages over more than each width sees. ``scores`` say which units go first.
-    Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense model gives, what is more than
-    ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
+    lies on; in between, the closed-form loss gives the shape (``curve_fit``). With a ``choice`` that is near what it
+    comes to: once for each group, then twice at the widths of the plan that these curves make, where these are new.
+    A group's measurements see different samples in turn, so that a line through them averages over more than each sees.
+
+    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense
+    model gives, what is more than ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
+    Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis
-    tried = {g.id: trial(compression, scores, g, min(probed_widths(g), default=g.size)) for g in groups}
-    found: list[Change] = []
+    first = [(g, widths_of(g, WHOLE)) for g in groups] if choice is None else list(alternating(groups))
+    tried = {g.id: trial(compression, scores, g, widths[0] if widths else g.size) for g, widths in first}
     padding = padding_of(analysis.traced, [(spec.name, leading) for spec in analysis.model.outputs])
     with token_masks(analysis.traced, padding, provider) as masks, chain_of(analysis, tried, provider) as chain:
         shelf = Shelf(memory_budget(memory_limit))
@@ -53,14 +62,56 @@ def output_curves(
             [Sample(chain.states(feeds, shelf), padded(masks(feeds), padding)) for feeds in batches]
             for batches in pools_of(calibration)
         ]
-        for turn, group in enumerate(groups):
-            for k, width in enumerate(probed_widths(group)):
-                number = (turn + k) % len(pools)
-                arrays = trial(compression, scores, group, width) if k else tried.pop(group.id)
-                gaps = [one.change(chain.changed(one.states, group.id, arrays)) for one in pools[number]]
-                found.append(Change(group, width, number, float(np.mean(gaps))))
-    shapes = {g.id: shape_of(compression, g) for g in groups}
-    return fitted_curves(shapes, found)
+        probing = Probing(compression, scores, chain, pools, groups, tried)
+        probing.see(first)
+        for _ in range(ROUNDS if choice is not None else 0):
+            assert choice is not None
+            planned = widths_for(groups, replace(scores, curves=probing.curves()), choice)
+            probing.see((g, widths_of(g, [planned[g.id] / g.size])) for g in groups)
+        return probing.curves()
+
+
+def alternating(groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
+    """``FIRST`` in turn for the groups of each role."""
+    turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST))
+    for group in groups:
+        yield group, widths_of(group, [next(turns[group.role])])
+
+
+class Probing:
+    """Trials of widths so far, and the curves through them."""
+
+    def __init__(
+        self,
+        compression: Compression,
+        scores: Scores,
+        chain: Chain,
+        pools: Sequence[Sequence[Sample]],
+        groups: Sequence[Group],
+        tried: dict[str, dict[str, AnyArray]],
+    ) -> None:
+        self.compression, self.scores, self.chain, self.pools = compression, scores, chain, pools
+        self.tried = tried  # weights of each group's first trial
+        self.shapes = {g.id: shape_of(compression, g) for g in groups}
+        self.turns = {g.id: turn for turn, g in enumerate(groups)}
+        self.found: dict[tuple[str, int], Change] = {}
+
+    def see(self, wanted: Iterable[tuple[Group, Sequence[int]]]) -> None:
+        """Try these widths, but for those that have been."""
+        for group, widths in wanted:
+            for width in widths:
+                if (group.id, width) not in self.found:
+                    self.found[group.id, width] = self.change(group, width)
+
+    def change(self, group: Group, width: int) -> Change:
+        number = self.turns[group.id] % len(self.pools)
+        self.turns[group.id] += 1
+        arrays = self.tried.pop(group.id, None) or trial(self.compression, self.scores, group, width)
+        gaps = [one.change(self.chain.changed(one.states, group.id, arrays)) for one in self.pools[number]]
+        return Change(group, width, number, float(np.mean(gaps)))
+
+    def curves(self) -> dict[str, FloatArray]:
+        return fitted_curves(self.shapes, list(self.found.values()))
 
 
 def leading(shape: Sequence[int]) -> tuple[int, int]:
@@ -92,9 +143,15 @@ def pools_of(calibration: Calibration) -> list[list[Feeds]]:
 
 
 def probed_widths(group: Group) -> list[int]:
-    """Widths at which the elimination of the group's units knows what is left of its reader."""
+    """Every width that may be tried: the elimination of the group's units knows what is left of its reader there."""
+    return widths_of(group, GRID)
+
+
+def widths_of(group: Group, shares: Sequence[float]) -> list[int]:
+    """The nearest of ``probed_widths`` to these shares of a group's units."""
     known = steps_of(group.size)[:-1]
-    return sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in PROBED_SHARES if known})
+    grid = sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in GRID if known})
+    return sorted({min(grid, key=lambda width: abs(width - group.size * share)) for share in shares if grid})
 
 
 def shape_of(compression: Compression, group: Group) -> FloatArray:
@@ -128,4 +185,4 @@ def trial(compression: Compression, scores: Scores, group: Group, width: int) ->
     analysis = compression.analysis
     plan = Plan(analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
     edits = edits_for(compression, plan) if group.id in compression.forms else Edits()
-    return silent_constants(analysis.traced, edits, cuts_of(plan))
+    return silent_constants(analysis.traced, edited_constants(analysis.traced, edits), cuts_of(plan))

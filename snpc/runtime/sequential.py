@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.closed import damped_solution
-from snpc.passes.edit import Edits, edited, joined
+from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.readers import reader_of
 from snpc.passes.rewrite import Traced, traced
@@ -33,13 +33,14 @@ from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
 from snpc.runtime.session import NotLoaded
-from snpc.runtime.silent import biases_as_changes, silent_constants
+from snpc.runtime.silent import edited_constants, silent_constants
 from snpc.runtime.stages import Gap, NotSequential, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
 
 DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
 
 Values = dict[str, AnyArray]
+Contents = dict[str, AnyArray]  # of constants, by name
 
 
 @dataclass
@@ -74,7 +75,7 @@ def fit_sequentially(
     stages = stages_of(compression.analysis, base, plan)
     staged = {g.id for stage in stages for g in stage.groups}
     before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
-    total = biases_as_changes(base, edits_for(compression, before))
+    contents = edited_constants(base, edits_for(compression, before))
     probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
     padding = padding_of(compression.analysis.traced, probe_rows(probes))
     carry = Carry([], [], [], Shelf(memory_budget(memory_limit)))
@@ -84,8 +85,17 @@ def fit_sequentially(
             carry.dense.append(carry.keep(feeds))
             carry.cut.append(dict(carry.dense[-1]))
     for stage in stages:
-        total = fit_stage(Fitting(base, plan, before, provider, padding), stage, total, carry)
-    return traced(edited(base, total), base.sizes, kv_cache=base.kv_cache)
+        contents |= fit_stage(Fitting(base, plan, before, provider, padding), stage, contents, carry)
+    return traced(holding(base.model.clone(), contents), base.sizes, kv_cache=base.kv_cache)
+
+
+def holding(model: ir.Model, contents: Contents) -> ir.Model:
+    """``model``, with these contents of its constants."""
+    for name, array in contents.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+    return model
 
 
 @dataclass(frozen=True)
@@ -98,16 +108,11 @@ class Fitting:
     provider: str
     padding: Padding
 
-    def model(self, segment: Segment, edits: Edits, keep: Mapping[str, tuple[tuple[int, ...], ...]]) -> ir.Model:
-        """The segment with edits, and what ``keep`` cuts silent."""
+    def model(self, segment: Segment, contents: Contents, keep: Mapping[str, tuple[tuple[int, ...], ...]]) -> ir.Model:
+        """The segment with new contents of its constants, and what ``keep`` cuts silent."""
         model = clean(extract(self.base.model, segment, self.base.facts))
-        names = set(model.graph.initializers)
         cuts = cuts_of(replace(self.plan, keep={**self.before.keep, **keep}))
-        for name, array in silent_constants(self.base, edits, cuts, names).items():
-            value = model.graph.initializers[name]
-            assert value.const_value is not None
-            value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
-        return model
+        return holding(model, silent_constants(self.base, contents, cuts, set(model.graph.initializers)))
 
     def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
         """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
@@ -120,20 +125,20 @@ class Fitting:
             raise NotSequential(str(error)) from error
 
 
-def fit_stage(fitting: Fitting, stage: Stage, total: Edits, carry: Carry) -> Edits:
-    """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns all edits so far."""
+def fit_stage(fitting: Fitting, stage: Stage, contents: Contents, carry: Carry) -> Contents:
+    """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns new contents of constants;
+    ``contents``: of the stages before."""
     segment = stage.segment
     wide = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.gaps}}))
     whole = fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense)
     dense = [carry.keep(values) for values in whole]
-    found = solve(fitting, stage, total, carry, dense)
-    total = joined(total, biases_as_changes(fitting.base, found))
+    found = edited_constants(fitting.base, solve(fitting, stage, contents, carry, dense), contents)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    cut = fitting.run(fitting.model(segment, total, mine), carry.cut)
+    cut = fitting.run(fitting.model(segment, {**contents, **found}, mine), carry.cut)
     for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.cut, cut, strict=True):
         advance(held, dense_values, segment)
         advance(old, carry.keep(cut_values), segment)
-    return total
+    return found
 
 
 def advance(held: Values, made: Values, segment: Segment) -> None:
@@ -142,11 +147,11 @@ def advance(held: Values, made: Values, segment: Segment) -> None:
         del held[name]
 
 
-def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list[Values]) -> Edits:
+def solve(fitting: Fitting, stage: Stage, contents: Contents, carry: Carry, dense: list[Values]) -> Edits:
     """The edits of the stage's groups, from what the cut model gives."""
     if not stage.wanted:
         return Edits()
-    instrument = Instrument(fitting.model(stage.segment, done, {}), fitting.padding.told)
+    instrument = Instrument(fitting.model(stage.segment, contents, {}), fitting.padding.told)
     for item in stage.wanted:
         item.add_to(instrument)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
@@ -161,7 +166,9 @@ def solve(fitting: Fitting, stage: Stage, done: Edits, carry: Carry, dense: list
     sums: dict[str, FloatArray] = {}
     for result in fitting.run(clean(instrument.model), feeds):
         for name, array in result.items():
-            add_up(sums.setdefault(name, np.zeros(array.shape)), array)
+            if name not in sums:
+                sums[name] = np.zeros(array.shape)
+            add_up(sums[name], array)
     measured = moments_from(stage, sums, fitting)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     edits = edits_for(rotations(measured, stage.groups), replace(fitting.plan, keep=mine))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Container, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.passes.edit import Edits, existing_bias
-from snpc.passes.mask import may_be_zero, removed_positions
+from snpc.passes.mask import mask_constants
 from snpc.passes.rewrite import Traced
 from snpc.passes.slice import Cuts, dead_units
 from snpc.types import AnyArray, FloatArray
@@ -35,22 +35,26 @@ def shift(vector: FloatArray) -> Callable[[FloatArray], FloatArray]:
     return lambda array: array + vector.reshape(array.shape)
 
 
-def silent_constants(
-    source: Traced, edits: Edits, cuts: Cuts, names: Collection[str] | None = None
-) -> dict[str, AnyArray]:
-    """New contents, by name, of the constants (of ``names``, where given) that edits and cuts change."""
-    graph = source.model.graph
+def edited_constants(source: Traced, edits: Edits, held: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
+    """New contents, by name, of the constants that edits change, in their own types; ``held``: contents of those that
+    have been changed before."""
     found: dict[str, AnyArray] = {}
     for name, changes in biases_as_changes(source, edits).changes.items():
-        if names is None or name in names:
-            array = constant_array(graph.initializers[name]).astype(np.float64)
-            for change in changes:
-                array = change(array)
-            found[name] = array
+        before = (held or {}).get(name)
+        if before is None:
+            before = constant_array(source.model.graph.initializers[name])
+        array = before.astype(np.float64)
+        for change in changes:
+            array = change(array)
+        found[name] = array.astype(before.dtype)
+    return found
+
+
+def silent_constants(
+    source: Traced, held: Mapping[str, AnyArray], cuts: Cuts, names: Container[str] | None = None
+) -> dict[str, AnyArray]:
+    """Contents, by name, of the constants (of ``names``, where given) of which ``held`` has new ones or that ``cuts``
+    make silent."""
     dead = dead_units(source.trace, source.units, cuts)
-    for axis, gone in removed_positions(source.trace, dead):
-        name = str(axis.constant.name)
-        if (names is None or name in names) and may_be_zero(axis, source.trace):
-            array = found.setdefault(name, np.array(constant_array(axis.constant)))
-            np.moveaxis(array, axis.axis, 0)[gone] = 0
-    return {name: array.astype(constant_array(graph.initializers[name]).dtype) for name, array in found.items()}
+    kept = {name: array for name, array in held.items() if names is None or name in names}
+    return kept | mask_constants(source.trace, dead, held, names)

@@ -315,6 +315,7 @@ def width_drift(
         method=widths.method,
         criterion=widths.criterion,
         provider=trials.provider,
+        whole=True,
     )
     scores = Scores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
 

@@ -193,6 +193,7 @@ def measured_once(
         method=means.method,
         provider=means.provider,
         workload=means.workload,
+        whole=True,
     )
     return {text: made.at(choice) for text, choice in choices.items()}
 
