@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,20 @@ from oracle import Array, analysis_of, feeds_of, run, written
 from test_compress import calibration_of, chosen, compressed
 from test_plan import group
 
+import snpc
+from snpc.errors import UserError
+from snpc.passes.choice import Choice
+from snpc.passes.plan import widths_for
 from snpc.runtime.chain import chain_of
 from snpc.runtime.compress import ordered
 from snpc.runtime.curve_fit import Change, fitted_curves
-from snpc.runtime.curves import output_curves, probed_widths, trial
+from snpc.runtime.curves import ROUNDS, attempt, output_curves, probed_widths, trial, widths_of
 from snpc.runtime.memory import Shelf
 from snpc.runtime.score import score
 from snpc.runtime.scratch import scratch
 from snpc.runtime.session import NotLoaded
-from snpc.types import AnyArray
+from snpc.runtime.silent import touched_constants
+from snpc.types import AnyArray, Group
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "bart__ts17", "albert__ts17", "swin_timm__ts17"])
@@ -90,11 +96,73 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
         same([states[-1][output] for output in chain.outputs], run(written(analysis.traced.model.clone()), feeds))
 
 
-def test_curves_fall_with_the_width() -> None:
+@pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
+def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
+    """Else a chain would not have these weights open, or run pieces that nothing changes."""
+    analysis, found = analysis_of(name), compressed(name)
+    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    for g in chosen(analysis):
+        width = min(probed_widths(g))
+        touched = touched_constants(analysis.traced, *attempt(found, scores, g, width))
+        assert touched and touched == set(trial(found, scores, g, width))
+
+
+class Spy:
+    """Which widths are tried."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried: list[tuple[str, int]] = []
+        monkeypatch.setattr("snpc.runtime.curves.trial", self)
+
+    def __call__(self, found: Any, scores: Any, group: Group, width: int) -> dict[str, AnyArray]:
+        self.tried.append((group.id, width))
+        return trial(found, scores, group, width)
+
+
+@pytest.mark.parametrize("choice", [Choice(target="macs=0.7"), Choice(0.4), Choice(max_drift=0.3)], ids=str)
+def test_curves_are_measured_near_the_plan_that_they_make(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_timm__ts17"
+    analysis, found = analysis_of(name), compressed(name)
+    groups = chosen(analysis)
+    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    calibration = calibration_of(analysis, feeds_of(name))
+    spy = Spy(monkeypatch)
+    curves = output_curves(found, scores, calibration, groups, choice)
+    assert len(set(spy.tried)) == len(spy.tried), "nothing is tried twice"
+    assert len(groups) <= len(spy.tried) <= (1 + ROUNDS) * len(groups)
+    assert all(width in probed_widths(g) for g in groups for name, width in spy.tried if name == g.id)
+    # What the plan comes to has been seen, but where the last measurements have moved it on.
+    planned = widths_for(groups, replace(scores, curves=curves), choice)
+    near = {(g.id, widths_of(g, [planned[g.id] / g.size])[0]) for g in groups}
+    assert len(near & set(spy.tried)) >= 0.75 * len(groups)
+    assert len({width for _, width in spy.tried}) > 2
+
+
+def test_a_target_out_of_reach_is_refused_after_the_first_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_timm__ts17"
+    analysis, found = analysis_of(name), compressed(name)
+    groups = chosen(analysis)
+    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    spy = Spy(monkeypatch)
+    with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
+        output_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Choice(target="macs=0.01"))
+    assert len(spy.tried) == len(groups)
+
+
+def test_curves_for_all_choices_do_not_depend_on_one() -> None:
+    analysis = analysis_of("vit_timm__ts17")
+    calibration = calibration_of(analysis, feeds_of("vit_timm__ts17"))
+    choices = (Choice(target="macs=0.7"), Choice(0.0))
+    first, second = (snpc.decide(analysis, choice, calibration=calibration, whole=True).curves for choice in choices)
+    assert all(np.array_equal(first[name], curve) for name, curve in second.items())
+
+
+@pytest.mark.parametrize("choice", [None, Choice(target="macs=0.7")], ids=str)
+def test_curves_fall_with_the_width(choice: Choice | None) -> None:
     analysis, found = analysis_of("bert__ts17"), compressed("bert__ts17")
     scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
     calibration = calibration_of(analysis, feeds_of("bert__ts17"))
-    curves = output_curves(found, scores, calibration, chosen(analysis))
+    curves = output_curves(found, scores, calibration, chosen(analysis), choice)
     for g in chosen(analysis):
         curve = curves[g.id]
         assert curve.shape == (g.size + 1,)

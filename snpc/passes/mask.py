@@ -32,15 +32,20 @@ def removed_positions(trace: Trace, dead: Dead) -> list[tuple[Axis, Mask]]:
     return found
 
 
+def silenced(trace: Trace, dead: Dead) -> list[tuple[str, Axis, Mask]]:
+    """Of the constants that must change for the removed units to be silent: name, axis, and where it becomes zero."""
+    found = removed_positions(trace, dead)
+    return [(str(axis.constant.name), axis, gone) for axis, gone in found if may_be_zero(axis, trace)]
+
+
 def mask_constants(
     trace: Trace, dead: Dead, held: Mapping[str, AnyArray] | None = None, names: Container[str] | None = None
 ) -> dict[str, AnyArray]:
     """New contents, by name, of the constants (of ``names``, where given) that must change for the removed units to be
     silent; ``held``: contents of those that are no longer what they are in the graph."""
     changed: dict[str, AnyArray] = {}
-    for axis, gone in removed_positions(trace, dead):
-        name = str(axis.constant.name)
-        if (names is not None and name not in names) or not may_be_zero(axis, trace):
+    for name, axis, gone in silenced(trace, dead):
+        if names is not None and name not in names:
             continue
         array = changed.get(name)
         if array is None:

@@ -3,7 +3,7 @@ start, on what the dense model hands over there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -71,12 +71,12 @@ class Chain:
 
 
 @contextmanager
-def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], provider: str) -> Iterator[Chain]:
+def chain_of(analysis: Analysis, changed: Mapping[str, Collection[str]], provider: str) -> Iterator[Chain]:
     """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
-    contents of the constants that a change of it touches (only their names count)."""
+    names of the constants that a change of it touches."""
     source = analysis.traced
     ends = [end for g in analysis.groups if g.id in changed for end in end_of(analysis, g)]
-    names = {name for arrays in changed.values() for name in arrays}
+    names = {name for mine in changed.values() for name in mine}
     with ExitStack() as stack:
         try:
             found = segments(source.model, sorted(set(ends)))
@@ -85,8 +85,8 @@ def chain_of(analysis: Analysis, changed: Mapping[str, Mapping[str, AnyArray]], 
         except (NotSequential, NotLoaded):  # then in one piece
             pieces = pieces_of(source, segments(source.model, []), names, provider, stack)
         spans = {}
-        for name, arrays in changed.items():
-            used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(arrays)]
+        for name, mine in changed.items():
+            used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(mine)]
             spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
         yield Chain(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
 

@@ -13,6 +13,7 @@ from snpc.closed import steps_of
 from snpc.passes.choice import Choice
 from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, Scores, cuts_of, keep_best, widths_for
+from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.chain import Chain, States, chain_of
 from snpc.runtime.curve_fit import Change, fitted_curves
@@ -20,7 +21,7 @@ from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
-from snpc.runtime.silent import edited_constants, silent_constants
+from snpc.runtime.silent import edited_constants, silent_constants, touched_constants
 from snpc.types import AnyArray, FloatArray, Group, Role
 
 GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move
@@ -54,15 +55,18 @@ def output_curves(
     """
     analysis = compression.analysis
     first = [(g, widths_of(g, WHOLE)) for g in groups] if choice is None else list(alternating(groups))
-    tried = {g.id: trial(compression, scores, g, widths[0] if widths else g.size) for g, widths in first}
+    touched = {
+        g.id: touched_constants(analysis.traced, *attempt(compression, scores, g, widths[0] if widths else g.size))
+        for g, widths in first
+    }
     padding = padding_of(analysis.traced, [(spec.name, leading) for spec in analysis.model.outputs])
-    with token_masks(analysis.traced, padding, provider) as masks, chain_of(analysis, tried, provider) as chain:
+    with token_masks(analysis.traced, padding, provider) as masks, chain_of(analysis, touched, provider) as chain:
         shelf = Shelf(memory_budget(memory_limit))
         pools = [
             [Sample(chain.states(feeds, shelf), padded(masks(feeds), padding)) for feeds in batches]
             for batches in pools_of(calibration)
         ]
-        probing = Probing(compression, scores, chain, pools, groups, tried)
+        probing = Probing(compression, scores, chain, pools, groups)
         probing.see(first)
         for _ in range(ROUNDS if choice is not None else 0):
             assert choice is not None
@@ -88,10 +92,8 @@ class Probing:
         chain: Chain,
         pools: Sequence[Sequence[Sample]],
         groups: Sequence[Group],
-        tried: dict[str, dict[str, AnyArray]],
     ) -> None:
         self.compression, self.scores, self.chain, self.pools = compression, scores, chain, pools
-        self.tried = tried  # weights of each group's first trial
         self.shapes = {g.id: shape_of(compression, g) for g in groups}
         self.turns = {g.id: turn for turn, g in enumerate(groups)}
         self.found: dict[tuple[str, int], Change] = {}
@@ -106,7 +108,7 @@ class Probing:
     def change(self, group: Group, width: int) -> Change:
         number = self.turns[group.id] % len(self.pools)
         self.turns[group.id] += 1
-        arrays = self.tried.pop(group.id, None) or trial(self.compression, self.scores, group, width)
+        arrays = trial(self.compression, self.scores, group, width)
         gaps = [one.change(self.chain.changed(one.states, group.id, arrays)) for one in self.pools[number]]
         return Change(group, width, number, float(np.mean(gaps)))
 
@@ -180,9 +182,15 @@ def relative_change(dense: AnyArray, moved: AnyArray, counts: Counts | None = No
     return gap / max(size, 1e-300)
 
 
-def trial(compression: Compression, scores: Scores, group: Group, width: int) -> dict[str, AnyArray]:
-    """Weights with this group cut to ``width``, in closed form if it has one, and what was cut silent."""
-    analysis = compression.analysis
-    plan = Plan(analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
+def attempt(compression: Compression, scores: Scores, group: Group, width: int) -> tuple[Edits, Cuts]:
+    """What cutting this group to ``width`` does to constants, in closed form if it has one."""
+    plan = Plan(compression.analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
     edits = edits_for(compression, plan) if group.id in compression.forms else Edits()
-    return silent_constants(analysis.traced, edited_constants(analysis.traced, edits), cuts_of(plan))
+    return edits, cuts_of(plan)
+
+
+def trial(compression: Compression, scores: Scores, group: Group, width: int) -> dict[str, AnyArray]:
+    """Weights with this group cut to ``width``, and what was cut silent."""
+    source = compression.analysis.traced
+    edits, cuts = attempt(compression, scores, group, width)
+    return silent_constants(source, edited_constants(source, edits), cuts)

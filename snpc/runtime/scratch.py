@@ -29,7 +29,7 @@ def scratch(
     provider: str = "cpu",
     threads: int = 0,
     optimise: Optimise = "all",
-    memory: Memory = "own",
+    memory: Memory = "lean",
     external: bool = False,
 ) -> Iterator[Run]:
     """A call from feeds (what the model does not take is left out) to its outputs by name. Takes ``model`` over.

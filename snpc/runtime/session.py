@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Optimise = Literal["all", "basic", "off"]
-Memory = Literal["own", "shared", "least"]
+Memory = Literal["own", "lean", "shared", "least"]
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -71,8 +71,10 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
-    ``memory``: "own" as onnxruntime has it, for what is timed; "shared" takes what a run needs from one pool with all
-    other such sessions, of which dozens may be open; "least" holds each weight once as well: slower, for few runs.
+    ``memory``: "own" as onnxruntime has it, for what is timed; "lean" as fast, but nodes run as soon as they can, so
+    that a statistic does not keep its activations until the end, and no block for a whole run is set aside; "shared"
+    takes what a run needs from one pool with all other such sessions, too, of which dozens may be open; "least" holds
+    each weight once as well: slower, for few runs.
 
     ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
 
@@ -187,6 +189,9 @@ def _options(
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if memory != "own":
+        options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if memory in ("shared", "least"):
         _pool()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")

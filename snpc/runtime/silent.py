@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.passes.edit import Edits, existing_bias
-from snpc.passes.mask import mask_constants
+from snpc.passes.mask import mask_constants, silenced
 from snpc.passes.rewrite import Traced
 from snpc.passes.slice import Cuts, dead_units
 from snpc.types import AnyArray, FloatArray
@@ -58,3 +58,9 @@ def silent_constants(
     dead = dead_units(source.trace, source.units, cuts)
     kept = {name: array for name, array in held.items() if names is None or name in names}
     return kept | mask_constants(source.trace, dead, held, names)
+
+
+def touched_constants(source: Traced, edits: Edits, cuts: Cuts) -> frozenset[str]:
+    """Names of the constants that edits change or cuts make silent."""
+    dead = dead_units(source.trace, source.units, cuts)
+    return frozenset(biases_as_changes(source, edits).changes).union(n for n, *_ in silenced(source.trace, dead))
