@@ -20,7 +20,7 @@ from snpc.passes.plan import widths_for
 from snpc.runtime.chain import chain_of
 from snpc.runtime.compress import ordered
 from snpc.runtime.curve_fit import Change, fitted_curves
-from snpc.runtime.curves import ROUNDS, attempt, output_curves, probed_widths, trial, widths_of
+from snpc.runtime.curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
 from snpc.runtime.memory import Shelf
 from snpc.runtime.score import score
 from snpc.runtime.scratch import scratch
@@ -119,8 +119,12 @@ class Spy:
         return trial(found, scores, group, width)
 
 
+@pytest.mark.parametrize("many", [1, 99], ids=["first one trial each", "first four"])
 @pytest.mark.parametrize("choice", [Choice(target="macs=0.7"), Choice(0.4), Choice(max_drift=0.3)], ids=str)
-def test_curves_are_measured_near_the_plan_that_they_make(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_are_measured_near_the_plan_that_they_make(
+    choice: Choice, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snpc.runtime.curves.MANY", many)
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
@@ -129,7 +133,8 @@ def test_curves_are_measured_near_the_plan_that_they_make(choice: Choice, monkey
     spy = Spy(monkeypatch)
     curves = output_curves(found, scores, calibration, groups, choice)
     assert len(set(spy.tried)) == len(spy.tried), "nothing is tried twice"
-    assert len(groups) <= len(spy.tried) <= (1 + ROUNDS) * len(groups)
+    first = 1 if many == 1 else len(WHOLE)
+    assert first * len(groups) <= len(spy.tried) <= (first + ROUNDS) * len(groups)
     assert all(width in probed_widths(g) for g in groups for name, width in spy.tried if name == g.id)
     # What the plan comes to has been seen, but where the last measurements have moved it on.
     planned = widths_for(groups, replace(scores, curves=curves), choice)
@@ -146,7 +151,7 @@ def test_a_target_out_of_reach_is_refused_after_the_first_trials(monkeypatch: py
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
         output_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Choice(target="macs=0.01"))
-    assert len(spy.tried) == len(groups)
+    assert len(spy.tried) == len(WHOLE) * len(groups)
 
 
 def test_curves_for_all_choices_do_not_depend_on_one() -> None:

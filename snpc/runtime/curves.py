@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,7 @@ from snpc.types import AnyArray, FloatArray, Group, Role
 GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move
 WHOLE = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width
 FIRST = (0.75, 0.42)  # one for each group of a role, in turn, from which a first plan is made
+MANY = 8  # groups of a role, from which on they tell enough about each other for that
 ROUNDS = 2  # plans that are made on the way to the final one
 PROBED_SAMPLES = 4  # per width
 POOLS = 2  # that many times other samples, in turn
@@ -46,15 +47,15 @@ def output_curves(
 
     Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
     lies on; in between, the closed-form loss gives the shape (``curve_fit``). With a ``choice`` that is near what it
-    comes to: once for each group, then twice at the widths of the plan that these curves make, where these are new.
-    A group's measurements see different samples in turn, so that a line through them averages over more than each sees.
+    comes to: once for each group of many, then twice at the widths of the plan that these curves make, where these are
+    new. A group's measurements see different samples in turn, so that a line through them averages over more of them.
 
     ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense
     model gives, what is more than ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
     Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis
-    first = [(g, widths_of(g, WHOLE)) for g in groups] if choice is None else list(alternating(groups))
+    first = [(g, widths_of(g, WHOLE)) for g in groups] if choice is None else list(first_widths(groups))
     touched = {
         g.id: touched_constants(analysis.traced, *attempt(compression, scores, g, widths[0] if widths else g.size))
         for g, widths in first
@@ -75,11 +76,12 @@ def output_curves(
         return probing.curves()
 
 
-def alternating(groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
-    """``FIRST`` in turn for the groups of each role."""
+def first_widths(groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
+    """``FIRST`` in turn for the groups of a role, or for few of them ``WHOLE``."""
+    counts = Counter(group.role for group in groups)
     turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST))
     for group in groups:
-        yield group, widths_of(group, [next(turns[group.role])])
+        yield group, widths_of(group, [next(turns[group.role])] if counts[group.role] >= MANY else WHOLE)
 
 
 class Probing:

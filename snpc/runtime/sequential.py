@@ -37,7 +37,7 @@ from snpc.runtime.silent import edited_constants, silent_constants
 from snpc.runtime.stages import Gap, NotSequential, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
 
-DAMPING = 2.0  # of the mean diagonal, in the regression of the gap on the hidden units
+DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
 
 Values = dict[str, AnyArray]
 Contents = dict[str, AnyArray]  # of constants, by name
