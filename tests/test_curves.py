@@ -120,7 +120,9 @@ class Spy:
 
 
 @pytest.mark.parametrize("many", [1, 99], ids=["first one trial each", "first four"])
-@pytest.mark.parametrize("choice", [Choice(target="macs=0.7"), Choice(0.4), Choice(max_drift=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "choice", [Choice(target="macs=0.7"), Choice(0.4), Choice(0.7), Choice(max_drift=0.3)], ids=str
+)
 def test_curves_are_measured_near_the_plan_that_they_make(
     choice: Choice, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +135,8 @@ def test_curves_are_measured_near_the_plan_that_they_make(
     spy = Spy(monkeypatch)
     curves = output_curves(found, scores, calibration, groups, choice)
     assert len(set(spy.tried)) == len(spy.tried), "nothing is tried twice"
-    first = 1 if many == 1 else len(WHOLE)
+    mild = choice.max_drift is None and choice.ratio != 0.7
+    first = 1 if many == 1 and mild else len(WHOLE)
     assert first * len(groups) <= len(spy.tried) <= (first + ROUNDS) * len(groups)
     assert all(width in probed_widths(g) for g in groups for name, width in spy.tried if name == g.id)
     # What the plan comes to has been seen, but where the last measurements have moved it on.
@@ -143,7 +146,7 @@ def test_curves_are_measured_near_the_plan_that_they_make(
     assert len({width for _, width in spy.tried}) > 2
 
 
-def test_a_target_out_of_reach_is_refused_after_the_first_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
@@ -151,7 +154,7 @@ def test_a_target_out_of_reach_is_refused_after_the_first_trials(monkeypatch: py
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
         output_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Choice(target="macs=0.01"))
-    assert len(spy.tried) == len(WHOLE) * len(groups)
+    assert not spy.tried
 
 
 def test_curves_for_all_choices_do_not_depend_on_one() -> None:

@@ -47,15 +47,17 @@ def output_curves(
 
     Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
     lies on; in between, the closed-form loss gives the shape (``curve_fit``). With a ``choice`` that is near what it
-    comes to: once for each group of many, then twice at the widths of the plan that these curves make, where these are
-    new. A group's measurements see different samples in turn, so that a line through them averages over more of them.
+    comes to: once for each group (four times where they are few, or much is to go), then twice at the widths of the
+    plan that these curves make, where these are new. A group's measurements see different samples in turn, so that a
+    line through them averages over more of them.
 
     ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense
     model gives, what is more than ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
     Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis
-    first = [(g, widths_of(g, WHOLE)) for g in groups] if choice is None else list(first_widths(groups))
+    few = choice is not None and is_mild(groups, scores, choice)
+    first = list(first_widths(compression, groups)) if few else [(g, widths_of(g, WHOLE)) for g in groups]
     touched = {
         g.id: touched_constants(analysis.traced, *attempt(compression, scores, g, widths[0] if widths else g.size))
         for g, widths in first
@@ -76,12 +78,22 @@ def output_curves(
         return probing.curves()
 
 
-def first_widths(groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
-    """``FIRST`` in turn for the groups of a role, or for few of them ``WHOLE``."""
+def is_mild(groups: Sequence[Group], scores: Scores, choice: Choice) -> bool:
+    """Would groups keep half of their units or more, were all cut alike? Further down, a plan that is made from trials
+    near itself may be one that no trial further off has put right."""
+    if choice.max_drift is not None:
+        return False
+    alike = widths_for(groups, scores, replace(choice, uniform=True))
+    return float(np.mean([alike[g.id] / g.size for g in groups])) >= 0.5
+
+
+def first_widths(compression: Compression, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
+    """``FIRST`` in turn for the groups of a role; ``WHOLE`` where they are few, or no closed form gives the shape."""
     counts = Counter(group.role for group in groups)
     turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST))
     for group in groups:
-        yield group, widths_of(group, [next(turns[group.role])] if counts[group.role] >= MANY else WHOLE)
+        known = counts[group.role] >= MANY and compression.curve(group) is not None
+        yield group, widths_of(group, [next(turns[group.role])] if known else WHOLE)
 
 
 class Probing:
