@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
+from snpc.types import Feeds
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch.journal import Round

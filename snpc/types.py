@@ -31,6 +31,15 @@ Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden"]
 
+Ints = npt.NDArray[np.int64]
+
+Mask = npt.NDArray[np.bool_]
+
+
+APPROXIMATE = "normalisation statistics over it change: `--roles residual` prunes it approximately"
+
+Feeds = Mapping[str, AnyArray]
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -25,9 +25,8 @@ from snpc.runtime.bench import (
     speedup,
     timing,
 )
-from snpc.runtime.feeds import Feeds
 from snpc.show import columns_for
-from snpc.types import TensorSpec
+from snpc.types import Feeds, TensorSpec
 
 
 def chain(path: Path, *, width: int, layers: int, hidden: int | None = None, seed: int = 0) -> Path:

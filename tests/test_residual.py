@@ -37,12 +37,11 @@ from test_compress import calibration_of, more_data, moved
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.groups import APPROXIMATE
 from snpc.passes.mask import mask_constants
 from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.slice import dead_units
 from snpc.runtime.norms import Affine, Sums, affine_of, refit, watch
-from snpc.types import Group
+from snpc.types import APPROXIMATE, Group
 
 NAMES = [name for name in EXPORTS if not name.startswith(("bert", "conv", "mlp"))]
 DECODERS = ["gpt2__dyn20_sdpa", "llama__ts17", "qwen3__dyn20", "t5__ts17"]

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Feeds, check_feeds, parse_shapes, random_feeds
+from snpc.runtime.feeds import check_feeds, parse_shapes, random_feeds
 from snpc.runtime.session import (
     DTYPES,
     PROVIDERS,
@@ -27,7 +27,7 @@ from snpc.runtime.session import (
     session_inputs,
     session_outputs,
 )
-from snpc.types import TensorSpec
+from snpc.types import Feeds, TensorSpec
 
 IDENTITY = """
 <ir_version: 10, opset_import: ["" : 20]>

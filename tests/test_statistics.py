@@ -19,12 +19,12 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Method
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.memory import Shelf, free_memory, in_file, parse_bytes
 from snpc.runtime.model_io import clean
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.statistics import Statistics
+from snpc.types import Feeds
 
 NAME = "vit_timm__ts17"
 NAMES = (NAME, "bert__ts17", "llama__ts17")

@@ -17,12 +17,11 @@ from snpc.page.png import Bytes
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, load, save
 from snpc.runtime.prune import Pruned
 from snpc.runtime.session import open_session
 from snpc.runtime.tokens import closed
-from snpc.types import AnyArray, FloatArray, Group
+from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 PICTURES = 2
 LAYERS = 3  # shown: the first, the last, and what lies between

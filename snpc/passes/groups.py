@@ -19,10 +19,7 @@ from snpc.passes.names import common_path, path_of, unique_names
 from snpc.passes.resolve import Units
 from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Carried, Contraction, Trace
-from snpc.types import Freedom, Group, Pin, Probe, ProbeKind, Role, Site, SiteKind
-
-Ints = npt.NDArray[np.int64]
-APPROXIMATE = "normalisation statistics over it change: `--roles residual` prunes it approximately"
+from snpc.types import APPROXIMATE, Freedom, Group, Ints, Pin, Probe, ProbeKind, Role, Site, SiteKind
 
 
 @dataclass(frozen=True)

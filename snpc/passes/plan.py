@@ -16,9 +16,8 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, Target, allowed, parse_target
 from snpc.passes.descent import Descent, descent, within
 from snpc.passes.energy import module_widths
-from snpc.passes.groups import APPROXIMATE
 from snpc.passes.slice import Cuts
-from snpc.types import FloatArray, Group
+from snpc.types import APPROXIMATE, FloatArray, Group
 
 Method = Literal["select", "parallel", "auto"]
 

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snpc.passes.labels import Book, Slab
-
-Ints = npt.NDArray[np.int64]
+from snpc.types import Ints
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from snpc.ops.writing import CONCAT, GATHER, SUB
 from snpc.passes.carried import Carried, Statistic, Trace
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead
-
-Mask = npt.NDArray[np.bool_]
+from snpc.types import Mask
 
 
 def touched(trace: Trace, dead: Dead) -> Iterator[Statistic]:

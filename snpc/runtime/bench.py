@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Feeds, Shape, check_feeds, random_feeds, shape_text
+from snpc.runtime.feeds import Shape, check_feeds, random_feeds, shape_text
 from snpc.runtime.runner import Runner, open_runner
-from snpc.types import AnyArray, FloatArray, TensorSpec
+from snpc.types import AnyArray, Feeds, FloatArray, TensorSpec
 
 Call = Callable[[], object]
 Heard = Callable[[float], object]  # told the share that is done

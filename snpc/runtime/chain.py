@@ -13,14 +13,13 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace
 from snpc.passes.rewrite import Traced
 from snpc.passes.segment import Segment, extract, segments
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.memory import Shelf
 from snpc.runtime.model_io import clean
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.session import NotLoaded
 from snpc.runtime.silent import constant_array
 from snpc.runtime.stages import NotSequential, check_borders, joins
-from snpc.types import AnyArray, Group
+from snpc.types import AnyArray, Feeds, Group
 
 States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
 

@@ -17,12 +17,11 @@ from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.chain import Chain, States, chain_of
 from snpc.runtime.curve_fit import Change, fitted_curves
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import Compression, edits_for
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
 from snpc.runtime.silent import edited_constants, silent_constants, touched_constants
-from snpc.types import AnyArray, FloatArray, Group, Role
+from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
 GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move
 WHOLE = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width

@@ -12,9 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import AnyArray, TensorSpec
+from snpc.types import AnyArray, Feeds, TensorSpec
 
-Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
 
 DEFAULT_SIZE = 16  # of a dynamic axis nothing is said about

@@ -9,8 +9,7 @@ from snpc.criteria import Criterion
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
-from snpc.types import FloatArray, Group
+from snpc.types import Feeds, FloatArray, Group
 
 PREFIX = "gate:"  # names of what is measured here
 PROVIDER = "snpc.torch.gradients"  # loaded by name: this layer stands below it, and does without it

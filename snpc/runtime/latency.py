@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.groups import APPROXIMATE
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import clean, replacing, save
 from snpc.runtime.noise import id_limits
-from snpc.types import FloatArray, Group
+from snpc.types import APPROXIMATE, FloatArray, Group
 
 SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
 FORMAT = 1

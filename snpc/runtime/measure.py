@@ -16,12 +16,11 @@ from snpc.passes.products import score_products
 from snpc.passes.readers import uses_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.coupled import coupled
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
 from snpc.runtime.triangle import packed_length
-from snpc.types import AnyArray, FloatArray, Group, Probe
+from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 
 HELD = 4 * 3  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
 ADDED = 4 + 8  # bytes of a statistic's element: as it comes, and in the sum

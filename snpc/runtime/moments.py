@@ -10,11 +10,10 @@ import numpy as np
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace, Place
-from snpc.passes.groups import APPROXIMATE
 from snpc.passes.products import operand_places, score_products, sides_of, value_operands, value_places
 from snpc.passes.readers import Reader, reader_of, uses_of
 from snpc.runtime.triangle import unpacked
-from snpc.types import FloatArray, Group
+from snpc.types import APPROXIMATE, FloatArray, Group
 
 KINDS = frozenset(
     {"moment", "centred", "sums", "apart", "joint", "coupled"}

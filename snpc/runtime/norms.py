@@ -18,7 +18,6 @@ import onnx_ir as ir
 
 from snpc.ops import writing as op
 from snpc.passes.edit import Edits, edited, existing_bias
-from snpc.passes.groups import APPROXIMATE
 from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.pack import Dead
 from snpc.passes.plan import Plan, cuts_of
@@ -26,11 +25,10 @@ from snpc.passes.restrict import restrict
 from snpc.passes.rewrite import Traced, traced
 from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, token_masks
 from snpc.runtime.scratch import scratch
-from snpc.types import FloatArray, Group
+from snpc.types import APPROXIMATE, Feeds, FloatArray, Group
 
 FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
 

@@ -20,11 +20,10 @@ from snpc.ops.spec import Shape
 from snpc.passes.rewrite import Traced
 from snpc.passes.shapes import Facts, evaluate, other_binding
 from snpc.passes.streams import Source, Streams, streams_of
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.layout import Order, Told, layout_of, rows_of
 from snpc.runtime.scratch import scratch
-from snpc.types import AnyArray, Probe
+from snpc.types import AnyArray, Feeds, Probe
 
 ATTENDED = 1e-9  # a weight that is more than nothing
 HIDDEN = -1e3  # what a mask adds to hide a key is less

@@ -21,9 +21,8 @@ from snpc.ops.spec import Blocked, Call, OpSpec
 from snpc.passes.segment import reads
 from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, subgraphs
 from snpc.passes.tokens import TokenPoint
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.scratch import scratch
-from snpc.types import AnyArray, FloatArray
+from snpc.types import AnyArray, Feeds, FloatArray
 
 TINY = 1e-12
 SAMPLES = 16

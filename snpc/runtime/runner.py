@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.session import (
     DTYPES,
     first_lines,
@@ -20,7 +19,7 @@ from snpc.runtime.session import (
     run_session,
     session_inputs,
 )
-from snpc.types import AnyArray, TensorSpec
+from snpc.types import AnyArray, Feeds, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort

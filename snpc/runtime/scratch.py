@@ -12,11 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops.writing import TYPE_ATTRIBUTES
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.memory import trim
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import PROVIDERS, Memory, Optimise, open_session, resolve_provider, run_session
-from snpc.types import AnyArray
+from snpc.types import AnyArray, Feeds
 
 Run = Callable[[Feeds], dict[str, AnyArray]]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -15,8 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Feeds
-from snpc.types import AnyArray, TensorSpec
+from snpc.types import AnyArray, Feeds, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -28,7 +28,6 @@ from snpc.passes.shapes import Facts, best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.relevance import token_relevance
@@ -48,7 +47,7 @@ from snpc.tokens.reduce import (
 )
 from snpc.tokens.rewrite import open_tokens, stream_dtype
 from snpc.tokens.step import Step
-from snpc.types import AnyArray
+from snpc.types import AnyArray, Feeds
 
 SAMPLES = 32
 SHARE_DIGITS = 3

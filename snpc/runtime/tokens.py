@@ -15,13 +15,12 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.shapes import best_binding, dynamic_axes, evaluate
 from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import open_session, run_session
 from snpc.runtime.verify import compare, outputs_of, pooled
 from snpc.tokens.inplace import inplace_feeds, inplace_model
 from snpc.tokens.reduce import Reduction
-from snpc.types import AnyArray, Difference
+from snpc.types import AnyArray, Difference, Feeds
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.mask import mask_model
 from snpc.passes.pack import Packing
 from snpc.passes.rewrite import Rewritten
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.memory import trim
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.scratch import is_widened, scratch
 from snpc.runtime.session import open_session, run_session
 from snpc.runtime.wire import skim
-from snpc.types import AnyArray, Difference, Model, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent

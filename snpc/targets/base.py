@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Feeds, Shape
-from snpc.types import Difference
+from snpc.runtime.feeds import Shape
+from snpc.types import Difference, Feeds
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")

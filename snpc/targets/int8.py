@@ -22,11 +22,10 @@ from snpc.ops import lookup
 from snpc.ops.writing import ADD, CLIP, GATHER, IDENTITY, MATMUL
 from snpc.passes.shapes import opset
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import first_lines, open_session, run_session
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
-from snpc.types import FloatArray, IntArray, Model
+from snpc.types import Feeds, FloatArray, IntArray, Model
 
 FAR = 4.0  # times the median column's largest value: that is an outlier column
 MOST = 16  # at most one column in so many is one

@@ -14,7 +14,7 @@ from pathlib import Path
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.shapes import best_binding
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.feeds import Feeds, random_feeds
+from snpc.runtime.feeds import random_feeds
 from snpc.runtime.latency import Artefact
 from snpc.runtime.model_io import check_target, load, model_files
 from snpc.runtime.noise import table_rows
@@ -24,7 +24,7 @@ from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.targets import openvino, ort, trt
 from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
 from snpc.targets.precision import at_precision
-from snpc.types import Difference, Model
+from snpc.types import Difference, Feeds, Model
 
 TARGETS: dict[str, Target] = {t.name: t for t in (ort.TARGET, trt.TRT, trt.TRT_RTX, openvino.TARGET)}
 EXACT = 1e-3  # relative: what another runtime's fp32 may differ by

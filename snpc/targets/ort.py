@@ -22,12 +22,11 @@ from snpc.passes.biased import bias_in_products
 from snpc.passes.fuse import fuse_attention
 from snpc.passes.settle import settle_sizes
 from snpc.runtime.bench import median_interval, run_rounds
-from snpc.runtime.feeds import Feeds
 from snpc.runtime.model_io import LIMIT, clean, data_file, file_bytes, load, save
 from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
 from snpc.runtime.verify import TOLERANCE, compare, outputs_of, pooled, worst
 from snpc.targets.base import Job, Made, Request, Target
-from snpc.types import FloatArray
+from snpc.types import Feeds, FloatArray
 
 ROUNDS = 20
 SECONDS = 3.0  # small models get more rounds
