@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from snpc.cli.tables import columns_for
 from snpc.errors import UserError
 from snpc.runtime.bench import (
     Bench,
@@ -25,7 +26,6 @@ from snpc.runtime.bench import (
     speedup,
     timing,
 )
-from snpc.show import columns_for
 from snpc.types import Feeds, TensorSpec
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import snpc
 from snpc.cli import main
-from snpc.cli.sweeping import parse_targets
+from snpc.cli.sweep import parse_targets
 from snpc.errors import UserError
 from snpc.page.scatter import even, scatter
 from snpc.targets.sweep import ORIGINAL, Point, Sweep, on_front

@@ -12,10 +12,23 @@ from typing import Any
 
 import click
 
-from snpc import bars, show
-from snpc.cli import building as builds
-from snpc.cli import sweeping
-from snpc.cli import timing as times
+from snpc.cli import bench as times
+from snpc.cli import build as builds
+from snpc.cli import progress as bars
+from snpc.cli import sweep as sweeping
+from snpc.cli import tables as show
+from snpc.cli.arguments import (
+    analysed,
+    calibration_of,
+    check_targets,
+    liked_widths,
+    read_plan,
+    split_flags,
+    statistics_of,
+    with_tokens,
+    workload_of,
+    write_text,
+)
 from snpc.cli.finetune import export_torch, finetune
 from snpc.cli.options import (
     FILE,
@@ -31,18 +44,6 @@ from snpc.cli.options import (
     saving,
     target_name,
     timing,
-)
-from snpc.cli.requests import (
-    analysed,
-    calibration_of,
-    check_targets,
-    liked_widths,
-    read_plan,
-    split_flags,
-    statistics_of,
-    with_tokens,
-    workload_of,
-    write_text,
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.passes.choice import asks_latency

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from snpc import bars, show
+from snpc.cli import progress as bars
+from snpc.cli import tables as show
+from snpc.cli.arguments import analysed, calibration_of, check_targets, evaluation_of, write_text
 from snpc.cli.options import FILE, as_json, model_argument, picturing
-from snpc.cli.requests import analysed, calibration_of, check_targets, evaluation_of, write_text
 from snpc.errors import UserError
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from snpc import show
+from snpc.cli import tables as show
 from snpc.errors import UserError
 
 RANDOM = "random"  # --calib without data; a file of that name is ./random

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from snpc import bars, show
+from snpc.cli import progress as bars
+from snpc.cli import tables as show
+from snpc.cli.arguments import check_targets
 from snpc.cli.options import FILE, as_json, running
-from snpc.cli.requests import check_targets
 from snpc.errors import UserError
 
 

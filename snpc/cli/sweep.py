@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from snpc import bars, show
-from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
-from snpc.cli.requests import (
+from snpc.cli import progress as bars
+from snpc.cli import tables as show
+from snpc.cli.arguments import (
     analysed,
     calibration_of,
     check_targets,
@@ -18,6 +18,7 @@ from snpc.cli.requests import (
     split_flags,
     write_text,
 )
+from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
 from snpc.errors import UserError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from snpc import show
+from snpc.cli import tables as show
+from snpc.cli.arguments import calibration_of, check_targets, numbers, split_flags
 from snpc.cli.options import FILE, as_json, building, calibrating, model_argument, running, target_name
-from snpc.cli.requests import calibration_of, check_targets, numbers, split_flags
 from snpc.errors import UserError
 
 NAMES = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace", "timing_cache")
