@@ -96,7 +96,7 @@ OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas()} | {
 
 # Shapes are evaluated by executing shape arithmetic; that a Shape's value is known when its input's shape is, and not
 # its input's value, is what makes it arithmetic on shapes.
-KNOWN = {"passes/shapes.py": {"Shape", "Size", "ConstantOfShape"}}
+KNOWN = {"graph/shapes.py": {"Shape", "Size", "ConstantOfShape"}}
 
 
 def strings(node: ast.AST) -> Iterator[str]:

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import analysis_of, feeds_of, relative_error, run, written
 
 import snpc
+from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import cost_of
 from snpc.passes.rows import drop_dead_rows
-from snpc.passes.shapes import best_binding, evaluate
 
 CLASSIFIERS = [name for name in EXPORTS if name.startswith(("vit_timm", "vit_hf"))]
 OTHERS = ["gpt2__ts17", "llama__ts17", "swin_timm__ts17", "bart__ts17"]

@@ -13,10 +13,10 @@ from oracle import Array, analysis_of, feeds_of, relative_error, run, written
 from test_compress import calibration_of, chosen
 
 import snpc
+from snpc.graph.subgraph import extract, segments
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
-from snpc.passes.segment import extract, segments
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially

@@ -15,8 +15,8 @@ from oracle import analysis_of, feeds_of, run
 import snpc
 from snpc.cli import main
 from snpc.errors import UserError
+from snpc.graph.shapes import evaluate
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import evaluate
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.relevance import Back, path_back, sizes_of, token_relevance
 from snpc.runtime.scratch import scratch

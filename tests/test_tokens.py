@@ -19,8 +19,8 @@ from oracle import analysis_of, feeds_of, run
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
+from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import best_binding
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.token_cost import token_cost
 from snpc.runtime.tokens import check_tokens, closed, decisions, same_in_place

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.cost import contraction_sizes, macs_of
+from snpc.graph.cost import contraction_sizes, macs_of
+from snpc.graph.shapes import evaluate, opset
 from snpc.passes.analyze import Analysis
 from snpc.passes.carried import Contraction
 from snpc.passes.labels import Ints
-from snpc.passes.shapes import evaluate, opset
 from snpc.types import Role
 
 UNREAD = "rows no output depends on"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-
 import onnx_ir as ir
 
-from snpc.ops import lookup
-from snpc.passes.even import is_even
-from snpc.passes.segment import reads
+from snpc.graph.constant_values import is_even
+from snpc.graph.traversal import behind_of, data_made, in_front_of, reads
 from snpc.passes.walk import Entered, Marks, Side, Step, Stuck
 
 
@@ -80,33 +77,3 @@ def entrances(step: Step, value: ir.Value) -> list[ir.Value]:
         seen.update(new)
         todo += new
     return found
-
-
-def in_front_of(value: ir.Value) -> set[ir.Node]:
-    """The nodes that ``value`` is made by."""
-    found: set[ir.Node] = set()
-    todo = [value]
-    while todo:
-        node = todo.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += reads(node)
-    return found
-
-
-def data_made(model: ir.Model) -> frozenset[ir.Value]:
-    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
-    return behind_of(model, [value for value in model.graph.inputs if not value.is_initializer()])
-
-
-def behind_of(model: ir.Model, values: Iterable[ir.Value], without: Container[ir.Node] = ()) -> frozenset[ir.Value]:
-    """``values``, and everything that their contents have gone into, not by way of the nodes ``without``."""
-    found = set(values)
-    for node in model.graph:
-        if (
-            node not in without
-            and lookup(node.domain, node.op_type).kind != "shape"
-            and any(v in found for v in node.inputs)
-        ):
-            found.update(node.outputs)
-    return frozenset(found)

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.shapes import static_shape
 from snpc.ops.spec import Shape
 from snpc.ops.writing import GEMM, RESHAPE
 from snpc.passes.projected import unbiased, weighted_product
 from snpc.passes.settle import infer_shapes
-from snpc.passes.shapes import static_shape
 
 
 def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:

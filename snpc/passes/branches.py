@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, best_binding, subgraphs
 from snpc.ops import lookup
 from snpc.ops.writing import IDENTITY, SHAPE
-from snpc.passes.shapes import Facts, best_binding, subgraphs
 
 
 def settle_branches(model: ir.Model) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, is_float, opset
+from snpc.graph.union_find import components
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.movement import concat_axis
 from snpc.ops.spec import Blocked, Labels
 from snpc.passes.carried import Carried, Trace
 from snpc.passes.labels import Flag, varying
-from snpc.passes.resolve import components
-from snpc.passes.shapes import Facts, is_float, opset
 from snpc.types import IntArray
 
 ADVICE = "a cache: --prune-kv-cache narrows past and present together"

@@ -15,11 +15,11 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
 from snpc.ops.writing import IDENTITY
 from snpc.passes.branches import settle_branches
 from snpc.passes.einsum import spell_out_sums
-from snpc.passes.shapes import is_float, static_shape
 
 ORIGIN = "snpc.origin"
 

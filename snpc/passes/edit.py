@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.graph.shapes import static_shape
+from snpc.graph.traversal import v_is_constant
 from snpc.ops import lookup
 from snpc.ops.writing import ADD
-from snpc.passes.fold import v_is_constant
 from snpc.passes.rewrite import Traced
-from snpc.passes.shapes import static_shape
 from snpc.types import FloatArray, Group, IntArray
 
 Index = npt.NDArray[np.int64]

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, subgraphs
+from snpc.graph.traversal import behind_of, in_front_of, reads
 from snpc.ops.attention import form
 from snpc.ops.spec import SUMMED, Blocked, Call
-from snpc.passes.beside import apart, behind_of, beside, in_front_of
-from snpc.passes.segment import reads
-from snpc.passes.shapes import Facts, subgraphs
+from snpc.passes.beside import apart, beside
 from snpc.passes.walk import Entered, Flow, Marks, Side, Step, Stuck, Weighing
 
 MOST_TOKENS = 1 << 20

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts
+from snpc.graph.traversal import v_is_constant
 from snpc.ops import lookup
 from snpc.passes.labels import varying
-from snpc.passes.shapes import Facts
 from snpc.passes.trace import Carried, Trace
 
 
@@ -84,10 +85,6 @@ def walk_term(
         walk(fold, part, wanted, trace, facts, model)
     else:
         raise CannotFold
-
-
-def v_is_constant(value: ir.Value) -> bool:
-    return value.producer() is None and value.const_value is not None
 
 
 def positions(carried: Carried | None, wanted: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:

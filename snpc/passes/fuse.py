@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.shapes import Facts, attributes, best_binding, opset
+from snpc.graph.traversal import scalar_of
 from snpc.ops import lookup
 from snpc.ops.spec import Shape
 from snpc.ops.writing import (
@@ -32,8 +34,6 @@ from snpc.ops.writing import (
 )
 from snpc.passes.positions import Place, Unfit, merged, only_reader, place
 from snpc.passes.projected import packed_projection
-from snpc.passes.scale import scalar_of
-from snpc.passes.shapes import Facts, attributes, best_binding, opset
 from snpc.types import AnyArray
 
 

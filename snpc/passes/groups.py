@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.cost import contraction_sizes, macs_of
+from snpc.graph.cost import contraction_sizes, macs_of
+from snpc.graph.module_paths import common_path, path_of, unique_names
+from snpc.graph.shapes import Facts, attributes, opset
 from snpc.ops import lookup
 from snpc.passes.canonicalise import origin
 from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
-from snpc.passes.names import common_path, path_of, unique_names
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Carried, Contraction, Trace
 from snpc.types import APPROXIMATE, Freedom, Group, Ints, Pin, Probe, ProbeKind, Role, Site, SiteKind
 

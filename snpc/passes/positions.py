@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts
+from snpc.graph.traversal import scalar_of
 from snpc.ops import lookup
 from snpc.ops.spec import Blocked, Labels, Shape
-from snpc.passes.scale import scalar_of
-from snpc.passes.shapes import Facts
 
 MERGE_HEADS = (0, 2, 1, 3)  # [B,H,N,D] <-> [B,N,H,D]
 MAX_POSITIONS = 1 << 24

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import opset, static_shape
 from snpc.ops import lookup
 from snpc.ops.attention import form, merged_sizes
 from snpc.passes.carried import Carried, Contraction
@@ -15,7 +16,6 @@ from snpc.passes.edit import NoPlace, Place, positions_of
 from snpc.passes.fold import CannotFold, Fold, mark_constant, moved_from, side_labels, walk
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
-from snpc.passes.shapes import opset, static_shape
 from snpc.types import Group, IntArray
 
 

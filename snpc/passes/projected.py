@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts
+from snpc.graph.traversal import v_is_constant as is_constant
 from snpc.ops import lookup
 from snpc.ops.writing import MATMUL, SPLIT
-from snpc.passes.fold import v_is_constant as is_constant
 from snpc.passes.positions import Place, Unfit
-from snpc.passes.shapes import Facts
 from snpc.types import AnyArray
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import attributes
 from snpc.ops import lookup
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.edit import Edits, NoPlace, Place, positions_of
 from snpc.passes.labels import varying
 from snpc.passes.rewrite import Traced
-from snpc.passes.shapes import attributes
 from snpc.types import FloatArray, Group, IntArray, Probe, Site
 
 

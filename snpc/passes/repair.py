@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.graph.binding import other_binding
+from snpc.graph.shapes import Facts, evaluate, learn, learn_constant
 from snpc.ops import lookup
 from snpc.ops.writing import CONCAT, DIV, MUL, WHERE
-from snpc.passes.shapes import Facts, evaluate, learn, learn_constant, other_binding
 from snpc.types import AnyArray
 
 

@@ -16,6 +16,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
+from snpc.graph.union_find import components
 from snpc.passes.labels import Book, Slab
 from snpc.types import Ints
 
@@ -29,26 +30,6 @@ class Units:
     block: Ints
     head: Ints
     crossed: Ints
-
-
-def components(count: int, pairs: Sequence[tuple[Ints, Ints]]) -> Ints:
-    """Smallest member of each member's connected component."""
-    parent = np.arange(count, dtype=np.int64)
-    if not pairs:
-        return parent
-    left = np.concatenate([a for a, _ in pairs])
-    right = np.concatenate([b for _, b in pairs])
-    while True:
-        a, b = parent[left], parent[right]
-        low, high = np.minimum(a, b), np.maximum(a, b)
-        if bool((low == high).all()):
-            return parent
-        np.minimum.at(parent, high, low)
-        while True:
-            shorter = parent[parent]
-            if bool((shorter == parent).all()):
-                break
-            parent = shorter
 
 
 def resolve(book: Book) -> Units:

@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.graph.shapes import Facts, evaluate
 from snpc.ops.writing import MUL
 from snpc.passes.interleaved import resolved
 from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
 from snpc.passes.scale import ScalePlan, plan_scales
-from snpc.passes.shapes import Facts, evaluate
 from snpc.passes.slice import (
     Cuts,
     Sliced,

@@ -15,29 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, attributes, opset
+from snpc.graph.traversal import Scalar, is_shape, scalar_of
 from snpc.ops import lookup
 from snpc.ops.attention import AttentionForm, form
 from snpc.passes.fold import CannotFold, Fold, side_labels, walk
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, packing
-from snpc.passes.shapes import Facts, attributes, opset
 from snpc.passes.trace import Contraction, Trace
 
 Vector = npt.NDArray[np.float64]
 STANDARD = 1e-2  # relative distance from 1/sqrt(d) within which a scale counts as that
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """One number that multiplies (or divides) Q, K or the scores."""
-
-    node: ir.Node
-    index: int
-    factor: float
-    divides: bool
-
-    def spelled(self, factor: float) -> float:
-        return 1.0 / factor if self.divides else factor
 
 
 @dataclass
@@ -175,29 +163,6 @@ def upstream(node: ir.Node, facts: Facts) -> tuple[Scalar | None, ir.Value | Non
     if scalar is not None:
         return scalar, node.inputs[1 - scalar.index]
     return None, node.inputs[0] if follows else None
-
-
-def scalar_of(node: ir.Node, facts: Facts) -> tuple[Scalar | None, bool]:
-    """(the number this node multiplies by, whether values only move through it)."""
-    spec = lookup(node.domain, node.op_type)
-    if spec.kind == "movement" or (spec.effect == "same" and spec.kind == "pointwise"):
-        return None, True
-    if spec.kind != "pointwise" or spec.effect != "scale" or len(node.inputs) != 2:
-        return None, False
-    for index in (1, 0):
-        value = node.inputs[index]
-        array = facts.value.get(value) if value is not None else None
-        if array is not None and array.dtype.kind == "f" and array.size == 1 and float(array.reshape(-1)[0]) > 0:
-            divides = spec.divides
-            if divides and index == 0:
-                continue
-            number = float(array.reshape(-1)[0])
-            return Scalar(node, index, 1.0 / number if divides else number, divides), False
-    return None, False
-
-
-def is_shape(node: ir.Node) -> bool:
-    return lookup(node.domain, node.op_type).kind == "shape"
 
 
 # -- folding a factor into what makes Q ------------------------------------------------------------------------------

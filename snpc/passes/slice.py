@@ -16,6 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.graph.binding import other_binding
+from snpc.graph.shapes import Facts, attributes, evaluate, is_float, learn, opset, start
 from snpc.ops import lookup
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
@@ -23,7 +25,6 @@ from snpc.passes.caches import narrow_interface
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
 from snpc.passes.resolve import Units
-from snpc.passes.shapes import Facts, attributes, evaluate, is_float, learn, opset, other_binding, start
 from snpc.passes.trace import Carried, Trace
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]

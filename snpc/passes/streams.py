@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import is_float
+from snpc.graph.union_find import Groups
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import SUMMED
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.rewrite import Traced
-from snpc.passes.shapes import is_float
 
 PLAIN = {"movement", "concat", "pointwise"}  # kinds that lie between a product and its softmax
 
@@ -56,27 +57,6 @@ def streams_of(traced: Traced) -> Streams:
             groups.join(value, node.outputs[0])
     sources = [found for node, product in masked for found in sources_at(traced, node, product, groups)]
     return Streams(tuple(sources), {str(v.name): groups.number(v) for v in groups.parent})
-
-
-class Groups:
-    """Disjoint sets of values."""
-
-    def __init__(self) -> None:
-        self.parent: dict[ir.Value, ir.Value] = {}
-        self.numbers: dict[ir.Value, int] = {}
-
-    def root(self, value: ir.Value) -> ir.Value:
-        self.parent.setdefault(value, value)
-        while self.parent[value] is not value:
-            self.parent[value] = self.parent[self.parent[value]]
-            value = self.parent[value]
-        return value
-
-    def join(self, one: ir.Value, other: ir.Value) -> None:
-        self.parent[self.root(one)] = self.root(other)
-
-    def number(self, value: ir.Value) -> int:
-        return self.numbers.setdefault(self.root(value), len(self.numbers))
 
 
 # -- attention -------------------------------------------------------------------------------------------------------

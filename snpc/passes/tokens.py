@@ -14,12 +14,13 @@ from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 
+from snpc.graph.binding import dynamic_axes, other_binding
+from snpc.graph.shapes import Facts, evaluate, is_float, opset
+from snpc.graph.traversal import data_made
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import SUMMED
-from snpc.passes.beside import data_made
 from snpc.passes.flow import flow_from
-from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, other_binding
 from snpc.passes.walk import Flow, Stuck
 from snpc.types import Pin
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, is_float, opset, subgraphs, whose_shape
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
 from snpc.ops.movement import concat_axis
@@ -26,7 +27,6 @@ from snpc.passes.laid import lay_out
 from snpc.passes.means import stray_reader
 from snpc.passes.meet import meet, same_labels
 from snpc.passes.rotary import rotary
-from snpc.passes.shapes import Facts, is_float, opset, subgraphs, whose_shape
 
 __all__ = ["Carried", "Contraction", "Trace", "trace_model"]
 

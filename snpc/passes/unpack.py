@@ -15,12 +15,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.errors import CheckFailed
+from snpc.graph.shapes import Facts, learn, opset
 from snpc.ops import lookup
 from snpc.ops.writing import GATHER, SPLIT, SQUEEZE
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
-from snpc.passes.shapes import Facts, learn, opset
 from snpc.passes.trace import Carried, Trace
 
 Ints = np.typing.NDArray[np.int64]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, opset
 from snpc.ops import lookup
 from snpc.ops.spec import Call, OpSpec
-from snpc.passes.shapes import Facts, opset
 
 
 class Stuck(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from snpc.passes.shapes import weight_bytes
+from snpc.graph.shapes import weight_bytes
 from snpc.runtime.memory import free_memory
 from snpc.types import Model
 

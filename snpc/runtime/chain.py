@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from snpc.graph.subgraph import Segment, extract, segments
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import NoPlace
 from snpc.passes.rewrite import Traced
-from snpc.passes.segment import Segment, extract, segments
 from snpc.runtime.memory import Shelf
 from snpc.runtime.model_io import clean
 from snpc.runtime.scratch import Run, scratch

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import attributes
 from snpc.ops import writing as op
 from snpc.ops.attention import FORMS, AttentionForm
-from snpc.passes.shapes import attributes
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of
 from snpc.runtime.triangle import strips

@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes import common
 
 from snpc.errors import UserError
+from snpc.graph.shapes import weight_bytes
 from snpc.passes.canonicalise import canonicalise, merge_forks
-from snpc.passes.shapes import weight_bytes
 from snpc.runtime.intake import check_tensors, entry, is_external, tensors
 from snpc.runtime.wire import GRAPH, INITIALIZER, RAW_DATA, delimited, skim
 from snpc.types import Model, TensorSpec

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import Facts
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.calibration.check import axes_of
 from snpc.runtime.feeds import random_feeds

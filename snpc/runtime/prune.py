@@ -15,11 +15,11 @@ import onnx
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.shapes import evaluate
 from snpc.passes.analyze import Analysis, analyze, cost_of
 from snpc.passes.canonicalise import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
-from snpc.passes.shapes import evaluate
 from snpc.passes.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.capacity import too_large_to_run

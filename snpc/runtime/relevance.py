@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.binding import dynamic_axes
+from snpc.graph.shapes import Facts, evaluate, is_float, opset, subgraphs
+from snpc.graph.traversal import reads
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import Blocked, Call, OpSpec
-from snpc.passes.segment import reads
-from snpc.passes.shapes import Facts, dynamic_axes, evaluate, is_float, opset, subgraphs
 from snpc.passes.tokens import TokenPoint
 from snpc.runtime.scratch import scratch
 from snpc.types import AnyArray, Feeds, FloatArray

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.closed import damped_solution
+from snpc.graph.subgraph import Segment, extract
 from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.readers import reader_of
 from snpc.passes.rewrite import Traced, traced
-from snpc.passes.segment import Segment, extract
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.instrument import Instrument

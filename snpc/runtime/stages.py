@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.subgraph import Segment, segments
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, edited, existing_bias
@@ -15,7 +16,6 @@ from snpc.passes.plan import Plan
 from snpc.passes.products import score_products
 from snpc.passes.readers import readers_of
 from snpc.passes.rewrite import Traced, traced
-from snpc.passes.segment import Segment, segments
 from snpc.runtime.fit import Compression
 from snpc.runtime.measure import Wanted, wanted_statistics
 from snpc.runtime.moments import forms_of, needs

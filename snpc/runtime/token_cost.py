@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.cost import contraction_sizes, macs_of
+from snpc.graph.cost import contraction_sizes, macs_of
+from snpc.graph.shapes import Facts, evaluate, opset
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import Facts, evaluate, opset
 from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.passes.walk import Flow
 from snpc.tokens.methods import Method, Setting

@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.shapes import Facts, best_binding
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
 from snpc.passes.rewrite import rewrite_model
-from snpc.passes.shapes import Facts, best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change

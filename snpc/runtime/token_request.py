@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.relevance import token_relevance
 from snpc.runtime.token_plan import Trials, Widths, choose_tokens

@@ -11,8 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.graph.binding import dynamic_axes
+from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import Analysis
-from snpc.passes.shapes import best_binding, dynamic_axes, evaluate
 from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import clean, save

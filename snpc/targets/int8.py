@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.shapes import opset
 from snpc.ops import lookup
 from snpc.ops.writing import ADD, CLIP, GATHER, IDENTITY, MATMUL
-from snpc.passes.shapes import opset
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import first_lines, open_session, run_session

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.shapes import best_binding
+from snpc.graph.shapes import best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.feeds import random_feeds
 from snpc.runtime.latency import Artefact

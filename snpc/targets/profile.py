@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpc.errors import UserError
+from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import quoted_facts
-from snpc.passes.shapes import best_binding
 from snpc.runtime.feeds import Shape, check_shape
 from snpc.runtime.model_io import load
 from snpc.targets.base import Options

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.passes.shapes import Facts
+from snpc.graph.shapes import Facts
 from snpc.tokens.rewrite import batch_dimension, stream_dtype, weigh
 from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
+from snpc.graph.binding import other_binding
+from snpc.graph.shapes import Facts, evaluate, learn, opset, start
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import Cut
 from snpc.ops.writing import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.passes.repair import Repairs
-from snpc.passes.shapes import Facts, evaluate, learn, opset, other_binding, start
 from snpc.passes.tokens import TokenPoint
 from snpc.passes.walk import Weighing
 from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell

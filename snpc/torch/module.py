@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
+from snpc.graph.shapes import attributes, opset
 from snpc.passes.canonicalise import origin
-from snpc.passes.shapes import attributes, opset
 from snpc.torch.operators import Call, Implementation, implementation
 from snpc.torch.operators.table import Result, Tensor, tensor_of
 from snpc.torch.weights import ties, trainable

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
 from snpc.passes.canonicalise import origin
-from snpc.passes.shapes import is_float, static_shape
 
 HIDES = -1e4  # what a mask adds to scores is at most this
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.shapes import Facts, compute, opset, subgraphs
 from snpc.ops import lookup
-from snpc.passes.shapes import Facts, compute, opset, subgraphs
 from snpc.types import AnyArray
 
 LARGEST = 1 << 24

@@ -6,12 +6,13 @@ can be run again and again without what comes before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.passes.shapes import Facts
+from snpc.graph.shapes import Facts
+from snpc.graph.traversal import reads
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,6 @@ class Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     needed: frozenset[str]
-
-
-def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node uses, the bodies of its subgraphs included."""
-    for value in node.inputs:
-        if value is not None:
-            yield value
-    for attribute in node.attributes.values():
-        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from reads(inner)
 
 
 def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:

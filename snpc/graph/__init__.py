@@ -1,0 +1,1 @@
+"""What snpc adds to onnx-ir: shapes, walks, subgraphs and costs of graphs."""

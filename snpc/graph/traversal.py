@@ -1,0 +1,92 @@
+"""Walks over a graph: what a node reads, what lies upstream and downstream of a value."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from snpc.graph.shapes import Facts
+from snpc.ops import lookup
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node uses, the bodies of its subgraphs included."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from reads(inner)
+
+
+def in_front_of(value: ir.Value) -> set[ir.Node]:
+    """The nodes that ``value`` is made by."""
+    found: set[ir.Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += reads(node)
+    return found
+
+
+def data_made(model: ir.Model) -> frozenset[ir.Value]:
+    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
+    return behind_of(model, [value for value in model.graph.inputs if not value.is_initializer()])
+
+
+def behind_of(model: ir.Model, values: Iterable[ir.Value], without: Container[ir.Node] = ()) -> frozenset[ir.Value]:
+    """``values``, and everything that their contents have gone into, not by way of the nodes ``without``."""
+    found = set(values)
+    for node in model.graph:
+        if (
+            node not in without
+            and lookup(node.domain, node.op_type).kind != "shape"
+            and any(v in found for v in node.inputs)
+        ):
+            found.update(node.outputs)
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One number that multiplies (or divides) Q, K or the scores."""
+
+    node: ir.Node
+    index: int
+    factor: float
+    divides: bool
+
+    def spelled(self, factor: float) -> float:
+        return 1.0 / factor if self.divides else factor
+
+
+def scalar_of(node: ir.Node, facts: Facts) -> tuple[Scalar | None, bool]:
+    """(the number this node multiplies by, whether values only move through it)."""
+    spec = lookup(node.domain, node.op_type)
+    if spec.kind == "movement" or (spec.effect == "same" and spec.kind == "pointwise"):
+        return None, True
+    if spec.kind != "pointwise" or spec.effect != "scale" or len(node.inputs) != 2:
+        return None, False
+    for index in (1, 0):
+        value = node.inputs[index]
+        array = facts.value.get(value) if value is not None else None
+        if array is not None and array.dtype.kind == "f" and array.size == 1 and float(array.reshape(-1)[0]) > 0:
+            divides = spec.divides
+            if divides and index == 0:
+                continue
+            number = float(array.reshape(-1)[0])
+            return Scalar(node, index, 1.0 / number if divides else number, divides), False
+    return None, False
+
+
+def is_shape(node: ir.Node) -> bool:
+    return lookup(node.domain, node.op_type).kind == "shape"
+
+
+def v_is_constant(value: ir.Value) -> bool:
+    return value.producer() is None and value.const_value is not None
