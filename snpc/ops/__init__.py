@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from snpc.ops import attention, contraction, indexing, movement, opaque, pointwise, rotary, statistics
+from snpc.ops import attention, contraction, indexing, movement, normalization, opaque, pointwise, rotary
 from snpc.ops.spec import OpSpec
 
 __all__ = ["lookup", "table"]
@@ -16,7 +16,7 @@ __all__ = ["lookup", "table"]
 @cache
 def table() -> dict[tuple[str, str], OpSpec]:
     found: dict[tuple[str, str], OpSpec] = {}
-    for family in (movement, indexing, contraction, pointwise, statistics, attention, rotary, opaque):
+    for family in (movement, indexing, contraction, pointwise, normalization, attention, rotary, opaque):
         for spec in family.entries():
             key = (spec.domain, spec.name)
             if key in found:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.graph.shapes import static_shape
+from snpc.ops.names import GEMM, RESHAPE
 from snpc.ops.spec import Shape
-from snpc.ops.writing import GEMM, RESHAPE
 from snpc.passes.projected import unbiased, weighted_product
 from snpc.passes.settle import infer_shapes
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from snpc.graph.shapes import Facts, best_binding, subgraphs
 from snpc.ops import lookup
-from snpc.ops.writing import IDENTITY, SHAPE
+from snpc.ops.names import IDENTITY, SHAPE
 
 
 def settle_branches(model: ir.Model) -> None:

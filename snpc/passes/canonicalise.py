@@ -17,7 +17,7 @@ from onnx_ir.passes import common
 
 from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
-from snpc.ops.writing import IDENTITY
+from snpc.ops.names import IDENTITY
 from snpc.passes.branches import settle_branches
 from snpc.passes.einsum import spell_out_sums
 

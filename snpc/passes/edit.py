@@ -16,7 +16,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import static_shape
 from snpc.graph.traversal import v_is_constant
 from snpc.ops import lookup
-from snpc.ops.writing import ADD
+from snpc.ops.names import ADD
 from snpc.passes.rewrite import Traced
 from snpc.types import FloatArray, Group, IntArray
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops.contraction import parse_einsum
-from snpc.ops.writing import EINSUM, REDUCE_SUM, REDUCTION_AXES_ARE_AN_INPUT, TRANSPOSE
+from snpc.ops.names import EINSUM, REDUCE_SUM, REDUCTION_AXES_ARE_AN_INPUT, TRANSPOSE
 
 
 def spell_out_sums(graph: ir.Graph, version: int) -> None:

@@ -17,8 +17,7 @@ from onnx_ir.passes import common
 from snpc.graph.shapes import Facts, attributes, best_binding, opset
 from snpc.graph.traversal import scalar_of
 from snpc.ops import lookup
-from snpc.ops.spec import Shape
-from snpc.ops.writing import (
+from snpc.ops.names import (
     ATTENTION,
     CONCAT,
     EXPAND,
@@ -32,6 +31,7 @@ from snpc.ops.writing import (
     SPLIT,
     TRANSPOSE,
 )
+from snpc.ops.spec import Shape
 from snpc.passes.positions import Place, Unfit, merged, only_reader, place
 from snpc.passes.projected import packed_projection
 from snpc.types import AnyArray

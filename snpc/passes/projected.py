@@ -11,7 +11,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import Facts
 from snpc.graph.traversal import v_is_constant as is_constant
 from snpc.ops import lookup
-from snpc.ops.writing import MATMUL, SPLIT
+from snpc.ops.names import MATMUL, SPLIT
 from snpc.passes.positions import Place, Unfit
 from snpc.types import AnyArray
 

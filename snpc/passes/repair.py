@@ -11,7 +11,7 @@ from snpc.errors import CheckFailed
 from snpc.graph.binding import other_binding
 from snpc.graph.shapes import Facts, evaluate, learn, learn_constant
 from snpc.ops import lookup
-from snpc.ops.writing import CONCAT, DIV, MUL, WHERE
+from snpc.ops.names import CONCAT, DIV, MUL, WHERE
 from snpc.types import AnyArray
 
 

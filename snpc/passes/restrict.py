@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.ops.writing import CONCAT, GATHER, SUB
+from snpc.ops.names import CONCAT, GATHER, SUB
 from snpc.passes.carried import Carried, Statistic, Trace
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts, evaluate
-from snpc.ops.writing import MUL
+from snpc.ops.names import MUL
 from snpc.passes.interleaved import resolved
 from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs

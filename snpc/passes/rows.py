@@ -17,8 +17,8 @@ import onnx_ir as ir
 from snpc.graph.shapes import Facts, opset, subgraphs
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
+from snpc.ops.names import GATHER, RESHAPE, SHAPE, SLICE
 from snpc.ops.spec import Blocked, Call, Labels, OpSpec
-from snpc.ops.writing import GATHER, RESHAPE, SHAPE, SLICE
 from snpc.types import IntArray
 
 LONGEST = 1 << 24  # entries of an axis that are looked at one by one

@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 
 from snpc.graph.shapes import attributes, by_reference, opset, part_of
 from snpc.ops import lookup
-from snpc.ops.writing import RESHAPE, SHAPE
+from snpc.ops.names import RESHAPE, SHAPE
 from snpc.types import IntArray
 
 ROUNDS = 4  # a size that is written down lets more be inferred behind it

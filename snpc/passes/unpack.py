@@ -17,7 +17,7 @@ from onnx_ir.passes import common
 from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts, learn, opset
 from snpc.ops import lookup
-from snpc.ops.writing import GATHER, SPLIT, SQUEEZE
+from snpc.ops.names import GATHER, SPLIT, SQUEEZE
 from snpc.passes.labels import varying
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops import writing as op
+from snpc.ops import names as op
 from snpc.passes.carried import Contraction
 from snpc.passes.products import sides_of
 from snpc.runtime.instrument import Instrument

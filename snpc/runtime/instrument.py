@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import attributes
-from snpc.ops import writing as op
+from snpc.ops import names as op
 from snpc.ops.attention import FORMS, AttentionForm
 from snpc.passes.streams import Source
 from snpc.runtime.layout import Layout, Told, layout_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops import writing as op
+from snpc.ops import names as op
 from snpc.passes.edit import Edits, edited, existing_bias
 from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.pack import Dead

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import TYPE_ATTRIBUTES
+from snpc.ops.names import TYPE_ATTRIBUTES
 from snpc.runtime.memory import trim
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import PROVIDERS, Memory, Optimise, open_session, resolve_provider, run_session

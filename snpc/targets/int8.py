@@ -20,7 +20,7 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.graph.shapes import opset
 from snpc.ops import lookup
-from snpc.ops.writing import ADD, CLIP, GATHER, IDENTITY, MATMUL
+from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import clean, save
 from snpc.runtime.session import first_lines, open_session, run_session

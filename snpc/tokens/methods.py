@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import (
+from snpc.ops.names import (
     ADD,
     ARG_MAX,
     CONCAT,

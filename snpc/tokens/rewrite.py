@@ -17,8 +17,8 @@ from snpc.graph.binding import other_binding
 from snpc.graph.shapes import Facts, evaluate, learn, opset, start
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
+from snpc.ops.names import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.ops.spec import Cut
-from snpc.ops.writing import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.passes.repair import Repairs
 from snpc.passes.tokens import TokenPoint
 from snpc.passes.walk import Weighing

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.writing import (
+from snpc.ops.names import (
     CAST,
     CONCAT,
     CONSTANT_OF_SHAPE,
