@@ -28,7 +28,7 @@ from snpc.page.data import Report
 from snpc.page.html import page, percent
 from snpc.page.png import data_url
 from snpc.page.words import count
-from snpc.passes.account import PRECEDENCE, macs_by_role
+from snpc.passes.mac_breakdown import PRECEDENCE, macs_by_role
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VOID = {"meta", "img", "br", "link", "hr", "input"}

@@ -12,8 +12,8 @@ import numpy as np
 from snpc.page.attention import Attention, attention_maps
 from snpc.page.survivors import Survivors, survivors
 from snpc.page.words import how
-from snpc.passes.account import macs_by_role
 from snpc.passes.analyze import analyze
+from snpc.passes.mac_breakdown import macs_by_role
 from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision
