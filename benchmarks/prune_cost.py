@@ -99,9 +99,9 @@ def reference(model: Path, what: str) -> tuple[float, int]:
 def measure(model: Path, ratio: float, folder: Path) -> Watch:
     """Every stage of a data-free prune."""
     import snpc
+    from snpc.passes.canonicalization.finalize import clean
     from snpc.passes.plan import cuts_of
     from snpc.passes.rewrite import rewrite_model
-    from snpc.runtime.model_io import clean
     from snpc.runtime.prune import verify_written
 
     watch, target = Watch(), folder / "pruned.onnx"

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from oracle import TOLERANCE, Feeds, Level, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run
 
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalise import canonicalise
+from snpc.passes.canonicalization.canonicalize import canonicalise
 from snpc.runtime.model_io import load, save
 
 BASE = "bert__ts17"

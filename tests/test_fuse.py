@@ -11,9 +11,10 @@ from exports import export, load_feeds
 from oracle import require
 
 from snpc.passes.biased import bias_in_products
+from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
 from snpc.passes.fuse import fuse_attention
-from snpc.passes.settle import settle_sizes
-from snpc.runtime.model_io import clean, load, save
+from snpc.runtime.model_io import load, save
 from snpc.runtime.session import open_session, run_session
 
 FUSED = "MultiHeadAttention"

@@ -11,12 +11,12 @@ from oracle import Array, analysis_of, feeds_of, relative_error, run, written
 from test_compress import chosen, initializers_of
 
 import snpc
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of, keep_best
 from snpc.passes.rewrite import Traced, rewrite_model
 from snpc.passes.streams import streams_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.model_io import clean
 from snpc.runtime.norms import fit_norms
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.statistics import Statistics

@@ -13,7 +13,7 @@ from oracle import analysis_of, feeds_of, relative_error, run, written
 import snpc
 from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import cost_of
-from snpc.passes.rows import drop_dead_rows
+from snpc.passes.canonicalization.eliminate_dead_rows import drop_dead_rows
 
 CLASSIFIERS = [name for name in EXPORTS if name.startswith(("vit_timm", "vit_hf"))]
 OTHERS = ["gpt2__ts17", "llama__ts17", "swin_timm__ts17", "bart__ts17"]

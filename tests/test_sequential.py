@@ -14,10 +14,11 @@ from test_compress import calibration_of, chosen
 
 import snpc
 from snpc.graph.subgraph import extract, segments
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import rewrite_model
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded, open_session

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from oracle import feeds_of, require, run
 
 import snpc
-from snpc.passes.settle import settle_sizes
-from snpc.runtime.model_io import clean, save
+from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
+from snpc.runtime.model_io import save
 
 
 def settled(model: ir.Model, folder: Path) -> Path:

@@ -15,9 +15,10 @@ from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.page.png import Bytes
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.model_io import clean, load, save
+from snpc.runtime.model_io import load, save
 from snpc.runtime.prune import Pruned
 from snpc.runtime.session import open_session
 from snpc.runtime.tokens import closed

@@ -14,7 +14,7 @@ from snpc.graph.cost import contraction_sizes, macs_of
 from snpc.graph.module_paths import common_path, path_of, unique_names
 from snpc.graph.shapes import Facts, attributes, opset
 from snpc.ops import lookup
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.shared_constants import origin
 from snpc.passes.feasible import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.labels import Axis, Flag, PinNote
 from snpc.passes.resolve import Units

@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from snpc.graph.subgraph import Segment, extract, segments
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.edit import NoPlace
 from snpc.passes.rewrite import Traced
 from snpc.runtime.memory import Shelf
-from snpc.runtime.model_io import clean
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.session import NotLoaded
 from snpc.runtime.silent import constant_array

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.rewrite import rewrite_model
 from snpc.runtime.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
-from snpc.runtime.model_io import clean, replacing, save
+from snpc.runtime.model_io import replacing, save
 from snpc.runtime.noise import id_limits
 from snpc.types import APPROXIMATE, FloatArray, Group
 

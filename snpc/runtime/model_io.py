@@ -18,11 +18,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes import common
 
 from snpc.errors import UserError
 from snpc.graph.shapes import weight_bytes
-from snpc.passes.canonicalise import canonicalise, merge_forks
+from snpc.passes.canonicalization.canonicalize import canonicalise
 from snpc.runtime.intake import check_tensors, entry, is_external, tensors
 from snpc.runtime.wire import GRAPH, INITIALIZER, RAW_DATA, delimited, skim
 from snpc.types import Model, TensorSpec
@@ -216,18 +215,6 @@ def check_target(target: Path, *sources: Path) -> None:
         raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK):
         raise UserError(f"{target}: the folder {target.parent} is not writable; choose another output with -o")
-
-
-def clean(model: ir.Model) -> ir.Model:
-    """What is written: no dead nodes, no stale shapes of intermediate values, copies that ended equal merged again."""
-    common.RemoveUnusedNodesPass()(model)
-    merge_forks(model.graph)
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-                value.type = None
-    return model
 
 
 def save(model: ir.Model, target: Path, external: bool = False) -> None:

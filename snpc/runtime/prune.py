@@ -17,7 +17,8 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.graph.shapes import evaluate
 from snpc.passes.analyze import Analysis, analyze, cost_of
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.shared_constants import origin
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.rewrite import Rewritten, Traced, rewrite_model
 from snpc.passes.slice import Cuts
@@ -25,7 +26,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for
 from snpc.runtime.fit import Compression, fit, settled
-from snpc.runtime.model_io import check_target, clean, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.model_io import check_target, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially

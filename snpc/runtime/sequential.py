@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from snpc.closed import damped_solution
 from snpc.graph.subgraph import Segment, extract
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.edit import Edits
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.readers import reader_of
@@ -28,7 +29,6 @@ from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.measure import add_up
 from snpc.runtime.memory import Shelf, memory_budget
-from snpc.runtime.model_io import clean
 from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch

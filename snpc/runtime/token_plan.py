@@ -22,6 +22,7 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.graph.shapes import Facts, best_binding
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
 from snpc.passes.rewrite import rewrite_model
@@ -29,7 +30,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change
 from snpc.runtime.fit import fit, settled
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.relevance import token_relevance
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.runtime.verify import outputs_of

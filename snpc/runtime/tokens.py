@@ -14,9 +14,10 @@ from snpc.errors import CheckFailed
 from snpc.graph.binding import dynamic_axes
 from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.session import open_session, run_session
 from snpc.runtime.verify import compare, outputs_of, pooled
 from snpc.tokens.inplace import inplace_feeds, inplace_model

@@ -13,11 +13,12 @@ import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
+from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.mask import mask_model
 from snpc.passes.pack import Packing
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.memory import trim
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.scratch import is_widened, scratch
 from snpc.runtime.session import open_session, run_session
 from snpc.runtime.wire import skim

@@ -21,8 +21,9 @@ from snpc.errors import UserError
 from snpc.graph.shapes import opset
 from snpc.ops import lookup
 from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
+from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.session import first_lines, open_session, run_session
 from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.types import Feeds, FloatArray, IntArray, Model

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import Analysis, analysed, cost_of
-from snpc.passes.settle import settle_sizes
+from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
 from snpc.passes.tokens import TokenPoint
 from snpc.tokens import method
 from snpc.tokens.deciding import close_tokens

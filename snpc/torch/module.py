@@ -17,7 +17,7 @@ import torch
 
 from snpc.errors import UserError
 from snpc.graph.shapes import attributes, opset
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.shared_constants import origin
 from snpc.torch.operators import Call, Implementation, implementation
 from snpc.torch.operators.table import Result, Tensor, tensor_of
 from snpc.torch.weights import ties, trainable

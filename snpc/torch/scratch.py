@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from snpc.ops import lookup
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.shared_constants import origin
 from snpc.torch.module import GraphModule
 from snpc.torch.weights import users
 from snpc.types import Model

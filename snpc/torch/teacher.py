@@ -16,9 +16,10 @@ import onnx_ir as ir
 import torch
 
 from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.calibration.stream import Calibration
-from snpc.runtime.model_io import clean, save
+from snpc.runtime.model_io import save
 from snpc.runtime.session import open_session, run_session
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.table import tensor_of

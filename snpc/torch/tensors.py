@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.shared_constants import origin
 from snpc.runtime.model_io import check_target, load, model_files, replacing
 from snpc.torch.module import GraphModule
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
-from snpc.passes.canonicalise import origin
+from snpc.passes.canonicalization.shared_constants import origin
 
 HIDES = -1e4  # what a mask adds to scores is at most this
 

@@ -1,0 +1,1 @@
+"""Canonicalization: rewrites without change of meaning that the analysis relies on."""
