@@ -10,10 +10,10 @@ import pytest
 from exports import export, load_feeds
 from oracle import require
 
-from snpc.passes.biased import bias_in_products
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
-from snpc.passes.fuse import fuse_attention
+from snpc.passes.fusion.fuse_attention import fuse_attention
+from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
 from snpc.runtime.model_io import load, save
 from snpc.runtime.session import open_session, run_session
 

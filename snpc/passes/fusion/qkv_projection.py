@@ -12,7 +12,7 @@ from snpc.graph.shapes import Facts
 from snpc.graph.traversal import v_is_constant as is_constant
 from snpc.ops import lookup
 from snpc.ops.names import MATMUL, SPLIT
-from snpc.passes.positions import Place, Unfit
+from snpc.passes.fusion.head_columns import Place, Unfit
 from snpc.types import AnyArray
 
 

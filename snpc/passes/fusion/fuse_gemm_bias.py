@@ -14,7 +14,7 @@ from snpc.graph.shapes import static_shape
 from snpc.ops.names import GEMM, RESHAPE
 from snpc.ops.spec import Shape
 from snpc.passes.canonicalization.fold_shape_arithmetic import infer_shapes
-from snpc.passes.projected import unbiased, weighted_product
+from snpc.passes.fusion.qkv_projection import unbiased, weighted_product
 
 
 def bias_in_products(model: ir.Model) -> tuple[ir.Model, int]:

@@ -32,8 +32,8 @@ from snpc.ops.names import (
     TRANSPOSE,
 )
 from snpc.ops.spec import Shape
-from snpc.passes.positions import Place, Unfit, merged, only_reader, place
-from snpc.passes.projected import packed_projection
+from snpc.passes.fusion.head_columns import Place, Unfit, merged, only_reader, place
+from snpc.passes.fusion.qkv_projection import packed_projection
 from snpc.types import AnyArray
 
 

@@ -1,0 +1,1 @@
+"""Fusions that a runtime rewards: attention and biases in one node."""
