@@ -13,9 +13,10 @@ import onnx_ir as ir
 from snpc.graph.cost import contraction_sizes, macs_of
 from snpc.graph.shapes import Facts, best_binding, evaluate, opset, weight_bytes
 from snpc.passes.canonicalization.eliminate_dead_rows import drop_dead_rows
-from snpc.passes.groups import Draft, approximate, drafts, finish
+from snpc.passes.grouping.drafts import Draft, approximate, drafts
+from snpc.passes.grouping.groups import finish
+from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.labels import Flag
-from snpc.passes.rewrite import Traced, traced
 from snpc.passes.tokens import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
 from snpc.types import Cost, Group, Model, Pin
 

@@ -17,7 +17,7 @@ from snpc.graph.shapes import static_shape
 from snpc.graph.traversal import v_is_constant
 from snpc.ops import lookup
 from snpc.ops.names import ADD
-from snpc.passes.rewrite import Traced
+from snpc.passes.grouping.traced import Traced
 from snpc.types import FloatArray, Group, IntArray
 
 Index = npt.NDArray[np.int64]

@@ -13,12 +13,12 @@ import onnx_ir as ir
 from snpc.ops import lookup
 from snpc.passes.carried import Statistic
 from snpc.passes.edit import NoPlace, Place, is_own_vector
+from snpc.passes.grouping.traced import Traced
 from snpc.passes.labels import varying
 from snpc.passes.means import paths_of
 from snpc.passes.pack import Dead
 from snpc.passes.readers import Reader, reader_of
 from snpc.passes.restrict import lost_along, touched
-from snpc.passes.rewrite import Traced
 from snpc.types import Group
 
 

@@ -12,8 +12,8 @@ from snpc.graph.shapes import attributes
 from snpc.ops import lookup
 from snpc.passes.carried import Carried, Contraction
 from snpc.passes.edit import Edits, NoPlace, Place, positions_of
+from snpc.passes.grouping.traced import Traced
 from snpc.passes.labels import varying
-from snpc.passes.rewrite import Traced
 from snpc.types import FloatArray, Group, IntArray, Probe, Site
 
 

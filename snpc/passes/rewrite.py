@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import Facts, evaluate
+from snpc.graph.shapes import Facts
 from snpc.ops.names import MUL
-from snpc.passes.interleaved import resolved
+from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.pack import Dead, Packing
 from snpc.passes.repair import Repairs
-from snpc.passes.resolve import Units
 from snpc.passes.scale import ScalePlan, plan_scales
 from snpc.passes.slice import (
     Cuts,
@@ -26,27 +24,7 @@ from snpc.passes.slice import (
     shrunk,
     slice_model,
 )
-from snpc.passes.trace import Trace, trace_model
 from snpc.passes.unpack import ragged_values, unpack
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A canonical model with everything that the trace found in it."""
-
-    model: ir.Model
-    sizes: Mapping[str, int]
-    facts: Facts
-    trace: Trace
-    units: Units
-    kv_cache: bool = False
-
-
-def traced(model: ir.Model, sizes: Mapping[str, int], facts: Facts | None = None, kv_cache: bool = False) -> Traced:
-    """``kv_cache``: caches of keys and values among the inputs and outputs may become narrower too."""
-    facts = facts or evaluate(model, sizes)
-    trace = trace_model(model, facts, kv_cache)
-    return Traced(model, sizes, facts, trace, resolved(trace), kv_cache)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from snpc.ops import lookup
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
 from snpc.passes.caches import narrow_interface
+from snpc.passes.grouping.units import Units
 from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
-from snpc.passes.resolve import Units
 from snpc.passes.trace import Carried, Trace
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]

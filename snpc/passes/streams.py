@@ -21,7 +21,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import SUMMED
 from snpc.passes.carried import Carried, Contraction
-from snpc.passes.rewrite import Traced
+from snpc.passes.grouping.traced import Traced
 
 PLAIN = {"movement", "concat", "pointwise"}  # kinds that lie between a product and its softmax
 

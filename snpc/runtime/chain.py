@@ -13,7 +13,7 @@ from snpc.graph.subgraph import Segment, extract, segments
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.edit import NoPlace
-from snpc.passes.rewrite import Traced
+from snpc.passes.grouping.traced import Traced
 from snpc.runtime.memory import Shelf
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.session import NotLoaded

@@ -24,10 +24,10 @@ from snpc.closed import (
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, Place, edited
+from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.plan import Plan
 from snpc.passes.products import operand_places, value_places
 from snpc.passes.readers import Reader, reader_of, readers_of
-from snpc.passes.rewrite import Traced, traced
 from snpc.runtime.memory import Shelf
 from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, forms_of, needs
 from snpc.runtime.statistics import Statistics, check_model

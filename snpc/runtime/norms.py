@@ -18,11 +18,11 @@ import onnx_ir as ir
 
 from snpc.ops import names as op
 from snpc.passes.edit import Edits, edited, existing_bias
+from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.pack import Dead
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.restrict import restrict
-from snpc.passes.rewrite import Traced, traced
 from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.instrument import Instrument

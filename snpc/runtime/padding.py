@@ -19,7 +19,7 @@ from snpc.graph.binding import other_binding
 from snpc.graph.shapes import Facts, evaluate
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import Shape
-from snpc.passes.rewrite import Traced
+from snpc.passes.grouping.traced import Traced
 from snpc.passes.streams import Source, Streams, streams_of
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.layout import Order, Told, layout_of, rows_of

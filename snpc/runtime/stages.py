@@ -12,10 +12,10 @@ from snpc.graph.subgraph import Segment, segments
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.edit import Edits, edited, existing_bias
+from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.plan import Plan
 from snpc.passes.products import score_products
 from snpc.passes.readers import readers_of
-from snpc.passes.rewrite import Traced, traced
 from snpc.runtime.fit import Compression
 from snpc.runtime.measure import Wanted, wanted_statistics
 from snpc.runtime.moments import forms_of, needs
