@@ -131,7 +131,7 @@ def softmax_of(node: Any) -> Any:
 
 def reason_against(analysis: Any, scores: Any) -> str:
     """Empty where the summed width is a group that can be cut, else what pins it."""
-    from snpc.passes.labels import varying
+    from snpc.passes.propagation.labels import varying
 
     units = analysis.traced.units.unit
     free = {(site.tensor, site.axis) for g in analysis.groups if g.prunable and g.role == "qk" for site in g.sites}

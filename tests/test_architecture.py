@@ -33,7 +33,7 @@ def name_of(path: Path) -> str:
 
 
 def layer_of(module: str) -> str | None:
-    """The layer of `snpc.passes.trace`; None for `snpc` itself, the public face of all of them."""
+    """The layer of `snpc.passes.propagation.propagate`; None for `snpc` itself, the public face of all of them."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else None
 

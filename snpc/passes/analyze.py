@@ -16,7 +16,7 @@ from snpc.passes.canonicalization.eliminate_dead_rows import drop_dead_rows
 from snpc.passes.grouping.drafts import Draft, approximate, drafts
 from snpc.passes.grouping.groups import finish
 from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.labels import Flag
+from snpc.passes.propagation.labels import Flag
 from snpc.passes.tokens import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
 from snpc.types import Cost, Group, Model, Pin
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from snpc.graph.shapes import Facts
 from snpc.graph.traversal import v_is_constant
 from snpc.ops import lookup
-from snpc.passes.labels import varying
-from snpc.passes.trace import Carried, Trace
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.propagate import Carried, Trace
 
 
 @dataclass

@@ -7,8 +7,8 @@ import numpy as np
 from snpc.graph.cost import contraction_sizes, macs_of
 from snpc.graph.shapes import evaluate, opset
 from snpc.passes.analyze import Analysis
-from snpc.passes.carried import Contraction
-from snpc.passes.labels import Ints
+from snpc.passes.propagation.labels import Ints
+from snpc.passes.propagation.state import Contraction
 from snpc.types import Role
 
 UNREAD = "rows no output depends on"

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.labels import Axis, Flag
-from snpc.passes.pack import Dead
-from snpc.passes.restrict import restrict, touched
-from snpc.passes.trace import Trace
+from snpc.passes.propagation.labels import Axis, Flag
+from snpc.passes.propagation.propagate import Trace
+from snpc.passes.propagation.removal import Dead, touched
+from snpc.passes.restrict import restrict
 from snpc.types import AnyArray
 
 Mask = npt.NDArray[np.bool_]

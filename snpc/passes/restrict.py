@@ -7,24 +7,14 @@ positions gets zeros in the place of the removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops.names import CONCAT, GATHER, SUB
-from snpc.passes.carried import Carried, Statistic, Trace
-from snpc.passes.labels import varying
-from snpc.passes.pack import Dead
+from snpc.passes.propagation.removal import Dead, lost_along
+from snpc.passes.propagation.state import Statistic, Trace
 from snpc.types import Mask
-
-
-def touched(trace: Trace, dead: Dead) -> Iterator[Statistic]:
-    """The statistics that lose something."""
-    for statistic in trace.statistics:
-        if dead.touches(statistic.labels):
-            yield statistic
 
 
 def restrict(graph: ir.Graph, node: ir.Node, statistic: Statistic, trace: Trace, dead: Dead) -> None:
@@ -40,15 +30,6 @@ def restrict(graph: ir.Graph, node: ir.Node, statistic: Statistic, trace: Trace,
             if index < len(old.outputs):
                 for axis, stays in lost_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
                     writer.spread(node.outputs[index], stays, axis)
-
-
-def lost_along(carried: Carried | None, axes: Sequence[int], dead: Dead) -> Iterator[tuple[int, Mask]]:
-    """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
-    for labels in carried.factors if carried is not None else ():
-        on = {k - labels.ndim for k in varying(labels)}
-        if on <= set(axes) and dead.touches(labels):
-            (axis,) = on
-            yield axis, dead.mask(labels).reshape(-1)
 
 
 class Writer:

@@ -11,7 +11,7 @@ from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts
 from snpc.ops.names import MUL
 from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.pack import Dead, Packing
+from snpc.passes.propagation.removal import Dead, Packing
 from snpc.passes.repair import Repairs
 from snpc.passes.scale import ScalePlan, plan_scales
 from snpc.passes.slice import (

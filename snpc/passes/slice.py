@@ -21,11 +21,11 @@ from snpc.graph.shapes import Facts, attributes, evaluate, is_float, learn, opse
 from snpc.ops import lookup
 from snpc.ops.movement import compress
 from snpc.ops.spec import Blocked, Labels, Shape
-from snpc.passes.caches import narrow_interface
 from snpc.passes.grouping.units import Units
-from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
+from snpc.passes.propagation.kv_cache import narrow_interface
+from snpc.passes.propagation.propagate import Carried, Trace
+from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
-from snpc.passes.trace import Carried, Trace
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
 Cuts = Mapping[tuple[str, int], npt.NDArray[np.bool_]]

@@ -20,8 +20,8 @@ from snpc.graph.union_find import Groups
 from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import SUMMED
-from snpc.passes.carried import Carried, Contraction
 from snpc.passes.grouping.traced import Traced
+from snpc.passes.propagation.state import Carried, Contraction
 
 PLAIN = {"movement", "concat", "pointwise"}  # kinds that lie between a product and its softmax
 

@@ -18,10 +18,10 @@ from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts, learn, opset
 from snpc.ops import lookup
 from snpc.ops.names import GATHER, SPLIT, SQUEEZE
-from snpc.passes.labels import varying
-from snpc.passes.pack import Dead, Packing, Ragged, as_cut, packing
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.propagate import Carried, Trace
+from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
 from snpc.passes.repair import Repairs
-from snpc.passes.trace import Carried, Trace
 
 Ints = np.typing.NDArray[np.int64]
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.carried import Contraction
 from snpc.passes.products import score_products
+from snpc.passes.propagation.state import Contraction
 from snpc.passes.readers import uses_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.coupled import coupled

@@ -20,8 +20,8 @@ from snpc.ops import names as op
 from snpc.passes.edit import Edits, edited, existing_bias
 from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.norms import Norm, norms_of, readers_of
-from snpc.passes.pack import Dead
 from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.propagation.removal import Dead
 from snpc.passes.restrict import restrict
 from snpc.passes.slice import dead_units
 from snpc.runtime.calibration import Calibration

@@ -15,7 +15,7 @@ from onnx import shape_inference
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.mask import mask_model
-from snpc.passes.pack import Packing
+from snpc.passes.propagation.removal import Packing
 from snpc.passes.rewrite import Rewritten
 from snpc.runtime.memory import trim
 from snpc.runtime.model_io import save

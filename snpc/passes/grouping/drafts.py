@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from snpc.passes.grouping.feasibility import Lying, cannot_be_cut, values_by_unit
 from snpc.passes.grouping.units import Units
-from snpc.passes.labels import Flag, PinNote
-from snpc.passes.trace import Trace
+from snpc.passes.propagation.labels import Flag, PinNote
+from snpc.passes.propagation.propagate import Trace
 from snpc.types import Ints, Role
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.carried import Trace
 from snpc.passes.grouping.units import Units
-from snpc.passes.labels import Ints, PinNote
-from snpc.passes.pack import Dead, Ragged, packing
+from snpc.passes.propagation.labels import Ints, PinNote
+from snpc.passes.propagation.removal import Dead, Ragged, packing
+from snpc.passes.propagation.state import Trace
 
 Lying = Mapping[int, list[ir.Value]]
 

@@ -16,8 +16,8 @@ from snpc.ops import lookup
 from snpc.passes.canonicalization.shared_constants import origin
 from snpc.passes.grouping.drafts import Draft, approximate
 from snpc.passes.grouping.units import Units
-from snpc.passes.labels import Axis, Flag, PinNote
-from snpc.passes.trace import Carried, Contraction, Trace
+from snpc.passes.propagation.labels import Axis, Flag, PinNote
+from snpc.passes.propagation.propagate import Carried, Contraction, Trace
 from snpc.types import APPROXIMATE, Freedom, Group, Ints, Pin, Probe, ProbeKind, Site, SiteKind
 
 # -- finished groups -------------------------------------------------------------------------------------------------

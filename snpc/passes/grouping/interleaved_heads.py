@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.passes.carried import Trace
 from snpc.passes.grouping.units import Units, resolve
-from snpc.passes.labels import Ints, varying
+from snpc.passes.propagation.labels import Ints, varying
+from snpc.passes.propagation.state import Trace
 
 
 def resolved(trace: Trace) -> Units:

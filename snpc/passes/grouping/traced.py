@@ -10,7 +10,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import Facts, evaluate
 from snpc.passes.grouping.interleaved_heads import resolved
 from snpc.passes.grouping.units import Units
-from snpc.passes.trace import Trace, trace_model
+from snpc.passes.propagation.propagate import Trace, trace_model
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snpc.graph.union_find import components
-from snpc.passes.labels import Book, Slab
+from snpc.passes.propagation.labels import Book, Slab
 from snpc.types import Ints
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from snpc.ops.movement import regroup
 from snpc.ops.spec import Letters
-from snpc.passes.carried import Carried, Factors, Here
-from snpc.passes.contract import contract
-from snpc.passes.labels import Flag, varying
-from snpc.passes.meet import meet
+from snpc.passes.propagation.contraction import contract
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.pointwise import meet
+from snpc.passes.propagation.state import Carried, Factors, Here
 
 GROUP = "G"
 

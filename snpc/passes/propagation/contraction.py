@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from snpc.ops.spec import MISFIT, SUMMED, Blocked, Labels, Letters
-from snpc.passes.carried import Carried, Contraction, Factors, Here, cover_rest
-from snpc.passes.labels import Flag, varying
-from snpc.passes.meet import meet, pin_half_labelled
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.pointwise import meet, pin_half_labelled
+from snpc.passes.propagation.state import Carried, Contraction, Factors, Here, cover_rest
 
 
 def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: str = "") -> Factors:

@@ -17,16 +17,16 @@ from snpc.ops.contraction import letters_of
 from snpc.ops.movement import concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
-from snpc.passes.caches import ADVICE, enter_cache, find_caches, handed_on
-from snpc.passes.carried import Carried, Contraction, Factors, Here, Trace, align, cover_rest, independent
-from snpc.passes.contract import add_bias, contract
-from snpc.passes.fused import attention
-from snpc.passes.grouped import grouped
-from snpc.passes.labels import Flag, varying
-from snpc.passes.laid import lay_out
-from snpc.passes.means import stray_reader
-from snpc.passes.meet import meet, same_labels
-from snpc.passes.rotary import rotary
+from snpc.passes.propagation.attention import attention
+from snpc.passes.propagation.concat import lay_out
+from snpc.passes.propagation.contraction import add_bias, contract
+from snpc.passes.propagation.grouped_convolution import grouped
+from snpc.passes.propagation.kv_cache import ADVICE, enter_cache, find_caches, handed_on
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.pointwise import meet, same_labels
+from snpc.passes.propagation.rotary_embedding import rotary
+from snpc.passes.propagation.state import Carried, Contraction, Factors, Here, Trace, align, cover_rest, independent
+from snpc.passes.propagation.statistics import stray_reader
 
 __all__ = ["Carried", "Contraction", "Trace", "trace_model"]
 

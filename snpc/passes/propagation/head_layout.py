@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snpc.ops.movement import regroup
-from snpc.passes.carried import Carried
+from snpc.passes.propagation.state import Carried
 
 
 def split_heads(carried: Carried, heads: int) -> Carried:

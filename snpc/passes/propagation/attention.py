@@ -12,13 +12,13 @@ from snpc.ops.contraction import matmul_letters
 from snpc.ops.movement import compress
 from snpc.ops.rotary import RotaryForm
 from snpc.ops.spec import SUMMED, Labels, Letters
-from snpc.passes.carried import Carried, Factors, Here, align
-from snpc.passes.contract import contract
-from snpc.passes.heads import merge_heads, repeat_heads, split_heads
-from snpc.passes.labels import Flag, varying
-from snpc.passes.laid import lay_out
-from snpc.passes.meet import meet
-from snpc.passes.rotary import rotate
+from snpc.passes.propagation.concat import lay_out
+from snpc.passes.propagation.contraction import contract
+from snpc.passes.propagation.head_layout import merge_heads, repeat_heads, split_heads
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.pointwise import meet
+from snpc.passes.propagation.rotary_embedding import rotate
+from snpc.passes.propagation.state import Carried, Factors, Here, align
 
 Three = tuple[Carried, Carried, Carried]
 

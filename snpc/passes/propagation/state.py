@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops.spec import Call, Labels, Letters, OpSpec, Shape
-from snpc.passes.labels import Book, varying
+from snpc.passes.propagation.labels import Book, varying
 from snpc.types import PinKind
 
 Factors = tuple[Labels, ...]

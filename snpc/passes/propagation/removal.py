@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from snpc.ops.movement import compress
 from snpc.ops.spec import Cut, Labels, Shape
-from snpc.passes.labels import varying
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.state import Carried, Statistic, Trace
 from snpc.types import AnyArray
 
 Mask = npt.NDArray[np.bool_]
@@ -149,3 +150,19 @@ def within_block(labels: Labels, axis: int, dead: Dead) -> bool:
 
 def as_cut(packed: Packing) -> Cut:
     return Cut(packed.old, packed.new, packed.before, packed.positions)
+
+
+def touched(trace: Trace, dead: Dead) -> Iterator[Statistic]:
+    """The statistics that lose something."""
+    for statistic in trace.statistics:
+        if dead.touches(statistic.labels):
+            yield statistic
+
+
+def lost_along(carried: Carried | None, axes: Sequence[int], dead: Dead) -> Iterator[tuple[int, Mask]]:
+    """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
+    for labels in carried.factors if carried is not None else ():
+        on = {k - labels.ndim for k in varying(labels)}
+        if on <= set(axes) and dead.touches(labels):
+            (axis,) = on
+            yield axis, dead.mask(labels).reshape(-1)

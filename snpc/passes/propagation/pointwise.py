@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from snpc.ops.spec import MISFIT, Labels
-from snpc.passes.carried import Carried, Factors, Here
-from snpc.passes.labels import varying
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.state import Carried, Factors, Here
 
 
 def same_labels(left: Carried, right: Carried) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.carried import Carried, Statistic, Trace
-from snpc.passes.labels import varying
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.state import Carried, Statistic, Trace
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 
 from snpc.ops.movement import compress
 from snpc.ops.spec import Labels
-from snpc.passes.carried import Carried, Factors, Here
-from snpc.passes.labels import varying
+from snpc.passes.propagation.labels import varying
+from snpc.passes.propagation.state import Carried, Factors, Here
 
 
 def lay_out(here: Here, parts: Sequence[Carried], axis: int) -> Factors:

@@ -18,8 +18,8 @@ from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.movement import concat_axis
 from snpc.ops.spec import Blocked, Labels
-from snpc.passes.carried import Carried, Trace
-from snpc.passes.labels import Flag, varying
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.state import Carried, Trace
 from snpc.types import IntArray
 
 ADVICE = "a cache: --prune-kv-cache narrows past and present together"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from snpc.ops.rotary import RotaryForm, rotary_form, rotated_pairs
-from snpc.passes.carried import Carried, Factors, Here
-from snpc.passes.heads import merge_heads, split_heads
-from snpc.passes.labels import Flag, varying
-from snpc.passes.meet import meet
+from snpc.passes.propagation.head_layout import merge_heads, split_heads
+from snpc.passes.propagation.labels import Flag, varying
+from snpc.passes.propagation.pointwise import meet
+from snpc.passes.propagation.state import Carried, Factors, Here
 
 
 def rotary(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
