@@ -101,7 +101,7 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     import snpc
     from snpc.passes.canonicalization.finalize import clean
     from snpc.passes.plan import cuts_of
-    from snpc.passes.rewrite import rewrite_model
+    from snpc.passes.slicing.rewrite import rewrite_model
     from snpc.runtime.prune import verify_written
 
     watch, target = Watch(), folder / "pruned.onnx"

@@ -22,8 +22,8 @@ from exports import ALL, export, load_feeds
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.mask import mask_model
-from snpc.passes.rewrite import Rewritten, rewrite_model
+from snpc.passes.slicing.mask import mask_model
+from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
 from snpc.runtime.model_io import load, save
 from snpc.types import Group
 

@@ -14,8 +14,8 @@ from oracle import TOLERANCE, Array, prunable, random_cuts, relative_error, run,
 
 from snpc.cli import main
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.mask import mask_model
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.mask import mask_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.model_io import load
 from snpc.runtime.verify import taken
 

@@ -28,7 +28,7 @@ from snpc.passes.edit import Edits, NoPlace, edited
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.products import contraction_at
 from snpc.passes.readers import reader_of
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
 from snpc.runtime.fit import Compression, fit, fit_basis, settled

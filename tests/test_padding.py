@@ -15,7 +15,7 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.plan import Plan, cuts_of, keep_best
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.streams import streams_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.norms import fit_norms

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import pytest
 from test_cli import VIT, invoke
 
-from snpc.passes import rewrite, slice
-from snpc.passes.scale import ScalePlan
+from snpc.passes.slicing import rewrite, slice
+from snpc.passes.slicing.attention_scale import ScalePlan
 
 Patch = pytest.MonkeyPatch
 

@@ -17,7 +17,7 @@ from snpc.graph.subgraph import extract, segments
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.model_io import save
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially

@@ -16,7 +16,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, Target, allowed, parse_target
 from snpc.passes.descent import Descent, descent, within
 from snpc.passes.energy import module_widths
-from snpc.passes.slice import Cuts
+from snpc.passes.slicing.slice import Cuts
 from snpc.types import APPROXIMATE, FloatArray, Group
 
 Method = Literal["select", "parallel", "auto"]

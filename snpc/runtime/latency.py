@@ -22,7 +22,7 @@ import numpy as np
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan, Times, cuts_of
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import replacing, save

@@ -22,8 +22,8 @@ from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.propagation.removal import Dead
-from snpc.passes.restrict import restrict
-from snpc.passes.slice import dead_units
+from snpc.passes.slicing.masked_statistics import restrict
+from snpc.passes.slicing.slice import dead_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, token_masks

@@ -21,8 +21,8 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.canonicalization.shared_constants import origin
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.plan import Plan, cuts_of
-from snpc.passes.rewrite import Rewritten, rewrite_model
-from snpc.passes.slice import Cuts
+from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
+from snpc.passes.slicing.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from snpc.passes.edit import Edits, existing_bias
 from snpc.passes.grouping.traced import Traced
-from snpc.passes.mask import mask_constants, silenced
-from snpc.passes.slice import Cuts, dead_units
+from snpc.passes.slicing.mask import mask_constants, silenced
+from snpc.passes.slicing.slice import Cuts, dead_units
 from snpc.types import AnyArray, FloatArray
 
 

@@ -25,7 +25,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
-from snpc.passes.rewrite import rewrite_model
+from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change

@@ -14,9 +14,9 @@ from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.mask import mask_model
 from snpc.passes.propagation.removal import Packing
-from snpc.passes.rewrite import Rewritten
+from snpc.passes.slicing.mask import mask_model
+from snpc.passes.slicing.rewrite import Rewritten
 from snpc.runtime.memory import trim
 from snpc.runtime.model_io import save
 from snpc.runtime.scratch import is_widened, scratch

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts
 from snpc.ops.names import GATHER, SHAPE, SUB, WHERE
-from snpc.passes.repair import Repairs
+from snpc.passes.slicing.shape_parameters import Repairs
 from snpc.passes.tokens import TOKEN_AXIS
 from snpc.passes.walk import Marks
 from snpc.tokens.methods import KEPT, Method, Setting, share_kept

@@ -19,7 +19,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import FORMS
 from snpc.ops.names import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.ops.spec import Cut
-from snpc.passes.repair import Repairs
+from snpc.passes.slicing.shape_parameters import Repairs
 from snpc.passes.tokens import TokenPoint
 from snpc.passes.walk import Weighing
 from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell

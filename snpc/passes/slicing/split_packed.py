@@ -21,7 +21,7 @@ from snpc.ops.names import GATHER, SPLIT, SQUEEZE
 from snpc.passes.propagation.labels import varying
 from snpc.passes.propagation.propagate import Carried, Trace
 from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
-from snpc.passes.repair import Repairs
+from snpc.passes.slicing.shape_parameters import Repairs
 
 Ints = np.typing.NDArray[np.int64]
 

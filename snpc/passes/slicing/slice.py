@@ -25,7 +25,7 @@ from snpc.passes.grouping.units import Units
 from snpc.passes.propagation.kv_cache import narrow_interface
 from snpc.passes.propagation.propagate import Carried, Trace
 from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
-from snpc.passes.repair import Repairs
+from snpc.passes.slicing.shape_parameters import Repairs
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
 Cuts = Mapping[tuple[str, int], npt.NDArray[np.bool_]]

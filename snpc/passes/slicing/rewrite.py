@@ -12,9 +12,9 @@ from snpc.graph.shapes import Facts
 from snpc.ops.names import MUL
 from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.propagation.removal import Dead, Packing
-from snpc.passes.repair import Repairs
-from snpc.passes.scale import ScalePlan, plan_scales
-from snpc.passes.slice import (
+from snpc.passes.slicing.attention_scale import ScalePlan, plan_scales
+from snpc.passes.slicing.shape_parameters import Repairs
+from snpc.passes.slicing.slice import (
     Cuts,
     Sliced,
     broken_scalars,
@@ -24,7 +24,7 @@ from snpc.passes.slice import (
     shrunk,
     slice_model,
 )
-from snpc.passes.unpack import ragged_values, unpack
+from snpc.passes.slicing.split_packed import ragged_values, unpack
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from snpc.ops import lookup
 from snpc.passes.propagation.labels import Axis, Flag
 from snpc.passes.propagation.propagate import Trace
 from snpc.passes.propagation.removal import Dead, touched
-from snpc.passes.restrict import restrict
+from snpc.passes.slicing.masked_statistics import restrict
 from snpc.types import AnyArray
 
 Mask = npt.NDArray[np.bool_]
