@@ -16,7 +16,7 @@ from snpc.passes.choice import Choice
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.plan import Plan, cuts_of, keep_best
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.passes.streams import streams_of
+from snpc.passes.token_analysis.padding_sources import streams_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.norms import fit_norms
 from snpc.runtime.prune import Means, fitted

@@ -15,7 +15,7 @@ import click
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
-from snpc.passes.tokens import TokenPoint
+from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.runtime.bench import Bench
 from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.fit import Compression

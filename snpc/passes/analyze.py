@@ -17,7 +17,7 @@ from snpc.passes.grouping.drafts import Draft, approximate, drafts
 from snpc.passes.grouping.groups import finish
 from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.propagation.labels import Flag
-from snpc.passes.tokens import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
+from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)

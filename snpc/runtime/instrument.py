@@ -11,7 +11,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import attributes
 from snpc.ops import names as op
 from snpc.ops.attention import FORMS, AttentionForm
-from snpc.passes.streams import Source
+from snpc.passes.token_analysis.padding_sources import Source
 from snpc.runtime.layout import Layout, Told, layout_of
 from snpc.runtime.triangle import strips
 from snpc.types import Probe

@@ -9,7 +9,7 @@ import numpy as np
 
 from snpc.errors import CheckFailed
 from snpc.ops.spec import Shape
-from snpc.passes.streams import shortest_period
+from snpc.passes.token_analysis.padding_sources import shortest_period
 from snpc.types import IntArray, Probe
 
 Order = Literal["plain", "merged", "turned"]

@@ -20,7 +20,7 @@ from snpc.graph.shapes import Facts, evaluate
 from snpc.ops.attention import FORMS
 from snpc.ops.spec import Shape
 from snpc.passes.grouping.traced import Traced
-from snpc.passes.streams import Source, Streams, streams_of
+from snpc.passes.token_analysis.padding_sources import Source, Streams, streams_of
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.layout import Order, Told, layout_of, rows_of
 from snpc.runtime.scratch import scratch

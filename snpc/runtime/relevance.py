@@ -21,7 +21,7 @@ from snpc.graph.traversal import reads
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import Blocked, Call, OpSpec
-from snpc.passes.tokens import TokenPoint
+from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.runtime.scratch import scratch
 from snpc.types import AnyArray, Feeds, FloatArray
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from snpc.graph.cost import contraction_sizes, macs_of
 from snpc.graph.shapes import Facts, evaluate, opset
 from snpc.passes.analyze import Analysis
-from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
-from snpc.passes.walk import Flow
+from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
+from snpc.passes.token_analysis.state import Flow
 from snpc.tokens.methods import Method, Setting
 
 

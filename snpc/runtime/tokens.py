@@ -15,7 +15,7 @@ from snpc.graph.binding import dynamic_axes
 from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.tokens import TOKEN_AXIS, TokenPoint
+from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.model_io import save
 from snpc.runtime.session import open_session, run_session

@@ -16,8 +16,8 @@ from snpc.errors import CheckFailed
 from snpc.graph.shapes import Facts
 from snpc.ops.names import GATHER, SHAPE, SUB, WHERE
 from snpc.passes.slicing.shape_parameters import Repairs
-from snpc.passes.tokens import TOKEN_AXIS
-from snpc.passes.walk import Marks
+from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS
+from snpc.passes.token_analysis.state import Marks
 from snpc.tokens.methods import KEPT, Method, Setting, share_kept
 from snpc.tokens.step import Step
 from snpc.types import AnyArray

@@ -14,7 +14,7 @@ from snpc.errors import UserError
 from snpc.graph.shapes import best_binding, evaluate
 from snpc.passes.analyze import Analysis, analysed, cost_of
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
-from snpc.passes.tokens import TokenPoint
+from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.tokens import method
 from snpc.tokens.deciding import close_tokens
 from snpc.tokens.lengths import kept, kept_sizes, resized

@@ -20,8 +20,8 @@ from snpc.ops.attention import FORMS
 from snpc.ops.names import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
 from snpc.ops.spec import Cut
 from snpc.passes.slicing.shape_parameters import Repairs
-from snpc.passes.tokens import TokenPoint
-from snpc.passes.walk import Weighing
+from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.passes.token_analysis.state import Weighing
 from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell
 from snpc.tokens.methods import Tokens
 from snpc.tokens.step import Step

@@ -15,8 +15,8 @@ from snpc.graph.shapes import Facts, subgraphs
 from snpc.graph.traversal import behind_of, in_front_of, reads
 from snpc.ops.attention import form
 from snpc.ops.spec import SUMMED, Blocked, Call
-from snpc.passes.beside import apart, beside
-from snpc.passes.walk import Entered, Flow, Marks, Side, Step, Stuck, Weighing
+from snpc.passes.token_analysis.side_inputs import apart, beside
+from snpc.passes.token_analysis.state import Entered, Flow, Marks, Side, Step, Stuck, Weighing
 
 MOST_TOKENS = 1 << 20
 

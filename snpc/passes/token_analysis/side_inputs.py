@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from snpc.graph.constant_values import is_even
 from snpc.graph.traversal import behind_of, data_made, in_front_of, reads
-from snpc.passes.walk import Entered, Marks, Side, Step, Stuck
+from snpc.passes.token_analysis.state import Entered, Marks, Side, Step, Stuck
 
 
 def beside(step: Step, index: int, axes: dict[int, int], pairs: bool) -> None:

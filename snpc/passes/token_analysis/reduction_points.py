@@ -20,8 +20,8 @@ from snpc.graph.traversal import data_made
 from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import SUMMED
-from snpc.passes.flow import flow_from
-from snpc.passes.walk import Flow, Stuck
+from snpc.passes.token_analysis.propagate import flow_from
+from snpc.passes.token_analysis.state import Flow, Stuck
 from snpc.types import Pin
 
 LEAST_OPSET = 13

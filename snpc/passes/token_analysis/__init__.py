@@ -1,0 +1,1 @@
+"""Token analysis: where the token axis goes, and where tokens can get fewer."""
