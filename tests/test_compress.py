@@ -24,16 +24,17 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
-from snpc.passes.edit import Edits, NoPlace, edited
 from snpc.passes.plan import Plan, cuts_of
-from snpc.passes.products import contraction_at
-from snpc.passes.readers import reader_of
 from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.passes.weights.attention_operands import contraction_at
+from snpc.passes.weights.closed_form_kinds import form_of
+from snpc.passes.weights.consumers import reader_of
+from snpc.passes.weights.edits import Edits, NoPlace, edited
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
 from snpc.runtime.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.measure import measure, wanted_statistics
-from snpc.runtime.moments import form_of, needs
+from snpc.runtime.moments import needs
 from snpc.runtime.verify import outputs_of
 from snpc.types import FloatArray, Group, Role
 

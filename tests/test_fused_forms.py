@@ -16,7 +16,7 @@ from test_slice_equals_mask import fuse
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
-from snpc.passes.edit import Edits, edited
+from snpc.passes.weights.edits import Edits, edited
 from snpc.runtime.fit import Compression, fit_basis
 from snpc.types import Group
 

@@ -20,7 +20,7 @@ from oracle import TOLERANCE, Array, analysis_at, cut, prunable, random_cuts, re
 import snpc
 from snpc.ops import lookup, table
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import Edits, edited
+from snpc.passes.weights.edits import Edits, edited
 from snpc.runtime.fit import fit_basis
 from snpc.types import Group
 

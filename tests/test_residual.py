@@ -37,9 +37,9 @@ from test_compress import calibration_of, more_data, moved
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.norms import Norm, norms_of, readers_of
 from snpc.passes.slicing.mask import mask_constants
 from snpc.passes.slicing.slice import dead_units
+from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
 from snpc.runtime.norms import Affine, Sums, affine_of, refit, watch
 from snpc.types import APPROXIMATE, Group
 

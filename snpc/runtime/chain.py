@@ -12,8 +12,8 @@ import onnx_ir as ir
 from snpc.graph.subgraph import Segment, extract, segments
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.edit import NoPlace
 from snpc.passes.grouping.traced import Traced
+from snpc.passes.weights.edits import NoPlace
 from snpc.runtime.memory import Shelf
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.session import NotLoaded

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import names as op
-from snpc.passes.products import sides_of
 from snpc.passes.propagation.state import Contraction
+from snpc.passes.weights.attention_operands import sides_of
 from snpc.runtime.instrument import Instrument
 from snpc.types import Group
 

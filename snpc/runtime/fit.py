@@ -23,13 +23,14 @@ from snpc.closed import (
 )
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.edit import Edits, Place, edited
 from snpc.passes.grouping.traced import Traced, traced
 from snpc.passes.plan import Plan
-from snpc.passes.products import operand_places, value_places
-from snpc.passes.readers import Reader, reader_of, readers_of
+from snpc.passes.weights.attention_operands import operand_places, value_places
+from snpc.passes.weights.closed_form_kinds import forms_of
+from snpc.passes.weights.consumers import Reader, reader_of, readers_of
+from snpc.passes.weights.edits import Edits, Place, edited
 from snpc.runtime.memory import Shelf
-from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, forms_of, needs
+from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, needs
 from snpc.runtime.statistics import Statistics, check_model
 from snpc.runtime.triangle import packed_size
 from snpc.types import FloatArray, Group, IntArray

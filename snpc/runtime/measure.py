@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.products import score_products
 from snpc.passes.propagation.state import Contraction
-from snpc.passes.readers import uses_of
+from snpc.passes.weights.attention_operands import score_products
+from snpc.passes.weights.consumers import uses_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.coupled import coupled
 from snpc.runtime.instrument import Instrument

@@ -7,10 +7,10 @@ from collections.abc import Callable, Container, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.passes.edit import Edits, existing_bias
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.slicing.mask import mask_constants, silenced
 from snpc.passes.slicing.slice import Cuts, dead_units
+from snpc.passes.weights.edits import Edits, existing_bias
 from snpc.types import AnyArray, FloatArray
 
 

@@ -19,10 +19,10 @@ from snpc.graph.shapes import Facts, attributes, opset
 from snpc.graph.traversal import Scalar, is_shape, scalar_of
 from snpc.ops import lookup
 from snpc.ops.attention import AttentionForm, form
-from snpc.passes.fold import CannotFold, Fold, side_labels, walk
 from snpc.passes.propagation.labels import varying
 from snpc.passes.propagation.propagate import Contraction, Trace
 from snpc.passes.propagation.removal import Dead, packing
+from snpc.passes.weights.linear_path import CannotFold, Fold, side_labels, walk
 
 Vector = npt.NDArray[np.float64]
 STANDARD = 1e-2  # relative distance from 1/sqrt(d) within which a scale counts as that

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from snpc.graph.shapes import opset, static_shape
 from snpc.ops import lookup
 from snpc.ops.attention import form, merged_sizes
-from snpc.passes.edit import NoPlace, Place, positions_of
-from snpc.passes.fold import CannotFold, Fold, mark_constant, moved_from, side_labels, walk
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.propagation.labels import varying
 from snpc.passes.propagation.state import Carried, Contraction
+from snpc.passes.weights.edits import NoPlace, Place, positions_of
+from snpc.passes.weights.linear_path import CannotFold, Fold, mark_constant, moved_from, side_labels, walk
 from snpc.types import Group, IntArray
 
 

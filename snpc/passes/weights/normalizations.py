@@ -11,13 +11,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.edit import NoPlace, Place, is_own_vector
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.propagation.labels import varying
 from snpc.passes.propagation.removal import Dead, lost_along, touched
 from snpc.passes.propagation.state import Statistic
 from snpc.passes.propagation.statistics import paths_of
-from snpc.passes.readers import Reader, reader_of
+from snpc.passes.weights.consumers import Reader, reader_of
+from snpc.passes.weights.edits import NoPlace, Place, is_own_vector
 from snpc.types import Group
 
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from snpc.graph.shapes import attributes
 from snpc.ops import lookup
-from snpc.passes.edit import Edits, NoPlace, Place, positions_of
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.propagation.labels import varying
 from snpc.passes.propagation.state import Carried, Contraction
+from snpc.passes.weights.edits import Edits, NoPlace, Place, positions_of
 from snpc.types import FloatArray, Group, IntArray, Probe, Site
 
 
