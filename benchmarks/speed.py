@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import snpc
-from snpc.runtime.bench import median_interval, run_rounds
+from snpc.runtime.evaluation.bench import median_interval, run_rounds
 from snpc.runtime.feeds import random_feeds
 from snpc.runtime.runner import open_runner
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from quality import evaluation, quality  # type: ignore[import-not-found]
 
 import snpc
-from snpc.runtime.bench import run_rounds
+from snpc.runtime.evaluation.bench import run_rounds
 from snpc.runtime.feeds import random_feeds
 from snpc.runtime.runner import open_runner
 

@@ -17,12 +17,12 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, Scores, make_plan
 from snpc.passes.planfile import plan_from_json, plan_to_json
-from snpc.runtime.bench import Bench, bench
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide
+from snpc.runtime.evaluation.bench import Bench, bench
+from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
-from snpc.runtime.latency import Workload
 from snpc.runtime.model_io import load, save
 from snpc.runtime.noise import random_calibration
 from snpc.runtime.prune import Pruned, apply_plan, report, verify

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from snpc.cli.tables import columns_for
 from snpc.errors import UserError
-from snpc.runtime.bench import (
+from snpc.runtime.evaluation.bench import (
     Bench,
     OutputDiff,
     bench,

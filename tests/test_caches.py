@@ -16,8 +16,8 @@ from snpc.cli import main
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.runtime.evaluation.compare import taken
 from snpc.runtime.model_io import load
-from snpc.runtime.verify import taken
 
 HEAD = '<ir_version: 10, opset_import: ["": {opset}{domain}]>'
 MICROSOFT = ', "com.microsoft": 1'

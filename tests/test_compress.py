@@ -32,10 +32,10 @@ from snpc.passes.weights.consumers import reader_of
 from snpc.passes.weights.edits import Edits, NoPlace, edited
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import compression_for
+from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.measure import measure, wanted_statistics
 from snpc.runtime.moments import needs
-from snpc.runtime.verify import outputs_of
 from snpc.types import FloatArray, Group, Role
 
 NAMES = (

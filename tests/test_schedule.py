@@ -29,7 +29,7 @@ import snpc
 import snpc.torch
 from snpc.cli import main
 from snpc.errors import UserError
-from snpc.targets.sweep import Evaluation
+from snpc.runtime.evaluation.accuracy import Evaluation
 from snpc.torch import AccuracyDrop, DriftLimit, Training, Way
 from snpc.torch.schedule import cubic
 

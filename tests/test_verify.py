@@ -21,8 +21,8 @@ from onnx import numpy_helper
 from test_cli import VIT, arrays, invoke, reported, write_tiny
 
 import snpc
+from snpc.runtime.evaluation.compare import agreement, check_structure, compare, judge, pooled
 from snpc.runtime.model_io import replacing
-from snpc.runtime.verify import agreement, check_structure, compare, judge, pooled
 from snpc.types import Difference, Verdict
 
 Array = npt.NDArray[Any]
@@ -257,7 +257,7 @@ FULL = {
     "making": "tempfile.mkstemp",
     "writing": "snpc.runtime.model_io.write_inline",
     "renaming": "pathlib.Path.replace",
-    "checking": "snpc.runtime.verify.save",
+    "checking": "snpc.runtime.evaluation.compare.save",
 }
 
 

@@ -170,7 +170,7 @@ def evaluation_of(analysis: Any, data: str, labels: str | None, calib: dict[str,
     """All of the data to judge by, prepared as the calibration data are, and its labels, as an Evaluation."""
     import numpy as np
 
-    from snpc.targets.sweep import Evaluation
+    from snpc.runtime.evaluation.accuracy import Evaluation
 
     loaded = calibration_of(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
     if labels is None:

@@ -16,8 +16,8 @@ from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.runtime.bench import Bench
 from snpc.runtime.compress import Decision, is_latency
+from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.fit import Compression
 from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.targets import Build

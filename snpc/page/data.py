@@ -14,9 +14,9 @@ from snpc.page.survivors import Survivors, survivors
 from snpc.page.words import how
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
-from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision
+from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.model_io import load
 from snpc.runtime.prune import Pruned
 from snpc.types import Difference, FloatArray, Pin

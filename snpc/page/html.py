@@ -14,9 +14,9 @@ from snpc.page.png import coloured, data_url
 from snpc.page.style import STYLE
 from snpc.page.svg import curve_chart, decades, pairs_chart, percent, widths_chart
 from snpc.page.words import count, share
-from snpc.runtime.bench import Bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision
+from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.model_io import replacing
 from snpc.runtime.prune import Pruned
 from snpc.types import Difference

@@ -18,8 +18,8 @@ from snpc.passes.choice import Choice, asks_latency
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves, probed_widths
+from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
 from snpc.runtime.fit import Compression, compress
-from snpc.runtime.latency import Workload, latency_table, timed_groups
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.numbers import energies_of
 from snpc.runtime.score import scores_of

@@ -26,6 +26,14 @@ from snpc.passes.slicing.slice import Cuts
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.compress import compression_for
+from snpc.runtime.evaluation.compare import (
+    CHECKED_BATCHES,
+    check_structure,
+    compare_models,
+    judge,
+    outputs_of,
+    tolerance_of,
+)
 from snpc.runtime.fit import Compression, fit, settled
 from snpc.runtime.model_io import check_target, data_file, file_bytes, load, model_files, replacing, save
 from snpc.runtime.noise import random_inputs
@@ -35,10 +43,7 @@ from snpc.runtime.session import NotLoaded
 from snpc.runtime.stages import NotSequential
 from snpc.runtime.statistics import Statistics
 from snpc.runtime.tokens import check_tokens, told
-from snpc.runtime.verify import check_structure, compare_models, judge, outputs_of, tolerance_of
 from snpc.types import Cost, Feeds, Verdict
-
-CHECKED_BATCHES = 2
 
 
 @dataclass

@@ -17,7 +17,7 @@ from snpc.passes.descent import Descent
 from snpc.passes.plan import Scores, plan_of, predicted_drift, way_down
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
-from snpc.runtime.latency import Workload, side_by_side
+from snpc.runtime.evaluation.latency import Workload, side_by_side
 from snpc.runtime.prune import (
     Candidate,
     Means,

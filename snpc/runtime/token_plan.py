@@ -29,11 +29,11 @@ from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change
+from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import fit, settled
 from snpc.runtime.model_io import save
 from snpc.runtime.relevance import token_relevance
 from snpc.runtime.token_cost import TokenCost, token_cost
-from snpc.runtime.verify import outputs_of
 from snpc.tokens import METHODS
 from snpc.tokens.methods import Method as TokenMethod
 from snpc.tokens.reduce import (

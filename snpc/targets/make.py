@@ -14,13 +14,12 @@ from pathlib import Path
 from snpc.errors import CheckFailed, UserError
 from snpc.graph.shapes import best_binding
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.evaluation.compare import CHECKED_BATCHES, compare, outputs_of, pooled, worst
+from snpc.runtime.evaluation.latency import Artefact
 from snpc.runtime.feeds import random_feeds
-from snpc.runtime.latency import Artefact
 from snpc.runtime.model_io import check_target, load, model_files
 from snpc.runtime.noise import table_rows
-from snpc.runtime.prune import CHECKED_BATCHES
 from snpc.runtime.runner import ENGINES, open_runner
-from snpc.runtime.verify import compare, outputs_of, pooled, worst
 from snpc.targets import openvino, ort, trt
 from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
 from snpc.targets.precision import at_precision

@@ -22,10 +22,10 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
 from snpc.passes.fusion.fuse_attention import fuse_attention
 from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
-from snpc.runtime.bench import median_interval, run_rounds
+from snpc.runtime.evaluation.bench import median_interval, run_rounds
+from snpc.runtime.evaluation.compare import TOLERANCE, compare, outputs_of, pooled, worst
 from snpc.runtime.model_io import LIMIT, data_file, file_bytes, load, save
 from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
-from snpc.runtime.verify import TOLERANCE, compare, outputs_of, pooled, worst
 from snpc.targets.base import Job, Made, Request, Target
 from snpc.types import Feeds, FloatArray
 

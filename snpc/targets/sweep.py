@@ -9,25 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Method
-from snpc.runtime.bench import bench
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, decide, is_latency, uncut
-from snpc.runtime.latency import Workload
+from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
+from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.evaluation.compare import compare, pooled, worst
+from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.model_io import check_target
 from snpc.runtime.reach import prune
-from snpc.runtime.runner import open_runner
 from snpc.runtime.token_plan import Widths, share_of_macs, start
 from snpc.runtime.token_request import AUTO, with_tokens
-from snpc.runtime.verify import compare, pooled, worst
 from snpc.targets.base import Precision
 from snpc.targets.make import artefact, build, staging, target_of
-from snpc.types import AnyArray, Cost
+from snpc.types import Cost
 
 ORIGINAL = "original"
 Step = Callable[[str], None]
@@ -76,14 +74,6 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(p), "files": [f.name for f in p.files] if p.front else []} for p in self.points]
         return {"snpc_sweep": 1, "model": str(self.model), "batch": self.batch, "latency_unit": "ms", "points": rows}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Inputs to judge by (any data that can be calibrated with), and their labels [samples, ...] if there are some."""
-
-    data: Calibration
-    labels: AnyArray | None = None
 
 
 def sweep(
@@ -237,21 +227,6 @@ def judged(points: Sequence[Point], source: Path, judge: Evaluation, provider: s
             replace(point, drift=worst(moved), agreement=moved[0].agreement, accuracy=accuracy(mine, judge.labels))
         )
     return found
-
-
-def outputs(path: Path, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
-    runner = open_runner(path, provider=provider)
-    return [runner.run(feeds) for feeds in judge.data.batches()]
-
-
-def accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
-    """Share of ``labels`` that are the largest entry of the first output."""
-    if labels is None:
-        return None
-    found = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
-    if found.shape != labels.shape:
-        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(found.shape)}")
-    return float((found == labels).mean())
 
 
 def timed(points: Sequence[Point], provider: str, batch: int, rounds: int) -> list[Point]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.targets.sweep import Evaluation, accuracy, outputs
+from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
 from snpc.torch.checkpoints import run_name
 from snpc.torch.tune import Tuned
 

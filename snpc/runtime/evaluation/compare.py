@@ -27,6 +27,8 @@ from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
 
+CHECKED_BATCHES = 2
+
 
 def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, Packing] | None = None) -> tuple[str, ...]:
     """What was checked of ``pruned``. Raises CheckFailed with onnx's own words where a check fails.

@@ -23,7 +23,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.runtime.bench import bench, cores, cpu_name
+from snpc.runtime.evaluation.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.model_io import replacing, save
 from snpc.runtime.noise import id_limits

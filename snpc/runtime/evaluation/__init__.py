@@ -1,0 +1,1 @@
+"""Measuring written models: latency, equality of outputs, accuracy."""

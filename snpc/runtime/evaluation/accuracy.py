@@ -1,0 +1,37 @@
+"""Accuracy of a model file on labelled inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.runner import open_runner
+from snpc.types import AnyArray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Inputs to judge by (any data that can be calibrated with), and their labels [samples, ...] if there are some."""
+
+    data: Calibration
+    labels: AnyArray | None = None
+
+
+def outputs(path: Path, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
+    runner = open_runner(path, provider=provider)
+    return [runner.run(feeds) for feeds in judge.data.batches()]
+
+
+def accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
+    """Share of ``labels`` that are the largest entry of the first output."""
+    if labels is None:
+        return None
+    found = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
+    if found.shape != labels.shape:
+        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(found.shape)}")
+    return float((found == labels).mean())
