@@ -21,9 +21,10 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.compress import Decision, decide
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload
-from snpc.runtime.example import write_example
 from snpc.runtime.fit import Compression, compress
-from snpc.runtime.model_io import load, save
+from snpc.runtime.io.examples import write_example
+from snpc.runtime.io.load import load
+from snpc.runtime.io.save import save
 from snpc.runtime.noise import random_calibration
 from snpc.runtime.prune import Pruned, apply_plan, report, verify
 from snpc.runtime.reach import prune

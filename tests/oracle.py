@@ -24,7 +24,8 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
-from snpc.runtime.model_io import load, save
+from snpc.runtime.io.load import load
+from snpc.runtime.io.save import save
 from snpc.types import Group
 
 Array = npt.NDArray[Any]

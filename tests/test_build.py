@@ -135,7 +135,7 @@ def onnx_tensor(array: Array, name: str) -> Any:
 def test_weights_too_big_for_one_file_lie_beside_it(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snpc.runtime.model_io.LIMIT", 100_000)
+    monkeypatch.setattr("snpc.runtime.io.save.LIMIT", 100_000)
     monkeypatch.setattr("snpc.targets.ort.LIMIT", 100_000)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]

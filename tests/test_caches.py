@@ -17,7 +17,7 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.evaluation.compare import taken
-from snpc.runtime.model_io import load
+from snpc.runtime.io.load import load
 
 HEAD = '<ir_version: 10, opset_import: ["": {opset}{domain}]>'
 MICROSOFT = ', "com.microsoft": 1'

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from snpc.errors import UserError
-from snpc.runtime import example
-from snpc.runtime.example import EXAMPLES, write_example
+from snpc.runtime.io import examples as example
+from snpc.runtime.io.examples import EXAMPLES, write_example
 
 MEGABYTE = 1_000_000
 

@@ -19,7 +19,8 @@ from oracle import TOLERANCE, Feeds, Level, analysis_of, cut, feeds_of, prunable
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.canonicalize import canonicalise
-from snpc.runtime.model_io import load, save
+from snpc.runtime.io.load import load
+from snpc.runtime.io.save import save
 
 BASE = "bert__ts17"
 Form = Callable[[onnx.ModelProto], onnx.ModelProto]

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper, parser
 from oracle import analysis_at, analysis_of, prunable
 
 from snpc.passes.analyze import Analysis, analyze
-from snpc.runtime.model_io import load
+from snpc.runtime.io.load import load
 
 NAMES = list(EXPORTS)
 Kinds = Counter[tuple[str, int, int]]

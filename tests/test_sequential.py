@@ -18,7 +18,7 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded, open_session

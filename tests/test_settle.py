@@ -15,7 +15,7 @@ from oracle import feeds_of, require, run
 import snpc
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 
 
 def settled(model: ir.Model, folder: Path) -> Path:

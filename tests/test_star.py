@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.graph.shapes import evaluate
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.relevance import Back, path_back, sizes_of, token_relevance
 from snpc.runtime.scratch import scratch
 from snpc.runtime.tokens import check_tokens, closed

@@ -21,7 +21,7 @@ from snpc.cli import main
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.token_request import measured, with_tokens
 from snpc.runtime.tokens import check_tokens, closed, decisions
 from snpc.tokens.reduce import reduce_tokens

@@ -16,7 +16,7 @@ from oracle import feeds_of, require, run
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.tokens import check_tokens, closed
 from snpc.tokens.reduce import reduce_tokens
 

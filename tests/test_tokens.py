@@ -22,7 +22,7 @@ from snpc.errors import CheckFailed, UserError
 from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.token_cost import token_cost
 from snpc.runtime.tokens import check_tokens, closed, decisions, same_in_place
 from snpc.tokens import METHODS

@@ -22,7 +22,7 @@ from test_cli import VIT, arrays, invoke, reported, write_tiny
 
 import snpc
 from snpc.runtime.evaluation.compare import agreement, check_structure, compare, judge, pooled
-from snpc.runtime.model_io import replacing
+from snpc.runtime.io.atomic import replacing
 from snpc.types import Difference, Verdict
 
 Array = npt.NDArray[Any]
@@ -255,7 +255,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 FULL = {
     "making": "tempfile.mkstemp",
-    "writing": "snpc.runtime.model_io.write_inline",
+    "writing": "snpc.runtime.io.save.write_inline",
     "renaming": "pathlib.Path.replace",
     "checking": "snpc.runtime.evaluation.compare.save",
 }
@@ -327,7 +327,7 @@ class TestNothingHalfWritten:
         failed("differs from its masked original", "prune", tiny, "--ratio", 0.5, "-o", earlier)
         assert snapshot(tiny.parent) == before
 
-    @pytest.mark.parametrize("broken", ["tempfile.mkstemp", "snpc.runtime.model_io.skeleton_proto"])
+    @pytest.mark.parametrize("broken", ["tempfile.mkstemp", "snpc.runtime.io.save.skeleton_proto"])
     def test_external_weights(self, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = write_tiny(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
         invoke("prune", model, "--ratio", 0.2, "-o", tmp_path / "out.onnx")

@@ -144,7 +144,7 @@ def inspect(
 ) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
     import snpc
-    from snpc.runtime.model_io import model_files
+    from snpc.runtime.io.load import model_files
 
     analysis = analysed(model, dims, kv_cache)
     check_targets([json_path], *model_files(model), calib["calib"])
@@ -197,7 +197,8 @@ def prune(
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
     import snpc
-    from snpc.runtime.model_io import data_file, model_files
+    from snpc.runtime.io.atomic import data_file
+    from snpc.runtime.io.load import model_files
     from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
@@ -272,7 +273,7 @@ def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
 def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
-    from snpc.runtime.model_io import model_files
+    from snpc.runtime.io.load import model_files
     from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
@@ -315,7 +316,8 @@ def apply(
     """
     import snpc
     from snpc.runtime.compress import compression_for
-    from snpc.runtime.model_io import data_file, model_files
+    from snpc.runtime.io.atomic import data_file
+    from snpc.runtime.io.load import model_files
     from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
@@ -364,7 +366,7 @@ def verify(
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     import snpc
-    from snpc.runtime.model_io import model_files
+    from snpc.runtime.io.load import model_files
     from snpc.runtime.prune import verdict_json
 
     plan = read_plan(plan_path, model) if plan_path else None

@@ -28,7 +28,7 @@ def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Seq
 
 def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
     """Refuse outputs that are an input, that are each other, or that cannot be written."""
-    from snpc.runtime.model_io import check_target
+    from snpc.runtime.io.atomic import check_target
 
     named = [path for path in targets if path is not None and str(path) != "-"]
     for index, path in enumerate(named):
@@ -136,7 +136,7 @@ def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> di
 
 
 def write_text(path: Path, text: str) -> None:
-    from snpc.runtime.model_io import replacing
+    from snpc.runtime.io.atomic import replacing
 
     with replacing(path) as temporary:
         temporary.write_text(text)

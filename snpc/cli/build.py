@@ -46,7 +46,7 @@ def build(
       trt       TensorRT engine for this machine's GPU; --emit-script: what builds it elsewhere
     """
     import snpc
-    from snpc.runtime.model_io import model_files
+    from snpc.runtime.io.load import model_files
 
     rest, calib = split_flags(flags)
     loaded = snpc.load(model)

@@ -129,7 +129,8 @@ def finetune(
     No labels are needed. Under torchrun, processes share every batch.
     """
     torch = bridge()
-    from snpc.runtime.model_io import data_file, model_files
+    from snpc.runtime.io.atomic import data_file
+    from snpc.runtime.io.load import model_files
 
     written = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
     reading = ("calib", "calib_samples", "image_size", "image_mean", "image_std", "image_layout")

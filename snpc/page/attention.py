@@ -18,7 +18,8 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.model_io import load, save
+from snpc.runtime.io.load import load
+from snpc.runtime.io.save import save
 from snpc.runtime.prune import Pruned
 from snpc.runtime.session import open_session
 from snpc.runtime.tokens import closed

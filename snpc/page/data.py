@@ -17,7 +17,7 @@ from snpc.passes.mac_breakdown import macs_by_role
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision
 from snpc.runtime.evaluation.bench import Bench
-from snpc.runtime.model_io import load
+from snpc.runtime.io.load import load
 from snpc.runtime.prune import Pruned
 from snpc.types import Difference, FloatArray, Pin
 

@@ -17,7 +17,7 @@ from snpc.page.words import count, share
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision
 from snpc.runtime.evaluation.bench import Bench
-from snpc.runtime.model_io import replacing
+from snpc.runtime.io.atomic import replacing
 from snpc.runtime.prune import Pruned
 from snpc.types import Difference
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from snpc.errors import UserError
@@ -35,7 +34,9 @@ from snpc.runtime.evaluation.compare import (
     tolerance_of,
 )
 from snpc.runtime.fit import Compression, fit, settled
-from snpc.runtime.model_io import check_target, data_file, file_bytes, load, model_files, replacing, save
+from snpc.runtime.io.atomic import check_target, data_file, discard, publish, replacing
+from snpc.runtime.io.load import file_bytes, load, model_files
+from snpc.runtime.io.save import save
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.norms import approximated, fit_norms, without
 from snpc.runtime.sequential import fit_sequentially
@@ -224,25 +225,6 @@ def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced
         except NotSequential:
             pass  # what the dense model gives serves as well
     return fit(compression, plan)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Give a verified model its name, and its external data the name that goes with it."""
-    data = data_file(temporary)
-    with replacing(target) as final:
-        if data.is_file():
-            head = onnx.load(str(temporary), load_external_data=False)
-            for entry in (e for t in head.graph.initializer for e in t.external_data if e.key == "location"):
-                entry.value = data_file(target).name
-            final.write_bytes(head.SerializeToString())
-            data.replace(data_file(target))
-        else:
-            temporary.replace(final)
-
-
-def discard(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    data_file(path).unlink(missing_ok=True)
 
 
 def written_cost(path: Path, analysis: Analysis) -> Cost:

@@ -18,18 +18,8 @@ from snpc.passes.plan import Scores, plan_of, predicted_drift, way_down
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.evaluation.latency import Workload, side_by_side
-from snpc.runtime.prune import (
-    Candidate,
-    Means,
-    Pruned,
-    Search,
-    Stopwatch,
-    apply_plan,
-    build,
-    discard,
-    published,
-    unverified,
-)
+from snpc.runtime.io.atomic import discard
+from snpc.runtime.prune import Candidate, Means, Pruned, Search, Stopwatch, apply_plan, build, published, unverified
 from snpc.types import FloatArray
 
 ROUNDS = 6

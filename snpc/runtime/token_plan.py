@@ -31,7 +31,7 @@ from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import fit, settled
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.relevance import token_relevance
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS

@@ -17,7 +17,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import CHECKED_BATCHES, compare, outputs_of, pooled, worst
 from snpc.runtime.evaluation.latency import Artefact
 from snpc.runtime.feeds import random_feeds
-from snpc.runtime.model_io import check_target, load, model_files
+from snpc.runtime.io.atomic import check_target
+from snpc.runtime.io.load import load, model_files
 from snpc.runtime.noise import table_rows
 from snpc.runtime.runner import ENGINES, open_runner
 from snpc.targets import openvino, ort, trt

@@ -19,7 +19,7 @@ from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
 from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.evaluation.compare import compare, pooled, worst
 from snpc.runtime.evaluation.latency import Workload
-from snpc.runtime.model_io import check_target
+from snpc.runtime.io.atomic import check_target
 from snpc.runtime.reach import prune
 from snpc.runtime.token_plan import Widths, share_of_macs, start
 from snpc.runtime.token_request import AUTO, with_tokens

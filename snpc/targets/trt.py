@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
-from snpc.runtime.model_io import data_file, replacing
-from snpc.runtime.prune import publish
+from snpc.runtime.io.atomic import data_file, publish, replacing
 from snpc.runtime.session import first_lines
 from snpc.targets.base import Job, Made, Options, Precision, Request, Target
 from snpc.targets.profile import Range, profile

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from snpc.runtime.model_io import load as load_model
+from snpc.runtime.io.load import load as load_model
 from snpc.torch.checkpoints import Saved
 from snpc.torch.journal import Round
 from snpc.torch.learn import RATE, Learned, learn_masks

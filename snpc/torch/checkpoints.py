@@ -14,7 +14,7 @@ import torch
 from snpc.errors import UserError
 from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.calibration.stream import Calibration
-from snpc.runtime.model_io import replacing
+from snpc.runtime.io.atomic import replacing
 
 FILE = "checkpoint.pt"
 

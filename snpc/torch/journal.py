@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from snpc.runtime.model_io import replacing
-from snpc.runtime.prune import discard
+from snpc.runtime.io.atomic import discard, replacing
 from snpc.torch.checkpoints import Saved, broken, foreign, make_folder, unasked
 
 FILE = "rounds.json"

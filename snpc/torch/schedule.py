@@ -14,8 +14,9 @@ from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method
 from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.compress import decide
-from snpc.runtime.model_io import check_target, data_file, load, model_files
-from snpc.runtime.prune import apply_plan, discard, publish
+from snpc.runtime.io.atomic import check_target, data_file, discard, publish
+from snpc.runtime.io.load import load, model_files
+from snpc.runtime.prune import apply_plan
 from snpc.torch.checkpoints import Saved, run_name
 from snpc.torch.journal import Journal, Round, journal
 from snpc.torch.objectives import AccuracyDrop, Objective, drift

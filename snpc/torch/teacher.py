@@ -19,7 +19,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.calibration.stream import Calibration
-from snpc.runtime.model_io import save
+from snpc.runtime.io.save import save
 from snpc.runtime.session import open_session, run_session
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.table import tensor_of

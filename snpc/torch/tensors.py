@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.shared_constants import origin
-from snpc.runtime.model_io import check_target, load, model_files, replacing
+from snpc.runtime.io.atomic import check_target, replacing
+from snpc.runtime.io.load import load, model_files
 from snpc.torch.module import GraphModule
 
 WEIGHTS, WIDTHS = "model.safetensors", "widths.json"

@@ -10,8 +10,9 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.model_io import check_target, set_base
-from snpc.runtime.model_io import save as save_model
+from snpc.runtime.io.atomic import check_target
+from snpc.runtime.io.load import set_base
+from snpc.runtime.io.save import save as save_model
 from snpc.torch.module import GraphModule
 
 

@@ -25,7 +25,8 @@ from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.evaluation.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
-from snpc.runtime.model_io import replacing, save
+from snpc.runtime.io.atomic import replacing
+from snpc.runtime.io.save import save
 from snpc.runtime.noise import id_limits
 from snpc.types import APPROXIMATE, FloatArray, Group
 

@@ -1,0 +1,1 @@
+"""Model files: loading, checking, and writing them atomically."""

@@ -1,0 +1,77 @@
+"""Atomic writes: a temporary file beside the target, renamed into place when it is complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from snpc.errors import UserError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary path in ``target``'s folder that becomes ``target`` when the block ends well."""
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write there ({error.strerror})") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~current_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write it ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def data_file(target: Path) -> Path:
+    """Where weights go that do not fit into ``target``, or that were external before."""
+    return target.parent / f"{target.name}.data"
+
+
+def check_target(target: Path, *sources: Path) -> None:
+    """Refuse to write over an input, or where nothing can be written."""
+    for source in sources:
+        if target.exists() and source.exists() and target.samefile(source):
+            raise UserError(f"{target}: is the input itself; choose another output with -o")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give a file name with -o")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{target}: the folder {target.parent} is not writable; choose another output with -o")
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a verified model its name, and its external data the name that goes with it."""
+    data = data_file(temporary)
+    with replacing(target) as final:
+        if data.is_file():
+            head = onnx.load(str(temporary), load_external_data=False)
+            for entry in (e for t in head.graph.initializer for e in t.external_data if e.key == "location"):
+                entry.value = data_file(target).name
+            final.write_bytes(head.SerializeToString())
+            data.replace(data_file(target))
+        else:
+            temporary.replace(final)
+
+
+def discard(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)

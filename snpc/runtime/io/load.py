@@ -1,0 +1,167 @@
+"""Files in, files out: load a model as it is, write one without ever holding its bytes twice.
+
+Writing goes to a temporary file beside the target and is renamed, so a crash or a full disk leaves what was there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from snpc.errors import UserError
+from snpc.passes.canonicalization.canonicalize import canonicalise
+from snpc.runtime.io.protobuf import skim
+from snpc.runtime.io.save import skeleton_proto
+from snpc.runtime.io.tensor_checks import check_tensors, entry, is_external, tensors
+from snpc.types import Model, TensorSpec
+
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file and bring it into the normal form (see ``passes.canonicalise``).
+
+    External data stays where it is and is read when needed. Raises UserError for anything that is not a readable
+    ONNX model.
+    """
+    where = Path(path)
+    if not where.is_file():
+        raise UserError(
+            f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
+        )
+    try:
+        proto = skim(where)
+    except (DecodeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?"
+        ) from None
+    if not proto.graph.node or not proto.opset_import:
+        raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
+    check_tensors(proto, where)
+    digest = digest_of(where, proto)
+    try:
+        graph = ir.from_proto(proto)
+        set_base(graph, where.parent)
+        graph = canonicalise(graph)
+        check_values(graph, where)
+        rehearse(graph)
+    except UserError:
+        raise
+    except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
+        why = first_line(innermost(error))
+        raise UserError(f"{where}: the graph is malformed ({why}); run onnx.checker on it") from None
+    external = any(location != where.name for location in external_files(proto))
+    return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
+
+
+def rehearse(model: ir.Model) -> None:
+    """Copy it and spell it as a message, weights left out: what cannot be written later is better refused now."""
+    copy = model.clone()
+    skeleton_proto(copy, set(copy.graph.initializers))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """onnx-ir wraps an error once per level of the message, each with its whole content."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def set_base(model: ir.Model, folder: Path) -> None:
+    """Tie weights to their files by full paths: onnx-ir reads no links below a base, and caches of models are links."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = based(value.const_value, str(value.name), folder)
+        for node in graph:
+            for attribute in [a for a in node.attributes.values() if isinstance(a, ir.Attr)]:
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    tensor = based(attribute.value, str(attribute.value.name), folder)
+                    node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
+
+
+def based(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        (folder / tensor.location).resolve(),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=name,
+        base_dir="",
+    )
+
+
+def external_files(proto: onnx.ModelProto) -> dict[str, str]:
+    """location -> a tensor that lies there."""
+    found: dict[str, str] = {}
+    for tensor in tensors(proto):
+        if is_external(tensor):
+            found.setdefault(entry(tensor, "location"), tensor.name)
+    return found
+
+
+def check_values(model: ir.Model, where: Path) -> None:
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.graph is None:
+                raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
+
+
+def digest_of(where: Path, proto: onnx.ModelProto) -> str:
+    """sha256 of the file; of external data its name, size and ends (reading 14 GB to name a model is not worth it)."""
+    sha = hashlib.sha256()
+    with where.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    for location in sorted(external_files(proto)):
+        if location != where.name:
+            data = where.parent / location
+            size = data.stat().st_size
+            sha.update(f"{location}:{size}".encode())
+            with data.open("rb") as file:
+                for start in (0, max(0, size // 2), max(0, size - (1 << 20))):
+                    file.seek(start)
+                    sha.update(file.read(1 << 20))
+    return sha.hexdigest()
+
+
+def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
+    found = []
+    for value in values:
+        if value.name in model.graph.initializers:
+            continue
+        dtype = (
+            value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else np.dtype(object)
+        )
+        dims = (
+            () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
+        )
+        found.append(TensorSpec(str(value.name), dtype, dims))
+    return tuple(found)
+
+
+def file_bytes(path: Path) -> int:
+    """Size on disk of a model with the external data it names."""
+    return sum(file.stat().st_size for file in model_files(path) if file.is_file())
+
+
+def model_files(path: Path) -> set[Path]:
+    """A model and the external data it names."""
+    return {path, *(path.parent / name for name in external_files(skim(path)))}
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
