@@ -102,7 +102,7 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     from snpc.passes.canonicalization.finalize import clean
     from snpc.passes.plan import cuts_of
     from snpc.passes.slicing.rewrite import rewrite_model
-    from snpc.runtime.prune import verify_written
+    from snpc.pipeline.verify import verify_written
 
     watch, target = Watch(), folder / "pruned.onnx"
     loaded = watch.run("load", lambda: snpc.load(model))

@@ -17,8 +17,13 @@ from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, Scores, make_plan
 from snpc.passes.planfile import plan_from_json, plan_to_json
+from snpc.pipeline.planner import Decision, decide
+from snpc.pipeline.prune import Pruned, apply_plan
+from snpc.pipeline.report_json import report
+from snpc.pipeline.score import score
+from snpc.pipeline.search import prune
+from snpc.pipeline.verify import verify
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
-from snpc.runtime.compress import Decision, decide
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.fit import Compression, compress
@@ -26,9 +31,6 @@ from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
 from snpc.runtime.noise import random_calibration
-from snpc.runtime.prune import Pruned, apply_plan, report, verify
-from snpc.runtime.reach import prune
-from snpc.runtime.score import score
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions

@@ -30,8 +30,8 @@ from snpc.passes.weights.attention_operands import contraction_at
 from snpc.passes.weights.closed_form_kinds import form_of
 from snpc.passes.weights.consumers import reader_of
 from snpc.passes.weights.edits import Edits, NoPlace, edited
+from snpc.pipeline.refit import compression_for
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import compression_for
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.measure import measure, wanted_statistics

@@ -17,12 +17,12 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.choice import Choice
 from snpc.passes.plan import widths_for
+from snpc.pipeline.planner import ordered
+from snpc.pipeline.score import score
 from snpc.runtime.chain import chain_of
-from snpc.runtime.compress import ordered
 from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
 from snpc.runtime.memory import Shelf
-from snpc.runtime.score import score
 from snpc.runtime.scratch import scratch
 from snpc.runtime.session import NotLoaded
 from snpc.runtime.silent import touched_constants

@@ -22,7 +22,7 @@ from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.closed_form_kinds import forms_of
 from snpc.passes.weights.consumers import reader_of, readers_of, uses_of
 from snpc.passes.weights.edits import existing_bias
-from snpc.runtime.compress import Decision
+from snpc.pipeline.planner import Decision
 from snpc.runtime.fit import Compression, fit
 from snpc.types import FloatArray, Group, Role
 

@@ -17,9 +17,9 @@ from snpc.passes.grouping.traced import Traced
 from snpc.passes.plan import Plan, cuts_of, keep_best
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.token_analysis.padding_sources import streams_of
+from snpc.pipeline.refit import Means, fitted
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.norms import fit_norms
-from snpc.runtime.prune import Means, fitted
 from snpc.runtime.statistics import Statistics
 
 Feeds = dict[str, Array]

@@ -22,10 +22,10 @@ import snpc
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.descent import descent
 from snpc.passes.plan import Times, make_plan, plan_of, predicted_drift, way_down
-from snpc.runtime import reach
+from snpc.pipeline import search as reach
+from snpc.pipeline.search import NEAR_DRIFT, ROUNDS, seek
 from snpc.runtime.evaluation import latency
 from snpc.runtime.evaluation.latency import SHARES, Artefact, LatencyTable, Workload, latency_table
-from snpc.runtime.reach import NEAR_DRIFT, ROUNDS, seek
 from snpc.types import FloatArray, Group, Role
 
 

@@ -18,8 +18,8 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.pipeline.refit import Means, fitted
 from snpc.runtime.io.save import save
-from snpc.runtime.prune import Means, fitted
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded, open_session
 from snpc.runtime.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases

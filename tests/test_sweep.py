@@ -17,7 +17,7 @@ from snpc.cli import main
 from snpc.cli.sweep import parse_targets
 from snpc.errors import UserError
 from snpc.page.scatter import even, scatter
-from snpc.targets.sweep import ORIGINAL, Point, Sweep, on_front
+from snpc.pipeline.sweep import ORIGINAL, Point, Sweep, on_front
 
 SVG = "{http://www.w3.org/2000/svg}"
 

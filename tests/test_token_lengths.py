@@ -21,9 +21,9 @@ from snpc.cli import main
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
+from snpc.pipeline.token_decisions import check_tokens, closed, decisions
+from snpc.pipeline.token_request import measured, with_tokens
 from snpc.runtime.io.save import save
-from snpc.runtime.token_request import measured, with_tokens
-from snpc.runtime.tokens import check_tokens, closed, decisions
 from snpc.tokens.reduce import reduce_tokens
 
 DYNAMIC = [name for name in CLASSIFIERS if not CLASSIFIERS[name].static_batch]

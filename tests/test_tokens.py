@@ -22,9 +22,9 @@ from snpc.errors import CheckFailed, UserError
 from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
+from snpc.pipeline.token_decisions import check_tokens, closed, decisions, same_in_place
 from snpc.runtime.io.save import save
 from snpc.runtime.token_cost import token_cost
-from snpc.runtime.tokens import check_tokens, closed, decisions, same_in_place
 from snpc.tokens import METHODS
 from snpc.tokens.inplace import inplace_feeds
 from snpc.tokens.methods import Setting
@@ -122,7 +122,7 @@ def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def mixed_up(steps: Sequence[Step], decided: Mapping[str, Array], count: int) -> dict[str, Array]:
         return inplace_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()}, count)
 
-    monkeypatch.setattr("snpc.runtime.tokens.inplace_feeds", mixed_up)
+    monkeypatch.setattr("snpc.pipeline.token_decisions.inplace_feeds", mixed_up)
     with pytest.raises(CheckFailed, match="taken out in place"):
         check_tokens(reduced, path, [encoder.feeds()], 1e-5, "cpu")
 

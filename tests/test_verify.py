@@ -314,7 +314,7 @@ class TestNothingHalfWritten:
 
     def test_a_result_that_does_not_hold(self, tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Verification runs on the written file, before it gets its name."""
-        import snpc.runtime.prune as stage
+        import snpc.pipeline.prune as stage
 
         save = stage.save
 

@@ -47,6 +47,7 @@ from snpc.cli.options import (
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.passes.choice import asks_latency
+from snpc.pipeline import report_json
 
 
 class Commands(click.Group):
@@ -109,7 +110,7 @@ def decided(
 
 def nothing_else(analysis: Any, choice: dict[str, Any]) -> Any:
     """The decision that --roles none leaves: no width is cut."""
-    from snpc.runtime.compress import uncut
+    from snpc.pipeline.planner import uncut
 
     for name in ("ratio", "max_drift", "load_stats", "save_stats"):
         if choice[name] not in (None, ()):
@@ -154,7 +155,7 @@ def inspect(
     found = None
     if curves:
         found = snpc.decide(analysis, snpc.Choice(ratio=0), calibration=calibration, provider=provider, whole=True)
-    show.emit_json(show.analysis_json(analysis, found.curves if found else {}), json_path)
+    show.emit_json(report_json.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
         show.groups(analysis)
         if found:
@@ -197,9 +198,9 @@ def prune(
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
     import snpc
+    from snpc.pipeline.prune import Stopwatch
     from snpc.runtime.io.atomic import data_file
     from snpc.runtime.io.load import model_files
-    from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
     target = output or model.with_name(f"{model.stem}-pruned.onnx")
@@ -227,7 +228,9 @@ def prune(
         write_text(plan_path, snpc.plan_to_json(plan))
     if dry_run:
         show.predicted(decision)
-        show.emit_json({"dry_run": True, "groups": show.plan_json(plan), "options": dict(plan.options)}, json_path)
+        show.emit_json(
+            {"dry_run": True, "groups": report_json.plan_json(plan), "options": dict(plan.options)}, json_path
+        )
         if str(json_path) != "-":
             show.plan(plan)
         return
@@ -273,8 +276,8 @@ def finish(result: Any, json_path: Path | None, made: Any = None) -> None:
 def plan(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
+    from snpc.pipeline.prune import Stopwatch
     from snpc.runtime.io.load import model_files
-    from snpc.runtime.prune import Stopwatch
 
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = analysed(model, kv_cache=kv_cache)
@@ -315,10 +318,10 @@ def apply(
     --load-stats; others use --calib for verification only.
     """
     import snpc
-    from snpc.runtime.compress import compression_for
+    from snpc.pipeline.prune import Stopwatch
+    from snpc.pipeline.refit import compression_for
     from snpc.runtime.io.atomic import data_file
     from snpc.runtime.io.load import model_files
-    from snpc.runtime.prune import Stopwatch
 
     watch = Stopwatch()
     with watch.stage("analyze"):
@@ -366,8 +369,8 @@ def verify(
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     import snpc
+    from snpc.pipeline.report_json import verdict_json
     from snpc.runtime.io.load import model_files
-    from snpc.runtime.prune import verdict_json
 
     plan = read_plan(plan_path, model) if plan_path else None
     analysis = plan.analysis if plan else analysed(model)

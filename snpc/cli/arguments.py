@@ -114,9 +114,9 @@ def with_tokens(
 ) -> tuple[Any, Any]:
     """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
     import snpc
-    from snpc.runtime.token_plan import Widths
-    from snpc.runtime.token_request import AUTO
-    from snpc.runtime.token_request import with_tokens as reduced
+    from snpc.pipeline.token_request import AUTO
+    from snpc.pipeline.token_request import with_tokens as reduced
+    from snpc.pipeline.token_schedule import Widths
 
     widths = None
     if tokens is not None and tokens.strip() == AUTO and choice["roles"]:

@@ -59,8 +59,8 @@ def sweep(
     """
     import snpc
     from snpc.page.scatter import scatter
-    from snpc.targets.sweep import steps
-    from snpc.targets.sweep import sweep as run
+    from snpc.pipeline.sweep import steps
+    from snpc.pipeline.sweep import sweep as run
 
     choice, calib = split_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")

@@ -6,7 +6,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,13 @@ from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.plan import Plan
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.runtime.compress import Decision, is_latency
+from snpc.pipeline.planner import Decision, is_latency
+from snpc.pipeline.prune import Pruned, Search
+from snpc.pipeline.report_json import write_json
+from snpc.pipeline.sweep import Sweep
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.fit import Compression
-from snpc.runtime.prune import Pruned, Search, groups_json, pins_json, write_json
 from snpc.targets import Build
-from snpc.targets.sweep import Sweep
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # this needs torch
@@ -181,57 +181,6 @@ def pins(analysis: Analysis) -> None:
         table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
 
 
-def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[str, Any]:
-    found = []
-    for g in analysis.groups:
-        found.append(
-            {
-                "id": g.id,
-                "role": g.role,
-                "layer": g.layer,
-                "blocks": g.blocks,
-                "size": g.size,
-                "freedom": g.freedom,
-                "freedom_reason": g.freedom_reason,
-                **({"curve": curves[g.id].tolist()} if g.id in curves else {}),
-                "macs": g.macs,
-                "params": g.params,
-                "prunable": g.prunable,
-                "sites": [{"tensor": s.tensor, "axis": s.axis, "kind": s.kind} for s in g.sites],
-                "pins": [asdict(p) for p in g.pins],
-            }
-        )
-    return {
-        "snpc_inspect": 1,
-        "model": str(analysis.model.path),
-        "digest": analysis.model.digest,
-        "params": analysis.cost.params,
-        "macs": analysis.cost.macs,
-        "nodes": analysis.cost.nodes,
-        "macs_at": dict(analysis.binding),
-        "groups": found,
-        "pins": pins_json(analysis),
-        "tokens": tokens_json(analysis),
-    }
-
-
-def tokens_json(analysis: Analysis) -> dict[str, Any]:
-    return {
-        "blocks": analysis.tokens.blocks,
-        "points": [
-            {
-                "block": p.block,
-                "tensor": p.value,
-                "tokens": p.count if p.fixed else None,
-                "leading": p.leading,
-                "scores": p.scores is not None,
-            }
-            for p in analysis.tokens.points
-        ],
-        "pins": [asdict(pin) for pin in analysis.tokens.pins],
-    }
-
-
 def skipped(compression: Compression | None) -> None:
     """Groups that a closed form could not serve, by reason."""
     if compression is not None and compression.skipped:
@@ -242,10 +191,6 @@ def skipped(compression: Compression | None) -> None:
 
 
 # -- plan and result -------------------------------------------------------------------------------------------------
-
-
-def plan_json(plan: Plan) -> list[dict[str, Any]]:
-    return groups_json(plan)
 
 
 def plan(plan: Plan) -> None:

@@ -17,12 +17,12 @@ from snpc.page.png import Bytes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.plan import Plan
+from snpc.pipeline.prune import Pruned
+from snpc.pipeline.token_decisions import closed
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
-from snpc.runtime.prune import Pruned
 from snpc.runtime.session import open_session
-from snpc.runtime.tokens import closed
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 PICTURES = 2

@@ -14,11 +14,11 @@ from snpc.page.survivors import Survivors, survivors
 from snpc.page.words import how
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
+from snpc.pipeline.planner import Decision
+from snpc.pipeline.prune import Pruned
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.io.load import load
-from snpc.runtime.prune import Pruned
 from snpc.types import Difference, FloatArray, Pin
 
 

@@ -14,11 +14,11 @@ from snpc.page.png import coloured, data_url
 from snpc.page.style import STYLE
 from snpc.page.svg import curve_chart, decades, pairs_chart, percent, widths_chart
 from snpc.page.words import count, share
+from snpc.pipeline.planner import Decision
+from snpc.pipeline.prune import Pruned
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.io.atomic import replacing
-from snpc.runtime.prune import Pruned
 from snpc.types import Difference
 
 # A page that came from somebody else's model may load and run nothing.

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 from snpc.page.markup import Element, el
 from snpc.page.svg import canvas, line, words
-from snpc.targets.sweep import Point, Sweep
+from snpc.pipeline.sweep import Point, Sweep
 
 WIDTH, HEIGHT = 640.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 90.0, 36.0, 48.0

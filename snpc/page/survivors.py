@@ -9,9 +9,9 @@ import numpy as np
 from snpc.errors import SnpcError
 from snpc.page.attention import PICTURES, NoMaps, as_pixels, first_samples, grid_of, pictures_in
 from snpc.page.png import Bytes
+from snpc.pipeline.prune import Pruned
+from snpc.pipeline.token_decisions import decisions
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.prune import Pruned
-from snpc.runtime.tokens import decisions
 from snpc.tokens.inplace import members
 from snpc.tokens.reduce import Reduction
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.runtime.prune import Pruned
+from snpc.pipeline.prune import Pruned
 
 
 def count(number: float) -> str:

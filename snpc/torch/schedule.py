@@ -12,11 +12,11 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method
+from snpc.pipeline.planner import decide
+from snpc.pipeline.prune import apply_plan
 from snpc.runtime.calibration.stream import Calibration
-from snpc.runtime.compress import decide
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
-from snpc.runtime.prune import apply_plan
 from snpc.torch.checkpoints import Saved, run_name
 from snpc.torch.journal import Journal, Round, journal
 from snpc.torch.objectives import AccuracyDrop, Objective, drift

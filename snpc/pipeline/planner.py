@@ -16,15 +16,16 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice, asks_latency
 from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
+from snpc.pipeline.refit import check_data
+from snpc.pipeline.score import scores_of
+from snpc.pipeline.token_decisions import told
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves, probed_widths
 from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
 from snpc.runtime.fit import Compression, compress
 from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.numbers import energies_of
-from snpc.runtime.score import scores_of
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
-from snpc.runtime.tokens import told
 from snpc.types import FloatArray, Group
 
 
@@ -165,16 +166,6 @@ def default_method(calibration: Calibration | None, closed: bool) -> Method:
     return "auto" if calibration is not None else "parallel"
 
 
-def check_data(method: Method, calibration: Calibration | None, statistics: Statistics | None) -> None:
-    if method == "auto" and calibration is None and statistics is not None:
-        raise UserError(
-            "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
-            "as well, or --method parallel"
-        )
-    if method != "select" and calibration is None and statistics is None:
-        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
-
-
 def relative_loss(compression: Compression, scores: Scores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
     curve = compression.curve(group)
@@ -182,32 +173,3 @@ def relative_loss(compression: Compression, scores: Scores, group: Group) -> Flo
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
         curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]
     return curve / max(float(curve[0]), 1e-300)
-
-
-def compression_for(
-    plan: Plan,
-    calibration: Calibration | None,
-    *,
-    statistics: Statistics | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
-) -> Compression | None:
-    """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
-
-    Raises UserError where they are needed and there is no data.
-    """
-    if plan.method == "select":
-        return None
-    if calibration is None and statistics is None:
-        raise UserError(
-            f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
-        )
-    check_data(plan.method, calibration, statistics)
-    groups = [g for g in plan.analysis.groups if g.id in plan.keep]
-    if statistics is None:
-        calibration = told(plan.analysis, calibration, provider)
-        assert calibration is not None
-        statistics = measure_statistics(
-            plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider
-        )
-    return compress(plan.analysis, statistics, groups)

@@ -26,8 +26,8 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
 from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.pipeline.planner import Decision, decide
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision, decide
 from snpc.runtime.curves import mean_change
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import fit, settled

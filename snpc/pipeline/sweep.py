@@ -13,16 +13,16 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.choice import Choice
 from snpc.passes.plan import Method
+from snpc.pipeline.planner import Decision, decide, is_latency, uncut
+from snpc.pipeline.search import prune
+from snpc.pipeline.token_request import AUTO, with_tokens
+from snpc.pipeline.token_schedule import Widths, share_of_macs, start
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision, decide, is_latency, uncut
 from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
 from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.evaluation.compare import compare, pooled, worst
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.io.atomic import check_target
-from snpc.runtime.reach import prune
-from snpc.runtime.token_plan import Widths, share_of_macs, start
-from snpc.runtime.token_request import AUTO, with_tokens
 from snpc.targets.base import Precision
 from snpc.targets.make import artefact, build, staging, target_of
 from snpc.types import Cost

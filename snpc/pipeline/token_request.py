@@ -8,10 +8,10 @@ import numpy as np
 
 from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import Analysis
+from snpc.pipeline.token_decisions import decided_by, tokens_in, told
+from snpc.pipeline.token_schedule import Trials, Widths, choose_tokens
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.relevance import token_relevance
-from snpc.runtime.token_plan import Trials, Widths, choose_tokens
-from snpc.runtime.tokens import decided_by, tokens_in, told
 from snpc.tokens.inplace import walked
 from snpc.tokens.reduce import Reduction, parse_wanted, reduce_tokens, steps_for
 from snpc.tokens.rewrite import open_tokens, stream_dtype

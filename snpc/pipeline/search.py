@@ -15,11 +15,12 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.choice import Choice, parse_target
 from snpc.passes.descent import Descent
 from snpc.passes.plan import Scores, plan_of, predicted_drift, way_down
+from snpc.pipeline.planner import Decision, is_latency
+from snpc.pipeline.prune import Candidate, Pruned, Search, Stopwatch, apply_plan, build, published, unverified
+from snpc.pipeline.refit import Means
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.compress import Decision, is_latency
 from snpc.runtime.evaluation.latency import Workload, side_by_side
 from snpc.runtime.io.atomic import discard
-from snpc.runtime.prune import Candidate, Means, Pruned, Search, Stopwatch, apply_plan, build, published, unverified
 from snpc.types import FloatArray
 
 ROUNDS = 6

@@ -1,0 +1,1 @@
+"""The verbs of snpc, each a function of the value that the one before returned."""

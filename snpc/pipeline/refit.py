@@ -1,0 +1,103 @@
+"""Weights of the plan after its closed forms are fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from snpc.errors import UserError
+from snpc.passes.grouping.traced import Traced
+from snpc.passes.plan import Method, Plan
+from snpc.pipeline.token_decisions import told
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.fit import Compression, compress, fit, settled
+from snpc.runtime.norms import approximated, fit_norms, without
+from snpc.runtime.sequential import fit_sequentially
+from snpc.runtime.stages import NotSequential
+from snpc.runtime.statistics import Statistics, measure_statistics
+
+
+@dataclass(frozen=True)
+class Means:
+    """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
+
+    compression: Compression | None = None
+    calibration: Calibration | None = None
+    memory_limit: int | None = None
+    provider: str = "cpu"
+
+    def described(self) -> str:
+        """The data, in words."""
+        if self.calibration is not None:
+            return self.calibration.described()
+        return self.compression.source if self.compression is not None else ""
+
+
+def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
+    """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
+    if plan.method == "select":
+        return plan, plan.analysis.traced
+    normed = approximated(plan)
+    compression, calibration = means.compression, means.calibration
+    if compression is None or (calibration is None and (plan.method == "auto" or normed)):
+        raise UserError(
+            f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
+        )
+    calibration = told(plan.analysis, calibration, means.provider)
+    means = replace(means, calibration=calibration)
+    plan = settled(compression, plan)
+    rest = without(plan, normed)
+    source = plan.analysis.traced
+    if rest.keep:
+        source = fitted_weights(compression, rest, means)
+    if not normed:
+        return plan, source
+    assert calibration is not None
+    return plan, fit_norms(source, plan, calibration, provider=means.provider)
+
+
+def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
+    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
+        try:
+            return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
+        except NotSequential:
+            pass  # what the dense model gives serves as well
+    return fit(compression, plan)
+
+
+def check_data(method: Method, calibration: Calibration | None, statistics: Statistics | None) -> None:
+    if method == "auto" and calibration is None and statistics is not None:
+        raise UserError(
+            "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
+            "as well, or --method parallel"
+        )
+    if method != "select" and calibration is None and statistics is None:
+        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
+
+
+def compression_for(
+    plan: Plan,
+    calibration: Calibration | None,
+    *,
+    statistics: Statistics | None = None,
+    memory_limit: int | None = None,
+    provider: str = "cpu",
+) -> Compression | None:
+    """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
+
+    Raises UserError where they are needed and there is no data.
+    """
+    if plan.method == "select":
+        return None
+    if calibration is None and statistics is None:
+        raise UserError(
+            f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
+        )
+    check_data(plan.method, calibration, statistics)
+    groups = [g for g in plan.analysis.groups if g.id in plan.keep]
+    if statistics is None:
+        calibration = told(plan.analysis, calibration, provider)
+        assert calibration is not None
+        statistics = measure_statistics(
+            plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider
+        )
+    return compress(plan.analysis, statistics, groups)

@@ -1,0 +1,169 @@
+"""Results as JSON: analysis, plan, pruned model, verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from snpc.passes.analyze import Analysis
+from snpc.passes.canonicalization.shared_constants import origin
+from snpc.passes.plan import Plan, cuts_of
+from snpc.passes.slicing.slice import Cuts
+from snpc.pipeline.prune import Pruned
+from snpc.runtime.io.atomic import replacing
+from snpc.types import FloatArray, Verdict
+
+
+def report(result: Pruned) -> dict[str, Any]:
+    """What ``--json`` writes. ``keep`` are indices into the original initializer."""
+    plan = result.plan
+    both = {
+        key: {"before": getattr(result.before, key), "after": getattr(result.after, key)}
+        for key in ("params", "macs", "bytes", "nodes")
+    }
+    return {
+        "snpc_report": 1,
+        "model": str(plan.analysis.model.path),
+        "output": str(result.path),
+        "digest": plan.analysis.model.digest,
+        "method": plan.method,
+        "criterion": plan.criterion,
+        "options": dict(plan.options),
+        "calibration": result.calibration or None,
+        "search": asdict(result.search) if result.search else None,
+        **both,
+        "macs_at": dict(plan.analysis.binding),
+        "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
+        "groups": groups_json(plan, result.forms),
+        "pins": pins_json(plan.analysis),
+        "verify": verdict_json(result.verdict),
+        "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
+    }
+
+
+def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
+    forms = forms or {}
+    graph = plan.analysis.traced.model.graph
+    cuts = cuts_in_file(cuts_of(plan), graph)
+    found = []
+    for group in plan.analysis.groups:
+        if group.pins:
+            continue
+        sites = []
+        for site in group.sites:
+            tensor = origin(graph.initializers[site.tensor])
+            gone = cuts.get((tensor, site.axis))
+            if gone is not None:
+                place = {"tensor": tensor, "axis": site.axis}
+                rotated = forms.get(group.id) in ("scores", "values")
+                sites.append(place if rotated else {**place, "keep": np.flatnonzero(~gone).tolist()})
+        found.append(
+            {
+                "id": group.id,
+                "role": group.role,
+                "blocks": group.blocks,
+                "size": group.size,
+                "kept": plan.kept(group),
+                "freedom": group.freedom,
+                "form": forms.get(group.id),
+                "sites": sites,
+            }
+        )
+    return found
+
+
+def cuts_in_file(cuts: Cuts, graph: ir.Graph) -> Cuts:
+    """Cuts by the names that constants have in the user's file. Of one that several users share (it is a copy per user
+    here), what every user loses is gone."""
+    copies: dict[str, list[str]] = {}
+    for name, value in graph.initializers.items():
+        copies.setdefault(origin(value), []).append(str(name))
+    found = {}
+    for (tensor, axis), gone in cuts.items():
+        name = origin(graph.initializers[tensor])
+        nothing = np.zeros_like(gone)
+        found[name, axis] = np.logical_and.reduce([cuts.get((copy, axis), nothing) for copy in copies[name]])
+    return found
+
+
+def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
+    return [asdict(pin) for pin in analysis.pins]
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
+    return {
+        "max_abs_diff": verdict.max_abs_diff,
+        "compared": f"{pair} on {verdict.compared}",
+        "tolerance": verdict.tolerance,
+        "structure": list(verdict.structure),
+        "equals_mask": [asdict(d) for d in verdict.equals_mask],
+        "drift": [asdict(d) for d in verdict.drift],
+    }
+
+
+def write_json(data: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[str, Any]:
+    found = []
+    for g in analysis.groups:
+        found.append(
+            {
+                "id": g.id,
+                "role": g.role,
+                "layer": g.layer,
+                "blocks": g.blocks,
+                "size": g.size,
+                "freedom": g.freedom,
+                "freedom_reason": g.freedom_reason,
+                **({"curve": curves[g.id].tolist()} if g.id in curves else {}),
+                "macs": g.macs,
+                "params": g.params,
+                "prunable": g.prunable,
+                "sites": [{"tensor": s.tensor, "axis": s.axis, "kind": s.kind} for s in g.sites],
+                "pins": [asdict(p) for p in g.pins],
+            }
+        )
+    return {
+        "snpc_inspect": 1,
+        "model": str(analysis.model.path),
+        "digest": analysis.model.digest,
+        "params": analysis.cost.params,
+        "macs": analysis.cost.macs,
+        "nodes": analysis.cost.nodes,
+        "macs_at": dict(analysis.binding),
+        "groups": found,
+        "pins": pins_json(analysis),
+        "tokens": tokens_json(analysis),
+    }
+
+
+def tokens_json(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "blocks": analysis.tokens.blocks,
+        "points": [
+            {
+                "block": p.block,
+                "tensor": p.value,
+                "tokens": p.count if p.fixed else None,
+                "leading": p.leading,
+                "scores": p.scores is not None,
+            }
+            for p in analysis.tokens.points
+        ],
+        "pins": [asdict(pin) for pin in analysis.tokens.pins],
+    }
+
+
+def plan_json(plan: Plan) -> list[dict[str, Any]]:
+    return groups_json(plan)
