@@ -100,9 +100,9 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     """Every stage of a data-free prune."""
     import snpc
     from snpc.passes.canonicalization.finalize import clean
-    from snpc.passes.plan import cuts_of
     from snpc.passes.slicing.rewrite import rewrite_model
     from snpc.pipeline.verify import verify_written
+    from snpc.planning.plan import cuts_of
 
     watch, target = Watch(), folder / "pruned.onnx"
     loaded = watch.run("load", lambda: snpc.load(model))

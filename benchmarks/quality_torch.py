@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 import snpc
 import snpc.torch
-from snpc.passes.plan import Method
+from snpc.planning.plan import Method
 from snpc.torch import Training
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"

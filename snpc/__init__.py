@@ -14,15 +14,16 @@ from __future__ import annotations
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Plan, Scores, make_plan
-from snpc.passes.planfile import plan_from_json, plan_to_json
 from snpc.pipeline.planner import Decision, decide
 from snpc.pipeline.prune import Pruned, apply_plan
 from snpc.pipeline.report_json import report
 from snpc.pipeline.score import score
 from snpc.pipeline.search import prune
 from snpc.pipeline.verify import verify
+from snpc.planning.allocate import make_plan
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan, Scores
+from snpc.planning.plan_file import plan_from_json, plan_to_json
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload

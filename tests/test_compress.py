@@ -23,14 +23,14 @@ from test_cli import invoke
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.weights.attention_operands import contraction_at
 from snpc.passes.weights.closed_form_kinds import form_of
 from snpc.passes.weights.consumers import reader_of
 from snpc.passes.weights.edits import Edits, NoPlace, edited
 from snpc.pipeline.refit import compression_for
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.fit import Compression, fit, fit_basis, settled

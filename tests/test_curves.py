@@ -15,10 +15,10 @@ from test_plan import group
 
 import snpc
 from snpc.errors import UserError
-from snpc.passes.choice import Choice
-from snpc.passes.plan import widths_for
 from snpc.pipeline.planner import ordered
 from snpc.pipeline.score import score
+from snpc.planning.allocate import widths_for
+from snpc.planning.config import Choice
 from snpc.runtime.chain import chain_of
 from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of

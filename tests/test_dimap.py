@@ -12,7 +12,7 @@ from oracle import analysis_of
 import snpc
 from snpc.cli import main
 from snpc.errors import UserError
-from snpc.passes.energy import relative_energy
+from snpc.planning.dimap import relative_energy
 from snpc.runtime.numbers import energies_of
 
 

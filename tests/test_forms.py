@@ -16,13 +16,13 @@ from test_compress import Feeds, calibration_of, more_data, moved, shrunk, watch
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Plan
 from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.closed_form_kinds import forms_of
 from snpc.passes.weights.consumers import reader_of, readers_of, uses_of
 from snpc.passes.weights.edits import existing_bias
 from snpc.pipeline.planner import Decision
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan
 from snpc.runtime.fit import Compression, fit
 from snpc.types import FloatArray, Group, Role
 

@@ -15,8 +15,8 @@ from test_slice_equals_mask import fuse
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
 from snpc.passes.weights.edits import Edits, edited
+from snpc.planning.config import Choice
 from snpc.runtime.fit import Compression, fit_basis
 from snpc.types import Group
 

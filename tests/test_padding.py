@@ -12,12 +12,12 @@ from test_compress import chosen, initializers_of
 
 import snpc
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.choice import Choice
 from snpc.passes.grouping.traced import Traced
-from snpc.passes.plan import Plan, cuts_of, keep_best
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.token_analysis.padding_sources import streams_of
 from snpc.pipeline.refit import Means, fitted
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.norms import fit_norms
 from snpc.runtime.statistics import Statistics

@@ -17,10 +17,11 @@ from test_cli import VIT
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import allowed
-from snpc.passes.descent import ladder
-from snpc.passes.plan import chosen_groups, cuts_of, keep_best, step_costs
-from snpc.passes.planfile import checked_rows
+from snpc.planning.allocate import chosen_groups, step_costs
+from snpc.planning.config import allowed
+from snpc.planning.descent import ladder
+from snpc.planning.plan import cuts_of, keep_best
+from snpc.planning.plan_file import checked_rows
 from snpc.types import Group, Pin, Role, Site
 
 Array = npt.NDArray[Any]

@@ -19,11 +19,12 @@ from test_cli import CALIB, VIT, invoke, reported
 from test_plan import group
 
 import snpc
-from snpc.passes.choice import Choice, parse_target
-from snpc.passes.descent import descent
-from snpc.passes.plan import Times, make_plan, plan_of, predicted_drift, way_down
 from snpc.pipeline import search as reach
 from snpc.pipeline.search import NEAR_DRIFT, ROUNDS, seek
+from snpc.planning.allocate import make_plan, predicted_drift, way_down
+from snpc.planning.config import Choice, parse_target
+from snpc.planning.descent import descent
+from snpc.planning.plan import Times, plan_of
 from snpc.runtime.evaluation import latency
 from snpc.runtime.evaluation.latency import SHARES, Artefact, LatencyTable, Workload, latency_table
 from snpc.types import FloatArray, Group, Role

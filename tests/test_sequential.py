@@ -15,10 +15,10 @@ from test_compress import calibration_of, chosen
 import snpc
 from snpc.graph.subgraph import extract, segments
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import Means, fitted
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.io.save import save
 from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded, open_session

@@ -18,8 +18,8 @@ from test_compress import calibration_of, chosen, initializers, initializers_of,
 import snpc
 from snpc.errors import UserError
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Method
+from snpc.planning.config import Choice
+from snpc.planning.plan import Method
 from snpc.runtime.memory import Shelf, free_memory, in_file, parse_bytes
 from snpc.runtime.noise import random_inputs
 from snpc.runtime.sequential import fit_sequentially

@@ -46,8 +46,8 @@ from snpc.cli.options import (
     timing,
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
-from snpc.passes.choice import asks_latency
 from snpc.pipeline import report_json
+from snpc.planning.config import asks_latency
 
 
 class Commands(click.Group):

@@ -145,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
 def read_plan(path: Path, model: Path) -> Any:
     """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
-    from snpc.passes.planfile import tokens_in, wants_caches
+    from snpc.planning.plan_file import tokens_in, wants_caches
     from snpc.tokens.reduce import reduce_tokens
 
     try:

@@ -13,12 +13,13 @@ import click
 
 from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import Plan
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.pipeline.planner import Decision, is_latency
+from snpc.pipeline.planner import Decision
 from snpc.pipeline.prune import Pruned, Search
 from snpc.pipeline.report_json import write_json
 from snpc.pipeline.sweep import Sweep
+from snpc.planning.config import is_latency
+from snpc.planning.plan import Plan
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.fit import Compression
 from snpc.targets import Build

@@ -16,9 +16,9 @@ from snpc.ops import lookup
 from snpc.page.png import Bytes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.plan import Plan
 from snpc.pipeline.prune import Pruned
 from snpc.pipeline.token_decisions import closed
+from snpc.planning.plan import Plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save

@@ -14,11 +14,12 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice, asks_latency
-from snpc.passes.plan import Method, Plan, Scores, chosen_groups, make_plan
 from snpc.pipeline.refit import check_data
 from snpc.pipeline.score import scores_of
 from snpc.pipeline.token_decisions import told
+from snpc.planning.allocate import chosen_groups, make_plan
+from snpc.planning.config import Choice, is_latency
+from snpc.planning.plan import Method, Plan, Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import output_curves, probed_widths
 from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
@@ -147,10 +148,6 @@ def check_request(choice: Choice, calibration: Calibration | None, workload: Wor
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
     if workload is not None and not is_latency(choice):
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
-
-
-def is_latency(choice: Choice) -> bool:
-    return asks_latency(choice.target)
 
 
 def needs_curves(choice: Choice, method: Method) -> bool:

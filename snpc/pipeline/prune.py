@@ -12,10 +12,10 @@ from typing import Literal
 from snpc.graph.shapes import evaluate
 from snpc.passes.analyze import Analysis, cost_of
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import Means, fitted
 from snpc.pipeline.verify import verify_written
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import (
     judge,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from snpc.errors import UserError
 from snpc.passes.grouping.traced import Traced
-from snpc.passes.plan import Method, Plan
 from snpc.pipeline.token_decisions import told
+from snpc.planning.plan import Method, Plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, compress, fit, settled
 from snpc.runtime.norms import approximated, fit_norms, without

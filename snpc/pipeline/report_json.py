@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.shared_constants import origin
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.slice import Cuts
 from snpc.pipeline.prune import Pruned
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.io.atomic import replacing
 from snpc.types import FloatArray, Verdict
 

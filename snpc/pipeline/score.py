@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from snpc.criteria import Criterion, make_criterion, needs_data
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import Scores
+from snpc.planning.plan import Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.gates import asks_gates
 from snpc.runtime.measure import wanted_statistics

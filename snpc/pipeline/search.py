@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.choice import Choice, parse_target
-from snpc.passes.descent import Descent
-from snpc.passes.plan import Scores, plan_of, predicted_drift, way_down
-from snpc.pipeline.planner import Decision, is_latency
+from snpc.pipeline.planner import Decision
 from snpc.pipeline.prune import Candidate, Pruned, Search, Stopwatch, apply_plan, build, published, unverified
 from snpc.pipeline.refit import Means
+from snpc.planning.allocate import predicted_drift, way_down
+from snpc.planning.config import Choice, is_latency, parse_target
+from snpc.planning.descent import Descent
+from snpc.planning.plan import Scores, plan_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import Workload, side_by_side
 from snpc.runtime.io.atomic import discard

@@ -11,12 +11,12 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Method
-from snpc.pipeline.planner import Decision, decide, is_latency, uncut
+from snpc.pipeline.planner import Decision, decide, uncut
 from snpc.pipeline.search import prune
 from snpc.pipeline.token_request import AUTO, with_tokens
 from snpc.pipeline.token_schedule import Widths, share_of_macs, start
+from snpc.planning.config import Choice, is_latency
+from snpc.planning.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
 from snpc.runtime.evaluation.bench import bench

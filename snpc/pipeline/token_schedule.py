@@ -23,10 +23,11 @@ from snpc.errors import UserError
 from snpc.graph.shapes import Facts, best_binding
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.choice import Choice, parse_target
-from snpc.passes.plan import Method, Plan, Scores, cuts_of, make_plan
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.planner import Decision, decide
+from snpc.planning.allocate import make_plan
+from snpc.planning.config import Choice, parse_target
+from snpc.planning.plan import Method, Plan, Scores, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.curves import mean_change
 from snpc.runtime.evaluation.compare import outputs_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
 from snpc.pipeline.refit import Means, compression_for, fitted
 from snpc.pipeline.token_decisions import check_tokens
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.evaluation.compare import (

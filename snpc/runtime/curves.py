@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from snpc.closed import steps_of
-from snpc.passes.choice import Choice
-from snpc.passes.plan import Plan, Scores, cuts_of, keep_best, widths_for
 from snpc.passes.slicing.slice import Cuts
 from snpc.passes.weights.edits import Edits
+from snpc.planning.allocate import widths_for
+from snpc.planning.config import Choice
+from snpc.planning.plan import Plan, Scores, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.chain import Chain, States, chain_of
 from snpc.runtime.curve_fit import Change, fitted_curves

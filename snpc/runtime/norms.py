@@ -18,12 +18,12 @@ import onnx_ir as ir
 
 from snpc.ops import names as op
 from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.propagation.removal import Dead
 from snpc.passes.slicing.masked_statistics import restrict
 from snpc.passes.slicing.slice import dead_units
 from snpc.passes.weights.edits import Edits, edited, existing_bias
 from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, token_masks

@@ -21,9 +21,9 @@ from snpc.closed import damped_solution
 from snpc.graph.subgraph import Segment, extract
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.plan import Plan, cuts_of
 from snpc.passes.weights.consumers import reader_of
 from snpc.passes.weights.edits import Edits
+from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.fit import Compression, edits_for, rotations
 from snpc.runtime.instrument import Instrument

@@ -12,11 +12,11 @@ from snpc.graph.subgraph import Segment, segments
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.plan import Plan
 from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.closed_form_kinds import forms_of
 from snpc.passes.weights.consumers import readers_of
 from snpc.passes.weights.edits import Edits, edited, existing_bias
+from snpc.planning.plan import Plan
 from snpc.runtime.fit import Compression
 from snpc.runtime.measure import Wanted, wanted_statistics
 from snpc.runtime.moments import needs

@@ -13,8 +13,8 @@ import numpy as np
 from snpc.criteria import Criterion, make_criterion
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import Method
 from snpc.passes.weights.closed_form_kinds import forms_of
+from snpc.planning.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.gates import asks_gates, measure_gates
 from snpc.runtime.io.atomic import replacing

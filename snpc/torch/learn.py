@@ -8,8 +8,9 @@ import torch
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice, parse_target
-from snpc.passes.plan import Plan, Scores, chosen_groups, make_plan
+from snpc.planning.allocate import chosen_groups, make_plan
+from snpc.planning.config import Choice, parse_target
+from snpc.planning.plan import Plan, Scores
 from snpc.runtime.calibration.stream import Calibration
 from snpc.torch.checkpoints import Saved, opened, run_name
 from snpc.torch.gates import gate_of, module_of

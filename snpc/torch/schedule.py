@@ -10,10 +10,10 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.choice import Choice, parse_target
-from snpc.passes.plan import Method
 from snpc.pipeline.planner import decide
 from snpc.pipeline.prune import apply_plan
+from snpc.planning.config import Choice, parse_target
+from snpc.planning.plan import Method
 from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files

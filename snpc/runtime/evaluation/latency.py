@@ -21,8 +21,8 @@ import numpy as np
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.plan import Plan, Times, cuts_of
 from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.planning.plan import Plan, Times, cuts_of
 from snpc.runtime.evaluation.bench import bench, cores, cpu_name
 from snpc.runtime.feeds import Shape
 from snpc.runtime.io.atomic import replacing

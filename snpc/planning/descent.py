@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from snpc.passes.choice import Choice, allowed
+from snpc.planning.config import Choice, allowed
 from snpc.types import FloatArray, Group
 
 Step = tuple[str, int]  # group id, the width that it comes down to

@@ -144,3 +144,7 @@ def allowed(group: Group, choice: Choice) -> list[int]:
     least = floor_of(group, choice)
     multiples = range(group.size - group.size % choice.round_to, 0, -choice.round_to)
     return [group.size, *(w for w in multiples if least <= w < group.size)]
+
+
+def is_latency(choice: Choice) -> bool:
+    return asks_latency(choice.target)

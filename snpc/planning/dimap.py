@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from snpc.passes.choice import Choice
-from snpc.passes.descent import descent
+from snpc.planning.config import Choice
+from snpc.planning.descent import descent
 from snpc.types import FloatArray, Group
 
 

@@ -1,4 +1,4 @@
-"""scores -> plan: how many units each group keeps, and which."""
+"""Allocation: how wide each group stays under a ratio, a target or a drift limit."""
 
 from __future__ import annotations
 
@@ -6,66 +6,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.choice import Choice, Target, allowed, parse_target
-from snpc.passes.descent import Descent, descent, within
-from snpc.passes.energy import module_widths
-from snpc.passes.slicing.slice import Cuts
+from snpc.planning.config import Choice, Target, allowed, parse_target
+from snpc.planning.descent import Descent, descent, within
+from snpc.planning.dimap import module_widths
+from snpc.planning.plan import Plan, Scores, plan_of
 from snpc.types import APPROXIMATE, FloatArray, Group
-
-Method = Literal["select", "parallel", "auto"]
-
-
-@dataclass(frozen=True)
-class Times:
-    """Measured times in ms: of the ``dense`` model, of ``base``, the same with nothing narrowed yet (but for rows that
-    nobody reads), and group id -> [size + 1], what is ``saved`` of that when so many units per block are kept."""
-
-    dense: float
-    base: float
-    saved: Mapping[str, FloatArray] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A score per unit, higher = keep: group id -> [blocks, size]. ``samples`` calibration samples were used."""
-
-    analysis: Analysis
-    criterion: str
-    values: Mapping[str, FloatArray] = field(repr=False)
-    samples: int = 0
-    method: Method = "select"
-    curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
-    times: Times | None = None
-    energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where asked for: group id -> [blocks, size], squared weights of each unit."""
-    comparable: bool = False
-    """Are scores of different groups in one unit, such as that of a loss?"""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which units each group keeps: group id -> one list of positions per block, in ascending order."""
-
-    analysis: Analysis
-    criterion: str
-    options: Mapping[str, Any]
-    keep: Mapping[str, tuple[tuple[int, ...], ...]] = field(repr=False)
-    method: Method = "select"
-    """"select": weights are sliced as they are; "parallel": they are refitted to the plan first, from calibration data;
-    "auto": so too, one layer after the other, each from what the cut layers before it give."""
-
-    def kept(self, group: Group) -> int:
-        """Units per block that stay."""
-        rows = self.keep.get(group.id)
-        return len(rows[0]) if rows else group.size
 
 
 def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
@@ -114,20 +64,6 @@ def widths_for(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[
         return uniform_widths(groups, choice)
     by_role = ([g for g in groups if g.role == role] for role in choice.roles)
     return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, choice).items()}
-
-
-def plan_of(scores: Scores, choice: Choice, widths: Mapping[str, int]) -> Plan:
-    """The best units of each group, as many as ``widths`` (group id -> width) say."""
-    groups = [g for g in scores.analysis.groups if widths.get(g.id, g.size) < g.size]
-    keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups}
-    options = {k: v for k, v in asdict(choice).items() if v is not None}
-    return Plan(scores.analysis, scores.criterion, options, keep, scores.method)
-
-
-def keep_best(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
-    """The ``width`` best positions of each block, ascending; ties go to the lower position."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :width]
-    return tuple(tuple(sorted(int(k) for k in row)) for row in order)
 
 
 def uniform_widths(groups: Sequence[Group], choice: Choice) -> dict[str, int]:
@@ -267,23 +203,3 @@ def step_costs(scores: Scores, group: Group) -> FloatArray:
         return np.sort(scores.values[group.id], axis=1).sum(0)  # type: ignore[no-any-return]
     mean = float(ordered.mean())
     return ordered / mean if mean > 0 and math.isfinite(mean) else ordered
-
-
-# -- to the rewriter -------------------------------------------------------------------------------------------------
-
-
-def cuts_of(plan: Plan) -> Cuts:
-    """(constant, axis) -> which positions go."""
-    cuts: dict[tuple[str, int], Any] = {}
-    for group in plan.analysis.groups:
-        rows = plan.keep.get(group.id)
-        if rows is None:
-            continue
-        gone = np.ones((group.blocks, group.size), bool)
-        for block, row in enumerate(rows):
-            gone[block, list(row)] = False
-        flat = np.concatenate([gone.reshape(-1), [False]])
-        for site in group.sites:
-            key = (site.tensor, site.axis)
-            cuts[key] = cuts.get(key, False) | flat[site.units]
-    return cuts

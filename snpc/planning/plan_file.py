@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.plan import Method, Plan
+from snpc.planning.plan import Method, Plan
 from snpc.types import Group
 
 FORMAT = 1

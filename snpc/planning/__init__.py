@@ -1,0 +1,1 @@
+"""Planning: from scores and a budget to the widths of a plan. Nothing here runs a model."""
