@@ -12,7 +12,6 @@ Each verb takes the value that the one before returned. ``import snpc`` loads nu
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
-from snpc.page.html import write_report
 from snpc.passes.analyze import Analysis, analyze
 from snpc.pipeline.planner import Decision, decide
 from snpc.pipeline.prune import Pruned, apply_plan
@@ -24,6 +23,7 @@ from snpc.planning.allocate import make_plan
 from snpc.planning.config import Choice
 from snpc.planning.plan import Plan, Scores
 from snpc.planning.plan_file import plan_from_json, plan_to_json
+from snpc.report.page import write_report
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload

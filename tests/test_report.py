@@ -23,12 +23,12 @@ from onnx import helper, numpy_helper
 
 import snpc
 from snpc.cli import main
-from snpc.page.attention import Attention, grid_of
-from snpc.page.data import Report
-from snpc.page.html import page, percent
-from snpc.page.png import data_url
-from snpc.page.words import count
 from snpc.passes.mac_breakdown import PRECEDENCE, macs_by_role
+from snpc.report.attention_maps import Attention, grid_of
+from snpc.report.data import Report
+from snpc.report.format import count
+from snpc.report.page import page, percent
+from snpc.report.png import data_url
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VOID = {"meta", "img", "br", "link", "hr", "input"}

@@ -16,8 +16,8 @@ import snpc
 from snpc.cli import main
 from snpc.cli.sweep import parse_targets
 from snpc.errors import UserError
-from snpc.page.scatter import even, scatter
 from snpc.pipeline.sweep import ORIGINAL, Point, Sweep, on_front
+from snpc.report.sweep_plot import even, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
 

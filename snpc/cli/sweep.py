@@ -58,9 +58,9 @@ def sweep(
     Into the folder go sweep.json, sweep.svg (quality against latency) and the models on the Pareto front.
     """
     import snpc
-    from snpc.page.scatter import scatter
     from snpc.pipeline.sweep import steps
     from snpc.pipeline.sweep import sweep as run
+    from snpc.report.sweep_plot import scatter
 
     choice, calib = split_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snpc.page.words import count, how, share
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.pipeline.planner import Decision
@@ -20,6 +19,7 @@ from snpc.pipeline.report_json import write_json
 from snpc.pipeline.sweep import Sweep
 from snpc.planning.config import is_latency
 from snpc.planning.plan import Plan
+from snpc.report.format import count, how, share
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.fit import Compression
 from snpc.targets import Build

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from snpc.page.attention import HeadMap, Picture
-from snpc.page.data import Pair, Report, Width, by_role, collect, plural
-from snpc.page.markup import Child, Element, el, text_of
-from snpc.page.png import coloured, data_url
-from snpc.page.style import STYLE
-from snpc.page.svg import curve_chart, decades, pairs_chart, percent, widths_chart
-from snpc.page.words import count, share
 from snpc.pipeline.planner import Decision
 from snpc.pipeline.prune import Pruned
+from snpc.report.attention_maps import HeadMap, Picture
+from snpc.report.charts import curve_chart, decades, pairs_chart, percent, widths_chart
+from snpc.report.data import Pair, Report, Width, by_role, collect, plural
+from snpc.report.format import count, share
+from snpc.report.markup import Child, Element, el, text_of
+from snpc.report.png import coloured, data_url
+from snpc.report.style import STYLE
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.io.atomic import replacing

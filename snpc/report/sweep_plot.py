@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from snpc.page.markup import Element, el
-from snpc.page.svg import canvas, line, words
 from snpc.pipeline.sweep import Point, Sweep
+from snpc.report.charts import canvas, line, words
+from snpc.report.markup import Element, el
 
 WIDTH, HEIGHT = 640.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 90.0, 36.0, 48.0

@@ -13,12 +13,12 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.ops import lookup
-from snpc.page.png import Bytes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.pipeline.prune import Pruned
 from snpc.pipeline.token_decisions import closed
 from snpc.planning.plan import Plan
+from snpc.report.png import Bytes
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from snpc.page.attention import Attention, attention_maps
-from snpc.page.survivors import Survivors, survivors
-from snpc.page.words import how
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.pipeline.planner import Decision
 from snpc.pipeline.prune import Pruned
+from snpc.report.attention_maps import Attention, attention_maps
+from snpc.report.format import how
+from snpc.report.token_maps import Survivors, survivors
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.bench import Bench
 from snpc.runtime.io.load import load

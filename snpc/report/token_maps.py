@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from snpc.errors import SnpcError
-from snpc.page.attention import PICTURES, NoMaps, as_pixels, first_samples, grid_of, pictures_in
-from snpc.page.png import Bytes
 from snpc.pipeline.prune import Pruned
 from snpc.pipeline.token_decisions import decisions
+from snpc.report.attention_maps import PICTURES, NoMaps, as_pixels, first_samples, grid_of, pictures_in
+from snpc.report.png import Bytes
 from snpc.runtime.calibration import Calibration
 from snpc.tokens.inplace import members
 from snpc.tokens.reduce import Reduction

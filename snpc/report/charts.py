@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from snpc.page.data import Pair, Width
-from snpc.page.markup import Element, el
-from snpc.page.words import count, share
+from snpc.report.data import Pair, Width
+from snpc.report.format import count, share
+from snpc.report.markup import Element, el
 
 LEFT, BOTTOM, TOP = 48.0, 34.0, 10.0
 
