@@ -10,7 +10,7 @@ from snpc.graph.shapes import Facts
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration, load_calibration
-from snpc.runtime.calibration.check import axes_of
+from snpc.runtime.calibration.validation import axes_of
 from snpc.runtime.feeds import random_feeds
 from snpc.types import AnyArray
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from snpc.errors import UserError
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.order import sample_ids
-from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.io.atomic import replacing
 
 FILE = "checkpoint.pt"

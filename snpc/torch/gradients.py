@@ -16,9 +16,9 @@ import torch
 
 from snpc.criteria import Criterion
 from snpc.passes.analyze import Analysis
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.labels import load_labels
 from snpc.runtime.calibration.order import sample_ids, singly
-from snpc.runtime.calibration.stream import Calibration
 from snpc.torch.gates import Gate, gate_of, gated, module_of
 from snpc.torch.losses import cross_entropy
 from snpc.torch.module import GraphModule

@@ -11,7 +11,7 @@ from snpc.passes.analyze import Analysis
 from snpc.planning.allocate import chosen_groups, make_plan
 from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Plan, Scores
-from snpc.runtime.calibration.stream import Calibration
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.checkpoints import Saved, opened, run_name
 from snpc.torch.gates import gate_of, module_of
 from snpc.torch.loop import Trained, train

@@ -14,7 +14,7 @@ from snpc.pipeline.planner import decide
 from snpc.pipeline.prune import apply_plan
 from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Method
-from snpc.runtime.calibration.stream import Calibration
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
 from snpc.torch.checkpoints import Saved, run_name

@@ -17,8 +17,8 @@ import torch
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.order import sample_ids
-from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.io.save import save
 from snpc.runtime.session import open_session, run_session
 from snpc.torch.module import GraphModule

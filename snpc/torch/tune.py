@@ -14,9 +14,9 @@ import torch
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.analyze import Analysis, analyze
 from snpc.pipeline.verify import check_batches
+from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.labels import load_labels
 from snpc.runtime.calibration.order import from_batch, sample_ids, shared, shuffled, split
-from snpc.runtime.calibration.stream import Calibration
 from snpc.runtime.evaluation.compare import check_structure, compare, compare_models, outputs_of, tolerance_of
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.files import path_source
+from snpc.runtime.calibration.dataset import Calibration, calibrate
+from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
-from snpc.runtime.calibration.loaders import Feeds, script_source, value_source
-from snpc.runtime.calibration.parts import Source
-from snpc.runtime.calibration.stream import Calibration, calibrate
+from snpc.runtime.calibration.python_sources import Feeds, script_source, value_source
+from snpc.runtime.calibration.sources import Source
 from snpc.types import TensorSpec
 
 __all__ = ["PREPROCESS", "Calibration", "ImageOptions", "load_calibration"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.parts import Header, Part, Source, listed, refusing
+from snpc.runtime.calibration.sources import Header, Part, Source, listed, refusing
 from snpc.types import AnyArray, TensorSpec
 
 PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.parts import listed, refusing
-from snpc.runtime.calibration.stream import Calibration
+from snpc.runtime.calibration.dataset import Calibration
+from snpc.runtime.calibration.sources import listed, refusing
 from snpc.types import AnyArray, IntArray
 
 KEY = "labels"

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.stream import Calibration, Piece, planned
+from snpc.runtime.calibration.dataset import Calibration, Piece, planned
 from snpc.types import IntArray
 
 SHUFFLE, SPLIT = 1, 2  # what else numbers are drawn for with a seed; it also says which samples of a source are taken

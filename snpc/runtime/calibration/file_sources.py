@@ -17,7 +17,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.images import ImageOptions, image_source
-from snpc.runtime.calibration.parts import Header, Part, Source, listed, memory_part, refusing, require_names
+from snpc.runtime.calibration.sources import Header, Part, Source, listed, memory_part, refusing, require_names
 from snpc.types import AnyArray, TensorSpec
 
 Inputs = tuple[TensorSpec, ...]

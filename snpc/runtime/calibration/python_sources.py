@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.parts import Part, Source, listed, memory_part, one_line, require_names
+from snpc.runtime.calibration.sources import Part, Source, listed, memory_part, one_line, require_names
 from snpc.types import AnyArray, TensorSpec
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.check import Axes, Shape, axes_of, checked, count_of, shapes_of
-from snpc.runtime.calibration.parts import Part, Source
+from snpc.runtime.calibration.sources import Part, Source
+from snpc.runtime.calibration.validation import Axes, Shape, axes_of, checked, count_of, shapes_of
 from snpc.types import AnyArray, IntArray, TensorSpec
 
 

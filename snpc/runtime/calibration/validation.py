@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.parts import Header, Part, listed, require_names
+from snpc.runtime.calibration.sources import Header, Part, listed, require_names
 from snpc.types import AnyArray, IntArray, TensorSpec
 
 Family = Literal["bool", "int", "float", "other"]
