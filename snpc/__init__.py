@@ -25,9 +25,9 @@ from snpc.planning.plan import Plan, Scores
 from snpc.planning.plan_file import plan_from_json, plan_to_json
 from snpc.report.page import write_report
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
+from snpc.runtime.closed_form.fit import Compression, compress
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload
-from snpc.runtime.fit import Compression, compress
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save

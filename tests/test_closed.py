@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snpc import closed
-from snpc.closed import (
+from snpc.runtime.closed_form import algebra as closed
+from snpc.runtime.closed_form.algebra import (
     RIDGE,
     Elimination,
     Remaining,
@@ -25,7 +25,7 @@ from snpc.closed import (
     refit_loss,
     steps_of,
 )
-from snpc.closed import eliminate as eliminate_all
+from snpc.runtime.closed_form.algebra import eliminate as eliminate_all
 from snpc.runtime.moments import seen
 from snpc.types import FloatArray, IntArray
 

@@ -23,7 +23,7 @@ from snpc.passes.weights.edits import existing_bias
 from snpc.pipeline.planner import Decision
 from snpc.planning.config import Choice
 from snpc.planning.plan import Plan
-from snpc.runtime.fit import Compression, fit
+from snpc.runtime.closed_form.fit import Compression, fit
 from snpc.types import FloatArray, Group, Role
 
 SAMPLES = 48  # more rows than any group here has columns, else nothing is lost that damping does not hide

@@ -17,7 +17,7 @@ import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.edits import Edits, edited
 from snpc.planning.config import Choice
-from snpc.runtime.fit import Compression, fit_basis
+from snpc.runtime.closed_form.fit import Compression, fit_basis
 from snpc.types import Group
 
 ROLES = ("qk", "vo")

@@ -21,7 +21,7 @@ import snpc
 from snpc.ops import lookup, table
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.edits import Edits, edited
-from snpc.runtime.fit import fit_basis
+from snpc.runtime.closed_form.fit import fit_basis
 from snpc.types import Group
 
 ROOT = Path(__file__).resolve().parents[1]

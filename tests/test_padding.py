@@ -19,7 +19,7 @@ from snpc.pipeline.refit import Means, fitted
 from snpc.planning.config import Choice
 from snpc.planning.plan import Plan, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.norms import fit_norms
+from snpc.runtime.closed_form.refit_normalizations import fit_norms
 from snpc.runtime.statistics import Statistics
 
 Feeds = dict[str, Array]

@@ -40,7 +40,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.slicing.mask import mask_constants
 from snpc.passes.slicing.slice import dead_units
 from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
-from snpc.runtime.norms import Affine, Sums, affine_of, refit, watch
+from snpc.runtime.closed_form.refit_normalizations import Affine, Sums, affine_of, refit, watch
 from snpc.types import APPROXIMATE, Group
 
 NAMES = [name for name in EXPORTS if not name.startswith(("bert", "conv", "mlp"))]

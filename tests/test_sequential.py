@@ -19,10 +19,10 @@ from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import Means, fitted
 from snpc.planning.config import Choice
 from snpc.planning.plan import Plan, cuts_of
+from snpc.runtime.closed_form.layerwise import fit_sequentially
+from snpc.runtime.closed_form.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases
 from snpc.runtime.io.save import save
-from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.session import NotLoaded, open_session
-from snpc.runtime.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases
 
 NAMES = (
     "vit_timm__ts17",
@@ -144,7 +144,7 @@ def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.Mo
     blind = replace(base, facts=replace(base.facts, dtype=types))
     with pytest.raises(NotSequential, match=re.escape(border)):
         stages_of(analysis, blind, decision.plan)
-    monkeypatch.setattr("snpc.runtime.sequential.with_biases", lambda *_: blind)
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.with_biases", lambda *_: blind)
     assert_fitted_all_at_once(name, decision, calibration)
 
 
@@ -155,7 +155,7 @@ def test_where_a_piece_does_not_load_all_is_fitted_at_once(monkeypatch: pytest.M
     def refuses(*args: object, **options: object) -> None:
         raise NotLoaded("sizes that are not known")
 
-    monkeypatch.setattr("snpc.runtime.sequential.scratch", refuses)
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.scratch", refuses)
     with pytest.raises(NotSequential, match="sizes that are not known"):
         fit_sequentially(decision.compression, decision.plan, calibration)  # type: ignore[arg-type]
     assert_fitted_all_at_once(name, decision, calibration)
@@ -174,7 +174,7 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
         return [replace(first, groups=(), forms={}, wanted=(), gaps=()), *rest]
 
     whole = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
-    monkeypatch.setattr("snpc.runtime.sequential.stages_of", emptied)
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.stages_of", emptied)
     without = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
     feeds = feeds_of(name)
     for a, b in zip(run(written(clean(whole.model)), feeds), run(written(clean(without.model)), feeds), strict=True):

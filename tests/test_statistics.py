@@ -20,9 +20,9 @@ from snpc.errors import UserError
 from snpc.passes.canonicalization.finalize import clean
 from snpc.planning.config import Choice
 from snpc.planning.plan import Method
+from snpc.runtime.closed_form.layerwise import fit_sequentially
 from snpc.runtime.memory import Shelf, free_memory, in_file, parse_bytes
 from snpc.runtime.noise import random_inputs
-from snpc.runtime.sequential import fit_sequentially
 from snpc.runtime.statistics import Statistics
 from snpc.types import Feeds
 

@@ -20,8 +20,8 @@ from snpc.pipeline.sweep import Sweep
 from snpc.planning.config import is_latency
 from snpc.planning.plan import Plan
 from snpc.report.format import count, how, share
+from snpc.runtime.closed_form.fit import Compression
 from snpc.runtime.evaluation.bench import Bench
-from snpc.runtime.fit import Compression
 from snpc.targets import Build
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 

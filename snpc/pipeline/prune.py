@@ -17,14 +17,14 @@ from snpc.pipeline.refit import Means, fitted
 from snpc.pipeline.verify import verify_written
 from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.closed_form.fit import Compression
+from snpc.runtime.closed_form.refit_normalizations import approximated
 from snpc.runtime.evaluation.compare import (
     judge,
 )
-from snpc.runtime.fit import Compression
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
-from snpc.runtime.norms import approximated
 from snpc.types import Cost, Verdict
 
 

@@ -9,10 +9,10 @@ from snpc.passes.grouping.traced import Traced
 from snpc.pipeline.token_decisions import told
 from snpc.planning.plan import Method, Plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.fit import Compression, compress, fit, settled
-from snpc.runtime.norms import approximated, fit_norms, without
-from snpc.runtime.sequential import fit_sequentially
-from snpc.runtime.stages import NotSequential
+from snpc.runtime.closed_form.fit import Compression, compress, fit, settled
+from snpc.runtime.closed_form.layerwise import fit_sequentially
+from snpc.runtime.closed_form.refit_normalizations import approximated, fit_norms, without
+from snpc.runtime.closed_form.stages import NotSequential
 from snpc.runtime.statistics import Statistics, measure_statistics
 
 

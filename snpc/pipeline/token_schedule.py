@@ -29,9 +29,9 @@ from snpc.planning.allocate import make_plan
 from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Method, Plan, Scores, cuts_of
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.closed_form.fit import fit, settled
 from snpc.runtime.curves import mean_change
 from snpc.runtime.evaluation.compare import outputs_of
-from snpc.runtime.fit import fit, settled
 from snpc.runtime.io.save import save
 from snpc.runtime.relevance import token_relevance
 from snpc.runtime.token_cost import TokenCost, token_cost

@@ -14,11 +14,11 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.weights.edits import NoPlace
+from snpc.runtime.closed_form.masked_weights import constant_array
+from snpc.runtime.closed_form.stages import NotSequential, check_borders, joins
 from snpc.runtime.memory import Shelf
 from snpc.runtime.scratch import Run, scratch
 from snpc.runtime.session import NotLoaded
-from snpc.runtime.silent import constant_array
-from snpc.runtime.stages import NotSequential, check_borders, joins
 from snpc.types import AnyArray, Feeds, Group
 
 States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves

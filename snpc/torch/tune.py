@@ -17,10 +17,10 @@ from snpc.pipeline.verify import check_batches
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.labels import load_labels
 from snpc.runtime.calibration.order import from_batch, sample_ids, shared, shuffled, split
+from snpc.runtime.closed_form.stages import borders
 from snpc.runtime.evaluation.compare import check_structure, compare, compare_models, outputs_of, tolerance_of
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
-from snpc.runtime.stages import borders
 from snpc.torch.adapters import adapted, fuse
 from snpc.torch.checkpoints import Checkpoints, Saved, opened, run_name
 from snpc.torch.loop import Trained, train

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.closed import damped_solution
 from snpc.graph.subgraph import Segment, extract
 from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.grouping.traced import Traced, traced
@@ -25,7 +24,10 @@ from snpc.passes.weights.consumers import reader_of
 from snpc.passes.weights.edits import Edits
 from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.fit import Compression, edits_for, rotations
+from snpc.runtime.closed_form.algebra import damped_solution
+from snpc.runtime.closed_form.fit import Compression, edits_for, rotations
+from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants
+from snpc.runtime.closed_form.stages import Gap, NotSequential, Stage, stages_of, with_biases
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.measure import add_up
 from snpc.runtime.memory import Shelf, memory_budget
@@ -33,8 +35,6 @@ from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.runtime.scratch import scratch
 from snpc.runtime.session import NotLoaded
-from snpc.runtime.silent import edited_constants, silent_constants
-from snpc.runtime.stages import Gap, NotSequential, Stage, stages_of, with_biases
 from snpc.types import AnyArray, FloatArray
 
 DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from snpc.closed import (
+from snpc.errors import UserError
+from snpc.passes.analyze import Analysis
+from snpc.passes.grouping.traced import Traced, traced
+from snpc.passes.weights.attention_operands import operand_places, value_places
+from snpc.passes.weights.closed_form_kinds import forms_of
+from snpc.passes.weights.consumers import Reader, reader_of, readers_of
+from snpc.passes.weights.edits import Edits, Place, edited
+from snpc.planning.plan import Plan
+from snpc.runtime.closed_form.algebra import (
     Elimination,
     Rebase,
     System,
@@ -21,14 +29,6 @@ from snpc.closed import (
     ridge_for,
     shared_values,
 )
-from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.weights.attention_operands import operand_places, value_places
-from snpc.passes.weights.closed_form_kinds import forms_of
-from snpc.passes.weights.consumers import Reader, reader_of, readers_of
-from snpc.passes.weights.edits import Edits, Place, edited
-from snpc.planning.plan import Plan
 from snpc.runtime.memory import Shelf
 from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, needs
 from snpc.runtime.statistics import Statistics, check_model

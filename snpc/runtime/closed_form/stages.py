@@ -17,7 +17,7 @@ from snpc.passes.weights.closed_form_kinds import forms_of
 from snpc.passes.weights.consumers import readers_of
 from snpc.passes.weights.edits import Edits, edited, existing_bias
 from snpc.planning.plan import Plan
-from snpc.runtime.fit import Compression
+from snpc.runtime.closed_form.fit import Compression
 from snpc.runtime.measure import Wanted, wanted_statistics
 from snpc.runtime.moments import needs
 from snpc.types import Group

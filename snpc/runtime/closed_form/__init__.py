@@ -1,0 +1,1 @@
+"""Closed-form compression: rotations and least-squares refits, and the weights they give."""
