@@ -23,8 +23,8 @@ import numpy as np
 
 import snpc
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
-from snpc.runtime.feeds import random_feeds
-from snpc.runtime.runner import open_runner
+from snpc.runtime.execution.feeds import random_feeds
+from snpc.runtime.execution.runners import open_runner
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TOKENS = 197

@@ -23,8 +23,8 @@ from quality import evaluation, quality  # type: ignore[import-not-found]
 
 import snpc
 from snpc.runtime.evaluation.bench import run_rounds
-from snpc.runtime.feeds import random_feeds
-from snpc.runtime.runner import open_runner
+from snpc.runtime.execution.feeds import random_feeds
+from snpc.runtime.execution.runners import open_runner
 
 BATCHES = (1, 8)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -74,8 +74,8 @@ def common_type(graph: Any) -> str:
 
 def runs(path: Path, inputs: Any, calibration: Any) -> bool:
     """With every optimisation of onnxruntime, which rewrites more of the graph than verification does."""
-    from snpc.runtime.feeds import random_feeds
-    from snpc.runtime.session import open_session, run_session
+    from snpc.runtime.execution.feeds import random_feeds
+    from snpc.runtime.execution.session import open_session, run_session
 
     session = open_session(path, optimise="all")
     feeds = next(iter(calibration.batches())) if calibration is not None else random_feeds(inputs, batch=2)

@@ -28,10 +28,10 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.closed_form.fit import Compression, compress
 from snpc.runtime.evaluation.bench import Bench, bench
 from snpc.runtime.evaluation.latency import Workload
+from snpc.runtime.execution.random_inputs import random_calibration
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
-from snpc.runtime.noise import random_calibration
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions

@@ -22,7 +22,7 @@ from oracle import require
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
-from snpc.runtime.runner import open_runner
+from snpc.runtime.execution.runners import open_runner
 from snpc.targets import make
 from snpc.targets.base import Job, Made, Options
 from snpc.targets.int8 import find_outliers

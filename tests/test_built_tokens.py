@@ -9,7 +9,7 @@ import pytest
 from test_cli import CALIB, VIT, invoke
 
 import snpc
-from snpc.runtime.runner import open_runner
+from snpc.runtime.execution.runners import open_runner
 from snpc.targets.base import Options
 
 WAYS = ["topk:0.7@1,2", "fuse:0.7@1,2", "merge:4@1,2", "guided:4@1,2", "star:0.7@1,2", "adaptive:0.8@1,2"]

@@ -23,9 +23,9 @@ from snpc.runtime.chain import chain_of
 from snpc.runtime.closed_form.masked_weights import touched_constants
 from snpc.runtime.curve_fit import Change, fitted_curves
 from snpc.runtime.curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
-from snpc.runtime.memory import Shelf
-from snpc.runtime.scratch import scratch
-from snpc.runtime.session import NotLoaded
+from snpc.runtime.execution.memory import Shelf
+from snpc.runtime.execution.session import NotLoaded
+from snpc.runtime.execution.temporary_session import scratch
 from snpc.types import AnyArray, Group
 
 

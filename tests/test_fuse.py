@@ -14,9 +14,9 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
 from snpc.passes.fusion.fuse_attention import fuse_attention
 from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
+from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
-from snpc.runtime.session import open_session, run_session
 
 FUSED = "MultiHeadAttention"
 

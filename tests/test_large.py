@@ -14,7 +14,8 @@ from layouts import Llama, write_llama
 from test_cli import invoke
 
 import snpc
-from snpc.runtime import capacity, memory, numbers
+from snpc.runtime import capacity, numbers
+from snpc.runtime.execution import memory
 from snpc.runtime.io import load as model_io
 
 SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)

@@ -21,8 +21,8 @@ from snpc.planning.config import Choice
 from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.closed_form.layerwise import fit_sequentially
 from snpc.runtime.closed_form.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases
+from snpc.runtime.execution.session import NotLoaded, open_session
 from snpc.runtime.io.save import save
-from snpc.runtime.session import NotLoaded, open_session
 
 NAMES = (
     "vit_timm__ts17",

@@ -14,8 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import check_feeds, parse_shapes, random_feeds
-from snpc.runtime.session import (
+from snpc.runtime.execution.feeds import check_feeds, parse_shapes, random_feeds
+from snpc.runtime.execution.session import (
     DTYPES,
     PROVIDERS,
     Memory,
@@ -61,7 +61,8 @@ def spec(name: str, dtype: object, *shape: int | str) -> TensorSpec:
 
 class TestOpen:
     def test_importing_the_module_does_not_import_onnxruntime(self) -> None:
-        code = "import sys, snpc.runtime.session, snpc.runtime.evaluation.bench; sys.exit('onnxruntime' in sys.modules)"
+        modules = "snpc.runtime.execution.session, snpc.runtime.evaluation.bench"
+        code = f"import sys, {modules}; sys.exit('onnxruntime' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
     def test_a_file_and_its_bytes_give_the_same_result(self, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.planning.config import Choice
 from snpc.planning.plan import Method
 from snpc.runtime.closed_form.layerwise import fit_sequentially
-from snpc.runtime.memory import Shelf, free_memory, in_file, parse_bytes
-from snpc.runtime.noise import random_inputs
+from snpc.runtime.execution.memory import Shelf, free_memory, in_file, parse_bytes
+from snpc.runtime.execution.random_inputs import random_inputs
 from snpc.runtime.statistics import Statistics
 from snpc.types import Feeds
 
@@ -203,7 +203,7 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
         files.append(array.nbytes)
         return in_file(array)
 
-    monkeypatch.setattr("snpc.runtime.memory.in_file", counted)
+    monkeypatch.setattr("snpc.runtime.execution.memory.in_file", counted)
     found = []
     for limit in (1 << 40, 1):
         source = fit_sequentially(made.compression, made.plan, data, memory_limit=limit)

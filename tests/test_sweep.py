@@ -81,7 +81,7 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
     with np.load(tmp_path / "eval.npz") as data:
         for row in rows[1:]:
             for name in row["files"]:
-                outputs = snpc.runtime.runner.open_runner(out / name).run({"image": data["image"]})
+                outputs = snpc.runtime.execution.runners.open_runner(out / name).run({"image": data["image"]})
                 assert (outputs["logits"].argmax(-1) == data["labels"]).mean() == pytest.approx(row["accuracy"])
     assert ElementTree.parse(out / "sweep.svg").getroot().tag == f"{SVG}svg"
     assert "macs=0.25" in result.stdout

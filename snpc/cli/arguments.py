@@ -159,7 +159,7 @@ def read_plan(path: Path, model: Path) -> Any:
 def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
-    from snpc.runtime.feeds import parse_shapes
+    from snpc.runtime.execution.feeds import parse_shapes
 
     if batch is None and not shapes and threads is None and artefact is None:
         return None

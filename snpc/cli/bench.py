@@ -44,8 +44,8 @@ def bench(
     MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
     """
     import snpc
-    from snpc.runtime.feeds import parse_shapes
-    from snpc.runtime.runner import open_runner
+    from snpc.runtime.execution.feeds import parse_shapes
+    from snpc.runtime.execution.runners import open_runner
 
     check_targets([json_path], *models, data)
     feeds = None

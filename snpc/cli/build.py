@@ -112,7 +112,7 @@ def wanted(
 ) -> dict[str, Any]:
     """The arguments of ``snpc.build`` that the flags of ``building`` stand for."""
     import snpc
-    from snpc.runtime.feeds import parse_shapes
+    from snpc.runtime.execution.feeds import parse_shapes
 
     options = snpc.BuildOptions(
         min_shapes=parse_shapes(min_shapes),

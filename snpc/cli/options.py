@@ -40,7 +40,7 @@ def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
 def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
     """Refuse at once what this onnxruntime does not have; the CPU is always there."""
     if name != "cpu":
-        from snpc.runtime.session import resolve_provider
+        from snpc.runtime.execution.session import resolve_provider
 
         resolve_provider(name)
     return name
@@ -64,7 +64,7 @@ def target_name(ctx: click.Context, param: click.Parameter, name: str | None) ->
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
-    from snpc.runtime.memory import parse_bytes
+    from snpc.runtime.execution.memory import parse_bytes
 
     return None if text is None else parse_bytes(text)
 

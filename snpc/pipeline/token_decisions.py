@@ -18,8 +18,8 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import compare, outputs_of, pooled
+from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
-from snpc.runtime.session import open_session, run_session
 from snpc.tokens.inplace import inplace_feeds, inplace_model
 from snpc.tokens.reduce import Reduction
 from snpc.types import AnyArray, Difference, Feeds

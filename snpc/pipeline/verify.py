@@ -11,7 +11,6 @@ from snpc.pipeline.refit import Means, compression_for, fitted
 from snpc.pipeline.token_decisions import check_tokens
 from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.capacity import too_large_to_run
 from snpc.runtime.evaluation.compare import (
     CHECKED_BATCHES,
     check_structure,
@@ -20,9 +19,10 @@ from snpc.runtime.evaluation.compare import (
     outputs_of,
     tolerance_of,
 )
+from snpc.runtime.execution.memory import too_large_to_run
+from snpc.runtime.execution.random_inputs import random_inputs
+from snpc.runtime.execution.session import NotLoaded
 from snpc.runtime.io.load import load
-from snpc.runtime.noise import random_inputs
-from snpc.runtime.session import NotLoaded
 from snpc.runtime.statistics import Statistics
 from snpc.types import Feeds, Verdict
 

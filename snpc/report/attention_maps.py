@@ -20,9 +20,9 @@ from snpc.pipeline.token_decisions import closed
 from snpc.planning.plan import Plan
 from snpc.report.png import Bytes
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.session import open_session
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
-from snpc.runtime.session import open_session
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 PICTURES = 2

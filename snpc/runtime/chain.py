@@ -16,9 +16,9 @@ from snpc.passes.grouping.traced import Traced
 from snpc.passes.weights.edits import NoPlace
 from snpc.runtime.closed_form.masked_weights import constant_array
 from snpc.runtime.closed_form.stages import NotSequential, check_borders, joins
-from snpc.runtime.memory import Shelf
-from snpc.runtime.scratch import Run, scratch
-from snpc.runtime.session import NotLoaded
+from snpc.runtime.execution.memory import Shelf
+from snpc.runtime.execution.session import NotLoaded
+from snpc.runtime.execution.temporary_session import Run, scratch
 from snpc.types import AnyArray, Feeds, Group
 
 States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves

@@ -20,7 +20,7 @@ from snpc.runtime.closed_form.algebra import steps_of
 from snpc.runtime.closed_form.fit import Compression, edits_for
 from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants, touched_constants
 from snpc.runtime.curve_fit import Change, fitted_curves
-from snpc.runtime.memory import Shelf, memory_budget
+from snpc.runtime.execution.memory import Shelf, memory_budget
 from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 

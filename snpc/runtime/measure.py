@@ -16,9 +16,9 @@ from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.consumers import uses_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.coupled import coupled
+from snpc.runtime.execution.temporary_session import scratch
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.padding import padding_of, probe_rows, token_masks
-from snpc.runtime.scratch import scratch
 from snpc.runtime.triangle import packed_length
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 

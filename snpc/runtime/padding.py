@@ -21,9 +21,9 @@ from snpc.ops.attention import FORMS
 from snpc.ops.spec import Shape
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.token_analysis.padding_sources import Source, Streams, streams_of
+from snpc.runtime.execution.temporary_session import scratch
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.layout import Order, Told, layout_of, rows_of
-from snpc.runtime.scratch import scratch
 from snpc.types import AnyArray, Feeds, Probe
 
 ATTENDED = 1e-9  # a weight that is more than nothing

@@ -22,7 +22,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import form, head_counts
 from snpc.ops.spec import Blocked, Call, OpSpec
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.runtime.scratch import scratch
+from snpc.runtime.execution.temporary_session import scratch
 from snpc.types import AnyArray, Feeds, FloatArray
 
 TINY = 1e-12

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Shape
+from snpc.runtime.execution.feeds import Shape
 from snpc.types import Difference, Feeds
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

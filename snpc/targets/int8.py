@@ -24,8 +24,8 @@ from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
 from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import compare, outputs_of, pooled, worst
+from snpc.runtime.execution.session import first_lines, open_session, run_session
 from snpc.runtime.io.save import save
-from snpc.runtime.session import first_lines, open_session, run_session
 from snpc.types import Feeds, FloatArray, IntArray, Model
 
 FAR = 4.0  # times the median column's largest value: that is an outlier column

@@ -16,11 +16,11 @@ from snpc.graph.shapes import best_binding
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import CHECKED_BATCHES, compare, outputs_of, pooled, worst
 from snpc.runtime.evaluation.latency import Artefact
-from snpc.runtime.feeds import random_feeds
+from snpc.runtime.execution.feeds import random_feeds
+from snpc.runtime.execution.random_inputs import table_rows
+from snpc.runtime.execution.runners import ENGINES, open_runner
 from snpc.runtime.io.atomic import check_target
 from snpc.runtime.io.load import load, model_files
-from snpc.runtime.noise import table_rows
-from snpc.runtime.runner import ENGINES, open_runner
 from snpc.targets import openvino, ort, trt
 from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
 from snpc.targets.precision import at_precision

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from snpc.errors import UserError
-from snpc.runtime.runner import IR, PRECISION_NOTE, import_openvino
-from snpc.runtime.session import first_lines
+from snpc.runtime.execution.runners import IR, PRECISION_NOTE, import_openvino
+from snpc.runtime.execution.session import first_lines
 from snpc.targets.base import Job, Made, Request, Target
 
 

@@ -24,10 +24,10 @@ from snpc.passes.fusion.fuse_attention import fuse_attention
 from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
 from snpc.runtime.evaluation.compare import TOLERANCE, compare, outputs_of, pooled, worst
+from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimised
 from snpc.runtime.io.atomic import data_file
 from snpc.runtime.io.load import file_bytes, load
 from snpc.runtime.io.save import LIMIT, save
-from snpc.runtime.session import first_lines, open_session, prepare_run, run_session, save_optimised
 from snpc.targets.base import Job, Made, Request, Target
 from snpc.types import Feeds, FloatArray
 

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 from snpc.errors import UserError
 from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.save import LIMIT, save
-from snpc.runtime.session import first_lines
 from snpc.targets.base import Precision, Target
 from snpc.targets.int8 import quantised
 from snpc.types import AnyArray, Model

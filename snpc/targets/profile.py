@@ -9,7 +9,7 @@ from pathlib import Path
 from snpc.errors import UserError
 from snpc.graph.shapes import best_binding
 from snpc.passes.analyze import quoted_facts
-from snpc.runtime.feeds import Shape, check_shape
+from snpc.runtime.execution.feeds import Shape, check_shape
 from snpc.runtime.io.load import load
 from snpc.targets.base import Options
 from snpc.types import TensorSpec

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
+from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.atomic import data_file, publish, replacing
-from snpc.runtime.session import first_lines
 from snpc.targets.base import Job, Made, Options, Precision, Request, Target
 from snpc.targets.profile import Range, profile
 
@@ -179,7 +179,7 @@ def check_rtx(request: Request) -> None:
 
 
 def check_name(request: Request) -> None:
-    from snpc.runtime.runner import ENGINES
+    from snpc.runtime.execution.runners import ENGINES
 
     if request.output.suffix not in ENGINES:
         raise UserError(f"{request.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")

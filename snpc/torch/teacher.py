@@ -19,8 +19,8 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.calibration.order import sample_ids
+from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
-from snpc.runtime.session import open_session, run_session
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.table import tensor_of
 from snpc.types import AnyArray, IntArray

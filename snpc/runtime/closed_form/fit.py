@@ -29,7 +29,7 @@ from snpc.runtime.closed_form.algebra import (
     ridge_for,
     shared_values,
 )
-from snpc.runtime.memory import Shelf
+from snpc.runtime.execution.memory import Shelf
 from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, needs
 from snpc.runtime.statistics import Statistics, check_model
 from snpc.runtime.triangle import packed_size

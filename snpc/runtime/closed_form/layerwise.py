@@ -28,13 +28,13 @@ from snpc.runtime.closed_form.algebra import damped_solution
 from snpc.runtime.closed_form.fit import Compression, edits_for, rotations
 from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants
 from snpc.runtime.closed_form.stages import Gap, NotSequential, Stage, stages_of, with_biases
+from snpc.runtime.execution.memory import Shelf, memory_budget
+from snpc.runtime.execution.session import NotLoaded
+from snpc.runtime.execution.temporary_session import scratch
 from snpc.runtime.instrument import Instrument
 from snpc.runtime.measure import add_up
-from snpc.runtime.memory import Shelf, memory_budget
 from snpc.runtime.moments import Measured, Moments, moments_of
 from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
-from snpc.runtime.scratch import scratch
-from snpc.runtime.session import NotLoaded
 from snpc.types import AnyArray, FloatArray
 
 DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units

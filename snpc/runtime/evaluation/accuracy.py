@@ -10,7 +10,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.runner import open_runner
+from snpc.runtime.execution.runners import open_runner
 from snpc.types import AnyArray
 
 

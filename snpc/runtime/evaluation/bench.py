@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.feeds import Shape, check_feeds, random_feeds, shape_text
-from snpc.runtime.runner import Runner, open_runner
+from snpc.runtime.execution.feeds import Shape, check_feeds, random_feeds, shape_text
+from snpc.runtime.execution.runners import Runner, open_runner
 from snpc.types import AnyArray, Feeds, FloatArray, TensorSpec
 
 Call = Callable[[], object]

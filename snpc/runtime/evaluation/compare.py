@@ -17,11 +17,11 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.propagation.removal import Packing
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import Rewritten
+from snpc.runtime.execution.memory import trim
+from snpc.runtime.execution.session import open_session, run_session
+from snpc.runtime.execution.temporary_session import is_widened, scratch
 from snpc.runtime.io.protobuf import skim
 from snpc.runtime.io.save import save
-from snpc.runtime.memory import trim
-from snpc.runtime.scratch import is_widened, scratch
-from snpc.runtime.session import open_session, run_session
 from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}

@@ -24,10 +24,10 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import Plan, Times, cuts_of
 from snpc.runtime.evaluation.bench import bench, cores, cpu_name
-from snpc.runtime.feeds import Shape
+from snpc.runtime.execution.feeds import Shape
+from snpc.runtime.execution.random_inputs import id_limits
 from snpc.runtime.io.atomic import replacing
 from snpc.runtime.io.save import save
-from snpc.runtime.noise import id_limits
 from snpc.types import APPROXIMATE, FloatArray, Group
 
 SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept

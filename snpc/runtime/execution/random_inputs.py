@@ -11,7 +11,7 @@ from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.calibration.validation import axes_of
-from snpc.runtime.feeds import random_feeds
+from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 
 SEEDS = 1 << 20  # as many batches have a seed of their own

@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from snpc.ops.names import TYPE_ATTRIBUTES
 from snpc.passes.canonicalization.finalize import clean
+from snpc.runtime.execution.memory import trim
+from snpc.runtime.execution.session import PROVIDERS, Memory, Optimise, open_session, resolve_provider, run_session
 from snpc.runtime.io.save import save
-from snpc.runtime.memory import trim
-from snpc.runtime.session import PROVIDERS, Memory, Optimise, open_session, resolve_provider, run_session
 from snpc.types import AnyArray, Feeds
 
 Run = Callable[[Feeds], dict[str, AnyArray]]

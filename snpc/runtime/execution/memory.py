@@ -11,12 +11,18 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.types import AnyArray
+from snpc.graph.shapes import weight_bytes
+from snpc.types import AnyArray, Model
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 UNKNOWN = 2 * 2**30  # taken for free where the system does not say
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+GIGABYTE = 1 << 30
 
 
 def parse_bytes(text: str) -> int:
@@ -99,3 +105,19 @@ def in_file(array: AnyArray) -> AnyArray:
                 f"memory ({error.strerror or error}): set TMPDIR, or raise --memory-limit"
             ) from None
     return mapped.reshape(array.shape)
+
+
+def run_bytes(model: Model) -> int:
+    """What a session of ``model`` on the CPU takes: its weights, and those of half precision once more as floats (the
+    CPU has no arithmetic for them)."""
+    held = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
+    weights = {id(tensor): tensor for tensor in held}.values()
+    return sum(weight_bytes(t) * (3 if t.dtype in HALVES else 1) for t in weights)
+
+
+def too_large_to_run(model: Model) -> str:
+    """In words, why the model cannot be run here; "" where it can."""
+    needed, free = run_bytes(model), free_memory()
+    if needed <= free // 2:  # the masked original is run as well, and others use the machine
+        return ""
+    return f"running the model takes about {needed / GIGABYTE:.1f} GiB of memory, {free / GIGABYTE:.1f} GiB are free"

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.session import (
-    DTYPES,
-    first_lines,
-    open_session,
-    prepare_run,
-    run_session,
-    session_inputs,
-)
+from snpc.runtime.execution.session import DTYPES, first_lines, open_session, prepare_run, run_session, session_inputs
 from snpc.types import AnyArray, Feeds, TensorSpec
 
 if TYPE_CHECKING:
