@@ -19,13 +19,13 @@ from snpc.pipeline.planner import ordered
 from snpc.pipeline.score import score
 from snpc.planning.allocate import widths_for
 from snpc.planning.config import Choice
-from snpc.runtime.chain import chain_of
 from snpc.runtime.closed_form.masked_weights import touched_constants
-from snpc.runtime.curve_fit import Change, fitted_curves
-from snpc.runtime.curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
 from snpc.runtime.execution.memory import Shelf
 from snpc.runtime.execution.session import NotLoaded
 from snpc.runtime.execution.temporary_session import scratch
+from snpc.runtime.sensitivity.curve_fit import Change, fitted_curves
+from snpc.runtime.sensitivity.loss_curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
+from snpc.runtime.sensitivity.segmented_model import chain_of
 from snpc.types import AnyArray, Group
 
 
@@ -88,7 +88,7 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
             raise NotLoaded("sizes that are not known")
         return scratch(*args, **options)
 
-    monkeypatch.setattr("snpc.runtime.chain.scratch", fails_once)
+    monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.scratch", fails_once)
     feeds = feeds_of("vit_timm__ts17")
     with chain_of(analysis, tried, "cpu") as chain:
         assert len(chain.pieces) == 1 and len(opened) > 3
@@ -112,7 +112,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[tuple[str, int]] = []
-        monkeypatch.setattr("snpc.runtime.curves.trial", self)
+        monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.trial", self)
 
     def __call__(self, found: Any, scores: Any, group: Group, width: int) -> dict[str, AnyArray]:
         self.tried.append((group.id, width))
@@ -126,7 +126,7 @@ class Spy:
 def test_curves_are_measured_near_the_plan_that_they_make(
     choice: Choice, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snpc.runtime.curves.MANY", many)
+    monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.MANY", many)
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)

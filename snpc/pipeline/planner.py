@@ -22,10 +22,10 @@ from snpc.planning.config import Choice, is_latency
 from snpc.planning.plan import Method, Plan, Scores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import Compression, compress
-from snpc.runtime.curves import output_curves, probed_widths
 from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
 from snpc.runtime.execution.memory import Shelf, memory_budget
 from snpc.runtime.numbers import energies_of
+from snpc.runtime.sensitivity.loss_curves import output_curves, probed_widths
 from snpc.runtime.statistics import Progress, Statistics, measure_statistics
 from snpc.types import FloatArray, Group
 

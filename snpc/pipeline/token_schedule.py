@@ -30,10 +30,10 @@ from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Method, Plan, Scores, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import fit, settled
-from snpc.runtime.curves import mean_change
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.io.save import save
 from snpc.runtime.relevance import token_relevance
+from snpc.runtime.sensitivity.loss_curves import mean_change
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS
 from snpc.tokens.methods import Method as TokenMethod

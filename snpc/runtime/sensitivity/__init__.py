@@ -1,0 +1,1 @@
+"""Sensitivity analysis: how much the outputs change as each group gets narrower."""
