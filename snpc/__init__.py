@@ -32,7 +32,7 @@ from snpc.runtime.execution.random_inputs import random_calibration
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
-from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
+from snpc.runtime.statistics.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions
 from snpc.tokens.reduce import reduce_tokens

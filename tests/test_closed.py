@@ -26,7 +26,7 @@ from snpc.runtime.closed_form.algebra import (
     steps_of,
 )
 from snpc.runtime.closed_form.algebra import eliminate as eliminate_all
-from snpc.runtime.moments import seen
+from snpc.runtime.statistics.moments import seen
 from snpc.types import FloatArray, IntArray
 
 ROWS = 60

@@ -34,8 +34,8 @@ from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import Compression, fit, fit_basis, settled
 from snpc.runtime.evaluation.compare import outputs_of
-from snpc.runtime.measure import measure, wanted_statistics
-from snpc.runtime.moments import needs
+from snpc.runtime.statistics.measure import measure, wanted_statistics
+from snpc.runtime.statistics.moments import needs
 from snpc.types import FloatArray, Group, Role
 
 NAMES = (

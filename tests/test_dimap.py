@@ -13,7 +13,7 @@ import snpc
 from snpc.cli import main
 from snpc.errors import UserError
 from snpc.planning.dimap import relative_energy
-from snpc.runtime.numbers import energies_of
+from snpc.runtime.statistics.unit_weights import energies_of
 
 
 def test_relative_energy_by_hand() -> None:

@@ -14,9 +14,10 @@ from layouts import Llama, write_llama
 from test_cli import invoke
 
 import snpc
-from snpc.runtime import capacity, numbers
+from snpc.runtime import capacity
 from snpc.runtime.execution import memory
 from snpc.runtime.io import load as model_io
+from snpc.runtime.statistics import unit_weights as numbers
 
 SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
 FLAGS = ("--method", "select", "--criterion", "magnitude", "--ratio", 0.25)

@@ -20,7 +20,7 @@ from snpc.planning.config import Choice
 from snpc.planning.plan import Plan, cuts_of, keep_best
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.refit_normalizations import fit_norms
-from snpc.runtime.statistics import Statistics
+from snpc.runtime.statistics.statistics import Statistics
 
 Feeds = dict[str, Array]
 LENGTH, LENGTHS = 9, (9, 4, 6, 7)

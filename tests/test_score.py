@@ -17,9 +17,9 @@ from oracle import analysis_of, prunable, require, written
 from test_cli import CALIB, VIT
 
 import snpc
-from snpc.runtime.layout import layout_of
-from snpc.runtime.measure import Wanted, measure, wanted_statistics
-from snpc.runtime.numbers import numbers_of
+from snpc.runtime.statistics.measure import Wanted, measure, wanted_statistics
+from snpc.runtime.statistics.probe_layout import layout_of
+from snpc.runtime.statistics.unit_weights import numbers_of
 from snpc.types import Group, Probe
 
 Array = npt.NDArray[Any]

@@ -21,7 +21,7 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.pipeline.token_decisions import check_tokens, closed
 from snpc.runtime.execution.temporary_session import scratch
 from snpc.runtime.io.save import save
-from snpc.runtime.relevance import Back, path_back, sizes_of, token_relevance
+from snpc.runtime.statistics.token_relevance import Back, path_back, sizes_of, token_relevance
 from snpc.tokens.methods import ONLINE, fused_scores
 from snpc.tokens.reduce import reduce_tokens
 from snpc.tokens.writer import Writer

@@ -23,7 +23,7 @@ from snpc.planning.plan import Method
 from snpc.runtime.closed_form.layerwise import fit_sequentially
 from snpc.runtime.execution.memory import Shelf, free_memory, in_file, parse_bytes
 from snpc.runtime.execution.random_inputs import random_inputs
-from snpc.runtime.statistics import Statistics
+from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import Feeds
 
 NAME = "vit_timm__ts17"

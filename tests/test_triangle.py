@@ -10,8 +10,8 @@ from oracle import analysis_of
 from test_compress import chosen, more_data
 from test_statistics import measured
 
-from snpc.runtime import triangle
-from snpc.runtime.triangle import packed_length, packed_size, strips, unpacked
+from snpc.runtime.statistics import packed_symmetric as triangle
+from snpc.runtime.statistics.packed_symmetric import packed_length, packed_size, strips, unpacked
 
 
 @given(st.integers(1, 1300))

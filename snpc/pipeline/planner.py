@@ -24,9 +24,9 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import Compression, compress
 from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
 from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.numbers import energies_of
 from snpc.runtime.sensitivity.loss_curves import output_curves, probed_widths
-from snpc.runtime.statistics import Progress, Statistics, measure_statistics
+from snpc.runtime.statistics.statistics import Progress, Statistics, measure_statistics
+from snpc.runtime.statistics.unit_weights import energies_of
 from snpc.types import FloatArray, Group
 
 

@@ -13,7 +13,7 @@ from snpc.runtime.closed_form.fit import Compression, compress, fit, settled
 from snpc.runtime.closed_form.layerwise import fit_sequentially
 from snpc.runtime.closed_form.refit_normalizations import approximated, fit_norms, without
 from snpc.runtime.closed_form.stages import NotSequential
-from snpc.runtime.statistics import Statistics, measure_statistics
+from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 
 
 @dataclass(frozen=True)

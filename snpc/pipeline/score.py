@@ -9,11 +9,11 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.planning.plan import Scores
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.gates import asks_gates
-from snpc.runtime.measure import wanted_statistics
-from snpc.runtime.moments import KINDS
-from snpc.runtime.numbers import numbers_of
-from snpc.runtime.statistics import Progress, Statistics, check_model, measure_statistics
+from snpc.runtime.statistics.gate_gradients import asks_gates
+from snpc.runtime.statistics.measure import wanted_statistics
+from snpc.runtime.statistics.moments import KINDS
+from snpc.runtime.statistics.statistics import Progress, Statistics, check_model, measure_statistics
+from snpc.runtime.statistics.unit_weights import numbers_of
 from snpc.types import Group, Role
 
 

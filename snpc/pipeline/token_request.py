@@ -11,7 +11,7 @@ from snpc.passes.analyze import Analysis
 from snpc.pipeline.token_decisions import decided_by, tokens_in, told
 from snpc.pipeline.token_schedule import Trials, Widths, choose_tokens
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.relevance import token_relevance
+from snpc.runtime.statistics.token_relevance import token_relevance
 from snpc.tokens.inplace import walked
 from snpc.tokens.reduce import Reduction, parse_wanted, reduce_tokens, steps_for
 from snpc.tokens.rewrite import open_tokens, stream_dtype

@@ -32,8 +32,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import fit, settled
 from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.io.save import save
-from snpc.runtime.relevance import token_relevance
 from snpc.runtime.sensitivity.loss_curves import mean_change
+from snpc.runtime.statistics.token_relevance import token_relevance
 from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS
 from snpc.tokens.methods import Method as TokenMethod

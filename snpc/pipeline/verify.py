@@ -23,7 +23,7 @@ from snpc.runtime.execution.memory import too_large_to_run
 from snpc.runtime.execution.random_inputs import random_inputs
 from snpc.runtime.execution.session import NotLoaded
 from snpc.runtime.io.load import load
-from snpc.runtime.statistics import Statistics
+from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import Feeds, Verdict
 
 

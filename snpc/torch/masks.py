@@ -16,7 +16,7 @@ import torch
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.runtime.numbers import own_rows
+from snpc.runtime.statistics.unit_weights import own_rows
 from snpc.torch.gates import Gate, gated
 from snpc.torch.module import GraphModule
 from snpc.types import FloatArray, Group

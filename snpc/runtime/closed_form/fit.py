@@ -30,9 +30,9 @@ from snpc.runtime.closed_form.algebra import (
     shared_values,
 )
 from snpc.runtime.execution.memory import Shelf
-from snpc.runtime.moments import LazyMoments, Measured, Moments, Seen, needs
-from snpc.runtime.statistics import Statistics, check_model
-from snpc.runtime.triangle import packed_size
+from snpc.runtime.statistics.moments import LazyMoments, Measured, Moments, Seen, needs
+from snpc.runtime.statistics.packed_symmetric import packed_size
+from snpc.runtime.statistics.statistics import Statistics, check_model
 from snpc.types import FloatArray, Group, IntArray
 
 

@@ -31,10 +31,10 @@ from snpc.runtime.closed_form.stages import Gap, NotSequential, Stage, stages_of
 from snpc.runtime.execution.memory import Shelf, memory_budget
 from snpc.runtime.execution.session import NotLoaded
 from snpc.runtime.execution.temporary_session import scratch
-from snpc.runtime.instrument import Instrument
-from snpc.runtime.measure import add_up
-from snpc.runtime.moments import Measured, Moments, moments_of
-from snpc.runtime.padding import Masks, Padding, padding_of, probe_rows, token_masks
+from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.measure import add_up
+from snpc.runtime.statistics.moments import Measured, Moments, moments_of
+from snpc.runtime.statistics.padding import Masks, Padding, padding_of, probe_rows, token_masks
 from snpc.types import AnyArray, FloatArray
 
 DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units

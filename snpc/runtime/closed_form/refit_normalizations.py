@@ -26,8 +26,8 @@ from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
 from snpc.planning.plan import Plan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.temporary_session import scratch
-from snpc.runtime.instrument import Instrument
-from snpc.runtime.padding import padding_of, token_masks
+from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.padding import padding_of, token_masks
 from snpc.types import APPROXIMATE, Feeds, FloatArray, Group
 
 FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only

@@ -18,8 +18,8 @@ from snpc.passes.weights.consumers import readers_of
 from snpc.passes.weights.edits import Edits, edited, existing_bias
 from snpc.planning.plan import Plan
 from snpc.runtime.closed_form.fit import Compression
-from snpc.runtime.measure import Wanted, wanted_statistics
-from snpc.runtime.moments import needs
+from snpc.runtime.statistics.measure import Wanted, wanted_statistics
+from snpc.runtime.statistics.moments import needs
 from snpc.types import Group
 
 

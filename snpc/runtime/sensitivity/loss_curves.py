@@ -19,9 +19,9 @@ from snpc.runtime.closed_form.algebra import steps_of
 from snpc.runtime.closed_form.fit import Compression, edits_for
 from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants, touched_constants
 from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.padding import Counts, Masks, Padding, padding_of, token_masks
 from snpc.runtime.sensitivity.curve_fit import Change, fitted_curves
 from snpc.runtime.sensitivity.segmented_model import Chain, States, chain_of
+from snpc.runtime.statistics.padding import Counts, Masks, Padding, padding_of, token_masks
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
 GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from snpc.ops import names as op
 from snpc.passes.propagation.state import Contraction
 from snpc.passes.weights.attention_operands import sides_of
-from snpc.runtime.instrument import Instrument
+from snpc.runtime.statistics.instrument import Instrument
 from snpc.types import Group
 
 

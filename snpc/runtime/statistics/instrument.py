@@ -12,8 +12,8 @@ from snpc.graph.shapes import attributes
 from snpc.ops import names as op
 from snpc.ops.attention import FORMS, AttentionForm
 from snpc.passes.token_analysis.padding_sources import Source
-from snpc.runtime.layout import Layout, Told, layout_of
-from snpc.runtime.triangle import strips
+from snpc.runtime.statistics.packed_symmetric import strips
+from snpc.runtime.statistics.probe_layout import Layout, Told, layout_of
 from snpc.types import Probe
 
 END = 1 << 30  # behind the last axis

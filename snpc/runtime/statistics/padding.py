@@ -22,8 +22,8 @@ from snpc.ops.spec import Shape
 from snpc.passes.grouping.traced import Traced
 from snpc.passes.token_analysis.padding_sources import Source, Streams, streams_of
 from snpc.runtime.execution.temporary_session import scratch
-from snpc.runtime.instrument import Instrument
-from snpc.runtime.layout import Order, Told, layout_of, rows_of
+from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.probe_layout import Order, Told, layout_of, rows_of
 from snpc.types import AnyArray, Feeds, Probe
 
 ATTENDED = 1e-9  # a weight that is more than nothing

@@ -15,11 +15,11 @@ from snpc.passes.propagation.state import Contraction
 from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.consumers import uses_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.coupled import coupled
 from snpc.runtime.execution.temporary_session import scratch
-from snpc.runtime.instrument import Instrument
-from snpc.runtime.padding import padding_of, probe_rows, token_masks
-from snpc.runtime.triangle import packed_length
+from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.packed_symmetric import packed_length
+from snpc.runtime.statistics.padding import padding_of, probe_rows, token_masks
+from snpc.runtime.statistics.score_loss import coupled
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 
 HELD = 4 * 3  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows

@@ -17,10 +17,10 @@ from snpc.passes.weights.closed_form_kinds import forms_of
 from snpc.planning.plan import Method
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.gates import asks_gates, measure_gates
 from snpc.runtime.io.atomic import replacing
-from snpc.runtime.measure import Wanted, add_up, measure, split, wanted_statistics
-from snpc.runtime.moments import needs
+from snpc.runtime.statistics.gate_gradients import asks_gates, measure_gates
+from snpc.runtime.statistics.measure import Wanted, add_up, measure, split, wanted_statistics
+from snpc.runtime.statistics.moments import needs
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 FORMAT = 2  # 1 held whole squares

@@ -11,7 +11,7 @@ import numpy as np
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.closed_form_kinds import contexts
 from snpc.passes.weights.consumers import uses_of
-from snpc.runtime.triangle import unpacked
+from snpc.runtime.statistics.packed_symmetric import unpacked
 from snpc.types import FloatArray, Group
 
 KINDS = frozenset(

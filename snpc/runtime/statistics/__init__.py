@@ -1,0 +1,1 @@
+"""Statistics of activations, collected inside onnxruntime over calibration data."""
