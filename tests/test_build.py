@@ -23,12 +23,12 @@ import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
 from snpc.runtime.execution.runners import open_runner
-from snpc.targets import make
+from snpc.targets import build as make
 from snpc.targets.base import Job, Made, Options
-from snpc.targets.int8 import find_outliers
-from snpc.targets.ort import TARGET as ORT
-from snpc.targets.profile import profile
-from snpc.targets.widths import vector_width, widths_for
+from snpc.targets.onnxruntime import TARGET as ORT
+from snpc.targets.preferred_widths import vector_width, widths_for
+from snpc.targets.quantize import find_outliers
+from snpc.targets.shape_profile import profile
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,7 +46,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough rounds to go through the motions."""
-    monkeypatch.setattr("snpc.targets.ort.SECONDS", 0.2)
+    monkeypatch.setattr("snpc.targets.onnxruntime.SECONDS", 0.2)
 
 
 def calibration(digits: Path, samples: int = 64) -> snpc.Calibration:
@@ -103,7 +103,7 @@ def test_the_plain_graph_stays_unless_another_is_faster(
         return measured
 
     def kinds(name: str, speed: float) -> list[str]:
-        monkeypatch.setattr("snpc.targets.ort.run_rounds", rounds(speed))
+        monkeypatch.setattr("snpc.targets.onnxruntime.run_rounds", rounds(speed))
         built = snpc.build(digits / "half.onnx", "ort", tmp_path / name)
         return [node.op_type for node in onnx.load(built.path).graph.node]
 
@@ -120,7 +120,7 @@ def test_a_candidate_that_changes_outputs_is_not_used(
         weight.const_value = onnx_tensor(weight.const_value.numpy() * 1.1, weight.name)
         return made, 1
 
-    monkeypatch.setattr("snpc.targets.ort.fuse_attention", broken)
+    monkeypatch.setattr("snpc.targets.onnxruntime.fuse_attention", broken)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert any("attention in one node" in note and "away from the model's" in note for note in built.notes)
     assert built.drift[0].relative < 1e-5
@@ -136,7 +136,7 @@ def test_weights_too_big_for_one_file_lie_beside_it(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snpc.runtime.io.save.LIMIT", 100_000)
-    monkeypatch.setattr("snpc.targets.ort.LIMIT", 100_000)
+    monkeypatch.setattr("snpc.targets.onnxruntime.LIMIT", 100_000)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]
     ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=Options(emit_script=True))

@@ -79,7 +79,7 @@ def checked(
     build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
 ) -> list[Path]:
     """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
-    from snpc.targets.make import check_build
+    from snpc.targets.build import check_build
 
     if build is None:
         return []

@@ -24,7 +24,7 @@ from snpc.runtime.evaluation.compare import compare, pooled, worst
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.io.atomic import check_target
 from snpc.targets.base import Precision
-from snpc.targets.make import artefact, build, staging, target_of
+from snpc.targets.build import artefact, build, staging, target_of
 from snpc.types import Cost
 
 ORIGINAL = "original"

@@ -4,8 +4,8 @@ A target is one file with one ``Target`` value, listed in ``make.TARGETS``.
 """
 
 from snpc.targets.base import PRECISIONS, Build, Options, Precision
-from snpc.targets.make import TARGETS, artefact, build, target_of
-from snpc.targets.widths import Widths, widths_for
+from snpc.targets.build import TARGETS, artefact, build, target_of
+from snpc.targets.preferred_widths import Widths, widths_for
 
 __all__ = [
     "PRECISIONS",

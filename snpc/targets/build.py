@@ -21,9 +21,11 @@ from snpc.runtime.execution.random_inputs import table_rows
 from snpc.runtime.execution.runners import ENGINES, open_runner
 from snpc.runtime.io.atomic import check_target
 from snpc.runtime.io.load import load, model_files
-from snpc.targets import openvino, ort, trt
+from snpc.targets import onnxruntime as ort
+from snpc.targets import openvino
+from snpc.targets import tensorrt as trt
 from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
-from snpc.targets.precision import at_precision
+from snpc.targets.cast import at_precision
 from snpc.types import Difference, Feeds, Model
 
 TARGETS: dict[str, Target] = {t.name: t for t in (ort.TARGET, trt.TRT, trt.TRT_RTX, openvino.TARGET)}

@@ -16,7 +16,7 @@ from snpc.errors import UserError
 from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.atomic import data_file, publish, replacing
 from snpc.targets.base import Job, Made, Options, Precision, Request, Target
-from snpc.targets.profile import Range, profile
+from snpc.targets.shape_profile import Range, profile
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 SHAPES = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})

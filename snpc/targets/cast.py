@@ -18,7 +18,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.save import LIMIT, save
 from snpc.targets.base import Precision, Target
-from snpc.targets.int8 import quantised
+from snpc.targets.quantize import quantised
 from snpc.types import AnyArray, Model
 
 
