@@ -35,7 +35,7 @@ from snpc.runtime.io.save import save
 from snpc.runtime.statistics.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, Build, Widths, artefact, build, widths_for
 from snpc.targets import Options as BuildOptions
-from snpc.tokens.reduce import reduce_tokens
+from snpc.tokens.reduction import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"

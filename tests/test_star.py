@@ -23,7 +23,7 @@ from snpc.runtime.execution.temporary_session import scratch
 from snpc.runtime.io.save import save
 from snpc.runtime.statistics.token_relevance import Back, path_back, sizes_of, token_relevance
 from snpc.tokens.methods import ONLINE, fused_scores
-from snpc.tokens.reduce import reduce_tokens
+from snpc.tokens.reduction import reduce_tokens
 from snpc.tokens.writer import Writer
 
 FORMS = {

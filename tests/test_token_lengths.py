@@ -24,7 +24,7 @@ from snpc.passes.canonicalization.finalize import clean
 from snpc.pipeline.token_decisions import check_tokens, closed, decisions
 from snpc.pipeline.token_request import measured, with_tokens
 from snpc.runtime.io.save import save
-from snpc.tokens.reduce import reduce_tokens
+from snpc.tokens.reduction import reduce_tokens
 
 DYNAMIC = [name for name in CLASSIFIERS if not CLASSIFIERS[name].static_batch]
 LENGTHS = [(11, 8, 3), (6,), (9, 9, 2, 1)]

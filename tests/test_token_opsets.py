@@ -18,7 +18,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.pipeline.token_decisions import check_tokens, closed
 from snpc.runtime.io.save import save
-from snpc.tokens.reduce import reduce_tokens
+from snpc.tokens.reduction import reduce_tokens
 
 SPECS = ["topk:0.7@1+merge:2@2+fuse:0.8@3", "guided:3@1,3", "adaptive:0.8@1,3"]
 SHARES = {1: (0.6,), 3: (0.5,)}

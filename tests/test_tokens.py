@@ -24,11 +24,11 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.pipeline.token_decisions import check_tokens, closed, decisions, same_in_place
 from snpc.runtime.io.save import save
-from snpc.runtime.token_cost import token_cost
 from snpc.tokens import METHODS
-from snpc.tokens.inplace import inplace_feeds
+from snpc.tokens.cost import token_cost
+from snpc.tokens.inplace_oracle import inplace_feeds
 from snpc.tokens.methods import Setting
-from snpc.tokens.reduce import reduce_tokens
+from snpc.tokens.reduction import reduce_tokens
 from snpc.tokens.step import Step
 
 FORMS = {

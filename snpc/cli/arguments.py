@@ -146,7 +146,7 @@ def read_plan(path: Path, model: Path) -> Any:
     """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
     from snpc.planning.plan_file import tokens_in, wants_caches
-    from snpc.tokens.reduce import reduce_tokens
+    from snpc.tokens.reduction import reduce_tokens
 
     try:
         text = path.read_text()

@@ -20,8 +20,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import compare, outputs_of, pooled
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
-from snpc.tokens.inplace import inplace_feeds, inplace_model
-from snpc.tokens.reduce import Reduction
+from snpc.tokens.inplace_oracle import inplace_feeds, inplace_model
+from snpc.tokens.reduction import Reduction
 from snpc.types import AnyArray, Difference, Feeds
 
 

@@ -12,9 +12,9 @@ from snpc.pipeline.token_decisions import decided_by, tokens_in, told
 from snpc.pipeline.token_schedule import Trials, Widths, choose_tokens
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.statistics.token_relevance import token_relevance
-from snpc.tokens.inplace import walked
-from snpc.tokens.reduce import Reduction, parse_wanted, reduce_tokens, steps_for
-from snpc.tokens.rewrite import open_tokens, stream_dtype
+from snpc.tokens.inplace_oracle import walked
+from snpc.tokens.open import open_tokens, stream_dtype
+from snpc.tokens.reduction import Reduction, parse_wanted, reduce_tokens, steps_for
 from snpc.tokens.step import Step
 
 AUTO = "auto"

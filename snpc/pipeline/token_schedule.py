@@ -34,20 +34,11 @@ from snpc.runtime.evaluation.compare import outputs_of
 from snpc.runtime.io.save import save
 from snpc.runtime.sensitivity.loss_curves import mean_change
 from snpc.runtime.statistics.token_relevance import token_relevance
-from snpc.runtime.token_cost import TokenCost, token_cost
 from snpc.tokens import METHODS
+from snpc.tokens.cost import TokenCost, token_cost
 from snpc.tokens.methods import Method as TokenMethod
-from snpc.tokens.reduce import (
-    Amount,
-    Reduction,
-    Wanted,
-    check_point,
-    settings_for,
-    steps_for,
-    why_not,
-    with_steps,
-)
-from snpc.tokens.rewrite import open_tokens, stream_dtype
+from snpc.tokens.open import open_tokens, stream_dtype
+from snpc.tokens.reduction import Amount, Reduction, Wanted, check_point, settings_for, steps_for, why_not, with_steps
 from snpc.tokens.step import Step
 from snpc.types import AnyArray, Feeds
 

@@ -12,8 +12,8 @@ from snpc.pipeline.token_decisions import decisions
 from snpc.report.attention_maps import PICTURES, NoMaps, as_pixels, first_samples, grid_of, pictures_in
 from snpc.report.png import Bytes
 from snpc.runtime.calibration import Calibration
-from snpc.tokens.inplace import members
-from snpc.tokens.reduce import Reduction
+from snpc.tokens.inplace_oracle import members
+from snpc.tokens.reduction import Reduction
 
 LEAST = 0.12  # brightness of a patch that is gone
 

@@ -85,7 +85,7 @@ NO_TOKENS = TokenFacts((), (), 0)
 
 
 class TokenReduction(Protocol):
-    """What an analysis needs to know of a reduction (``snpc.tokens.reduce`` makes them)."""
+    """What an analysis needs to know of a reduction (``snpc.tokens.reduction`` makes them)."""
 
     @property
     def spec(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import Facts
-from snpc.tokens.rewrite import batch_dimension, stream_dtype, weigh
+from snpc.tokens.open import batch_dimension, stream_dtype, weigh
 from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer
 from snpc.types import AnyArray, FloatArray

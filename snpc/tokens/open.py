@@ -22,7 +22,7 @@ from snpc.ops.spec import Cut
 from snpc.passes.slicing.shape_parameters import Repairs
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.passes.token_analysis.state import Weighing
-from snpc.tokens.lengths import check_shapes, kept_sizes, length_of, resized, spell
+from snpc.tokens.dynamic_lengths import check_shapes, kept_sizes, length_of, resized, spell
 from snpc.tokens.methods import Tokens
 from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer

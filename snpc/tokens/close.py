@@ -10,7 +10,7 @@ import onnx_ir as ir
 from snpc.ops.attention import FORMS
 from snpc.ops.names import GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
 from snpc.tokens.methods import fused_scores
-from snpc.tokens.rewrite import by_head, masked
+from snpc.tokens.open import by_head, masked
 from snpc.tokens.step import Step
 from snpc.tokens.writer import Writer
 

@@ -16,10 +16,10 @@ from snpc.passes.analyze import Analysis, analysed, cost_of
 from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.tokens import method
-from snpc.tokens.deciding import close_tokens
-from snpc.tokens.lengths import kept, kept_sizes, resized
+from snpc.tokens.close import close_tokens
+from snpc.tokens.dynamic_lengths import kept, kept_sizes, resized
 from snpc.tokens.methods import Method, Setting, share_kept
-from snpc.tokens.rewrite import batch_dimension, decision_shape, open_tokens, stream_dtype
+from snpc.tokens.open import batch_dimension, decision_shape, open_tokens, stream_dtype
 from snpc.tokens.step import Step
 
 Offline = Mapping[int, Sequence[float]]
