@@ -26,7 +26,7 @@ from snpc.targets import Build
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # this needs torch
-    from snpc.torch.tune import Tuned
+    from snpc.torch.finetune import Tuned
 
 
 def line(text: str) -> None:

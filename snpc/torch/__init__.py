@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 from snpc.runtime.io.load import load as load_model
 from snpc.torch.checkpoints import Saved
+from snpc.torch.export_safetensors import export_tensors
+from snpc.torch.finetune import Tuned, finetune, report
 from snpc.torch.journal import Round
 from snpc.torch.learn import RATE, Learned, learn_masks
 from snpc.torch.loop import Trained, train
@@ -24,10 +26,8 @@ from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
 from snpc.torch.objectives import AccuracyDrop, DriftLimit
 from snpc.torch.schedule import Way, prune_adaptively, prune_in_rounds
-from snpc.torch.tensors import export_tensors
 from snpc.torch.training import Progress, Training
-from snpc.torch.tune import Tuned, finetune, report
-from snpc.torch.write import save
+from snpc.torch.write_back import save
 
 __all__ = [
     "RATE",

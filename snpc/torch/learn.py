@@ -13,6 +13,7 @@ from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Plan, Scores
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.checkpoints import Saved, opened, run_name
+from snpc.torch.finetune import Task, outputs_for
 from snpc.torch.gates import gate_of, module_of
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
@@ -20,7 +21,6 @@ from snpc.torch.masks import Masked, masks_of
 from snpc.torch.places import Place, placed, together
 from snpc.torch.teacher import Teacher, asked, mean_squares
 from snpc.torch.training import Report, Training
-from snpc.torch.tune import Task, outputs_for
 
 RATE = 0.05  # learning rate that masks are trained with where none is asked for
 

@@ -20,7 +20,7 @@ from snpc.graph.shapes import attributes, opset
 from snpc.passes.canonicalization.shared_constants import origin
 from snpc.torch.operators import Call, Implementation, implementation
 from snpc.torch.operators.table import Result, Tensor, tensor_of
-from snpc.torch.weights import ties, trainable
+from snpc.torch.trainable_weights import ties, trainable
 from snpc.types import Model
 
 PROGRAMS = 16  # of so many combinations of input shapes the constants are kept

@@ -11,7 +11,7 @@ from typing import Protocol
 from snpc.errors import UserError
 from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
 from snpc.torch.checkpoints import run_name
-from snpc.torch.tune import Tuned
+from snpc.torch.finetune import Tuned
 
 
 class Objective(Protocol):

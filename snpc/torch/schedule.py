@@ -18,10 +18,10 @@ from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
 from snpc.torch.checkpoints import Saved, run_name
+from snpc.torch.finetune import finetune
 from snpc.torch.journal import Journal, Round, journal
 from snpc.torch.objectives import AccuracyDrop, Objective, drift
 from snpc.torch.training import Training
-from snpc.torch.tune import finetune
 
 SMALLEST = 8  # an adaptive step is halved down to this part of the first one
 

@@ -7,7 +7,7 @@ import torch
 from snpc.ops import lookup
 from snpc.passes.canonicalization.shared_constants import origin
 from snpc.torch.module import GraphModule
-from snpc.torch.weights import users
+from snpc.torch.trainable_weights import users
 from snpc.types import Model
 
 SMALL = 0.02  # deviation of tables and of what is added to tokens

@@ -32,7 +32,7 @@ from snpc.torch.scratch import reinitialise
 from snpc.torch.sharding import gathered
 from snpc.torch.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
 from snpc.torch.training import Report, Training
-from snpc.torch.write import save
+from snpc.torch.write_back import save
 from snpc.types import AnyArray, Difference, IntArray, Model
 
 HELD = 0.1  # share of the data that early stopping holds out
