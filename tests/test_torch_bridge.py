@@ -19,7 +19,7 @@ import snpc.torch  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
 from snpc.ops import table  # noqa: E402
 from snpc.torch.operators import implemented  # noqa: E402
-from snpc.torch.operators.table import DTYPES  # noqa: E402
+from snpc.torch.operators.registry import DTYPES  # noqa: E402
 
 TIED = "gpt2__ts17"
 

@@ -26,7 +26,7 @@ from snpc.torch.checkpoints import Checkpoints, Saved, opened, run_name
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.table import tensor_of
+from snpc.torch.operators.registry import tensor_of
 from snpc.torch.places import Place, placed, together
 from snpc.torch.scratch import reinitialise
 from snpc.torch.sharding import gathered

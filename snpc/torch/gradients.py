@@ -22,8 +22,8 @@ from snpc.runtime.calibration.order import sample_ids, singly
 from snpc.torch.gates import Gate, gate_of, gated, module_of
 from snpc.torch.losses import cross_entropy
 from snpc.torch.module import GraphModule
+from snpc.torch.operators.registry import tensor_of
 from snpc.torch.operators.relevance import relevance_rules
-from snpc.torch.operators.table import tensor_of
 from snpc.types import FloatArray, Group, IntArray
 
 Tensor = torch.Tensor

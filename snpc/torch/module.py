@@ -19,7 +19,7 @@ from snpc.errors import UserError
 from snpc.graph.shapes import attributes, opset
 from snpc.passes.canonicalization.shared_constants import origin
 from snpc.torch.operators import Call, Implementation, implementation
-from snpc.torch.operators.table import Result, Tensor, tensor_of
+from snpc.torch.operators.registry import Result, Tensor, tensor_of
 from snpc.torch.trainable_weights import ties, trainable
 from snpc.types import Model
 

@@ -22,7 +22,7 @@ from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.table import tensor_of
+from snpc.torch.operators.registry import tensor_of
 from snpc.types import AnyArray, IntArray
 
 MEMORY = 1 << 30  # bytes of answers that are kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snpc.torch.operators import attention, layers, movement, pointwise
-from snpc.torch.operators.table import REGISTRY, Call, Implementation
+from snpc.torch.operators.registry import REGISTRY, Call, Implementation
 
 __all__ = ["Call", "Implementation", "implementation", "implemented"]
 

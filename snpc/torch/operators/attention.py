@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from snpc.torch.operators.table import MICROSOFT, Call, Tensor, implements
+from snpc.torch.operators.registry import MICROSOFT, Call, Tensor, implements
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

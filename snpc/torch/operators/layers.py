@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.table import MICROSOFT, Call, Integers, Tensor, axis_list, implements
+from snpc.torch.operators.registry import MICROSOFT, Call, Integers, Tensor, axis_list, implements
 
 
 @implements("MatMul")

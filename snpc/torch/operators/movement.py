@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.table import DTYPES, Call, Integers, Tensor, axis_list, implements, tensor_of
+from snpc.torch.operators.registry import DTYPES, Call, Integers, Tensor, axis_list, implements, tensor_of
 
 
 @implements("Shape", reads="shape")

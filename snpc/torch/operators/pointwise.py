@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.table import DTYPES, MICROSOFT, Call, Tensor, implements
+from snpc.torch.operators.registry import DTYPES, MICROSOFT, Call, Tensor, implements
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from snpc.ops import lookup
 from snpc.torch.module import GraphModule, Step
-from snpc.torch.operators.table import Call, Result, Tensor
+from snpc.torch.operators.registry import Call, Result, Tensor
 
 SMALL = 1e-6  # an activation function's factor f(x) / x is not taken where |x| is less
 
