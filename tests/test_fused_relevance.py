@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import snpc  # noqa: E402
-from snpc.torch.gates import gate_of, gated, module_of  # noqa: E402
 from snpc.torch.operators.relevance import relevance_rules  # noqa: E402
+from snpc.torch.pruning.gates import gate_of, gated, module_of  # noqa: E402
 
 HEADS, WIDTH, HIDDEN = 2, 5, 12
 SPLIT = """

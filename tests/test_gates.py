@@ -17,9 +17,9 @@ from exports import export, load_feeds
 torch = pytest.importorskip("torch")
 
 import snpc  # noqa: E402
-from snpc.torch.gates import gate_of, gated, module_of  # noqa: E402
 from snpc.torch.operators.registry import DTYPES  # noqa: E402
 from snpc.torch.operators.relevance import relevance_rules  # noqa: E402
+from snpc.torch.pruning.gates import gate_of, gated, module_of  # noqa: E402
 from snpc.types import FloatArray, Group  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"

@@ -16,8 +16,8 @@ import snpc.torch  # noqa: E402
 from snpc.cli import main  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
 from snpc.torch import Training  # noqa: E402
-from snpc.torch.gates import gate_of, module_of  # noqa: E402
-from snpc.torch.masks import KINDS, Masked, masks_of  # noqa: E402
+from snpc.torch.pruning.gates import gate_of, module_of  # noqa: E402
+from snpc.torch.pruning.learned_masks import KINDS, Masked, masks_of  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"

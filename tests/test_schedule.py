@@ -31,7 +31,7 @@ from snpc.cli import main
 from snpc.errors import UserError
 from snpc.runtime.evaluation.accuracy import Evaluation
 from snpc.torch import AccuracyDrop, DriftLimit, Training, Way
-from snpc.torch.schedule import cubic
+from snpc.torch.pruning.schedule import cubic
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"

@@ -15,7 +15,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.types import Feeds
 
 if TYPE_CHECKING:  # these need torch
-    from snpc.torch.journal import Round
+    from snpc.torch.pruning.round_log import Round
     from snpc.torch.training import Progress, Report
 
 

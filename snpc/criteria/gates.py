@@ -1,6 +1,7 @@
 """Criteria that ask how the loss minds a gate on each unit: a factor, one as the model is, zero where the unit is gone.
 
-The runtime measures the gates with torch (``snpc.torch.gradients``), all of them in one pass; nothing here needs it.
+The runtime measures the gates with torch (``snpc.torch.pruning.gradients``), all of them in one pass; nothing here
+needs it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.types import Feeds, FloatArray, Group
 
 PREFIX = "gate:"  # names of what is measured here
-PROVIDER = "snpc.torch.gradients"  # loaded by name: this layer stands below it, and does without it
+PROVIDER = "snpc.torch.pruning.gradients"  # loaded by name: this layer stands below it, and does without it
 
 
 def asks_gates(criterion: Criterion, group: Group) -> bool:
@@ -27,7 +27,7 @@ def measure_gates(
     observe: Callable[[str, Mapping[str, FloatArray]], None],
     progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
 ) -> None:
-    """See ``snpc.torch.gradients.measure_gates``. Raises UserError where torch is not installed."""
+    """See ``snpc.torch.pruning.gradients.measure_gates``. Raises UserError where torch is not installed."""
     try:
         provider = importlib.import_module(PROVIDER)
     except ModuleNotFoundError as error:

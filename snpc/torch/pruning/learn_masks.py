@@ -14,11 +14,11 @@ from snpc.planning.plan import Plan, Scores
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.checkpoints import Saved, opened, run_name
 from snpc.torch.finetune import Task, outputs_for
-from snpc.torch.gates import gate_of, module_of
 from snpc.torch.loop import Trained, train
 from snpc.torch.losses import Batch, distillation
-from snpc.torch.masks import Masked, masks_of
 from snpc.torch.places import Place, placed, together
+from snpc.torch.pruning.gates import gate_of, module_of
+from snpc.torch.pruning.learned_masks import Masked, masks_of
 from snpc.torch.teacher import Teacher, asked, mean_squares
 from snpc.torch.training import Report, Training
 

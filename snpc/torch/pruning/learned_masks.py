@@ -17,8 +17,8 @@ import torch
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.runtime.statistics.unit_weights import own_rows
-from snpc.torch.gates import Gate, gated
 from snpc.torch.module import GraphModule
+from snpc.torch.pruning.gates import Gate, gated
 from snpc.types import FloatArray, Group
 
 Tensor = torch.Tensor

@@ -1,0 +1,1 @@
+"""Pruning with gradients: gates, learned masks, schedules of rounds."""
