@@ -18,8 +18,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each may import those before it, and itself.
 LAYERS = (
-    "types", "errors", "ops", "graph", "cost", "closed", "criteria", "passes", "planning", "tokens", "runtime",
-    "targets", "pipeline", "page", "report", "torch", "show", "bars", "cli",
+    "types", "errors", "ops", "graph", "criteria", "passes", "planning", "tokens", "runtime", "targets",
+    "pipeline", "report", "torch", "cli",
 )  # fmt: skip
 FIRST = {"types", "errors"}
 

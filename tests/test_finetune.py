@@ -24,10 +24,10 @@ pytest.importorskip("safetensors")
 import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
-from snpc.runtime.calibration.order import from_batch, sample_ids, shared, shuffled, split  # noqa: E402
 from snpc.runtime.closed_form.stages import borders  # noqa: E402
 from snpc.torch import Batch, Training  # noqa: E402
-from snpc.torch.losses import cross_entropy, divergence, squared_error  # noqa: E402
+from snpc.torch.training.losses import cross_entropy, divergence, squared_error  # noqa: E402
+from snpc.torch.training.sampling import from_batch, sample_ids, shared, shuffled, split  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"

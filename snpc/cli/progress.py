@@ -16,7 +16,7 @@ from snpc.types import Feeds
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch.pruning.round_log import Round
-    from snpc.torch.training import Progress, Report
+    from snpc.torch.training.options import Progress, Report
 
 
 def batches(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:

@@ -16,17 +16,17 @@ import os
 from collections.abc import Sequence
 
 from snpc.runtime.io.load import load as load_model
-from snpc.torch.checkpoints import Saved
 from snpc.torch.export_safetensors import export_tensors
 from snpc.torch.finetune import Tuned, finetune, report
-from snpc.torch.loop import Trained, train
-from snpc.torch.losses import Batch
 from snpc.torch.module import GraphModule
 from snpc.torch.pruning.learn_masks import RATE, Learned, learn_masks
 from snpc.torch.pruning.objectives import AccuracyDrop, DriftLimit
 from snpc.torch.pruning.round_log import Round
 from snpc.torch.pruning.schedule import Way, prune_adaptively, prune_in_rounds
-from snpc.torch.training import Progress, Training
+from snpc.torch.training.checkpoints import Saved
+from snpc.torch.training.loop import Trained, train
+from snpc.torch.training.losses import Batch
+from snpc.torch.training.options import Progress, Training
 from snpc.torch.write_back import save
 
 __all__ = [

@@ -15,23 +15,23 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.analyze import Analysis, analyze
 from snpc.pipeline.verify import check_batches
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.labels import load_labels
-from snpc.runtime.calibration.order import from_batch, sample_ids, shared, shuffled, split
 from snpc.runtime.closed_form.stages import borders
 from snpc.runtime.evaluation.compare import check_structure, compare, compare_models, outputs_of, tolerance_of
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
-from snpc.torch.adapters import adapted, fuse
-from snpc.torch.checkpoints import Checkpoints, Saved, opened, run_name
-from snpc.torch.loop import Trained, train
-from snpc.torch.losses import Batch, distillation
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.registry import tensor_of
-from snpc.torch.places import Place, placed, together
-from snpc.torch.scratch import reinitialise
-from snpc.torch.sharding import gathered
-from snpc.torch.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
-from snpc.torch.training import Report, Training
+from snpc.torch.training.adapters import adapted, fuse
+from snpc.torch.training.checkpoints import Checkpoints, Saved, opened, run_name
+from snpc.torch.training.distributed import Place, placed, together
+from snpc.torch.training.fsdp import gathered
+from snpc.torch.training.labels import load_labels
+from snpc.torch.training.loop import Trained, train
+from snpc.torch.training.losses import Batch, distillation
+from snpc.torch.training.options import Report, Training
+from snpc.torch.training.reinitialize import reinitialise
+from snpc.torch.training.sampling import from_batch, sample_ids, shared, shuffled, split
+from snpc.torch.training.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
 from snpc.torch.write_back import save
 from snpc.types import AnyArray, Difference, IntArray, Model
 

@@ -17,13 +17,13 @@ import torch
 from snpc.criteria import Criterion
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.labels import load_labels
-from snpc.runtime.calibration.order import sample_ids, singly
-from snpc.torch.losses import cross_entropy
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.registry import tensor_of
 from snpc.torch.operators.relevance import relevance_rules
 from snpc.torch.pruning.gates import Gate, gate_of, gated, module_of
+from snpc.torch.training.labels import load_labels
+from snpc.torch.training.losses import cross_entropy
+from snpc.torch.training.sampling import sample_ids, singly
 from snpc.types import FloatArray, Group, IntArray
 
 Tensor = torch.Tensor

@@ -12,15 +12,15 @@ from snpc.planning.allocate import chosen_groups, make_plan
 from snpc.planning.config import Choice, parse_target
 from snpc.planning.plan import Plan, Scores
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.torch.checkpoints import Saved, opened, run_name
 from snpc.torch.finetune import Task, outputs_for
-from snpc.torch.loop import Trained, train
-from snpc.torch.losses import Batch, distillation
-from snpc.torch.places import Place, placed, together
 from snpc.torch.pruning.gates import gate_of, module_of
 from snpc.torch.pruning.learned_masks import Masked, masks_of
-from snpc.torch.teacher import Teacher, asked, mean_squares
-from snpc.torch.training import Report, Training
+from snpc.torch.training.checkpoints import Saved, opened, run_name
+from snpc.torch.training.distributed import Place, placed, together
+from snpc.torch.training.loop import Trained, train
+from snpc.torch.training.losses import Batch, distillation
+from snpc.torch.training.options import Report, Training
+from snpc.torch.training.teacher import Teacher, asked, mean_squares
 
 RATE = 0.05  # learning rate that masks are trained with where none is asked for
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from snpc.errors import UserError
 from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
-from snpc.torch.checkpoints import run_name
 from snpc.torch.finetune import Tuned
+from snpc.torch.training.checkpoints import run_name
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from snpc.runtime.io.atomic import discard, replacing
-from snpc.torch.checkpoints import Saved, broken, foreign, make_folder, unasked
+from snpc.torch.training.checkpoints import Saved, broken, foreign, make_folder, unasked
 
 FILE = "rounds.json"
 

@@ -17,11 +17,11 @@ from snpc.planning.plan import Method
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.io.atomic import check_target, data_file, discard, publish
 from snpc.runtime.io.load import load, model_files
-from snpc.torch.checkpoints import Saved, run_name
 from snpc.torch.finetune import finetune
 from snpc.torch.pruning.objectives import AccuracyDrop, Objective, drift
 from snpc.torch.pruning.round_log import Journal, Round, journal
-from snpc.torch.training import Training
+from snpc.torch.training.checkpoints import Saved, run_name
+from snpc.torch.training.options import Training
 
 SMALLEST = 8  # an adaptive step is halved down to this part of the first one
 

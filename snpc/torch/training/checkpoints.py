@@ -13,8 +13,8 @@ import torch
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.io.atomic import replacing
+from snpc.torch.training.sampling import sample_ids
 
 FILE = "checkpoint.pt"
 

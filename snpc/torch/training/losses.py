@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.training import Training
+from snpc.torch.training.options import Training
 
 Tensor = torch.Tensor
 

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from snpc.errors import UserError
-from snpc.torch.checkpoints import Checkpoints
-from snpc.torch.losses import Batch, LossFunction
-from snpc.torch.places import Place
-from snpc.torch.sharding import optimiser_parts, part_like, shard, whole
-from snpc.torch.training import Progress, Report, Training
+from snpc.torch.training.checkpoints import Checkpoints
+from snpc.torch.training.distributed import Place
+from snpc.torch.training.fsdp import optimiser_parts, part_like, shard, whole
+from snpc.torch.training.losses import Batch, LossFunction
+from snpc.torch.training.options import Progress, Report, Training
 
 SMOOTH = 0.9  # of the loss that is shown
 

@@ -18,11 +18,11 @@ import torch
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import clean
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.order import sample_ids
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.registry import tensor_of
+from snpc.torch.training.sampling import sample_ids
 from snpc.types import AnyArray, IntArray
 
 MEMORY = 1 << 30  # bytes of answers that are kept

@@ -1,0 +1,1 @@
+"""Training of graphs in torch: loop, losses, data order, checkpoints, several processes."""
