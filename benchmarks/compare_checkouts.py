@@ -38,12 +38,12 @@ import onnx
 from onnx import numpy_helper, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-import classifiers  # type: ignore[import-not-found]  # noqa: E402, F401  registers its exports in ALL
-from encoders import Encoder  # type: ignore[import-not-found]  # noqa: E402
-from exports import ALL, export, load_feeds  # type: ignore[import-not-found]  # noqa: E402
-from layouts import Llama, write_llama  # type: ignore[import-not-found]  # noqa: E402
+from tests.models import classifiers  # noqa: E402, F401  registers its exports in ALL
+from tests.models.encoders import Encoder  # noqa: E402
+from tests.models.exports import ALL, export, load_feeds  # noqa: E402
+from tests.models.layouts import Llama, write_llama  # noqa: E402
 
 Array = npt.NDArray[Any]
 

@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--keep", action="store_true", help="leave the pruned model there")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
-    from layouts import Llama, write_llama
+    sys.path.insert(0, str(ROOT))
+    from tests.models.layouts import Llama, write_llama
 
     model, target = arguments.folder / "model.onnx", arguments.folder / "pruned.onnx"
     needed = arguments.layers * 2 * (4 * 4096**2 + 3 * 4096 * 11008) * 2

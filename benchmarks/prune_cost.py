@@ -58,9 +58,10 @@ class Watch:
 
 def export_vit(path: Path) -> None:
     """A ViT-Base/16 with random weights, as timm and torch write it."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     import torch
-    from exports import _timm  # type: ignore[import-not-found]
+
+    from tests.models.exports import _timm
 
     vit = _timm("timm.models.vision_transformer").VisionTransformer
     model = vit(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12).eval()

@@ -11,7 +11,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what comes out now")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/passes/slicing/golden from what comes out now"
+    )
     parser.addoption(
         "--exhaustive", action="store_true", help="cut every group of every export alone, not one of each kind"
     )

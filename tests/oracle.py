@@ -18,7 +18,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from exports import ALL, export, load_feeds
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.finalize import clean
@@ -27,6 +26,7 @@ from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
 from snpc.types import Group
+from tests.models.exports import ALL, export, load_feeds
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]

@@ -1,0 +1,1 @@
+"""The models that tests run on, and what writes them."""

@@ -1,0 +1,152 @@
+"""One export for each family of architectures: what is found, why the rest stays, and that slicing equals masking.
+
+The numbers follow from the sizes that ``families.py`` configures each model with.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import snpc
+from tests.models.exports import export
+from tests.models.families import FAMILIES
+from tests.oracle import TOLERANCE, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run
+from tests.passes.grouping.test_groups import Kinds, attention, ffn, found, without
+from tests.runtime.closed_form.test_fit import calibration_of, more_data, moved, shrunk
+
+WIDTHS = ("qk", "vo", "ffn", "conv", "residual")
+RATIOS = {"qk": 0.5, "vo": 0.34, "ffn": 0.6, "conv": 0.4, "residual": 0.25, "head": 0.3}
+
+
+def rotary(count: int, *, kv_heads: int, tables: int = 1, pairs: int = 6) -> Kinds:
+    """Attention whose query heads share the rotary tables: the same pairs go in all heads (and layers), and no head."""
+    return Counter({("qk", 1, pairs): tables, ("vo", kv_heads, 12): count})
+
+
+KINDS: dict[str, Kinds] = {
+    "deit": attention(3, 16, 2) + ffn(192, 2),
+    "beit": attention(3, 16, 2) + ffn(192, 2),
+    # The four networks that make the bias tables have 512 hidden units.
+    "swinv2": without(attention(2, 12, 2) + attention(4, 12, 2), "qk") + ffn(96, 2) + ffn(192, 2) + ffn(512, 4),
+    "maxvit": attention(2, 8, 2) + attention(4, 8, 2) + ffn(64, 2) + ffn(128, 2),
+    "mvit": ffn(48, 1) + ffn(96, 1),
+    # One query over all heads' mixing matrices: four heads are mixed by two layers, and not by the last.
+    "cait": attention(4, 12, 3) + ffn(192, 3) + ffn(4, 2),
+    "xcit": attention(4, 12, 1) + without(attention(4, 12, 2), "qk") + ffn(192, 3),
+    # Values are two or four times as wide as keys.
+    "levit": Counter({("qk", n, 8): 1 for n in (2, 3, 4)})
+    + Counter({("vo", 2, 16): 1, ("vo", 3, 16): 1, ("vo", 4, 32): 1})
+    + Counter({("head", 1, n): 1 for n in (2, 3, 4)})
+    + ffn(64, 1)
+    + ffn(96, 2),
+    "efficientformer": Counter({("qk", 8, 16): 1, ("qk", 8, 32): 2, ("vo", 8, 64): 1, ("vo", 8, 128): 2})
+    + Counter({("head", 1, 8): 3}),
+    "pvt": without(attention(1, 8, 1), "head") + attention(2, 8, 2) + attention(3, 8, 1) + ffn(16, 1) + ffn(32, 2)
+    + ffn(48, 1),
+    "twins": without(attention(1, 16, 2), "head") + attention(2, 16, 2) + ffn(32, 2) + ffn(64, 2),
+    "eva02": Counter({("qk", 1, 8): 1, ("vo", 3, 16): 2}),
+    "eva02__ts17": Counter({("qk", 1, 8): 2, ("vo", 3, 16): 2}),  # a table per layer
+    "efficientvit": Counter(),
+    "mobilevit": attention(4, 16, 2) + attention(4, 20, 4) + attention(4, 24, 3) + ffn(128, 2) + ffn(160, 4)
+    + ffn(192, 3),
+    "mobilevitv2": Counter(),
+    "segformer": without(attention(1, 16, 1), "head") + attention(2, 16, 1) + ffn(32, 1) + ffn(64, 1) + ffn(24, 2),
+    "dinov2": attention(4, 12, 2) + ffn(64, 2),
+    "dinov3": rotary(2, kv_heads=4, pairs=3) + ffn(96, 2),  # three frequencies, of rows and of columns
+    "sam": Counter({("qk", 1, 12): 2, ("vo", 4, 12): 2}) + ffn(96, 2),  # all heads read the same relative positions
+    "clip": attention(4, 12, 2) + ffn(96, 2),
+    "siglip": attention(4, 12, 3) + ffn(96, 3),
+    # The feed-forward layers of encoder and decoder, then the small networks that make boxes and positions.
+    "rtdetr": attention(4, 8, 3) + ffn(48, 3) + ffn(32, 4) + ffn(64, 1),
+    "detr": attention(4, 12, 5) + ffn(64, 3),
+    "wav2vec2": attention(4, 12, 2) + ffn(96, 2),
+    "whisper": attention(4, 12, 5) + ffn(96, 3),
+    "roberta": attention(4, 12, 2) + ffn(96, 2),
+    "distilbert": attention(4, 12, 2) + ffn(96, 2),
+    "deberta": without(attention(4, 12, 2), "head") + ffn(96, 2),
+    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2),  # global and local layers have a table each
+    "gemma2": rotary(2, kv_heads=2) + ffn(96, 2),
+    "phi": Counter({("qk", 4, 6): 2, ("qk", 1, 3): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
+    "neox": Counter({("qk", 4, 8): 2, ("qk", 1, 2): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
+    "moe": ffn(40, 2),  # the same units of every expert
+    "qwen2": rotary(2, kv_heads=2) + ffn(96, 2),
+    "mistral": rotary(2, kv_heads=2) + ffn(96, 2),
+    "gemma": rotary(2, kv_heads=1) + ffn(96, 2),
+}  # fmt: skip
+
+# (role, what a pin of it must say): true reasons why something that looks like attention stays.
+PINNED = {
+    "swinv2": [("qk", "reduced over")],  # query and key are divided by their lengths
+    "mvit": [("qk", "statistics")],  # a norm behind the convolution of each head
+    "xcit": [("qk", "summed over")],  # the score matrix has the width of query and key
+    "efficientvit": [("qk", "beside units"), ("vo", "beside units")],
+    "deberta": [("head", "indices")],
+    "phi": [("head", "shared by part")],  # the rotary table, of the channels that turn
+    "neox": [("head", "shared by part")],
+}
+
+
+def seed_of(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_groups_follow_from_the_configuration(name: str) -> None:
+    roles = ("qk", "vo", "head", "ffn")
+    kinds = Counter({kind: n for kind, n in found(analysis_of(name)).items() if kind[0] in roles})
+    assert kinds == KINDS.get(name, KINDS.get(FAMILIES[name].model))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].model in PINNED])
+def test_what_stays_says_why(name: str) -> None:
+    stuck = [g for g in analysis_of(name).groups if not g.prunable]
+    for role, reason in PINNED[FAMILIES[name].model]:
+        assert any(g.role == role and any(re.search(reason, pin.reason) for pin in g.pins) for g in stuck), role
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slicing_equals_masking(name: str) -> None:
+    analysis, feeds = analysis_of(name), feeds_of(name)
+    original = run(export(name), feeds)
+    for roles in (WIDTHS, (*WIDTHS, "head")):
+        pair = cut(analysis, random_cuts(prunable(analysis.groups, *roles), seed_of(name), RATIOS))
+        masked = run(pair.masked, feeds)
+        assert relative_error(original, masked) > 1e-3
+        for level in ("off", "all"):
+            assert relative_error(masked, run(pair.sliced, feeds, level)) < TOLERANCE, (roles, level)
+
+
+CLOSED = [
+    "deit__ts17_sdpa",
+    "beit__ts17",
+    "cait__dyn20",
+    "pvt__dyn20_sdpa",
+    "twins__ts17",
+    "segformer__ts17_sdpa",
+    "dinov2__dyn20_sdpa",
+    "sam__dyn20_sdpa",
+    "clip__ts17",
+    "whisper__dyn20_sdpa",
+    "roberta__dyn20_sdpa",
+    "deberta__dyn20",
+    "modernbert__dyn20_sdpa",
+    "qwen2__dyn20_sdpa",
+    "phi__dyn20_sdpa",
+]
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms_move_outputs_less_than_magnitude(name: str) -> None:
+    """Half of every query/key, value/output and feed-forward width, on data that was not calibrated on."""
+    analysis, feeds = analysis_of(name), feeds_of(name)
+    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
+    choice = snpc.Choice(0.5)
+    after = run(shrunk(snpc.decide(analysis, choice, calibration=data)), feeds)
+    assert all(np.isfinite(array).all() for array in after)
+    plain = snpc.decide(analysis, choice, method="select", criterion="magnitude")
+    assert moved(before, after) < moved(before, run(shrunk(plain), feeds))

@@ -1,0 +1,344 @@
+"""Drift and latency as limits: what is asked for holds on the written file, and not much more was taken than asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import snpc
+from snpc.pipeline import search as reach
+from snpc.pipeline.search import NEAR_DRIFT, ROUNDS, seek
+from snpc.planning.allocate import make_plan, predicted_drift, way_down
+from snpc.planning.config import Choice, parse_target
+from snpc.planning.descent import descent
+from snpc.planning.plan import Times, plan_of
+from snpc.runtime.evaluation import latency
+from snpc.runtime.evaluation.latency import SHARES, Artefact, LatencyTable, Workload, latency_table
+from snpc.types import FloatArray, Group, Role
+from tests.cli.test_cli import CALIB, VIT, invoke, reported
+from tests.oracle import analysis_of, feeds_of
+from tests.planning.test_allocate import group
+
+
+def drift_of(dense: Path, cut: Path, calibration: snpc.Calibration) -> float:
+    """What ``snpc verify`` states."""
+    return max(d.relative for d in snpc.verify(dense, cut, calibration=calibration).drift)
+
+
+# -- the search ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.floats(-1, 1), st.floats(0.5, 2), st.floats(-8, 1), st.integers(0, 9))
+def test_a_search_ends_within_the_limit(count: int, off: float, bend: float, limit: float, seed: int) -> None:
+    """Predictions that are off and bent: what is found holds, and the next place tried above it does not."""
+    rng = np.random.default_rng(seed)
+    predicted = np.sort(rng.uniform(-6, 0, count))
+    true = off + bend * predicted
+    tried: dict[int, float] = {}
+
+    def measure(index: int) -> float:
+        assert index not in tried
+        tried[index] = float(true[index])
+        return tried[index]
+
+    found = seek(predicted, limit, measure, NEAR_DRIFT)
+    assert 1 <= len(tried) <= ROUNDS
+    assert all(true[k] <= limit for k in tried if k <= found)
+    assert all(true[k] > limit for k in tried if k > found)
+    if found < 0:
+        assert true[0] > limit
+        assert 0 in tried
+    else:
+        assert found in tried
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-0.3, 0.3), st.floats(-5, -1))
+def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, limit: float) -> None:
+    predicted = np.linspace(-7, 0, 3000)
+    measured = predicted + off
+    found = seek(predicted, limit, lambda k: float(measured[k]), NEAR_DRIFT)
+    assert limit - NEAR_DRIFT <= measured[found] <= limit
+
+
+# -- drift -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, limit", [("vit_timm__ts17", 0.15), ("bert__ts17", 0.05)])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, uniform: bool, tmp_path: Path) -> None:
+    analysis = analysis_of(name)
+    calibration = snpc.load_calibration(feeds_of(name), analysis.model.inputs, batch=3)
+    choice = Choice(max_drift=limit, uniform=uniform)
+    decision = snpc.decide(analysis, choice, calibration=calibration)
+    result = snpc.prune(decision, tmp_path / "cut.onnx", calibration=calibration)
+    measured = drift_of(analysis.model.path, result.path, calibration)
+    assert result.search is not None
+    assert measured == pytest.approx(result.search.reached, rel=1e-3)
+    assert measured <= limit
+    assert result.after.macs < result.before.macs
+    assert len(result.search.tried) <= ROUNDS
+    assert decision.scores is not None
+    way, _ = way_down(decision.groups, decision.scores, choice)
+    kept = {g.id: result.plan.kept(g) for g in decision.groups}
+    steps = next(k for k in range(len(way.steps) + 1) if way.widths(k) == kept)
+    larger = min(steps + max(1, len(way.steps) // 10), len(way.steps))
+    if measured < 0.8 * limit and larger > steps:  # not near: then going on would have gone over
+        plan = plan_of(decision.scores, choice, way.widths(larger))
+        over = snpc.apply_plan(plan, tmp_path / "over.onnx", compression=decision.compression, calibration=calibration)
+        assert drift_of(analysis.model.path, over.path, calibration) > limit
+
+
+def test_a_drift_that_no_cut_keeps_leaves_nothing(tmp_path: Path) -> None:
+    flags = ("--calib", CALIB, "--calib-samples", 16, "--max-drift", 1e-9, "--plan", tmp_path / "plan.json")
+    said = invoke("prune", VIT, *flags, "-o", tmp_path / "cut.onnx", code=1).stderr
+    assert "more than --max-drift 1e-09" in said
+    assert "\n" not in said.strip()
+    assert not [path for path in tmp_path.iterdir() if path.name != "plan.json"]
+
+
+def test_the_saved_plan_is_the_one_that_was_applied(tmp_path: Path) -> None:
+    out, plan = tmp_path / "cut.onnx", tmp_path / "plan.json"
+    report = reported(
+        "prune", VIT, "--calib", CALIB, "--calib-samples", 32, "--max-drift", 0.2, "-o", out, "--plan", plan
+    )
+    assert report["search"]["kind"] == "drift"
+    assert report["search"]["reached"] <= 0.2
+    assert report["verify"]["drift"][0]["relative"] == report["search"]["reached"]
+    kept = {g["id"]: g["kept"] for g in report["groups"]}
+    saved = json.loads(plan.read_text())
+    assert saved["options"]["max_drift"] == 0.2
+    assert saved["groups"]
+    assert all(kept[g["id"]] == g["kept"] for g in saved["groups"])
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, plan.name}
+
+
+def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    calibration = snpc.load_calibration(CALIB, analysis.model.inputs, samples=32)
+    decision = snpc.decide(analysis, Choice(max_drift=0.1), calibration=calibration, method="select")
+    result = snpc.prune(decision, tmp_path / "cut.onnx", calibration=calibration)
+    assert drift_of(VIT, result.path, calibration) <= 0.1
+    assert result.after.macs < result.before.macs
+
+
+def test_predicted_drift_adds_up_the_curves() -> None:
+    groups = [group("a", "qk", 2, 4), group("b", "ffn", 1, 3)]
+    curves = {"a": np.array([9.0, 4, 1, 0.5, 0]), "b": np.array([2.0, 1, 0.1, 0])}
+    scores = snpc.Scores(stub(groups), "made", {}, curves=curves)
+    way, _ = way_down(groups, scores, Choice(max_drift=1.0))
+    predicted = predicted_drift(way, scores)
+    assert predicted[0] == 0
+    for k in range(len(way.steps) + 1):
+        widths = way.widths(k)
+        assert predicted[k] == pytest.approx(math.sqrt(sum(curves[name][w] for name, w in widths.items())))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--max-drift", 0.1), "--max-drift needs calibration data"),
+        (("--max-drift", 0.1, "--ratio", 0.5), "one of the three"),
+        (("--max-drift", 0, "--calib", CALIB), "is not above 0"),
+        (("--max-drift", 0.1, "--roles", "head", "--calib", CALIB), "leave out the role head"),
+        (("--target", "latency=0"), "must look like"),
+        (("--target", "latency=2"), "must look like"),
+        (("--target", "latency=ms"), "must look like"),
+        (("--target", "macs=3ms"), "must look like"),
+        (("--ratio", 0.5, "--batch", 4), "are for --target latency"),
+        (("--target", "latency=0.5", "--input-shapes", "image"), "names no input"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_refusals(flags: Sequence[object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    said = invoke("prune", VIT, *flags, "-o", tmp_path / "cut.onnx", code=2).stderr
+    assert words in said
+    assert "\n" not in said.strip()
+    assert not (tmp_path / "cut.onnx").exists()
+
+
+# -- latency ---------------------------------------------------------------------------------------------------------
+
+
+def stub(groups: Sequence[Group]) -> Any:
+    return SimpleNamespace(
+        groups=groups, pins=(), model=SimpleNamespace(path=Path("made.onnx"), digest="d"), dead_macs=0, reduction=None
+    )
+
+
+def timed(groups: Sequence[Group], ms: dict[str, float], base: float = 10.0) -> snpc.Scores:
+    """Scores of groups that each save so many ms when they are gone."""
+    saved = {g.id: ms[g.id] * (1 - np.arange(g.size + 1) / g.size) for g in groups}
+    values = {g.id: np.ones((g.blocks, g.size)) for g in groups}
+    curves = {g.id: (1 - np.arange(g.size + 1) / g.size) ** 2 for g in groups}
+    return snpc.Scores(stub(groups), "made", values, curves=curves, times=Times(base, base, saved))
+
+
+def test_time_is_the_price() -> None:
+    """Of two groups that lose alike, the one that saves more time goes first, and no further than is asked."""
+    groups = [group("slow", "ffn", 1, 20), group("fast", "ffn", 1, 20)]
+    scores = timed(groups, {"slow": 6.0, "fast": 0.6})
+    plan = make_plan(scores, Choice(target="latency=0.7"))
+    gone = {g.id: g.size - plan.kept(g) for g in groups}
+    assert gone["slow"] > 4 * gone["fast"]
+    assert scores.times is not None
+    saved = sum(float(scores.times.saved[g.id][plan.kept(g)]) for g in groups)
+    assert 3.0 <= saved < 3.0 + 6.0 / 20 + 1e-9
+
+
+@pytest.mark.parametrize("text, ms", [("latency=0.7", 7.0), ("latency=7ms", 7.0), ("latency=0.5ms", 0.5)])
+def test_a_latency_is_a_share_or_milliseconds(text: str, ms: float) -> None:
+    assert parse_target(text).milliseconds(10.0) == ms
+
+
+def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() -> None:
+    groups = [group("a", "ffn", 1, 20)]
+    with pytest.raises(snpc.UserError, match=r"latency=0\.2 cannot be reached.* latency=0\.525 \(predicted\)"):
+        make_plan(timed(groups, {"a": 5.0}), Choice(target="latency=0.2"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 64), st.lists(st.floats(-0.1, 0.3), min_size=len(SHARES), max_size=len(SHARES)))
+def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float]) -> None:
+    g = group("a", "ffn", 1, size)
+    table = LatencyTable(12.0, 10.0, {"ffn": tuple(parts)})
+    curve = table.curve(g)
+    assert curve.shape == (size + 1,)
+    assert curve[-1] == 0
+    assert (np.diff(curve) <= 1e-9).all()
+    for share, part in zip(SHARES, np.maximum.accumulate(np.maximum(parts, 0)), strict=True):
+        if share * size == round(share * size):
+            assert curve[round(share * size)] == pytest.approx(10 * part)
+
+
+def test_groups_share_by_macs_what_their_role_saves() -> None:
+    groups = [group("a", "ffn", 1, 8), group("b", "ffn", 1, 8), group("c", "qk", 1, 8)]
+    times = LatencyTable(10.0, 10.0, {"ffn": (0.1, 0.2, 0.3), "qk": (0.0, 0.0, 0.0)}).times(groups, groups[:2])
+    assert set(times.saved) == {"a", "b"}
+    assert times.saved["a"][4] + times.saved["b"][4] == pytest.approx(2.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Times that are MACs: 1 ms per million. Returns the models that were timed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen: list[Path] = []
+
+    def stubbed(
+        analysis: Any, base: Path, other: Path, workload: Workload, provider: str = "cpu"
+    ) -> tuple[float, float]:
+        seen.append(other)
+        before, after = (snpc.analyze(snpc.load(path)).cost.macs for path in (base, other))
+        return before / 1e6, after / before
+
+    monkeypatch.setattr(latency, "side_by_side", stubbed)
+    monkeypatch.setattr(reach, "side_by_side", stubbed)
+    return seen
+
+
+@pytest.mark.parametrize("flags", [(), ("--uniform",), ("--round-to", 4, "--max-ratio", "0.75")], ids=str)
+@pytest.mark.parametrize("target", ["latency=0.6", "latency=4ms"])
+def test_with_a_clock_that_counts_macs(clock: list[Path], tmp_path: Path, target: str, flags: tuple[Any, ...]) -> None:
+    report = reported("prune", VIT, "--target", target, *flags, "-o", tmp_path / "cut.onnx")
+    share = report["macs"]["after"] / report["macs"]["before"]
+    asked = 0.6 if target == "latency=0.6" else 4e6 / report["macs"]["before"]
+    assert asked - 0.06 <= share <= asked
+    assert report["search"]["kind"] == "latency"
+    tables = [path for path in clock if path.name in ("base.onnx", "narrow.onnx")]
+    assert len(tables) == 1 + 3 * len(SHARES)
+    for g in report["groups"] if "--round-to" in flags else ():
+        assert g["kept"] == g["size"] or g["kept"] % 4 == 0
+        assert g["kept"] >= 0.25 * g["size"]
+
+
+def test_what_cannot_be_reached_is_refused_in_one_line(clock: list[Path], tmp_path: Path) -> None:
+    flags = ("--target", "latency=0.3", "--max-ratio", "0.5", "-o", tmp_path / "cut.onnx")
+    said = invoke("prune", VIT, *flags, code=2).stderr
+    assert "latency=0.3 cannot be reached" in said
+    assert "the least" in said
+    assert "\n" not in said.strip()
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
+
+
+def test_the_table_is_measured_once_for_a_machine_model_and_sizes(clock: list[Path]) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    first = latency_table(analysis, ("qk", "ffn"))
+    count = len(clock)
+    assert count == 1 + 2 * len(SHARES)
+    again = latency_table(analysis, ("qk", "ffn"))
+    assert (again, len(clock)) == (first, count)
+    latency_table(analysis, ("qk", "ffn"), workload=Workload(batch=2))
+    assert len(clock) == 2 * count
+    for file in latency.cache_folder().iterdir():
+        file.write_text("not json")
+    assert latency_table(analysis, ("qk", "ffn")) == first
+    assert len(clock) == 3 * count
+
+
+def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(model: Path, folder: Path) -> Path:
+        made.append(Path(shutil.copy(model, folder / f"artefact{len(made)}.onnx")))
+        return made[-1]
+
+    analysis = snpc.analyze(snpc.load(VIT))
+    choice = snpc.Choice(target="latency=0.6")
+    plain = snpc.decide(analysis, choice)
+    count = len(clock)
+    workload = Workload(artefact=Artefact("a copy", make))
+    decision = snpc.decide(analysis, choice, workload=workload)
+    assert decision.plan.keep == plain.plan.keep, "the clock counts MACs: a copy takes as long"
+    result = snpc.prune(decision, tmp_path / "cut.onnx")
+    assert len(clock) > 2 * count, "times of the model itself do not serve for the artefact"
+    assert set(clock[count:]) <= set(made)
+    assert result.search is not None and result.search.unit == "of the dense model, built for a copy"
+
+
+def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines are noisy: what is stated must hold for the search, and be about what another measurement finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "cut.onnx"
+    report = reported("prune", VIT, "--target", "latency=0.7", "--batch", 32, "--round-to", 8, "-o", out)
+    assert report["search"]["reached"] <= 0.7
+    assert report["macs"]["after"] < report["macs"]["before"]
+    found = snpc.bench([VIT, out], batch=32, iterations=30)
+    assert 1 / found.speedups[0].ratio < 0.95
+    assert list((tmp_path / "cache" / "snpc").iterdir())
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+SHAPES = st.lists(st.tuples(st.sampled_from(["qk", "vo", "ffn"]), st.integers(1, 3), st.integers(2, 20)),
+                  min_size=1, max_size=5)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.booleans(), st.sampled_from([1, 4]), st.integers(0, 9))
+def test_every_step_goes_down(shapes: list[tuple[Role, int, int]], uniform: bool, step: int, seed: int) -> None:
+    groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
+    rng = np.random.default_rng(seed)
+    costs: dict[str, FloatArray] = {g.id: rng.random(g.size) for g in groups}
+    way = descent(groups, costs, {g.id: 1.0 for g in groups}, Choice(target="macs=0.5", uniform=uniform, round_to=step))
+    before = way.widths(0)
+    for k in range(1, len(way.steps) + 1):
+        after = way.widths(k)
+        assert all(after[name] <= before[name] for name in before)
+        assert after != before
+        if uniform:
+            shares = [1 - after[g.id] / g.size for g in groups if after[g.id] > min(g.size, step)]
+            assert not shares or max(shares) - min(shares) <= max(step / g.size for g in groups) + 1e-9
+        before = after
+    assert cast(Callable[[int], dict[str, int]], way.widths)(10**6) == before

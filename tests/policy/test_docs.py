@@ -1,0 +1,191 @@
+"""The documentation says what is so: its code runs, prints what it says, its links lead somewhere, its flags exist."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import click
+import pytest
+
+from snpc.cli import main
+from snpc.ops import lookup, table
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name_of(page: Path) -> str:
+    return page.name
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, content) of every fenced block."""
+    return BLOCK.findall(page.read_text())
+
+
+def run_page(page: Path, given: dict[str, object], skip: int = 0) -> None:
+    """Run the Python blocks in order in one namespace; a text block that follows one is what it must print."""
+    found = blocks(page)[skip:]
+    for (language, source), (following, expected) in zip(found, [*found[1:], ("", "")], strict=True):
+        if language != "python":
+            continue
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            exec(compile(source, f"{page.name}: {source.splitlines()[0]}", "exec"), given)
+        if following == "text":
+            assert [line.rstrip() for line in printed.getvalue().splitlines()] == expected.splitlines()
+
+
+def test_how_it_works_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "how-it-works.md", {})
+
+
+def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "README.md", {})
+
+
+def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "finetuning.md", {})
+
+
+@pytest.fixture
+def fresh_table() -> Iterator[dict[tuple[str, str], object]]:
+    """The operator table, put back afterwards."""
+    before = dict(table())
+    lookup.cache_clear()
+    yield table()  # type: ignore[misc]
+    table().clear()
+    table().update(before)
+    lookup.cache_clear()
+
+
+def test_the_documented_operators_work_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_table: dict[tuple[str, str], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "adding-an-operator.md"
+    given: dict[str, object] = {"__name__": "acme_operators"}
+    (_, source) = blocks(page)[0]
+    exec(compile(source, "acme.py", "exec"), given)
+    for spec in given["entries"]():  # type: ignore[operator]
+        assert (spec.domain, spec.name) not in fresh_table
+        fresh_table[spec.domain, spec.name] = spec
+    run_page(page, {}, skip=1)
+
+
+def test_without_an_entry_the_documented_operators_pin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import snpc
+
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, object] = {}
+    exec(blocks(ROOT / "docs" / "adding-an-operator.md")[1][1], given)
+    reasons = {pin.reason for pin in snpc.analyze(snpc.load("acme.onnx")).pins}
+    assert "no entry for acme.SplitHeads in the operator table" in reasons
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    prose = BLOCK.sub("", page.read_text())
+    for target in LINK.findall(prose):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page.name} links to {target}"
+            if anchor:
+                assert anchor in anchors(found), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_absolute_paths_and_nothing_unfinished(page: Path) -> None:
+    text = page.read_text()
+    for word in (r"(?<![\w.])/(work|tmp|root|home)\b", r"\bTODO\b", r"\bFIXME\b", r"\bXXX\b", "—"):
+        assert not re.search(word, text), f"{page.name} holds {word}"
+
+
+def documented_commands(page: Path) -> list[list[str]]:
+    """``snpc ...`` lines of the page's shell blocks, continuation lines joined, comments dropped."""
+    found = []
+    for language, content in blocks(page):
+        if language in ("sh", "bash", "console"):
+            for line in content.replace("\\\n", " ").splitlines():
+                words = line.split("#")[0].removeprefix("$ ").split()
+                if words[:1] == ["snpc"]:
+                    found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_flags_exist(page: Path) -> None:
+    for words in documented_commands(page):
+        assert isinstance(main, click.Group)
+        command = main.commands.get(words[0])
+        assert command is not None, f"snpc {words[0]}"
+        flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for word in words[1:]:
+            if word.startswith("-") and word != "-":
+                assert word.split("=")[0] in flags, f"snpc {' '.join(words)}: no {word}"
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {words[0] for words in documented_commands(ROOT / "README.md")}
+    assert shown == set(main.commands)
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "snpc").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_says_what_it_is(module: Path) -> None:
+    source = module.read_text()
+    assert not source.strip() or ast.get_docstring(ast.parse(source))
+
+
+def tracked() -> list[Path]:
+    """Files of the repository; what git knows, where there is git."""
+    try:
+        command = ["git", "ls-files", "-co", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [ROOT / name for name in listed if (ROOT / name).is_file()]
+
+
+def test_nothing_refers_to_pages_that_are_not_here() -> None:
+    names = {path.name for path in tracked()}
+    for path in tracked():
+        if path.suffix in (".py", ".md", ".toml") and path != Path(__file__):
+            for page in re.findall(r"\b[\w-]+\.md\b", path.read_text()):
+                assert page in names, f"{path.relative_to(ROOT)} names {page}"
+
+
+@pytest.mark.parametrize("launcher", ["demo.py", "check.py"])
+def test_launchers_can_be_read_by_an_old_python(launcher: str) -> None:
+    """So that it can say that it is too old: f-strings, but nothing newer."""
+    source = (ROOT / launcher).read_text()
+    ast.parse(source, feature_version=(3, 6))
+    refusal, use = source.index("sys.version_info <"), source.index("from scripts")
+    assert refusal < use
+
+
+def test_launchers_need_the_standard_library_only() -> None:
+    for path in (ROOT / "demo.py", ROOT / "check.py", ROOT / "scripts" / "environment.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in {*sys.stdlib_module_names, "scripts"}, f"{path.name} imports {name}"

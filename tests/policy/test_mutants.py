@@ -1,0 +1,125 @@
+"""Damaged models (see mutants.py): done, or refused in one line, with nothing left behind. A few of the many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import helper
+
+from tests.cli.test_cli import invoke
+from tests.models.mutants import BASES, mutant, trial
+
+COUNT, SHARES = 360, 6
+
+
+@pytest.mark.parametrize("base", range(len(BASES)))
+def test_whole_models_are_pruned(base: int, tmp_path: Path) -> None:
+    """Otherwise the damaged ones would prove little."""
+    path = tmp_path / "model.onnx"
+    onnx.save(BASES[base], path)
+    invoke("prune", path, "--ratio", 0.5, "--method", "select", "--criterion", "magnitude")
+
+
+@pytest.mark.parametrize("first", range(SHARES))
+def test_damaged_models(first: int, tmp_path: Path) -> None:
+    complaints = []
+    for seed in range(first, COUNT, SHARES):
+        path, done = mutant(seed, tmp_path / "inner" / str(seed))
+        complaints += [f"{seed} ({done}) {words}" for words in trial(path)]
+    assert not complaints
+
+
+# -- what the search found, one test per cause ------------------------------------------------------------------------
+
+
+def saved(path: Path, change: object, base: int = 0) -> Path:
+    model = onnx.ModelProto()
+    model.CopyFrom(BASES[base])
+    change(model)  # type: ignore[operator]
+    onnx.save(model, path)
+    return path
+
+
+def refusal(path: Path, *verb: object) -> str:
+    result = invoke(*(verb or ("inspect",)), path, code=2)
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_the_reason_is_the_innermost_one(tmp_path: Path) -> None:
+    def twice(model: onnx.ModelProto) -> None:
+        model.graph.node[1].output[0] = model.graph.node[0].output[0]
+
+    line = refusal(saved(tmp_path / "m.onnx", twice))
+    assert "malformed" in line
+    assert "Error calling" not in line
+
+
+def test_a_name_with_a_line_break_stays_one_line(tmp_path: Path) -> None:
+    def broken(model: onnx.ModelProto) -> None:
+        model.graph.node[0].input[0] = "x\ny"
+
+    assert "nothing makes x y" in refusal(saved(tmp_path / "m.onnx", broken))
+
+
+def test_data_outside_the_folder_of_a_constant_node(tmp_path: Path) -> None:
+    """Weights may lie in attributes and subgraphs too."""
+
+    def outside(model: onnx.ModelProto) -> None:
+        tensor = onnx.TensorProto(name="t", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="../secret")
+        model.graph.node.append(helper.make_node("Constant", [], ["unused"], value=tensor))
+
+    assert "outside its folder" in refusal(saved(tmp_path / "m.onnx", outside))
+
+
+def test_data_of_a_constant_node_beside_the_model(tmp_path: Path) -> None:
+    """What onnx writes with ``convert_attribute``."""
+    text = "c (float[N, 8] x) => (float[N, 8] y) { w = Constant() h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    weight, rng = onnx.numpy_helper, __import__("numpy").random.default_rng(0)
+    model.graph.node[0].attribute.append(
+        helper.make_attribute("value", weight.from_array(rng.normal(size=(8, 64)).astype("f4"), "w"))
+    )
+    model.graph.initializer.append(weight.from_array(rng.normal(size=(64, 8)).astype("f4"), "v"))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0, convert_attribute=True)
+    folder = Path.cwd()
+    assert folder != tmp_path
+    invoke("prune", path, "--ratio", 0.5, "-o", tmp_path / "out.onnx")
+
+
+def test_sparse_weights_are_refused_by_name(tmp_path: Path) -> None:
+    def sparse(model: onnx.ModelProto) -> None:
+        values = helper.make_tensor("thin", 1, [1], [1.0])
+        indices = helper.make_tensor("places", 7, [1], [3])
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [9]))
+
+    assert "thin is a sparse weight" in refusal(saved(tmp_path / "m.onnx", sparse))
+
+
+def test_text_constants_are_no_weights(tmp_path: Path) -> None:
+    def labelled(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(helper.make_tensor("words", 8, [2], [b"yes", b"no"]))
+        model.graph.node.append(helper.make_node("Identity", ["words"], ["classes"]))
+        model.graph.output.append(helper.make_tensor_value_info("classes", 8, [2]))
+
+    path = saved(tmp_path / "m.onnx", labelled, base=1)
+    assert "358 parameters" in invoke("inspect", path).stdout
+
+
+def test_an_input_too_large_to_draw_asks_for_data(tmp_path: Path) -> None:
+    def wide(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1 << 33
+
+    path = saved(tmp_path / "m.onnx", wide)
+    result = invoke("prune", path, "--ratio", 0.5, code=2)
+    assert "too large for random values" in result.stderr
+
+
+@pytest.mark.parametrize("seed", [1234, 1696])
+def test_groups_that_do_not_divide_the_channels_are_refused(seed: int, tmp_path: Path) -> None:
+    path, _ = mutant(seed, tmp_path / "inner")
+    assert not trial(path)

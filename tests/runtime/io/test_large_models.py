@@ -1,0 +1,110 @@
+"""Models larger than memory, scaled down: weights stay in their file, are read one at a time, and are not run where
+they do not fit. ``benchmarks/huge.py`` does it at full size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import snpc
+from snpc.runtime.execution import memory
+from snpc.runtime.io import load as model_io
+from snpc.runtime.statistics import unit_weights as numbers
+from tests.cli.test_cli import invoke
+from tests.models.layouts import Llama, write_llama
+
+SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
+FLAGS = ("--method", "select", "--criterion", "magnitude", "--ratio", 0.25)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"), SMALL)
+
+
+def test_it_is_pruned_and_written_beside(llama: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.onnx"
+    invoke("prune", llama, *FLAGS, "--uniform", "-o", target)
+    assert {p.name for p in tmp_path.iterdir()} == {"out.onnx", "out.onnx.data"}
+    onnx.checker.check_model(str(target))
+    before, after = snpc.analyze(snpc.load(llama)), snpc.analyze(snpc.load(target))
+    assert after.cost.params < 0.85 * before.cost.params
+    assert {g.size for g in after.groups if g.role == "ffn"} == {72}
+
+
+def test_weights_stay_in_their_file(llama: Path) -> None:
+    analysis = snpc.analyze(snpc.load(llama))
+    large = [v.const_value for v in analysis.traced.model.graph.initializers.values() if v.const_value.nbytes > 4096]
+    assert len(large) > 15
+    assert all(isinstance(t, ir.ExternalTensor) for t in large)
+
+
+def test_scores_read_one_weight_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotary tables tie the widths of all layers into one group: its weights together are those of the model."""
+    alive: list[int] = []
+    made = numbers.unit_rows
+
+    def counted(*arguments: object) -> np.ndarray:
+        rows = made(*arguments).view(Noted)
+        alive.append(rows.nbytes)
+        Noted.now += rows.nbytes
+        Noted.most = max(Noted.most, Noted.now)
+        return rows
+
+    monkeypatch.setattr(numbers, "unit_rows", counted)
+    snpc.score(snpc.analyze(snpc.load(llama)), "magnitude")
+    assert len(alive) > 15
+    assert Noted.most <= 2 * max(alive)
+
+
+class Noted(np.ndarray):
+    """An array that says when it goes."""
+
+    now = 0
+    most = 0
+
+    def __del__(self) -> None:
+        if self.base is not None and not isinstance(self.base, Noted):
+            Noted.now -= self.nbytes
+
+
+def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the original was: with its weights inside, in a model that may be larger than a message."""
+    monkeypatch.setattr(model_io, "LIMIT", 1 << 16)
+    inline = tmp_path / "inline.onnx"
+    onnx.save(onnx.load(write_llama(tmp_path / "llama", SMALL)), inline)
+    invoke("prune", inline, *FLAGS, "-o", tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx.data").stat().st_size > 1 << 16
+    assert (tmp_path / "out.onnx").stat().st_size < 1 << 16
+    assert snpc.load(tmp_path / "out.onnx").external
+
+
+def test_what_does_not_fit_is_not_run_and_that_is_said(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = memory.run_bytes(snpc.load(llama))
+    assert needed > 3 * llama.with_name("weights.bin").stat().st_size * 0.9  # half precision runs as single
+    monkeypatch.setattr(capacity, "free_memory", lambda: needed)
+    target, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    result = invoke("prune", llama, *FLAGS, "-o", target, "--json", report)
+    assert "outputs were not compared: running the model takes about" in " ".join(result.stdout.split())
+    said = json.loads(report.read_text())["verify"]
+    assert said["max_abs_diff"] is None
+    assert any("strict shape inference" in line for line in said["structure"])
+    monkeypatch.setattr(capacity, "free_memory", lambda: 3 * needed)
+    verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
+    assert verdict["max_abs_diff"] is not None
+
+
+def test_free_memory_of_a_container(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert memory.container_free(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.container_free(tmp_path) == 900
+    assert memory.container_free(tmp_path / "none") is None

@@ -1,0 +1,327 @@
+"""Statistics as a value: halves add up to the whole, files hold them, and no limit on memory changes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import snpc
+from snpc.errors import UserError
+from snpc.passes.canonicalization.finalize import clean
+from snpc.planning.config import Choice
+from snpc.planning.plan import Method
+from snpc.runtime.closed_form.layerwise import fit_sequentially
+from snpc.runtime.execution.memory import Shelf, free_memory, in_file, parse_bytes
+from snpc.runtime.execution.random_inputs import random_inputs
+from snpc.runtime.statistics.statistics import Statistics
+from snpc.types import Feeds
+from tests.cli.test_cli import invoke
+from tests.models.exports import export
+from tests.oracle import Array, analysis_of, written
+from tests.runtime.closed_form.test_fit import calibration_of, chosen, initializers, initializers_of, more_data
+
+NAME = "vit_timm__ts17"
+NAMES = (NAME, "bert__ts17", "llama__ts17")
+METHODS: tuple[Method, ...] = ("auto", "select")
+
+
+def measured(
+    name: str, feeds: dict[str, Array], batch: int, method: Method = "auto", limit: int | None = None
+) -> Statistics:
+    analysis = analysis_of(name)
+    data = calibration_of(analysis, feeds, batch)
+    return snpc.measure_statistics(analysis, data, chosen(analysis), method=method, criterion="snp", memory_limit=limit)
+
+
+def close(found: Statistics, expected: Statistics, tolerance: float) -> None:
+    assert expected.sums
+    assert {g: set(s) for g, s in found.sums.items()} == {g: set(s) for g, s in expected.sums.items()}
+    for group, mine in expected.sums.items():
+        for name, array in mine.items():
+            gap = np.abs(found.sums[group][name] - array).max()
+            assert gap <= tolerance * np.abs(array).max(), f"{group} {name}"
+
+
+# -- they add up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_halves_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
+    """To rounding in float64; also by way of files."""
+    feeds = more_data(name, 8)
+    halves = [measured(name, {k: v[part] for k, v in feeds.items()}, 2, method) for part in (slice(4), slice(4, 8))]
+    whole = measured(name, feeds, 2, method)
+    for half, path in zip(halves, ("a.npz", "b.npz"), strict=True):
+        snpc.save_statistics(half, tmp_path / path)
+    loaded = snpc.load_statistics(tmp_path / "a.npz", tmp_path / "b.npz")
+    for both in (halves[0] + halves[1], loaded):
+        close(both, whole, 1e-13)
+        assert both.samples == whole.samples == 8
+    with pytest.raises(AssertionError):
+        close(halves[0], whole, 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_batch_size_does_not_matter(name: str, method: Method) -> None:
+    feeds = more_data(name, 6)
+    close(measured(name, feeds, 1, method), measured(name, feeds, 6, method), 1e-5)
+
+
+def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
+    statistics = measured(NAME, more_data(NAME, 3), 3)
+    snpc.save_statistics(statistics, tmp_path / "s.npz")
+    again = snpc.load_statistics(tmp_path / "s.npz")
+    assert replace(again, sums={}) == replace(statistics, sums={})
+    close(again, statistics, 0.0)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_add_up_is_refused() -> None:
+    vit, bert = (measured(name, more_data(name, 2), 2) for name in NAMES[:2])
+    with pytest.raises(UserError, match="of one model"):
+        vit + bert
+    group = next(iter(vit.sums))
+    with pytest.raises(UserError, match="same groups"):
+        vit + replace(vit, sums={k: v for k, v in vit.sums.items() if k != group})
+    with pytest.raises(UserError, match="same groups"):
+        vit + replace(vit, criterion="mixed")
+
+
+@pytest.mark.parametrize("method", ["parallel", "select"])
+def test_statistics_of_something_else_are_refused(method: Method) -> None:
+    analysis = analysis_of(NAME)
+    groups = chosen(analysis)
+    statistics = measured(NAME, more_data(NAME, 2), 2, "auto" if method == "parallel" else "select")
+    with pytest.raises(UserError, match="of another model"):
+        snpc.decide(analysis, Choice(0.5), statistics=replace(statistics, digest="0" * 64), method=method)
+    short = replace(statistics, sums={k: v for k, v in statistics.sums.items() if k != groups[0].id})
+    with pytest.raises(UserError, match=f"nothing .*{groups[0].id}"):
+        snpc.decide(analysis, Choice(0.5), statistics=short, method=method)
+    if method == "select":
+        with pytest.raises(UserError, match="criterion activation"):
+            snpc.decide(analysis, Choice(0.5), statistics=statistics, method=method, criterion="activation")
+    with pytest.raises(UserError, match="--method auto"):
+        snpc.decide(analysis, Choice(0.5), statistics=statistics, method="auto")
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    snpc.save_statistics(measured(NAME, more_data(NAME, 2), 2), good)
+    whole = good.read_bytes()
+    header = json.loads(str(np.load(good)["header"]))
+    arrays = {k: v for k, v in np.load(good).items() if k != "header"}
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255
+    for content in (b"", b"no archive", whole[: len(whole) // 2], whole[:-30], bytes(damaged)):
+        bad.write_bytes(content)
+        refused(bad)
+    for change in ({"snpc_statistics": 1}, {"entries": [["a"]]}, {"entries": [["g", "n"]] * (len(arrays) + 1)}):
+        np.savez(bad, header=np.array(json.dumps(header | change)), **arrays)
+        refused(bad)
+    np.savez(bad, header=np.array(json.dumps(header)), **arrays | {"0": arrays["0"] * np.nan})
+    refused(bad)
+    np.savez(bad, image=np.zeros(3))
+    refused(bad)
+    refused(tmp_path / "absent.npz")
+
+
+def refused(path: Path) -> None:
+    with pytest.raises(UserError, match="holds no statistics") as caught:
+        snpc.load_statistics(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in NAMES for method in METHODS if (name, method) != ("llama__ts17", "select")],
+)  # llama's select measures one group only, since all layers share the rotary tables
+def test_several_passes_measure_what_one_does(name: str, method: Method) -> None:
+    analysis, feeds = analysis_of(name), more_data(name, 4)
+    passes = {}
+    found = {}
+    for limit in (1 << 40, smallest_limit(name, feeds, method)):
+        passes[limit] = 0
+
+        def count(batches: Iterable[Feeds], limit: int = limit) -> Iterator[Feeds]:
+            passes[limit] += 1
+            yield from batches
+
+        found[limit] = snpc.measure_statistics(
+            analysis,
+            calibration_of(analysis, feeds, 2),
+            chosen(analysis),
+            method=method,
+            criterion="snp",
+            memory_limit=limit,
+            progress=count,
+        )
+    (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
+    assert one == 1 < many
+    close(second, first, 1e-6)
+
+
+def smallest_limit(name: str, feeds: dict[str, Array], method: Method) -> int:
+    """What the refusal of less says is enough."""
+    limit = 1
+    for _ in range(50):
+        try:
+            measured(name, feeds, 2, method, limit)
+        except UserError as error:
+            limit = parse_bytes(str(error).partition("--memory-limit ")[2].split()[0])
+        else:
+            return limit
+    raise AssertionError("no limit is ever enough")
+
+
+def test_a_limit_that_is_too_small_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--memory-limit .* or a smaller --calib-batch"):
+        measured(NAME, more_data(NAME, 2), 2, limit=1000)
+
+
+def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = analysis_of(NAME)
+    data = calibration_of(analysis, more_data(NAME, 6), 2)
+    made = snpc.decide(analysis, Choice(0.5, uniform=True), calibration=data, method="auto")
+    assert made.compression is not None
+    files: list[int] = []
+
+    def counted(array: Array) -> Array:
+        files.append(array.nbytes)
+        return in_file(array)
+
+    monkeypatch.setattr("snpc.runtime.execution.memory.in_file", counted)
+    found = []
+    for limit in (1 << 40, 1):
+        source = fit_sequentially(made.compression, made.plan, data, memory_limit=limit)
+        found.append(initializers_of(written(clean(source.model))))
+        assert bool(files) == (limit == 1)
+    for key, array in found[0].items():
+        np.testing.assert_array_equal(found[1][key], array)
+
+
+def test_a_shelf_counts_what_it_holds() -> None:
+    shelf = Shelf(100)
+    first = shelf.keep(np.zeros(10))
+    second = shelf.keep(np.arange(10.0))
+    assert (shelf.used, shelf.spilled) == (80, 80)
+    assert not isinstance(first, np.memmap)
+    assert isinstance(second, np.memmap)
+    np.testing.assert_array_equal(second, np.arange(10.0))
+    second += 1
+    np.testing.assert_array_equal(second, np.arange(1.0, 11.0))
+    del first
+    assert shelf.used == 0
+
+
+def test_sizes() -> None:
+    assert parse_bytes("2GB") == 2 * 10**9
+    assert parse_bytes(" 1.5 GiB ") == 3 * 2**29
+    assert parse_bytes("500m") == 5 * 10**8
+    assert parse_bytes("1000") == 1000
+    for text in ("", "two", "-1GB", "0", "1XB", "GB", "1e9"):
+        with pytest.raises(UserError, match="no size"):
+            parse_bytes(text)
+    assert free_memory() > 10**6
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_prune_from_files(tmp_path: Path) -> None:
+    """The same weights as from the data, and the data are not needed."""
+    model, feeds = str(export(NAME)), more_data(NAME, 8)
+    np.savez(tmp_path / "all.npz", **feeds)
+    for k in range(2):
+        np.savez(tmp_path / f"{k}.npz", **{name: a[4 * k : 4 * k + 4] for name, a in feeds.items()})
+        common = ("--ratio", "0.5", "--dry-run", "--calib", tmp_path / f"{k}.npz", "--calib-batch", "2")
+        invoke("prune", model, *common, "--save-stats", tmp_path / f"s{k}.npz")
+    common = ("--ratio", "0.5", "--uniform", "--method", "parallel")
+    data = ("--calib", tmp_path / "all.npz", "--calib-batch", "2")
+    files = ("--load-stats", tmp_path / "s0.npz", "--load-stats", tmp_path / "s1.npz")
+    invoke("prune", model, *common, *data, "-o", tmp_path / "data.onnx")
+    saved = ("--save-stats", tmp_path / "both.npz")
+    invoke("prune", model, *common, *files, *saved, "-o", tmp_path / "files.onnx")
+    one, two = initializers(tmp_path / "data.onnx"), initializers(tmp_path / "files.onnx")
+    assert one.keys() == two.keys()
+    for key, array in one.items():
+        np.testing.assert_allclose(two[key], array, rtol=1e-4, atol=1e-5)
+    assert snpc.load_statistics(tmp_path / "both.npz").samples == 8
+    plan = tmp_path / "plan.json"
+    invoke("plan", model, "--ratio", "0.5", "--load-stats", tmp_path / "both.npz", "-o", plan)
+    invoke("apply", model, plan, "--load-stats", tmp_path / "both.npz", "-o", tmp_path / "applied.onnx")
+    assert (tmp_path / "applied.onnx").is_file()
+
+
+def test_flags_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    model = str(export(NAME))
+    statistics = tmp_path / "s.npz"
+    snpc.save_statistics(measured(NAME, more_data(NAME, 2), 2), statistics)
+    for flags, said in (
+        (("--save-stats", tmp_path / "new.npz"), "--save-stats"),
+        (("--load-stats", statistics, "--method", "auto"), "--method auto"),
+        (("--load-stats", statistics, "--save-stats", statistics), str(statistics)),
+        (("--memory-limit", "lots"), "no size"),
+        (("--load-stats", model), "holds no statistics"),
+    ):
+        done = invoke("prune", model, "--ratio", "0.5", "--dry-run", *flags, code=2)
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+# -- no data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [NAME, "bert__ts17", "bart__ts17", "vit_timm__ts17_static"])
+def test_noise_fits_the_model(name: str) -> None:
+    analysis = analysis_of(name)
+    data = snpc.random_calibration(analysis, samples=12, batch=4)
+    batches = list(data.batches())
+    assert sum(len(next(iter(b.values()))) for b in batches) == data.samples == 12
+    assert any(not np.array_equal(a, b) for a, b in zip(batches[0].values(), batches[1].values(), strict=True))
+    for key, array in batches[0].items():
+        if "mask" in key:
+            assert (array == 1).all()
+        elif key.endswith("input_ids"):
+            table = max(v.shape[0] for v in embeddings(analysis.model.graph))
+            assert table // 2 < max(b[key].max() for b in batches) < table
+        elif array.dtype.kind == "f":
+            assert abs(float(array.mean())) < 0.2
+            assert 0.8 < float(array.std()) < 1.2
+    again = snpc.random_calibration(analysis, samples=12, batch=4)
+    for one, two in zip(batches, again.batches(), strict=True):
+        for key, array in one.items():
+            np.testing.assert_array_equal(array, two[key])
+
+
+def embeddings(model: ir.Model) -> list[Array]:
+    return [
+        v.const_value.numpy()
+        for v in model.graph.initializers.values()
+        if v.const_value and len(v.const_value.shape) == 2
+    ]
+
+
+def test_noise_gives_as_many_samples_as_asked() -> None:
+    assert {len(a) for a in random_inputs(analysis_of("bert__ts17"), 5).values()} == {5}
+
+
+def test_pruning_on_noise_says_so(tmp_path: Path) -> None:
+    done = invoke(
+        "prune", export(NAME), "--ratio", "0.5", "--calib", "random", "--calib-samples", "4", "-o", tmp_path / "o.onnx"
+    )
+    assert "noise" in done.stderr
+    assert "no data" in done.stdout
