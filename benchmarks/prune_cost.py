@@ -100,19 +100,19 @@ def reference(model: Path, what: str) -> tuple[float, int]:
 def measure(model: Path, ratio: float, folder: Path) -> Watch:
     """Every stage of a data-free prune."""
     import snpc
-    from snpc.passes.canonicalization.finalize import clean
+    from snpc.passes.canonicalization.finalize import finalize
     from snpc.passes.slicing.rewrite import rewrite_model
-    from snpc.pipeline.verify import verify_written
+    from snpc.pipeline.verify import verify_candidate
     from snpc.planning.plan import cuts_of
 
     watch, target = Watch(), folder / "pruned.onnx"
     loaded = watch.run("load", lambda: snpc.load(model))
     analysis = watch.run("analyze", lambda: snpc.analyze(loaded))
     scores = watch.run("score (magnitude)", lambda: snpc.score(analysis, "magnitude"))
-    plan = watch.run("plan", lambda: snpc.make_plan(scores, snpc.Choice(ratio)))
+    plan = watch.run("plan", lambda: snpc.make_slice_plan(scores, snpc.Budget(ratio)))
     rewritten = watch.run("rewrite", lambda: rewrite_model(analysis.traced, cuts_of(plan)))
-    watch.run("write", lambda: snpc.save(clean(rewritten.model), target))
-    watch.run("verify", lambda: verify_written(rewritten, plan, target, None, "cpu"))
+    watch.run("write", lambda: snpc.save(finalize(rewritten.model), target))
+    watch.run("verify", lambda: verify_candidate(rewritten, plan, target, None, "cpu"))
     return watch
 
 

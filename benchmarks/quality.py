@@ -76,10 +76,10 @@ def quality(path: Path, metric: str, feeds: Mapping[str, Array], labels: Array |
     return float(np.exp(surprise / total)) if metric == "perplexity" else 100 * right / total
 
 
-def decided(analysis: snpc.Analysis, calibration: snpc.Calibration, way: str, choice: snpc.Choice) -> snpc.Decision:
+def decided(analysis: snpc.Analysis, calibration: snpc.Calibration, way: str, choice: snpc.Budget) -> snpc.PruningPlan:
     if way in ("auto", "parallel"):
-        return snpc.decide(analysis, choice, calibration=calibration, method=way)  # type: ignore[arg-type]
-    return snpc.decide(analysis, choice, calibration=calibration, method="select", criterion=way)
+        return snpc.plan(analysis, choice, calibration=calibration, method=way)  # type: ignore[arg-type]
+    return snpc.plan(analysis, choice, calibration=calibration, method="select", criterion=way)
 
 
 def main() -> None:
@@ -104,11 +104,11 @@ def main() -> None:
     feeds, labels = evaluation(options, model)
     present = {g.role for g in analysis.groups if g.prunable}
     uniform = [(role, ratio) for role, ratio in UNIFORM if role in present and not options.no_uniform]
-    cells: list[tuple[str, snpc.Choice]] = [
-        (f"{role} -{100 * ratio:.0f} %", snpc.Choice(ratio, (role,), uniform=True))  # type: ignore[arg-type]
+    cells: list[tuple[str, snpc.Budget]] = [
+        (f"{role} -{100 * ratio:.0f} %", snpc.Budget(ratio, (role,), uniform=True))  # type: ignore[arg-type]
         for role, ratio in uniform
     ]
-    cells += [(target, snpc.Choice(target=target)) for target in options.targets.split(",") if target]
+    cells += [(target, snpc.Budget(target=target)) for target in options.targets.split(",") if target]
     print(f"dense: {quality(options.model, options.metric, feeds, labels):.2f} ({options.metric})", flush=True)
     print(f"| | {' | '.join(name for name, _ in cells)} |\n|---|{'---:|' * len(cells)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def main() -> None:
             for _, choice in cells:
                 target = Path(folder) / "cut.onnx"
                 found = decided(analysis, calibration, way, choice)
-                snpc.apply_plan(found.plan, target, compression=found.compression, calibration=calibration)
+                snpc.apply_slice_plan(found.plan, target, compression=found.compression, calibration=calibration)
                 print(f" {quality(target, options.metric, feeds, labels):.1f} |", end="", flush=True)
             print(flush=True)
 

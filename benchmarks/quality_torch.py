@@ -22,17 +22,17 @@ import onnxruntime as ort
 
 import snpc
 import snpc.torch
-from snpc.planning.plan import Method
-from snpc.torch import Training
+from snpc.planning.plan import PruningMethod
+from snpc.torch import TrainingOptions
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 MODEL = DATA / "digits_vit.onnx"
 SELECTED = ("random", "magnitude", "mixed", "taylor", "lm", "qm", "fisher", "group_fisher", "movement", "gum", "lrp")
-METHODS: tuple[Method, Method] = ("select", "auto")
+METHODS: tuple[PruningMethod, PruningMethod] = ("select", "auto")
 SCORED = 64  # samples that units are chosen with: gradients are taken one by one
 STEPS = (0, 8, 16, 32, 64, 128, 256)
 KINDS = ("vib", "psp", "apma")
-WAY = snpc.torch.Way("select", "magnitude")  # of schedules
+WAY = snpc.torch.UnitSelection("select", "magnitude")  # of schedules
 ROUNDS, LIMIT = 4, snpc.torch.DriftLimit(0.15)  # of schedules
 
 Row = tuple[str, ...]
@@ -48,7 +48,7 @@ def accuracy(path: Path) -> float:
 class Bench:
     """One analysis, its data, and a folder for files."""
 
-    def __init__(self, folder: Path, target: str, training: Training) -> None:
+    def __init__(self, folder: Path, target: str, training: TrainingOptions) -> None:
         self.folder, self.target, self.training = folder, target, training
         self.analysis = snpc.analyze(snpc.load(MODEL))
         inputs = self.analysis.model.inputs
@@ -57,13 +57,13 @@ class Bench:
 
     def cut(self, criterion: str | None) -> Path:
         """By selection, or by the closed forms."""
-        choice, method = snpc.Choice(target=self.target), METHODS[criterion is None]
-        found = snpc.decide(self.analysis, choice, calibration=self.some, method=method, criterion=criterion)
+        choice, method = snpc.Budget(target=self.target), METHODS[criterion is None]
+        found = snpc.plan(self.analysis, choice, calibration=self.some, method=method, criterion=criterion)
         path = self.folder / "cut.onnx"
-        snpc.apply_plan(found.plan, path, compression=found.compression, calibration=self.some)
+        snpc.apply_slice_plan(found.plan, path, compression=found.compression, calibration=self.some)
         return path
 
-    def tuned(self, path: Path, training: Training) -> float:
+    def tuned(self, path: Path, training: TrainingOptions) -> float:
         snpc.torch.finetune(path, MODEL, self.data, self.folder / "tuned.onnx", training=training)
         return accuracy(self.folder / "tuned.onnx")
 
@@ -75,10 +75,10 @@ class Bench:
 
     def masked(self, kind: str) -> Path:
         """By masks that are learnt for as many steps."""
-        choice, training = snpc.Choice(target=self.target), replace(self.training, lr=snpc.torch.RATE)
+        choice, training = snpc.Budget(target=self.target), replace(self.training, lr=snpc.torch.MASK_LEARNING_RATE)
         found = snpc.torch.learn_masks(self.analysis, self.data, kind, choice, training=training)
         path = self.folder / "cut.onnx"
-        snpc.apply_plan(found.plan, path, calibration=self.data)
+        snpc.apply_slice_plan(found.plan, path, calibration=self.data)
         return path
 
     def rounds(self, adaptive: bool) -> Row:
@@ -165,7 +165,7 @@ def main() -> None:
     print(f"dense: {accuracy(MODEL):.1f}, {options.target}", flush=True)
     wanted = set(filter(None, options.rows.split(",")))
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.target, Training(steps=options.steps, lr=options.lr))
+        bench = Bench(Path(folder), options.target, TrainingOptions(steps=options.steps, lr=options.lr))
         for part in options.only.split(","):
             rows = {name: row for name, row in PARTS[part](bench).items() if not wanted or name in wanted}
             if not rows:

@@ -51,12 +51,12 @@ def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
         "prunable": sum(g.prunable for g in analysis.groups),
         "pinned": sum(not g.prunable for g in analysis.groups),
     }
-    choice = snpc.Choice(ratio, uniform=closed)
+    choice = snpc.Budget(ratio, uniform=closed)
     how: dict[str, Any] = {"method": "auto"} if closed else {"method": "select", "criterion": "magnitude"}
-    decision = snpc.decide(analysis, choice, calibration=calibration, **how)
+    decision = snpc.plan(analysis, choice, calibration=calibration, **how)
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
-        result = snpc.apply_plan(decision.plan, target, compression=decision.compression, calibration=calibration)
+        result = snpc.apply_slice_plan(decision.plan, target, compression=decision.compression, calibration=calibration)
         row["runs"] = runs(target, model.inputs, calibration)
     row["params"] = result.after.params / max(result.before.params, 1)
     row["macs"] = result.after.macs / max(result.before.macs, 1)
@@ -131,7 +131,7 @@ def softmax_of(node: Any) -> Any:
 
 def reason_against(analysis: Any, scores: Any) -> str:
     """Empty where the summed width is a group that can be cut, else what pins it."""
-    from snpc.passes.propagation.labels import varying
+    from snpc.passes.propagation.labels import varying_axes
 
     units = analysis.traced.units.unit
     free = {(site.tensor, site.axis) for g in analysis.groups if g.prunable and g.role == "qk" for site in g.sites}
@@ -140,7 +140,7 @@ def reason_against(analysis: Any, scores: Any) -> str:
     mine: set[int] = set()
     for side, letters in ((scores.left, scores.letters.left), (scores.right, scores.letters.right)):
         for labels in side.factors:
-            if any(letters[k] not in scores.letters.out for k in varying(labels)):
+            if any(letters[k] not in scores.letters.out for k in varying_axes(labels)):
                 mine |= {int(u) for u in units[labels[labels >= 0]]}
     if mine and mine <= cuttable:
         return ""

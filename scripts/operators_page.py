@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from snpc.ops import table
+from snpc.ops import operator_table
 from snpc.ops.spec import OpSpec
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
@@ -54,7 +54,7 @@ def meaning(spec: OpSpec) -> str:
 
 
 def page() -> str:
-    specs = list(table().values())
+    specs = list(operator_table().values())
     missing = {s.kind for s in specs} - set(KINDS)
     assert not missing, f"say in KINDS what {missing} is"
     made = [section(kind, title, [s for s in specs if s.kind == kind]) for kind, title in KINDS.items()]

@@ -19,7 +19,6 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
@@ -31,14 +30,15 @@ Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden"]
 
-Ints = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
-Mask = npt.NDArray[np.bool_]
+BoolArray = npt.NDArray[np.bool_]
 
 
-APPROXIMATE = "normalisation statistics over it change: `--roles residual` prunes it approximately"
+APPROXIMATE_REASON = "normalisation statistics over it change: `--roles residual` prunes it approximately"
 
 Feeds = Mapping[str, AnyArray]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class CriterionInputs:
     """All that a criterion sees of one group: arrays, never operators.
 
     ``produce``/``consume``: weight name -> [blocks*size, fan], row ``block*size + position`` is what makes / what reads

@@ -20,9 +20,9 @@ import onnxruntime as ort
 import pytest
 
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.mask import mask_model
-from snpc.passes.slicing.rewrite import Rewritten, rewrite_model
+from snpc.passes.slicing.rewrite import RewrittenModel, rewrite_model
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
 from snpc.types import Group
@@ -128,7 +128,7 @@ def written(model: ir.Model) -> bytes:
     """The model as it is saved. Takes it over: the graph is tidied in place."""
     with tempfile.TemporaryDirectory(prefix="snpc-oracle-") as folder:
         path = Path(folder) / "model.onnx"
-        save(clean(model), path)
+        save(finalize(model), path)
         return path.read_bytes()
 
 
@@ -136,7 +136,7 @@ def written(model: ir.Model) -> bytes:
 class Pair:
     """A cut model and its oracle, both as they would be saved."""
 
-    rewritten: Rewritten
+    rewritten: RewrittenModel
     sliced: bytes
     masked: bytes
 

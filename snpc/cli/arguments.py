@@ -10,10 +10,12 @@ from typing import Any
 from snpc.cli import tables as show
 from snpc.errors import UserError
 
-RANDOM = "random"  # --calib without data; a file of that name is ./random
+RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 
 
-def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]) -> tuple[Any, ...] | None:
+def parse_numbers(
+    text: str | None, name: str, kind: Callable[[str], Any], counts: Sequence[int]
+) -> tuple[Any, ...] | None:
     """The numbers in ``text``, as many as one of ``counts``; None where the option is not given."""
     if text is None:
         return None
@@ -26,7 +28,7 @@ def numbers(text: str | None, name: str, kind: Callable[[str], Any], counts: Seq
     return found
 
 
-def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
+def check_output_paths(targets: Sequence[Path | None], *inputs: Path | str | None) -> None:
     """Refuse outputs that are an input, that are each other, or that cannot be written."""
     from snpc.runtime.io.atomic import check_target
 
@@ -37,7 +39,7 @@ def check_targets(targets: Sequence[Path | None], *inputs: Path | str | None) ->
             raise UserError(f"{path}: is the name of two outputs; give each its own")
 
 
-def parse_dims(dims: Sequence[str]) -> dict[str, int]:
+def parse_dim_sizes(dims: Sequence[str]) -> dict[str, int]:
     found = {}
     for text in dims:
         name, equals, size = text.rpartition("=")
@@ -47,11 +49,11 @@ def parse_dims(dims: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
+def load_and_analyze(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> Any:
     import snpc
 
     model = snpc.load(path)
-    sizes = parse_dims(dims)
+    sizes = parse_dim_sizes(dims)
     named = {d for spec in model.inputs for d in spec.shape if isinstance(d, str)}
     unknown = sorted(set(sizes) - named)
     if unknown:
@@ -61,7 +63,7 @@ def analysed(path: Path, dims: Sequence[str] = (), kv_cache: bool = False) -> An
     return snpc.analyze(model, sizes, prune_kv_cache=kv_cache)
 
 
-def calibration_of(
+def calibration_from_flags(
     analysis: Any,
     calib: str | None,
     calib_samples: int,
@@ -76,9 +78,9 @@ def calibration_of(
     import snpc
 
     given = {
-        "size": numbers(image_size, "--image-size", int, (2,)),
-        "mean": numbers(image_mean, "--image-mean", float, (1, 3, 4)),
-        "std": numbers(image_std, "--image-std", float, (1, 3, 4)),
+        "size": parse_numbers(image_size, "--image-size", int, (2,)),
+        "mean": parse_numbers(image_mean, "--image-mean", float, (1, 3, 4)),
+        "std": parse_numbers(image_std, "--image-std", float, (1, 3, 4)),
         "layout": image_layout,
     }
     chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -86,8 +88,8 @@ def calibration_of(
         if chosen:
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
         return None
-    if calib == RANDOM and not chosen:
-        show.note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
+    if calib == RANDOM_CALIBRATION and not chosen:
+        show.print_note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
         return snpc.random_calibration(analysis, samples=calib_samples, batch=calib_batch, seed=seed)
     images = snpc.ImageOptions(**chosen)
     if chosen and not Path(calib).is_dir():
@@ -97,66 +99,66 @@ def calibration_of(
     )
 
 
-def statistics_of(load_stats: Sequence[Path]) -> Any:
+def statistics_from_files(load_stats: Sequence[Path]) -> Any:
     """What the files hold, added up; None without --load-stats."""
     import snpc
 
     return snpc.load_statistics(*load_stats) if load_stats else None
 
 
-def split_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_calibration_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     names = ("calib", "calib_samples", "calib_batch", "image_size", "image_mean", "image_std", "image_layout", "seed")
     return {k: v for k, v in flags.items() if k not in names}, {k: flags[k] for k in names}
 
 
-def with_tokens(
+def apply_token_flags(
     analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], provider: str
 ) -> tuple[Any, Any]:
     """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
     import snpc
-    from snpc.pipeline.token_request import AUTO
-    from snpc.pipeline.token_request import with_tokens as reduced
-    from snpc.pipeline.token_schedule import Widths
+    from snpc.pipeline.token_request import AUTO_TOKENS
+    from snpc.pipeline.token_request import apply_token_request as reduced
+    from snpc.pipeline.token_schedule import WidthRequest
 
     widths = None
-    if tokens is not None and tokens.strip() == AUTO and choice["roles"]:
-        named = {f.name: choice[f.name] for f in fields(snpc.Choice)}
-        widths = Widths(snpc.Choice(**named), choice["method"], choice["criterion"])
+    if tokens is not None and tokens.strip() == AUTO_TOKENS and choice["roles"]:
+        named = {f.name: choice[f.name] for f in fields(snpc.Budget)}
+        widths = WidthRequest(snpc.Budget(**named), choice["method"], choice["criterion"])
     return reduced(analysis, calibration, tokens, target=choice["target"], widths=widths, provider=provider)
 
 
-def liked_widths(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
+def resolve_width_multiple(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
     """What --round-to auto stands for; {} where it was not asked for."""
     import snpc
 
     if choice["round_to"] != "auto":
         return {}
-    liked = snpc.widths_for(build, provider)
+    liked = snpc.widths_for_target(build, provider)
     return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
 
 
-def write_text(path: Path, text: str) -> None:
-    from snpc.runtime.io.atomic import replacing
+def write_text_file(path: Path, text: str) -> None:
+    from snpc.runtime.io.atomic import atomic_write
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
-def read_plan(path: Path, model: Path) -> Any:
+def read_plan_file(path: Path, model: Path) -> Any:
     """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
     import snpc
-    from snpc.planning.plan_file import tokens_in, wants_caches
+    from snpc.planning.plan_file import prunes_kv_cache, token_reduction_in
     from snpc.tokens.reduction import reduce_tokens
 
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    analysis, found = analysed(model, kv_cache=wants_caches(text)), tokens_in(text)
+    analysis, found = load_and_analyze(model, kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
     return snpc.plan_from_json(text, reduce_tokens(analysis, *found) if found else analysis, str(path))
 
 
-def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
+def workload_from_flags(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:
     """What is timed, or None where no flag says anything about it."""
     import snpc
     from snpc.runtime.execution.feeds import parse_shapes
@@ -166,18 +168,18 @@ def workload_of(batch: int | None, shapes: Sequence[str], threads: int | None, a
     return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)
 
 
-def evaluation_of(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> Any:
+def evaluation_from_flags(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> Any:
     """All of the data to judge by, prepared as the calibration data are, and its labels, as an Evaluation."""
     import numpy as np
 
-    from snpc.runtime.evaluation.accuracy import Evaluation
+    from snpc.runtime.evaluation.accuracy import EvaluationData
 
-    loaded = calibration_of(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
+    loaded = calibration_from_flags(analysis, **{**calib, "calib": data, "calib_samples": 1 << 30})
     if labels is None:
-        return Evaluation(loaded)
+        return EvaluationData(loaded)
     if not data.endswith(".npz"):
         raise UserError(f"{data}: --labels names an array of an .npz")
     with np.load(data) as arrays:
         if labels not in arrays:
             raise UserError(f"{data}: holds no {labels!r}; it has {', '.join(arrays)}")
-        return Evaluation(loaded, arrays[labels])
+        return EvaluationData(loaded, arrays[labels])

@@ -9,13 +9,13 @@ import click
 
 from snpc.cli import progress as bars
 from snpc.cli import tables as show
-from snpc.cli.arguments import check_targets
-from snpc.cli.options import FILE, as_json, running
+from snpc.cli.arguments import check_output_paths
+from snpc.cli.options import PATH_TYPE, execution_options, json_option
 from snpc.errors import UserError
 
 
-@click.command()
-@click.argument("models", nargs=-1, required=True, type=FILE)
+@click.command("bench")
+@click.argument("models", nargs=-1, required=True, type=PATH_TYPE)
 @click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
 @click.option(
     "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
@@ -25,9 +25,9 @@ from snpc.errors import UserError
 @click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
 @click.option("--duration", type=float, help="Go on until so many seconds have passed.")
 @click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
-@as_json
-@running
-def bench(
+@json_option
+@execution_options
+def bench_command(
     models: tuple[Path, ...],
     batch: int,
     shapes: tuple[str, ...],
@@ -47,14 +47,14 @@ def bench(
     from snpc.runtime.execution.feeds import parse_shapes
     from snpc.runtime.execution.runners import open_runner
 
-    check_targets([json_path], *models, data)
+    check_output_paths([json_path], *models, data)
     feeds = None
     if data is not None:
         feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
     if data is not None and shapes:
         raise UserError("--data brings its own shapes: leave out --input-shapes")
     drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    with bars.rounds() as heard:
+    with bars.timing_progress() as heard:
         result = snpc.bench(
             list(models),
             provider=provider,
@@ -68,4 +68,4 @@ def bench(
         )
     show.emit_json(result.to_json(), json_path)
     if str(json_path) != "-":
-        show.benchmark(result)
+        show.print_bench(result)

@@ -9,24 +9,34 @@ from typing import Any
 import click
 
 from snpc.cli import tables as show
-from snpc.cli.arguments import calibration_of, check_targets, numbers, split_flags
-from snpc.cli.options import FILE, as_json, building, calibrating, model_argument, running, target_name
+from snpc.cli.arguments import calibration_from_flags, check_output_paths, parse_numbers, split_calibration_flags
+from snpc.cli.options import (
+    PATH_TYPE,
+    build_options,
+    calibration_options,
+    execution_options,
+    json_option,
+    model_argument,
+    parse_target_name,
+)
 from snpc.errors import UserError
 
-NAMES = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace", "timing_cache")
+BUILD_FLAGS = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace", "timing_cache")
 
 
-@click.command()
+@click.command("build")
 @model_argument
-@click.option("--target", required=True, metavar="NAME", callback=target_name, help="Runtime to build for, see below.")
-@click.option("-o", "--output", type=FILE, help="The artefact.  [default: MODEL-TARGET and the target's suffix]")
+@click.option(
+    "--target", required=True, metavar="NAME", callback=parse_target_name, help="Runtime to build for, see below."
+)
+@click.option("-o", "--output", type=PATH_TYPE, help="The artefact.  [default: MODEL-TARGET and the target's suffix]")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Samples to time candidates on.")
 @click.option("--emit-script", is_flag=True, help="trt: write the model and a trtexec line instead of an engine.")
-@building
-@calibrating
-@running
-@as_json
-def build(
+@build_options
+@calibration_options
+@execution_options
+@json_option
+def build_command(
     model: Path,
     target: str,
     output: Path | None,
@@ -48,17 +58,17 @@ def build(
     import snpc
     from snpc.runtime.io.load import model_files
 
-    rest, calib = split_flags(flags)
+    rest, calib = split_calibration_flags(flags)
     loaded = snpc.load(model)
-    check_targets([output, json_path], *model_files(model), calib["calib"])
-    calibration = calibration_of(snpc.analyze(loaded) if calib["calib"] else None, **calib)
-    made = built(model, target, output, calibration, provider, batch=batch, emit_script=emit_script, **rest)
+    check_output_paths([output, json_path], *model_files(model), calib["calib"])
+    calibration = calibration_from_flags(snpc.analyze(loaded) if calib["calib"] else None, **calib)
+    made = build_from_flags(model, target, output, calibration, provider, batch=batch, emit_script=emit_script, **rest)
     show.emit_json(build_json(made), json_path)
     if str(json_path) != "-":
-        show.build(made)
+        show.print_build(made)
 
 
-def built(
+def build_from_flags(
     model: Path,
     target: str,
     output: Path | None,
@@ -68,14 +78,14 @@ def built(
     batch: int | None,
     **flags: Any,
 ) -> Any:
-    """Build as the flags of ``building`` say."""
+    """Build as the flags of ``build_options`` say."""
     import snpc
 
-    asked = wanted(provider, calibration, batch or 1, **flags)
+    asked = build_arguments(provider, calibration, batch or 1, **flags)
     return snpc.build(model, target, output, **asked)
 
 
-def checked(
+def expected_artifacts(
     build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
 ) -> list[Path]:
     """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
@@ -83,20 +93,24 @@ def checked(
 
     if build is None:
         return []
-    asked = wanted(provider, None, batch or 1, **flags)
+    asked = build_arguments(provider, None, batch or 1, **flags)
     return [check_build(model, build, None, asked["precision"], provider, calibrated, asked["options"])]
 
 
-def artefact_of(
+def timed_artifact_from_flags(
     build: str | None, latency: bool, provider: str, calibration: Any, batch: int | None, **flags: Any
 ) -> Any:
     """What a latency is measured on: the artefact that will be built, or None for the model itself."""
     import snpc
 
-    return snpc.artefact(build, **wanted(provider, calibration, batch or 1, **flags)) if build and latency else None
+    return (
+        snpc.timed_artifact(build, **build_arguments(provider, calibration, batch or 1, **flags))
+        if build and latency
+        else None
+    )
 
 
-def wanted(
+def build_arguments(
     provider: str,
     calibration: Any,
     batch: int,
@@ -110,7 +124,7 @@ def wanted(
     timing_cache: Path | None,
     emit_script: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of ``snpc.build`` that the flags of ``building`` stand for."""
+    """The arguments of ``snpc.build`` that the flags of ``build_options`` stand for."""
     import snpc
     from snpc.runtime.execution.feeds import parse_shapes
 
@@ -118,7 +132,7 @@ def wanted(
         min_shapes=parse_shapes(min_shapes),
         opt_shapes=parse_shapes(opt_shapes),
         max_shapes=parse_shapes(max_shapes),
-        sm=numbers(sm, "--sm", int, range(1, 17)) or (),
+        sm=parse_numbers(sm, "--sm", int, range(1, 17)) or (),
         workspace=workspace,
         timing_cache=timing_cache,
         emit_script=emit_script,
@@ -132,13 +146,13 @@ def wanted(
     }
 
 
-def split_build(flags: dict[str, Any], target: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the rest, the flags of ``building``), which say nothing without a target."""
-    mine = {name: flags[name] for name in NAMES}
+def split_build_flags(flags: dict[str, Any], target: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the rest, the flags of ``build_options``), which say nothing without a target."""
+    mine = {name: flags[name] for name in BUILD_FLAGS}
     given = [name for name, value in mine.items() if value]
     if target is None and given:
         raise UserError(f"--{given[0].replace('_', '-')} is for a build: give --build TARGET too, or leave it out")
-    return {k: v for k, v in flags.items() if k not in NAMES}, mine
+    return {k: v for k, v in flags.items() if k not in BUILD_FLAGS}, mine
 
 
 def build_json(made: Any) -> dict[str, Any]:

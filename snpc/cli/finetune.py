@@ -10,12 +10,18 @@ import click
 
 from snpc.cli import progress as bars
 from snpc.cli import tables as show
-from snpc.cli.arguments import analysed, calibration_of, check_targets, evaluation_of, write_text
-from snpc.cli.options import FILE, as_json, model_argument, picturing
+from snpc.cli.arguments import (
+    calibration_from_flags,
+    check_output_paths,
+    evaluation_from_flags,
+    load_and_analyze,
+    write_text_file,
+)
+from snpc.cli.options import PATH_TYPE, image_options, json_option, model_argument
 from snpc.errors import UserError
 
 
-def bridge() -> Any:
+def import_torch_package() -> Any:
     """snpc.torch, which is imported when it is needed only."""
     try:
         import snpc.torch
@@ -26,9 +32,9 @@ def bridge() -> Any:
     return snpc.torch
 
 
-@click.command()
-@click.argument("pruned", type=FILE)
-@click.option("--teacher", type=FILE, required=True, help="The dense model that PRUNED was made from.")
+@click.command("finetune")
+@click.argument("pruned", type=PATH_TYPE)
+@click.option("--teacher", type=PATH_TYPE, required=True, help="The dense model that PRUNED was made from.")
 @click.option(
     "--data", "calib", metavar="DATA", required=True, help="Inputs to train on (forms as --calib of `snpc prune`)."
 )
@@ -38,7 +44,7 @@ def bridge() -> Any:
     metavar="FILE",
     help="A class per sample, for ce: .npy, .npz or text. With --eval: the array of that .npz with the right classes.",
 )
-@click.option("-o", "--output", type=FILE, help="The tuned model.  [default: PRUNED-tuned.onnx]")
+@click.option("-o", "--output", type=PATH_TYPE, help="The tuned model.  [default: PRUNED-tuned.onnx]")
 @click.option(
     "--loss",
     type=click.Choice(["kd", "ce", "mse", "kd+ce"]),
@@ -96,14 +102,14 @@ def bridge() -> Any:
 )
 @click.option("--criterion", metavar="NAME", help="With --schedule: select units by it.  [default: closed forms]")
 @click.option("--target", metavar="macs=R", help="With --learn-masks or --schedule: the share of MACs to come down to.")
-@click.option("--plan", "plan_path", type=FILE, help="With --learn-masks: also write the plan here.")
+@click.option("--plan", "plan_path", type=PATH_TYPE, help="With --learn-masks: also write the plan here.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides the order of the data.")
-@click.option("--checkpoint", type=FILE, metavar="DIR", help="Save the state of the run here as it goes.")
+@click.option("--checkpoint", type=PATH_TYPE, metavar="DIR", help="Save the state of the run here as it goes.")
 @click.option("--checkpoint-every", default=50, show_default=True, type=int, metavar="STEPS", help="How often.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint, if there is one.")
-@picturing
-@as_json
-def finetune(
+@image_options
+@json_option
+def finetune_command(
     pruned: Path,
     teacher: Path,
     labels: str | None,
@@ -128,8 +134,8 @@ def finetune(
 
     No labels are needed. Under torchrun, processes share every batch.
     """
-    torch = bridge()
-    from snpc.runtime.io.atomic import data_file
+    torch = import_torch_package()
+    from snpc.runtime.io.atomic import external_data_path
     from snpc.runtime.io.load import model_files
 
     written = output or pruned.with_name(f"{pruned.stem}-tuned.onnx")
@@ -139,15 +145,15 @@ def finetune(
     training = torch.Training(**given, seed=seed)
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
-    check_targets(
-        [written, data_file(written), json_path, plan_path],
+    check_output_paths(
+        [written, external_data_path(written), json_path, plan_path],
         *model_files(pruned),
         *model_files(teacher),
         calib["calib"],
         held_out,
     )
-    analysis = analysed(teacher)
-    data = calibration_of(analysis, **calib, calib_batch=training.batch, seed=seed)
+    analysis = load_and_analyze(teacher)
+    data = calibration_from_flags(analysis, **calib, calib_batch=training.batch, seed=seed)
     saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
     if schedule is None and (rounds, criterion, max_drift, max_drop, held_out) != (None,) * 5:
         raise UserError(
@@ -155,7 +161,11 @@ def finetune(
             "finetune"
         )
     if schedule is not None:
-        judged = None if held_out is None else evaluation_of(analysis, held_out, labels, judging(calib, training, seed))
+        judged = (
+            None
+            if held_out is None
+            else evaluation_from_flags(analysis, held_out, labels, evaluation_flags(calib, training, seed))
+        )
         check_schedule(schedule, pruned, teacher, labels, judged, (max_drift, max_drop), (masks, plan_path))
         way = torch.Way("select" if criterion else None, criterion)
         options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training, "saved": saved}
@@ -164,7 +174,7 @@ def finetune(
             run = torch.prune_adaptively
             limit = torch.DriftLimit(max_drift) if judged is None else torch.AccuracyDrop(max_drop, teacher, judged)
             options["objective"] = limit
-        found = run(pruned, data, written, **options, heard=bars.round_of)
+        found = run(pruned, data, written, **options, heard=bars.print_round)
         show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
         return
     if masks is not None:
@@ -172,14 +182,14 @@ def finetune(
             raise UserError("--learn-masks cuts the dense model: give it as --teacher too, and no labels")
         if "lr" not in given:
             training = replace(training, lr=torch.RATE)
-        learn_and_cut(analysis, data, masks, target, training, saved, written, plan_path, json_path)
+        learn_masks_and_prune(analysis, data, masks, target, training, saved, written, plan_path, json_path)
         return
     if target is not None or plan_path is not None:
         raise UserError(
             "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
         )
     classes = Path(labels) if labels else None
-    with bars.training() as report:
+    with bars.training_progress() as report:
         result = torch.finetune(
             pruned, teacher, data, written, training=training, labels=classes, saved=saved, report=report
         )
@@ -187,7 +197,7 @@ def finetune(
         return  # one of several processes, and not the one that writes
     show.emit_json(torch.report(result), json_path)
     if str(json_path) != "-":
-        show.tuned(result)
+        show.print_finetuned(result)
 
 
 def check_schedule(
@@ -211,11 +221,11 @@ def check_schedule(
         raise UserError("--max-drop is judged on --eval DATA --labels NAME: give all three, or --max-drift")
 
 
-def judging(calib: dict[str, Any], training: Any, seed: int) -> dict[str, Any]:
+def evaluation_flags(calib: dict[str, Any], training: Any, seed: int) -> dict[str, Any]:
     return {**calib, "calib_batch": training.batch, "seed": seed}
 
 
-def learn_and_cut(
+def learn_masks_and_prune(
     analysis: Any,
     data: Any,
     masks: str,
@@ -229,23 +239,23 @@ def learn_and_cut(
     """Masks, a plan by them, and the model that it makes, as `snpc prune` writes and shows it."""
     import snpc
 
-    with bars.training() as report:
-        learned = bridge().learn_masks(
-            analysis, data, masks, snpc.Choice(target=target or "macs"), training=training, saved=saved, report=report
+    with bars.training_progress() as report:
+        learned = import_torch_package().learn_masks(
+            analysis, data, masks, snpc.Budget(target=target or "macs"), training=training, saved=saved, report=report
         )
     if plan_path is not None:
-        write_text(plan_path, snpc.plan_to_json(learned.plan))
-    result = snpc.apply_plan(learned.plan, written, calibration=data)
-    show.emit_json(snpc.report(result), json_path)
+        write_text_file(plan_path, snpc.plan_to_json(learned.plan))
+    result = snpc.apply_slice_plan(learned.plan, written, calibration=data)
+    show.emit_json(snpc.json_report(result), json_path)
     if str(json_path) != "-":
-        show.result(result)
+        show.print_result(result)
 
 
 @click.command("export-torch")
 @model_argument
-@click.option("-o", "--output", type=FILE, help="Folder for both files.  [default: MODEL without its suffix]")
-def export_torch(model: Path, output: Path | None) -> None:
+@click.option("-o", "--output", type=PATH_TYPE, help="Folder for both files.  [default: MODEL without its suffix]")
+def export_torch_command(model: Path, output: Path | None) -> None:
     """Write the weights of MODEL as safetensors, and the widths of its layers as JSON."""
-    torch = bridge()
+    torch = import_torch_package()
     for path in torch.export_tensors(model, output or model.with_suffix("")):
-        show.line(str(path))
+        show.print_line(str(path))

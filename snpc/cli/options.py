@@ -10,14 +10,16 @@ import click
 
 from snpc.types import ROLES, Role
 
-F = TypeVar("F", bound=Callable[..., Any])
-FILE = click.Path(path_type=Path)
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., Any])
+PATH_TYPE = click.Path(path_type=Path)
 
 
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+def combine_options(
+    *decorators: Callable[[CommandFunction], CommandFunction],
+) -> Callable[[CommandFunction], CommandFunction]:
     """Several click options as one decorator."""
 
-    def apply(command: F) -> F:
+    def apply(command: CommandFunction) -> CommandFunction:
         for decorator in reversed(decorators):
             command = decorator(command)
         return command
@@ -46,7 +48,7 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
     return name
 
 
-def parse_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
+def parse_width_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
     if text == "auto":
         return text
     try:
@@ -55,21 +57,21 @@ def parse_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int
         raise click.BadParameter(f"{text}: a number, or auto") from None
 
 
-def target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
     if name is not None:
-        from snpc.targets import target_of
+        from snpc.targets import find_target
 
-        target_of(name)
+        find_target(name)
     return name
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     from snpc.runtime.execution.memory import parse_bytes
 
     return None if text is None else parse_bytes(text)
 
 
-choosing = options(
+planning_options = combine_options(
     click.option("--ratio", type=float, help="Fraction of the units of every chosen role to remove, in [0, 1)."),
     click.option(
         "--target",
@@ -120,7 +122,7 @@ choosing = options(
         default="1",
         show_default=True,
         metavar="N|auto",
-        callback=parse_multiple,
+        callback=parse_width_multiple,
         help="Widths are multiples of this; auto: of what runs well where the model will run.",
     ),
     click.option("--min-width", default=1, show_default=True, type=int, help="No group gets narrower than this."),
@@ -133,14 +135,14 @@ choosing = options(
     click.option("--exclude", metavar="REGEX", help="Not the groups whose id matches."),
 )
 
-picturing = options(
+image_options = combine_options(
     click.option("--image-size", metavar="H,W", help="Size of calibration images; default: what the model asks."),
     click.option("--image-mean", metavar="R,G,B", help="Mean of pixels in 0..1.  [default: ImageNet's]"),
     click.option("--image-std", metavar="R,G,B", help="Deviation of pixels in 0..1.  [default: ImageNet's]"),
     click.option("--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."),
 )
 
-calibrating = options(
+calibration_options = combine_options(
     click.option(
         "--calib",
         "--calibration-data",
@@ -151,20 +153,22 @@ calibrating = options(
     ),
     click.option("--calib-samples", default=128, show_default=True, type=int, help="How many samples to use."),
     click.option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run."),
-    picturing,
+    image_options,
     click.option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Which samples are drawn from larger data."
     ),
 )
 
-saving = options(
-    click.option("--save-stats", type=FILE, metavar="FILE", help="Also write what was measured, for --load-stats."),
+save_statistics_option = combine_options(
+    click.option(
+        "--save-stats", type=PATH_TYPE, metavar="FILE", help="Also write what was measured, for --load-stats."
+    ),
 )
-remembering = options(
+statistics_options = combine_options(
     click.option(
         "--load-stats",
         multiple=True,
-        type=FILE,
+        type=PATH_TYPE,
         metavar="FILE",
         help="What --save-stats wrote, instead of measuring; repeatable: they add up. Without --calib it serves "
         "--method parallel and select.",
@@ -172,13 +176,13 @@ remembering = options(
     click.option(
         "--memory-limit",
         metavar="SIZE",
-        callback=parse_size,
+        callback=parse_memory_size,
         help="Memory for statistics and kept activations, beside that of running the model: 2GB, 512MiB. Less means "
         "more passes over the data, and temporary files.  [default: half of what is free]",
     ),
 )
 
-timing = options(
+latency_options = combine_options(
     click.option(
         "--batch", type=click.IntRange(1), help="Size of the batch axis when a latency is measured.  [default: 1]"
     ),
@@ -186,7 +190,7 @@ timing = options(
     click.option("--threads", type=click.IntRange(0), help="Threads then; 0: onnxruntime chooses.  [default: 0]"),
 )
 
-running = options(
+execution_options = combine_options(
     click.option(
         "--provider",
         default="cpu",
@@ -196,7 +200,7 @@ running = options(
     ),
 )
 
-building = options(
+build_options = combine_options(
     click.option(
         "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the artefact.  [default: fp32]"
     ),
@@ -205,23 +209,23 @@ building = options(
     click.option("--max-shapes", multiple=True, metavar="NAME:16,3,224,224", help="trt: largest shape."),
     click.option("--sm", metavar="86,89,120", help="trt-rtx: compute capabilities.  [default: 8.0 and later]"),
     click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="trt: memory that tactics may use."),
-    click.option("--timing-cache", type=FILE, help="trt: what tactics took, read if it is there, and written."),
+    click.option("--timing-cache", type=PATH_TYPE, help="trt: what tactics took, read if it is there, and written."),
 )
 
-as_json = click.option(
+json_option = click.option(
     "--json",
     "json_path",
-    type=FILE,
+    type=PATH_TYPE,
     metavar="PATH",
     help="Also write the result as JSON ('-': to stdout, nothing else).",
 )
-at_sizes = click.option(
+dim_size_option = click.option(
     "--dim-param", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension, for the quoted MACs."
 )
-caches = click.option(
+kv_cache_option = click.option(
     "--prune-kv-cache",
     "kv_cache",
     is_flag=True,
     help="Let caches of keys and values become narrower: past inputs and present outputs change shape together.",
 )
-model_argument = click.argument("model", type=FILE)
+model_argument = click.argument("model", type=PATH_TYPE)

@@ -15,11 +15,11 @@ from snpc.runtime.calibration import Calibration
 from snpc.types import Feeds
 
 if TYPE_CHECKING:  # these need torch
-    from snpc.torch.pruning.round_log import Round
-    from snpc.torch.training.options import Progress, Report
+    from snpc.torch.pruning.round_log import PruningRound
+    from snpc.torch.training.options import TrainingCallback, TrainingProgress
 
 
-def batches(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
+def batch_progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
     """A bar over calibration batches where there is a terminal to show it on."""
     if calibration is None or not sys.stderr.isatty():
         return None
@@ -35,28 +35,28 @@ def batches(what: str, calibration: Calibration | None) -> Callable[[Iterable[Fe
 
 
 @contextmanager
-def steps(total: int) -> Iterator[Callable[[str], None]]:
+def step_progress(total: int) -> Iterator[Callable[[str], None]]:
     """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    with left("", total) as update:
+    with remaining_time_bar("", total) as update:
         begun = iter(range(total))
         yield lambda text: update(description=text, completed=next(begun))
 
 
 @contextmanager
-def rounds() -> Iterator[Callable[[float], None] | None]:
+def timing_progress() -> Iterator[Callable[[float], None] | None]:
     """Called with the share that is done. The bar is drawn in these calls only: nothing runs while models are timed."""
     if not sys.stderr.isatty():
         yield None
         return
-    with left("timing", 1.0, auto_refresh=False) as update:
+    with remaining_time_bar("timing", 1.0, auto_refresh=False) as update:
         yield lambda share: update(completed=share, refresh=True)
 
 
 @contextmanager
-def left(text: str, total: float, auto_refresh: bool = True) -> Iterator[Callable[..., None]]:
+def remaining_time_bar(text: str, total: float, auto_refresh: bool = True) -> Iterator[Callable[..., None]]:
     """A bar with the time left; called with what changes of it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,46 +68,46 @@ def left(text: str, total: float, auto_refresh: bool = True) -> Iterator[Callabl
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
 
-EVERY = 10.0  # seconds between lines in a pipe
+LINE_INTERVAL = 10.0  # seconds between lines in a pipe
 
 
 @contextmanager
-def training() -> Iterator[Report]:
+def training_progress() -> Iterator[TrainingCallback]:
     """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
-    with bar() if sys.stderr.isatty() else nullcontext(lines()) as report:
+    with training_bar() if sys.stderr.isatty() else nullcontext(training_lines()) as report:
         yield report
 
 
 @contextmanager
-def bar() -> Iterator[Report]:
+def training_bar() -> Iterator[TrainingCallback]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=None)
-        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=progress_text(now))
+        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=training_status(now))
 
 
-def lines() -> Report:
-    last = -EVERY
+def training_lines() -> TrainingCallback:
+    last = -LINE_INTERVAL
 
-    def report(now: Progress) -> None:
+    def report(now: TrainingProgress) -> None:
         nonlocal last
-        if now.step == now.steps or time.monotonic() - last >= EVERY:
+        if now.step == now.steps or time.monotonic() - last >= LINE_INTERVAL:
             last = time.monotonic()
-            click.echo(progress_text(now), err=True)
+            click.echo(training_status(now), err=True)
 
     return report
 
 
-def progress_text(now: Progress) -> str:
+def training_status(now: TrainingProgress) -> str:
     drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
     minutes, seconds = divmod(round(now.left), 60)
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
 
 
-def round_of(found: Round) -> None:
+def print_round(found: PruningRound) -> None:
     said = "" if found.kept else ": taken back"
     lost = "" if found.lost is None else f", {100 * found.lost:.1f} points of accuracy lost"
     click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{lost}{said}", err=True)

@@ -10,34 +10,43 @@ import click
 from snpc.cli import progress as bars
 from snpc.cli import tables as show
 from snpc.cli.arguments import (
-    analysed,
-    calibration_of,
-    check_targets,
-    evaluation_of,
-    liked_widths,
-    split_flags,
-    write_text,
+    calibration_from_flags,
+    check_output_paths,
+    evaluation_from_flags,
+    load_and_analyze,
+    resolve_width_multiple,
+    split_calibration_flags,
+    write_text_file,
 )
-from snpc.cli.options import FILE, calibrating, choosing, model_argument, running, target_name
+from snpc.cli.options import (
+    PATH_TYPE,
+    calibration_options,
+    execution_options,
+    model_argument,
+    parse_target_name,
+    planning_options,
+)
 from snpc.errors import UserError
 
 
-@click.command()
+@click.command("sweep")
 @model_argument
 @click.option("--targets", required=True, metavar="macs=0.9,0.8,params=0.5", help="Sizes to come down to.")
-@click.option("-o", "--output", type=FILE, help="Folder for table, plot and models.  [default: MODEL-sweep]")
+@click.option("-o", "--output", type=PATH_TYPE, help="Folder for table, plot and models.  [default: MODEL-sweep]")
 @click.option(
     "--eval", "held_out", metavar="DATA", help="Inputs to judge by (forms as --calib); default: those of --calib."
 )
 @click.option("--labels", metavar="NAME", help="Array of the --eval .npz with the right class of every sample.")
-@click.option("--build", metavar="TARGET", callback=target_name, help="Build each model for a runtime and time that.")
+@click.option(
+    "--build", metavar="TARGET", callback=parse_target_name, help="Build each model for a runtime and time that."
+)
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the built artefacts.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch size that is timed.")
 @click.option("--iterations", default=30, show_default=True, type=int, help="Interleaved rounds that are timed.")
-@choosing
-@calibrating
-@running
-def sweep(
+@planning_options
+@calibration_options
+@execution_options
+def sweep_command(
     model: Path,
     targets: str,
     output: Path | None,
@@ -58,11 +67,11 @@ def sweep(
     Into the folder go sweep.json, sweep.svg (quality against latency) and the models on the Pareto front.
     """
     import snpc
-    from snpc.pipeline.sweep import steps
+    from snpc.pipeline.sweep import count_sweep_steps
     from snpc.pipeline.sweep import sweep as run
-    from snpc.report.sweep_plot import scatter
+    from snpc.report.sweep_plot import sweep_plot
 
-    choice, calib = split_flags(flags)
+    choice, calib = split_calibration_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")
     for name in ("ratio", "target", "max_drift"):
         if choice.pop(name) is not None:
@@ -76,22 +85,22 @@ def sweep(
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
     tokens = choice.pop("tokens")
-    choice |= liked_widths(choice, build, provider)
-    names = parse_targets(targets)
+    choice |= resolve_width_multiple(choice, build, provider)
+    names = parse_target_list(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
-    analysis = analysed(model)
-    calibration = calibration_of(analysis, **calib)
+    analysis = load_and_analyze(model)
+    calibration = calibration_from_flags(analysis, **calib)
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
-    check_targets([table, plot], model, calib["calib"], held_out)
-    judge = evaluation_of(analysis, held_out, labels, calib) if held_out else None
-    with bars.steps(steps(names)) as step:
+    check_output_paths([table, plot], model, calib["calib"], held_out)
+    judge = evaluation_from_flags(analysis, held_out, labels, calib) if held_out else None
+    with bars.step_progress(count_sweep_steps(names)) as step:
         found = run(
             analysis,
             names,
             folder,
             calibration,
-            choice=snpc.Choice(target=names[0], **choice) if choice["roles"] else None,
+            choice=snpc.Budget(target=names[0], **choice) if choice["roles"] else None,
             tokens=tokens,
             evaluation=judge,
             method=method,
@@ -103,12 +112,12 @@ def sweep(
             step=step,
         )
     show.emit_json(found.to_json(), table)
-    write_text(plot, scatter(found))
-    show.sweep(found)
-    show.line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+    write_text_file(plot, sweep_plot(found))
+    show.print_sweep(found)
+    show.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
 
 
-def parse_targets(text: str) -> list[str]:
+def parse_target_list(text: str) -> list[str]:
     """``macs=0.9,0.8,params=0.5`` -> ``["macs=0.9", "macs=0.8", "params=0.5"]``."""
     found: list[str] = []
     kind = ""

@@ -13,32 +13,32 @@ import click
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.pipeline.planner import Decision
-from snpc.pipeline.prune import Pruned, Search
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.prune import PrunedModel, SearchResult
 from snpc.pipeline.report_json import write_json
-from snpc.pipeline.sweep import Sweep
-from snpc.planning.config import is_latency
-from snpc.planning.plan import Plan
-from snpc.report.format import count, how, share
-from snpc.runtime.closed_form.fit import Compression
-from snpc.runtime.evaluation.bench import Bench
-from snpc.targets import Build
+from snpc.pipeline.sweep import SweepResult
+from snpc.planning.config import is_latency_budget
+from snpc.planning.plan import SlicePlan
+from snpc.report.format import describe_method, format_count, format_share
+from snpc.runtime.closed_form.fit import ClosedForms
+from snpc.runtime.evaluation.bench import BenchResult
+from snpc.targets import BuildResult
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # this needs torch
-    from snpc.torch.finetune import Tuned
+    from snpc.torch.finetune import FinetuneResult
 
 
-def line(text: str) -> None:
+def print_line(text: str) -> None:
     click.echo(text)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """A remark that is no result: to stderr, so that pipes stay clean."""
     click.echo(f"snpc: note: {text}", err=True)
 
 
-def table(
+def print_table(
     title: str,
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -53,7 +53,7 @@ def table(
         from rich.table import Table
 
         console = Console()
-        shown = [header[k] for k in columns_for(console.width, header, widths, spare)]
+        shown = [header[k] for k in fitting_columns(console.width, header, widths, spare)]
         made = Table(title=title, title_justify="left")
         for k, name in enumerate(header):
             if name in shown:
@@ -63,13 +63,13 @@ def table(
             made.add_row(*(cell for name, cell in zip(header, row, strict=True) if name in shown))
         console.print(made)
         return
-    line(title)
+    print_line(title)
     for row in (header, *rows):
         cells = (c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-        line("  " + "  ".join(cells).rstrip())
+        print_line("  " + "  ".join(cells).rstrip())
 
 
-def columns_for(room: int, header: Sequence[str], widths: Sequence[int], spare: Sequence[str]) -> list[int]:
+def fitting_columns(room: int, header: Sequence[str], widths: Sequence[int], spare: Sequence[str]) -> list[int]:
     """Columns that fit into ``room`` characters with their borders, as far as those may be left out that are spare."""
     left = list(range(len(header)))
     for k in (k for name in spare for k in range(len(header)) if header[k] == name):
@@ -83,7 +83,7 @@ def emit_json(data: Any, path: Path | None) -> None:
     if path is None:
         return
     if str(path) == "-":
-        line(json.dumps(data, indent=1))
+        print_line(json.dumps(data, indent=1))
     else:
         write_json(data, path)
 
@@ -99,32 +99,38 @@ def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
         str(group.layer),
         f"{group.blocks} x {group.size}",
         freedom,
-        share(group.macs, cost.macs),
-        share(group.params, cost.params),
+        format_share(group.macs, cost.macs),
+        format_share(group.params, cost.params),
     )
 
 
-def groups(analysis: Analysis) -> None:
+def print_groups(analysis: Analysis) -> None:
     cost = analysis.cost
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
     at = f" at {sizes}" if sizes else ""
-    line(f"{analysis.model.path}: {count(cost.params)} parameters, {count(cost.macs)} MACs{at}, {cost.nodes} nodes")
+    print_line(
+        f"{analysis.model.path}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
+        f"{cost.nodes} nodes"
+    )
     if analysis.dead_macs:
-        line(
-            f"rows that no output depends on: {share(analysis.dead_macs, cost.macs)} of the MACs, dropped without loss"
+        print_line(
+            f"rows that no output depends on: {format_share(analysis.dead_macs, cost.macs)} of the MACs, "
+            "dropped without loss"
         )
     rows = [group_row(g, cost) for g in analysis.groups]
     if rows:
-        table("groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6))
+        print_table(
+            "groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6)
+        )
     less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
     for (freedom, reason), number in less.items():
-        line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
-    tokens(analysis)
+        print_line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
+    print_token_points(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
-    line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+    print_line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
 
 
-def tokens(analysis: Analysis) -> None:
+def print_token_points(analysis: Analysis) -> None:
     """Behind which blocks tokens can get fewer, and why not behind the others."""
     found = analysis.tokens
     for tokens_now, leading, points in token_spans(analysis):
@@ -132,12 +138,12 @@ def tokens(analysis: Analysis) -> None:
         stay = f"the first {leading} stay" if leading else "none has to stay"
         where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
         many = tokens_now if first.fixed else "as many as the input has"
-        line(f"tokens: {many}, can get fewer {where} ({stay}; {ways_of(first)})")
+        print_line(f"tokens: {many}, can get fewer {where} ({stay}; {methods_at(first)})")
     for pin in found.pins:
-        line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+        print_line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
 
 
-def ways_of(point: TokenPoint) -> str:
+def methods_at(point: TokenPoint) -> str:
     """Methods that serve there, for ``inspect``."""
     if point.scores is None:
         return "merge" if point.fixed and not point.sided else "none: no attention weights to go by"
@@ -151,11 +157,11 @@ def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
     spans: list[tuple[int, int, list[TokenPoint]]] = []
     for point in analysis.tokens.points:
         last = spans[-1][2][-1] if spans else None
-        alike = last is not None and (last.block + 1, last.count, last.leading, ways_of(last)) == (
+        alike = last is not None and (last.block + 1, last.count, last.leading, methods_at(last)) == (
             point.block,
             point.count,
             point.leading,
-            ways_of(point),
+            methods_at(point),
         )
         if alike:
             spans[-1][2].append(point)
@@ -164,7 +170,7 @@ def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
     return spans
 
 
-def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
+def print_loss_curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
     """Root mean square change of the outputs, relative, when a share of a group's units is kept and all else is."""
     shares = (0.9, 0.75, 0.5, 0.25)
     rows = [
@@ -173,41 +179,47 @@ def curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
         if g.id in found
     ]
     header = ("group", *(f"{100 * s:.0f} % kept" for s in shares))
-    table("change of the outputs, one group at a time", header, rows, right=(1, 2, 3, 4))
+    print_table("change of the outputs, one group at a time", header, rows, right=(1, 2, 3, 4))
 
 
-def pins(analysis: Analysis) -> None:
+def print_pins(analysis: Analysis) -> None:
     if analysis.pins:
         rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
-        table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
+        print_table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
 
 
-def skipped(compression: Compression | None) -> None:
+def print_skipped_groups(compression: ClosedForms | None) -> None:
     """Groups that a closed form could not serve, by reason."""
     if compression is not None and compression.skipped:
         reasons = Counter(compression.skipped.values())
         text = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
         many = len(compression.skipped)
-        note(f"{many} {'group is' if many == 1 else 'groups are'} selected and sliced without refitting ({text})")
+        print_note(f"{many} {'group is' if many == 1 else 'groups are'} selected and sliced without refitting ({text})")
 
 
 # -- plan and result -------------------------------------------------------------------------------------------------
 
 
-def plan(plan: Plan) -> None:
+def print_plan(plan: SlicePlan) -> None:
     rows = []
     for g in plan.analysis.groups:
         if g.id in plan.keep:
             rows.append(
-                (g.id, g.role, f"{g.blocks} x {g.size}", f"{g.blocks} x {plan.kept(g)}", share(plan.kept(g), g.size))
+                (
+                    g.id,
+                    g.role,
+                    f"{g.blocks} x {g.size}",
+                    f"{g.blocks} x {plan.kept(g)}",
+                    format_share(plan.kept(g), g.size),
+                )
             )
-    table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
 
 
-def result(result: Pruned) -> None:
+def print_result(result: PrunedModel) -> None:
     before, after = result.before, result.after
     rows = [
-        (name, count(a), count(b), share(b, a))
+        (name, format_count(a), format_count(b), format_share(b, a))
         for name, a, b in (
             ("parameters", before.params, after.params),
             ("MACs", before.macs, after.macs),
@@ -215,17 +227,17 @@ def result(result: Pruned) -> None:
             ("nodes", before.nodes, after.nodes),
         )
     ]
-    table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
+    print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
     by_role = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:
         if g.role in by_role and g.prunable:
             by_role[g.role] += g.blocks * (g.size - result.plan.kept(g))
             total[g.role] += g.blocks * g.size
-    line(
+    print_line(
         "removed: "
-        + (", ".join(f"{share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
-        + f" ({how(result)}{', ' + result.calibration if result.calibration else ', no data'})"
+        + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
+        + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     reduction = result.plan.analysis.reduction
     if reduction is not None:
@@ -235,32 +247,32 @@ def result(result: Pruned) -> None:
             where = " on average of the calibration inputs, at which MACs are quoted"
         elif "any_length" in steps[-1]:
             where = " at the length at which MACs are quoted"
-        line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
+        print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
     if result.search is not None:
-        line(search_text(result.search))
-    verdict(result.verdict)
-    line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+        print_line(search_text(result.search))
+    print_verdict(result.verdict)
+    print_line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
 
 
-def predicted(decision: Decision) -> None:
+def note_if_predicted(decision: PruningPlan) -> None:
     """That a plan was made from predictions, where it was."""
     choice = decision.choice
-    if choice is not None and (choice.max_drift is not None or is_latency(choice)):
+    if choice is not None and (choice.max_drift is not None or is_latency_budget(choice)):
         what = "drift" if choice.max_drift is not None else "latency"
-        note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
+        print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
 
 
-def search_text(search: Search) -> str:
+def search_text(search: SearchResult) -> str:
     tried = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
     return f"{search.kind}: {search.reached:.3g} {search.unit}, asked for at most {search.limit:g} ({tried})"
 
 
-def verdict(verdict: Verdict) -> None:
-    line(f"verified: {'; '.join(verdict.structure)}")
+def print_verdict(verdict: Verdict) -> None:
+    print_line(f"verified: {'; '.join(verdict.structure)}")
     for d in verdict.equals_mask:
-        line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
+        print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
     for d in verdict.drift:
-        line(f"  {d.output}: {drift_text(d)} ({verdict.compared})")
+        print_line(f"  {d.output}: {drift_text(d)} ({verdict.compared})")
 
 
 def drift_text(d: Difference) -> str:
@@ -271,30 +283,30 @@ def drift_text(d: Difference) -> str:
 # -- finetuning ------------------------------------------------------------------------------------------------------
 
 
-def tuned(result: Tuned) -> None:
+def print_finetuned(result: FinetuneResult) -> None:
     trained = result.trained
-    line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
+    print_line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
     if trained.losses:
-        line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
-    line(f"verified: {'; '.join(result.structure)}")
+        print_line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    print_line(f"verified: {'; '.join(result.structure)}")
     for what, found in (("before", result.before), ("after", result.after)):
         for d in found:
-            line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
+            print_line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
 
 
 # -- build -----------------------------------------------------------------------------------------------------------
 
 
-def build(made: Build) -> None:
-    sizes = [f"{file if file == made.path else file.name} {count(file.stat().st_size)}B" for file in made.files]
-    line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
+def print_build(made: BuildResult) -> None:
+    sizes = [f"{file if file == made.path else file.name} {format_count(file.stat().st_size)}B" for file in made.files]
+    print_line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
     for note in made.notes:
-        line(f"  {note}")
+        print_line(f"  {note}")
     for d in made.drift:
-        line(f"  {d.output}: {drift_text(d)}")
+        print_line(f"  {d.output}: {drift_text(d)}")
 
 
-def sweep(found: Sweep) -> None:
+def print_sweep(found: SweepResult) -> None:
     known = found.points[0].accuracy is not None
     fewer = any(p.tokens for p in found.points)
     rows = []
@@ -304,8 +316,8 @@ def sweep(found: Sweep) -> None:
             (
                 p.name,
                 *((p.tokens or "-",) if fewer else ()),
-                share(p.macs, found.points[0].macs),
-                share(p.params, found.points[0].params),
+                format_share(p.macs, found.points[0].macs),
+                format_share(p.params, found.points[0].params),
                 f"{p.latency:.3g}",
                 f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not found.points[0] else "1.00x",
                 *((f"{100 * (p.accuracy or 0):.1f} %",) if known else ()),
@@ -316,17 +328,17 @@ def sweep(found: Sweep) -> None:
         )
     first = ("target", *(("tokens",) if fewer else ()))
     header = (*first, "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
-    table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
+    print_table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
-def benchmark(result: Bench) -> None:
+def print_bench(result: BenchResult) -> None:
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "the runtime's choice of"
-    table(
+    print_table(
         f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,
@@ -336,8 +348,8 @@ def benchmark(result: Bench) -> None:
     )
 
 
-def criteria(described: Sequence[Any]) -> None:
+def print_criteria(described: Sequence[Any]) -> None:
     for item in described:
-        line(f"{item.name}: {item.summary}")
+        print_line(f"{item.name}: {item.summary}")
         for option, what in item.options:
-            line(f"    {option}: {what}")
+            print_line(f"    {option}: {what}")

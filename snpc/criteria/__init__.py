@@ -2,7 +2,7 @@
 
 A criterion is one small file holding one frozen dataclass whose fields are its options. It never sees a graph: the
 runtime measures what `Criterion.probes` names, streams it through `Criterion.observe`, sums the answers over the whole
-calibration set and hands them to `Criterion.score` together with the group's weights (`snpc.types.Numbers`).
+calibration set and hands them to `Criterion.score` together with the group's weights (`snpc.types.CriterionInputs`).
 
 What can be measured, for a probe kind K of query, key, value, context, hidden (all float64, rows are usually tokens):
 
@@ -48,7 +48,7 @@ from snpc.criteria.relevance import Relevance
 from snpc.criteria.snp import Snp
 from snpc.criteria.taylor import Linear, Quadratic, Taylor
 from snpc.errors import UserError
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 __all__ = ["ENTRY_POINTS", "Criterion", "Description", "criteria", "describe", "make_criterion", "needs_data"]
 
@@ -70,7 +70,7 @@ class Criterion(Protocol):
         """One batch of measurements -> arrays SUMMED over the batch's samples; they are added up over all batches."""
         ...
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], finite, higher = keep. Must follow the units when they are reordered."""
         ...
 
@@ -94,7 +94,7 @@ def criteria() -> Mapping[str, type[Criterion]]:
 
     Raises `UserError` where two offer the same name or an installed one does not load.
     """
-    found = {**_BUILT_IN, **{name: _load(entry) for name, entry in _entry_points().items()}}
+    found = {**_BUILT_IN, **{name: _load_entry_point(entry) for name, entry in _entry_points().items()}}
     return MappingProxyType(dict(sorted(found.items())))
 
 
@@ -105,20 +105,20 @@ def make_criterion(spec: str) -> Criterion:
     true or false, or one of a ``Literal``'s words. Raises `UserError` that lists what exists.
     """
     name, colon, options = spec.partition(":")
-    cls = _find(name)
+    cls = _find_criterion(name)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for item in options.split(",") if colon else ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
-            example = next((_spell(field) for field in fields.values()), "key=value")
+            example = next((_format_option(field) for field in fields.values()), "key=value")
             raise UserError(f"criterion {spec!r}: {item!r} is not key=value: write {name}:{example}")
         if key not in fields:
             raise UserError(f"criterion {name!r} has no option {key!r}: it has {', '.join(fields) or 'none'}")
         if key in values:
             raise UserError(f"criterion {spec!r} gives {key!r} twice: keep one")
-        values[key] = _parse(name, key, text, hints[key])
+        values[key] = _parse_option(name, key, text, hints[key])
     return cls(**values)
 
 
@@ -128,7 +128,7 @@ def describe() -> list[Description]:
         Description(
             name,
             next(iter((cls.__doc__ or "").strip().splitlines()), ""),
-            tuple((_spell(field), str(field.metadata.get("help", ""))) for field in dataclasses.fields(cls)),
+            tuple((_format_option(field), str(field.metadata.get("help", ""))) for field in dataclasses.fields(cls)),
         )
         for name, cls in criteria().items()
     ]
@@ -152,7 +152,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
     return found
 
 
-def _load(entry: metadata.EntryPoint) -> type[Criterion]:
+def _load_entry_point(entry: metadata.EntryPoint) -> type[Criterion]:
     try:
         cls = entry.load()
     except (ImportError, AttributeError) as error:
@@ -162,24 +162,24 @@ def _load(entry: metadata.EntryPoint) -> type[Criterion]:
     return cast("type[Criterion]", cls)
 
 
-def _find(name: str) -> type[Criterion]:
+def _find_criterion(name: str) -> type[Criterion]:
     offered = _entry_points()
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     if name in offered:
-        return _load(offered[name])
+        return _load_entry_point(offered[name])
     names = sorted([*_BUILT_IN, *offered])
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise UserError(f"there is no criterion {name!r}{hint}: choose one of {', '.join(names)}")
 
 
-def _spell(field: dataclasses.Field[Any]) -> str:
+def _format_option(field: dataclasses.Field[Any]) -> str:
     default = str(field.default).lower() if isinstance(field.default, bool) else field.default
     return f"{field.name}={default}"
 
 
-def _parse(name: str, key: str, text: str, hint: Any) -> Any:
+def _parse_option(name: str, key: str, text: str, hint: Any) -> Any:
     """One option's text as its field's type."""
     if get_origin(hint) is Literal:
         words = {str(value): value for value in get_args(hint)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,27 @@ class Activation:
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """``energy:K`` [blocks, size] and ``tokens:K`` [] of the batch, summed over its samples."""
-        wanted = [name for probe in self.probes(role) for name in (probe, _tokens(probe))]
+        wanted = [name for probe in self.probes(role) for name in (probe, _row_count_name(probe))]
         return {name: np.asarray(batch[name].sum(axis=0)) for name in wanted if name in batch}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in squared units of the activation (times the weights that read it)."""
         score = np.ones((numbers.blocks, numbers.size))
         for probe in self.probes(numbers.role):
             if probe in numbers.sums:
-                rows = float(numbers.sums.get(_tokens(probe), np.float64(numbers.samples)))
+                rows = float(numbers.sums.get(_row_count_name(probe), np.float64(numbers.samples)))
                 score *= numbers.sums[probe] / max(rows, 1.0)
         if numbers.role == "qk":
             return np.sqrt(score)
         if self.weighted and numbers.consume:
-            score *= _squares(numbers.consume).reshape(score.shape)
+            score *= _squared_norms(numbers.consume).reshape(score.shape)
         return score
 
 
-def _tokens(probe: str) -> str:
+def _row_count_name(probe: str) -> str:
     return probe.replace("energy:", "tokens:")
 
 
-def _squares(weights: Mapping[str, FloatArray]) -> FloatArray:
+def _squared_norms(weights: Mapping[str, FloatArray]) -> FloatArray:
     """[units]: squared norm of each unit's rows."""
     return np.asarray(np.sum([np.square(weight).sum(axis=1) for weight in weights.values()], axis=0))

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from snpc.criteria.gates import Gated
-from snpc.types import FloatArray, Numbers, Role
+from snpc.criteria.gates import GateCriterion
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
-class Fisher(Gated):
+class Fisher(GateCriterion):
     """Half the sum over the unit's weights of (w dL/dw)^2, averaged over samples.
 
     Optimal brain damage (LeCun et al. 1990) with the diagonal of the empirical Fisher information for the curvature,
@@ -30,13 +30,13 @@ class Fisher(Gated):
         """``weights`` [blocks, size], summed over samples."""
         return {"weights": batch["gate:weights"].sum(axis=0)} if "gate:weights" in batch else {}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
         return self.mean(numbers, "weights") / 2
 
 
 @dataclass(frozen=True)
-class GroupFisher(Gated):
+class GroupFisher(GateCriterion):
     """Mean squared gradient of the gate, per MAC, activation or unit.
 
     Liu et al. 2021 (arXiv 2108.00708, eqs. 6 to 9): gradients of all that is cut together are summed before they are
@@ -58,7 +58,7 @@ class GroupFisher(Gated):
         found = dict(super().observe(role, batch))
         return found | {name: np.asarray(batch[f"gate:{name}"].sum()) for name in ("macs", "memory") if found}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size]: squared loss per million of what is saved."""
         saved = float(numbers.sums.get(self.per, np.zeros(()))) / max(numbers.samples, 1) / 1e6
         return self.mean(numbers, "second") / (saved if self.per != "unit" and saved > 0 else 1.0)

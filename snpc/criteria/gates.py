@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
-class Gated:
+class GateCriterion:
     """Sums of gate gradients over samples; what the criteria in this package that use them share.
 
     The loss is the cross entropy of ``labels``, or of what the model itself answers. Scores are losses (or in their
@@ -43,7 +43,7 @@ class Gated:
             "second": np.square(gradients).sum(axis=0),
         }
 
-    def mean(self, numbers: Numbers, name: str) -> FloatArray:
+    def mean(self, numbers: CriterionInputs, name: str) -> FloatArray:
         """[blocks, size]: a sum over samples as their mean; zeros where nothing was measured."""
         zeros = np.zeros((numbers.blocks, numbers.size))
         return np.asarray(numbers.sums.get(name, zeros) / max(numbers.samples, 1))

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
-Norm = Literal["l1", "l2"]
-Side = Literal["both", "produce", "consume"]
+WeightNorm = Literal["l1", "l2"]
+WeightSide = Literal["both", "produce", "consume"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
 
-    norm: Norm = field(default="l2", metadata={"help": "l1 or l2"})
-    side: Side = field(default="both", metadata={"help": "weights that make the unit, that read it, or both"})
+    norm: WeightNorm = field(default="l2", metadata={"help": "l1 or l2"})
+    side: WeightSide = field(default="both", metadata={"help": "weights that make the unit, that read it, or both"})
 
     def probes(self, role: Role) -> tuple[str, ...]:
         """(): weights only."""
@@ -36,7 +36,7 @@ class Magnitude:
         """{}: nothing is measured."""
         return {}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size]; zeros where the group has no weights at all."""
         total = np.zeros(numbers.blocks * numbers.size)
         for weight in self._weights(numbers):
@@ -45,7 +45,7 @@ class Magnitude:
         total = total if self.norm == "l1" else np.sqrt(total)
         return total.reshape(numbers.blocks, numbers.size)
 
-    def _weights(self, numbers: Numbers) -> Iterator[FloatArray]:
+    def _weights(self, numbers: CriterionInputs) -> Iterator[FloatArray]:
         """One at a time: a group may span every layer of a large model."""
         produce, consume = numbers.produce, numbers.consume
         if self.side == "both":

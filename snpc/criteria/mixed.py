@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from snpc.criteria.activation import Activation
 from snpc.criteria.snp import Snp
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Mixed:
     name: ClassVar[str] = "mixed"
 
     def probes(self, role: Role) -> tuple[str, ...]:
-        return judge(role).probes(role)
+        return criterion_for_role(role).probes(role)
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
-        return judge(role).observe(role, batch)
+        return criterion_for_role(role).observe(role, batch)
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], by the role's criterion with its default options."""
-        return judge(numbers.role).score(numbers)
+        return criterion_for_role(numbers.role).score(numbers)
 
 
-def judge(role: Role) -> Snp | Activation:
+def criterion_for_role(role: Role) -> Snp | Activation:
     return Snp() if role == "qk" else Activation()

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.criteria.gates import Gated
-from snpc.types import FloatArray, Numbers, Role
+from snpc.criteria.gates import GateCriterion
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
-class Movement(Gated):
+class Movement(GateCriterion):
     """-dL/dgate, averaged: units that a step of training makes larger stay.
 
     Sanh et al. 2020 (arXiv 2005.07683, eq. 4) add up -w dL/dw over the steps of a finetuning; here it is one step, over
@@ -22,7 +22,7 @@ class Movement(Gated):
 
     name: ClassVar[str] = "movement"
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss; of either sign."""
         return -self.mean(numbers, "first")
 
@@ -50,7 +50,7 @@ class Gum(Movement):
         grams = [array.sum(axis=0) for name, array in batch.items() if name.startswith("gram:")]
         return {**super().observe(role, batch), **({"gram": grams[0]} if grams else {})}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss; of either sign."""
         movement = super().score(numbers)
         if "gram" not in numbers.sums or numbers.size < 2:

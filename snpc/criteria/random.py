@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Random:
         """{}: nothing is measured."""
         return {}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size] in [0, 1)."""
         units = _digests(numbers)
         order = sorted(range(len(units)), key=units.__getitem__)
@@ -46,7 +46,7 @@ class Random:
         return scores.reshape(numbers.blocks, numbers.size)
 
 
-def _digests(numbers: Numbers) -> list[bytes]:
+def _digests(numbers: CriterionInputs) -> list[bytes]:
     """One digest per unit of its rows in the weights that make it, or, where none does, in those that read it."""
     weights = numbers.produce or numbers.consume
     rows = [np.ascontiguousarray(weights[name]) for name in sorted(weights)]

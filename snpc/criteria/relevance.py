@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.criteria.gates import Gated
-from snpc.types import FloatArray, Numbers, Role
+from snpc.criteria.gates import GateCriterion
+from snpc.types import CriterionInputs, FloatArray, Role
 
 
 @dataclass(frozen=True)
-class Relevance(Gated):
+class Relevance(GateCriterion):
     """Mean over samples of the |relevance| that passes through a unit from the answer back to the input.
 
     Yeom et al. 2021 (arXiv 1912.08881): relevance is conserved from layer to layer, each unit taking the share that it
@@ -31,6 +31,6 @@ class Relevance(Gated):
         """``relevance`` [blocks, size], summed over samples."""
         return {"relevance": np.abs(batch["gate:relevance"]).sum(axis=0)} if "gate:relevance" in batch else {}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the model's answer."""
         return self.mean(numbers, "relevance")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import FloatArray, Numbers, Role
+from snpc.types import CriterionInputs, FloatArray, Role
 
 Average = Literal["scores", "grams"]
 
@@ -84,16 +84,16 @@ class Snp:
             return {name: gram.sum(axis=0) for name, gram in grams.items()}
         return {"score": self._qk(grams).sum(axis=0)}
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], finite and not negative. A unit with no query, no key or no weights scores 0, the lowest."""
         if numbers.role == "qk" and numbers.sums:
             return self._measured(numbers)
-        per_weight = [distances(weight) for weight in _weights(numbers)]
+        per_weight = [cosine_distances(weight) for weight in _unit_weights(numbers)]
         if numbers.role == "residual":
             per_weight = [omega / (len(per_weight) * (omega.sum() or 1.0)) for omega in per_weight]
         return sum(per_weight, np.zeros(numbers.blocks * numbers.size)).reshape(numbers.blocks, numbers.size)
 
-    def _measured(self, numbers: Numbers) -> FloatArray:
+    def _measured(self, numbers: CriterionInputs) -> FloatArray:
         if "score" in numbers.sums:
             return numbers.sums["score"] / max(numbers.samples, 1)
         return self._qk(numbers.sums)  # of the summed Grams, as good as of their mean: the score has no scale
@@ -122,7 +122,7 @@ def qk_scores(query: FloatArray, key: FloatArray, terms: int) -> FloatArray:
     return np.asarray(np.einsum("...j,...ji->...i", counted.astype(np.float64), cosines))
 
 
-def distances(weight: FloatArray) -> FloatArray:
+def cosine_distances(weight: FloatArray) -> FloatArray:
     """[units, fan] -> [units]: sum_l (1 - |cos(w_i, w_l)|) over all units; low = redundant.
 
     A zero row is a multiple of every other one, so its distances are 0: it scores lowest and nothing scores it.
@@ -135,7 +135,7 @@ def distances(weight: FloatArray) -> FloatArray:
     return np.where(alive, np.maximum(alive.sum() - np.concatenate(likeness), 0.0), 0.0)
 
 
-def _weights(numbers: Numbers) -> list[FloatArray]:
+def _unit_weights(numbers: CriterionInputs) -> list[FloatArray]:
     """What makes the units; for heads the value weights; failing that whatever else there is."""
     made = [w for name, w in numbers.produce.items() if numbers.role != "head" or name.startswith("vo:")]
     return made or list(numbers.produce.values()) or list(numbers.consume.values())

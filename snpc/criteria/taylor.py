@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.criteria.gates import Gated
-from snpc.types import FloatArray, Numbers
+from snpc.criteria.gates import GateCriterion
+from snpc.types import CriterionInputs, FloatArray
 
 
 @dataclass(frozen=True)
-class Taylor(Gated):
+class Taylor(GateCriterion):
     """Mean over samples of |dL/dgate|: the first-order change of each sample's loss.
 
     Molchanov et al. 2017 (arXiv 1611.06440, eq. 7): activation times gradient, summed over a unit's positions, in
@@ -21,13 +21,13 @@ class Taylor(Gated):
 
     name: ClassVar[str] = "taylor"
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
         return self.mean(numbers, "absolute")
 
 
 @dataclass(frozen=True)
-class Linear(Gated):
+class Linear(GateCriterion):
     """|mean dL/dgate|: the linear model (LM) of the change of the mean loss.
 
     Laurent et al. 2020 (arXiv 2006.12279): |g th| with the gate (one) as th, which for a unit's weights is the sum over
@@ -36,13 +36,13 @@ class Linear(Gated):
 
     name: ClassVar[str] = "lm"
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
         return np.abs(self.mean(numbers, "first"))
 
 
 @dataclass(frozen=True)
-class Quadratic(Gated):
+class Quadratic(GateCriterion):
     """|-g + h/2| of the gate, h its mean squared gradient: the quadratic model (QM) of the change of the mean loss.
 
     Laurent et al. 2020 (arXiv 2006.12279): |-g th + th H th / 2| with the gate (one) as th, and the empirical Fisher
@@ -51,6 +51,6 @@ class Quadratic(Gated):
 
     name: ClassVar[str] = "qm"
 
-    def score(self, numbers: Numbers) -> FloatArray:
+    def score(self, numbers: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
         return np.abs(self.mean(numbers, "second") / 2 - self.mean(numbers, "first"))

@@ -23,7 +23,7 @@ def dynamic_axes(graph: ir.Graph) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def bindings(graph: ir.Graph, fixed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
+def candidate_dim_sizes(graph: ir.Graph, fixed: Mapping[str, int] | None = None) -> list[dict[str, int]]:
     """Candidate sizes for the dynamic dimensions, the most telling first (all different, then all alike)."""
     axes = dynamic_axes(graph)
     plain = {name: (axis, rank) for name, _, axis, rank in axes if re.fullmatch(r"[\w.:/-]+", name)}
@@ -48,18 +48,18 @@ def evaluate_dimension(text: str, sizes: Mapping[str, int]) -> int:
     """``past_sequence_length + 1`` with the sizes of the names in it; 8 where it cannot be read."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        return max(1, _arithmetic(tree, sizes))
+        return max(1, _evaluate_arithmetic(tree, sizes))
     except (SyntaxError, KeyError, ValueError):
         return 8
 
 
-def _arithmetic(tree: ast.expr, sizes: Mapping[str, int]) -> int:
+def _evaluate_arithmetic(tree: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
         return tree.value
     if isinstance(tree, ast.Name):
         return sizes[tree.id]
     if isinstance(tree, ast.BinOp):
-        left, right = _arithmetic(tree.left, sizes), _arithmetic(tree.right, sizes)
+        left, right = _evaluate_arithmetic(tree.left, sizes), _evaluate_arithmetic(tree.right, sizes)
         if isinstance(tree.op, ast.Add):
             return left + right
         if isinstance(tree.op, ast.Sub):
@@ -71,6 +71,6 @@ def _arithmetic(tree: ast.expr, sizes: Mapping[str, int]) -> int:
     raise ValueError("not arithmetic over dimension names")
 
 
-def other_binding(sizes: Mapping[str, int]) -> dict[str, int]:
+def alternative_dim_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     """Every dimension at another size, so that what differs between the two is dynamic."""
     return {name: size * 2 if size >= 32 else size + 3 for name, size in sizes.items()}

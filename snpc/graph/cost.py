@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from snpc.ops import lookup
-from snpc.ops.attention import form, geometry
+from snpc.ops.attention import attention_form, attention_geometry
 from snpc.ops.contraction import letters_of
-from snpc.ops.spec import Blocked, Call, Letters
+from snpc.ops.spec import Blocked, Letters, OpCall
 
-Sizes = dict[str, int]
+LetterSizes = dict[str, int]
 
 
-def contraction_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Sizes]]:
+def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:
     """(part, letters, size of each letter) of every sum of products that a node does; its MACs are their product."""
     spec = lookup(domain, call.op)
     if spec.kind == "attention":
-        yield from attention_sizes(call, domain)
+        yield from attention_contractions(call, domain)
     elif spec.kind == "contraction" and spec.letters is not None:
         left, right = spec.operands
         if not (call.has(left) and call.has(right)):
@@ -36,19 +36,19 @@ def contraction_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, S
         yield "", letters, sizes
 
 
-def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]) -> Sizes:
-    sizes: Sizes = {}
+def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]) -> LetterSizes:
+    sizes: LetterSizes = {}
     for term, shape in ((letters.left, left), (letters.right, right)):
         for letter, size in zip(term, shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
     return sizes
 
 
-def attention_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Sizes]]:
-    shape = geometry(call, domain)
+def attention_contractions(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:
+    shape = attention_geometry(call, domain)
     if shape is None:
         return
-    if form(call, domain).packed == "weight":
+    if attention_form(call, domain).packed == "weight":
         width, columns = call.shape(1)
         yield (
             "projection",
@@ -60,5 +60,5 @@ def attention_sizes(call: Call, domain: str) -> Iterator[tuple[str, Letters, Siz
     yield "context", Letters("abMK", "abKN", "abMN"), {**sizes, "K": shape.kv_length, "N": shape.value_width}
 
 
-def macs_of(sizes: Mapping[str, int]) -> int:
+def count_macs(sizes: Mapping[str, int]) -> int:
     return int(np.prod(list(sizes.values()), dtype=np.float64))

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-SCOPES = "pkg.torch.onnx.name_scopes"
-PLAIN = re.compile(r"^(onnx::|node_|val_|_?[A-Za-z]+_?\d*$)")
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+GENERATED_NAME = re.compile(r"^(onnx::|node_|val_|_?[A-Za-z]+_?\d*$)")
 
 
-def path_of(node: ir.Node, constants: Iterable[str]) -> tuple[str, ...]:
+def module_path(node: ir.Node, constants: Iterable[str]) -> tuple[str, ...]:
     """Module path of a node: recorded scopes, else ``/a/a.0/b/MatMul``, else the name of a weight it reads."""
-    scopes = node.metadata_props.get(SCOPES)
+    scopes = node.metadata_props.get(SCOPES_KEY)
     if scopes:
         try:
             listed = [str(s) for s in ast.literal_eval(scopes)]
@@ -27,7 +27,7 @@ def path_of(node: ir.Node, constants: Iterable[str]) -> tuple[str, ...]:
     if "/" in name:
         return tuple(merge_scopes([p for p in name.split("/")[:-1] if p]))
     for constant in constants:
-        if "." in constant and not PLAIN.match(constant):
+        if "." in constant and not GENERATED_NAME.match(constant):
             return tuple(constant.split(".")[:-1])
     return ()
 
@@ -43,7 +43,7 @@ def merge_scopes(parts: list[str]) -> list[str]:
     return merged
 
 
-def common_path(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
+def common_module_path(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
     """What all paths share; of a single path, all but the last module (the projection itself)."""
     named = sorted(set(paths))
     if not named or not named[0]:

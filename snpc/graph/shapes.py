@@ -16,20 +16,20 @@ import onnx_ir as ir
 from onnx import defs, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from snpc.graph.binding import bindings
+from snpc.graph.binding import candidate_dim_sizes
 from snpc.ops import lookup
-from snpc.ops.spec import Call, OpSpec, Shape
-from snpc.types import AnyArray, IntArray
+from snpc.ops.spec import OpCall, OpSpec
+from snpc.types import AnyArray, IntArray, Shape
 
-Sizes = TypeVar("Sizes", Shape, IntArray)
+SizeSequence = TypeVar("SizeSequence", Shape, IntArray)
 
 MAX_INTEGERS = 1 << 22
 MAX_FLOATS = 64
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
+FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 
 @dataclass
-class Facts:
+class ShapeFacts:
     """What is known of every value under one binding: its shape (None: unknown), element type, and contents."""
 
     shape: dict[ir.Value, Shape | None] = field(default_factory=dict)
@@ -37,15 +37,15 @@ class Facts:
     value: dict[ir.Value, AnyArray] = field(default_factory=dict)
     problems: dict[ir.Node, str] = field(default_factory=dict)
 
-    def call(self, node: ir.Node, version: int) -> Call:
+    def call(self, node: ir.Node, version: int) -> OpCall:
         shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
         values = tuple(None if v is None else self.value.get(v) for v in node.inputs)
         outs = tuple(self.shape.get(v) or () for v in node.outputs)
         stored = tuple(v is not None and v.producer() is None for v in node.inputs)
-        return Call(node.op_type, version, attributes(node), shapes, values, outs, stored)
+        return OpCall(node.op_type, version, attribute_values(node), shapes, values, outs, stored)
 
 
-def attributes(node: ir.Node) -> dict[str, Any]:
+def attribute_values(node: ir.Node) -> dict[str, Any]:
     return {
         name: attr.value
         for name, attr in node.attributes.items()
@@ -53,13 +53,13 @@ def attributes(node: ir.Node) -> dict[str, Any]:
     }
 
 
-def opset(model: ir.Model, domain: str = "") -> int:
+def opset_version(model: ir.Model, domain: str = "") -> int:
     imports = model.graph.opset_imports
     return imports.get(domain, imports.get("ai.onnx", 1) if domain == "" else 1)
 
 
 def is_float(dtype: ir.DataType | None) -> bool:
-    return dtype in FLOATS
+    return dtype in FLOAT_TYPES
 
 
 # -- binding ---------------------------------------------------------------------------------------------------------
@@ -68,25 +68,25 @@ def is_float(dtype: ir.DataType | None) -> bool:
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def start(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+def initial_facts(model: ir.Model, sizes: Mapping[str, int]) -> ShapeFacts:
     """Facts of graph inputs and initializers."""
-    facts = Facts()
+    facts = ShapeFacts()
     for value in model.graph.inputs:
         facts.dtype[value] = value.dtype
-        facts.shape[value] = None if value.shape is None else bind(value.shape, str(value.name), sizes)
+        facts.shape[value] = None if value.shape is None else bind_shape(value.shape, str(value.name), sizes)
     for value in model.graph.initializers.values():
-        learn_constant(facts, value)
+        record_constant(facts, value)
     return facts
 
 
-def bind(shape: ir.Shape, name: str, sizes: Mapping[str, int]) -> Shape:
+def bind_shape(shape: ir.Shape, name: str, sizes: Mapping[str, int]) -> Shape:
     return tuple(
         dim if isinstance(dim, int) else sizes.get(str(dim.value or f"{name}.{axis}"), 8)
         for axis, dim in enumerate(shape)
     )
 
 
-def learn_constant(facts: Facts, value: ir.Value) -> None:
+def record_constant(facts: ShapeFacts, value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None:
         return
@@ -108,20 +108,20 @@ def weight_bytes(tensor: ir.TensorProtocol) -> int:
     return 0 if tensor.dtype == ir.DataType.STRING else int(tensor.nbytes)
 
 
-def evaluate(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+def infer_graph(model: ir.Model, sizes: Mapping[str, int]) -> ShapeFacts:
     """Shapes, types and known values of every value of the main graph."""
-    facts = start(model, sizes)
+    facts = initial_facts(model, sizes)
     for node in model.graph:
-        learn(facts, node, model, sizes)
+        infer_node(facts, node, model, sizes)
     return facts
 
 
-def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> None:
+def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Add what ``node`` makes to ``facts``. A node that cannot be evaluated leaves its outputs' shapes unknown."""
-    version = opset(model, node.domain)
-    if branch_taken(facts, node, model, sizes):
+    version = opset_version(model, node.domain)
+    if infer_taken_branch(facts, node, model, sizes):
         return
-    computed = compute(facts, node, version) if computable(facts, node) else None
+    computed = compute_outputs(facts, node, version) if has_computable_outputs(facts, node) else None
     if computed is not None:
         for value, array in zip(node.outputs, computed, strict=False):
             facts.shape[value] = array.shape
@@ -132,7 +132,7 @@ def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]
         return
     contradicted = False
     try:
-        infer(facts, node, model, version)
+        infer_outputs(facts, node, model, version)
     except Exception as error:  # onnx raises several unrelated types; whatever it is, the shape stays unknown
         facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
         unknown = isinstance(error, defs.SchemaError) or any(
@@ -143,11 +143,11 @@ def learn(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]
         if facts.shape.get(value) is None:
             hint = None if contradicted else value.shape
             static = hint is not None and all(isinstance(d, int) or str(d.value) in sizes for d in hint)
-            facts.shape[value] = bind(hint, "", sizes) if static and hint is not None else None
+            facts.shape[value] = bind_shape(hint, "", sizes) if static and hint is not None else None
             facts.dtype.setdefault(value, value.dtype)
 
 
-def branch_taken(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> bool:
+def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> bool:
     """Learn what a branch makes whose condition is known: exporters ask about ranks and sizes."""
     names = lookup(node.domain, node.op_type).branches
     condition = facts.value.get(node.inputs[0]) if names and node.inputs[0] is not None else None
@@ -155,14 +155,14 @@ def branch_taken(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[st
         return False
     graph = node.attributes[names[0 if bool(condition.reshape(-1)[0]) else 1]].as_graph()
     for value in graph.initializers.values():
-        learn_constant(facts, value)
+        record_constant(facts, value)
     for inner in graph:
         constant = inner.attributes.get("value") if not inner.inputs else None
         if constant is not None and constant.type == ir.AttributeType.TENSOR:
             inner.outputs[0].const_value = constant.as_tensor()
-            learn_constant(facts, inner.outputs[0])
+            record_constant(facts, inner.outputs[0])
         else:
-            learn(facts, inner, model, sizes)
+            infer_node(facts, inner, model, sizes)
     for inside, outside in zip(graph.outputs, node.outputs, strict=True):
         facts.shape[outside], facts.dtype[outside] = facts.shape.get(inside), facts.dtype.get(inside)
         if inside in facts.value:
@@ -170,9 +170,9 @@ def branch_taken(facts: Facts, node: ir.Node, model: ir.Model, sizes: Mapping[st
     return True
 
 
-def computable(facts: Facts, node: ir.Node) -> bool:
+def has_computable_outputs(facts: ShapeFacts, node: ir.Node) -> bool:
     """Shape arithmetic: every input's contents are known, and the result is small."""
-    if node.domain or lookup("", node.op_type).draws or subgraphs(node):
+    if node.domain or lookup("", node.op_type).draws or has_subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
         return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
@@ -182,42 +182,44 @@ def computable(facts: Facts, node: ir.Node) -> bool:
     if not all(v in facts.value for v in present):
         return False
     total = sum(facts.value[v].size for v in present)
-    return total <= MAX_INTEGERS and not (node.op_type == "ConstantOfShape" and total_of(facts, present) > MAX_INTEGERS)
+    return total <= MAX_INTEGERS and not (
+        node.op_type == "ConstantOfShape" and requested_elements(facts, present) > MAX_INTEGERS
+    )
 
 
-def total_of(facts: Facts, values: Sequence[ir.Value]) -> int:
+def requested_elements(facts: ShapeFacts, values: Sequence[ir.Value]) -> int:
     return int(np.prod(facts.value[values[0]], dtype=np.int64))
 
 
-def subgraphs(node: ir.Node) -> bool:
+def has_subgraphs(node: ir.Node) -> bool:
     return any(
         isinstance(attr, ir.Attr) and attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         for attr in node.attributes.values()
     )
 
 
-def compute(facts: Facts, node: ir.Node, version: int) -> list[AnyArray] | None:
+def compute_outputs(facts: ShapeFacts, node: ir.Node, version: int) -> list[AnyArray] | None:
     if node.op_type == "Shape":
         shape = facts.shape[node.inputs[0]]  # type: ignore[index]
         assert shape is not None
-        return [np.asarray(part_of(node, shape), np.int64)]
+        return [np.asarray(select_dimensions(node, shape), np.int64)]
     if node.op_type == "Size":
         return [np.asarray(np.prod(facts.shape[node.inputs[0]], dtype=np.int64))]  # type: ignore[index, arg-type]
     try:
-        results = by_reference(node, facts.value, version)
+        results = run_reference(node, facts.value, version)
     except Exception as error:  # an operator the reference does not have: shape inference may still know it
         facts.problems[node] = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
     return [np.asarray(r) for r in results] if all(isinstance(r, np.ndarray | np.generic) for r in results) else None
 
 
-def part_of(node: ir.Node, sizes: Sizes) -> Sizes:
+def select_dimensions(node: ir.Node, sizes: SizeSequence) -> SizeSequence:
     """Of the sizes of what it reads, those that a node gives that asks for them."""
-    attrs = attributes(node)
+    attrs = attribute_values(node)
     return sizes[attrs.get("start", 0) : attrs.get("end", len(sizes))]
 
 
-def by_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
+def run_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
     """What onnx's own evaluator makes of known inputs. Raises what it raises."""
     proto = ir.serde.serialize_node(node)
     feeds = {str(v.name): known[v] for v in node.inputs if v is not None}
@@ -225,7 +227,7 @@ def by_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int
         return list(ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds))
 
 
-def whose_shape(value: ir.Value | None) -> ir.Value | None:
+def shape_source(value: ir.Value | None) -> ir.Value | None:
     """The tensor of which ``value`` is the whole shape; None where it is anything else."""
     node = value.producer() if value is not None else None
     if node is None or node.domain or node.op_type != "Shape" or node.attributes:
@@ -233,17 +235,17 @@ def whose_shape(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0]
 
 
-def spec_source(node: ir.Node, spec: OpSpec) -> ir.Value:
+def dtype_source(node: ir.Node, spec: OpSpec) -> ir.Value:
     """The input whose element type the outputs have."""
     source = node.inputs[spec.typed_by]
     assert source is not None
     return source
 
 
-def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
+def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: int) -> None:
     spec = lookup(node.domain, node.op_type)
     if spec.out_shapes is not None:
-        kind = facts.dtype.get(spec_source(node, spec))
+        kind = facts.dtype.get(dtype_source(node, spec))
         for index, out in enumerate(node.outputs):
             facts.dtype[out] = ir.DataType.INT32 if index in spec.lengths else kind
             facts.shape[out] = None
@@ -281,11 +283,11 @@ def infer(facts: Facts, node: ir.Node, model: ir.Model, version: int) -> None:
         facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
 
 
-def best_binding(model: ir.Model, fixed: Mapping[str, int] | None = None) -> tuple[dict[str, int], Facts]:
+def choose_dim_sizes(model: ir.Model, fixed: Mapping[str, int] | None = None) -> tuple[dict[str, int], ShapeFacts]:
     """The candidate binding under which most shapes are known, with its facts."""
-    best: tuple[int, dict[str, int], Facts] | None = None
-    for sizes in bindings(model.graph, fixed):
-        facts = evaluate(model, sizes)
+    best: tuple[int, dict[str, int], ShapeFacts] | None = None
+    for sizes in candidate_dim_sizes(model.graph, fixed):
+        facts = infer_graph(model, sizes)
         missing = sum(1 for shape in facts.shape.values() if shape is None)
         if best is None or missing < best[0]:
             best = (missing, sizes, facts)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts
-from snpc.graph.traversal import reads
+from snpc.graph.shapes import ShapeFacts
+from snpc.graph.traversal import used_values
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Segment:
     needed: frozenset[str]
 
 
-def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
+def split_into_segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
     """The graph cut after ``ends`` (indices of first nodes that no longer belong), its last nodes included."""
     nodes = list(model.graph)
     made = {value: k for k, node in enumerate(nodes) for value in node.outputs}
     made |= {value: -1 for value in model.graph.inputs if not value.is_initializer()}
     last_use = dict.fromkeys(made, -1)
     for k, node in enumerate(nodes):
-        for value in reads(node):
+        for value in used_values(node):
             if value in made:
                 last_use[value] = k
     for value in model.graph.outputs:
@@ -42,7 +42,9 @@ def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
     found = []
     first = 0
     for last in sorted({*ends, len(nodes)} - {0}):
-        used = {value: None for node in nodes[first:last] for value in reads(node) if made.get(value, first) < first}
+        used = {
+            value: None for node in nodes[first:last] for value in used_values(node) if made.get(value, first) < first
+        }
         out = [v for node in nodes[first:last] for v in node.outputs if v.name and last_use.get(v, -1) >= last]
         needed = frozenset(str(v.name) for v, k in last_use.items() if k >= last and made[v] < last)
         found.append(Segment(first, last, tuple(str(v.name) for v in used), tuple(str(v.name) for v in out), needed))
@@ -50,12 +52,12 @@ def segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
     return found
 
 
-def extract(model: ir.Model, segment: Segment, facts: Facts) -> ir.Model:
+def extract_segment(model: ir.Model, segment: Segment, facts: ShapeFacts) -> ir.Model:
     """A model of copies of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders; they
     must be known."""
     types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
     inside = list(model.graph)[segment.first : segment.last]
-    used = {value: None for node in inside for value in reads(node)}
+    used = {value: None for node in inside for value in used_values(node)}
     known = {str(v.name): v for v in (*used, *(out for node in inside for out in node.outputs))}
     graph = ir.GraphView(
         [known[name] for name in segment.inputs],

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts
+from snpc.graph.shapes import ShapeFacts
 from snpc.ops import lookup
 
 
-def reads(node: ir.Node) -> Iterator[ir.Value]:
+def used_values(node: ir.Node) -> Iterator[ir.Value]:
     """What a node uses, the bodies of its subgraphs included."""
     for value in node.inputs:
         if value is not None:
@@ -19,10 +19,10 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
     for attribute in node.attributes.values():
         if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
             for inner in attribute.as_graph():
-                yield from reads(inner)
+                yield from used_values(inner)
 
 
-def in_front_of(value: ir.Value) -> set[ir.Node]:
+def ancestor_nodes(value: ir.Value) -> set[ir.Node]:
     """The nodes that ``value`` is made by."""
     found: set[ir.Node] = set()
     todo = [value]
@@ -30,16 +30,18 @@ def in_front_of(value: ir.Value) -> set[ir.Node]:
         node = todo.pop().producer()
         if node is not None and node not in found:
             found.add(node)
-            todo += reads(node)
+            todo += used_values(node)
     return found
 
 
-def data_made(model: ir.Model) -> frozenset[ir.Value]:
+def data_dependent_values(model: ir.Model) -> frozenset[ir.Value]:
     """Values that the contents of the graph's inputs have gone into, not only their shapes."""
-    return behind_of(model, [value for value in model.graph.inputs if not value.is_initializer()])
+    return dependent_values(model, [value for value in model.graph.inputs if not value.is_initializer()])
 
 
-def behind_of(model: ir.Model, values: Iterable[ir.Value], without: Container[ir.Node] = ()) -> frozenset[ir.Value]:
+def dependent_values(
+    model: ir.Model, values: Iterable[ir.Value], without: Container[ir.Node] = ()
+) -> frozenset[ir.Value]:
     """``values``, and everything that their contents have gone into, not by way of the nodes ``without``."""
     found = set(values)
     for node in model.graph:
@@ -53,7 +55,7 @@ def behind_of(model: ir.Model, values: Iterable[ir.Value], without: Container[ir
 
 
 @dataclass(frozen=True)
-class Scalar:
+class ScalarFactor:
     """One number that multiplies (or divides) Q, K or the scores."""
 
     node: ir.Node
@@ -65,7 +67,7 @@ class Scalar:
         return 1.0 / factor if self.divides else factor
 
 
-def scalar_of(node: ir.Node, facts: Facts) -> tuple[Scalar | None, bool]:
+def scalar_factor_of(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | None, bool]:
     """(the number this node multiplies by, whether values only move through it)."""
     spec = lookup(node.domain, node.op_type)
     if spec.kind == "movement" or (spec.effect == "same" and spec.kind == "pointwise"):
@@ -80,13 +82,13 @@ def scalar_of(node: ir.Node, facts: Facts) -> tuple[Scalar | None, bool]:
             if divides and index == 0:
                 continue
             number = float(array.reshape(-1)[0])
-            return Scalar(node, index, 1.0 / number if divides else number, divides), False
+            return ScalarFactor(node, index, 1.0 / number if divides else number, divides), False
     return None, False
 
 
-def is_shape(node: ir.Node) -> bool:
+def reads_only_shape(node: ir.Node) -> bool:
     return lookup(node.domain, node.op_type).kind == "shape"
 
 
-def v_is_constant(value: ir.Value) -> bool:
+def is_stored_constant(value: ir.Value) -> bool:
     return value.producer() is None and value.const_value is not None

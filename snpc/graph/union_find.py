@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.types import Ints
+from snpc.types import IntArray
 
 
-def components(count: int, pairs: Sequence[tuple[Ints, Ints]]) -> Ints:
+def connected_components(count: int, pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
     """Smallest member of each member's connected component."""
     parent = np.arange(count, dtype=np.int64)
     if not pairs:
@@ -30,7 +30,7 @@ def components(count: int, pairs: Sequence[tuple[Ints, Ints]]) -> Ints:
             parent = shorter
 
 
-class Groups:
+class DisjointSets:
     """Disjoint sets of values."""
 
     def __init__(self) -> None:

@@ -7,17 +7,34 @@ from __future__ import annotations
 
 from functools import cache
 
-from snpc.ops import attention, contraction, indexing, movement, normalization, opaque, pointwise, rotary
+from snpc.ops.attention import attention_entries
+from snpc.ops.contraction import contraction_entries
+from snpc.ops.indexing import indexing_entries
+from snpc.ops.movement import movement_entries
+from snpc.ops.normalization import normalization_entries
+from snpc.ops.opaque import opaque_entries
+from snpc.ops.pointwise import pointwise_entries
+from snpc.ops.rotary import rotary_entries
 from snpc.ops.spec import OpSpec
 
-__all__ = ["lookup", "table"]
+__all__ = ["lookup", "operator_table"]
 
 
 @cache
-def table() -> dict[tuple[str, str], OpSpec]:
+def operator_table() -> dict[tuple[str, str], OpSpec]:
     found: dict[tuple[str, str], OpSpec] = {}
-    for family in (movement, indexing, contraction, pointwise, normalization, attention, rotary, opaque):
-        for spec in family.entries():
+    families = (
+        movement_entries,
+        indexing_entries,
+        contraction_entries,
+        pointwise_entries,
+        normalization_entries,
+        attention_entries,
+        rotary_entries,
+        opaque_entries,
+    )
+    for entries in families:
+        for spec in entries():
             key = (spec.domain, spec.name)
             if key in found:
                 raise ValueError(f"two entries for operator {spec.domain}::{spec.name}")
@@ -28,7 +45,7 @@ def table() -> dict[tuple[str, str], OpSpec]:
 @cache
 def lookup(domain: str, name: str) -> OpSpec:
     domain = "" if domain == "ai.onnx" else domain
-    known = table().get((domain, name))
+    known = operator_table().get((domain, name))
     if known:
         return known
     label = f"{domain}.{name}" if domain else name

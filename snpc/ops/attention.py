@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from snpc.ops.spec import Call, OpSpec, Shape
+from snpc.ops.spec import MICROSOFT, OpCall, OpSpec
+from snpc.types import Shape
 
-MICROSOFT = "com.microsoft"
-
-Packed = Literal["weight", "columns", ""]
+PackedKind = Literal["weight", "columns", ""]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class AttentionForm:
     key: int = 1
     value: int = 2
     bias: int | None = None
-    packed: Packed = ""
+    packed: PackedKind = ""
     scores: int | None = None
     past: tuple[int, ...] = ()
     present: tuple[int, ...] = (1, 2)
@@ -38,14 +37,14 @@ class AttentionForm:
     masks: tuple[int, ...] = ()
     one_row: bool = False
 
-    def others(self, call: Call) -> list[int]:
+    def others(self, call: OpCall) -> list[int]:
         """Inputs with no part in the algebra: masks, lengths, and whatever a newer version has added."""
         taken = {self.query, self.bias, self.scores, *self.past, *self.rotary}
         taken |= {1} if self.packed == "weight" else {self.key, self.value}
         return [k for k in range(len(call.shapes)) if k not in taken]
 
 
-FORMS = {
+ATTENTION_FORMS = {
     ("", "Attention"): AttentionForm(scores=3, past=(4, 5), masks=(3,)),
     (MICROSOFT, "MultiHeadAttention"): AttentionForm(bias=3, scores=5, past=(6, 7), masks=(4, 5)),
     (MICROSOFT, "DecoderMaskedMultiHeadAttention"): AttentionForm(
@@ -61,10 +60,10 @@ FORMS = {
 }
 
 
-def form(call: Call, domain: str) -> AttentionForm:
+def attention_form(call: OpCall, domain: str) -> AttentionForm:
     """The form of one node: packed columns only where it has no key of its own; com.microsoft's kernels
     want keys and values of one shape where they are split into heads already, and behind a past."""
-    found = FORMS[domain, call.op]
+    found = ATTENTION_FORMS[domain, call.op]
     if found.packed == "columns" and call.has(found.key):
         found = replace(found, packed="")
     if domain != MICROSOFT or found.packed:
@@ -75,7 +74,7 @@ def form(call: Call, domain: str) -> AttentionForm:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class AttentionGeometry:
     """Sizes of a fused node: [batch, heads, length, width] of the query, and what keys and values differ in."""
 
     batch: int
@@ -92,25 +91,25 @@ class Geometry:
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
 
 
-def head_counts(call: Call) -> tuple[int, int]:
+def head_counts(call: OpCall) -> tuple[int, int]:
     """(query heads, key heads) of a node whose inputs are [B,N,H*D]; (0, 0) where they are [B,H,N,D]."""
     heads = int(call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0)))
     return heads, int(call.attrs.get("kv_num_heads", heads))
 
 
-def geometry(call: Call, domain: str) -> Geometry | None:
+def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     """None where a part is missing or packed in a way that snpc does not take apart."""
-    shape = form(call, domain)
+    shape = attention_form(call, domain)
     heads, kv_heads = head_counts(call)
     if not call.has(shape.query):
         return None
     query = (1,) * (3 - len(call.shape(shape.query))) + call.shape(shape.query)
     if shape.packed == "weight":
-        widths = packed_sizes(call)
-        return Geometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
+        widths = packed_weight_widths(call)
+        return AttentionGeometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
     if shape.packed == "columns":
         width = query[2] // (heads + 2 * kv_heads)
-        return Geometry(query[0], heads, kv_heads, query[1], query[1], width, width)
+        return AttentionGeometry(query[0], heads, kv_heads, query[1], query[1], width, width)
     if not (call.has(shape.key) and call.has(shape.value)) or len(query) > 4:
         return None
     if len(query) == 4:
@@ -118,12 +117,12 @@ def geometry(call: Call, domain: str) -> Geometry | None:
     length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     kv_length = call.shape(shape.key)[-2]
     value = call.shape(shape.value)
-    return Geometry(
+    return AttentionGeometry(
         query[0], heads, kv_heads, length, kv_length, width, value[3] if len(value) == 4 else value[-1] // kv_heads
     )
 
 
-def packed_sizes(call: Call) -> tuple[int, int, int]:
+def packed_weight_widths(call: OpCall) -> tuple[int, int, int]:
     """Widths of Q, K and V in com.microsoft.Attention's merged weight."""
     sizes = call.attrs.get("qkv_hidden_sizes")
     if sizes:
@@ -132,18 +131,18 @@ def packed_sizes(call: Call) -> tuple[int, int, int]:
     return third, third, third
 
 
-def merged_sizes(call: Call, domain: str) -> tuple[int, int, int]:
+def qkv_widths(call: OpCall, domain: str) -> tuple[int, int, int]:
     """Widths of Q, K and V in what a node holds of all three."""
-    sizes = geometry(call, domain)
+    sizes = attention_geometry(call, domain)
     assert sizes is not None
     return sizes.columns
 
 
-def _shapes(domain: str) -> Any:
+def _attention_shapes(domain: str) -> Any:
     """Output shapes of com.microsoft's nodes: the context as flat as the query, then keys and values as they grow."""
 
-    def shapes(call: Call) -> list[Shape]:
-        found, sizes = form(call, domain), geometry(call, domain)
+    def shapes(call: OpCall) -> list[Shape]:
+        found, sizes = attention_form(call, domain), attention_geometry(call, domain)
         if sizes is None:
             return []
         width = sizes.heads * sizes.value_width
@@ -159,11 +158,13 @@ def _shapes(domain: str) -> Any:
     return shapes
 
 
-def _shares_buffer(call: Call) -> bool:
+def _shares_buffer(call: OpCall) -> bool:
     return bool(call.attrs.get("past_present_share_buffer", 0))
 
 
-def _refit(call: Call, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]) -> Mapping[str, Any]:
+def _resize_attention_attributes(
+    call: OpCall, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]
+) -> Mapping[str, Any]:
     """Attributes that spell heads or widths. The key's heads are those of the query by then."""
     _, heads, _, width = parts["query"]
     old, old_kv = head_counts(call)
@@ -175,12 +176,12 @@ def _refit(call: Call, domain: str, parts: Mapping[str, Shape], cuts: Mapping[in
     attrs: dict[str, Any] = {"num_heads": heads}
     if "kv_num_heads" in call.attrs:
         attrs["kv_num_heads"] = kv_heads
-    if form(call, domain).packed == "weight":
+    if attention_form(call, domain).packed == "weight":
         attrs["qkv_hidden_sizes"] = [heads * width] * 2 + [heads * parts["value"][3]]
     return attrs
 
 
-def entries() -> list[OpSpec]:
+def attention_entries() -> list[OpSpec]:
     says = "Q and K join per head and width; V passes per head; the scale is an attribute that is always written"
     grouped = "as Attention; keys and values keep the same positions, eight neighbours together"
     names = {
@@ -191,9 +192,16 @@ def entries() -> list[OpSpec]:
         "Attention": f"{says}; its weight's columns are cut",
     }
     return [
-        OpSpec("Attention", "attention", says, refit=_refit),
+        OpSpec("Attention", "attention", says, refit=_resize_attention_attributes),
         *(
-            OpSpec(name, "attention", text, domain=MICROSOFT, refit=_refit, out_shapes=_shapes(MICROSOFT))
+            OpSpec(
+                name,
+                "attention",
+                text,
+                domain=MICROSOFT,
+                refit=_resize_attention_attributes,
+                out_shapes=_attention_shapes(MICROSOFT),
+            )
             for name, text in names.items()
         ),
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from string import ascii_letters
 
-from snpc.ops.spec import MISFIT, Blocked, Call, Letters, OpSpec, Shape
+from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, Blocked, Letters, OpCall, OpSpec
+from snpc.types import Shape
 
 
 def matmul_letters(left_rank: int, right_rank: int) -> Letters:
@@ -17,11 +18,11 @@ def matmul_letters(left_rank: int, right_rank: int) -> Letters:
     return Letters(left, right, out)
 
 
-def _matmul(call: Call) -> Letters:
+def _matmul(call: OpCall) -> Letters:
     return matmul_letters(len(call.shape(0)), len(call.shape(1)))
 
 
-def _fused_matmul(call: Call) -> Letters:
+def _fused_matmul(call: OpCall) -> Letters:
     """com.microsoft.FusedMatMul: attributes transpose the operands."""
     letters = _matmul(call)
     left, right = (
@@ -39,37 +40,37 @@ def _as_stored(term: str, last_two: bool, batch: bool) -> str:
     return term[-2] + term[:-2] + term[-1] if batch and len(term) > 2 else term
 
 
-def _gemm(call: Call) -> Letters:
+def _gemm(call: OpCall) -> Letters:
     left = "KM" if call.attrs.get("transA", 0) else "MK"
     right = "NK" if call.attrs.get("transB", 0) else "KN"
     return Letters(left, right, "MN")
 
 
-def _gemm_bias(call: Call) -> str:
+def _gemm_bias(call: OpCall) -> str:
     rank = len(call.shape(2))
     if rank > 2:
-        raise Blocked(0, MISFIT)
+        raise Blocked(0, SHAPE_MISMATCH)
     return "MN"[2 - rank :]
 
 
-def letters_of(spec: OpSpec, call: Call) -> Letters:
+def letters_of(spec: OpSpec, call: OpCall) -> Letters:
     """The sum of products that a node does. Raises Blocked where its operands do not fit it, or each other."""
     assert spec.letters is not None
     left, right = (call.shape(k) for k in spec.operands)
     try:
         letters = spec.letters(call)
     except IndexError:
-        raise Blocked(0, MISFIT) from None
+        raise Blocked(0, SHAPE_MISMATCH) from None
     ranks = len(letters.left), len(letters.right)
     out = call.outs[0] if call.outs else ()
     if ranks != (len(left), len(right)) or (out and len(letters.out) != len(out)):
-        raise Blocked(0, MISFIT)
+        raise Blocked(0, SHAPE_MISMATCH)
     sizes = dict(zip(letters.left, left, strict=True))
     for letter, size in zip(letters.right, right, strict=True) if not letters.windowed else ():
         summed = letter in letters.left and letter not in letters.out
         other = sizes.get(letter, size)
         if other != size and (summed or 1 not in (other, size)):
-            raise Blocked(0, MISFIT)
+            raise Blocked(0, SHAPE_MISMATCH)
     return letters
 
 
@@ -99,7 +100,7 @@ def parse_einsum(equation: str, shapes: list[Shape]) -> list[str]:
     return [*spelled, out.replace("...", dots)]
 
 
-def _einsum(call: Call) -> Letters:
+def _einsum(call: OpCall) -> Letters:
     if "equation" not in call.attrs:
         raise Blocked(0, "it has no equation")
     shapes = [call.shape(k) for k in range(len(call.shapes))]
@@ -111,23 +112,23 @@ def _einsum(call: Call) -> Letters:
     return Letters(terms[0], terms[1], terms[2])
 
 
-def _spatial(call: Call) -> tuple[str, str]:
+def _spatial_letters(call: OpCall) -> tuple[str, str]:
     """Letters of the axes behind batch and channels, of the data and of the filter."""
     count = len(call.shape(0)) - 2
     return ascii_letters[:count], "".join("KLMNOP"[k] for k in range(count))
 
 
-def _conv(call: Call) -> Letters:
-    spatial, kernel = _spatial(call)
+def _conv(call: OpCall) -> Letters:
+    spatial, kernel = _spatial_letters(call)
     return Letters("BI" + spatial, "CI" + kernel, "BC" + spatial, windowed=spatial)
 
 
-def _conv_transpose(call: Call) -> Letters:
-    spatial, kernel = _spatial(call)
+def _conv_transpose(call: OpCall) -> Letters:
+    spatial, kernel = _spatial_letters(call)
     return Letters("BI" + spatial, "IC" + kernel, "BC" + spatial, windowed=spatial)
 
 
-def _matmul_shape(call: Call) -> list[Shape]:
+def _matmul_shape(call: OpCall) -> list[Shape]:
     letters = _fused_matmul(call)
     sizes: dict[str, int] = {}
     for term, shape in ((letters.left, call.shape(0)), (letters.right, call.shape(1))):
@@ -136,18 +137,15 @@ def _matmul_shape(call: Call) -> list[Shape]:
     return [tuple(sizes[letter] for letter in letters.out)]
 
 
-def _conv_attrs(old: Call, new: Call) -> dict[str, int]:
+def _conv_attrs(old: OpCall, new: OpCall) -> dict[str, int]:
     """A depthwise convolution has one group per channel, however many stay."""
     if old.has(0) and new.has(0) and int(old.attrs.get("group", 1)) == old.shape(0)[1] > 1:
         return {"group": new.shape(0)[1]}
     return {}
 
 
-MICROSOFT = "com.microsoft"
-
-
-def entries() -> list[OpSpec]:
-    def bias_channel(call: Call) -> str:
+def contraction_entries() -> list[OpSpec]:
+    def bias_channel(call: OpCall) -> str:
         return "C"
 
     return [
@@ -223,7 +221,7 @@ def entries() -> list[OpSpec]:
     ]
 
 
-def _conv_shape(call: Call) -> Shape:
+def _conv_shape(call: OpCall) -> Shape:
     """Pads are given, or nothing is padded, or outputs are as many as strides."""
     data, weight = call.shape(0), call.shape(1)
     rank = len(data) - 2
@@ -239,7 +237,7 @@ def _conv_shape(call: Call) -> Shape:
     return (data[0], weight[0], *sizes)
 
 
-def _gemm_shape(call: Call) -> Shape:
+def _gemm_shape(call: OpCall) -> Shape:
     letters = _gemm(call)
     sizes = dict(zip(letters.left, call.shape(0), strict=True)) | dict(zip(letters.right, call.shape(1), strict=True))
     return (sizes["M"], sizes["N"])

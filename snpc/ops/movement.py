@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from snpc.ops.spec import Blocked, Call, Cut, Labels, OpSpec, Repair, Shape
+from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec, ParameterUpdate, TensorCut
+from snpc.types import Shape
 
 
-def compress(labels: Labels) -> Labels:
+def collapse_constant_axes(labels: Labels) -> Labels:
     """Drop to size 1 every axis along which the labels are constant."""
     for axis, size in enumerate(labels.shape):
         if size > 1:
@@ -23,7 +24,7 @@ def compress(labels: Labels) -> Labels:
     return labels
 
 
-def regroup(labels: Labels, source: Shape, target: Shape) -> Labels:
+def reshape_labels(labels: Labels, source: Shape, target: Shape) -> Labels:
     """Reshape ``source`` to ``target``: only the axes that are merged or split together are touched.
 
     ``[1,1,768]`` describing ``[8,197,768]`` becomes ``[1,1,12,64]`` without ever holding 8 x 197 x 768 labels.
@@ -59,17 +60,17 @@ def regroup(labels: Labels, source: Shape, target: Shape) -> Labels:
         varies = any(labels.shape[k] > 1 for k in left)
         full += [source[k] if varies else 1 for k in left]
         shape_out += [target[k] if varies else 1 for k in right]
-    return compress(np.broadcast_to(labels, full).reshape(shape_out))
+    return collapse_constant_axes(np.broadcast_to(labels, full).reshape(shape_out))
 
 
-def _reshape(call: Call, labels: Labels) -> list[Labels]:
-    return [regroup(labels, call.shape(0), call.outs[0])]
+def _reshape(call: OpCall, labels: Labels) -> list[Labels]:
+    return [reshape_labels(labels, call.shape(0), call.outs[0])]
 
 
-def _reshape_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _reshape_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     old = call.values[1]
     if old is None:
-        return Repair(inputs={1: np.asarray(outs[0].new, np.int64)})
+        return ParameterUpdate(inputs={1: np.asarray(outs[0].new, np.int64)})
     allow_zero = bool(call.attrs.get("allowzero", 0))
     new = np.array(old, np.int64)
     for axis, (before, after) in enumerate(zip(outs[0].old, outs[0].new, strict=True)):
@@ -77,33 +78,33 @@ def _reshape_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
         still_right = old[axis] == -1 or (copies and axis < len(data.new) and data.new[axis] == after)
         if (copies and not still_right) or (before != after and not still_right):
             new[axis] = after
-    return Repair(inputs={1: new})
+    return ParameterUpdate(inputs={1: new})
 
 
-def _transpose(call: Call, labels: Labels) -> list[Labels]:
+def _transpose(call: OpCall, labels: Labels) -> list[Labels]:
     perm = call.attrs.get("perm") or tuple(reversed(range(labels.ndim)))
     return [labels.transpose(perm)]
 
 
-def _expand(call: Call, labels: Labels) -> list[Labels]:
+def _expand(call: OpCall, labels: Labels) -> list[Labels]:
     rank = len(call.outs[0])
     return [labels.reshape((1,) * (rank - labels.ndim) + labels.shape)]
 
 
-def _expand_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _expand_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     old = call.values[1]
     out = outs[0]
     if old is None:
-        return Repair(inputs={1: np.asarray(out.new, np.int64)})
+        return ParameterUpdate(inputs={1: np.asarray(out.new, np.int64)})
     new = np.array(old, np.int64)
     offset = len(out.old) - len(new)
     for axis in range(len(new)):
         if new[axis] != 1 and out.old[axis + offset] != out.new[axis + offset]:
             new[axis] = out.new[axis + offset]
-    return Repair(inputs={1: new})
+    return ParameterUpdate(inputs={1: new})
 
 
-def slice_parameters(call: Call) -> list[tuple[int, int, int, int]]:
+def slice_parameters(call: OpCall) -> list[tuple[int, int, int, int]]:
     """(axis, start, end, step) of every axis of a Slice, counted from the front and clipped to the axis."""
     rank = len(call.shape(0))
     if call.version < 10:
@@ -125,16 +126,16 @@ def slice_parameters(call: Call) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _slice(call: Call, labels: Labels) -> list[Labels]:
+def _slice(call: OpCall, labels: Labels) -> list[Labels]:
     for axis, start, end, step in slice_parameters(call):
         if labels.shape[axis] > 1:
             index = [slice(None)] * labels.ndim
             index[axis] = slice(start, end if end >= 0 else None, step)
             labels = labels[tuple(index)]
-    return [compress(labels)]
+    return [collapse_constant_axes(labels)]
 
 
-def _slice_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _slice_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     bounds = slice_parameters(call)
     starts, ends, steps = [], [], []
     for axis, start, end, step in bounds:
@@ -147,13 +148,13 @@ def _slice_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
     same_steps = steps == [step for *_, step in bounds]
     if call.version < 10:
         axes = [axis for axis, *_ in bounds]
-        return Repair(attrs={"starts": starts, "ends": ends, "axes": axes})
+        return ParameterUpdate(attrs={"starts": starts, "ends": ends, "axes": axes})
     kinds = [call.values[1].dtype, call.values[2].dtype]  # type: ignore[union-attr]
     inputs = {1: np.asarray(starts, kinds[0]), 2: np.asarray(ends, kinds[1])}
-    return Repair(inputs=inputs if same_steps else inputs | {4: np.asarray(steps, kinds[0])})
+    return ParameterUpdate(inputs=inputs if same_steps else inputs | {4: np.asarray(steps, kinds[0])})
 
 
-def _kept_slice(data: Cut, axis: int, start: int, end: int, step: int) -> tuple[int, int, int]:
+def _kept_slice(data: TensorCut, axis: int, start: int, end: int, step: int) -> tuple[int, int, int]:
     """(start, end, step) among the positions that stay of those that a slice picks."""
     kept = data.keep(axis)
     if step == 1 or kept is None:
@@ -170,28 +171,28 @@ def _kept_slice(data: Cut, axis: int, start: int, end: int, step: int) -> tuple[
     return int(places[0]), int(places[-1]) + 1, gaps.pop() if gaps else step
 
 
-def split_axis(call: Call) -> int:
+def split_axis(call: OpCall) -> int:
     return int(call.attrs.get("axis", 0)) % len(call.shape(0))
 
 
-def _split(call: Call, labels: Labels) -> list[Labels]:
+def _split_labels(call: OpCall, labels: Labels) -> list[Labels]:
     axis = split_axis(call)
     if labels.shape[axis] == 1:
         return [labels] * len(call.outs)
     ends = np.cumsum([out[axis] for out in call.outs])
     if ends[-1] != labels.shape[axis]:
         raise Blocked(axis, "its parts do not add up to the axis")
-    return [compress(part) for part in np.split(labels, ends[:-1], axis)]
+    return [collapse_constant_axes(part) for part in np.split(labels, ends[:-1], axis)]
 
 
-def _split_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _split_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     sizes = [out.new[split_axis(call)] for out in outs]
     if call.version < 13:
-        return Repair(attrs={"split": sizes})
-    return Repair(inputs={1: np.asarray(sizes, np.int64)}, attrs={"num_outputs": None})
+        return ParameterUpdate(attrs={"split": sizes})
+    return ParameterUpdate(inputs={1: np.asarray(sizes, np.int64)}, attrs={"num_outputs": None})
 
 
-def _gather(call: Call, labels: Labels) -> list[Labels]:
+def _gather(call: OpCall, labels: Labels) -> list[Labels]:
     axis = int(call.attrs.get("axis", 0)) % labels.ndim
     indices = call.value(1)
     inner = len(call.shape(1))
@@ -202,18 +203,18 @@ def _gather(call: Call, labels: Labels) -> list[Labels]:
         raise Blocked(axis, "which entries are read depends on the data")
     if indices.size and not -labels.shape[axis] <= indices.min() <= indices.max() < labels.shape[axis]:
         raise Blocked(axis, "an index lies outside of it")
-    if call.stored_value(1) is None and repeats(labels, axis):
+    if call.stored_value(1) is None and has_repeated_labels(labels, axis):
         raise Blocked(axis, "the indices are computed from sizes that are not fixed")
-    return [compress(labels.take(indices, axis))]
+    return [collapse_constant_axes(labels.take(indices, axis))]
 
 
-def repeats(labels: Labels, axis: int) -> bool:
+def has_repeated_labels(labels: Labels, axis: int) -> bool:
     """Does a label come twice along ``axis``, as where it was merged with that of the samples?"""
     rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
     return len(np.unique(rows, axis=0)) < len(rows)
 
 
-def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _gather_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     axis = int(call.attrs.get("axis", 0)) % len(data.old)
     indices = call.values[1]
     keep = data.keep(axis)
@@ -228,14 +229,14 @@ def _gather_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
             moved = moved.take(kept, inner)
     if (moved < 0).any():
         raise Blocked(axis, "a removed position is still read")
-    return Repair(inputs={1: moved.astype(indices.dtype)})
+    return ParameterUpdate(inputs={1: moved.astype(indices.dtype)})
 
 
-def _keep_rank(call: Call, labels: Labels) -> list[Labels]:
+def _identity(call: OpCall, labels: Labels) -> list[Labels]:
     return [labels]
 
 
-def _pad(call: Call, labels: Labels) -> list[Labels]:
+def _pad(call: OpCall, labels: Labels) -> list[Labels]:
     pads = call.attrs.get("pads") if call.version < 11 else call.value(1)
     if pads is None:
         raise Blocked(0, "its padding depends on the data")
@@ -253,18 +254,24 @@ def _pad(call: Call, labels: Labels) -> list[Labels]:
     return [labels]
 
 
-def _tile(call: Call, labels: Labels) -> list[Labels]:
+def _tile(call: OpCall, labels: Labels) -> list[Labels]:
     repeats = call.value(1)
     if repeats is None:
         raise Blocked(0, "its repeats depend on the data")
-    return [compress(np.tile(labels, [int(r) if n > 1 else 1 for r, n in zip(repeats, labels.shape, strict=True)]))]
+    return [
+        collapse_constant_axes(
+            np.tile(labels, [int(r) if n > 1 else 1 for r, n in zip(repeats, labels.shape, strict=True)])
+        )
+    ]
 
 
-def _tile_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
-    return Repair(inputs={1: np.asarray(outs[0].new, np.int64) // np.maximum(np.asarray(data.new, np.int64), 1)})
+def _tile_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
+    return ParameterUpdate(
+        inputs={1: np.asarray(outs[0].new, np.int64) // np.maximum(np.asarray(data.new, np.int64), 1)}
+    )
 
 
-def _blocks(call: Call, labels: Labels) -> list[Labels]:
+def _depth_space_blocks(call: OpCall, labels: Labels) -> list[Labels]:
     """DepthToSpace, SpaceToDepth: positions of the channel and spatial axes mix; run it on the full array."""
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
@@ -275,19 +282,19 @@ def _blocks(call: Call, labels: Labels) -> list[Labels]:
     node = helper.make_node(call.op, ["x"], ["y"], **call.attrs)
     full = np.ascontiguousarray(np.broadcast_to(labels, (1, *shape[1:])))
     (out,) = ReferenceEvaluator(node, opsets={"": call.version}).run(None, {"x": full})
-    return [compress(np.asarray(out))]
+    return [collapse_constant_axes(np.asarray(out))]
 
 
-def concat_axis(call: Call) -> int:
+def concat_axis(call: OpCall) -> int:
     return int(call.attrs["axis"]) % len(call.outs[0])
 
 
-def entries() -> list[OpSpec]:
+def movement_entries() -> list[OpSpec]:
     def entry(name: str, says: str, move: object, repair: object = None, data: tuple[int, ...] = (0,)) -> OpSpec:
         return OpSpec(name, "movement", says, data=data, move=move, repair=repair)  # type: ignore[arg-type]
 
     return [
-        entry("Identity", "labels pass", _keep_rank),
+        entry("Identity", "labels pass", _identity),
         entry("Reshape", "runs on the labels; the target shape is recomputed", _reshape, _reshape_repair),
         entry("Flatten", "runs on the labels", _reshape),
         entry("Squeeze", "runs on the labels", _reshape),
@@ -298,13 +305,13 @@ def entries() -> list[OpSpec]:
         ),
         entry("Tile", "labels repeat; the repeats are recomputed", _tile, _tile_repair),
         entry("Slice", "runs on the labels; the bounds are recomputed", _slice, _slice_repair),
-        entry("Split", "runs on the labels; the sizes are recomputed", _split, _split_repair),
+        entry("Split", "runs on the labels; the sizes are recomputed", _split_labels, _split_repair),
         replace(
             entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
             selects=True,
         ),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
-        entry("DepthToSpace", "runs on the labels", _blocks),
-        entry("SpaceToDepth", "runs on the labels", _blocks),
+        entry("DepthToSpace", "runs on the labels", _depth_space_blocks),
+        entry("SpaceToDepth", "runs on the labels", _depth_space_blocks),
         OpSpec("Concat", "concat", "labels are laid end to end; other axes join"),
     ]

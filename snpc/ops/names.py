@@ -3,8 +3,6 @@ token reduction writes since 13."""
 
 from __future__ import annotations
 
-from snpc.ops.attention import MICROSOFT as MICROSOFT
-
 ADD = "Add"
 ARG_MAX = "ArgMax"
 ATTENTION = "Attention"  # com.microsoft: with the projections inside
@@ -27,7 +25,7 @@ LOG = "Log"
 LP_NORMALIZATION = "LpNormalization"
 MATMUL = "MatMul"
 MUL = "Mul"
-MULTIHEAD = "MultiHeadAttention"  # com.microsoft
+MULTI_HEAD_ATTENTION = "MultiHeadAttention"  # com.microsoft
 REDUCE_MAX = "ReduceMax"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
@@ -44,4 +42,4 @@ UNSQUEEZE = "Unsqueeze"
 WHERE = "Where"
 
 TYPE_ATTRIBUTES = ("dtype", "output_dtype", "softmax_precision", "stash_type", "to")  # they hold an element type
-REDUCTION_AXES_ARE_AN_INPUT = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset
+REDUCTION_AXES_INPUT_SINCE = {REDUCE_SUM: 13, REDUCE_MAX: 18}  # since this opset

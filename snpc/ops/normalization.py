@@ -6,57 +6,57 @@ from collections.abc import Callable
 
 import numpy as np
 
-from snpc.ops.attention import MICROSOFT
-from snpc.ops.spec import SUMMED, Call, Cut, OpSpec, Repair, Shape
+from snpc.ops.spec import MICROSOFT, SUMMED_OVER, OpCall, OpSpec, ParameterUpdate, TensorCut
+from snpc.types import Shape
 
-Axes = Callable[[Call], tuple[int, ...]]
-STATISTICS = "its statistics are taken over this axis"
+AxesRule = Callable[[OpCall], tuple[int, ...]]
+STATISTICS_REASON = "its statistics are taken over this axis"
 
 
-def _axis(default: int) -> Axes:
-    def axes(call: Call) -> tuple[int, ...]:
+def _single_axis(default: int) -> AxesRule:
+    def axes(call: OpCall) -> tuple[int, ...]:
         return (int(call.attrs.get("axis", default)) % len(call.shape(0)),)
 
     return axes
 
 
-def _softmax_axes(call: Call) -> tuple[int, ...]:
+def _softmax_axes(call: OpCall) -> tuple[int, ...]:
     rank = len(call.shape(0))
     if call.version >= 13:
         return (int(call.attrs.get("axis", -1)) % rank,)
     return tuple(range(int(call.attrs.get("axis", 1)) % rank, rank))
 
 
-def _from_axis(call: Call) -> tuple[int, ...]:
+def _from_axis(call: OpCall) -> tuple[int, ...]:
     rank = len(call.shape(0))
     return tuple(range(int(call.attrs.get("axis", -1)) % rank, rank))
 
 
-def _last(call: Call) -> tuple[int, ...]:
+def _last_axis(call: OpCall) -> tuple[int, ...]:
     return (len(call.shape(0)) - 1,)
 
 
-def _spatial(call: Call) -> tuple[int, ...]:
+def _spatial_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(range(2, len(call.shape(0))))
 
 
-def _last_out(call: Call) -> tuple[int, ...]:
+def _last_output_axis(call: OpCall) -> tuple[int, ...]:
     return (len(call.outs[0]) - 1,)
 
 
-def _channels(call: Call) -> tuple[int, ...]:
+def _channel_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(range(1, len(call.shape(0))))
 
 
-def _all_rows(call: Call) -> int:
+def _channel_axis_size(call: OpCall) -> int:
     return call.shape(0)[1]
 
 
-def _none(call: Call) -> tuple[int, ...]:
+def _no_axes(call: OpCall) -> tuple[int, ...]:
     return ()
 
 
-def _reduce_axes(call: Call) -> tuple[int, ...]:
+def _reduce_axes(call: OpCall) -> tuple[int, ...]:
     rank = len(call.shape(0))
     given = call.attrs.get("axes")
     if given is None and call.value(1) is not None:
@@ -66,142 +66,150 @@ def _reduce_axes(call: Call) -> tuple[int, ...]:
     return tuple(int(a) % rank for a in given)
 
 
-def _resize_repair(call: Call, data: Cut, outs: list[Cut]) -> Repair:
+def _resize_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     """``sizes`` (input 3) spells every axis, or those in ``axes``."""
     sizes = call.value(3)
     if sizes is None:
-        return Repair()
+        return ParameterUpdate()
     axes = call.attrs.get("axes") or range(len(sizes))
     wanted = [
         outs[0].new[axis] if outs[0].new[axis] != outs[0].old[axis] else int(size)
         for axis, size in zip(axes, sizes, strict=True)
     ]
-    return Repair(inputs={3: np.asarray(wanted, np.int64)})
+    return ParameterUpdate(inputs={3: np.asarray(wanted, np.int64)})
 
 
-def _same_shape(call: Call) -> list[Shape]:
+def _normalization_shapes(call: OpCall) -> list[Shape]:
     return [call.shape(0)] * len(call.outs)
 
 
-def _normed_shapes(call: Call) -> list[Shape]:
+def _skip_normalization_shapes(call: OpCall) -> list[Shape]:
     """What is normalised, two statistics per row, and (of the operators that add first) the sum."""
     shape = call.shape(0)
     return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.outs)]
 
 
-def _written(call: Call) -> tuple[int, ...]:
+def _matrix_axes(call: OpCall) -> tuple[int, ...]:
     rank = len(call.shape(0))
     return (rank - 2, rank - 1)
 
 
-def _cumulated(call: Call) -> tuple[int, ...]:
+def _cumulative_axes(call: OpCall) -> tuple[int, ...]:
     axis = call.value(1)
     if axis is None:
         return tuple(range(len(call.shape(0))))
     return (int(axis.reshape(-1)[0]) % len(call.shape(0)),)
 
 
-def _listed(call: Call) -> tuple[int, ...]:
+def _listed_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(int(a) % len(call.shape(0)) for a in call.attrs.get("axes", (0, 2, 3)))
 
 
-def channel_groups(call: Call) -> int:
+def channel_groups(call: OpCall) -> int:
     """Into how many groups a GroupNormalization divides its channels."""
     return int(call.attrs["num_groups"])
 
 
-def _group_attrs(old: Call, new: Call) -> dict[str, int]:
+def _group_attrs(old: OpCall, new: OpCall) -> dict[str, int]:
     """Groups keep their size: whole ones went."""
     return {"num_groups": new.shape(0)[1] * channel_groups(old) // old.shape(0)[1]}
 
 
-def _embedded_shapes(call: Call) -> list[Shape]:
+def _embedded_shapes(call: OpCall) -> list[Shape]:
     """[batch, length, width], the mask's lengths, and the sum of the embeddings."""
     batch, length = call.shape(0)
     return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.outs)]
 
 
-def entries() -> list[OpSpec]:
-    return [*normalisations(), *windows(), *reductions(), *constants()]
+def normalization_entries() -> list[OpSpec]:
+    return [*normalization_specs(), *window_specs(), *reduction_specs(), *shape_specs()]
 
 
-def normalisations() -> list[OpSpec]:
+def normalization_specs() -> list[OpSpec]:
     norm = "statistics over the axis: its width stays unless asked; scale and bias follow"
     return [
         OpSpec(
-            "Softmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED, shares=True
+            "Softmax",
+            "normalise",
+            "sums over its axis",
+            axes=_softmax_axes,
+            pins="sum",
+            reason=SUMMED_OVER,
+            shares=True,
         ),
-        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED),
+        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED_OVER),
         OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
             reason="it is compared along"),
         OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
         OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
         OpSpec(
             "SimplifiedLayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,),
-            pins="norm", out_shapes=_normed_shapes,
+            pins="norm", out_shapes=_skip_normalization_shapes,
         ),
         OpSpec(
-            "LpNormalization", "normalise", "the axis keeps its width", axes=_axis(-1), pins="sum",
+            "LpNormalization", "normalise", "the axis keeps its width", axes=_single_axis(-1), pins="sum",
             reason="its length is taken over this axis",
         ),
         OpSpec(
             "InstanceNormalization", "normalise",
             "per channel; scale and bias follow; where an exporter folded groups of channels into one, a group goes "
             "as a whole",
-            axes=_spatial, per_axis=(-1, -2), pins="sum", reason=STATISTICS, whole=_all_rows,
+            axes=_spatial_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, whole=_channel_axis_size,
         ),
         OpSpec(
             "GroupNormalization", "normalise", "channels normalised together go together; scale and bias follow",
-            axes=_channels, per_axis=(-1, -2), pins="sum", reason=STATISTICS, whole=channel_groups,
-            reattr=_group_attrs, out_shapes=_same_shape,
+            axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, whole=channel_groups,
+            reattr=_group_attrs, out_shapes=_normalization_shapes,
         ),
         OpSpec(
             "MeanVarianceNormalization", "normalise", "the axes it takes statistics over keep their width",
-            axes=_listed, pins="sum", reason=STATISTICS, out_shapes=_same_shape,
+            axes=_listed_axes, pins="sum", reason=STATISTICS_REASON, out_shapes=_normalization_shapes,
         ),
         OpSpec(
-            "BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_none,
+            "BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_no_axes,
             per_axis=(-1, -2, -3, -4),
         ),
         OpSpec(
             "EmbedLayerNormalization", "normalise", f"sums rows of its tables; {norm}", domain=MICROSOFT,
-            data=(2, 3, 4), tables=(2, 3, 4), axes=_last_out, per_axis=(5, 6), affine=(5, 6), sums=(2,),
+            data=(2, 3, 4), tables=(2, 3, 4), axes=_last_output_axis, per_axis=(5, 6), affine=(5, 6), sums=(2,),
             pins="norm", out_shapes=_embedded_shapes, typed_by=2, lengths=(1,),
         ),
         OpSpec(
-            "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
-            per_axis=(2, 3, 4), affine=(2, 3), sums=(3,), pins="norm", out_shapes=_normed_shapes,
+            "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
+            per_axis=(2, 3, 4), affine=(2, 3), sums=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
         OpSpec(
-            "SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last,
-            per_axis=(2, 3), affine=(2,), sums=(3,), pins="norm", out_shapes=_normed_shapes,
+            "SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
+            per_axis=(2, 3), affine=(2,), sums=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
     ]  # fmt: skip
 
 
-def windows() -> list[OpSpec]:
+def window_specs() -> list[OpSpec]:
     """Same shape out, or another size of the same axis: what lies along the axes stays, all else passes."""
     pooled = "GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool GlobalLpPool Upsample"
     resampled = "it is pooled or resampled"
     return [
         *(
-            OpSpec(name, "normalise", "per channel over a window", axes=_spatial, data=(0,), reason=resampled)
+            OpSpec(name, "normalise", "per channel over a window", axes=_spatial_axes, data=(0,), reason=resampled)
             for name in pooled.split()
         ),
         OpSpec(
-            "Resize", "normalise", "per channel over a window; the sizes are recomputed", axes=_spatial, data=(0,),
+            "Resize", "normalise", "per channel over a window; the sizes are recomputed", axes=_spatial_axes, data=(0,),
             repair=_resize_repair, reason=resampled,
         ),
-        OpSpec("CumSum", "normalise", "adds up along its axis", axes=_cumulated, reason="it is summed along"),
-        OpSpec("CumProd", "normalise", "multiplies along its axis", axes=_cumulated, reason="it is multiplied along"),
+        OpSpec("CumSum", "normalise", "adds up along its axis", axes=_cumulative_axes, reason="it is summed along"),
         OpSpec(
-            "Trilu", "normalise", "labels pass on all but the last two axes", axes=_written, data=(0,),
+            "CumProd", "normalise", "multiplies along its axis", axes=_cumulative_axes, reason="it is multiplied along"
+        ),
+        OpSpec(
+            "Trilu", "normalise", "labels pass on all but the last two axes", axes=_matrix_axes, data=(0,),
             reason="a triangle of it is set to zero",
         ),
     ]  # fmt: skip
 
 
-def reductions() -> list[OpSpec]:
+def reduction_specs() -> list[OpSpec]:
     others = "L1 L2 LogSum LogSumExp Max Min Prod Sum SumSquare"
     return [
         *(
@@ -217,7 +225,7 @@ def reductions() -> list[OpSpec]:
         ),
         *(
             OpSpec(
-                name, "reduce", "the axis keeps its width", data=(0,), axes=_axis(0), pins="sum",
+                name, "reduce", "the axis keeps its width", data=(0,), axes=_single_axis(0), pins="sum",
                 reason="positions along it are numbered",
             )
             for name in ("ArgMax", "ArgMin")
@@ -225,7 +233,7 @@ def reductions() -> list[OpSpec]:
     ]  # fmt: skip
 
 
-def constants() -> list[OpSpec]:
+def shape_specs() -> list[OpSpec]:
     """Operators that look at nothing but shapes, or at nothing at all."""
     reading = "Shape Size ConstantOfShape Range EyeLike OneHot HannWindow HammingWindow BlackmanWindow"
     return [

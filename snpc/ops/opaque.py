@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from snpc.ops.attention import MICROSOFT
-from snpc.ops.spec import OpSpec
+from snpc.ops.spec import MICROSOFT, OpSpec
 
 SUBGRAPH = "control flow: its body is not analysed"
-QUANTISED = "quantised values: prune the float model first, then quantise"
+QUANTIZED = "quantised values: prune the float model first, then quantise"
 LEARNED = "it holds a learned classifier, regressor or feature map in its attributes"
 TRAINED = "it belongs to training"
-DRAWN = "it draws random numbers"
+DRAWS_RANDOM = "it draws random numbers"
 
 REASONS = {
-    QUANTISED: (
+    QUANTIZED: (
         "DequantizeLinear QuantizeLinear DynamicQuantizeLinear QLinearMatMul QLinearConv MatMulInteger ConvInteger"
     ),
     SUBGRAPH: "Loop Scan SequenceMap",
@@ -38,17 +37,17 @@ REASONS = {
     ),
 }
 
-RANDOM = "Bernoulli Multinomial RandomNormal RandomUniform RandomNormalLike RandomUniformLike"
+RANDOM_OPERATORS = "Bernoulli Multinomial RandomNormal RandomUniform RandomNormalLike RandomUniformLike"
 
-CLASSICAL = (
+CLASSICAL_OPERATORS = (
     "ArrayFeatureExtractor Binarizer CastMap CategoryMapper DictVectorizer FeatureVectorizer Imputer LabelEncoder "
     "LinearClassifier LinearRegressor Normalizer OneHotEncoder SVMClassifier SVMRegressor Scaler TreeEnsemble "
     "TreeEnsembleClassifier TreeEnsembleRegressor ZipMap"
 )
-TRAINING = "Adagrad Adam Gradient Momentum"
+TRAINING_OPERATORS = "Adagrad Adam Gradient Momentum"
 
 MICROSOFT_REASONS = {
-    QUANTISED: (
+    QUANTIZED: (
         "DequantizeLinear QuantizeLinear DynamicQuantizeMatMul MatMulInteger16 MatMulIntegerToFloat MatMulNBits "
         "MatMulBnb4 MatMulFpQ4 QAttention QEmbedLayerNormalization QGemm QLinearAdd QLinearMul QLinearConcat "
         "QLinearAveragePool QLinearGlobalAveragePool QLinearLeakyRelu QLinearReduceMean QLinearSigmoid QLinearSoftmax "
@@ -62,19 +61,25 @@ MICROSOFT_REASONS = {
 }
 
 
-def entries() -> list[OpSpec]:
+def opaque_entries() -> list[OpSpec]:
     made = [
-        _entry(name, reason, domain)
+        _opaque_entry(name, reason, domain)
         for domain, table in (("", REASONS), (MICROSOFT, MICROSOFT_REASONS))
         for reason, names in table.items()
         for name in names.split()
     ]
-    made += [OpSpec(name, "opaque", f"pinned: {DRAWN}", reason=DRAWN, draws=True) for name in RANDOM.split()]
-    made += [_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL.split()]
-    made += [_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING.split()]
-    made.append(replace(_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
-    return [*made, _entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview")]
+    made += [
+        OpSpec(name, "opaque", f"pinned: {DRAWS_RANDOM}", reason=DRAWS_RANDOM, draws=True)
+        for name in RANDOM_OPERATORS.split()
+    ]
+    made += [_opaque_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL_OPERATORS.split()]
+    made += [_opaque_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING_OPERATORS.split()]
+    made.append(replace(_opaque_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
+    return [
+        *made,
+        _opaque_entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview"),
+    ]
 
 
-def _entry(name: str, reason: str, domain: str) -> OpSpec:
+def _opaque_entry(name: str, reason: str, domain: str) -> OpSpec:
     return OpSpec(name, "opaque", f"pinned: {reason}", domain=domain, reason=reason)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from snpc.ops.attention import MICROSOFT
-from snpc.ops.spec import Call, Effect, OpSpec, Shape
+from snpc.ops.spec import MICROSOFT, Effect, OpCall, OpSpec
+from snpc.types import Shape
 
 NONLINEAR = (
     "Abs Acos Acosh And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip "
@@ -13,24 +13,24 @@ NONLINEAR = (
 )
 
 
-def _same_shape(call: Call) -> list[Shape]:
+def _pointwise_shapes(call: OpCall) -> list[Shape]:
     return [call.shape(0)] * len(call.outs)
 
 
-def _one(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:
-    shapes = _same_shape if domain else None
+def _pointwise_specs(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:
+    shapes = _pointwise_shapes if domain else None
     return [OpSpec(name, "pointwise", says, domain=domain, effect=effect, out_shapes=shapes) for name in names.split()]
 
 
-def entries() -> list[OpSpec]:
+def pointwise_entries() -> list[OpSpec]:
     return [
-        *_one("Add Sum", "positions that meet are joined; constants follow", "add"),
+        *_pointwise_specs("Add Sum", "positions that meet are joined; constants follow", "add"),
         OpSpec("Sub", "pointwise", "as Add", effect="add", subtracts=True),
-        *_one("Mul", "positions that meet are joined; constants follow", "scale"),
+        *_pointwise_specs("Mul", "positions that meet are joined; constants follow", "scale"),
         OpSpec("Div", "pointwise", "positions that meet are joined; constants follow", effect="scale", divides=True),
-        *_one("Cast CastLike Dropout", "labels pass", "same"),
-        *_one("Neg", "labels pass", "scale"),
-        *_one(NONLINEAR, "labels pass; positions that meet are joined", "nonlinear"),
-        OpSpec("Swish", "pointwise", "labels pass; positions that meet are joined", out_shapes=_same_shape),
-        *_one("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
+        *_pointwise_specs("Cast CastLike Dropout", "labels pass", "same"),
+        *_pointwise_specs("Neg", "labels pass", "scale"),
+        *_pointwise_specs(NONLINEAR, "labels pass; positions that meet are joined", "nonlinear"),
+        OpSpec("Swish", "pointwise", "labels pass; positions that meet are joined", out_shapes=_pointwise_shapes),
+        *_pointwise_specs("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
     ]

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from snpc.ops.attention import MICROSOFT
-from snpc.ops.spec import Call, OpSpec, Shape
-from snpc.types import IntArray
+from snpc.ops.spec import MICROSOFT, OpCall, OpSpec
+from snpc.types import IntArray, Shape
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class RotaryForm:
     interleaved: bool
 
 
-def rotary_form(call: Call, domain: str) -> RotaryForm:
+def rotary_form(call: OpCall, domain: str) -> RotaryForm:
     cosine, sine = (2, 3) if domain == MICROSOFT else (1, 2)
     width = 2 * call.shape(cosine)[-1]
     heads = 0
@@ -40,11 +39,13 @@ def rotated_pairs(shape: RotaryForm) -> IntArray:
     return channels // 2 if shape.interleaved else channels % (shape.width // 2)
 
 
-def _same_shape(call: Call) -> list[Shape]:
+def _rotary_shapes(call: OpCall) -> list[Shape]:
     return [call.shape(0)]
 
 
-def _refit(call: Call, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]) -> Mapping[str, Any]:
+def _resize_rotary_attributes(
+    call: OpCall, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]
+) -> Mapping[str, Any]:
     """Heads, and how many channels turn, where attributes spell them."""
     attrs = {}
     if call.attrs.get("num_heads"):
@@ -54,9 +55,16 @@ def _refit(call: Call, domain: str, parts: Mapping[str, Shape], cuts: Mapping[in
     return attrs
 
 
-def entries() -> list[OpSpec]:
+def rotary_entries() -> list[OpSpec]:
     says = "both channels of a pair and their column of the tables go together, in all heads that share the tables"
     return [
-        OpSpec("RotaryEmbedding", "rotary", says, refit=_refit),
-        OpSpec("RotaryEmbedding", "rotary", says, domain=MICROSOFT, refit=_refit, out_shapes=_same_shape),
+        OpSpec("RotaryEmbedding", "rotary", says, refit=_resize_rotary_attributes),
+        OpSpec(
+            "RotaryEmbedding",
+            "rotary",
+            says,
+            domain=MICROSOFT,
+            refit=_resize_rotary_attributes,
+            out_shapes=_rotary_shapes,
+        ),
     ]

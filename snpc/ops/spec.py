@@ -13,12 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from snpc.types import AnyArray, PinKind
+from snpc.types import AnyArray, PinKind, Shape
 
 Labels = npt.NDArray[np.int32]
-Shape = tuple[int, ...]
 
-Kind = Literal[
+OpKind = Literal[
     "movement",  # positions move, values do not: run on the labels themselves
     "concat",  # movement of several inputs
     "pointwise",  # output position = f(the same position of every input)
@@ -31,11 +30,12 @@ Kind = Literal[
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
-MISFIT = "the shapes of its operands do not fit each other"
+MICROSOFT = "com.microsoft"
+SHAPE_MISMATCH = "the shapes of its operands do not fit each other"
 Effect = Literal["add", "scale", "same", "nonlinear"]
 
 
-SUMMED = "it is summed over"
+SUMMED_OVER = "it is summed over"
 
 
 class Blocked(Exception):
@@ -48,7 +48,7 @@ class Blocked(Exception):
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One node as the table sees it: attributes, shapes of inputs and outputs, and the inputs' values where known."""
 
     op: str
@@ -77,7 +77,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TensorCut:
     """What slicing does to one tensor of a movement node: sizes before and after, and how many entries stay before
     each position of an axis (``before(axis, position)``; None where blocks differ)."""
 
@@ -88,7 +88,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Repair:
+class ParameterUpdate:
     """New parameters of a movement node: ``inputs`` by position (whole arrays; entries equal to the old ones are
     left as they were in the graph), ``attrs`` by name (None removes the attribute)."""
 
@@ -96,11 +96,11 @@ class Repair:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
-Move = Callable[[Call, Labels], list[Labels]]
-Repairer = Callable[[Call, Cut, list[Cut]], Repair]
+MoveRule = Callable[[OpCall, Labels], list[Labels]]
+ParameterRule = Callable[[OpCall, TensorCut, list[TensorCut]], ParameterUpdate]
 
 
-Refit = Callable[[Call, str, Mapping[str, Shape], Mapping[int, Shape]], Mapping[str, Any]]
+HeadAttributesRule = Callable[[OpCall, str, Mapping[str, Shape], Mapping[int, Shape]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -117,29 +117,29 @@ class Letters:
 @dataclass(frozen=True)
 class OpSpec:
     name: str
-    kind: Kind
+    kind: OpKind
     says: str
     domain: str = ""
     data: tuple[int, ...] | None = None
-    move: Move | None = None
-    repair: Repairer | None = None
+    move: MoveRule | None = None
+    repair: ParameterRule | None = None
     effect: Effect = "nonlinear"
-    letters: Callable[[Call], Letters] | None = None
+    letters: Callable[[OpCall], Letters] | None = None
     operands: tuple[int, int] = (0, 1)
     bias: int | None = None
-    bias_letters: Callable[[Call], str] | None = None
+    bias_letters: Callable[[OpCall], str] | None = None
     added: int | None = None  # a further input of the output's shape that a contraction adds
-    axes: Callable[[Call], tuple[int, ...]] | None = None
+    axes: Callable[[OpCall], tuple[int, ...]] | None = None
     per_axis: tuple[int, ...] = ()
     affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalisation, and its bias
     sums: tuple[int, ...] = ()  # outputs beside the first that have its positions
-    whole: Callable[[Call], int] | None = None
+    whole: Callable[[OpCall], int] | None = None
     """Into how many parts the channels (axis 1) are divided for statistics: what shares one goes together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
     reason: str = ""
-    out_shapes: Callable[[Call], list[Shape]] | None = None
-    reattr: Callable[[Call, Call], Mapping[str, Any]] | None = None
-    refit: Refit | None = None
+    out_shapes: Callable[[OpCall], list[Shape]] | None = None
+    reattr: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None
+    refit: HeadAttributesRule | None = None
     """Attributes of a node that splits heads inside: the call before the cut, its domain, the shapes of the parts and
     of the inputs (by index) after it."""
     tables: tuple[int, ...] = ()  # of ``data``: tables of which rows are looked up

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, macs_of
-from snpc.graph.shapes import Facts, best_binding, evaluate, opset, weight_bytes
-from snpc.passes.canonicalization.eliminate_dead_rows import drop_dead_rows
-from snpc.passes.grouping.drafts import Draft, approximate, drafts
-from snpc.passes.grouping.groups import finish
-from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.propagation.labels import Flag
-from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_tokens
+from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, infer_graph, opset_version, weight_bytes
+from snpc.passes.canonicalization.eliminate_dead_rows import eliminate_dead_rows
+from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
+from snpc.passes.grouping.groups import build_groups
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
+from snpc.passes.propagation.labels import LabelFlag
+from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -25,20 +25,21 @@ QUOTED_LENGTHS = (128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class Analysis:
-    """What snpc found in a model. ``binding`` is what MACs are quoted at; ``traced`` is the passes' own material."""
+    """What snpc found in a model. ``binding`` is what MACs are quoted at; ``trace_graph`` is the passes' own
+    material."""
 
     model: Model
     groups: tuple[Group, ...]
     pins: tuple[Pin, ...]
     cost: Cost
     binding: Mapping[str, int]
-    traced: Traced = field(repr=False)
+    traced: TracedGraph = field(repr=False)
     dead_macs: int = 0
     """MACs that are spared whatever the widths: for rows that no output depends on (see ``passes.rows``), and for
-    tokens that go; ``traced`` does without them."""
+    tokens that go; ``trace_graph`` does without them."""
     tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
     reduction: TokenReduction | None = None
-    """How tokens are reduced, where they are: ``traced`` is then told by inputs which go (``snpc.tokens``)."""
+    """How tokens are reduced, where they are: ``trace_graph`` is then told by inputs which go (``snpc.tokens``)."""
 
     @property
     def name(self) -> str:
@@ -64,20 +65,20 @@ def analyze(model: Model, sizes: Mapping[str, int] | None = None, *, prune_kv_ca
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
     ``prune_kv_cache`` lets caches of keys and values become narrower, past inputs and present outputs alike.
     """
-    binding, facts = best_binding(model.graph)
+    binding, facts = choose_dim_sizes(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
-    tokens = find_tokens(model.graph, facts, binding)
-    return analysed(
+    tokens = find_reduction_points(model.graph, facts, binding)
+    return analyze_graph(
         model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens, kv_cache=prune_kv_cache
     )
 
 
-def analysed(
+def analyze_graph(
     model: Model,
     graph: ir.Model,
-    bound: tuple[Mapping[str, int], Facts],
-    quoted: tuple[Mapping[str, int], Facts],
+    bound: tuple[Mapping[str, int], ShapeFacts],
+    quoted: tuple[Mapping[str, int], ShapeFacts],
     cost: Cost,
     *,
     tokens: TokenFacts = NO_TOKENS,
@@ -88,19 +89,19 @@ def analysed(
     """The analysis of ``graph``, which is that of ``model`` or what became of it. ``bound`` and ``quoted``: sizes of
     dynamic dimensions with the graph's facts there; ``cost``: the model's; ``extra_macs``: what ``reduction`` adds."""
     (binding, facts), (at, cost_facts) = bound, quoted
-    fewer = drop_dead_rows(graph, facts)
+    fewer = eliminate_dead_rows(graph, facts)
     if fewer is not None:
-        graph, facts, cost_facts = fewer, evaluate(fewer, binding), evaluate(fewer, at)
-    found = traced(graph, binding, facts, kv_cache)
-    made = drafts(found.trace, found.units)
-    groups = finish(graph, found.trace, found.units, cost_facts, made)
+        graph, facts, cost_facts = fewer, infer_graph(fewer, binding), infer_graph(fewer, at)
+    found = trace_graph(graph, binding, facts, kv_cache)
+    made = draft_groups(found.trace, found.units)
+    groups = build_groups(graph, found.trace, found.units, cost_facts, made)
     spared = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
-    return Analysis(model, groups, pins_of(found, groups, made), cost, at, found, spared, tokens, reduction)
+    return Analysis(model, groups, collect_pins(found, groups, made), cost, at, found, spared, tokens, reduction)
 
 
 def quoted_facts(
-    model: ir.Model, binding: Mapping[str, int], facts: Facts, fixed: Mapping[str, int]
-) -> tuple[dict[str, int], Facts]:
+    model: ir.Model, binding: Mapping[str, int], facts: ShapeFacts, fixed: Mapping[str, int]
+) -> tuple[dict[str, int], ShapeFacts]:
     """The sizes at which MACs are quoted, and the shapes there: batch 1, sequences of 128 (fewer where the model's
     position table is shorter), pictures as they were bound."""
     leading = {
@@ -110,21 +111,21 @@ def quoted_facts(
     }
     for length in QUOTED_LENGTHS:
         sizes = {name: fixed.get(name, 1 if name in leading else max(size, length)) for name, size in binding.items()}
-        found = evaluate(model, sizes)
+        found = infer_graph(model, sizes)
         if len(found.problems) <= len(facts.problems):
             return sizes, found
     return dict(binding), facts
 
 
-def pins_of(found: Traced, groups: Sequence[Group], made: Sequence[Draft]) -> tuple[Pin, ...]:
+def collect_pins(found: TracedGraph, groups: Sequence[Group], made: Sequence[GroupDraft]) -> tuple[Pin, ...]:
     """Pins of groups and of whatever else a weight makes, one per tensor, axis and reason."""
     free = np.zeros(found.trace.book.count, bool)
     for draft in made:
-        if approximate(draft):
+        if is_approximate(draft):
             free[draft.units] = True
     produced = np.zeros(found.trace.book.count, bool)
     flags = found.trace.book.flags[: found.trace.book.count]
-    produced[found.units.unit[(flags & int(Flag.PRODUCED)) > 0]] = True
+    produced[found.units.unit[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
     for note in found.trace.book.pins:
         own = found.units.unit[note.labels]
@@ -134,13 +135,13 @@ def pins_of(found: Traced, groups: Sequence[Group], made: Sequence[Draft]) -> tu
     return tuple(pins.values())
 
 
-def cost_of(model: ir.Model, facts: Facts) -> Cost:
+def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
     """Parameters (float initializers that are used), MACs at the facts' binding, bytes of the weights, nodes."""
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
     weights = {id(tensor): tensor for tensor in tensors}.values()
     params = sum(tensor.size for tensor in weights if tensor.dtype.is_floating_point())
     macs = 0
     for node in model.graph:
-        call = facts.call(node, opset(model, node.domain))
-        macs += sum(macs_of(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
+        call = facts.call(node, opset_version(model, node.domain))
+        macs += sum(count_macs(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
     return Cost(params, macs, sum(weight_bytes(tensor) for tensor in weights), model.graph.num_nodes())

@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.graph.cost import contraction_sizes, macs_of
-from snpc.graph.shapes import evaluate, opset
+from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.shapes import infer_graph, opset_version
 from snpc.passes.analyze import Analysis
-from snpc.passes.propagation.labels import Ints
 from snpc.passes.propagation.state import Contraction
-from snpc.types import Role
+from snpc.types import IntArray, Role
 
-UNREAD = "rows no output depends on"
-REST = "the rest"
+DEAD_ROWS = "rows no output depends on"
+UNATTRIBUTED = "the rest"
 
 # A product can touch several: a projection of values reads the residual stream, and its width is that of values.
-PRECEDENCE: tuple[Role, ...] = ("qk", "vo", "ffn", "conv", "other", "head", "residual")
+ROLE_PRECEDENCE: tuple[Role, ...] = ("qk", "vo", "ffn", "conv", "other", "head", "residual")
 
 
 def macs_by_role(analysis: Analysis) -> dict[str, int]:
     """Role -> MACs, at the sizes of ``analysis.binding``; adds up to ``analysis.cost.macs``.
 
-    A product counts for the role whose width is an axis of it, the first of ``PRECEDENCE`` where there are several.
-    ``UNREAD`` and ``REST`` take what no role does.
+    A product counts for the role whose width is an axis of it, the first of ``ROLE_PRECEDENCE`` where there are
+    several.
+    ``DEAD_ROWS`` and ``UNATTRIBUTED`` take what no role does.
     """
     model = analysis.traced.model
-    facts = evaluate(model, dict(analysis.binding))
-    roles = role_of_unit(analysis)
-    found: dict[str, int] = dict.fromkeys(PRECEDENCE, 0)
+    facts = infer_graph(model, dict(analysis.binding))
+    roles = role_per_unit(analysis)
+    found: dict[str, int] = dict.fromkeys(ROLE_PRECEDENCE, 0)
     for contraction in analysis.traced.trace.contractions:
-        touched = roles_of(contraction, analysis.traced.units.unit, roles)
+        touched = contraction_roles(contraction, analysis.traced.units.unit, roles)
         if touched:
             node = contraction.node
-            call = facts.call(node, opset(model, node.domain))
-            found[PRECEDENCE[min(touched)]] += sum(
-                macs_of(sizes) for part, _, sizes in contraction_sizes(call, node.domain) if part == contraction.part
+            call = facts.call(node, opset_version(model, node.domain))
+            found[ROLE_PRECEDENCE[min(touched)]] += sum(
+                count_macs(sizes) for part, _, sizes in contraction_sizes(call, node.domain) if part == contraction.part
             )
-    found[UNREAD] = analysis.dead_macs
-    found[REST] = max(0, analysis.cost.macs - sum(found.values()))
+    found[DEAD_ROWS] = analysis.dead_macs
+    found[UNATTRIBUTED] = max(0, analysis.cost.macs - sum(found.values()))
     return {name: macs for name, macs in found.items() if macs}
 
 
-def role_of_unit(analysis: Analysis) -> Ints:
-    """Unit of the trace -> index into ``PRECEDENCE``, -1 for none."""
+def role_per_unit(analysis: Analysis) -> IntArray:
+    """Unit of the trace -> index into ``ROLE_PRECEDENCE``, -1 for none."""
     book, units = analysis.traced.trace.book, analysis.traced.units
     first = {(str(axis.constant.name), axis.axis): axis.first for axis in book.axes}
     found = np.full(book.count, -1, np.int64)
-    for group in sorted(analysis.groups, key=lambda g: -PRECEDENCE.index(g.role)):
+    for group in sorted(analysis.groups, key=lambda g: -ROLE_PRECEDENCE.index(g.role)):
         for site in group.sites:
             labels = first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0)
-            found[units.unit[labels]] = PRECEDENCE.index(group.role)
+            found[units.unit[labels]] = ROLE_PRECEDENCE.index(group.role)
     return found
 
 
-def roles_of(contraction: Contraction, unit: Ints, roles: Ints) -> set[int]:
+def contraction_roles(contraction: Contraction, unit: IntArray, roles: IntArray) -> set[int]:
     labels = [f[f >= 0] for side in (contraction.left, contraction.right) for f in side.factors]
     return {int(role) for own in labels for role in np.unique(roles[unit[own]])} - {-1}

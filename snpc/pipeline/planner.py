@@ -14,23 +14,23 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.pipeline.refit import check_data
-from snpc.pipeline.score import scores_of
-from snpc.pipeline.token_decisions import told
-from snpc.planning.allocate import chosen_groups, make_plan
-from snpc.planning.config import Choice, is_latency
-from snpc.planning.plan import Method, Plan, Scores
+from snpc.pipeline.refit import check_refit_data
+from snpc.pipeline.score import score_groups
+from snpc.pipeline.token_decisions import with_token_decisions
+from snpc.planning.allocate import groups_to_prune, make_slice_plan
+from snpc.planning.config import Budget, is_latency_budget
+from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import Compression, compress
-from snpc.runtime.evaluation.latency import Workload, latency_table, timed_groups
-from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.sensitivity.loss_curves import output_curves, probed_widths
-from snpc.runtime.statistics.statistics import Progress, Statistics, measure_statistics
-from snpc.runtime.statistics.unit_weights import energies_of
+from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
+from snpc.runtime.evaluation.latency import Workload, groups_to_time, latency_table
+from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
+from snpc.runtime.statistics.statistics import BatchProgress, Statistics, measure_statistics
+from snpc.runtime.statistics.unit_weights import unit_weight_energies
 from snpc.types import FloatArray, Group
 
 
-def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
+def with_closed_form_order(scores: UnitScores, compression: ClosedForms, method: PruningMethod) -> UnitScores:
     """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, found in compression.eliminations.items():
@@ -43,48 +43,48 @@ def ordered(scores: Scores, compression: Compression, method: Method) -> Scores:
 
 
 @dataclass(frozen=True)
-class Decision:
+class PruningPlan:
     """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are).
 
     ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
     """
 
-    plan: Plan
-    compression: Compression | None = None
+    plan: SlicePlan
+    compression: ClosedForms | None = None
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
-    choice: Choice | None = None
+    choice: Budget | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
-    scores: Scores | None = field(default=None, repr=False)
+    scores: UnitScores | None = field(default=None, repr=False)
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
 
-    def at(self, choice: Choice) -> Decision:
-        """The same for another target: what was measured serves again (for one far off, ``decide`` with ``whole``).
+    def at(self, choice: Budget) -> PruningPlan:
+        """The same for another target: what was measured serves again (for one far off, ``plan`` with ``whole``).
         ``choice`` differs in its target only, and that is a latency only if this one's is."""
         assert self.scores is not None
-        return replace(self, plan=make_plan(self.scores, choice), choice=choice)
+        return replace(self, plan=make_slice_plan(self.scores, choice), choice=choice)
 
 
-def uncut(analysis: Analysis) -> Decision:
+def plan_without_cuts(analysis: Analysis) -> PruningPlan:
     """The decision to cut no width, as where only tokens go."""
-    return Decision(Plan(analysis, "none", {"roles": ()}, {}, "select"))
+    return PruningPlan(SlicePlan(analysis, "none", {"roles": ()}, {}, "select"))
 
 
-def decide(
+def plan(
     analysis: Analysis,
-    choice: Choice,
+    choice: Budget,
     *,
     calibration: Calibration | None = None,
     statistics: Statistics | None = None,
-    method: Method | None = None,
+    method: PruningMethod | None = None,
     criterion: str | None = None,
     memory_limit: int | None = None,
     provider: str = "cpu",
-    progress: Progress | None = None,
+    progress: BatchProgress | None = None,
     workload: Workload | None = None,
     whole: bool = False,
-) -> Decision:
+) -> PruningPlan:
     """Score and plan in one step.
 
     ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
@@ -98,12 +98,12 @@ def decide(
     ``workload`` says at what sizes a latency is measured. ``whole``: curves are measured all along, for other choices
     than this one as well, not near its plan. Raises UserError where data is needed and missing.
     """
-    groups = chosen_groups(analysis, choice)
-    calibration = told(analysis, calibration, provider)
+    groups = groups_to_prune(analysis, choice)
+    calibration = with_token_decisions(analysis, calibration, provider)
     informed = calibration is not None or statistics is not None
     method = method or default_method(calibration, informed and criterion is None)
-    check_data(method, calibration, statistics)
-    check_request(choice, calibration, workload)
+    check_refit_data(method, calibration, statistics)
+    check_plan_inputs(choice, calibration, workload)
     usual = statistics.criterion if statistics else "mixed" if informed else "magnitude"
     judge = usual if criterion is None else criterion
     if statistics is None and calibration is not None:
@@ -117,53 +117,57 @@ def decide(
             provider=provider,
             progress=progress,
         )
-    found = Compression.empty(analysis)
-    curves = calibration is not None and needs_curves(choice, method)
+    found = ClosedForms.empty(analysis)
+    curves = calibration is not None and needs_loss_curves(choice, method)
     if method != "select":
         assert statistics is not None
-        probed = {g.id: probed_widths(g) for g in groups} if curves else {}
-        found = compress(analysis, statistics, groups, probed, Shelf(memory_budget(memory_limit) // 2))
-    rest = scores_of(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
-    scores = ordered(rest, found, method)
+        probed = {g.id: measurable_widths(g) for g in groups} if curves else {}
+        found = solve_closed_forms(
+            analysis, statistics, groups, probed, SpillableStore(memory_budget(memory_limit) // 2)
+        )
+    rest = score_groups(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
+    scores = with_closed_form_order(rest, found, method)
     if choice.allocator == "dimap":
-        scores = replace(scores, energies=energies_of(analysis, groups))
-    if is_latency(choice):
+        scores = replace(scores, energies=unit_weight_energies(analysis, groups))
+    if is_latency_budget(choice):
         roles = tuple(dict.fromkeys(g.role for g in groups))
         table = latency_table(analysis, roles, workload=workload, provider=provider)
-        scores = replace(scores, times=table.times(timed_groups(analysis, roles), groups))
+        scores = replace(scores, times=table.times(groups_to_time(analysis, roles), groups))
     if curves:
         assert calibration is not None
         near = None if whole else choice
-        measured = output_curves(found, scores, calibration, groups, near, memory_limit=memory_limit, provider=provider)
+        measured = measure_loss_curves(
+            found, scores, calibration, groups, near, memory_limit=memory_limit, provider=provider
+        )
         scores, found = replace(scores, curves=measured), found.without_fits()
     elif method != "select" and not choice.uniform:
         scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
-    plan = make_plan(scores, choice)
+    plan = make_slice_plan(scores, choice)
     closed = found if method != "select" else None
-    return Decision(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)
+    return PruningPlan(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)
 
 
-def check_request(choice: Choice, calibration: Calibration | None, workload: Workload | None) -> None:
+def check_plan_inputs(choice: Budget, calibration: Calibration | None, workload: Workload | None) -> None:
     if choice.max_drift is not None and calibration is None:
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    if workload is not None and not is_latency(choice):
+    if workload is not None and not is_latency_budget(choice):
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
 
 
-def needs_curves(choice: Choice, method: Method) -> bool:
+def needs_loss_curves(choice: Budget, method: PruningMethod) -> bool:
     """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
     if choice.uniform or choice.allocator == "dimap":
         return choice.max_drift is not None
     return method != "select" or choice.ratio is None
 
 
-def default_method(calibration: Calibration | None, closed: bool) -> Method:
+def default_method(calibration: Calibration | None, closed: bool) -> PruningMethod:
     if not closed:
         return "select"
     return "auto" if calibration is not None else "parallel"
 
 
-def relative_loss(compression: Compression, scores: Scores, group: Group) -> FloatArray:
+def relative_loss(compression: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
     curve = compression.curve(group)
     if curve is None:

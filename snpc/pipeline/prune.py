@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from snpc.graph.shapes import evaluate
+from snpc.graph.shapes import infer_graph
 from snpc.passes.analyze import Analysis, cost_of
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.pipeline.refit import Means, fitted
-from snpc.pipeline.verify import verify_written
-from snpc.planning.plan import Plan, cuts_of
+from snpc.pipeline.refit import FitInputs, with_refitted_weights
+from snpc.pipeline.verify import verify_candidate
+from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import Compression
-from snpc.runtime.closed_form.refit_normalizations import approximated
+from snpc.runtime.closed_form.fit import ClosedForms
+from snpc.runtime.closed_form.refit_normalizations import approximate_groups
 from snpc.runtime.evaluation.compare import (
-    judge,
+    raise_if_unequal,
 )
-from snpc.runtime.io.atomic import check_target, data_file, discard, publish
+from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
 from snpc.types import Cost, Verdict
@@ -44,7 +44,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """Plans that were applied and measured: ``tried`` holds (predicted, measured) of each, in order. ``kind`` "drift":
     relative root mean square change of the outputs; "latency": share of the dense model's time, or ms."""
 
@@ -56,10 +56,10 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedModel:
     """A written pruned model: costs read from the two files, and what verification found."""
 
-    plan: Plan
+    plan: SlicePlan
     path: Path
     before: Cost
     after: Cost
@@ -69,20 +69,20 @@ class Pruned:
     forms: Mapping[str, str] = field(default_factory=dict)
     """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
     "coupled" (selected by what the scores lose)."""
-    search: Search | None = None
+    search: SearchResult | None = None
     """How a drift or a latency was met, where the plan had to be found by trying."""
 
 
-def apply_plan(
-    plan: Plan,
+def apply_slice_plan(
+    plan: SlicePlan,
     target: Path,
     *,
-    compression: Compression | None = None,
+    compression: ClosedForms | None = None,
     calibration: Calibration | None = None,
     memory_limit: int | None = None,
     provider: str = "cpu",
     watch: Stopwatch | None = None,
-) -> Pruned:
+) -> PrunedModel:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
     A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut, and
@@ -92,25 +92,25 @@ def apply_plan(
     left at ``target``).
     """
     watch = watch or Stopwatch()
-    means = Means(compression, calibration, memory_limit, provider)
-    temporary = unverified(target)
+    means = FitInputs(compression, calibration, memory_limit, provider)
+    temporary = temporary_path(target)
     try:
-        made = build(plan, target, temporary, means, watch)
-        return published(made, target, means, watch)
+        made = write_candidate(plan, target, temporary, means, watch)
+        return publish_candidate(made, target, means, watch)
     finally:
-        discard(temporary)
+        discard_model(temporary)
 
 
-def unverified(target: Path, turn: int = 0) -> Path:
+def temporary_path(target: Path, turn: int = 0) -> Path:
     """Where a model lies until it is verified."""
     return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateModel:
     """A verified model under a temporary name."""
 
-    plan: Plan
+    plan: SlicePlan
     path: Path
     after: Cost
     verdict: Verdict
@@ -122,50 +122,55 @@ class Candidate:
         return max((d.relative for d in self.verdict.drift), default=0.0)
 
 
-def build(plan: Plan, target: Path, temporary: Path, means: Means, watch: Stopwatch) -> Candidate:
-    """Rewrite the plan's model for ``target``, write it to ``temporary`` and verify it there; see ``apply_plan``."""
+def write_candidate(
+    plan: SlicePlan, target: Path, temporary: Path, means: FitInputs, watch: Stopwatch
+) -> CandidateModel:
+    """Rewrite the plan's model for ``target``, write it to ``temporary`` and verify it there; see
+    ``apply_slice_plan``."""
     analysis = plan.analysis
-    for path in (target, data_file(target)):
+    for path in (target, external_data_path(target)):
         check_target(path, *model_files(analysis.model.path))
     source = analysis.traced
     if plan.method != "select":
         with watch.stage("refit"):
-            plan, source = fitted(plan, means)
+            plan, source = with_refitted_weights(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         if analysis.reduction is not None:
             analysis.reduction.finish(rewritten.model)
-        clean(rewritten.model)
+        finalize(rewritten.model)
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with watch.stage("verify"):
-        verdict = verify_written(rewritten, plan, temporary, means.calibration, means.provider)
-        judge(verdict)
+        verdict = verify_candidate(rewritten, plan, temporary, means.calibration, means.provider)
+        raise_if_unequal(verdict)
     with watch.stage("report"):
-        after = written_cost(temporary, analysis)
+        after = cost_of_file(temporary, analysis)
     compression = means.compression
     forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
-    forms |= {group.id: "refit" for group in approximated(plan) if plan.method != "select"}
-    return Candidate(plan, temporary, after, verdict, forms)
+    forms |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
+    return CandidateModel(plan, temporary, after, verdict, forms)
 
 
-def published(made: Candidate, target: Path, means: Means, watch: Stopwatch, search: Search | None = None) -> Pruned:
+def publish_candidate(
+    made: CandidateModel, target: Path, means: FitInputs, watch: Stopwatch, search: SearchResult | None = None
+) -> PrunedModel:
     """Give the model its name."""
     analysis = made.plan.analysis
     with watch.stage("write"):
-        publish(made.path, target)
+        rename_into_place(made.path, target)
     after = replace(made.after, bytes=file_bytes(target))
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     seconds = dict(watch.seconds)
-    return Pruned(made.plan, target, before, after, made.verdict, seconds, means.described(), made.forms, search)
+    return PrunedModel(made.plan, target, before, after, made.verdict, seconds, means.described(), made.forms, search)
 
 
-def written_cost(path: Path, analysis: Analysis) -> Cost:
+def cost_of_file(path: Path, analysis: Analysis) -> Cost:
     """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
     model = load(path)
     if analysis.reduction is not None:
         analysis.reduction.mark(model.graph)
-    cost = cost_of(model.graph, evaluate(model.graph, dict(analysis.binding)))
+    cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.binding)))
     return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)
 
 

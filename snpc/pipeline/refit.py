@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from snpc.errors import UserError
-from snpc.passes.grouping.traced import Traced
-from snpc.pipeline.token_decisions import told
-from snpc.planning.plan import Method, Plan
+from snpc.passes.grouping.traced import TracedGraph
+from snpc.pipeline.token_decisions import with_token_decisions
+from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import Compression, compress, fit, settled
-from snpc.runtime.closed_form.layerwise import fit_sequentially
-from snpc.runtime.closed_form.refit_normalizations import approximated, fit_norms, without
-from snpc.runtime.closed_form.stages import NotSequential
+from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel, in_rotated_order, solve_closed_forms
+from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
+from snpc.runtime.closed_form.stages import NotSegmentable
 from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 
 
 @dataclass(frozen=True)
-class Means:
+class FitInputs:
     """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
 
-    compression: Compression | None = None
+    compression: ClosedForms | None = None
     calibration: Calibration | None = None
     memory_limit: int | None = None
     provider: str = "cpu"
@@ -32,39 +32,39 @@ class Means:
         return self.compression.source if self.compression is not None else ""
 
 
-def fitted(plan: Plan, means: Means) -> tuple[Plan, Traced]:
+def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan, TracedGraph]:
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
         return plan, plan.analysis.traced
-    normed = approximated(plan)
+    normed = approximate_groups(plan)
     compression, calibration = means.compression, means.calibration
     if compression is None or (calibration is None and (plan.method == "auto" or normed)):
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
-    calibration = told(plan.analysis, calibration, means.provider)
+    calibration = with_token_decisions(plan.analysis, calibration, means.provider)
     means = replace(means, calibration=calibration)
-    plan = settled(compression, plan)
-    rest = without(plan, normed)
+    plan = in_rotated_order(compression, plan)
+    rest = without_groups(plan, normed)
     source = plan.analysis.traced
     if rest.keep:
-        source = fitted_weights(compression, rest, means)
+        source = refit_weights(compression, rest, means)
     if not normed:
         return plan, source
     assert calibration is not None
-    return plan, fit_norms(source, plan, calibration, provider=means.provider)
+    return plan, fit_normalizations(source, plan, calibration, provider=means.provider)
 
 
-def fitted_weights(compression: Compression, plan: Plan, means: Means) -> Traced:
+def refit_weights(compression: ClosedForms, plan: SlicePlan, means: FitInputs) -> TracedGraph:
     if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
         try:
-            return fit_sequentially(compression, plan, means.calibration, means.provider, means.memory_limit)
-        except NotSequential:
+            return fit_layerwise(compression, plan, means.calibration, means.provider, means.memory_limit)
+        except NotSegmentable:
             pass  # what the dense model gives serves as well
-    return fit(compression, plan)
+    return fit_parallel(compression, plan)
 
 
-def check_data(method: Method, calibration: Calibration | None, statistics: Statistics | None) -> None:
+def check_refit_data(method: PruningMethod, calibration: Calibration | None, statistics: Statistics | None) -> None:
     if method == "auto" and calibration is None and statistics is not None:
         raise UserError(
             "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
@@ -74,14 +74,14 @@ def check_data(method: Method, calibration: Calibration | None, statistics: Stat
         raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
 
 
-def compression_for(
-    plan: Plan,
+def closed_forms_for(
+    plan: SlicePlan,
     calibration: Calibration | None,
     *,
     statistics: Statistics | None = None,
     memory_limit: int | None = None,
     provider: str = "cpu",
-) -> Compression | None:
+) -> ClosedForms | None:
     """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
 
     Raises UserError where they are needed and there is no data.
@@ -92,12 +92,12 @@ def compression_for(
         raise UserError(
             f"this plan refits weights (method {plan.method}): give --calib, the data that it was made with"
         )
-    check_data(plan.method, calibration, statistics)
+    check_refit_data(plan.method, calibration, statistics)
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
     if statistics is None:
-        calibration = told(plan.analysis, calibration, provider)
+        calibration = with_token_decisions(plan.analysis, calibration, provider)
         assert calibration is not None
         statistics = measure_statistics(
             plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider
         )
-    return compress(plan.analysis, statistics, groups)
+    return solve_closed_forms(plan.analysis, statistics, groups)

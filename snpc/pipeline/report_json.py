@@ -12,15 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.shared_constants import origin
+from snpc.passes.canonicalization.shared_constants import original_name
 from snpc.passes.slicing.slice import Cuts
-from snpc.pipeline.prune import Pruned
-from snpc.planning.plan import Plan, cuts_of
-from snpc.runtime.io.atomic import replacing
+from snpc.pipeline.prune import PrunedModel
+from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.runtime.io.atomic import atomic_write
 from snpc.types import FloatArray, Verdict
 
 
-def report(result: Pruned) -> dict[str, Any]:
+def json_report(result: PrunedModel) -> dict[str, Any]:
     """What ``--json`` writes. ``keep`` are indices into the original initializer."""
     plan = result.plan
     both = {
@@ -47,7 +47,7 @@ def report(result: Pruned) -> dict[str, Any]:
     }
 
 
-def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
     forms = forms or {}
     graph = plan.analysis.traced.model.graph
@@ -58,7 +58,7 @@ def groups_json(plan: Plan, forms: Mapping[str, str] | None = None) -> list[dict
             continue
         sites = []
         for site in group.sites:
-            tensor = origin(graph.initializers[site.tensor])
+            tensor = original_name(graph.initializers[site.tensor])
             gone = cuts.get((tensor, site.axis))
             if gone is not None:
                 place = {"tensor": tensor, "axis": site.axis}
@@ -84,10 +84,10 @@ def cuts_in_file(cuts: Cuts, graph: ir.Graph) -> Cuts:
     here), what every user loses is gone."""
     copies: dict[str, list[str]] = {}
     for name, value in graph.initializers.items():
-        copies.setdefault(origin(value), []).append(str(name))
+        copies.setdefault(original_name(value), []).append(str(name))
     found = {}
     for (tensor, axis), gone in cuts.items():
-        name = origin(graph.initializers[tensor])
+        name = original_name(graph.initializers[tensor])
         nothing = np.zeros_like(gone)
         found[name, axis] = np.logical_and.reduce([cuts.get((copy, axis), nothing) for copy in copies[name]])
     return found
@@ -110,7 +110,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def write_json(data: Any, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -165,5 +165,5 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def plan_json(plan: Plan) -> list[dict[str, Any]]:
+def plan_groups_json(plan: SlicePlan) -> list[dict[str, Any]]:
     return groups_json(plan)

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 from snpc.criteria import Criterion, make_criterion, needs_data
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.planning.plan import Scores
+from snpc.planning.plan import UnitScores
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.statistics.gate_gradients import asks_gates
-from snpc.runtime.statistics.measure import wanted_statistics
-from snpc.runtime.statistics.moments import KINDS
-from snpc.runtime.statistics.statistics import Progress, Statistics, check_model, measure_statistics
-from snpc.runtime.statistics.unit_weights import numbers_of
+from snpc.runtime.statistics.gate_gradients import needs_gate_gradients
+from snpc.runtime.statistics.measure import statistic_requests
+from snpc.runtime.statistics.moments import CLOSED_FORM_STATISTICS
+from snpc.runtime.statistics.statistics import BatchProgress, Statistics, check_statistics_match, measure_statistics
+from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Role
 
 
@@ -26,8 +26,8 @@ def score(
     skip: Collection[str] = (),
     provider: str = "cpu",
     threads: int = 0,
-    progress: Progress | None = None,
-) -> Scores:
+    progress: BatchProgress | None = None,
+) -> UnitScores:
     """Score the units of every prunable group of ``roles`` but those whose ids are in ``skip``.
 
     ``criterion``: a name with options ("snp:terms=4") or a ``Criterion``. Raises UserError where it needs calibration
@@ -46,16 +46,20 @@ def score(
             threads=threads,
             progress=progress,
         )
-    return scores_of(analysis, criterion, groups, statistics)
+    return score_groups(analysis, criterion, groups, statistics)
 
 
-def scores_of(
+def score_groups(
     analysis: Analysis, criterion: str | Criterion, groups: Sequence[Group], statistics: Statistics | None
-) -> Scores:
+) -> UnitScores:
     """Score the units of these groups from what was measured. Raises UserError where that is missing."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     spelled = criterion if isinstance(criterion, str) else judge.name
-    needed = [g for g in groups if asks_gates(judge, g) or wanted_statistics(analysis, {g.id: judge.probes(g.role)})]
+    needed = [
+        g
+        for g in groups
+        if needs_gate_gradients(judge, g) or statistic_requests(analysis, {g.id: judge.probes(g.role)})
+    ]
     if statistics is None and needs_data(judge, [g.role for g in groups]):
         needy = ", ".join(sorted({g.role for g in groups if judge.probes(g.role)}))
         raise UserError(
@@ -68,19 +72,21 @@ def scores_of(
             f"{statistics.criterion}; give --criterion {statistics.criterion}, or measure again"
         )
     if statistics is not None:
-        check_model(statistics, analysis)
+        check_statistics_match(statistics, analysis)
     sums = statistics.sums if statistics is not None else {}
-    unknown = [g.id for g in needed if statistics is not None and (g.id not in sums or is_closed(sums[g.id]))]
+    unknown = [
+        g.id for g in needed if statistics is not None and (g.id not in sums or is_closed_form_statistic(sums[g.id]))
+    ]
     if statistics is not None and unknown:
         raise UserError(
             f"the statistics of {statistics.model} hold nothing for scoring {unknown[0]}: measure again with the same "
             "--roles, --include, --exclude and --method"
         )
     samples = statistics.samples if statistics is not None and needed else 0
-    values = {g.id: judge.score(numbers_of(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
-    return Scores(analysis, spelled, values, samples, comparable=getattr(judge, "comparable", False))
+    values = {g.id: judge.score(criterion_inputs(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
+    return UnitScores(analysis, spelled, values, samples, comparable=getattr(judge, "comparable", False))
 
 
-def is_closed(names: Iterable[str]) -> bool:
+def is_closed_form_statistic(names: Iterable[str]) -> bool:
     """Are these statistics for a closed form, and not for a criterion?"""
-    return any(name.partition(":")[0] in KINDS for name in names)
+    return any(name.partition(":")[0] in CLOSED_FORM_STATISTICS for name in names)

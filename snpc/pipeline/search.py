@@ -12,44 +12,54 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
-from snpc.pipeline.planner import Decision
-from snpc.pipeline.prune import Candidate, Pruned, Search, Stopwatch, apply_plan, build, published, unverified
-from snpc.pipeline.refit import Means
-from snpc.planning.allocate import predicted_drift, way_down
-from snpc.planning.config import Choice, is_latency, parse_target
-from snpc.planning.descent import Descent
-from snpc.planning.plan import Scores, plan_of
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.prune import (
+    CandidateModel,
+    PrunedModel,
+    SearchResult,
+    Stopwatch,
+    apply_slice_plan,
+    publish_candidate,
+    temporary_path,
+    write_candidate,
+)
+from snpc.pipeline.refit import FitInputs
+from snpc.planning.allocate import allocation_path, predicted_drift
+from snpc.planning.config import Budget, is_latency_budget, parse_target
+from snpc.planning.descent import AllocationPath
+from snpc.planning.plan import UnitScores, select_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.latency import Workload, side_by_side
-from snpc.runtime.io.atomic import discard
+from snpc.runtime.evaluation.latency import Workload, time_pair
+from snpc.runtime.io.atomic import discard_model
 from snpc.types import FloatArray
 
-ROUNDS = 6
-NEAR_DRIFT = math.log(1.1)  # a drift is met when it is at most this below the limit, as a ratio
-NEAR_TIME = 0.03  # a latency when it is at most this share of the dense model's below
+SEARCH_ROUNDS = 6
+DRIFT_LOG_MARGIN = math.log(1.1)  # a drift is met when it is at most this below the limit, as a ratio
+LATENCY_MARGIN = 0.03  # a latency when it is at most this share of the dense model's below
 
 
-def prune(
-    decision: Decision,
+def apply(
+    decision: PruningPlan,
     target: Path,
     *,
     calibration: Calibration | None = None,
     memory_limit: int | None = None,
     provider: str = "cpu",
     watch: Stopwatch | None = None,
-) -> Pruned:
+) -> PrunedModel:
     """Apply a decision, write it to ``target``, verify it. Where it was made for ``max_drift`` or a latency, that is
     measured on the written file before it gets its name, and another plan is tried while it does not hold or could cut
-    (or, for a latency, keep) clearly more: at most ``ROUNDS`` plans.
+    (or, for a latency, keep) clearly more: at most ``SEARCH_ROUNDS`` plans.
 
-    Raises as ``apply_plan``; CheckFailed also where the smallest cut moves the outputs by more than ``max_drift``,
+    Raises as ``apply_slice_plan``; CheckFailed also where the smallest cut moves the outputs by more than
+    ``max_drift``,
     UserError where a latency cannot be reached.
     """
     watch = watch or Stopwatch()
     choice = decision.choice
-    latency = choice is not None and is_latency(choice)
+    latency = choice is not None and is_latency_budget(choice)
     if choice is None or decision.scores is None or not (latency or choice.max_drift is not None):
-        return apply_plan(
+        return apply_slice_plan(
             decision.plan,
             target,
             compression=decision.compression,
@@ -58,8 +68,8 @@ def prune(
             provider=provider,
             watch=watch,
         )
-    means = Means(decision.compression, calibration, memory_limit, provider)
-    trials = Trials(decision, choice, decision.scores, target, means, watch)
+    means = FitInputs(decision.compression, calibration, memory_limit, provider)
+    trials = PlanSearch(decision, choice, decision.scores, target, means, watch)
     try:
         return meet_latency(trials) if latency else meet_drift(trials)
     finally:
@@ -67,51 +77,51 @@ def prune(
 
 
 @dataclass
-class Trials:
+class PlanSearch:
     """Plans along the way down that were built and measured. ``best`` is the best that holds."""
 
-    decision: Decision
-    choice: Choice
-    scores: Scores
+    decision: PruningPlan
+    choice: Budget
+    scores: UnitScores
     target: Path
-    means: Means
+    means: FitInputs
     watch: Stopwatch
-    best: Candidate | None = None
+    best: CandidateModel | None = None
     value: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
 
-    def build(self, way: Descent, steps: int) -> Candidate:
+    def build(self, way: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
-        plan = plan_of(self.scores, self.choice, way.widths(steps))
-        path = unverified(self.target, len(self.tried) + 1)
+        plan = select_units(self.scores, self.choice, way.widths(steps))
+        path = temporary_path(self.target, len(self.tried) + 1)
         try:
-            return build(plan, self.target, path, self.means, self.watch)
+            return write_candidate(plan, self.target, path, self.means, self.watch)
         except BaseException:
-            discard(path)
+            discard_model(path)
             raise
 
-    def weigh(self, made: Candidate, predicted: float, measured: float, limit: float) -> float:
+    def weigh(self, made: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep what holds (a later one is nearer to the limit), drop the rest."""
         self.tried.append((predicted, measured))
         if measured <= limit:
             self.discard()
             self.best, self.value = made, measured
         else:
-            discard(made.path)
+            discard_model(made.path)
         return measured
 
     def discard(self) -> None:
         if self.best is not None:
-            discard(self.best.path)
+            discard_model(self.best.path)
 
-    def publish(self, search: Search) -> Pruned:
+    def publish(self, search: SearchResult) -> PrunedModel:
         assert self.best is not None
-        return published(self.best, self.target, self.means, self.watch, search)
+        return publish_candidate(self.best, self.target, self.means, self.watch, search)
 
 
-def meet_drift(trials: Trials) -> Pruned:
+def meet_drift(trials: PlanSearch) -> PrunedModel:
     """Cut as much as keeps the drift that verification states within the limit."""
-    limit, way = trials.choice.max_drift, way_down_of(trials)
+    limit, way = trials.choice.max_drift, search_path(trials)
     assert limit is not None
     predicted = predicted_drift(way, trials.scores)[1:]
 
@@ -121,24 +131,24 @@ def meet_drift(trials: Trials) -> Pruned:
             raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
         return math.log(max(trials.weigh(made, float(predicted[index]), made.drift, limit), 1e-300))
 
-    seek(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, NEAR_DRIFT)
+    bisect_on_prediction(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, DRIFT_LOG_MARGIN)
     if trials.best is None:
         least = min(value for _, value in trials.tried)
         raise CheckFailed(
             f"{trials.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
             "nothing was written"
         )
-    return trials.publish(Search("drift", "relative", limit, trials.value, tuple(trials.tried)))
+    return trials.publish(SearchResult("drift", "relative", limit, trials.value, tuple(trials.tried)))
 
 
-def meet_latency(trials: Trials) -> Pruned:
+def meet_latency(trials: PlanSearch) -> PrunedModel:
     """Cut as little as brings the latency down to the target."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         return meet_latency_in(Path(folder), trials)
 
 
-def meet_latency_in(folder: Path, trials: Trials) -> Pruned:
-    times, way = trials.scores.times, way_down_of(trials)
+def meet_latency_in(folder: Path, trials: PlanSearch) -> PrunedModel:
+    times, way = trials.scores.times, search_path(trials)
     assert times is not None and trials.choice.target is not None
     target, original = parse_target(trials.choice.target), trials.decision.plan.analysis
     scale = times.dense if target.ms is not None else 1.0
@@ -152,11 +162,11 @@ def meet_latency_in(folder: Path, trials: Trials) -> Pruned:
         made = trials.build(way, last - index)
         with trials.watch.stage("latency"):
             file = workload.file(made.path, folder / "cut")
-            dense, share = side_by_side(original, dense_file, file, workload, trials.means.provider)
+            dense, share = time_pair(original, dense_file, file, workload, trials.means.provider)
         value = share * (dense if target.ms is not None else 1.0)
         return trials.weigh(made, float(shares[index]) * scale, value, limit) / scale
 
-    seek(shares, limit / scale, measure, NEAR_TIME)
+    bisect_on_prediction(shares, limit / scale, measure, LATENCY_MARGIN)
     unit = "ms" if target.ms is not None else ""
     if trials.best is None:
         least = min(value for _, value in trials.tried)
@@ -166,15 +176,15 @@ def meet_latency_in(folder: Path, trials: Trials) -> Pruned:
         )
     built = f", built for {workload.artefact.name}" if workload.artefact else ""
     unit = (unit or "of the dense model") + built
-    return trials.publish(Search("latency", unit, limit, trials.value, tuple(trials.tried)))
+    return trials.publish(SearchResult("latency", unit, limit, trials.value, tuple(trials.tried)))
 
 
-def way_down_of(trials: Trials) -> Descent:
+def search_path(trials: PlanSearch) -> AllocationPath:
     groups = trials.decision.groups
-    return way_down(groups, trials.scores, trials.choice)[0]
+    return allocation_path(groups, trials.scores, trials.choice)[0]
 
 
-def seek(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:
+def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:
     """The largest index found at which ``measure`` stays within ``limit``, -1 if it does nowhere that was tried.
 
     ``predicted`` rises. What was measured shifts it, interpolated between the places where it was; from the fourth
@@ -183,13 +193,13 @@ def seek(predicted: FloatArray, limit: float, measure: Callable[[int], float], n
     """
     known: dict[int, float] = {}
     low, high = -1, len(predicted)
-    for turn in range(ROUNDS):
+    for turn in range(SEARCH_ROUNDS):
         if high - low <= 1:
             break
-        guess = guess_of(predicted, known, limit - near / 2 if known else limit)
+        guess = next_guess(predicted, known, limit - near / 2 if known else limit)
         if turn >= 3:
             guess = min(guess, (low + high) // 2) if low < 0 else (low + high) // 2
-        if turn == ROUNDS - 1 and low < 0:
+        if turn == SEARCH_ROUNDS - 1 and low < 0:
             guess = 0
         guess = min(max(guess, low + 1), high - 1)
         known[guess] = measure(guess)
@@ -202,7 +212,7 @@ def seek(predicted: FloatArray, limit: float, measure: Callable[[int], float], n
     return low
 
 
-def guess_of(predicted: FloatArray, known: dict[int, float], aim: float) -> int:
+def next_guess(predicted: FloatArray, known: dict[int, float], aim: float) -> int:
     """The largest index that should stay within ``aim``, after what is ``known``; 0 if none should."""
     at = sorted(known)
     shift = np.interp(np.arange(len(predicted)), at, [known[k] - predicted[k] for k in at]) if at else 0.0

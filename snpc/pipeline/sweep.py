@@ -11,32 +11,33 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.pipeline.planner import Decision, decide, uncut
-from snpc.pipeline.search import prune
-from snpc.pipeline.token_request import AUTO, with_tokens
-from snpc.pipeline.token_schedule import Widths, share_of_macs, start
-from snpc.planning.config import Choice, is_latency
-from snpc.planning.plan import Method
+from snpc.pipeline.planner import PruningPlan, plan, plan_without_cuts
+from snpc.pipeline.search import apply
+from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
+from snpc.pipeline.token_schedule import WidthRequest, macs_share, prepare_evaluator
+from snpc.planning.config import Budget, is_latency_budget
+from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
+from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
 from snpc.runtime.evaluation.bench import bench
-from snpc.runtime.evaluation.compare import compare, pooled, worst
+from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.io.atomic import check_target
 from snpc.targets.base import Precision
-from snpc.targets.build import artefact, build, staging, target_of
+from snpc.targets.build import build, find_target, staging_folder, timed_artifact
 from snpc.types import Cost
 
-ORIGINAL = "original"
-Step = Callable[[str], None]
+ORIGINAL_NAME = "original"
+StepCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One size. ``macs`` and ``params`` are of the pruned ONNX file, the rest of the artefact where one was built.
 
     ``drift``: outputs against the original's, relative; ``agreement``: share of rows with the same top entry;
-    ``accuracy``: share of labels that are the top entry, where labels are given. ``speedup``: over the original, with
+    ``top1_accuracy``: share of labels that are the top entry, where labels are given. ``speedup``: over the original,
+    with
     its 95 % interval. ``tokens``: how they get fewer, "" where they do not. ``front``: nothing else is both at least as
     good and at least as fast.
     """
@@ -63,12 +64,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """All points, the original first, then in the order of the targets. ``folder`` holds the models on the front."""
 
     model: Path
     folder: Path
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     batch: int
 
     def to_json(self) -> dict[str, Any]:
@@ -82,17 +83,17 @@ def sweep(
     folder: Path,
     calibration: Calibration,
     *,
-    choice: Choice | None,
+    choice: Budget | None,
     tokens: str | None = None,
-    evaluation: Evaluation | None = None,
-    method: Method | None = None,
+    evaluation: EvaluationData | None = None,
+    method: PruningMethod | None = None,
     target: str | None = None,
     precision: Precision = "fp32",
     provider: str = "cpu",
     batch: int = 1,
     rounds: int = 30,
-    step: Step = lambda text: None,
-) -> Sweep:
+    step: StepCallback = lambda text: None,
+) -> SweepResult:
     """Prune to each of ``targets`` ("macs=0.8"), build these and the original for ``target`` if one is named, judge and
     time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
@@ -104,79 +105,81 @@ def sweep(
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
-    wishes = [Wish(text, replace(choice, target=text) if choice is not None else None) for text in targets]
+    wishes = [SweepTarget(text, replace(choice, target=text) if choice is not None else None) for text in targets]
     options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
-    made_as = artefact(target, **options) if target else None
+    made_as = timed_artifact(target, **options) if target else None
     workload = Workload(batch=batch, artefact=made_as) if any(w.timed for w in wishes) else None
-    judge = evaluation or Evaluation(calibration)
+    judge = evaluation or EvaluationData(calibration)
     step("measuring")
-    means = Measuring(calibration, method, provider, workload)
-    decisions = decided(analysis, wishes, tokens, means)
-    with staging(folder / "sweep") as work:
+    means = SweepInputs(calibration, method, provider, workload)
+    decisions = plan_targets(analysis, wishes, tokens, means)
+    with staging_folder(folder / "sweep") as work:
         source = analysis.model.path
 
-        def point(name: str, path: Path, cost: Cost, tokens: str = "") -> Point:
-            out = work / path.with_suffix(target_of(target).suffix).name if target else None
+        def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
+            out = work / path.with_suffix(find_target(target).suffix).name if target else None
             files = build(path, target, out, **options).files if target else (path,)
             total = sum(file.stat().st_size for file in files)
-            return Point(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
+            return SweepPoint(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
 
-        points = [point(ORIGINAL, source, analysis.cost)]
+        points = [point(ORIGINAL_NAME, source, analysis.cost)]
         for text, (decision, fed) in decisions.items():
             step(text)
             path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
-            made = prune(decision, path, calibration=fed, provider=provider)
+            made = apply(decision, path, calibration=fed, provider=provider)
             reduction = decision.plan.analysis.reduction
             points.append(point(text, path, made.after, reduction.spec if reduction is not None else ""))
         step("judging and timing")
-        points = timed(judged(points, source, judge, provider), provider, batch, rounds)
-        points = on_front(points)
-        return Sweep(source, folder, tuple(keep(points, source, folder)), batch)
+        points = with_timings(with_quality(points, source, judge, provider), provider, batch, rounds)
+        points = mark_pareto_front(points)
+        return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), batch)
 
 
 @dataclass(frozen=True)
-class Wish:
+class SweepTarget:
     """One target, and the widths to cut for it (None: none)."""
 
     target: str
-    choice: Choice | None
+    choice: Budget | None
 
     @property
     def timed(self) -> bool:
-        return self.choice is not None and is_latency(self.choice)
+        return self.choice is not None and is_latency_budget(self.choice)
 
 
 @dataclass(frozen=True)
-class Measuring:
+class SweepInputs:
     """What is measured, and how."""
 
     calibration: Calibration
-    method: Method | None
+    method: PruningMethod | None
     provider: str
     workload: Workload | None
 
 
-Decided = tuple[Decision, Calibration]
+PlanAndData = tuple[PruningPlan, Calibration]
 
 
-def decided(analysis: Analysis, wishes: Sequence[Wish], tokens: str | None, means: Measuring) -> dict[str, Decided]:
+def plan_targets(
+    analysis: Analysis, wishes: Sequence[SweepTarget], tokens: str | None, means: SweepInputs
+) -> dict[str, PlanAndData]:
     """For each target a decision, and the data that it is carried out with."""
-    if tokens is not None and tokens.strip() == AUTO:
-        return by_target(analysis, wishes, means)
+    if tokens is not None and tokens.strip() == AUTO_TOKENS:
+        return plan_each_target(analysis, wishes, means)
     if wishes[0].choice is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
-    reduced, fed = with_tokens(analysis, means.calibration, tokens, provider=means.provider)
+    reduced, fed = apply_token_request(analysis, means.calibration, tokens, provider=means.provider)
     assert fed is not None
-    return {text: (decision, fed) for text, decision in measured_once(reduced, wishes, fed, means).items()}
+    return {text: (decision, fed) for text, decision in plan_from_one_measurement(reduced, wishes, fed, means).items()}
 
 
-def measured_once(
-    analysis: Analysis, wishes: Sequence[Wish], calibration: Calibration, means: Measuring
-) -> dict[str, Decision]:
+def plan_from_one_measurement(
+    analysis: Analysis, wishes: Sequence[SweepTarget], calibration: Calibration, means: SweepInputs
+) -> dict[str, PruningPlan]:
     """Measured for one target (a latency if there is one), planned for each."""
     choices = {wish.target: wish.choice for wish in wishes if wish.choice is not None}
-    first = max(choices.values(), key=is_latency)
-    made = decide(
+    first = max(choices.values(), key=is_latency_budget)
+    made = plan(
         analysis,
         first,
         calibration=calibration,
@@ -188,48 +191,57 @@ def measured_once(
     return {text: made.at(choice) for text, choice in choices.items()}
 
 
-def by_target(analysis: Analysis, wishes: Sequence[Wish], means: Measuring) -> dict[str, Decided]:
+def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: SweepInputs) -> dict[str, PlanAndData]:
     """As many tokens as are best for each target; what was tried for one serves the next."""
     for wish in wishes:
-        share_of_macs(wish.target)
-    trials, found = start(analysis, means.calibration, means.provider), {}
+        macs_share(wish.target)
+    trials, found = prepare_evaluator(analysis, means.calibration, means.provider), {}
     for wish in wishes:
-        widths = Widths(wish.choice, means.method) if wish.choice is not None else None
-        reduced, fed = with_tokens(
+        widths = WidthRequest(wish.choice, means.method) if wish.choice is not None else None
+        reduced, fed = apply_token_request(
             analysis,
             means.calibration,
-            AUTO,
+            AUTO_TOKENS,
             target=wish.target,
             widths=widths,
             provider=means.provider,
             trials=trials,
         )
         assert fed is not None
-        made = measured_once(reduced, [wish], fed, means)[wish.target] if widths is not None else uncut(reduced)
+        made = (
+            plan_from_one_measurement(reduced, [wish], fed, means)[wish.target]
+            if widths is not None
+            else plan_without_cuts(reduced)
+        )
         found[wish.target] = made, fed
     return found
 
 
-def steps(targets: Sequence[str]) -> int:
+def count_sweep_steps(targets: Sequence[str]) -> int:
     return len(targets) + 2
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------
 
 
-def judged(points: Sequence[Point], source: Path, judge: Evaluation, provider: str) -> list[Point]:
-    dense = outputs(source, judge, provider)
+def with_quality(points: Sequence[SweepPoint], source: Path, judge: EvaluationData, provider: str) -> list[SweepPoint]:
+    dense = collect_outputs(source, judge, provider)
     found = []
     for point in points:
-        mine = dense if point.files[0] == source else outputs(point.files[0], judge, provider)
-        moved = pooled([compare(a, b) for a, b in zip(dense, mine, strict=True)])
+        mine = dense if point.files[0] == source else collect_outputs(point.files[0], judge, provider)
+        moved = aggregate([measure_differences(a, b) for a, b in zip(dense, mine, strict=True)])
         found.append(
-            replace(point, drift=worst(moved), agreement=moved[0].agreement, accuracy=accuracy(mine, judge.labels))
+            replace(
+                point,
+                drift=max_relative(moved),
+                agreement=moved[0].agreement,
+                accuracy=top1_accuracy(mine, judge.labels),
+            )
         )
     return found
 
 
-def timed(points: Sequence[Point], provider: str, batch: int, rounds: int) -> list[Point]:
+def with_timings(points: Sequence[SweepPoint], provider: str, batch: int, rounds: int) -> list[SweepPoint]:
     result = bench([point.files[0] for point in points], provider=provider, batch=batch, iterations=rounds)
     found = [replace(points[0], latency=result.timings[0].median)]
     for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
@@ -237,22 +249,22 @@ def timed(points: Sequence[Point], provider: str, batch: int, rounds: int) -> li
     return found
 
 
-def on_front(points: Sequence[Point]) -> list[Point]:
+def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """Marked: points that no other is at least as good and as fast as, and better in one of the two."""
 
-    def beats(a: Point, b: Point) -> bool:
+    def beats(a: SweepPoint, b: SweepPoint) -> bool:
         pair = (a.quality - b.quality, a.speedup - b.speedup)
         return min(pair) >= 0 and max(pair) > 0
 
     return [replace(p, front=not any(beats(other, p) for other in points)) for p in points]
 
 
-def keep(points: Sequence[Point], source: Path, folder: Path) -> list[Point]:
+def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -> list[SweepPoint]:
     """Move the files of the front into ``folder``; those of the others go with the temporary folder, and so does what
     was built of the original."""
     found = []
     for point in points:
-        if point.name == ORIGINAL:
+        if point.name == ORIGINAL_NAME:
             point = replace(point, files=(source,))
         elif point.front:
             moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]

@@ -20,70 +20,86 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.shapes import Facts, best_binding
+from snpc.graph.shapes import ShapeFacts, choose_dim_sizes
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.pipeline.planner import Decision, decide
-from snpc.planning.allocate import make_plan
-from snpc.planning.config import Choice, parse_target
-from snpc.planning.plan import Method, Plan, Scores, cuts_of
+from snpc.pipeline.planner import PruningPlan, plan
+from snpc.planning.allocate import make_slice_plan
+from snpc.planning.config import Budget, parse_target
+from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import fit, settled
-from snpc.runtime.evaluation.compare import outputs_of
+from snpc.runtime.closed_form.fit import fit_parallel, in_rotated_order
+from snpc.runtime.evaluation.compare import run_batches
 from snpc.runtime.io.save import save
-from snpc.runtime.sensitivity.loss_curves import mean_change
-from snpc.runtime.statistics.token_relevance import token_relevance
-from snpc.tokens import METHODS
+from snpc.runtime.sensitivity.loss_curves import mean_relative_change
+from snpc.runtime.statistics.token_relevance import measure_token_relevance
+from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import TokenCost, token_cost
-from snpc.tokens.methods import Method as TokenMethod
-from snpc.tokens.open import open_tokens, stream_dtype
-from snpc.tokens.reduction import Amount, Reduction, Wanted, check_point, settings_for, steps_for, why_not, with_steps
-from snpc.tokens.step import Step
+from snpc.tokens.methods import TokenMethod as TokenMethod
+from snpc.tokens.open import externalize_decisions, stream_dtype
+from snpc.tokens.reduction import (
+    TokenAmount,
+    TokenReductionPlan,
+    TokenRequest,
+    analyze_with_steps,
+    check_method,
+    reduction_obstacle,
+    settings_for,
+    steps_for,
+)
+from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray, Feeds
 
-SAMPLES = 32
+SCHEDULE_SAMPLES = 32
 SHARE_DIGITS = 3
-STARTS, ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
-TAPERS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
+WINDOW_STARTS, WINDOW_ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
+TAPER_RATIOS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
 STRIDES = (2, 3)
-NEAR = 1.15  # drifts on so few samples that differ by less are as good
-SHARES = (1.0, 0.85, 0.7, 0.5)  # of what is to be saved: how much of it by tokens, where widths are cut too
+DRIFT_TIE_RATIO = 1.15  # drifts on so few samples that differ by less are as good
+TOKEN_SAVING_SHARES = (
+    1.0,
+    0.85,
+    0.7,
+    0.5,
+)  # of what is to be saved: how much of it by tokens, where widths are cut too
 
-Schedule = tuple[int, ...]
-Shape = tuple[float, ...]
+TokenSchedule = tuple[int, ...]
+DepthProfile = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Widths:
-    """How widths are cut after the tokens: what ``decide`` is asked."""
+class WidthRequest:
+    """How widths are cut after the tokens: what ``plan`` is asked."""
 
-    choice: Choice
-    method: Method | None = None
+    choice: Budget
+    method: PruningMethod | None = None
     criterion: str | None = None
 
 
 @dataclass
-class Trials:
+class ScheduleEvaluator:
     """Builds and runs reduced models, each once. ``dense``: the outputs of the model on ``batches``."""
 
     analysis: Analysis
-    facts: Facts
+    facts: ShapeFacts
     binding: Mapping[str, int]
     cost: TokenCost
     batches: Sequence[Feeds]
     dense: Sequence[Mapping[str, AnyArray]]
     provider: str
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    seen: dict[tuple[str, Schedule], float] = field(default_factory=dict)
+    seen: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
 
-    def drift(self, method: TokenMethod, schedule: Schedule) -> float:
+    def drift(self, method: TokenMethod, schedule: TokenSchedule) -> float:
         """Relative squared change of the outputs."""
         key = (method.name, schedule)
         if key not in self.seen:
             steps = self.steps(method, schedule)
-            reduction = Reduction(tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps})
-            model = open_tokens(self.analysis.model.graph, self.facts, self.binding, steps)
+            reduction = TokenReductionPlan(
+                tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps}
+            )
+            model = externalize_decisions(self.analysis.model.graph, self.facts, self.binding, steps)
             reduction.close(model)
             self.seen[key] = self.change(model)
         return self.seen[key]
@@ -92,35 +108,35 @@ class Trials:
         """Relative squared change of the outputs by ``model``, which is taken over."""
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
-            save(clean(model), path)
-            moved = outputs_of(path, self.batches, self.provider)
-        return float(np.mean([mean_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
+            save(finalize(model), path)
+            moved = run_batches(path, self.batches, self.provider)
+        return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
-    def wanted(self, method: TokenMethod, schedule: Schedule) -> Wanted:
-        found: dict[int, tuple[TokenMethod, Amount]] = {}
+    def wanted(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
+        found: dict[int, tuple[TokenMethod, TokenAmount]] = {}
         count = self.cost.count
         for point, gone in zip(self.analysis.tokens.points, schedule, strict=True):
             others = count - point.leading
             gone = max(0, min(gone, method.most(others)))
             if point.fixed:
-                found[point.block] = (method, Amount(gone))
+                found[point.block] = (method, TokenAmount(gone))
             elif gone:
-                found[point.block] = (method, Amount(0, round((others - gone) / others, SHARE_DIGITS)))
+                found[point.block] = (method, TokenAmount(0, round((others - gone) / others, SHARE_DIGITS)))
             count -= gone
         return found
 
-    def steps(self, method: TokenMethod, schedule: Schedule) -> list[Step]:
+    def steps(self, method: TokenMethod, schedule: TokenSchedule) -> list[TokenStep]:
         return steps_for(self.analysis, self.wanted(method, schedule), self.offline)
 
-    def macs(self, method: TokenMethod, schedule: Schedule) -> float:
+    def macs(self, method: TokenMethod, schedule: TokenSchedule) -> float:
         wanted = self.wanted(method, schedule)
         return self.cost.macs(settings_for(self.analysis.tokens.points, wanted, count=self.cost.count), method)
 
-    def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> Schedule | None:
+    def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> TokenSchedule | None:
         """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
         low, high = 0.0, float(self.cost.count)
 
-        def at(scale: float) -> Schedule:
+        def at(scale: float) -> TokenSchedule:
             behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(shape)])]
             return tuple(int(n) for n in np.diff(behind))
 
@@ -132,42 +148,42 @@ class Trials:
         return at(high)
 
 
-def choose_tokens(
+def choose_token_schedule(
     analysis: Analysis,
     calibration: Calibration | None,
     target: str | None,
-    widths: Widths | None,
+    widths: WidthRequest | None,
     provider: str = "cpu",
-    trials: Trials | None = None,
+    trials: ScheduleEvaluator | None = None,
 ) -> Analysis:
     """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
     are cut as well. ``trials``: what was tried for other targets.
 
     Raises UserError where there is nothing to decide by, or where the target cannot be reached.
     """
-    share = share_of_macs(target)
+    share = macs_share(target)
     if calibration is None:
         raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
-    trials = trials or start(analysis, calibration, provider)
+    trials = trials or prepare_evaluator(analysis, calibration, provider)
     whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
     if budget >= least:
         return analysis
-    levels = [least - share * (least - budget) for share in (SHARES if widths is not None else (1.0,))]
-    best = cheapest_method(trials, levels[len(levels) // 2])
+    levels = [least - share * (least - budget) for share in (TOKEN_SAVING_SHARES if widths is not None else (1.0,))]
+    best = least_drift_method(trials, levels[len(levels) // 2])
     if best is None and widths is None:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if best is None:
         return analysis
-    reachable = schedules(trials, best, levels)
+    reachable = schedules_at_levels(trials, best, levels)
     if not reachable:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if widths is None:
-        return with_steps(analysis, trials.steps(best, reachable[0][1]))
-    return shared(trials, best, reachable, calibration, widths, budget)
+        return analyze_with_steps(analysis, trials.steps(best, reachable[0][1]))
+    return split_with_widths(trials, best, reachable, calibration, widths, budget)
 
 
-def share_of_macs(target: str | None) -> float:
+def macs_share(target: str | None) -> float:
     """R of "macs=R". Raises UserError for any other target."""
     wanted = parse_target(target) if target is not None else None
     if wanted is None or wanted.kind != "macs":
@@ -175,61 +191,61 @@ def share_of_macs(target: str | None) -> float:
     return wanted.share
 
 
-def start(analysis: Analysis, calibration: Calibration, provider: str) -> Trials:
+def prepare_evaluator(analysis: Analysis, calibration: Calibration, provider: str) -> ScheduleEvaluator:
     """Raises UserError where the tokens of the model cannot be reduced."""
     if not analysis.tokens.points:
-        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
-    binding, facts = best_binding(analysis.model.graph)
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{reduction_obstacle(analysis)}")
+    binding, facts = choose_dim_sizes(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
         batches.append(feeds)
-        if len(batches) * calibration.batch >= SAMPLES:
+        if len(batches) * calibration.batch >= SCHEDULE_SAMPLES:
             break
-    dense = outputs_of(analysis.model.path, batches, provider)
+    dense = run_batches(analysis.model.path, batches, provider)
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # without it there are other methods
-        if is_fixed(analysis):
-            offline = token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
-    return Trials(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
+        if has_fixed_token_count(analysis):
+            offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
+    return ScheduleEvaluator(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
 
 
-def is_fixed(analysis: Analysis) -> bool:
+def has_fixed_token_count(analysis: Analysis) -> bool:
     """Have all inputs as many tokens?"""
     return all(point.fixed for point in analysis.tokens.points)
 
 
-def cheapest_method(trials: Trials, macs: float) -> TokenMethod | None:
+def least_drift_method(trials: ScheduleEvaluator, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
-    fixed = is_fixed(trials.analysis)
-    for made in METHODS.values():
+    fixed = has_fixed_token_count(trials.analysis)
+    for made in TOKEN_METHODS.values():
         if made.adapts or (made.offline and not trials.offline) or not (fixed or made.counts):
             continue
         try:
             for point in trials.analysis.tokens.points:
-                check_point(trials.analysis, point.block, made)
+                check_method(trials.analysis, point.block, made)
         except UserError:
             continue
         schedule = trials.fitted(made, [1.0] * len(trials.analysis.tokens.points), macs)
         if schedule is not None:
             found.append((trials.drift(made, schedule), made.name))
-    return METHODS[min(found)[1]] if found else None
+    return TOKEN_METHODS[min(found)[1]] if found else None
 
 
-def windows(count: int) -> list[Shape]:
+def window_profiles(count: int) -> list[DepthProfile]:
     """As many tokens at every block of a stretch."""
-    spans = sorted({(round(s * count), round(e * count)) for s in STARTS for e in ENDS})
+    spans = sorted({(round(s * count), round(e * count)) for s in WINDOW_STARTS for e in WINDOW_ENDS})
     return [tuple(float(first <= k < last) for k in range(count)) for first, last in spans if first < last]
 
 
-def tapered(shape: Shape) -> list[Shape]:
+def tapered_profiles(shape: DepthProfile) -> list[DepthProfile]:
     """The stretch with more tokens at its first blocks than at its last ones, and the other way round."""
     inside = [k for k, share in enumerate(shape) if share]
-    slopes = [np.geomspace(ratio, 1, len(inside)) for ratio in TAPERS] if len(inside) > 1 else []
+    slopes = [np.geomspace(ratio, 1, len(inside)) for ratio in TAPER_RATIOS] if len(inside) > 1 else []
     return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
 
 
-def strided(shape: Shape) -> list[Shape]:
+def strided_profiles(shape: DepthProfile) -> list[DepthProfile]:
     """Every second and every third block of the stretch: as many tokens in fewer steps."""
     inside = [k for k, share in enumerate(shape) if share]
     return [
@@ -237,62 +253,69 @@ def strided(shape: Shape) -> list[Shape]:
     ]
 
 
-def best_shape(
-    trials: Trials, method: TokenMethod, macs: float, shapes: Sequence[Shape]
-) -> tuple[Shape, Schedule] | None:
+def best_profile(
+    trials: ScheduleEvaluator, method: TokenMethod, macs: float, shapes: Sequence[DepthProfile]
+) -> tuple[DepthProfile, TokenSchedule] | None:
     """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``; of those that are as good the
     one with the fewest steps, since each step takes time beside its MACs."""
-    found: list[tuple[float, Shape, Schedule]] = []
+    found: list[tuple[float, DepthProfile, TokenSchedule]] = []
     for shape in shapes:
         schedule = trials.fitted(method, shape, macs)
         if schedule is not None:
             found.append((trials.drift(method, schedule), shape, schedule))
     if not found:
         return None
-    near = [one for one in found if one[0] <= NEAR * min(found)[0]]
+    near = [one for one in found if one[0] <= DRIFT_TIE_RATIO * min(found)[0]]
     return min(near, key=lambda one: (sum(n > 0 for n in one[2]), one[0]))[1:]
 
 
-def schedules(trials: Trials, method: TokenMethod, levels: Sequence[float]) -> list[tuple[float, Schedule]]:
+def schedules_at_levels(
+    trials: ScheduleEvaluator, method: TokenMethod, levels: Sequence[float]
+) -> list[tuple[float, TokenSchedule]]:
     """(MACs, schedule) of every level that can be reached: all stretches are tried at the middle one, at the others the
     best of them and the whole depth."""
-    whole = windows(len(trials.analysis.tokens.points))
-    middle = best_shape(trials, method, levels[len(levels) // 2], whole)
+    whole = window_profiles(len(trials.analysis.tokens.points))
+    middle = best_profile(trials, method, levels[len(levels) // 2], whole)
     shapes = whole[:]
     if middle is not None:
-        shapes = [middle[0], *tapered(middle[0]), *strided(middle[0])]
+        shapes = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
     found = []
     for level in levels:
-        best = best_shape(trials, method, level, shapes) or best_shape(trials, method, level, whole)
+        best = best_profile(trials, method, level, shapes) or best_profile(trials, method, level, whole)
         if best is not None:
             found.append((level, best[1]))
     return found
 
 
-def shared(
-    trials: Trials,
+def split_with_widths(
+    trials: ScheduleEvaluator,
     method: TokenMethod,
-    levels: Sequence[tuple[float, Schedule]],
+    levels: Sequence[tuple[float, TokenSchedule]],
     calibration: Calibration,
-    widths: Widths,
+    widths: WidthRequest,
     budget: float,
 ) -> Analysis:
     """The level at which tokens and widths together are predicted to move the outputs least."""
     _, middle = levels[len(levels) // 2]
-    reduced = with_steps(trials.analysis, trials.steps(method, middle))
+    reduced = analyze_with_steps(trials.analysis, trials.steps(method, middle))
     try:
-        predicted = width_drift(trials, reduced, trials.drift(method, middle), calibration, widths, budget)
+        predicted = predict_width_drift(trials, reduced, trials.drift(method, middle), calibration, widths, budget)
     except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
-        return with_steps(trials.analysis, trials.steps(method, levels[0][1]))
+        return analyze_with_steps(trials.analysis, trials.steps(method, levels[0][1]))
     scored = [
         (trials.drift(method, schedule) + predicted(budget / trials.macs(method, schedule)), schedule)
         for _, schedule in levels
     ]
-    return with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
+    return analyze_with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
 
 
-def width_drift(
-    trials: Trials, reduced: Analysis, by_tokens: float, calibration: Calibration, widths: Widths, budget: float
+def predict_width_drift(
+    trials: ScheduleEvaluator,
+    reduced: Analysis,
+    by_tokens: float,
+    calibration: Calibration,
+    widths: WidthRequest,
+    budget: float,
 ) -> Callable[[float], float]:
     """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach).
 
@@ -300,7 +323,7 @@ def width_drift(
     are cut together, which is measured once. Raises UserError where ``budget`` is out of reach.
     """
     base = 1 - reduced.dead_macs / reduced.cost.macs
-    found = decide(
+    found = plan(
         reduced,
         replace(widths.choice, target=f"macs={budget / reduced.cost.macs:.9f}"),
         calibration=calibration,
@@ -309,31 +332,31 @@ def width_drift(
         provider=trials.provider,
         whole=True,
     )
-    scores = Scores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
+    scores = UnitScores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
 
-    def summed(plan: Plan) -> float:
+    def summed(plan: SlicePlan) -> float:
         return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
 
-    together = max(trials.change(cut_at_once(found)) - by_tokens, 0.0)
+    together = max(trials.change(one_shot_pruned_model(found)) - by_tokens, 0.0)
     scale = max(1.0, together / max(summed(found.plan), 1e-12))
 
     def predicted(share: float) -> float:
         if share >= 1:
             return 0.0
         try:
-            return scale * summed(make_plan(scores, replace(widths.choice, target=f"macs={share * base:.9f}")))
+            return scale * summed(make_slice_plan(scores, replace(widths.choice, target=f"macs={share * base:.9f}")))
         except UserError:
             return float("inf")
 
     return predicted
 
 
-def cut_at_once(decision: Decision) -> ir.Model:
+def one_shot_pruned_model(decision: PruningPlan) -> ir.Model:
     """The plan's model, all layers fitted to the dense one."""
     plan, source = decision.plan, decision.plan.analysis.traced
     if decision.compression is not None:
-        plan = settled(decision.compression, plan)
-        source = fit(decision.compression, plan)
+        plan = in_rotated_order(decision.compression, plan)
+        source = fit_parallel(decision.compression, plan)
     model = rewrite_model(source, cuts_of(plan)).model
     assert plan.analysis.reduction is not None
     plan.analysis.reduction.close(model)

@@ -11,14 +11,14 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.planning.config import Choice, Target, allowed, parse_target
-from snpc.planning.descent import Descent, descent, within
-from snpc.planning.dimap import module_widths
-from snpc.planning.plan import Plan, Scores, plan_of
-from snpc.types import APPROXIMATE, FloatArray, Group
+from snpc.planning.config import Budget, ResourceTarget, allowed_widths, parse_target
+from snpc.planning.descent import AllocationPath, greedy_path, widths_within
+from snpc.planning.dimap import dimap_widths_at
+from snpc.planning.plan import SlicePlan, UnitScores, select_units
+from snpc.types import APPROXIMATE_REASON, FloatArray, Group
 
 
-def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
+def groups_to_prune(analysis: Analysis, choice: Budget) -> list[Group]:
     """Groups that the choice is about. Raises UserError where there are none, saying why."""
     mine = [g for g in analysis.groups if g.role in choice.roles]
     named = [
@@ -29,7 +29,7 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
     ]
     found = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if choice.ratio is None and any(g.freedom_reason == APPROXIMATE for g in found):
+    if choice.ratio is None and any(g.freedom_reason == APPROXIMATE_REASON for g in found):
         raise UserError(
             f"{name}: --target and --max-drift cannot weigh the residual width, since what other normalisation "
             "statistics cost is not measured: cut it with --ratio, or leave out the role residual"
@@ -47,15 +47,15 @@ def chosen_groups(analysis: Analysis, choice: Choice) -> list[Group]:
     )
 
 
-def make_plan(scores: Scores, choice: Choice) -> Plan:
+def make_slice_plan(scores: UnitScores, choice: Budget) -> SlicePlan:
     """Decide which units stay."""
-    groups = chosen_groups(scores.analysis, choice)
-    return plan_of(scores, choice, widths_for(groups, scores, choice))
+    groups = groups_to_prune(scores.analysis, choice)
+    return select_units(scores, choice, allocate_widths(groups, scores, choice))
 
 
-def widths_for(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+def allocate_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
     if choice.allocator == "dimap":
-        return energy_widths(groups, scores, choice)
+        return dimap_widths(groups, scores, choice)
     if choice.target is not None:
         return target_widths(groups, scores, choice)
     if choice.max_drift is not None:
@@ -66,49 +66,49 @@ def widths_for(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[
     return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, choice).items()}
 
 
-def uniform_widths(groups: Sequence[Group], choice: Choice) -> dict[str, int]:
+def uniform_widths(groups: Sequence[Group], choice: Budget) -> dict[str, int]:
     """Every group keeps the share 1 - ratio, to the nearest width it may have."""
     assert choice.ratio is not None
     share = 1 - choice.ratio
-    return {g.id: min(allowed(g, choice), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
+    return {g.id: min(allowed_widths(g, choice), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
 
 
-def ranked_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+def ranked_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
     """Remove the share ``ratio`` of the units of one role, where it costs least."""
     assert choice.ratio is not None
     blocks = {g.id: float(g.blocks) for g in groups}
-    found = descent(groups, {g.id: step_costs(scores, g) for g in groups}, blocks, choice)
+    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, choice)
     budget = choice.ratio * sum(g.blocks * g.size for g in groups)
-    return within(found, lambda name, before, after: blocks[name] * (before - after), budget)
+    return widths_within(found, lambda name, before, after: blocks[name] * (before - after), budget)
 
 
-def energy_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+def dimap_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
     """One threshold per role on the relative energy of units; for a target, at the ratio of all roles that reaches it.
 
     Raises UserError where the target is out of reach.
     """
     if any(g.id not in scores.energies for g in groups):
-        raise UserError("allocator dimap needs the energies of weights: plan with snpc.decide")
+        raise UserError("allocator dimap needs the energies of weights: plan with snpc.plan")
     if choice.target is None:
         assert choice.ratio is not None
-        return module_widths(groups, scores.energies, choice, choice.ratio)
+        return dimap_widths_at(groups, scores.energies, choice, choice.ratio)
     target = parse_target(choice.target)
 
     def saved(widths: Mapping[str, int]) -> float:
-        return sum(float(savings(scores, g, target)[widths[g.id]]) for g in groups)
+        return sum(float(savings_by_width(scores, g, target)[widths[g.id]]) for g in groups)
 
-    most = module_widths(groups, scores.energies, choice, 1.0)
-    budget, reachable, slack = budget_of(scores, target, saved(most))
+    most = dimap_widths_at(groups, scores.energies, choice, 1.0)
+    budget, reachable, slack = required_savings(scores, target, saved(most))
     check_reachable(choice, budget, saved(most) + slack, reachable)
     low, high = 0.0, 1.0
     while (high - low) * sum(g.blocks * g.size for g in groups) > 0.5:
         middle = (low + high) / 2
-        enough = saved(module_widths(groups, scores.energies, choice, middle)) >= budget * (1 - 1e-12)
+        enough = saved(dimap_widths_at(groups, scores.energies, choice, middle)) >= budget * (1 - 1e-12)
         low, high = (low, middle) if enough else (middle, high)
-    return module_widths(groups, scores.energies, choice, high)
+    return dimap_widths_at(groups, scores.energies, choice, high)
 
 
-def check_reachable(choice: Choice, budget: float, most: float, reachable: str) -> None:
+def check_reachable(choice: Budget, budget: float, most: float, reachable: str) -> None:
     if budget > most * (1 + 1e-12):
         raise UserError(
             f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
@@ -116,39 +116,41 @@ def check_reachable(choice: Choice, budget: float, most: float, reachable: str) 
         )
 
 
-def way_down(groups: Sequence[Group], scores: Scores, choice: Choice) -> tuple[Descent, FloatArray]:
+def allocation_path(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> tuple[AllocationPath, FloatArray]:
     """Every step towards the choice's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
     or ms. With ``max_drift`` MACs are what is to be saved."""
-    target = parse_target(choice.target) if choice.target is not None else Target("macs", 0.0)
-    worth = {g.id: savings(scores, g, target) for g in groups}
-    prices = {g.id: float(worth[g.id][lowest(g, choice)]) / max(g.size - lowest(g, choice), 1) for g in groups}
-    found = descent(groups, {g.id: step_costs(scores, g) for g in groups}, prices, choice)
+    target = parse_target(choice.target) if choice.target is not None else ResourceTarget("macs", 0.0)
+    worth = {g.id: savings_by_width(scores, g, target) for g in groups}
+    prices = {
+        g.id: float(worth[g.id][smallest_width(g, choice)]) / max(g.size - smallest_width(g, choice), 1) for g in groups
+    }
+    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, prices, choice)
     return found, found.along(worth)
 
 
-def lowest(group: Group, choice: Choice) -> int:
-    return min(allowed(group, choice))
+def smallest_width(group: Group, choice: Budget) -> int:
+    return min(allowed_widths(group, choice))
 
 
-def savings(scores: Scores, group: Group, target: Target) -> FloatArray:
+def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:
     """[size + 1]: what is saved when so many units per block are kept."""
     if target.kind == "latency":
         assert scores.times is not None
         return scores.times.saved[group.id]
     gone: FloatArray = 1 - np.arange(group.size + 1) / group.size
-    return worth(scores.analysis, group, target) * gone
+    return resource_use(scores.analysis, group, target) * gone
 
 
-def target_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+def target_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
     """Reach the target, taking it from all roles where it costs least. For a latency: as it is predicted."""
     assert choice.target is not None
-    found, saved = way_down(groups, scores, choice)
-    budget, reachable, slack = budget_of(scores, parse_target(choice.target), float(saved[-1]))
+    found, saved = allocation_path(groups, scores, choice)
+    budget, reachable, slack = required_savings(scores, parse_target(choice.target), float(saved[-1]))
     check_reachable(choice, budget, float(saved[-1]) + slack, reachable)
     return found.widths(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
 
 
-def budget_of(scores: Scores, target: Target, most: float) -> tuple[float, str, float]:
+def required_savings(scores: UnitScores, target: ResourceTarget, most: float) -> tuple[float, str, float]:
     """What has to be saved for the target, what is reached when ``most`` is saved, in words, and by how much that may
     be wrong."""
     if target.kind == "latency":
@@ -161,14 +163,14 @@ def budget_of(scores: Scores, target: Target, most: float) -> tuple[float, str, 
     return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
 
 
-def drift_widths(groups: Sequence[Group], scores: Scores, choice: Choice) -> dict[str, int]:
+def drift_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
     """The furthest down at which the drift that the curves predict is within ``max_drift``."""
-    found, _ = way_down(groups, scores, choice)
+    found, _ = allocation_path(groups, scores, choice)
     assert choice.max_drift is not None
     return found.widths(int(np.flatnonzero(predicted_drift(found, scores) <= choice.max_drift)[-1]))
 
 
-def predicted_drift(found: Descent, scores: Scores) -> FloatArray:
+def predicted_drift(found: AllocationPath, scores: UnitScores) -> FloatArray:
     """[steps + 1]: relative root mean square change of the outputs, the changes of all groups added up as if they had
     nothing to do with each other."""
     if any(g.id not in scores.curves for g in found.groups):
@@ -177,7 +179,7 @@ def predicted_drift(found: Descent, scores: Scores) -> FloatArray:
     return drift
 
 
-def worth(analysis: Analysis, group: Group, target: Target) -> float:
+def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> float:
     """What the group accounts for of what the target counts."""
     if target.kind == "macs":
         return float(group.macs)
@@ -188,7 +190,7 @@ def worth(analysis: Analysis, group: Group, target: Target) -> float:
     return group.params * weight.nbytes / weight.size
 
 
-def step_costs(scores: Scores, group: Group) -> FloatArray:
+def removal_costs(scores: UnitScores, group: Group) -> FloatArray:
     """[size]: what removing one unit of every block costs, cheapest first; comparable between groups.
 
     From a curve: the growth of the change of the model's outputs. From scores: the score, relative to the group's mean

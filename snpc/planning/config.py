@@ -16,7 +16,7 @@ TargetKind = Literal["macs", "params", "bytes", "latency"]
 
 
 @dataclass(frozen=True)
-class Target:
+class ResourceTarget:
     """``kind`` is to come down to ``share`` of the dense model's: MACs, parameters, bytes of the weights, or the time
     of a run; that may be given in ``ms`` instead."""
 
@@ -29,11 +29,11 @@ class Target:
         return self.ms if self.ms is not None else self.share * dense
 
 
-def asks_latency(target: str | None) -> bool:
+def is_latency_target(target: str | None) -> bool:
     return target is not None and parse_target(target).kind == "latency"
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str) -> ResourceTarget:
     """``macs=0.6``, ``params=0.6``, ``bytes=0.6``, ``latency=0.6`` or ``latency=12ms``."""
     kind, _, number = text.partition("=")
     absolute = kind == "latency" and number.endswith("ms")
@@ -46,10 +46,10 @@ def parse_target(text: str) -> Target:
             f"target {text!r}: must look like macs=0.6, params=0.6, bytes=0.6 or latency=0.6, a share of the dense "
             "model in (0, 1], or like latency=12ms"
         )
-    return Target(kind, 1.0, share) if absolute else Target(kind, share)  # type: ignore[arg-type]
+    return ResourceTarget(kind, 1.0, share) if absolute else ResourceTarget(kind, share)  # type: ignore[arg-type]
 
 
-def parse_caps(text: str) -> dict[str, float]:
+def parse_max_ratios(text: str) -> dict[str, float]:
     """``0.5`` for every role, or ``ffn=0.5,vo=0.3``: role -> the largest share of a group's units that may go."""
     found: dict[str, float] = {}
     for part in text.split(","):
@@ -66,7 +66,7 @@ def parse_caps(text: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Budget:
     """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1); or ``target``:
     the share of the MACs, parameters, bytes or latency to come down to ("macs=0.6"), taken from all roles where it
     costs least; or ``max_drift``: as much as keeps the outputs within this root mean square change, relative, of the
@@ -124,7 +124,7 @@ class Choice:
                 f"unknown role {', '.join(map(repr, unknown)) or '(none given)'}: choose from {', '.join(ROLES)}"
             )
         if self.max_ratio is not None:
-            parse_caps(self.max_ratio)
+            parse_max_ratios(self.max_ratio)
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")
@@ -132,19 +132,19 @@ class Choice:
                 raise UserError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
-def floor_of(group: Group, choice: Choice) -> int:
+def minimum_width(group: Group, choice: Budget) -> int:
     """The least width the options allow."""
-    cap = parse_caps(choice.max_ratio).get(group.role, 1.0) if choice.max_ratio is not None else 1.0
+    cap = parse_max_ratios(choice.max_ratio).get(group.role, 1.0) if choice.max_ratio is not None else 1.0
     capped = math.ceil(group.size * (1 - cap) - 1e-9)
     return min(group.size, max(choice.min_width, choice.round_to, capped))
 
 
-def allowed(group: Group, choice: Choice) -> list[int]:
+def allowed_widths(group: Group, choice: Budget) -> list[int]:
     """Widths a group may have, descending; its own width first."""
-    least = floor_of(group, choice)
+    least = minimum_width(group, choice)
     multiples = range(group.size - group.size % choice.round_to, 0, -choice.round_to)
     return [group.size, *(w for w in multiples if least <= w < group.size)]
 
 
-def is_latency(choice: Choice) -> bool:
-    return asks_latency(choice.target)
+def is_latency_budget(choice: Budget) -> bool:
+    return is_latency_target(choice.target)

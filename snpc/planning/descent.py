@@ -9,18 +9,18 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from snpc.planning.config import Choice, allowed
+from snpc.planning.config import Budget, allowed_widths
 from snpc.types import FloatArray, Group
 
-Step = tuple[str, int]  # group id, the width that it comes down to
+WidthStep = tuple[str, int]  # group id, the width that it comes down to
 
 
 @dataclass(frozen=True)
-class Descent:
+class AllocationPath:
     """``steps[k]``: what the k-th step narrows, several groups at once where a choice is uniform."""
 
     groups: tuple[Group, ...]
-    steps: tuple[tuple[Step, ...], ...] = field(repr=False)
+    steps: tuple[tuple[WidthStep, ...], ...] = field(repr=False)
 
     def widths(self, count: int) -> dict[str, int]:
         """Every group's width after ``count`` steps."""
@@ -39,41 +39,41 @@ class Descent:
         return np.array(found)
 
 
-def descent(
+def greedy_path(
     groups: Sequence[Group],
     costs: Mapping[str, FloatArray],
     prices: Mapping[str, float],
-    choice: Choice,
-) -> Descent:
+    choice: Budget,
+) -> AllocationPath:
     """The least loss per price first; with ``choice.uniform`` the same share of every group.
 
     ``costs``: group id -> [size], what removing one unit of every block loses, in the order in which they go;
     ``prices``: what that unit is worth.
     """
     if choice.uniform:
-        return Descent(tuple(groups), uniform_steps(groups, choice))
+        return AllocationPath(tuple(groups), uniform_steps(groups, choice))
     ladders = [
-        [(cost / max(prices[g.id], 1e-300), g.id, width) for cost, width in ladder(g, costs[g.id], choice)]
+        [(cost / max(prices[g.id], 1e-300), g.id, width) for cost, width in convex_hull_steps(g, costs[g.id], choice)]
         for g in groups
     ]
     order = heapq.merge(*ladders, key=lambda rung: rung[:2])
-    return Descent(tuple(groups), tuple(((name, width),) for _, name, width in order))
+    return AllocationPath(tuple(groups), tuple(((name, width),) for _, name, width in order))
 
 
-def uniform_steps(groups: Sequence[Group], choice: Choice) -> tuple[tuple[Step, ...], ...]:
+def uniform_steps(groups: Sequence[Group], choice: Budget) -> tuple[tuple[WidthStep, ...], ...]:
     """A group takes a width when the share to keep comes nearer to it than to the width above."""
     found = []
     for group in groups:
-        widths = allowed(group, choice)
+        widths = allowed_widths(group, choice)
         found += [((a + b) / 2 / group.size, group.id, b) for a, b in pairwise(widths)]
     found.sort(key=lambda step: -step[0])
     return tuple(tuple(step[1:] for step in alike) for _, alike in groupby(found, key=lambda step: round(step[0], 9)))
 
 
-def ladder(group: Group, ordered: FloatArray, choice: Choice) -> list[tuple[float, int]]:
+def convex_hull_steps(group: Group, ordered: FloatArray, choice: Budget) -> list[tuple[float, int]]:
     """(cost per unit, width) of each step down, on the lower convex hull of the loss: a dear step with cheap ones
     behind it is averaged with them, since they cannot be taken before it."""
-    widths = np.array(allowed(group, choice))
+    widths = np.array(allowed_widths(group, choice))
     loss = np.concatenate([[0.0], np.cumsum(ordered)])
     gone = loss[group.size - widths]
     rungs: list[tuple[float, int]] = []
@@ -87,7 +87,7 @@ def ladder(group: Group, ordered: FloatArray, choice: Choice) -> list[tuple[floa
     return rungs
 
 
-def within(found: Descent, gains: Callable[[str, int, int], float], budget: float) -> dict[str, int]:
+def widths_within(found: AllocationPath, gains: Callable[[str, int, int], float], budget: float) -> dict[str, int]:
     """Widths after the steps that fit into ``budget``: one that does not ends its group's way down.
 
     ``gains(group id, width before, width after)``: what a step is worth.

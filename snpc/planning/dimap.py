@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from snpc.planning.config import Choice
-from snpc.planning.descent import descent
+from snpc.planning.config import Budget
+from snpc.planning.descent import greedy_path
 from snpc.types import FloatArray, Group
 
 
@@ -27,15 +27,15 @@ def relative_energy(energies: FloatArray) -> FloatArray:
     return found
 
 
-def module_widths(
-    groups: Sequence[Group], energies: Mapping[str, FloatArray], choice: Choice, ratio: float
+def dimap_widths_at(
+    groups: Sequence[Group], energies: Mapping[str, FloatArray], choice: Budget, ratio: float
 ) -> dict[str, int]:
     """Widths at which the share ``ratio`` of the units of every role is gone, those of least relative energy."""
     found: dict[str, int] = {}
     for role in dict.fromkeys(g.role for g in groups):
         mine = [g for g in groups if g.role == role]
         costs = {g.id: relative_energy(energies[g.id]) for g in mine}
-        way = descent(mine, costs, dict.fromkeys(costs, 1.0), choice)
+        way = greedy_path(mine, costs, dict.fromkeys(costs, 1.0), choice)
         gone = way.along({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
         budget = ratio * sum(g.blocks * g.size for g in mine)
         found |= way.widths(int(np.flatnonzero(gone <= budget + 1e-9)[-1]))

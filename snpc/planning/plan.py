@@ -10,14 +10,14 @@ import numpy as np
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.slicing.slice import Cuts
-from snpc.planning.config import Choice
+from snpc.planning.config import Budget
 from snpc.types import FloatArray, Group
 
-Method = Literal["select", "parallel", "auto"]
+PruningMethod = Literal["select", "parallel", "auto"]
 
 
 @dataclass(frozen=True)
-class Times:
+class LatencyCurves:
     """Measured times in ms: of the ``dense`` model, of ``base``, the same with nothing narrowed yet (but for rows that
     nobody reads), and group id -> [size + 1], what is ``saved`` of that when so many units per block are kept."""
 
@@ -27,17 +27,17 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Scores:
+class UnitScores:
     """A score per unit, higher = keep: group id -> [blocks, size]. ``samples`` calibration samples were used."""
 
     analysis: Analysis
     criterion: str
     values: Mapping[str, FloatArray] = field(repr=False)
     samples: int = 0
-    method: Method = "select"
+    method: PruningMethod = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
-    times: Times | None = None
+    times: LatencyCurves | None = None
     energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where asked for: group id -> [blocks, size], squared weights of each unit."""
     comparable: bool = False
@@ -45,14 +45,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SlicePlan:
     """Which units each group keeps: group id -> one list of positions per block, in ascending order."""
 
     analysis: Analysis
     criterion: str
     options: Mapping[str, Any]
     keep: Mapping[str, tuple[tuple[int, ...], ...]] = field(repr=False)
-    method: Method = "select"
+    method: PruningMethod = "select"
     """"select": weights are sliced as they are; "parallel": they are refitted to the plan first, from calibration data;
     "auto": so too, one layer after the other, each from what the cut layers before it give."""
 
@@ -62,15 +62,15 @@ class Plan:
         return len(rows[0]) if rows else group.size
 
 
-def plan_of(scores: Scores, choice: Choice, widths: Mapping[str, int]) -> Plan:
+def select_units(scores: UnitScores, choice: Budget, widths: Mapping[str, int]) -> SlicePlan:
     """The best units of each group, as many as ``widths`` (group id -> width) say."""
     groups = [g for g in scores.analysis.groups if widths.get(g.id, g.size) < g.size]
-    keep = {g.id: keep_best(scores.values[g.id], widths[g.id]) for g in groups}
+    keep = {g.id: top_units(scores.values[g.id], widths[g.id]) for g in groups}
     options = {k: v for k, v in asdict(choice).items() if v is not None}
-    return Plan(scores.analysis, scores.criterion, options, keep, scores.method)
+    return SlicePlan(scores.analysis, scores.criterion, options, keep, scores.method)
 
 
-def keep_best(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
+def top_units(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
     """The ``width`` best positions of each block, ascending; ties go to the lower position."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :width]
     return tuple(tuple(sorted(int(k) for k in row)) for row in order)
@@ -79,7 +79,7 @@ def keep_best(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
 # -- to the rewriter -------------------------------------------------------------------------------------------------
 
 
-def cuts_of(plan: Plan) -> Cuts:
+def cuts_of(plan: SlicePlan) -> Cuts:
     """(constant, axis) -> which positions go."""
     cuts: dict[tuple[str, int], Any] = {}
     for group in plan.analysis.groups:

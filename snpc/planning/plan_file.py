@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.planning.plan import Method, Plan
+from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.types import Group
 
-FORMAT = 1
+PLAN_FORMAT = 1
 
 
-def plan_to_json(plan: Plan) -> str:
+def plan_to_json(plan: SlicePlan) -> str:
     """Small, readable, editable: one line per block."""
     groups = []
     for group in plan.analysis.groups:
@@ -26,7 +26,7 @@ def plan_to_json(plan: Plan) -> str:
             lines = ",\n      ".join(json.dumps(list(row)) for row in rows)
             groups.append(f'    {opening[:-1]}, "keep": [\n      {lines}]}}')
     head = {
-        "snpc_plan": FORMAT,
+        "snpc_plan": PLAN_FORMAT,
         "model": plan.analysis.model.path.name,
         "digest": plan.analysis.model.digest,
         "method": plan.method,
@@ -39,23 +39,23 @@ def plan_to_json(plan: Plan) -> str:
         head["tokens"] = plan.analysis.reduction.spec
         told = plan.analysis.reduction.to_json()["steps"]
         if any("offline" in step for step in told):
-            head["token_scores"] = {str(s["block"]): numbers(s["offline"]) for s in told if "offline" in s}
+            head["token_scores"] = {str(s["block"]): join_numbers(s["offline"]) for s in told if "offline" in s}
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
 
 
-def numbers(scores: Sequence[float]) -> str:
+def join_numbers(scores: Sequence[float]) -> str:
     return " ".join(map(repr, scores))
 
 
-def wants_caches(text: str) -> bool:
+def prunes_kv_cache(text: str) -> bool:
     """Was the plan in ``text`` made with --prune-kv-cache? False for what is no plan: ``plan_from_json`` says so."""
-    return bool(entry_in(text, "prune_kv_cache"))
+    return bool(json_entry(text, "prune_kv_cache"))
 
 
-def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
+def token_reduction_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
     """How tokens are reduced by the plan in ``text``, if it is one and they are, and scores of positions by block."""
-    found, rows = entry_in(text, "tokens"), entry_in(text, "token_scores")
+    found, rows = json_entry(text, "tokens"), json_entry(text, "token_scores")
     if not isinstance(found, str):
         return None
     try:
@@ -65,7 +65,7 @@ def tokens_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
     return found, scores
 
 
-def entry_in(text: str, name: str) -> object:
+def json_entry(text: str, name: str) -> object:
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -73,7 +73,7 @@ def entry_in(text: str, name: str) -> object:
     return data.get(name) if isinstance(data, dict) else None
 
 
-def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
+def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
     """Read a plan for this model. Raises UserError for another model, unknown groups, or lists that cannot be kept."""
     try:
         data = json.loads(text)
@@ -81,8 +81,8 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
         raise UserError(f"{name}: not JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
         raise UserError(f"{name}: not a snpc plan (nested too deeply)") from None
-    if not isinstance(data, dict) or data.get("snpc_plan") != FORMAT:
-        raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {FORMAT}); `snpc plan` writes one')
+    if not isinstance(data, dict) or data.get("snpc_plan") != PLAN_FORMAT:
+        raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {PLAN_FORMAT}); `snpc plan` writes one')
     if data.get("digest") != analysis.model.digest:
         raise UserError(
             f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
@@ -110,14 +110,14 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> Plan:
             )
         if group.id in keep:
             raise UserError(f"{name}: {group.id} is listed twice; keep one")
-        keep[group.id] = checked_rows(entry.get("keep"), group, name)
+        keep[group.id] = parse_kept_units(entry.get("keep"), group, name)
     method = data.get("method", "select")
-    if method not in get_args(Method):
-        raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(Method))}")
-    return Plan(analysis, str(data.get("criterion", "by hand")), options, keep, method)
+    if method not in get_args(PruningMethod):
+        raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(PruningMethod))}")
+    return SlicePlan(analysis, str(data.get("criterion", "by hand")), options, keep, method)
 
 
-def checked_rows(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:
+def parse_kept_units(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:
     where = f"{name}: {group.id}"
     if group.pins:
         raise UserError(f"{where} is pinned ({group.pins[0].reason}); remove it from the plan")

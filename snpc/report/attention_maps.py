@@ -14,24 +14,24 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.pipeline.prune import Pruned
-from snpc.pipeline.token_decisions import closed
-from snpc.planning.plan import Plan
-from snpc.report.png import Bytes
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.token_decisions import self_deciding_model
+from snpc.planning.plan import SlicePlan
+from snpc.report.png import PixelArray
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.session import open_session
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
-PICTURES = 2
-LAYERS = 3  # shown: the first, the last, and what lies between
-HEADS = 3  # of each
-PREFIXES = range(9)  # class tokens and registers before the patches
-SIDE = 112  # of a shown picture, in pixels
+MAX_PICTURES = 2
+MAX_LAYERS = 3  # shown: the first, the last, and what lies between
+MAX_HEADS = 3  # of each
+PREFIX_TOKEN_COUNTS = range(9)  # class tokens and registers before the patches
+MAX_PICTURE_SIDE = 112  # of a shown picture, in pixels
 
-Grid = tuple[int, int]
+PatchGrid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class HeadMap:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AttentionPicture:
     """A calibration picture [height, width] of (red, green, blue) in 0..255, stretched to the full range."""
 
     pixels: tuple[tuple[tuple[int, int, int], ...], ...]
@@ -58,56 +58,58 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionMaps:
     """``pictures`` is empty where there are no maps, and ``reason`` then says why. ``seen_from``: whose attention."""
 
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[AttentionPicture, ...] = ()
     seen_from: str = ""
     reason: str = ""
 
 
-class NoMaps(Exception):
+class MapsUnavailable(Exception):
     """Says why there are none."""
 
 
-def attention_maps(result: Pruned, calibration: Calibration | None) -> Attention:
+def attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
     """Run both models on the first calibration pictures and read the attention weights of a few heads."""
     try:
-        return found_maps(result, calibration)
-    except (NoMaps, UserError) as error:
-        return Attention(reason=str(error))
+        return compute_attention_maps(result, calibration)
+    except (MapsUnavailable, UserError) as error:
+        return AttentionMaps(reason=str(error))
 
 
-def found_maps(result: Pruned, calibration: Calibration | None) -> Attention:
+def compute_attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
     plan = result.plan
     if calibration is None:
-        raise NoMaps("there is no calibration data to show pictures of")
+        raise MapsUnavailable("there is no calibration data to show pictures of")
     feeds = first_samples(plan.analysis, calibration)
-    pictures = pictures_in(feeds)
-    values = chosen(weights_of(plan.analysis))
+    pictures = find_pictures(feeds)
+    values = select_layers(find_attention_weights(plan.analysis))
     kinds = plan.analysis.traced.facts.dtype
     types = {str(value.name): kinds.get(value) or ir.DataType.FLOAT for _, value in values}
-    before = exposed(closed(plan.analysis), types, feeds)
-    after = exposed(load(result.path).graph, types, feeds)
-    count = min(PICTURES, len(pictures))
+    before = evaluate_values(self_deciding_model(plan.analysis), types, feeds)
+    after = evaluate_values(load(result.path).graph, types, feeds)
+    count = min(MAX_PICTURES, len(pictures))
     maps: list[list[HeadMap]] = [[] for _ in range(count)]
     seen = set()
     for group, value in values:
-        pair = [per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
-        heads = kept_heads(plan, group, pair)
-        where = grid_of(pair[0].shape[-1], pictures.shape[1:3])
-        if where is None or heads is None or fewer(plan.analysis, pair[0].shape[-1]):
+        pair = [attention_per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
+        heads = match_heads(plan, group, pair)
+        where = patch_grid(pair[0].shape[-1], pictures.shape[1:3])
+        if where is None or heads is None or has_fewer_tokens(plan.analysis, pair[0].shape[-1]):
             continue
         prefix, grid = where
-        seen.add(rows_seen(pair[0], prefix))
+        seen.add(describe_queries(pair[0], prefix))
         for picture in range(count):
-            for old, new in heads[:HEADS]:
-                spread = [on_patches(w[picture, h], prefix, grid) for w, h in zip(pair, (old, new), strict=True)]
+            for old, new in heads[:MAX_HEADS]:
+                spread = [
+                    attention_on_patches(w[picture, h], prefix, grid) for w, h in zip(pair, (old, new), strict=True)
+                ]
                 maps[picture].append(HeadMap(group.id, old, *(tuple(map(tuple, s.tolist())) for s in spread)))
     if not any(maps):
-        raise NoMaps("no attention weights over the patches of a picture were found")
-    shown = (Picture(as_pixels(picture), tuple(own)) for picture, own in zip(pictures, maps, strict=False))
-    return Attention(tuple(shown), " or ".join(sorted(seen)))
+        raise MapsUnavailable("no attention weights over the patches of a picture were found")
+    shown = (AttentionPicture(to_pixels(picture), tuple(own)) for picture, own in zip(pictures, maps, strict=False))
+    return AttentionMaps(tuple(shown), " or ".join(sorted(seen)))
 
 
 # -- what goes in ----------------------------------------------------------------------------------------------------
@@ -117,27 +119,27 @@ def first_samples(analysis: Analysis, calibration: Calibration) -> Feeds:
     """The first pictures, or a whole batch where the model takes no other size."""
     feeds = next(calibration.batches())
     free = {spec.name for spec in analysis.model.inputs if spec.shape and not isinstance(spec.shape[0], int)}
-    return {name: array[:PICTURES] if name in free else array for name, array in feeds.items()}
+    return {name: array[:MAX_PICTURES] if name in free else array for name, array in feeds.items()}
 
 
-def pictures_in(feeds: Feeds) -> FloatArray:
+def find_pictures(feeds: Feeds) -> FloatArray:
     """[pictures, height, width, channels] of the one input that looks like pictures."""
     floats = [a for a in feeds.values() if a.ndim == 4 and not np.issubdtype(a.dtype, np.integer)]
     last = [a.transpose(0, 2, 3, 1) if a.shape[1] in (1, 3) else a for a in floats]
     found = [a for a in last if a.shape[3] in (1, 3)]
     if len(found) != 1:
-        raise NoMaps("the model takes no pictures")
+        raise MapsUnavailable("the model takes no pictures")
     return np.asarray(found[0], np.float64)
 
 
-def as_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+def to_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
     """Made small by averaging, and stretched to 0..255: how the values were normalised is not known."""
     height, width, channels = picture.shape
-    step = max(1, math.ceil(max(height, width) / SIDE))
+    step = max(1, math.ceil(max(height, width) / MAX_PICTURE_SIDE))
     rows, columns = height // step, width // step
     small = picture[: rows * step, : columns * step].reshape(rows, step, columns, step, channels).mean((1, 3))
     span = float(small.max() - small.min()) or 1.0
-    levels: Bytes = np.round(255 * (small - small.min()) / span).astype(np.uint8)
+    levels: PixelArray = np.round(255 * (small - small.min()) / span).astype(np.uint8)
     full = np.broadcast_to(levels, (rows, columns, 3)) if channels == 1 else levels
     return tuple(tuple((int(r), int(g), int(b)) for r, g, b in row) for row in full.tolist())
 
@@ -145,21 +147,21 @@ def as_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ..
 # -- what comes out --------------------------------------------------------------------------------------------------
 
 
-def weights_of(analysis: Analysis) -> list[tuple[Group, ir.Value]]:
+def find_attention_weights(analysis: Analysis) -> list[tuple[Group, ir.Value]]:
     """Groups of query and key, with the attention weights that come of them."""
     values = {str(v.name): v for node in analysis.traced.model.graph for v in node.outputs}
     found = []
     for group in analysis.groups:
         starts = [values[p.tensor] for p in group.probes if p.kind == "query" and p.tensor in values]
-        weights = shares_behind(starts[0]) if group.role == "qk" and starts else None
+        weights = first_attention_weights(starts[0]) if group.role == "qk" and starts else None
         if weights is not None:
             found.append((group, weights))
     if not found:
-        raise NoMaps("no attention weights are values of the graph (inside fused nodes they cannot be seen)")
+        raise MapsUnavailable("no attention weights are values of the graph (inside fused nodes they cannot be seen)")
     return found
 
 
-def shares_behind(start: ir.Value) -> ir.Value | None:
+def first_attention_weights(start: ir.Value) -> ir.Value | None:
     """The first attention weights that are made of a value, breadth first."""
     front, seen = [start], {start}
     while front:
@@ -172,21 +174,21 @@ def shares_behind(start: ir.Value) -> ir.Value | None:
     return None
 
 
-def chosen(found: Sequence[tuple[Group, ir.Value]]) -> list[tuple[Group, ir.Value]]:
-    return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, LAYERS).round().astype(int))]
+def select_layers(found: Sequence[tuple[Group, ir.Value]]) -> list[tuple[Group, ir.Value]]:
+    return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, MAX_LAYERS).round().astype(int))]
 
 
-def exposed(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Feeds) -> dict[str, AnyArray]:
+def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Feeds) -> dict[str, AnyArray]:
     """These values of a model on these inputs."""
     copy = model.clone()
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     missing = [name for name in types if name not in values]
     if missing:
-        raise NoMaps(f"{missing[0]} is not in the pruned model")
+        raise MapsUnavailable(f"{missing[0]} is not in the pruned model")
     copy.graph.outputs.clear()
     for name in types:
         copy.graph.outputs.append(values[name])
-    clean(copy)
+    finalize(copy)
     for name, kind in types.items():
         values[name].dtype = kind
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -201,16 +203,16 @@ def exposed(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Feeds) -> 
 # -- maps ------------------------------------------------------------------------------------------------------------
 
 
-def per_head(weights: AnyArray, samples: int) -> FloatArray:
+def attention_per_head(weights: AnyArray, samples: int) -> FloatArray:
     """[samples, heads, queries, keys]; heads may be merged with the samples."""
     if weights.ndim == 3 and weights.shape[0] % samples == 0:
         weights = weights.reshape(samples, -1, *weights.shape[1:])
     if weights.ndim != 4 or weights.shape[0] != samples:
-        raise NoMaps("attention is not over the whole picture (in windows, say)")
+        raise MapsUnavailable("attention is not over the whole picture (in windows, say)")
     return np.asarray(weights, np.float64)
 
 
-def kept_heads(plan: Plan, group: Group, pair: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
+def match_heads(plan: SlicePlan, group: Group, pair: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
     """(head before, the same head after); None where they cannot be told."""
     old, new = (w.shape[1] for w in pair)
     if old == new:
@@ -222,10 +224,10 @@ def kept_heads(plan: Plan, group: Group, pair: Sequence[FloatArray]) -> list[tup
     return None
 
 
-def grid_of(tokens: int, picture: Sequence[int]) -> tuple[int, Grid] | None:
+def patch_grid(tokens: int, picture: Sequence[int]) -> tuple[int, PatchGrid] | None:
     """(tokens before the patches, rows and columns of patches) for a picture of this height and width."""
     height, width = picture
-    for prefix in PREFIXES:
+    for prefix in PREFIX_TOKEN_COUNTS:
         rows = math.isqrt(max(tokens - prefix, 0) * height // width)
         columns = rows * width // height
         if rows >= 2 and rows * columns == tokens - prefix and rows * width == columns * height and rows <= height:
@@ -233,16 +235,16 @@ def grid_of(tokens: int, picture: Sequence[int]) -> tuple[int, Grid] | None:
     return None
 
 
-def fewer(analysis: Analysis, keys: int) -> bool:
+def has_fewer_tokens(analysis: Analysis, keys: int) -> bool:
     """Are these tokens that are left of the patches, and no grid any more?"""
     return analysis.reduction is not None and keys != analysis.tokens.points[0].count
 
 
-def rows_seen(weights: FloatArray, prefix: int) -> str:
+def describe_queries(weights: FloatArray, prefix: int) -> str:
     return "the class token" if prefix or weights.shape[2] == 1 else "all patches on average"
 
 
-def on_patches(weights: FloatArray, prefix: int, grid: Grid) -> FloatArray:
+def attention_on_patches(weights: FloatArray, prefix: int, grid: PatchGrid) -> FloatArray:
     """Attention [queries, keys] of the first token, where there is one before the patches, else the mean of all; over
     the patches only, adding up to 1."""
     row = weights[0] if prefix or len(weights) == 1 else weights.mean(0)

@@ -11,19 +11,19 @@ import numpy as np
 
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
-from snpc.pipeline.planner import Decision
-from snpc.pipeline.prune import Pruned
-from snpc.report.attention_maps import Attention, attention_maps
-from snpc.report.format import how
-from snpc.report.token_maps import Survivors, survivors
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.prune import PrunedModel
+from snpc.report.attention_maps import AttentionMaps, attention_maps
+from snpc.report.format import describe_method
+from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.bench import Bench
+from snpc.runtime.evaluation.bench import BenchResult
 from snpc.runtime.io.load import load
 from snpc.types import Difference, FloatArray, Pin
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """One number before and after. ``name`` says what it is, ``unit`` what it is counted in."""
 
     name: str
@@ -33,7 +33,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Width:
+class GroupWidth:
     """One group of the plan: ``blocks`` x ``size`` units before, ``blocks`` x ``kept`` after.
 
     ``curve`` [size + 1], where measured: root mean square change of the outputs, relative, when so many units per
@@ -51,24 +51,25 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the page shows. ``macs``: by role, each product once. ``drift`` and ``equals_mask``: of the written file."""
+class ReportData:
+    """What the page shows. ``mac_pairs``: by role, each product once. ``drift`` and ``equals_mask``: of the written
+    file."""
 
     model: str
     output: str
     digest: str
     done: str
     options: Mapping[str, Any]
-    costs: tuple[Pair, ...]
-    widths: tuple[Width, ...]
-    macs: tuple[Pair, ...]
+    costs: tuple[BeforeAfter, ...]
+    widths: tuple[GroupWidth, ...]
+    macs: tuple[BeforeAfter, ...]
     macs_at: Mapping[str, int]
     compared: str
     drift: tuple[Difference, ...]
     equals_mask: tuple[Difference, ...]
     structure: tuple[str, ...]
-    attention: Attention
-    survivors: Survivors
+    attention: AttentionMaps
+    survivors: TokenMaps
     warnings: tuple[str, ...]
     pins: tuple[Pin, ...]
     seconds: Mapping[str, float]
@@ -78,39 +79,39 @@ class Report:
         return asdict(self)
 
 
-def collect(
-    result: Pruned,
+def collect_report_data(
+    result: PrunedModel,
     *,
-    decision: Decision | None = None,
+    decision: PruningPlan | None = None,
     calibration: Calibration | None = None,
-    bench: Bench | None = None,
-) -> Report:
+    bench: BenchResult | None = None,
+) -> ReportData:
     """Read the written file once more for what the result does not hold: MACs by role and attention maps."""
     plan, analysis, verdict = result.plan, result.plan.analysis, result.verdict
     attention = attention_maps(result, calibration)
-    return Report(
+    return ReportData(
         model=str(analysis.model.path),
         output=str(result.path),
         digest=analysis.model.digest,
-        done=done(result),
+        done=describe_request(result),
         options=dict(plan.options),
-        costs=(*costs(result), *latency(bench)),
-        widths=widths(result, decision.curves if decision else {}),
-        macs=macs(result),
+        costs=(*cost_pairs(result), *latency_pairs(bench)),
+        widths=group_widths(result, decision.curves if decision else {}),
+        macs=mac_pairs(result),
         macs_at=dict(analysis.binding),
         compared=verdict.compared,
         drift=verdict.drift,
         equals_mask=verdict.equals_mask,
         structure=verdict.structure,
         attention=attention,
-        survivors=survivors(result, calibration),
-        warnings=warnings(result, decision),
+        survivors=token_maps(result, calibration),
+        warnings=collect_warnings(result, decision),
         pins=analysis.pins,
         seconds=dict(result.seconds),
     )
 
 
-def done(result: Pruned) -> str:
+def describe_request(result: PrunedModel) -> str:
     """What was asked for, and how it was done, in one line."""
     options = result.plan.options
     goal = f"target {options['target']}" if "target" in options else f"ratio {options.get('ratio', 'by hand')}"
@@ -120,31 +121,31 @@ def done(result: Pruned) -> str:
     spread = ", the same share of every group" if options.get("uniform") else ""
     roles = ", ".join(options.get("roles", ()))
     data = result.calibration or "no calibration data"
-    return f"{goal}{f' in {roles}' if roles else ''}{spread}; {how(result)}; {data}"
+    return f"{goal}{f' in {roles}' if roles else ''}{spread}; {describe_method(result)}; {data}"
 
 
-def costs(result: Pruned) -> tuple[Pair, ...]:
+def cost_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
     before, after = result.before, result.after
     return (
-        Pair("parameters", "", before.params, after.params),
-        Pair("MACs", "", before.macs, after.macs),
-        Pair("size on disk", "B", before.bytes, after.bytes),
+        BeforeAfter("parameters", "", before.params, after.params),
+        BeforeAfter("MACs", "", before.macs, after.macs),
+        BeforeAfter("size on disk", "B", before.bytes, after.bytes),
     )
 
 
-def latency(bench: Bench | None) -> tuple[Pair, ...]:
+def latency_pairs(bench: BenchResult | None) -> tuple[BeforeAfter, ...]:
     """Of a benchmark of the original and the pruned model, in this order."""
     if bench is None:
         return ()
     before, after = bench.timings[0], bench.timings[1]
-    return (Pair("latency", "ms", before.median, after.median),)
+    return (BeforeAfter("latency", "ms", before.median, after.median),)
 
 
-def widths(result: Pruned, curves: Mapping[str, FloatArray]) -> tuple[Width, ...]:
+def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple[GroupWidth, ...]:
     plan = result.plan
     cut = {g.role for g in plan.analysis.groups if g.id in plan.keep} | set(plan.options.get("roles", ()))
     return tuple(
-        Width(
+        GroupWidth(
             g.id,
             g.role,
             g.layer,
@@ -159,14 +160,16 @@ def widths(result: Pruned, curves: Mapping[str, FloatArray]) -> tuple[Width, ...
     )
 
 
-def macs(result: Pruned) -> tuple[Pair, ...]:
+def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
     analysis = result.plan.analysis
     before = macs_by_role(analysis)
     after = macs_by_role(analyze(load(result.path), analysis.binding))
-    return tuple(Pair(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after)))
+    return tuple(
+        BeforeAfter(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))
+    )
 
 
-def warnings(result: Pruned, decision: Decision | None) -> tuple[str, ...]:
+def collect_warnings(result: PrunedModel, decision: PruningPlan | None) -> tuple[str, ...]:
     found = []
     if not result.calibration:
         found.append("No calibration data: drift was measured on random inputs and may be another on real ones.")
@@ -186,8 +189,8 @@ def plural(word: str, number: int) -> str:
     return word if number == 1 else f"{word}s"
 
 
-def by_role(items: Sequence[Width]) -> dict[str, list[Width]]:
-    found: dict[str, list[Width]] = {}
+def widths_by_role(items: Sequence[GroupWidth]) -> dict[str, list[GroupWidth]]:
+    found: dict[str, list[GroupWidth]] = {}
     for item in items:
         found.setdefault(item.role, []).append(item)
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from snpc.pipeline.prune import Pruned
+from snpc.pipeline.prune import PrunedModel
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     """Three digits: 5.03 M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
@@ -13,11 +13,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def share(part: float, whole: float) -> str:
+def format_share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def how(result: Pruned) -> str:
+def describe_method(result: PrunedModel) -> str:
     """How units were chosen and weights made, in words."""
     if not result.plan.keep:
         return "no widths cut"

@@ -8,15 +8,15 @@ Element = ElementTree.Element
 Child = Element | str | None
 
 
-def el(tag: str, attributes: dict[str, str] | None = None, *children: Child) -> Element:
+def make_element(tag: str, attributes: dict[str, str] | None = None, *children: Child) -> Element:
     """An element; children that are None are left out."""
     made = Element(tag, attributes or {})
     for child in children:
-        put(made, child)
+        append_child(made, child)
     return made
 
 
-def put(parent: Element, child: Child) -> None:
+def append_child(parent: Element, child: Child) -> None:
     if isinstance(child, str) and len(parent):
         parent[-1].tail = (parent[-1].tail or "") + child
     elif isinstance(child, str):
@@ -25,7 +25,7 @@ def put(parent: Element, child: Child) -> None:
         parent.append(child)
 
 
-def text_of(root: Element) -> str:
+def document_text(root: Element) -> str:
     """A whole document. Half a character (of a file name that is no UTF-8) becomes a question mark."""
     text: str = ElementTree.tostring(root, encoding="unicode", method="html", short_empty_elements=False)
     return "<!DOCTYPE html>\n" + text.encode(errors="replace").decode() + "\n"

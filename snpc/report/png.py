@@ -11,31 +11,31 @@ import numpy.typing as npt
 
 from snpc.types import FloatArray
 
-Bytes = npt.NDArray[np.uint8]
+PixelArray = npt.NDArray[np.uint8]
 
 # Cividis (Nuñez, Anderton, Renslow 2018) at eight points: lightness rises evenly, colour-blind readers see the same.
 CIVIDIS = ((0, 34, 78), (29, 61, 109), (78, 87, 108), (112, 113, 115), (149, 143, 120), (184, 172, 109), (220, 201, 87),
            (254, 232, 56))  # fmt: skip
 
 
-def coloured(values: FloatArray) -> Bytes:
+def apply_colormap(values: FloatArray) -> PixelArray:
     """[height, width] in 0..1 -> [height, width, 3]."""
     stops = np.linspace(0, 1, len(CIVIDIS))
     channels = [np.interp(values, stops, [colour[k] for colour in CIVIDIS]) for k in range(3)]
     return np.round(np.stack(channels, -1)).astype(np.uint8)
 
 
-def data_url(pixels: Bytes) -> str:
+def png_data_url(pixels: PixelArray) -> str:
     """A picture [height, width, 3]."""
     height, width, _ = pixels.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)  # filter 0: as it is
     parts = (
-        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
-        chunk(b"IEND", b""),
+        png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        png_chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        png_chunk(b"IEND", b""),
     )
     return "data:image/png;base64," + b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
+def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

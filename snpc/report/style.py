@@ -1,7 +1,7 @@
 """How the page looks. Blue and orange are of Okabe and Ito's colours, which colour-blind readers tell apart; before and
 after differ in lightness as well."""
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c1e21; --soft: #5b6168; --line: #d9dde2; --card: #f5f6f8;
   --before: #aab0b8; --after: #0072b2; --mark: #d55e00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e7e9ec; --soft: #a3abb4; --line: #343a41;

@@ -4,61 +4,63 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from snpc.pipeline.sweep import Point, Sweep
-from snpc.report.charts import canvas, line, words
-from snpc.report.markup import Element, el
+from snpc.pipeline.sweep import SweepPoint, SweepResult
+from snpc.report.charts import svg_canvas, svg_line, svg_text
+from snpc.report.markup import Element, make_element
 
 WIDTH, HEIGHT = 640.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 70.0, 90.0, 36.0, 48.0
-STYLE = (
+PLOT_STYLE = (
     "text { font: 13px sans-serif; fill: #222 } .grid { stroke: #ddd } .axis { stroke: #444 } "
     ".front { fill: #1668b0 } .beaten { fill: none; stroke: #888; stroke-width: 1.5 } "
     ".step { fill: none; stroke: #1668b0; stroke-dasharray: 4 3 } svg { background: #fff }"
 )
 
 
-def scatter(sweep: Sweep) -> str:
+def sweep_plot(sweep: SweepResult) -> str:
     """An SVG document: points on the front are filled and joined, the others are rings."""
-    made = canvas(WIDTH, HEIGHT, "quality against latency")
+    made = svg_canvas(WIDTH, HEIGHT, "quality against latency")
     made.set("xmlns", "http://www.w3.org/2000/svg")
-    made.append(el("style", None, STYLE))
+    made.append(make_element("style", None, PLOT_STYLE))
     points = sweep.points
     known = points[0].accuracy is not None
     title = "accuracy" if known else "closeness to the original (1 - relative drift)"
-    heights = [height_of(point) for point in points]
-    x_of = scale([0.0, *(p.latency for p in points)], LEFT, WIDTH - RIGHT)
-    y_of = scale(heights, HEIGHT - BOTTOM, TOP)
-    for tick in even(min(heights), max(heights)):
-        made.append(line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), "grid"))
-        made.append(words(LEFT - 6, y_of(tick) + 4, f"{100 * tick:.1f} %", "end"))
+    heights = [quality_of(point) for point in points]
+    x_of = linear_scale([0.0, *(p.latency for p in points)], LEFT, WIDTH - RIGHT)
+    y_of = linear_scale(heights, HEIGHT - BOTTOM, TOP)
+    for tick in even_ticks(min(heights), max(heights)):
+        made.append(svg_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), "grid"))
+        made.append(svg_text(LEFT - 6, y_of(tick) + 4, f"{100 * tick:.1f} %", "end"))
     top = max(p.latency for p in points)
-    for tick in even(0.0, top):
-        made.append(words(x_of(tick), HEIGHT - BOTTOM + 18, f"{tick:.3g}", "middle"))
-    made.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    made.append(words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, f"latency, ms, batch {sweep.batch}", "middle"))
-    made.append(words(LEFT, 18, f"{sweep.model.name}: {title}"))
+    for tick in even_ticks(0.0, top):
+        made.append(svg_text(x_of(tick), HEIGHT - BOTTOM + 18, f"{tick:.3g}", "middle"))
+    made.append(svg_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    made.append(svg_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, f"latency, ms, batch {sweep.batch}", "middle"))
+    made.append(svg_text(LEFT, 18, f"{sweep.model.name}: {title}"))
     joined = sorted((p for p in points if p.front), key=lambda p: p.latency)
-    path = " ".join(f"{x_of(p.latency):.1f},{y_of(height_of(p)):.1f}" for p in joined)
-    made.append(el("polyline", {"points": path, "class": "step"}))
+    path = " ".join(f"{x_of(p.latency):.1f},{y_of(quality_of(p)):.1f}" for p in joined)
+    made.append(make_element("polyline", {"points": path, "class": "step"}))
     for point in points:
-        made.extend(mark(point, x_of(point.latency), y_of(height_of(point))))
+        made.extend(plot_point(point, x_of(point.latency), y_of(quality_of(point))))
     text: str = ElementTree.tostring(made, encoding="unicode")
     return text + "\n"
 
 
-def height_of(point: Point) -> float:
+def quality_of(point: SweepPoint) -> float:
     return point.accuracy if point.accuracy is not None else max(0.0, 1.0 - point.drift)
 
 
-def mark(point: Point, x: float, y: float) -> list[Element]:
+def plot_point(point: SweepPoint, x: float, y: float) -> list[Element]:
     kind = "front" if point.front else "beaten"
     name = f"{point.name}, tokens {point.tokens}" if point.tokens else point.name
-    tip = f"{name}: {100 * height_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
-    dot = el("circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": kind}, el("title", None, tip))
-    return [dot, words(x + 9, y + 4, point.name)]
+    tip = f"{name}: {100 * quality_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
+    dot = make_element(
+        "circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": kind}, make_element("title", None, tip)
+    )
+    return [dot, svg_text(x + 9, y + 4, point.name)]
 
 
-class Scale:
+class LinearScale:
     """Numbers from ``low`` to ``high`` to pixels from ``first`` to ``last``."""
 
     def __init__(self, low: float, high: float, first: float, last: float) -> None:
@@ -69,10 +71,10 @@ class Scale:
         return self.first + (number - self.low) / self.span * self.length
 
 
-def scale(numbers: list[float], first: float, last: float) -> Scale:
-    return Scale(min(numbers), max(numbers), first, last)
+def linear_scale(numbers: list[float], first: float, last: float) -> LinearScale:
+    return LinearScale(min(numbers), max(numbers), first, last)
 
 
-def even(low: float, high: float, count: int = 5) -> list[float]:
+def even_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """``count`` evenly spaced numbers; one where there is no span."""
     return [low + (high - low) * k / (count - 1) for k in range(count)] if high > low else [low]

@@ -3,19 +3,19 @@
 A target is one file with one ``Target`` value, listed in ``make.TARGETS``.
 """
 
-from snpc.targets.base import PRECISIONS, Build, Options, Precision
-from snpc.targets.build import TARGETS, artefact, build, target_of
-from snpc.targets.preferred_widths import Widths, widths_for
+from snpc.targets.base import PRECISIONS, BuildOptions, BuildResult, Precision
+from snpc.targets.build import TARGETS, build, find_target, timed_artifact
+from snpc.targets.preferred_widths import PreferredWidths, widths_for_target
 
 __all__ = [
     "PRECISIONS",
     "TARGETS",
-    "Build",
-    "Options",
+    "BuildOptions",
+    "BuildResult",
     "Precision",
-    "Widths",
-    "artefact",
+    "PreferredWidths",
     "build",
-    "target_of",
-    "widths_for",
+    "find_target",
+    "timed_artifact",
+    "widths_for_target",
 ]

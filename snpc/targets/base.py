@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
-from snpc.runtime.execution.feeds import Shape
-from snpc.types import Difference, Feeds
+from snpc.types import Difference, Feeds, Shape
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What only some targets understand; a target that does not refuses it.
 
     ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name, the range an engine serves and what it is
@@ -39,17 +38,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What is asked of a target, whatever the model."""
 
     output: Path
     precision: Precision
     provider: str
-    options: Options
+    options: BuildOptions
 
 
 @dataclass(frozen=True)
-class Job(Request):
+class BuildJob(BuildRequest):
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
     ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timed`` is what to time on.
@@ -62,7 +61,7 @@ class Job(Request):
 
 
 @dataclass(frozen=True)
-class Made:
+class BuildOutput:
     """What a target wrote: ``files`` beside each other, the one that is loaded comes first. ``runs``: whether this
     machine can run it; ``weights``: bytes of weight memory, where the runtime reports them."""
 
@@ -73,7 +72,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildResult:
     """A built artefact, loaded and compared where this machine can run it.
 
     ``drift``: its outputs against onnxruntime on the model it was built from; empty where it cannot run here.
@@ -91,7 +90,7 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Target:
+class BuildTarget:
     """One runtime. ``make`` writes ``job.output`` (and files beside it); ``in_graph``: precisions that it wants spelled
     out in the graph, others it makes itself; ``signed``: whether it wants int8 activations symmetric around zero;
     ``options`` are those of Options that it understands; ``beside``: suffixes of what is written beside the output."""
@@ -99,16 +98,16 @@ class Target:
     name: str
     summary: str
     suffix: str
-    make: Callable[[Job], Made]
+    make: Callable[[BuildJob], BuildOutput]
     precisions: tuple[Precision, ...]
     in_graph: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     signed: bool = False
     options: frozenset[str] = frozenset()
     beside: tuple[str, ...] = ()
-    check: Callable[[Request], None] | None = None
+    check: Callable[[BuildRequest], None] | None = None
     """Refuse at once what cannot be built here: called before anything is computed."""
 
-    def refuse(self, precision: Precision, options: Options) -> None:
+    def refuse(self, precision: Precision, options: BuildOptions) -> None:
         if precision not in self.precisions:
             raise UserError(f"--precision {precision}: {self.name} takes {', '.join(self.precisions)}")
         for name in options.given():

@@ -12,24 +12,32 @@ from itertools import islice
 from pathlib import Path
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.shapes import best_binding
+from snpc.graph.shapes import choose_dim_sizes
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import CHECKED_BATCHES, compare, outputs_of, pooled, worst
-from snpc.runtime.evaluation.latency import Artefact
+from snpc.runtime.evaluation.compare import (
+    VERIFICATION_BATCHES,
+    aggregate,
+    max_relative,
+    measure_differences,
+    run_batches,
+)
+from snpc.runtime.evaluation.latency import TimedArtifact
 from snpc.runtime.execution.feeds import random_feeds
-from snpc.runtime.execution.random_inputs import table_rows
-from snpc.runtime.execution.runners import ENGINES, open_runner
+from snpc.runtime.execution.random_inputs import embedding_rows
+from snpc.runtime.execution.runners import ENGINE_SUFFIXES, open_runner
 from snpc.runtime.io.atomic import check_target
 from snpc.runtime.io.load import load, model_files
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt
-from snpc.targets.base import Build, Job, Made, Options, Precision, Request, Target
-from snpc.targets.cast import at_precision
+from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildResult, BuildTarget, Precision
+from snpc.targets.cast import cast_model
 from snpc.types import Difference, Feeds, Model
 
-TARGETS: dict[str, Target] = {t.name: t for t in (ort.TARGET, trt.TRT, trt.TRT_RTX, openvino.TARGET)}
-EXACT = 1e-3  # relative: what another runtime's fp32 may differ by
+TARGETS: dict[str, BuildTarget] = {
+    t.name: t for t in (ort.ONNXRUNTIME_TARGET, trt.TENSORRT_TARGET, trt.TENSORRT_RTX_TARGET, openvino.OPENVINO_TARGET)
+}
+FP32_TOLERANCE = 1e-3  # relative: what another runtime's fp32 may differ by
 
 
 def build(
@@ -41,8 +49,8 @@ def build(
     provider: str = "cpu",
     calibration: Calibration | None = None,
     batch: int = 1,
-    options: Options | None = None,
-) -> Build:
+    options: BuildOptions | None = None,
+) -> BuildResult:
     """Make ``model`` into what ``target`` (a name in TARGETS) loads fastest, at ``precision``.
 
     ``calibration``: inputs to compare on, and what int8 is calibrated with; without it random inputs. ``batch``: how
@@ -54,24 +62,24 @@ def build(
     (what was built does not hold); what was at ``output`` before stays in both cases.
     """
     start = time.perf_counter()
-    asked = options or Options()
+    asked = options or BuildOptions()
     where = check_build(model, target, output, precision, provider, calibration is not None, asked)
-    chosen, loaded = target_of(target), load(model)
+    chosen, loaded = find_target(target), load(model)
     cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
     for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside), *cache):
         check_target(path, *model_files(model))
-    drawn = drawn_feeds(loaded, batch)
-    feeds = tuple(islice(calibration.batches(), CHECKED_BATCHES)) if calibration is not None else (drawn,)
-    job = Job(where, precision, provider, asked, model, model, feeds, drawn)
-    with staging(where) as folder:
-        source, notes = at_precision(loaded, chosen, precision, calibration, folder / "work")
+    drawn = default_feeds(loaded, batch)
+    feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
+    job = BuildJob(where, precision, provider, asked, model, model, feeds, drawn)
+    with staging_folder(where) as folder:
+        source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
         made = chosen.make(job)
-        drift, said = compared(job, made)
-        files = publish(made.files, where.parent)
+        drift, said = compare_artifact(job, made)
+        files = move_into_place(made.files, where.parent)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
-    return Build(
+    return BuildResult(
         files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weights, drift
     )
 
@@ -83,34 +91,34 @@ def check_build(
     precision: Precision,
     provider: str,
     calibrated: bool,
-    options: Options,
+    options: BuildOptions,
 ) -> Path:
     """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
-    chosen = target_of(target)
+    chosen = find_target(target)
     chosen.refuse(precision, options)
     if precision == "int8" and not calibrated:
         raise UserError("--precision int8 is calibrated: give --calib DATA")
     where = output or default_output(model, chosen, precision, options)
     if chosen.check is not None:
-        chosen.check(Request(where, precision, provider, options))
+        chosen.check(BuildRequest(where, precision, provider, options))
     return where
 
 
-def artefact(
+def timed_artifact(
     target: str,
     *,
     precision: Precision = "fp32",
     provider: str = "cpu",
     calibration: Calibration | None = None,
     batch: int = 1,
-    options: Options | None = None,
-) -> Artefact:
+    options: BuildOptions | None = None,
+) -> TimedArtifact:
     """What a latency is measured on (``Workload.artefact``) when a model is to be built like this.
 
     Raises UserError for a target whose artefacts this machine cannot time.
     """
-    chosen, asked = target_of(target), options or Options()
-    if chosen.suffix in ENGINES:
+    chosen, asked = find_target(target), options or BuildOptions()
+    if chosen.suffix in ENGINE_SUFFIXES:
         raise UserError(
             f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
             "onnxruntime, and build afterwards"
@@ -124,55 +132,57 @@ def artefact(
             model, target, out, precision=precision, provider=provider, calibration=data, batch=batch, options=asked
         ).path
 
-    return Artefact(f"{target} in {precision}", make)
+    return TimedArtifact(f"{target} in {precision}", make)
 
 
-def target_of(name: str) -> Target:
+def find_target(name: str) -> BuildTarget:
     if name not in TARGETS:
         raise UserError(f"target {name!r}: choose from {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
-def default_output(model: Path, target: Target, precision: Precision, options: Options) -> Path:
+def default_output(model: Path, target: BuildTarget, precision: Precision, options: BuildOptions) -> Path:
     exact = "" if precision == "fp32" else f"-{precision}"
     suffix = ".onnx" if options.emit_script else target.suffix
     return model.with_name(f"{model.stem}-{target.name}{exact}{suffix}")
 
 
-def drawn_feeds(model: Model, batch: int) -> Feeds:
-    sizes, facts = best_binding(model.graph)
-    return random_feeds(model.inputs, batch=batch, sizes=unbatched(model, sizes), limits=table_rows(model.graph, facts))
+def default_feeds(model: Model, batch: int) -> Feeds:
+    sizes, facts = choose_dim_sizes(model.graph)
+    return random_feeds(
+        model.inputs, batch=batch, sizes=without_batch_dims(model, sizes), limits=embedding_rows(model.graph, facts)
+    )
 
 
-def unbatched(model: Model, sizes: dict[str, int]) -> dict[str, int]:
+def without_batch_dims(model: Model, sizes: dict[str, int]) -> dict[str, int]:
     """``sizes`` without those of first axes, which are the batch."""
     leading = {spec.shape[0] for spec in model.inputs if spec.shape}
     return {name: size for name, size in sizes.items() if name not in leading}
 
 
-def compared(job: Job, made: Made) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
     """Outputs of every loadable file against onnxruntime on the model. Raises CheckFailed where fp32 does not hold."""
     if not made.runs:
         return (), ("not run here, so outputs are not compared",)
     try:
-        reference = outputs_of(job.model, list(job.feeds), "cpu")
+        reference = run_batches(job.model, list(job.feeds), "cpu")
     except UserError as error:
         return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
     found: list[tuple[Difference, ...]] = []
     for file in [f for f in made.files if f.suffix in (".onnx", ".ort", ".xml")]:
         runner = open_runner(file, provider=job.provider)
-        rows = [compare(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
-        found.append(pooled(rows))
-        if job.precision == "fp32" and worst(found[-1]) > EXACT:
+        rows = [measure_differences(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
+        found.append(aggregate(rows))
+        if job.precision == "fp32" and max_relative(found[-1]) > FP32_TOLERANCE:
             raise CheckFailed(
-                f"{file.name}: its outputs differ from the model's by {worst(found[-1]):.1e} relative, "
-                f"more than {EXACT:g}"
+                f"{file.name}: its outputs differ from the model's by {max_relative(found[-1]):.1e} relative, "
+                f"more than {FP32_TOLERANCE:g}"
             )
-    return max(found, key=worst), ()
+    return max(found, key=max_relative), ()
 
 
 @contextmanager
-def staging(where: Path) -> Iterator[Path]:
+def staging_folder(where: Path) -> Iterator[Path]:
     """A temporary folder beside ``where``, gone afterwards, with a folder ``work`` for what is not kept."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
@@ -187,7 +197,7 @@ def staging(where: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+def move_into_place(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
     """Move finished files into place, what the first one refers to before it."""
     for file in reversed(files):
         file.replace(folder / file.name)

@@ -13,50 +13,50 @@ import onnx
 from onnx import numpy_helper
 
 from snpc.errors import UserError
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.session import first_lines
-from snpc.runtime.io.save import LIMIT, save
-from snpc.targets.base import Precision, Target
-from snpc.targets.quantize import quantised
+from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+from snpc.targets.base import BuildTarget, Precision
+from snpc.targets.quantize import quantize_model
 from snpc.types import AnyArray, Model
 
 
-def at_precision(
-    model: Model, target: Target, precision: Precision, calibration: Calibration | None, folder: Path
+def cast_model(
+    model: Model, target: BuildTarget, precision: Precision, calibration: Calibration | None, folder: Path
 ) -> tuple[Path, tuple[str, ...]]:
     """(a file in ``folder``, what was done). In fp32, and where the target makes the precision itself: the model."""
     path = folder / "source.onnx"
     if precision == "fp32" or precision not in target.in_graph:
-        save(clean(model.graph.clone()), path)
+        save(finalize(model.graph.clone()), path)
         return path, ()
     if precision == "int8":
         assert calibration is not None
-        return path, quantised(model, calibration, path, target.signed)
-    proto = half(model, folder)
+        return path, quantize_model(model, calibration, path, target.signed)
+    proto = convert_to_float16(model, folder)
     if precision == "bf16":
-        to_bfloat16(proto, weights_of(model))
+        float16_to_bfloat16(proto, float32_weights(model))
     onnx.save(proto, str(path))
     return path, ()
 
 
-def half(model: Model, folder: Path) -> onnx.ModelProto:
+def convert_to_float16(model: Model, folder: Path) -> onnx.ModelProto:
     """The model in fp16 by onnxruntime's converter, which keeps operators that fp16 does not serve in fp32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     whole = folder / "float.onnx"
-    save(clean(model.graph.clone()), whole)
-    if whole.stat().st_size > LIMIT or whole.with_name(f"{whole.name}.data").exists():
+    save(finalize(model.graph.clone()), whole)
+    if whole.stat().st_size > PROTOBUF_LIMIT or whole.with_name(f"{whole.name}.data").exists():
         raise UserError(f"{model.path}: over 2 GB: converting it to half precision is not supported")
     try:
-        with quiet():
+        with silence_logging():
             made: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
     except Exception as error:  # the converter has no exceptions of its own
         raise UserError(f"{model.path}: cannot be converted to fp16: {first_lines(error)}") from None
     return made
 
 
-def weights_of(model: Model) -> dict[str, AnyArray]:
+def float32_weights(model: Model) -> dict[str, AnyArray]:
     found = {}
     for name, value in model.graph.graph.initializers.items():
         if value.const_value is not None and int(value.const_value.dtype) == onnx.TensorProto.FLOAT:
@@ -64,7 +64,7 @@ def weights_of(model: Model) -> dict[str, AnyArray]:
     return found
 
 
-def to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
+def float16_to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
     """bfloat16 wherever fp16 is; weights are rounded from the float32 ones."""
 
     def tensor(old: onnx.TensorProto) -> None:
@@ -74,7 +74,7 @@ def to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
             exact = source if source is not None and source.shape == array.shape else array
             old.CopyFrom(numpy_helper.from_array(exact.astype(ml_dtypes.bfloat16), old.name))
 
-    for graph in graphs(proto.graph):
+    for graph in all_graphs(proto.graph):
         del graph.value_info[:]
         for initializer in graph.initializer:
             tensor(initializer)
@@ -86,16 +86,16 @@ def to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
                     tensor(attribute.t)
 
 
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from graphs(attribute.g)
+                yield from all_graphs(attribute.g)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_logging() -> Iterator[None]:
     """Without the remarks that onnxruntime's tools log for developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

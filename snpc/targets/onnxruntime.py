@@ -18,50 +18,50 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
 from snpc.passes.fusion.fuse_attention import fuse_attention
-from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
+from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
-from snpc.runtime.evaluation.compare import TOLERANCE, compare, outputs_of, pooled, worst
-from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimised
-from snpc.runtime.io.atomic import data_file
+from snpc.runtime.evaluation.compare import TOLERANCE, aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimized
+from snpc.runtime.io.atomic import external_data_path
 from snpc.runtime.io.load import file_bytes, load
-from snpc.runtime.io.save import LIMIT, save
-from snpc.targets.base import Job, Made, Request, Target
+from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+from snpc.targets.base import BuildJob, BuildOutput, BuildRequest, BuildTarget
 from snpc.types import Feeds, FloatArray
 
-ROUNDS = 20
-SECONDS = 3.0  # small models get more rounds
-LOOK = 5  # rounds of a first look at all candidates
-SLOW = 0.95  # times as fast as the plain graph: less is not looked at again
-SAME = 10 * TOLERANCE[np.dtype(np.float32)]
+TIMING_ROUNDS = 20
+TIMING_SECONDS = 3.0  # small models get more rounds
+SCREENING_ROUNDS = 5  # rounds of a first look at all candidates
+SCREENING_SPEEDUP = 0.95  # times as fast as the plain graph: less is not looked at again
+OUTPUT_TOLERANCE = 10 * TOLERANCE[np.dtype(np.float32)]
 
 
-Rewrite = Callable[[ir.Model], tuple[ir.Model, int]]  # a copy, and how often it fitted
+FusionPass = Callable[[ir.Model], tuple[ir.Model, int]]  # a copy, and how often it fitted
 
 
 @dataclass(frozen=True)
-class Candidate:
+class GraphCandidate:
     name: str
     path: Path
 
 
-def make(job: Job) -> Made:
+def build_onnxruntime(job: BuildJob) -> BuildOutput:
     if job.precision == "fp16" and job.provider == "cpu":
-        return as_it_is(job)
+        return keep_unoptimized(job)
     folder = job.source.parent
-    plain = Candidate("as onnxruntime optimises it", folder / "plain.onnx")
-    save_optimised(job.source, plain.path, provider=job.provider)
-    reference = outputs_of(job.model, job.feeds, job.provider)
-    allowed = SAME + 1.25 * apart(reference, plain.path, job)
+    plain = GraphCandidate("as onnxruntime optimises it", folder / "plain.onnx")
+    save_optimized(job.source, plain.path, provider=job.provider)
+    reference = run_batches(job.model, job.feeds, job.provider)
+    allowed = OUTPUT_TOLERANCE + 1.25 * output_drift(reference, plain.path, job)
     notes: list[str] = []
     good = [plain]
-    for name, source in sources(job):
-        found = Candidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
+    for name, source in fusion_candidates(job):
+        found = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
-            save_optimised(source, found.path, provider=job.provider)
-            gap = apart(reference, found.path, job)
+            save_optimized(source, found.path, provider=job.provider)
+            gap = output_drift(reference, found.path, job)
         except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
             notes.append(f"{name}: not used, {first_lines(error)}")
             continue
@@ -69,52 +69,56 @@ def make(job: Job) -> Made:
             notes.append(f"{name}: not used, outputs are {gap:.1e} away from the model's")
         else:
             good.append(found)
-    best = fastest(job, good, notes) if len(good) > 1 else plain
+    best = select_fastest(job, good, notes) if len(good) > 1 else plain
     notes.append(f"written: {best.name}")
-    return publish(job, best, notes)
+    return write_artifact(job, best, notes)
 
 
-def as_it_is(job: Job) -> Made:
+def keep_unoptimized(job: BuildJob) -> BuildOutput:
     """fp16 for a provider without fp16 kernels: optimising would write the weights back in fp32."""
     head = job.output.with_suffix(".onnx")
     job.source.replace(head)
     note = "onnxruntime's CPU kernels compute in fp32: half the bytes, no speed; no .ort is written"
-    return Made((head,), (note,))
+    return BuildOutput((head,), (note,))
 
 
-def sources(job: Job) -> list[tuple[str, Path]]:
+def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     """Models with nodes fused beyond what a session does by itself."""
     folder = job.source.parent
-    plain = settle_sizes(load(job.source).graph)
-    inside = fused("attention in one node", plain, fuse_attention)
-    projected = fused("attention with its projections in one node", plain, partial(fuse_attention, projections=True))
+    plain = fold_shape_arithmetic(load(job.source).graph)
+    inside = apply_fusion("attention in one node", plain, fuse_attention)
+    projected = apply_fusion(
+        "attention with its projections in one node", plain, partial(fuse_attention, projections=True)
+    )
     starts = [("", plain), *inside, *projected]
     biased = [
-        one for name, made in starts for one in fused(joined(name, "biases inside products"), made, bias_in_products)
+        one
+        for name, made in starts
+        for one in apply_fusion(join_names(name, "biases inside products"), made, fuse_gemm_bias)
     ]
     found: list[tuple[str, Path]] = []
     for name, made in (*inside, *projected, *biased):
         path = folder / f"rewritten{len(found)}.onnx"
-        save(clean(made), path)
+        save(finalize(made), path)
         found.append((name, path))
     for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
         out = folder / f"transformers{index}.onnx"
-        if file_bytes(path) < LIMIT and transformers_fusions(path, out, job.provider):
-            found.append((joined(name, "onnxruntime.transformers' fusions"), out))
+        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.provider):
+            found.append((join_names(name, "onnxruntime.transformers' fusions"), out))
     return found
 
 
-def fused(name: str, model: ir.Model, rewrite: Rewrite) -> list[tuple[str, ir.Model]]:
+def apply_fusion(name: str, model: ir.Model, rewrite: FusionPass) -> list[tuple[str, ir.Model]]:
     """What ``rewrite`` makes of it, with how often it fits; nothing where it does not."""
     made, count = rewrite(model)
     return [(f"{name} ({count} times)", made)] if count else []
 
 
-def joined(*names: str) -> str:
+def join_names(*names: str) -> str:
     return " and ".join(name for name in names if name)
 
 
-def transformers_fusions(path: Path, out: Path, provider: str) -> bool:
+def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
     """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
     from onnxruntime.transformers import optimizer
 
@@ -131,21 +135,21 @@ def transformers_fusions(path: Path, out: Path, provider: str) -> bool:
     return True
 
 
-def apart(reference: Sequence[Feeds], path: Path, job: Job) -> float:
+def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
     """How far the outputs of a session with all optimisations are from the model's."""
     session = open_session(path, provider=job.provider)
     found = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
-    return worst(pooled([compare(a, b) for a, b in zip(reference, found, strict=True)]))
+    return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
 
 
-def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Candidate:
+def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> GraphCandidate:
     """The candidate that takes least processor time on one thread, which other load on the machine does not blur; of
     those that are not slower by the clock, on as many threads as onnxruntime takes. On a GPU the clock decides."""
-    candidates = promising(job, candidates, notes)
+    candidates = screen_candidates(job, candidates, notes)
     if len(candidates) == 1:
         return candidates[0]
-    clock = ratios(job, candidates, time.perf_counter, 0)
-    spent = ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
+    clock = time_ratios(job, candidates, time.perf_counter, 0)
+    spent = time_ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
     good = [candidates[0]]
     speeds = {candidates[0]: 1.0}
     for candidate in candidates[1:]:
@@ -159,66 +163,66 @@ def fastest(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> Cand
     return max(good, key=lambda candidate: speeds[candidate])
 
 
-def promising(job: Job, candidates: Sequence[Candidate], notes: list[str]) -> list[Candidate]:
+def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
     """Those that a first look does not find clearly slower than the first."""
     clock = time.process_time if job.provider == "cpu" else time.perf_counter
     found = []
-    for candidate, speeds in ratios(job, candidates, clock, 1, LOOK, 0.0).items():
+    for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
-        if candidate is candidates[0] or speed >= SLOW:
+        if candidate is candidates[0] or speed >= SCREENING_SPEEDUP:
             found.append(candidate)
         else:
             notes.append(f"{candidate.name}: {speed:.2f}x in processor time")
     return found
 
 
-def ratios(
-    job: Job,
-    candidates: Sequence[Candidate],
+def time_ratios(
+    job: BuildJob,
+    candidates: Sequence[GraphCandidate],
     clock: Callable[[], float],
     threads: int,
-    rounds: int = ROUNDS,
+    rounds: int = TIMING_ROUNDS,
     seconds: float | None = None,
-) -> dict[Candidate, FloatArray]:
+) -> dict[GraphCandidate, FloatArray]:
     """Candidate -> [rounds], how many times as fast as the first it was in each round."""
     sessions = [open_session(c.path, provider=job.provider, threads=threads) for c in candidates]
     calls = [[prepare_run(session, job.timed)] for session in sessions]
     run_rounds(calls, iterations=2)
-    times = run_rounds(calls, iterations=rounds, duration=SECONDS if seconds is None else seconds, clock=clock)
+    times = run_rounds(calls, iterations=rounds, duration=TIMING_SECONDS if seconds is None else seconds, clock=clock)
     return {candidate: times[:, 0] / times[:, k] for k, candidate in enumerate(candidates)}
 
 
-def publish(job: Job, best: Candidate, notes: list[str]) -> Made:
+def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> BuildOutput:
     """The candidate as ONNX and in onnxruntime's own format, under the output's name."""
     head = job.output.with_suffix(".onnx")
     flat = job.output.with_suffix(".ort")
-    big = file_bytes(best.path) > LIMIT
-    save_optimised(best.path, head, provider=job.provider, external=data_file(head).name if big else "")
-    files = [head, *([data_file(head)] if big else [])]
+    big = file_bytes(best.path) > PROTOBUF_LIMIT
+    save_optimized(best.path, head, provider=job.provider, external=external_data_path(head).name if big else "")
+    files = [head, *([external_data_path(head)] if big else [])]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
-        save_optimised(best.path, flat, provider=job.provider, form="ORT")
+        save_optimized(best.path, flat, provider=job.provider, form="ORT")
         open_session(flat, provider=job.provider)
         files.append(flat)
     wanted = flat if job.output.suffix == ".ort" and not big else head
     notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
-    return Made((wanted, *(f for f in files if f != wanted)), tuple(notes))
+    return BuildOutput((wanted, *(f for f in files if f != wanted)), tuple(notes))
 
 
-def check(request: Request) -> None:
+def check_onnxruntime(request: BuildRequest) -> None:
     if request.output.suffix not in (".onnx", ".ort"):
         raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
     if request.precision == "bf16" and request.provider == "cpu":
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 
-TARGET = Target(
+ONNXRUNTIME_TARGET = BuildTarget(
     "ort",
     "onnxruntime: its optimised graph, saved as .onnx and .ort, with attention fused where that is faster",
     ".onnx",
-    make,
+    build_onnxruntime,
     ("fp32", "fp16", "bf16", "int8"),
     beside=(".onnx", ".onnx.data", ".ort"),
-    check=check,
+    check=check_onnxruntime,
 )

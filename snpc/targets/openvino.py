@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from snpc.errors import UserError
-from snpc.runtime.execution.runners import IR, PRECISION_NOTE, import_openvino
+from snpc.runtime.execution.runners import OPENVINO_SUFFIX, PRECISION_RT_INFO, import_openvino
 from snpc.runtime.execution.session import first_lines
-from snpc.targets.base import Job, Made, Request, Target
+from snpc.targets.base import BuildJob, BuildOutput, BuildRequest, BuildTarget
 
 
-def make(job: Job) -> Made:
+def build_openvino(job: BuildJob) -> BuildOutput:
     ov = import_openvino()
     try:
         model = ov.convert_model(str(job.source))
     except Exception as error:  # its front end raises types of its own per operator
         raise UserError(f"{job.model}: OpenVINO does not convert it: {first_lines(error)}") from None
-    model.set_rt_info(job.precision, PRECISION_NOTE)
+    model.set_rt_info(job.precision, PRECISION_RT_INFO)
     ov.save_model(model, str(job.output), compress_to_fp16=job.precision == "fp16")
     notes = []
     if job.precision in ("fp32", "int8"):
@@ -26,22 +26,22 @@ def make(job: Job) -> Made:
         notes.append("weights are held in fp16; on a CPU the arithmetic is fp32 or bfloat16, as OpenVINO chooses")
     if job.precision == "bf16":
         notes.append("weights stay fp32; set INFERENCE_PRECISION_HINT to bf16, as `snpc bench` does")
-    return Made((job.output, job.output.with_suffix(".bin")), tuple(notes))
+    return BuildOutput((job.output, job.output.with_suffix(".bin")), tuple(notes))
 
 
-def check(request: Request) -> None:
+def check_openvino(request: BuildRequest) -> None:
     import_openvino()
-    if request.output.suffix != IR:
+    if request.output.suffix != OPENVINO_SUFFIX:
         raise UserError(f"{request.output}: OpenVINO's IR is named .xml; give such a name with -o")
 
 
-TARGET = Target(
+OPENVINO_TARGET = BuildTarget(
     "openvino",
     "OpenVINO: an IR (.xml and .bin)",
-    IR,
-    make,
+    OPENVINO_SUFFIX,
+    build_openvino,
     ("fp32", "fp16", "bf16", "int8"),
     in_graph=("int8",),
     beside=(".bin",),
-    check=check,
+    check=check_openvino,
 )

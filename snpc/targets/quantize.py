@@ -18,53 +18,54 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.shapes import opset
+from snpc.graph.shapes import opset_version
 from snpc.ops import lookup
 from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import compare, outputs_of, pooled, worst
+from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences, run_batches
 from snpc.runtime.execution.session import first_lines, open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.types import Feeds, FloatArray, IntArray, Model
 
-FAR = 4.0  # times the median column's largest value: that is an outlier column
-MOST = 16  # at most one column in so many is one
-WORTH = 0.9  # the split product is kept if it comes this much closer
-OLDEST = 13  # opset: from here on scales may differ by channel
+OUTLIER_FACTOR = 4.0  # times the median column's largest value: that is an outlier column
+COLUMNS_PER_OUTLIER = 16  # at most one column in so many is one
+SPLIT_GAIN = 0.9  # the split product is kept if it comes this much closer
+MIN_OPSET = 13  # opset: from here on scales may differ by channel
 
 
 @dataclass(frozen=True)
-class Outliers:
+class OutlierColumns:
     """Columns of an activation that stay in float, and the largest value in the others."""
 
     columns: IntArray
     rest: float
 
 
-def quantised(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
+def quantize_model(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
     """Write ``model`` in int8 to ``path``; what was done, in words. ``signed``: activations symmetric around zero."""
-    if opset(model.graph) < OLDEST:
+    if opset_version(model.graph) < MIN_OPSET:
         raise UserError(
-            f"{model.path}: int8 needs opset {OLDEST} or newer, this is {opset(model.graph)}: export it again"
+            f"{model.path}: int8 needs opset {MIN_OPSET} or newer, this is {opset_version(model.graph)}: "
+            "export it again"
         )
     folder = path.parent
     feeds = list(calibration.batches())
     outliers = find_outliers(model, folder, feeds)
-    reference = outputs_of(model.path, feeds[:4], "cpu")
+    reference = run_batches(model.path, feeds[:4], "cpu")
 
-    def attempt(split: Mapping[str, Outliers], to: Path) -> float:
-        graph, nodes = prepared(model.graph, split)
-        quantise(graph, nodes, calibration, to, signed)
-        found = outputs_of(to, feeds[:4], "cpu")
-        return worst(pooled([compare(a, b) for a, b in zip(reference, found, strict=True)]))
+    def attempt(split: Mapping[str, OutlierColumns], to: Path) -> float:
+        graph, nodes = prepare_for_quantization(model.graph, split)
+        run_quantizer(graph, nodes, calibration, to, signed)
+        found = run_batches(to, feeds[:4], "cpu")
+        return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
 
     plain = attempt({}, path)
     if not outliers:
         return (f"int8: drift {plain:.3g} on calibration data; no activation has outlier columns",)
     mixed = folder / "mixed.onnx"
     drift = attempt(outliers, mixed)
-    kept = drift < WORTH * plain
+    kept = drift < SPLIT_GAIN * plain
     if kept:
         mixed.replace(path)
     many = sum(len(o.columns) for o in outliers.values())
@@ -75,7 +76,7 @@ def quantised(model: Model, calibration: Calibration, path: Path, signed: bool) 
     )
 
 
-def weighted(model: ir.Model) -> list[ir.Node]:
+def weight_products(model: ir.Model) -> list[ir.Node]:
     """Products of an activation (first) with a constant weight (second)."""
     found = []
     for node in model.graph:
@@ -89,7 +90,7 @@ def weighted(model: ir.Model) -> list[ir.Node]:
     return found
 
 
-def sums_last(node: ir.Node) -> bool:
+def is_weight_matmul(node: ir.Node) -> bool:
     """The activation's last axis is summed with the first of a weight matrix: x @ W."""
     return node.op_type == MATMUL and len(node.inputs[1].const_value.shape) == 2  # type: ignore[union-attr]
 
@@ -97,23 +98,23 @@ def sums_last(node: ir.Node) -> bool:
 # -- outliers --------------------------------------------------------------------------------------------------------
 
 
-def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, Outliers]:
+def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, OutlierColumns]:
     """Activation -> its outlier columns, for those that have some."""
     found = {}
-    for name, sizes in column_sizes(model, folder, feeds).items():
-        limit = FAR * float(np.median(sizes))
+    for name, sizes in column_maxima(model, folder, feeds).items():
+        limit = OUTLIER_FACTOR * float(np.median(sizes))
         columns = np.flatnonzero(sizes > limit)
-        most = max(1, len(sizes) // MOST)
+        most = max(1, len(sizes) // COLUMNS_PER_OUTLIER)
         columns = np.sort(columns[np.argsort(-sizes[columns])][:most])
         if len(columns) and limit > 0:
-            found[name] = Outliers(columns, float(np.delete(sizes, columns).max()))
+            found[name] = OutlierColumns(columns, float(np.delete(sizes, columns).max()))
     return found
 
 
-def column_sizes(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
+def column_maxima(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
     """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
     copy = model.graph.clone()
-    watched = {node.inputs[0] for node in weighted(copy) if sums_last(node)}
+    watched = {node.inputs[0] for node in weight_products(copy) if is_weight_matmul(node)}
     kind = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
     for value in watched:
         if value is not None and not value.is_graph_output() and not value.is_graph_input():
@@ -138,48 +139,48 @@ def column_sizes(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str
 # -- the graph that is quantised -------------------------------------------------------------------------------------
 
 
-def prepared(source: ir.Model, split: Mapping[str, Outliers]) -> tuple[ir.Model, list[str]]:
+def prepare_for_quantization(source: ir.Model, split: Mapping[str, OutlierColumns]) -> tuple[ir.Model, list[str]]:
     """A copy whose products read a value of their own, clipped where ``split`` names outliers, and the products' names.
 
     A value of their own, so that what else reads the activation (a residual sum) gets it unrounded.
     """
     model = source.clone()
-    nodes = weighted(model)
+    nodes = weight_products(model)
     fronts: dict[ir.Value, tuple[ir.Value, ir.Value | None]] = {}
     for node in nodes:
         data = node.inputs[0]
         assert data is not None
-        outliers = split.get(str(data.name)) if sums_last(node) else None
+        outliers = split.get(str(data.name)) if is_weight_matmul(node) else None
         if data not in fronts:
-            fronts[data] = front(model, node, data, outliers)
+            fronts[data] = insert_product_input(model, node, data, outliers)
         narrow, columns = fronts[data]
         node.replace_input_with(0, narrow)
         if outliers is not None and columns is not None:
-            beside(model, node, columns, outliers.columns)
+            add_outlier_product(model, node, columns, outliers.columns)
     return model, [str(node.name) for node in nodes]
 
 
-def front(
-    model: ir.Model, node: ir.Node, data: ir.Value, outliers: Outliers | None
+def insert_product_input(
+    model: ir.Model, node: ir.Node, data: ir.Value, outliers: OutlierColumns | None
 ) -> tuple[ir.Value, ir.Value | None]:
     """(what the int8 product reads, the outlier columns)."""
     if outliers is None:
-        return put(node, IDENTITY, [data], f"{data.name}_int8"), None
+        return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.rest)
-    limits = [constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
-    index = constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
-    clipped = put(node, CLIP, [data, *limits], f"{data.name}_int8")
-    return clipped, put(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
+    limits = [add_constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
+    index = add_constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
+    clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")
+    return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
 
 
-def beside(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
+def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
     """x W = x' W' + x[outliers] W[outliers]; W' has zero rows where x' has clipped outliers."""
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
-    outer = constant(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    outer = add_constant(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
     array[index] = 0
-    node.replace_input_with(1, constant(model, array, f"{node.name}_inner"))
+    node.replace_input_with(1, add_constant(model, array, f"{node.name}_inner"))
     out = node.outputs[0]
     users, listed = list(out.uses()), out.is_graph_output()
     product = ir.Node("", MATMUL, [columns, outer], num_outputs=1, name=f"{node.name}_float")
@@ -194,32 +195,34 @@ def beside(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -
         model.graph.outputs[model.graph.outputs.index(out)] = total.outputs[0]
 
 
-def put(before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None) -> ir.Value:
+def insert_node_before(
+    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None
+) -> ir.Value:
     made = ir.Node("", op, inputs, attrs or [], num_outputs=1, name=name)
     made.outputs[0].name = name
     before.prepend(made)
     return made.outputs[0]
 
 
-def constant(model: ir.Model, array: Any, name: str) -> ir.Value:
+def add_constant(model: ir.Model, array: Any, name: str) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
     model.graph.register_initializer(value)
     return value
 
 
-def quantise(model: ir.Model, nodes: list[str], calibration: Calibration, path: Path, signed: bool) -> None:
+def run_quantizer(model: ir.Model, nodes: list[str], calibration: Calibration, path: Path, signed: bool) -> None:
     from onnxruntime import quantization as q
 
     float_path = path.with_name(f"{path.stem}-float.onnx")
     kinds = sorted({n.op_type for n in model.graph if n.name in nodes})
-    save(clean(model), float_path)
+    save(finalize(model), float_path)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         q.quantize_static(
             str(float_path),
             str(path),
-            reader(calibration, q.CalibrationDataReader),
+            calibration_reader(calibration, q.CalibrationDataReader),
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=kinds,
             nodes_to_quantize=nodes,
@@ -239,7 +242,7 @@ def quantise(model: ir.Model, nodes: list[str], calibration: Calibration, path: 
         logging.disable(before)
 
 
-def reader(calibration: Calibration, base: type[Any]) -> Any:
+def calibration_reader(calibration: Calibration, base: type[Any]) -> Any:
     """The calibration data as onnxruntime.quantization reads them."""
 
     class Reader(base):  # type: ignore[misc]

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.graph.shapes import best_binding
+from snpc.graph.shapes import choose_dim_sizes
 from snpc.passes.analyze import quoted_facts
-from snpc.runtime.execution.feeds import Shape, check_shape
+from snpc.runtime.execution.feeds import check_shape
 from snpc.runtime.io.load import load
-from snpc.targets.base import Options
-from snpc.types import TensorSpec
+from snpc.targets.base import BuildOptions
+from snpc.types import Shape, TensorSpec
 
-LARGEST_BATCH = 16  # that a derived profile serves
+MAX_DERIVED_BATCH = 16  # that a derived profile serves
 
 
 @dataclass(frozen=True)
-class Range:
+class ShapeRange:
     """Shapes of one input: least, the one that is tuned for, and most."""
 
     least: Shape
@@ -26,7 +26,7 @@ class Range:
     most: Shape
 
 
-def profile(path: Path, options: Options) -> dict[str, Range]:
+def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
     """Input -> its shapes, for inputs with dynamic axes. Empty where there are none.
 
     Derived: batches of 1 to 16, tuned for 1; other axes from 1 up to what MACs are quoted at (128 where the model
@@ -46,17 +46,17 @@ def profile(path: Path, options: Options) -> dict[str, Range]:
                 f"{path.name}: no input has a dynamic axis: leave out --min-shapes, --opt-shapes, --max-shapes"
             )
         return {}
-    sizes, facts = best_binding(model.graph)
+    sizes, facts = choose_dim_sizes(model.graph)
     quoted, _ = quoted_facts(model.graph, sizes, facts, {})
-    return {spec.name: chosen(spec, options) or derived(spec, quoted) for spec in dynamic}
+    return {spec.name: range_from_options(spec, options) or default_range(spec, quoted) for spec in dynamic}
 
 
-def chosen(spec: TensorSpec, options: Options) -> Range | None:
+def range_from_options(spec: TensorSpec, options: BuildOptions) -> ShapeRange | None:
     least, best, most = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
     best = best or most or least
     if best is None:
         return None
-    found = Range(least or best, best, most or best)
+    found = ShapeRange(least or best, best, most or best)
     for shape in (found.least, found.best, found.most):
         check_shape(spec, shape)
     if any(not a <= b <= c for a, b, c in zip(found.least, found.best, found.most, strict=True)):
@@ -64,13 +64,13 @@ def chosen(spec: TensorSpec, options: Options) -> Range | None:
     return found
 
 
-def derived(spec: TensorSpec, quoted: Mapping[str, int]) -> Range:
+def default_range(spec: TensorSpec, quoted: Mapping[str, int]) -> ShapeRange:
     def size(axis: int, dim: int | str) -> int:
         return dim if isinstance(dim, int) else quoted.get(dim or f"{spec.name}.{axis}", 1)
 
     best = tuple(1 if k == 0 and isinstance(dim, str) else size(k, dim) for k, dim in enumerate(spec.shape))
-    return Range(
+    return ShapeRange(
         tuple(dim if isinstance(dim, int) else 1 for dim in spec.shape),
         best,
-        tuple(LARGEST_BATCH if k == 0 and isinstance(d, str) else best[k] for k, d in enumerate(spec.shape)),
+        tuple(MAX_DERIVED_BATCH if k == 0 and isinstance(d, str) else best[k] for k, d in enumerate(spec.shape)),
     )

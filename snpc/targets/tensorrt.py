@@ -14,22 +14,22 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.runtime.execution.session import first_lines
-from snpc.runtime.io.atomic import data_file, publish, replacing
-from snpc.targets.base import Job, Made, Options, Precision, Request, Target
-from snpc.targets.shape_profile import Range, profile
+from snpc.runtime.io.atomic import atomic_write, external_data_path, rename_into_place
+from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget, Precision
+from snpc.targets.shape_profile import ShapeRange, shape_ranges
 
-WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
-SHAPES = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
-NO_TENSORRT = (
+WEIGHT_MEMORY = re.compile(r"Total Weights Memory: (\d+) bytes")
+SHAPE_OPTIONS = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
+TENSORRT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+MISSING_TENSORRT = (
     "TensorRT is not installed: pip install 'snpc[trt]' on a machine with an NVIDIA GPU; --target trt-rtx builds "
     "without a GPU, --emit-script writes a model and a trtexec line for elsewhere"
 )
-NO_RTX = "TensorRT for RTX is not installed: pip install 'snpc[trt-rtx]'"
+MISSING_TENSORRT_RTX = "TensorRT for RTX is not installed: pip install 'snpc[trt-rtx]'"
 
 
 @dataclass
-class Log:
+class BuilderLog:
     """What the builder said: errors, and numbers that it tells nobody else."""
 
     errors: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Log:
     def take(self, severity: Any, message: str, worst: Any) -> None:
         if severity <= worst:
             self.errors.append(message)
-        found = WEIGHTS.search(message)
+        found = WEIGHT_MEMORY.search(message)
         if found:
             self.weights = int(found.group(1))
 
@@ -46,7 +46,7 @@ class Log:
         return first_lines(Exception(self.errors[-1])) if self.errors else "it gives no reason"
 
 
-def logger(trt: Any, log: Log) -> Any:
+def make_logger(trt: Any, log: BuilderLog) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -57,7 +57,7 @@ def logger(trt: Any, log: Log) -> Any:
     return Logger()
 
 
-def load_module(name: str, missing: str) -> Any:
+def import_tensorrt(name: str, missing: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -67,62 +67,62 @@ def load_module(name: str, missing: str) -> Any:
 # -- building --------------------------------------------------------------------------------------------------------
 
 
-def engine(trt: Any, job: Job) -> Made:
+def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
     """Parse ``job.source``, build, write the engine. UserError: what TensorRT refuses, in its words."""
-    log = Log()
-    told = logger(trt, log)
+    log = BuilderLog()
+    told = make_logger(trt, log)
     try:
         builder = trt.Builder(told)
     except TypeError:  # pybind11: the factory gave nothing
         raise UserError(f"{trt.__name__} does not start here ({log.cause()}): it builds on the GPU it is for") from None
-    network = parsed(trt, builder, told, job)
-    config = configured(trt, builder, network, job)
-    cache = read_cache(config, job.options.timing_cache)
+    network = parse_network(trt, builder, told, job)
+    config = builder_config(trt, builder, network, job)
+    cache = read_timing_cache(config, job.options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"{job.model}: {trt.__name__} builds no engine: {log.cause()}")
     job.output.write_bytes(memoryview(plan))
     if cache is not None and job.options.timing_cache is not None:
-        with replacing(job.options.timing_cache) as temporary:
+        with atomic_write(job.options.timing_cache) as temporary:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     size = len(memoryview(plan))
     notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
     if log.weights is not None:
         notes.append(f"weight memory {log.weights} bytes")
-    runs = loads(trt, told, job.output)
+    runs = can_deserialize(trt, told, job.output)
     if not runs:
         notes.append("not loaded: an engine is loaded on a GPU it was built for, and there is none here")
-    return Made((job.output,), tuple(notes), runs, log.weights)
+    return BuildOutput((job.output,), tuple(notes), runs, log.weights)
 
 
-def parsed(trt: Any, builder: Any, told: Any, job: Job) -> Any:
+def parse_network(trt: Any, builder: Any, told: Any, job: BuildJob) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, told)
     if not parser.parse_from_file(str(job.source)):
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
-        told_of = "; ".join(dict.fromkeys(spelled(error) for error in errors[:3])) or "it gives no reason"
+        told_of = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
         raise UserError(f"{job.model}: {trt.__name__} does not parse it: {told_of}")
     return network
 
 
-def spelled(error: Any) -> str:
+def parser_error_text(error: Any) -> str:
     """``MatMul node_7: what is wrong`` for an error of the parser."""
     node = f"{error.node_operator()} {error.node_name()}".strip()
     return f"{node}: {first_lines(Exception(error.desc()))}" if node else first_lines(Exception(error.desc()))
 
 
-def configured(trt: Any, builder: Any, network: Any, job: Job) -> Any:
+def builder_config(trt: Any, builder: Any, network: Any, job: BuildJob) -> Any:
     config = builder.create_builder_config()
     if job.options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.options.workspace << 20)
     if job.options.sm:
-        capable = capabilities(trt, job.options.sm)
+        capable = compute_capabilities(trt, job.options.sm)
         config.num_compute_capabilities = len(capable)
         for index, one in enumerate(capable):
             config.set_compute_capability(one, index)
-    ranges = profile(job.source, job.options)
+    ranges = shape_ranges(job.source, job.options)
     if ranges:
         shapes = builder.create_optimization_profile()
         for name, span in ranges.items():
@@ -131,7 +131,7 @@ def configured(trt: Any, builder: Any, network: Any, job: Job) -> Any:
     return config
 
 
-def capabilities(trt: Any, numbers: tuple[int, ...]) -> list[Any]:
+def compute_capabilities(trt: Any, numbers: tuple[int, ...]) -> list[Any]:
     known = {int(name[2:]): value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
     unknown = [number for number in numbers if number not in known]
     if unknown:
@@ -140,7 +140,7 @@ def capabilities(trt: Any, numbers: tuple[int, ...]) -> list[Any]:
     return [known[number] for number in numbers]
 
 
-def read_cache(config: Any, path: Path | None) -> Any:
+def read_timing_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -148,7 +148,7 @@ def read_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def loads(trt: Any, told: Any, path: Path) -> bool:
+def can_deserialize(trt: Any, told: Any, path: Path) -> bool:
     runtime = trt.Runtime(told)
     return runtime is not None and runtime.deserialize_cuda_engine(path.read_bytes()) is not None
 
@@ -156,55 +156,63 @@ def loads(trt: Any, told: Any, path: Path) -> bool:
 # -- the two targets -------------------------------------------------------------------------------------------------
 
 
-def make_trt(job: Job) -> Made:
-    return script(job) if job.options.emit_script else engine(load_module("tensorrt", NO_TENSORRT), job)
+def build_tensorrt(job: BuildJob) -> BuildOutput:
+    return (
+        write_trtexec_script(job)
+        if job.options.emit_script
+        else build_engine(import_tensorrt("tensorrt", MISSING_TENSORRT), job)
+    )
 
 
-def make_rtx(job: Job) -> Made:
-    return engine(load_module("tensorrt_rtx", NO_RTX), job)
+def build_tensorrt_rtx(job: BuildJob) -> BuildOutput:
+    return build_engine(import_tensorrt("tensorrt_rtx", MISSING_TENSORRT_RTX), job)
 
 
-def check_trt(request: Request) -> None:
+def check_tensorrt(request: BuildRequest) -> None:
     if request.options.emit_script and request.output.suffix != ".onnx":
         raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
     if not request.options.emit_script:
-        load_module("tensorrt", NO_TENSORRT)
-        check_name(request)
+        import_tensorrt("tensorrt", MISSING_TENSORRT)
+        check_engine_suffix(request)
 
 
-def check_rtx(request: Request) -> None:
-    trt = load_module("tensorrt_rtx", NO_RTX)
-    capabilities(trt, request.options.sm)
-    check_name(request)
+def check_tensorrt_rtx(request: BuildRequest) -> None:
+    trt = import_tensorrt("tensorrt_rtx", MISSING_TENSORRT_RTX)
+    compute_capabilities(trt, request.options.sm)
+    check_engine_suffix(request)
 
 
-def check_name(request: Request) -> None:
-    from snpc.runtime.execution.runners import ENGINES
+def check_engine_suffix(request: BuildRequest) -> None:
+    from snpc.runtime.execution.runners import ENGINE_SUFFIXES
 
-    if request.output.suffix not in ENGINES:
-        raise UserError(f"{request.output}: an engine is named {' or '.join(ENGINES)}; give such a name with -o")
+    if request.output.suffix not in ENGINE_SUFFIXES:
+        raise UserError(
+            f"{request.output}: an engine is named {' or '.join(ENGINE_SUFFIXES)}; give such a name with -o"
+        )
 
 
 # -- for a machine that has TensorRT ---------------------------------------------------------------------------------
 
 
-def script(job: Job) -> Made:
+def write_trtexec_script(job: BuildJob) -> BuildOutput:
     """A model that is ready for TensorRT, and the trtexec line that builds it."""
-    publish(job.source, job.output)
-    data = data_file(job.output)
+    rename_into_place(job.source, job.output)
+    data = external_data_path(job.output)
     shell = job.output.with_suffix(".sh")
     try:
         major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
     except ImportError:
         major = None
-    line = trtexec(job.output.name, profile(job.output, job.options), job.options, major)
+    line = trtexec_command(job.output.name, shape_ranges(job.output, job.options), job.options, major)
     shell.write_text(f"#!/bin/sh\n{line}\n")
     shell.chmod(0o755)
     version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
-    return Made((job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False)
+    return BuildOutput(
+        (job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False
+    )
 
 
-def trtexec(model: str, ranges: dict[str, Range], options: Options, major: int | None) -> str:
+def trtexec_command(model: str, ranges: dict[str, ShapeRange], options: BuildOptions, major: int | None) -> str:
     """The command line. TensorRT up to 10 must be told that the graph's types hold; 11 knows no other way."""
 
     def shapes(part: str) -> str:
@@ -224,24 +232,24 @@ def trtexec(model: str, ranges: dict[str, Range], options: Options, major: int |
     return " ".join(words)
 
 
-TRT = Target(
+TENSORRT_TARGET = BuildTarget(
     "trt",
     "TensorRT: an engine for the GPU of this machine, or with --emit-script what builds it elsewhere",
     ".engine",
-    make_trt,
-    PRECISIONS,
+    build_tensorrt,
+    TENSORRT_PRECISIONS,
     signed=True,
-    options=SHAPES | {"--workspace", "--timing-cache", "--emit-script"},
+    options=SHAPE_OPTIONS | {"--workspace", "--timing-cache", "--emit-script"},
     beside=(".sh", ".onnx.data"),
-    check=check_trt,
+    check=check_tensorrt,
 )
-TRT_RTX = Target(
+TENSORRT_RTX_TARGET = BuildTarget(
     "trt-rtx",
     "TensorRT for RTX: an engine for the compute capabilities named by --sm, built without a GPU",
     ".engine",
-    make_rtx,
-    PRECISIONS,
+    build_tensorrt_rtx,
+    TENSORRT_PRECISIONS,
     signed=True,
-    options=SHAPES | {"--workspace", "--sm"},
-    check=check_rtx,
+    options=SHAPE_OPTIONS | {"--workspace", "--sm"},
+    check=check_tensorrt_rtx,
 )

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from snpc.errors import UserError
-from snpc.tokens.methods import Adaptive, Fuse, Guided, Merge, Method, Star, TopK
+from snpc.tokens.methods import Adaptive, Fuse, Guided, Merge, Star, TokenMethod, TopK
 
-METHODS: Mapping[str, Method] = MappingProxyType(
+TOKEN_METHODS: Mapping[str, TokenMethod] = MappingProxyType(
     {m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star(), Adaptive())}
 )
 
 
-def method(name: str) -> Method:
+def token_method(name: str) -> TokenMethod:
     """Raises UserError that lists what exists."""
-    if name not in METHODS:
-        raise UserError(f"--tokens: there is no method {name!r}: choose one of {', '.join(METHODS)}, or auto")
-    return METHODS[name]
+    if name not in TOKEN_METHODS:
+        raise UserError(f"--tokens: there is no method {name!r}: choose one of {', '.join(TOKEN_METHODS)}, or auto")
+    return TOKEN_METHODS[name]

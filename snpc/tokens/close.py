@@ -7,27 +7,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.attention import FORMS
+from snpc.ops.attention import ATTENTION_FORMS
 from snpc.ops.names import GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
-from snpc.tokens.methods import fused_scores
-from snpc.tokens.open import by_head, masked
-from snpc.tokens.step import Step
-from snpc.tokens.writer import Writer
+from snpc.tokens.methods import blend_scores
+from snpc.tokens.open import apply_mask, has_head_axis
+from snpc.tokens.step import TokenStep
+from snpc.tokens.writer import TokenGraphBuilder
 
-LEAST_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
+MIN_SCORE_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
 
 
-def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir.DataType]) -> None:
+def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping[str, ir.DataType]) -> None:
     """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     nodes = {str(node.name): node for node in model.graph}
     origin: ir.Value | None = None
     for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
-        writer = Writer(model.graph, f"{step.prefix}_decide", dtype)
-        scores = scores_for(writer, step, steps[:number], values, nodes) if step.method.scored else None
+        writer = TokenGraphBuilder(model.graph, f"{step.prefix}_decide", dtype)
+        scores = attention_scores(writer, step, steps[:number], values, nodes) if step.method.scored else None
         if scores is not None and step.positions:
-            scores = fused_scores(writer, scores, offline_scores(writer, step, origin))
+            scores = blend_scores(writer, scores, add_offline_scores(writer, step, origin))
         stream = values[step.point.value]
         if dtype != ir.DataType.FLOAT:
             stream = writer.cast(stream, ir.DataType.FLOAT)
@@ -40,20 +40,20 @@ def close_tokens(model: ir.Model, steps: Sequence[Step], dtypes: Mapping[str, ir
             given.name = f"{name}__open"
             made.name = name
         if any(later.positions for later in steps[number + 1 :]):
-            origin = origins(writer, step, decided[0], origin)
+            origin = track_origins(writer, step, decided[0], origin)
     model.graph.sort()
 
 
-def offline_scores(writer: Writer, step: Step, origin: ir.Value | None) -> ir.Value:
+def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Value | None) -> ir.Value:
     """[B or 1, N]: the scores of the positions that the tokens had at first."""
     table = np.asarray(step.positions, np.float32)
-    table = np.maximum(table, LEAST_SHARE * table[step.setting.leading :].mean())
+    table = np.maximum(table, MIN_SCORE_SHARE * table[step.setting.leading :].mean())
     if origin is None:
         return writer.constant(table[None])
     return writer.op(GATHER, writer.constant(table), origin, axis=0)
 
 
-def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None) -> ir.Value:
+def track_origins(writer: TokenGraphBuilder, step: TokenStep, keep: ir.Value, before: ir.Value | None) -> ir.Value:
     """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
     it had (None: all)."""
     front = writer.ints(*range(step.setting.leading))
@@ -62,26 +62,30 @@ def origins(writer: Writer, step: Step, keep: ir.Value, before: ir.Value | None)
     return writer.pick(before, kept) if before is not None else kept
 
 
-def scores_for(
-    writer: Writer, step: Step, before: Sequence[Step], values: Mapping[str, ir.Value], nodes: Mapping[str, ir.Node]
+def attention_scores(
+    writer: TokenGraphBuilder,
+    step: TokenStep,
+    before: Sequence[TokenStep],
+    values: Mapping[str, ir.Value],
+    nodes: Mapping[str, ir.Node],
 ) -> ir.Value:
     """[B, N]: attention that each token gets, summed over heads: from the class token, or where nothing is read by
     number from all tokens that count."""
     scores = step.point.scores
     assert scores is not None
-    weights = recomputed(writer, step, before, nodes[scores.fused]) if scores.fused else values[scores.tensor]
+    weights = recompute_attention(writer, step, before, nodes[scores.fused]) if scores.fused else values[scores.tensor]
     if step.point.reads and scores.fused:
         found = writer.total(weights, 1, 2)
     elif step.point.reads:
-        found = writer.total(by_heads(writer, step, writer.row(weights, scores.query_axis, 0), 1), 1)
+        found = writer.total(separate_heads(writer, step, writer.row(weights, scores.query_axis, 0), 1), 1)
     elif scores.masked or any(b.method.adapts for b in before):
-        found = received(writer, writer.total(by_heads(writer, step, weights, 2), 1), scores.query_axis)
+        found = attention_received(writer, writer.total(separate_heads(writer, step, weights, 2), 1), scores.query_axis)
     else:
-        found = writer.total(by_heads(writer, step, writer.total(weights, scores.query_axis), 1), 1)
+        found = writer.total(separate_heads(writer, step, writer.total(weights, scores.query_axis), 1), 1)
     return found if writer.dtype == ir.DataType.FLOAT else writer.cast(found, ir.DataType.FLOAT)
 
 
-def by_heads(writer: Writer, step: Step, weights: ir.Value, axes: int) -> ir.Value:
+def separate_heads(writer: TokenGraphBuilder, step: TokenStep, weights: ir.Value, axes: int) -> ir.Value:
     """[B, H, ..] with so many axes of tokens, where batch and heads share one."""
     scores = step.point.scores
     assert scores is not None
@@ -93,7 +97,7 @@ def by_heads(writer: Writer, step: Step, weights: ir.Value, axes: int) -> ir.Val
     return writer.op(RESHAPE, weights, writer.concat(0, writer.ints(-1, scores.heads), *lengths))
 
 
-def received(writer: Writer, weights: ir.Value, query_axis: int) -> ir.Value:
+def attention_received(writer: TokenGraphBuilder, weights: ir.Value, query_axis: int) -> ir.Value:
     """[B, N]: what each token gets, of ``weights`` [B, N, N], from those that get something themselves: tokens that are
     masked (padding, say) attend to others all the same."""
     counted = writer.cast(writer.cast(writer.total(weights, query_axis), ir.DataType.BOOL))
@@ -102,14 +106,16 @@ def received(writer: Writer, weights: ir.Value, query_axis: int) -> ir.Value:
     return writer.total(writer.matmul(weights, writer.unsqueeze(counted, 2)), 2)
 
 
-def recomputed(writer: Writer, step: Step, before: Sequence[Step], node: ir.Node) -> ir.Value:
+def recompute_attention(
+    writer: TokenGraphBuilder, step: TokenStep, before: Sequence[TokenStep], node: ir.Node
+) -> ir.Value:
     """Inside a fused node the weights are out of reach: they are computed again, [B, H, N, N], or [B, H, 1, N] of the
     class token where one is read in the end."""
-    shape = FORMS[node.domain, node.op_type]
+    shape = ATTENTION_FORMS[node.domain, node.op_type]
     query, key = (node.inputs[k] for k in (shape.query, shape.key))
     assert query is not None and key is not None and step.point.scores is not None
     heads, width = step.point.scores.heads, step.point.scores.width
-    one, flat = step.point.reads > 0, not by_head(node)
+    one, flat = step.point.reads > 0, not has_head_axis(node)
     query = writer.slice(query, 1 if flat else 2, 0, 1) if one else query
     if flat:  # [B, N, H * D] -> [B, H, N, D]
         query, key = (
@@ -123,5 +129,5 @@ def recomputed(writer: Writer, step: Step, before: Sequence[Step], node: ir.Node
         mask = node.inputs[shape.scores or 0]
         assert mask is not None
         mask = writer.slice(mask, 2, 0, 1) if one else mask
-        weights = masked(writer, weights, mask, step.point.scores.mask == "tells" and not weighed)
+        weights = apply_mask(writer, weights, mask, step.point.scores.mask == "tells" and not weighed)
     return writer.op(SOFTMAX, weights, axis=-1)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, macs_of
-from snpc.graph.shapes import Facts, evaluate, opset
+from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.shapes import ShapeFacts, infer_graph, opset_version
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
-from snpc.passes.token_analysis.state import Flow
-from snpc.tokens.methods import Method, Setting
+from snpc.passes.token_analysis.state import TokenFlow
+from snpc.tokens.methods import StepSettings, TokenMethod
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenCost:
     width: int
     scoring: tuple[tuple[int, int], ...]
 
-    def macs(self, settings: Sequence[Setting], method: Method) -> float:
+    def macs(self, settings: Sequence[StepSettings], method: TokenMethod) -> float:
         """MACs with these settings, one per point; what the method itself adds included."""
         total = self.fixed
         for setting, (once, twice), (row, all_) in zip(settings, self.behind, self.scoring, strict=True):
@@ -39,34 +39,36 @@ class TokenCost:
         return total
 
 
-def token_cost(analysis: Analysis, facts: Facts) -> TokenCost:
+def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
     """Of a model whose tokens are not reduced; ``facts`` of its graph."""
     points = analysis.tokens.points
     graph, model = analysis.model.graph, analysis.traced.model
-    before, after = (evaluate(m, dict(analysis.binding)) for m in (graph, model))
+    before, after = (infer_graph(m, dict(analysis.binding)) for m in (graph, model))
     originals = {str(node.name): node for node in graph.graph}
     names = [{node.name for node in point.flow.nodes} for point in points]
     behind = [[0.0, 0.0] for _ in points]
     fixed = 0.0
     for node in model.graph:
         index = max((k for k, mine in enumerate(names) if node.name in mine), default=-1)
-        for part, macs in parts(after, node, opset(model, node.domain)).items():
+        for part, macs in macs_by_part(after, node, opset_version(model, node.domain)).items():
             axes = 0
             if index >= 0:
                 original = originals[str(node.name)]
-                whole = parts(before, original, opset(graph, node.domain))[part]
-                axes = token_axes(points[0].flow, original, part) - (2 * macs < whole)  # of rows that nobody reads, one
+                whole = macs_by_part(before, original, opset_version(graph, node.domain))[part]
+                axes = count_token_axes(points[0].flow, original, part) - (
+                    2 * macs < whole
+                )  # of rows that nobody reads, one
             if axes > 0:
                 behind[index][axes - 1] += macs
             else:
                 fixed += macs
     width = (facts.shape[points[0].stream] or (0,))[-1]
-    scoring = tuple(scoring_of(point, width) for point in points)
+    scoring = tuple(scoring_macs(point, width) for point in points)
     count = (before.shape[points[0].stream] or (0, 0))[TOKEN_AXIS]
     return TokenCost(fixed, tuple((a, b) for a, b in behind), count, width, scoring)
 
 
-def scoring_of(point: TokenPoint, width: int) -> tuple[int, int]:
+def scoring_macs(point: TokenPoint, width: int) -> tuple[int, int]:
     """MACs of finding out what attention tokens get: per token, and per pair of tokens."""
     again = width if point.scores is not None and point.scores.fused else 0  # scores are computed again
     if point.reads:
@@ -74,11 +76,11 @@ def scoring_of(point: TokenPoint, width: int) -> tuple[int, int]:
     return 0, again + (point.scores is not None and point.scores.masked)
 
 
-def parts(facts: Facts, node: ir.Node, version: int) -> dict[str, int]:
-    return {part: macs_of(sizes) for part, _, sizes in contraction_sizes(facts.call(node, version), node.domain)}
+def macs_by_part(facts: ShapeFacts, node: ir.Node, version: int) -> dict[str, int]:
+    return {part: count_macs(sizes) for part, _, sizes in contraction_sizes(facts.call(node, version), node.domain)}
 
 
-def token_axes(flow: Flow, node: ir.Node, part: str) -> int:
+def count_token_axes(flow: TokenFlow, node: ir.Node, part: str) -> int:
     """Along how many token axes a node works: two for scores and contexts."""
     if part in ("scores", "context"):
         return 2

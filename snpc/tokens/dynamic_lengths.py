@@ -13,24 +13,24 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import Facts
+from snpc.graph.shapes import ShapeFacts
 from snpc.ops.names import GATHER, SHAPE, SUB, WHERE
-from snpc.passes.slicing.shape_parameters import Repairs
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS
-from snpc.passes.token_analysis.state import Marks
-from snpc.tokens.methods import KEPT, Method, Setting, share_kept
-from snpc.tokens.step import Step
+from snpc.passes.token_analysis.state import TokenAxes
+from snpc.tokens.methods import KEPT_SIZE, StepSettings, TokenMethod, ceil_share
+from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray
 
-OTHERWISE = "reduce tokens with an export of a fixed length"
+FIXED_LENGTH_ADVICE = "reduce tokens with an export of a fixed length"
 
 
-def kept_sizes(steps: Sequence[Step]) -> dict[str, int]:
+def kept_dim_sizes(steps: Sequence[TokenStep]) -> dict[str, int]:
     """How many tokens behind the leading ones stay at each step that computes that, by the name of the size."""
-    return {f"{s.prefix}_{KEPT}": s.setting.others - s.setting.gone for s in steps if s.setting.share is not None}
+    return {f"{s.prefix}_{KEPT_SIZE}": s.setting.others - s.setting.gone for s in steps if s.setting.share is not None}
 
 
-def resized(steps: Sequence[Step], facts: Facts, nudge: bool = False) -> list[Step]:
+def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = False) -> list[TokenStep]:
     """The same steps under another binding; ``nudge``: one token more or less stays where contents decide."""
     count = (facts.shape[steps[0].point.stream] or (0, 0))[TOKEN_AXIS]
     found = []
@@ -39,40 +39,46 @@ def resized(steps: Sequence[Step], facts: Facts, nudge: bool = False) -> list[St
         others = count - setting.leading
         gone = setting.gone
         if setting.share is not None:
-            stays = kept(step.method, others, step.offline[0] if step.method.adapts else setting.share)
+            stays = kept_count(step.method, others, step.offline[0] if step.method.adapts else setting.share)
             gone = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.adapts))
-        found.append(replace(step, setting=Setting(count, setting.leading, gone, setting.share)))
+        found.append(replace(step, setting=StepSettings(count, setting.leading, gone, setting.share)))
         count -= gone
     return found
 
 
-def kept(method: Method, others: int, share: float) -> int:
+def kept_count(method: TokenMethod, others: int, share: float) -> int:
     """How many of so many tokens stay under a binding, where this share of them does (on average, where contents
     decide): fewer than all, so that what their number is spelled by can be seen."""
-    stays = round(others * share) if method.adapts else share_kept(others, share)
+    stays = round(others * share) if method.adapts else ceil_share(others, share)
     return max(1, min(stays, others - 1))
 
 
-def length_of(repairs: Repairs, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
+def insert_token_count(repairs: ShapeParameterEditor, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
     """The number of tokens of ``stream``, [1], computed in front of ``before``."""
     shape = repairs.insert(before, SHAPE, [stream], repairs.fresh(f"{prefix}_sizes"))
     axis = repairs.constant(np.asarray([TOKEN_AXIS], np.int64), f"{prefix}_axis")
     return repairs.insert(before, GATHER, [shape, axis], repairs.fresh(f"{prefix}_length"))
 
 
-def spell(repairs: Repairs, node: ir.Node, index: int, wanted: AnyArray, marks: Marks, length: ir.Value) -> None:
+def replace_token_counts(
+    repairs: ShapeParameterEditor, node: ir.Node, index: int, wanted: AnyArray, marks: TokenAxes, length: ir.Value
+) -> None:
     """Make the entries of input ``index`` of ``node`` that must be a number of tokens be ``length`` [1], less the
     leading ones that ``marks`` says are left out. Raises CheckFailed where that is not what they are."""
     current = node.inputs[index]
     now = repairs.after.value.get(current) if current is not None else None
     if current is None or now is None or now.shape != wanted.shape or now.ndim != 1:
-        raise CheckFailed(f"{node.op_type} {node.name}: how it spells the number of tokens is not known; {OTHERWISE}")
+        raise CheckFailed(
+            f"{node.op_type} {node.name}: how it spells the number of tokens is not known; {FIXED_LENGTH_ADVICE}"
+        )
     wrong = now != wanted
     if not wrong.any():
         return
     leading = {marks.axes.get(int(k), -1) for k in np.flatnonzero(wrong)}
     if len(leading) > 1 or -1 in leading:
-        raise CheckFailed(f"{node.op_type} {node.name}: it spells more than the number of tokens; {OTHERWISE}")
+        raise CheckFailed(
+            f"{node.op_type} {node.name}: it spells more than the number of tokens; {FIXED_LENGTH_ADVICE}"
+        )
     name = f"{node.outputs[0].name}_{index}"
     out = leading.pop()
     if out:
@@ -82,7 +88,7 @@ def spell(repairs: Repairs, node: ir.Node, index: int, wanted: AnyArray, marks: 
     repairs.put(node, index, repairs.insert(node, WHERE, [which, length, current], repairs.fresh(f"{name}__shape")))
 
 
-def check_shapes(found: Facts, wanted: Mapping[str, tuple[int, ...]], model: ir.Model) -> None:
+def check_reduced_shapes(found: ShapeFacts, wanted: Mapping[str, tuple[int, ...]], model: ir.Model) -> None:
     """Raises CheckFailed where a shape of ``model`` under another binding is not as ``wanted``, by name."""
     for node in model.graph:
         for value in node.outputs:
@@ -90,5 +96,5 @@ def check_shapes(found: Facts, wanted: Mapping[str, tuple[int, ...]], model: ir.
             if shape is not None and found.shape.get(value) != shape:
                 raise CheckFailed(
                     f"{node.op_type} {node.name}: gives {found.shape.get(value)}, not {shape}, for inputs of another "
-                    f"length; {OTHERWISE}"
+                    f"length; {FIXED_LENGTH_ADVICE}"
                 )

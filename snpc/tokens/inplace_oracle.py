@@ -13,14 +13,14 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts
-from snpc.tokens.open import batch_dimension, stream_dtype, weigh
-from snpc.tokens.step import Step
-from snpc.tokens.writer import Writer
+from snpc.graph.shapes import ShapeFacts
+from snpc.tokens.open import apply_token_sizes, batch_dimension, stream_dtype
+from snpc.tokens.step import TokenStep
+from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
 
 
-def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Model:
+def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep]) -> ir.Model:
     """A copy of ``model`` with two more inputs per step: ``*_become`` [B, N, N], what each token becomes as a sum of
     all, and ``*_count`` [B, N, 1], what it counts."""
     copy = model.clone()
@@ -29,7 +29,7 @@ def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Mo
     counts = []
     for step in steps:
         dtype = stream_dtype(facts, step.point)
-        writer = Writer(copy.graph, step.prefix, dtype)
+        writer = TokenGraphBuilder(copy.graph, step.prefix, dtype)
         stream = values[step.point.value]
         uses = list(stream.uses())
         count = step.point.count if step.point.fixed else f"{step.prefix}_of"
@@ -43,20 +43,20 @@ def inplace_model(model: ir.Model, facts: Facts, steps: Sequence[Step]) -> ir.Mo
             node.replace_input_with(index, made)
         counts.append(weight)
     for k, step in enumerate(steps):
-        weigh(copy, facts, step, counts[k], later=steps[k + 1 :])
+        apply_token_sizes(copy, facts, step, counts[k], later=steps[k + 1 :])
     copy.graph.sort()
     return copy
 
 
-def members(steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int) -> Iterator[FloatArray]:
+def token_membership(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int) -> Iterator[FloatArray]:
     """Behind each step [B, tokens now, tokens at first] of zeros and ones: which are in which. ``count``: tokens at
     first."""
-    for _, holds, _ in walked(steps, decided, count):
+    for _, holds, _ in replay_decisions(steps, decided, count):
         yield holds
 
 
-def walked(
-    steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int
+def replay_decisions(
+    steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int
 ) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
     """Behind each step: what each token becomes, [B, tokens at first, tokens at first]; members; sizes [B, tokens
     now]."""
@@ -72,10 +72,10 @@ def walked(
         yield holds.transpose(0, 2, 1) @ (matrix @ averaged), holds, sizes
 
 
-def inplace_feeds(steps: Sequence[Step], decided: Mapping[str, AnyArray], count: int) -> dict[str, AnyArray]:
-    """The inputs that ``inplace_model`` adds, from the decisions of one batch of ``count`` tokens."""
+def oracle_feeds(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int) -> dict[str, AnyArray]:
+    """The inputs that ``full_length_oracle`` adds, from the decisions of one batch of ``count`` tokens."""
     feeds: dict[str, AnyArray] = {}
-    for step, (become, holds, sizes) in zip(steps, walked(steps, decided, count), strict=True):
+    for step, (become, holds, sizes) in zip(steps, replay_decisions(steps, decided, count), strict=True):
         feeds[f"{step.prefix}_become"] = become.astype(np.float32)
         copies = np.maximum(holds.sum(2), 1)
         feeds[f"{step.prefix}_count"] = np.einsum("bij,bi->bj", holds, sizes / copies)[..., None].astype(np.float32)

@@ -31,14 +31,14 @@ from snpc.ops.names import (
     SUB,
     TOPK,
 )
-from snpc.tokens.writer import Writer
+from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
 
-ONLINE = 0.4  # weight of a block's own scores where they are fused with what was measured before
+ONLINE_WEIGHT = 0.4  # weight of a block's own scores where they are fused with what was measured before
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSettings:
     """One reduction: of ``count`` tokens the ``leading`` ones stay, and of the others ``gone`` go.
 
     ``share``: how many go is not fixed but computed in the graph, as this share says (of the tokens to keep, or of
@@ -56,7 +56,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenStream:
     """A stream [B, N, D], and how many tokens each of its tokens stands for, [B, N, 1] (None: one each)."""
 
     values: ir.Value
@@ -64,7 +64,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Decision:
+class DecisionTensor:
     """One tensor of a decision: [batch, *shape] (a name: of no fixed size); ``whole``: of integers."""
 
     name: str
@@ -72,10 +72,10 @@ class Decision:
     whole: bool = True
 
 
-KEPT = "kept"  # the size of decisions that say of each token that is kept which it is, where it is computed
+KEPT_SIZE = "kept"  # the size of decisions that say of each token that is kept which it is, where it is computed
 
 
-class Method(Protocol):
+class TokenMethod(Protocol):
     """``scored``: it needs the attention weights of the block; ``weighs``: what comes out has a weight: it stands for
     several tokens, or for none; ``selects``: every token that comes out is one that went in; ``offline``: it needs what
     was measured before (``runtime.token_request``); ``counts``: it can compute how many go; ``adapts``: that depends on
@@ -93,44 +93,52 @@ class Method(Protocol):
         """How many of so many tokens can go at once."""
         ...
 
-    def decisions(self, setting: Setting) -> tuple[Decision, ...]: ...
+    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]: ...
 
-    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+    def decide(
+        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
         """The tensors of ``decisions``. ``values``: [B, N, D]; ``scores``: [B, N], higher = keep; both of float."""
         ...
 
-    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens: ...
+    def reduce(
+        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+    ) -> TokenStream: ...
 
-    def macs(self, setting: Setting, width: int) -> int:
+    def macs(self, setting: StepSettings, width: int) -> int:
         """What it costs itself, per sample; ``width``: of the stream."""
         ...
 
-    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def matrix(
+        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
         """([B, N', N]: each new token as a weighted sum of old ones; [B, N']: new sizes). ``sizes``: [B, N]."""
         ...
 
 
-def best(writer: Writer, setting: Setting, scores: ir.Value, keep: int | None) -> ir.Value:
+def best_tokens(writer: TokenGraphBuilder, setting: StepSettings, scores: ir.Value, keep: int | None) -> ir.Value:
     """Positions [B, keep] of the best tokens behind the leading ones; None: of the share that the setting names."""
     rest = writer.slice(scores, 1, setting.leading)
-    many = writer.ints(keep) if keep is not None else share_of(writer, writer.lengths(rest, 1), setting)
+    many = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.lengths(rest, 1), setting)
     found = writer.ops(TOPK, rest, many, outputs=2, axis=1, largest=1, sorted=1)[1]
     return writer.op(ADD, found, writer.ints(setting.leading))
 
 
-def share_kept(others: int, share: float) -> int:
+def ceil_share(others: int, share: float) -> int:
     """ceil(others * share), but for what rounding adds to a whole number."""
     return math.ceil(others * share - 1e-9)
 
 
-def share_of(writer: Writer, others: ir.Value, setting: Setting) -> ir.Value:
-    """``share_kept`` in the graph, in whole numbers, [1]."""
+def add_ceil_share(writer: TokenGraphBuilder, others: ir.Value, setting: StepSettings) -> ir.Value:
+    """``ceil_share`` in the graph, in whole numbers, [1]."""
     above, below = Fraction(str(setting.share)).as_integer_ratio()
     scaled = writer.op(ADD, writer.op(MUL, others, writer.ints(above)), writer.ints(below - 1))
     return writer.op(DIV, scaled, writer.ints(below))
 
 
-def fused_scores(writer: Writer, scores: ir.Value, offline: ir.Value, weight: float = ONLINE) -> ir.Value:
+def blend_scores(
+    writer: TokenGraphBuilder, scores: ir.Value, offline: ir.Value, weight: float = ONLINE_WEIGHT
+) -> ir.Value:
     """[B, N]: the logarithm of the shares s that minimise w KL(s | a) + (1 - w) KL(s | b), where a and b are ``scores``
     and ``offline`` scores as shares: s is proportional to a^w b^(1 - w). Only its order counts."""
     parts = [
@@ -140,11 +148,11 @@ def fused_scores(writer: Writer, scores: ir.Value, offline: ir.Value, weight: fl
     return writer.op(ADD, *parts)
 
 
-def picked(writer: Writer, setting: Setting, value: ir.Value, index: ir.Value) -> ir.Value:
+def gather_with_leading(writer: TokenGraphBuilder, setting: StepSettings, value: ir.Value, index: ir.Value) -> ir.Value:
     return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.pick(value, index))
 
 
-def selection(setting: Setting, index: AnyArray) -> FloatArray:
+def selection_matrix(setting: StepSettings, index: AnyArray) -> FloatArray:
     """[B, leading + k, N] of zeros and ones."""
     batch = len(index)
     front = np.broadcast_to(np.arange(setting.leading), (batch, setting.leading))
@@ -167,22 +175,28 @@ class TopK:
     def most(self, others: int) -> int:
         return others - 1
 
-    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
-        return (Decision("keep", (setting.others - setting.gone if setting.share is None else KEPT,)),)
+    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
+        return (DecisionTensor("keep", (setting.others - setting.gone if setting.share is None else KEPT_SIZE,)),)
 
-    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+    def decide(
+        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
         assert scores is not None
-        return [best(writer, setting, scores, setting.others - setting.gone if setting.share is None else None)]
+        return [best_tokens(writer, setting, scores, setting.others - setting.gone if setting.share is None else None)]
 
-    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
-        sizes = picked(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
-        return Tokens(picked(writer, setting, tokens.values, decided[0]), sizes)
+    def reduce(
+        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+    ) -> TokenStream:
+        sizes = gather_with_leading(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
+        return TokenStream(gather_with_leading(writer, setting, tokens.values, decided[0]), sizes)
 
-    def macs(self, setting: Setting, width: int) -> int:
+    def macs(self, setting: StepSettings, width: int) -> int:
         return 0
 
-    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
-        chosen = selection(setting, decided[0])
+    def matrix(
+        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        chosen = selection_matrix(setting, decided[0])
         return chosen, np.einsum("bij,bj->bi", chosen, sizes)
 
 
@@ -207,10 +221,12 @@ class Adaptive(TopK):
     offline: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
 
-    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
-        return (Decision("keep", (KEPT,)), Decision("alive", (KEPT,), whole=False))
+    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
+        return (DecisionTensor("keep", (KEPT_SIZE,)), DecisionTensor("alive", (KEPT_SIZE,), whole=False))
 
-    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+    def decide(
+        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
         assert scores is not None
         rest = writer.slice(scores, 1, setting.leading)
         ranked, where = writer.ops(TOPK, rest, writer.lengths(rest, 1), outputs=2, axis=1, largest=1, sorted=1)
@@ -222,16 +238,20 @@ class Adaptive(TopK):
         keep, alive = (writer.first(value, 1, most) for value in (where, alive))
         return [writer.op(ADD, keep, writer.ints(setting.leading)), writer.cast(alive)]
 
-    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+    def reduce(
+        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+    ) -> TokenStream:
         keep, alive = decided
         sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
         own = writer.op(MUL, writer.pick(sizes, keep), writer.unsqueeze(alive, -1))
         front = [writer.slice(sizes, 1, 0, setting.leading)] if setting.leading else []
-        return Tokens(picked(writer, setting, tokens.values, keep), writer.concat(1, *front, own))
+        return TokenStream(gather_with_leading(writer, setting, tokens.values, keep), writer.concat(1, *front, own))
 
-    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def matrix(
+        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
         keep, alive = decided
-        chosen = selection(setting, keep)
+        chosen = selection_matrix(setting, keep)
         chosen[:, setting.leading :] *= alive[:, :, None]
         return chosen, np.einsum("bij,bj->bi", chosen, sizes)
 
@@ -251,13 +271,15 @@ class Fuse:
     def most(self, others: int) -> int:
         return others - 1
 
-    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
         keep = setting.others - setting.gone - 1
-        return (Decision("keep", (keep,)), Decision("share", (setting.count,), whole=False))
+        return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (setting.count,), whole=False))
 
-    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+    def decide(
+        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
         assert scores is not None
-        keep = best(writer, setting, scores, setting.others - setting.gone - 1)
+        keep = best_tokens(writer, setting, scores, setting.others - setting.gone - 1)
         front = writer.ints(*range(setting.leading))
         batch = writer.concat(0, writer.lengths(keep, 0), writer.ints(setting.leading))
         stays = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), batch), keep)
@@ -265,21 +287,27 @@ class Fuse:
         left = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
         return [keep, writer.cast(writer.op(DIV, left, writer.total(left, 1, keep=True)))]
 
-    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+    def reduce(
+        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+    ) -> TokenStream:
         keep, share = decided
         fused = writer.matmul(writer.unsqueeze(share, 1), tokens.values)
-        values = writer.op(CONCAT, picked(writer, setting, tokens.values, keep), fused, axis=1)
+        values = writer.op(CONCAT, gather_with_leading(writer, setting, tokens.values, keep), fused, axis=1)
         if tokens.sizes is None:
-            return Tokens(values)
+            return TokenStream(values)
         one = writer.slice(writer.ones(tokens.values), 1, 0, 1)
-        return Tokens(values, writer.op(CONCAT, picked(writer, setting, tokens.sizes, keep), one, axis=1))
+        return TokenStream(
+            values, writer.op(CONCAT, gather_with_leading(writer, setting, tokens.sizes, keep), one, axis=1)
+        )
 
-    def macs(self, setting: Setting, width: int) -> int:
+    def macs(self, setting: StepSettings, width: int) -> int:
         return setting.count * width
 
-    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def matrix(
+        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
         keep, share = decided
-        chosen = selection(setting, keep)
+        chosen = selection_matrix(setting, keep)
         matrix = np.concatenate([chosen, share[:, None].astype(np.float64)], 1)
         kept = np.einsum("bij,bj->bi", chosen, sizes)
         return matrix, np.concatenate([kept, np.ones((len(keep), 1))], 1)
@@ -301,14 +329,16 @@ class Merge:
     def most(self, others: int) -> int:
         return others // 2
 
-    def decisions(self, setting: Setting) -> tuple[Decision, ...]:
+    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
         even = (setting.others + 1) // 2
         return (
-            Decision("order", (even,)),  # even tokens, those that go first
-            Decision("into", (setting.gone,)),  # which odd token each of them is merged into
+            DecisionTensor("order", (even,)),  # even tokens, those that go first
+            DecisionTensor("into", (setting.gone,)),  # which odd token each of them is merged into
         )
 
-    def decide(self, writer: Writer, setting: Setting, values: ir.Value, scores: ir.Value | None) -> list[ir.Value]:
+    def decide(
+        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
         unit = writer.op(LP_NORMALIZATION, values, axis=-1, p=2)
         even, odd = (writer.rows(unit, range(setting.leading + k, setting.count, 2)) for k in (0, 1))
         alike = writer.matmul(even, writer.swap(odd))
@@ -318,11 +348,15 @@ class Merge:
         rows = writer.pick(alike, writer.slice(order, 1, 0, setting.gone))
         return [order, writer.op(ARG_MAX, rows, axis=2, keepdims=0)]
 
-    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+    def first(
+        self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
+    ) -> ir.Value:
         """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
         return near
 
-    def reduce(self, writer: Writer, setting: Setting, tokens: Tokens, decided: list[ir.Value]) -> Tokens:
+    def reduce(
+        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+    ) -> TokenStream:
         order, into = decided
         left = (setting.others + 1) // 2 - setting.gone
         where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(setting.leading))
@@ -344,18 +378,20 @@ class Merge:
         added = writer.matmul(goes, writer.pick(tokens.values, source))
         merged = writer.op(DIV, writer.op(ADD, rows, added), size)
         values = writer.concat(1, merged, *(writer.pick(tokens.values, one) for one in stay))
-        return Tokens(values, writer.concat(1, size, *others))
+        return TokenStream(values, writer.concat(1, size, *others))
 
-    def macs(self, setting: Setting, width: int) -> int:
+    def macs(self, setting: StepSettings, width: int) -> int:
         even, odd = (setting.others + 1) // 2, setting.others // 2
         return even * odd * width + (setting.leading + odd) * setting.gone * width
 
-    def matrix(self, setting: Setting, decided: list[AnyArray], sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def matrix(
+        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
         order, into = decided
         source, stay = np.split(order, [setting.gone], axis=1)
         batch, lead = len(order), setting.leading
         odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
-        matrix = selection(setting, np.concatenate([odd, lead + 2 * stay], 1))
+        matrix = selection_matrix(setting, np.concatenate([odd, lead + 2 * stay], 1))
         matrix[np.arange(batch)[:, None], lead + into, lead + 2 * source] = 1
         matrix *= sizes[:, None, :]
         new = matrix.sum(2)
@@ -370,11 +406,25 @@ class Guided(Merge):
     scored: ClassVar[bool] = True
     weight: float = 0.07  # in cosine, of a factor e in attention
 
-    def first(self, writer: Writer, setting: Setting, near: ir.Value, scores: ir.Value | None) -> ir.Value:
+    def first(
+        self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
+    ) -> ir.Value:
         assert scores is not None
         own = writer.op(LOG, writer.slice(scores, 1, setting.leading, step=2))
         scale = writer.constant(np.asarray([self.weight], np.float32))
         return writer.op(SUB, near, writer.op(MUL, own, scale))
 
 
-__all__ = ["KEPT", "Adaptive", "Decision", "Fuse", "Guided", "Merge", "Method", "Setting", "Star", "Tokens", "TopK"]
+__all__ = [
+    "KEPT_SIZE",
+    "Adaptive",
+    "DecisionTensor",
+    "Fuse",
+    "Guided",
+    "Merge",
+    "Star",
+    "StepSettings",
+    "TokenMethod",
+    "TokenStream",
+    "TopK",
+]

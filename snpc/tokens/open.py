@@ -1,6 +1,7 @@
 """The rewrite: at some points of the residual stream the tokens get fewer.
 
-``open_tokens`` makes a graph that is *told* which tokens go: the decisions are inputs. Everything else of snpc (label
+``externalize_decisions`` makes a graph that is *told* which tokens go: the decisions are inputs. Everything else of
+snpc (label
 tracing, statistics, fits, slices) works on that graph, in which a decision never flips because a weight changed in its
 last digit. ``close_tokens`` then adds the nodes that decide.
 """
@@ -13,35 +14,43 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.binding import other_binding
-from snpc.graph.shapes import Facts, evaluate, learn, opset, start
+from snpc.graph.binding import alternative_dim_sizes
+from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, initial_facts, opset_version
 from snpc.ops import lookup
-from snpc.ops.attention import FORMS
+from snpc.ops.attention import ATTENTION_FORMS
 from snpc.ops.names import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
-from snpc.ops.spec import Cut
-from snpc.passes.slicing.shape_parameters import Repairs
+from snpc.ops.spec import TensorCut
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.passes.token_analysis.state import Weighing
-from snpc.tokens.dynamic_lengths import check_shapes, kept_sizes, length_of, resized, spell
-from snpc.tokens.methods import Tokens
-from snpc.tokens.step import Step
-from snpc.tokens.writer import Writer
+from snpc.passes.token_analysis.state import TokenReduce
+from snpc.tokens.dynamic_lengths import (
+    check_reduced_shapes,
+    insert_token_count,
+    kept_dim_sizes,
+    replace_token_counts,
+    resize_steps,
+)
+from snpc.tokens.methods import TokenStream
+from snpc.tokens.step import TokenStep
+from snpc.tokens.writer import TokenGraphBuilder
 
 
-def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: Sequence[Step]) -> ir.Model:
+def externalize_decisions(
+    model: ir.Model, facts: ShapeFacts, sizes: Mapping[str, int], steps: Sequence[TokenStep]
+) -> ir.Model:
     """A copy of ``model`` with ``steps`` carried out; their decisions are inputs, [batch, ...] each."""
     copy = model.clone()
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     batch = batch_dimension(model)
     current: ir.Value | None = None
-    weights: list[tuple[Step, ir.Value]] = []
+    weights: list[tuple[TokenStep, ir.Value]] = []
     uncounted: dict[str, ir.Value] = {}
     for step in steps:
-        writer = Writer(copy.graph, step.prefix, stream_dtype(facts, step.point))
+        writer = TokenGraphBuilder(copy.graph, step.prefix, stream_dtype(facts, step.point))
         stream = values[step.point.value]
         uses = list(stream.uses())
         decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
-        made = step.method.reduce(writer, step.setting, Tokens(stream, current), decided)
+        made = step.method.reduce(writer, step.setting, TokenStream(stream, current), decided)
         for node, index in uses:
             node.replace_input_with(index, made.values)
         current = made.sizes
@@ -49,16 +58,16 @@ def open_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int], steps: 
             uncounted[step.prefix] = made.values
         if current is not None:
             weights.append((step, current))
-    thin_sides(copy, facts, steps)
+    reduce_side_inputs(copy, facts, steps)
     for step, value in weights:
-        weigh(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
+        apply_token_sizes(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
     copy.graph.sort()
-    repair(copy, model, facts, {**sizes, **kept_sizes(steps)}, steps, uncounted)
+    recompute_token_counts(copy, model, facts, {**sizes, **kept_dim_sizes(steps)}, steps, uncounted)
     if uncounted:
-        other = other_binding(sizes)
-        there = evaluate(model, other)
-        moved = resized(steps, there, nudge=True)
-        check_shapes(evaluate(copy, {**other, **kept_sizes(moved)}), expected(there, moved), copy)
+        other = alternative_dim_sizes(sizes)
+        there = infer_graph(model, other)
+        moved = resize_steps(steps, there, nudge=True)
+        check_reduced_shapes(infer_graph(copy, {**other, **kept_dim_sizes(moved)}), expected_shapes(there, moved), copy)
     return copy
 
 
@@ -70,13 +79,15 @@ def batch_dimension(model: ir.Model) -> int | ir.SymbolicDim:
     raise UserError("the model has no input with a batch axis, so its tokens cannot be reduced")
 
 
-def stream_dtype(facts: Facts, point: TokenPoint) -> ir.DataType:
+def stream_dtype(facts: ShapeFacts, point: TokenPoint) -> ir.DataType:
     dtype = facts.dtype[point.stream]
     assert dtype is not None
     return dtype
 
 
-def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType) -> ir.Value:
+def decision_input(
+    copy: ir.Model, step: TokenStep, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType
+) -> ir.Value:
     decision = step.decisions[index]
     kind = ir.DataType.INT64 if decision.whole else dtype
     shape = decision_shape(step, index, batch)
@@ -85,7 +96,7 @@ def decision_input(copy: ir.Model, step: Step, index: int, batch: int | ir.Symbo
     return value
 
 
-def decision_shape(step: Step, index: int, batch: int | ir.SymbolicDim) -> ir.Shape:
+def decision_shape(step: TokenStep, index: int, batch: int | ir.SymbolicDim) -> ir.Shape:
     named = (f"{step.prefix}_{size}" if isinstance(size, str) else size for size in step.decisions[index].shape)
     return ir.Shape([batch, *named])
 
@@ -93,13 +104,13 @@ def decision_shape(step: Step, index: int, batch: int | ir.SymbolicDim) -> ir.Sh
 # -- what has an entry for each token ---------------------------------------------------------------------------------
 
 
-def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
+def reduce_side_inputs(copy: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep]) -> None:
     """Masks and tables behind the points lose the entries of the tokens that go."""
     nodes = {node.name: node for node in copy.graph}
     given = {str(v.name): v for v in copy.graph.inputs}
     thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
     for step in steps:
-        writer = Writer(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
+        writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
         for side in step.point.flow.sides:
             if side.even and step is not steps[0] and side.node in steps[0].point.flow.nodes:
                 continue  # one entry is left of it already
@@ -116,11 +127,13 @@ def thin_sides(copy: ir.Model, facts: Facts, steps: Sequence[Step]) -> None:
                     thinned[key] = value
                     rank = len(facts.shape[side.node.inputs[side.index]] or ())  # type: ignore[index]
                     for axis in side.axes:
-                        thinned[key] = picked_along(writer, step, thinned[key], rank, axis, given[step.names[0]])
+                        thinned[key] = gather_along(writer, step, thinned[key], rank, axis, given[step.names[0]])
             node.replace_input_with(side.index, thinned[key])
 
 
-def picked_along(writer: Writer, step: Step, value: ir.Value, rank: int, axis: int, keep: ir.Value) -> ir.Value:
+def gather_along(
+    writer: TokenGraphBuilder, step: TokenStep, value: ir.Value, rank: int, axis: int, keep: ir.Value
+) -> ir.Value:
     """[B or 1, ..] of ``rank`` axes with the entries along ``axis`` of the tokens that a selecting method keeps."""
     order = [0, axis, *(k for k in range(1, rank) if k != axis)]
     laid = writer.op(TRANSPOSE, value, perm=order)
@@ -134,10 +147,12 @@ def picked_along(writer: Writer, step: Step, value: ir.Value, rank: int, axis: i
 # -- what tokens weigh -----------------------------------------------------------------------------------------------
 
 
-def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequence[Step]) -> None:
+def apply_token_sizes(
+    copy: ir.Model, facts: ShapeFacts, step: TokenStep, sizes: ir.Value, later: Sequence[TokenStep]
+) -> None:
     """Behind a point each token counts as often as ``sizes`` [B, N, 1] says: log(size) is added to the scores of every
     softmax, and means and sums are weighted. What lies behind a later point is left to that."""
-    writer = Writer(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
+    writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
     behind = {node.name for s in later for node in s.point.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
     logs = None
@@ -146,11 +161,11 @@ def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequ
             continue
         logs = logs if logs is not None else writer.op(LOG, sizes)
         if weighing.axis < 0:
-            bias_fused(writer, nodes[weighing.node.name], logs, tells(facts, weighing.node))
+            bias_fused_attention(writer, nodes[weighing.node.name], logs, has_boolean_mask(facts, weighing.node))
         else:
             shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
-            spread = along(writer, facts, step, logs, weighing, shape or ())
-            insert(writer, nodes[weighing.node.name], 0, ADD, spread)
+            spread = broadcast_along(writer, facts, step, logs, weighing, shape or ())
+            insert_binary(writer, nodes[weighing.node.name], 0, ADD, spread)
     for weighing in step.point.flow.pools:
         if weighing.node.name in behind:
             continue
@@ -158,19 +173,26 @@ def weigh(copy: ir.Model, facts: Facts, step: Step, sizes: ir.Value, later: Sequ
         mean = writer.op(DIV, writer.total(own, 1, keep=True), writer.cast(writer.lengths(own, 1)))
         share = writer.op(DIV, own, mean)
         shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
-        pooled = Weighing(weighing.node, 0, weighing.axis, 0)
-        insert(writer, nodes[weighing.node.name], 0, MUL, along(writer, facts, step, share, pooled, shape or ()))
+        pooled = TokenReduce(weighing.node, 0, weighing.axis, 0)
+        insert_binary(
+            writer, nodes[weighing.node.name], 0, MUL, broadcast_along(writer, facts, step, share, pooled, shape or ())
+        )
     for weighing in step.point.flow.sums:
         if weighing.node.name in behind:
             continue
         value = weighing.node.inputs[weighing.index]
         assert value is not None
-        counts = along(writer, facts, step, sizes, weighing, facts.shape[value] or ())
-        insert(writer, nodes[weighing.node.name], weighing.index, MUL, writer.cast(counts, facts.dtype[value]))
+        counts = broadcast_along(writer, facts, step, sizes, weighing, facts.shape[value] or ())
+        insert_binary(writer, nodes[weighing.node.name], weighing.index, MUL, writer.cast(counts, facts.dtype[value]))
 
 
-def along(
-    writer: Writer, facts: Facts, step: Step, value: ir.Value, weighing: Weighing, shape: tuple[int, ...]
+def broadcast_along(
+    writer: TokenGraphBuilder,
+    facts: ShapeFacts,
+    step: TokenStep,
+    value: ir.Value,
+    weighing: TokenReduce,
+    shape: tuple[int, ...],
 ) -> ir.Value:
     """[B, N, 1] laid along the axis of what it is for, batch first (repeated per head where these share its axis)."""
     batch = (facts.shape[step.point.stream] or (0,))[0]
@@ -190,65 +212,66 @@ def along(
     return writer.op(RESHAPE, repeated, writer.concat(0, *sizes))
 
 
-def insert(writer: Writer, node: ir.Node, index: int, op: str, other: ir.Value) -> None:
+def insert_binary(writer: TokenGraphBuilder, node: ir.Node, index: int, op: str, other: ir.Value) -> None:
     value = node.inputs[index]
     assert value is not None
     node.replace_input_with(index, writer.op(op, value, other))
 
 
-def bias_fused(writer: Writer, node: ir.Node, logs: ir.Value, tells: bool) -> None:
-    """``logs`` into the mask of a fused node, [B, 1, queries, keys]; ``tells``: the one it has is true where keys
+def bias_fused_attention(writer: TokenGraphBuilder, node: ir.Node, logs: ir.Value, tells: bool) -> None:
+    """``logs`` into the mask of a fused node, [B, 1, queries, keys]; ``has_boolean_mask``: the one it has is true
+    where keys
     count."""
-    shape = FORMS[node.domain, node.op_type]
+    shape = ATTENTION_FORMS[node.domain, node.op_type]
     index = shape.scores
     query = node.inputs[shape.query]
     assert query is not None and index is not None
     row = writer.unsqueeze(writer.swap(logs), 1)
-    rank = 3 if shape.packed or not by_head(node) else 4
+    rank = 3 if shape.packed or not has_head_axis(node) else 4
     queries = writer.lengths(query, rank - 2)
     many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
     while len(node.inputs) <= index:
         node.resize_inputs(len(node.inputs) + 1)
     mask, made = node.inputs[index], writer.expand(row, many)
-    node.replace_input_with(index, masked(writer, made, mask, tells) if mask is not None else made)
+    node.replace_input_with(index, apply_mask(writer, made, mask, tells) if mask is not None else made)
 
 
-def masked(writer: Writer, scores: ir.Value, mask: ir.Value, tells: bool) -> ir.Value:
-    """``scores`` with ``mask`` added, or (``tells``) hidden where it is false."""
+def apply_mask(writer: TokenGraphBuilder, scores: ir.Value, mask: ir.Value, tells: bool) -> ir.Value:
+    """``scores`` with ``mask`` added, or (``has_boolean_mask``) hidden where it is false."""
     return writer.op(WHERE, mask, scores, writer.scalar(-np.inf)) if tells else writer.op(ADD, scores, mask)
 
 
-def tells(facts: Facts, node: ir.Node) -> bool:
+def has_boolean_mask(facts: ShapeFacts, node: ir.Node) -> bool:
     """Does a fused node have a mask that is true where keys count?"""
-    index = FORMS[node.domain, node.op_type].scores
+    index = ATTENTION_FORMS[node.domain, node.op_type].scores
     mask = node.inputs[index] if index is not None and index < len(node.inputs) else None
     return mask is not None and facts.dtype.get(mask) == ir.DataType.BOOL
 
 
-def by_head(node: ir.Node) -> bool:
+def has_head_axis(node: ir.Node) -> bool:
     return "num_heads" not in node.attributes and "q_num_heads" not in node.attributes
 
 
 # -- sizes in parameters ---------------------------------------------------------------------------------------------
 
 
-def repair(
+def recompute_token_counts(
     copy: ir.Model,
     model: ir.Model,
-    facts: Facts,
+    facts: ShapeFacts,
     sizes: Mapping[str, int],
-    steps: Sequence[Step],
+    steps: Sequence[TokenStep],
     uncounted: Mapping[str, ir.Value],
 ) -> None:
     """Recompute what spells the number of tokens. ``uncounted``: by step the stream behind it, where its number of
     tokens is not fixed. Raises CheckFailed where the shapes do not come out right."""
-    wanted = expected(facts, steps)
+    wanted = expected_shapes(facts, steps)
     old = {node.name: node for node in model.graph}
-    after = start(copy, sizes)
-    repairs = Repairs(copy, model, facts, after, sizes)
+    after = initial_facts(copy, sizes)
+    repairs = ShapeParameterEditor(copy, model, facts, after, sizes)
     lengths: dict[str, ir.Value] = {}
     for node in list(copy.graph):
-        learn(after, node, copy, sizes)
+        infer_node(after, node, copy, sizes)
         twin = old.get(node.name)
         for k, value in enumerate(twin.outputs if twin is not None else ()):
             shape = wanted.get(str(value.name))
@@ -257,28 +280,30 @@ def repair(
             spec = lookup(node.domain, node.op_type)
             if spec.repair is None:
                 raise CheckFailed(f"{node.op_type} {node.name}: gives {after.shape.get(node.outputs[k])}, not {shape}")
-            call = facts.call(twin, opset(model, twin.domain))
-            data = cut_of(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
-            outs = [cut_of(call.outs[i], wanted.get(str(v.name), call.outs[i])) for i, v in enumerate(twin.outputs)]
+            call = facts.call(twin, opset_version(model, twin.domain))
+            data = token_cut(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
+            outs = [token_cut(call.outs[i], wanted.get(str(v.name), call.outs[i])) for i, v in enumerate(twin.outputs)]
             fix = spec.repair(call, data, outs)
             step = next(s for s in reversed(steps) if value in s.point.flow.marks)
             for index, array in fix.inputs.items():
                 if step.prefix in uncounted:
                     if step.prefix not in lengths:
-                        lengths[step.prefix] = length_of(repairs, node, uncounted[step.prefix], step.prefix)
-                    spell(repairs, node, index, array, step.point.flow.marks[value], lengths[step.prefix])
+                        lengths[step.prefix] = insert_token_count(repairs, node, uncounted[step.prefix], step.prefix)
+                    replace_token_counts(
+                        repairs, node, index, array, step.point.flow.marks[value], lengths[step.prefix]
+                    )
                 else:
                     repairs.set_input(twin, node, index, array)
-            learn(after, node, copy, sizes)
+            infer_node(after, node, copy, sizes)
             if after.shape.get(node.outputs[k]) != shape:
                 raise CheckFailed(f"{node.op_type} {node.name}: its sizes cannot be recomputed for fewer tokens")
 
 
-def cut_of(old: tuple[int, ...], new: tuple[int, ...]) -> Cut:
-    return Cut(old, new, lambda axis, position: min(position, new[axis]), lambda axis: None)
+def token_cut(old: tuple[int, ...], new: tuple[int, ...]) -> TensorCut:
+    return TensorCut(old, new, lambda axis, position: min(position, new[axis]), lambda axis: None)
 
 
-def expected(facts: Facts, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(facts: ShapeFacts, steps: Sequence[TokenStep]) -> dict[str, tuple[int, ...]]:
     """New shapes of everything behind the points, by name."""
     found: dict[str, tuple[int, ...]] = {}
     for step in steps:  # later ones overwrite what lies behind them too

@@ -11,31 +11,31 @@ from typing import Any
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.shapes import best_binding, evaluate
-from snpc.passes.analyze import Analysis, analysed, cost_of
-from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
+from snpc.graph.shapes import choose_dim_sizes, infer_graph
+from snpc.passes.analyze import Analysis, analyze_graph, cost_of
+from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.tokens import method
-from snpc.tokens.close import close_tokens
-from snpc.tokens.dynamic_lengths import kept, kept_sizes, resized
-from snpc.tokens.methods import Method, Setting, share_kept
-from snpc.tokens.open import batch_dimension, decision_shape, open_tokens, stream_dtype
-from snpc.tokens.step import Step
+from snpc.tokens import token_method
+from snpc.tokens.close import embed_decisions
+from snpc.tokens.dynamic_lengths import kept_count, kept_dim_sizes, resize_steps
+from snpc.tokens.methods import StepSettings, TokenMethod, ceil_share
+from snpc.tokens.open import batch_dimension, decision_shape, externalize_decisions, stream_dtype
+from snpc.tokens.step import TokenStep
 
-Offline = Mapping[int, Sequence[float]]
-Wanted = Mapping[int, tuple[Method, "Amount"]]
-NOTHING: Mapping[int, float] = MappingProxyType({})
-SPELLING = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
+OfflineScores = Mapping[int, Sequence[float]]
+TokenRequest = Mapping[int, tuple[TokenMethod, "TokenAmount"]]
+NO_SHARES: Mapping[int, float] = MappingProxyType({})
+TOKENS_SYNTAX = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
 
 
 @dataclass(frozen=True)
-class Reduction:
+class TokenReductionPlan:
     """What ``Analysis.reduction`` holds: the steps, and how to make an open graph decide them itself. ``quoted``: the
     steps with as many tokens as there are where MACs are quoted (empty: the same)."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[TokenStep, ...]
     dtypes: Mapping[str, ir.DataType] = field(repr=False)
-    quoted: tuple[Step, ...] = ()
+    quoted: tuple[TokenStep, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -54,12 +54,12 @@ class Reduction:
 
     def close(self, model: ir.Model) -> None:
         """Make this open graph, in place, decide itself."""
-        close_tokens(model, self.steps, self.dtypes)
+        embed_decisions(model, self.steps, self.dtypes)
 
     def finish(self, model: ir.Model) -> None:
         """As ``close``, for what is written or timed: sizes that are fixed now are not computed any more."""
         self.close(model)
-        settle_sizes(model)
+        fold_shape_arithmetic(model)
 
     def mark(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
@@ -85,37 +85,37 @@ class Reduction:
         }
 
 
-def reduce_tokens(analysis: Analysis, text: str, offline: Offline | None = None) -> Analysis:
+def reduce_tokens(analysis: Analysis, text: str, offline: OfflineScores | None = None) -> Analysis:
     """The analysis of the model with fewer tokens, by a specification such as ``topk:0.7@3,6,9``.
 
     ``offline``: by block what methods need that was measured before (``runtime.token_request.measured``).
     A share is kept, a whole number goes; blocks count from 1; without ``@`` it is every block where it is possible.
     Raises UserError where it cannot be done, saying why. An analysis comes back unchanged where no token goes.
     """
-    return with_steps(analysis, steps_for(analysis, parse_wanted(analysis, text), offline or {}))
+    return analyze_with_steps(analysis, steps_for(analysis, parse_token_request(analysis, text), offline or {}))
 
 
-def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
+def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analysis:
     if analysis.reduction is not None:
         raise UserError("the tokens of this model are reduced already")
     if not steps:
         return analysis
     graph = analysis.model.graph
-    binding, facts = best_binding(graph)
+    binding, facts = choose_dim_sizes(graph)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
-    there = resized(steps, evaluate(graph, dict(analysis.binding)))
-    reduction = Reduction(tuple(steps), dtypes, tuple(there))
-    opened = open_tokens(graph, facts, binding, steps)
+    there = resize_steps(steps, infer_graph(graph, dict(analysis.binding)))
+    reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(there))
+    opened = externalize_decisions(graph, facts, binding, steps)
     closed = opened.clone()
     reduction.close(closed)
-    binding = {**binding, **kept_sizes(steps)}
-    quoted = {**analysis.binding, **kept_sizes(there)}
-    extra = cost_of(closed, evaluate(closed, quoted)).macs - cost_of(opened, evaluate(opened, quoted)).macs
-    return analysed(
+    binding = {**binding, **kept_dim_sizes(steps)}
+    quoted = {**analysis.binding, **kept_dim_sizes(there)}
+    extra = cost_of(closed, infer_graph(closed, quoted)).macs - cost_of(opened, infer_graph(opened, quoted)).macs
+    return analyze_graph(
         analysis.model,
         opened,
-        (binding, evaluate(opened, binding)),
-        (quoted, evaluate(opened, quoted)),
+        (binding, infer_graph(opened, binding)),
+        (quoted, infer_graph(opened, quoted)),
         analysis.cost,
         tokens=analysis.tokens,
         reduction=reduction,
@@ -127,16 +127,16 @@ def with_steps(analysis: Analysis, steps: Sequence[Step]) -> Analysis:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def parse_wanted(analysis: Analysis, text: str) -> Wanted:
+def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
     """Block -> method and how many tokens, as ``text`` says. Raises UserError where it cannot be read or done."""
-    wanted: dict[int, tuple[Method, Amount]] = {}
+    wanted: dict[int, tuple[TokenMethod, TokenAmount]] = {}
     for part in text.split("+"):
         found = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
         if found is None:
-            raise UserError(f"--tokens {text!r}: {SPELLING}")
-        made, much = method(found[1]), amount(text, found[2])
-        for block in blocks(analysis, text, found[3]):
-            check_point(analysis, block, made)
+            raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
+        made, much = token_method(found[1]), parse_amount(text, found[2])
+        for block in parse_blocks(analysis, text, found[3]):
+            check_method(analysis, block, made)
             check_amount(analysis, block, made, much)
             if block in wanted:
                 raise UserError(f"--tokens {text!r}: block {block} is named twice; keep one")
@@ -145,19 +145,19 @@ def parse_wanted(analysis: Analysis, text: str) -> Wanted:
 
 
 @dataclass(frozen=True)
-class Amount:
+class TokenAmount:
     """``share`` of the tokens are kept, or (None) ``gone`` go."""
 
     gone: int
     share: float | None = None
 
     def going(self, others: int) -> int:
-        return self.gone if self.share is None else others - share_kept(others, self.share)
+        return self.gone if self.share is None else others - ceil_share(others, self.share)
 
 
-def amount(text: str, digits: str) -> Amount:
+def parse_amount(text: str, digits: str) -> TokenAmount:
     if digits.isdigit():
-        return Amount(int(digits))
+        return TokenAmount(int(digits))
     try:
         share = float(digits)
     except ValueError:
@@ -166,30 +166,30 @@ def amount(text: str, digits: str) -> Amount:
         raise UserError(
             f"--tokens {text!r}: {digits} is neither a share to keep (0.7) nor a number of tokens that go (13)"
         )
-    return Amount(0, share)
+    return TokenAmount(0, share)
 
 
-def blocks(analysis: Analysis, text: str, listed: str | None) -> list[int]:
+def parse_blocks(analysis: Analysis, text: str, listed: str | None) -> list[int]:
     facts = analysis.tokens
     if not facts.points:
-        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{why_not(analysis)}")
+        raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{reduction_obstacle(analysis)}")
     if listed is None:
         return [p.block for p in facts.points]
     found: list[int] = []
     for item in listed.replace(" ", "").split(","):
         first, _, last = item.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise UserError(f"--tokens {text!r}: {SPELLING}")
+            raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
         found += range(int(first), int(last or first) + 1)
     return found
 
 
-def why_not(analysis: Analysis) -> str:
+def reduction_obstacle(analysis: Analysis) -> str:
     pin = next(iter(analysis.tokens.pins), None)
     return f": {pin.reason} ({pin.operator})" if pin is not None else ": it has no attention over tokens"
 
 
-def check_amount(analysis: Analysis, block: int, made: Method, much: Amount) -> None:
+def check_amount(analysis: Analysis, block: int, made: TokenMethod, much: TokenAmount) -> None:
     point = analysis.tokens.at(block)
     assert point is not None
     if made.adapts and much.share is None:
@@ -199,7 +199,7 @@ def check_amount(analysis: Analysis, block: int, made: Method, much: Amount) -> 
     raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
 
 
-def check_point(analysis: Analysis, block: int, made: Method) -> None:
+def check_method(analysis: Analysis, block: int, made: TokenMethod) -> None:
     facts = analysis.tokens
     point = facts.at(block)
     possible = ", ".join(str(p.block) for p in facts.points)
@@ -212,8 +212,8 @@ def check_point(analysis: Analysis, block: int, made: Method) -> None:
 
 
 def settings_for(
-    points: Sequence[TokenPoint], wanted: Wanted, shares: Mapping[int, float] = NOTHING, count: int = 0
-) -> list[Setting]:
+    points: Sequence[TokenPoint], wanted: TokenRequest, shares: Mapping[int, float] = NO_SHARES, count: int = 0
+) -> list[StepSettings]:
     """One for every point, those included at which no token goes. ``shares``: how many stay on average where contents
     decide; ``count``: tokens in front of the first point, where inputs have any number of them (0: the points')."""
     count, found = count or points[0].count, []
@@ -225,18 +225,18 @@ def settings_for(
             if share == 1:
                 going, share = 0, None
             if share is not None:
-                going = others - kept(made, others, shares[point.block] if made.adapts else share)
+                going = others - kept_count(made, others, shares[point.block] if made.adapts else share)
             gone = max(0, min(going, made.most(others)))
-            found.append(Setting(count, point.leading, gone, share))
+            found.append(StepSettings(count, point.leading, gone, share))
         else:
-            found.append(Setting(count, point.leading, 0))
+            found.append(StepSettings(count, point.leading, 0))
         count -= gone
     return found
 
 
-def check_measured(point: TokenPoint, wanted: Wanted, offline: Offline) -> None:
+def check_offline_scores(point: TokenPoint, wanted: TokenRequest, offline: OfflineScores) -> None:
     """Raises UserError where a method lacks what has to be measured before."""
-    made, much = wanted.get(point.block, (None, Amount(0)))
+    made, much = wanted.get(point.block, (None, TokenAmount(0)))
     if made is None or not made.offline or (made.adapts and much.share == 1):
         return
     if len(offline.get(point.block, ())) != (1 if made.adapts else point.count):
@@ -244,15 +244,15 @@ def check_measured(point: TokenPoint, wanted: Wanted, offline: Offline) -> None:
         raise UserError(f"--tokens: {made.name} needs {what}: give --calib")
 
 
-def steps_for(analysis: Analysis, wanted: Wanted, offline: Offline) -> list[Step]:
+def steps_for(analysis: Analysis, wanted: TokenRequest, offline: OfflineScores) -> list[TokenStep]:
     """Steps at these blocks; those at which no token goes are left out.
 
     Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
     """
-    steps: list[Step] = []
+    steps: list[TokenStep] = []
     points = analysis.tokens.points
     for point in points:
-        check_measured(point, wanted, offline)
+        check_offline_scores(point, wanted, offline)
     shares = {block: offline[block][0] for block, (made, _) in wanted.items() if made.adapts and block in offline}
     for point, setting in zip(points, settings_for(points, wanted, shares), strict=True):
         if not setting.gone and setting.share is None:
@@ -262,5 +262,5 @@ def steps_for(analysis: Analysis, wanted: Wanted, offline: Offline) -> list[Step
             raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
         if not made.adapts and any(s.method.adapts for s in steps):
             raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {made.name} before it")
-        steps.append(Step(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
+        steps.append(TokenStep(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
     return steps

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.tokens.methods import Decision, Method, Setting
+from snpc.tokens.methods import DecisionTensor, StepSettings, TokenMethod
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenStep:
     """``gone`` tokens fewer behind a block, by a method. ``offline``: what the method needs that was measured before: a
     score for each position of the full stream, or (``Method.adapts``) which share of the tokens stays on average."""
 
     point: TokenPoint
-    method: Method
-    setting: Setting
+    method: TokenMethod
+    setting: StepSettings
     offline: tuple[float, ...] = ()
 
     @property
@@ -28,7 +28,7 @@ class Step:
         return () if self.method.adapts else self.offline
 
     @property
-    def decisions(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[DecisionTensor, ...]:
         return self.method.decisions(self.setting)
 
     @property

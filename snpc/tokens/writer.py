@@ -17,7 +17,7 @@ from snpc.ops.names import (
     MATMUL,
     REDUCE_MAX,
     REDUCE_SUM,
-    REDUCTION_AXES_ARE_AN_INPUT,
+    REDUCTION_AXES_INPUT_SINCE,
     RESHAPE,
     SHAPE,
     SLICE,
@@ -27,10 +27,10 @@ from snpc.ops.names import (
 )
 from snpc.types import AnyArray
 
-END = np.iinfo(np.int64).max
+END_OF_AXIS = np.iinfo(np.int64).max
 
 
-class Writer:
+class TokenGraphBuilder:
     """Adds nodes to ``graph``, named ``prefix_1``, ``prefix_2``, ...; ``dtype`` is that of the stream."""
 
     def __init__(self, graph: ir.Graph, prefix: str, dtype: ir.DataType) -> None:
@@ -75,7 +75,7 @@ class Writer:
 
     # -- what is needed more than once -----------------------------------------------------------------------------
 
-    def slice(self, value: ir.Value, axis: int, start: int, end: int = END, step: int = 1) -> ir.Value:
+    def slice(self, value: ir.Value, axis: int, start: int, end: int = END_OF_AXIS, step: int = 1) -> ir.Value:
         return self.op(SLICE, value, self.ints(start), self.ints(end), self.ints(axis), self.ints(step))
 
     def first(self, value: ir.Value, axis: int, end: ir.Value) -> ir.Value:
@@ -101,7 +101,7 @@ class Writer:
 
     def largest(self, value: ir.Value, axis: int) -> ir.Value:
         """The maximum along ``axis``, which goes."""
-        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_MAX]:
+        if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_INPUT_SINCE[REDUCE_MAX]:
             return self.op(REDUCE_MAX, value, self.ints(axis), keepdims=0)
         return self.op(REDUCE_MAX, value, axes=[axis], keepdims=0)
 

@@ -1,8 +1,8 @@
 """The torch bridge: a graph as a module, trained, and its weights handed back to the same graph.
 
-    module = snpc.torch.load("pruned.onnx")
+    module = snpc.torch.load_graph_module("pruned.onnx")
     logits = module(images)
-    snpc.torch.save(module, "pruned.onnx", "tuned.onnx")
+    snpc.torch.save_graph_module(module, "pruned.onnx", "tuned.onnx")
 
 or, with the dense model as the teacher:
 
@@ -17,45 +17,45 @@ from collections.abc import Sequence
 
 from snpc.runtime.io.load import load as load_model
 from snpc.torch.export_safetensors import export_tensors
-from snpc.torch.finetune import Tuned, finetune, report
+from snpc.torch.finetune import FinetuneResult, finetune, finetune_json
 from snpc.torch.module import GraphModule
-from snpc.torch.pruning.learn_masks import RATE, Learned, learn_masks
+from snpc.torch.pruning.learn_masks import MASK_LEARNING_RATE, LearnedPlan, learn_masks
 from snpc.torch.pruning.objectives import AccuracyDrop, DriftLimit
-from snpc.torch.pruning.round_log import Round
-from snpc.torch.pruning.schedule import Way, prune_adaptively, prune_in_rounds
-from snpc.torch.training.checkpoints import Saved
-from snpc.torch.training.loop import Trained, train
+from snpc.torch.pruning.round_log import PruningRound
+from snpc.torch.pruning.schedule import UnitSelection, prune_adaptively, prune_in_rounds
+from snpc.torch.training.checkpoints import CheckpointOptions
+from snpc.torch.training.loop import TrainingResult, train
 from snpc.torch.training.losses import Batch
-from snpc.torch.training.options import Progress, Training
-from snpc.torch.write_back import save
+from snpc.torch.training.options import TrainingOptions, TrainingProgress
+from snpc.torch.write_back import save_graph_module
 
 __all__ = [
-    "RATE",
+    "MASK_LEARNING_RATE",
     "AccuracyDrop",
     "Batch",
+    "CheckpointOptions",
     "DriftLimit",
+    "FinetuneResult",
     "GraphModule",
-    "Learned",
-    "Progress",
-    "Round",
-    "Saved",
-    "Trained",
-    "Training",
-    "Tuned",
-    "Way",
+    "LearnedPlan",
+    "PruningRound",
+    "TrainingOptions",
+    "TrainingProgress",
+    "TrainingResult",
+    "UnitSelection",
     "export_tensors",
     "finetune",
+    "finetune_json",
     "learn_masks",
-    "load",
+    "load_graph_module",
     "prune_adaptively",
     "prune_in_rounds",
-    "report",
-    "save",
+    "save_graph_module",
     "train",
 ]
 
 
-def load(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
+def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
     """The model in an ONNX file as a module whose weights train. Raises UserError where it has an operator that cannot
     be run in torch."""
     return GraphModule(load_model(path), watch=watch)

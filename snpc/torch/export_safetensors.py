@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalization.shared_constants import origin
-from snpc.runtime.io.atomic import check_target, replacing
+from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.runtime.io.atomic import atomic_write, check_target
 from snpc.runtime.io.load import load, model_files
 from snpc.torch.module import GraphModule
 
-WEIGHTS, WIDTHS = "model.safetensors", "widths.json"
+WEIGHTS_FILE, WIDTHS_FILE = "model.safetensors", "widths.json"
 
 
 def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -32,15 +32,15 @@ def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str
         where.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{where}: cannot make this folder ({error.strerror})") from None
-    weights, widths = where / WEIGHTS, where / WIDTHS
+    weights, widths = where / WEIGHTS_FILE, where / WIDTHS_FILE
     analysis = analyze(load(source))
     for path in (weights, widths):
         check_target(path, *model_files(analysis.model.path))
     module = GraphModule(analysis.model)
     tensors = {name: weight.detach().contiguous() for name, weight in module.weights()}
-    with replacing(weights) as temporary:
+    with atomic_write(weights) as temporary:
         save_file(tensors, temporary, {"format": "pt", "digest": analysis.model.digest})
-    with replacing(widths) as temporary:
+    with atomic_write(widths) as temporary:
         temporary.write_text(json.dumps(widths_json(analysis, module), indent=1) + "\n")
     return weights, widths
 
@@ -58,7 +58,7 @@ def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
                 "layer": group.layer,
                 "blocks": group.blocks,
                 "size": group.size,
-                "sites": [{"tensor": origin(graph.initializers[s.tensor]), "axis": s.axis} for s in group.sites],
+                "sites": [{"tensor": original_name(graph.initializers[s.tensor]), "axis": s.axis} for s in group.sites],
             }
             for group in analysis.groups
         ],

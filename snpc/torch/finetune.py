@@ -13,44 +13,50 @@ import torch
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.verify import check_batches
+from snpc.pipeline.verify import verification_batches
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.closed_form.stages import borders
-from snpc.runtime.evaluation.compare import check_structure, compare, compare_models, outputs_of, tolerance_of
-from snpc.runtime.io.atomic import check_target, data_file, discard, publish
+from snpc.runtime.closed_form.stages import residual_values
+from snpc.runtime.evaluation.compare import (
+    check_structure,
+    compare_models,
+    measure_differences,
+    rounding_tolerance,
+    run_batches,
+)
+from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import load, model_files
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import tensor_of
-from snpc.torch.training.adapters import adapted, fuse
-from snpc.torch.training.checkpoints import Checkpoints, Saved, opened, run_name
-from snpc.torch.training.distributed import Place, placed, together
-from snpc.torch.training.fsdp import gathered
+from snpc.torch.operators.registry import to_tensor
+from snpc.torch.training.adapters import add_adapters, merge_adapters
+from snpc.torch.training.checkpoints import CheckpointFile, CheckpointOptions, open_checkpoint, run_fingerprint
+from snpc.torch.training.distributed import Worker, distributed_worker, wait_for_workers
+from snpc.torch.training.fsdp import copy_gathered_weights
 from snpc.torch.training.labels import load_labels
-from snpc.torch.training.loop import Trained, train
-from snpc.torch.training.losses import Batch, distillation
-from snpc.torch.training.options import Report, Training
-from snpc.torch.training.reinitialize import reinitialise
-from snpc.torch.training.sampling import from_batch, sample_ids, shared, shuffled, split
-from snpc.torch.training.teacher import Answers, Feeds, Teacher, asked, drift_of, mean_squares
-from snpc.torch.write_back import save
-from snpc.types import AnyArray, Difference, IntArray, Model
+from snpc.torch.training.loop import TrainingResult, train
+from snpc.torch.training.losses import Batch, distillation_loss
+from snpc.torch.training.options import TrainingCallback, TrainingOptions
+from snpc.torch.training.reinitialize import reinitialize
+from snpc.torch.training.sampling import hold_out, sample_ids, shard_batches, shuffle_samples, skip_batches
+from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, relative_drift, teacher_function
+from snpc.torch.write_back import save_graph_module
+from snpc.types import AnyArray, Difference, Feeds, IntArray, Model
 
-HELD = 0.1  # share of the data that early stopping holds out
+HELD_OUT_FRACTION = 0.1  # share of the data that early stopping holds out
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FinetuneResult:
     """A written file. ``before`` and ``after``: the pruned and the tuned file against the teacher, run by onnxruntime
     on ``compared``; ``hidden``: the values of the residual stream that the loss looked at."""
 
     path: Path
-    trained: Trained
+    trained: TrainingResult
     before: tuple[Difference, ...]
     after: tuple[Difference, ...]
     compared: str
     structure: tuple[str, ...]
     hidden: tuple[str, ...]
-    training: Training
+    training: TrainingOptions
     seconds: float
 
 
@@ -60,49 +66,49 @@ def finetune(
     data: Calibration,
     target: Path,
     *,
-    training: Training | None = None,
+    training: TrainingOptions | None = None,
     labels: Path | AnyArray | None = None,
-    saved: Saved | None = None,
-    report: Report | None = None,
-) -> Tuned | None:
+    saved: CheckpointOptions | None = None,
+    report: TrainingCallback | None = None,
+) -> FinetuneResult | None:
     """Train the weights of ``pruned`` on ``data`` towards what ``teacher`` says, and write them to ``target``.
 
     ``teacher`` is the dense file that ``pruned`` was made from; ``labels``, one per sample of the data's source, are
     for the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others
     return None. Raises UserError for what cannot be trained, CheckFailed where the file is not what was trained.
     """
-    training = training or Training()
+    training = training or TrainingOptions()
     start = time.perf_counter()
-    for path in (target, data_file(target)):
+    for path in (target, external_data_path(target)):
         check_target(path, *model_files(pruned), *model_files(teacher))
     student, dense = load(pruned), analyze(load(teacher))
-    check_pair(student, dense.model)
-    known = labels_for(training, labels, data)
-    with placed() as place:
-        check_place(place, data, training)
-        task = task_of(student, dense, data, training, known, place)
+    check_same_interface(student, dense.model)
+    known = task_labels(training, labels, data)
+    with distributed_worker() as place:
+        check_worker(place, data, training)
+        task = prepare_task(student, dense, data, training, known, place)
         checkpoints = None
         if saved is not None:
             said = None if known is None else hashlib.sha256(known.tobytes()).hexdigest()
-            run = run_name(data, student.digest, dense.model.digest, training, said, place.world)
-            checkpoints = opened(saved, run)
-            together(place)
-        trained = fit(task, checkpoints, report)
+            run = run_fingerprint(data, student.digest, dense.model.digest, training, said, place.world)
+            checkpoints = open_checkpoint(saved, run)
+            wait_for_workers(place)
+        trained = run_training(task, checkpoints, report)
         if training.sharded:
-            task = brought_together(task, student)
+            task = gather_task(task, student)
         if not place.leads:
             return None
-        structure = written(task, pruned, target)
-    before, after, compared = drifts(task, pruned, target)
+        structure = write_verified(task, pruned, target)
+    before, after, compared = measure_drift(task, pruned, target)
     seconds = time.perf_counter() - start
-    return Tuned(target, trained, before, after, compared, structure, task.hidden, training, seconds)
+    return FinetuneResult(target, trained, before, after, compared, structure, task.hidden, training, seconds)
 
 
 # -- what is trained -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Task:
+class FinetuneTask:
     """A run made ready. ``held``: data that nothing is trained on, None without early stopping."""
 
     module: GraphModule
@@ -110,45 +116,50 @@ class Task:
     dense: Analysis
     data: Calibration
     held: Calibration | None
-    training: Training
+    training: TrainingOptions
     labels: IntArray | None
     outputs: tuple[str, ...]
     hidden: tuple[str, ...]
     scales: dict[str, float]
-    place: Place
+    place: Worker
 
     @property
     def per_epoch(self) -> int:
-        plan = shuffled(self.data, (self.training.seed, 0), self.training.batch).plan
+        plan = shuffle_samples(self.data, (self.training.seed, 0), self.training.batch).plan
         return sum(sum(map(len, pieces)) >= self.place.world for pieces in plan)
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
-        order = shuffled(self.data, (self.training.seed, number), self.training.batch)
-        mine, weights = shared(order, self.place.rank, self.place.world)
-        mine = from_batch(mine, first)
+        order = shuffle_samples(self.data, (self.training.seed, number), self.training.batch)
+        mine, weights = shard_batches(order, self.place.rank, self.place.world)
+        mine = skip_batches(mine, first)
         for ids, feeds, weight in zip(sample_ids(mine), mine.batches(), weights[first:], strict=True):
             targets = self.teacher(ids, feeds) if self.training.distils else {}
             labels = None if self.labels is None else torch.from_numpy(self.labels[ids])
             yield Batch(self.tensors(feeds), targets, labels, weight)
 
     def tensors(self, feeds: Feeds) -> dict[str, torch.Tensor]:
-        return {name: tensor_of(array).to(self.place.device) for name, array in feeds.items()}
+        return {name: to_tensor(array).to(self.place.device) for name, array in feeds.items()}
 
 
-def task_of(
-    student: Model, dense: Analysis, data: Calibration, training: Training, labels: IntArray | None, place: Place
-) -> Task:
-    outputs = outputs_for(student, training)
-    wanted = hidden_states(student, dense) if training.layerwise else ()
+def prepare_task(
+    student: Model,
+    dense: Analysis,
+    data: Calibration,
+    training: TrainingOptions,
+    labels: IntArray | None,
+    place: Worker,
+) -> FinetuneTask:
+    outputs = loss_output_names(student, training)
+    wanted = hidden_state_names(student, dense) if training.layerwise else ()
     module = GraphModule(student, watch=wanted).to(place.device)
     half = sorted({str(w.dtype).removeprefix("torch.") for _, w in module.weights() if w.dtype != torch.float32})
     if half:
         raise UserError(f"{student.path}: it has weights in {', '.join(half)}: prune and train a float32 export")
-    teacher = Teacher(asked(dense, (*outputs, *wanted), place.device), place.device)
+    teacher = Teacher(teacher_function(dense, (*outputs, *wanted), place.device), place.device)
     feeds = next(data.batches())
     said = teacher.ask(feeds)
     with torch.no_grad():
-        found = module({name: tensor_of(array).to(place.device) for name, array in feeds.items()})
+        found = module({name: to_tensor(array).to(place.device) for name, array in feeds.items()})
     hidden = tuple(name for name in wanted if found[name].shape == said[name].shape)
     if training.layerwise and not hidden:
         raise UserError(
@@ -156,14 +167,18 @@ def task_of(
         )
     if set(hidden) != set(wanted):
         module = GraphModule(student, watch=hidden).to(place.device)
-        teacher = Teacher(asked(dense, (*outputs, *hidden), place.device), place.device)
+        teacher = Teacher(teacher_function(dense, (*outputs, *hidden), place.device), place.device)
     train_on, held = data, None
     if training.early_stop:
-        train_on, held = split(data, max(data.axes.size or 1, round(HELD * data.samples)), training.seed)
+        train_on, held = hold_out(
+            data, max(data.axes.size or 1, round(HELD_OUT_FRACTION * data.samples)), training.seed
+        )
     if training.reinit != "none":
-        reinitialise(module, student, training.seed)
+        reinitialize(module, student, training.seed)
         module.to(place.device)
-    task = Task(module, teacher, dense, train_on, held, training, labels, outputs, hidden, mean_squares(said), place)
+    task = FinetuneTask(
+        module, teacher, dense, train_on, held, training, labels, outputs, hidden, mean_squares(said), place
+    )
     if training.reinit == "budget":
         longer = dense.cost.macs / analyze(student, dense.binding).cost.macs
         steps = round((training.steps or training.epochs * task.per_epoch) * longer)
@@ -175,7 +190,7 @@ def task_of(
     return task
 
 
-def outputs_for(student: Model, training: Training) -> tuple[str, ...]:
+def loss_output_names(student: Model, training: TrainingOptions) -> tuple[str, ...]:
     """The outputs that the loss looks at: those named, else the logits, for "mse" every float one."""
     floats = [spec.name for spec in student.outputs if spec.dtype.kind == "f"]
     unknown = [name for name in training.outputs if name not in floats]
@@ -191,18 +206,18 @@ def outputs_for(student: Model, training: Training) -> tuple[str, ...]:
     return tuple(found)
 
 
-def hidden_states(student: Model, dense: Analysis) -> tuple[str, ...]:
+def hidden_state_names(student: Model, dense: Analysis) -> tuple[str, ...]:
     made = {str(v.name) for node in student.graph.graph for v in node.outputs}
-    return tuple(name for name in borders(dense) if name in made)
+    return tuple(name for name in residual_values(dense) if name in made)
 
 
-def labels_for(training: Training, labels: Path | AnyArray | None, data: Calibration) -> IntArray | None:
+def task_labels(training: TrainingOptions, labels: Path | AnyArray | None, data: Calibration) -> IntArray | None:
     if training.labelled != (labels is not None):
         raise UserError(f"loss {training.loss}: " + ("give --labels" if training.labelled else "leave out --labels"))
     return None if labels is None else load_labels(labels, data)
 
 
-def check_pair(student: Model, dense: Model) -> None:
+def check_same_interface(student: Model, dense: Model) -> None:
     for what in ("inputs", "outputs"):
         ours, theirs = ([spec.name for spec in getattr(model, what)] for model in (student, dense))
         if ours != theirs:
@@ -212,7 +227,7 @@ def check_pair(student: Model, dense: Model) -> None:
             )
 
 
-def check_place(place: Place, data: Calibration, training: Training) -> None:
+def check_worker(place: Worker, data: Calibration, training: TrainingOptions) -> None:
     if training.sharded and place.world == 1:
         raise UserError("weights are sharded between processes, and this is one: start several with torchrun")
     if place.world > 1 and data.axes.size:
@@ -225,14 +240,16 @@ def check_place(place: Place, data: Calibration, training: Training) -> None:
 # -- training and writing --------------------------------------------------------------------------------------------
 
 
-def fit(task: Task, checkpoints: Checkpoints | None, report: Report | None) -> Trained:
-    loss = distillation(task.training, task.outputs, task.hidden, task.scales)
+def run_training(
+    task: FinetuneTask, checkpoints: CheckpointFile | None, report: TrainingCallback | None
+) -> TrainingResult:
+    loss = distillation_loss(task.training, task.outputs, task.hidden, task.scales)
     evaluate = None
     if task.held is not None:
-        expected = [answers_only(task, task.teacher.ask(feeds)) for feeds in task.held.batches()]
-        evaluate = Drift(task, expected)
+        expected = [select_outputs(task, task.teacher.ask(feeds)) for feeds in task.held.batches()]
+        evaluate = HeldOutDrift(task, expected)
     training = task.training
-    adapters = adapted(task.module, training.adapters, training.seed) if training.adapters else None
+    adapters = add_adapters(task.module, training.adapters, training.seed) if training.adapters else None
     trained = train(
         task.module,
         loss,
@@ -245,71 +262,73 @@ def fit(task: Task, checkpoints: Checkpoints | None, report: Report | None) -> T
         report=report,
     )
     if adapters is not None:
-        fuse(task.module, adapters)
+        merge_adapters(task.module, adapters)
     return trained
 
 
-def brought_together(task: Task, student: Model) -> Task:
+def gather_task(task: FinetuneTask, student: Model) -> FinetuneTask:
     """The task with a module that has all weights."""
     module = GraphModule(student, watch=task.hidden).to(task.place.device)
-    gathered(task.module, module)
+    copy_gathered_weights(task.module, module)
     return replace(task, module=module)
 
 
 @dataclass(frozen=True)
-class Drift:
+class HeldOutDrift:
     """How far the outputs on the held-out data are from the teacher's."""
 
-    task: Task
-    expected: Sequence[Answers]
+    task: FinetuneTask
+    expected: Sequence[TeacherOutputs]
 
     def __call__(self, module: torch.nn.Module) -> float:
         assert self.task.held is not None
-        found = [answers_only(self.task, module(self.task.tensors(feeds))) for feeds in self.task.held.batches()]
-        return drift_of(found, self.expected)
+        found = [select_outputs(self.task, module(self.task.tensors(feeds))) for feeds in self.task.held.batches()]
+        return relative_drift(found, self.expected)
 
 
-def answers_only(task: Task, found: Answers) -> Answers:
+def select_outputs(task: FinetuneTask, found: TeacherOutputs) -> TeacherOutputs:
     return {name: found[name] for name in task.outputs}
 
 
-def written(task: Task, pruned: Path, target: Path) -> tuple[str, ...]:
+def write_verified(task: FinetuneTask, pruned: Path, target: Path) -> tuple[str, ...]:
     """Write the weights; the file gets its name when onnxruntime says of it what the module says."""
     temporary = target.with_name(f".{target.name}.unverified.onnx")
     try:
-        save(task.module, pruned, temporary)
+        save_graph_module(task.module, pruned, temporary)
         structure = check_structure(pruned, temporary)
         feeds = [next((task.held or task.data).batches())]
         with torch.no_grad():
             said = task.module(task.tensors(feeds[0]))
         names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
         expected = {name: said[name].float().cpu().numpy() for name in names}
-        found = outputs_of(temporary, feeds, "cpu")[0]
-        for d in compare(expected, {name: found[name] for name in names}):
-            if d.relative > max(tolerance_of(task.dense.model), 1e-3 if task.place.device.type != "cpu" else 0.0):
+        found = run_batches(temporary, feeds, "cpu")[0]
+        for d in measure_differences(expected, {name: found[name] for name in names}):
+            if d.relative > max(rounding_tolerance(task.dense.model), 1e-3 if task.place.device.type != "cpu" else 0.0):
                 raise CheckFailed(
                     f"output {d.output}: the written file differs from what was trained by {d.relative:.1e}"
                 )
-        publish(temporary, target)
+        rename_into_place(temporary, target)
     finally:
-        discard(temporary)
+        discard_model(temporary)
     return (*structure, "the written file says what was trained")
 
 
-def drifts(task: Task, pruned: Path, target: Path) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
+def measure_drift(
+    task: FinetuneTask, pruned: Path, target: Path
+) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
     """The pruned and the tuned file against the teacher, on held-out data where there are any."""
     batches: list[Feeds]
     if task.held is not None:
         batches, compared = list(task.held.batches()), f"{task.held.samples} samples of {task.held.source}, held out"
     else:
-        batches, compared = check_batches(task.dense, task.data)
+        batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"
-    said = outputs_of(task.dense.model.path, batches, "cpu")
+    said = run_batches(task.dense.model.path, batches, "cpu")
     (_, before), (_, after) = (compare_models(said, path, None, batches) for path in (pruned, target))
     return before, after, compared
 
 
-def report(result: Tuned) -> dict[str, Any]:
+def finetune_json(result: FinetuneResult) -> dict[str, Any]:
     """What ``--json`` writes: an interface."""
     trained = result.trained
     return {

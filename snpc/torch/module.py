@@ -16,25 +16,25 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.graph.shapes import attributes, opset
-from snpc.passes.canonicalization.shared_constants import origin
-from snpc.torch.operators import Call, Implementation, implementation
-from snpc.torch.operators.registry import Result, Tensor, tensor_of
-from snpc.torch.trainable_weights import ties, trainable
+from snpc.graph.shapes import attribute_values, opset_version
+from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.torch.operators import Implementation, OperatorCall, find_implementation
+from snpc.torch.operators.registry import Result, Tensor, to_tensor
+from snpc.torch.trainable_weights import find_ties, trainable_names
 from snpc.types import Model
 
-PROGRAMS = 16  # of so many combinations of input shapes the constants are kept
+MAX_PROGRAMS = 16  # of so many combinations of input shapes the constants are kept
 
-Change = Callable[[Tensor], Tensor]
-Key = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+WeightTransform = Callable[[Tensor], Tensor]
+ProgramKey = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class Instruction:
     """One node: what runs it, the names of its inputs (None: left out) and outputs."""
 
     name: str
-    call: Call
+    call: OperatorCall
     implementation: Implementation
     inputs: tuple[str | None, ...]
     outputs: tuple[str, ...]
@@ -45,7 +45,7 @@ class Step:
 class Program:
     """What is left to do for inputs of certain shapes: steps, and values that are known."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Instruction, ...]
     known: dict[str, Tensor]
     integers: dict[str, tuple[int, ...]]
 
@@ -62,29 +62,31 @@ class GraphModule(torch.nn.Module):
         graph = model.graph.graph
         self.inputs = tuple(spec.name for spec in model.inputs)
         self.results = tuple(dict.fromkeys([*(spec.name for spec in model.outputs), *watch]))
-        self.steps = tuple(steps_of(model.graph, needed(graph, self.results)))
+        self.steps = tuple(compile_instructions(model.graph, required_nodes(graph, self.results)))
         made = {name for step in self.steps for name in step.outputs} | set(self.inputs) | set(graph.initializers)
         for name in watch:
             if name not in made:
                 raise UserError(f"{model.path}: there is no activation {name} to watch")
         self.paths: dict[str, str] = {}
         """Initializer (as the file names it) -> name of its parameter, which is the same wherever torch allows it."""
-        self.aliases: dict[str, str] = {name: origin(v) for name, v in graph.initializers.items()}
-        self.programs: OrderedDict[Key, Program] = OrderedDict()
-        self.changes: Mapping[str, tuple[Change, ...]] = {}
+        self.aliases: dict[str, str] = {name: original_name(v) for name, v in graph.initializers.items()}
+        self.programs: OrderedDict[ProgramKey, Program] = OrderedDict()
+        self.changes: Mapping[str, tuple[WeightTransform, ...]] = {}
         """What is done to weights (as the graph names them) before they are used."""
-        self.around: Callable[[Step, Sequence[Any]], Result] | None = None
+        self.around: Callable[[Instruction, Sequence[Any]], Result] | None = None
         """Runs the steps in place of their own implementations."""
-        names = trainable(model.graph)
-        self.ties = ties(model.graph, names)
+        names = trainable_names(model.graph)
+        self.ties = find_ties(model.graph, names)
         for name in names:
             if name not in self.ties:
-                self.place(name, tensor_of(constant(graph, name)), trains=True)
+                self.place(name, to_tensor(initializer_array(graph, name)), trains=True)
         for name in dict.fromkeys(self.aliases.values()):
             if name not in self.paths and name not in self.ties:
-                self.place(name, tensor_of(constant(graph, name)), trains=False)
+                self.place(name, to_tensor(initializer_array(graph, name)), trains=False)
         weights = set(self.weight_names())
-        self.exact = before_weights(self.steps, {name for name, owner in self.aliases.items() if owner in weights})
+        self.exact = weight_free_instructions(
+            self.steps, {name for name, owner in self.aliases.items() if owner in weights}
+        )
         """Names of steps whose inputs no weight has met, such as rotary angles: never in low precision."""
 
     def place(self, name: str, tensor: Tensor, *, trains: bool) -> None:
@@ -105,10 +107,10 @@ class GraphModule(torch.nn.Module):
     def holder(self, folders: Iterable[str]) -> torch.nn.Module | None:
         here: torch.nn.Module = self
         for folder in folders:
-            if not folder or not isinstance(getattr(here, folder, Holder()), Holder):
+            if not folder or not isinstance(getattr(here, folder, ParameterNamespace()), ParameterNamespace):
                 return None
             if folder not in here._modules:
-                here.add_module(folder, Holder())
+                here.add_module(folder, ParameterNamespace())
             here = here._modules[folder]  # type: ignore[assignment]
         return here
 
@@ -164,27 +166,29 @@ class GraphModule(torch.nn.Module):
                 found = change(found)
         return found
 
-    def arguments(self, step: Step, values: Mapping[str, Tensor], integers: Mapping[str, tuple[int, ...]]) -> list[Any]:
+    def arguments(
+        self, step: Instruction, values: Mapping[str, Tensor], integers: Mapping[str, tuple[int, ...]]
+    ) -> list[Any]:
         found: list[Any] = []
         for index, name in enumerate(step.inputs):
             if name is None:
                 found.append(None)
             elif index in step.implementation.integers:
-                found.append(integers[name] if name in integers else integers_in(self.value(name, values)))
+                found.append(integers[name] if name in integers else to_integers(self.value(name, values)))
             else:
                 found.append(self.value(name, values))
         return found
 
-    def execute(self, step: Step, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
+    def execute(self, step: Instruction, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
         kind = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
         if step.name in self.exact and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                execute(step, arguments, values, self.around)
+                run_instruction(step, arguments, values, self.around)
         else:
-            execute(step, arguments, values, self.around)
+            run_instruction(step, arguments, values, self.around)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def record(self, key: Key, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def record(self, key: ProgramKey, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run everything, and keep what will be the same for all inputs of these shapes."""
         weights = set(self.weight_names())
         values: dict[str, Tensor] = dict(feeds)
@@ -198,8 +202,8 @@ class GraphModule(torch.nn.Module):
                 if name in fixed and device is not None:
                     values[name] = self.value(name, values)
             arguments = self.arguments(step, values, {})
-            self.execute(step, [moved(x, device) for x in arguments] if len(given) > 1 else arguments, values)
-            if is_loose(step, fixed, loose):
+            self.execute(step, [to_device(x, device) for x in arguments] if len(given) > 1 else arguments, values)
+            if has_data_dependent_shape(step, fixed, loose):
                 loose |= set(step.outputs)
             if (step.implementation.reads == "shape" and not loose.intersection(given)) or all(
                 name in fixed for name in given
@@ -208,7 +212,7 @@ class GraphModule(torch.nn.Module):
             else:
                 steps.append(step)
         self.programs[key] = self.program(steps, values, fixed, device)
-        if len(self.programs) > PROGRAMS:
+        if len(self.programs) > MAX_PROGRAMS:
             self.programs.popitem(last=False)
         return {name: self.value(name, values) for name in self.results}
 
@@ -217,7 +221,7 @@ class GraphModule(torch.nn.Module):
         yield from self.ties
 
     def program(
-        self, steps: list[Step], values: Mapping[str, Tensor], fixed: set[str], device: torch.device | None
+        self, steps: list[Instruction], values: Mapping[str, Tensor], fixed: set[str], device: torch.device | None
     ) -> Program:
         known: dict[str, Tensor] = {}
         integers: dict[str, tuple[int, ...]] = {}
@@ -227,28 +231,28 @@ class GraphModule(torch.nn.Module):
                     continue
                 value = self.value(name, values)
                 if index in step.implementation.integers:
-                    integers[name] = integers_in(value)
+                    integers[name] = to_integers(value)
                 else:
-                    known[name] = moved(value.detach(), device)
+                    known[name] = to_device(value.detach(), device)
         for name in self.results:
             if name in fixed:
                 known[name] = self.value(name, values).detach()
         return Program(tuple(steps), known, integers)
 
 
-class Holder(torch.nn.Module):
+class ParameterNamespace(torch.nn.Module):
     """Holds parameters whose names have a dot."""
 
 
-def moved(value: Any, device: torch.device | None) -> Any:
+def to_device(value: Any, device: torch.device | None) -> Any:
     return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
 
 
-def integers_in(value: Tensor) -> tuple[int, ...]:
+def to_integers(value: Tensor) -> tuple[int, ...]:
     return tuple(int(n) for n in value.reshape(-1).tolist())
 
 
-def is_loose(step: Step, fixed: set[str], loose: set[str]) -> bool:
+def has_data_dependent_shape(step: Instruction, fixed: set[str], loose: set[str]) -> bool:
     """Can the shape of what a step makes differ between inputs of the same shapes?"""
     given = [name for name in step.inputs if name is not None]
     if loose.intersection(given):
@@ -259,11 +263,11 @@ def is_loose(step: Step, fixed: set[str], loose: set[str]) -> bool:
     return any(name is not None and name not in fixed for name in sized)
 
 
-def execute(
-    step: Step,
+def run_instruction(
+    step: Instruction,
     arguments: Sequence[Any],
     values: dict[str, Tensor],
-    around: Callable[[Step, Sequence[Any]], Result] | None = None,
+    around: Callable[[Instruction, Sequence[Any]], Result] | None = None,
 ) -> None:
     try:
         found = around(step, arguments) if around else step.implementation.run(step.call, *arguments)
@@ -274,13 +278,13 @@ def execute(
             values[name] = value
 
 
-def constant(graph: ir.Graph, name: str) -> Any:
-    value = graph.initializers.get(name) or next(v for v in graph.initializers.values() if origin(v) == name)
+def initializer_array(graph: ir.Graph, name: str) -> Any:
+    value = graph.initializers.get(name) or next(v for v in graph.initializers.values() if original_name(v) == name)
     assert value.const_value is not None
     return value.const_value.numpy()
 
 
-def needed(graph: ir.Graph, results: Sequence[str]) -> list[ir.Node]:
+def required_nodes(graph: ir.Graph, results: Sequence[str]) -> list[ir.Node]:
     """The nodes that the results are computed with, in order."""
     wanted = set(results)
     found = []
@@ -291,7 +295,7 @@ def needed(graph: ir.Graph, results: Sequence[str]) -> list[ir.Node]:
     return found[::-1]
 
 
-def before_weights(steps: Sequence[Step], weights: set[str]) -> frozenset[str]:
+def weight_free_instructions(steps: Sequence[Instruction], weights: set[str]) -> frozenset[str]:
     """Names of the steps that nothing reaches that a weight has met."""
     met = set(weights)
     found = set()
@@ -303,9 +307,9 @@ def before_weights(steps: Sequence[Step], weights: set[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def steps_of(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Step]:
+def compile_instructions(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Instruction]:
     for node in nodes:
-        found = implementation(node.domain, node.op_type)
+        found = find_implementation(node.domain, node.op_type)
         if found is None or any(
             a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
         ):
@@ -316,5 +320,5 @@ def steps_of(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Step]:
             )
         inputs = tuple(None if v is None else str(v.name) for v in node.inputs)
         outputs = tuple(str(v.name) for v in node.outputs)
-        call = Call(node.op_type, opset(model, node.domain), attributes(node), len(outputs))
-        yield Step(str(node.name), call, found, inputs, outputs, node.domain)
+        call = OperatorCall(node.op_type, opset_version(model, node.domain), attribute_values(node), len(outputs))
+        yield Instruction(str(node.name), call, found, inputs, outputs, node.domain)

@@ -10,42 +10,42 @@ import onnx_ir as ir
 
 from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
-from snpc.passes.canonicalization.shared_constants import origin
+from snpc.passes.canonicalization.shared_constants import original_name
 
-HIDES = -1e4  # what a mask adds to scores is at most this
+MAX_MASK_VALUE = -1e4  # what a mask adds to scores is at most this
 
 
-def trainable(model: ir.Model) -> list[str]:
+def trainable_names(model: ir.Model) -> list[str]:
     """Names of the float initializers that are weights: they multiply in a contraction, scale or shift a normalised
     or any other activation, or are rows of a table that is looked up in. Scalars, masks, and tables that activations
     are multiplied with (rotary embeddings) are part of the computation and stay as they are.
 
     Copies that the normal form made of one initializer have one name.
     """
-    found = [origin(v) for v in model.graph.initializers.values() if is_float(v.dtype) and is_weight(v)]
+    found = [original_name(v) for v in model.graph.initializers.values() if is_float(v.dtype) and is_trainable(v)]
     return list(dict.fromkeys(found))
 
 
-def is_weight(value: ir.Value) -> bool:
+def is_trainable(value: ir.Value) -> bool:
     tensor = value.const_value
     if tensor is None or tensor.size <= 1:
         return False
     varying = sum(n > 1 for n in static_shape(tensor))
-    return any(trains(node, index, varying, tensor) for node, index in users(value))
+    return any(is_trainable_use(node, index, varying, tensor) for node, index in consumers_past_movement(value))
 
 
-def users(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+def consumers_past_movement(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """(node, input) where a constant is used, seen through movement."""
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)
         if spec.kind in ("movement", "concat") and index in (spec.data or (0,)):
             for output in node.outputs:
-                yield from users(output)
+                yield from consumers_past_movement(output)
         else:
             yield node, index
 
 
-def trains(node: ir.Node, index: int, varying: int, tensor: ir.TensorProtocol) -> bool:
+def is_trainable_use(node: ir.Node, index: int, varying: int, tensor: ir.TensorProtocol) -> bool:
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("normalise", "attention"):
         return True
@@ -56,7 +56,7 @@ def trains(node: ir.Node, index: int, varying: int, tensor: ir.TensorProtocol) -
         return True
     if spec.effect == "add":
         array = tensor.numpy().astype(np.float64)
-        return bool(np.isfinite(array).all() and array.min() > HIDES)
+        return bool(np.isfinite(array).all() and array.min() > MAX_MASK_VALUE)
     return spec.effect == "scale" and varying == 1
 
 
@@ -82,7 +82,7 @@ def is_activation(value: ir.Value) -> bool:
     return False
 
 
-def ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
+def find_ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
     """Matrices that hold the same numbers as an earlier one: name -> (the earlier one, is it the transpose?)."""
     seen: dict[bytes, str] = {}
     found: dict[str, tuple[str, bool]] = {}
@@ -94,7 +94,7 @@ def ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
         array = tensor.numpy()
         if float(np.ptp(array.astype(np.float32))) == 0.0:
             continue  # equal constants say nothing
-        plain, turned = key(array), key(array.T)
+        plain, turned = array_digest(array), array_digest(array.T)
         if plain in seen:
             found[name] = (seen[plain], False)
         elif turned in seen:
@@ -104,6 +104,6 @@ def ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def key(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytes:
+def array_digest(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytes:
     made = np.ascontiguousarray(array)
     return hashlib.sha256(repr((made.shape, made.dtype.name)).encode() + made.tobytes()).digest()

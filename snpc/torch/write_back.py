@@ -11,12 +11,12 @@ import torch
 
 from snpc.errors import UserError
 from snpc.runtime.io.atomic import check_target
-from snpc.runtime.io.load import set_base
+from snpc.runtime.io.load import resolve_external_data
 from snpc.runtime.io.save import save as save_model
 from snpc.torch.module import GraphModule
 
 
-def save(module: GraphModule, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def save_graph_module(module: GraphModule, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write the model in ``source`` with the weights of ``module``, which was loaded from it.
 
     Nothing but initializers (and the values of Constant nodes) changes; external data is written beside the target if
@@ -25,13 +25,13 @@ def save(module: GraphModule, source: str | os.PathLike[str], target: str | os.P
     where, written = Path(source), Path(target)
     check_target(written)
     model = ir.load(where)
-    set_base(model, where.parent)
+    resolve_external_data(model, where.parent)
     held = {str(v.name): v for node in model.graph for v in node.outputs if not node.inputs}
     for name in module.weight_names():
-        array = array_of(module.weight(name))
+        array = to_numpy(module.weight(name))
         value = model.graph.initializers.get(name)
         node = held[name].producer() if value is None and name in held else None
-        tensor = value.const_value if value is not None else constant_of(node)
+        tensor = value.const_value if value is not None else constant_node_value(node)
         if tensor is None or tuple(tensor.shape) != tuple(array.shape):
             raise UserError(f"{where}: its {name} is not the one that was trained: give the model that was loaded")
         made = ir.Tensor(array.astype(tensor.dtype.numpy()), dtype=tensor.dtype, name=name)
@@ -43,12 +43,12 @@ def save(module: GraphModule, source: str | os.PathLike[str], target: str | os.P
     save_model(model, written, outside)
 
 
-def constant_of(node: ir.Node | None) -> ir.TensorProtocol | None:
+def constant_node_value(node: ir.Node | None) -> ir.TensorProtocol | None:
     attribute = None if node is None else node.attributes.get("value")
     found = None if attribute is None else attribute.value
     return found if isinstance(found, ir.TensorProtocol) else None
 
 
-def array_of(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     host = tensor.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).contiguous().numpy()

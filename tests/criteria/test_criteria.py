@@ -20,9 +20,9 @@ from snpc.criteria import snp as snp_file
 from snpc.criteria.activation import Activation
 from snpc.criteria.magnitude import Magnitude
 from snpc.criteria.random import Random
-from snpc.criteria.snp import Snp, distances, qk_scores
+from snpc.criteria.snp import Snp, cosine_distances, qk_scores
 from snpc.errors import UserError
-from snpc.types import ROLES, FloatArray, Numbers, Role
+from snpc.types import ROLES, CriterionInputs, FloatArray, Role
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = (
@@ -111,7 +111,7 @@ def numbers(
     produce: Mapping[str, FloatArray],
     consume: Mapping[str, FloatArray],
     shape: tuple[int, int],
-) -> Numbers:
+) -> CriterionInputs:
     """Streams the batches through the criterion as the runtime does."""
     sums: Batch = {}
     for batch in batches:
@@ -120,7 +120,7 @@ def numbers(
         for name, array in criterion.observe(role, {**asked, **tokens}).items():
             sums[name] = sums[name] + array if name in sums else array
     samples = sum(len(next(iter(batch.values()))) for batch in batches if batch)
-    return Numbers(role, *shape, produce, consume, sums, samples)
+    return CriterionInputs(role, *shape, produce, consume, sums, samples)
 
 
 def scored(criterion: Criterion, role: Role, blocks: int = 3, size: int = 6, seed: int = 0) -> FloatArray:
@@ -324,7 +324,7 @@ def test_distances_are_the_double_loop_in_any_chunks(chunk: int, monkeypatch: py
     monkeypatch.setattr(snp_file, "_CHUNK", chunk)
     weight = rng(8).normal(size=(13, 4))
     weight[3] = 0.0
-    np.testing.assert_allclose(distances(weight), literal_distances(weight), atol=1e-10)
+    np.testing.assert_allclose(cosine_distances(weight), literal_distances(weight), atol=1e-10)
 
 
 def test_value_scores_compare_all_heads_of_the_layer() -> None:

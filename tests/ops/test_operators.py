@@ -17,10 +17,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 import snpc
-from snpc.ops import lookup, table
+from snpc.ops import lookup, operator_table
 from snpc.passes.analyze import Analysis
-from snpc.passes.weights.edits import Edits, edited
-from snpc.runtime.closed_form.fit import fit_basis
+from snpc.passes.weights.edits import WeightEdits, apply_edits
+from snpc.runtime.closed_form.fit import apply_basis
 from snpc.types import Group
 from tests.oracle import TOLERANCE, Array, analysis_at, cut, prunable, random_cuts, relative_error, run, written
 
@@ -37,7 +37,7 @@ def schemas() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("domain", "name"), schemas())
 def test_every_operator_has_an_entry(domain: str, name: str) -> None:
-    spec = table().get((domain, name))
+    spec = operator_table().get((domain, name))
     assert spec is not None, f"{domain}.{name} is in no family of snpc/ops"
     assert spec.says
     assert spec.kind != "opaque" or spec.reason
@@ -508,14 +508,17 @@ def test_a_change_of_basis_alone_changes_nothing(name: str, tmp_path: Path) -> N
     analysis, feeds = analysis_at(tmp_path / "model.onnx", build(case)), feeds_for(case)
     data = snpc.load_calibration(feeds, analysis.model.inputs, batch=64)
     groups = [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn")]
-    fitted, edits = snpc.compress(analysis, snpc.measure_statistics(analysis, data, groups), groups), Edits()
+    fitted, edits = (
+        snpc.solve_closed_forms(analysis, snpc.measure_statistics(analysis, data, groups), groups),
+        WeightEdits(),
+    )
     for group in groups:
         if fitted.forms.get(group.id) in ("scores", "values"):
-            fit_basis(edits, fitted, group, fitted.forms[group.id])
+            apply_basis(edits, fitted, group, fitted.forms[group.id])
     before = run(tmp_path / "model.onnx", feeds)
-    assert relative_error(before, run(written(edited(analysis.traced, edits)), feeds)) < 1e-5
-    made = snpc.decide(analysis, snpc.Choice(0.5), calibration=data)
-    snpc.apply_plan(made.plan, tmp_path / "half.onnx", compression=made.compression, calibration=data)
+    assert relative_error(before, run(written(apply_edits(analysis.traced, edits)), feeds)) < 1e-5
+    made = snpc.plan(analysis, snpc.Budget(0.5), calibration=data)
+    snpc.apply_slice_plan(made.plan, tmp_path / "half.onnx", compression=made.compression, calibration=data)
 
 
 class PackedMultiHeadAttention(OpRun):

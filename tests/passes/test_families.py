@@ -145,8 +145,8 @@ def test_closed_forms_move_outputs_less_than_magnitude(name: str) -> None:
     """Half of every query/key, value/output and feed-forward width, on data that was not calibrated on."""
     analysis, feeds = analysis_of(name), feeds_of(name)
     data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
-    choice = snpc.Choice(0.5)
-    after = run(shrunk(snpc.decide(analysis, choice, calibration=data)), feeds)
+    choice = snpc.Budget(0.5)
+    after = run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds)
     assert all(np.isfinite(array).all() for array in after)
-    plain = snpc.decide(analysis, choice, method="select", criterion="magnitude")
+    plain = snpc.plan(analysis, choice, method="select", criterion="magnitude")
     assert moved(before, after) < moved(before, run(shrunk(plain), feeds))

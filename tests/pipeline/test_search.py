@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import snpc
 from snpc.pipeline import search as reach
-from snpc.pipeline.search import NEAR_DRIFT, ROUNDS, seek
-from snpc.planning.allocate import make_plan, predicted_drift, way_down
-from snpc.planning.config import Choice, parse_target
-from snpc.planning.descent import descent
-from snpc.planning.plan import Times, plan_of
+from snpc.pipeline.search import DRIFT_LOG_MARGIN, SEARCH_ROUNDS, bisect_on_prediction
+from snpc.planning.allocate import allocation_path, make_slice_plan, predicted_drift
+from snpc.planning.config import Budget, parse_target
+from snpc.planning.descent import greedy_path
+from snpc.planning.plan import LatencyCurves, select_units
 from snpc.runtime.evaluation import latency
-from snpc.runtime.evaluation.latency import SHARES, Artefact, LatencyTable, Workload, latency_table
+from snpc.runtime.evaluation.latency import KEPT_SHARES, LatencyTable, TimedArtifact, Workload, latency_table
 from snpc.types import FloatArray, Group, Role
 from tests.cli.test_cli import CALIB, VIT, invoke, reported
 from tests.oracle import analysis_of, feeds_of
@@ -52,8 +52,8 @@ def test_a_search_ends_within_the_limit(count: int, off: float, bend: float, lim
         tried[index] = float(true[index])
         return tried[index]
 
-    found = seek(predicted, limit, measure, NEAR_DRIFT)
-    assert 1 <= len(tried) <= ROUNDS
+    found = bisect_on_prediction(predicted, limit, measure, DRIFT_LOG_MARGIN)
+    assert 1 <= len(tried) <= SEARCH_ROUNDS
     assert all(true[k] <= limit for k in tried if k <= found)
     assert all(true[k] > limit for k in tried if k > found)
     if found < 0:
@@ -68,8 +68,8 @@ def test_a_search_ends_within_the_limit(count: int, off: float, bend: float, lim
 def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, limit: float) -> None:
     predicted = np.linspace(-7, 0, 3000)
     measured = predicted + off
-    found = seek(predicted, limit, lambda k: float(measured[k]), NEAR_DRIFT)
-    assert limit - NEAR_DRIFT <= measured[found] <= limit
+    found = bisect_on_prediction(predicted, limit, lambda k: float(measured[k]), DRIFT_LOG_MARGIN)
+    assert limit - DRIFT_LOG_MARGIN <= measured[found] <= limit
 
 
 # -- drift -----------------------------------------------------------------------------------------------------------
@@ -80,23 +80,25 @@ def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, l
 def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, uniform: bool, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     calibration = snpc.load_calibration(feeds_of(name), analysis.model.inputs, batch=3)
-    choice = Choice(max_drift=limit, uniform=uniform)
-    decision = snpc.decide(analysis, choice, calibration=calibration)
-    result = snpc.prune(decision, tmp_path / "cut.onnx", calibration=calibration)
+    choice = Budget(max_drift=limit, uniform=uniform)
+    decision = snpc.plan(analysis, choice, calibration=calibration)
+    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
     measured = drift_of(analysis.model.path, result.path, calibration)
     assert result.search is not None
     assert measured == pytest.approx(result.search.reached, rel=1e-3)
     assert measured <= limit
     assert result.after.macs < result.before.macs
-    assert len(result.search.tried) <= ROUNDS
+    assert len(result.search.tried) <= SEARCH_ROUNDS
     assert decision.scores is not None
-    way, _ = way_down(decision.groups, decision.scores, choice)
+    way, _ = allocation_path(decision.groups, decision.scores, choice)
     kept = {g.id: result.plan.kept(g) for g in decision.groups}
     steps = next(k for k in range(len(way.steps) + 1) if way.widths(k) == kept)
     larger = min(steps + max(1, len(way.steps) // 10), len(way.steps))
     if measured < 0.8 * limit and larger > steps:  # not near: then going on would have gone over
-        plan = plan_of(decision.scores, choice, way.widths(larger))
-        over = snpc.apply_plan(plan, tmp_path / "over.onnx", compression=decision.compression, calibration=calibration)
+        plan = select_units(decision.scores, choice, way.widths(larger))
+        over = snpc.apply_slice_plan(
+            plan, tmp_path / "over.onnx", compression=decision.compression, calibration=calibration
+        )
         assert drift_of(analysis.model.path, over.path, calibration) > limit
 
 
@@ -127,8 +129,8 @@ def test_the_saved_plan_is_the_one_that_was_applied(tmp_path: Path) -> None:
 def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     calibration = snpc.load_calibration(CALIB, analysis.model.inputs, samples=32)
-    decision = snpc.decide(analysis, Choice(max_drift=0.1), calibration=calibration, method="select")
-    result = snpc.prune(decision, tmp_path / "cut.onnx", calibration=calibration)
+    decision = snpc.plan(analysis, Budget(max_drift=0.1), calibration=calibration, method="select")
+    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
     assert drift_of(VIT, result.path, calibration) <= 0.1
     assert result.after.macs < result.before.macs
 
@@ -136,8 +138,8 @@ def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
 def test_predicted_drift_adds_up_the_curves() -> None:
     groups = [group("a", "qk", 2, 4), group("b", "ffn", 1, 3)]
     curves = {"a": np.array([9.0, 4, 1, 0.5, 0]), "b": np.array([2.0, 1, 0.1, 0])}
-    scores = snpc.Scores(stub(groups), "made", {}, curves=curves)
-    way, _ = way_down(groups, scores, Choice(max_drift=1.0))
+    scores = snpc.UnitScores(stub(groups), "made", {}, curves=curves)
+    way, _ = allocation_path(groups, scores, Budget(max_drift=1.0))
     predicted = predicted_drift(way, scores)
     assert predicted[0] == 0
     for k in range(len(way.steps) + 1):
@@ -178,19 +180,19 @@ def stub(groups: Sequence[Group]) -> Any:
     )
 
 
-def timed(groups: Sequence[Group], ms: dict[str, float], base: float = 10.0) -> snpc.Scores:
+def timed(groups: Sequence[Group], ms: dict[str, float], base: float = 10.0) -> snpc.UnitScores:
     """Scores of groups that each save so many ms when they are gone."""
     saved = {g.id: ms[g.id] * (1 - np.arange(g.size + 1) / g.size) for g in groups}
     values = {g.id: np.ones((g.blocks, g.size)) for g in groups}
     curves = {g.id: (1 - np.arange(g.size + 1) / g.size) ** 2 for g in groups}
-    return snpc.Scores(stub(groups), "made", values, curves=curves, times=Times(base, base, saved))
+    return snpc.UnitScores(stub(groups), "made", values, curves=curves, times=LatencyCurves(base, base, saved))
 
 
 def test_time_is_the_price() -> None:
     """Of two groups that lose alike, the one that saves more time goes first, and no further than is asked."""
     groups = [group("slow", "ffn", 1, 20), group("fast", "ffn", 1, 20)]
     scores = timed(groups, {"slow": 6.0, "fast": 0.6})
-    plan = make_plan(scores, Choice(target="latency=0.7"))
+    plan = make_slice_plan(scores, Budget(target="latency=0.7"))
     gone = {g.id: g.size - plan.kept(g) for g in groups}
     assert gone["slow"] > 4 * gone["fast"]
     assert scores.times is not None
@@ -206,11 +208,11 @@ def test_a_latency_is_a_share_or_milliseconds(text: str, ms: float) -> None:
 def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() -> None:
     groups = [group("a", "ffn", 1, 20)]
     with pytest.raises(snpc.UserError, match=r"latency=0\.2 cannot be reached.* latency=0\.525 \(predicted\)"):
-        make_plan(timed(groups, {"a": 5.0}), Choice(target="latency=0.2"))
+        make_slice_plan(timed(groups, {"a": 5.0}), Budget(target="latency=0.2"))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(2, 64), st.lists(st.floats(-0.1, 0.3), min_size=len(SHARES), max_size=len(SHARES)))
+@given(st.integers(2, 64), st.lists(st.floats(-0.1, 0.3), min_size=len(KEPT_SHARES), max_size=len(KEPT_SHARES)))
 def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float]) -> None:
     g = group("a", "ffn", 1, size)
     table = LatencyTable(12.0, 10.0, {"ffn": tuple(parts)})
@@ -218,7 +220,7 @@ def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float
     assert curve.shape == (size + 1,)
     assert curve[-1] == 0
     assert (np.diff(curve) <= 1e-9).all()
-    for share, part in zip(SHARES, np.maximum.accumulate(np.maximum(parts, 0)), strict=True):
+    for share, part in zip(KEPT_SHARES, np.maximum.accumulate(np.maximum(parts, 0)), strict=True):
         if share * size == round(share * size):
             assert curve[round(share * size)] == pytest.approx(10 * part)
 
@@ -257,7 +259,7 @@ def test_with_a_clock_that_counts_macs(clock: list[Path], tmp_path: Path, target
     assert asked - 0.06 <= share <= asked
     assert report["search"]["kind"] == "latency"
     tables = [path for path in clock if path.name in ("base.onnx", "narrow.onnx")]
-    assert len(tables) == 1 + 3 * len(SHARES)
+    assert len(tables) == 1 + 3 * len(KEPT_SHARES)
     for g in report["groups"] if "--round-to" in flags else ():
         assert g["kept"] == g["size"] or g["kept"] % 4 == 0
         assert g["kept"] >= 0.25 * g["size"]
@@ -276,7 +278,7 @@ def test_the_table_is_measured_once_for_a_machine_model_and_sizes(clock: list[Pa
     analysis = snpc.analyze(snpc.load(VIT))
     first = latency_table(analysis, ("qk", "ffn"))
     count = len(clock)
-    assert count == 1 + 2 * len(SHARES)
+    assert count == 1 + 2 * len(KEPT_SHARES)
     again = latency_table(analysis, ("qk", "ffn"))
     assert (again, len(clock)) == (first, count)
     latency_table(analysis, ("qk", "ffn"), workload=Workload(batch=2))
@@ -295,13 +297,13 @@ def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> No
         return made[-1]
 
     analysis = snpc.analyze(snpc.load(VIT))
-    choice = snpc.Choice(target="latency=0.6")
-    plain = snpc.decide(analysis, choice)
+    choice = snpc.Budget(target="latency=0.6")
+    plain = snpc.plan(analysis, choice)
     count = len(clock)
-    workload = Workload(artefact=Artefact("a copy", make))
-    decision = snpc.decide(analysis, choice, workload=workload)
+    workload = Workload(artefact=TimedArtifact("a copy", make))
+    decision = snpc.plan(analysis, choice, workload=workload)
     assert decision.plan.keep == plain.plan.keep, "the clock counts MACs: a copy takes as long"
-    result = snpc.prune(decision, tmp_path / "cut.onnx")
+    result = snpc.apply(decision, tmp_path / "cut.onnx")
     assert len(clock) > 2 * count, "times of the model itself do not serve for the artefact"
     assert set(clock[count:]) <= set(made)
     assert result.search is not None and result.search.unit == "of the dense model, built for a copy"
@@ -331,7 +333,9 @@ def test_every_step_goes_down(shapes: list[tuple[Role, int, int]], uniform: bool
     groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
     rng = np.random.default_rng(seed)
     costs: dict[str, FloatArray] = {g.id: rng.random(g.size) for g in groups}
-    way = descent(groups, costs, {g.id: 1.0 for g in groups}, Choice(target="macs=0.5", uniform=uniform, round_to=step))
+    way = greedy_path(
+        groups, costs, {g.id: 1.0 for g in groups}, Budget(target="macs=0.5", uniform=uniform, round_to=step)
+    )
     before = way.widths(0)
     for k in range(1, len(way.steps) + 1):
         after = way.widths(k)

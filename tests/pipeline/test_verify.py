@@ -19,8 +19,14 @@ import pytest
 from onnx import numpy_helper
 
 import snpc
-from snpc.runtime.evaluation.compare import agreement, check_structure, compare, judge, pooled
-from snpc.runtime.io.atomic import replacing
+from snpc.runtime.evaluation.compare import (
+    aggregate,
+    argmax_agreement,
+    check_structure,
+    measure_differences,
+    raise_if_unequal,
+)
+from snpc.runtime.io.atomic import atomic_write
 from snpc.types import Difference, Verdict
 from tests.cli.test_cli import VIT, arrays, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
@@ -167,7 +173,7 @@ class TestVerify:
 class TestCompare:
     def test_numbers(self) -> None:
         a, b = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 2.0]])
-        (found,) = compare({"y": a}, {"y": b})
+        (found,) = measure_differences({"y": a}, {"y": b})
         assert found.max_abs_diff == 2
         assert found.relative == pytest.approx(2 / 5)
         assert found.cosine == pytest.approx(25 / (5 * np.sqrt(29)))
@@ -176,34 +182,34 @@ class TestCompare:
     def test_infinity_that_both_have(self) -> None:
         """Masked scores are minus infinity."""
         a = np.array([1.0, -np.inf])
-        (found,) = compare({"y": a}, {"y": a + np.array([0.5, 0.0])})
+        (found,) = measure_differences({"y": a}, {"y": a + np.array([0.5, 0.0])})
         assert (found.max_abs_diff, found.agreement) == (0.5, None)
 
     def test_shape_and_new_infinity(self) -> None:
         with pytest.raises(snpc.CheckFailed, match=r"output y: shape \[2\] instead of \[3\]"):
-            compare({"y": np.zeros(3)}, {"y": np.zeros(2)})
+            measure_differences({"y": np.zeros(3)}, {"y": np.zeros(2)})
         with pytest.raises(snpc.CheckFailed, match="output y: holds NaN or infinity"):
-            compare({"y": np.zeros(2)}, {"y": np.array([0, np.inf])})
+            measure_differences({"y": np.zeros(2)}, {"y": np.array([0, np.inf])})
 
     @pytest.mark.parametrize("shape", [(0, 4), (3,), (), (2, 1)])
     def test_shapes_without_a_top_entry(self, shape: tuple[int, ...]) -> None:
-        (found,) = compare({"y": np.zeros(shape)}, {"y": np.zeros(shape)})
+        (found,) = measure_differences({"y": np.zeros(shape)}, {"y": np.zeros(shape)})
         assert (found.max_abs_diff, found.relative, found.agreement) == (0, 0, None)
 
     def test_half_and_integers(self) -> None:
-        (found,) = compare({"y": np.array([1000], np.float16)}, {"y": np.array([1001], np.float16)})
+        (found,) = measure_differences({"y": np.array([1000], np.float16)}, {"y": np.array([1001], np.float16)})
         assert found.max_abs_diff == 1
-        (found,) = compare({"y": np.array([2**40])}, {"y": np.array([2**40 + 1])})
+        (found,) = measure_differences({"y": np.array([2**40])}, {"y": np.array([2**40 + 1])})
         assert found.max_abs_diff == 1
 
     def test_agreement_is_of_rows(self) -> None:
         x, y = np.eye(4)[None], np.eye(4)[None, ::-1]
-        assert agreement(x, x) == 1
-        assert agreement(x, y) == 0
+        assert argmax_agreement(x, x) == 1
+        assert argmax_agreement(x, y) == 0
 
     def test_pooling(self) -> None:
         rows = [[Difference("y", 1.0, 0.2, 0.9, 1.0)], [Difference("y", 3.0, 0.4, 0.7, 0.5)]]
-        (found,) = pooled(rows)
+        (found,) = aggregate(rows)
         assert (found.max_abs_diff, found.agreement) == (3.0, 0.75)
         assert (found.relative, found.cosine) == (pytest.approx(0.3), pytest.approx(0.8))
 
@@ -211,9 +217,9 @@ class TestCompare:
         def verdict(relative: float) -> Verdict:
             return Verdict((), (Difference("y", 1.0, relative, 1.0),), (Difference("y", 9.0, 9.0, 0.0),), "", 1e-4)
 
-        judge(verdict(0.9e-4))
+        raise_if_unequal(verdict(0.9e-4))
         with pytest.raises(snpc.CheckFailed, match=r"output y.*more than 1e-04"):
-            judge(verdict(1.1e-4))
+            raise_if_unequal(verdict(1.1e-4))
 
 
 def test_an_original_that_the_checker_refuses(tiny: Path, pruned: Path) -> None:
@@ -233,12 +239,14 @@ def test_the_whole_way_in_python(name: str, tmp_path: Path) -> None:
     analysis = snpc.analyze(model)
     data = snpc.load_calibration(load_feeds(name), model.inputs)
     scores = snpc.score(analysis, "mixed", data)
-    result = snpc.apply_plan(snpc.make_plan(scores, snpc.Choice(0.3)), tmp_path / "out.onnx", calibration=data)
+    result = snpc.apply_slice_plan(
+        snpc.make_slice_plan(scores, snpc.Budget(0.3)), tmp_path / "out.onnx", calibration=data
+    )
     assert result.verdict.max_abs_diff is not None
     assert result.verdict.max_abs_diff < 1e-3
     assert result.after.params < result.before.params
     assert result.after.macs < result.before.macs
-    json.dumps(snpc.report(result))
+    json.dumps(snpc.json_report(result))
     assert list(tmp_path.iterdir()) == [tmp_path / "out.onnx"]
 
 
@@ -307,9 +315,9 @@ class TestNothingHalfWritten:
         before = snapshot(tiny.parent)
         module = "model_io" if where == "write_inline" else "prune"
         monkeypatch.setattr(f"snpc.runtime.{module}.{where}", crash)
-        plan = snpc.make_plan(snpc.score(snpc.analyze(snpc.load(tiny))), snpc.Choice(0.5))
+        plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(tiny))), snpc.Budget(0.5))
         with pytest.raises(error, match="now"):
-            snpc.apply_plan(plan, earlier)
+            snpc.apply_slice_plan(plan, earlier)
         assert snapshot(tiny.parent) == before
 
     def test_a_result_that_does_not_hold(self, tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +335,7 @@ class TestNothingHalfWritten:
         failed("differs from its masked original", "prune", tiny, "--ratio", 0.5, "-o", earlier)
         assert snapshot(tiny.parent) == before
 
-    @pytest.mark.parametrize("broken", ["tempfile.mkstemp", "snpc.runtime.io.save.skeleton_proto"])
+    @pytest.mark.parametrize("broken", ["tempfile.mkstemp", "snpc.runtime.io.save.proto_without_weights"])
     def test_external_weights(self, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = write_tiny(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
         invoke("prune", model, "--ratio", 0.2, "-o", tmp_path / "out.onnx")
@@ -365,7 +373,7 @@ class TestNothingHalfWritten:
     def test_permissions_are_those_of_a_new_file(self, tiny: Path) -> None:
         plain = tiny.with_name("plain")
         plain.write_bytes(b"")
-        with replacing(tiny.with_name("made")) as path:
+        with atomic_write(tiny.with_name("made")) as path:
             path.write_bytes(b"made")
             assert path.parent == tiny.parent
         assert tiny.with_name("made").stat().st_mode == plain.stat().st_mode

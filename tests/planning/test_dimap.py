@@ -12,7 +12,7 @@ import snpc
 from snpc.cli import main
 from snpc.errors import UserError
 from snpc.planning.dimap import relative_energy
-from snpc.runtime.statistics.unit_weights import energies_of
+from snpc.runtime.statistics.unit_weights import unit_weight_energies
 from tests.oracle import analysis_of
 
 
@@ -32,9 +32,9 @@ def test_the_scale_of_a_layer_does_not_matter(scale: float) -> None:
 def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path: Path) -> None:
     """Of every role, what goes has less relative energy than what stays, and no more goes than has to."""
     analysis = analysis_of(name)
-    choice = snpc.Choice(**options, allocator="dimap")  # type: ignore[arg-type]
-    decision = snpc.decide(analysis, choice)
-    energies = energies_of(analysis, decision.groups)
+    choice = snpc.Budget(**options, allocator="dimap")  # type: ignore[arg-type]
+    decision = snpc.plan(analysis, choice)
+    energies = unit_weight_energies(analysis, decision.groups)
     for role in ("qk", "vo", "ffn"):
         gone, left = [], []
         for group in (g for g in decision.groups if g.role == role):
@@ -43,7 +43,7 @@ def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path
             gone += ranks[:cut].tolist()
             left += ranks[cut:-1].tolist()  # the last unit always stays
         assert gone and max(gone) <= min(left) + 1e-12
-    result = snpc.apply_plan(decision.plan, tmp_path / "out.onnx")
+    result = snpc.apply_slice_plan(decision.plan, tmp_path / "out.onnx")
     assert result.verdict.equals_mask
     if "ratio" in options:
         for role in ("qk", "vo", "ffn"):
@@ -58,7 +58,7 @@ def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path
 
 def test_widths_keep_to_their_multiples() -> None:
     analysis = analysis_of("swin_timm__ts17")
-    decision = snpc.decide(analysis, snpc.Choice(0.5, allocator="dimap", round_to=4, min_width=4))
+    decision = snpc.plan(analysis, snpc.Budget(0.5, allocator="dimap", round_to=4, min_width=4))
     kept = [decision.plan.kept(g) for g in decision.groups if decision.plan.kept(g) < g.size]
     assert kept and all(width % 4 == 0 for width in kept)
 
@@ -71,9 +71,9 @@ def test_the_command_line_and_refusals(tmp_path: Path) -> None:
     made = CliRunner().invoke(main, ["prune", model, *flags, "--uniform"])
     assert made.exit_code == 2
     with pytest.raises(UserError, match="weights alone"):
-        snpc.Choice(max_drift=0.1, allocator="dimap")
+        snpc.Budget(max_drift=0.1, allocator="dimap")
     with pytest.raises(UserError, match="cannot be reached"):
-        snpc.decide(analysis_of("swin_timm__ts17"), snpc.Choice(target="macs=0.01", allocator="dimap"))
+        snpc.plan(analysis_of("swin_timm__ts17"), snpc.Budget(target="macs=0.01", allocator="dimap"))
     analysis = analysis_of("vit_timm__ts17")
     with pytest.raises(UserError, match="energies of weights"):
-        snpc.make_plan(snpc.score(analysis), snpc.Choice(0.5, allocator="dimap"))
+        snpc.make_slice_plan(snpc.score(analysis), snpc.Budget(0.5, allocator="dimap"))

@@ -15,7 +15,7 @@ import click
 import pytest
 
 from snpc.cli import main
-from snpc.ops import lookup, table
+from snpc.ops import lookup, operator_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -64,11 +64,11 @@ def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def fresh_table() -> Iterator[dict[tuple[str, str], object]]:
     """The operator table, put back afterwards."""
-    before = dict(table())
+    before = dict(operator_table())
     lookup.cache_clear()
-    yield table()  # type: ignore[misc]
-    table().clear()
-    table().update(before)
+    yield operator_table()  # type: ignore[misc]
+    operator_table().clear()
+    operator_table().update(before)
     lookup.cache_clear()
 
 

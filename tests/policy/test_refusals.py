@@ -169,9 +169,9 @@ class TestExternalData:
         onnx.save_model(proto, model, save_as_external_data=True, location="o.onnx.data", size_threshold=0)
         nothing_changes()
         refused(r"o\.onnx\.data: is the input itself", "prune", model, *RATIO, "-o", model.parent / "o.onnx")
-        plan = snpc.make_plan(snpc.score(snpc.analyze(snpc.load(model))), snpc.Choice(0.5))
+        plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(model))), snpc.Budget(0.5))
         with pytest.raises(UserError, match="input itself"):
-            snpc.apply_plan(plan, model.parent / "o.onnx")
+            snpc.apply_slice_plan(plan, model.parent / "o.onnx")
 
 
 # -- nothing to prune, and what is pinned ----------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_choice_in_python() -> None:
                            ({"ratio": 0.5, "roles": ("heads",)}, "role 'heads'"),
                            ({"ratio": 0.5, "include": "["}, "regular expression")):  # fmt: skip
         with pytest.raises(UserError, match=words):
-            snpc.Choice(**options)  # type: ignore[arg-type]
+            snpc.Budget(**options)  # type: ignore[arg-type]
 
 
 # -- calibration data ------------------------------------------------------------------------------------------------

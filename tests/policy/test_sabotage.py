@@ -59,7 +59,7 @@ def test_other_rows_than_planned(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def test_a_weight_that_was_not_cut(tmp_path: Path, monkeypatch: Patch) -> None:
-    right = slice.shrink_constant
+    right = slice.slice_constant
 
     def lazy(value: ir.Value, *rest: Any) -> None:
         if "blocks.1.mlp.fc1.bias" not in str(value.name):
@@ -71,13 +71,13 @@ def test_a_weight_that_was_not_cut(tmp_path: Path, monkeypatch: Patch) -> None:
 
 def test_a_reshape_that_keeps_its_old_target(tmp_path: Path, monkeypatch: Patch) -> None:
     """Repairs do nothing: the shapes that come out are compared with what must come out."""
-    monkeypatch.setattr(slice.Repairs, "set_input", lambda *_: None)
+    monkeypatch.setattr(slice.ShapeParameterEditor, "set_input", lambda *_: None)
     refused(tmp_path, "Reshape")
 
 
 def test_repairs_that_are_never_tried(tmp_path: Path, monkeypatch: Patch) -> None:
     """And were that check gone too, strict shape inference or the run would refuse the file."""
-    monkeypatch.setattr(slice.Repairs, "set_input", lambda *_: None)
+    monkeypatch.setattr(slice.ShapeParameterEditor, "set_input", lambda *_: None)
     monkeypatch.setattr(slice, "check_movement", lambda *_: None)
     monkeypatch.setattr(slice, "check_shapes", lambda *_: None)
     result = invoke("prune", VIT, "--ratio", 0.5, "-o", tmp_path / "out.onnx", "--criterion", "magnitude", code=None)

@@ -1,1 +1,1 @@
-"""Tests of snpc.report."""
+"""Tests of snpc.json_report."""

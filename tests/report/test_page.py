@@ -22,12 +22,13 @@ from onnx import helper, numpy_helper
 
 import snpc
 from snpc.cli import main
-from snpc.passes.mac_breakdown import PRECEDENCE, macs_by_role
-from snpc.report.attention_maps import Attention, grid_of
-from snpc.report.data import Report
-from snpc.report.format import count
-from snpc.report.page import page, percent
-from snpc.report.png import data_url
+from snpc.passes.mac_breakdown import ROLE_PRECEDENCE, macs_by_role
+from snpc.report.attention_maps import AttentionMaps, patch_grid
+from snpc.report.charts import format_percent
+from snpc.report.data import ReportData
+from snpc.report.format import format_count
+from snpc.report.page import render_page
+from snpc.report.png import png_data_url
 from tests.models.exports import export, load_feeds
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
@@ -66,16 +67,16 @@ class Parsed(HTMLParser):
 
 @dataclass(frozen=True)
 class Written:
-    result: snpc.Pruned
-    decision: snpc.Decision
-    report: Report
+    result: snpc.PrunedModel
+    decision: snpc.PruningPlan
+    report: ReportData
     text: str
 
 
 def pruned(
     model: Path,
     folder: Path,
-    choice: snpc.Choice,
+    choice: snpc.Budget,
     data: object = None,
     criterion: str | None = None,
 ) -> Written:
@@ -83,8 +84,8 @@ def pruned(
     calibration = None
     if data is not None:
         calibration = snpc.load_calibration(data, analysis.model.inputs, samples=16)  # type: ignore[arg-type]
-    decision = snpc.decide(analysis, choice, calibration=calibration, criterion=criterion)
-    result = snpc.apply_plan(
+    decision = snpc.plan(analysis, choice, calibration=calibration, criterion=criterion)
+    result = snpc.apply_slice_plan(
         decision.plan, folder / "pruned.onnx", compression=decision.compression, calibration=calibration
     )
     target = folder / "report.html"
@@ -95,10 +96,10 @@ def pruned(
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("digits")
-    return pruned(DATA / "digits_vit.onnx", folder, snpc.Choice(ratio=0.5), str(DATA / "calib.npz"))
+    return pruned(DATA / "digits_vit.onnx", folder, snpc.Budget(ratio=0.5), str(DATA / "calib.npz"))
 
 
-def exported(name: str, folder: Path, choice: snpc.Choice) -> Written:
+def exported(name: str, folder: Path, choice: snpc.Budget) -> Written:
     return pruned(export(name), folder, choice, dict(load_feeds(name)), "magnitude")
 
 
@@ -134,17 +135,17 @@ def test_every_group_of_the_plan_is_shown(digits: Written) -> None:
 
 
 def test_numbers_are_those_of_the_result(digits: Written) -> None:
-    numbers = snpc.report(digits.result)
+    numbers = snpc.json_report(digits.result)
     costs = {pair.name: (pair.before, pair.after) for pair in digits.report.costs}
     for name, key in (("parameters", "params"), ("MACs", "macs"), ("size on disk", "bytes")):
         assert costs[name] == (numbers[key]["before"], numbers[key]["after"])
-        assert count(numbers[key]["after"]) in digits.text
+        assert format_count(numbers[key]["after"]) in digits.text
     assert {w.id: w.kept for w in digits.report.widths} == {
         g["id"]: g["kept"] for g in numbers["groups"] if g["role"] in ("qk", "vo", "ffn")
     }
     (drift,) = numbers["verify"]["drift"]
     assert digits.report.drift[0].relative == drift["relative"]
-    assert percent(drift["relative"]) in digits.text
+    assert format_percent(drift["relative"]) in digits.text
     assert json.loads(json.dumps(digits.report.to_json()))["costs"][0]["after"] == numbers["params"]["after"]
 
 
@@ -154,11 +155,11 @@ def test_curves_are_drawn_with_the_chosen_point(digits: Written) -> None:
     assert found.of_class("curve") == found.of_class("drop") == len(curves) > 0
     for width in digits.report.widths:
         assert np.allclose(np.square(width.curve), curves[width.id])
-        assert f"{width.kept} of {width.size} kept, {percent(width.curve[width.kept])}" in digits.text
+        assert f"{width.kept} of {width.size} kept, {format_percent(width.curve[width.kept])}" in digits.text
 
 
 def test_without_curves_or_data_there_are_none(tmp_path: Path) -> None:
-    written = pruned(DATA / "digits_vit.onnx", tmp_path, snpc.Choice(ratio=0.5))
+    written = pruned(DATA / "digits_vit.onnx", tmp_path, snpc.Budget(ratio=0.5))
     found = assert_loads_nothing(written.text)
     assert found.of_class("curve") == 0
     assert not written.report.attention.pictures
@@ -197,7 +198,7 @@ def test_no_product_counts_twice(name: str) -> None:
     analysis = snpc.analyze(snpc.load(export(name)))
     found = macs_by_role(analysis)
     assert sum(found.values()) == analysis.cost.macs
-    assert sum(found.get(role, 0) for role in PRECEDENCE) > 0.5 * analysis.cost.macs
+    assert sum(found.get(role, 0) for role in ROLE_PRECEDENCE) > 0.5 * analysis.cost.macs
 
 
 # -- attention maps --------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def weights_in(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def test_maps_are_the_attention_of_the_class_token(tmp_path: Path) -> None:
     name = "vit_timm__ts17"
-    written = exported(name, tmp_path, snpc.Choice(ratio=0.5))
+    written = exported(name, tmp_path, snpc.Budget(ratio=0.5))
     feeds = load_feeds(name)
     found = written.report.attention
     assert len(found.pictures) == 2
@@ -232,7 +233,7 @@ def test_maps_are_the_attention_of_the_class_token(tmp_path: Path) -> None:
 
 def test_heads_are_compared_with_themselves(tmp_path: Path) -> None:
     """Dropping heads changes nothing about how the others of the first layer look at things."""
-    written = exported("vit_hf__ts17", tmp_path, snpc.Choice(ratio=0.5, roles=("head",), uniform=True))
+    written = exported("vit_hf__ts17", tmp_path, snpc.Budget(ratio=0.5, roles=("head",), uniform=True))
     plan = written.result.plan
     first, *_ = [g for g in plan.analysis.groups if g.role == "qk"]
     heads, *_ = [g for g in plan.analysis.groups if g.role == "head"]
@@ -250,26 +251,26 @@ def test_heads_are_compared_with_themselves(tmp_path: Path) -> None:
     ],
 )
 def test_no_maps_where_there_is_no_picture_to_look_at(name: str, reason: str, tmp_path: Path) -> None:
-    written = exported(name, tmp_path, snpc.Choice(ratio=0.5))
-    assert written.report.attention == Attention(reason=written.report.attention.reason)
+    written = exported(name, tmp_path, snpc.Budget(ratio=0.5))
+    assert written.report.attention == AttentionMaps(reason=written.report.attention.reason)
     assert reason in written.report.attention.reason
     assert "img" not in assert_loads_nothing(written.text).names()
 
 
 def test_grids() -> None:
-    assert grid_of(197, (224, 224)) == (1, (14, 14))
-    assert grid_of(196, (224, 224)) == (0, (14, 14))
-    assert grid_of(201, (224, 224)) == (5, (14, 14))
-    assert grid_of(1 + 8 * 16, (128, 256)) == (1, (8, 16))
-    assert grid_of(150, (224, 224)) == (6, (12, 12))
-    assert grid_of(60, (224, 224)) is None
+    assert patch_grid(197, (224, 224)) == (1, (14, 14))
+    assert patch_grid(196, (224, 224)) == (0, (14, 14))
+    assert patch_grid(201, (224, 224)) == (5, (14, 14))
+    assert patch_grid(1 + 8 * 16, (128, 256)) == (1, (8, 16))
+    assert patch_grid(150, (224, 224)) == (6, (12, 12))
+    assert patch_grid(60, (224, 224)) is None
 
 
 def test_pictures_are_png() -> None:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    data = b64decode(data_url(pixels).partition(",")[2])
+    data = b64decode(png_data_url(pixels).partition(",")[2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
 
 
@@ -297,7 +298,7 @@ def hostile_model(path: Path) -> Path:
 
 def test_names_stay_text(tmp_path: Path) -> None:
     path = hostile_model(tmp_path / "<b onclick=x>&\"'.onnx")
-    written = pruned(path, tmp_path, snpc.Choice(ratio=0.5))
+    written = pruned(path, tmp_path, snpc.Budget(ratio=0.5))
     found = assert_loads_nothing(written.text)
     assert "b" in found.names()  # the page's own, without attributes
     assert all(not attributes for tag, attributes in found.tags if tag == "b")
@@ -311,7 +312,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
 def test_a_name_that_is_no_text_does_not_stop_the_page(digits: Written) -> None:
     from dataclasses import replace
 
-    assert "?.onnx, pruned" in page(replace(digits.report, model="\udcff.onnx"))
+    assert "?.onnx, pruned" in render_page(replace(digits.report, model="\udcff.onnx"))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def test_the_command_line_writes_it(tmp_path: Path) -> None:
     target = tmp_path / "out.html"
     done = CliRunner().invoke(main, ["prune", str(model), "--ratio", "0.5", "--report", str(target), "--json", "-"])
     assert done.exit_code == 0, done.output
-    assert count(json.loads(done.stdout)["params"]["after"]) in assert_loads_nothing(target.read_text()).texts
+    assert format_count(json.loads(done.stdout)["params"]["after"]) in assert_loads_nothing(target.read_text()).texts
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-pruned.onnx", "m.onnx", "out.html"]
 
 
@@ -393,7 +394,9 @@ def test_patches_that_are_left_are_shown(spec: str, tmp_path: Path) -> None:
     model = snpc.load(DATA / "digits_vit.onnx")
     calibration = snpc.load_calibration(str(DATA / "calib.npz"), model.inputs, samples=8)
     reduced = snpc.reduce_tokens(snpc.analyze(model), spec)
-    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx", calibration=calibration)
+    result = snpc.apply_slice_plan(
+        snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx", calibration=calibration
+    )
     report = snpc.write_report(result, tmp_path / "page.html", calibration=calibration)
     assert reduced.reduction is not None
     steps = reduced.reduction.to_json()["steps"]

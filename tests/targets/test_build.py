@@ -21,12 +21,12 @@ import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
 from snpc.runtime.execution.runners import open_runner
-from snpc.targets import build as make
-from snpc.targets.base import Job, Made, Options
-from snpc.targets.onnxruntime import TARGET as ORT
-from snpc.targets.preferred_widths import vector_width, widths_for
+from snpc.targets import TARGETS
+from snpc.targets.base import BuildJob, BuildOptions, BuildOutput
+from snpc.targets.onnxruntime import ONNXRUNTIME_TARGET as ORT
+from snpc.targets.preferred_widths import vector_width, widths_for_target
 from snpc.targets.quantize import find_outliers
-from snpc.targets.shape_profile import profile
+from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
 from tests.oracle import require
 
@@ -38,15 +38,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained example, and ``half.onnx``, half of it."""
     folder = tmp_path_factory.mktemp("digits")
     snpc.write_example("digits", folder)
-    decision = snpc.decide(snpc.analyze(snpc.load(folder / "digits_vit.onnx")), snpc.Choice(ratio=0.5))
-    snpc.apply_plan(decision.plan, folder / "half.onnx")
+    decision = snpc.plan(snpc.analyze(snpc.load(folder / "digits_vit.onnx")), snpc.Budget(ratio=0.5))
+    snpc.apply_slice_plan(decision.plan, folder / "half.onnx")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough rounds to go through the motions."""
-    monkeypatch.setattr("snpc.targets.onnxruntime.SECONDS", 0.2)
+    monkeypatch.setattr("snpc.targets.onnxruntime.TIMING_SECONDS", 0.2)
 
 
 def calibration(digits: Path, samples: int = 64) -> snpc.Calibration:
@@ -135,11 +135,11 @@ def onnx_tensor(array: Array, name: str) -> Any:
 def test_weights_too_big_for_one_file_lie_beside_it(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snpc.runtime.io.save.LIMIT", 100_000)
-    monkeypatch.setattr("snpc.targets.onnxruntime.LIMIT", 100_000)
+    monkeypatch.setattr("snpc.runtime.io.save.PROTOBUF_LIMIT", 100_000)
+    monkeypatch.setattr("snpc.targets.onnxruntime.PROTOBUF_LIMIT", 100_000)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]
-    ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=Options(emit_script=True))
+    ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=BuildOptions(emit_script=True))
     assert [file.name for file in ready.files] == ["t.onnx", "t.sh", "t.onnx.data"]
     wanted = reference(digits / "half.onnx", images(digits))["logits"]
     for made in (built, ready):
@@ -237,8 +237,8 @@ def test_bench_compares_runtimes_and_their_outputs(digits: Path, tmp_path: Path)
 def pruned(name: str, tmp_path: Path) -> tuple[Path, Path]:
     require(name)
     dense = export(name)
-    decision = snpc.decide(snpc.analyze(snpc.load(dense)), snpc.Choice(ratio=0.5))
-    snpc.apply_plan(decision.plan, tmp_path / "pruned.onnx")
+    decision = snpc.plan(snpc.analyze(snpc.load(dense)), snpc.Budget(ratio=0.5))
+    snpc.apply_slice_plan(decision.plan, tmp_path / "pruned.onnx")
     return dense, tmp_path / "pruned.onnx"
 
 
@@ -247,7 +247,7 @@ def test_rtx_weight_memory_shrinks_as_pruning_says(name: str, tmp_path: Path) ->
     extra("tensorrt_rtx", "trt-rtx")
     dense, narrow = pruned(name, tmp_path)
     before, after = (
-        snpc.build(path, "trt-rtx", tmp_path / f"{k}.engine", options=Options(sm=(86,)))
+        snpc.build(path, "trt-rtx", tmp_path / f"{k}.engine", options=BuildOptions(sm=(86,)))
         for k, path in enumerate((dense, narrow))
     )
     assert before.weights and after.weights
@@ -274,12 +274,12 @@ def test_rtx_half_precisions_halve_the_weights(digits: Path, tmp_path: Path) -> 
 def test_rtx_builds_for_what_is_asked_and_refuses_the_rest(digits: Path, tmp_path: Path) -> None:
     extra("tensorrt_rtx", "trt-rtx")
     one, three = (
-        snpc.build(digits / "half.onnx", "trt-rtx", tmp_path / f"{len(sm)}.engine", options=Options(sm=sm))
+        snpc.build(digits / "half.onnx", "trt-rtx", tmp_path / f"{len(sm)}.engine", options=BuildOptions(sm=sm))
         for sm in ((86,), (86, 89, 120))
     )
     assert three.bytes > one.bytes
     with pytest.raises(UserError, match=r"--sm 33: .* builds for 75,80,86"):
-        snpc.build(digits / "half.onnx", "trt-rtx", options=Options(sm=(33,)))
+        snpc.build(digits / "half.onnx", "trt-rtx", options=BuildOptions(sm=(33,)))
 
 
 def test_int8_builds_for_rtx(digits: Path, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_trt_target_takes_the_same_way(digits: Path, tmp_path: Path, monkeyp
     rtx = extra("tensorrt_rtx", "trt-rtx")
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name: rtx if name == "tensorrt" else real(name))
-    options = Options(workspace=256, timing_cache=tmp_path / "cache")
+    options = BuildOptions(workspace=256, timing_cache=tmp_path / "cache")
     built = snpc.build(digits / "half.onnx", "trt", tmp_path / "a.engine", options=options)
     assert built.target == "trt" and built.weights and (tmp_path / "cache").is_file()
     assert snpc.build(digits / "half.onnx", "trt", tmp_path / "b.engine", options=options).weights == built.weights
@@ -336,7 +336,7 @@ def test_the_script_fits_the_installed_version(
         __version__ = version
 
     monkeypatch.setattr(importlib, "import_module", lambda name: Fake if name == "tensorrt" else real(name))
-    options = Options(emit_script=True, max_shapes={"image": (4, 1, 8, 8)}, workspace=512)
+    options = BuildOptions(emit_script=True, max_shapes={"image": (4, 1, 8, 8)}, workspace=512)
     built = snpc.build(digits / "half.onnx", "trt", tmp_path / "ready.onnx", precision="fp16", options=options)
     line = (tmp_path / "ready.sh").read_text()
     assert ("--stronglyTyped" in line) == typed
@@ -352,13 +352,13 @@ def test_the_script_fits_the_installed_version(
 
 def test_profiles_come_from_dynamic_axes_or_from_the_user(digits: Path) -> None:
     path = digits / "half.onnx"
-    (span,) = profile(path, Options()).values()
+    (span,) = shape_ranges(path, BuildOptions()).values()
     assert (span.least, span.best, span.most) == ((1, 1, 8, 8), (1, 1, 8, 8), (16, 1, 8, 8))
-    (span,) = profile(path, Options(opt_shapes={"image": (4, 1, 8, 8)})).values()
+    (span,) = shape_ranges(path, BuildOptions(opt_shapes={"image": (4, 1, 8, 8)})).values()
     assert span.least == span.best == span.most == (4, 1, 8, 8)
     for wrong in ({"image": (4, 1, 9, 8)}, {"picture": (1, 1, 8, 8)}, {"image": (0, 1, 8, 8)}):
         with pytest.raises(UserError):
-            profile(path, Options(min_shapes={"image": (1, 1, 8, 8)}, max_shapes=wrong))
+            shape_ranges(path, BuildOptions(min_shapes={"image": (1, 1, 8, 8)}, max_shapes=wrong))
 
 
 def test_auto_widths_follow_what_runs_the_model(tmp_path: Path) -> None:
@@ -367,8 +367,12 @@ def test_auto_widths_follow_what_runs_the_model(tmp_path: Path) -> None:
         cpu.write_text(f"model name : x\nflags\t\t: {flags}\n")
         assert vector_width(cpu) == width
     assert vector_width(tmp_path / "none") == 4
-    assert dataclasses.astuple(widths_for("trt-rtx")) == (8, 16) == dataclasses.astuple(widths_for(None, "cuda"))
-    assert widths_for(None) == widths_for("ort") == widths_for("openvino")
+    assert (
+        dataclasses.astuple(widths_for_target("trt-rtx"))
+        == (8, 16)
+        == dataclasses.astuple(widths_for_target(None, "cuda"))
+    )
+    assert widths_for_target(None) == widths_for_target("ort") == widths_for_target("openvino")
 
 
 # -- nothing half done -----------------------------------------------------------------------------------------------
@@ -380,17 +384,17 @@ def test_a_failed_build_leaves_the_earlier_artefact(
     earlier = tmp_path / "out.onnx"
     earlier.write_bytes(b"earlier")
 
-    def wrong(job: Job) -> Made:
+    def wrong(job: BuildJob) -> BuildOutput:
         """Another model than was asked for."""
         shutil.copy(digits / "digits_vit.onnx", job.output)
-        return Made((job.output,))
+        return BuildOutput((job.output,))
 
-    def broken(job: Job) -> Made:
+    def broken(job: BuildJob) -> BuildOutput:
         job.output.write_bytes(b"no model")
-        return Made((job.output,))
+        return BuildOutput((job.output,))
 
     for make_it, error in ((wrong, CheckFailed), (broken, UserError)):
-        monkeypatch.setitem(make.TARGETS, "ort", dataclasses.replace(ORT, make=make_it))
+        monkeypatch.setitem(TARGETS, "ort", dataclasses.replace(ORT, make=make_it))
         with pytest.raises(error):
             snpc.build(digits / "half.onnx", "ort", earlier)
         assert earlier.read_bytes() == b"earlier"
@@ -415,13 +419,13 @@ def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: li
 
 def test_a_latency_is_that_of_the_artefact(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
-    made = snpc.artefact("ort", batch=4).make(digits / "half.onnx", tmp_path / "dense")
+    made = snpc.timed_artifact("ort", batch=4).make(digits / "half.onnx", tmp_path / "dense")
     assert made.parent == tmp_path / "dense"
     wanted = reference(digits / "half.onnx", images(digits))["logits"]
     np.testing.assert_allclose(open_runner(made).run(images(digits))["logits"], wanted, atol=1e-3)
     for target in ("trt", "trt-rtx"):
         with pytest.raises(UserError, match="does not run engines"):
-            snpc.artefact(target)
+            snpc.timed_artifact(target)
 
 
 def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
@@ -431,7 +435,7 @@ def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     built = json.loads(result.stdout)["build"]
     assert Path(built["path"]) == tmp_path / "narrow-ort.onnx" and built["drift"][0]["relative"] < 1e-4
-    multiple = widths_for("ort").multiple
+    multiple = widths_for_target("ort").multiple
     kept = {g["kept"] for g in json.loads(result.stdout)["groups"] if g["kept"] != g["size"]}
     assert kept and all(width % multiple == 0 for width in kept)
     refused = CliRunner().invoke(main, [*arguments, "--precision", "fp16"])

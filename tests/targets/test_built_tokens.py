@@ -9,7 +9,7 @@ import pytest
 
 import snpc
 from snpc.runtime.execution.runners import open_runner
-from snpc.targets.base import Options
+from snpc.targets.base import BuildOptions
 from tests.cli.test_cli import CALIB, VIT, invoke
 
 WAYS = ["topk:0.7@1,2", "fuse:0.7@1,2", "merge:4@1,2", "guided:4@1,2", "star:0.7@1,2", "adaptive:0.8@1,2"]
@@ -35,6 +35,6 @@ def test_openvino_says_what_onnxruntime_says(reduced: Path, tmp_path: Path) -> N
 
 def test_an_engine_is_built(reduced: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'snpc[trt-rtx]'")
-    built = snpc.build(reduced, "trt-rtx", tmp_path / "out.engine", options=Options(sm=(86,)))
+    built = snpc.build(reduced, "trt-rtx", tmp_path / "out.engine", options=BuildOptions(sm=(86,)))
     assert built.weights
     assert built.path.stat().st_size > built.weights

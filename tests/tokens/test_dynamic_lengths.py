@@ -16,9 +16,9 @@ import snpc
 from snpc.cli import main
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.pipeline.token_decisions import check_tokens, closed, decisions
-from snpc.pipeline.token_request import measured, with_tokens
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.pipeline.token_decisions import check_token_reduction, file_decisions, self_deciding_model
+from snpc.pipeline.token_request import apply_token_request, measure_offline_scores
 from snpc.runtime.io.save import save
 from snpc.tokens.reduction import reduce_tokens
 from tests.models.classifiers import CLASSIFIERS, SENTENCES
@@ -40,7 +40,7 @@ def texts(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Array]:
 
 def written(reduced: Analysis, folder: Path) -> Path:
     path = folder / "reduced.onnx"
-    save(clean(closed(reduced)), path)
+    save(finalize(self_deciding_model(reduced)), path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     return path
 
@@ -53,7 +53,7 @@ def test_text_classifiers_of_any_length(name: str, tmp_path: Path) -> None:
     path = written(reduced, tmp_path)
     batches = [texts(lengths) for lengths in LENGTHS] if name in DYNAMIC else [feeds_of(name)]
     assert reduced.reduction is not None
-    _, said = check_tokens(reduced, path, batches, 1e-5, "cpu")
+    _, said = check_token_reduction(reduced, path, batches, 1e-5, "cpu")
     assert "in place" in said
     for feeds in batches:
         assert np.abs(run(path, feeds)[0] - run(export(name), feeds)[0]).max() > 1e-3, "nothing was reduced"
@@ -72,7 +72,7 @@ def test_what_stays_is_what_the_class_token_attends_to_most_and_no_padding(name:
     save(shown, tmp_path / "shown.onnx")
     for lengths in LENGTHS:
         feeds = texts(lengths)
-        (decided,) = decisions(path, ["tokens_1_keep"], [feeds], "cpu")
+        (decided,) = file_decisions(path, ["tokens_1_keep"], [feeds], "cpu")
         keep = decided["tokens_1_keep"]
         count = math.ceil(0.5 * (max(lengths) - 1))
         assert keep.shape == (len(lengths), count)
@@ -100,9 +100,9 @@ def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> N
     assert [(p.block, p.leading, p.fixed) for p in found.tokens.points] == [(k, 0, fixed) for k in (1, 2, 3)]
     batches = [feeds_of(name)] if fixed else [texts(lengths) for lengths in LENGTHS]
     data = snpc.load_calibration(batches[0], found.model.inputs, batch=2)
-    reduced = reduce_tokens(found, spec, measured(found, data, spec))
+    reduced = reduce_tokens(found, spec, measure_offline_scores(found, data, spec))
     path = written(reduced, tmp_path)
-    _, said = check_tokens(reduced, path, batches, 1e-5, "cpu")
+    _, said = check_token_reduction(reduced, path, batches, 1e-5, "cpu")
     assert "in place" in said
     for feeds in batches:
         assert np.abs(run(path, feeds)[0] - run(export(name), feeds)[0]).max() > 1e-3, "nothing was reduced"
@@ -113,7 +113,7 @@ def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> N
 
 def test_encoders_that_a_decoder_reads(tmp_path: Path) -> None:
     reduced = reduce_tokens(analysis_of("bart__ts17"), "topk:0.5")
-    check_tokens(reduced, written(reduced, tmp_path), [feeds_of("bart__ts17")], 1e-5, "cpu")
+    check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of("bart__ts17")], 1e-5, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,19 @@ def test_schedules_for_inputs_of_any_length_are_shares(name: str, tmp_path: Path
     parts = [texts((12, 9, 4, 12), seed) for seed in range(4)]
     arrays = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     data = snpc.load_calibration(arrays, found.model.inputs, batch=4)
-    reduced, _ = with_tokens(found, data, "auto", target="macs=0.7")
+    reduced, _ = apply_token_request(found, data, "auto", target="macs=0.7")
     assert reduced.reduction is not None and set(reduced.reduction.spec) >= set("topk:0.@")
-    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
     assert 0.67 < result.after.macs / found.cost.macs <= 0.7
     by_hand = reduce_tokens(found, reduced.reduction.spec)
     assert by_hand.cost.macs == reduced.cost.macs
-    check_tokens(reduced, written(reduced, tmp_path), [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
+    check_token_reduction(reduced, written(reduced, tmp_path), [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
 
 
 @pytest.mark.parametrize("name", ["bert_class__ts17", "bert_class__dyn23_sdpa"])
 def test_macs_are_those_of_the_file(name: str, tmp_path: Path) -> None:
     reduced = reduce_tokens(analysis_of(name), "topk:0.5")
-    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
     assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.75 * reduced.cost.macs
     assert result.after.macs == snpc.analyze(snpc.load(result.path)).cost.macs
 
@@ -180,7 +180,7 @@ def adaptive(encoder: Encoder, spec: str, folder: Path) -> Analysis:
     onnx.save(encoder.model(), folder / "encoder.onnx")
     found = snpc.analyze(snpc.load(folder / "encoder.onnx"))
     data = snpc.load_calibration({"x": encoder.feeds(16)["x"]}, found.model.inputs, batch=5)
-    return reduce_tokens(found, spec, measured(found, data, spec))
+    return reduce_tokens(found, spec, measure_offline_scores(found, data, spec))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -191,7 +191,7 @@ def test_each_sample_keeps_what_numpy_keeps(form: str, tmp_path: Path) -> None:
     reduced = adaptive(encoder, spec, tmp_path)
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(5, seed) for seed in (1, 2)]
-    check_tokens(reduced, path, batches, 1e-5, "cpu")
+    check_token_reduction(reduced, path, batches, 1e-5, "cpu")
     for feeds in batches:
         (together,) = run(path, feeds)
         for k in range(5):
@@ -222,7 +222,7 @@ def test_easy_inputs_keep_fewer(tmp_path: Path) -> None:
     assert kept.min() < kept.max() == alive.shape[1] < 24
     assert largest[few].mean() > 1.2 * largest[many].mean()
     for k in (int(kept.argmin()), int(kept.argmax())):  # alone, a sample keeps its own number
-        (alone,) = decisions(path, ["tokens_2_keep"], [{"x": feeds["x"][k : k + 1]}], "cpu")
+        (alone,) = file_decisions(path, ["tokens_2_keep"], [{"x": feeds["x"][k : k + 1]}], "cpu")
         assert alone["tokens_2_keep"].shape == (1, kept[k])
 
 
@@ -231,9 +231,9 @@ def test_texts_of_any_length_keep_what_they_need(name: str, tmp_path: Path) -> N
     found = analysis_of(name)
     spec = "adaptive:0.8@1,2"
     data = snpc.load_calibration(texts((11, 9, 4, 11)), found.model.inputs, batch=2)
-    reduced = reduce_tokens(found, spec, measured(found, data, spec))
+    reduced = reduce_tokens(found, spec, measure_offline_scores(found, data, spec))
     path = written(reduced, tmp_path)
-    check_tokens(reduced, path, [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
+    check_token_reduction(reduced, path, [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
     feeds = texts((11, 8, 3))
     (together,) = run(path, feeds)
     for k, length in enumerate((11, 8, 3)):  # neither the others nor the padding matter
@@ -246,8 +246,10 @@ def test_the_whole_share_keeps_all(share: str, tmp_path: Path) -> None:
     encoder = Encoder()
     reduced = adaptive(encoder, f"adaptive:{share}", tmp_path)
     feeds = encoder.feeds()
-    dense = snpc.apply_plan(snpc.Plan(snpc.analyze(reduced.model), "none", {}, {}), tmp_path / "dense.onnx").path
-    fewer = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
+    dense = snpc.apply_slice_plan(
+        snpc.SlicePlan(snpc.analyze(reduced.model), "none", {}, {}), tmp_path / "dense.onnx"
+    ).path
+    fewer = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
     gap = np.abs(run(fewer, feeds)[0] - run(dense, feeds)[0]).max()
     assert gap == 0 if share == "1.0" else gap < 1e-5
 
@@ -258,11 +260,11 @@ def test_macs_are_those_of_the_mean(tmp_path: Path) -> None:
     assert reduced.reduction is not None
     (step,) = reduced.reduction.to_json()["steps"]
     assert step["on_average"] and 1 < step["after"] < 13
-    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
     fixed = reduce_tokens(found, f"topk:{13 - step['after']}@2")
     assert result.after.macs == fixed.cost.macs - fixed.dead_macs
-    (decided,) = decisions(result.path, ["tokens_2_alive"], [{"x": encoder.feeds(16)["x"]}], "cpu")
+    (decided,) = file_decisions(result.path, ["tokens_2_alive"], [{"x": encoder.feeds(16)["x"]}], "cpu")
     assert step["after"] == 1 + round(float(decided["tokens_2_alive"].sum(1).mean()))
 
 
@@ -308,6 +310,6 @@ def test_a_batch_without_a_name(tmp_path: Path) -> None:
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
     for spec in ("topk:3@1", "adaptive:0.8@1"):
         reduced = reduce_tokens(found, spec, {1: (0.75,)})
-        result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+        result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
         assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.9 * reduced.cost.macs
-        check_tokens(reduced, result.path, [encoder.feeds(4)], 1e-5, "cpu")
+        check_token_reduction(reduced, result.path, [encoder.feeds(4)], 1e-5, "cpu")

@@ -12,8 +12,8 @@ from onnx import version_converter
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.pipeline.token_decisions import check_tokens, closed
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.pipeline.token_decisions import check_token_reduction, self_deciding_model
 from snpc.runtime.io.save import save
 from snpc.tokens.reduction import reduce_tokens
 from tests.models.encoders import Encoder
@@ -26,7 +26,7 @@ SHARES = {1: (0.6,), 3: (0.5,)}
 
 def valid(reduced: Analysis, folder: Path) -> Path:
     path = folder / "reduced.onnx"
-    save(clean(closed(reduced)), path)
+    save(finalize(self_deciding_model(reduced)), path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     return path
 
@@ -43,7 +43,7 @@ def test_every_opset(opset: int, half: bool, tmp_path: Path) -> None:
         reduced = reduce_tokens(found, spec, SHARES)
         path = valid(reduced, tmp_path)
         feeds = encoder.feeds(3)
-        check_tokens(reduced, path, [feeds], 2e-2 if half else 1e-5, "cpu")
+        check_token_reduction(reduced, path, [feeds], 2e-2 if half else 1e-5, "cpu")
         (tmp_path / "single").mkdir(exist_ok=True)
         same = valid(reduce_tokens(single, spec, SHARES), tmp_path / "single")
         (wanted,) = run(same, {"x": feeds["x"].astype(np.float32)})
@@ -59,7 +59,7 @@ def test_exports_in_newer_opsets(spec: str, opset: int, tmp_path: Path) -> None:
     found = snpc.analyze(snpc.load(tmp_path / "model.onnx"))
     reduced = reduce_tokens(found, spec, SHARES)
     path, feeds = valid(reduced, tmp_path), feeds_of(name)
-    check_tokens(reduced, path, [feeds], 1e-4, "cpu")
+    check_token_reduction(reduced, path, [feeds], 1e-4, "cpu")
     first = reduce_tokens(snpc.analyze(snpc.load(export(name))), spec, SHARES)
     (tmp_path / "first").mkdir()
     assert np.abs(run(path, feeds)[0] - run(valid(first, tmp_path / "first"), feeds)[0]).max() < 1e-4

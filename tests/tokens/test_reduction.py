@@ -16,17 +16,22 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.shapes import best_binding
+from snpc.graph.shapes import choose_dim_sizes
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.pipeline.token_decisions import check_tokens, closed, decisions, same_in_place
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.pipeline.token_decisions import (
+    check_token_reduction,
+    compare_with_oracle,
+    file_decisions,
+    self_deciding_model,
+)
 from snpc.runtime.io.save import save
-from snpc.tokens import METHODS
+from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import token_cost
-from snpc.tokens.inplace_oracle import inplace_feeds
-from snpc.tokens.methods import Setting
+from snpc.tokens.inplace_oracle import oracle_feeds
+from snpc.tokens.methods import StepSettings
 from snpc.tokens.reduction import reduce_tokens
-from snpc.tokens.step import Step
+from snpc.tokens.step import TokenStep
 from tests.models.encoders import Array, Encoder, Exit, forward
 from tests.models.exports import EXPORTS
 from tests.oracle import analysis_of, feeds_of, run
@@ -57,7 +62,7 @@ def analysis(encoder: Encoder, folder: Path) -> Analysis:
 
 def written(reduced: Analysis, folder: Path) -> Path:
     path = folder / "reduced.onnx"
-    save(clean(closed(reduced)), path)
+    save(finalize(self_deciding_model(reduced)), path)
     return path
 
 
@@ -69,9 +74,9 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(3, seed) for seed in (1, 2)] + [encoder.feeds(1, 3)]
     assert reduced.reduction is not None
-    decided = list(decisions(path, reduced.reduction.decisions, batches, "cpu"))
+    decided = list(file_decisions(path, reduced.reduction.decisions, batches, "cpu"))
     tolerance = 2e-2 if encoder.half else 1e-5
-    for difference in same_in_place(reduced, batches, decided, "cpu"):
+    for difference in compare_with_oracle(reduced, batches, decided, "cpu"):
         assert difference.relative < tolerance
     for feeds in batches:
         plain, fast = run(path, feeds), run(path, feeds, "all")
@@ -87,7 +92,7 @@ def test_masks_lose_what_the_tokens_lose(form: Exit, tmp_path: Path) -> None:
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(3, seed) for seed in (1, 2)]
-    assert check_tokens(reduced, path, batches, 1e-5, "cpu")
+    assert check_token_reduction(reduced, path, batches, 1e-5, "cpu")
     other = {**batches[0], "mask": np.ones_like(batches[0]["mask"])}
     assert np.abs(run(path, batches[0])[0] - run(path, other)[0]).max() > 1e-2
     with pytest.raises(UserError, match="an entry for each; use topk"):
@@ -107,7 +112,7 @@ def test_what_has_an_entry_for_each_token_loses_what_the_tokens_lose(name: str, 
     found = analysis(encoder, tmp_path)
     assert [bool(point.sided) for point in found.tokens.points] == meets
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
-    assert check_tokens(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
+    assert check_token_reduction(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
     with pytest.raises(UserError, match="an entry for each; use topk"):
         reduce_tokens(found, "merge:2@2")
 
@@ -117,14 +122,14 @@ def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     encoder = Encoder()
     reduced = reduce_tokens(analysis(encoder, tmp_path), "topk:5@2")
     path = written(reduced, tmp_path)
-    assert check_tokens(reduced, path, [encoder.feeds()], 1e-5, "cpu")
+    assert check_token_reduction(reduced, path, [encoder.feeds()], 1e-5, "cpu")
 
-    def mixed_up(steps: Sequence[Step], decided: Mapping[str, Array], count: int) -> dict[str, Array]:
-        return inplace_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()}, count)
+    def mixed_up(steps: Sequence[TokenStep], decided: Mapping[str, Array], count: int) -> dict[str, Array]:
+        return oracle_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()}, count)
 
-    monkeypatch.setattr("snpc.pipeline.token_decisions.inplace_feeds", mixed_up)
+    monkeypatch.setattr("snpc.pipeline.token_decisions.oracle_feeds", mixed_up)
     with pytest.raises(CheckFailed, match="taken out in place"):
-        check_tokens(reduced, path, [encoder.feeds()], 1e-5, "cpu")
+        check_token_reduction(reduced, path, [encoder.feeds()], 1e-5, "cpu")
 
 
 @pytest.mark.parametrize("encoder", [Encoder(), Encoder(exit="mean"), Encoder(fused=True, opset=23)])
@@ -144,20 +149,20 @@ def test_no_tokens_less_is_the_same_to_the_bit(spec: str, tmp_path: Path) -> Non
     plain = analysis(encoder, tmp_path)
     reduced = reduce_tokens(plain, spec)
     feeds = encoder.feeds()
-    out = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
-    dense = snpc.apply_plan(snpc.Plan(plain, "none", {}, {}), tmp_path / "dense.onnx").path
+    out = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
+    dense = snpc.apply_slice_plan(snpc.SlicePlan(plain, "none", {}, {}), tmp_path / "dense.onnx").path
     assert np.array_equal(run(out, feeds)[0], run(dense, feeds)[0])
 
 
 @pytest.mark.parametrize("gone", [1, 3, 6])
 def test_merging_conserves_the_weighted_mean(gone: int) -> None:
     rng = np.random.default_rng(gone)
-    setting = Setting(14, 1, gone)
+    setting = StepSettings(14, 1, gone)
     even = rng.permuted(np.tile(np.arange(7), (3, 1)), axis=1)
     decided = [even, rng.integers(0, 6, (3, gone))]
     sizes = rng.integers(1, 5, (3, 14)).astype(float)
     values = rng.standard_normal((3, 14, 8))
-    matrix, after = METHODS["merge"].matrix(setting, decided, sizes)
+    matrix, after = TOKEN_METHODS["merge"].matrix(setting, decided, sizes)
     assert np.allclose(matrix.sum(2), 1)
     assert np.allclose(after.sum(1), sizes.sum(1))
     assert np.allclose(np.einsum("bi,bid->bd", after, matrix @ values), np.einsum("bi,bid->bd", sizes, values))
@@ -224,7 +229,7 @@ def test_exported_vision_transformers(name: str, tmp_path: Path) -> None:
         if found.tokens.points[0].scores is None and spec != "merge:5":
             continue
         reduced = reduce_tokens(found, spec)
-        _, said = check_tokens(reduced, written(reduced, tmp_path), [feeds_of(name)], 1e-4, "cpu")
+        _, said = check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of(name)], 1e-4, "cpu")
         assert "in place" in said
 
 
@@ -237,13 +242,13 @@ def test_costs_by_schedule_are_those_of_the_file(form: str, spec: str, tmp_path:
     plain = analysis(FORMS[form], tmp_path)
     reduced = reduce_tokens(plain, spec)
     steps = {s.point.block: s.setting for s in reduced.reduction.steps}  # type: ignore[union-attr]
-    cost = token_cost(plain, best_binding(plain.model.graph)[1])
+    cost = token_cost(plain, choose_dim_sizes(plain.model.graph)[1])
     count, settings = plain.tokens.points[0].count, []
     for point in plain.tokens.points:
-        settings.append(steps.get(point.block, Setting(count, point.leading, 0)))
+        settings.append(steps.get(point.block, StepSettings(count, point.leading, 0)))
         count -= settings[-1].gone
-    found = cost.macs(settings, METHODS[spec.partition(":")[0]])
-    result = snpc.apply_plan(snpc.Plan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    found = cost.macs(settings, TOKEN_METHODS[spec.partition(":")[0]])
+    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
     assert found == result.after.macs == reduced.cost.macs - reduced.dead_macs < plain.cost.macs
 
 
@@ -252,8 +257,10 @@ def test_widths_are_cut_on_the_reduced_graph(tmp_path: Path) -> None:
     found = analysis(encoder, tmp_path)
     data = snpc.load_calibration({"x": encoder.feeds(24)["x"]}, found.model.inputs, batch=8)
     reduced = reduce_tokens(found, "merge:2")
-    decision = snpc.decide(reduced, snpc.Choice(target="macs=0.5"), calibration=data)
-    result = snpc.apply_plan(decision.plan, tmp_path / "out.onnx", compression=decision.compression, calibration=data)
+    decision = snpc.plan(reduced, snpc.Budget(target="macs=0.5"), calibration=data)
+    result = snpc.apply_slice_plan(
+        decision.plan, tmp_path / "out.onnx", compression=decision.compression, calibration=data
+    )
     assert result.after.macs <= 0.5 * result.before.macs
     assert result.verdict.equals_mask and all(d.relative < 1e-4 for d in result.verdict.equals_mask)
     assert any("in place" in said for said in result.verdict.structure)

@@ -24,10 +24,10 @@ pytest.importorskip("safetensors")
 import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
-from snpc.runtime.closed_form.stages import borders  # noqa: E402
-from snpc.torch import Batch, Training  # noqa: E402
-from snpc.torch.training.losses import cross_entropy, divergence, squared_error  # noqa: E402
-from snpc.torch.training.sampling import from_batch, sample_ids, shared, shuffled, split  # noqa: E402
+from snpc.runtime.closed_form.stages import residual_values  # noqa: E402
+from snpc.torch import Batch, TrainingOptions  # noqa: E402
+from snpc.torch.training.losses import cross_entropy, kl_divergence, relative_squared_error  # noqa: E402
+from snpc.torch.training.sampling import hold_out, sample_ids, shard_batches, shuffle_samples, skip_batches  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
@@ -39,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("pruned") / "half.onnx"
     analysis = snpc.analyze(snpc.load(VIT))
     scores = snpc.score(analysis, "magnitude")
-    snpc.apply_plan(snpc.make_plan(scores, snpc.Choice(ratio=0.5)), target)
+    snpc.apply_slice_plan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5)), target)
     return target
 
 
@@ -56,7 +56,7 @@ def same_weights(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 
 
-def drift(result: snpc.torch.Tuned) -> tuple[float, float]:
+def drift(result: snpc.torch.FinetuneResult) -> tuple[float, float]:
     return result.before[0].relative, result.after[0].relative
 
 
@@ -84,14 +84,14 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 def test_shuffling_is_a_permutation_that_the_seed_decides() -> None:
     plain = numbered([5, 1, 9, 4])
-    orders = [fed(shuffled(plain, (seed, epoch), 4)) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    orders = [fed(shuffle_samples(plain, (seed, epoch), 4)) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert all(sorted(flat(order)) == list(range(19)) for order in orders)
     assert orders[0] == orders[1]
     assert orders[0] != orders[2] and orders[0] != orders[3]
     assert {len(batch) for batch in orders[0]} <= {3, 4}  # nearly equal
-    mixed = shuffled(plain, (0, 0), 4)
+    mixed = shuffle_samples(plain, (0, 0), 4)
     assert [ids.tolist() for ids in sample_ids(mixed)] == fed(mixed)
-    assert fed(from_batch(mixed, 2)) == fed(mixed)[2:]
+    assert fed(skip_batches(mixed, 2)) == fed(mixed)[2:]
 
 
 def test_the_order_has_nothing_to_do_with_which_samples_are_taken() -> None:
@@ -100,22 +100,22 @@ def test_the_order_has_nothing_to_do_with_which_samples_are_taken() -> None:
     taken = snpc.load_calibration(parts([1] * 40), (spec,), samples=20, batch=4, seed=0)
     mine = set(flat(fed(taken)))
     whole = numbered([1] * 40)
-    first = flat(fed(shuffled(whole, (0, 0), 4)))[:20]
-    _, held = split(whole, 20, seed=0)
+    first = flat(fed(shuffle_samples(whole, (0, 0), 4)))[:20]
+    _, held = hold_out(whole, 20, seed=0)
     assert 0 < len(mine & set(first)) < 20 and 0 < len(mine & set(flat(fed(held)))) < 20
 
 
 def test_holding_out_splits_the_data() -> None:
-    kept, held = split(numbered([5, 1, 9, 4]), 6, seed=3)
+    kept, held = hold_out(numbered([5, 1, 9, 4]), 6, seed=3)
     assert kept.samples == 13 and held.samples == 6
     assert sorted(flat(fed(kept) + fed(held))) == list(range(19))
     with pytest.raises(UserError, match="too few"):
-        split(numbered([1]), 1, seed=0)
+        hold_out(numbered([1]), 1, seed=0)
 
 
 def test_processes_share_every_batch() -> None:
-    whole = shuffled(numbered([5, 1, 9, 4]), (0, 0), 4)
-    shares = [shared(whole, rank, 2) for rank in range(2)]
+    whole = shuffle_samples(numbered([5, 1, 9, 4]), (0, 0), 4)
+    shares = [shard_batches(whole, rank, 2) for rank in range(2)]
     for batch, one, other in zip(fed(whole), *(fed(found) for found, _ in shares), strict=True):
         assert sorted(one + other) == sorted(batch)
     for (_, a), (_, b), batch in zip(*(zip(fed(f), w, strict=True) for f, w in shares), fed(whole), strict=True):
@@ -129,8 +129,8 @@ def test_losses_are_what_their_formulas_say() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3, 5, 7, generator=generator, dtype=torch.float64).float() for _ in range(2))
     p, q = (b / 3).softmax(-1), (a / 3).softmax(-1)
-    assert torch.allclose(divergence(a, b, 3.0), 9 * (p * (p / q).log()).sum(-1).mean(1), atol=1e-5)
-    assert torch.allclose(squared_error(a, b, 2.0), (a - b).square().mean((1, 2)) / 2)
+    assert torch.allclose(kl_divergence(a, b, 3.0), 9 * (p * (p / q).log()).sum(-1).mean(1), atol=1e-5)
+    assert torch.allclose(relative_squared_error(a, b, 2.0), (a - b).square().mean((1, 2)) / 2)
     labels = torch.tensor([[0, 1, -1, -100, 6], [1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]])
     expected = [
         -a[0].log_softmax(-1)[[0, 1, 4], [0, 1, 6]].mean(),
@@ -150,7 +150,7 @@ def test_every_loss_comes_closer_to_the_teacher(pruned: Path, tmp_path: Path, op
     if "ce" in options.get("loss", ""):  # the teacher's own predictions, for every sample of the source
         images = np.load(CALIB)["image"]
         labels = ort.InferenceSession(VIT).run(None, {"image": images})[0].argmax(-1)
-    training = Training(steps=12, lr=1e-3, batch=16, **options)
+    training = TrainingOptions(steps=12, lr=1e-3, batch=16, **options)
     result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training, labels=labels)
     assert result is not None
     before, after = drift(result)
@@ -162,11 +162,11 @@ def test_every_loss_comes_closer_to_the_teacher(pruned: Path, tmp_path: Path, op
 
 
 def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
-    names = borders(snpc.analyze(snpc.load(VIT)))
+    names = residual_values(snpc.analyze(snpc.load(VIT)))
     assert len(names) == 8  # four layers, attention and feed-forward
     images = torch.from_numpy(np.load(CALIB)["image"][:2])
     for path in (VIT, pruned):
-        found = snpc.torch.load(path, watch=names)({"image": images})
+        found = snpc.torch.load_graph_module(path, watch=names)({"image": images})
         assert len({found[name].shape[-1] for name in names}) == 1
 
 
@@ -189,9 +189,9 @@ def gap(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def test_the_loop_trains_any_module(tmp_path: Path) -> None:
-    heard: list[snpc.torch.Progress] = []
+    heard: list[snpc.torch.TrainingProgress] = []
     module = torch.nn.Linear(1, 1)
-    training = Training(steps=300, lr=0.1, decay=0.0)
+    training = TrainingOptions(steps=300, lr=0.1, decay=0.0)
     trained = snpc.torch.train(module, gap, Line(), training, report=heard.append)
     assert module.weight.item() == pytest.approx(3, abs=1e-2) and module.bias.item() == pytest.approx(1, abs=1e-2)
     assert trained.steps == 300 == heard[-1].step and heard[-1].left == 0 and heard[0].left > 0
@@ -208,7 +208,9 @@ def test_early_stopping_keeps_the_best_weights() -> None:
         seen.append(module.weight.detach().clone())
         return next(drifts)
 
-    trained = snpc.torch.train(module, gap, Line(), Training(steps=50, early_stop=2, evaluate=5), evaluate=evaluate)
+    trained = snpc.torch.train(
+        module, gap, Line(), TrainingOptions(steps=50, early_stop=2, evaluate=5), evaluate=evaluate
+    )
     assert trained.steps == 15 and trained.drift == 3.0
     assert (seen[0] == first).all() and (module.weight == seen[1]).all() and not (seen[3] == seen[1]).all()
 
@@ -217,7 +219,7 @@ def test_a_moving_average_is_written(tmp_path: Path) -> None:
     modules = [torch.nn.Linear(1, 1) for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
     for module, ema in zip(modules, (0.0, 0.9), strict=True):
-        snpc.torch.train(module, gap, Line(), Training(steps=3, lr=0.1, ema=ema))
+        snpc.torch.train(module, gap, Line(), TrainingOptions(steps=3, lr=0.1, ema=ema))
     assert not torch.equal(modules[0].weight, modules[1].weight)
 
 
@@ -229,7 +231,7 @@ def test_vectors_do_not_decay_and_gradients_are_clipped() -> None:
     module = torch.nn.Linear(1, 1)
     weight, bias = module.weight.item(), module.bias.item()
     still = lambda module, batch: 0.0 * module(batch.feeds["x"])  # noqa: E731
-    snpc.torch.train(module, still, Nothing(), Training(steps=5, lr=0.1, decay=0.5, warmup=0))
+    snpc.torch.train(module, still, Nothing(), TrainingOptions(steps=5, lr=0.1, decay=0.5, warmup=0))
     assert abs(module.weight.item()) < abs(weight) and module.bias.item() == bias
     norms = []
     steep = lambda module, batch: 1e6 * module(batch.feeds["x"] + 1)  # noqa: E731
@@ -246,13 +248,15 @@ def test_vectors_do_not_decay_and_gradients_are_clipped() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        snpc.torch.train(module, steep, Nothing(), Training(steps=2, clip=0.25))
+        snpc.torch.train(module, steep, Nothing(), TrainingOptions(steps=2, clip=0.25))
     assert norms and all(n == pytest.approx(0.25, rel=1e-3) for n in norms)
 
 
 def test_a_loss_that_explodes_is_said() -> None:
     with pytest.raises(UserError, match="step 1: the loss is nan"):
-        snpc.torch.train(torch.nn.Linear(1, 1), lambda m, b: m(b.feeds["x"]) * float("nan"), Line(), Training(steps=2))
+        snpc.torch.train(
+            torch.nn.Linear(1, 1), lambda m, b: m(b.feeds["x"]) * float("nan"), Line(), TrainingOptions(steps=2)
+        )
 
 
 # -- the same again, after a kill, and shared ------------------------------------------------------------------------
@@ -293,14 +297,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_pat
 
 
 def test_a_checkpoint_of_another_run_is_refused(pruned: Path, tmp_path: Path) -> None:
-    saved = snpc.torch.Saved(tmp_path / "state", every=1)
-    training = Training(steps=2, batch=16)
+    saved = snpc.torch.CheckpointOptions(tmp_path / "state", every=1)
+    training = TrainingOptions(steps=2, batch=16)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training, saved=saved)
     with pytest.raises(UserError, match="--resume, or remove it"):
         snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
-    again = snpc.torch.Saved(tmp_path / "state", every=1, resume=True)
+    again = snpc.torch.CheckpointOptions(tmp_path / "state", every=1, resume=True)
     with pytest.raises(UserError, match="other models, data or options"):
-        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=Training(steps=3, batch=16), saved=again)
+        snpc.torch.finetune(
+            pruned, VIT, data(), tmp_path / "b.onnx", training=TrainingOptions(steps=3, batch=16), saved=again
+        )
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=again)
     assert same_weights(tmp_path / "a.onnx", tmp_path / "b.onnx")
     (tmp_path / "state" / "checkpoint.pt").write_bytes(b"no")
@@ -338,16 +344,16 @@ def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_pat
         time.sleep(random.uniform(0, 0.3))
         victim.terminate()  # ends both processes with it
     held = torch.load(state / "checkpoint.pt", weights_only=True)["weights"]
-    assert [tuple(w.shape) for w in held] == [tuple(w.shape) for w in snpc.torch.load(pruned).parameters()]
+    assert [tuple(w.shape) for w in held] == [tuple(w.shape) for w in snpc.torch.load_graph_module(pruned).parameters()]
     run(*torchrun, *words)
     assert same_weights(two, again)
 
 
 def test_one_process_has_nobody_to_share_weights_with(pruned: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="start several with torchrun"):
-        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=Training(steps=1, sharded=True))
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=TrainingOptions(steps=1, sharded=True))
     with pytest.raises(UserError, match="adapters 2: must be 0 with sharded weights"):
-        Training(adapters=2, sharded=True)
+        TrainingOptions(adapters=2, sharded=True)
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
@@ -380,13 +386,13 @@ def test_the_report_is_of_the_written_file(pruned: Path, tmp_path: Path) -> None
 )
 def test_what_makes_no_sense_is_refused(pruned: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=Training(**options))
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=TrainingOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
 def test_labels_must_fit(pruned: Path, tmp_path: Path) -> None:
     ask = lambda labels: snpc.torch.finetune(  # noqa: E731
-        pruned, VIT, data(), tmp_path / "t.onnx", training=Training(steps=1, loss="ce"), labels=labels
+        pruned, VIT, data(), tmp_path / "t.onnx", training=TrainingOptions(steps=1, loss="ce"), labels=labels
     )
     with pytest.raises(UserError, match="3 labels for 256 samples"):
         ask(np.arange(3))
@@ -412,7 +418,7 @@ def test_labels_belong_to_their_samples(pruned: Path, tmp_path: Path) -> None:
             VIT,
             some,
             tmp_path / "t.onnx",
-            training=Training(steps=1, loss="ce", lr=1e-9, batch=99),
+            training=TrainingOptions(steps=1, loss="ce", lr=1e-9, batch=99),
             labels=given,
         )
         assert result is not None
@@ -446,7 +452,7 @@ def test_weights_and_widths_are_exported(pruned: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_change_matrices_by_their_rank_and_nothing_else(pruned: Path, tmp_path: Path) -> None:
-    training = Training(steps=12, lr=3e-3, batch=16, adapters=2)
+    training = TrainingOptions(steps=12, lr=3e-3, batch=16, adapters=2)
     result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
     assert result is not None and result.after[0].relative < result.before[0].relative
     before, after = weights_of(pruned), weights_of(tmp_path / "t.onnx")
@@ -458,11 +464,11 @@ def test_adapters_change_matrices_by_their_rank_and_nothing_else(pruned: Path, t
 
 
 def test_adapters_begin_at_the_weights_and_resume(pruned: Path, tmp_path: Path) -> None:
-    still = Training(steps=1, lr=1e-12, batch=16, adapters=4)
+    still = TrainingOptions(steps=1, lr=1e-12, batch=16, adapters=4)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "s.onnx", training=still)
     assert all(np.allclose(a, weights_of(pruned)[k], atol=1e-6) for k, a in weights_of(tmp_path / "s.onnx").items())
-    saved = snpc.torch.Saved(tmp_path / "state", every=2, resume=True)
-    training = Training(steps=4, batch=16, adapters=4)
+    saved = snpc.torch.CheckpointOptions(tmp_path / "state", every=2, resume=True)
+    training = TrainingOptions(steps=4, batch=16, adapters=4)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, saved=saved)
@@ -473,7 +479,7 @@ def test_adapters_begin_at_the_weights_and_resume(pruned: Path, tmp_path: Path) 
 def test_new_weights_forget_the_old_ones(pruned: Path, tmp_path: Path) -> None:
     steps = {}
     for reinit in ("epochs", "budget"):
-        training = Training(steps=6, batch=16, lr=1e-3, reinit=reinit)
+        training = TrainingOptions(steps=6, batch=16, lr=1e-3, reinit=reinit)
         result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
         assert result is not None and result.after[0].relative > 2 * result.before[0].relative
         steps[reinit] = result.trained.steps

@@ -16,26 +16,26 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.ops.names import IDENTITY
-from snpc.passes.canonicalization.expand_einsum import spell_out_sums
-from snpc.passes.canonicalization.inline_branches import settle_branches
+from snpc.passes.canonicalization.expand_einsum import expand_einsum
+from snpc.passes.canonicalization.inline_branches import inline_branches
 from snpc.passes.canonicalization.shared_constants import fork_shared_constants
 
 
-def canonicalise(model: ir.Model) -> ir.Model:
+def canonicalize(model: ir.Model) -> ir.Model:
     """Bring ``model`` (this object, in place) into the normal form and return it."""
     if model.functions:
         common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.graph.sort()
-    settle_branches(model)
-    drop_aliases(model.graph)
-    spell_out_sums(model.graph, model.graph.opset_imports.get("", 1))
+    inline_branches(model)
+    eliminate_initializer_aliases(model.graph)
+    expand_einsum(model.graph, model.graph.opset_imports.get("", 1))
     name_nodes(model.graph)
     fork_shared_constants(model.graph)
     return model
 
 
-def drop_aliases(graph: ir.Graph) -> None:
+def eliminate_initializer_aliases(graph: ir.Graph) -> None:
     for node in list(graph):
         if (node.domain, node.op_type) != ("", IDENTITY) or node.outputs[0].is_graph_output():
             continue

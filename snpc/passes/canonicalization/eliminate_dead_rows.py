@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts, opset, subgraphs
+from snpc.graph.shapes import ShapeFacts, has_subgraphs, opset_version
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
 from snpc.ops.names import GATHER, RESHAPE, SHAPE, SLICE
-from snpc.ops.spec import Blocked, Call, Labels, OpSpec
+from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec
 from snpc.types import IntArray
 
-LONGEST = 1 << 24  # entries of an axis that are looked at one by one
+MAX_TRACKED_LENGTH = 1 << 24  # entries of an axis that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -32,78 +32,80 @@ class Demand:
     positions: tuple[int, ...]
 
 
-Use = tuple[ir.Node, int]
-Demands = dict[Use, Demand]  # a use that is not listed needs everything
+NodeInput = tuple[ir.Node, int]
+Demands = dict[NodeInput, Demand]  # a use that is not listed needs everything
 
 
 @dataclass
-class Search:
+class DemandAnalysis:
     """Demands by use, and the nodes that can be computed for some positions only (with the demand on their output)."""
 
     model: ir.Model
-    facts: Facts
+    facts: ShapeFacts
     demands: Demands = field(default_factory=dict)
     narrowed: dict[ir.Node, Demand] = field(default_factory=dict)
     seeds: dict[ir.Node, Demand] = field(default_factory=dict)
 
-    def call(self, node: ir.Node) -> Call:
-        return self.facts.call(node, opset(self.model, node.domain))
+    def call(self, node: ir.Node) -> OpCall:
+        return self.facts.call(node, opset_version(self.model, node.domain))
 
 
-def drop_dead_rows(model: ir.Model, facts: Facts) -> ir.Model | None:
+def eliminate_dead_rows(model: ir.Model, facts: ShapeFacts) -> ir.Model | None:
     """A copy that computes only the rows that outputs depend on; None where that spares no product."""
-    search = Search(model, facts)
+    search = DemandAnalysis(model, facts)
     for node in reversed(list(model.graph)):
-        visit(search, node)
+        propagate_demand(search, node)
     if not any(lookup(node.domain, node.op_type).kind == "contraction" for node in search.narrowed):
         return None
-    return rewritten(search)
+    return apply_demands(search)
 
 
-def visit(search: Search, node: ir.Node) -> None:
+def propagate_demand(search: DemandAnalysis, node: ir.Node) -> None:
     """Pass the demand on a node's output on to what it reads, or start one."""
     outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-    if subgraphs(node) or any(search.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
+    if has_subgraphs(node) or any(search.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
         return
     wanted = common_demand(search, outputs[0]) if len(outputs) == 1 else None
-    passed = inputs_for(search, node, wanted) if wanted is not None else None
+    passed = input_demands(search, node, wanted) if wanted is not None else None
     if wanted is not None and passed is not None:
         search.narrowed[node] = wanted
         search.demands |= {(node, index): demand for index, demand in passed.items()}
         return
-    start = selection(search, node)
+    start = selected_rows(search, node)
     if start is not None:
         search.seeds[node] = start
         search.demands[node, 0] = start
 
 
-def common_demand(search: Search, value: ir.Value) -> Demand | None:
+def common_demand(search: DemandAnalysis, value: ir.Value) -> Demand | None:
     """What every use of a value asks for, where they agree. Who asks for the sizes of other axes asks for no rows."""
     if value.is_graph_output():
         return None
-    found = {search.demands.get((use.node, use.idx)) for use in value.uses() if not asks_size(use.node)}
+    found = {search.demands.get((use.node, use.idx)) for use in value.uses() if not is_shape_query(use.node)}
     wanted = found.pop() if len(found) == 1 else None
-    asking = [use.node for use in value.uses() if asks_size(use.node)]
-    return wanted if wanted is not None and not any(asks_for(search, node, wanted.axis) for node in asking) else None
+    asking = [use.node for use in value.uses() if is_shape_query(use.node)]
+    return (
+        wanted if wanted is not None and not any(may_read_size(search, node, wanted.axis) for node in asking) else None
+    )
 
 
-def asks_size(node: ir.Node) -> bool:
+def is_shape_query(node: ir.Node) -> bool:
     return node.op_type == SHAPE and not node.domain and not node.attributes
 
 
-def asks_for(search: Search, node: ir.Node, axis: int) -> bool:
+def may_read_size(search: DemandAnalysis, node: ir.Node, axis: int) -> bool:
     """Does anybody read the size of ``axis`` from what this node gives, or may they?"""
     sizes = node.outputs[0]
     if sizes.is_graph_output():
         return True
     picks = [
-        moved(search.call(u.node), 0) if u.idx == 0 and u.node.op_type in (GATHER, SLICE) else None
+        source_positions(search.call(u.node), 0) if u.idx == 0 and u.node.op_type in (GATHER, SLICE) else None
         for u in sizes.uses()
     ]
     return any(picked is None or axis in np.asarray(picked) for picked in picks)
 
 
-def selection(search: Search, node: ir.Node) -> Demand | None:
+def selected_rows(search: DemandAnalysis, node: ir.Node) -> Demand | None:
     """The positions that a node picks out of one axis, where they are less than half of it."""
     if node.op_type not in (GATHER, SLICE) or node.domain:
         return None
@@ -112,28 +114,28 @@ def selection(search: Search, node: ir.Node) -> Demand | None:
     if len(call.outs[0]) > len(shape):
         return None
     for axis, size in enumerate(shape):
-        picked = moved(call, axis)
+        picked = source_positions(call, axis)
         if picked is not None:
             positions = sorted({int(p) for p in picked.reshape(-1)})
             others = [k for k in range(len(shape)) if k != axis]
-            if 0 < 2 * len(positions) <= size and all(untouched(call, k) for k in others):
+            if 0 < 2 * len(positions) <= size and all(keeps_positions(call, k) for k in others):
                 return Demand(axis, tuple(positions))
     return None
 
 
-def untouched(call: Call, axis: int) -> bool:
+def keeps_positions(call: OpCall, axis: int) -> bool:
     """A movement leaves the positions of ``axis`` as they are."""
-    picked = moved(call, axis)
+    picked = source_positions(call, axis)
     return picked is not None and np.array_equal(picked.reshape(-1), np.arange(call.shape(0)[axis]))
 
 
-def moved(call: Call, axis: int) -> Labels | None:
+def source_positions(call: OpCall, axis: int) -> Labels | None:
     """Where each entry of the output comes from along ``axis`` of the input of a movement."""
     spec = lookup("", call.op)
     shape = call.shape(0)
     view = [1] * len(shape)
     view[axis] = shape[axis]
-    if spec.move is None or shape[axis] > LONGEST:
+    if spec.move is None or shape[axis] > MAX_TRACKED_LENGTH:
         return None
     try:
         return spec.move(call, np.arange(shape[axis], dtype=np.int32).reshape(view))[0]
@@ -141,17 +143,20 @@ def moved(call: Call, axis: int) -> Labels | None:
         return None
 
 
-def inputs_for(search: Search, node: ir.Node, wanted: Demand) -> Mapping[int, Demand] | None:
+def input_demands(search: DemandAnalysis, node: ir.Node, wanted: Demand) -> Mapping[int, Demand] | None:
     """What a node needs of its inputs to give these positions of its output; None where it needs everything."""
     spec = lookup(node.domain, node.op_type)
     call = search.call(node)
-    rule = {"pointwise": pointwise, "normalise": normalised, "contraction": contracted, "movement": carried}.get(
-        spec.kind
-    )
+    rule = {
+        "pointwise": demand_pointwise,
+        "normalise": demand_normalization,
+        "contraction": demand_contraction,
+        "movement": demand_movement,
+    }.get(spec.kind)
     return rule(spec, call, wanted) if rule is not None else None
 
 
-def pointwise(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]:
+def demand_pointwise(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand]:
     """Operands broadcast from the right."""
     rank = len(call.outs[0])
     found = {}
@@ -162,7 +167,7 @@ def pointwise(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]:
     return found
 
 
-def normalised(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+def demand_normalization(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     axes = spec.axes(call) if spec.axes is not None else (wanted.axis,)
     others = [k for k in range(1, len(call.shapes)) if call.has(k) and k not in spec.per_axis]
     if wanted.axis in {axis % len(call.outs[0]) for axis in axes} or others or call.shape(0) != call.outs[0]:
@@ -170,7 +175,7 @@ def normalised(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]
     return {0: wanted}
 
 
-def contracted(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     """The axis must be a free one of one operand."""
     if spec.letters is None or spec.curved:
         return None
@@ -191,22 +196,22 @@ def contracted(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand]
     return {index: Demand(axis, wanted.positions)}
 
 
-def carried(spec: OpSpec, call: Call, wanted: Demand) -> Mapping[int, Demand] | None:
+def demand_movement(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     """The axis of the input that becomes this one as it is. What has sizes in its parameters is left alone, but for a
     reshape that merges all that lies behind the axis."""
-    if spec.repair is not None and not merges_behind(call, wanted.axis):
+    if spec.repair is not None and not merges_trailing_axes(call, wanted.axis):
         return None
     size = call.outs[0][wanted.axis]
     view = [1] * len(call.outs[0])
     view[wanted.axis] = size
     for axis, length in enumerate(call.shape(0)):
-        picked = moved(call, axis) if length == size else None
+        picked = source_positions(call, axis) if length == size else None
         if picked is not None and picked.size == size and (picked == np.arange(size).reshape(view)).all():
             return {0: Demand(axis, wanted.positions)}
     return None
 
 
-def merges_behind(call: Call, axis: int) -> bool:
+def merges_trailing_axes(call: OpCall, axis: int) -> bool:
     before, after = call.shape(0), call.outs[0]
     return call.op == RESHAPE and axis == len(after) - 2 and before[: axis + 1] == after[: axis + 1]
 
@@ -214,7 +219,7 @@ def merges_behind(call: Call, axis: int) -> bool:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def rewritten(search: Search) -> ir.Model:
+def apply_demands(search: DemandAnalysis) -> ir.Model:
     copy = search.model.clone()
     twins = dict(zip(search.model.graph, copy.graph, strict=True))
     gathered: dict[tuple[str, Demand], ir.Value] = {}
@@ -225,23 +230,23 @@ def rewritten(search: Search) -> ir.Model:
         twin = twins[node]
         if node in search.seeds:
             if narrow:
-                pick_again(copy, search, node, twin, demand)
+                rebuild_selection(copy, search, node, twin, demand)
         elif not narrow:
             source = twin.inputs[index]
             assert source is not None
             key = (str(source.name), demand)
             if key not in gathered:
-                gathered[key] = gather(copy, source, demand, twin)
+                gathered[key] = insert_row_gather(copy, source, demand, twin)
             twin.replace_input_with(index, gathered[key])
     for node in search.narrowed:
-        reshape_again(copy, search, node, twins[node])
+        rebuild_reshape(copy, search, node, twins[node])
         for value in twins[node].outputs:
             value.shape = None
     copy.graph.sort()
     return copy
 
 
-def integers(model: ir.Model, name: str, numbers: IntArray) -> ir.Value:
+def add_int64_constant(model: ir.Model, name: str, numbers: IntArray) -> ir.Value:
     value = ir.Value(
         name=name,
         const_value=ir.Tensor(numbers, name=name),
@@ -252,9 +257,9 @@ def integers(model: ir.Model, name: str, numbers: IntArray) -> ir.Value:
     return value
 
 
-def gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
+def insert_row_gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
     name = f"{source.name}__rows_{demand.axis}_{demand.positions[0]}_{len(demand.positions)}"
-    index = integers(model, f"{name}_index", np.asarray(demand.positions, np.int64))
+    index = add_int64_constant(model, f"{name}_index", np.asarray(demand.positions, np.int64))
     node = ir.node(GATHER, [source, index], attributes={"axis": demand.axis}, name=name)
     node.outputs[0].name = f"{name}_out"
     node.outputs[0].type = source.type
@@ -262,16 +267,16 @@ def gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -
     return node.outputs[0]
 
 
-def pick_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node, demand: Demand) -> None:
+def rebuild_selection(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node, demand: Demand) -> None:
     """The node that started it picks from fewer positions now."""
-    picked = moved(search.call(node), demand.axis)
+    picked = source_positions(search.call(node), demand.axis)
     assert picked is not None
     places = np.searchsorted(demand.positions, picked.reshape(-1)).astype(np.int64)
     call = search.call(node)
     scalar = len(call.outs[0]) < len(call.shape(0))
     if not scalar and len(places) == 1:  # one position, several times
         places = places.repeat(call.outs[0][demand.axis])
-    index = integers(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
+    index = add_int64_constant(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
     new = ir.node(GATHER, [twin.inputs[0], index], attributes={"axis": demand.axis}, name=f"{twin.name}__rows")
     old = twin.outputs[0]
     twin.prepend(new)
@@ -283,10 +288,12 @@ def pick_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node, de
     new.outputs[0].name = name
 
 
-def reshape_again(model: ir.Model, search: Search, node: ir.Node, twin: ir.Node) -> None:
+def rebuild_reshape(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node) -> None:
     """All axes as they come, and one for the rest: right for any number of positions."""
     if node.op_type == RESHAPE and not node.domain:
         rank = len(search.call(node).outs[0])
-        shape = integers(model, f"{twin.outputs[0].name}__shape", np.asarray([0] * (rank - 1) + [-1], np.int64))
+        shape = add_int64_constant(
+            model, f"{twin.outputs[0].name}__shape", np.asarray([0] * (rank - 1) + [-1], np.int64)
+        )
         twin.replace_input_with(1, shape)
         twin.attributes.pop("allowzero", None)

@@ -9,16 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops.contraction import parse_einsum
-from snpc.ops.names import EINSUM, REDUCE_SUM, REDUCTION_AXES_ARE_AN_INPUT, TRANSPOSE
+from snpc.ops.names import EINSUM, REDUCE_SUM, REDUCTION_AXES_INPUT_SINCE, TRANSPOSE
 
 
-def spell_out_sums(graph: ir.Graph, version: int) -> None:
+def expand_einsum(graph: ir.Graph, version: int) -> None:
     """In place. ``version``: opset of the standard operators."""
     for node in list(graph):
-        terms = terms_of(node)
+        terms = einsum_terms(node)
         if terms is None or len(terms) == 3:
             continue
-        spelled = list(chain(node, terms) if len(terms) > 3 else summed(graph, node, terms, version))
+        spelled = list(
+            pairwise_products(node, terms) if len(terms) > 3 else reduce_and_transpose(graph, node, terms, version)
+        )
         if not spelled:
             continue
         graph.insert_before(node, spelled)
@@ -29,7 +31,7 @@ def spell_out_sums(graph: ir.Graph, version: int) -> None:
         graph.remove(node, safe=True)
 
 
-def terms_of(node: ir.Node) -> list[str] | None:
+def einsum_terms(node: ir.Node) -> list[str] | None:
     """The terms of an Einstein sum, output last; None for other nodes, and for sums that are not spelled out."""
     equation = node.attributes.get("equation") if node.op_type == EINSUM and not node.domain else None
     if equation is None or "." in equation.as_string() or any(v is None for v in node.inputs):
@@ -40,7 +42,7 @@ def terms_of(node: ir.Node) -> list[str] | None:
     return terms if plain and len(terms) == len(node.inputs) + 1 else None
 
 
-def chain(node: ir.Node, terms: list[str]) -> Iterator[ir.Node]:
+def pairwise_products(node: ir.Node, terms: list[str]) -> Iterator[ir.Node]:
     left, value = terms[0], node.inputs[0]
     for index in range(1, len(terms) - 1):
         later = set("".join(terms[index + 1 :]))
@@ -59,14 +61,14 @@ def chain(node: ir.Node, terms: list[str]) -> Iterator[ir.Node]:
         left, value = out, product.outputs[0]
 
 
-def summed(graph: ir.Graph, node: ir.Node, terms: list[str], version: int) -> Iterator[ir.Node]:
+def reduce_and_transpose(graph: ir.Graph, node: ir.Node, terms: list[str], version: int) -> Iterator[ir.Node]:
     (term, out), value = terms, node.inputs[0]
     axes = [k for k, c in enumerate(term) if c not in out]
     name = str(node.outputs[0].name)
     if axes:
         inputs, attrs = [value], [ir.AttrInt64("keepdims", 0)]
-        if version >= REDUCTION_AXES_ARE_AN_INPUT[REDUCE_SUM]:
-            inputs.append(constant(graph, np.asarray(axes, np.int64), f"{name}__axes"))
+        if version >= REDUCTION_AXES_INPUT_SINCE[REDUCE_SUM]:
+            inputs.append(axes_constant(graph, np.asarray(axes, np.int64), f"{name}__axes"))
         else:
             attrs.append(ir.AttrInt64s("axes", axes))
         reduced = ir.Node("", REDUCE_SUM, inputs, attrs, num_outputs=1, name=f"{name}__sum")
@@ -78,7 +80,7 @@ def summed(graph: ir.Graph, node: ir.Node, terms: list[str], version: int) -> It
     yield ir.Node("", TRANSPOSE, [value], perm, num_outputs=1, name=f"{name}__order")
 
 
-def constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], name: str) -> ir.Value:
+def axes_constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], name: str) -> ir.Value:
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)

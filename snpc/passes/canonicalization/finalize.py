@@ -8,7 +8,7 @@ from onnx_ir.passes import common
 from snpc.passes.canonicalization.shared_constants import merge_forks
 
 
-def clean(model: ir.Model) -> ir.Model:
+def finalize(model: ir.Model) -> ir.Model:
     """What is written: no dead nodes, no stale shapes of intermediate values, copies that ended equal merged again."""
     common.RemoveUnusedNodesPass()(model)
     merge_forks(model.graph)

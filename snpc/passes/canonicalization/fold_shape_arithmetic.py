@@ -14,20 +14,22 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.shapes import attributes, by_reference, opset, part_of
+from snpc.graph.shapes import attribute_values, opset_version, run_reference, select_dimensions
 from snpc.ops import lookup
 from snpc.ops.names import RESHAPE, SHAPE
 from snpc.types import IntArray
 
-ROUNDS = 4  # a size that is written down lets more be inferred behind it
-LARGEST = 64  # entries of a value that still counts as sizes
-OPEN = -(2**40)  # entries that depend on the input are this or less: a number for each dimension that has a name
+MAX_FOLD_ROUNDS = 4  # a size that is written down lets more be inferred behind it
+MAX_SIZE_ENTRIES = 64  # entries of a value that still counts as sizes
+SYMBOLIC_BOUND = -(
+    2**40
+)  # entries that depend on the input are this or less: a number for each dimension that has a name
 
-Known = dict[ir.Value, IntArray]
+KnownSizes = dict[ir.Value, IntArray]
 
 
 @dataclass
-class Names:
+class SymbolicDims:
     """A number for each dimension without a fixed size; what has the same name has the same size."""
 
     numbers: dict[str, int] = field(default_factory=dict)
@@ -40,16 +42,16 @@ class Names:
         if isinstance(dim, int):
             return dim
         name = str(dim.value) if dim.value is not None else f" {len(self.numbers)}"
-        return OPEN - self.numbers.setdefault(name, len(self.numbers))
+        return SYMBOLIC_BOUND - self.numbers.setdefault(name, len(self.numbers))
 
 
-def settle_sizes(model: ir.Model) -> ir.Model:
+def fold_shape_arithmetic(model: ir.Model) -> ir.Model:
     """``model`` itself, without the arithmetic on shapes whose outcome no input changes; outputs stay as they were."""
-    for _ in range(ROUNDS):
+    for _ in range(MAX_FOLD_ROUNDS):
         infer_shapes(model)
-        names = Names()
-        known = known_sizes(model, names)
-        if not sum([settle(node, known, names, model.graph) for node in list(model.graph)]):
+        names = SymbolicDims()
+        known = find_known_sizes(model, names)
+        if not sum([replace_known_inputs(node, known, names, model.graph) for node in list(model.graph)]):
             break
     common.RemoveUnusedNodesPass()(model)
     return model
@@ -58,7 +60,7 @@ def settle_sizes(model: ir.Model) -> ir.Model:
 def infer_shapes(model: ir.Model) -> None:
     """Shapes of all values between inputs and outputs, in place. Inference would believe what a file or an earlier pass
     has left, stale as it may be, and would name what has no name."""
-    ends = [(value, value.shape.copy() if value.shape is not None else None) for value in interface(model)]
+    ends = [(value, value.shape.copy() if value.shape is not None else None) for value in interface_values(model)]
     for value in (value for node in model.graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
@@ -67,52 +69,52 @@ def infer_shapes(model: ir.Model) -> None:
         value.shape = shape
 
 
-def interface(model: ir.Model) -> list[ir.Value]:
+def interface_values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.outputs]
 
 
-def known_sizes(model: ir.Model, names: Names) -> Known:
+def find_known_sizes(model: ir.Model, names: SymbolicDims) -> KnownSizes:
     """Contents of small integer tensors."""
-    known: Known = {}
+    known: KnownSizes = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if value.is_graph_input() or tensor is None:
             continue
-        if tensor.dtype == ir.DataType.INT64 and tensor.size <= LARGEST:
+        if tensor.dtype == ir.DataType.INT64 and tensor.size <= MAX_SIZE_ENTRIES:
             known[value] = tensor.numpy()
     for node in model.graph:
         if not node.domain and len(node.outputs) == 1:
-            found = sizes_made(node, known, names, opset(model))
-            if found is not None and found.dtype == np.int64 and found.size <= LARGEST:
+            found = computed_sizes(node, known, names, opset_version(model))
+            if found is not None and found.dtype == np.int64 and found.size <= MAX_SIZE_ENTRIES:
                 known[node.outputs[0]] = found
     return known
 
 
-def sizes_made(node: ir.Node, known: Known, names: Names, version: int) -> IntArray | None:
+def computed_sizes(node: ir.Node, known: KnownSizes, names: SymbolicDims, version: int) -> IntArray | None:
     if node.op_type == SHAPE:
         sizes = names.sizes(node.inputs[0])
-        return None if sizes is None else part_of(node, sizes)
+        return None if sizes is None else select_dimensions(node, sizes)
     inputs = [v for v in node.inputs if v is not None]
     if not inputs or not all(v in known for v in inputs):
         return None
     kind = lookup("", node.op_type).kind
     moved = inputs if kind == "concat" else inputs[:1] if kind == "movement" else []  # of these any entry may be open
-    if any(is_open(known[v]).any() for v in inputs if v not in moved):
+    if any(is_symbolic(known[v]).any() for v in inputs if v not in moved):
         return None
     try:
-        (made,) = by_reference(node, known, version)
+        (made,) = run_reference(node, known, version)
     except Exception:  # what the reference cannot compute stays in the graph
         return None
     return np.asarray(made)
 
 
-def is_open(sizes: IntArray) -> npt.NDArray[np.bool_]:
-    return sizes <= OPEN
+def is_symbolic(sizes: IntArray) -> npt.NDArray[np.bool_]:
+    return sizes <= SYMBOLIC_BOUND
 
 
-def settle(node: ir.Node, known: Known, names: Names, graph: ir.Graph) -> int:
+def replace_known_inputs(node: ir.Node, known: KnownSizes, names: SymbolicDims, graph: ir.Graph) -> int:
     """Inputs of ``node`` that are computed and known become constants. Returned: how many."""
-    if all(out in known and not is_open(known[out]).any() for out in node.outputs):
+    if all(out in known and not is_symbolic(known[out]).any() for out in node.outputs):
         return 0  # nobody needs it any more
     count = 0
     for index, value in enumerate(node.inputs):
@@ -120,28 +122,28 @@ def settle(node: ir.Node, known: Known, names: Names, graph: ir.Graph) -> int:
             continue
         sizes = known[value]
         if index == 1 and node.op_type == RESHAPE and not node.domain:
-            sizes = target(node, sizes, names)
-        if not is_open(sizes).any():
-            node.replace_input_with(index, constant(graph, f"{value.name}__settled", sizes))
+            sizes = reshape_target(node, sizes, names)
+        if not is_symbolic(sizes).any():
+            node.replace_input_with(index, sizes_constant(graph, f"{value.name}__settled", sizes))
             count += 1
     return count
 
 
-def target(node: ir.Node, sizes: IntArray, names: Names) -> IntArray:
+def reshape_target(node: ir.Node, sizes: IntArray, names: SymbolicDims) -> IntArray:
     """The target of a reshape: what is open is copied from the input, or is what is left."""
-    if attributes(node).get("allowzero", 0):
+    if attribute_values(node).get("allowzero", 0):
         return sizes
-    if is_open(sizes).sum() > 1 or (sizes == -1).any():
+    if is_symbolic(sizes).sum() > 1 or (sizes == -1).any():
         before = names.sizes(node.inputs[0])
         width = min(len(sizes), len(before)) if before is not None else 0
         same = np.zeros(len(sizes), bool)
         same[:width] = before[:width] == sizes[:width] if before is not None else False
-        sizes = np.where(is_open(sizes) & same, 0, sizes)
-    alone = is_open(sizes).sum() == 1 and not (sizes == -1).any()
-    return np.where(is_open(sizes), -1, sizes) if alone else sizes
+        sizes = np.where(is_symbolic(sizes) & same, 0, sizes)
+    alone = is_symbolic(sizes).sum() == 1 and not (sizes == -1).any()
+    return np.where(is_symbolic(sizes), -1, sizes) if alone else sizes
 
 
-def constant(graph: ir.Graph, name: str, array: IntArray) -> ir.Value:
+def sizes_constant(graph: ir.Graph, name: str, array: IntArray) -> ir.Value:
     if name in graph.initializers and np.array_equal(graph.initializers[name].const_value.numpy(), array):  # type: ignore[union-attr]
         return graph.initializers[name]
     while name in graph.initializers:

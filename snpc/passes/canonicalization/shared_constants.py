@@ -7,7 +7,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
 
-ORIGIN = "snpc.origin"
+ORIGIN_KEY = "snpc.origin"
 
 
 def is_vector(value: ir.Value) -> bool:
@@ -24,22 +24,22 @@ def fork_shared_constants(graph: ir.Graph) -> None:
         for count, (node, index) in enumerate(uses):
             per_position = lookup(node.domain, node.op_type).kind in ("pointwise", "normalise")
             if count and node.graph is graph and (vector or per_position):
-                node.replace_input_with(index, fork(graph, value, count))
+                node.replace_input_with(index, fork_constant(graph, value, count))
 
 
-def fork(graph: ir.Graph, value: ir.Value, count: int) -> ir.Value:
+def fork_constant(graph: ir.Graph, value: ir.Value, count: int) -> ir.Value:
     name = f"{value.name}__{count}"
     while name in graph.initializers:
         name += "_"
     copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-    copy.meta[ORIGIN] = value.meta.get(ORIGIN, value.name)
+    copy.meta[ORIGIN_KEY] = value.meta.get(ORIGIN_KEY, value.name)
     graph.register_initializer(copy)
     return copy
 
 
-def origin(value: ir.Value) -> str:
+def original_name(value: ir.Value) -> str:
     """The name that this constant has in the user's file."""
-    return str(value.meta.get(ORIGIN, value.name))
+    return str(value.meta.get(ORIGIN_KEY, value.name))
 
 
 def merge_forks(graph: ir.Graph) -> None:
@@ -49,7 +49,7 @@ def merge_forks(graph: ir.Graph) -> None:
     """
     families: dict[str, list[ir.Value]] = {}
     for value in graph.initializers.values():
-        families.setdefault(origin(value), []).append(value)
+        families.setdefault(original_name(value), []).append(value)
     for name, members in families.items():
         if len(members) == 1 and members[0].name == name:
             continue
@@ -59,7 +59,7 @@ def merge_forks(graph: ir.Graph) -> None:
                 if not value.is_graph_input():
                     del graph.initializers[str(value.name)]
                 continue
-            key = contents(value)
+            key = content_key(value)
             twin = next((other for same, other in kept if same == key), None)
             if twin is None:
                 kept.append((key, value))
@@ -67,10 +67,10 @@ def merge_forks(graph: ir.Graph) -> None:
             value.replace_all_uses_with(twin)
             del graph.initializers[str(value.name)]
         if kept and name not in graph.initializers:
-            rename(graph, kept[0][1], name)
+            rename_initializer(graph, kept[0][1], name)
 
 
-def contents(value: ir.Value) -> object:
+def content_key(value: ir.Value) -> object:
     tensor = value.const_value
     assert tensor is not None
     if isinstance(tensor, ir.LazyTensor):
@@ -78,7 +78,7 @@ def contents(value: ir.Value) -> object:
     return id(tensor)
 
 
-def rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+def rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
     del graph.initializers[str(value.name)]
     value.name = name
     graph.initializers[name] = value

@@ -14,16 +14,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.shapes import Facts, attributes, best_binding, opset
-from snpc.graph.traversal import scalar_of
+from snpc.graph.shapes import ShapeFacts, attribute_values, choose_dim_sizes, opset_version
+from snpc.graph.traversal import scalar_factor_of
 from snpc.ops import lookup
 from snpc.ops.names import (
     ATTENTION,
     CONCAT,
     EXPAND,
     GATHER,
-    MICROSOFT,
-    MULTIHEAD,
+    MULTI_HEAD_ATTENTION,
     RESHAPE,
     SHAPE,
     SLICE,
@@ -31,30 +30,36 @@ from snpc.ops.names import (
     SPLIT,
     TRANSPOSE,
 )
-from snpc.ops.spec import Shape
-from snpc.passes.fusion.head_columns import Place, Unfit, merged, only_reader, place
-from snpc.passes.fusion.qkv_projection import packed_projection
-from snpc.types import AnyArray
+from snpc.ops.spec import MICROSOFT
+from snpc.passes.fusion.head_columns import (
+    HeadColumns,
+    NotFusable,
+    find_head_columns,
+    find_merged_heads,
+    require_single_consumer,
+)
+from snpc.passes.fusion.qkv_projection import pack_projections
+from snpc.types import AnyArray, Shape
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionMatch:
     """One attention in separate nodes: where its parts are, and the value that the fused node gives instead."""
 
-    query: Place
-    key: Place
-    value: Place
+    query: HeadColumns
+    key: HeadColumns
+    value: HeadColumns
     scale: float
     bias: ir.Value | None
     out: ir.Value
 
 
 @dataclass
-class Work:
+class FusionBuilder:
     """The graph being changed; constants and splits that several fused nodes share are made once."""
 
     model: ir.Model
-    facts: Facts
+    facts: ShapeFacts
     splits: dict[tuple[ir.Value, tuple[int, ...]], tuple[ir.Value, ...]] = field(default_factory=dict)
     biases: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
     count: int = 0
@@ -97,15 +102,15 @@ def fuse_attention(model: ir.Model, *, projections: bool = False) -> tuple[ir.Mo
     of these; only such count.
     """
     copy = model.clone()
-    _, facts = best_binding(copy)
-    work = Work(copy, facts)
+    _, facts = choose_dim_sizes(copy)
+    work = FusionBuilder(copy, facts)
     count = 0
     for node in [n for n in copy.graph if n.op_type == SOFTMAX and not n.domain]:
         try:
-            found = attention_at(node, facts, opset(copy))
-        except Unfit:
+            found = match_attention(node, facts, opset_version(copy))
+        except NotFusable:
             continue
-        inside = replace(found, work, projections)
+        inside = rewrite_attention(found, work, projections)
         count += inside or not projections
     if count:
         copy.graph.opset_imports.setdefault(MICROSOFT, 1)
@@ -117,91 +122,91 @@ def fuse_attention(model: ir.Model, *, projections: bool = False) -> tuple[ir.Mo
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
-def attention_at(softmax: ir.Node, facts: Facts, version: int) -> Attention:
+def match_attention(softmax: ir.Node, facts: ShapeFacts, version: int) -> AttentionMatch:
     """The attention around ``softmax``. Raises Unfit."""
     scores_shape = facts.shape.get(softmax.outputs[0])
     axes = lookup("", SOFTMAX).axes
     if scores_shape is None or len(scores_shape) != 4 or axes is None or axes(facts.call(softmax, version)) != (3,):
-        raise Unfit("the softmax is not over the last of four axes")
-    scores, scale, bias = before(softmax, facts)
-    context = after(softmax, facts)
-    query, key, transposed = operands(scores, facts, version)
-    _, value, flipped = operands(context, facts, version)
+        raise NotFusable("the softmax is not over the last of four axes")
+    scores, scale, bias = match_scores(softmax, facts)
+    context = match_context(softmax, facts)
+    query, key, transposed = batched_operands(scores, facts, version)
+    _, value, flipped = batched_operands(context, facts, version)
     sides = ((query, False), (key, not transposed), (value, flipped))
-    q, k, v = places = tuple(place(value, swapped, facts, version) for value, swapped in sides)
+    q, k, v = places = tuple(find_head_columns(value, swapped, facts, version) for value, swapped in sides)
     if places[0].width != places[1].width or len({p.heads for p in places}) != 1:
-        raise Unfit("heads or widths of query, key and value do not fit")
+        raise NotFusable("heads or widths of query, key and value do not fit")
     if bias is not None:
-        check_bias(bias, scores_shape, facts)
-    out = merged(context.outputs[0], facts, version)
+        check_score_bias(bias, scores_shape, facts)
+    out = find_merged_heads(context.outputs[0], facts, version)
     factor = scale * places[0].factor * places[1].factor
     if places[2].factor != 1.0:
-        raise Unfit("the value is scaled on the way")
-    return Attention(q, k, v, factor, bias, out)
+        raise NotFusable("the value is scaled on the way")
+    return AttentionMatch(q, k, v, factor, bias, out)
 
 
-def before(softmax: ir.Node, facts: Facts) -> tuple[ir.Node, float, ir.Value | None]:
+def match_scores(softmax: ir.Node, facts: ShapeFacts) -> tuple[ir.Node, float, ir.Value | None]:
     """(the product that makes the scores, what they are multiplied by, what is added to them after that)."""
     value, scale, bias = softmax.inputs[0], 1.0, None
     while value is not None and (node := value.producer()) is not None:
-        only_reader(value)
+        require_single_consumer(value)
         spec = lookup(node.domain, node.op_type)
         if spec.kind == "contraction":
-            return node, scale * float(attributes(node).get("alpha", 1.0)), bias
-        scalar, _ = scalar_of(node, facts)
+            return node, scale * float(attribute_values(node).get("alpha", 1.0)), bias
+        scalar, _ = scalar_factor_of(node, facts)
         if scalar is not None:
             scale *= scalar.factor
             value = node.inputs[1 - scalar.index]
-        elif keeps(node, facts):
+        elif is_pass_through(node, facts):
             value = node.inputs[0]
         elif spec.kind == "pointwise" and spec.effect == "add" and not spec.subtracts and len(node.inputs) == 2:
             if bias is not None or scale != 1.0:
-                raise Unfit("the scores are added to twice, or scaled after it")
-            value, bias = scored_first(node, facts)
+                raise NotFusable("the scores are added to twice, or scaled after it")
+            value, bias = split_scores_and_bias(node, facts)
         else:
-            raise Unfit(f"{node.op_type} lies between scores and softmax")
-    raise Unfit("no product makes the scores")
+            raise NotFusable(f"{node.op_type} lies between scores and softmax")
+    raise NotFusable("no product makes the scores")
 
 
-def scored_first(node: ir.Node, facts: Facts) -> tuple[ir.Value, ir.Value]:
+def split_scores_and_bias(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Value, ir.Value]:
     """(scores, bias) of a sum: the scores are what a product makes, by way of scaling at most."""
     left, right = node.inputs
     assert left is not None and right is not None
-    hits = [v for v in (left, right) if from_product(v, facts)]
+    hits = [v for v in (left, right) if is_scaled_product(v, facts)]
     if len(hits) != 1:
-        raise Unfit("it is not clear which summand is the scores")
+        raise NotFusable("it is not clear which summand is the scores")
     return hits[0], right if hits[0] is left else left
 
 
-def from_product(value: ir.Value, facts: Facts) -> bool:
+def is_scaled_product(value: ir.Value, facts: ShapeFacts) -> bool:
     node = value.producer()
     while node is not None:
         spec = lookup(node.domain, node.op_type)
         if spec.kind == "contraction":
             return all(v is None or v.const_value is None for v in node.inputs[:2])
-        scalar, _ = scalar_of(node, facts)
-        if scalar is None and not keeps(node, facts):
+        scalar, _ = scalar_factor_of(node, facts)
+        if scalar is None and not is_pass_through(node, facts):
             return False
         value_in = node.inputs[1 - scalar.index] if scalar is not None else node.inputs[0]
         node = value_in.producer() if value_in is not None else None
     return False
 
 
-def after(softmax: ir.Node, facts: Facts) -> ir.Node:
+def match_context(softmax: ir.Node, facts: ShapeFacts) -> ir.Node:
     """The product of weights and values."""
     weights = softmax.outputs[0]
-    node = only_reader(weights)
-    while keeps(node, facts):
+    node = require_single_consumer(weights)
+    while is_pass_through(node, facts):
         weights = node.outputs[0]
-        node = only_reader(weights)
-    if lookup(node.domain, node.op_type).kind != "contraction" or attributes(node).get("alpha", 1.0) != 1.0:
-        raise Unfit(f"{node.op_type} reads the weights")
+        node = require_single_consumer(weights)
+    if lookup(node.domain, node.op_type).kind != "contraction" or attribute_values(node).get("alpha", 1.0) != 1.0:
+        raise NotFusable(f"{node.op_type} reads the weights")
     if node.inputs[0] is not weights:
-        raise Unfit("the weights are not the left operand")
+        raise NotFusable("the weights are not the left operand")
     return node
 
 
-def keeps(node: ir.Node, facts: Facts) -> bool:
+def is_pass_through(node: ir.Node, facts: ShapeFacts) -> bool:
     """A node that hands its input on as it is: a cast to the same type, a dropout."""
     spec = lookup(node.domain, node.op_type)
     source = node.inputs[0] if node.inputs else None
@@ -209,54 +214,54 @@ def keeps(node: ir.Node, facts: Facts) -> bool:
     return spec.kind == "pointwise" and spec.effect == "same" and same
 
 
-def operands(node: ir.Node, facts: Facts, version: int) -> tuple[ir.Value, ir.Value, bool]:
+def batched_operands(node: ir.Node, facts: ShapeFacts, version: int) -> tuple[ir.Value, ir.Value, bool]:
     """(left [B,H,M,K], right, whether right is [B,H,N,K] and not [B,H,K,N]) of a product over two batch axes."""
     letters_of = lookup(node.domain, node.op_type).letters
     left, right = node.inputs[:2]
     if letters_of is None or left is None or right is None:
-        raise Unfit("a product that is not spelled out")
+        raise NotFusable("a product that is not spelled out")
     if any(len(facts.shape.get(v) or ()) != 4 for v in (left, right)):
-        raise Unfit("a product without two batch axes")
+        raise NotFusable("a product without two batch axes")
     letters = letters_of(facts.call(node, version))
     batch, summed = letters.left[:2], letters.left[3]
     if (letters.right[:2], letters.out[:2]) != (batch, batch) or summed not in letters.right[2:]:
-        raise Unfit("a product that sums over another axis")
+        raise NotFusable("a product that sums over another axis")
     if letters.out[2:] != letters.left[2] + letters.right[2:].replace(summed, ""):
-        raise Unfit("a product laid out otherwise")
+        raise NotFusable("a product laid out otherwise")
     return left, right, letters.right[3] == summed
 
 
-def check_bias(bias: ir.Value, scores: Shape, facts: Facts) -> None:
+def check_score_bias(bias: ir.Value, scores: Shape, facts: ShapeFacts) -> None:
     shape = facts.shape.get(bias)
     if shape is None or len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, scores, strict=True)):
-        raise Unfit("the bias does not have four axes that broadcast")
+        raise NotFusable("the bias does not have four axes that broadcast")
     if shape[3] != scores[3]:
-        raise Unfit("the bias is one number per query")
+        raise NotFusable("the bias is one number per query")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def replace(found: Attention, work: Work, projections: bool) -> bool:
+def rewrite_attention(found: AttentionMatch, work: FusionBuilder, projections: bool) -> bool:
     """Whether the products went in as well."""
     if projections:
-        with suppress(Unfit):
-            replace_projected(found, work)
+        with suppress(NotFusable):
+            rewrite_projected_attention(found, work)
             return True
-    query, key, value = parts(found, work)
+    query, key, value = separate_query_key_value(found, work)
     attrs = [ir.AttrInt64("num_heads", found.query.heads), ir.AttrFloat32("scale", found.scale)]
     inputs: list[ir.Value | None] = [query, key, value]
     if found.bias is not None:
-        inputs += [None, None, full_bias(found, query, work)]
-    (made,) = work.node(MULTIHEAD, inputs, attrs, "attention", domain=MICROSOFT)
+        inputs += [None, None, expand_bias(found, query, work)]
+    (made,) = work.node(MULTI_HEAD_ATTENTION, inputs, attrs, "attention", domain=MICROSOFT)
     found.out.replace_all_uses_with(made)
     return False
 
 
-def replace_projected(found: Attention, work: Work) -> None:
+def rewrite_projected_attention(found: AttentionMatch, work: FusionBuilder) -> None:
     """Raises Unfit before anything is changed."""
     places = (found.query, found.key, found.value)
-    packed = packed_projection(places, work.facts)
+    packed = pack_projections(places, work.facts)
     attrs = [
         ir.AttrInt64("num_heads", found.query.heads),
         ir.AttrFloat32("scale", found.scale),
@@ -264,29 +269,29 @@ def replace_projected(found: Attention, work: Work) -> None:
     ]
     inputs: list[ir.Value | None] = [packed.source, *(work.tensor(a, "qkv") for a in (packed.weight, packed.bias))]
     if found.bias is not None:
-        inputs += [None, None, full_bias(found, packed.source, work)]
+        inputs += [None, None, expand_bias(found, packed.source, work)]
     (made,) = work.node(ATTENTION, inputs, attrs, "attention", domain=MICROSOFT)
     found.out.replace_all_uses_with(made)
 
 
-def parts(found: Attention, work: Work) -> tuple[ir.Value, ir.Value, ir.Value]:
+def separate_query_key_value(found: AttentionMatch, work: FusionBuilder) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Query, key and value as values of their own: split off together where they fill one value."""
     places = (found.query, found.key, found.value)
     shape = work.facts.shape[found.query.value]
     ends = [p.start + p.columns for p in places]
     together = len({p.value for p in places}) == 1 and [p.start for p in places] == [0, *ends[:2]]
     if together and not found.query.order and shape is not None and ends[2] == shape[2]:
-        q, k, v = split(found.query.value, tuple(p.columns for p in places), work)
+        q, k, v = split_columns(found.query.value, tuple(p.columns for p in places), work)
         return q, k, v
-    q, k, v = (columns(p, work) for p in places)
+    q, k, v = (take_columns(p, work) for p in places)
     return q, k, v
 
 
-def split(value: ir.Value, sizes: tuple[int, ...], work: Work) -> tuple[ir.Value, ...]:
+def split_columns(value: ir.Value, sizes: tuple[int, ...], work: FusionBuilder) -> tuple[ir.Value, ...]:
     if (value, sizes) not in work.splits:
         inputs: list[ir.Value | None] = [value]
         attrs: list[ir.Attr] = [ir.AttrInt64("axis", 2)]
-        if opset(work.model) >= 13:
+        if opset_version(work.model) >= 13:
             inputs.append(work.constant(list(sizes), "sizes"))
         else:
             attrs.append(ir.AttrInt64s("split", sizes))
@@ -294,7 +299,7 @@ def split(value: ir.Value, sizes: tuple[int, ...], work: Work) -> tuple[ir.Value
     return work.splits[value, sizes]
 
 
-def columns(where: Place, work: Work) -> ir.Value:
+def take_columns(where: HeadColumns, work: FusionBuilder) -> ir.Value:
     shape = work.facts.shape[where.value]
     assert shape is not None
     if where.order:
@@ -306,7 +311,7 @@ def columns(where: Place, work: Work) -> ir.Value:
     return work.node(SLICE, [where.value, *bounds], [], "columns")[0]
 
 
-def full_bias(found: Attention, query: ir.Value, work: Work) -> ir.Value:
+def expand_bias(found: AttentionMatch, query: ir.Value, work: FusionBuilder) -> ir.Value:
     """MultiHeadAttention broadcasts a bias over batch and heads only: a row for all queries is repeated."""
     bias = found.bias
     assert bias is not None

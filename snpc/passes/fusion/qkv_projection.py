@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts
-from snpc.graph.traversal import v_is_constant as is_constant
+from snpc.graph.shapes import ShapeFacts
+from snpc.graph.traversal import is_stored_constant as is_constant
 from snpc.ops import lookup
 from snpc.ops.names import MATMUL, SPLIT
-from snpc.passes.fusion.head_columns import Place, Unfit
+from snpc.passes.fusion.head_columns import HeadColumns, NotFusable
 from snpc.types import AnyArray
 
 
 @dataclass(frozen=True)
-class Projection:
+class PackedProjection:
     """``source`` [B, N, D] times ``weight`` [D, columns], plus ``bias`` [columns]."""
 
     source: ir.Value
@@ -25,30 +25,30 @@ class Projection:
     bias: AnyArray
 
 
-def packed_projection(places: Sequence[Place], facts: Facts) -> Projection:
+def pack_projections(places: Sequence[HeadColumns], facts: ShapeFacts) -> PackedProjection:
     """Query, key and value beside each other. Raises Unfit where they are not products of one value."""
-    found = [projection(place, facts) for place in places]
+    found = [match_projection(place, facts) for place in places]
     if any(one.source is not found[0].source for one in found):
-        raise Unfit("query, key and value are made of different values")
+        raise NotFusable("query, key and value are made of different values")
     weight, bias = (np.concatenate([getattr(one, name) for one in found], -1) for name in ("weight", "bias"))
-    return Projection(found[0].source, weight, bias)
+    return PackedProjection(found[0].source, weight, bias)
 
 
-def projection(place: Place, facts: Facts) -> Projection:
-    whole, before = undivided(place.value, facts)
-    value, bias = unbiased(whole)
-    weighted = weighted_product(value)
+def match_projection(place: HeadColumns, facts: ShapeFacts) -> PackedProjection:
+    whole, before = split_source(place.value, facts)
+    value, bias = separate_bias(whole)
+    weighted = match_constant_product(value)
     if place.order or weighted is None:
-        raise Unfit("it is not columns of a product with a constant matrix")
+        raise NotFusable("it is not columns of a product with a constant matrix")
     columns = slice(before + place.start, before + place.start + place.columns)
-    source, table = weighted[0], array_of(weighted[1])
-    full = np.zeros(table.shape[1], table.dtype) if bias is None else array_of(bias)
+    source, table = weighted[0], constant_contents(weighted[1])
+    full = np.zeros(table.shape[1], table.dtype) if bias is None else constant_contents(bias)
     if full.shape != (table.shape[1],):
-        raise Unfit("what is added to the product is no bias")
-    return Projection(source, table[:, columns], full[columns])
+        raise NotFusable("what is added to the product is no bias")
+    return PackedProjection(source, table[:, columns], full[columns])
 
 
-def undivided(value: ir.Value, facts: Facts) -> tuple[ir.Value, int]:
+def split_source(value: ir.Value, facts: ShapeFacts) -> tuple[ir.Value, int]:
     """(what ``value`` is columns of, how many lie before them) where a node divides columns into parts."""
     node = value.producer()
     if node is None or node.op_type != SPLIT or node.inputs[0] is None:
@@ -60,7 +60,7 @@ def undivided(value: ir.Value, facts: Facts) -> tuple[ir.Value, int]:
     return node.inputs[0], sum(shape[-1] for shape in shapes[: node.outputs.index(value)])
 
 
-def weighted_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+def match_constant_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """(rows, weight) where ``value`` is rows times a constant matrix."""
     node = value.producer()
     if node is None or node.op_type != MATMUL or node.domain:
@@ -71,7 +71,7 @@ def weighted_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     return (rows, weight) if len(weight.const_value.shape) == 2 else None
 
 
-def unbiased(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+def separate_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     """(what a constant is added to, the constant)."""
     node = value.producer()
     spec = lookup(node.domain, node.op_type) if node is not None else None
@@ -82,6 +82,6 @@ def unbiased(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     return (others[0], constants[0]) if len(constants) == len(others) == 1 else (value, None)
 
 
-def array_of(value: ir.Value) -> AnyArray:
+def constant_contents(value: ir.Value) -> AnyArray:
     assert value.const_value is not None
     return value.const_value.numpy()

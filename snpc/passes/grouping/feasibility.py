@@ -10,14 +10,15 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.labels import Ints, PinNote
-from snpc.passes.propagation.removal import Dead, Ragged, packing
+from snpc.passes.propagation.labels import LabelPin
+from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, slice_shape
 from snpc.passes.propagation.state import Trace
+from snpc.types import IntArray
 
-Lying = Mapping[int, list[ir.Value]]
+ValuesByUnit = Mapping[int, list[ir.Value]]
 
 
-def values_by_unit(trace: Trace, units: Units) -> Lying:
+def values_by_unit(trace: Trace, units: Units) -> ValuesByUnit:
     """The values in which each unit lies, on axes of which more than one varies."""
     found: dict[int, list[ir.Value]] = defaultdict(list)
     for value, carried in trace.values.items():
@@ -27,34 +28,34 @@ def values_by_unit(trace: Trace, units: Units) -> Lying:
     return found
 
 
-def cannot_be_cut(trace: Trace, units: Units, grid: Ints, lying: Lying) -> PinNote | None:
+def infeasible_cut_pin(trace: Trace, units: Units, grid: IntArray, lying: ValuesByUnit) -> LabelPin | None:
     """Where removing one unit of every block would leave a tensor that is no box, and that is no movement of a flat
     one that could be taken apart (see ``unpack``)."""
     if grid.shape[1] < 2:
         return None
     gone = np.zeros(trace.book.count, bool)
     gone[grid[:, 0]] = True
-    dead = Dead(units.unit, units.block, gone)
+    dead = RemovedUnits(units.unit, units.block, gone)
     touched = dict.fromkeys(v for unit in grid[:, 0].tolist() for v in lying.get(unit, ()))
     for value in touched:
         node = value.producer()
-        if not ragged(trace, value, dead) or (
+        if not is_ragged(trace, value, dead) or (
             node is not None and lookup(node.domain, node.op_type).kind == "movement"
         ):
             continue
         axis = max(k for f in trace.values[value].factors for k, n in enumerate(f.shape) if n > 1)
         operator = f"{node.op_type} {node.name}" if node is not None else "constant"
         reason = f"it lies in {value.name} beside units that are cut apart from it"
-        return PinNote(
+        return LabelPin(
             grid.reshape(-1), str(value.name), axis, trace.values[value].shape[axis], reason, operator, "hard"
         )
     return None
 
 
-def ragged(trace: Trace, value: ir.Value, dead: Dead) -> bool:
+def is_ragged(trace: Trace, value: ir.Value, dead: RemovedUnits) -> bool:
     carried = trace.values[value]
     try:
-        packing(carried.shape, carried.factors, dead)
-    except Ragged:
+        slice_shape(carried.shape, carried.factors, dead)
+    except NotRectangular:
         return True
     return False

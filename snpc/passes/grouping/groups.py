@@ -9,22 +9,24 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, macs_of
-from snpc.graph.module_paths import common_path, path_of, unique_names
-from snpc.graph.shapes import Facts, attributes, opset
+from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.module_paths import common_module_path, module_path, unique_names
+from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version
 from snpc.ops import lookup
-from snpc.passes.canonicalization.shared_constants import origin
-from snpc.passes.grouping.drafts import Draft, approximate
+from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.passes.grouping.drafts import GroupDraft, is_approximate
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.labels import Axis, Flag, PinNote
-from snpc.passes.propagation.propagate import Carried, Contraction, Trace
-from snpc.types import APPROXIMATE, Freedom, Group, Ints, Pin, Probe, ProbeKind, Site, SiteKind
+from snpc.passes.propagation.labels import LabeledAxis, LabelFlag, LabelPin
+from snpc.passes.propagation.state import Contraction, LabeledValue, Trace
+from snpc.types import APPROXIMATE_REASON, Freedom, Group, IntArray, Pin, Probe, ProbeKind, Site, SiteKind
 
 # -- finished groups -------------------------------------------------------------------------------------------------
 
 
-def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made: list[Draft]) -> tuple[Group, ...]:
-    usage = Usage(model, trace, units, cost_facts)
+def build_groups(
+    model: ir.Model, trace: Trace, units: Units, cost_facts: ShapeFacts, made: list[GroupDraft]
+) -> tuple[Group, ...]:
+    usage = GroupBuilder(model, trace, units, cost_facts)
     wanted: list[str] = []
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
@@ -37,7 +39,7 @@ def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made:
     groups = []
     for draft, name, layer in zip(made, unique_names(wanted), layers, strict=True):
         numbers = usage.covered(draft, made)
-        freedom, why = freedom_of(draft)
+        freedom, why = freedom_and_reason(draft)
         macs, params = usage.account(numbers)
         groups.append(
             Group(
@@ -52,39 +54,39 @@ def finish(model: ir.Model, trace: Trace, units: Units, cost_facts: Facts, made:
                 freedom_reason=why,
                 macs=macs,
                 params=params,
-                pins=() if approximate(draft) else tuple(to_pin(note) for note in draft.pins),
+                pins=() if is_approximate(draft) else tuple(to_pin(note) for note in draft.pins),
             )
         )
     return tuple(groups)
 
 
-def to_pin(note: PinNote) -> Pin:
+def to_pin(note: LabelPin) -> Pin:
     return Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind)
 
 
-def freedom_of(draft: Draft) -> tuple[Freedom, str]:
-    if approximate(draft):
-        return "select", APPROXIMATE
+def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
+    if is_approximate(draft):
+        return "select", APPROXIMATE_REASON
     if draft.role not in ("qk", "vo"):
         return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
-    if draft.flags & Flag.CACHED:
+    if draft.flags & LabelFlag.CACHED:
         return "select", "it lies in a cache of keys and values"
-    if draft.flags & Flag.CURVED:
+    if draft.flags & LabelFlag.CURVED:
         return "select", "a nonlinear operator or a normalisation on the way"
-    if draft.flags & Flag.GATED:
+    if draft.flags & LabelFlag.GATED:
         return "pairs", "multiplied by another activation on the way (rotary position)"
-    if draft.flags & Flag.SCALED:
+    if draft.flags & LabelFlag.SCALED:
         return "pairs", "multiplied by constants that differ between positions (rotary table or gain)"
     return "basis", ""
 
 
-class Usage:
+class GroupBuilder:
     """Where the units of a group occur in constants and in contractions."""
 
-    def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: Facts) -> None:
+    def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: ShapeFacts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
         self.axes = [(a, np.unique(units.unit[a.first : a.first + a.size])) for a in trace.book.axes]
-        self.users: list[tuple[tuple[Contraction, Carried, str, int], Ints]] = []
+        self.users: list[tuple[tuple[Contraction, LabeledValue, str, int], IntArray]] = []
         for contraction in trace.contractions:
             for side, letters in (
                 (contraction.left, contraction.letters.left),
@@ -100,7 +102,7 @@ class Usage:
         found[np.fromiter(numbers, np.int64, len(numbers))] = True
         return found
 
-    def covered(self, draft: Draft, made: list[Draft]) -> dict[int, int]:
+    def covered(self, draft: GroupDraft, made: list[GroupDraft]) -> dict[int, int]:
         """unit -> index within the group; the units of a head's blocks count as that head."""
         numbers = {int(unit): k for k, unit in enumerate(draft.units.reshape(-1))}
         for other in made if draft.role == "head" else ():
@@ -111,14 +113,14 @@ class Usage:
                     numbers |= {int(unit): numbers[head] for unit in row}
         return numbers
 
-    def numbered(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> Ints:
+    def numbered(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
         """Unit indices for an array of labels, -1 where the group has none."""
         table = np.full(self.trace.book.count + 1, -1, np.int64)
         keys = np.fromiter(numbers, np.int64)
         table[keys] = np.fromiter(numbers.values(), np.int64)
         return np.where(labels >= 0, table[self.units.unit[labels]], -1)
 
-    def own_axes(self, numbers: Mapping[int, int]) -> list[Axis]:
+    def own_axes(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
         wanted = self.among(numbers)
         return [axis for axis, units in self.axes if wanted[units].any()]
 
@@ -126,18 +128,18 @@ class Usage:
         made = []
         for axis in self.own_axes(numbers):
             labels = np.arange(axis.first, axis.first + axis.size, dtype=np.int32)
-            flags = Flag(int(np.bitwise_or.reduce(self.trace.book.flags[labels])))
+            flags = LabelFlag(int(np.bitwise_or.reduce(self.trace.book.flags[labels])))
             kind: SiteKind = (
                 "consume"
-                if flags & Flag.READS
+                if flags & LabelFlag.READS
                 else "produce"
-                if flags & Flag.PRODUCED
-                else ("norm" if flags & Flag.NORMED else "pointwise")
+                if flags & LabelFlag.PRODUCED
+                else ("norm" if flags & LabelFlag.NORMED else "pointwise")
             )
             made.append(Site(str(axis.constant.name), axis.axis, kind, self.numbered(labels, numbers)))
         return tuple(made)
 
-    def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, Carried, str, int]]:
+    def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
         wanted = self.among(numbers)
         return [use for use, units in self.users if wanted[units].any()]
 
@@ -145,9 +147,11 @@ class Usage:
         paths = []
         for contraction, side, *_ in self.contractions(numbers):
             if contraction.constant and side.constant:
-                names = [origin(v) for v in contraction.node.inputs if v is not None and v.const_value is not None]
-                paths.append(path_of(contraction.node, names))
-        return common_path(paths)
+                names = [
+                    original_name(v) for v in contraction.node.inputs if v is not None and v.const_value is not None
+                ]
+                paths.append(module_path(contraction.node, names))
+        return common_module_path(paths)
 
     def account(self, numbers: Mapping[int, int]) -> tuple[int, int]:
         """(MACs, parameters) that grow with the group's size."""
@@ -169,10 +173,10 @@ class Usage:
         return int(macs), int(params)
 
     def macs(self, node: ir.Node, part: str) -> int:
-        call = self.facts.call(node, opset(self.model, node.domain))
-        return sum(macs_of(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
+        call = self.facts.call(node, opset_version(self.model, node.domain))
+        return sum(count_macs(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
 
-    def probes(self, draft: Draft, numbers: Mapping[int, int], made: list[Draft]) -> tuple[Probe, ...]:
+    def probes(self, draft: GroupDraft, numbers: Mapping[int, int], made: list[GroupDraft]) -> tuple[Probe, ...]:
         found: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
@@ -198,7 +202,7 @@ class Usage:
     def probe(
         self,
         kind: ProbeKind,
-        side: Carried,
+        side: LabeledValue,
         contraction: Contraction,
         labels: npt.NDArray[np.int32],
         numbers: Mapping[int, int],
@@ -220,7 +224,7 @@ class Usage:
     def inner_probe(
         self,
         kind: ProbeKind,
-        side: Carried,
+        side: LabeledValue,
         contraction: Contraction,
         labels: npt.NDArray[np.int32],
         numbers: Mapping[int, int],
@@ -230,7 +234,7 @@ class Usage:
         if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
             return None
         heads = side.shape[1]
-        own = heads if side is contraction.left else int(attributes(node).get("kv_num_heads", heads))
+        own = heads if side is contraction.left else int(attribute_values(node).get("kv_num_heads", heads))
         whole = np.broadcast_to(labels, (1, heads, 1, side.shape[3]))[:, :: heads // own]
         merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
         return Probe(kind, side.name, merged)

@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.passes.grouping.units import Units, resolve
-from snpc.passes.propagation.labels import Ints, varying
+from snpc.passes.grouping.units import Units, resolve_units
+from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import Trace
+from snpc.types import IntArray
 
 
-def resolved(trace: Trace) -> Units:
+def find_units(trace: Trace) -> Units:
     """The units of everything that was traced."""
-    units = resolve(trace.book)
+    units = resolve_units(trace.book)
     while True:
-        news = [pair for axis in flat_axes(trace, units) for pair in alternating(axis, units.block[axis])]
+        news = [
+            pair
+            for axis in units_along_flat_axes(trace, units)
+            for pair in unify_interleaved_blocks(axis, units.block[axis])
+        ]
         if not news:
             return units
         trace.book.pairs.extend(news)
-        units = resolve(trace.book)
+        units = resolve_units(trace.book)
 
 
-def flat_axes(trace: Trace, units: Units) -> list[Ints]:
+def units_along_flat_axes(trace: Trace, units: Units) -> list[IntArray]:
     """The units along every axis on which alone labels vary, each once."""
-    found: dict[bytes, Ints] = {}
+    found: dict[bytes, IntArray] = {}
     for carried in trace.values.values():
         for labels in carried.factors:
-            if len(varying(labels)) == 1:
+            if len(varying_axes(labels)) == 1:
                 flat = labels.reshape(-1)
                 axis = units.unit[flat[flat >= 0]]
                 if (units.block[axis] >= 0).any():
@@ -37,7 +42,7 @@ def flat_axes(trace: Trace, units: Units) -> list[Ints]:
     return list(found.values())
 
 
-def alternating(axis: Ints, block: Ints) -> list[tuple[Ints, Ints]]:
+def unify_interleaved_blocks(axis: IntArray, block: IntArray) -> list[tuple[IntArray, IntArray]]:
     """Pairs that join blocks position by position, where another lies between two parts of one."""
     starts = np.flatnonzero(np.diff(block, prepend=-2))
     names = block[starts]

@@ -6,27 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.movement import compress
+from snpc.ops.movement import collapse_constant_axes
 from snpc.ops.spec import Labels
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.state import Carried, Factors, Here
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 
 
-def lay_out(here: Here, parts: Sequence[Carried], axis: int) -> Factors:
+def concat_labels(here: NodeContext, parts: Sequence[LabeledValue], axis: int) -> Factors:
     """Factors of ``parts`` laid end to end along ``axis``. On other axes the parts must agree, so what meets there is
     joined."""
     parts = [c for c in parts if c.shape[axis] > 0]
     along: list[Labels] = []
     across: dict[frozenset[int], Labels] = {}
-    patterns = list(dict.fromkeys(varying(f) - {axis} for c in parts for f in c.factors))
+    patterns = list(dict.fromkeys(varying_axes(f) - {axis} for c in parts for f in c.factors))
     for pattern in patterns:
-        mine = [[f for f in c.factors if varying(f) - {axis} == pattern] for c in parts]
-        if any(axis in varying(f) for fs in mine for f in fs) or not pattern:
-            along += [row_of(here, parts, mine, axis, pattern)]
+        mine = [[f for f in c.factors if varying_axes(f) - {axis} == pattern] for c in parts]
+        if any(axis in varying_axes(f) for fs in mine for f in fs) or not pattern:
+            along += [concat_factor(here, parts, mine, axis, pattern)]
             continue
         for carried, fs in zip(parts, mine, strict=True):
             if not fs and all(carried.shape[k] > 1 for k in pattern):
-                finer = [f for f in carried.factors if varying(f) - {axis} > pattern and axis not in varying(f)]
+                finer = [
+                    f for f in carried.factors if varying_axes(f) - {axis} > pattern and axis not in varying_axes(f)
+                ]
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
                         for fine in finer:
@@ -41,8 +43,12 @@ def lay_out(here: Here, parts: Sequence[Carried], axis: int) -> Factors:
     return tuple(f for f in (*along, *across.values()) if f.size)
 
 
-def row_of(
-    here: Here, parts: Sequence[Carried], mine: Sequence[Sequence[Labels]], axis: int, pattern: frozenset[int]
+def concat_factor(
+    here: NodeContext,
+    parts: Sequence[LabeledValue],
+    mine: Sequence[Sequence[Labels]],
+    axis: int,
+    pattern: frozenset[int],
 ) -> Labels:
     rows = []
     shape = [
@@ -58,4 +64,4 @@ def row_of(
         for extra in fs[1:]:
             here.trace.book.join(fs[0], extra)
         rows.append(np.broadcast_to(fs[0], target))
-    return compress(np.concatenate(rows, axis))
+    return collapse_constant_axes(np.concatenate(rows, axis))

@@ -2,63 +2,71 @@
 
 from __future__ import annotations
 
-from snpc.ops.spec import MISFIT, SUMMED, Blocked, Labels, Letters
-from snpc.passes.propagation.labels import Flag, varying
-from snpc.passes.propagation.pointwise import meet, pin_half_labelled
-from snpc.passes.propagation.state import Carried, Contraction, Factors, Here, cover_rest
+from snpc.ops.spec import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
+from snpc.passes.propagation.labels import LabelFlag, varying_axes
+from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
+from snpc.passes.propagation.state import Contraction, Factors, LabeledValue, NodeContext, cover_remaining_axes
 
 
-def contract(here: Here, left: Carried, right: Carried, letters: Letters, part: str = "") -> Factors:
+def contract_labels(
+    here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, part: str = ""
+) -> Factors:
     """Sum over the letters that do not reach the output. ``part`` names the step of a fused node."""
     book = here.trace.book
     summed = set(letters.left) & set(letters.right) - set(letters.out)
-    weights = which_weights(left, right)
+    weights = which_are_weights(left, right)
     constant = any(weights)
     here.trace.contractions.append(Contraction(here.node, letters, left, right, constant, part))
     sides = ((left, letters.left, weights), (right, letters.right, weights[::-1]))
-    out: list[tuple[Carried, Labels]] = []
+    out: list[tuple[LabeledValue, Labels]] = []
     covered: list[Labels] = []
-    join_summed(here, left, right, letters, summed)
+    unify_summed_axes(here, left, right, letters, summed)
     for mine, my_letters, (is_weight, other_is) in sides:
         for labels in mine.factors:
-            on = {my_letters[k] for k in varying(labels)}
+            on = {my_letters[k] for k in varying_axes(labels)}
             windowed = on & set(letters.windowed) if mine is left else set()
             if windowed:
                 here.pin(mine, labels, "it is seen through a window", my_letters.index(min(windowed)))
                 continue
             if on - summed - set(letters.out):
-                here.pin(mine, labels, SUMMED, my_letters.index(min(on - summed - set(letters.out))))
+                here.pin(mine, labels, SUMMED_OVER, my_letters.index(min(on - summed - set(letters.out))))
                 continue
             if is_weight:
-                book.flag(labels, Flag.CONSUMED | Flag.READS if on & summed else Flag.PRODUCED)
+                book.flag(labels, LabelFlag.CONSUMED | LabelFlag.READS if on & summed else LabelFlag.PRODUCED)
                 if not on & summed and letters.windowed:
-                    book.flag(labels, Flag.CONVOLVED)
+                    book.flag(labels, LabelFlag.CONVOLVED)
             elif other_is and on & summed:
-                book.flag(labels, Flag.CONSUMED)
+                book.flag(labels, LabelFlag.CONSUMED)
             elif not constant:
-                batched = Flag.BATCHED if on and on <= set(letters.left) & set(letters.right) else Flag.CARRIED
-                book.flag(labels, Flag.SCORED if on & summed else batched | Flag.CARRIED)
-            rest = frozenset(k for k in varying(labels) if my_letters[k] in letters.out)
+                batched = (
+                    LabelFlag.BATCHED if on and on <= set(letters.left) & set(letters.right) else LabelFlag.CARRIED
+                )
+                book.flag(labels, LabelFlag.SCORED if on & summed else batched | LabelFlag.CARRIED)
+            rest = frozenset(k for k in varying_axes(labels) if my_letters[k] in letters.out)
             if on & summed:
                 if not rest:
                     continue
-                labels = cover_rest(here, labels, rest)
-                moved = spread_letters(
-                    squeeze_to(labels, my_letters, letters.out), kept_letters(my_letters, letters.out), letters.out
+                labels = cover_remaining_axes(here, labels, rest)
+                moved = broadcast_to_letters(
+                    squeeze_to_letters(labels, my_letters, letters.out),
+                    output_letters(my_letters, letters.out),
+                    letters.out,
                 )
                 if any(m.shape == moved.shape for m in covered):
                     book.join(next(m for m in covered if m.shape == moved.shape), moved)
                     continue
                 covered.append(moved)
             else:
-                moved = spread_letters(
-                    squeeze_to(labels, my_letters, letters.out), kept_letters(my_letters, letters.out), letters.out
+                moved = broadcast_to_letters(
+                    squeeze_to_letters(labels, my_letters, letters.out),
+                    output_letters(my_letters, letters.out),
+                    letters.out,
                 )
             out.append((mine, moved))
-    return join_batches(here, out, left, right, letters)
+    return unify_batch_axes(here, out, left, right, letters)
 
 
-def which_weights(left: Carried, right: Carried) -> tuple[bool, bool]:
+def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bool]:
     """Which operand of a product is the weight. Of two constants it is the right one, unless products made both: then
     these are activations that happen to be the same on every run."""
     if left.constant and right.constant:
@@ -68,21 +76,23 @@ def which_weights(left: Carried, right: Carried) -> tuple[bool, bool]:
     return left.constant and not left.projected, right.constant
 
 
-def kept_letters(mine: str, out: str) -> str:
+def output_letters(mine: str, out: str) -> str:
     return "".join(c for c in mine if c in out)
 
 
-def squeeze_to(labels: Labels, mine: str, out: str) -> Labels:
+def squeeze_to_letters(labels: Labels, mine: str, out: str) -> Labels:
     return labels.reshape([n for k, n in enumerate(labels.shape) if mine[k] in out])
 
 
-def join_summed(here: Here, left: Carried, right: Carried, letters: Letters, summed: set[str]) -> None:
+def unify_summed_axes(
+    here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, summed: set[str]
+) -> None:
     """Labels on both sides of a sum are one unit; labels on one side only are pinned."""
     book = here.trace.book
     for letter in sorted(summed):
         i, j = letters.left.index(letter), letters.right.index(letter)
-        mine = [f for f in left.factors if i in varying(f)]
-        theirs = [f for f in right.factors if j in varying(f)]
+        mine = [f for f in left.factors if i in varying_axes(f)]
+        theirs = [f for f in right.factors if j in varying_axes(f)]
         for present, absent, axis, other_axis in ((mine, right, i, j), (theirs, left, j, i)):
             counterpart = theirs if present is mine else mine
             if present and not counterpart and absent.shape[other_axis] > 1:
@@ -91,78 +101,82 @@ def join_summed(here: Here, left: Carried, right: Carried, letters: Letters, sum
                     here.pin(owner, labels, f"it is summed against {here.stranger(absent)}", axis)
         for f in mine:
             for g in theirs:
-                a, b = by_letter(f, letters.left, letters), by_letter(g, letters.right, letters)
-                if varying(a) == varying(b):
+                a, b = transpose_to_letters(f, letters.left, letters), transpose_to_letters(g, letters.right, letters)
+                if varying_axes(a) == varying_axes(b):
                     book.match(a, b)
-                    pin_half_labelled(here, left, a, b)
-                elif varying(a) < varying(b):
+                    pin_partly_labeled(here, left, a, b)
+                elif varying_axes(a) < varying_axes(b):
                     book.cover(a, b, "meet")
-                elif varying(b) < varying(a):
+                elif varying_axes(b) < varying_axes(a):
                     book.cover(b, a, "meet")
                 else:
                     book.share(a, b, "meet")
 
 
-def by_letter(labels: Labels, mine: str, letters: Letters) -> Labels:
+def transpose_to_letters(labels: Labels, mine: str, letters: Letters) -> Labels:
     every = sorted(set(letters.left) | set(letters.right))
     return labels.transpose(sorted(range(len(mine)), key=lambda k: every.index(mine[k]))).reshape(
         [labels.shape[mine.index(c)] if c in mine else 1 for c in every]
     )
 
 
-def join_batches(
-    here: Here, out: list[tuple[Carried, Labels]], left: Carried, right: Carried, letters: Letters
+def unify_batch_axes(
+    here: NodeContext, out: list[tuple[LabeledValue, Labels]], left: LabeledValue, right: LabeledValue, letters: Letters
 ) -> Factors:
     """Factors of both operands that share output axes: heads of the scores over heads of the values."""
     book = here.trace.book
     batch = {c for c in letters.out if c in letters.left and c in letters.right}
-    kept: list[tuple[Carried, Labels]] = []
+    kept: list[tuple[LabeledValue, Labels]] = []
     for mine, labels in out:
-        on = {letters.out[k] for k in varying(labels)} & batch
+        on = {letters.out[k] for k in varying_axes(labels)} & batch
         absorbed = False
         for other, existing in kept:
-            if other is mine or not (varying(labels) & varying(existing)):
+            if other is mine or not (varying_axes(labels) & varying_axes(existing)):
                 continue
-            if varying(labels) == varying(existing):
+            if varying_axes(labels) == varying_axes(existing):
                 book.join(labels, existing)
                 absorbed = True
-            elif varying(labels) < varying(existing):
+            elif varying_axes(labels) < varying_axes(existing):
                 book.cover(labels, existing, "batch")
-            elif varying(existing) < varying(labels):
+            elif varying_axes(existing) < varying_axes(labels):
                 book.cover(existing, labels, "batch")
             else:
                 book.share(labels, existing, "batch")
         partner, partner_letters = (right, letters.right) if mine is left else (left, letters.left)
         for letter in on:
             axis = partner_letters.index(letter)
-            if partner.shape[axis] > 1 and not any(axis in varying(f) for f in partner.factors):
-                pin_per_batch(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
-                absorbed |= on == {letter} and len(varying(labels)) == 1  # pinned: nothing more to learn from it
+            if partner.shape[axis] > 1 and not any(axis in varying_axes(f) for f in partner.factors):
+                pin_batch_axis(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
+                absorbed |= on == {letter} and len(varying_axes(labels)) == 1  # pinned: nothing more to learn from it
         if not absorbed:
             kept.append((mine, labels))
     return tuple(labels for _, labels in kept)
 
 
-def pin_per_batch(here: Here, carried: Carried, labels: Labels, axes: frozenset[int], partner: Carried) -> None:
+def pin_batch_axis(
+    here: NodeContext, carried: LabeledValue, labels: Labels, axes: frozenset[int], partner: LabeledValue
+) -> None:
     """The other operand has this batch axis without labels: whole blocks stay, the width within them is free."""
-    if varying(labels) == axes:
+    if varying_axes(labels) == axes:
         here.pin(carried, labels, f"it meets {here.stranger(partner)}")
         return
-    coarse = cover_rest(here, labels, axes)
+    coarse = cover_remaining_axes(here, labels, axes)
     here.pin(partner, coarse, "no weight makes this axis", min(axes))
 
 
-def add_bias(here: Here, factors: Factors, bias: Carried, out: str, letters: str) -> Factors:
+def unify_with_bias(here: NodeContext, factors: Factors, bias: LabeledValue, out: str, letters: str) -> Factors:
     shape = here.call.outs[0]
     if len(letters) != len(bias.shape):
-        raise Blocked(0, MISFIT)
+        raise Blocked(0, SHAPE_MISMATCH)
     sizes = dict(zip(letters, bias.shape, strict=False))
     view = tuple(sizes.get(letter, 1) for letter in out)
-    spread = Carried(bias.name, view, tuple(spread_letters(f, letters, out) for f in bias.factors), bias.constant)
-    return meet(here, [Carried(str(here.node.outputs[0].name), shape, factors), spread])
+    spread = LabeledValue(
+        bias.name, view, tuple(broadcast_to_letters(f, letters, out) for f in bias.factors), bias.constant
+    )
+    return unify_factors(here, [LabeledValue(str(here.node.outputs[0].name), shape, factors), spread])
 
 
-def spread_letters(labels: Labels, letters: str, out: str) -> Labels:
+def broadcast_to_letters(labels: Labels, letters: str, out: str) -> Labels:
     order = [letters.index(c) for c in out if c in letters]
     moved = labels.transpose(order)
     return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])

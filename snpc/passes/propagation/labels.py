@@ -16,12 +16,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops.spec import Labels
-from snpc.types import PinKind
-
-Ints = npt.NDArray[np.int64]
+from snpc.types import IntArray, PinKind
 
 
-class Flag(IntFlag):
+class LabelFlag(IntFlag):
     PRODUCED = 1  # output axis of a constant weight
     CONSUMED = 2  # contracted with a constant weight
     SCORED = 4  # contracted with another activation
@@ -38,7 +36,7 @@ class Flag(IntFlag):
 
 
 @dataclass(frozen=True)
-class Axis:
+class LabeledAxis:
     """Labels ``first .. first + size`` belong to this axis of this constant."""
 
     constant: ir.Value
@@ -48,17 +46,17 @@ class Axis:
 
 
 @dataclass(frozen=True, eq=False)
-class Slab:
+class Cover:
     """``keys[i]`` covers the labels ``members[i]``. ``batch``: seen where a product of activations is done per key."""
 
-    keys: Ints
-    members: Ints
+    keys: IntArray
+    members: IntArray
     kind: Literal["batch", "meet"]
 
 
 @dataclass(frozen=True, eq=False)
-class PinNote:
-    labels: Ints
+class LabelPin:
+    labels: IntArray
     tensor: str
     axis: int
     size: int
@@ -68,12 +66,12 @@ class PinNote:
 
 
 @dataclass
-class Book:
+class LabelTable:
     count: int = 0
-    axes: list[Axis] = field(default_factory=list)
-    pairs: list[tuple[Ints, Ints]] = field(default_factory=list)
-    slabs: list[Slab] = field(default_factory=list)
-    pins: list[PinNote] = field(default_factory=list)
+    axes: list[LabeledAxis] = field(default_factory=list)
+    pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    slabs: list[Cover] = field(default_factory=list)
+    pins: list[LabelPin] = field(default_factory=list)
     flags: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 
     def fresh(self, size: int) -> Labels:
@@ -85,7 +83,7 @@ class Book:
 
     def axis_labels(self, constant: ir.Value, axis: int, size: int) -> Labels:
         labels = self.fresh(size)
-        self.axes.append(Axis(constant, axis, int(labels[0]), size))
+        self.axes.append(LabeledAxis(constant, axis, int(labels[0]), size))
         return labels
 
     def join(self, left: Labels, right: Labels) -> None:
@@ -99,7 +97,7 @@ class Book:
     def share(self, left: Labels, right: Labels, kind: Literal["batch", "meet"]) -> None:
         """Two factors with some axes in common, each with axes of its own: one fresh label per common position
         covers both (rows and columns of one score matrix per head)."""
-        common = varying(left) & varying(right)
+        common = varying_axes(left) & varying_axes(right)
         shape = [n if k in common else 1 for k, n in enumerate(left.shape)]
         coarse = self.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
         self.cover(coarse, left, kind)
@@ -121,10 +119,10 @@ class Book:
         if (counts != counts[0]).any():
             return self.join(left, right)
         members = np.sort(fine[order].reshape(-1, counts[0]).astype(np.int64), axis=1)
-        self.slabs.append(Slab(np.unique(coarse).astype(np.int64), members, "meet"))
+        self.slabs.append(Cover(np.unique(coarse).astype(np.int64), members, "meet"))
         return None
 
-    def flag(self, labels: Labels, flag: Flag) -> None:
+    def flag(self, labels: Labels, flag: LabelFlag) -> None:
         named = labels[labels >= 0]
         self.flags[named] |= int(flag)
 
@@ -133,11 +131,11 @@ class Book:
     ) -> None:
         named = np.unique(labels[labels >= 0]).astype(np.int64)
         if len(named):
-            self.pins.append(PinNote(named, tensor, axis, size, reason, operator, kind))
+            self.pins.append(LabelPin(named, tensor, axis, size, reason, operator, kind))
 
     def remark(self, tensor: str, axis: int, size: int, reason: str, operator: str) -> None:
         """A pin of something that has no labels at all: a weight that snpc cannot see into."""
-        self.pins.append(PinNote(np.zeros(0, np.int64), tensor, axis, size, reason, operator, "hard"))
+        self.pins.append(LabelPin(np.zeros(0, np.int64), tensor, axis, size, reason, operator, "hard"))
 
     def cover(self, coarse: Labels, fine: Labels, kind: Literal["batch", "meet"]) -> None:
         """``coarse`` varies on fewer axes than ``fine``: each of its labels covers the fine ones beneath it."""
@@ -150,8 +148,8 @@ class Book:
         members = np.sort(b.transpose(order).reshape(count, -1).astype(np.int64), axis=1)
         known = (keys >= 0) & (members >= 0).all(1)
         if known.any():
-            self.slabs.append(Slab(keys[known], members[known], kind))
+            self.slabs.append(Cover(keys[known], members[known], kind))
 
 
-def varying(labels: Labels) -> frozenset[int]:
+def varying_axes(labels: Labels) -> frozenset[int]:
     return frozenset(k for k, n in enumerate(labels.shape) if n > 1)

@@ -6,44 +6,44 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.spec import MISFIT, Labels
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.state import Carried, Factors, Here
+from snpc.ops.spec import SHAPE_MISMATCH, Labels
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 
 
-def same_labels(left: Carried, right: Carried) -> bool:
+def have_labels_in_common(left: LabeledValue, right: LabeledValue) -> bool:
     """Two tensors made of one (x and its cube, in a polynomial activation) carry the same labels."""
     mine = {labels.tobytes() for labels in left.factors}
     return any(labels.tobytes() in mine for labels in right.factors)
 
 
-def meet(here: Here, parts: Sequence[Carried]) -> Factors:
+def unify_factors(here: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
     """Factors of several tensors at the same positions: same axes join, coarser covers finer, the rest is pinned."""
     if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
-        here.refuse(parts, MISFIT)
+        here.refuse(parts, SHAPE_MISMATCH)
         return ()
     book = here.trace.book
     kept: list[tuple[int, Labels]] = []
     for index, carried in enumerate(parts):
         for labels in carried.factors:
-            stranger = unlabelled_partner(parts, index, labels)
+            stranger = unlabeled_partner(parts, index, labels)
             if stranger is not None:
                 here.pin(carried, labels, f"it meets {here.stranger(stranger)}")
                 if carried.constant:
                     continue
             joined = False
             for k, (owner, other) in enumerate(kept):
-                if owner == index or not (varying(labels) & varying(other)):
+                if owner == index or not (varying_axes(labels) & varying_axes(other)):
                     continue
-                if varying(labels) == varying(other):
+                if varying_axes(labels) == varying_axes(other):
                     book.match(labels, other)
-                    pin_half_labelled(here, carried, labels, other)
+                    pin_partly_labeled(here, carried, labels, other)
                     if parts[owner].constant and not carried.constant:
                         kept[k] = (owner, labels)
                     joined = True
-                elif varying(labels) < varying(other):
+                elif varying_axes(labels) < varying_axes(other):
                     book.cover(labels, other, "meet")
-                elif varying(labels) > varying(other):
+                elif varying_axes(labels) > varying_axes(other):
                     book.cover(other, labels, "meet")
                 else:
                     book.share(labels, other, "meet")
@@ -52,18 +52,18 @@ def meet(here: Here, parts: Sequence[Carried]) -> Factors:
     return tuple(labels for _, labels in kept)
 
 
-def unlabelled_partner(parts: Sequence[Carried], index: int, labels: Labels) -> Carried | None:
+def unlabeled_partner(parts: Sequence[LabeledValue], index: int, labels: Labels) -> LabeledValue | None:
     """Another tensor that has entries along an axis of ``labels`` but no labels of its own there."""
     for other, carried in enumerate(parts):
         if other == index:
             continue
-        for axis in varying(labels):
-            if carried.shape[axis] > 1 and not any(axis in varying(f) for f in carried.factors):
+        for axis in varying_axes(labels):
+            if carried.shape[axis] > 1 and not any(axis in varying_axes(f) for f in carried.factors):
                 return carried
     return None
 
 
-def pin_half_labelled(here: Here, carried: Carried, left: Labels, right: Labels) -> None:
+def pin_partly_labeled(here: NodeContext, carried: LabeledValue, left: Labels, right: Labels) -> None:
     a, b = np.broadcast_arrays(left, right)
     odd = (a >= 0) != (b >= 0)
     if odd.any():

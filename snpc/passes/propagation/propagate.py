@@ -1,7 +1,9 @@
 """Provenance by execution: every axis of every float constant gets labels, and the graph is run on the labels.
 
-What each operator does comes from the table (``snpc.ops``); the algebra of labels is in ``meet`` (pointwise) and
-``contract`` (sums of products). No attention pattern is known here: that Q and K belong together is simply what a
+What each operator does comes from the table (``snpc.ops``); the algebra of labels is in ``unify_factors`` (pointwise)
+and
+``contract_labels`` (sums of products). No attention pattern is known here: that Q and K belong together is simply
+what a
 contraction of two activations says.
 """
 
@@ -11,50 +13,59 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts, is_float, opset, subgraphs, whose_shape
+from snpc.graph.shapes import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
 from snpc.ops.movement import concat_axis
 from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import Blocked, Labels
-from snpc.passes.propagation.attention import attention
-from snpc.passes.propagation.concat import lay_out
-from snpc.passes.propagation.contraction import add_bias, contract
-from snpc.passes.propagation.grouped_convolution import grouped
-from snpc.passes.propagation.kv_cache import ADVICE, enter_cache, find_caches, handed_on
-from snpc.passes.propagation.labels import Flag, varying
-from snpc.passes.propagation.pointwise import meet, same_labels
-from snpc.passes.propagation.rotary_embedding import rotary
-from snpc.passes.propagation.state import Carried, Contraction, Factors, Here, Trace, align, cover_rest, independent
-from snpc.passes.propagation.statistics import stray_reader
+from snpc.passes.propagation.attention import propagate_attention
+from snpc.passes.propagation.concat import concat_labels
+from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
+from snpc.passes.propagation.grouped_convolution import propagate_grouped_convolution
+from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, label_kv_cache, present_outputs
+from snpc.passes.propagation.labels import LabelFlag, varying_axes
+from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
+from snpc.passes.propagation.rotary_embedding import propagate_rotary
+from snpc.passes.propagation.state import (
+    Contraction,
+    Factors,
+    LabeledValue,
+    NodeContext,
+    Trace,
+    cover_remaining_axes,
+    drop_determined_factors,
+    prepend_axes,
+)
+from snpc.passes.propagation.statistics import non_normalizing_consumer
 
-__all__ = ["Carried", "Contraction", "Trace", "trace_model"]
+__all__ = ["Contraction", "LabeledValue", "Trace", "propagate_labels"]
 
 
-def trace_model(model: ir.Model, facts: Facts, kv_cache: bool = False) -> Trace:
+def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False) -> Trace:
     """Run the labels through the main graph of a canonical model; caches have labels where ``kv_cache`` asks for it."""
     trace = Trace()
-    caches = find_caches(model, facts)
+    caches = find_kv_caches(model, facts)
     for value in model.graph.inputs:
         if kv_cache and value in caches:
-            trace.values[value] = enter_cache(trace, value, facts, caches[value])
+            trace.values[value] = label_kv_cache(trace, value, facts, caches[value])
         elif not value.is_initializer():
-            enter_input(trace, value, facts, ADVICE if value in caches else "")
+            register_input(trace, value, facts, KV_CACHE_ADVICE if value in caches else "")
     for value in model.graph.initializers.values():
-        enter_constant(trace, value, facts)
+        label_constant(trace, value, facts)
     for node in model.graph:
-        step(trace, model, facts, node)
+        propagate_node(trace, model, facts, node)
     for statistic in trace.statistics:
-        reader = stray_reader(statistic, trace)
+        reader = non_normalizing_consumer(statistic, trace)
         if reader is not None:
             statistic.here.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
-    free = set(handed_on(trace, list(model.graph.outputs)))
+    free = set(present_outputs(trace, list(model.graph.outputs)))
     for value in model.graph.outputs:
         carried = trace.values.get(value)
         if carried is None or value in free:
             continue
         for labels in carried.factors:
-            axis = min(varying(labels), default=0)
+            axis = min(varying_axes(labels), default=0)
             trace.book.pin(
                 labels,
                 str(value.name),
@@ -66,13 +77,13 @@ def trace_model(model: ir.Model, facts: Facts, kv_cache: bool = False) -> Trace:
     return trace
 
 
-def enter_input(trace: Trace, value: ir.Value, facts: Facts, because: str) -> None:
+def register_input(trace: Trace, value: ir.Value, facts: ShapeFacts, because: str) -> None:
     shape = facts.shape.get(value)
     if shape is not None:
-        trace.values[value] = Carried(str(value.name), shape, because=because)
+        trace.values[value] = LabeledValue(str(value.name), shape, because=because)
 
 
-def enter_constant(trace: Trace, value: ir.Value, facts: Facts) -> None:
+def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
     shape = facts.shape.get(value)
     if shape is None:
         return
@@ -83,28 +94,28 @@ def enter_constant(trace: Trace, value: ir.Value, facts: Facts) -> None:
                 view = [1] * len(shape)
                 view[axis] = size
                 factors.append(trace.book.axis_labels(value, axis, size).reshape(view))
-    trace.values[value] = Carried(str(value.name), shape, tuple(factors), constant=True)
+    trace.values[value] = LabeledValue(str(value.name), shape, tuple(factors), constant=True)
 
 
-def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
-    version = opset(model, node.domain)
-    here = Here(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
+def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.Node) -> None:
+    version = opset_version(model, node.domain)
+    here = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
     missing = [v for v, c in zip(node.inputs, inputs, strict=True) if v is not None and c is None]
     known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
-    if subgraphs(node):
-        captured = [trace.values.get(v) for v in outer_values(node)]
+    if has_subgraphs(node):
+        captured = [trace.values.get(v) for v in captured_values(node)]
         here.pin_all([*inputs, *captured], SUBGRAPH)
         outputs: list[Factors] = []
     elif missing or not known:
         what = str(missing[0].name) if missing else str(node.outputs[0].name)
         for c in inputs if here.spec.kind == "contraction" else ():
             for labels in c.factors if c is not None and c.constant else ():
-                trace.book.flag(labels, Flag.PRODUCED)  # so that the weight is listed, with its pin
+                trace.book.flag(labels, LabelFlag.PRODUCED)  # so that the weight is listed, with its pin
         here.pin_all(inputs, here.spec.reason or f"the shape of {what} cannot be worked out")
         outputs = []
     else:
-        outputs = RULES[here.spec.kind](here, inputs)
+        outputs = PROPAGATION_RULES[here.spec.kind](here, inputs)
     constant = bool(inputs) and all(
         v is None or v in facts.value or (c is not None and c.constant)
         for v, c in zip(node.inputs, inputs, strict=True)
@@ -117,13 +128,13 @@ def step(trace: Trace, model: ir.Model, facts: Facts, node: ir.Node) -> None:
         if shape is None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
-        usable = independent(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
-        trace.values[value] = Carried(
-            str(value.name), shape, usable, constant, because(here, inputs, usable), projected
+        usable = drop_determined_factors(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
+        trace.values[value] = LabeledValue(
+            str(value.name), shape, usable, constant, why_unlabeled(here, inputs, usable), projected
         )
 
 
-def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> str:
+def why_unlabeled(here: NodeContext, inputs: Sequence[LabeledValue | None], factors: Factors) -> str:
     """Why an unlabelled value is unlabelled, where that is an operator's doing; it moves along with the value."""
     if factors:
         return ""
@@ -134,7 +145,7 @@ def because(here: Here, inputs: Sequence[Carried | None], factors: Factors) -> s
     return first.because if first is not None and moved else ""
 
 
-def outer_values(node: ir.Node) -> list[ir.Value]:
+def captured_values(node: ir.Node) -> list[ir.Value]:
     """Values of the enclosing graph that a node's subgraphs read."""
     graphs = [a.value for a in node.attributes.values() if isinstance(a, ir.Attr) and a.type == ir.AttributeType.GRAPH]
     inner = [n for g in graphs for n in ir.traversal.RecursiveGraphIterator(g)]
@@ -146,16 +157,16 @@ def outer_values(node: ir.Node) -> list[ir.Value]:
 # -- one rule per kind -----------------------------------------------------------------------------------------------
 
 
-def opaque(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_opaque(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     here.pin_all(inputs, here.spec.reason)
     return []
 
 
-def shape_only(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_shape_only(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     return []
 
 
-def movement(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_movement(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     data = inputs[0]
     assert data is not None and here.spec.move is not None
     outputs: list[list[Labels]] = [[] for _ in here.call.outs]
@@ -166,139 +177,143 @@ def movement(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
             here.pin(data, labels, block.reason, block.axis)
             continue
         for out, part, value in zip(outputs, moved, here.node.outputs, strict=False):
-            if varying(part) or not varying(labels):
+            if varying_axes(part) or not varying_axes(labels):
                 out.append(part)
-            elif not only_shape_is_read(value):
-                here.pin(data, part, "one position of it is read alone", min(varying(labels)))
+            elif not is_only_shape_read(value):
+                here.pin(data, part, "one position of it is read alone", min(varying_axes(labels)))
     if data.constant and any(
         c is not None and v is None for c, v in zip(inputs[1:], here.call.values[1:], strict=True)
     ):
         for labels in outputs[0]:
-            here.trace.book.flag(labels, Flag.PRODUCED)
+            here.trace.book.flag(labels, LabelFlag.PRODUCED)
     if here.spec.expands:
-        outputs[0] += expanded(here, data)
+        outputs[0] += labels_of_expanded_axes(here, data)
     return [tuple(out) for out in outputs]
 
 
-def expanded(here: Here, data: Carried) -> list[Labels]:
+def labels_of_expanded_axes(here: NodeContext, data: LabeledValue) -> list[Labels]:
     """Labels along the axes that repeat to the size of another tensor's: they follow that tensor."""
-    other = here.trace.values.get(whose_shape(here.node.inputs[1]))  # type: ignore[arg-type]
+    other = here.trace.values.get(shape_source(here.node.inputs[1]))  # type: ignore[arg-type]
     if other is None or other.shape != here.call.outs[0]:
         return []
     shape = (1,) * (len(other.shape) - len(data.shape)) + data.shape
     grown = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
-    return [labels for labels in other.factors if varying(labels) & grown]
+    return [labels for labels in other.factors if varying_axes(labels) & grown]
 
 
-def only_shape_is_read(value: ir.Value) -> bool:
+def is_only_shape_read(value: ir.Value) -> bool:
     kinds = {lookup(user.domain, user.op_type).kind for user in value.consumers()}
     return kinds <= {"shape"} and not value.is_graph_output()
 
 
-def concat(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
-    return [lay_out(here, [c for c in inputs if c is not None], concat_axis(here.call))]
+def propagate_concat(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    return [concat_labels(here, [c for c in inputs if c is not None], concat_axis(here.call))]
 
 
-def pointwise(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_pointwise(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     rank = len(here.call.outs[0])
     parts = [
-        Carried(c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(align(f, rank) for f in c.factors), c.constant)
+        LabeledValue(
+            c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
+        )
         for c in inputs
         if c is not None and len(c.shape) <= rank
     ]
-    factors = meet(here, parts)
-    note_effect(here, parts, factors)
+    factors = unify_factors(here, parts)
+    flag_effect(here, parts, factors)
     return [factors] * len(here.call.outs)
 
 
-def note_effect(here: Here, parts: Sequence[Carried], factors: Factors) -> None:
+def flag_effect(here: NodeContext, parts: Sequence[LabeledValue], factors: Factors) -> None:
     book = here.trace.book
     effect = here.spec.effect
     active = [c for c in parts if c.factors and not c.constant]
-    flag = Flag(0)
+    flag = LabelFlag(0)
     if effect == "nonlinear":
-        flag |= Flag.CURVED
-    several = len(active) > 1 and any(not same_labels(active[0], c) for c in active[1:])
+        flag |= LabelFlag.CURVED
+    several = len(active) > 1 and any(not have_labels_in_common(active[0], c) for c in active[1:])
     if effect == "add" and several:
-        flag |= Flag.ADDED
+        flag |= LabelFlag.ADDED
     if effect == "scale" and several:
-        flag |= Flag.GATED
+        flag |= LabelFlag.GATED
     if effect == "scale" and any(c.constant and c.factors for c in parts):
-        flag |= Flag.SCALED
+        flag |= LabelFlag.SCALED
     if flag:
         for labels in factors:
             book.flag(labels, flag)
 
 
-def normalise(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_normalization(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     spec = here.spec
     rank = len(here.call.outs[0]) if spec.tables else len(here.call.shape((spec.data or (0,))[0]))
     data = [
-        looked_up(here, inputs[k], rank) if k in spec.tables else inputs[k]
+        propagate_table_lookup(here, inputs[k], rank) if k in spec.tables else inputs[k]
         for k in spec.data or (0,)
         if k < len(inputs)
     ]
     channels = here.call.outs[0][1] if rank > 1 else 1
     per_axis = [
-        channelled(inputs[abs(k)], rank, channels) if k < 0 else inputs[k]
+        broadcast_per_channel(inputs[abs(k)], rank, channels) if k < 0 else inputs[k]
         for k in spec.per_axis
         if abs(k) < len(inputs)
     ]
     spread = [
-        Carried(c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(align(f, rank) for f in c.factors), c.constant)
+        LabeledValue(
+            c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
+        )
         for c in (*data, *per_axis)
         if c is not None
     ]
     first = spread[0]
     for c in per_axis:
         for labels in c.factors if c is not None else ():
-            here.trace.book.flag(labels, Flag.NORMED)
-    factors = meet(here, spread)
+            here.trace.book.flag(labels, LabelFlag.NORMED)
+    factors = unify_factors(here, spread)
     axes = set(spec.axes(here.call)) if spec.axes else set()
     for labels in factors:
-        crossed = varying(labels) & axes
-        if crossed and not tied(here, labels, axes):
+        crossed = varying_axes(labels) & axes
+        if crossed and not unify_statistic_parts(here, labels, axes):
             reason = spec.reason or "its statistics are taken over this axis"
             here.pin_statistics(first, labels, crossed, reason)
-        here.trace.book.flag(labels, Flag.CURVED)
+        here.trace.book.flag(labels, LabelFlag.CURVED)
     return [factors if not k or k in spec.sums else () for k in range(len(here.call.outs))]
 
 
-def tied(here: Here, labels: Labels, axes: set[int]) -> bool:
+def unify_statistic_parts(here: NodeContext, labels: Labels, axes: set[int]) -> bool:
     """Do statistics of several parts of the channels let each part go as a whole? Then it is one unit."""
     parts = here.spec.whole(here.call) if here.spec.whole is not None else 1
-    if parts == 1 or labels.shape[0] > 1 or labels.shape[1] == 1 or (1 in axes and varying(labels) != {1}):
+    if parts == 1 or labels.shape[0] > 1 or labels.shape[1] == 1 or (1 in axes and varying_axes(labels) != {1}):
         return False
     rows = labels.reshape(parts, -1)
     here.trace.book.join(rows, rows[:, :1])
     return True
 
 
-def looked_up(here: Here, table: Carried | None, rank: int) -> Carried | None:
+def propagate_table_lookup(here: NodeContext, table: LabeledValue | None, rank: int) -> LabeledValue | None:
     """Rows of a table: its columns lie along the last axis; which rows are read depends on the data."""
     if table is None:
         return None
     free = []
     for labels in table.factors:
-        if varying(labels) == {1}:
-            here.trace.book.flag(labels, Flag.PRODUCED)
-            free.append(align(labels, rank))
+        if varying_axes(labels) == {1}:
+            here.trace.book.flag(labels, LabelFlag.PRODUCED)
+            free.append(prepend_axes(labels, rank))
         else:
             here.pin(table, labels, "which entries are read depends on the data")
-    return Carried(str(here.node.outputs[0].name), (1,) * (rank - 1) + table.shape[1:], tuple(free))
+    return LabeledValue(str(here.node.outputs[0].name), (1,) * (rank - 1) + table.shape[1:], tuple(free))
 
 
-def channelled(carried: Carried | None, rank: int, channels: int) -> Carried | None:
+def broadcast_per_channel(carried: LabeledValue | None, rank: int, channels: int) -> LabeledValue | None:
     """A vector per channel (axis 1), or per group of channels, laid out so that it broadcasts."""
     if carried is None or len(carried.shape) != 1 or rank < 2:
         return carried
     shape = (1, channels) + (1,) * (rank - 2)
     times = channels // carried.shape[0]
     factors = tuple(f.repeat(times).reshape(shape) for f in carried.factors if f.size > 1)
-    return Carried(carried.name, shape, factors, carried.constant)
+    return LabeledValue(carried.name, shape, factors, carried.constant)
 
 
-def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_reduction(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     data = inputs[0]
     assert data is not None and here.spec.axes is not None
     axes = set(here.spec.axes(here.call))
@@ -306,19 +321,19 @@ def reduce(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     dropped = axes if len(here.call.outs[0]) < rank else set()
     out: list[Labels] = []
     for labels in data.factors:
-        crossed = varying(labels) & axes
+        crossed = varying_axes(labels) & axes
         if crossed:
             here.pin_statistics(data, labels, crossed, here.spec.reason)
-            rest = varying(labels) - axes
+            rest = varying_axes(labels) - axes
             if not rest:
                 continue
-            labels = cover_rest(here, labels, rest)
-        here.trace.book.flag(labels, Flag.CURVED)
+            labels = cover_remaining_axes(here, labels, rest)
+        here.trace.book.flag(labels, LabelFlag.CURVED)
         out.append(labels.reshape([n for k, n in enumerate(labels.shape) if k not in dropped]))
     return [tuple(out)]
 
 
-def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_contraction(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     spec = here.spec
     left, right = (inputs[k] if k < len(inputs) else None for k in spec.operands)
     assert spec.letters is not None
@@ -335,26 +350,30 @@ def contraction(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
     groups = int(here.call.attrs.get("group", 1)) if letters.windowed else 1
     if groups < 1 or (groups > 1 and any(n % groups for n in (*left.shape[1:2], *right.shape[:1]))):
         return here.refuse(inputs, "its groups do not divide its channels")
-    factors = contract(here, left, right, letters) if groups == 1 else grouped(here, left, right, letters, groups)
+    factors = (
+        contract_labels(here, left, right, letters)
+        if groups == 1
+        else propagate_grouped_convolution(here, left, right, letters, groups)
+    )
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
         try:
-            factors = add_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+            factors = unify_with_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
         except Blocked as block:
             return here.refuse(inputs, block.reason)
     added = inputs[spec.added] if spec.added is not None and spec.added < len(inputs) else None
     if added is not None:
-        made = Carried(str(here.node.outputs[0].name), here.call.outs[0], factors)
-        factors = meet(here, [made, added])
+        made = LabeledValue(str(here.node.outputs[0].name), here.call.outs[0], factors)
+        factors = unify_factors(here, [made, added])
         for labels in factors:
-            here.trace.book.flag(labels, Flag.ADDED)
+            here.trace.book.flag(labels, LabelFlag.ADDED)
     if spec.curved:
         for labels in factors:
-            here.trace.book.flag(labels, Flag.CURVED)
+            here.trace.book.flag(labels, LabelFlag.CURVED)
     return [factors]
 
 
-def scatter(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
+def propagate_scatter(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     """Parts of a tensor written over. On the axes that are addressed everything stays; behind them both agree."""
     data, updates = (inputs[k] for k in here.spec.data or (0, 2))
     assert data is not None and updates is not None and here.spec.axes is not None
@@ -366,25 +385,25 @@ def scatter(here: Here, inputs: Sequence[Carried | None]) -> list[Factors]:
         front = len(carried.shape) - (rank - behind)
         free = []
         for labels in carried.factors:
-            if any(k < front for k in varying(labels)):
-                here.pin(carried, labels, here.spec.reason, min(varying(labels)))
+            if any(k < front for k in varying_axes(labels)):
+                here.pin(carried, labels, here.spec.reason, min(varying_axes(labels)))
             else:
                 free.append(labels.reshape((1,) * behind + labels.shape[front:]))
         shape = (1,) * behind + carried.shape[front:]
-        parts.append(Carried(carried.name, shape, tuple(free), carried.constant))
-    return [meet(here, parts)]
+        parts.append(LabeledValue(carried.name, shape, tuple(free), carried.constant))
+    return [unify_factors(here, parts)]
 
 
-RULES = {
-    "movement": movement,
-    "concat": concat,
-    "pointwise": pointwise,
-    "contraction": contraction,
-    "normalise": normalise,
-    "reduce": reduce,
-    "attention": attention,
-    "rotary": rotary,
-    "scatter": scatter,
-    "shape": shape_only,
-    "opaque": opaque,
+PROPAGATION_RULES = {
+    "movement": propagate_movement,
+    "concat": propagate_concat,
+    "pointwise": propagate_pointwise,
+    "contraction": propagate_contraction,
+    "normalise": propagate_normalization,
+    "reduce": propagate_reduction,
+    "attention": propagate_attention,
+    "rotary": propagate_rotary,
+    "scatter": propagate_scatter,
+    "shape": propagate_shape_only,
+    "opaque": propagate_opaque,
 }

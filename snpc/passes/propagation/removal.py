@@ -6,27 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from snpc.ops.movement import compress
-from snpc.ops.spec import Cut, Labels, Shape
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.state import Carried, Statistic, Trace
-from snpc.types import AnyArray
-
-Mask = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
+from snpc.ops.movement import collapse_constant_axes
+from snpc.ops.spec import Labels, TensorCut
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.state import LabeledValue, NormalizationStatistic, Trace
+from snpc.types import AnyArray, BoolArray, IntArray, Shape
 
 
 @dataclass(frozen=True)
-class Dead:
+class RemovedUnits:
     """What is removed: ``units[u]`` is true where unit u goes; ``unit`` and ``block`` as in ``resolve.Units``."""
 
-    unit: Ints
-    block: Ints
-    units: Mask
+    unit: IntArray
+    block: IntArray
+    units: BoolArray
 
-    def mask(self, labels: Labels) -> Mask:
+    def mask(self, labels: Labels) -> BoolArray:
         """Positions that stay."""
         return np.where(labels >= 0, ~self.units[self.unit[labels]], True)
 
@@ -34,34 +30,34 @@ class Dead:
         return not bool(self.mask(labels).all())
 
 
-class Ragged(Exception):
+class NotRectangular(Exception):
     """The positions that stay do not form a box: blocks that share a tensor keep different numbers."""
 
 
 @dataclass(frozen=True)
-class Packing:
+class SlicedShape:
     """How one tensor shrinks. ``keep[axis]``: positions that stay; ``along``: the axis on which blocks keep different
     positions, with ``mask`` over the varying axes (after ``keep``) saying which."""
 
     old: Shape
     new: Shape
-    keep: dict[int, Ints]
+    keep: dict[int, IntArray]
     along: int | None = None
-    mask: Mask | None = None
+    mask: BoolArray | None = None
 
     def pack(self, labels: Labels) -> Labels:
         """The label array of the shrunk tensor."""
         for axis, kept in self.keep.items():
             if labels.shape[axis] > 1:
                 labels = labels.take(kept, axis)
-        if self.along is None or self.mask is None or not varying(labels) & varying_mask(self.mask):
-            return compress(labels)
+        if self.along is None or self.mask is None or not varying_axes(labels) & varying_mask_axes(self.mask):
+            return collapse_constant_axes(labels)
         shape = np.broadcast_shapes(labels.shape, self.mask.shape)
         full, mask = np.broadcast_to(labels, shape), np.broadcast_to(self.mask, shape)
         moved = np.moveaxis(full, self.along, -1)
         kept_mask = np.moveaxis(mask, self.along, -1)
         packed = moved[kept_mask].reshape(*moved.shape[:-1], -1)
-        return compress(np.moveaxis(packed, -1, self.along))
+        return collapse_constant_axes(np.moveaxis(packed, -1, self.along))
 
     def take(self, array: AnyArray) -> AnyArray:
         """The part of a tensor of these axes that stays; axes on which nothing goes may have any size."""
@@ -73,7 +69,7 @@ class Packing:
         mask = np.moveaxis(np.broadcast_to(self.mask, array.shape), self.along, -1)
         return np.moveaxis(moved[mask].reshape(*moved.shape[:-1], self.new[self.along]), -1, self.along)
 
-    def positions(self, axis: int) -> Ints | None:
+    def positions(self, axis: int) -> IntArray | None:
         """Old positions that stay along ``axis``; None where blocks differ."""
         if axis == self.along:
             return None
@@ -90,20 +86,20 @@ class Packing:
         return position if kept is None else int((kept < position).sum())
 
 
-def varying_mask(mask: Mask) -> frozenset[int]:
+def varying_mask_axes(mask: BoolArray) -> frozenset[int]:
     return frozenset(k for k, n in enumerate(mask.shape) if n > 1)
 
 
-def packing(shape: Shape, factors: Sequence[Labels], dead: Dead) -> Packing:
-    """How a tensor with these factors shrinks. Raises ``Ragged`` where it cannot stay a box."""
+def slice_shape(shape: Shape, factors: Sequence[Labels], dead: RemovedUnits) -> SlicedShape:
+    """How a tensor with these factors shrinks. Raises ``NotRectangular`` where it cannot stay a box."""
     cut = [f for f in factors if dead.touches(f)]
     if not cut:
-        return Packing(shape, shape, {})
+        return SlicedShape(shape, shape, {})
     mask = dead.mask(cut[0])
     for labels in cut[1:]:
         mask = mask & dead.mask(labels)
-    keep: dict[int, Ints] = {}
-    for axis in sorted(varying_mask(mask)):
+    keep: dict[int, IntArray] = {}
+    for axis in sorted(varying_mask_axes(mask)):
         others = tuple(k for k in range(mask.ndim) if k != axis)
         stays = np.flatnonzero(mask.any(axis=others))
         if len(stays) < mask.shape[axis]:
@@ -114,55 +110,57 @@ def packing(shape: Shape, factors: Sequence[Labels], dead: Dead) -> Packing:
     for axis, stays in keep.items():
         sizes[axis] = len(stays)
     if bool(mask.all()):
-        return Packing(shape, tuple(sizes), keep)
-    along = ragged_axis(mask, [packed_by(f, keep) for f in cut], dead)
+        return SlicedShape(shape, tuple(sizes), keep)
+    along = find_ragged_axis(mask, [take_kept(f, keep) for f in cut], dead)
     sizes[along] = int(np.moveaxis(mask, along, -1).sum(-1).flat[0])
-    return Packing(shape, tuple(sizes), keep, along, mask)
+    return SlicedShape(shape, tuple(sizes), keep, along, mask)
 
 
-def packed_by(labels: Labels, keep: dict[int, Ints]) -> Labels:
+def take_kept(labels: Labels, keep: dict[int, IntArray]) -> Labels:
     for axis, stays in keep.items():
         if labels.shape[axis] > 1:
             labels = labels.take(stays, axis)
     return labels
 
 
-def ragged_axis(mask: Mask, factors: Sequence[Labels], dead: Dead) -> int:
+def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], dead: RemovedUnits) -> int:
     """The axis along which every row keeps the same number; the one within blocks where that is known."""
     candidates = []
-    for axis in sorted(varying_mask(mask), reverse=True):
+    for axis in sorted(varying_mask_axes(mask), reverse=True):
         counts = mask.sum(axis)
         if bool((counts == counts.flat[0]).all()):
             candidates.append(axis)
     for axis in candidates:
-        if any(axis in varying(f) and within_block(f, axis, dead) for f in factors):
+        if any(axis in varying_axes(f) and varies_within_block(f, axis, dead) for f in factors):
             return axis
     if candidates:
         return candidates[0]
-    raise Ragged
+    raise NotRectangular
 
 
-def within_block(labels: Labels, axis: int, dead: Dead) -> bool:
+def varies_within_block(labels: Labels, axis: int, dead: RemovedUnits) -> bool:
     block = dead.block[dead.unit[np.maximum(labels, 0)]]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
 
 
-def as_cut(packed: Packing) -> Cut:
-    return Cut(packed.old, packed.new, packed.before, packed.positions)
+def to_cut(packed: SlicedShape) -> TensorCut:
+    return TensorCut(packed.old, packed.new, packed.before, packed.positions)
 
 
-def touched(trace: Trace, dead: Dead) -> Iterator[Statistic]:
+def affected_statistics(trace: Trace, dead: RemovedUnits) -> Iterator[NormalizationStatistic]:
     """The statistics that lose something."""
     for statistic in trace.statistics:
         if dead.touches(statistic.labels):
             yield statistic
 
 
-def lost_along(carried: Carried | None, axes: Sequence[int], dead: Dead) -> Iterator[tuple[int, Mask]]:
+def removed_along(
+    carried: LabeledValue | None, axes: Sequence[int], dead: RemovedUnits
+) -> Iterator[tuple[int, BoolArray]]:
     """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
     for labels in carried.factors if carried is not None else ():
-        on = {k - labels.ndim for k in varying(labels)}
+        on = {k - labels.ndim for k in varying_axes(labels)}
         if on <= set(axes) and dead.touches(labels):
             (axis,) = on
             yield axis, dead.mask(labels).reshape(-1)

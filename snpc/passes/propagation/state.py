@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.spec import Call, Labels, Letters, OpSpec, Shape
-from snpc.passes.propagation.labels import Book, varying
-from snpc.types import PinKind
+from snpc.ops.spec import Labels, Letters, OpCall, OpSpec
+from snpc.passes.propagation.labels import LabelTable, varying_axes
+from snpc.types import PinKind, Shape
 
 Factors = tuple[Labels, ...]
 
 
 @dataclass(frozen=True)
-class Carried:
+class LabeledValue:
     """What the trace knows of one value: its shape, the labels on it, and whether it is made of constants only."""
 
     name: str
@@ -35,8 +35,8 @@ class Contraction:
 
     node: ir.Node
     letters: Letters
-    left: Carried
-    right: Carried
+    left: LabeledValue
+    right: LabeledValue
     constant: bool
     """One operand is a weight; otherwise both are activations."""
     part: str = ""
@@ -46,30 +46,30 @@ class Contraction:
 class Trace:
     """Labels of every value of the main graph, and the book of what they mean."""
 
-    book: Book = field(default_factory=Book)
-    values: dict[ir.Value, Carried] = field(default_factory=dict)
+    book: LabelTable = field(default_factory=LabelTable)
+    values: dict[ir.Value, LabeledValue] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
-    extra: dict[tuple[ir.Node, str], Carried] = field(default_factory=dict)
-    statistics: list[Statistic] = field(default_factory=list)
+    extra: dict[tuple[ir.Node, str], LabeledValue] = field(default_factory=dict)
+    statistics: list[NormalizationStatistic] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Statistic:
+class NormalizationStatistic:
     """Means are taken over ``labels`` of ``data``, along ``axes`` counted from the right."""
 
-    here: Here
-    data: Carried
+    here: NodeContext
+    data: LabeledValue
     labels: Labels
     axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Here:
+class NodeContext:
     """The node that is being traced, for pins."""
 
     node: ir.Node
-    call: Call
+    call: OpCall
     spec: OpSpec
     trace: Trace
 
@@ -78,60 +78,60 @@ class Here:
         return f"{self.node.op_type} {self.node.name}"
 
     def pin(
-        self, carried: Carried, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
+        self, carried: LabeledValue, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
     ) -> None:
-        axes = sorted(varying(labels)) or [0]
+        axes = sorted(varying_axes(labels)) or [0]
         at = axes[0] if axis is None else axis
         size = carried.shape[at] if at < len(carried.shape) else 1
         self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, kind)
 
     def pin_statistics(
-        self, carried: Carried, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
+        self, carried: LabeledValue, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
     ) -> None:
         """Statistics are taken along ``axes``: one pin for what goes into each, so that a statistic of one head can be
         told from one of all heads."""
         kind = kind or self.spec.pins
         if kind == "norm" and carried.constant:
             kind = "hard"
-        elif kind == "norm" and len(varying(labels)) > 1:
+        elif kind == "norm" and len(varying_axes(labels)) > 1:
             kind = "sum"  # one of several statistics, each over its own part of the positions
         if kind == "norm":
-            statistic = Statistic(self, carried, labels, tuple(k - labels.ndim for k in sorted(axes)))
+            statistic = NormalizationStatistic(self, carried, labels, tuple(k - labels.ndim for k in sorted(axes)))
             self.trace.statistics.append(statistic)
         rest = [k for k in range(labels.ndim) if k not in axes]
         rows = labels.transpose([*rest, *sorted(axes)]).reshape(-1, int(np.prod([labels.shape[k] for k in axes])))
         for row in np.unique(rows, axis=0):
             self.trace.book.pin(row, carried.name, min(axes), carried.shape[min(axes)], reason, self.operator, kind)
 
-    def pin_all(self, inputs: Sequence[Carried | None], reason: str) -> None:
+    def pin_all(self, inputs: Sequence[LabeledValue | None], reason: str) -> None:
         for carried in inputs:
             if carried is not None:
                 for labels in carried.factors:
                     self.pin(carried, labels, reason)
 
     @staticmethod
-    def stranger(carried: Carried) -> str:
+    def stranger(carried: LabeledValue) -> str:
         """An unlabelled tensor, in words."""
         return f"{carried.name}, which no float weight makes" + (f" ({carried.because})" if carried.because else "")
 
-    def refuse(self, inputs: Sequence[Carried | None], reason: str) -> list[Factors]:
+    def refuse(self, inputs: Sequence[LabeledValue | None], reason: str) -> list[Factors]:
         """Pin everything that enters; nothing comes out labelled."""
         self.pin_all(inputs, reason)
         return []
 
 
-def align(labels: Labels, rank: int) -> Labels:
+def prepend_axes(labels: Labels, rank: int) -> Labels:
     return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
 
 
-def independent(factors: Factors) -> Factors:
+def drop_determined_factors(factors: Factors) -> Factors:
     """Without the factors that a finer one on the same axes determines (heads beneath heads x width, flattened).
 
     Nothing is lost: what the coarser labels cover was written down where the two first met.
     """
     kept: list[Labels] = []
     for labels in sorted(factors, key=lambda f: -len(np.unique(f))):
-        if not any(varying(labels) == varying(fine) and determines(fine, labels) for fine in kept):
+        if not any(varying_axes(labels) == varying_axes(fine) and determines(fine, labels) for fine in kept):
             kept.append(labels)
     return tuple(kept)
 
@@ -141,7 +141,7 @@ def determines(fine: Labels, coarse: Labels) -> bool:
     return len(np.unique(np.stack([a.reshape(-1), b.reshape(-1)]), axis=1).T) == len(np.unique(a))
 
 
-def cover_rest(here: Here, labels: Labels, rest: frozenset[int]) -> Labels:
+def cover_remaining_axes(here: NodeContext, labels: Labels, rest: frozenset[int]) -> Labels:
     """Fresh labels for what remains of ``labels`` when the other axes are summed: one per head, say.
 
     Positions that sum over the same labels get the same one (an axis may hold batch x heads).

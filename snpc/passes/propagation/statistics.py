@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.state import Carried, Statistic, Trace
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.state import LabeledValue, NormalizationStatistic, Trace
 
 
 @dataclass(frozen=True)
-class Paths:
+class StatisticPaths:
     """Where one mean goes: the nodes that compute on it alone, those at which it meets the positions that it is of
     again, and the first that does something else with it."""
 
@@ -21,12 +21,12 @@ class Paths:
     stray: str | None
 
 
-def paths_of(statistic: Statistic, trace: Trace) -> Paths:
+def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> StatisticPaths:
     """Follow a mean through pointwise operators and movement until it meets positions on the axes that it is taken
     over. A normalisation in one node is its own path."""
     start = statistic.here.node
     if statistic.here.spec.kind == "normalise":
-        return Paths((), (start,), None)
+        return StatisticPaths((), (start,), None)
     alone: dict[ir.Node, None] = {start: None}
     meets: dict[ir.Node, None] = {}
     stray: str | None = None
@@ -39,22 +39,22 @@ def paths_of(statistic: Statistic, trace: Trace) -> Paths:
             kind = lookup(node.domain, node.op_type).kind
             if kind == "shape" or node in alone or node in meets:
                 continue
-            if kind == "pointwise" and has_positions(trace.values.get(node.outputs[0]), statistic.axes):
+            if kind == "pointwise" and varies_along(trace.values.get(node.outputs[0]), statistic.axes):
                 meets[node] = None
             elif kind in ("pointwise", "movement") and node.graph is start.graph:
                 alone[node] = None
                 todo += node.outputs
             else:
                 stray = stray or f"{node.op_type} {node.name}"
-    return Paths(tuple(alone), tuple(meets), stray)
+    return StatisticPaths(tuple(alone), tuple(meets), stray)
 
 
-def has_positions(carried: Carried | None, axes: tuple[int, ...]) -> bool:
+def varies_along(carried: LabeledValue | None, axes: tuple[int, ...]) -> bool:
     return carried is not None and any(
-        labels.ndim + axis in varying(labels) for labels in carried.factors for axis in axes
+        labels.ndim + axis in varying_axes(labels) for labels in carried.factors for axis in axes
     )
 
 
-def stray_reader(statistic: Statistic, trace: Trace) -> str | None:
+def non_normalizing_consumer(statistic: NormalizationStatistic, trace: Trace) -> str | None:
     """What reads a mean for anything else than to normalise the positions that it is of; None where nothing does."""
-    return paths_of(statistic, trace).stray
+    return statistic_paths(statistic, trace).stray

@@ -12,20 +12,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts, attributes, opset
-from snpc.graph.traversal import Scalar, is_shape, scalar_of
+from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version
+from snpc.graph.traversal import ScalarFactor, reads_only_shape, scalar_factor_of
 from snpc.ops import lookup
-from snpc.ops.attention import AttentionForm, form
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.propagate import Contraction, Trace
-from snpc.passes.propagation.removal import Dead, packing
-from snpc.passes.weights.linear_path import CannotFold, Fold, side_labels, walk
+from snpc.ops.attention import AttentionForm, attention_form
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.removal import RemovedUnits, slice_shape
+from snpc.passes.propagation.state import Contraction, Trace
+from snpc.passes.weights.linear_path import LinearPath, NotLinear, label_set, trace_linear_path
+from snpc.types import FloatArray
 
-Vector = npt.NDArray[np.float64]
-STANDARD = 1e-2  # relative distance from 1/sqrt(d) within which a scale counts as that
+STANDARD_SCALE_TOLERANCE = 1e-2  # relative distance from 1/sqrt(d) within which a scale counts as that
 
 
 @dataclass
@@ -33,56 +32,57 @@ class ScalePlan:
     """What to change so that every attention keeps its temperature.
 
     ``multiply``: (constant, axis) -> factor per position, before slicing; ``scalars``: (node, input) -> value;
-    ``attributes``: (node, attribute) -> value; ``insert``: (node, input) -> factor, where nothing could be folded.
+    ``attribute_values``: (node, attribute) -> value; ``insert``: (node, input) -> factor, where nothing could be
+    folded.
     """
 
-    multiply: dict[tuple[str, int], Vector] = field(default_factory=dict)
+    multiply: dict[tuple[str, int], FloatArray] = field(default_factory=dict)
     scalars: dict[tuple[str, int], float] = field(default_factory=dict)
     attributes: dict[tuple[str, str], float] = field(default_factory=dict)
     insert: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
-def plan_scales(model: ir.Model, facts: Facts, trace: Trace, dead: Dead) -> ScalePlan:
+def plan_scales(model: ir.Model, facts: ShapeFacts, trace: Trace, dead: RemovedUnits) -> ScalePlan:
     plan = ScalePlan()
-    folds: list[Fold] = []
+    folds: list[LinearPath] = []
     for contraction in trace.contractions:
         widths = score_widths(contraction, dead)
         if widths is None or widths[0] == widths[1]:
             continue
         old, new = widths
-        factor = rescale(plan, model, facts, contraction, old, new)
+        factor = plan_score_scale(plan, model, facts, contraction, old, new)
         if factor != 1.0:
-            fold = Fold(contraction.node, query_index(contraction), factor)
+            fold = LinearPath(contraction.node, query_input(contraction), factor)
             try:
-                walk(fold, operand(contraction), side_labels(contraction.left), trace, facts, model)
-            except CannotFold:
+                trace_linear_path(fold, query_operand(contraction), label_set(contraction.left), trace, facts, model)
+            except NotLinear:
                 fold.constants.clear()
             folds.append(fold)
-    merge_folds(plan, folds)
+    merge_linear_paths(plan, folds)
     return plan
 
 
-def score_widths(contraction: Contraction, dead: Dead) -> tuple[int, int] | None:
+def score_widths(contraction: Contraction, dead: RemovedUnits) -> tuple[int, int] | None:
     """(d before, d after) of a product of two activations that are both made by weights; None for anything else."""
     letters = contraction.letters
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     if contraction.constant or len(summed) != 1:
         return None
     axis = letters.left.index(next(iter(summed)))
-    if not any(axis in varying(f) for f in contraction.left.factors):
+    if not any(axis in varying_axes(f) for f in contraction.left.factors):
         return None
-    packed = packing(contraction.left.shape, contraction.left.factors, dead)
+    packed = slice_shape(contraction.left.shape, contraction.left.factors, dead)
     return packed.old[axis], packed.new[axis]
 
 
-def query_index(contraction: Contraction) -> int:
+def query_input(contraction: Contraction) -> int:
     node = contraction.node
     spec = lookup(node.domain, node.op_type)
     return 0 if spec.kind == "attention" else spec.operands[0]
 
 
-def operand(contraction: Contraction) -> ir.Value:
-    value = contraction.node.inputs[query_index(contraction)]
+def query_operand(contraction: Contraction) -> ir.Value:
+    value = contraction.node.inputs[query_input(contraction)]
     assert value is not None
     return value
 
@@ -90,24 +90,26 @@ def operand(contraction: Contraction) -> ir.Value:
 # -- what the scale is and should be ---------------------------------------------------------------------------------
 
 
-def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contraction, old: int, new: int) -> float:
+def plan_score_scale(
+    plan: ScalePlan, model: ir.Model, facts: ShapeFacts, contraction: Contraction, old: int, new: int
+) -> float:
     """Write the new scale into ``plan``; the factor that Q must take so that the scores stay as they are."""
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
-        given = attributes(node).get("scale")
-        if made_inside(form(facts.call(node, opset(model, node.domain)), node.domain), node):
+        given = attribute_values(node).get("scale")
+        if makes_query_inside(attention_form(facts.call(node, opset_version(model, node.domain)), node.domain), node):
             plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
             return 1.0
         if given is None or float(given) == 0.0:
             return math.sqrt(new / old)
-        if not is_standard(float(given), old):
+        if not is_standard_scale(float(given), old):
             return 1.0
         plan.attributes[str(node.name), "scale"] = 1.0 / math.sqrt(new)
         return float(given) * math.sqrt(new)
-    scalars = list(scalars_around(node, facts))
-    alpha = attributes(node).get("alpha", 1.0)
+    scalars = list(scalar_factors_around(node, facts))
+    alpha = attribute_values(node).get("alpha", 1.0)
     scale = math.prod((s.factor for s in scalars), start=float(alpha))
-    if not is_standard(scale, old):
+    if not is_standard_scale(scale, old):
         for scalar in scalars:
             plan.scalars[str(scalar.node.name), scalar.index] = scalar.spelled(scalar.factor)
         return 1.0
@@ -123,17 +125,17 @@ def rescale(plan: ScalePlan, model: ir.Model, facts: Facts, contraction: Contrac
     return scale / after
 
 
-def made_inside(shape: AttentionForm, node: ir.Node) -> bool:
+def makes_query_inside(shape: AttentionForm, node: ir.Node) -> bool:
     """Has Q no input of its own, or is a bias added to it inside? Then there is nothing to fold into."""
     bias = shape.bias
     return bool(shape.packed) or (bias is not None and bias < len(node.inputs) and node.inputs[bias] is not None)
 
 
-def is_standard(scale: float, width: int) -> bool:
-    return scale > 0 and width > 1 and abs(scale * math.sqrt(width) - 1) < STANDARD
+def is_standard_scale(scale: float, width: int) -> bool:
+    return scale > 0 and width > 1 and abs(scale * math.sqrt(width) - 1) < STANDARD_SCALE_TOLERANCE
 
 
-def scalars_around(node: ir.Node, facts: Facts) -> Iterator[Scalar]:
+def scalar_factors_around(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFactor]:
     """Numbers that multiply either operand or the product, as far as only movement and scaling lie between."""
     for index in lookup(node.domain, node.op_type).operands:
         value = node.inputs[index]
@@ -141,16 +143,16 @@ def scalars_around(node: ir.Node, facts: Facts) -> Iterator[Scalar]:
         while value is not None and value.producer() is not None and not value.is_graph_output() and seen < 64:
             producer = value.producer()
             assert producer is not None
-            scalar, value = upstream(producer, facts)
+            scalar, value = step_upstream(producer, facts)
             if scalar is not None:
                 yield scalar
             seen += 1
     value = node.outputs[0]
     for _ in range(64):
-        users = [u for u in (value.consumers() if value is not None else ()) if not is_shape(u)]
+        users = [u for u in (value.consumers() if value is not None else ()) if not reads_only_shape(u)]
         if len(users) != 1 or (value is not None and value.is_graph_output()):
             return
-        scalar, follows = scalar_of(users[0], facts)
+        scalar, follows = scalar_factor_of(users[0], facts)
         if scalar is not None:
             yield scalar
         elif not follows:
@@ -158,8 +160,8 @@ def scalars_around(node: ir.Node, facts: Facts) -> Iterator[Scalar]:
         value = users[0].outputs[0]
 
 
-def upstream(node: ir.Node, facts: Facts) -> tuple[Scalar | None, ir.Value | None]:
-    scalar, follows = scalar_of(node, facts)
+def step_upstream(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | None, ir.Value | None]:
+    scalar, follows = scalar_factor_of(node, facts)
     if scalar is not None:
         return scalar, node.inputs[1 - scalar.index]
     return None, node.inputs[0] if follows else None
@@ -168,7 +170,7 @@ def upstream(node: ir.Node, facts: Facts) -> tuple[Scalar | None, ir.Value | Non
 # -- folding a factor into what makes Q ------------------------------------------------------------------------------
 
 
-def merge_folds(plan: ScalePlan, folds: list[Fold]) -> None:
+def merge_linear_paths(plan: ScalePlan, folds: list[LinearPath]) -> None:
     """Keep the folds that touch nothing else: every user of what they scale lies on the way of an equal fold."""
     good = [f for f in folds if f.constants]
     while True:
@@ -176,7 +178,7 @@ def merge_folds(plan: ScalePlan, folds: list[Fold]) -> None:
         for fold in good:
             for node in {*fold.nodes, fold.node}:
                 nodes[node] = fold.factor
-        bad = [f for f in good if not closed(f, nodes)]
+        bad = [f for f in good if not has_only_scaled_consumers(f, nodes)]
         if not bad:
             break
         good = [f for f in good if f not in bad]
@@ -190,8 +192,8 @@ def merge_folds(plan: ScalePlan, folds: list[Fold]) -> None:
             plan.insert[str(fold.node.name), fold.index] = fold.factor
 
 
-def closed(fold: Fold, nodes: Mapping[ir.Node, float]) -> bool:
+def has_only_scaled_consumers(fold: LinearPath, nodes: Mapping[ir.Node, float]) -> bool:
     values = fold.values | {value for value, _ in fold.constants}
     return all(
-        nodes.get(user) == fold.factor or is_shape(user) for value in values for user in value.consumers()
+        nodes.get(user) == fold.factor or reads_only_shape(user) for value in values for user in value.consumers()
     ) and not any(value.is_graph_output() for value in values)

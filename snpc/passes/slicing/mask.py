@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.propagation.labels import Axis, Flag
-from snpc.passes.propagation.propagate import Trace
-from snpc.passes.propagation.removal import Dead, touched
-from snpc.passes.slicing.masked_statistics import restrict
-from snpc.types import AnyArray
-
-Mask = npt.NDArray[np.bool_]
+from snpc.passes.propagation.labels import LabeledAxis, LabelFlag
+from snpc.passes.propagation.removal import RemovedUnits, affected_statistics
+from snpc.passes.propagation.state import Trace
+from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.types import AnyArray, BoolArray
 
 
-def removed_positions(trace: Trace, dead: Dead) -> list[tuple[Axis, Mask]]:
+def removed_positions(trace: Trace, dead: RemovedUnits) -> list[tuple[LabeledAxis, BoolArray]]:
     """Every constant axis that loses something, with the positions it loses."""
     found = []
     for axis in trace.book.axes:
@@ -32,19 +29,19 @@ def removed_positions(trace: Trace, dead: Dead) -> list[tuple[Axis, Mask]]:
     return found
 
 
-def silenced(trace: Trace, dead: Dead) -> list[tuple[str, Axis, Mask]]:
+def zeroed_positions(trace: Trace, dead: RemovedUnits) -> list[tuple[str, LabeledAxis, BoolArray]]:
     """Of the constants that must change for the removed units to be silent: name, axis, and where it becomes zero."""
     found = removed_positions(trace, dead)
-    return [(str(axis.constant.name), axis, gone) for axis, gone in found if may_be_zero(axis, trace)]
+    return [(str(axis.constant.name), axis, gone) for axis, gone in found if can_be_zeroed(axis, trace)]
 
 
 def mask_constants(
-    trace: Trace, dead: Dead, held: Mapping[str, AnyArray] | None = None, names: Container[str] | None = None
+    trace: Trace, dead: RemovedUnits, held: Mapping[str, AnyArray] | None = None, names: Container[str] | None = None
 ) -> dict[str, AnyArray]:
     """New contents, by name, of the constants (of ``names``, where given) that must change for the removed units to be
     silent; ``held``: contents of those that are no longer what they are in the graph."""
     changed: dict[str, AnyArray] = {}
-    for name, axis, gone in silenced(trace, dead):
+    for name, axis, gone in zeroed_positions(trace, dead):
         if names is not None and name not in names:
             continue
         array = changed.get(name)
@@ -52,16 +49,16 @@ def mask_constants(
             tensor = axis.constant.const_value
             assert tensor is not None
             array = np.array((held or {}).get(name, tensor.numpy()))
-        index: list[slice | Mask] = [slice(None)] * array.ndim
+        index: list[slice | BoolArray] = [slice(None)] * array.ndim
         index[axis.axis] = gone
         array[tuple(index)] = 0
         changed[name] = array
     return changed
 
 
-def may_be_zero(axis: Axis, trace: Trace) -> bool:
+def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
     """Not where a zero is divided by, or is a variance; what multiplies or adds silences enough."""
-    if trace.book.flags[axis.first] & (Flag.READS | Flag.PRODUCED):
+    if trace.book.flags[axis.first] & (LabelFlag.READS | LabelFlag.PRODUCED):
         return True
     for user, index in axis.constant.uses():
         spec = lookup(user.domain, user.op_type)
@@ -73,12 +70,12 @@ def may_be_zero(axis: Axis, trace: Trace) -> bool:
     return True
 
 
-def mask_model(model: ir.Model, trace: Trace, dead: Dead) -> ir.Model:
+def mask_model(model: ir.Model, trace: Trace, dead: RemovedUnits) -> ir.Model:
     """A copy of ``model`` with the removed units silenced; shapes stay."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
-    for statistic in touched(trace, dead):
-        restrict(copy.graph, nodes[statistic.here.node.name], statistic, trace, dead)
+    for statistic in affected_statistics(trace, dead):
+        mask_statistic(copy.graph, nodes[statistic.here.node.name], statistic, trace, dead)
     for name, array in mask_constants(trace, dead).items():
         value = copy.graph.initializers[name]
         dtype = value.const_value.dtype if value.const_value is not None else None

@@ -12,27 +12,29 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops.names import CONCAT, GATHER, SUB
-from snpc.passes.propagation.removal import Dead, lost_along
-from snpc.passes.propagation.state import Statistic, Trace
-from snpc.types import Mask
+from snpc.passes.propagation.removal import RemovedUnits, removed_along
+from snpc.passes.propagation.state import NormalizationStatistic, Trace
+from snpc.types import BoolArray
 
 
-def restrict(graph: ir.Graph, node: ir.Node, statistic: Statistic, trace: Trace, dead: Dead) -> None:
+def mask_statistic(
+    graph: ir.Graph, node: ir.Node, statistic: NormalizationStatistic, trace: Trace, dead: RemovedUnits
+) -> None:
     """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
     old, spec = statistic.here.node, statistic.here.spec
-    writer = Writer(graph, node)
+    writer = KeptPositionsWriter(graph, node)
     for index in {*(spec.data or (0,)), *spec.per_axis}:
         value = old.inputs[index] if index < len(old.inputs) else None
-        for axis, stays in lost_along(trace.values.get(value), statistic.axes, dead):  # type: ignore[arg-type]
+        for axis, stays in removed_along(trace.values.get(value), statistic.axes, dead):  # type: ignore[arg-type]
             node.replace_input_with(index, writer.take(node.inputs[index], np.flatnonzero(stays), axis))
     if spec.kind == "normalise":
         for index in (0, *spec.sums):
             if index < len(old.outputs):
-                for axis, stays in lost_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
+                for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
                     writer.spread(node.outputs[index], stays, axis)
 
 
-class Writer:
+class KeptPositionsWriter:
     """Puts nodes around one node of a graph."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -45,7 +47,7 @@ class Writer:
         self.node.prepend(made)
         return made.outputs[0]
 
-    def spread(self, output: ir.Value, stays: Mask, axis: int) -> None:
+    def spread(self, output: ir.Value, stays: BoolArray, axis: int) -> None:
         """What reads ``output`` of the node reads it at its old size, with zeros where positions do not stay."""
         users = list(output.uses())
         first = self.op(GATHER, [output, self.constant(np.zeros(1, np.int64))], axis)

@@ -8,70 +8,70 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import Facts
+from snpc.graph.shapes import ShapeFacts
 from snpc.ops.names import MUL
-from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.propagation.removal import Dead, Packing
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
+from snpc.passes.propagation.removal import RemovedUnits, SlicedShape
 from snpc.passes.slicing.attention_scale import ScalePlan, plan_scales
-from snpc.passes.slicing.shape_parameters import Repairs
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import (
     Cuts,
-    Sliced,
-    broken_scalars,
-    dead_units,
-    holds_elsewhere,
+    SlicedModel,
+    changed_scalars,
+    find_removed_units,
+    holds_at_other_sizes,
     set_attributes,
-    shrunk,
     slice_model,
+    sliced_shapes,
 )
-from snpc.passes.slicing.split_packed import ragged_values, unpack
+from snpc.passes.slicing.split_packed import non_rectangular_values, split_packed
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class RewrittenModel:
     """The shrunk model; ``source`` is what was sliced (unpacked where need be), ``dead`` what went from it."""
 
     model: ir.Model
-    source: Traced
-    dead: Dead
+    source: TracedGraph
+    dead: RemovedUnits
 
-    def interface(self) -> dict[str, Packing]:
+    def interface(self) -> dict[str, SlicedShape]:
         """How the inputs and outputs that became narrower shrink, by name."""
         graph = self.source.model.graph
-        return shrunk(self.source.trace, (*graph.inputs, *graph.outputs), self.dead)
+        return sliced_shapes(self.source.trace, (*graph.inputs, *graph.outputs), self.dead)
 
 
-def rewrite_model(source: Traced, cuts: Cuts) -> Rewritten:
+def rewrite_model(source: TracedGraph, cuts: Cuts) -> RewrittenModel:
     """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
     for _ in range(4):
-        dead = dead_units(source.trace, source.units, cuts)
-        ragged = ragged_values(source.trace, dead)
+        dead = find_removed_units(source.trace, source.units, cuts)
+        ragged = non_rectangular_values(source.trace, dead)
         if not ragged:
             break
-        unpacked = unpack(source.model, source.facts, source.trace, ragged, source.sizes)
-        source = traced(unpacked, source.sizes, kv_cache=source.kv_cache)
+        unpacked = split_packed(source.model, source.facts, source.trace, ragged, source.sizes)
+        source = trace_graph(unpacked, source.sizes, kv_cache=source.kv_cache)
     else:
         raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
     plan = plan_scales(source.model, source.facts, source.trace, dead)
     sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply)
-    if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+    if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.sizes):
         sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply, frozen=True)
-        if not holds_elsewhere(source.model, sliced, source.facts, source.trace, source.sizes):
+        if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.sizes):
             raise CheckFailed(
                 "a size that the cut changes is divided, which would be wrong at other sizes of the inputs"
             )
     apply_scales(source, sliced, plan)
     sliced.model.graph.sort()
-    return Rewritten(sliced.model, source, dead)
+    return RewrittenModel(sliced.model, source, dead)
 
 
-def apply_scales(source: Traced, sliced: Sliced, plan: ScalePlan) -> None:
+def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> None:
     """Write the planned scales; any other number that changed because a shape did goes back to what it was."""
     copy = sliced.model
-    repairs = Repairs(copy, source.model, source.facts, sliced.facts, source.sizes)
+    repairs = ShapeParameterEditor(copy, source.model, source.facts, sliced.facts, source.sizes)
     nodes = {str(n.name): n for n in copy.graph}
     wanted = dict(plan.scalars)
-    for node, index, before, _ in broken_scalars(source.model, source.facts, sliced.facts, copy):
+    for node, index, before, _ in changed_scalars(source.model, source.facts, sliced.facts, copy):
         wanted.setdefault((str(node.name), index), before)
     for (name, index), number in wanted.items():
         set_scalar(repairs, sliced.facts, nodes[name], index, number)
@@ -87,7 +87,7 @@ def apply_scales(source: Traced, sliced: Sliced, plan: ScalePlan) -> None:
         node.replace_input_with(index, repairs.insert(node, MUL, [value, scale], repairs.fresh(f"{name}_rescale")))
 
 
-def set_scalar(repairs: Repairs, facts: Facts, node: ir.Node, index: int, number: float) -> None:
+def set_scalar(repairs: ShapeParameterEditor, facts: ShapeFacts, node: ir.Node, index: int, number: float) -> None:
     value = node.inputs[index]
     assert value is not None
     now = facts.value[value]

@@ -8,20 +8,22 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.binding import other_binding
-from snpc.graph.shapes import Facts, evaluate, learn, learn_constant
+from snpc.graph.binding import alternative_dim_sizes
+from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, record_constant
 from snpc.ops import lookup
 from snpc.ops.names import CONCAT, DIV, MUL, WHERE
 from snpc.types import AnyArray
 
 
-class Repairs:
+class ShapeParameterEditor:
     """New parameters for one sliced model. Equal constants are shared; a constant with other users is never edited."""
 
-    def __init__(self, copy: ir.Model, model: ir.Model, before: Facts, after: Facts, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, copy: ir.Model, model: ir.Model, before: ShapeFacts, after: ShapeFacts, sizes: Mapping[str, int]
+    ) -> None:
         self.copy, self.model, self.before, self.after, self.sizes = copy, model, before, after, sizes
         self.constants: dict[tuple[bytes, str, tuple[int, ...]], ir.Value] = {}
-        self._elsewhere: Facts | None = None
+        self._elsewhere: ShapeFacts | None = None
 
     def constant(self, array: AnyArray, hint: str) -> ir.Value:
         key = (array.tobytes(), str(array.dtype), array.shape)
@@ -33,14 +35,14 @@ class Repairs:
             value.shape = ir.Shape(array.shape)
             value.dtype = ir.DataType.from_numpy(array.dtype)
             self.copy.graph.register_initializer(value)
-            learn_constant(self.after, value)
+            record_constant(self.after, value)
             self.constants[key] = value
         return self.constants[key]
 
-    def elsewhere(self) -> Facts:
+    def elsewhere(self) -> ShapeFacts:
         """Facts of the original under another binding: what differs there depends on a dynamic axis."""
         if self._elsewhere is None:
-            self._elsewhere = evaluate(self.model, other_binding(self.sizes))
+            self._elsewhere = infer_graph(self.model, alternative_dim_sizes(self.sizes))
         return self._elsewhere
 
     def set_input(self, old: ir.Node, node: ir.Node, index: int, wanted: AnyArray) -> None:
@@ -86,7 +88,7 @@ class Repairs:
         made = ir.Node("", op, inputs, num_outputs=1, name=name)
         made.outputs[0].name = name
         before.prepend(made)
-        learn(self.after, made, self.copy, self.sizes)
+        infer_node(self.after, made, self.copy, self.sizes)
         return made.outputs[0]
 
     def overwrite(self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
@@ -110,7 +112,7 @@ class Repairs:
                 made = ir.Node("", CONCAT, pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
                 made.outputs[0].name = name
                 node.prepend(made)
-                learn(self.after, made, self.copy, self.sizes)
+                infer_node(self.after, made, self.copy, self.sizes)
                 return made.outputs[0]
         mask = self.constant(wrong, f"{hint}_which")
         values = self.constant(np.where(wrong, wanted, 0).astype(kind), f"{hint}_what")

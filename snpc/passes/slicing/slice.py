@@ -16,31 +16,40 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.binding import other_binding
-from snpc.graph.shapes import Facts, attributes, evaluate, is_float, learn, opset, start
+from snpc.graph.binding import alternative_dim_sizes
+from snpc.graph.shapes import (
+    ShapeFacts,
+    attribute_values,
+    infer_graph,
+    infer_node,
+    initial_facts,
+    is_float,
+    opset_version,
+)
 from snpc.ops import lookup
-from snpc.ops.movement import compress
-from snpc.ops.spec import Blocked, Labels, Shape
+from snpc.ops.movement import collapse_constant_axes
+from snpc.ops.spec import Blocked, Labels
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.kv_cache import narrow_interface
-from snpc.passes.propagation.propagate import Carried, Trace
-from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
-from snpc.passes.slicing.shape_parameters import Repairs
+from snpc.passes.propagation.kv_cache import resize_interface
+from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, SlicedShape, slice_shape, to_cut
+from snpc.passes.propagation.state import LabeledValue, Trace
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
+from snpc.types import Shape
 
 Multipliers = Mapping[tuple[str, int], npt.NDArray[np.float64]]
 Cuts = Mapping[tuple[str, int], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
-class Sliced:
+class SlicedModel:
     """The shrunk model with its facts, and the nodes whose numeric constants changed their value on the way."""
 
     model: ir.Model
-    facts: Facts
-    dead: Dead
+    facts: ShapeFacts
+    dead: RemovedUnits
 
 
-def dead_units(trace: Trace, units: Units, cuts: Cuts) -> Dead:
+def find_removed_units(trace: Trace, units: Units, cuts: Cuts) -> RemovedUnits:
     """Units that lose a position of some constant's axis, as ``cuts`` says by (constant, axis)."""
     gone = np.zeros(trace.book.count, bool)
     for axis in trace.book.axes:
@@ -48,10 +57,10 @@ def dead_units(trace: Trace, units: Units, cuts: Cuts) -> Dead:
         if removed is not None:
             labels = np.arange(axis.first, axis.first + axis.size)[removed]
             gone[units.unit[labels]] = True
-    return Dead(units.unit, units.block, with_heads(units, gone))
+    return RemovedUnits(units.unit, units.block, extend_to_heads(units, gone))
 
 
-def with_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def extend_to_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """A head goes when a whole block of it goes, and takes its other blocks along."""
     every = np.flatnonzero(units.unit == np.arange(len(units.unit)))
     inside = every[units.block[every] >= 0]
@@ -69,68 +78,68 @@ def with_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool
 
 def slice_model(
     model: ir.Model,
-    facts: Facts,
+    facts: ShapeFacts,
     trace: Trace,
-    dead: Dead,
+    dead: RemovedUnits,
     sizes: Mapping[str, int],
     multiply: Multipliers | None = None,
     frozen: bool = False,
-) -> Sliced:
+) -> SlicedModel:
     """A copy of ``model`` without the dead units. Raises CheckFailed (naming the node) where that cannot be done,
-    ``Ragged`` where blocks that share a tensor keep different numbers.
+    ``NotRectangular`` where blocks that share a tensor keep different numbers.
 
     ``frozen``: what divides a size divides the one from before the cut."""
     copy = model.clone()
     names = {str(v.name): v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
         factors = {axis: vector for (name, axis), vector in (multiply or {}).items() if name == value.name}
-        shrink_constant(value, trace.values.get(names[str(value.name)]), dead, factors)
-    changed = shrunk(trace, (*model.graph.inputs, *model.graph.outputs), dead)
-    narrow_interface(copy, {name: dict(enumerate_changes(packed)) for name, packed in changed.items()})
-    new = start(copy, sizes)
-    repairs = Repairs(copy, model, facts, new, sizes)
+        slice_constant(value, trace.values.get(names[str(value.name)]), dead, factors)
+    changed = sliced_shapes(trace, (*model.graph.inputs, *model.graph.outputs), dead)
+    resize_interface(copy, {name: dict(changed_sizes(packed)) for name, packed in changed.items()})
+    new = initial_facts(copy, sizes)
+    repairs = ShapeParameterEditor(copy, model, facts, new, sizes)
     old_nodes = {node.name: node for node in model.graph}
     for node in list(copy.graph):
         old = old_nodes[node.name]
-        learn(new, node, copy, sizes)
+        infer_node(new, node, copy, sizes)
         spec = lookup(node.domain, node.op_type)
-        version = opset(model, node.domain)
-        if frozen and divides_changed(old, node, facts, new):
+        version = opset_version(model, node.domain)
+        if frozen and divides_changed_size(old, node, facts, new):
             repairs.set_input(old, node, 0, facts.value[old.inputs[0]])  # type: ignore[index]
-            learn(new, node, copy, sizes)
+            infer_node(new, node, copy, sizes)
         if spec.reattr is not None:
             fresh = spec.reattr(facts.call(old, version), new.call(node, version))
             if set_attributes(node, fresh):
-                learn(new, node, copy, sizes)
-        if spec.refit is not None and (parts := parts_after(trace, old, dead)):
-            inputs = {
-                k: found.new for k, v in enumerate(old.inputs) if v and (found := expected_output(trace, v, dead))
-            }
+                infer_node(new, node, copy, sizes)
+        if spec.refit is not None and (parts := sliced_inner_shapes(trace, old, dead)):
+            inputs = {k: found.new for k, v in enumerate(old.inputs) if v and (found := expected_shape(trace, v, dead))}
             if set_attributes(node, spec.refit(facts.call(old, version), node.domain, parts, inputs)):
-                learn(new, node, copy, sizes)
-        expected = [expected_output(trace, v, dead) for v in old.outputs]
-        step = Step(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
+                infer_node(new, node, copy, sizes)
+        expected = [expected_shape(trace, v, dead) for v in old.outputs]
+        step = MovementRewrite(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
         if spec.kind == "movement" and any(
-            e is not None and e.old != e.new for e in (expected[0], *inputs_of(trace, old, dead))
+            e is not None and e.old != e.new for e in (expected[0], *sliced_inputs(trace, old, dead))
         ):
             check_movement(step, copy, sizes)
         elif spec.repair is not None and expected[0] is not None and new.shape.get(node.outputs[0]) != expected[0].new:
-            mend(step, copy, sizes)
-        check_shapes(node, new, expected)
-    return Sliced(copy, new, dead)
+            recompute_parameters(step, copy, sizes)
+        check_output_shapes(node, new, expected)
+    return SlicedModel(copy, new, dead)
 
 
-def holds_elsewhere(model: ir.Model, sliced: Sliced, before: Facts, trace: Trace, sizes: Mapping[str, int]) -> bool:
+def holds_at_other_sizes(
+    model: ir.Model, sliced: SlicedModel, before: ShapeFacts, trace: Trace, sizes: Mapping[str, int]
+) -> bool:
     """Are all shapes right under another binding as well? Asked where sizes that the cut has changed are divided:
     a quotient may be right for one batch and wrong for another."""
-    pairs = list(zip_nodes(model, sliced.model))
-    if not any(divides_changed(old, node, before, sliced.facts) for old, node in pairs):
+    pairs = list(paired_nodes(model, sliced.model))
+    if not any(divides_changed_size(old, node, before, sliced.facts) for old, node in pairs):
         return True
-    other = other_binding(sizes)
-    there, now = evaluate(model, other), evaluate(sliced.model, other)
+    other = alternative_dim_sizes(sizes)
+    there, now = infer_graph(model, other), infer_graph(sliced.model, other)
     for old, node in pairs:
         for value, twin in zip(old.outputs, node.outputs, strict=True):
-            packed = expected_output(trace, value, sliced.dead)
+            packed = expected_shape(trace, value, sliced.dead)
             old_shape, new_shape = there.shape.get(value), now.shape.get(twin)
             if packed is None or old_shape is None or len(old_shape) != len(packed.old):
                 continue
@@ -140,27 +149,27 @@ def holds_elsewhere(model: ir.Model, sliced: Sliced, before: Facts, trace: Trace
     return True
 
 
-def zip_nodes(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
+def paired_nodes(model: ir.Model, copy: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
     """Nodes with their counterparts."""
     olds = {node.name: node for node in model.graph}
     return ((olds[node.name], node) for node in copy.graph if node.name in olds)
 
 
-def shrunk(trace: Trace, values: Iterable[ir.Value], dead: Dead) -> dict[str, Packing]:
+def sliced_shapes(trace: Trace, values: Iterable[ir.Value], dead: RemovedUnits) -> dict[str, SlicedShape]:
     """How those of ``values`` that are no constants and lose something shrink, by name."""
     found = {}
     for value in values:
-        packed = expected_output(trace, value, dead) if value.const_value is None else None
+        packed = expected_shape(trace, value, dead) if value.const_value is None else None
         if packed is not None and packed.old != packed.new:
             found[str(value.name)] = packed
     return found
 
 
-def enumerate_changes(packed: Packing) -> Iterator[tuple[int, int]]:
+def changed_sizes(packed: SlicedShape) -> Iterator[tuple[int, int]]:
     return ((k, b) for k, (a, b) in enumerate(zip(packed.old, packed.new, strict=True)) if a != b)
 
 
-def divides_changed(old: ir.Node, node: ir.Node, before: Facts, after: Facts) -> bool:
+def divides_changed_size(old: ir.Node, node: ir.Node, before: ShapeFacts, after: ShapeFacts) -> bool:
     """Does a node divide an integer that the cut has changed?"""
     if not lookup(node.domain, node.op_type).divides or is_float(after.dtype.get(node.outputs[0])):
         return False
@@ -168,37 +177,37 @@ def divides_changed(old: ir.Node, node: ir.Node, before: Facts, after: Facts) ->
     return first is not None and second is not None and not np.array_equal(first, second)
 
 
-def parts_after(trace: Trace, node: ir.Node, dead: Dead) -> dict[str, Shape]:
+def sliced_inner_shapes(trace: Trace, node: ir.Node, dead: RemovedUnits) -> dict[str, Shape]:
     """Shapes, after the cut, of what a node holds inside: [B,H,N,D] by name."""
-    return {name: packing(c.shape, c.factors, dead).new for (at, name), c in trace.extra.items() if at is node}
+    return {name: slice_shape(c.shape, c.factors, dead).new for (at, name), c in trace.extra.items() if at is node}
 
 
-def inputs_of(trace: Trace, node: ir.Node, dead: Dead) -> list[Packing | None]:
-    return [expected_output(trace, v, dead) for v in node.inputs[:1] if v is not None]
+def sliced_inputs(trace: Trace, node: ir.Node, dead: RemovedUnits) -> list[SlicedShape | None]:
+    return [expected_shape(trace, v, dead) for v in node.inputs[:1] if v is not None]
 
 
-def expected_output(trace: Trace, value: ir.Value, dead: Dead) -> Packing | None:
+def expected_shape(trace: Trace, value: ir.Value, dead: RemovedUnits) -> SlicedShape | None:
     carried = trace.values.get(value)
     if carried is None:
         return None
     try:
-        return packing(carried.shape, carried.factors, dead)
-    except Ragged:
-        raise Ragged(str(value.name)) from None
+        return slice_shape(carried.shape, carried.factors, dead)
+    except NotRectangular:
+        raise NotRectangular(str(value.name)) from None
 
 
-def shrink_constant(
-    value: ir.Value, carried: Carried | None, dead: Dead, factors: Mapping[int, npt.NDArray[np.float64]]
+def slice_constant(
+    value: ir.Value, carried: LabeledValue | None, dead: RemovedUnits, factors: Mapping[int, npt.NDArray[np.float64]]
 ) -> None:
     if carried is None or value.const_value is None:
         return
-    packed = packing(carried.shape, carried.factors, dead)
+    packed = slice_shape(carried.shape, carried.factors, dead)
     if packed.new != packed.old or factors:
-        value.const_value = taken(value.const_value, packed.keep, packed.new, str(value.name), factors)
+        value.const_value = lazy_slice(value.const_value, packed.keep, packed.new, str(value.name), factors)
         value.shape = ir.Shape(packed.new)
 
 
-def taken(
+def lazy_slice(
     tensor: ir.TensorProtocol,
     keep: Mapping[int, npt.NDArray[np.int64]],
     shape: Shape,
@@ -219,7 +228,7 @@ def taken(
 
 
 def set_attributes(node: ir.Node, changed: Mapping[str, Any]) -> bool:
-    before = attributes(node)
+    before = attribute_values(node)
     fresh = {k: v for k, v in changed.items() if before.get(k) != v}
     for name, value in fresh.items():
         if value is None:
@@ -229,7 +238,7 @@ def set_attributes(node: ir.Node, changed: Mapping[str, Any]) -> bool:
     return bool(fresh)
 
 
-def check_shapes(node: ir.Node, facts: Facts, expected: list[Packing | None]) -> None:
+def check_output_shapes(node: ir.Node, facts: ShapeFacts, expected: list[SlicedShape | None]) -> None:
     for value, packed in zip(node.outputs, expected, strict=True):
         found = facts.shape.get(value)
         if packed is not None and found != packed.new:
@@ -244,53 +253,53 @@ def check_shapes(node: ir.Node, facts: Facts, expected: list[Packing | None]) ->
 
 
 @dataclass(frozen=True)
-class Step:
+class MovementRewrite:
     """A movement node before (``old``) and after (``node``) the cut."""
 
     old: ir.Node
     node: ir.Node
-    before: Facts
-    after: Facts
+    before: ShapeFacts
+    after: ShapeFacts
     trace: Trace
-    dead: Dead
-    repairs: Repairs
+    dead: RemovedUnits
+    repairs: ShapeParameterEditor
     version: int
-    expected: tuple[Packing | None, ...]
+    expected: tuple[SlicedShape | None, ...]
 
 
-def check_movement(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> None:
+def check_movement(step: MovementRewrite, model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Run the node's rule on shrunk labels; repair its parameters if the outcome is wrong; run it again."""
-    if moves_right(step):
+    if reproduces_labels(step):
         return
-    mend(step, model, sizes)
-    if not moves_right(step):
+    recompute_parameters(step, model, sizes)
+    if not reproduces_labels(step):
         raise CheckFailed(
             f"{step.node.op_type} {step.node.name}: after recomputing its sizes its output is still wrong"
         )
 
 
-def mend(step: Step, model: ir.Model, sizes: Mapping[str, int]) -> None:
+def recompute_parameters(step: MovementRewrite, model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Write the node's recomputed parameters."""
     spec = lookup(step.node.domain, step.node.op_type)
-    data = expected_output(step.trace, step.old.inputs[0], step.dead) if step.old.inputs[0] is not None else None
+    data = expected_shape(step.trace, step.old.inputs[0], step.dead) if step.old.inputs[0] is not None else None
     if spec.repair is None or data is None:
         raise CheckFailed(f"{step.node.op_type} {step.node.name}: its sizes cannot be recomputed")
     call = step.before.call(step.old, step.version)
     try:
-        repair = spec.repair(call, as_cut(data), [as_cut(p) for p in step.expected if p is not None])
+        repair = spec.repair(call, to_cut(data), [to_cut(p) for p in step.expected if p is not None])
     except Blocked as block:
         raise CheckFailed(f"{step.node.op_type} {step.node.name}, axis {block.axis}: {block.reason}") from None
     set_attributes(step.node, repair.attrs)
     for index, array in repair.inputs.items():
         step.repairs.set_input(step.old, step.node, index, array)
-    learn(step.after, step.node, model, sizes)
+    infer_node(step.after, step.node, model, sizes)
 
 
-def moves_right(step: Step) -> bool:
+def reproduces_labels(step: MovementRewrite) -> bool:
     """Does the node, with its parameters as they are, put every shrunk label where it must be?"""
     source = step.old.inputs[0]
     carried = step.trace.values.get(source) if source is not None else None
-    packed_in = expected_output(step.trace, source, step.dead) if source is not None else None
+    packed_in = expected_shape(step.trace, source, step.dead) if source is not None else None
     if carried is None or packed_in is None:
         return True
     call = step.after.call(step.node, step.version)
@@ -313,20 +322,22 @@ def moves_right(step: Step) -> bool:
         except Blocked:
             return False
         for out, want, got, matters in zip(step.expected, wanted, found, labelled, strict=False):
-            if out is not None and matters and not same(out.pack(want), got, shrunk.shape != labels.shape):
+            if out is not None and matters and not equal_labels(out.pack(want), got, shrunk.shape != labels.shape):
                 return False
     return True
 
 
-def same(left: Labels, right: Labels, narrow: bool) -> bool:
+def equal_labels(left: Labels, right: Labels, narrow: bool) -> bool:
     """``narrow``: where one unit is left along an axis, a label array cannot tell it from no variation; what was padded
     to it (no label) or left out of it then counts by its labels alone."""
-    if left.shape == right.shape and bool((compress(left) == compress(right)).all()):
+    if left.shape == right.shape and bool((collapse_constant_axes(left) == collapse_constant_axes(right)).all()):
         return True
     return narrow and (not left.size or np.array_equal(np.unique(left[left >= 0]), np.unique(right[right >= 0])))
 
 
-def broken_scalars(model: ir.Model, old: Facts, new: Facts, copy: ir.Model) -> list[tuple[ir.Node, int, float, float]]:
+def changed_scalars(
+    model: ir.Model, old: ShapeFacts, new: ShapeFacts, copy: ir.Model
+) -> list[tuple[ir.Node, int, float, float]]:
     """(node of the copy, input, value before, value after) where a float computed from shapes changed with the cut."""
     found = []
     before = {n.name: n for n in model.graph}

@@ -15,57 +15,58 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import Facts, learn, opset
+from snpc.graph.shapes import ShapeFacts, infer_node, opset_version
 from snpc.ops import lookup
 from snpc.ops.names import GATHER, SPLIT, SQUEEZE
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.propagate import Carried, Trace
-from snpc.passes.propagation.removal import Dead, Packing, Ragged, as_cut, packing
-from snpc.passes.slicing.shape_parameters import Repairs
-
-Ints = np.typing.NDArray[np.int64]
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, SlicedShape, slice_shape, to_cut
+from snpc.passes.propagation.state import LabeledValue, Trace
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
+from snpc.types import IntArray
 
 
 @dataclass(frozen=True)
-class Leaf:
+class PackedPart:
     """A value that only moves positions of the packed one; ``channels`` are those it holds, ``path`` the nodes."""
 
     value: ir.Value
     path: tuple[tuple[ir.Node, int], ...]
-    channels: Ints
+    channels: IntArray
 
 
-def ragged_values(trace: Trace, dead: Dead) -> list[ir.Value]:
+def non_rectangular_values(trace: Trace, dead: RemovedUnits) -> list[ir.Value]:
     """Values that stop being a box when ``dead`` goes."""
     found = []
     for value, carried in trace.values.items():
         try:
-            packing(carried.shape, carried.factors, dead)
-        except Ragged:
+            slice_shape(carried.shape, carried.factors, dead)
+        except NotRectangular:
             found.append(value)
     return found
 
 
-def unpack(model: ir.Model, facts: Facts, trace: Trace, ragged: list[ir.Value], sizes: Mapping[str, int]) -> ir.Model:
+def split_packed(
+    model: ir.Model, facts: ShapeFacts, trace: Trace, ragged: list[ir.Value], sizes: Mapping[str, int]
+) -> ir.Model:
     """A copy of ``model`` in which the ragged values are gone. Raises CheckFailed where that is not possible."""
     copy = model.clone()
     twins = {n.name: n for n in copy.graph}
-    after = facts_of_copy(facts, model, copy)
-    repairs = Repairs(copy, model, facts, after, sizes)
+    after = copy_facts(facts, model, copy)
+    repairs = ShapeParameterEditor(copy, model, facts, after, sizes)
     tangled = set(ragged)
     for root in dict.fromkeys(packed_root(v, tangled) for v in ragged):
-        split_root(Work(model, copy, facts, after, trace, repairs, sizes, twins), root, tangled)
+        split_packed_root(SplitContext(model, copy, facts, after, trace, repairs, sizes, twins), root, tangled)
     common.RemoveUnusedNodesPass()(copy)
     copy.graph.sort()
     return copy
 
 
-def facts_of_copy(facts: Facts, model: ir.Model, copy: ir.Model) -> Facts:
+def copy_facts(facts: ShapeFacts, model: ir.Model, copy: ir.Model) -> ShapeFacts:
     """The same facts, of the copy's values."""
     values = {v.name: v for node in copy.graph for v in node.outputs} | dict(copy.graph.initializers)
     values |= {v.name: v for v in copy.graph.inputs}
     twins = {v: values[v.name] for v in facts.shape if v.name in values}
-    return Facts(
+    return ShapeFacts(
         {twins[v]: x for v, x in facts.shape.items() if v in twins},
         {twins[v]: x for v, x in facts.dtype.items() if v in twins},
         {twins[v]: x for v, x in facts.value.items() if v in twins},
@@ -73,13 +74,13 @@ def facts_of_copy(facts: Facts, model: ir.Model, copy: ir.Model) -> Facts:
 
 
 @dataclass(frozen=True)
-class Work:
+class SplitContext:
     model: ir.Model
     copy: ir.Model
-    before: Facts
-    after: Facts
+    before: ShapeFacts
+    after: ShapeFacts
     trace: Trace
-    repairs: Repairs
+    repairs: ShapeParameterEditor
     sizes: Mapping[str, int]
     twins: Mapping[str | None, ir.Node]
 
@@ -102,17 +103,17 @@ def packed_root(value: ir.Value, ragged: set[ir.Value]) -> ir.Value:
     return value
 
 
-def leaves_of(work: Work, root: ir.Value, ragged: set[ir.Value]) -> list[Leaf]:
+def find_packed_parts(work: SplitContext, root: ir.Value, ragged: set[ir.Value]) -> list[PackedPart]:
     carried = work.trace.values[root]
     _axis, labels = flat_axis(carried)
     place = {int(label): k for k, label in enumerate(labels)}
-    found: list[Leaf] = []
+    found: list[PackedPart] = []
     stack: list[tuple[ir.Value, tuple[tuple[ir.Node, int], ...]]] = [(root, ())]
     while stack:
         value, path = stack.pop()
         if value not in ragged and value is not root:
             held = {place[int(x)] for f in work.trace.values[value].factors for x in np.unique(f) if int(x) in place}
-            found.append(Leaf(value, path, np.array(sorted(held), np.int64)))
+            found.append(PackedPart(value, path, np.array(sorted(held), np.int64)))
             continue
         for node in value.consumers():
             kind = lookup(node.domain, node.op_type).kind
@@ -127,32 +128,34 @@ def leaves_of(work: Work, root: ir.Value, ragged: set[ir.Value]) -> list[Leaf]:
     return [leaf for leaf in found if leaf.value.uses()]
 
 
-def flat_axis(carried: Carried) -> tuple[int, Ints]:
+def flat_axis(carried: LabeledValue) -> tuple[int, IntArray]:
     for labels in sorted(carried.factors, key=lambda f: -f.size):
-        axes = varying(labels)
+        axes = varying_axes(labels)
         if len(axes) == 1 and len(np.unique(labels)) == labels.size:
             return next(iter(axes)), labels.reshape(-1).astype(np.int64)
     raise CheckFailed(f"{carried.name}: its channels do not lie along one axis; use --uniform")
 
 
-def split_root(work: Work, root: ir.Value, ragged: set[ir.Value]) -> None:
+def split_packed_root(work: SplitContext, root: ir.Value, ragged: set[ir.Value]) -> None:
     carried = work.trace.values[root]
     axis, labels = flat_axis(carried)
-    leaves = leaves_of(work, root, ragged)
+    leaves = find_packed_parts(work, root, ragged)
     parts = list(dict.fromkeys(tuple(leaf.channels.tolist()) for leaf in leaves))
     held = [c for part in parts for c in part]
     if len(held) != len(set(held)):
         raise CheckFailed(f"{root.name}: its parts overlap; use --uniform")
-    made = dict(zip(parts, split_values(work, root, axis, parts, len(labels)), strict=True))
+    made = dict(zip(parts, split_flat_projection(work, root, axis, parts, len(labels)), strict=True))
     for leaf in leaves:
         part = made[tuple(leaf.channels.tolist())]
         gone = np.zeros(work.trace.book.count, bool)
         gone[np.delete(labels, leaf.channels)] = True
-        only = Dead(np.arange(work.trace.book.count), np.full(work.trace.book.count, -1), gone)
-        work.twin(leaf.value).replace_all_uses_with(grow(work, leaf, part, only))
+        only = RemovedUnits(np.arange(work.trace.book.count), np.full(work.trace.book.count, -1), gone)
+        work.twin(leaf.value).replace_all_uses_with(replay_movements(work, leaf, part, only))
 
 
-def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, ...]], total: int) -> list[ir.Value]:
+def split_flat_projection(
+    work: SplitContext, root: ir.Value, axis: int, parts: list[tuple[int, ...]], total: int
+) -> list[ir.Value]:
     """One value per part, taken from the flat projection: a Split where the parts are runs, Gathers where not."""
     source = work.twin(root)
     producer = source.producer()
@@ -162,8 +165,8 @@ def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, .
     name = f"{root.name}__parts"
     if runs:
         sizes = [len(part) for part in order]
-        made = new_node(work, SPLIT, [source], {"axis": axis}, name, len(order))
-        if opset(work.copy) >= 13:
+        made = make_named_node(work, SPLIT, [source], {"axis": axis}, name, len(order))
+        if opset_version(work.copy) >= 13:
             made.resize_inputs(2)
             made.replace_input_with(1, work.repairs.constant(np.asarray(sizes, np.int64), name))
         else:
@@ -174,7 +177,7 @@ def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, .
         values = {}
         for k, part in enumerate(parts):
             index = work.repairs.constant(np.asarray(part, np.int64), f"{name}_{k}")
-            made = new_node(work, GATHER, [source, index], {"axis": axis}, f"{name}_{k}", 1)
+            made = make_named_node(work, GATHER, [source, index], {"axis": axis}, f"{name}_{k}", 1)
             producer.append(made)
             values[part] = made.outputs[0]
     for part in parts:
@@ -185,7 +188,9 @@ def split_values(work: Work, root: ir.Value, axis: int, parts: list[tuple[int, .
     return [values[part] for part in parts]
 
 
-def new_node(work: Work, op: str, inputs: list[ir.Value], attrs: Mapping[str, int], name: str, outputs: int) -> ir.Node:
+def make_named_node(
+    work: SplitContext, op: str, inputs: list[ir.Value], attrs: Mapping[str, int], name: str, outputs: int
+) -> ir.Node:
     node = ir.Node(
         "",
         op,
@@ -199,25 +204,27 @@ def new_node(work: Work, op: str, inputs: list[ir.Value], attrs: Mapping[str, in
     return node
 
 
-def grow(work: Work, leaf: Leaf, value: ir.Value, only: Dead) -> ir.Value:
+def replay_movements(work: SplitContext, leaf: PackedPart, value: ir.Value, only: RemovedUnits) -> ir.Value:
     """The leaf's path again, on its own part."""
     anchor = work.twins[leaf.path[-1][0].name]
     for old, index in leaf.path:
-        packed_in = pack_of(work, old.inputs[0], only)
-        packed_out = pack_of(work, old.outputs[index], only)
-        if packed_in.new == packed_out.new and same_labels(work, old, index, packed_in, packed_out):
+        packed_in = sliced_part(work, old.inputs[0], only)
+        packed_out = sliced_part(work, old.outputs[index], only)
+        if packed_in.new == packed_out.new and selects_nothing_more(work, old, index, packed_in, packed_out):
             continue  # the part is all that this Split or Slice would select
-        value = clone_step(work, old, index, value, packed_in, packed_out, anchor, f"{leaf.value.name}__own")
+        value = clone_movement(work, old, index, value, packed_in, packed_out, anchor, f"{leaf.value.name}__own")
     return value
 
 
-def pack_of(work: Work, value: ir.Value | None, only: Dead) -> Packing:
+def sliced_part(work: SplitContext, value: ir.Value | None, only: RemovedUnits) -> SlicedShape:
     assert value is not None
     carried = work.trace.values[value]
-    return packing(carried.shape, carried.factors, only)
+    return slice_shape(carried.shape, carried.factors, only)
 
 
-def same_labels(work: Work, old: ir.Node, index: int, packed_in: Packing, packed_out: Packing) -> bool:
+def selects_nothing_more(
+    work: SplitContext, old: ir.Node, index: int, packed_in: SlicedShape, packed_out: SlicedShape
+) -> bool:
     source = work.trace.values[old.inputs[0]]  # type: ignore[index]
     target = work.trace.values[old.outputs[index]]
     left = sorted(packed_in.pack(f).tobytes() for f in source.factors)
@@ -225,23 +232,23 @@ def same_labels(work: Work, old: ir.Node, index: int, packed_in: Packing, packed
     return left == right
 
 
-def clone_step(
-    work: Work,
+def clone_movement(
+    work: SplitContext,
     old: ir.Node,
     index: int,
     value: ir.Value,
-    packed_in: Packing,
-    packed_out: Packing,
+    packed_in: SlicedShape,
+    packed_out: SlicedShape,
     anchor: ir.Node,
     name: str,
 ) -> ir.Value:
     spec = lookup(old.domain, old.op_type)
-    version = opset(work.copy, old.domain)
+    version = opset_version(work.copy, old.domain)
     if spec.selects and len(packed_out.new) < len(packed_in.new):
         dropped = [k for k in range(len(packed_in.new)) if packed_in.new[k] == 1 and packed_in.old[k] != 1]
         axes = work.repairs.constant(np.asarray(dropped, np.int64), f"{name}_axes")
         inputs = [value, axes] if version >= 13 else [value]
-        node = new_node(work, SQUEEZE, inputs, {}, f"{name}_{old.op_type}", 1)
+        node = make_named_node(work, SQUEEZE, inputs, {}, f"{name}_{old.op_type}", 1)
         if version < 13:
             node.attributes["axes"] = ir.AttrInt64s("axes", dropped)
         anchor.append(node)
@@ -258,10 +265,10 @@ def clone_step(
         node.outputs[0].name = f"{node.name}_out"
         anchor.append(node)
         if spec.repair is not None:
-            repair = spec.repair(work.before.call(old, version), as_cut(packed_in), [as_cut(packed_out)])
+            repair = spec.repair(work.before.call(old, version), to_cut(packed_in), [to_cut(packed_out)])
             for k, array in repair.inputs.items():
                 work.repairs.set_input(old, node, k, array)
-    learn(work.after, node, work.copy, work.sizes)
+    infer_node(work.after, node, work.copy, work.sizes)
     if work.after.shape.get(node.outputs[0]) != packed_out.new:
         raise CheckFailed(f"{old.op_type} {old.name}: cannot be repeated for one part of {value.name}; use --uniform")
     return node.outputs[0]

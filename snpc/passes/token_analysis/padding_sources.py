@@ -16,18 +16,18 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import is_float
-from snpc.graph.union_find import Groups
+from snpc.graph.union_find import DisjointSets
 from snpc.ops import lookup
-from snpc.ops.attention import FORMS
-from snpc.ops.spec import SUMMED
-from snpc.passes.grouping.traced import Traced
-from snpc.passes.propagation.state import Carried, Contraction
+from snpc.ops.attention import ATTENTION_FORMS
+from snpc.ops.spec import SUMMED_OVER
+from snpc.passes.grouping.traced import TracedGraph
+from snpc.passes.propagation.state import Contraction, LabeledValue
 
-PLAIN = {"movement", "concat", "pointwise"}  # kinds that lie between a product and its softmax
+SCORE_KINDS = {"movement", "concat", "pointwise"}  # kinds that lie between a product and its softmax
 
 
 @dataclass(frozen=True)
-class Source:
+class PaddingSource:
     """A value that tells padded keys from others: ``weights`` of attention, [.., queries, keys], or the ``mask`` that a
     fused node takes, keys last. It has ``rank`` axes; ``key_axis`` is that of the keys; ``period``: how many heads the
     first axis holds beside the batch (0: none). ``stream`` is that of the keys."""
@@ -41,28 +41,28 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Streams:
+class TokenStreams:
     """``of``: value name -> number of its stream."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[PaddingSource, ...]
     of: dict[str, int]
 
 
-def streams_of(traced: Traced) -> Streams:
+def find_token_streams(traced: TracedGraph) -> TokenStreams:
     """Every source whose mask depends on an input of the graph, in the order in which they are computed."""
-    masked, scores = attentions(traced)
-    groups = Groups()
+    masked, scores = masked_attentions(traced)
+    groups = DisjointSets()
     for node in traced.model.graph:
-        for value in same_tokens(traced, node, scores):
+        for value in values_with_same_tokens(traced, node, scores):
             groups.join(value, node.outputs[0])
-    sources = [found for node, product in masked for found in sources_at(traced, node, product, groups)]
-    return Streams(tuple(sources), {str(v.name): groups.number(v) for v in groups.parent})
+    sources = [found for node, product in masked for found in padding_sources_at(traced, node, product, groups)]
+    return TokenStreams(tuple(sources), {str(v.name): groups.number(v) for v in groups.parent})
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
-def attentions(traced: Traced) -> tuple[list[tuple[ir.Node, Contraction | None]], set[ir.Value]]:
+def masked_attentions(traced: TracedGraph) -> tuple[list[tuple[ir.Node, Contraction | None]], set[ir.Value]]:
     """(nodes that apply masked attention weights to values, with the product where it is not fused; everything that the
     scores are made of)."""
     products = {c.node: c for c in traced.trace.contractions if not c.constant and not c.part}
@@ -71,14 +71,14 @@ def attentions(traced: Traced) -> tuple[list[tuple[ir.Node, Contraction | None]]
     for node in traced.model.graph:
         product = products.get(node)
         if product is not None:
-            behind = softmax_behind(traced, weights_side(traced, product))
+            behind = find_softmax(traced, attention_weights_of(traced, product))
             if behind is None:
                 continue
             softmax, between = behind
-            made, depends = behind_scores(traced, softmax.inputs[0])
+            made, depends = trace_back_scores(traced, softmax.inputs[0])
             scores |= between | made
-        elif (node.domain, node.op_type) in FORMS:
-            depends = any(behind_scores(traced, value)[1] for value in mask_inputs(node))
+        elif (node.domain, node.op_type) in ATTENTION_FORMS:
+            depends = any(trace_back_scores(traced, value)[1] for value in mask_inputs(node))
         else:
             continue
         if depends:
@@ -86,15 +86,15 @@ def attentions(traced: Traced) -> tuple[list[tuple[ir.Node, Contraction | None]]
     return masked, scores
 
 
-def weights_side(traced: Traced, product: Contraction) -> ir.Value | None:
+def attention_weights_of(traced: TracedGraph, product: Contraction) -> ir.Value | None:
     """The operand of a product that a softmax made, if one did."""
     for value in product.node.inputs:
-        if value is not None and softmax_behind(traced, value) is not None:
+        if value is not None and find_softmax(traced, value) is not None:
             return value
     return None
 
 
-def softmax_behind(traced: Traced, value: ir.Value | None) -> tuple[ir.Node, set[ir.Value]] | None:
+def find_softmax(traced: TracedGraph, value: ir.Value | None) -> tuple[ir.Node, set[ir.Value]] | None:
     """(the softmax that made a value but for movement and masking, everything from there to the value)."""
     seen: set[ir.Value] = set()
     todo = [] if value is None else [value]
@@ -102,25 +102,25 @@ def softmax_behind(traced: Traced, value: ir.Value | None) -> tuple[ir.Node, set
     while todo:
         here = todo.pop()
         node = here.producer()
-        if here in seen or node is None or is_constant(traced, here):
+        if here in seen or node is None or is_constant_value(traced, here):
             continue
         seen.add(here)
         spec = lookup(node.domain, node.op_type)
-        if spec.kind == "normalise" and spec.reason == SUMMED:
+        if spec.kind == "normalise" and spec.reason == SUMMED_OVER:
             found = node
-        elif spec.kind in PLAIN:
+        elif spec.kind in SCORE_KINDS:
             todo += [v for v in node.inputs if v is not None]
     return None if found is None else (found, seen)
 
 
-def behind_scores(traced: Traced, value: ir.Value | None) -> tuple[set[ir.Value], bool]:
+def trace_back_scores(traced: TracedGraph, value: ir.Value | None) -> tuple[set[ir.Value], bool]:
     """(everything that is added to or multiplied with scores on the way to ``value``, does it depend on an input?)."""
     seen: set[ir.Value] = set()
     todo = [] if value is None else [value]
     depends = False
     while todo:
         here = todo.pop()
-        if here in seen or is_constant(traced, here):
+        if here in seen or is_constant_value(traced, here):
             continue
         seen.add(here)
         node = here.producer()
@@ -133,32 +133,36 @@ def behind_scores(traced: Traced, value: ir.Value | None) -> tuple[set[ir.Value]
     return seen, depends
 
 
-def is_constant(traced: Traced, value: ir.Value) -> bool:
+def is_constant_value(traced: TracedGraph, value: ir.Value) -> bool:
     carried = traced.trace.values.get(value)
     return value in traced.facts.value or value.is_initializer() or (carried is not None and carried.constant)
 
 
 def mask_inputs(node: ir.Node) -> list[ir.Value]:
-    given = [node.inputs[k] for k in FORMS[node.domain, node.op_type].masks if k < len(node.inputs)]
+    given = [node.inputs[k] for k in ATTENTION_FORMS[node.domain, node.op_type].masks if k < len(node.inputs)]
     return [v for v in given if v is not None]
 
 
-def sources_at(traced: Traced, node: ir.Node, product: Contraction | None, groups: Groups) -> Iterator[Source]:
+def padding_sources_at(
+    traced: TracedGraph, node: ir.Node, product: Contraction | None, groups: DisjointSets
+) -> Iterator[PaddingSource]:
     if product is None:
-        yield from fused_sources(traced, node, groups)
+        yield from fused_padding_sources(traced, node, groups)
         return
-    weights = weights_side(traced, product)
+    weights = attention_weights_of(traced, product)
     values = next(v for v in product.node.inputs if v is not None and v is not weights)
     assert weights is not None
     left = product.left.name == weights.name
     mine, carried = (product.letters.left, product.left) if left else (product.letters.right, product.right)
     summed = [k for k, c in enumerate(mine) if c not in product.letters.out]
     if len(summed) == 1 and len(mine) >= 3 and summed[0] > 0:
-        yield Source(weights, "weights", len(mine), summed[0], merged_heads(carried), groups.number(values))
+        yield PaddingSource(
+            weights, "weights", len(mine), summed[0], heads_on_first_axis(carried), groups.number(values)
+        )
 
 
-def fused_sources(traced: Traced, node: ir.Node, groups: Groups) -> Iterator[Source]:
-    shape = FORMS[node.domain, node.op_type]
+def fused_padding_sources(traced: TracedGraph, node: ir.Node, groups: DisjointSets) -> Iterator[PaddingSource]:
+    shape = ATTENTION_FORMS[node.domain, node.op_type]
     given = node.inputs[shape.value] if shape.value < len(node.inputs) else None
     values = node.inputs[shape.query] if given is None else given  # all three in one input
     for mask in mask_inputs(node):
@@ -166,11 +170,11 @@ def fused_sources(traced: Traced, node: ir.Node, groups: Groups) -> Iterator[Sou
         dtype = traced.facts.dtype.get(mask)
         per_query = is_float(dtype) or dtype == ir.DataType.BOOL
         batched = rank == 4 if per_query else rank in (2, 3)  # [queries, keys] is the same for all
-        if values is not None and batched and not is_constant(traced, mask):
-            yield Source(mask, "mask", rank, rank - 1, 0, groups.number(values))
+        if values is not None and batched and not is_constant_value(traced, mask):
+            yield PaddingSource(mask, "mask", rank, rank - 1, 0, groups.number(values))
 
 
-def merged_heads(carried: Carried) -> int:
+def heads_on_first_axis(carried: LabeledValue) -> int:
     """How many heads the first axis holds in turn; 0 where there are none on it."""
     periods = [shortest_period(f.reshape(f.shape[0], -1).T) for f in carried.factors if f.shape[0] > 1]
     return max(periods, default=0)
@@ -188,7 +192,7 @@ def shortest_period(rows: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> 
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 
-def same_tokens(traced: Traced, node: ir.Node, scores: set[ir.Value]) -> Iterator[ir.Value]:
+def values_with_same_tokens(traced: TracedGraph, node: ir.Node, scores: set[ir.Value]) -> Iterator[ir.Value]:
     """Values that are in the same stream as the first output of a node."""
     spec, shapes = lookup(node.domain, node.op_type), traced.facts.shape
     out = node.outputs[0]
@@ -207,5 +211,5 @@ def same_tokens(traced: Traced, node: ir.Node, scores: set[ir.Value]) -> Iterato
     elif spec.kind != "concat":
         return
     for value in (*inputs, *node.outputs[1:]):
-        if value not in scores and is_float(traced.facts.dtype.get(value)) and not is_constant(traced, value):
+        if value not in scores and is_float(traced.facts.dtype.get(value)) and not is_constant_value(traced, value):
             yield value

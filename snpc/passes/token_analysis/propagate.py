@@ -1,7 +1,7 @@
 """Where tokens go: a token axis followed forwards from one value, through everything that is made of it.
 
 Every value behind gets the axes along which it has the tokens. What works per token, and attention over all of them,
-goes on with fewer tokens as with many; what does not raises ``Stuck`` with the reason.
+goes on with fewer tokens as with many; what does not raises ``TokenPin`` with the reason.
 """
 
 from __future__ import annotations
@@ -11,79 +11,89 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts, subgraphs
-from snpc.graph.traversal import behind_of, in_front_of, reads
-from snpc.ops.attention import form
-from snpc.ops.spec import SUMMED, Blocked, Call
-from snpc.passes.token_analysis.side_inputs import apart, beside
-from snpc.passes.token_analysis.state import Entered, Flow, Marks, Side, Step, Stuck, Weighing
+from snpc.graph.shapes import ShapeFacts, has_subgraphs
+from snpc.graph.traversal import ancestor_nodes, dependent_values, used_values
+from snpc.ops.attention import attention_form
+from snpc.ops.spec import SUMMED_OVER, Blocked, OpCall
+from snpc.passes.token_analysis.side_inputs import check_side_input, side_input_error
+from snpc.passes.token_analysis.state import (
+    NeedsSideInput,
+    SideInput,
+    TokenAxes,
+    TokenFlow,
+    TokenNodeContext,
+    TokenPin,
+    TokenReduce,
+)
 
-MOST_TOKENS = 1 << 20
+MAX_FOLLOWED_TOKENS = 1 << 20
 
 
-def flow_from(model: ir.Model, facts: Facts, value: ir.Value, axis: int) -> Flow:
+def follow_tokens(model: ir.Model, facts: ShapeFacts, value: ir.Value, axis: int) -> TokenFlow:
     """Follow the tokens of ``value`` as far as they can be followed; ``Flow.stuck`` says what ended it."""
-    starts = {value: Marks({axis: 0})}
-    tried: list[Flow] = []
+    starts = {value: TokenAxes({axis: 0})}
+    tried: list[TokenFlow] = []
     while True:
-        tried.append(Flow(value, frozenset(starts), dict(starts)))
+        tried.append(TokenFlow(value, frozenset(starts), dict(starts)))
         try:
-            walk(model, facts, tried[-1])
+            propagate_tokens(model, facts, tried[-1])
             return tried[-1]
-        except Entered as entered:
+        except NeedsSideInput as entered:
             tried[-1].stuck = entered
             starts |= entered.found
-        except Stuck as stuck:
+        except TokenPin as stuck:
             tried[-1].stuck = stuck
             return tried[0]
 
 
-def walk(model: ir.Model, facts: Facts, flow: Flow) -> None:
+def propagate_tokens(model: ir.Model, facts: ShapeFacts, flow: TokenFlow) -> None:
     """Follow everything that ``flow`` starts from; of what goes with the stream only what does not lie in front."""
     value = flow.stream
     if value.is_graph_output():
-        raise Stuck(None, str(value.name), f"output {value.name} has all tokens")
+        raise TokenPin(None, str(value.name), f"output {value.name} has all tokens")
     entered = flow.starts - {value}
-    before = in_front_of(value) if entered else set()
+    before = ancestor_nodes(value) if entered else set()
     for node in model.graph:
-        if node in before or not any(v in flow.marks for v in reads(node)):
+        if node in before or not any(v in flow.marks for v in used_values(node)):
             continue
         flow.nodes.append(node)
         for index, given in enumerate(node.inputs):
             if given in entered:
-                flow.sides.append(Side(node, index, flow.marks[given].axes, False, str(given.name)))
-        follow(Step(model, facts, flow, node))
-    alone = behind_of(model, entered, before) - behind_of(model, [value]) if entered else ()
+                flow.sides.append(SideInput(node, index, flow.marks[given].axes, False, str(given.name)))
+        propagate_token_node(TokenNodeContext(model, facts, flow, node))
+    alone = dependent_values(model, entered, before) - dependent_values(model, [value]) if entered else ()
     for output in model.graph.outputs:
         if output in alone:
-            raise Stuck(output.producer(), str(output.name), f"output {output.name} is made of all entries of a mask")
+            raise TokenPin(
+                output.producer(), str(output.name), f"output {output.name} is made of all entries of a mask"
+            )
 
 
-def follow(step: Step) -> None:
+def propagate_token_node(step: TokenNodeContext) -> None:
     """Mark the outputs of one node."""
     node = step.node
-    if subgraphs(node):
-        raise Stuck(node, str(node.name), "control flow: its body is not analysed")
+    if has_subgraphs(node):
+        raise TokenPin(node, str(node.name), "control flow: its body is not analysed")
     values = [v for v in (*node.inputs, *node.outputs[:1]) if v is not None]
     if step.spec.kind != "shape" and any(step.facts.shape.get(v) is None for v in values):
-        raise Stuck(node, str(node.outputs[0].name), "its shape cannot be worked out")
-    found = RULES[step.spec.kind](step)
+        raise TokenPin(node, str(node.outputs[0].name), "its shape cannot be worked out")
+    found = TOKEN_RULES[step.spec.kind](step)
     for value, marks in zip(node.outputs, found, strict=False):
         if marks is None or not marks.axes:
             continue
         if value.is_graph_output():
-            raise Stuck(node, str(value.name), f"output {value.name} has all tokens")
+            raise TokenPin(node, str(value.name), f"output {value.name} has all tokens")
         step.flow.marks[value] = marks
 
 
-Found = Sequence[Marks | None]
+OutputTokenAxes = Sequence[TokenAxes | None]
 
 
-def moved_to_right(marks: Marks, shift: int) -> Marks:
-    return Marks({axis + shift: k for axis, k in marks.axes.items()}, frozenset(a + shift for a in marks.weighed))
+def shift_token_axes(marks: TokenAxes, shift: int) -> TokenAxes:
+    return TokenAxes({axis + shift: k for axis, k in marks.axes.items()}, frozenset(a + shift for a in marks.weighed))
 
 
-def joined(step: Step, parts: Sequence[tuple[int, Marks]]) -> Marks:
+def unify_token_axes(step: TokenNodeContext, parts: Sequence[tuple[int, TokenAxes]]) -> TokenAxes:
     axes: dict[int, int] = {}
     weighed: frozenset[int] = frozenset()
     for index, marks in parts:
@@ -91,50 +101,50 @@ def joined(step: Step, parts: Sequence[tuple[int, Marks]]) -> Marks:
             if axes.setdefault(axis, leading) != leading:
                 raise step.stuck(index, "tokens meet others than themselves")
         weighed |= marks.weighed
-    return Marks(axes, weighed)
+    return TokenAxes(axes, weighed)
 
 
-def pointwise(step: Step) -> Found:
+def token_pointwise(step: TokenNodeContext) -> OutputTokenAxes:
     rank = len(step.call.outs[0])
     parts = []
     for index in range(len(step.node.inputs)):
         marks = step.marks(index)
         if marks is not None:
-            parts.append((index, moved_to_right(marks, rank - len(step.call.shape(index)))))
-    whole = joined(step, parts)
+            parts.append((index, shift_token_axes(marks, rank - len(step.call.shape(index)))))
+    whole = unify_token_axes(step, parts)
     for index in range(len(step.node.inputs)):
         if not step.call.has(index):
             continue
         shape = step.call.shape(index)
-        mine = dict(parts).get(index, Marks({})).axes
+        mine = dict(parts).get(index, TokenAxes({})).axes
         own = {axis - rank + len(shape): whole.axes[axis] for axis in whole.axes.keys() - mine.keys()}
         own = {axis: leading for axis, leading in own.items() if axis >= 0 and shape[axis] > 1}
         if own:
-            beside(step, index, own, len(whole.axes) > 1)
+            check_side_input(step, index, own, len(whole.axes) > 1)
     return [whole] * len(step.node.outputs)
 
 
-def normalise(step: Step) -> Found:
+def token_normalization(step: TokenNodeContext) -> OutputTokenAxes:
     spec, call = step.spec, step.call
     data = spec.data or (0,)
     if step.marks(data[0]) is None or any(step.marks(k) is not None for k in range(len(call.shapes)) if k not in data):
         raise step.stuck(0, "a parameter of it has tokens")
-    whole = joined(step, [(k, m) for k in data if (m := step.marks(k)) is not None])
+    whole = unify_token_axes(step, [(k, m) for k in data if (m := step.marks(k)) is not None])
     if any(step.marks(k) is None for k in data):
         raise step.stuck(data[-1], "tokens meet others than themselves")
     axes = set(spec.axes(call) if spec.axes is not None else ())
     over = axes & whole.axes.keys()
-    if over and spec.reason != SUMMED:
+    if over and spec.reason != SUMMED_OVER:
         raise step.stuck(0, spec.reason or "statistics are taken over all tokens")
     if over and len(axes) > 1:
         raise step.stuck(0, "it sums over more than the tokens")
     for axis in over:
-        step.flow.weighings.append(Weighing(step.node, 0, axis, whole.axes[axis]))
-    whole = Marks(whole.axes, whole.weighed | over)
+        step.flow.weighings.append(TokenReduce(step.node, 0, axis, whole.axes[axis]))
+    whole = TokenAxes(whole.axes, whole.weighed | over)
     return [whole if call.outs[k] == call.outs[0] else None for k in range(len(call.outs))]
 
 
-def reduce(step: Step) -> Found:
+def token_reduction(step: TokenNodeContext) -> OutputTokenAxes:
     marks, call = step.marks(0), step.call
     if marks is None or step.spec.axes is None:
         raise step.stuck(0, "an axis that depends on tokens")
@@ -144,14 +154,14 @@ def reduce(step: Step) -> Found:
         if step.spec.pins != "norm" and not step.spec.adds:
             raise step.stuck(0, step.spec.reason)
         noted = step.flow.pools if step.spec.pins == "norm" else step.flow.sums
-        noted.append(Weighing(step.node, 0, axis, marks.axes[axis]))
+        noted.append(TokenReduce(step.node, 0, axis, marks.axes[axis]))
     kept = len(call.outs[0]) == len(call.shape(0))
     left = {axis: k for axis, k in marks.axes.items() if axis not in over}
     place = {a: a if kept else a - sum(gone < a for gone in axes) for a in left}
-    return [Marks({place[a]: k for a, k in left.items()}, frozenset(place[a] for a in marks.weighed - over))]
+    return [TokenAxes({place[a]: k for a, k in left.items()}, frozenset(place[a] for a in marks.weighed - over))]
 
 
-def contraction(step: Step) -> Found:
+def token_contraction(step: TokenNodeContext) -> OutputTokenAxes:
     spec, call = step.spec, step.call
     assert spec.letters is not None
     try:
@@ -171,39 +181,41 @@ def contraction(step: Step) -> Found:
                 raise step.stuck(index, "tokens are seen through a window")
             twin = letter in terms[other] and call.shape(other)[terms[other].index(letter)] > 1
             if twin and marked.get(other, {}).get(letter) != leading:
-                raise apart(step, other, {terms[other].index(letter): leading}, "it mixes tokens by position")
+                raise side_input_error(
+                    step, other, {terms[other].index(letter): leading}, "it mixes tokens by position"
+                )
             if letter in letters.out:
                 axes[letters.out.index(letter)] = leading
             elif not twin:
-                raise step.stuck(index, SUMMED)
+                raise step.stuck(index, SUMMED_OVER)
             elif letter not in weighed and index == min(marked):
-                step.flow.sums.append(Weighing(step.node, index, terms[index].index(letter), leading))
+                step.flow.sums.append(TokenReduce(step.node, index, terms[index].index(letter), leading))
     if spec.bias is not None and spec.bias_letters is not None and call.has(spec.bias):
         wide = [c for c, n in zip(spec.bias_letters(call), call.shape(spec.bias), strict=False) if n > 1]
         if any(letters.out.index(c) in axes for c in wide):
             raise step.stuck(spec.bias, "it holds a number for positions")
-    return [Marks(axes, frozenset(letters.out.index(c) for c in weighed if c in letters.out))]
+    return [TokenAxes(axes, frozenset(letters.out.index(c) for c in weighed if c in letters.out))]
 
 
-def movement(step: Step) -> Found:
+def token_movement(step: TokenNodeContext) -> OutputTokenAxes:
     marks, call = step.marks(0), step.call
     if marks is None or any(step.marks(k) is not None for k in range(1, len(call.shapes))):
         raise step.stuck(0, "where values go depends on tokens")
     found: list[dict[int, int]] = [{} for _ in step.node.outputs]
     weighed: list[set[int]] = [set() for _ in step.node.outputs]
     for axis, leading in marks.axes.items():
-        for index, place in enumerate(places(step, call, axis, leading)):
+        for index, place in enumerate(moved_token_axes(step, call, axis, leading)):
             if place is not None:
                 found[index][place[0]] = place[1]
                 weighed[index] |= {place[0]} if axis in marks.weighed else set()
-    return [Marks(axes, frozenset(w)) for axes, w in zip(found, weighed, strict=True)]
+    return [TokenAxes(axes, frozenset(w)) for axes, w in zip(found, weighed, strict=True)]
 
 
-def places(step: Step, call: Call, axis: int, leading: int) -> list[tuple[int, int] | None]:
+def moved_token_axes(step: TokenNodeContext, call: OpCall, axis: int, leading: int) -> list[tuple[int, int] | None]:
     """Of every output: the axis that holds the tokens now, and how many leading ones are left out; None where it holds
     a few that are read by number."""
     size = call.shape(0)[axis]
-    if size > MOST_TOKENS:
+    if size > MAX_FOLLOWED_TOKENS:
         raise step.stuck(0, f"{size} positions are too many to follow one by one")
     view = [1] * len(call.shape(0))
     view[axis] = size
@@ -228,11 +240,11 @@ def places(step: Step, call: Call, axis: int, leading: int) -> list[tuple[int, i
     return found
 
 
-def concat(step: Step) -> Found:
+def token_concat(step: TokenNodeContext) -> OutputTokenAxes:
     call = step.call
     axis = int(call.attrs["axis"]) % len(call.outs[0])
     parts = [(k, m) for k in range(len(call.shapes)) if (m := step.marks(k)) is not None]
-    whole = joined(step, parts)
+    whole = unify_token_axes(step, parts)
     if axis in whole.axes:
         raise step.stuck(parts[0][0], "tokens are laid beside others")
     for index in range(len(call.shapes)):
@@ -242,12 +254,12 @@ def concat(step: Step) -> Found:
     return [whole]
 
 
-def attention(step: Step) -> Found:
+def token_attention(step: TokenNodeContext) -> OutputTokenAxes:
     node, call = step.node, step.call
-    shape = form(call, node.domain)
+    shape = attention_form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
         raise step.stuck(shape.query, "which tokens see each other depends on their order")
-    mask = fused_mask(step)
+    mask = fused_mask_input(step)
     entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
     if any(k is not None and k != mask and call.has(k) for k in entering):
         raise step.stuck(shape.query, "a mask, a cache or a table for all positions enters it")
@@ -257,7 +269,7 @@ def attention(step: Step) -> Found:
     if shape.packed:
         key = value = query
     if key is not None and value is not None and key.axes == value.axes:
-        step.flow.weighings.append(Weighing(node, shape.key, -1, next(iter(key.axes.values()))))
+        step.flow.weighings.append(TokenReduce(node, shape.key, -1, next(iter(key.axes.values()))))
     elif key is not None or value is not None:
         raise step.stuck(shape.key, "tokens meet others than themselves")
     if mask is not None:
@@ -266,42 +278,42 @@ def attention(step: Step) -> Found:
         if any(marks is not None and any(marks.axes.values()) for marks in sides.values()):
             raise step.stuck(mask, "some of the tokens only meet a mask")
         if axes:
-            beside(step, mask, axes, len(axes) > 1)
+            check_side_input(step, mask, axes, len(axes) > 1)
     return [query]
 
 
-def fused_mask(step: Step) -> int | None:
+def fused_mask_input(step: TokenNodeContext) -> int | None:
     """The input that holds a mask [batch or 1, heads or 1, queries, keys], if there is one."""
     call = step.call
-    index = form(call, step.node.domain).scores
-    one = index is not None and index in form(call, step.node.domain).masks and call.has(index)
+    index = attention_form(call, step.node.domain).scores
+    one = index is not None and index in attention_form(call, step.node.domain).masks and call.has(index)
     return index if one and len(call.shape(index or 0)) == 4 else None
 
 
-def shape_only(step: Step) -> Found:
+def token_shape_only(step: TokenNodeContext) -> OutputTokenAxes:
     return []
 
 
-def by_position(step: Step) -> Found:
+def token_by_position(step: TokenNodeContext) -> OutputTokenAxes:
     index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
     raise step.stuck(index, "what it does to tokens depends on their positions")
 
 
-def opaque(step: Step) -> Found:
+def token_opaque(step: TokenNodeContext) -> OutputTokenAxes:
     index = next((k for k in range(len(step.node.inputs)) if step.marks(k) is not None), 0)
     raise step.stuck(index, step.spec.reason)
 
 
-RULES: dict[str, Callable[[Step], Found]] = {
-    "movement": movement,
-    "concat": concat,
-    "pointwise": pointwise,
-    "contraction": contraction,
-    "normalise": normalise,
-    "reduce": reduce,
-    "attention": attention,
-    "rotary": by_position,
-    "scatter": by_position,
-    "shape": shape_only,
-    "opaque": opaque,
+TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
+    "movement": token_movement,
+    "concat": token_concat,
+    "pointwise": token_pointwise,
+    "contraction": token_contraction,
+    "normalise": token_normalization,
+    "reduce": token_reduction,
+    "attention": token_attention,
+    "rotary": token_by_position,
+    "scatter": token_by_position,
+    "shape": token_shape_only,
+    "opaque": token_opaque,
 }

@@ -14,23 +14,23 @@ from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 
-from snpc.graph.binding import dynamic_axes, other_binding
-from snpc.graph.shapes import Facts, evaluate, is_float, opset
-from snpc.graph.traversal import data_made
+from snpc.graph.binding import alternative_dim_sizes, dynamic_axes
+from snpc.graph.shapes import ShapeFacts, infer_graph, is_float, opset_version
+from snpc.graph.traversal import data_dependent_values
 from snpc.ops import lookup
-from snpc.ops.attention import form, head_counts
-from snpc.ops.spec import SUMMED
-from snpc.passes.token_analysis.propagate import flow_from
-from snpc.passes.token_analysis.state import Flow, Stuck
+from snpc.ops.attention import attention_form, head_counts
+from snpc.ops.spec import SUMMED_OVER
+from snpc.passes.token_analysis.propagate import follow_tokens
+from snpc.passes.token_analysis.state import TokenFlow, TokenPin
 from snpc.types import Pin
 
-LEAST_OPSET = 13
-MOST_LEADING = 0.25  # of the tokens: more that are read by number are no class tokens
+MIN_TOKEN_OPSET = 13
+MAX_LEADING_SHARE = 0.25  # of the tokens: more that are read by number are no class tokens
 TOKEN_AXIS = 1
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionScores:
     """Attention weights of the block in front of a point: ``tensor``, with queries along this axis (-1 or -2) and keys
     along the other one. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
     it may have a mask that is true where keys count ("tells") or that is added ("added"). ``apart``: heads have an axis
@@ -64,9 +64,9 @@ class TokenPoint:
     pooled: bool
     fixed: bool
     sided: str
-    scores: Scores | None
+    scores: AttentionScores | None
     stream: ir.Value = field(repr=False, compare=False)
-    flow: Flow = field(repr=False, compare=False)
+    flow: TokenFlow = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,22 +112,25 @@ class TokenReduction(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-def find_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int]) -> TokenFacts:
+def find_reduction_points(model: ir.Model, facts: ShapeFacts, sizes: Mapping[str, int]) -> TokenFacts:
     """Every point, and of every block that has none the reason. ``sizes``: the binding of ``facts``."""
     nodes = list(model.graph)
-    sites = [k for k, node in enumerate(nodes) if is_attention(facts, node)]
+    sites = [k for k, node in enumerate(nodes) if is_attention_site(facts, node)]
     if not sites:
         return NO_TOKENS
-    if opset(model) < LEAST_OPSET:
-        reason = f"opset {opset(model)}: token reduction writes operators of opset {LEAST_OPSET}; convert the model"
+    if opset_version(model) < MIN_TOKEN_OPSET:
+        reason = (
+            f"opset {opset_version(model)}: token reduction writes operators of opset {MIN_TOKEN_OPSET}; "
+            "convert the model"
+        )
         return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
-    search = Search(model, facts, data_made(model), fixed_lengths(model, sizes))
+    search = PointSearch(model, facts, data_dependent_values(model), fixed_length_test(model, sizes))
     points: list[TokenPoint] = []
     pins: dict[str, Pin] = {}
     for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
-        found = point_behind(search, block, nodes[start], nodes[start + 1 : end])
-        if isinstance(found, Stuck):
-            count = tokens_of(facts, found.tensor)
+        found = find_point_after(search, block, nodes[start], nodes[start + 1 : end])
+        if isinstance(found, TokenPin):
+            count = token_count_of(facts, found.tensor)
             pins.setdefault(found.reason, Pin(found.tensor, TOKEN_AXIS, count, found.reason, found.operator))
         elif found is not None:
             points.append(found)
@@ -135,42 +138,46 @@ def find_tokens(model: ir.Model, facts: Facts, sizes: Mapping[str, int]) -> Toke
 
 
 @dataclass(frozen=True)
-class Search:
+class PointSearch:
     """What is looked at for every block. ``made``: values made from the contents of inputs; ``fixed`` says whether the
     number of tokens of a value is the same for all inputs."""
 
     model: ir.Model
-    facts: Facts
+    facts: ShapeFacts
     made: frozenset[ir.Value]
     fixed: Callable[[ir.Value], bool]
 
 
-def point_behind(search: Search, block: int, site: ir.Node, after: Sequence[ir.Node]) -> TokenPoint | Stuck | None:
+def find_point_after(
+    search: PointSearch, block: int, site: ir.Node, after: Sequence[ir.Node]
+) -> TokenPoint | TokenPin | None:
     """The first sum behind attention ``site`` where tokens can get fewer, or why there is none; None where that would
     be no use."""
-    first: Stuck | None = None
+    first: TokenPin | None = None
     for node in after:
         if not is_residual_sum(search.facts, search.made, node):
             continue
         try:
-            return point_at(search, block, site, node)
-        except Stuck as stuck:
+            return reduction_point_at(search, block, site, node)
+        except TokenPin as stuck:
             first = first or stuck
-        except NothingBehind:
+        except NothingToSave:
             return None
-    return first or Stuck(site, str(site.outputs[0].name), "behind it no two streams [batch, tokens, width] are added")
+    return first or TokenPin(
+        site, str(site.outputs[0].name), "behind it no two streams [batch, tokens, width] are added"
+    )
 
 
-def tokens_of(facts: Facts, tensor: str) -> int:
+def token_count_of(facts: ShapeFacts, tensor: str) -> int:
     shape = next((s for v, s in facts.shape.items() if v.name == tensor and s is not None), ())
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
 
 
-def fixed_lengths(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
+def fixed_length_test(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
     """Whether a value has as many tokens however the dynamic axes (but for the batch) are bound."""
     if all(axis == 0 for _, _, axis, _ in dynamic_axes(model.graph)):
         return lambda value: True
-    here, there = evaluate(model, sizes), evaluate(model, other_binding(sizes))
+    here, there = infer_graph(model, sizes), infer_graph(model, alternative_dim_sizes(sizes))
 
     def fixed(value: ir.Value) -> bool:
         a, b = here.shape.get(value), there.shape.get(value)
@@ -179,20 +186,20 @@ def fixed_lengths(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Val
     return fixed
 
 
-class NothingBehind(Exception):
+class NothingToSave(Exception):
     """No attention, no mean and no sum follows: fewer tokens would spare nothing that dead rows do not."""
 
 
-def is_attention(facts: Facts, node: ir.Node) -> bool:
+def is_attention_site(facts: ShapeFacts, node: ir.Node) -> bool:
     """A softmax over the last of at least three axes, or a fused node."""
     spec = lookup(node.domain, node.op_type)
     shape = facts.shape.get(node.outputs[0]) or ()
     if spec.kind == "attention":
         return True
-    return spec.kind == "normalise" and spec.reason == SUMMED and len(shape) >= 3
+    return spec.kind == "normalise" and spec.reason == SUMMED_OVER and len(shape) >= 3
 
 
-def is_residual_sum(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> bool:
+def is_residual_sum(facts: ShapeFacts, made: frozenset[ir.Value], node: ir.Node) -> bool:
     """Two activations of one shape [batch, tokens, width] added."""
     spec = lookup(node.domain, node.op_type)
     out = node.outputs[0]
@@ -203,22 +210,22 @@ def is_residual_sum(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> b
     return len(same) > 1 and is_float(facts.dtype.get(out))
 
 
-def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
+def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
     """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
     model, facts, made = search.model, search.facts, search.made
     value = node.outputs[0]
     shape = facts.shape[value]
     assert shape is not None
-    flow = flow_from(model, facts, value, TOKEN_AXIS)
+    flow = follow_tokens(model, facts, value, TOKEN_AXIS)
     if flow.stuck is not None:
         raise flow.stuck
     if not flow.weighings and not flow.pools and not flow.sums:
-        raise NothingBehind
-    if shape[0] != batch_of(model, facts):
-        raise Stuck(node, str(value.name), "its first axis is not the batch of the inputs")
-    leading = max([constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
-    if leading > max(1, MOST_LEADING * shape[TOKEN_AXIS]):
-        raise Stuck(node, str(value.name), f"token {leading - 1} is read by number")
+        raise NothingToSave
+    if shape[0] != input_batch_size(model, facts):
+        raise TokenPin(node, str(value.name), "its first axis is not the batch of the inputs")
+    leading = max([count_constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
+    if leading > max(1, MAX_LEADING_SHARE * shape[TOKEN_AXIS]):
+        raise TokenPin(node, str(value.name), f"token {leading - 1} is read by number")
     return TokenPoint(
         block,
         str(value.name),
@@ -228,19 +235,19 @@ def point_at(search: Search, block: int, site: ir.Node, node: ir.Node) -> TokenP
         bool(flow.pools),
         search.fixed(value),
         next((side.name for side in flow.sides if not side.even), ""),
-        scores_of(model, facts, site, node),
+        attention_scores_of(model, facts, site, node),
         value,
         flow,
     )
 
 
-def batch_of(model: ir.Model, facts: Facts) -> int | None:
+def input_batch_size(model: ir.Model, facts: ShapeFacts) -> int | None:
     """The first axis of the first input."""
     shapes = [facts.shape.get(value) for value in model.graph.inputs if not value.is_initializer()]
     return shapes[0][0] if shapes and shapes[0] else None
 
 
-def constant_tokens(facts: Facts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
+def count_constant_tokens(facts: ShapeFacts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
     """How many leading tokens are no data: class and register tokens laid before the others."""
     most = 0
     for node in model.graph:
@@ -249,34 +256,38 @@ def constant_tokens(facts: Facts, made: frozenset[ir.Value], model: ir.Model, co
             continue
         axis = int(node.attributes["axis"].value) % 3
         if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
-            most = max(most, sum(leading_constants(facts, made, node)))
+            most = max(most, sum(leading_constant_lengths(facts, made, node)))
     return most
 
 
-def leading_constants(facts: Facts, made: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+def leading_constant_lengths(facts: ShapeFacts, made: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
     for value in node.inputs:
         if value is None or value in made:
             return
         yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
 
 
-def scores_of(model: ir.Model, facts: Facts, site: ir.Node, node: ir.Node) -> Scores | None:
+def attention_scores_of(model: ir.Model, facts: ShapeFacts, site: ir.Node, node: ir.Node) -> AttentionScores | None:
     """The weights of attention ``site``, if they are over the same tokens that the sum ``node`` gives."""
     out = node.outputs[0]
     for before in node.inputs:
         if before is None or facts.shape.get(before) != facts.shape.get(out):
             continue
-        flow = flow_from(model, facts, before, TOKEN_AXIS)
+        flow = follow_tokens(model, facts, before, TOKEN_AXIS)
         if out in flow.marks:
             batch = (facts.shape[out] or (1,))[0]
             fused = lookup(site.domain, site.op_type).kind == "attention"
-            found = fused_scores(facts, flow, site, opset(model)) if fused else plain_scores(facts, flow, site, batch)
+            found = (
+                fused_attention_scores(facts, flow, site, opset_version(model))
+                if fused
+                else unfused_attention_scores(facts, flow, site, batch)
+            )
             if found is not None:
                 return found
     return None
 
 
-def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores | None:
+def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, batch: int) -> AttentionScores | None:
     """[batch, heads, queries, keys], with batch and heads in one axis or more."""
     out = site.outputs[0]
     marks, shape = flow.marks.get(out), facts.shape.get(out) or ()
@@ -289,14 +300,14 @@ def plain_scores(facts: Facts, flow: Flow, site: ir.Node, batch: int) -> Scores 
         return None
     apart = last == 3 and shape[0] == batch
     masked = any(not side.even for side in flow.sides)
-    return Scores(
+    return AttentionScores(
         str(out.name), (marks.axes.keys() - keys).pop() - len(shape), heads // batch, apart=apart, masked=masked
     )
 
 
-def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Scores | None:
+def fused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, version: int) -> AttentionScores | None:
     call = facts.call(site, version)
-    shape = form(call, site.domain)
+    shape = attention_form(call, site.domain)
     if shape.packed or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
         return None
     if call.has(shape.bias) if shape.bias is not None else False:
@@ -313,4 +324,4 @@ def fused_scores(facts: Facts, flow: Flow, site: ir.Node, version: int) -> Score
     if heads != others or not (by_head or len(sizes) == 3):
         return None
     width = sizes[-1] if by_head else sizes[-1] // heads
-    return Scores("", -2, heads, width, str(site.name), mask, apart=True, masked=bool(mask))
+    return AttentionScores("", -2, heads, width, str(site.name), mask, apart=True, masked=bool(mask))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts, opset
+from snpc.graph.shapes import ShapeFacts, opset_version
 from snpc.ops import lookup
-from snpc.ops.spec import Call, OpSpec
+from snpc.ops.spec import OpCall, OpSpec
 
 
-class Stuck(Exception):
+class TokenPin(Exception):
     """The tokens cannot be followed through ``node`` with another number of them."""
 
     def __init__(self, node: ir.Node | None, tensor: str, reason: str) -> None:
@@ -24,16 +24,16 @@ class Stuck(Exception):
         return f"{self.node.op_type} {self.node.name}" if self.node is not None else "the model"
 
 
-class Entered(Stuck):
+class NeedsSideInput(TokenPin):
     """The tokens get no further, unless ``found`` go with them: these values have an entry for each token too."""
 
-    def __init__(self, stuck: Stuck, found: Mapping[ir.Value, Marks]) -> None:
+    def __init__(self, stuck: TokenPin, found: Mapping[ir.Value, TokenAxes]) -> None:
         super().__init__(stuck.node, stuck.tensor, stuck.reason)
         self.found = found
 
 
 @dataclass(frozen=True)
-class Marks:
+class TokenAxes:
     """The axes of a value that hold the tokens: axis -> how many leading ones are left out. ``weighed``: those of them
     along which the entries are weights already (a softmax made them)."""
 
@@ -42,7 +42,7 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Weighing:
+class TokenReduce:
     """Input ``index`` of ``node`` has tokens along ``axis`` (``leading`` left out) that are weighed or added up there:
     scores before their softmax (inside a fused node, where ``axis`` is -1), or what a mean or a sum is taken of."""
 
@@ -53,7 +53,7 @@ class Weighing:
 
 
 @dataclass(frozen=True)
-class Side:
+class SideInput:
     """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
     many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
 
@@ -65,7 +65,7 @@ class Side:
 
 
 @dataclass
-class Flow:
+class TokenFlow:
     """What was met on the way.
 
     ``stream``: whose tokens get fewer; ``starts``: the values that are followed, it and what else is picked from as its
@@ -76,23 +76,23 @@ class Flow:
 
     stream: ir.Value
     starts: frozenset[ir.Value]
-    marks: dict[ir.Value, Marks]
+    marks: dict[ir.Value, TokenAxes]
     nodes: list[ir.Node] = field(default_factory=list)
     reads: set[int] = field(default_factory=set)
-    weighings: list[Weighing] = field(default_factory=list)
-    pools: list[Weighing] = field(default_factory=list)
-    sums: list[Weighing] = field(default_factory=list)
-    sides: list[Side] = field(default_factory=list)
-    stuck: Stuck | None = None
+    weighings: list[TokenReduce] = field(default_factory=list)
+    pools: list[TokenReduce] = field(default_factory=list)
+    sums: list[TokenReduce] = field(default_factory=list)
+    sides: list[SideInput] = field(default_factory=list)
+    stuck: TokenPin | None = None
 
 
 @dataclass(frozen=True)
-class Step:
+class TokenNodeContext:
     """One node on the way."""
 
     model: ir.Model
-    facts: Facts
-    flow: Flow
+    facts: ShapeFacts
+    flow: TokenFlow
     node: ir.Node
 
     @property
@@ -100,10 +100,10 @@ class Step:
         return lookup(self.node.domain, self.node.op_type)
 
     @property
-    def call(self) -> Call:
-        return self.facts.call(self.node, opset(self.model, self.node.domain))
+    def call(self) -> OpCall:
+        return self.facts.call(self.node, opset_version(self.model, self.node.domain))
 
-    def marks(self, index: int) -> Marks | None:
+    def marks(self, index: int) -> TokenAxes | None:
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
         return self.flow.marks.get(value) if value is not None else None
 
@@ -111,5 +111,5 @@ class Step:
         value = self.node.inputs[index]
         return str(value.name) if value is not None else ""
 
-    def stuck(self, index: int, reason: str) -> Stuck:
-        return Stuck(self.node, self.name(index), reason)
+    def stuck(self, index: int, reason: str) -> TokenPin:
+        return TokenPin(self.node, self.name(index), reason)

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import attributes
+from snpc.graph.shapes import attribute_values
 from snpc.ops import lookup
-from snpc.passes.grouping.traced import Traced
-from snpc.passes.propagation.labels import varying
-from snpc.passes.propagation.state import Carried, Contraction
-from snpc.passes.weights.edits import Edits, NoPlace, Place, positions_of
+from snpc.passes.grouping.traced import TracedGraph
+from snpc.passes.propagation.labels import varying_axes
+from snpc.passes.propagation.state import Contraction, LabeledValue
+from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, WeightSlice, unit_positions
 from snpc.types import FloatArray, Group, IntArray, Probe, Site
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConsumerWeight:
     """A weight that reads a group: where its units stand in it, the nodes that use it (several where layers share it),
     its outputs, and at how many offsets a kernel reads each position."""
 
-    place: Place
+    place: WeightSlice
     nodes: tuple[ir.Node, ...]
     width: int
     taps: int = 1
@@ -36,7 +36,7 @@ class Reader:
         """How many columns show one unit: repeats times offsets."""
         return len(self.place.index) * self.taps
 
-    def array(self, traced: Traced, edits: Edits | None = None) -> FloatArray:
+    def array(self, traced: TracedGraph, edits: WeightEdits | None = None) -> FloatArray:
         """[positions, D, offsets] in float64, as the edits so far have left it."""
         tensor = traced.model.graph.initializers[self.place.tensor].const_value
         assert tensor is not None
@@ -46,12 +46,12 @@ class Reader:
         moved = np.moveaxis(array, self.place.axis, 0)
         return moved.reshape(len(moved), -1, self.taps)
 
-    def rows(self, traced: Traced, block: int, edits: Edits | None = None) -> FloatArray:
+    def rows(self, traced: TracedGraph, block: int, edits: WeightEdits | None = None) -> FloatArray:
         """[repeats, size, D] of one block."""
         array = self.array(traced, edits)[..., 0]
         return np.stack([array[index[block]] for index in self.place.index])
 
-    def matrix(self, traced: Traced, edits: Edits | None = None) -> FloatArray:
+    def matrix(self, traced: TracedGraph, edits: WeightEdits | None = None) -> FloatArray:
         """[units * columns, D]: the columns of a unit next to each other."""
         picked = self.array(traced, edits)[self.positions()]  # [units, repeats, D, offsets]
         return np.moveaxis(picked, 2, 3).reshape(-1, self.width)
@@ -60,7 +60,7 @@ class Reader:
         """[units, repeats]: where each unit stands along the axis."""
         return np.stack([index.reshape(-1) for index in self.place.index], axis=1)
 
-    def put(self, edits: Edits, units: IntArray, rows: FloatArray) -> None:
+    def put(self, edits: WeightEdits, units: IntArray, rows: FloatArray) -> None:
         """Write ``rows`` [units * columns, D] where these units are read, and zero where others are."""
         where, taps, width = self.positions(), self.taps, self.width
         laid = np.moveaxis(rows.reshape(len(units), -1, taps, width), 3, 2)  # [units, repeats, D, offsets]
@@ -75,76 +75,76 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Use:
+class ConsumerUse:
     """One node that reads a group with ``reader``: the activation in which it sees the units, along ``axis``."""
 
-    reader: Reader
+    reader: ConsumerWeight
     node: ir.Node
     probe: Probe
     axis: int
 
 
-def readers_of(traced: Traced, group: Group) -> list[Reader]:
+def consumer_weights(traced: TracedGraph, group: Group) -> list[ConsumerWeight]:
     """Every weight that reads the group. Raises NoPlace where one has not the form that can be refitted."""
     sites = [s for s in group.sites if s.kind == "consume"]
     if not sites:
-        raise NoPlace("no weight reads it")
-    return [reader_at(traced, group, site) for site in sites]
+        raise UnsupportedWeightForm("no weight reads it")
+    return [consumer_weight_at(traced, group, site) for site in sites]
 
 
-def reader_of(traced: Traced, group: Group) -> Reader:
+def single_consumer_weight(traced: TracedGraph, group: Group) -> ConsumerWeight:
     """The matrix that consumes a group's units. Raises NoPlace where there is none, or more than one."""
-    found = readers_of(traced, group)
+    found = consumer_weights(traced, group)
     if len(found) != 1:
-        raise NoPlace(f"{len(found)} weights read it")
+        raise UnsupportedWeightForm(f"{len(found)} weights read it")
     if found[0].taps != 1:
-        raise NoPlace("its reader is a kernel")
+        raise UnsupportedWeightForm("its reader is a kernel")
     return found[0]
 
 
-def reader_at(traced: Traced, group: Group, site: Site) -> Reader:
-    users = list(users_of(traced, site.tensor))
+def consumer_weight_at(traced: TracedGraph, group: Group, site: Site) -> ConsumerWeight:
+    users = list(consuming_products(traced, site.tensor))
     tensor = traced.model.graph.initializers[site.tensor].const_value
     windowed = {bool(c.letters.windowed) for c, _ in users}
     if tensor is None or not users or len(windowed) != 1:
-        raise NoPlace("what reads it is not one matrix")
+        raise UnsupportedWeightForm("what reads it is not one matrix")
     sizes = [int(n) for n in tensor.shape]  # type: ignore[arg-type]
     if windowed == {True}:
         if site.axis != 1:
-            raise NoPlace("its reader is a transposed convolution")
+            raise UnsupportedWeightForm("its reader is a transposed convolution")
     elif len(sizes) != 2:
-        raise NoPlace("what reads it is not one matrix")
+        raise UnsupportedWeightForm("what reads it is not one matrix")
     width = sizes[0] if windowed == {True} else sizes[1 - site.axis]
     for contraction, side in users:
-        check_user(traced, contraction, side, width)
-    place = Place(site.tensor, site.axis, positions_of(site.units, group))
-    return Reader(place, tuple(c.node for c, _ in users), width, int(np.prod(sizes[2:], dtype=np.int64)))
+        check_consumer_form(traced, contraction, side, width)
+    place = WeightSlice(site.tensor, site.axis, unit_positions(site.units, group))
+    return ConsumerWeight(place, tuple(c.node for c, _ in users), width, int(np.prod(sizes[2:], dtype=np.int64)))
 
 
-def check_user(traced: Traced, contraction: Contraction, side: Carried, width: int) -> None:
+def check_consumer_form(traced: TracedGraph, contraction: Contraction, side: LabeledValue, width: int) -> None:
     node, letters = contraction.node, contraction.letters
     if lookup(node.domain, node.op_type).curved:
-        raise NoPlace("its reader applies an activation")
-    if any(attributes(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
-        raise NoPlace("its reader scales the sum")
+        raise UnsupportedWeightForm("its reader applies an activation")
+    if any(attribute_values(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        raise UnsupportedWeightForm("its reader scales the sum")
     if letters.windowed:
         return
     spelled = letters.left if side is contraction.left else letters.right
     shape = traced.facts.shape.get(node.outputs[0])
     if letters.out[-1:] not in spelled or not shape or shape[-1] != width:
-        raise NoPlace("its reader's outputs do not lie along the last axis")
+        raise UnsupportedWeightForm("its reader's outputs do not lie along the last axis")
 
 
-def users_of(traced: Traced, tensor: str) -> Iterator[tuple[Contraction, Carried]]:
+def consuming_products(traced: TracedGraph, tensor: str) -> Iterator[tuple[Contraction, LabeledValue]]:
     """(product, its constant side) of every product that a constant enters, directly or through movement."""
     constant = traced.model.graph.initializers[tensor]
     for contraction in traced.trace.contractions:
         for side in (contraction.left, contraction.right):
-            if contraction.constant and side.constant and reads(contraction, side, constant):
+            if contraction.constant and side.constant and is_moved_constant(contraction, side, constant):
                 yield contraction, side
 
 
-def reads(contraction: Contraction, side: Carried, constant: ir.Value) -> bool:
+def is_moved_constant(contraction: Contraction, side: LabeledValue, constant: ir.Value) -> bool:
     """Is ``side`` this constant, directly or through movement?"""
     for value in contraction.node.inputs:
         if value is not None and value.name == side.name:
@@ -159,18 +159,27 @@ def reads(contraction: Contraction, side: Carried, constant: ir.Value) -> bool:
     return False
 
 
-def uses_of(traced: Traced, group: Group) -> list[list[Use]]:
+def consumer_uses(traced: TracedGraph, group: Group) -> list[list[ConsumerUse]]:
     """Per reader, the nodes that use it with what they see. Raises NoPlace where that cannot be watched column by
     column."""
     probes = {p.tensor: p for p in group.probes if p.kind in ("hidden", "context")}
     found = []
-    for reader in readers_of(traced, group):
-        mine = [use_at(traced, reader, c, side, probes) for c, side in users_of(traced, reader.place.tensor)]
+    for reader in consumer_weights(traced, group):
+        mine = [
+            consumer_use_at(traced, reader, c, side, probes)
+            for c, side in consuming_products(traced, reader.place.tensor)
+        ]
         found.append(mine)
     return found
 
 
-def use_at(traced: Traced, reader: Reader, contraction: Contraction, weight: Carried, probes: dict[str, Probe]) -> Use:
+def consumer_use_at(
+    traced: TracedGraph,
+    reader: ConsumerWeight,
+    contraction: Contraction,
+    weight: LabeledValue,
+    probes: dict[str, Probe],
+) -> ConsumerUse:
     letters = contraction.letters
     data, spelled, other = (
         (contraction.right, letters.right, letters.left)
@@ -180,28 +189,28 @@ def use_at(traced: Traced, reader: Reader, contraction: Contraction, weight: Car
     probe = probes.get(data.name)
     summed = [k for k, c in enumerate(spelled) if c in other and c not in letters.out]
     if probe is None or len(summed) != 1 or probe.units.ndim != len(spelled):
-        raise NoPlace("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be watched")
     axis = summed[0]
     if not axis:
-        raise NoPlace("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be watched")
     seen = probe.units.reshape(-1)
-    order = weight_order(traced, reader, weight)
+    order = summation_order(traced, reader, weight)
     if probe.units.size != probe.units.shape[axis] or order is None or len(seen) != len(order):
-        raise NoPlace("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be watched")
     owners = np.full(len(seen), -1, np.int64)
     owners[reader.positions()] = np.arange(len(reader.positions()))[:, None]
     if not np.array_equal(seen, owners[order]) or (np.diff(order) <= 0).any():
-        raise NoPlace("its reader takes its positions in another order")
-    return Use(reader, contraction.node, probe, axis)
+        raise UnsupportedWeightForm("its reader takes its positions in another order")
+    return ConsumerUse(reader, contraction.node, probe, axis)
 
 
-def weight_order(traced: Traced, reader: Reader, weight: Carried) -> IntArray | None:
+def summation_order(traced: TracedGraph, reader: ConsumerWeight, weight: LabeledValue) -> IntArray | None:
     """The position along the reader's axis that stands at each position of the sum."""
     axis = next(
         a for a in traced.trace.book.axes if str(a.constant.name) == reader.place.tensor and a.axis == reader.place.axis
     )
     for labels in weight.factors:
-        if len(varying(labels)) == 1 and labels.size == axis.size:
+        if len(varying_axes(labels)) == 1 and labels.size == axis.size:
             found = labels.reshape(-1).astype(np.int64) - axis.first
             if found.min() >= 0 and found.max() < axis.size:
                 return found

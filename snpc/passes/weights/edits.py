@@ -10,48 +10,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.graph.shapes import static_shape
-from snpc.graph.traversal import v_is_constant
+from snpc.graph.traversal import is_stored_constant
 from snpc.ops import lookup
 from snpc.ops.names import ADD
-from snpc.passes.grouping.traced import Traced
+from snpc.passes.grouping.traced import TracedGraph
 from snpc.types import FloatArray, Group, IntArray
-
-Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightSlice:
     """Positions of one axis of a constant that belong to a group: ``index[block, unit]``, repeated where shared."""
 
     tensor: str
     axis: int
-    index: tuple[Index, ...]
+    index: tuple[IntArray, ...]
 
 
 @dataclass
-class Edits:
+class WeightEdits:
     """Changes to constants by name, in order, and vectors to add to the outputs of nodes (by node name)."""
 
     changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = field(default_factory=dict)
     biases: dict[str, FloatArray] = field(default_factory=dict)
 
-    def mix(self, place: Place, block: int, matrix: FloatArray) -> None:
+    def mix(self, place: WeightSlice, block: int, matrix: FloatArray) -> None:
         """Replace the block's slices x_0..x_d along the axis by their combinations: new_j = sum_i x_i matrix[i, j]."""
         for index in place.index:
             rows = index[block]
 
-            def change(array: FloatArray, rows: Index = rows, axis: int = place.axis) -> FloatArray:
+            def change(array: FloatArray, rows: IntArray = rows, axis: int = place.axis) -> FloatArray:
                 moved = np.moveaxis(array, axis, -1)
                 moved[..., rows] = moved[..., rows] @ matrix
                 return array
 
             self.changes.setdefault(place.tensor, []).append(change)
 
-    def add(self, place: Place, block: int, units: IntArray, rows: FloatArray) -> None:
+    def add(self, place: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
         """Add ``rows`` [units, fan] where those units are read."""
         where = place.index[0][block][units]
 
@@ -62,7 +59,7 @@ class Edits:
 
         self.changes.setdefault(place.tensor, []).append(change)
 
-    def put(self, place: Place, block: int, units: IntArray, rows: FloatArray) -> None:
+    def put(self, place: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
         """Write ``rows`` [units, fan] where those units are read."""
         where = place.index[0][block][units]
 
@@ -77,11 +74,11 @@ class Edits:
         self.biases[node] = self.biases.get(node, 0.0) + vector
 
 
-class NoPlace(Exception):
+class UnsupportedWeightForm(Exception):
     """A group's weights do not have the form that a closed form needs; the reason is the message."""
 
 
-def positions_of(units: IntArray, group: Group) -> tuple[Index, ...]:
+def unit_positions(units: IntArray, group: Group) -> tuple[IntArray, ...]:
     """For each repeat [blocks, size]: where each unit stands on the axis."""
     count = group.blocks * group.size
     place = np.flatnonzero(units >= 0)
@@ -92,29 +89,29 @@ def positions_of(units: IntArray, group: Group) -> tuple[Index, ...]:
     for k in range(int(turn.max(initial=-1)) + 1):
         mine = turn == k
         if mine.sum() != count:
-            raise NoPlace("its units occur different numbers of times")
+            raise UnsupportedWeightForm("its units occur different numbers of times")
         repeats.append(place[mine].reshape(group.blocks, group.size))
     if not repeats:
-        raise NoPlace("its units do not occur")
+        raise UnsupportedWeightForm("its units do not occur")
     return tuple(repeats)
 
 
 # -- applying --------------------------------------------------------------------------------------------------------
 
 
-def edited(traced: Traced, edits: Edits) -> ir.Model:
+def apply_edits(traced: TracedGraph, edits: WeightEdits) -> ir.Model:
     """A copy of the model with the edits; weights are computed when they are read, in float64, and keep their type."""
     copy = traced.model.clone()
     for node_name, vector in edits.biases.items():
-        put_bias(copy, node_name, vector, edits)
+        write_bias(copy, node_name, vector, edits)
     for name, changes in edits.changes.items():
         value = copy.graph.initializers[name]
         if value.const_value is not None:
-            value.const_value = changed(value.const_value, changes, name)
+            value.const_value = lazy_edit(value.const_value, changes, name)
     return copy
 
 
-def changed(
+def lazy_edit(
     tensor: ir.TensorProtocol, changes: Sequence[Callable[[FloatArray], FloatArray]], name: str
 ) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
@@ -126,7 +123,7 @@ def changed(
     return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name, cache=True)
 
 
-def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) -> None:
+def write_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: WeightEdits) -> None:
     """Add ``vector`` to the last axis of a node's output: into the bias that is added there, or with a new Add."""
     node = next(n for n in model.graph if n.name == node_name)
     existing = existing_bias(node, len(vector))
@@ -135,9 +132,9 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
         return
     output, spec = node.outputs[0], lookup(node.domain, node.op_type)
     name = f"{output.name}__bias"
-    dtype = next(d for d in (weight_type(v) for v in node.inputs) if d is not None)
+    dtype = next(d for d in (weight_dtype(v) for v in node.inputs) if d is not None)
     if spec.windowed and spec.bias is not None and len(node.inputs) > spec.bias:  # taken by one that is shared
-        vector = vector.reshape(-1, *[1] * (kernel_rank(node) - 2))
+        vector = vector.reshape(-1, *[1] * (weight_rank(node) - 2))
     tensor = ir.Tensor(vector.astype(dtype.numpy()), dtype=dtype, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(vector.shape), type=ir.TensorType(dtype))
     model.graph.register_initializer(value)
@@ -157,13 +154,13 @@ def put_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Edits) 
         made.outputs[0].name, output.name = output.name, f"{output.name}__unbiased"
 
 
-def kernel_rank(node: ir.Node) -> int:
+def weight_rank(node: ir.Node) -> int:
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
     return len(weight.shape)
 
 
-def weight_type(value: ir.Value | None) -> ir.DataType | None:
+def weight_dtype(value: ir.Value | None) -> ir.DataType | None:
     """The type of a constant, seen directly or through movement."""
     while value is not None and value.const_value is None:
         node = value.producer()
@@ -177,7 +174,7 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
     """The constant vector, used here only, that is added to a node's output."""
     spec = lookup(node.domain, node.op_type)
     if spec.bias is not None and spec.bias < len(node.inputs):
-        return node.inputs[spec.bias] if is_own_vector(node.inputs[spec.bias], width) else None
+        return node.inputs[spec.bias] if is_exclusive_vector(node.inputs[spec.bias], width) else None
     if spec.windowed:
         return None
     users = list(node.outputs[0].consumers())
@@ -186,12 +183,12 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
     added = lookup(users[0].domain, users[0].op_type)
     if added.effect != "add" or added.subtracts:
         return None
-    return next((value for value in users[0].inputs if is_own_vector(value, width)), None)
+    return next((value for value in users[0].inputs if is_exclusive_vector(value, width)), None)
 
 
-def is_own_vector(value: ir.Value | None, width: int) -> bool:
+def is_exclusive_vector(value: ir.Value | None, width: int) -> bool:
     """A constant of ``width`` entries along its last axis that nothing else uses."""
-    if value is None or value.const_value is None or not v_is_constant(value) or len(value.uses()) != 1:
+    if value is None or value.const_value is None or not is_stored_constant(value) or len(value.uses()) != 1:
         return False
     shape = static_shape(value.const_value)
     return bool(shape) and shape[-1] == width and int(np.prod(shape)) == width

@@ -24,18 +24,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration, calibrate
+from snpc.runtime.calibration.dataset import Calibration, calibration_from_source
 from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
-from snpc.runtime.calibration.python_sources import Feeds, script_source, value_source
-from snpc.runtime.calibration.sources import Source
+from snpc.runtime.calibration.python_sources import CalibrationValue, script_source, value_source
+from snpc.runtime.calibration.sources import CalibrationSource
 from snpc.types import TensorSpec
 
 __all__ = ["PREPROCESS", "Calibration", "ImageOptions", "load_calibration"]
 
 
 def load_calibration(
-    source: str | Path | Feeds,
+    source: str | Path | CalibrationValue,
     inputs: Sequence[TensorSpec],
     *,
     samples: int = 128,
@@ -59,12 +59,16 @@ def load_calibration(
         raise UserError(f"calibration batch {batch}: at least one sample per batch is needed (--calib-batch)")
     if not inputs:
         raise UserError("the model has no inputs: calibration data has nowhere to go")
-    calibration = calibrate(_open(source, tuple(inputs), images), tuple(inputs), samples, batch, seed)
+    calibration = calibration_from_source(
+        _open_source(source, tuple(inputs), images), tuple(inputs), samples, batch, seed
+    )
     next(calibration.batches())
     return calibration
 
 
-def _open(source: str | Path | Feeds, inputs: tuple[TensorSpec, ...], images: ImageOptions) -> Source:
+def _open_source(
+    source: str | Path | CalibrationValue, inputs: tuple[TensorSpec, ...], images: ImageOptions
+) -> CalibrationSource:
     if not isinstance(source, str | Path):
         return value_source(source, inputs)
     script, colon, function = str(source).rpartition(":")

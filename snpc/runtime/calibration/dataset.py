@@ -9,17 +9,23 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import Part, Source
-from snpc.runtime.calibration.validation import Axes, Shape, axes_of, checked, count_of, shapes_of
-from snpc.types import AnyArray, IntArray, TensorSpec
+from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource
+from snpc.runtime.calibration.validation import (
+    SampleAxes,
+    count_samples,
+    find_sample_axes,
+    sample_shapes,
+    validate_and_convert,
+)
+from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class RowSelection:
     """Rows of one part that go into one batch. ``first``: where the part's rows begin in the whole source; ``kind``:
     pieces of the same kind can share a batch."""
 
-    part: Part
+    part: CalibrationPart
     shapes: Mapping[str, Shape] = field(repr=False)
     rows: IntArray
     first: int
@@ -50,9 +56,9 @@ class Calibration:
     asked: int
     available: int | None
     dropped: int
-    plan: tuple[tuple[Piece, ...], ...] = field(repr=False, compare=False)
+    plan: tuple[tuple[RowSelection, ...], ...] = field(repr=False, compare=False)
     held: tuple[TensorSpec, ...] = field(repr=False)
-    axes: Axes = field(repr=False)
+    axes: SampleAxes = field(repr=False)
     whole: bool = field(repr=False)
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
@@ -60,12 +66,12 @@ class Calibration:
 
         Raises UserError for values that no model should be calibrated on.
         """
-        opened: tuple[Part, Mapping[str, AnyArray]] | None = None
+        opened: tuple[CalibrationPart, Mapping[str, AnyArray]] | None = None
         for pieces in self.plan:
             taken = []
             for piece in pieces:
                 if opened is None or opened[0] is not piece.part:
-                    opened = (piece.part, _read(piece, self.held))
+                    opened = (piece.part, _read_part(piece, self.held))
                 taken.append(self._take(piece, opened[1]))
             yield self._joined(taken)
 
@@ -104,12 +110,12 @@ class Calibration:
             text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
 
-    def _take(self, piece: Piece, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def _take(self, piece: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         feed = {}
         for spec in self.held:
             sampled = spec.name in self.axes.sampled
             rows = arrays[spec.name][piece.rows] if sampled else arrays[spec.name].copy()
-            feed[spec.name] = checked(rows, spec, piece.part.where, piece.rows if sampled else None)
+            feed[spec.name] = validate_and_convert(rows, spec, piece.part.where, piece.rows if sampled else None)
         return feed
 
     def _joined(self, taken: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
@@ -119,21 +125,23 @@ class Calibration:
         return {name: array[0] for name, array in feed.items()} if self.whole else feed
 
 
-def calibrate(source: Source, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int) -> Calibration:
+def calibration_from_source(
+    source: CalibrationSource, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int
+) -> Calibration:
     """Survey the parts, choose the samples and plan the batches; reads no samples of files."""
-    axes = axes_of(source.inputs)
-    pieces = _survey(source, axes, samples)
+    axes = find_sample_axes(source.inputs)
+    pieces = _survey_parts(source, axes, samples)
     total = sum(map(len, pieces))
     if not total:
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
-    chosen = _first(pieces, samples) if source.beginning else _drawn(pieces, samples, seed)
+    chosen = _take_first(pieces, samples) if source.beginning else _draw_samples(pieces, samples, seed)
     size = axes.size or batch
-    plan = planned([replace(piece, kind=_kind(piece, source.inputs, axes)) for piece in chosen], size)
+    plan = pack_batches([replace(piece, kind=_batch_key(piece, source.inputs, axes)) for piece in chosen], size)
     if axes.size:  # the model takes nothing but full batches
         plan = [pieces for pieces in plan if sum(map(len, pieces)) == size]
     used = sum(len(piece) for pieces in plan for piece in pieces)
     if not used:
-        raise UserError(_too_few(source.label, size, min(samples, total), total))
+        raise UserError(_too_few_message(source.label, size, min(samples, total), total))
     return Calibration(
         source=source.label,
         inputs=inputs,
@@ -149,20 +157,20 @@ def calibrate(source: Source, inputs: tuple[TensorSpec, ...], samples: int, batc
     )
 
 
-def _survey(source: Source, axes: Axes, samples: int) -> list[Piece]:
+def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
     """Every part with all of its rows; of an endless source, as many parts as hold ``samples``."""
-    pieces: list[Piece] = []
+    pieces: list[RowSelection] = []
     total = 0
     for part in source.parts:
-        shapes = shapes_of(part, source.inputs, source.lone)
-        pieces.append(Piece(part, shapes, np.arange(count_of(part, shapes, source.inputs, axes)), total))
+        shapes = sample_shapes(part, source.inputs, source.lone)
+        pieces.append(RowSelection(part, shapes, np.arange(count_samples(part, shapes, source.inputs, axes)), total))
         total += len(pieces[-1])
         if source.beginning and total >= samples:
             break
     return pieces
 
 
-def _first(pieces: Sequence[Piece], samples: int) -> list[Piece]:
+def _take_first(pieces: Sequence[RowSelection], samples: int) -> list[RowSelection]:
     chosen = []
     for piece in pieces:
         chosen.append(replace(piece, rows=piece.rows[:samples]))
@@ -170,7 +178,7 @@ def _first(pieces: Sequence[Piece], samples: int) -> list[Piece]:
     return [piece for piece in chosen if len(piece)]
 
 
-def _drawn(pieces: Sequence[Piece], samples: int, seed: int) -> list[Piece]:
+def _draw_samples(pieces: Sequence[RowSelection], samples: int, seed: int) -> list[RowSelection]:
     """``samples`` rows drawn without replacement over all parts, left in the order they are stored."""
     total = sum(map(len, pieces))
     keep = np.zeros(total, bool)
@@ -181,19 +189,19 @@ def _drawn(pieces: Sequence[Piece], samples: int, seed: int) -> list[Piece]:
     return [piece for piece in chosen if len(piece)]
 
 
-def _kind(piece: Piece, inputs: Sequence[TensorSpec], axes: Axes) -> Hashable:
+def _batch_key(piece: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:
     """Pieces of the same kind can share a batch: equal sizes behind the sample axis, equal inputs without one."""
     sizes = tuple(piece.shapes[name][1:] for name in sorted(axes.sampled))
     fixed = [spec for spec in inputs if spec.name not in axes.sampled]
     if not fixed:
         return sizes
-    arrays = _read(piece, fixed)
+    arrays = _read_part(piece, fixed)
     return sizes, tuple(arrays[spec.name].tobytes() for spec in fixed)
 
 
-def planned(chosen: Sequence[Piece], size: int) -> list[list[Piece]]:
+def pack_batches(chosen: Sequence[RowSelection], size: int) -> list[list[RowSelection]]:
     """Batches of ``size`` in order; a new one begins where the kind changes."""
-    batches: list[list[Piece]] = []
+    batches: list[list[RowSelection]] = []
     room = 0
     last: Hashable = None
     for piece in chosen:
@@ -208,7 +216,7 @@ def planned(chosen: Sequence[Piece], size: int) -> list[list[Piece]]:
     return batches
 
 
-def _read(piece: Piece, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+def _read_part(piece: RowSelection, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
     """The part's arrays with their leading axes; files may have changed since the survey."""
     arrays = piece.part.read([spec.name for spec in inputs])
     for spec in inputs:
@@ -218,7 +226,7 @@ def _read(piece: Piece, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
     return {spec.name: arrays[spec.name].reshape(piece.shapes[spec.name]) for spec in inputs}
 
 
-def _too_few(label: str, size: int, chosen: int, total: int) -> str:
+def _too_few_message(label: str, size: int, chosen: int, total: int) -> str:
     what = f"{label}: the model's batch is {size}"
     if total < size:
         return f"{what}, but there are only {total} samples: give at least {size}, or export it with a dynamic batch"

@@ -17,59 +17,78 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.images import ImageOptions, image_source
-from snpc.runtime.calibration.sources import Header, Part, Source, listed, memory_part, refusing, require_names
+from snpc.runtime.calibration.sources import (
+    ArrayHeader,
+    CalibrationPart,
+    CalibrationSource,
+    as_user_error,
+    name_list,
+    part_in_memory,
+    require_inputs,
+)
 from snpc.types import AnyArray, TensorSpec
 
-Inputs = tuple[TensorSpec, ...]
+ModelInputs = tuple[TensorSpec, ...]
 
-BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what numpy and zipfile raise
-BROKEN_ADVICE = "it is broken or not what its name says; write it again with numpy"
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-FORMS = (
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # what numpy and zipfile raise
+READ_ADVICE = "it is broken or not what its name says; write it again with numpy"
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+ACCEPTED_SOURCES = (
     "calibration data is an .npz, .npy or .json file, a folder of .npz, .npy or pictures, a folder with "
     "test_data_set_*/input_N.pb, or file.py:function"
 )
 
 
-def path_source(path: Path, inputs: Inputs, images: ImageOptions) -> Source:
+def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
     """What lies at ``path``: a folder by what is in it, a file by its suffix."""
     if not path.exists():
-        raise UserError(f"{path} does not exist: {FORMS}")
+        raise UserError(f"{path} does not exist: {ACCEPTED_SOURCES}")
     if path.is_dir():
-        return _folder(path, inputs, images)
-    opener = FILES.get(path.suffix.lower())
+        return _folder_source(path, inputs, images)
+    opener = SOURCE_OPENERS.get(path.suffix.lower())
     if opener is not None:
         return opener(path, inputs)
     if path.suffix == ".py":
         raise UserError(f"{path}: name the function too, as in {path}:load_data (it will be run)")
-    raise UserError(f"{path}: unknown kind of file '{path.suffix}': {FORMS}")
+    raise UserError(f"{path}: unknown kind of file '{path.suffix}': {ACCEPTED_SOURCES}")
 
 
-def _folder(path: Path, inputs: Inputs, images: ImageOptions) -> Source:
-    sets = _test_sets(path)
+def _folder_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
+    sets = _test_set_folders(path)
     if sets:
-        return Source(str(path), (_test_part(folder, inputs) for folder in sets), inputs)
-    files = _files(path.iterdir())
-    arrays = [file for file in files if file.suffix.lower() in PARTS]
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+        return CalibrationSource(str(path), (_test_set_part(folder, inputs) for folder in sets), inputs)
+    files = _visible_files(path.iterdir())
+    arrays = [file for file in files if file.suffix.lower() in PART_OPENERS]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if arrays and pictures:
         both = f"arrays ({arrays[0].name}) and pictures ({pictures[0].name})"
         raise UserError(f"{path}: it holds both {both}: keep one kind in a folder")
     if arrays:
-        return Source(str(path), (PARTS[file.suffix.lower()](file, inputs) for file in arrays), inputs)
+        return CalibrationSource(
+            str(path), (PART_OPENERS[file.suffix.lower()](file, inputs) for file in arrays), inputs
+        )
     # pictures often lie in one folder per class
-    pictures = pictures or [file for file in _files(path.rglob("*")) if file.suffix.lower() in PICTURES]
+    pictures = pictures or [file for file in _visible_files(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
     if pictures:
         return image_source(path, pictures, inputs, images)
-    raise UserError(f"{path}: nothing to calibrate on in this folder ({listed(file.name for file in files)}): {FORMS}")
+    raise UserError(
+        f"{path}: nothing to calibrate on in this folder ({name_list(file.name for file in files)}): {ACCEPTED_SOURCES}"
+    )
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
+def _visible_files(paths: Iterable[Path]) -> list[Path]:
     """In natural order, without hidden ones (macOS leaves a ``._0001.jpg`` next to each picture)."""
-    return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), key=_natural)
+    return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), key=_natural_key)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def _natural_key(path: Path) -> list[tuple[int, str]]:
     """Order in which ``img2`` comes before ``img10``."""
     return [(int(text) if text.isdecimal() else -1, text) for text in re.split(r"(\d+)", str(path))]
 
@@ -77,61 +96,65 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 # .npz and .npy
 
 
-def _npz_part(path: Path, inputs: Inputs) -> Part:
-    with refusing(str(path), BROKEN_ADVICE, *BROKEN), zipfile.ZipFile(path) as archive:
+def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
+    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith(".npy")]
         headers = {}
         for member in members:
             with archive.open(member) as file:
-                headers[member.removesuffix(".npy")] = _header(file)
+                headers[member.removesuffix(".npy")] = _read_header(file)
     if len(inputs) == 1 and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
         headers = {inputs[0].name: headers["arr_0"]}
-        return Part(str(path), headers, lambda names: dict.fromkeys(names, _read_npz(path, ["arr_0"])["arr_0"]))
-    return Part(str(path), headers, partial(_read_npz, path))
+        return CalibrationPart(
+            str(path), headers, lambda names: dict.fromkeys(names, _read_npz(path, ["arr_0"])["arr_0"])
+        )
+    return CalibrationPart(str(path), headers, partial(_read_npz, path))
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
-    with refusing(str(path), BROKEN_ADVICE, *BROKEN), np.load(path, allow_pickle=False) as arrays:
+    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in names}
 
 
-def _npy_part(path: Path, inputs: Inputs) -> Part:
+def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
     if len(inputs) != 1:
         raise UserError(
-            f"{path}: one array, but the model has {len(inputs)} inputs ({listed(spec.name for spec in inputs)}): "
+            f"{path}: one array, but the model has {len(inputs)} inputs ({name_list(spec.name for spec in inputs)}): "
             "save an .npz with a key for each"
         )
     name = inputs[0].name
-    with refusing(str(path), BROKEN_ADVICE, *BROKEN), path.open("rb") as file:
-        headers = {name: _header(file)}
-    return Part(str(path), headers, lambda names: {name: _read_npy(path)})
+    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), path.open("rb") as file:
+        headers = {name: _read_header(file)}
+    return CalibrationPart(str(path), headers, lambda names: {name: _read_npy(path)})
 
 
 def _read_npy(path: Path) -> AnyArray:
     """Mapped, not read: only the chosen rows are ever loaded."""
-    with refusing(str(path), BROKEN_ADVICE, *BROKEN):
+    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS):
         array: AnyArray = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
 
 
-def _header(file: IO[bytes]) -> Header:
+def _read_header(file: IO[bytes]) -> ArrayHeader:
     """Shape and type of an .npy stream. Object arrays pass: their refusal can name the input, later."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    return Header(shape, dtype)
+    return ArrayHeader(shape, dtype)
 
 
-def _array_file(part: Callable[[Path, Inputs], Part], path: Path, inputs: Inputs) -> Source:
-    return Source(str(path), [part(path, inputs)], inputs, lone=False)
+def _array_file_source(
+    part: Callable[[Path, ModelInputs], CalibrationPart], path: Path, inputs: ModelInputs
+) -> CalibrationSource:
+    return CalibrationSource(str(path), [part(path, inputs)], inputs, lone=False)
 
 
 # Polygraphy JSON
 
 
-def _json_source(path: Path, inputs: Inputs) -> Source:
+def _json_source(path: Path, inputs: ModelInputs) -> CalibrationSource:
     advice = "it should hold a list of dicts, input name -> array, as 'polygraphy run --save-inputs' writes it"
-    with refusing(str(path), advice, OSError, ValueError, RecursionError):
+    with as_user_error(str(path), advice, OSError, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
     feeds = content if isinstance(content, list) else [content]
     parts = []
@@ -139,17 +162,17 @@ def _json_source(path: Path, inputs: Inputs) -> Source:
         where = f"{path}, dict {index}"
         if not isinstance(feed, Mapping):
             raise UserError(f"{where}: it is a {type(feed).__name__}: {advice}")
-        parts.append(memory_part(where, _json_arrays(where, feed, inputs)))
-    return Source(str(path), parts, inputs)
+        parts.append(part_in_memory(where, _json_arrays(where, feed, inputs)))
+    return CalibrationSource(str(path), parts, inputs)
 
 
-def _json_arrays(where: str, feed: Mapping[str, Any], inputs: Inputs) -> dict[str, AnyArray]:
+def _json_arrays(where: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
     """The model's inputs decoded; other keys are ignored."""
-    require_names(where, feed, inputs)
+    require_inputs(where, feed, inputs)
     arrays: dict[str, AnyArray] = {}
     for name in (spec.name for spec in inputs):
         advice = f"input '{name}' should be numbers, or an .npy file in base64 under \"array\""
-        with refusing(where, advice, ValueError, TypeError, EOFError, OSError):
+        with as_user_error(where, advice, ValueError, TypeError, EOFError, OSError):
             arrays[name] = _json_array(feed[name])
     return arrays
 
@@ -159,7 +182,7 @@ def _json_array(value: Any) -> AnyArray:
     while isinstance(value, Mapping):
         inner = [value[key] for key in ("array", "values") if key in value]
         if not inner:
-            raise ValueError(f"a dict with {listed(value)} is no array")
+            raise ValueError(f"a dict with {name_list(value)} is no array")
         value = inner[0]
     if not isinstance(value, str):
         return np.array(value)
@@ -170,44 +193,44 @@ def _json_array(value: Any) -> AnyArray:
 # test_data_set_*/input_N.pb
 
 
-def _test_sets(path: Path) -> list[Path]:
+def _test_set_folders(path: Path) -> list[Path]:
     """Folders with tensors in them: this one, or those below it."""
     if (path / "input_0.pb").is_file():
         return [path]
-    return sorted((folder for folder in path.iterdir() if (folder / "input_0.pb").is_file()), key=_natural)
+    return sorted((folder for folder in path.iterdir() if (folder / "input_0.pb").is_file()), key=_natural_key)
 
 
-def _test_part(folder: Path, inputs: Inputs) -> Part:
+def _test_set_part(folder: Path, inputs: ModelInputs) -> CalibrationPart:
     """Shapes need the tensors to be parsed, but they are let go again: read() parses them once more."""
-    headers = {name: Header(array.shape, array.dtype) for name, array in _read_test_set(folder, inputs)}
+    headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in _read_test_set(folder, inputs)}
 
     def read(names: Sequence[str]) -> dict[str, AnyArray]:
         arrays = dict(_read_test_set(folder, inputs))
         return {name: arrays[name] for name in names}
 
-    return Part(str(folder), headers, read)
+    return CalibrationPart(str(folder), headers, read)
 
 
-def _read_test_set(folder: Path, inputs: Inputs) -> Iterator[tuple[str, AnyArray]]:
+def _read_test_set(folder: Path, inputs: ModelInputs) -> Iterator[tuple[str, AnyArray]]:
     """(input name, array) of input_0.pb, input_1.pb, ...: the tensor's name where that is an input's, else in order."""
     names = [spec.name for spec in inputs]
-    for file in sorted(folder.glob("input_*.pb"), key=_natural):
+    for file in sorted(folder.glob("input_*.pb"), key=_natural_key):
         digits = file.stem.removeprefix("input_")
         number = int(digits) if digits.isdecimal() else len(names)
-        name, array = _tensor(file)
+        name, array = _read_tensor(file)
         if name in names:
             yield name, array
         elif number < len(names):
             yield names[number], array
         else:
-            raise UserError(f"{file}: the model has {len(names)} inputs ({listed(names)}), so there is none for it")
+            raise UserError(f"{file}: the model has {len(names)} inputs ({name_list(names)}), so there is none for it")
 
 
-def _tensor(file: Path) -> tuple[str, AnyArray]:
+def _read_tensor(file: Path) -> tuple[str, AnyArray]:
     import onnx
 
     advice = "it is no ONNX tensor; write it with onnx.numpy_helper.from_array(array).SerializeToString()"
-    with refusing(str(file), advice, Exception):  # protobuf and onnx raise many kinds on broken bytes
+    with as_user_error(str(file), advice, Exception):  # protobuf and onnx raise many kinds on broken bytes
         tensor = onnx.TensorProto.FromString(file.read_bytes())
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # it could point anywhere on this machine
             raise UserError(f"{file}: its data lies in another file, which snpc does not follow: store it inside")
@@ -216,9 +239,9 @@ def _tensor(file: Path) -> tuple[str, AnyArray]:
         return tensor.name, onnx.numpy_helper.to_array(tensor)
 
 
-PARTS: dict[str, Callable[[Path, Inputs], Part]] = {".npz": _npz_part, ".npy": _npy_part}
-FILES: dict[str, Callable[[Path, Inputs], Source]] = {
-    ".npz": partial(_array_file, _npz_part),
-    ".npy": partial(_array_file, _npy_part),
+PART_OPENERS: dict[str, Callable[[Path, ModelInputs], CalibrationPart]] = {".npz": _npz_part, ".npy": _npy_part}
+SOURCE_OPENERS: dict[str, Callable[[Path, ModelInputs], CalibrationSource]] = {
+    ".npz": partial(_array_file_source, _npz_part),
+    ".npy": partial(_array_file_source, _npy_part),
     ".json": _json_source,
 }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import Header, Part, Source, listed, refusing
+from snpc.runtime.calibration.sources import ArrayHeader, CalibrationPart, CalibrationSource, as_user_error, name_list
 from snpc.types import AnyArray, TensorSpec
 
 PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std
@@ -50,7 +50,7 @@ IMAGENET = ImageOptions()
 
 
 @dataclass(frozen=True)
-class Frame:
+class ImageFormat:
     """What the model takes: [channels, height, width] or [height, width, channels], raw pixels or normalised."""
 
     height: int
@@ -59,31 +59,33 @@ class Frame:
     raw: bool
 
 
-def image_source(folder: Path, files: Sequence[Path], inputs: tuple[TensorSpec, ...], options: ImageOptions) -> Source:
+def image_source(
+    folder: Path, files: Sequence[Path], inputs: tuple[TensorSpec, ...], options: ImageOptions
+) -> CalibrationSource:
     """One part per picture, read when its batch is due."""
     spec = _image_input(folder, inputs)
-    frame = _frame(spec, options)
+    frame = _image_format(spec, options)
     pixels = (frame.channels, frame.height, frame.width)
     shape = (1, *pixels) if options.layout == "nchw" else (1, *pixels[1:], pixels[0])
-    header = Header(shape, np.dtype(np.uint8 if frame.raw else np.float32))
+    header = ArrayHeader(shape, np.dtype(np.uint8 if frame.raw else np.float32))
     whole = len(spec.shape) == 3  # a model for a single picture: no sample axis
     held = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if whole else spec
-    load = _loader(frame, options)
+    load = _image_loader(frame, options)
 
-    def part(file: Path) -> Part:
+    def part(file: Path) -> CalibrationPart:
         def read(names: Sequence[str]) -> Mapping[str, AnyArray]:
             return {spec.name: load(file)}
 
-        return Part(str(file), {spec.name: header}, read)
+        return CalibrationPart(str(file), {spec.name: header}, read)
 
-    return Source(str(folder), (part(file) for file in files), (held,), whole=whole)
+    return CalibrationSource(str(folder), (part(file) for file in files), (held,), whole=whole)
 
 
 def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
     if len(inputs) != 1:
         raise UserError(
             f"{folder}: pictures can feed a model with one input, this one has {len(inputs)} "
-            f"({listed(spec.name for spec in inputs)}): save an .npz with a key for each"
+            f"({name_list(spec.name for spec in inputs)}): save an .npz with a key for each"
         )
     (spec,) = inputs
     if len(spec.shape) not in (3, 4) or not (spec.dtype.kind in "fu" or spec.dtype.name == "bfloat16"):
@@ -94,11 +96,11 @@ def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
     return spec
 
 
-def _frame(spec: TensorSpec, options: ImageOptions) -> Frame:
+def _image_format(spec: TensorSpec, options: ImageOptions) -> ImageFormat:
     sizes = spec.shape[-3:]
     first = options.layout == "nchw"
-    channels = _channels(spec, sizes[0] if first else sizes[2], sizes[2] if first else sizes[0], options)
-    height, width = _size(spec, sizes[1:] if first else sizes[:2], options)
+    channels = _channel_count(spec, sizes[0] if first else sizes[2], sizes[2] if first else sizes[0], options)
+    height, width = _image_size(spec, sizes[1:] if first else sizes[:2], options)
     raw = spec.dtype == np.uint8
     if not raw and spec.dtype.kind == "u":
         raise UserError(f"input '{spec.name}' takes {spec.dtype}: pictures are fed as uint8 or floats; save an .npz")
@@ -108,10 +110,10 @@ def _frame(spec: TensorSpec, options: ImageOptions) -> Frame:
                 f"image {name} has {len(values)} values, but input '{spec.name}' takes {channels} channel(s): "
                 f"give one value or {channels} (--image-{name})"
             )
-    return Frame(height, width, channels, raw)
+    return ImageFormat(height, width, channels, raw)
 
 
-def _channels(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
+def _channel_count(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
     """1 is greyscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
     if size in (1, 3):
         return int(size)
@@ -123,7 +125,7 @@ def _channels(spec: TensorSpec, size: int | str, other: int | str, options: Imag
     raise UserError(f"{what}: save what it takes as an .npz")
 
 
-def _size(spec: TensorSpec, sizes: Sequence[int | str], options: ImageOptions) -> tuple[int, int]:
+def _image_size(spec: TensorSpec, sizes: Sequence[int | str], options: ImageOptions) -> tuple[int, int]:
     height, width = sizes
     if options.size is None:
         if isinstance(height, int) and isinstance(width, int):
@@ -138,22 +140,22 @@ def _size(spec: TensorSpec, sizes: Sequence[int | str], options: ImageOptions) -
     return options.size
 
 
-def _loader(frame: Frame, options: ImageOptions) -> Callable[[Path], AnyArray]:
+def _image_loader(frame: ImageFormat, options: ImageOptions) -> Callable[[Path], AnyArray]:
     try:
         import PIL.Image
     except ImportError as error:
         raise UserError("reading pictures needs Pillow: pip install snpc[images]") from error
-    return partial(_load, PIL.Image, frame, options)
+    return partial(_load_image, PIL.Image, frame, options)
 
 
-def _load(pillow: Any, frame: Frame, options: ImageOptions, file: Path) -> AnyArray:
+def _load_image(pillow: Any, frame: ImageFormat, options: ImageOptions, file: Path) -> AnyArray:
     """file -> [1,C,H,W] or [1,H,W,C], uint8 or float32."""
     advice = "the picture cannot be read; repair or remove it"
     broken = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)
-    with refusing(str(file), advice, *broken), pillow.open(file) as picture:
+    with as_user_error(str(file), advice, *broken), pillow.open(file) as picture:
         if picture.mode[0] in "IF":  # converting would clip them to white
             raise ValueError("its pixels have more than 8 bits")
-        pixels = _fitted(pillow, picture.convert("RGB" if frame.channels == 3 else "L"), frame)
+        pixels = _resize_and_crop(pillow, picture.convert("RGB" if frame.channels == 3 else "L"), frame)
     array: AnyArray = pixels.reshape(frame.height, frame.width, frame.channels)
     if not frame.raw:
         array = (array.astype(np.float32) / 255 - np.array(options.mean, np.float32)) / np.array(
@@ -162,7 +164,7 @@ def _load(pillow: Any, frame: Frame, options: ImageOptions, file: Path) -> AnyAr
     return array[None] if options.layout == "nhwc" else np.ascontiguousarray(array.transpose(2, 0, 1))[None]
 
 
-def _fitted(pillow: Any, picture: Any, frame: Frame) -> AnyArray:
+def _resize_and_crop(pillow: Any, picture: Any, frame: ImageFormat) -> AnyArray:
     """Resized (bicubic) until it just covers the frame, then cropped around the centre."""
     scale = max(frame.height / picture.height, frame.width / picture.width)
     width, height = max(frame.width, round(picture.width * scale)), max(frame.height, round(picture.height * scale))

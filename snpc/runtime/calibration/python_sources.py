@@ -13,64 +13,73 @@ from typing import Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import Part, Source, listed, memory_part, one_line, require_names
+from snpc.runtime.calibration.sources import (
+    CalibrationPart,
+    CalibrationSource,
+    error_line,
+    name_list,
+    part_in_memory,
+    require_inputs,
+)
 from snpc.types import AnyArray, TensorSpec
 
 
-class Reader(Protocol):
+class CalibrationReader(Protocol):
     """onnxruntime's CalibrationDataReader: one feed per call, then None. A ``rewind()`` is called before."""
 
     def get_next(self) -> Mapping[str, Any] | None: ...
 
 
-Feeds = Mapping[str, Any] | Iterable[Mapping[str, Any]] | Reader | Callable[[], Any]
+CalibrationValue = Mapping[str, Any] | Iterable[Mapping[str, Any]] | CalibrationReader | Callable[[], Any]
 
 
-def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -> Source:
+def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
     """``file.py:function``. This RUNS the user's code, with the script's folder importable while it runs."""
     label = f"{script}:{function}"
     if not script.is_file():
         raise UserError(f"{script} does not exist: {label} should name a Python file and a function in it")
-    with _running(label, script):
-        module = _imported(script)
+    with _running_user_code(label, script):
+        module = _import_script(script)
     loader = getattr(module, function, None)
     if not callable(loader):
-        there = listed(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
+        there = name_list(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
         raise UserError(f"{label}: {script.name} has no function '{function}'; it has {there}")
-    return Source(label, _parts(loader, label, inputs, script), inputs, beginning=True)
+    return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, beginning=True)
 
 
-def value_source(value: Any, inputs: tuple[TensorSpec, ...]) -> Source:
+def value_source(value: Any, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
     """A Python value: a dict of arrays (all samples), a reader, an iterable of dicts, or a callable giving one."""
     label = getattr(value, "__qualname__", type(value).__name__)
     if isinstance(value, Mapping):
-        return Source(label, [memory_part(label, _arrays(value, label, inputs))], inputs, lone=False)
+        return CalibrationSource(label, [part_in_memory(label, _copy_arrays(value, label, inputs))], inputs, lone=False)
     if hasattr(value, "get_next") or isinstance(value, Iterable) or callable(value):
-        return Source(label, _parts(value, label, inputs, None), inputs, beginning=True)
+        return CalibrationSource(label, _iterate_parts(value, label, inputs, None), inputs, beginning=True)
     raise UserError(
         f"calibration data of type {label}: give a path, dicts of arrays, a function giving them, or a "
         "CalibrationDataReader"
     )
 
 
-def _parts(value: Any, label: str, inputs: tuple[TensorSpec, ...], script: Path | None) -> Iterator[Part]:
-    with _running(label, script):
-        iterator = _iterator(value, label)
+def _iterate_parts(
+    value: Any, label: str, inputs: tuple[TensorSpec, ...], script: Path | None
+) -> Iterator[CalibrationPart]:
+    with _running_user_code(label, script):
+        iterator = _open_iterator(value, label)
     end = object()
     index = 0
     while True:
-        with _running(label, script):
+        with _running_user_code(label, script):
             feed = next(iterator, end)
         if feed is end:
             return
         where = f"{label}, dict {index}"
         if not isinstance(feed, Mapping):
             raise UserError(f"{where}: it gave a {type(feed).__name__}, not a dict of input name -> array")
-        yield memory_part(where, _arrays(feed, where, inputs))
+        yield part_in_memory(where, _copy_arrays(feed, where, inputs))
         index += 1
 
 
-def _iterator(value: Any, label: str) -> Iterator[Any]:
+def _open_iterator(value: Any, label: str) -> Iterator[Any]:
     if callable(value) and not hasattr(value, "get_next") and not isinstance(value, Iterable):
         value = value()
     if hasattr(value, "get_next"):
@@ -85,19 +94,19 @@ def _iterator(value: Any, label: str) -> Iterator[Any]:
     raise UserError(f"{label}: it gave a {type(value).__name__}, not something that yields dicts of arrays")
 
 
-def _arrays(feed: Mapping[str, Any], where: str, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
+def _copy_arrays(feed: Mapping[str, Any], where: str, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
     """Copies of what the model takes (a generator may fill the same buffer again); other keys are not touched."""
-    require_names(where, feed, inputs)
+    require_inputs(where, feed, inputs)
     arrays = {}
     for spec in inputs:
         try:
             arrays[spec.name] = np.array(feed[spec.name])
         except Exception as error:  # whatever the value's own conversion raises: a tensor on a GPU, ragged lists
-            raise UserError(f"{where}: input '{spec.name}' is not an array ({one_line(error)})") from error
+            raise UserError(f"{where}: input '{spec.name}' is not an array ({error_line(error)})") from error
     return arrays
 
 
-def _imported(script: Path) -> Any:
+def _import_script(script: Path) -> Any:
     name = f"_snpc_script_{script.stem}"
     spec = importlib.util.spec_from_file_location(name, script)
     assert spec is not None and spec.loader is not None, script
@@ -108,7 +117,7 @@ def _imported(script: Path) -> Any:
 
 
 @contextmanager
-def _running(label: str, script: Path | None) -> Iterator[None]:
+def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
     """Run the user's code: its folder importable, and whatever it raises shown as its failure and not as snpc's."""
     folder = str(script.parent.resolve()) if script else ""
     if folder:
@@ -118,14 +127,14 @@ def _running(label: str, script: Path | None) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        said = one_line(error) + _line(error, script)
+        said = error_line(error) + _failing_line(error, script)
         raise UserError(f"{label} raised {said}: it should yield dicts of input name -> array") from error
     finally:
         if folder in sys.path:  # the script may have changed the path; what it added stays
             sys.path.remove(folder)
 
 
-def _line(error: BaseException, script: Path | None) -> str:
+def _failing_line(error: BaseException, script: Path | None) -> str:
     """`` (line 12)``: the last line of the user's file on the way to the error."""
     if script is None:
         return ""

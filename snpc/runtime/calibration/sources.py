@@ -13,7 +13,7 @@ from snpc.errors import UserError
 from snpc.types import AnyArray, TensorSpec
 
 
-class Header(NamedTuple):
+class ArrayHeader(NamedTuple):
     """What is known of an array without its values."""
 
     shape: tuple[int, ...]
@@ -21,16 +21,16 @@ class Header(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class CalibrationPart:
     """A file, picture or dict. ``where`` is what messages call it; ``read(names)`` gives those arrays, as stored."""
 
     where: str
-    headers: Mapping[str, Header]
+    headers: Mapping[str, ArrayHeader]
     read: Callable[[Sequence[str]], Mapping[str, AnyArray]]
 
 
 @dataclass(frozen=True)
-class Source:
+class CalibrationSource:
     """An opened source.
 
     ``inputs``: the model's inputs as the parts hold them. ``lone``: an array may be one sample without a leading axis.
@@ -39,48 +39,49 @@ class Source:
     """
 
     label: str
-    parts: Iterable[Part]
+    parts: Iterable[CalibrationPart]
     inputs: tuple[TensorSpec, ...]
     lone: bool = True
     beginning: bool = False
     whole: bool = False
 
 
-def memory_part(where: str, arrays: Mapping[str, AnyArray]) -> Part:
+def part_in_memory(where: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
     """A part that is already in memory."""
-    headers = {name: Header(array.shape, array.dtype) for name, array in arrays.items()}
-    return Part(where, headers, lambda names: {name: arrays[name] for name in names})
+    headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in arrays.items()}
+    return CalibrationPart(where, headers, lambda names: {name: arrays[name] for name in names})
 
 
-def listed(names: Iterable[str], limit: int = 8) -> str:
+def name_list(names: Iterable[str], limit: int = 8) -> str:
     """Names for a message; a decoder with a cache has far too many to print."""
     every = list(names)
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more if every else "nothing"
 
 
-def require_names(where: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
+def require_inputs(where: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
     """UserError unless every input has data."""
     there = list(map(str, present))
     absent = [spec.name for spec in inputs if spec.name not in there]
     if absent:
         raise UserError(
-            f"{where}: no data for input {listed(absent)}; it holds {listed(there)}: name arrays as the model's inputs"
+            f"{where}: no data for input {name_list(absent)}; it holds {name_list(there)}: "
+            "name arrays as the model's inputs"
         )
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """``ValueError: what it said``, on one line."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager
-def refusing(where: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
+def as_user_error(where: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Turn what a reader raises on a broken file into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{where}: {one_line(error)}: {advice}") from error
+        raise UserError(f"{where}: {error_line(error)}: {advice}") from error

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import Header, Part, listed, require_names
-from snpc.types import AnyArray, IntArray, TensorSpec
+from snpc.runtime.calibration.sources import ArrayHeader, CalibrationPart, name_list, require_inputs
+from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
-Family = Literal["bool", "int", "float", "other"]
-Shape = tuple[int, ...]
+TypeFamily = Literal["bool", "int", "float", "other"]
 
-CASTS: frozenset[tuple[Family, Family]] = frozenset(
+SAFE_CASTS: frozenset[tuple[TypeFamily, TypeFamily]] = frozenset(
     {
         ("bool", "bool"), ("int", "int"), ("float", "float"),
         ("bool", "int"), ("int", "bool"), ("bool", "float"), ("int", "float"),
@@ -25,14 +24,14 @@ CASTS: frozenset[tuple[Family, Family]] = frozenset(
 
 
 @dataclass(frozen=True)
-class Axes:
+class SampleAxes:
     """``sampled``: inputs whose leading axis is samples; the others are fed as they are. ``size``: a static batch."""
 
     sampled: frozenset[str]
     size: int | None
 
 
-def axes_of(inputs: Sequence[TensorSpec]) -> Axes:
+def find_sample_axes(inputs: Sequence[TensorSpec]) -> SampleAxes:
     """Which inputs have a sample axis: the dynamic leading ones, or else those with the commonest leading size.
 
     A static leading axis next to dynamic ones (``use_cache_branch [1]``, a table of positions) cannot be the batch. Of
@@ -40,25 +39,27 @@ def axes_of(inputs: Sequence[TensorSpec]) -> Axes:
     """
     leads = {spec.name: spec.shape[0] for spec in inputs if spec.shape}
     if not leads:
-        names = listed(spec.name for spec in inputs)
+        names = name_list(spec.name for spec in inputs)
         raise UserError(f"the model takes only scalars ({names}): without a sample axis it cannot be calibrated")
     dynamic = frozenset(name for name, lead in leads.items() if isinstance(lead, str))
     if dynamic:
-        return Axes(dynamic, None)
+        return SampleAxes(dynamic, None)
     size = Counter(leads.values()).most_common(1)[0][0]
     assert isinstance(size, int)
     if size < 1:
         raise UserError(f"the model's batch size is {size}: no sample can be fed to it")
-    return Axes(frozenset(name for name, lead in leads.items() if lead == size), size)
+    return SampleAxes(frozenset(name for name, lead in leads.items() if lead == size), size)
 
 
-def shapes_of(part: Part, inputs: Sequence[TensorSpec], lone: bool) -> dict[str, Shape]:
+def sample_shapes(part: CalibrationPart, inputs: Sequence[TensorSpec], lone: bool) -> dict[str, Shape]:
     """[sample, ...] shape per input once names, types and ranks fit; a lone sample gets its leading axis here."""
-    require_names(part.where, part.headers, inputs)
-    return {spec.name: _shape(part.where, part.headers[spec.name], spec, lone) for spec in inputs}
+    require_inputs(part.where, part.headers, inputs)
+    return {spec.name: _sample_shape(part.where, part.headers[spec.name], spec, lone) for spec in inputs}
 
 
-def count_of(part: Part, shapes: dict[str, Shape], inputs: Sequence[TensorSpec], axes: Axes) -> int:
+def count_samples(
+    part: CalibrationPart, shapes: dict[str, Shape], inputs: Sequence[TensorSpec], axes: SampleAxes
+) -> int:
     """How many samples a part holds; UserError where static sizes or the inputs' sample counts disagree."""
     for spec in inputs:
         _check_sizes(part.where, shapes[spec.name], spec, spec.name in axes.sampled)
@@ -72,22 +73,23 @@ def count_of(part: Part, shapes: dict[str, Shape], inputs: Sequence[TensorSpec],
     return samples
 
 
-def checked(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
+def validate_and_convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
     """``array`` in the model's type, every value usable. ``rows``: its samples' numbers, None if it has none."""
     _check_finite(array, spec, where, rows)
     _check_mask(array, spec, where, rows)
-    return _converted(array, spec, where, rows)
+    return _convert(array, spec, where, rows)
 
 
-def _shape(where: str, header: Header, spec: TensorSpec, lone: bool) -> Shape:
+def _sample_shape(where: str, header: ArrayHeader, spec: TensorSpec, lone: bool) -> Shape:
     _check_type(where, header.dtype, spec)
     if len(header.shape) == len(spec.shape):
         return header.shape
     if lone and len(header.shape) == len(spec.shape) - 1 and header.shape != (0,):  # [] is no sample
         return (1, *header.shape)
     raise UserError(
-        f"{where}: input '{spec.name}' has {len(spec.shape)} axes {_shown(spec.shape)}, the data "
-        f"{len(header.shape)} {_shown(header.shape)}: store it as the model takes it, samples along the leading axis"
+        f"{where}: input '{spec.name}' has {len(spec.shape)} axes {_shape_text(spec.shape)}, the data "
+        f"{len(header.shape)} {_shape_text(header.shape)}: store it as the model takes it, "
+        "samples along the leading axis"
     )
 
 
@@ -95,8 +97,8 @@ def _check_type(where: str, found: np.dtype[Any], spec: TensorSpec) -> None:
     what = f"{where}: input '{spec.name}' takes {spec.dtype}, the data is {found}"
     if found.hasobject:
         raise UserError(f"{what}: arrays of Python objects are pickles, which snpc never loads; save plain numbers")
-    pair = (_family(found), _family(spec.dtype))
-    if pair in CASTS:
+    pair = (_type_family(found), _type_family(spec.dtype))
+    if pair in SAFE_CASTS:
         return
     if "other" in pair:
         raise UserError(f"{what}: only booleans, integers and floats can be fed; save it as one of those")
@@ -109,20 +111,22 @@ def _check_sizes(where: str, shape: Shape, spec: TensorSpec, sampled: bool) -> N
         if isinstance(want, int) and want != have:
             why = "" if sampled else " (fed whole with every batch: its leading axis is not the samples')"
             raise UserError(
-                f"{where}: input '{spec.name}' takes {_shown(spec.shape)}{why}, the data is {_shown(shape)}: "
+                f"{where}: input '{spec.name}' takes {_shape_text(spec.shape)}{why}, the data is {_shape_text(shape)}: "
                 "resize, pad or cut it to the model's sizes"
             )
 
 
 def _check_finite(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
-    if _family(array.dtype) != "float":
+    if _type_family(array.dtype) != "float":
         return
     nan, infinite = np.asarray(np.isnan(array)), np.asarray(np.isinf(array))
     if "mask" in spec.name.lower():
         infinite = infinite & (array > 0)  # an additive mask forbids positions with -inf
     if nan.any() or infinite.any():
         kind, bad = ("NaN", nan) if nan.any() else ("infinity", infinite)
-        raise UserError(f"{where}: input '{spec.name}' holds {kind} in {_sample(bad, rows)}: repair it or leave it out")
+        raise UserError(
+            f"{where}: input '{spec.name}' holds {kind} in {_sample_text(bad, rows)}: repair it or leave it out"
+        )
 
 
 def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
@@ -130,55 +134,55 @@ def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | 
     name = spec.name.lower()
     if rows is None or "global" in name or not ("attention_mask" in name or "input_mask" in name):
         return
-    if _family(spec.dtype) == "float" and array.ndim > 2:
+    if _type_family(spec.dtype) == "float" and array.ndim > 2:
         return
-    hidden = ~_per_sample(array)
+    hidden = ~_any_per_sample(array)
     if hidden.any():
         raise UserError(
-            f"{where}: {spec.name} of {_sample(hidden, rows)} is all zeros, which hides every token: "
+            f"{where}: {spec.name} of {_sample_text(hidden, rows)} is all zeros, which hides every token: "
             "set it to 1 where there are tokens"
         )
 
 
-def _converted(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
+def _convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
     if array.dtype == spec.dtype:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
         result: AnyArray = array.astype(spec.dtype)
-        lost = _lost(array, result)
+        lost = _changed_values(array, result)
     if lost.any():
         raise UserError(
             f"{where}: input '{spec.name}' takes {spec.dtype}, which cannot hold {array[lost].flat[0]} in "
-            f"{_sample(lost, rows)}: check how the data was made"
+            f"{_sample_text(lost, rows)}: check how the data was made"
         )
     return result
 
 
-def _lost(array: AnyArray, result: AnyArray) -> AnyArray:
+def _changed_values(array: AnyArray, result: AnyArray) -> AnyArray:
     """Where a conversion did more than round: floats out of range, integers and booleans changed at all."""
-    if _family(array.dtype) == "float":
+    if _type_family(array.dtype) == "float":
         return np.asarray(np.isfinite(array) & ~np.isfinite(result))
     # -1 survives the way to uint64 and back, hence the signs
     return np.asarray((result.astype(array.dtype) != array) | ((result < 0) != (array < 0)))
 
 
-def _sample(bad: AnyArray, rows: IntArray | None) -> str:
+def _sample_text(bad: AnyArray, rows: IntArray | None) -> str:
     if rows is None or not bad.ndim:
         return "every sample"
-    return f"sample {rows[int(np.argmax(_per_sample(bad)))]}"
+    return f"sample {rows[int(np.argmax(_any_per_sample(bad)))]}"
 
 
-def _per_sample(array: AnyArray) -> AnyArray:
+def _any_per_sample(array: AnyArray) -> AnyArray:
     """[samples, ...] -> [samples]: is anything in it true?"""
     return np.asarray(array.any(axis=tuple(range(1, array.ndim))))
 
 
-def _family(dtype: np.dtype[Any]) -> Family:
+def _type_family(dtype: np.dtype[Any]) -> TypeFamily:
     if dtype.kind == "f" or dtype.name == "bfloat16":  # ml_dtypes' bfloat16 does not call itself a float
         return "float"
-    families: dict[str, Family] = {"b": "bool", "i": "int", "u": "int"}
+    families: dict[str, TypeFamily] = {"b": "bool", "i": "int", "u": "int"}
     return families.get(dtype.kind, "other")
 
 
-def _shown(shape: Sequence[int | str]) -> str:
+def _shape_text(shape: Sequence[int | str]) -> str:
     return "[" + ",".join(str(size or "?") if isinstance(size, str) else str(size) for size in shape) + "]"

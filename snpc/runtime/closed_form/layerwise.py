@@ -17,53 +17,59 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, extract
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.weights.consumers import reader_of
-from snpc.passes.weights.edits import Edits
-from snpc.planning.plan import Plan, cuts_of
+from snpc.graph.subgraph import Segment, extract_segment
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
+from snpc.passes.weights.consumers import single_consumer_weight
+from snpc.passes.weights.edits import WeightEdits
+from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.algebra import damped_solution
-from snpc.runtime.closed_form.fit import Compression, edits_for, rotations
-from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants
-from snpc.runtime.closed_form.stages import Gap, NotSequential, Stage, stages_of, with_biases
-from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.execution.session import NotLoaded
-from snpc.runtime.execution.temporary_session import scratch
+from snpc.runtime.closed_form.algebra import solve_ridge
+from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, solve_bases
+from snpc.runtime.closed_form.masked_weights import edited_constants, trial_weights
+from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, ResidualError, add_missing_biases, schedule_stages
+from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.execution.session import SessionLoadError
+from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
-from snpc.runtime.statistics.measure import add_up
-from snpc.runtime.statistics.moments import Measured, Moments, moments_of
-from snpc.runtime.statistics.padding import Masks, Padding, padding_of, probe_rows, token_masks
+from snpc.runtime.statistics.measure import accumulate
+from snpc.runtime.statistics.moments import GroupMoments, MomentSet, group_moments
+from snpc.runtime.statistics.padding import (
+    PaddingMasks,
+    TokenMasks,
+    find_padding,
+    probe_row_counters,
+    token_mask_runner,
+)
 from snpc.types import AnyArray, FloatArray
 
-DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
+RESIDUAL_DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
 
-Values = dict[str, AnyArray]
-Contents = dict[str, AnyArray]  # of constants, by name
+TensorValues = dict[str, AnyArray]
+ConstantArrays = dict[str, AnyArray]  # of constants, by name
 
 
 @dataclass
-class Carry:
+class BoundaryValues:
     """What later segments need of the dense and of the cut model, per calibration batch; ``masks`` say which tokens
     count. What does not fit on the ``shelf`` lies in temporary files."""
 
-    dense: list[Values]
-    cut: list[Values]
-    masks: list[Masks]
-    shelf: Shelf
+    dense: list[TensorValues]
+    cut: list[TensorValues]
+    masks: list[TokenMasks]
+    shelf: SpillableStore
 
-    def keep(self, values: Values) -> Values:
+    def keep(self, values: TensorValues) -> TensorValues:
         return {name: self.shelf.keep(array) for name, array in values.items()}
 
 
-def fit_sequentially(
-    compression: Compression,
-    plan: Plan,
+def fit_layerwise(
+    compression: ClosedForms,
+    plan: SlicePlan,
     calibration: Calibration,
     provider: str = "cpu",
     memory_limit: int | None = None,
-) -> Traced:
+) -> TracedGraph:
     """The model at its full size with every weight made for the plan, layer after layer.
 
     Of what crosses the borders of segments, what is more than ``memory_limit`` bytes (None: half of what is free) lies
@@ -71,25 +77,25 @@ def fit_sequentially(
 
     Raises stages.NotSequential where the graph cannot be run in segments.
     """
-    base = with_biases(compression, plan)
-    stages = stages_of(compression.analysis, base, plan)
+    base = add_missing_biases(compression, plan)
+    stages = schedule_stages(compression.analysis, base, plan)
     staged = {g.id for stage in stages for g in stage.groups}
     before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
-    contents = edited_constants(base, edits_for(compression, before))
+    contents = edited_constants(base, closed_form_edits(compression, before))
     probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
-    padding = padding_of(compression.analysis.traced, probe_rows(probes))
-    carry = Carry([], [], [], Shelf(memory_budget(memory_limit)))
-    with token_masks(compression.analysis.traced, padding, provider) as masks:
+    padding = find_padding(compression.analysis.traced, probe_row_counters(probes))
+    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(memory_limit)))
+    with token_mask_runner(compression.analysis.traced, padding, provider) as masks:
         for feeds in calibration.batches():
             carry.masks.append(masks(feeds))
             carry.dense.append(carry.keep(feeds))
             carry.cut.append(dict(carry.dense[-1]))
     for stage in stages:
-        contents |= fit_stage(Fitting(base, plan, before, provider, padding), stage, contents, carry)
-    return traced(holding(base.model.clone(), contents), base.sizes, kv_cache=base.kv_cache)
+        contents |= fit_stage(LayerwiseFit(base, plan, before, provider, padding), stage, contents, carry)
+    return trace_graph(with_constants(base.model.clone(), contents), base.sizes, kv_cache=base.kv_cache)
 
 
-def holding(model: ir.Model, contents: Contents) -> ir.Model:
+def with_constants(model: ir.Model, contents: ConstantArrays) -> ir.Model:
     """``model``, with these contents of its constants."""
     for name, array in contents.items():
         value = model.graph.initializers[name]
@@ -99,105 +105,115 @@ def holding(model: ir.Model, contents: Contents) -> ir.Model:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class LayerwiseFit:
     """What stays the same from stage to stage. ``before``: the part of the plan that was fitted beforehand."""
 
-    base: Traced
-    plan: Plan
-    before: Plan
+    base: TracedGraph
+    plan: SlicePlan
+    before: SlicePlan
     provider: str
-    padding: Padding
+    padding: PaddingMasks
 
-    def model(self, segment: Segment, contents: Contents, keep: Mapping[str, tuple[tuple[int, ...], ...]]) -> ir.Model:
+    def model(
+        self, segment: Segment, contents: ConstantArrays, keep: Mapping[str, tuple[tuple[int, ...], ...]]
+    ) -> ir.Model:
         """The segment with new contents of its constants, and what ``keep`` cuts silent."""
-        model = clean(extract(self.base.model, segment, self.base.facts))
+        model = finalize(extract_segment(self.base.model, segment, self.base.facts))
         cuts = cuts_of(replace(self.plan, keep={**self.before.keep, **keep}))
-        return holding(model, silent_constants(self.base, contents, cuts, set(model.graph.initializers)))
+        return with_constants(model, trial_weights(self.base, contents, cuts, set(model.graph.initializers)))
 
-    def run(self, model: ir.Model, feeds: list[Values]) -> Iterator[Values]:
+    def run(self, model: ir.Model, feeds: list[TensorValues]) -> Iterator[TensorValues]:
         """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
         may need what lies before)."""
         try:
-            with scratch(model, provider=self.provider, memory="shared") as run:
+            with temporary_session(model, provider=self.provider, memory="shared") as run:
                 for values in feeds:
                     yield run(values)
-        except NotLoaded as error:
-            raise NotSequential(str(error)) from error
+        except SessionLoadError as error:
+            raise NotSegmentable(str(error)) from error
 
 
-def fit_stage(fitting: Fitting, stage: Stage, contents: Contents, carry: Carry) -> Contents:
+def fit_stage(
+    fitting: LayerwiseFit, stage: FitStage, contents: ConstantArrays, carry: BoundaryValues
+) -> ConstantArrays:
     """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns new contents of constants;
     ``contents``: of the stages before."""
     segment = stage.segment
     wide = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.gaps}}))
-    whole = fitting.run(clean(extract(fitting.base.model, wide, fitting.base.facts)), carry.dense)
+    whole = fitting.run(finalize(extract_segment(fitting.base.model, wide, fitting.base.facts)), carry.dense)
     dense = [carry.keep(values) for values in whole]
-    found = edited_constants(fitting.base, solve(fitting, stage, contents, carry, dense), contents)
+    found = edited_constants(fitting.base, solve_stage(fitting, stage, contents, carry, dense), contents)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     cut = fitting.run(fitting.model(segment, {**contents, **found}, mine), carry.cut)
     for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.cut, cut, strict=True):
-        advance(held, dense_values, segment)
-        advance(old, carry.keep(cut_values), segment)
+        advance_boundary(held, dense_values, segment)
+        advance_boundary(old, carry.keep(cut_values), segment)
     return found
 
 
-def advance(held: Values, made: Values, segment: Segment) -> None:
+def advance_boundary(held: TensorValues, made: TensorValues, segment: Segment) -> None:
     held.update(made)
     for name in set(held) - segment.needed:
         del held[name]
 
 
-def solve(fitting: Fitting, stage: Stage, contents: Contents, carry: Carry, dense: list[Values]) -> Edits:
+def solve_stage(
+    fitting: LayerwiseFit, stage: FitStage, contents: ConstantArrays, carry: BoundaryValues, dense: list[TensorValues]
+) -> WeightEdits:
     """The edits of the stage's groups, from what the cut model gives."""
     if not stage.wanted:
-        return Edits()
+        return WeightEdits()
     instrument = Instrument(fitting.model(stage.segment, contents, {}), fitting.padding.told)
     for item in stage.wanted:
         item.add_to(instrument)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
     for gap in stage.gaps:
-        cross, total = instrument.gap(gap.wanted.probe, gap.group.size, gap.value, dense_input(gap), types[gap.value])
+        cross, total = instrument.gap(
+            gap.wanted.probe, gap.group.size, gap.value, dense_input_name(gap), types[gap.value]
+        )
         instrument.expose(cross, gap.cross)
         instrument.expose(total, gap.total)
     feeds = [
-        {**cut, **counts, **{dense_input(g): values[g.value] for g in stage.gaps}}
+        {**cut, **counts, **{dense_input_name(g): values[g.value] for g in stage.gaps}}
         for cut, counts, values in zip(carry.cut, carry.masks, dense, strict=True)
     ]
     sums: dict[str, FloatArray] = {}
-    for result in fitting.run(clean(instrument.model), feeds):
+    for result in fitting.run(finalize(instrument.model), feeds):
         for name, array in result.items():
             if name not in sums:
                 sums[name] = np.zeros(array.shape)
-            add_up(sums[name], array)
-    measured = moments_from(stage, sums, fitting)
+            accumulate(sums[name], array)
+    measured = stage_moments(stage, sums, fitting)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    edits = edits_for(rotations(measured, stage.groups), replace(fitting.plan, keep=mine))
+    edits = closed_form_edits(solve_bases(measured, stage.groups), replace(fitting.plan, keep=mine))
     for gap in stage.gaps:
-        close_gap(edits, fitting, measured.moments[gap.group.id], gap, sums)
+        compensate_residual_error(edits, fitting, measured.moments[gap.group.id], gap, sums)
     return edits
 
 
-def moments_from(stage: Stage, sums: Mapping[str, FloatArray], fitting: Fitting) -> Measured:
+def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray], fitting: LayerwiseFit) -> MomentSet:
     found: dict[str, dict[str, FloatArray]] = {}
     for item in stage.wanted:
         mine = found.setdefault(item.group.id, {})
         mine[item.name] = mine.get(item.name, 0.0) + sums[item.output]
-    moments = {name: moments_of(stage.forms[name], arrays) for name, arrays in found.items()}
-    return Measured(fitting.plan.analysis, stage.forms, moments, {})
+    moments = {name: group_moments(stage.forms[name], arrays) for name, arrays in found.items()}
+    return MomentSet(fitting.plan.analysis, stage.forms, moments, {})
 
 
-def dense_input(gap: Gap) -> str:
+def dense_input_name(gap: ResidualError) -> str:
     return f"{gap.value}__dense"
 
 
-def close_gap(edits: Edits, fitting: Fitting, moments: Moments, gap: Gap, sums: Mapping[str, FloatArray]) -> None:
+def compensate_residual_error(
+    edits: WeightEdits, fitting: LayerwiseFit, moments: GroupMoments, gap: ResidualError, sums: Mapping[str, FloatArray]
+) -> None:
     """Add to the reader what explains most of the gap behind it from the kept hidden units."""
-    reader = reader_of(fitting.base, gap.group)
+    reader = single_consumer_weight(fitting.base, gap.group)
     rows = fitting.plan.keep.get(gap.group.id)
     keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
     (seen,) = moments.contexts[0]
     (mean,), total = seen.means, sums[gap.total].reshape(-1)
     cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
-    more = damped_solution(seen.moment[np.ix_(keep, keep)], cross[keep], DAMPING)
+    more = solve_ridge(seen.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
     edits.add(reader.place, 0, keep, more)
     edits.add_bias(str(reader.node.name), total / seen.count - mean[keep] @ more)

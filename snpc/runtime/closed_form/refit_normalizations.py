@@ -17,62 +17,66 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import names as op
-from snpc.passes.grouping.traced import Traced, traced
-from snpc.passes.propagation.removal import Dead
-from snpc.passes.slicing.masked_statistics import restrict
-from snpc.passes.slicing.slice import dead_units
-from snpc.passes.weights.edits import Edits, edited, existing_bias
-from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
-from snpc.planning.plan import Plan, cuts_of
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
+from snpc.passes.propagation.removal import RemovedUnits
+from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.passes.slicing.slice import find_removed_units
+from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
+from snpc.passes.weights.normalizations import Normalization, affected_normalizations, normalization_consumers
+from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.temporary_session import scratch
+from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
-from snpc.runtime.statistics.padding import padding_of, token_masks
-from snpc.types import APPROXIMATE, Feeds, FloatArray, Group
+from snpc.runtime.statistics.padding import find_padding, token_mask_runner
+from snpc.types import APPROXIMATE_REASON, Feeds, FloatArray, Group
 
-FLAT = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
+CONSTANT_CHANNEL = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
 
 
-def approximated(plan: Plan) -> list[Group]:
+def approximate_groups(plan: SlicePlan) -> list[Group]:
     """The groups of the plan over which statistics change."""
-    return [g for g in plan.analysis.groups if g.id in plan.keep and g.freedom_reason == APPROXIMATE]
+    return [g for g in plan.analysis.groups if g.id in plan.keep and g.freedom_reason == APPROXIMATE_REASON]
 
 
-def without(plan: Plan, groups: Sequence[Group]) -> Plan:
+def without_groups(plan: SlicePlan, groups: Sequence[Group]) -> SlicePlan:
     """The plan with these groups left whole."""
     names = {g.id for g in groups}
     return replace(plan, keep={name: rows for name, rows in plan.keep.items() if name not in names})
 
 
-def fit_norms(source: Traced, plan: Plan, calibration: Calibration, *, provider: str = "cpu") -> Traced:
+def fit_normalizations(
+    source: TracedGraph, plan: SlicePlan, calibration: Calibration, *, provider: str = "cpu"
+) -> TracedGraph:
     """``source`` with the normalisations over what ``plan`` cuts, and what reads them, fitted to the kept channels.
 
     ``source`` is the analysed model, or that with other weights fitted; the statistics are always the analysed one's.
     """
-    groups = approximated(plan)
+    groups = approximate_groups(plan)
     dense = plan.analysis.traced
     only = replace(plan, keep={g.id: plan.keep[g.id] for g in groups})
-    dead = dead_units(dense.trace, dense.units, cuts_of(only))
-    norms = norms_of(dense, dead)
-    edits = Edits()
-    for norm, sums in zip(norms, watch(dense, norms, dead, calibration.batches(), provider), strict=True):
-        gain = fit_affine(edits, norm, sums)
-        for reader in readers_of(dense, norm, groups):
+    dead = find_removed_units(dense.trace, dense.units, cuts_of(only))
+    norms = affected_normalizations(dense, dead)
+    edits = WeightEdits()
+    for norm, sums in zip(
+        norms, measure_normalizations(dense, norms, dead, calibration.batches(), provider), strict=True
+    ):
+        gain = fold_affine(edits, norm, sums)
+        for reader in normalization_consumers(dense, norm, groups):
             node = next(n for n in source.model.graph if n.name == reader.node.name)
             weight = reader.rows(source, 0)[0]
             centred = existing_bias(node, reader.width) is not None
-            rows, shift = refit(sums, gain, weight, norm, centred)
+            rows, shift = solve_consumer_refit(sums, gain, weight, norm, centred)
             edits.put(reader.place, 0, np.flatnonzero(norm.stays), rows)
             if centred:
                 edits.add_bias(str(node.name), shift)
-    return traced(edited(source, edits), source.sizes, kv_cache=source.kv_cache)
+    return trace_graph(apply_edits(source, edits), source.sizes, kv_cache=source.kv_cache)
 
 
 # -- the algebra -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sums:
+class NormalizationSums:
     """Over ``count`` rows, with z [kept] and y [positions]: z'z, z'y, and the sums of z and of y."""
 
     zz: FloatArray
@@ -83,32 +87,32 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Affine:
+class ChannelAffine:
     """Per kept channel: y = scale z + shift."""
 
     scale: FloatArray
     shift: FloatArray
 
 
-def affine_of(sums: Sums, norm: Norm) -> Affine:
+def solve_affine(sums: NormalizationSums, norm: Normalization) -> ChannelAffine:
     """Least squares per kept channel; through the origin where the norm has no bias, the identity where no gain."""
     kept = len(sums.z)
     if norm.gain is None:
-        return Affine(np.ones(kept), np.zeros(kept))
+        return ChannelAffine(np.ones(kept), np.zeros(kept))
     mine = np.flatnonzero(norm.stays)
     square, cross = np.diag(sums.zz) / sums.count, sums.zy[np.arange(kept), mine] / sums.count
     z, y = sums.z / sums.count, sums.y[mine] / sums.count
     if norm.bias is None:
-        return Affine(np.where(square > 0, cross / np.where(square > 0, square, 1.0), 1.0), np.zeros(kept))
+        return ChannelAffine(np.where(square > 0, cross / np.where(square > 0, square, 1.0), 1.0), np.zeros(kept))
     variance = square - z**2
-    varies = variance > FLAT * square
+    varies = variance > CONSTANT_CHANNEL * square
     scale = np.where(varies, (cross - z * y) / np.where(varies, variance, 1.0), 1.0)
-    return Affine(scale, y - scale * z)
+    return ChannelAffine(scale, y - scale * z)
 
 
-def fit_affine(edits: Edits, norm: Norm, sums: Sums) -> Affine:
+def fold_affine(edits: WeightEdits, norm: Normalization, sums: NormalizationSums) -> ChannelAffine:
     """Fold the fit of a norm's output into its gain and bias."""
-    found = affine_of(sums, norm)
+    found = solve_affine(sums, norm)
     scale, shift = np.ones(len(norm.stays)), np.zeros(len(norm.stays))
     scale[norm.stays], shift[norm.stays] = found.scale, found.shift
     if norm.gain is not None:
@@ -120,7 +124,9 @@ def fit_affine(edits: Edits, norm: Norm, sums: Sums) -> Affine:
     return found
 
 
-def refit(sums: Sums, gain: Affine, weight: FloatArray, norm: Norm, centred: bool) -> tuple[FloatArray, FloatArray]:
+def solve_consumer_refit(
+    sums: NormalizationSums, gain: ChannelAffine, weight: FloatArray, norm: Normalization, centred: bool
+) -> tuple[FloatArray, FloatArray]:
     """(rows [kept, D], bias [D]) that make of the fitted kept channels what ``weight`` [positions, D] makes of all.
 
     Ridge least squares that shrinks towards the rows as they are, the more the fewer calibration rows there are.
@@ -142,33 +148,40 @@ def refit(sums: Sums, gain: Affine, weight: FloatArray, norm: Norm, centred: boo
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def watch(dense: Traced, norms: Sequence[Norm], dead: Dead, batches: Iterable[Feeds], provider: str) -> list[Sums]:
+def measure_normalizations(
+    dense: TracedGraph, norms: Sequence[Normalization], dead: RemovedUnits, batches: Iterable[Feeds], provider: str
+) -> list[NormalizationSums]:
     """The sums of every norm over the calibration data, in one pass. Padded tokens do not count."""
-    padding = padding_of(dense, [(str(norm.output.name), before_last) for norm in norms if norm.axis == -1])
+    padding = find_padding(dense, [(str(norm.output.name), leading_rows) for norm in norms if norm.axis == -1])
     instrument = Instrument(dense.model, padding.told)
     for index, norm in enumerate(norms):
-        watch_norm(instrument, dense, norm, dead, index)
+        add_normalization_sums(instrument, dense, norm, dead, index)
     names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
     total: list[FloatArray] = []
-    with token_masks(dense, padding, provider) as masks, scratch(instrument.model, provider=provider) as run:
+    with (
+        token_mask_runner(dense, padding, provider) as masks,
+        temporary_session(instrument.model, provider=provider) as run,
+    ):
         for feeds in batches:
             found = run({**feeds, **masks(feeds)})
             arrays = [np.asarray(found[name], np.float64) for name in names]
             total = [a + b for a, b in zip(total, arrays, strict=True)] if total else arrays
     return [
-        Sums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
+        NormalizationSums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
         for zz, zy in zip(total[::2], total[1::2], strict=True)
     ]
 
 
-def watch_norm(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead, index: int) -> None:
+def add_normalization_sums(
+    instrument: Instrument, dense: TracedGraph, norm: Normalization, dead: RemovedUnits, index: int
+) -> None:
     """Two outputs, with a column of ones behind z: z'z and z'y."""
     shape = dense.facts.shape[norm.output]
     assert shape is not None
-    narrow = kept_output(instrument, dense, norm, dead)
+    narrow = restricted_output(instrument, dense, norm, dead)
     kept = int(norm.stays.sum())
-    z = as_rows(instrument, narrow, len(shape), norm.axis, kept)
-    y = as_rows(instrument, instrument.values[str(norm.output.name)], len(shape), norm.axis, len(norm.stays))
+    z = channel_rows(instrument, narrow, len(shape), norm.axis, kept)
+    y = channel_rows(instrument, instrument.values[str(norm.output.name)], len(shape), norm.axis, len(norm.stays))
     one = instrument.op(op.GATHER, [z, instrument.ints([0])], axis=1)
     z = instrument.op(op.CONCAT, [z, instrument.op(op.EXP, [instrument.op(op.SUB, [one, one])])], axis=1)
     counts = instrument.counted(str(norm.output.name))
@@ -178,18 +191,18 @@ def watch_norm(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead, in
     instrument.expose(instrument.op(op.MATMUL, [turned, y]), f"snpc_zy_{index}")
 
 
-def as_rows(instrument: Instrument, value: ir.Value, rank: int, axis: int, width: int) -> ir.Value:
+def channel_rows(instrument: Instrument, value: ir.Value, rank: int, axis: int, width: int) -> ir.Value:
     """[rows, width] in float32."""
     last = [k for k in range(rank) if k != rank + axis]
     return instrument.shaped(instrument.turned(instrument.float32(value), *last, rank + axis), -1, width)
 
 
-def before_last(shape: Sequence[int]) -> tuple[int, int]:
+def leading_rows(shape: Sequence[int]) -> tuple[int, int]:
     """(samples, rows of each) of a norm's output."""
     return shape[0], math.prod(shape[1:-1])
 
 
-def kept_output(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead) -> ir.Value:
+def restricted_output(instrument: Instrument, dense: TracedGraph, norm: Normalization, dead: RemovedUnits) -> ir.Value:
     """What the norm would give for the kept channels: its nodes once more, with statistics over those only."""
     graph = instrument.model.graph
     twins: dict[ir.Value, ir.Value] = {}
@@ -211,5 +224,5 @@ def kept_output(instrument: Instrument, dense: Traced, norm: Norm, dead: Dead) -
         nodes[node] = twin
     narrow = instrument.op(op.GATHER, [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis)
     for statistic in norm.statistics:
-        restrict(graph, nodes[statistic.here.node], statistic, dense.trace, dead)
+        mask_statistic(graph, nodes[statistic.here.node], statistic, dense.trace, dead)
     return narrow

@@ -8,34 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, segments
+from snpc.graph.subgraph import Segment, split_into_segments
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
-from snpc.passes.grouping.traced import Traced, traced
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.weights.attention_operands import score_products
-from snpc.passes.weights.closed_form_kinds import forms_of
-from snpc.passes.weights.consumers import readers_of
-from snpc.passes.weights.edits import Edits, edited, existing_bias
-from snpc.planning.plan import Plan
-from snpc.runtime.closed_form.fit import Compression
-from snpc.runtime.statistics.measure import Wanted, wanted_statistics
-from snpc.runtime.statistics.moments import needs
+from snpc.passes.weights.closed_form_kinds import closed_form_kinds
+from snpc.passes.weights.consumers import consumer_weights
+from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
+from snpc.planning.plan import SlicePlan
+from snpc.runtime.closed_form.fit import ClosedForms
+from snpc.runtime.statistics.measure import StatisticRequest, statistic_requests
+from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import Group
 
 
-class NotSequential(Exception):
+class NotSegmentable(Exception):
     """The graph cannot be run in segments; the reason is the message."""
 
 
 @dataclass(frozen=True)
-class Gap:
+class ResidualError:
     """Where the reader of hidden units meets the residual stream: ``value`` [..., D], rows as in ``wanted``'s probe.
     ``cross`` and ``total`` name the outputs in which its sums come."""
 
     group: Group
     value: str
     width: int
-    wanted: Wanted
+    wanted: StatisticRequest
 
     @property
     def cross(self) -> str:
@@ -47,58 +47,58 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Stage:
+class FitStage:
     """A segment, the groups that are fitted in it, and what is measured for them."""
 
     segment: Segment
     groups: tuple[Group, ...]
     forms: dict[str, str]
-    wanted: tuple[Wanted, ...]
-    gaps: tuple[Gap, ...]
+    wanted: tuple[StatisticRequest, ...]
+    gaps: tuple[ResidualError, ...]
 
 
-def fitted_groups(analysis: Analysis, plan: Plan) -> tuple[list[Group], dict[str, str]]:
+def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dict[str, str]]:
     """Groups of the plan that have a closed form, and the feed-forward groups that are not cut but can make up."""
     wanted = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
-    forms, _ = forms_of(analysis, wanted)
+    forms, _ = closed_form_kinds(analysis, wanted)
     found = [
         g
         for g in wanted
-        if forms.get(g.id) not in (None, "coupled") and (g.id in plan.keep or has_bias(analysis.traced, g))
+        if forms.get(g.id) not in (None, "coupled") and (g.id in plan.keep or consumers_have_bias(analysis.traced, g))
     ]
     return found, {g.id: forms[g.id] for g in found}
 
 
-def has_bias(source: Traced, group: Group) -> bool:
-    return all(existing_bias(node, r.width) is not None for r in readers_of(source, group) for node in r.nodes)
+def consumers_have_bias(source: TracedGraph, group: Group) -> bool:
+    return all(existing_bias(node, r.width) is not None for r in consumer_weights(source, group) for node in r.nodes)
 
 
-def with_biases(compression: Compression, plan: Plan) -> Traced:
+def add_missing_biases(compression: ClosedForms, plan: SlicePlan) -> TracedGraph:
     """The model in which every reader that will be fitted has a bias (of zeros, if it had none)."""
     source = compression.analysis.traced
-    groups, forms = fitted_groups(compression.analysis, plan)
-    readers = [reader for g in groups if forms[g.id] != "scores" for reader in readers_of(source, g)]
+    groups, forms = groups_to_fit(compression.analysis, plan)
+    readers = [reader for g in groups if forms[g.id] != "scores" for reader in consumer_weights(source, g)]
     nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
     missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
     if not missing:
         return source
-    return traced(edited(source, Edits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
+    return trace_graph(apply_edits(source, WeightEdits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
 
 
-def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
-    """The segments up to the last one in which something is fitted. ``base`` is the model ``with_biases``.
+def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> list[FitStage]:
+    """The segments up to the last one in which something is fitted. ``base`` is the model ``add_missing_biases``.
 
     Raises NotSequential where a value that crosses a border cannot be handed from one segment to the next.
     """
-    groups, forms = fitted_groups(analysis, plan)
+    groups, forms = groups_to_fit(analysis, plan)
     position = {str(node.name): k for k, node in enumerate(base.model.graph)}
     nodes = list(base.model.graph)
     meets: dict[str, ir.Value] = {}
     ends: dict[str, int] = {}
     for group in groups:
         if forms[group.id] != "scores":
-            last = max(position[str(n.name)] for r in readers_of(analysis.traced, group) for n in r.nodes)
-            value = stream_behind(base, nodes[last].outputs[0])
+            last = max(position[str(n.name)] for r in consumer_weights(analysis.traced, group) for n in r.nodes)
+            value = residual_sum_after(base, nodes[last].outputs[0])
             meets[group.id] = value
             ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
     for group in groups:
@@ -106,28 +106,28 @@ def stages_of(analysis: Analysis, base: Traced, plan: Plan) -> list[Stage]:
             closed = max(position[str(c.node.name)] for c in score_products(analysis.traced, group)) + 1
             ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
     found = []
-    for segment in segments(base.model, sorted(set(ends.values()))):
+    for segment in split_into_segments(base.model, sorted(set(ends.values()))):
         mine = [g for g in groups if ends[g.id] == segment.last]
-        wanted = wanted_statistics(analysis, {g.id: needs(analysis, g, forms[g.id]) for g in mine})
-        inside = [g for g in mine if lies_inside(base, segment, position, g, [w for w in wanted if w.group is g])]
-        gaps = [gap for g in inside if forms[g.id] == "refit" for gap in gap_of(base, g, meets[g.id], wanted)]
+        wanted = statistic_requests(analysis, {g.id: required_statistics(analysis, g, forms[g.id]) for g in mine})
+        inside = [g for g in mine if is_inside_segment(base, segment, position, g, [w for w in wanted if w.group is g])]
+        gaps = [gap for g in inside if forms[g.id] == "refit" for gap in residual_errors(base, g, meets[g.id], wanted)]
         chosen = {g.id: forms[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
         kept = tuple(g for g in inside if g.id in chosen)
-        found.append(Stage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
+        found.append(FitStage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
     while found and not found[-1].groups:
         found.pop()
-    check_borders(base, [stage.segment for stage in found])
+    check_boundary_types(base, [stage.segment for stage in found])
     return found
 
 
-def check_borders(base: Traced, found: Sequence[Segment]) -> None:
+def check_boundary_types(base: TracedGraph, found: Sequence[Segment]) -> None:
     types = {str(v.name): dtype for v, dtype in base.facts.dtype.items()}
     for name in (name for segment in found for name in (*segment.inputs, *segment.outputs)):
         if types.get(name) is None:
-            raise NotSequential(f"the type of {name} is not known")
+            raise NotSegmentable(f"the type of {name} is not known")
 
 
-def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
+def residual_sum_after(base: TracedGraph, value: ir.Value) -> ir.Value:
     """The sum in which a reader's output meets another activation; its own (biased) output where it does not."""
     shape = base.facts.shape.get(value)
     while True:
@@ -144,25 +144,25 @@ def stream_behind(base: Traced, value: ir.Value) -> ir.Value:
             return value
 
 
-def joins(base: Traced, group: Group) -> list[ir.Value]:
+def residual_sums(base: TracedGraph, group: Group) -> list[ir.Value]:
     """Where what the group does has joined the other activations, for every use of every weight that reads it. Raises
     NoPlace where one has not the form that can be refitted."""
-    nodes = [node for reader in readers_of(base, group) for node in reader.nodes]
-    return [stream_behind(base, node.outputs[0]) for node in nodes]
+    nodes = [node for reader in consumer_weights(base, group) for node in reader.nodes]
+    return [residual_sum_after(base, node.outputs[0]) for node in nodes]
 
 
-def borders(analysis: Analysis) -> tuple[str, ...]:
+def residual_values(analysis: Analysis) -> tuple[str, ...]:
     """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
     base = analysis.traced
-    forms, _ = forms_of(analysis, [g for g in analysis.groups if g.prunable])
+    forms, _ = closed_form_kinds(analysis, [g for g in analysis.groups if g.prunable])
     fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
-    found = {str(value.name) for g in fitted for value in joins(base, g)}
+    found = {str(value.name) for g in fitted for value in residual_sums(base, g)}
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
 
 
-def lies_inside(
-    base: Traced, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[Wanted]
+def is_inside_segment(
+    base: TracedGraph, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[StatisticRequest]
 ) -> bool:
     """Does all that makes, reads and shows the group lie in the segment?"""
     constants = [base.model.graph.initializers[site.tensor] for site in group.sites]
@@ -174,10 +174,12 @@ def lies_inside(
     return all(segment.first <= k < segment.last for k in users) and bool(shown) and shown <= made
 
 
-def gap_of(base: Traced, group: Group, value: ir.Value, wanted: Sequence[Wanted]) -> list[Gap]:
+def residual_errors(
+    base: TracedGraph, group: Group, value: ir.Value, wanted: Sequence[StatisticRequest]
+) -> list[ResidualError]:
     """The group's gap, where its rows are those of the hidden units; else nothing."""
     probe = next((w for w in wanted if w.group is group and w.kind == "joint"), None)
-    found = readers_of(base, group)
+    found = consumer_weights(base, group)
     if len(found) != 1 or found[0].columns != 1 or len(found[0].nodes) != 1:
         return []
     width = found[0].width
@@ -188,4 +190,4 @@ def gap_of(base: Traced, group: Group, value: ir.Value, wanted: Sequence[Wanted]
     varies = [k for k, size in enumerate(probe.probe.units.shape) if size > 1]
     if varies != [len(hidden) - 1] or hidden[-1] != group.size:
         return []
-    return [Gap(group, str(value.name), width, probe)]
+    return [ResidualError(group, str(value.name), width, probe)]

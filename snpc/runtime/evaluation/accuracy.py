@@ -15,19 +15,19 @@ from snpc.types import AnyArray
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationData:
     """Inputs to judge by (any data that can be calibrated with), and their labels [samples, ...] if there are some."""
 
     data: Calibration
     labels: AnyArray | None = None
 
 
-def outputs(path: Path, judge: Evaluation, provider: str) -> list[dict[str, AnyArray]]:
+def collect_outputs(path: Path, judge: EvaluationData, provider: str) -> list[dict[str, AnyArray]]:
     runner = open_runner(path, provider=provider)
     return [runner.run(feeds) for feeds in judge.data.batches()]
 
 
-def accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
+def top1_accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
     """Share of ``labels`` that are the largest entry of the first output."""
     if labels is None:
         return None

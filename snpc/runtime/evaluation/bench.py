@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.execution.feeds import Shape, check_feeds, random_feeds, shape_text
+from snpc.runtime.execution.feeds import check_feeds, random_feeds, shape_text
 from snpc.runtime.execution.runners import Runner, open_runner
-from snpc.types import AnyArray, Feeds, FloatArray, TensorSpec
+from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
 
-Call = Callable[[], object]
-Heard = Callable[[float], object]  # told the share that is done
+TimedCall = Callable[[], object]
+FractionCallback = Callable[[float], object]  # told the share that is done
 
 MAX_FEEDS = 16  # kept in memory from the data; rounds go through them in turn
-RESAMPLES = 2000
-LEVEL = 95  # per cent, of the bootstrap interval
+BOOTSTRAP_RESAMPLES = 2000
+CONFIDENCE_PERCENT = 95  # per cent, of the bootstrap interval
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchResult:
     """What was measured. ``shapes``: of the first feed; ``feeds``: how many different ones the rounds went through."""
 
     timings: tuple[Timing, ...]
@@ -122,7 +122,7 @@ class Bench:
         """A table as text: the header, then one row per model. Without p50, which is the median."""
         shown = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
         header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in shown))
-        compared = ("speed-up", f"{LEVEL} %", "quartiles", "max |diff|") if self.speedups else ()
+        compared = ("speed-up", f"{CONFIDENCE_PERCENT} %", "quartiles", "max |diff|") if self.speedups else ()
         by_position = [None, *self.speedups]
         rows = [
             (*_timing_cells(timing, shown), *_speedup_cells(speedup))
@@ -146,8 +146,8 @@ def bench(
     duration: float | None = None,
     percentiles: Sequence[float] = (50, 90, 99),
     seed: int = 0,
-    heard: Heard | None = None,
-) -> Bench:
+    heard: FractionCallback | None = None,
+) -> BenchResult:
     """Times the models in turn and compares each with the first.
 
     ``data``: one feed or several (the first 16 are used); without it random feeds are made from ``batch``, ``shapes``,
@@ -157,11 +157,11 @@ def bench(
     load or run, models with different inputs, or a request that no input can meet.
     """
     _check_request(paths, warmup, iterations, duration, percentiles)
-    labels = _labels(paths)
+    labels = _model_labels(paths)
     runners = [open_runner(path, provider=provider, threads=threads) for path in paths]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
     if data is None:
-        _check_axes(inputs, batch, sizes or {})
+        _check_axis_options(inputs, batch, sizes or {})
         feeds = [random_feeds(inputs, batch=batch, shapes=shapes, sizes=sizes, seed=seed, limits=limits)]
     elif shapes or sizes or limits or batch != 1:
         raise UserError("batch, shapes, sizes and limits make random inputs; data was given, so leave them out")
@@ -171,13 +171,15 @@ def bench(
     calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
     run_rounds(calls, iterations=warmup)
     times = run_rounds(calls, iterations=iterations, duration=duration, heard=heard) * 1e3
-    return Bench(
-        timings=tuple(timing(label, times[:, m], percentiles) for m, label in enumerate(labels)),
+    return BenchResult(
+        timings=tuple(summarize_times(label, times[:, m], percentiles) for m, label in enumerate(labels)),
         speedups=tuple(
-            speedup(labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed)
+            summarize_ratios(
+                labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed
+            )
             for m in range(1, len(labels))
         ),
-        machine=_machine(runners),
+        machine=_describe_machine(runners),
         shapes={name: tuple(array.shape) for name, array in feeds[0].items()},
         feeds=len(feeds),
         warmup=warmup,
@@ -187,12 +189,12 @@ def bench(
 
 
 def run_rounds(
-    calls: Sequence[Sequence[Call]],
+    calls: Sequence[Sequence[TimedCall]],
     *,
     iterations: int,
     duration: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    heard: Heard | None = None,
+    heard: FractionCallback | None = None,
 ) -> FloatArray:
     """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed. ``heard``
     is called between rounds."""
@@ -221,7 +223,7 @@ def round_order(models: int, turn: int) -> list[int]:
     return [(turn + position) % models for position in range(models)]
 
 
-def timing(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
+def summarize_times(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
     """[rounds] ms -> its summary; percentiles interpolate linearly between neighbours."""
     return Timing(
         model=model,
@@ -232,7 +234,9 @@ def timing(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timin
     )
 
 
-def speedup(model: str, base: str, ratios: FloatArray, outputs: tuple[OutputDiff, ...], *, seed: int = 0) -> Speedup:
+def summarize_ratios(
+    model: str, base: str, ratios: FloatArray, outputs: tuple[OutputDiff, ...], *, seed: int = 0
+) -> Speedup:
     """[rounds] ratios -> their median, its interval and their quartiles."""
     low, high = median_interval(ratios, seed=seed)
     q1, ratio, q3 = np.percentile(ratios, (25, 50, 75))
@@ -244,17 +248,17 @@ def median_interval(values: FloatArray, *, seed: int = 0) -> tuple[float, float]
     rng = np.random.default_rng(seed)
     rows = max(1, 1_000_000 // len(values))  # resamples at a time: long runs have many rounds
     medians = [
-        np.median(values[rng.integers(0, len(values), (min(rows, RESAMPLES - done), len(values)))], axis=1)
-        for done in range(0, RESAMPLES, rows)
+        np.median(values[rng.integers(0, len(values), (min(rows, BOOTSTRAP_RESAMPLES - done), len(values)))], axis=1)
+        for done in range(0, BOOTSTRAP_RESAMPLES, rows)
     ]
-    low, high = np.percentile(np.concatenate(medians), ((100 - LEVEL) / 2, (100 + LEVEL) / 2))
+    low, high = np.percentile(np.concatenate(medians), ((100 - CONFIDENCE_PERCENT) / 2, (100 + CONFIDENCE_PERCENT) / 2))
     return float(low), float(high)
 
 
 def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
     """One entry per output name of either model, those of the first in its order. Stated, not judged."""
     return tuple(
-        _difference(name, first[name], other[name])
+        _output_diff(name, first[name], other[name])
         if name in first and name in other
         else OutputDiff(name, None, f"only the {'first' if name in first else 'other'} model has it")
         for name in dict.fromkeys([*first, *other])
@@ -271,15 +275,15 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
                 has, lacks = (labels[0], label) if name in merged else (label, labels[0])
                 raise UserError(f"{has} and {lacks} cannot run on the same inputs: only {has} has {name!r}")
         for name, spec in merged.items():
-            _check_same(labels[0], spec, label, named[name])
+            _check_compatible(labels[0], spec, label, named[name])
         # A name is one size: where the other model fixes it in one input, it is fixed in all.
         pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
         sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
-        merged = {name: _fix(spec, named[name], sizes) for name, spec in merged.items()}
+        merged = {name: _with_fixed_sizes(spec, named[name], sizes) for name, spec in merged.items()}
     return tuple(merged.values())
 
 
-def _check_same(first: str, spec: TensorSpec, other: str, against: TensorSpec) -> None:
+def _check_compatible(first: str, spec: TensorSpec, other: str, against: TensorSpec) -> None:
     both = f"input {spec.name!r} of {first} and {other}"
     if spec.dtype != against.dtype:
         raise UserError(f"{both}: the types differ, {spec.dtype} and {against.dtype}")
@@ -289,7 +293,7 @@ def _check_same(first: str, spec: TensorSpec, other: str, against: TensorSpec) -
         raise UserError(f"{both}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
 
 
-def _fix(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
+def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
     shape = (
         b if isinstance(b, int) else sizes.get(a, a) if isinstance(a, str) else a
         for a, b in zip(spec.shape, against.shape, strict=True)
@@ -311,7 +315,7 @@ def _check_request(
             raise UserError(f"percentile {percent:g} is not in [0, 100]")
 
 
-def _check_axes(inputs: Sequence[TensorSpec], batch: int, sizes: Mapping[str, int]) -> None:
+def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, sizes: Mapping[str, int]) -> None:
     """An option without effect would be read as one with effect."""
     shown = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
     fixed = [spec.shape[0] for spec in inputs if spec.shape]
@@ -332,13 +336,13 @@ def _read_feeds(inputs: Sequence[TensorSpec], data: Feeds | Iterable[Feeds]) -> 
     return feeds
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
+def _model_labels(paths: Sequence[Path]) -> list[str]:
     """File names, or whole paths where two names are equal."""
     count = Counter(path.name for path in paths)
     return [path.name if count[path.name] == 1 else str(path) for path in paths]
 
 
-def _difference(name: str, first: AnyArray, other: AnyArray) -> OutputDiff:
+def _output_diff(name: str, first: AnyArray, other: AnyArray) -> OutputDiff:
     if first.shape != other.shape:
         return OutputDiff(name, None, f"shapes {shape_text(first.shape)} and {shape_text(other.shape)}")
     if object in (first.dtype, other.dtype):
@@ -352,17 +356,17 @@ def _difference(name: str, first: AnyArray, other: AnyArray) -> OutputDiff:
     return OutputDiff(name, float(gap.max(initial=0.0)))
 
 
-def _machine(runners: Sequence[Runner]) -> Machine:
+def _describe_machine(runners: Sequence[Runner]) -> Machine:
     return Machine(
         provider=", ".join(dict.fromkeys(runner.device for runner in runners)),
         threads=runners[0].threads,
         cpu=cpu_name(),
-        cores=cores(),
+        cores=available_cores(),
         runtime=", ".join(dict.fromkeys(runner.version for runner in runners)),
     )
 
 
-def cores() -> int:
+def available_cores() -> int:
     """How many this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
 

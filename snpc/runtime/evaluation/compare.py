@@ -13,61 +13,61 @@ import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.propagation.removal import Packing
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.propagation.removal import SlicedShape
 from snpc.passes.slicing.mask import mask_model
-from snpc.passes.slicing.rewrite import Rewritten
-from snpc.runtime.execution.memory import trim
+from snpc.passes.slicing.rewrite import RewrittenModel
+from snpc.runtime.execution.memory import release_free_memory
 from snpc.runtime.execution.session import open_session, run_session
-from snpc.runtime.execution.temporary_session import is_widened, scratch
-from snpc.runtime.io.protobuf import skim
+from snpc.runtime.execution.temporary_session import runs_in_float32, temporary_session
+from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import save
 from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
-HALF = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
+HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
 
-CHECKED_BATCHES = 2
+VERIFICATION_BATCHES = 2
 
 
-def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, Packing] | None = None) -> tuple[str, ...]:
+def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, SlicedShape] | None = None) -> tuple[str, ...]:
     """What was checked of ``pruned``. Raises CheckFailed with onnx's own words where a check fails.
 
     Inputs and outputs must be those of ``original``, but for caches that are ``narrowed``; the checker and strict shape
     inference must accept the file if they accept the original (custom operators can make both impossible).
     """
-    before, after = skim(original), skim(pruned)
+    before, after = read_without_weights(original), read_without_weights(pruned)
     for what in ("input", "output"):
-        a = [at_new_size(signature(v), narrowed or {}) for v in interface(before, what)]
-        b = [signature(v) for v in interface(after, what)]
+        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, what)]
+        b = [value_signature(v) for v in graph_interface(after, what)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
             raise CheckFailed(f"{pruned}: its {what}s are not the original's: {old or 'none'} became {new or 'none'}")
     done = ["same inputs and outputs"]
-    complaint = complaint_of(pruned)
+    complaint = checker_error(pruned)
     if complaint is None:
         done.append("onnx.checker and strict shape inference")
-    elif complaint_of(original) is None:
+    elif checker_error(original) is None:
         raise CheckFailed(f"{pruned}: onnx.checker refuses it: {complaint}")
     else:
         done.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
     return tuple(done)
 
 
-def interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
+def graph_interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
     weights = {t.name for t in model.graph.initializer}
     return [v for v in getattr(model.graph, what) if v.name not in weights]
 
 
-Signature = tuple[str, int, tuple[object, ...]]
+ValueSignature = tuple[str, int, tuple[object, ...]]
 
 
-def signature(value: onnx.ValueInfoProto) -> Signature:
+def value_signature(value: onnx.ValueInfoProto) -> ValueSignature:
     tensor = value.type.tensor_type
     return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
 
 
-def at_new_size(given: Signature, narrowed: Mapping[str, Packing]) -> Signature:
+def narrowed_signature(given: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
     name, kind, dims = given
     packed = narrowed.get(name)
     if packed is None:
@@ -75,13 +75,13 @@ def at_new_size(given: Signature, narrowed: Mapping[str, Packing]) -> Signature:
     return name, kind, tuple(b if a != b else d for d, a, b in zip(dims, packed.old, packed.new, strict=True))
 
 
-def complaint_of(path: Path) -> str | None:
+def checker_error(path: Path) -> str | None:
     """The first line of what onnx's checker or strict shape inference says against a file; None if nothing.
 
     Both look at the graph with its big weights declared as inputs of the same shape: what they say does not depend on
     the numbers, and a model of any size fits.
     """
-    model = skim(path)
+    model = read_without_weights(path)
     for tensor in [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]:
         if tensor.name not in {v.name for v in model.graph.input}:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -94,7 +94,7 @@ def complaint_of(path: Path) -> str | None:
     return None
 
 
-def compare(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
+def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
     found = []
     for name, a in reference.items():
         b = other[name]
@@ -117,13 +117,13 @@ def compare(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) ->
                 float(np.abs(gap).max(initial=0.0)),
                 float(np.sqrt(np.mean(gap**2))) / scale if gap.size else 0.0,
                 float(flat[0] @ flat[1]) / norms,
-                agreement(x, y),
+                argmax_agreement(x, y),
             )
         )
     return found
 
 
-def agreement(
+def argmax_agreement(
     x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 ) -> float | None:
     if x.ndim < 2 or x.shape[-1] < 2 or x.size == 0:
@@ -131,7 +131,7 @@ def agreement(
     return float((x.argmax(-1) == y.argmax(-1)).mean())
 
 
-def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
+def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     """One Difference per output over several batches: the largest difference, the mean of the rest."""
     by_name: dict[str, list[Difference]] = {}
     for row in rows:
@@ -152,33 +152,33 @@ def pooled(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     return tuple(found)
 
 
-def worst(differences: Sequence[Difference]) -> float:
+def max_relative(differences: Sequence[Difference]) -> float:
     """The largest relative difference of any output."""
     return max((d.relative for d in differences), default=0.0)
 
 
-def outputs_of(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict[str, AnyArray]]:
+def run_batches(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict[str, AnyArray]]:
     """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
 
     bfloat16 is run in float32 where onnxruntime has no arithmetic in it.
     """
     model = ir.load(path)
-    if is_widened(model, provider):
-        with scratch(model, provider=provider, optimise="basic", memory="least") as run:
+    if runs_in_float32(model, provider):
+        with temporary_session(model, provider=provider, optimise="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
     session = open_session(path, provider=provider, optimise="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
     mine = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
     found = [run_session(session, feeds, name=path.name) for feeds in mine]
     del session
-    trim()
+    release_free_memory()
     return found
 
 
 def compare_models(
     dense: Sequence[Mapping[str, AnyArray]],
     pruned: Path,
-    rewritten: Rewritten | None,
+    rewritten: RewrittenModel | None,
     batches: Sequence[Feeds],
     provider: str = "cpu",
     fed: Sequence[Feeds] | None = None,
@@ -191,35 +191,37 @@ def compare_models(
     """
     cut = rewritten.interface() if rewritten is not None else {}
     try:
-        narrow = outputs_of(pruned, [taken(feeds, cut) for feeds in batches], provider)
+        narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], provider)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    moved = pooled([compare(taken(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
+    moved = aggregate([measure_differences(narrow_caches(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
     if rewritten is None:
         return (), moved
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "masked.onnx"
         source = rewritten.source
-        save(clean(mask_model(source.model, source.trace, rewritten.dead)), path, external=True)
-        masked = outputs_of(path, fed or batches, provider)
-    return pooled([compare(taken(a, cut), b) for a, b in zip(masked, narrow, strict=True)]), moved
+        save(finalize(mask_model(source.model, source.trace, rewritten.dead)), path, external=True)
+        masked = run_batches(path, fed or batches, provider)
+    return aggregate(
+        [measure_differences(narrow_caches(a, cut), b) for a, b in zip(masked, narrow, strict=True)]
+    ), moved
 
 
-def taken(arrays: Mapping[str, AnyArray], cut: Mapping[str, Packing]) -> dict[str, AnyArray]:
+def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:
     """Inputs or outputs of the original as the pruned model has them: caches may be narrower."""
     return {name: cut[name].take(array) if name in cut else array for name, array in arrays.items()}
 
 
-def tolerance_of(model: Model) -> float:
+def rounding_tolerance(model: Model) -> float:
     """Largest relative difference that rounding explains, by the type of most weights."""
     kinds = [
         v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()
     ]
     common = max(set(kinds), key=kinds.count) if kinds else None
-    return TOLERANCE.get(common.numpy(), HALF) if common is not None else 1e-4
+    return TOLERANCE.get(common.numpy(), HALF_PRECISION_TOLERANCE) if common is not None else 1e-4
 
 
-def judge(verdict: Verdict) -> None:
+def raise_if_unequal(verdict: Verdict) -> None:
     """Raise CheckFailed where sliced and masked disagree by more than rounding."""
     for d in verdict.equals_mask:
         if d.relative > verdict.tolerance:

@@ -20,22 +20,21 @@ from pathlib import Path
 import numpy as np
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.planning.plan import Plan, Times, cuts_of
-from snpc.runtime.evaluation.bench import bench, cores, cpu_name
-from snpc.runtime.execution.feeds import Shape
+from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
+from snpc.runtime.evaluation.bench import available_cores, bench, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
-from snpc.runtime.io.atomic import replacing
+from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
-from snpc.types import APPROXIMATE, FloatArray, Group
+from snpc.types import APPROXIMATE_REASON, FloatArray, Group, Shape
 
-SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
-FORMAT = 1
+KEPT_SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
+LATENCY_CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Artefact:
+class TimedArtifact:
     """What is timed in place of a model: ``make`` writes it for a model into a folder. ``name`` says all of how."""
 
     name: str
@@ -45,7 +44,7 @@ class Artefact:
 @dataclass(frozen=True)
 class Workload:
     """What is run to measure a latency, as ``bench`` takes it. ``rounds`` and ``seconds``: at least so many for each
-    pair of models. ``artefact``: both are made into this first (see ``snpc.artefact``), and that is timed."""
+    pair of models. ``artefact``: both are made into this first (see ``snpc.timed_artifact``), and that is timed."""
 
     batch: int = 1
     shapes: Mapping[str, Shape] | None = None
@@ -53,7 +52,7 @@ class Workload:
     warmup: int = 2
     rounds: int = 16
     seconds: float = 0.5
-    artefact: Artefact | None = None
+    artefact: TimedArtifact | None = None
 
     def file(self, model: Path, folder: Path) -> Path:
         """What is timed for ``model``. Where it has to be made, it goes into ``folder``."""
@@ -71,7 +70,7 @@ class Workload:
         return {k: v for k, v in analysis.binding.items() if k in inner - leading - given}
 
 
-def side_by_side(
+def time_pair(
     analysis: Analysis, base: Path, other: Path, workload: Workload, provider: str = "cpu"
 ) -> tuple[float, float]:
     """(ms of ``base``, time of ``other`` as a share of it): medians of interleaved rounds.
@@ -96,21 +95,21 @@ def side_by_side(
 @dataclass(frozen=True)
 class LatencyTable:
     """``dense`` ms of the original, ``base`` ms of the model as it is analysed (without rows that nobody reads), and
-    per role the share of ``base`` that is saved when the shares ``SHARES`` of its units are kept."""
+    per role the share of ``base`` that is saved when the shares ``KEPT_SHARES`` of its units are kept."""
 
     dense: float
     base: float
     roles: Mapping[str, tuple[float, ...]]
 
-    def times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> Times:
+    def times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> LatencyCurves:
         """Of the groups ``chosen``, where ``groups`` are all that were narrowed for the table."""
         macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
         saved = {g.id: self.curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
-        return Times(self.dense, self.base, saved)
+        return LatencyCurves(self.dense, self.base, saved)
 
     def curve(self, group: Group) -> FloatArray:
         """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest, on a line."""
-        shares, saved = np.array([1.0, *SHARES]), np.array([0.0, *self.roles[group.role]])
+        shares, saved = np.array([1.0, *KEPT_SHARES]), np.array([0.0, *self.roles[group.role]])
         slope = (saved[-1] - saved[-2]) / (shares[-2] - shares[-1])
         shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
         rising = np.maximum.accumulate(np.maximum(saved, 0.0))
@@ -119,65 +118,67 @@ class LatencyTable:
         return found
 
 
-def timed_groups(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
+def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
     return [
-        g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and g.freedom_reason != APPROXIMATE
+        g
+        for g in analysis.groups
+        if g.role in roles and g.prunable and g.size > 1 and g.freedom_reason != APPROXIMATE_REASON
     ]
 
 
 def latency_table(
     analysis: Analysis, roles: Sequence[str], *, workload: Workload | None = None, provider: str = "cpu"
 ) -> LatencyTable:
-    """The table of these roles: from the cache, or measured and cached. Raises UserError as ``side_by_side``."""
+    """The table of these roles: from the cache, or measured and cached. Raises UserError as ``time_pair``."""
     workload = workload or Workload()
-    file = cache_folder() / f"latency-{key_of(analysis, roles, workload, provider)}.json"
+    file = cache_folder() / f"latency-{cache_key(analysis, roles, workload, provider)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is measured again
         data = json.loads(file.read_text())
         return LatencyTable(float(data["dense"]), float(data["base"]), {r: tuple(data["roles"][r]) for r in roles})
-    table = measured_table(analysis, roles, workload, provider)
+    table = measure_table(analysis, roles, workload, provider)
     with suppress(OSError):  # a home that cannot be written to costs time only
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")
     return table
 
 
-def measured_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
+def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
     with tempfile.TemporaryDirectory(prefix="snpc-") as name:
         folder = Path(name)
         original = workload.file(analysis.model.path, folder / "dense")
-        base = workload.file(narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
-        dense, ratio = side_by_side(analysis, original, base, workload, provider)
+        base = workload.file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
+        dense, ratio = time_pair(analysis, original, base, workload, provider)
         saved = {}
         for role in roles:
             parts = []
-            for share in SHARES:
-                narrow = narrowed(analysis, timed_groups(analysis, (role,)), share, folder / "narrow.onnx")
+            for share in KEPT_SHARES:
+                narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
                 other = workload.file(narrow, folder / "narrow")
-                parts.append(1 - side_by_side(analysis, base, other, workload, provider)[1])
+                parts.append(1 - time_pair(analysis, base, other, workload, provider)[1])
             saved[role] = tuple(parts)
     return LatencyTable(dense, dense * ratio, saved)
 
 
-def narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Path) -> Path:
+def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Path) -> Path:
     """The model with the first units of these groups; for its time, not for its outputs."""
     keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
-    model = rewrite_model(analysis.traced, cuts_of(Plan(analysis, "", {}, keep))).model
+    model = rewrite_model(analysis.traced, cuts_of(SlicePlan(analysis, "", {}, keep))).model
     if analysis.reduction is not None:
         analysis.reduction.finish(model)
-    save(clean(model), path)
+    save(finalize(model), path)
     return path
 
 
-def key_of(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> str:
+def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> str:
     """A name for all that times depend on."""
     import onnxruntime as ort
 
-    machine = [cpu_name(), cores(), ort.__version__, provider]
+    machine = [cpu_name(), available_cores(), ort.__version__, provider]
     made = workload.artefact.name if workload.artefact else ""
     run = asdict(replace(workload, artefact=None))
-    what = [FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
+    what = [LATENCY_CACHE_FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
     return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
 
 

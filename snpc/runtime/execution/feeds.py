@@ -12,14 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import AnyArray, Feeds, TensorSpec
+from snpc.types import AnyArray, Feeds, Shape, TensorSpec
 
-Shape = tuple[int, ...]
+DEFAULT_DIM_SIZE = 16  # of a dynamic axis nothing is said about
+DEFAULT_ID_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
 
-DEFAULT_SIZE = 16  # of a dynamic axis nothing is said about
-DEFAULT_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
-
-LARGEST = 1 << 32  # bytes of one random input, as float64
+MAX_RANDOM_BYTES = 1 << 32  # bytes of one random input, as float64
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -57,13 +55,13 @@ def random_feeds(
     shapes, limits = shapes or {}, limits or {}
     _check_counts(batch, seed, sizes or {}, limits)
     _check_names(inputs, shapes)
-    bound = _bind(inputs, batch, shapes, sizes or {})
+    bound = _bind_dims(inputs, batch, shapes, sizes or {})
     return {
-        spec.name: _values(
+        spec.name: _random_array(
             spec,
-            shapes[spec.name] if spec.name in shapes else _resolve(spec, bound, batch),
+            shapes[spec.name] if spec.name in shapes else _resolve_shape(spec, bound, batch),
             np.random.default_rng([seed, zlib.crc32(spec.name.encode())]),
-            limits.get(spec.name, DEFAULT_LIMIT),
+            limits.get(spec.name, DEFAULT_ID_LIMIT),
         )
         for spec in inputs
     }
@@ -73,7 +71,7 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, AnyArra
     """``feeds`` cut down to what ``inputs`` name. UserError: an input is missing, or its type or shape does not fit."""
     missing = [spec.name for spec in inputs if spec.name not in feeds]
     if missing:
-        raise UserError(f"the data has no {_names(missing)}; it has {_names(feeds)}")
+        raise UserError(f"the data has no {_quoted_names(missing)}; it has {_quoted_names(feeds)}")
     for spec in inputs:
         array = feeds[spec.name]
         if array.dtype != spec.dtype:
@@ -132,10 +130,10 @@ def _check_names(inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> N
     known = [spec.name for spec in inputs]
     unknown = [name for name in shapes if name not in known]
     if unknown:
-        raise UserError(f"a shape is given for {_names(unknown)}, but the inputs are {_names(known)}")
+        raise UserError(f"a shape is given for {_quoted_names(unknown)}, but the inputs are {_quoted_names(known)}")
 
 
-def _bind(
+def _bind_dims(
     inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Shape], sizes: Mapping[str, int]
 ) -> dict[str, int]:
     """The size of every axis name: what is asked for first, then the batch, then the defaults."""
@@ -152,8 +150,8 @@ def _bind(
     current = {dim for spec in inputs if not _is_past(spec) for dim in spec.shape}
     past = {dim for spec in inputs if _is_past(spec) for dim in spec.shape} - current
     for spec in inputs:
-        for name in (term for dim in spec.shape for term in _terms(dim)):
-            bound.setdefault(name, 0 if name in past else DEFAULT_SIZE)
+        for name in (term for dim in spec.shape for term in _term_names(dim)):
+            bound.setdefault(name, 0 if name in past else DEFAULT_DIM_SIZE)
     return bound
 
 
@@ -168,7 +166,7 @@ def _batch_names(inputs: Sequence[TensorSpec]) -> set[str]:
     }
 
 
-def _resolve(spec: TensorSpec, bound: Mapping[str, int], batch: int) -> Shape:
+def _resolve_shape(spec: TensorSpec, bound: Mapping[str, int], batch: int) -> Shape:
     return tuple(_axis_size(spec, axis, bound, batch) for axis in range(len(spec.shape)))
 
 
@@ -179,45 +177,47 @@ def _axis_size(spec: TensorSpec, axis: int, bound: Mapping[str, int], batch: int
     if dim in bound:
         return bound[dim]
     if dim:
-        return sum(int(term) for term in _split(dim) if term.isdecimal()) + sum(bound[term] for term in _terms(dim))
+        return sum(int(term) for term in _sum_terms(dim) if term.isdecimal()) + sum(
+            bound[term] for term in _term_names(dim)
+        )
     if axis == 0:
         return batch
-    return 0 if _is_past(spec) else DEFAULT_SIZE
+    return 0 if _is_past(spec) else DEFAULT_DIM_SIZE
 
 
-def _split(dim: str) -> list[str]:
+def _sum_terms(dim: str) -> list[str]:
     return [term.strip() for term in dim.split("+")]
 
 
-def _terms(dim: int | str) -> list[str]:
+def _term_names(dim: int | str) -> list[str]:
     """The names in an axis: "past + 1" -> ["past"]; exporters name a mask's axis after the sum of two others."""
-    return [term for term in _split(dim) if term and not term.isdecimal()] if isinstance(dim, str) else []
+    return [term for term in _sum_terms(dim) if term and not term.isdecimal()] if isinstance(dim, str) else []
 
 
 def _is_past(spec: TensorSpec) -> bool:
     return "past" in spec.name.lower()
 
 
-def _values(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
+def _random_array(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
     # By name, since numpy calls bfloat16, float8 and int4 all "void" (they are ml_dtypes').
     kind = spec.dtype.name
     if any(n < 0 for n in shape):
         raise UserError(f"input {spec.name!r} would be {list(shape)}: no array has that shape; export the model again")
-    if math.prod(shape) * 8 > LARGEST:
+    if math.prod(shape) * 8 > MAX_RANDOM_BYTES:
         raise UserError(f"input {spec.name!r} would be {list(shape)}: too large for random values; give data for it")
     if kind == "bool" or ("mask" in spec.name.lower() and ("int" in kind or "float" in kind)):
         return np.ones(shape, spec.dtype)
     if "float" in kind:
         return rng.standard_normal(shape).astype(spec.dtype)
     if "int" in kind:
-        return rng.integers(0, min(limit, _largest(spec.dtype)), shape).astype(spec.dtype)
+        return rng.integers(0, min(limit, _max_value(spec.dtype)), shape).astype(spec.dtype)
     raise UserError(f"input {spec.name!r} is {kind}, which has no random values; give data for it")
 
 
-def _largest(dtype: np.dtype[Any]) -> int:
+def _max_value(dtype: np.dtype[Any]) -> int:
     iinfo: Any = ml_dtypes.iinfo  # untyped, and numpy's does not know int4
     return min(int(iinfo(dtype).max), np.iinfo(np.int64).max)
 
 
-def _names(names: Mapping[str, Any] | Sequence[str]) -> str:
+def _quoted_names(names: Mapping[str, Any] | Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"

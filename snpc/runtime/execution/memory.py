@@ -17,18 +17,28 @@ from snpc.errors import UserError
 from snpc.graph.shapes import weight_bytes
 from snpc.types import AnyArray, Model
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-UNKNOWN = 2 * 2**30  # taken for free where the system does not say
+BYTE_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+FALLBACK_FREE_BYTES = 2 * 2**30  # taken for free where the system does not say
 
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
-GIGABYTE = 1 << 30
+GIB = 1 << 30
 
 
 def parse_bytes(text: str) -> int:
     """``"2GB"``, ``"1.5 GiB"``, ``"500M"``, ``"1000000"`` -> bytes; GB is 10^9, GiB is 2^30. UserError: no size."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    size = int(float(found[1]) * BYTE_UNITS[found[2] or ""]) if found else 0
     if size < 1:
         raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
     return size
@@ -36,11 +46,11 @@ def parse_bytes(text: str) -> int:
 
 def free_memory() -> int:
     """Bytes that can be had without swapping: the machine's, or what is left to this process's container."""
-    found = [n for n in (machine_free(), container_free()) if n is not None]
-    return max(min(found, default=UNKNOWN), 0)
+    found = [n for n in (machine_free_bytes(), container_free_bytes()) if n is not None]
+    return max(min(found, default=FALLBACK_FREE_BYTES), 0)
 
 
-def machine_free() -> int | None:
+def machine_free_bytes() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
@@ -49,7 +59,7 @@ def machine_free() -> int | None:
         return None
 
 
-def container_free(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+def container_free_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     try:
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         return most - used
@@ -57,7 +67,7 @@ def container_free(group: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
-def trim() -> None:
+def release_free_memory() -> None:
     """Hand back to the system what was freed. The C library keeps it otherwise, in pieces, after a large session more
     than a gigabyte; where it knows no such call (not glibc), nothing happens."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -69,7 +79,7 @@ def memory_budget(limit: int | None) -> int:
     return free_memory() // 2 if limit is None else limit
 
 
-class Shelf:
+class SpillableStore:
     """Keeps arrays: up to ``limit`` bytes of them in memory, what is more in temporary memory-mapped files.
 
     The files lie where the system keeps temporaries (TMPDIR) and are gone when their arrays are.
@@ -84,7 +94,7 @@ class Shelf:
         """The array, or a copy of it in a file."""
         if self.used + array.nbytes > self.limit and array.nbytes:
             self.spilled += array.nbytes
-            return in_file(array)
+            return spill_to_file(array)
         self.used += array.nbytes
         weakref.finalize(array, self.release, array.nbytes)
         return array
@@ -93,7 +103,7 @@ class Shelf:
         self.used -= count
 
 
-def in_file(array: AnyArray) -> AnyArray:
+def spill_to_file(array: AnyArray) -> AnyArray:
     with tempfile.TemporaryFile(prefix="snpc-") as file:
         try:
             np.ascontiguousarray(array).tofile(file)  # a mapped write would not survive a full disk
@@ -107,17 +117,17 @@ def in_file(array: AnyArray) -> AnyArray:
     return mapped.reshape(array.shape)
 
 
-def run_bytes(model: Model) -> int:
+def session_bytes(model: Model) -> int:
     """What a session of ``model`` on the CPU takes: its weights, and those of half precision once more as floats (the
     CPU has no arithmetic for them)."""
     held = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
     weights = {id(tensor): tensor for tensor in held}.values()
-    return sum(weight_bytes(t) * (3 if t.dtype in HALVES else 1) for t in weights)
+    return sum(weight_bytes(t) * (3 if t.dtype in HALF_TYPES else 1) for t in weights)
 
 
-def too_large_to_run(model: Model) -> str:
+def too_large_reason(model: Model) -> str:
     """In words, why the model cannot be run here; "" where it can."""
-    needed, free = run_bytes(model), free_memory()
+    needed, free = session_bytes(model), free_memory()
     if needed <= free // 2:  # the masked original is run as well, and others use the machine
         return ""
-    return f"running the model takes about {needed / GIGABYTE:.1f} GiB of memory, {free / GIGABYTE:.1f} GiB are free"
+    return f"running the model takes about {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"

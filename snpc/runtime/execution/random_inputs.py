@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import Facts
+from snpc.graph.shapes import ShapeFacts
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration, load_calibration
-from snpc.runtime.calibration.validation import axes_of
+from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 
-SEEDS = 1 << 20  # as many batches have a seed of their own
+SEED_STRIDE = 1 << 20  # as many batches have a seed of their own
 
 
 def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
@@ -24,13 +24,13 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
     No real input looks like this, and a model calibrated on it keeps what matters for noise.
     """
     inputs = analysis.model.inputs
-    size = axes_of(inputs).size or max(batch, 1)
-    feeds = [random_inputs(analysis, size, seed * SEEDS + turn) for turn in range(-(-samples // size))]
+    size = find_sample_axes(inputs).size or max(batch, 1)
+    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + turn) for turn in range(-(-samples // size))]
     made = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
     return replace(made, source="random inputs (no data)")
 
 
-def random_inputs(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
+def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
     """Feeds of this many samples (of the model's own batch where that is static)."""
     inputs = analysis.model.inputs
     batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
@@ -39,26 +39,26 @@ def random_inputs(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, An
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:
-    return table_rows(analysis.model.graph, analysis.traced.facts)
+    return embedding_rows(analysis.model.graph, analysis.traced.facts)
 
 
-def table_rows(model: ir.Model, facts: Facts) -> dict[str, int]:
+def embedding_rows(model: ir.Model, facts: ShapeFacts) -> dict[str, int]:
     """How many rows the table has that an integer input indexes, by the input's name."""
     found: dict[str, int] = {}
     for value in model.graph.inputs:
-        limits = table_sizes(facts, value)
+        limits = indexed_table_rows(facts, value)
         if limits:
             found[str(value.name)] = min(limits)
     return found
 
 
-def table_sizes(facts: Facts, value: ir.Value) -> list[int]:
+def indexed_table_rows(facts: ShapeFacts, value: ir.Value) -> list[int]:
     """Of every constant that ``value`` indexes, as it is or cast or reshaped."""
     found: list[int] = []
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)
         if index == 0 and (spec.kind == "movement" or (spec.kind == "pointwise" and len(node.inputs) == 1)):
-            found += table_sizes(facts, node.outputs[0])
+            found += indexed_table_rows(facts, node.outputs[0])
         table = node.inputs[0] if index == 1 else None
         shape = facts.shape.get(table) if table is not None else None
         if shape and table is not None and table.const_value is not None:

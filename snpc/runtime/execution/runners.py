@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.execution.session import DTYPES, first_lines, open_session, prepare_run, run_session, session_inputs
+from snpc.runtime.execution.session import (
+    ORT_DTYPES,
+    first_lines,
+    open_session,
+    prepare_run,
+    run_session,
+    session_inputs,
+)
 from snpc.types import AnyArray, Feeds, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-IR = ".xml"
-ENGINES = (".engine", ".plan", ".trt")
-PRECISION_NOTE = "snpc_precision"  # rt_info of an IR: what it was built for
+OPENVINO_SUFFIX = ".xml"
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: what it was built for
 
 
 class Runner(Protocol):
@@ -46,17 +53,17 @@ class Runner(Protocol):
 def open_runner(path: Path, *, provider: str = "cpu", threads: int = 0) -> Runner:
     """Load ``path`` by its suffix: .xml is an OpenVINO IR, .engine, .plan and .trt are TensorRT's, the rest is
     onnxruntime's. UserError: it does not load, or the machine or package that it needs is missing."""
-    if path.suffix in (IR, *ENGINES) and not path.is_file():
+    if path.suffix in (OPENVINO_SUFFIX, *ENGINE_SUFFIXES) and not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix == IR:
-        return open_ir(path, threads)
-    if path.suffix in ENGINES:
+    if path.suffix == OPENVINO_SUFFIX:
+        return open_openvino(path, threads)
+    if path.suffix in ENGINE_SUFFIXES:
         raise UserError(f"{path}: engines are not run by this version; time it with trtexec --loadEngine")
-    return OrtRunner(path.name, open_session(path, provider=provider, threads=threads))
+    return OnnxRuntimeRunner(path.name, open_session(path, provider=provider, threads=threads))
 
 
 @dataclass(frozen=True)
-class OrtRunner:
+class OnnxRuntimeRunner:
     name: str
     session: ort.InferenceSession = field(repr=False)
 
@@ -96,7 +103,7 @@ def import_openvino() -> Any:
     return openvino
 
 
-def open_ir(path: Path, threads: int = 0) -> OvRunner:
+def open_openvino(path: Path, threads: int = 0) -> OpenVinoRunner:
     """An OpenVINO IR on the CPU. One that snpc built for fp32 computes in fp32, also where the CPU could do bfloat16,
     which OpenVINO would choose by itself."""
     ov = import_openvino()
@@ -106,18 +113,18 @@ def open_ir(path: Path, threads: int = 0) -> OvRunner:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         model = core.read_model(path)
-        precision = model.get_rt_info(PRECISION_NOTE).astype(str) if model.has_rt_info(PRECISION_NOTE) else ""
+        precision = model.get_rt_info(PRECISION_RT_INFO).astype(str) if model.has_rt_info(PRECISION_RT_INFO) else ""
         hint = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}.get(precision)
         if hint:
             settings["INFERENCE_PRECISION_HINT"] = hint
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise UserError(f"{path}: OpenVINO does not load it: {first_lines(error)}") from None
-    return OvRunner(path.name, compiled, threads, ov.get_version().split("-")[0])
+    return OpenVinoRunner(path.name, compiled, threads, ov.get_version().split("-")[0])
 
 
 @dataclass(frozen=True)
-class OvRunner:
+class OpenVinoRunner:
     name: str
     compiled: Any = field(repr=False)
     threads: int
@@ -126,7 +133,8 @@ class OvRunner:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(port.get_any_name(), ov_dtype(port), tuple(ov_dims(port))) for port in self.compiled.inputs
+            TensorSpec(port.get_any_name(), openvino_dtype(port), tuple(openvino_shape(port)))
+            for port in self.compiled.inputs
         )
 
     @property
@@ -159,12 +167,12 @@ class OvRunner:
         return run
 
 
-def ov_dtype(port: Any) -> np.dtype[Any]:
+def openvino_dtype(port: Any) -> np.dtype[Any]:
     name = port.get_element_type().get_type_name()
     short = {"f32": "float", "f64": "double", "f16": "float16", "bf16": "bfloat16", "boolean": "bool"}
     long = {f"{kind}{bits}": f"{'u' if kind == 'u' else ''}int{bits}" for kind in "iu" for bits in (8, 16, 32, 64)}
-    return DTYPES[{**short, **long}[name]]
+    return ORT_DTYPES[{**short, **long}[name]]
 
 
-def ov_dims(port: Any) -> list[int | str]:
+def openvino_shape(port: Any) -> list[int | str]:
     return ["" if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()]

@@ -20,8 +20,8 @@ from snpc.types import AnyArray, Feeds, TensorSpec
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Optimise = Literal["all", "basic", "off"]
-Memory = Literal["own", "lean", "shared", "least"]
+OptimizationLevel = Literal["all", "basic", "off"]
+MemoryMode = Literal["own", "lean", "shared", "least"]
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -30,7 +30,7 @@ PROVIDERS: dict[str, str] = {
 }
 
 # onnxruntime's names of what an array can hold element by element; its int4 and float4 are packed, two to a byte.
-DTYPES: dict[str, np.dtype[Any]] = {
+ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "double": np.dtype(np.float64),
     "float16": np.dtype(np.float16),
@@ -54,7 +54,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class NotLoaded(UserError):
+class SessionLoadError(UserError):
     """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
 
 
@@ -63,8 +63,8 @@ def open_session(
     *,
     provider: str = "cpu",
     threads: int = 0,
-    optimise: Optimise = "all",
-    memory: Memory = "own",
+    optimise: OptimizationLevel = "all",
+    memory: MemoryMode = "own",
     entries: Mapping[str, str] | None = None,
     saved: Path | None = None,
 ) -> ort.InferenceSession:
@@ -84,27 +84,27 @@ def open_session(
 
     if threads < 0:
         raise UserError(f"threads {threads} is negative; 0 lets onnxruntime choose")
-    name = _file_name(model)
+    name = _model_name(model)
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
     wanted = resolve_provider(provider)
     ort.set_default_logger_severity(4)
-    _preload(wanted)
+    _preload_cuda_libraries(wanted)
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _options(threads, optimise, memory, entries or {}, saved),
+            _session_options(threads, optimise, memory, entries or {}, saved),
             providers=_provider_chain(wanted),
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise NotLoaded(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
+        raise SessionLoadError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
     if wanted not in session.get_providers():
         raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
 
 
-def save_optimised(
+def save_optimized(
     model: Path, target: Path, *, provider: str = "cpu", form: Literal["ONNX", "ORT"] = "ONNX", external: str = ""
 ) -> None:
     """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
@@ -136,12 +136,12 @@ def resolve_provider(provider: str) -> str:
 
 def session_inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
     """What must be fed. UserError: an input is no tensor, or of a type no array holds."""
-    return tuple(_spec("input", value) for value in session.get_inputs())
+    return tuple(_tensor_spec("input", value) for value in session.get_inputs())
 
 
 def session_outputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
     """What comes out; onnxruntime gives a tensor of unknown rank the shape (). UserError: as for the inputs."""
-    return tuple(_spec("output", value) for value in session.get_outputs())
+    return tuple(_tensor_spec("output", value) for value in session.get_outputs())
 
 
 def run_session(session: ort.InferenceSession, feeds: Feeds, *, name: str = "model") -> dict[str, AnyArray]:
@@ -159,10 +159,10 @@ def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
     specs = (*session_inputs(session), *session_outputs(session))
     names = [value.name for value in session.get_outputs()]
     fed = {key: np.asarray(array, order="C") for key, array in feeds.items()}
-    if any(_is_foreign(spec.dtype) for spec in specs):
+    if any(_is_ml_dtype(spec.dtype) for spec in specs):
         values = {key: _ort_value(array) for key, array in fed.items()}
-        return _refusing(lambda: session.run_with_ort_values(names, values), name)
-    return _refusing(lambda: session.run(names, fed), name)
+        return _with_user_errors(lambda: session.run_with_ort_values(names, values), name)
+    return _with_user_errors(lambda: session.run(names, fed), name)
 
 
 def first_lines(error: Exception, count: int = 1) -> str:
@@ -171,8 +171,8 @@ def first_lines(error: Exception, count: int = 1) -> str:
     return " ".join(lines[:count]) or type(error).__name__
 
 
-def _options(
-    threads: int, optimise: Optimise, memory: Memory, entries: Mapping[str, str], saved: Path | None
+def _session_options(
+    threads: int, optimise: OptimizationLevel, memory: MemoryMode, entries: Mapping[str, str], saved: Path | None
 ) -> ort.SessionOptions:
     import onnxruntime as ort
 
@@ -191,7 +191,7 @@ def _options(
         options.enable_mem_pattern = False
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if memory in ("shared", "least"):
-        _pool()
+        _register_shared_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if memory == "least":
@@ -204,7 +204,7 @@ def _options(
 
 
 @functools.cache
-def _pool() -> None:
+def _register_shared_arena() -> None:
     """Memory on the CPU for all sessions that share it. Each session's own would keep the most that it ever needed."""
     import onnxruntime as ort
 
@@ -213,7 +213,7 @@ def _pool() -> None:
         ort.create_and_register_allocator(where, None)
 
 
-def _preload(wanted: str) -> None:
+def _preload_cuda_libraries(wanted: str) -> None:
     """CUDA's libraries, when they came as Python packages, are found only if loaded before the session."""
     import onnxruntime as ort
 
@@ -233,14 +233,14 @@ def _provider_chain(wanted: str) -> list[str]:
     return [name for name in dict.fromkeys(chain) if name in available]
 
 
-def _spec(kind: str, value: Any) -> TensorSpec:
+def _tensor_spec(kind: str, value: Any) -> TensorSpec:
     element = value.type.removeprefix("tensor(").removesuffix(")")
-    if element not in DTYPES:
+    if element not in ORT_DTYPES:
         raise UserError(f"{kind} {value.name!r} is {value.type}: no array holds it, so it cannot be run here")
-    return TensorSpec(value.name, DTYPES[element], tuple("" if dim is None else dim for dim in value.shape))
+    return TensorSpec(value.name, ORT_DTYPES[element], tuple("" if dim is None else dim for dim in value.shape))
 
 
-def _refusing(run: Callable[[], Sequence[Any]], name: str) -> Callable[[], list[Any]]:
+def _with_user_errors(run: Callable[[], Sequence[Any]], name: str) -> Callable[[], list[Any]]:
     def call() -> list[Any]:
         try:
             return list(run())
@@ -251,7 +251,7 @@ def _refusing(run: Callable[[], Sequence[Any]], name: str) -> Callable[[], list[
     return call
 
 
-def _is_foreign(dtype: np.dtype[Any]) -> bool:
+def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
     return dtype.isbuiltin == 2  # numpy's word for a type that a library adds: here ml_dtypes
 
 
@@ -259,7 +259,7 @@ def _ort_value(array: AnyArray) -> Any:
     import onnxruntime as ort
     from onnx import helper
 
-    if not _is_foreign(array.dtype):
+    if not _is_ml_dtype(array.dtype):
         return ort.OrtValue.ortvalue_from_numpy(array)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, helper.np_dtype_to_tensor_dtype(array.dtype))
 
@@ -267,7 +267,7 @@ def _ort_value(array: AnyArray) -> Any:
 def _as_array(value: Any, spec: TensorSpec) -> AnyArray:
     if isinstance(value, np.ndarray):
         return value
-    if not _is_foreign(spec.dtype):
+    if not _is_ml_dtype(spec.dtype):
         return np.asarray(value.numpy())
     shape = tuple(value.shape())
     # OrtValue.numpy() refuses these types; outputs that were not bound to a device lie in the CPU's memory.
@@ -275,5 +275,5 @@ def _as_array(value: Any, spec: TensorSpec) -> AnyArray:
     return np.frombuffer(data, spec.dtype).reshape(shape)
 
 
-def _file_name(model: Path | bytes) -> str:
+def _model_name(model: Path | bytes) -> str:
     return str(model) if isinstance(model, Path) else "the model in memory"

@@ -14,7 +14,7 @@ from snpc.errors import UserError
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A temporary path in ``target``'s folder that becomes ``target`` when the block ends well."""
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
@@ -40,7 +40,7 @@ def current_umask() -> int:
     return mask
 
 
-def data_file(target: Path) -> Path:
+def external_data_path(target: Path) -> Path:
     """Where weights go that do not fit into ``target``, or that were external before."""
     return target.parent / f"{target.name}.data"
 
@@ -58,20 +58,20 @@ def check_target(target: Path, *sources: Path) -> None:
         raise UserError(f"{target}: the folder {target.parent} is not writable; choose another output with -o")
 
 
-def publish(temporary: Path, target: Path) -> None:
+def rename_into_place(temporary: Path, target: Path) -> None:
     """Give a verified model its name, and its external data the name that goes with it."""
-    data = data_file(temporary)
-    with replacing(target) as final:
+    data = external_data_path(temporary)
+    with atomic_write(target) as final:
         if data.is_file():
             head = onnx.load(str(temporary), load_external_data=False)
             for entry in (e for t in head.graph.initializer for e in t.external_data if e.key == "location"):
-                entry.value = data_file(target).name
+                entry.value = external_data_path(target).name
             final.write_bytes(head.SerializeToString())
-            data.replace(data_file(target))
+            data.replace(external_data_path(target))
         else:
             temporary.replace(final)
 
 
-def discard(path: Path) -> None:
+def discard_model(path: Path) -> None:
     path.unlink(missing_ok=True)
-    data_file(path).unlink(missing_ok=True)
+    external_data_path(path).unlink(missing_ok=True)

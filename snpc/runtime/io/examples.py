@@ -26,7 +26,7 @@ def write_example(name: str, folder: Path) -> tuple[Path, ...]:
     All files are written in full beside their places before the first takes its place, so a crash or a full disk
     leaves no half-written file. Raises ``UserError`` for an unknown name or a folder that cannot be written.
     """
-    contents = _contents(name)
+    contents = _read_example(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _replace_all({folder / file: data for file, data in contents.items()})
@@ -36,7 +36,7 @@ def write_example(name: str, folder: Path) -> tuple[Path, ...]:
         raise UserError(message) from error
 
 
-def _contents(name: str) -> dict[str, bytes]:
+def _read_example(name: str) -> dict[str, bytes]:
     """File name -> content of one shipped example."""
     if name not in EXAMPLES:
         known = ", ".join(f"'{known}'" for known in EXAMPLES)

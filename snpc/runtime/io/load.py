@@ -17,10 +17,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.passes.canonicalization.canonicalize import canonicalise
-from snpc.runtime.io.protobuf import skim
-from snpc.runtime.io.save import skeleton_proto
-from snpc.runtime.io.tensor_checks import check_tensors, entry, is_external, tensors
+from snpc.passes.canonicalization.canonicalize import canonicalize
+from snpc.runtime.io.protobuf import read_without_weights
+from snpc.runtime.io.save import proto_without_weights
+from snpc.runtime.io.tensor_checks import all_tensors, check_tensors, external_entry, is_external
 from snpc.types import Model, TensorSpec
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
@@ -38,62 +38,69 @@ def load(path: str | os.PathLike[str]) -> Model:
             f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
         )
     try:
-        proto = skim(where)
+        proto = read_without_weights(where)
     except (DecodeError, ValueError, OSError) as error:
         raise UserError(
-            f"{where}: not a readable ONNX file ({first_line(error)}); is it truncated, or another format?"
+            f"{where}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
         ) from None
     if not proto.graph.node or not proto.opset_import:
         raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
     check_tensors(proto, where)
-    digest = digest_of(where, proto)
+    digest = file_digest(where, proto)
     try:
         graph = ir.from_proto(proto)
-        set_base(graph, where.parent)
-        graph = canonicalise(graph)
-        check_values(graph, where)
-        rehearse(graph)
+        resolve_external_data(graph, where.parent)
+        graph = canonicalize(graph)
+        check_producers(graph, where)
+        check_serializable(graph)
     except UserError:
         raise
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
-        why = first_line(innermost(error))
+        why = error_summary(root_cause(error))
         raise UserError(f"{where}: the graph is malformed ({why}); run onnx.checker on it") from None
-    external = any(location != where.name for location in external_files(proto))
-    return Model(where, graph, digest, specs(graph.graph.inputs, graph), specs(graph.graph.outputs, graph), external)
+    external = any(location != where.name for location in external_data_files(proto))
+    return Model(
+        where,
+        graph,
+        digest,
+        tensor_specs(graph.graph.inputs, graph),
+        tensor_specs(graph.graph.outputs, graph),
+        external,
+    )
 
 
-def rehearse(model: ir.Model) -> None:
+def check_serializable(model: ir.Model) -> None:
     """Copy it and spell it as a message, weights left out: what cannot be written later is better refused now."""
     copy = model.clone()
-    skeleton_proto(copy, set(copy.graph.initializers))
+    proto_without_weights(copy, set(copy.graph.initializers))
 
 
-def innermost(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """onnx-ir wraps an error once per level of the message, each with its whole content."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def first_line(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
-def set_base(model: ir.Model, folder: Path) -> None:
+def resolve_external_data(model: ir.Model, folder: Path) -> None:
     """Tie weights to their files by full paths: onnx-ir reads no links below a base, and caches of models are links."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = based(value.const_value, str(value.name), folder)
+                value.const_value = with_full_path(value.const_value, str(value.name), folder)
         for node in graph:
             for attribute in [a for a in node.attributes.values() if isinstance(a, ir.Attr)]:
                 if isinstance(attribute.value, ir.ExternalTensor):
-                    tensor = based(attribute.value, str(attribute.value.name), folder)
+                    tensor = with_full_path(attribute.value, str(attribute.value.name), folder)
                     node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
 
 
-def based(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
+def with_full_path(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         (folder / tensor.location).resolve(),
         tensor.offset,
@@ -105,29 +112,29 @@ def based(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTens
     )
 
 
-def external_files(proto: onnx.ModelProto) -> dict[str, str]:
+def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
     """location -> a tensor that lies there."""
     found: dict[str, str] = {}
-    for tensor in tensors(proto):
+    for tensor in all_tensors(proto):
         if is_external(tensor):
-            found.setdefault(entry(tensor, "location"), tensor.name)
+            found.setdefault(external_entry(tensor, "location"), tensor.name)
     return found
 
 
-def check_values(model: ir.Model, where: Path) -> None:
+def check_producers(model: ir.Model, where: Path) -> None:
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and value.graph is None:
                 raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
 
 
-def digest_of(where: Path, proto: onnx.ModelProto) -> str:
+def file_digest(where: Path, proto: onnx.ModelProto) -> str:
     """sha256 of the file; of external data its name, size and ends (reading 14 GB to name a model is not worth it)."""
     sha = hashlib.sha256()
     with where.open("rb") as file:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
-    for location in sorted(external_files(proto)):
+    for location in sorted(external_data_files(proto)):
         if location != where.name:
             data = where.parent / location
             size = data.stat().st_size
@@ -139,7 +146,7 @@ def digest_of(where: Path, proto: onnx.ModelProto) -> str:
     return sha.hexdigest()
 
 
-def specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
+def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
     found = []
     for value in values:
         if value.name in model.graph.initializers:
@@ -161,7 +168,7 @@ def file_bytes(path: Path) -> int:
 
 def model_files(path: Path) -> set[Path]:
     """A model and the external data it names."""
-    return {path, *(path.parent / name for name in external_files(skim(path)))}
+    return {path, *(path.parent / name for name in external_data_files(read_without_weights(path)))}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

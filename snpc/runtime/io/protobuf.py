@@ -1,7 +1,8 @@
 """ONNX files without their weights: read the graph of an inline model, leaving big tensors where they lie on disk.
 
 An ``.onnx`` file is one protobuf message: ModelProto.graph (field 7) holds GraphProto.initializer (5), a TensorProto
-each, whose bytes are raw_data (9). ``skim`` walks those lengths, drops the bytes, and writes into each tensor that its
+each, whose bytes are raw_data (9). ``read_without_weights`` walks those lengths, drops the bytes, and writes into
+each tensor that its
 data is external, in this very file, at this offset. So a 10 GB model loads in the time its graph takes, and weights
 are read through the page cache when they are needed.
 """
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import onnx
 
-KEEP = 1024  # bytes: smaller tensors (shapes, scalars) stay in the message
+MIN_EXTERNAL_BYTES = 1024  # bytes: smaller tensors (shapes, scalars) stay in the message
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 
-Field = tuple[int, int, int, int]  # number, start of its tag, start and end of its value
+WireField = tuple[int, int, int, int]  # number, start of its tag, start and end of its value
 
 
-def varint(number: int) -> bytes:
+def encode_varint(number: int) -> bytes:
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -30,12 +31,12 @@ def varint(number: int) -> bytes:
     return bytes(out)
 
 
-def delimited(field: int, length: int) -> bytes:
+def length_prefix(field: int, length: int) -> bytes:
     """Tag and length of a length-delimited field."""
-    return varint(field << 3 | DELIMITED) + varint(length)
+    return encode_varint(field << 3 | DELIMITED) + encode_varint(length)
 
 
-def read_varint(data: mmap.mmap | bytes, at: int) -> tuple[int, int]:
+def decode_varint(data: mmap.mmap | bytes, at: int) -> tuple[int, int]:
     number = shift = 0
     while True:
         byte = data[at]
@@ -48,20 +49,20 @@ def read_varint(data: mmap.mmap | bytes, at: int) -> tuple[int, int]:
             raise ValueError("a length is not a number")
 
 
-def fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[Field]:
+def iterate_fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[WireField]:
     """Fields of the message that lies at ``start .. end``. Raises ValueError where lengths do not add up."""
     at = start
     while at < end:
-        tag, value = read_varint(data, at)
+        tag, value = decode_varint(data, at)
         kind = tag & 7
         if kind == VARINT:
-            stop = read_varint(data, value)[1]
+            stop = decode_varint(data, value)[1]
         elif kind == FIXED64:
             stop = value + 8
         elif kind == FIXED32:
             stop = value + 4
         elif kind == DELIMITED:
-            length, value = read_varint(data, value)
+            length, value = decode_varint(data, value)
             stop = value + length
         else:
             raise ValueError(f"wire type {kind} at byte {at}")
@@ -71,7 +72,7 @@ def fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[Field]:
         at = stop
 
 
-def skim(path: Path) -> onnx.ModelProto:
+def read_without_weights(path: Path) -> onnx.ModelProto:
     """The model of a file, its big initializers marked external in the file itself. Raises ValueError (or protobuf's
     DecodeError, a ValueError in spirit) where the file is not a whole protobuf message."""
     with path.open("rb") as file:
@@ -79,36 +80,36 @@ def skim(path: Path) -> onnx.ModelProto:
             raise ValueError("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return skeleton(data, path.name)
+                return parse_without_weights(data, path.name)
             except IndexError:
                 raise ValueError("it ends in the middle of a field") from None
 
 
-def skeleton(data: mmap.mmap, name: str) -> onnx.ModelProto:
+def parse_without_weights(data: mmap.mmap, name: str) -> onnx.ModelProto:
     rest = bytearray()
     model = onnx.ModelProto()
     tensors: list[onnx.TensorProto] = []
-    for number, tag, start, end in fields(data, 0, len(data)):
+    for number, tag, start, end in iterate_fields(data, 0, len(data)):
         if number != GRAPH:
             rest += data[tag:end]
             continue
         graph = bytearray()
-        for inner, inner_tag, inner_start, inner_end in fields(data, start, end):
-            if inner == INITIALIZER and inner_end - inner_start >= KEEP:
-                tensors.append(light_tensor(data, inner_start, inner_end, name))
+        for inner, inner_tag, inner_start, inner_end in iterate_fields(data, start, end):
+            if inner == INITIALIZER and inner_end - inner_start >= MIN_EXTERNAL_BYTES:
+                tensors.append(tensor_without_data(data, inner_start, inner_end, name))
             else:
                 graph += data[inner_tag:inner_end]
-        rest += delimited(GRAPH, len(graph)) + graph
+        rest += length_prefix(GRAPH, len(graph)) + graph
     model.ParseFromString(bytes(rest))
     model.graph.initializer.extend(tensors)
     return model
 
 
-def light_tensor(data: mmap.mmap, start: int, end: int, name: str) -> onnx.TensorProto:
+def tensor_without_data(data: mmap.mmap, start: int, end: int, name: str) -> onnx.TensorProto:
     kept = bytearray()
     where: tuple[int, int] | None = None
-    for number, tag, value, stop in fields(data, start, end):
-        if number == RAW_DATA and stop - value >= KEEP:
+    for number, tag, value, stop in iterate_fields(data, start, end):
+        if number == RAW_DATA and stop - value >= MIN_EXTERNAL_BYTES:
             where = (value, stop - value)
         else:
             kept += data[tag:stop]

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from snpc.errors import UserError
 
 
-def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Every tensor of a model: initializers and those in attributes, of subgraphs and functions too."""
     yield from graph_tensors(model.graph)
     for function in model.functions:
@@ -44,12 +44,12 @@ def is_external(tensor: TensorProto) -> bool:
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
-def entry(tensor: TensorProto, key: str) -> str:
+def external_entry(tensor: TensorProto, key: str) -> str:
     """One entry of a tensor's external data, "" where there is none; the last counts, as in onnx."""
     return next((e.value for e in reversed(tensor.external_data) if e.key == key), "")
 
 
-def needed_bytes(tensor: TensorProto) -> int:
+def required_bytes(tensor: TensorProto) -> int:
     """Bytes that the tensor's shape and type need. Raises ValueError where either means nothing."""
     kind = ir.DataType(tensor.data_type)
     if kind == ir.DataType.UNDEFINED:
@@ -64,31 +64,35 @@ def check_tensors(model: onnx.ModelProto, where: Path) -> None:
         name = model.graph.sparse_initializer[0].values.name
         raise UserError(f"{where}: {name} is a sparse weight, which snpc does not read; export it dense")
     sizes: dict[str, int] = {}
-    for tensor in tensors(model):
+    for tensor in all_tensors(model):
         if any(n < 0 for n in tensor.dims):
             raise UserError(f"{where}: {tensor.name} has the shape {list(tensor.dims)[:8]}; export it again")
         try:
-            needed = needed_bytes(tensor) if tensor.data_type != TensorProto.STRING else None
+            needed = required_bytes(tensor) if tensor.data_type != TensorProto.STRING else None
         except (ValueError, TypeError):
             raise UserError(
                 f"{where}: {tensor.name} is of type {tensor.data_type}, which this ONNX does not know; "
                 "update onnx and onnx_ir, or export it again"
             ) from None
         if is_external(tensor):
-            check_place(tensor, where, sizes)
-        found = held_bytes(tensor, where, sizes.get(entry(tensor, "location"), 0)) if needed is not None else needed
+            check_external_location(tensor, where, sizes)
+        found = (
+            actual_bytes(tensor, where, sizes.get(external_entry(tensor, "location"), 0))
+            if needed is not None
+            else needed
+        )
         if found != needed:
             raise UserError(f"{where}: {tensor.name} holds {found} bytes, its shape needs {needed}; export it again")
 
 
-def held_bytes(tensor: TensorProto, where: Path, size: int) -> int:
+def actual_bytes(tensor: TensorProto, where: Path, size: int) -> int:
     """Bytes that a tensor really has; ``size`` is that of the file its data lies in."""
     if is_external(tensor):
-        return external_bytes(tensor, where, size)
-    return len(tensor.raw_data) if tensor.HasField("raw_data") else stored(tensor)
+        return external_length(tensor, where, size)
+    return len(tensor.raw_data) if tensor.HasField("raw_data") else typed_data_bytes(tensor)
 
 
-def stored(tensor: TensorProto) -> int:
+def typed_data_bytes(tensor: TensorProto) -> int:
     """Bytes of a tensor that is written number by number."""
     kind = ir.DataType(tensor.data_type)
     count = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
@@ -97,9 +101,9 @@ def stored(tensor: TensorProto) -> int:
     return math.ceil(count * max(kind.itemsize, 1))  # one entry holds a byte of packed types
 
 
-def check_place(tensor: TensorProto, where: Path, sizes: dict[str, int]) -> None:
+def check_external_location(tensor: TensorProto, where: Path, sizes: dict[str, int]) -> None:
     """External data must be a file in the model's folder (or below). Notes its size in ``sizes``."""
-    location = entry(tensor, "location")
+    location = external_entry(tensor, "location")
     if location in sizes:
         return
     if Path(location).is_absolute() or ".." in Path(location).parts:
@@ -117,22 +121,23 @@ def check_place(tensor: TensorProto, where: Path, sizes: dict[str, int]) -> None
     sizes[location] = file.stat().st_size
 
 
-def external_bytes(tensor: TensorProto, where: Path, size: int) -> int:
+def external_length(tensor: TensorProto, where: Path, size: int) -> int:
     """Length of external data that lie within their file of ``size`` bytes."""
-    needed = needed_bytes(tensor)
+    needed = required_bytes(tensor)
     try:
-        offset = int(entry(tensor, "offset") or 0)
-        length = int(entry(tensor, "length") or needed)
+        offset = int(external_entry(tensor, "offset") or 0)
+        length = int(external_entry(tensor, "length") or needed)
         if offset < 0 or length < 0:
             raise ValueError("negative")
     except ValueError:
         raise UserError(
-            f"{where}: {tensor.name} lies at offset {entry(tensor, 'offset')[:50]!r} with length "
-            f"{entry(tensor, 'length')[:50]!r}, which are no numbers of bytes; export it again"
+            f"{where}: {tensor.name} lies at offset {external_entry(tensor, 'offset')[:50]!r} with length "
+            f"{external_entry(tensor, 'length')[:50]!r}, which are no numbers of bytes; export it again"
         ) from None
     if length == needed and offset + length > size:
         raise UserError(
-            f"{where.parent / entry(tensor, 'location')}: too short for {tensor.name} ({offset + length} bytes needed, "
+            f"{where.parent / external_entry(tensor, 'location')}: too short for {tensor.name} "
+            f"({offset + length} bytes needed, "
             f"{size} there); the download may be truncated"
         )
     return length

@@ -13,13 +13,15 @@ import numpy as np
 
 from snpc.types import FloatArray, Group, IntArray
 
-OWN = 0.3  # ridge on what a group's parabola has beyond its role's; chosen on ViT-Tiny, see docs/design-notes.md
-SLIGHT = 1e-2  # ridge on what is common to many measurements: it only says which of equal solutions
-SMOOTH = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
+GROUP_RIDGE = (
+    0.3  # ridge on what a group's parabola has beyond its role's; chosen on ViT-Tiny, see docs/design-notes.md
+)
+COMMON_RIDGE = 1e-2  # ridge on what is common to many measurements: it only says which of equal solutions
+MAX_LOG_RESIDUAL = 0.7  # as a logarithm: half as much again is noise, twice as much is shape
 
 
 @dataclass(frozen=True)
-class Change:
+class OutputChange:
     """Relative squared change of the outputs, with ``group`` at ``width``, on the samples of a pool."""
 
     group: Group
@@ -28,16 +30,16 @@ class Change:
     value: float
 
 
-def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change]) -> dict[str, FloatArray]:
+def fit_curves(shapes: Mapping[str, FloatArray], found: Sequence[OutputChange]) -> dict[str, FloatArray]:
     """Group id -> [size + 1]: each shape scaled to what was measured. Where the parabola misses a point by more than
-    ``SMOOTH``, the line goes through all of them instead, straight in between."""
-    points: dict[str, list[Change]] = {name: [] for name in shapes}
+    ``MAX_LOG_RESIDUAL``, the line goes through all of them instead, straight in between."""
+    points: dict[str, list[OutputChange]] = {name: [] for name in shapes}
     for change in found:
         points[change.group.id].append(change)
     smooth = [name for name, mine in points.items() if mine and all(c.value > 0 for c in mine)]
     for _ in range(2):  # the second time without those that no parabola fits, which would bend the others
-        common = Common.of([c for name in smooth for c in points[name]], shapes)
-        smooth = [name for name in smooth if common.misses(points[name], shapes[name]) <= SMOOTH]
+        common = SharedParabolas.of([c for name in smooth for c in points[name]], shapes)
+        smooth = [name for name in smooth if common.misses(points[name], shapes[name]) <= MAX_LOG_RESIDUAL]
     curves = {}
     for name, mine in points.items():
         line = common.line(mine) if name in smooth else common.through(mine, shapes[name])
@@ -47,24 +49,25 @@ def fitted_curves(shapes: Mapping[str, FloatArray], found: Sequence[Change]) -> 
 
 
 @dataclass(frozen=True)
-class Common:
-    """``parabolas``: group id -> its three coefficients over ``place``; ``effects`` [pools], as logarithms."""
+class SharedParabolas:
+    """``parabolas``: group id -> its three coefficients over ``normalized_width``; ``effects`` [pools], as
+    logarithms."""
 
     parabolas: Mapping[str, FloatArray]
     effects: FloatArray
 
     @classmethod
-    def of(cls, found: Sequence[Change], shapes: Mapping[str, FloatArray]) -> Common:
+    def of(cls, found: Sequence[OutputChange], shapes: Mapping[str, FloatArray]) -> SharedParabolas:
         """Ridge least squares over all measurements at once."""
-        names, roles = ranked(c.group.id for c in found), ranked(c.group.role for c in found)
+        names, roles = number_keys(c.group.id for c in found), number_keys(c.group.role for c in found)
         pools = 1 + max((c.pool for c in found), default=0)
-        values = np.array([log_scale(shapes[c.group.id], c) for c in found])
-        at = np.array([place(c.group, np.array(c.width)) for c in found]).reshape(-1, 1)
-        group = picks([names[c.group.id] for c in found], len(names))
-        role = picks([roles[c.group.role] for c in found], len(roles))
-        pool = picks([c.pool for c in found], pools)
+        values = np.array([log_ratio(shapes[c.group.id], c) for c in found])
+        at = np.array([normalized_width(c.group, np.array(c.width)) for c in found]).reshape(-1, 1)
+        group = one_hot_rows([names[c.group.id] for c in found], len(names))
+        role = one_hot_rows([roles[c.group.role] for c in found], len(roles))
+        pool = one_hot_rows([c.pool for c in found], pools)
         system = np.concatenate([group, group * at, group * at**2, role * at, role * at**2, pool], axis=1)
-        ridge = np.repeat([1e-6, OWN, SLIGHT], [len(names), 2 * len(names), 2 * len(roles) + pools])
+        ridge = np.repeat([1e-6, GROUP_RIDGE, COMMON_RIDGE], [len(names), 2 * len(names), 2 * len(roles) + pools])
         solved = np.linalg.solve(system.T @ system + np.diag(ridge), system.T @ values)
         own = solved[: 3 * len(names)].reshape(3, -1)
         shared = solved[3 * len(names) : -pools].reshape(2, -1)
@@ -75,21 +78,21 @@ class Common:
             parabolas[name] = own[:, names[name]] + bend
         return cls(parabolas, solved[-pools:])
 
-    def line(self, mine: Sequence[Change]) -> FloatArray:
+    def line(self, mine: Sequence[OutputChange]) -> FloatArray:
         """[size + 1]: the group's parabola, level beyond the widths that were measured."""
         group, widths = mine[0].group, [c.width for c in mine]
-        at = place(group, np.clip(np.arange(group.size + 1), min(widths), max(widths)))
+        at = normalized_width(group, np.clip(np.arange(group.size + 1), min(widths), max(widths)))
         return np.asarray(np.stack([at**0, at, at**2], axis=1) @ self.parabolas[group.id])
 
-    def misses(self, mine: Sequence[Change], shape: FloatArray) -> float:
+    def misses(self, mine: Sequence[OutputChange], shape: FloatArray) -> float:
         line = self.line(mine)
         return max(abs(float(line[c.width]) - self.seen(c, shape)) for c in mine)
 
-    def seen(self, change: Change, shape: FloatArray) -> float:
+    def seen(self, change: OutputChange, shape: FloatArray) -> float:
         """What was measured, less what its samples do to all groups."""
-        return log_scale(shape, change) - float(self.effects[change.pool] if change.pool < len(self.effects) else 0.0)
+        return log_ratio(shape, change) - float(self.effects[change.pool] if change.pool < len(self.effects) else 0.0)
 
-    def through(self, mine: Sequence[Change], shape: FloatArray) -> FloatArray:
+    def through(self, mine: Sequence[OutputChange], shape: FloatArray) -> FloatArray:
         """[size + 1]: a line through every point."""
         if not mine:
             return np.zeros(len(shape))
@@ -98,21 +101,21 @@ class Common:
         return np.asarray(np.interp(np.arange(len(shape)), widths, values))
 
 
-def place(group: Group, width: IntArray) -> FloatArray:
+def normalized_width(group: Group, width: IntArray) -> FloatArray:
     """Of a width, between -1 (nothing kept) and 1 (everything)."""
     return np.asarray(2 * width / group.size - 1)
 
 
-def log_scale(shape: FloatArray, change: Change) -> float:
+def log_ratio(shape: FloatArray, change: OutputChange) -> float:
     """How much more was measured than the shape says, as a logarithm."""
     floor = 1e-12 * max(float(shape[0]), 1e-300)
     return float(np.log(max(change.value / max(float(shape[change.width]), floor), 1e-300)))
 
 
-def ranked(keys: Iterable[str]) -> dict[str, int]:
+def number_keys(keys: Iterable[str]) -> dict[str, int]:
     return {key: k for k, key in enumerate(dict.fromkeys(keys))}
 
 
-def picks(index: Sequence[int], count: int) -> FloatArray:
+def one_hot_rows(index: Sequence[int], count: int) -> FloatArray:
     """[len(index), count]: a one in each row."""
     return np.eye(count)[np.array(index, np.int64)]

@@ -10,35 +10,43 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from snpc.passes.slicing.slice import Cuts
-from snpc.passes.weights.edits import Edits
-from snpc.planning.allocate import widths_for
-from snpc.planning.config import Choice
-from snpc.planning.plan import Plan, Scores, cuts_of, keep_best
+from snpc.passes.weights.edits import WeightEdits
+from snpc.planning.allocate import allocate_widths
+from snpc.planning.config import Budget
+from snpc.planning.plan import SlicePlan, UnitScores, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.algebra import steps_of
-from snpc.runtime.closed_form.fit import Compression, edits_for
-from snpc.runtime.closed_form.masked_weights import edited_constants, silent_constants, touched_constants
-from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.sensitivity.curve_fit import Change, fitted_curves
-from snpc.runtime.sensitivity.segmented_model import Chain, States, chain_of
-from snpc.runtime.statistics.padding import Counts, Masks, Padding, padding_of, token_masks
+from snpc.runtime.closed_form.algebra import elimination_widths
+from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
+from snpc.runtime.closed_form.masked_weights import changed_constants, edited_constants, trial_weights
+from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
+from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
+from snpc.runtime.statistics.padding import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
-GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)  # kept of a group's units where it is seen how much the outputs move
-WHOLE = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width
-FIRST = (0.75, 0.42)  # one for each group of a role, in turn, from which a first plan is made
-MANY = 8  # groups of a role, from which on they tell enough about each other for that
-ROUNDS = 2  # plans that are made on the way to the final one
-PROBED_SAMPLES = 4  # per width
-POOLS = 2  # that many times other samples, in turn
+SHARE_GRID = (
+    0.92,
+    0.83,
+    0.75,
+    0.58,
+    0.5,
+    0.42,
+    0.25,
+)  # kept of a group's units where it is seen how much the outputs move
+CURVE_SHARES = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width
+FIRST_SHARES = (0.75, 0.42)  # one for each group of a role, in turn, from which a first plan is made
+MIN_GROUPS_PER_ROLE = 8  # groups of a role, from which on they tell enough about each other for that
+REFINEMENT_ROUNDS = 2  # plans that are made on the way to the final one
+SAMPLES_PER_WIDTH = 4  # per width
+SAMPLE_POOLS = 2  # that many times other samples, in turn
 
 
-def output_curves(
-    compression: Compression,
-    scores: Scores,
+def measure_loss_curves(
+    compression: ClosedForms,
+    scores: UnitScores,
     calibration: Calibration,
     groups: Sequence[Group],
-    choice: Choice | None = None,
+    choice: Budget | None = None,
     *,
     memory_limit: int | None = None,
     provider: str = "cpu",
@@ -56,61 +64,65 @@ def output_curves(
     Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis
-    few = choice is not None and is_mild(groups, scores, choice)
-    first = list(first_widths(compression, groups)) if few else [(g, widths_of(g, WHOLE)) for g in groups]
+    few = choice is not None and keeps_most_units(groups, scores, choice)
+    first = list(initial_widths(compression, groups)) if few else [(g, nearest_widths(g, CURVE_SHARES)) for g in groups]
     touched = {
-        g.id: touched_constants(analysis.traced, *attempt(compression, scores, g, widths[0] if widths else g.size))
+        g.id: changed_constants(analysis.traced, *trial_edits(compression, scores, g, widths[0] if widths else g.size))
         for g, widths in first
     }
-    padding = padding_of(analysis.traced, [(spec.name, leading) for spec in analysis.model.outputs])
-    with token_masks(analysis.traced, padding, provider) as masks, chain_of(analysis, touched, provider) as chain:
-        shelf = Shelf(memory_budget(memory_limit))
+    padding = find_padding(analysis.traced, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    with (
+        token_mask_runner(analysis.traced, padding, provider) as masks,
+        open_segmented_model(analysis, touched, provider) as chain,
+    ):
+        shelf = SpillableStore(memory_budget(memory_limit))
         pools = [
-            [Sample(chain.states(feeds, shelf), padded(masks(feeds), padding)) for feeds in batches]
-            for batches in pools_of(calibration)
+            [TrialBatch(chain.states(feeds, shelf), output_token_masks(masks(feeds), padding)) for feeds in batches]
+            for batches in sample_pools(calibration)
         ]
-        probing = Probing(compression, scores, chain, pools, groups)
+        probing = CurveMeasurement(compression, scores, chain, pools, groups)
         probing.see(first)
-        for _ in range(ROUNDS if choice is not None else 0):
+        for _ in range(REFINEMENT_ROUNDS if choice is not None else 0):
             assert choice is not None
-            planned = widths_for(groups, replace(scores, curves=probing.curves()), choice)
-            probing.see((g, widths_of(g, [planned[g.id] / g.size])) for g in groups)
+            planned = allocate_widths(groups, replace(scores, curves=probing.curves()), choice)
+            probing.see((g, nearest_widths(g, [planned[g.id] / g.size])) for g in groups)
         return probing.curves()
 
 
-def is_mild(groups: Sequence[Group], scores: Scores, choice: Choice) -> bool:
+def keeps_most_units(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> bool:
     """Would groups keep half of their units or more, were all cut alike? Further down, a plan that is made from trials
     near itself may be one that no trial further off has put right."""
     if choice.max_drift is not None:
         return False
-    alike = widths_for(groups, scores, replace(choice, uniform=True))
+    alike = allocate_widths(groups, scores, replace(choice, uniform=True))
     return float(np.mean([alike[g.id] / g.size for g in groups])) >= 0.5
 
 
-def first_widths(compression: Compression, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
-    """``FIRST`` in turn for the groups of a role; ``WHOLE`` where they are few, or no closed form gives the shape."""
+def initial_widths(compression: ClosedForms, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
+    """``FIRST_SHARES`` in turn for the groups of a role; ``CURVE_SHARES`` where they are few, or no closed form gives
+    the shape."""
     counts = Counter(group.role for group in groups)
-    turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST))
+    turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST_SHARES))
     for group in groups:
-        known = counts[group.role] >= MANY and compression.curve(group) is not None
-        yield group, widths_of(group, [next(turns[group.role])] if known else WHOLE)
+        known = counts[group.role] >= MIN_GROUPS_PER_ROLE and compression.curve(group) is not None
+        yield group, nearest_widths(group, [next(turns[group.role])] if known else CURVE_SHARES)
 
 
-class Probing:
+class CurveMeasurement:
     """Trials of widths so far, and the curves through them."""
 
     def __init__(
         self,
-        compression: Compression,
-        scores: Scores,
-        chain: Chain,
-        pools: Sequence[Sequence[Sample]],
+        compression: ClosedForms,
+        scores: UnitScores,
+        chain: SegmentedModel,
+        pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
     ) -> None:
         self.compression, self.scores, self.chain, self.pools = compression, scores, chain, pools
-        self.shapes = {g.id: shape_of(compression, g) for g in groups}
+        self.shapes = {g.id: prior_curve(compression, g) for g in groups}
         self.turns = {g.id: turn for turn, g in enumerate(groups)}
-        self.found: dict[tuple[str, int], Change] = {}
+        self.found: dict[tuple[str, int], OutputChange] = {}
 
     def see(self, wanted: Iterable[tuple[Group, Sequence[int]]]) -> None:
         """Try these widths, but for those that have been."""
@@ -119,65 +131,65 @@ class Probing:
                 if (group.id, width) not in self.found:
                     self.found[group.id, width] = self.change(group, width)
 
-    def change(self, group: Group, width: int) -> Change:
+    def change(self, group: Group, width: int) -> OutputChange:
         number = self.turns[group.id] % len(self.pools)
         self.turns[group.id] += 1
-        arrays = trial(self.compression, self.scores, group, width)
+        arrays = trial_constants(self.compression, self.scores, group, width)
         gaps = [one.change(self.chain.changed(one.states, group.id, arrays)) for one in self.pools[number]]
-        return Change(group, width, number, float(np.mean(gaps)))
+        return OutputChange(group, width, number, float(np.mean(gaps)))
 
     def curves(self) -> dict[str, FloatArray]:
-        return fitted_curves(self.shapes, list(self.found.values()))
+        return fit_curves(self.shapes, list(self.found.values()))
 
 
-def leading(shape: Sequence[int]) -> tuple[int, int]:
+def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
     """(samples, rows of each) of an output [batch, tokens, ..]."""
     return (shape[0], shape[1]) if len(shape) > 2 else (0, 0)
 
 
-def padded(masks: Masks, padding: Padding) -> dict[str, Counts]:
+def output_token_masks(masks: TokenMasks, padding: PaddingMasks) -> dict[str, TokenMask]:
     """Output -> bool [batch, tokens]: does the token count?"""
     return {name: masks[told.name] for name, told in padding.told.items() if told.order == "plain"}
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrialBatch:
     """One batch that weights are tried on: what the dense model makes of it, and which tokens of its outputs count."""
 
-    states: States
-    counts: Mapping[str, Counts]
+    states: SegmentStates
+    counts: Mapping[str, TokenMask]
 
     def change(self, moved: Mapping[str, AnyArray]) -> float:
-        return mean_change(self.states[-1], moved, self.counts)
+        return mean_relative_change(self.states[-1], moved, self.counts)
 
 
-def pools_of(calibration: Calibration) -> list[list[Feeds]]:
-    """``POOLS`` times ``PROBED_SAMPLES``, from the first batches."""
-    count = -(-PROBED_SAMPLES // calibration.batch)
-    batches: list[Feeds] = list(itertools.islice(calibration.heads(PROBED_SAMPLES), count * POOLS))
+def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
+    """``SAMPLE_POOLS`` times ``SAMPLES_PER_WIDTH``, from the first batches."""
+    count = -(-SAMPLES_PER_WIDTH // calibration.batch)
+    batches: list[Feeds] = list(itertools.islice(calibration.heads(SAMPLES_PER_WIDTH), count * SAMPLE_POOLS))
     return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 
-def probed_widths(group: Group) -> list[int]:
+def measurable_widths(group: Group) -> list[int]:
     """Every width that may be tried: the elimination of the group's units knows what is left of its reader there."""
-    return widths_of(group, GRID)
+    return nearest_widths(group, SHARE_GRID)
 
 
-def widths_of(group: Group, shares: Sequence[float]) -> list[int]:
-    """The nearest of ``probed_widths`` to these shares of a group's units."""
-    known = steps_of(group.size)[:-1]
-    grid = sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in GRID if known})
+def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
+    """The nearest of ``measurable_widths`` to these shares of a group's units."""
+    known = elimination_widths(group.size)[:-1]
+    grid = sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in SHARE_GRID if known})
     return sorted({min(grid, key=lambda width: abs(width - group.size * share)) for share in shares if grid})
 
 
-def shape_of(compression: Compression, group: Group) -> FloatArray:
+def prior_curve(compression: ClosedForms, group: Group) -> FloatArray:
     """The closed-form loss, or where there is none a parabola: changes that add up evenly."""
     curve = compression.curve(group)
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
 
 
-def mean_change(
-    dense: Mapping[str, AnyArray], moved: Mapping[str, AnyArray], counts: Mapping[str, Counts] | None = None
+def mean_relative_change(
+    dense: Mapping[str, AnyArray], moved: Mapping[str, AnyArray], counts: Mapping[str, TokenMask] | None = None
 ) -> float:
     """Mean over outputs of |moved - dense|^2 / |dense|^2; ``counts``: the tokens that count, by output."""
     counts = counts or {}
@@ -185,7 +197,7 @@ def mean_change(
     return float(np.mean(each)) if each else 0.0
 
 
-def relative_change(dense: AnyArray, moved: AnyArray, counts: Counts | None = None) -> float:
+def relative_change(dense: AnyArray, moved: AnyArray, counts: TokenMask | None = None) -> float:
     """|moved - dense|^2 / |dense|^2, in float64, over the tokens that count."""
     dense, moved = np.atleast_1d(dense), np.atleast_1d(moved)
     gap = size = 0.0
@@ -196,15 +208,15 @@ def relative_change(dense: AnyArray, moved: AnyArray, counts: Counts | None = No
     return gap / max(size, 1e-300)
 
 
-def attempt(compression: Compression, scores: Scores, group: Group, width: int) -> tuple[Edits, Cuts]:
+def trial_edits(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
     """What cutting this group to ``width`` does to constants, in closed form if it has one."""
-    plan = Plan(compression.analysis, "", {}, {group.id: keep_best(scores.values[group.id], width)}, "auto")
-    edits = edits_for(compression, plan) if group.id in compression.forms else Edits()
+    plan = SlicePlan(compression.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
+    edits = closed_form_edits(compression, plan) if group.id in compression.forms else WeightEdits()
     return edits, cuts_of(plan)
 
 
-def trial(compression: Compression, scores: Scores, group: Group, width: int) -> dict[str, AnyArray]:
+def trial_constants(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> dict[str, AnyArray]:
     """Weights with this group cut to ``width``, and what was cut silent."""
     source = compression.analysis.traced
-    edits, cuts = attempt(compression, scores, group, width)
-    return silent_constants(source, edited_constants(source, edits), cuts)
+    edits, cuts = trial_edits(compression, scores, group, width)
+    return trial_weights(source, edited_constants(source, edits), cuts)

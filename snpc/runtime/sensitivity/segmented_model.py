@@ -9,29 +9,29 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, extract, segments
+from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.grouping.traced import Traced
-from snpc.passes.weights.edits import NoPlace
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.grouping.traced import TracedGraph
+from snpc.passes.weights.edits import UnsupportedWeightForm
 from snpc.runtime.closed_form.masked_weights import constant_array
-from snpc.runtime.closed_form.stages import NotSequential, check_borders, joins
-from snpc.runtime.execution.memory import Shelf
-from snpc.runtime.execution.session import NotLoaded
-from snpc.runtime.execution.temporary_session import Run, scratch
+from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums
+from snpc.runtime.execution.memory import SpillableStore
+from snpc.runtime.execution.session import SessionLoadError
+from snpc.runtime.execution.temporary_session import RunFunction, temporary_session
 from snpc.types import AnyArray, Feeds, Group
 
-States = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
+SegmentStates = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
 
 
 @dataclass(frozen=True)
-class Piece:
+class SegmentSession:
     """A segment twice: ``fixed``, as it is, and ``open``, with those ``weights`` as inputs that are to be changed (the
     same where there are none). Fixed weights run faster, and most pieces of a run are fixed."""
 
     segment: Segment
-    fixed: Run
-    open: Run
+    fixed: RunFunction
+    open: RunFunction
     weights: Mapping[str, AnyArray]
 
     def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
@@ -44,14 +44,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Chain:
+class SegmentedModel:
     """``spans``: group id -> the first and the last piece in which its weights are used."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SegmentSession, ...]
     spans: Mapping[str, tuple[int, int]]
     outputs: tuple[str, ...]
 
-    def states(self, feeds: Feeds, shelf: Shelf) -> States:
+    def states(self, feeds: Feeds, shelf: SpillableStore) -> SegmentStates:
         """What the dense model gives, kept on ``shelf``."""
         found = [dict(feeds)]
         for piece in self.pieces:
@@ -60,7 +60,7 @@ class Chain:
             found.append({k: held[k] if k in held else shelf.keep(v) for k, v in made.items()})
         return found
 
-    def changed(self, dense: States, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def changed(self, dense: SegmentStates, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The model's outputs where the group's weights are ``arrays``."""
         first, last = self.spans[group]
         state = dense[first]
@@ -70,59 +70,67 @@ class Chain:
 
 
 @contextmanager
-def chain_of(analysis: Analysis, changed: Mapping[str, Collection[str]], provider: str) -> Iterator[Chain]:
+def open_segmented_model(
+    analysis: Analysis, changed: Mapping[str, Collection[str]], provider: str
+) -> Iterator[SegmentedModel]:
     """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
     names of the constants that a change of it touches."""
     source = analysis.traced
-    ends = [end for g in analysis.groups if g.id in changed for end in end_of(analysis, g)]
+    ends = [end for g in analysis.groups if g.id in changed for end in segment_ends(analysis, g)]
     names = {name for mine in changed.values() for name in mine}
     with ExitStack() as stack:
         try:
-            found = segments(source.model, sorted(set(ends)))
-            check_borders(source, found)
-            pieces = pieces_of(source, found, names, provider, stack)
-        except (NotSequential, NotLoaded):  # then in one piece
-            pieces = pieces_of(source, segments(source.model, []), names, provider, stack)
+            found = split_into_segments(source.model, sorted(set(ends)))
+            check_boundary_types(source, found)
+            pieces = open_segments(source, found, names, provider, stack)
+        except (NotSegmentable, SessionLoadError):  # then in one piece
+            pieces = open_segments(source, split_into_segments(source.model, []), names, provider, stack)
         spans = {}
         for name, mine in changed.items():
             used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(mine)]
             spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
-        yield Chain(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
+        yield SegmentedModel(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
 
 
-def pieces_of(
-    source: Traced, found: Sequence[Segment], names: set[str], provider: str, stack: ExitStack
-) -> tuple[Piece, ...]:
+def open_segments(
+    source: TracedGraph, found: Sequence[Segment], names: set[str], provider: str, stack: ExitStack
+) -> tuple[SegmentSession, ...]:
     """What is open is closed with ``stack``, but for where one piece does not load: then none stays open."""
     with ExitStack() as mine:
-        pieces = tuple(piece_of(source, segment, names, provider, mine) for segment in found)
+        pieces = tuple(open_segment(source, segment, names, provider, mine) for segment in found)
         stack.push(mine.pop_all())
     return pieces
 
 
-def piece_of(source: Traced, segment: Segment, names: set[str], provider: str, stack: ExitStack) -> Piece:
-    model = extract(source.model, segment, source.facts)
+def open_segment(
+    source: TracedGraph, segment: Segment, names: set[str], provider: str, stack: ExitStack
+) -> SegmentSession:
+    model = extract_segment(source.model, segment, source.facts)
     weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
-    fixed = stack.enter_context(scratch(clean(model.clone() if weights else model), provider=provider, memory="shared"))
+    fixed = stack.enter_context(
+        temporary_session(finalize(model.clone() if weights else model), provider=provider, memory="shared")
+    )
     if not weights:
-        return Piece(segment, fixed, fixed, weights)
+        return SegmentSession(segment, fixed, fixed, weights)
     # opened before it is cleaned: constants that are equal now need not be so once they are changed
-    opened = stack.enter_context(scratch(clean(open_weights(model, names)), provider=provider, memory="shared"))
-    return Piece(segment, fixed, opened, weights)
+    opened = stack.enter_context(
+        temporary_session(finalize(weights_to_inputs(model, names)), provider=provider, memory="shared")
+    )
+    return SegmentSession(segment, fixed, opened, weights)
 
 
-def end_of(analysis: Analysis, group: Group) -> list[int]:
+def segment_ends(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
     try:
-        producers = [value.producer() for value in joins(analysis.traced, group)]
-    except NoPlace:
+        producers = [value.producer() for value in residual_sums(analysis.traced, group)]
+    except UnsupportedWeightForm:
         return []
     position = {n: k for k, n in enumerate(analysis.traced.model.graph)}
     return [position[p] + 1 for p in producers if p is not None]
 
 
-def open_weights(model: ir.Model, names: set[str]) -> ir.Model:
+def weights_to_inputs(model: ir.Model, names: set[str]) -> ir.Model:
     """``model`` with these constants as inputs."""
     for name in names & set(model.graph.initializers):
         value = model.graph.initializers.pop(name)

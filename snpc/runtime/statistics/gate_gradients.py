@@ -11,15 +11,15 @@ from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration import Calibration
 from snpc.types import Feeds, FloatArray, Group
 
-PREFIX = "gate:"  # names of what is measured here
-PROVIDER = "snpc.torch.pruning.gradients"  # loaded by name: this layer stands below it, and does without it
+GATE_PREFIX = "gate:"  # names of what is measured here
+GRADIENT_PROVIDER = "snpc.torch.pruning.gradients"  # loaded by name: this layer stands below it, and does without it
 
 
-def asks_gates(criterion: Criterion, group: Group) -> bool:
-    return any(name.startswith(PREFIX) for name in criterion.probes(group.role))
+def needs_gate_gradients(criterion: Criterion, group: Group) -> bool:
+    return any(name.startswith(GATE_PREFIX) for name in criterion.probes(group.role))
 
 
-def measure_gates(
+def observe_gate_gradients(
     analysis: Analysis,
     calibration: Calibration,
     groups: Sequence[Group],
@@ -27,9 +27,9 @@ def measure_gates(
     observe: Callable[[str, Mapping[str, FloatArray]], None],
     progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
 ) -> None:
-    """See ``snpc.torch.pruning.gradients.measure_gates``. Raises UserError where torch is not installed."""
+    """See ``snpc.torch.pruning.gradients.compute_gate_gradients``. Raises UserError where torch is not installed."""
     try:
-        provider = importlib.import_module(PROVIDER)
+        provider = importlib.import_module(GRADIENT_PROVIDER)
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing not in ("torch", "safetensors"):

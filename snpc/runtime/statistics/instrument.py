@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import attributes
+from snpc.graph.shapes import attribute_values
 from snpc.ops import names as op
-from snpc.ops.attention import FORMS, AttentionForm
-from snpc.passes.token_analysis.padding_sources import Source
-from snpc.runtime.statistics.packed_symmetric import strips
-from snpc.runtime.statistics.probe_layout import Layout, Told, layout_of
+from snpc.ops.attention import ATTENTION_FORMS, AttentionForm
+from snpc.passes.token_analysis.padding_sources import PaddingSource
+from snpc.runtime.statistics.packed_symmetric import row_strips
+from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
 from snpc.types import Probe
 
-END = 1 << 30  # behind the last axis
+SLICE_END = 1 << 30  # behind the last axis
 
 
 class Instrument:
     """Appends statistics to a copy of a model. ``told``: tensor -> where it stands which of its rows count (of others,
     all do); what it names becomes an input of the copy when it is needed."""
 
-    def __init__(self, model: ir.Model, told: Mapping[str, Told] | None = None) -> None:
+    def __init__(self, model: ir.Model, told: Mapping[str, RowMask] | None = None) -> None:
         self.model = model.clone()
         self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
         self.values |= {str(v.name): v for v in self.model.graph.inputs}
@@ -65,12 +65,12 @@ class Instrument:
     def turned(self, value: ir.Value, *perm: int) -> ir.Value:
         return self.op(op.TRANSPOSE, [value], perm=list(perm))
 
-    def sizes(self, value: ir.Value, first: int, last: int = END) -> ir.Value:
+    def sizes(self, value: ir.Value, first: int, last: int = SLICE_END) -> ir.Value:
         """The sizes of axes ``first`` to ``last`` (not included)."""
         return self.op(op.SLICE, [self.op(op.SHAPE, [value]), self.ints([first]), self.ints([last])])
 
     def reduced(self, name: str, value: ir.Value, axes: Sequence[int], keep: bool = False) -> ir.Value:
-        if self.version >= op.REDUCTION_AXES_ARE_AN_INPUT[name]:
+        if self.version >= op.REDUCTION_AXES_INPUT_SINCE[name]:
             return self.op(name, [value, self.ints(axes)], keepdims=int(keep))
         return self.op(name, [value], axes=list(axes), keepdims=int(keep))
 
@@ -96,14 +96,14 @@ class Instrument:
 
     def projected(self, node: ir.Node, part: int) -> ir.Value:
         """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
-        fused = FORMS[node.domain, node.op_type]
+        fused = ATTENTION_FORMS[node.domain, node.op_type]
         held = [*node.inputs, *[None] * 12]
         query, bias = held[fused.query], None if fused.bias is None else held[fused.bias]
         assert query is not None
         if fused.packed == "weight":
             weight = held[1]
             assert weight is not None and weight.shape is not None
-            sizes = attributes(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
+            sizes = attribute_values(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
             ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
             merged = self.op(op.MATMUL, [query, weight])
             merged = merged if bias is None else self.op(op.ADD, [merged, bias])
@@ -115,8 +115,8 @@ class Instrument:
 
     def ends_of_columns(self, node: ir.Node, whole: ir.Value) -> list[ir.Value]:
         """Where query, key and value begin and end in an input that holds the heads of all three."""
-        heads = int(attributes(node)["num_heads"])
-        kv_heads = int(attributes(node).get("kv_num_heads", heads))
+        heads = int(attribute_values(node)["num_heads"])
+        kv_heads = int(attribute_values(node).get("kv_num_heads", heads))
         width = self.op(op.DIV, [self.sizes(whole, 2, 3), self.ints([heads + 2 * kv_heads])])
         counts = np.cumsum([0, heads, kv_heads, kv_heads]).tolist()
         return [self.op(op.MUL, [width, self.ints([n])]) for n in counts]
@@ -162,13 +162,13 @@ class Instrument:
         """[samples, rows, repeats * units] in float32, zero in rows that do not count."""
         key = (probe.tensor, probe.units.tobytes(), units)
         if key not in self.prepared:
-            layout = layout_of(probe, units)
+            layout = infer_probe_layout(probe, units)
             value = self.float32(self.value(probe.tensor))
             if layout.period:
                 head = self.ints([-1, layout.period])
                 value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
             value = self.turned(value, 0, *layout.row_axes, *layout.unit_axes)
-            total = int(np.prod([axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
+            total = int(np.prod([probed_axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
             value = self.shaped(value, 0, -1, total)
             if layout.columns.tolist() != list(range(total)):
                 value = self.op(op.GATHER, [value, self.ints(layout.columns.tolist())], axis=2)
@@ -186,7 +186,7 @@ class Instrument:
     def counted_rows(self, probe: Probe, units: int) -> ir.Value | None:
         """[samples, rows, 1] bool: the rows of ``by_block`` that count; None where all do."""
         counts = self.counted(probe.tensor)
-        repeats = layout_of(probe, units).repeats
+        repeats = infer_probe_layout(probe, units).repeats
         if counts is None or repeats == 1:
             return counts
         return self.shaped(self.op(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
@@ -240,7 +240,7 @@ class Instrument:
     def apart(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with ones behind the units; what several
         columns show of a unit (query heads that share their values) is kept apart."""
-        repeats = layout_of(probe, blocks * size).repeats
+        repeats = infer_probe_layout(probe, blocks * size).repeats
         split = self.shaped(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
         split = self.turned(split, 2, 3, 0, 1, 4)
         both = self.op(op.CONCAT, [split, self.ones(split, self.counted(probe.tensor))], axis=4)
@@ -251,7 +251,7 @@ class Instrument:
         """X'X [units * columns + 1] squared, packed, over samples and rows, with ones behind; the columns that show a
         unit (the width of a head, the offsets at which ``window`` reads a channel) next to each other."""
         if window is None:
-            repeats = layout_of(probe, units).repeats
+            repeats = infer_probe_layout(probe, units).repeats
             rows = self.rows(probe, units)
             if repeats > 1:
                 rows = self.turned(self.shaped(rows, 0, -1, repeats, units), 0, 1, 3, 2)
@@ -260,14 +260,14 @@ class Instrument:
         else:
             rows, counts = self.patches(probe, window), None
         both = self.op(op.CONCAT, [rows, self.ones(rows, counts)], axis=2)
-        shown = layout_of(probe, units).repeats if window is None else math.prod(kernel_of(window))
+        shown = infer_probe_layout(probe, units).repeats if window is None else math.prod(kernel_shape(window))
         return self.square(both, units * shown + 1)
 
     def square(self, rows: ir.Value, size: int) -> ir.Value:
         """X'X of all rows [.., size], packed as in ``runtime.triangle``."""
         flat = self.shaped(rows, -1, size)
         turned, parts = self.turned(flat, 1, 0), []
-        for start, stop in strips(size):
+        for start, stop in row_strips(size):
             left, right = turned, flat
             if (start, stop) != (0, size):
                 left = self.op(op.SLICE, [turned, self.ints([start]), self.ints([stop]), self.ints([0])])
@@ -278,7 +278,7 @@ class Instrument:
     def patches(self, probe: Probe, window: ir.Node) -> ir.Value:
         """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
         seen = probe.units.reshape(-1)
-        kernel = kernel_of(window)
+        kernel = kernel_shape(window)
         taps = math.prod(kernel)
         order = np.argsort(seen, kind="stable")
         order = order[seen[order] >= 0]
@@ -314,7 +314,7 @@ class Instrument:
         units = self.shaped(self.by_block(probe, 1, size), 1, -1, size)
         return self.op(op.MATMUL, [self.turned(units, 0, 2, 1), flat]), self.reduced(op.REDUCE_SUM, flat, [1])
 
-    def attended(self, source: Source) -> ir.Value:
+    def attended(self, source: PaddingSource) -> ir.Value:
         """[batch, keys]: the largest weight that any query of any head gives to each key."""
         value = self.float32(self.values[str(source.value.name)])
         axis, rank = source.key_axis, source.rank
@@ -325,13 +325,13 @@ class Instrument:
         return self.reduced(op.REDUCE_MAX, value, [k for k in range(1, rank) if k != axis])
 
 
-def kernel_of(window: ir.Node) -> list[int]:
+def kernel_shape(window: ir.Node) -> list[int]:
     weight = window.inputs[1]
     assert weight is not None and weight.shape is not None
     return [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
 
 
-def axis_size(probe: Probe, layout: Layout, axis: int) -> int:
+def probed_axis_size(probe: Probe, layout: ProbeLayout, axis: int) -> int:
     """Of the tensor with its first axis split as ``layout`` says; the units' axes have known sizes."""
     if layout.period:
         return layout.period if axis == 1 else int(probe.units.shape[axis - 1])

@@ -13,21 +13,23 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.propagation.state import Contraction
 from snpc.passes.weights.attention_operands import score_products
-from snpc.passes.weights.consumers import uses_of
+from snpc.passes.weights.consumers import consumer_uses
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.temporary_session import scratch
+from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.packed_symmetric import packed_length
-from snpc.runtime.statistics.padding import padding_of, probe_rows, token_masks
-from snpc.runtime.statistics.score_loss import coupled
+from snpc.runtime.statistics.padding import find_padding, probe_row_counters, token_mask_runner
+from snpc.runtime.statistics.score_loss import score_loss_matrix
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 
-HELD = 4 * 3  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
-ADDED = 4 + 8  # bytes of a statistic's element: as it comes, and in the sum
+ACTIVATION_BYTES = (
+    4 * 3
+)  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
+STATISTIC_BYTES = 4 + 8  # bytes of a statistic's element: as it comes, and in the sum
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StatisticRequest:
     """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums, apart,
     joint), or "coupled"; ``output`` names the instrumented model's output. ``use`` is named "0.1" where it is what the
     second node sees that uses the first reader; ``product`` that in which ``probe`` meets its ``partner``."""
@@ -51,63 +53,63 @@ class Wanted:
         if self.kind == "joint":
             instrument.expose(instrument.joint(self.probe, self.group.size, self.window), self.output)
         elif self.product is not None:
-            instrument.expose(coupled(instrument, self.product, self.group), self.output)
+            instrument.expose(score_loss_matrix(instrument, self.product, self.group), self.output)
         else:
             instrument.add(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
-def wanted_statistics(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[Wanted]:
+def statistic_requests(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[StatisticRequest]:
     """Statistics to measure: group id -> names such as "gram:query"."""
-    found: list[Wanted] = []
+    found: list[StatisticRequest] = []
     for group in analysis.groups:
         for name in names.get(group.id, ()):
             kind, _, rest = name.partition(":")
             probe_kind, sharp, use = rest.partition("#")
             if kind == "coupled":
                 products = score_products(analysis.traced, group)
-                found += [wanted_in(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
+                found += [score_loss_request(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
                 continue
             if sharp:
-                found.append(wanted_at(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
+                found.append(consumer_request(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
                 continue
             for probe in group.probes:
                 if probe.kind == probe_kind:
-                    found.append(Wanted(group, probe, kind, f"snpc_stat_{len(found)}"))
+                    found.append(StatisticRequest(group, probe, kind, f"snpc_stat_{len(found)}"))
     return found
 
 
-def wanted_in(group: Group, product: Contraction, output: str) -> Wanted:
+def score_loss_request(group: Group, product: Contraction, output: str) -> StatisticRequest:
     """What the scores of one product lose."""
     probes = {p.tensor: p for p in group.probes}
     query, key = probes[product.left.name], probes[product.right.name]
-    return Wanted(group, query, "coupled", output, product=product, partner=key)
+    return StatisticRequest(group, query, "coupled", output, product=product, partner=key)
 
 
-def wanted_at(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> Wanted:
+def consumer_request(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> StatisticRequest:
     """A statistic of what one node sees that uses a reader."""
     reader, _, node = use.partition(".")
-    seen = uses_of(analysis.traced, group)[int(reader)][int(node)]
+    seen = consumer_uses(analysis.traced, group)[int(reader)][int(node)]
     window = seen.node if seen.reader.taps > 1 else None
-    return Wanted(group, seen.probe, kind, output, use, window, seen.reader.columns)
+    return StatisticRequest(group, seen.probe, kind, output, use, window, seen.reader.columns)
 
 
-def split(
-    analysis: Analysis, calibration: Calibration, wanted: Sequence[Wanted], limit: int
-) -> Iterator[tuple[Wanted, ...]]:
+def split_by_memory(
+    analysis: Analysis, calibration: Calibration, wanted: Sequence[StatisticRequest], limit: int
+) -> Iterator[tuple[StatisticRequest, ...]]:
     """``wanted`` in parts that take about ``limit`` bytes each to measure, beside the model itself; what is wanted of a
     group stays together. Raises UserError where one group takes more."""
-    elements = probed_elements(analysis, calibration)
-    part: list[Wanted] = []
+    elements = activation_elements(analysis, calibration)
+    part: list[StatisticRequest] = []
     for group in {item.group.id: item.group for item in wanted}.values():
         mine = [item for item in wanted if item.group is group]
-        alone = bytes_of(mine, elements, calibration.batch)
+        alone = measurement_bytes(mine, elements, calibration.batch)
         if alone > limit:
             needed = f"{2 * alone // 1000 + 1}kB" if alone < 10**6 else f"{2 * alone // 10**6 + 1}MB"
             raise UserError(
                 f"statistics of {group.id} take about {needed}, more than there is for them: give --memory-limit "
                 f"{needed} or more, or a smaller --calib-batch"
             )
-        if part and bytes_of([*part, *mine], elements, calibration.batch) > limit:
+        if part and measurement_bytes([*part, *mine], elements, calibration.batch) > limit:
             yield tuple(part)
             part = []
         part += mine
@@ -115,7 +117,7 @@ def split(
         yield tuple(part)
 
 
-def probed_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
+def activation_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
     """Tensor -> about how many elements it has in the largest batch: what it has as analysed, scaled as the inputs."""
     facts = analysis.traced.facts
     sizes = {str(v.name): math.prod(shape) for v, shape in facts.shape.items() if shape is not None}
@@ -123,15 +125,15 @@ def probed_elements(analysis: Analysis, calibration: Calibration) -> dict[str, f
     return {name: size * growth for name, size in sizes.items()}
 
 
-def bytes_of(wanted: Sequence[Wanted], elements: Mapping[str, float], batch: int) -> int:
+def measurement_bytes(wanted: Sequence[StatisticRequest], elements: Mapping[str, float], batch: int) -> int:
     """About how much measuring these takes at once."""
     windows = {item.probe.tensor: item.columns if item.window is not None else 1 for item in wanted}
     windows |= {item.partner.tensor: 1 for item in wanted if item.partner is not None}
-    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * HELD
-    return int(held + ADDED * sum(statistic_elements(item, batch) for item in wanted))
+    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * ACTIVATION_BYTES
+    return int(held + STATISTIC_BYTES * sum(statistic_elements(item, batch) for item in wanted))
 
 
-def statistic_elements(item: Wanted, batch: int) -> int:
+def statistic_elements(item: StatisticRequest, batch: int) -> int:
     blocks, size = item.group.blocks, item.group.size
     if item.kind == "joint":
         return packed_length(size * item.columns + 1)
@@ -142,26 +144,31 @@ def statistic_elements(item: Wanted, batch: int) -> int:
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
 
 
-def measure(
-    analysis: Analysis, wanted: Sequence[Wanted], batches: Iterable[Feeds], *, provider: str = "cpu", threads: int = 0
+def measure_batches(
+    analysis: Analysis,
+    wanted: Sequence[StatisticRequest],
+    batches: Iterable[Feeds],
+    *,
+    provider: str = "cpu",
+    threads: int = 0,
 ) -> Iterator[dict[str, AnyArray]]:
     """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
     are for the caller, in float64). Padded tokens do not count.
     """
     source = analysis.traced
     probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
-    padding = padding_of(source, probe_rows(probes))
+    padding = find_padding(source, probe_row_counters(probes))
     instrument = Instrument(source.model, padding.told)
     for item in wanted:
         item.add_to(instrument)
     with (
-        token_masks(source, padding, provider, threads) as masks,
-        scratch(instrument.model, provider=provider, threads=threads) as run,
+        token_mask_runner(source, padding, provider, threads) as masks,
+        temporary_session(instrument.model, provider=provider, threads=threads) as run,
     ):
         for feeds in batches:
             yield run({**feeds, **masks(feeds)})
 
 
-def add_up(total: FloatArray, part: AnyArray) -> None:
+def accumulate(total: FloatArray, part: AnyArray) -> None:
     """Add to a sum in float64, in place and without a copy of the part in float64."""
     np.add(total, part, out=total)

@@ -9,32 +9,32 @@ import numpy as np
 
 from snpc.types import FloatArray
 
-STRIP = 512  # rows; narrower ones save more arithmetic, but products of few rows are slow
+STRIP_ROWS = 512  # rows; narrower ones save more arithmetic, but products of few rows are slow
 
 
-def strips(size: int) -> Iterator[tuple[int, int]]:
+def row_strips(size: int) -> Iterator[tuple[int, int]]:
     """First and last (not included) row of each."""
-    return ((start, min(start + STRIP, size)) for start in range(0, size, STRIP))
+    return ((start, min(start + STRIP_ROWS, size)) for start in range(0, size, STRIP_ROWS))
 
 
 def packed_length(size: int) -> int:
     """Entries that are kept of [size, size]."""
-    return sum((stop - start) * (size - start) for start, stop in strips(size))
+    return sum((stop - start) * (size - start) for start, stop in row_strips(size))
 
 
-def packed_size(length: int) -> int | None:
+def unpacked_size(length: int) -> int | None:
     """Rows of the matrix of which so many entries are kept; None where there is no such matrix."""
     size = bisect_left(range(length + 1), length, key=packed_length)
     return size if packed_length(size) == length else None
 
 
-def unpacked(packed: FloatArray) -> FloatArray:
+def unpack_symmetric(packed: FloatArray) -> FloatArray:
     """[size, size] from its packed entries."""
-    size = packed_size(len(packed))
+    size = unpacked_size(len(packed))
     assert size is not None, len(packed)
     whole = np.empty((size, size))
     at = 0
-    for start, stop in strips(size):
+    for start, stop in row_strips(size):
         count = (stop - start) * (size - start)
         strip = packed[at : at + count].reshape(stop - start, size - start)
         whole[start:stop, start:] = strip

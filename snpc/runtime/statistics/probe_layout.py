@@ -8,15 +8,14 @@ from typing import Literal
 import numpy as np
 
 from snpc.errors import CheckFailed
-from snpc.ops.spec import Shape
 from snpc.passes.token_analysis.padding_sources import shortest_period
-from snpc.types import IntArray, Probe
+from snpc.types import IntArray, Probe, Shape
 
-Order = Literal["plain", "merged", "turned"]
+RowOrder = Literal["plain", "merged", "turned"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProbeLayout:
     """How a probed tensor is turned into rows x units: a leading split of axis 0 where it merges batch and blocks,
     then row axes before unit axes, then a gather of columns (several columns may show one unit)."""
 
@@ -28,7 +27,7 @@ class Layout:
     repeats: int
 
 
-def layout_of(probe: Probe, units: int) -> Layout:
+def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
     numbers = probe.units
     period = 0
     if numbers.shape[0] > 1:
@@ -44,19 +43,19 @@ def layout_of(probe: Probe, units: int) -> Layout:
         raise CheckFailed(f"{probe.tensor}: some of its units are seen more often than others")
     by_unit = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :].reshape(units, repeats)
     order = by_unit.T.reshape(-1)
-    return Layout(period, rank, row_axes, unit_axes, order, repeats)
+    return ProbeLayout(period, rank, row_axes, unit_axes, order, repeats)
 
 
-def rows_of(layout: Layout, shape: Shape) -> tuple[int, int]:
+def samples_and_rows(layout: ProbeLayout, shape: Shape) -> tuple[int, int]:
     """(samples, rows of each) of a probed tensor of this shape."""
     split = (shape[0] // layout.period, layout.period, *shape[1:]) if layout.period else shape
     return split[0], int(np.prod([split[k] for k in layout.row_axes], dtype=np.int64))
 
 
 @dataclass(frozen=True)
-class Told:
+class RowMask:
     """Which rows of a tensor are tokens that count is told by input ``name``, bool [batch, tokens]. ``order`` of the
     rows: as there, all on the batch axis ("merged": [batch * tokens, 1]), or tokens first ("turned")."""
 
     name: str
-    order: Order
+    order: RowOrder

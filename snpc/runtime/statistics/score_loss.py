@@ -16,22 +16,22 @@ import onnx_ir as ir
 
 from snpc.ops import names as op
 from snpc.passes.propagation.state import Contraction
-from snpc.passes.weights.attention_operands import sides_of
+from snpc.passes.weights.attention_operands import score_axes
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.types import Group
 
 
-def coupled(instrument: Instrument, product: Contraction, group: Group) -> ir.Value:
+def score_loss_matrix(instrument: Instrument, product: Contraction, group: Group) -> ir.Value:
     """[blocks, size, size]: M of each block over the samples."""
-    sides = sides_of(product, group)
+    sides = score_axes(product, group)
     rank = len(sides.query)
     query, key = (
         instrument.turned(instrument.float32(instrument.value(name)), *axes)
         for name, axes in ((product.left.name, sides.query), (product.right.name, sides.key))
     )
-    query = instrument.only_counted(query, counts_of(instrument, product.left.name, sides.query))
-    key = centred(instrument, key, counts_of(instrument, product.right.name, sides.key))
-    both = instrument.op(op.MUL, [gram(instrument, query, rank), gram(instrument, key, rank)])
+    query = instrument.only_counted(query, operand_row_mask(instrument, product.left.name, sides.query))
+    key = center_rows(instrument, key, operand_row_mask(instrument, product.right.name, sides.key))
+    both = instrument.op(op.MUL, [last_axes_gram(instrument, query, rank), last_axes_gram(instrument, key, rank)])
     units = sides.units.reshape(-1, sides.units.shape[-1])
     fixed = [k for k in range(rank - 2) if sides.units.shape[k] == 1]
     if fixed:
@@ -49,19 +49,19 @@ def coupled(instrument: Instrument, product: Contraction, group: Group) -> ir.Va
     return instrument.shaped(summed, group.blocks, group.size, group.size)
 
 
-def gram(instrument: Instrument, value: ir.Value, rank: int) -> ir.Value:
+def last_axes_gram(instrument: Instrument, value: ir.Value, rank: int) -> ir.Value:
     """X'X of the last two axes."""
     return instrument.op(op.MATMUL, [instrument.turned(value, *range(rank - 2), rank - 1, rank - 2), value])
 
 
-def centred(instrument: Instrument, value: ir.Value, counts: ir.Value | None) -> ir.Value:
+def center_rows(instrument: Instrument, value: ir.Value, counts: ir.Value | None) -> ir.Value:
     """Rows less the mean of those that count, zero for the others."""
     value = instrument.only_counted(value, counts)
     total = [instrument.reduced(op.REDUCE_SUM, v, [-2], keep=True) for v in (value, instrument.ones(value, counts))]
     return instrument.only_counted(instrument.op(op.SUB, [value, instrument.op(op.DIV, total)]), counts)
 
 
-def counts_of(instrument: Instrument, tensor: str, axes: tuple[int, ...]) -> ir.Value | None:
+def operand_row_mask(instrument: Instrument, tensor: str, axes: tuple[int, ...]) -> ir.Value | None:
     """[samples, 1.., rows, 1] bool; None where all rows count, or where it is not known which."""
     told = instrument.told.get(tensor)
     counts = instrument.counted(tensor) if told is not None and told.order == "plain" and axes[0] == 0 else None

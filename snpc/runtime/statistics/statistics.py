@@ -13,19 +13,25 @@ import numpy as np
 from snpc.criteria import Criterion, make_criterion
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.weights.closed_form_kinds import forms_of
-from snpc.planning.plan import Method
+from snpc.passes.weights.closed_form_kinds import closed_form_kinds
+from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.memory import Shelf, memory_budget
-from snpc.runtime.io.atomic import replacing
-from snpc.runtime.statistics.gate_gradients import asks_gates, measure_gates
-from snpc.runtime.statistics.measure import Wanted, add_up, measure, split, wanted_statistics
-from snpc.runtime.statistics.moments import needs
+from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.io.atomic import atomic_write
+from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
+from snpc.runtime.statistics.measure import (
+    StatisticRequest,
+    accumulate,
+    measure_batches,
+    split_by_memory,
+    statistic_requests,
+)
+from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
-FORMAT = 2  # 1 held whole squares
-Progress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
-Sums = Mapping[str, Mapping[str, FloatArray]]
+STATISTICS_FORMAT = 2  # 1 held whole squares
+BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
+StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Statistics:
     criterion: str
     samples: int
     sources: tuple[str, ...]
-    sums: Sums = field(repr=False)
+    sums: StatisticSums = field(repr=False)
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -50,7 +56,7 @@ class Statistics:
                 f"statistics of {self.model} (digest {self.digest[:12]}) and of {other.model} ({other.digest[:12]}) do "
                 "not add up: give those of one model"
             )
-        if layout(self) != layout(other) or self.criterion != other.criterion:
+        if statistic_shapes(self) != statistic_shapes(other) or self.criterion != other.criterion:
             raise UserError(
                 f"statistics on {self.described()} and on {other.described()} are not of the same groups and "
                 "criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
@@ -65,7 +71,7 @@ class Statistics:
         return " and ".join(self.sources)
 
 
-def layout(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
+def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
     return {(group, name): a.shape for group, mine in statistics.sums.items() for name, a in mine.items()}
 
 
@@ -74,12 +80,12 @@ def measure_statistics(
     calibration: Calibration,
     groups: Sequence[Group],
     *,
-    method: Method = "auto",
+    method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
     memory_limit: int | None = None,
     provider: str = "cpu",
     threads: int = 0,
-    progress: Progress | None = None,
+    progress: BatchProgress | None = None,
 ) -> Statistics:
     """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
     (with method "select": of all) what ``criterion`` asks for.
@@ -88,21 +94,23 @@ def measure_statistics(
     the sums are the same, to rounding. Raises UserError where the limit is too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
-    forms = {} if method == "select" else forms_of(analysis, groups)[0]
-    names = {g.id: needs(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups}
-    wanted = wanted_statistics(analysis, names)
+    forms = {} if method == "select" else closed_form_kinds(analysis, groups)[0]
+    names = {
+        g.id: required_statistics(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups
+    }
+    wanted = statistic_requests(analysis, names)
     budget = memory_budget(memory_limit)
-    totals = Totals(forms, judge, Shelf(budget // 2))
-    for part in split(analysis, calibration, wanted, budget // 2):
+    totals = StatisticAccumulator(forms, judge, SpillableStore(budget // 2))
+    for part in split_by_memory(analysis, calibration, wanted, budget // 2):
         batches: Iterable[Feeds] = calibration.batches()
-        for result in measure(
+        for result in measure_batches(
             analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
         ):
             totals.add(part, result)
-    gates = [g for g in groups if g.id not in forms and asks_gates(judge, g)]
+    gates = [g for g in groups if g.id not in forms and needs_gate_gradients(judge, g)]
     if gates:
         roles = {g.id: g.role for g in gates}
-        measure_gates(
+        observe_gate_gradients(
             analysis,
             calibration,
             gates,
@@ -115,16 +123,16 @@ def measure_statistics(
     return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.described(),), totals.sums)
 
 
-class Totals:
+class StatisticAccumulator:
     """Sums over batches, of groups without a closed form as ``judge`` reduces them."""
 
-    def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: Shelf) -> None:
+    def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: SpillableStore) -> None:
         self.forms = forms
         self.judge = judge
         self.shelf = shelf
         self.sums: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, wanted: Sequence[Wanted], result: Mapping[str, AnyArray]) -> None:
+    def add(self, wanted: Sequence[StatisticRequest], result: Mapping[str, AnyArray]) -> None:
         batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
         groups = {item.group.id: item.group for item in wanted}
         for item in wanted:
@@ -141,7 +149,7 @@ class Totals:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
-                add_up(total[key], array)
+                accumulate(total[key], array)
             else:
                 total[key] = self.shelf.keep(np.array(array, np.float64))
 
@@ -158,7 +166,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     whole or not at all."""
     entries = [(group, name) for group, mine in statistics.sums.items() for name in mine]
     header = {
-        "snpc_statistics": FORMAT,
+        "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
         "digest": statistics.digest,
         "criterion": statistics.criterion,
@@ -167,7 +175,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "entries": entries,
     }
     arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
 
 
@@ -186,11 +194,11 @@ def read_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
-            if header["snpc_statistics"] != FORMAT:
+            if header["snpc_statistics"] != STATISTICS_FORMAT:
                 raise ValueError("another version of snpc wrote it")
             sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
             for k, (group, name) in enumerate(header["entries"]):
-                sums[str(group)][str(name)] = finite(archive[str(k)])
+                sums[str(group)][str(name)] = check_finite(archive[str(k)])
         return Statistics(
             str(header["model"]),
             str(header["digest"]),
@@ -204,13 +212,13 @@ def read_statistics(path: Path) -> Statistics:
         raise UserError(f"{path}: holds no statistics ({said}): give a file that --save-stats wrote") from None
 
 
-def finite(array: AnyArray) -> FloatArray:
+def check_finite(array: AnyArray) -> FloatArray:
     if array.dtype != np.float64 or not np.isfinite(array).all():
         raise ValueError("its sums are not all finite float64 numbers")
     return array
 
 
-def check_model(statistics: Statistics, analysis: Analysis) -> None:
+def check_statistics_match(statistics: Statistics, analysis: Analysis) -> None:
     """Raise UserError where the statistics are not of this model."""
     if statistics.digest != analysis.digest:
         raise UserError(

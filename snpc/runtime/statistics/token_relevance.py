@@ -16,21 +16,21 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.graph.binding import dynamic_axes
-from snpc.graph.shapes import Facts, evaluate, is_float, opset, subgraphs
-from snpc.graph.traversal import reads
+from snpc.graph.shapes import ShapeFacts, has_subgraphs, infer_graph, is_float, opset_version
+from snpc.graph.traversal import used_values
 from snpc.ops import lookup
-from snpc.ops.attention import form, head_counts
-from snpc.ops.spec import Blocked, Call, OpSpec
+from snpc.ops.attention import attention_form, head_counts
+from snpc.ops.spec import Blocked, OpCall, OpSpec
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.runtime.execution.temporary_session import scratch
+from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.types import AnyArray, Feeds, FloatArray
 
-TINY = 1e-12
-SAMPLES = 16
-DIGITS = 6  # of the scores that are kept: they stand in plans
+RELEVANCE_EPSILON = 1e-12
+RELEVANCE_SAMPLES = 16
+RELEVANCE_DIGITS = 6  # of the scores that are kept: they stand in plans
 
 
-def token_relevance(
+def measure_token_relevance(
     model: ir.Model, points: Sequence[TokenPoint], batches: Iterable[Feeds], provider: str = "cpu"
 ) -> dict[int, tuple[float, ...]]:
     """block -> [tokens]: the share of the outputs' relevance that each position of the stream has behind that block,
@@ -40,7 +40,7 @@ def token_relevance(
     """
     if not points:
         return {}
-    watched = path_back(model, points[0].value)
+    watched = downstream_values(model, points[0].value)
     shown = model.clone()
     names = [str(v.name) for v in watched]
     values = {str(v.name): v for node in shown.graph for v in node.outputs} | {
@@ -50,23 +50,23 @@ def token_relevance(
     shown.graph.outputs.extend(values[name] for name in names)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with scratch(shown, provider=provider, optimise="basic", memory="least") as run:
-        for feeds in itertools.islice(singles(model, batches), SAMPLES):
-            facts = evaluate(model, sizes_of(model, feeds))
+    with temporary_session(shown, provider=provider, optimise="basic", memory="least") as run:
+        for feeds in itertools.islice(single_samples(model, batches), RELEVANCE_SAMPLES):
+            facts = infer_graph(model, feed_dim_sizes(model, feeds))
             held = dict(zip(watched, run(feeds).values(), strict=True))
-            found = Back(model, facts, held, {p.value for p in points}).run()
+            found = RelevancePropagation(model, facts, held, {p.value for p in points}).run()
             for point in points:
                 total = found[point.value].sum(-1)
-                sums[point.block] += (total / np.maximum(total.sum(1, keepdims=True), TINY)).sum(0)
+                sums[point.block] += (total / np.maximum(total.sum(1, keepdims=True), RELEVANCE_EPSILON)).sum(0)
             count += len(next(iter(feeds.values())))
-    return {block: rounded(total / count) for block, total in sums.items()}
+    return {block: round_scores(total / count) for block, total in sums.items()}
 
 
-def rounded(scores: FloatArray) -> tuple[float, ...]:
-    return tuple(float(f"{s:.{DIGITS}g}") for s in scores)
+def round_scores(scores: FloatArray) -> tuple[float, ...]:
+    return tuple(float(f"{s:.{RELEVANCE_DIGITS}g}") for s in scores)
 
 
-def singles(model: ir.Model, batches: Iterable[Feeds]) -> Iterator[Feeds]:
+def single_samples(model: ir.Model, batches: Iterable[Feeds]) -> Iterator[Feeds]:
     """Sample by sample where the batch is dynamic, to hold fewer activations."""
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
     if any(v.shape is None or not len(v.shape) or isinstance(v.shape[0], int) for v in inputs):
@@ -77,34 +77,34 @@ def singles(model: ir.Model, batches: Iterable[Feeds]) -> Iterator[Feeds]:
             yield {name: array[k : k + 1] for name, array in feeds.items()}
 
 
-def sizes_of(model: ir.Model, feeds: Feeds) -> dict[str, int]:
+def feed_dim_sizes(model: ir.Model, feeds: Feeds) -> dict[str, int]:
     return {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
 
 
-def path_back(model: ir.Model, value: str) -> list[ir.Value]:
+def downstream_values(model: ir.Model, value: str) -> list[ir.Value]:
     """Floats that are read or made between ``value`` and the outputs, but for constants."""
     found: dict[ir.Value, None] = {}
     behind = {next(v for node in model.graph for v in node.outputs if v.name == value)}
     for node in model.graph:
-        if any(v in behind for v in reads(node)):
+        if any(v in behind for v in used_values(node)):
             behind.update(node.outputs)
-            found |= {v: None for v in (*reads(node), *node.outputs) if v.const_value is None and v.name}
+            found |= {v: None for v in (*used_values(node), *node.outputs) if v.const_value is None and v.name}
     return list(found)
 
 
-class Back:
+class RelevancePropagation:
     """One pass from the outputs back to ``wanted`` values. ``held``: contents of values."""
 
-    def __init__(self, model: ir.Model, facts: Facts, held: Mapping[ir.Value, AnyArray], wanted: set[str]) -> None:
+    def __init__(self, model: ir.Model, facts: ShapeFacts, held: Mapping[ir.Value, AnyArray], wanted: set[str]) -> None:
         self.model, self.facts, self.held, self.wanted = model, facts, held, wanted
         self.left: dict[ir.Value, FloatArray] = {}
-        self.shares = weights_made(model)
+        self.shares = attention_weight_values(model)
 
     def run(self) -> dict[str, FloatArray]:
         found: dict[str, FloatArray] = {}
         for value in self.model.graph.outputs:
             if value in self.held and is_float(self.facts.dtype.get(value)):
-                self.give(value, seed(self.array(value)))
+                self.give(value, seed_relevance(self.array(value)))
         behind = set(self.held)
         for node in reversed(list(self.model.graph)):
             relevance = [self.left.pop(v, None) for v in node.outputs]
@@ -113,10 +113,10 @@ class Back:
                     found[str(value.name)] = mine
             if len(found) == len(self.wanted):
                 break
-            if all(mine is None for mine in relevance) or not any(v in behind for v in reads(node)):
+            if all(mine is None for mine in relevance) or not any(v in behind for v in used_values(node)):
                 continue
-            if subgraphs(node):
-                raise unruled(node, "control flow")
+            if has_subgraphs(node):
+                raise no_relevance_rule(node, "control flow")
             self.hand_back(node, relevance)
         return {name: found.get(name, np.zeros(self.shape(name))) for name in self.wanted}
 
@@ -135,18 +135,18 @@ class Back:
 
     def hand_back(self, node: ir.Node, relevance: Sequence[FloatArray | None]) -> None:
         spec = lookup(node.domain, node.op_type)
-        call = self.facts.call(node, opset(self.model, node.domain))
+        call = self.facts.call(node, opset_version(self.model, node.domain))
         given = [np.zeros(call.outs[k]) if r is None else r for k, r in enumerate(relevance)]
-        RULES[spec.kind](self, node, spec, call, given)
+        RELEVANCE_RULES[spec.kind](self, node, spec, call, given)
 
 
-def seed(output: FloatArray) -> FloatArray:
+def seed_relevance(output: FloatArray) -> FloatArray:
     """One at the largest entry of each sample."""
     flat = output.reshape(len(output), -1)
     return np.asarray(np.eye(flat.shape[1])[flat.argmax(1)].reshape(output.shape))
 
 
-def weights_made(model: ir.Model) -> set[ir.Value]:
+def attention_weight_values(model: ir.Model) -> set[ir.Value]:
     """Attention weights: shares that add up to 1, wherever they were moved to."""
     found: set[ir.Value] = set()
     for node in model.graph:
@@ -157,14 +157,16 @@ def weights_made(model: ir.Model) -> set[ir.Value]:
     return found
 
 
-def unruled(node: ir.Node, reason: str) -> UserError:
+def no_relevance_rule(node: ir.Node, reason: str) -> UserError:
     return UserError(f"{node.op_type} {node.name}: relevance cannot be propagated through it ({reason}); use topk")
 
 
 # -- rules -----------------------------------------------------------------------------------------------------------
 
 
-def pointwise(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_pointwise(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     """To the operands that vary as the output does: biases, gains and statistics count as given."""
     total = given[0]
     full = [v for k, v in enumerate(node.inputs) if v is not None and v in back.held and call.shape(k) == call.outs[0]]
@@ -172,45 +174,51 @@ def pointwise(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequen
     if spec.divides:
         full = full[:1]
     if spec.effect == "add":
-        by_size(back, full, total)
+        share_by_magnitude(back, full, total)
         return
     for value in full:
         back.give(value, total / len(full))
 
 
-def by_size(back: Back, values: Sequence[ir.Value], total: FloatArray) -> None:
+def share_by_magnitude(back: RelevancePropagation, values: Sequence[ir.Value], total: FloatArray) -> None:
     if len(values) == 1:
         back.give(values[0], total)
         return
     sizes = [np.abs(back.array(v)) for v in values]
-    whole = np.maximum(sum(sizes[1:], sizes[0]), TINY)
+    whole = np.maximum(sum(sizes[1:], sizes[0]), RELEVANCE_EPSILON)
     for value, size in zip(values, sizes, strict=True):
         back.give(value, total * size / whole)
 
 
-def normalise(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_normalize(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     total = given[0] + sum((given[k] for k in spec.sums if k < len(given)), np.zeros(()))
-    by_size(back, [v for k in spec.data or (0,) if (v := node.inputs[k]) is not None], total)
+    share_by_magnitude(back, [v for k in spec.data or (0,) if (v := node.inputs[k]) is not None], total)
 
 
-def reduce(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_reduce(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     assert spec.axes is not None
     axes = spec.axes(call)
     total = given[0]
     if len(call.outs[0]) != len(call.shape(0)):
         total = np.expand_dims(total, axes)
     size = np.abs(back.array(node.inputs[0]))
-    back.give(node.inputs[0], total * size / np.maximum(size.sum(axes, keepdims=True), TINY))
+    back.give(node.inputs[0], total * size / np.maximum(size.sum(axes, keepdims=True), RELEVANCE_EPSILON))
 
 
-def movement(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_movement(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     assert spec.move is not None
     shape = call.shape(0)
     size = int(np.prod(shape, dtype=np.int64))
     try:
         places = spec.move(call, np.arange(size, dtype=np.int32).reshape(shape))
     except Blocked as block:
-        raise unruled(node, block.reason) from None
+        raise no_relevance_rule(node, block.reason) from None
     total = np.zeros(size)
     for place, mine in zip(places, given, strict=False):
         at, flat = np.broadcast_to(place, mine.shape).reshape(-1), mine.reshape(-1)
@@ -218,25 +226,29 @@ def movement(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequenc
     back.give(node.inputs[0], total.reshape(shape))
 
 
-def concat(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_concat(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     axis = int(call.attrs["axis"]) % len(call.outs[0])
     ends = np.cumsum([call.shape(k)[axis] for k in range(len(call.shapes))])[:-1]
     for value, part in zip(node.inputs, np.split(given[0], ends, axis), strict=True):
         back.give(value, part)
 
 
-def contraction(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_contraction(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     assert spec.letters is not None
     try:
         letters = spec.letters(call)
     except Blocked as block:
-        raise unruled(node, block.reason) from None
+        raise no_relevance_rule(node, block.reason) from None
     if letters.windowed:
-        raise unruled(node, "it sees tokens through a window")
+        raise no_relevance_rule(node, "it sees tokens through a window")
     values = [node.inputs[k] for k in spec.operands]
     made = [v in back.held and v not in back.shares for v in values]
     if sum(made) != 1:
-        raise unruled(node, "a product of two activations that is no attention")
+        raise no_relevance_rule(node, "a product of two activations that is no attention")
     one = made.index(True)
     mine, other = (letters.left, letters.right) if one == 0 else (letters.right, letters.left)
     back.give(
@@ -248,7 +260,7 @@ def z_plus(x: FloatArray, w: FloatArray, mine: str, other: str, out: str, total:
     """Of each output its relevance, shared among the positive products x * w that it is a sum of; by size among all of
     them where none is positive."""
     shape = x.shape
-    (x, mine), (w, other), (total, out) = squeezed(x, mine), squeezed(w, other), squeezed(total, out)
+    (x, mine), (w, other), (total, out) = squeeze_term(x, mine), squeeze_term(w, other), squeeze_term(total, out)
     forward, backward = f"{mine},{other}->{out}", f"{out},{other}->{mine}"
 
     def made(a: FloatArray, b: FloatArray) -> FloatArray:
@@ -259,31 +271,33 @@ def z_plus(x: FloatArray, w: FloatArray, mine: str, other: str, out: str, total:
 
     up, down = (np.maximum(x, 0), np.maximum(w, 0)), (np.minimum(x, 0), np.minimum(w, 0))
     positive = made(*up) + made(*down)
-    none = positive <= TINY
-    share = np.where(none, 0.0, total / np.maximum(positive, TINY))
+    none = positive <= RELEVANCE_EPSILON
+    share = np.where(none, 0.0, total / np.maximum(positive, RELEVANCE_EPSILON))
     found = shared(*up, share) + shared(*down, share)
     if none.any():
         size = np.abs(x), np.abs(w)
-        found = found + shared(*size, np.where(none, total / np.maximum(made(*size), TINY), 0.0))
+        found = found + shared(*size, np.where(none, total / np.maximum(made(*size), RELEVANCE_EPSILON), 0.0))
     return found.reshape(shape)
 
 
-def squeezed(array: FloatArray, term: str) -> tuple[FloatArray, str]:
+def squeeze_term(array: FloatArray, term: str) -> tuple[FloatArray, str]:
     """Without axes of size 1, which may meet longer ones."""
     keep = "".join(letter for letter, size in zip(term, array.shape, strict=True) if size > 1)
     return np.squeeze(array), keep
 
 
-def attention(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_attention(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     """Of a fused node the weights are computed again."""
-    shape = form(call, node.domain)
+    shape = attention_form(call, node.domain)
     extras = [k for k in (shape.scores, *shape.past, *shape.rotary, *shape.others(call)) if k is not None]
     if shape.packed or any(call.has(k) for k in extras):
-        raise unruled(node, "it holds its projections, or takes a mask or a cache")
+        raise no_relevance_rule(node, "it holds its projections, or takes a mask or a cache")
     if call.attrs.get("is_causal") or call.attrs.get("unidirectional"):
-        raise unruled(node, "it hides later tokens")
+        raise no_relevance_rule(node, "it hides later tokens")
     if shape.bias is not None and call.has(shape.bias):
-        raise unruled(node, "it adds a bias inside")
+        raise no_relevance_rule(node, "it adds a bias inside")
     heads, _ = head_counts(call)
     query, key, value = (back.array(node.inputs[k]) for k in (shape.query, shape.key, shape.value))
 
@@ -292,7 +306,7 @@ def attention(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequen
 
     q, k, v, total = (split(x) for x in (query, key, value, given[0]))
     if k.shape[1] != q.shape[1]:
-        raise unruled(node, "heads share keys")
+        raise no_relevance_rule(node, "heads share keys")
     scale = float(call.attrs.get("scale") or 0) or q.shape[-1] ** -0.5
     scores = scale * q @ k.swapaxes(2, 3)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -301,22 +315,26 @@ def attention(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequen
     back.give(node.inputs[shape.value], found.transpose(0, 2, 1, 3).reshape(value.shape) if heads else found)
 
 
-def nothing(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
+def relevance_shape(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
     """Shapes are no matter of relevance."""
 
 
-def opaque(back: Back, node: ir.Node, spec: OpSpec, call: Call, given: Sequence[FloatArray]) -> None:
-    raise unruled(node, spec.reason)
+def relevance_opaque(
+    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+) -> None:
+    raise no_relevance_rule(node, spec.reason)
 
 
-RULES: Mapping[str, Callable[[Back, ir.Node, OpSpec, Call, Sequence[FloatArray]], None]] = {
-    "pointwise": pointwise,
-    "normalise": normalise,
-    "reduce": reduce,
-    "movement": movement,
-    "concat": concat,
-    "contraction": contraction,
-    "attention": attention,
-    "shape": nothing,
-    "opaque": opaque,
+RELEVANCE_RULES: Mapping[str, Callable[[RelevancePropagation, ir.Node, OpSpec, OpCall, Sequence[FloatArray]], None]] = {
+    "pointwise": relevance_pointwise,
+    "normalise": relevance_normalize,
+    "reduce": relevance_reduce,
+    "movement": relevance_movement,
+    "concat": relevance_concat,
+    "contraction": relevance_contraction,
+    "attention": relevance_attention,
+    "shape": relevance_shape,
+    "opaque": relevance_opaque,
 }

@@ -8,23 +8,23 @@ from functools import partial
 import numpy as np
 
 from snpc.passes.analyze import Analysis
-from snpc.types import FloatArray, Group, IntArray, Numbers, Site
+from snpc.types import CriterionInputs, FloatArray, Group, IntArray, Site
 
 
-def numbers_of(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> Numbers:
+def criterion_inputs(analysis: Analysis, group: Group, sums: Mapping[str, FloatArray], samples: int) -> CriterionInputs:
     produce: Mapping[str, FloatArray]
     consume: Mapping[str, FloatArray]
     produce, consume = head_rows(analysis, group) if group.role == "head" else ({}, {})
     if not produce and not consume:  # heads may have an axis of their own
-        produce, consume = own_rows(analysis, group)
-    return Numbers(group.role, group.blocks, group.size, produce, consume, sums, samples)
+        produce, consume = group_weight_rows(analysis, group)
+    return CriterionInputs(group.role, group.blocks, group.size, produce, consume, sums, samples)
 
 
-def energies_of(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:
+def unit_weight_energies(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:
     """group id -> [blocks, size]: squares of all weights that make a unit or read it, added up."""
     found = {}
     for group in groups:
-        made = numbers_of(analysis, group, {}, 0)
+        made = criterion_inputs(analysis, group, {}, 0)
         total = np.zeros(group.blocks * group.size)
         for rows in (*made.produce.values(), *made.consume.values()):
             total += np.square(rows).sum(1)
@@ -32,7 +32,7 @@ def energies_of(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatA
     return found
 
 
-class Rows(Mapping[str, FloatArray]):
+class LazyRows(Mapping[str, FloatArray]):
     """Weights as rows per unit, each made when it is read: a group of many layers need not fit into memory."""
 
     def __init__(self, makers: Mapping[str, Callable[[], FloatArray]]) -> None:
@@ -48,20 +48,20 @@ class Rows(Mapping[str, FloatArray]):
         return len(self.makers)
 
 
-def own_rows(analysis: Analysis, group: Group) -> tuple[Rows, Rows]:
+def group_weight_rows(analysis: Analysis, group: Group) -> tuple[LazyRows, LazyRows]:
     """weight name -> [blocks * size, fan] for what makes the units, and for what reads them."""
     produce: dict[str, Callable[[], FloatArray]] = {}
     consume: dict[str, Callable[[], FloatArray]] = {}
     for site in group.sites:
         if site.kind in ("produce", "consume"):
             target = produce if site.kind == "produce" else consume
-            for k in range(occurrences(np.asarray(site.units))):
+            for k in range(max_occurrences(np.asarray(site.units))):
                 name = site.tensor if not k else f"{site.tensor}#{k}"
                 target[name] = partial(unit_rows, analysis, site, group, k)
-    return Rows(produce), Rows(consume)
+    return LazyRows(produce), LazyRows(consume)
 
 
-def occurrences(units: IntArray) -> int:
+def max_occurrences(units: IntArray) -> int:
     """How often a packed weight holds a unit (its Q and its K column)."""
     return int(np.bincount(units[units >= 0]).max(initial=0))
 
@@ -93,7 +93,7 @@ def head_rows(analysis: Analysis, group: Group) -> tuple[dict[str, FloatArray], 
         heads = blocks_to_heads(group, child) if child.role in ("qk", "vo") else None
         if heads is None:
             continue
-        makes, reads = own_rows(analysis, child)
+        makes, reads = group_weight_rows(analysis, child)
         for rows, target in ((makes, produce), (reads, consume)):
             for name, array in rows.items():
                 flat = array.reshape(child.blocks, -1)

@@ -6,19 +6,22 @@ import math
 
 import torch
 
-from snpc.torch.operators.registry import MICROSOFT, Call, Tensor, implements
+from snpc.ops.spec import MICROSOFT
+from snpc.torch.operators.registry import OperatorCall, Tensor, implements
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
+def unflatten_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, heads * d] -> [B, heads, N, d]."""
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
-def merge_heads(x: Tensor) -> Tensor:
+def flatten_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal_from: int | None) -> Tensor:
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal_from: int | None
+) -> Tensor:
     """[B, heads, N, d]; keys and values may have fewer heads. ``causal_from``: the position of the first query."""
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -32,41 +35,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, c
 
 
 @implements("Attention")
-def attention(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+def run_attention(
+    call: OperatorCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     past_k: Tensor | None = None, past_v: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert not call.get("softcap", 0.0) and lengths is None and call.outputs < 4, "this Attention is not implemented"
     flat = q.ndim == 3
     if flat:
-        q = split_heads(q, call.attrs["q_num_heads"])
-        k, v = (split_heads(x, call.attrs["kv_num_heads"]) for x in (k, v))
+        q = unflatten_heads(q, call.attrs["q_num_heads"])
+        k, v = (unflatten_heads(x, call.attrs["kv_num_heads"]) for x in (k, v))
     before = 0
     if past_k is not None and past_v is not None:
         before = past_k.shape[2]
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
     scale = call.get("scale", 1 / math.sqrt(q.shape[-1]))
-    out = attend(q, k, v, scale, mask, before if call.get("is_causal", 0) else None)
-    return (merge_heads(out) if flat else out), k, v
+    out = scaled_dot_product_attention(q, k, v, scale, mask, before if call.get("is_causal", 0) else None)
+    return (flatten_heads(out) if flat else out), k, v
 
 
 @implements("Attention", domain=MICROSOFT)
-def packed_attention(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None,
+def run_packed_attention(
+    call: OperatorCall, x: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None,
     past: Tensor | None = None, added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     assert past is None and not call.get("do_rotary", 0), "this Attention is not implemented"
     heads = call.attrs["num_heads"]
     sizes = list(call.get("qkv_hidden_sizes", [weight.shape[1] // 3] * 3))
     made = x @ weight if bias is None else x @ weight + bias
-    q, k, v = (split_heads(part, heads) for part in torch.split(made, sizes, -1))
-    hidden = key_mask(mask, call.get("mask_filter_value", -10000.0), q, x.shape[1])
+    q, k, v = (unflatten_heads(part, heads) for part in torch.split(made, sizes, -1))
+    hidden = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, x.shape[1])
     given = hidden if added is None else added if hidden is None else hidden + added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
-    return merge_heads(attend(q, k, v, scale, given, 0 if call.get("unidirectional", 0) else None))
+    return flatten_heads(
+        scaled_dot_product_attention(q, k, v, scale, given, 0 if call.get("unidirectional", 0) else None)
+    )
 
 
-def key_mask(mask: Tensor | None, value: float, q: Tensor, keys: int) -> Tensor | None:
+def key_mask_bias(mask: Tensor | None, value: float, q: Tensor, keys: int) -> Tensor | None:
     """What com.microsoft's key masks (1: look) add to scores."""
     if mask is None:
         return None
@@ -79,8 +84,8 @@ def key_mask(mask: Tensor | None, value: float, q: Tensor, keys: int) -> Tensor 
 
 
 @implements("MultiHeadAttention", domain=MICROSOFT)
-def multi_head_attention(
-    call: Call, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Tensor | None = None,
+def run_multi_head_attention(
+    call: OperatorCall, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Tensor | None = None,
     mask: Tensor | None = None, added: Tensor | None = None, past_k: Tensor | None = None, past_v: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert k is not None and v is not None and q.ndim == 3, "packed inputs of MultiHeadAttention are not implemented"
@@ -92,19 +97,19 @@ def multi_head_attention(
             x + bias[s : s + x.shape[-1] * (x.shape[2] if x.ndim == 4 else 1)] if x.ndim == 3 else x
             for x, s in zip(parts, starts, strict=True)
         ]
-    q, k, v = (split_heads(x, heads) if x.ndim == 3 else x for x in parts)
+    q, k, v = (unflatten_heads(x, heads) if x.ndim == 3 else x for x in parts)
     if past_k is not None and past_v is not None:
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-    hidden = key_mask(mask, call.get("mask_filter_value", -10000.0), q, k.shape[2])
+    hidden = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, k.shape[2])
     given = hidden if added is None else added if hidden is None else hidden + added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
     causal = k.shape[2] - q.shape[2] if call.get("unidirectional", 0) else None
-    return merge_heads(attend(q, k, v, scale, given, causal)), k, v
+    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, given, causal)), k, v
 
 
 @implements("GroupQueryAttention", domain=MICROSOFT)
-def group_query_attention(
-    call: Call, q: Tensor, k: Tensor | None, v: Tensor | None, past_k: Tensor | None, past_v: Tensor | None,
+def run_group_query_attention(
+    call: OperatorCall, q: Tensor, k: Tensor | None, v: Tensor | None, past_k: Tensor | None, past_v: Tensor | None,
     lengths: Tensor, total: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
     positions: Tensor | None = None, added: Tensor | None = None, sink: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -120,36 +125,42 @@ def group_query_attention(
     if k is None or v is None:
         width = q.shape[-1] // (heads + 2 * groups)
         q, k, v = torch.split(q, [heads * width, groups * width, groups * width], -1)
-    q, k, v = split_heads(q, heads), split_heads(k, groups), split_heads(v, groups)
+    q, k, v = unflatten_heads(q, heads), unflatten_heads(k, groups), unflatten_heads(v, groups)
     if call.get("do_rotary", 0) and cos is not None and sin is not None:
         where = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
-        turn = Call(call.op, call.version, {"interleaved": call.get("rotary_interleaved", 0)})
-        q, k = (rotated(x, cos, sin, where, 0, turn) for x in (q, k))
-    hidden = key_mask(lengths.reshape(-1) + 1, -math.inf, q, k.shape[2])
+        turn = OperatorCall(call.op, call.version, {"interleaved": call.get("rotary_interleaved", 0)})
+        q, k = (apply_rotary_embedding(x, cos, sin, where, 0, turn) for x in (q, k))
+    hidden = key_mask_bias(lengths.reshape(-1) + 1, -math.inf, q, k.shape[2])
     given = hidden if added is None else hidden + added if hidden is not None else added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
-    return merge_heads(attend(q, k, v, scale, given, 0)), k, v
+    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, given, 0)), k, v
 
 
 @implements("RotaryEmbedding")
-def rotary(call: Call, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
-    return rotated(x, cos, sin, positions, call.get("num_heads", 0), call)
+def run_rotary_embedding(
+    call: OperatorCall, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    return apply_rotary_embedding(x, cos, sin, positions, call.get("num_heads", 0), call)
 
 
 @implements("RotaryEmbedding", domain=MICROSOFT)
-def microsoft_rotary(call: Call, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def run_microsoft_rotary_embedding(
+    call: OperatorCall, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     if positions.ndim == 1:  # an offset
         count = x.shape[1] if x.ndim == 3 else x.shape[2]
         positions = (positions + torch.arange(count, device=positions.device))[None].expand(x.shape[0], -1)
     heads = call.get("num_heads", 0)
     if x.ndim == 3 and not heads:
         heads = x.shape[-1] // (2 * cos.shape[-1])
-    return rotated(x, cos, sin, positions, heads, call)
+    return apply_rotary_embedding(x, cos, sin, positions, heads, call)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, call: Call) -> Tensor:
+def apply_rotary_embedding(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, call: OperatorCall
+) -> Tensor:
     flat = x.ndim == 3
-    heads_first = split_heads(x, heads) if flat else x
+    heads_first = unflatten_heads(x, heads) if flat else x
     cos, sin = ((t if positions is None else t[positions]).unsqueeze(1) for t in (cos, sin))
     width = call.get("rotary_embedding_dim", 0) or 2 * cos.shape[-1]
     turned, rest = heads_first[..., :width], heads_first[..., width:]
@@ -161,4 +172,4 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads
         a, b = turned[..., : width // 2], turned[..., width // 2 :]
         made = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     whole = torch.cat([made, rest], -1)
-    return merge_heads(whole) if flat else whole
+    return flatten_heads(whole) if flat else whole

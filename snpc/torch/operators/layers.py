@@ -8,47 +8,50 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.registry import MICROSOFT, Call, Integers, Tensor, axis_list, implements
+from snpc.ops.spec import MICROSOFT
+from snpc.torch.operators.registry import Integers, OperatorCall, Tensor, axis_list, implements
 
 
 @implements("MatMul")
-def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def run_matmul(call: OperatorCall, a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
 
 
 @implements("FusedMatMul", domain=MICROSOFT)
-def fused_matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def run_fused_matmul(call: OperatorCall, a: Tensor, b: Tensor) -> Tensor:
     left = a.mT if call.get("transA", 0) else a
     product = torch.matmul(left, b.mT if call.get("transB", 0) else b)
     return torch.mul(product, call.get("alpha", 1.0))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUSED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Relu": F.relu, "Tanh": torch.tanh, "Sigmoid": torch.sigmoid, "": lambda x: x,
 }  # fmt: skip
 
 
 @implements("Gemm")
-def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+def run_gemm(call: OperatorCall, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     product = torch.matmul(a.mT if call.get("transA", 0) else a, b.mT if call.get("transB", 0) else b)
     scaled = product * call.get("alpha", 1.0) if call.get("alpha", 1.0) != 1 else product
     return scaled if c is None else scaled + (c * call.get("beta", 1.0) if call.get("beta", 1.0) != 1 else c)
 
 
 @implements("FusedGemm", domain=MICROSOFT)
-def fused_gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    return ACTIVATIONS[call.get("activation", "")](gemm(call, a, b, c))
+def run_fused_gemm(call: OperatorCall, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    return FUSED_ACTIVATIONS[call.get("activation", "")](run_gemm(call, a, b, c))
 
 
 @implements("Einsum")
-def einsum(call: Call, *values: Tensor) -> Tensor:
+def run_einsum(call: OperatorCall, *values: Tensor) -> Tensor:
     return torch.einsum(call.attrs["equation"], *values)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
-def window_pads(call: Call, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+def window_padding(
+    call: OperatorCall, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]
+) -> list[int]:
     """[before..., after...] per spatial axis."""
     spatial = len(kernel)
     mode = call.get("auto_pad", "NOTSET")
@@ -66,7 +69,7 @@ def window_pads(call: Call, x: Tensor, kernel: list[int], stride: list[int], dil
     return before + after
 
 
-def padded(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
+def pad_spatial(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
     spatial = len(pads) // 2
     if not any(pads):
         return x
@@ -74,23 +77,25 @@ def padded(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
 
 
 @implements("Conv")
-def conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+def run_conv(call: OperatorCall, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     spatial = w.ndim - 2
     stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
-    pads = window_pads(call, x, list(w.shape[2:]), stride, dilation)
+    pads = window_padding(call, x, list(w.shape[2:]), stride, dilation)
     run = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-    return run(padded(x, pads), w, b, stride=stride, dilation=dilation, groups=call.get("group", 1))
+    return run(pad_spatial(x, pads), w, b, stride=stride, dilation=dilation, groups=call.get("group", 1))
 
 
 @implements("FusedConv", domain=MICROSOFT)
-def fused_conv(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-    assert call.get("activation", "") in ACTIVATIONS, "this activation of a FusedConv is not implemented"
-    made = conv(call, x, w, b)
-    return ACTIVATIONS[call.get("activation", "")](made if added is None else made + added)
+def run_fused_conv(
+    call: OperatorCall, x: Tensor, w: Tensor, b: Tensor | None = None, added: Tensor | None = None
+) -> Tensor:
+    assert call.get("activation", "") in FUSED_ACTIVATIONS, "this activation of a FusedConv is not implemented"
+    made = run_conv(call, x, w, b)
+    return FUSED_ACTIVATIONS[call.get("activation", "")](made if added is None else made + added)
 
 
 @implements("ConvTranspose")
-def conv_transpose(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+def run_conv_transpose(call: OperatorCall, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     spatial = w.ndim - 2
     assert call.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and "output_shape" not in call.attrs
     stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
@@ -98,18 +103,18 @@ def conv_transpose(call: Call, x: Tensor, w: Tensor, b: Tensor | None = None) ->
     extra = list(call.get("output_padding", [0] * spatial))
     run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
     whole = run(x, w, None, stride=stride, dilation=dilation, groups=call.get("group", 1))
-    whole = padded(whole, [0] * spatial + extra)
+    whole = pad_spatial(whole, [0] * spatial + extra)
     for k in range(spatial):
         whole = whole.narrow(2 + k, pads[k], whole.shape[2 + k] - pads[k] - pads[spatial + k])
     return whole if b is None else whole + b.reshape(-1, *[1] * spatial)
 
 
 @implements("MaxPool", "AveragePool")
-def pool(call: Call, x: Tensor) -> Tensor:
+def run_pool(call: OperatorCall, x: Tensor) -> Tensor:
     kernel = list(call.attrs["kernel_shape"])
     spatial = len(kernel)
     stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
-    pads = window_pads(call, x, kernel, stride, dilation)
+    pads = window_padding(call, x, kernel, stride, dilation)
     if call.get("ceil_mode", 0):
         for k in range(spatial):
             size = x.shape[2 + k] + pads[k] + pads[spatial + k] - dilation[k] * (kernel[k] - 1) - 1
@@ -117,42 +122,42 @@ def pool(call: Call, x: Tensor) -> Tensor:
             pads[spatial + k] += short
     if call.op == "MaxPool":
         run = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
-        return run(padded(x, pads, -math.inf), kernel, stride, 0, dilation)
+        return run(pad_spatial(x, pads, -math.inf), kernel, stride, 0, dilation)
     mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1]
-    summed = mean(padded(x, pads), kernel, stride)
+    summed = mean(pad_spatial(x, pads), kernel, stride)
     if call.get("count_include_pad", 0) or not any(pads):
         return summed
-    return summed / mean(padded(torch.ones_like(x), pads), kernel, stride)
+    return summed / mean(pad_spatial(torch.ones_like(x), pads), kernel, stride)
 
 
 @implements("LpPool")
-def lp_pool(call: Call, x: Tensor) -> Tensor:
+def run_lp_pool(call: OperatorCall, x: Tensor) -> Tensor:
     p = call.get("p", 2)
     kernel = list(call.attrs["kernel_shape"])
     spatial = len(kernel)
     stride, dilation = (list(call.get(name, [1] * spatial)) for name in ("strides", "dilations"))
     assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
-    powers = padded(x.abs().pow(p), window_pads(call, x, kernel, stride, dilation))
+    powers = pad_spatial(x.abs().pow(p), window_padding(call, x, kernel, stride, dilation))
     mean: Tensor = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
     made: Tensor = (mean * math.prod(kernel)).pow(1 / p)
     return made
 
 
 @implements("GlobalLpPool")
-def global_lp_pool(call: Call, x: Tensor) -> Tensor:
+def run_global_lp_pool(call: OperatorCall, x: Tensor) -> Tensor:
     made: Tensor = torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
     return made
 
 
 @implements("GlobalAveragePool", "GlobalMaxPool")
-def global_pool(call: Call, x: Tensor) -> Tensor:
+def run_global_pool(call: OperatorCall, x: Tensor) -> Tensor:
     axes = list(range(2, x.ndim))
     return x.mean(axes, keepdim=True) if call.op == "GlobalAveragePool" else x.amax(axes, keepdim=True)
 
 
 @implements("Resize", "Upsample")
-def resize(
-    call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
+def run_resize(
+    call: OperatorCall, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
 ) -> Tensor:
     if call.op == "Upsample":
         scales = roi
@@ -189,14 +194,14 @@ REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
 
 
 @implements("ReduceProd", integers=(1,))
-def product(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+def run_reduce_product(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     for axis in sorted(axis_list(call, axes, x.ndim) or range(x.ndim), reverse=True):
         x = x.prod(axis, keepdim=bool(call.get("keepdims", 1)))
     return x
 
 
 @implements(*REDUCTIONS, integers=(1,))
-def reduction(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+def run_reduction(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     over = axis_list(call, axes, x.ndim)
     if not over:
         if call.get("noop_with_empty_axes", 0):
@@ -206,14 +211,14 @@ def reduction(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
 
 
 @implements("ArgMax", "ArgMin")
-def extreme(call: Call, x: Tensor) -> Tensor:
+def run_arg_extreme(call: OperatorCall, x: Tensor) -> Tensor:
     assert not call.get("select_last_index", 0), "select_last_index is not implemented"
     run = torch.argmax if call.op == "ArgMax" else torch.argmin
     return run(x, call.get("axis", 0), bool(call.get("keepdims", 1)))
 
 
 @implements("LayerNormalization")
-def layer_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def run_layer_normalization(call: OperatorCall, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     axis = call.get("axis", -1) % x.ndim
     axes = list(range(axis, x.ndim))
     if list(scale.shape) == list(x.shape[axis:]):
@@ -224,19 +229,19 @@ def layer_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 @implements("RMSNormalization", "SimplifiedLayerNormalization")
-def rms_normalisation(call: Call, x: Tensor, scale: Tensor) -> Tensor:
+def run_rms_normalization(call: OperatorCall, x: Tensor, scale: Tensor) -> Tensor:
     axes = list(range(call.get("axis", -1) % x.ndim, x.ndim))
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     normal = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5))
     return normal.to(x.dtype) * scale
 
 
-implements("SimplifiedLayerNormalization", domain=MICROSOFT)(rms_normalisation)
+implements("SimplifiedLayerNormalization", domain=MICROSOFT)(run_rms_normalization)
 
 
 @implements("SkipLayerNormalization", domain=MICROSOFT)
-def skip_normalisation(
-    call: Call, x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None
+def run_skip_normalization(
+    call: OperatorCall, x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     total = x + skip if bias is None else x + skip + bias
     normal = F.layer_norm(total, gamma.shape, gamma, beta, call.get("epsilon", 1e-12))
@@ -244,14 +249,16 @@ def skip_normalisation(
 
 
 @implements("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
-def skip_rms(call: Call, x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+def run_skip_rms_normalization(
+    call: OperatorCall, x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
     total = x + skip if bias is None else x + skip + bias
-    return rms_normalisation(call, total, gamma), total, total, total
+    return run_rms_normalization(call, total, gamma), total, total, total
 
 
 @implements("EmbedLayerNormalization", domain=MICROSOFT)
-def embed_normalisation(
-    call: Call, ids: Tensor, segments: Tensor | None, words: Tensor, positions: Tensor,
+def run_embed_normalization(
+    call: OperatorCall, ids: Tensor, segments: Tensor | None, words: Tensor, positions: Tensor,
     segment_table: Tensor | None, gamma: Tensor, beta: Tensor, mask: Tensor | None = None, places: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     where = torch.arange(ids.shape[1], device=ids.device) if places is None else places
@@ -263,17 +270,19 @@ def embed_normalisation(
 
 
 @implements("BatchNormalization")
-def batch_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def run_batch_normalization(
+    call: OperatorCall, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
     return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=call.get("epsilon", 1e-5))
 
 
 @implements("InstanceNormalization")
-def instance_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def run_instance_normalization(call: OperatorCall, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return F.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
 
 
 @implements("GroupNormalization")
-def group_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def run_group_normalization(call: OperatorCall, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     groups = call.attrs["num_groups"]
     if len(scale) == groups != x.shape[1]:
         scale, bias = (v.repeat_interleave(x.shape[1] // groups) for v in (scale, bias))
@@ -281,12 +290,12 @@ def group_normalisation(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> T
 
 
 @implements("LpNormalization")
-def lp_normalisation(call: Call, x: Tensor) -> Tensor:
+def run_lp_normalization(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.div(x, torch.linalg.vector_norm(x, call.get("p", 2), dim=call.get("axis", -1), keepdim=True))
 
 
 @implements("MeanVarianceNormalization")
-def standardised(call: Call, x: Tensor) -> Tensor:
+def run_mean_variance_normalization(call: OperatorCall, x: Tensor) -> Tensor:
     axes = list(call.get("axes", [0, 2, 3]))
     gap = x - x.mean(axes, keepdim=True)
     return gap / (gap.square().mean(axes, keepdim=True) + 1e-9).sqrt()

@@ -8,52 +8,52 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.registry import DTYPES, Call, Integers, Tensor, axis_list, implements, tensor_of
+from snpc.torch.operators.registry import TORCH_DTYPES, Integers, OperatorCall, Tensor, axis_list, implements, to_tensor
 
 
 @implements("Shape", reads="shape")
-def shape(call: Call, x: Tensor) -> Tensor:
+def run_shape(call: OperatorCall, x: Tensor) -> Tensor:
     sizes = list(x.shape)[call.get("start", 0) : call.get("end", None)]
     return torch.tensor(sizes, dtype=torch.int64)
 
 
 @implements("Size", reads="shape")
-def size(call: Call, x: Tensor) -> Tensor:
+def run_size(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.tensor(x.numel(), dtype=torch.int64)
 
 
 @implements("Constant")
-def constant(call: Call) -> Tensor:
+def run_constant(call: OperatorCall) -> Tensor:
     for name, value in call.attrs.items():
         if name == "value":
-            return tensor_of(value.numpy())
+            return to_tensor(value.numpy())
         kind = torch.float32 if "float" in name else torch.int64
         return torch.tensor(value, dtype=kind)
     raise AssertionError("a Constant without a value")
 
 
 @implements("ConstantOfShape", integers=(0,))
-def constant_of_shape(call: Call, sizes: Integers) -> Tensor:
+def run_constant_of_shape(call: OperatorCall, sizes: Integers) -> Tensor:
     value = call.get("value")
-    fill = torch.zeros(1) if value is None else tensor_of(value.numpy())
+    fill = torch.zeros(1) if value is None else to_tensor(value.numpy())
     return fill.reshape(()).expand(sizes).clone() if sizes else fill.reshape(())
 
 
 @implements("Range", loose=True)
-def arange(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+def run_range(call: OperatorCall, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
 
 
 @implements("EyeLike")
-def eye_like(call: Call, x: Tensor) -> Tensor:
+def run_eye_like(call: OperatorCall, x: Tensor) -> Tensor:
     kind = call.get("dtype")
-    made = torch.zeros_like(x, dtype=DTYPES[kind] if kind else x.dtype)
+    made = torch.zeros_like(x, dtype=TORCH_DTYPES[kind] if kind else x.dtype)
     made.diagonal(call.get("k", 0)).fill_(1)
     return made
 
 
 @implements("Reshape", integers=(1,))
-def reshape(call: Call, x: Tensor, sizes: Integers | None = None) -> Tensor:
+def run_reshape(call: OperatorCall, x: Tensor, sizes: Integers | None = None) -> Tensor:
     wanted = call.attrs["shape"] if sizes is None else sizes
     if not call.get("allowzero", 0):
         wanted = [x.shape[k] if n == 0 else n for k, n in enumerate(wanted)]
@@ -61,25 +61,25 @@ def reshape(call: Call, x: Tensor, sizes: Integers | None = None) -> Tensor:
 
 
 @implements("Flatten")
-def flatten(call: Call, x: Tensor) -> Tensor:
+def run_flatten(call: OperatorCall, x: Tensor) -> Tensor:
     axis = call.get("axis", 1)
     axis = axis + x.ndim if axis < 0 else axis
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 @implements("Transpose")
-def transpose(call: Call, x: Tensor) -> Tensor:
+def run_transpose(call: OperatorCall, x: Tensor) -> Tensor:
     return x.permute(list(call.get("perm", range(x.ndim)[::-1])))
 
 
 @implements("Squeeze", integers=(1,))
-def squeeze(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+def run_squeeze(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     given = axis_list(call, axes, x.ndim) or [k for k, n in enumerate(x.shape) if n == 1]
     return x.reshape([n for k, n in enumerate(x.shape) if k not in given])
 
 
 @implements("Unsqueeze", integers=(1,))
-def unsqueeze(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
+def run_unsqueeze(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     count = len(axes if axes is not None else call.attrs["axes"])
     for k in sorted(axis_list(call, axes, x.ndim + count)):
         x = x.unsqueeze(k)
@@ -87,23 +87,23 @@ def unsqueeze(call: Call, x: Tensor, axes: Integers | None = None) -> Tensor:
 
 
 @implements("Concat")
-def concat(call: Call, *values: Tensor) -> Tensor:
+def run_concat(call: OperatorCall, *values: Tensor) -> Tensor:
     return torch.cat(values, dim=call.attrs["axis"])
 
 
 @implements("Expand", integers=(1,))
-def expand(call: Call, x: Tensor, sizes: Integers) -> Tensor:
+def run_expand(call: OperatorCall, x: Tensor, sizes: Integers) -> Tensor:
     return x.expand(torch.broadcast_shapes(x.shape, sizes))  # type: ignore[no-untyped-call]
 
 
 @implements("Tile", integers=(1,))
-def tile(call: Call, x: Tensor, repeats: Integers) -> Tensor:
+def run_tile(call: OperatorCall, x: Tensor, repeats: Integers) -> Tensor:
     return x.repeat(repeats)
 
 
 @implements("Slice", integers=(1, 2, 3, 4))
-def slices(
-    call: Call,
+def run_slice(
+    call: OperatorCall,
     x: Tensor,
     starts: Integers | None = None,
     ends: Integers | None = None,
@@ -125,7 +125,7 @@ def slices(
 
 
 @implements("Split", integers=(1,))
-def split(call: Call, x: Tensor, sizes: Integers | None = None) -> tuple[Tensor, ...]:
+def run_split(call: OperatorCall, x: Tensor, sizes: Integers | None = None) -> tuple[Tensor, ...]:
     axis = call.get("axis", 0)
     given = sizes if sizes is not None else call.get("split")
     if given is None:
@@ -135,7 +135,7 @@ def split(call: Call, x: Tensor, sizes: Integers | None = None) -> tuple[Tensor,
 
 
 @implements("Gather")
-def gather(call: Call, x: Tensor, index: Tensor) -> Tensor:
+def run_gather(call: OperatorCall, x: Tensor, index: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index).to(torch.int64)
     picked = x.index_select(axis, index.reshape(-1))
@@ -143,13 +143,13 @@ def gather(call: Call, x: Tensor, index: Tensor) -> Tensor:
 
 
 @implements("GatherElements")
-def gather_elements(call: Call, x: Tensor, index: Tensor) -> Tensor:
+def run_gather_elements(call: OperatorCall, x: Tensor, index: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.ndim
     return torch.gather(x, axis, torch.where(index < 0, index + x.shape[axis], index))
 
 
 @implements("GatherND")
-def gather_nd(call: Call, x: Tensor, index: Tensor) -> Tensor:
+def run_gather_nd(call: OperatorCall, x: Tensor, index: Tensor) -> Tensor:
     lead, depth = call.get("batch_dims", 0), index.shape[-1]
     batch = [
         torch.arange(n, device=x.device).reshape([-1 if j == k else 1 for j in range(index.ndim - 1)])
@@ -159,7 +159,7 @@ def gather_nd(call: Call, x: Tensor, index: Tensor) -> Tensor:
 
 
 @implements("ScatterND")
-def scatter_nd(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
+def run_scatter_nd(call: OperatorCall, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     where = tuple(index[..., k] for k in range(index.shape[-1]))
     if call.get("reduction", "none") == "add":
         return x.index_put(where, updates, accumulate=True)
@@ -168,7 +168,7 @@ def scatter_nd(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
 
 
 @implements("Scatter", "ScatterElements")
-def scatter_elements(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
+def run_scatter_elements(call: OperatorCall, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.ndim
     index = torch.where(index < 0, index + x.shape[axis], index)
     kind = call.get("reduction", "none")
@@ -178,8 +178,12 @@ def scatter_elements(call: Call, x: Tensor, index: Tensor, updates: Tensor) -> T
 
 
 @implements("Pad", integers=(1, 3))
-def pad(
-    call: Call, x: Tensor, pads: Integers | None = None, value: Tensor | None = None, axes: Integers | None = None
+def run_pad(
+    call: OperatorCall,
+    x: Tensor,
+    pads: Integers | None = None,
+    value: Tensor | None = None,
+    axes: Integers | None = None,
 ) -> Tensor:
     given = pads if pads is not None else call.attrs["pads"]
     where = [k % x.ndim for k in axes] if axes is not None else list(range(x.ndim))
@@ -200,7 +204,7 @@ def pad(
 
 
 @implements("DepthToSpace")
-def depth_to_space(call: Call, x: Tensor) -> Tensor:
+def run_depth_to_space(call: OperatorCall, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = call.attrs["blocksize"]
     if call.get("mode", "DCR") == "DCR":
@@ -209,20 +213,20 @@ def depth_to_space(call: Call, x: Tensor) -> Tensor:
 
 
 @implements("SpaceToDepth")
-def space_to_depth(call: Call, x: Tensor) -> Tensor:
+def run_space_to_depth(call: OperatorCall, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = call.attrs["blocksize"]
     return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b**2, h // b, w // b)
 
 
 @implements("Trilu")
-def trilu(call: Call, x: Tensor, diagonal: Tensor | None = None) -> Tensor:
+def run_trilu(call: OperatorCall, x: Tensor, diagonal: Tensor | None = None) -> Tensor:
     k = 0 if diagonal is None else int(diagonal.item())
     return torch.triu(x, k) if call.get("upper", 1) else torch.tril(x, k)
 
 
 @implements("CumSum")
-def cumulate(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+def run_cumsum(call: OperatorCall, x: Tensor, axis: Tensor) -> Tensor:
     k = int(axis.item())
     values = x.flip(k) if call.get("reverse", 0) else x
     summed = values.cumsum(k).to(x.dtype)
@@ -232,7 +236,7 @@ def cumulate(call: Call, x: Tensor, axis: Tensor) -> Tensor:
 
 
 @implements("CumProd")
-def cumulate_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+def run_cumprod(call: OperatorCall, x: Tensor, axis: Tensor) -> Tensor:
     k = int(axis.item()) % x.ndim
     values = x.flip(k) if call.get("reverse", 0) else x
     if call.get("exclusive", 0):
@@ -241,29 +245,33 @@ def cumulate_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
     return made.flip(k) if call.get("reverse", 0) else made
 
 
-WINDOWS = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0), "BlackmanWindow": (0.42, 0.5, 0.08)}
+WINDOW_COEFFICIENTS = {
+    "HannWindow": (0.5, 0.5, 0.0),
+    "HammingWindow": (25 / 46, 21 / 46, 0.0),
+    "BlackmanWindow": (0.42, 0.5, 0.08),
+}
 
 
-@implements(*WINDOWS)
-def window(call: Call, size: Tensor) -> Tensor:
+@implements(*WINDOW_COEFFICIENTS)
+def run_window(call: OperatorCall, size: Tensor) -> Tensor:
     """a0 - a1 cos(2 pi n / N) + a2 cos(4 pi n / N)."""
     count = int(size.item())
     n = torch.arange(count, dtype=torch.float64, device=size.device)
     turn = 2 * math.pi * n / (count if call.get("periodic", 1) else count - 1)
-    first, second, third = WINDOWS[call.op]
+    first, second, third = WINDOW_COEFFICIENTS[call.op]
     made = first - second * turn.cos() + third * (2 * turn).cos()
-    return made.to(DTYPES[call.get("output_datatype", 1)])
+    return made.to(TORCH_DTYPES[call.get("output_datatype", 1)])
 
 
 @implements("TopK", integers=(1,))
-def top_k(call: Call, x: Tensor, count: Integers | None = None) -> tuple[Tensor, ...]:
+def run_top_k(call: OperatorCall, x: Tensor, count: Integers | None = None) -> tuple[Tensor, ...]:
     k = count[0] if count is not None else call.attrs["k"]
     found = torch.topk(x, k, call.get("axis", -1), bool(call.get("largest", 1)), bool(call.get("sorted", 1)))
     return found.values, found.indices
 
 
 @implements("OneHot", loose=True)
-def one_hot(call: Call, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
+def run_one_hot(call: OperatorCall, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
     count = int(depth.item())
     index = torch.where(index < 0, index + count, index).to(torch.int64)
     hot = (index.unsqueeze(-1) == torch.arange(count, device=index.device)).to(values.dtype)
@@ -271,5 +279,5 @@ def one_hot(call: Call, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
 
 
 @implements("NonZero", loose=True)
-def non_zero(call: Call, x: Tensor) -> Tensor:
+def run_nonzero(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.nonzero(x).T

@@ -9,7 +9,8 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.registry import DTYPES, MICROSOFT, Call, Tensor, implements
+from snpc.ops.spec import MICROSOFT
+from snpc.torch.operators.registry import TORCH_DTYPES, OperatorCall, Tensor, implements
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
@@ -30,85 +31,87 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _register() -> None:
+def _register_elementwise() -> None:
     for name, one in UNARY.items():
         implements(name)(lambda call, x, one=one: one(x))
     for name, two in BINARY.items():
         implements(name)(lambda call, a, b, two=two: two(a, b))
 
 
-_register()
+_register_elementwise()
 
 
 @implements("Identity")
-def identity(call: Call, x: Tensor) -> Tensor:
+def run_identity(call: OperatorCall, x: Tensor) -> Tensor:
     return x
 
 
 @implements("Dropout")
-def dropout(call: Call, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None) -> tuple[Tensor, ...]:
+def run_dropout(
+    call: OperatorCall, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """An exported model infers: nothing is dropped."""
     return x, torch.ones_like(x, dtype=torch.bool)
 
 
 @implements("Cast")
-def cast(call: Call, x: Tensor) -> Tensor:
-    return x.to(DTYPES[call.attrs["to"]])
+def run_cast(call: OperatorCall, x: Tensor) -> Tensor:
+    return x.to(TORCH_DTYPES[call.attrs["to"]])
 
 
 @implements("CastLike")
-def cast_like(call: Call, x: Tensor, like: Tensor) -> Tensor:
+def run_cast_like(call: OperatorCall, x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype)
 
 
 @implements("Div")
-def divide(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def run_div(call: OperatorCall, a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
 @implements("Mod")
-def modulo(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def run_mod(call: OperatorCall, a: Tensor, b: Tensor) -> Tensor:
     return torch.fmod(a, b) if call.get("fmod", 0) else torch.remainder(a, b)
 
 
 @implements("Pow")
-def power(call: Call, a: Tensor, b: Tensor) -> Tensor:
+def run_pow(call: OperatorCall, a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b.to(a.dtype)).to(a.dtype)
 
 
 @implements("Max")
-def maximum(call: Call, *values: Tensor) -> Tensor:
+def run_max(call: OperatorCall, *values: Tensor) -> Tensor:
     return reduce(torch.maximum, values)
 
 
 @implements("Min")
-def minimum(call: Call, *values: Tensor) -> Tensor:
+def run_min(call: OperatorCall, *values: Tensor) -> Tensor:
     return reduce(torch.minimum, values)
 
 
 @implements("Sum")
-def total(call: Call, *values: Tensor) -> Tensor:
+def run_sum(call: OperatorCall, *values: Tensor) -> Tensor:
     return reduce(torch.add, values)
 
 
 @implements("Mean")
-def average(call: Call, *values: Tensor) -> Tensor:
+def run_mean(call: OperatorCall, *values: Tensor) -> Tensor:
     return reduce(torch.add, values) / len(values)
 
 
 @implements("Where")
-def where(call: Call, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def run_where(call: OperatorCall, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition, a, b)
 
 
 @implements("IsInf")
-def is_infinite(call: Call, x: Tensor) -> Tensor:
+def run_is_inf(call: OperatorCall, x: Tensor) -> Tensor:
     positive, negative = torch.isposinf(x), torch.isneginf(x)
     return (positive & bool(call.get("detect_positive", 1))) | (negative & bool(call.get("detect_negative", 1)))
 
 
 @implements("Clip")
-def clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+def run_clip(call: OperatorCall, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     if call.version < 11:
         return torch.clamp(x, call.get("min"), call.get("max"))
     if low is not None:
@@ -117,50 +120,50 @@ def clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None =
 
 
 @implements("Elu")
-def elu(call: Call, x: Tensor) -> Tensor:
+def run_elu(call: OperatorCall, x: Tensor) -> Tensor:
     return F.elu(x, call.get("alpha", 1.0))
 
 
 @implements("Celu")
-def celu(call: Call, x: Tensor) -> Tensor:
+def run_celu(call: OperatorCall, x: Tensor) -> Tensor:
     return F.celu(x, call.get("alpha", 1.0))
 
 
 @implements("Selu")
-def selu(call: Call, x: Tensor) -> Tensor:
+def run_selu(call: OperatorCall, x: Tensor) -> Tensor:
     alpha, gamma = call.get("alpha", 1.67326319217681884765625), call.get("gamma", 1.05070102214813232421875)
     made: Tensor = gamma * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
     return made
 
 
 @implements("LeakyRelu")
-def leaky_relu(call: Call, x: Tensor) -> Tensor:
+def run_leaky_relu(call: OperatorCall, x: Tensor) -> Tensor:
     return F.leaky_relu(x, call.get("alpha", 0.01))
 
 
 @implements("ThresholdedRelu")
-def thresholded_relu(call: Call, x: Tensor) -> Tensor:
+def run_thresholded_relu(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.where(x > call.get("alpha", 1.0), x, torch.zeros_like(x))
 
 
 @implements("HardSigmoid")
-def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
+def run_hard_sigmoid(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.clamp(x * call.get("alpha", 0.2) + call.get("beta", 0.5), 0, 1)
 
 
 @implements("Shrink")
-def shrink(call: Call, x: Tensor) -> Tensor:
+def run_shrink(call: OperatorCall, x: Tensor) -> Tensor:
     edge, bias = call.get("lambd", 0.5), call.get("bias", 0.0)
     return torch.where(x < -edge, x + bias, torch.where(x > edge, x - bias, torch.zeros_like(x)))
 
 
 @implements("BitShift")
-def bit_shift(call: Call, x: Tensor, by: Tensor) -> Tensor:
+def run_bit_shift(call: OperatorCall, x: Tensor, by: Tensor) -> Tensor:
     return torch.bitwise_left_shift(x, by) if call.attrs["direction"] == "LEFT" else torch.bitwise_right_shift(x, by)
 
 
 @implements("Hardmax")
-def hardmax(call: Call, x: Tensor) -> Tensor:
+def run_hardmax(call: OperatorCall, x: Tensor) -> Tensor:
     """One at the first of the largest entries; its gradient is zero."""
     axis = call.get("axis", -1 if call.version >= 13 else 1) % x.ndim
     flat = x if call.version >= 13 else x.reshape(math.prod(x.shape[:axis]), -1)
@@ -170,33 +173,33 @@ def hardmax(call: Call, x: Tensor) -> Tensor:
 
 
 @implements("Swish")
-def swish(call: Call, x: Tensor) -> Tensor:
+def run_swish(call: OperatorCall, x: Tensor) -> Tensor:
     return x * torch.sigmoid(call.get("alpha", 1.0) * x)
 
 
 @implements("Gelu")
-def gelu(call: Call, x: Tensor) -> Tensor:
+def run_gelu(call: OperatorCall, x: Tensor) -> Tensor:
     kind = call.get("approximate", "none")
     return F.gelu(x, approximate=kind.decode() if isinstance(kind, bytes) else kind)
 
 
 @implements("Gelu", "BiasGelu", domain=MICROSOFT)
-def bias_gelu(call: Call, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def run_bias_gelu(call: OperatorCall, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(x if bias is None else x + bias)
 
 
 @implements("FastGelu", domain=MICROSOFT)
-def fast_gelu(call: Call, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def run_fast_gelu(call: OperatorCall, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
 @implements("QuickGelu", domain=MICROSOFT)
-def quick_gelu(call: Call, x: Tensor) -> Tensor:
+def run_quick_gelu(call: OperatorCall, x: Tensor) -> Tensor:
     return x * torch.sigmoid(call.get("alpha", 1.702) * x)
 
 
 @implements("Softmax", "LogSoftmax")
-def softmax(call: Call, x: Tensor) -> Tensor:
+def run_softmax(call: OperatorCall, x: Tensor) -> Tensor:
     run = F.softmax if call.op == "Softmax" else F.log_softmax
     axis = call.get("axis", -1 if call.version >= 13 else 1)
     if call.version >= 13:

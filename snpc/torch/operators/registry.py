@@ -12,11 +12,11 @@ import torch
 Tensor = torch.Tensor
 Result = Tensor | tuple[Tensor, ...]
 Integers = tuple[int, ...]
-F = TypeVar("F", bound="Callable[..., Result]")
+OperatorFunction = TypeVar("OperatorFunction", bound="Callable[..., Result]")
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """A node without its inputs: name, opset version, attributes, and how many outputs it has."""
 
     op: str
@@ -44,8 +44,6 @@ class Implementation:
 
 REGISTRY: dict[tuple[str, str], Implementation] = {}
 
-MICROSOFT = "com.microsoft"
-
 
 def implements(
     *names: str,
@@ -53,8 +51,8 @@ def implements(
     integers: Sequence[int] = (),
     loose: bool = False,
     reads: Literal["shape", "values"] = "values",
-) -> Callable[[F], F]:
-    def register(run: F) -> F:
+) -> Callable[[OperatorFunction], OperatorFunction]:
+    def register(run: OperatorFunction) -> OperatorFunction:
         for name in names:
             assert (domain, name) not in REGISTRY, name
             REGISTRY[domain, name] = Implementation(run, frozenset(integers), loose, reads)
@@ -63,20 +61,20 @@ def implements(
     return register
 
 
-DTYPES: dict[int, torch.dtype] = {
+TORCH_DTYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
 }  # fmt: skip
 """ONNX's element types as torch's."""
 
 
-def axis_list(call: Call, given: Integers | None, rank: int) -> list[int]:
+def axis_list(call: OperatorCall, given: Integers | None, rank: int) -> list[int]:
     """Axes from an input or, in earlier opsets, an attribute; none: an empty list."""
     axes = given if given is not None else call.get("axes")
     return [] if axes is None else [int(k) % rank for k in axes]
 
 
-def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+def to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     """A torch tensor with its own memory; bfloat16 and friends by way of their bits."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)

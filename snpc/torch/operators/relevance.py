@@ -15,13 +15,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from snpc.ops import lookup
-from snpc.torch.module import GraphModule, Step
-from snpc.torch.operators.registry import Call, Result, Tensor
+from snpc.torch.module import GraphModule, Instruction
+from snpc.torch.operators.registry import OperatorCall, Result, Tensor
 
-SMALL = 1e-6  # an activation function's factor f(x) / x is not taken where |x| is less
+MIN_ACTIVATION = 1e-6  # an activation function's factor f(x) / x is not taken where |x| is less
 
-PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-HEADED = 4  # axes of queries, keys and values that are split into heads
+MATMUL_FUNCTIONS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+HEADS_RANK = 4  # axes of queries, keys and values that are split into heads
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def relevance_rules(module: GraphModule) -> Iterator[None]:
         if all(name is None or name in constants for name in step.inputs):
             constants |= set(step.outputs)
 
-    def run(step: Step, arguments: Sequence[Any]) -> Result:
-        return by_rule(step, arguments, [name not in constants for name in step.inputs])
+    def run(step: Instruction, arguments: Sequence[Any]) -> Result:
+        return run_with_relevance_rule(step, arguments, [name not in constants for name in step.inputs])
 
     module.around = run
     try:
@@ -42,7 +42,7 @@ def relevance_rules(module: GraphModule) -> Iterator[None]:
         module.around = None
 
 
-def by_rule(step: Step, arguments: Sequence[Any], active: Sequence[bool]) -> Result:
+def run_with_relevance_rule(step: Instruction, arguments: Sequence[Any], active: Sequence[bool]) -> Result:
     """``active``: which of the inputs are activations."""
     call, spec = step.call, lookup(step.domain, step.call.op)
 
@@ -51,55 +51,57 @@ def by_rule(step: Step, arguments: Sequence[Any], active: Sequence[bool]) -> Res
 
     flowing = [k for k, x in enumerate(arguments) if active[k] and isinstance(x, Tensor) and x.requires_grad]
     if call.op in ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization") and flowing == [0]:
-        return normalised(call, plain(*arguments), *arguments)
+        return hold_deviation_fixed(call, plain(*arguments), *arguments)
     if call.op in ("Div", "Pow") and 1 in flowing:
         return plain(arguments[0], arguments[1].detach(), *arguments[2:])
     if (spec.kind == "contraction" or (spec.kind == "pointwise" and spec.effect == "scale")) and sum(active[:2]) == 2:
-        return halved(plain(*arguments), plain, arguments)
+        return halve_product_gradient(plain(*arguments), plain, arguments)
     if spec.kind == "attention":
-        with Halves():
+        with HalvedProducts():
             return plain(*arguments)
     if spec.kind == "pointwise" and spec.effect == "nonlinear" and len(flowing) == 1:
-        return factored(plain(*arguments), arguments[flowing[0]])
+        return hold_factor_fixed(plain(*arguments), arguments[flowing[0]])
     return plain(*arguments)
 
 
-def halved(value: Result, plain: Any, arguments: Sequence[Any]) -> Result:
+def halve_product_gradient(value: Result, plain: Any, arguments: Sequence[Any]) -> Result:
     """A product of two activations: half to each."""
     assert isinstance(value, Tensor)
     first, second, *rest = arguments
     paths = (plain(first, second.detach(), *rest) + plain(first.detach(), second, *rest)) / 2
-    return carried(value, paths)
+    return with_gradient_of(value, paths)
 
 
-class Halves(TorchFunctionMode):
+class HalvedProducts(TorchFunctionMode):
     """The products inside an attention node, of queries with keys and of weights with values: half to each. Those with
     weights that the node holds are of fewer axes."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        if func not in PRODUCTS or not args[0].ndim == args[1].ndim == HEADED:
+        if func not in MATMUL_FUNCTIONS or not args[0].ndim == args[1].ndim == HEADS_RANK:
             return value
-        return halved(value, func, args)
+        return halve_product_gradient(value, func, args)
 
 
-def factored(value: Result, x: Tensor) -> Result:
+def hold_factor_fixed(value: Result, x: Tensor) -> Result:
     """f(x) as x times f(x) / x, the factor held fixed."""
     if not isinstance(value, Tensor) or value.shape != x.shape or not value.is_floating_point():
         return value
-    safe = torch.where(x.abs() > SMALL, x, torch.ones_like(x)).detach()
-    factor = torch.where(x.abs() > SMALL, value / safe, torch.zeros_like(x)).detach()
-    return carried(value, x * factor)
+    safe = torch.where(x.abs() > MIN_ACTIVATION, x, torch.ones_like(x)).detach()
+    factor = torch.where(x.abs() > MIN_ACTIVATION, value / safe, torch.zeros_like(x)).detach()
+    return with_gradient_of(value, x * factor)
 
 
-def normalised(call: Call, value: Result, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Result:
+def hold_deviation_fixed(
+    call: OperatorCall, value: Result, x: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Result:
     """With the deviation held fixed."""
     axes = list(range(call.get("axis", -1) % x.ndim, x.ndim))
     gap = x - x.mean(axes, keepdim=True) if call.op.startswith("Layer") else x
     spread = (gap.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5)).sqrt().detach()
-    return carried(value if isinstance(value, Tensor) else value[0], gap / spread * scale.detach())
+    return with_gradient_of(value if isinstance(value, Tensor) else value[0], gap / spread * scale.detach())
 
 
-def carried(value: Tensor, path: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, path: Tensor) -> Tensor:
     """``value``, with the gradient of ``path``."""
     return value.detach() + path - path.detach()

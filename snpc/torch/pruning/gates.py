@@ -13,10 +13,9 @@ import torch
 
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
-from snpc.torch.module import Change, GraphModule
+from snpc.torch.module import GraphModule, WeightTransform
+from snpc.torch.operators.registry import Tensor
 from snpc.types import Group, Model, Site
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Gate:
     sites: tuple[Site, ...]
     power: float
 
-    def change(self, site: Site, factors: Tensor) -> Change:
+    def change(self, site: Site, factors: Tensor) -> WeightTransform:
         """A function of the constant at ``site``; ``factors`` [blocks, size]."""
         index = torch.as_tensor(site.units, device=factors.device)
         spread = torch.cat([factors.reshape(-1), factors.new_ones(1)])[index]  # -1: one
@@ -40,33 +39,33 @@ class Gate:
         return scaled
 
 
-def gate_of(analysis: Analysis, group: Group) -> Gate:
+def make_gate(analysis: Analysis, group: Group) -> Gate:
     """Weights that read a unit silence it alone; where there are none, those that make it do, with their biases."""
     reads = tuple(site for site in group.sites if site.kind == "consume")
     if reads:
         return Gate(group, reads, 1.0)
-    makes = tuple(s for s in group.sites if s.kind == "produce" or (s.kind == "pointwise" and is_added(analysis, s)))
+    makes = tuple(s for s in group.sites if s.kind == "produce" or (s.kind == "pointwise" and is_bias(analysis, s)))
     return Gate(group, makes, 2.0 if group.role == "qk" else 1.0)
 
 
-def is_added(analysis: Analysis, site: Site) -> bool:
+def is_bias(analysis: Analysis, site: Site) -> bool:
     """Is it a bias?"""
     users = analysis.traced.model.graph.initializers[site.tensor].uses()
     specs = [lookup(node.domain, node.op_type) for node, _ in users]
     return all(spec.effect == "add" or spec.kind in ("contraction", "attention") for spec in specs)
 
 
-def module_of(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
+def canonical_module(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
     """The model as it was analysed, so that sites have their names."""
     model: Model = replace(analysis.model, graph=analysis.traced.model)
     return GraphModule(model, watch=watch)
 
 
 @contextmanager
-def gated(module: GraphModule, gates: Sequence[Gate], factors: Mapping[str, Tensor]) -> Iterator[None]:
+def apply_gates(module: GraphModule, gates: Sequence[Gate], factors: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with ``factors`` (group id -> [blocks, size]) on, while the block runs."""
     before = module.changes
-    changes: dict[str, tuple[Change, ...]] = dict(before)
+    changes: dict[str, tuple[WeightTransform, ...]] = dict(before)
     for gate in gates:
         for site in gate.sites:
             changes[site.tensor] = (*changes.get(site.tensor, ()), gate.change(site, factors[gate.group.id]))

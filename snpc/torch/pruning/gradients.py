@@ -18,24 +18,23 @@ from snpc.criteria import Criterion
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import tensor_of
+from snpc.torch.operators.registry import Tensor, to_tensor
 from snpc.torch.operators.relevance import relevance_rules
-from snpc.torch.pruning.gates import Gate, gate_of, gated, module_of
+from snpc.torch.pruning.gates import Gate, apply_gates, canonical_module, make_gate
 from snpc.torch.training.labels import load_labels
 from snpc.torch.training.losses import cross_entropy
-from snpc.torch.training.sampling import sample_ids, singly
+from snpc.torch.training.sampling import one_sample_batches, sample_ids
 from snpc.types import FloatArray, Group, IntArray
 
-Tensor = torch.Tensor
-Observe = Callable[[str, Mapping[str, FloatArray]], None]
+GateObserver = Callable[[str, Mapping[str, FloatArray]], None]
 
 
-def measure_gates(
+def compute_gate_gradients(
     analysis: Analysis,
     calibration: Calibration,
     groups: Sequence[Group],
     criterion: Criterion,
-    observe: Observe,
+    observe: GateObserver,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> None:
     """Call ``observe(group id, measured)`` for every sample and group: arrays whose first axis is one sample.
@@ -48,27 +47,27 @@ def measure_gates(
     asked = {name for names in wanted.values() for name in names}
     source = str(getattr(criterion, "labels", ""))
     labels = load_labels(Path(source), calibration) if source else None
-    module = module_of(analysis)
-    gates = [gate_of(analysis, g) for g in groups]
-    costs = {g.id: costs_of(analysis, g) for g in groups}
-    alone = singly(calibration)
+    module = canonical_module(analysis)
+    gates = [make_gate(analysis, g) for g in groups]
+    costs = {g.id: gate_costs(analysis, g) for g in groups}
+    alone = one_sample_batches(calibration)
     for ids, feeds in zip(sample_ids(alone), progress(alone.batches()) if progress else alone.batches(), strict=True):
-        given = {name: tensor_of(array) for name, array in feeds.items()}
+        given = {name: to_tensor(array) for name, array in feeds.items()}
         found: dict[str, dict[str, FloatArray]] = {g.id: dict(costs[g.id]) for g in groups}
         if asked & {"gate:loss", "gate:weights"}:
             answers = None if labels is None else torch.from_numpy(labels[ids])
-            by_loss(analysis, module, gates, given, ids, answers, "gate:weights" in asked, found)
+            add_loss_gradients(analysis, module, gates, given, ids, answers, "gate:weights" in asked, found)
         if "gate:relevance" in asked:
-            by_relevance(analysis, module, gates, given, found)
+            add_relevance(analysis, module, gates, given, found)
         for group in groups:
             observe(group.id, {name: found[group.id][name] for name in wanted[group.id]})
 
 
-def ones(gates: Sequence[Gate]) -> dict[str, Tensor]:
+def initial_factors(gates: Sequence[Gate]) -> dict[str, Tensor]:
     return {g.group.id: torch.ones(g.group.blocks, g.group.size, requires_grad=True) for g in gates}
 
 
-def by_loss(
+def add_loss_gradients(
     analysis: Analysis,
     module: GraphModule,
     gates: Sequence[Gate],
@@ -78,40 +77,40 @@ def by_loss(
     weights: bool,
     found: dict[str, dict[str, FloatArray]],
 ) -> None:
-    factors = ones(gates)
+    factors = initial_factors(gates)
     tensors = dict(module.weights()) if weights else {}
-    with gated(module, gates, factors):
-        value = loss_of(analysis, module(given), int(ids[0]), labels)
+    with apply_gates(module, gates, factors):
+        value = sample_loss(analysis, module(given), int(ids[0]), labels)
     slots = [*factors.values(), *tensors.values()]
     gradients = torch.autograd.grad(value, slots, allow_unused=True)
     for gate, gradient in zip(gates, gradients, strict=False):
-        found[gate.group.id]["gate:loss"] = unit_array(gradient, gate)
+        found[gate.group.id]["gate:loss"] = per_unit_array(gradient, gate)
     if weights:
         squares = {
             name: torch.zeros_like(w) if g is None else (w.detach() * g).square()
             for (name, w), g in zip(tensors.items(), gradients[len(gates) :], strict=True)
         }
         for gate in gates:
-            found[gate.group.id]["gate:weights"] = unit_sums(module, gate.group, squares)
+            found[gate.group.id]["gate:weights"] = sum_per_unit(module, gate.group, squares)
 
 
-def by_relevance(
+def add_relevance(
     analysis: Analysis,
     module: GraphModule,
     gates: Sequence[Gate],
     given: Mapping[str, Tensor],
     found: dict[str, dict[str, FloatArray]],
 ) -> None:
-    factors = ones(gates)
-    with gated(module, gates, factors), relevance_rules(module):
+    factors = initial_factors(gates)
+    with apply_gates(module, gates, factors), relevance_rules(module):
         outputs = module(given)
-        answer = torch.stack([answered(name, outputs[name].float()) for name in floats(analysis)]).sum()
+        answer = torch.stack([output_relevance(name, outputs[name].float()) for name in loss_outputs(analysis)]).sum()
     gradients = torch.autograd.grad(answer, list(factors.values()), allow_unused=True)
     for gate, gradient in zip(gates, gradients, strict=True):
-        found[gate.group.id]["gate:relevance"] = unit_array(gradient, gate)
+        found[gate.group.id]["gate:relevance"] = per_unit_array(gradient, gate)
 
 
-def unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
+def per_unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
     """[1, blocks, size]."""
     shape = (1, gate.group.blocks, gate.group.size)
     if gradient is None:
@@ -119,7 +118,7 @@ def unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
     return gradient.detach().double().numpy().reshape(shape) / gate.power
 
 
-def unit_sums(module: GraphModule, group: Group, values: Mapping[str, Tensor]) -> FloatArray:
+def sum_per_unit(module: GraphModule, group: Group, values: Mapping[str, Tensor]) -> FloatArray:
     """[1, blocks, size]: values of weights, summed over those of each unit."""
     total = np.zeros(group.blocks * group.size + 1)
     for site in group.sites:
@@ -135,7 +134,7 @@ def unit_sums(module: GraphModule, group: Group, values: Mapping[str, Tensor]) -
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def floats(analysis: Analysis) -> list[str]:
+def loss_outputs(analysis: Analysis) -> list[str]:
     """Outputs that the loss looks at: the logits, else every float one."""
     found = [spec.name for spec in analysis.model.outputs if spec.dtype.kind == "f"]
     return [name for name in found if is_logits(name)] or found
@@ -145,12 +144,12 @@ def is_logits(name: str) -> bool:
     return "logit" in name.lower()
 
 
-def loss_of(analysis: Analysis, outputs: Mapping[str, Tensor], sample: int, labels: Tensor | None) -> Tensor:
+def sample_loss(analysis: Analysis, outputs: Mapping[str, Tensor], sample: int, labels: Tensor | None) -> Tensor:
     """Of one sample: the cross entropy of its labels, or of the classes that the model itself finds likeliest. Outputs
     that are not called logits are regressed to themselves plus noise that the sample's number seeds, whose expected
     squared gradient is the Fisher information of a Gaussian."""
     parts = []
-    for name in floats(analysis):
+    for name in loss_outputs(analysis):
         value = outputs[name].float()
         if labels is not None or is_logits(name):
             truth = value.detach().argmax(-1) if labels is None else labels
@@ -161,14 +160,14 @@ def loss_of(analysis: Analysis, outputs: Mapping[str, Tensor], sample: int, labe
     return torch.stack(parts).sum()
 
 
-def answered(name: str, value: Tensor) -> Tensor:
+def output_relevance(name: str, value: Tensor) -> Tensor:
     """What relevance starts from: the likeliest class's logit at every position, or half the squared output."""
     if is_logits(name):
         return value.max(-1).values.sum()
     return (value * value.detach()).sum()
 
 
-def costs_of(analysis: Analysis, group: Group) -> dict[str, FloatArray]:
+def gate_costs(analysis: Analysis, group: Group) -> dict[str, FloatArray]:
     """What one unit takes of a sample's MACs and activations, at the sizes that MACs are quoted at."""
     shapes = {str(v.name): shape for v, shape in analysis.traced.facts.shape.items()}
     elements = sum(math.prod(shapes.get(p.tensor) or (0,)) for p in group.probes)

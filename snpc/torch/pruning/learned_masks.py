@@ -16,20 +16,19 @@ import torch
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.runtime.statistics.unit_weights import own_rows
+from snpc.runtime.statistics.unit_weights import group_weight_rows
 from snpc.torch.module import GraphModule
-from snpc.torch.pruning.gates import Gate, gated
+from snpc.torch.operators.registry import Tensor
+from snpc.torch.pruning.gates import Gate, apply_gates
 from snpc.types import FloatArray, Group
 
-Tensor = torch.Tensor
-
-OVER = 100.0  # price of MACs above the target: times the square of their share of the dense model
-THRESHOLD = 0.5  # PSP: gates below it are closed
-OPEN = 2.0  # APMA: where indicators begin, as a logit
-WIDTH = 0.1  # of the ramp that stands in for the step at the threshold, for gradients
+MACS_PENALTY = 100.0  # price of MACs above the target: times the square of their share of the dense model
+PSP_THRESHOLD = 0.5  # PSP: gates below it are closed
+INITIAL_LOGIT = 2.0  # APMA: where indicators begin, as a logit
+RAMP_WIDTH = 0.1  # of the ramp that stands in for the step at the threshold, for gradients
 
 
-class Masks(torch.nn.Module):
+class LearnedMasks(torch.nn.Module):
     """Factors for ``groups``. ``target``: MACs to come down to, as a share of the dense ones."""
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
@@ -69,7 +68,7 @@ class Masks(torch.nn.Module):
 
     def penalty(self) -> Tensor:
         costs = torch.stack([self.cost(g) * (g.macs / self.dense) for g in self.groups]).sum()
-        return OVER * torch.relu(self.macs() - self.target).square() + costs
+        return MACS_PENALTY * torch.relu(self.macs() - self.target).square() + costs
 
     def scores(self) -> dict[str, FloatArray]:
         """Worth times MACs, so that a plan, which asks what a saved MAC costs, takes units in the order of worth."""
@@ -77,7 +76,7 @@ class Masks(torch.nn.Module):
             return {g.id: self.worth(g).double().cpu().numpy() * g.macs / (g.blocks * g.size) for g in self.groups}
 
 
-class Vib(Masks):
+class VibMasks(LearnedMasks):
     """Factors mu + sigma eps, eps normal noise; what is kept of a unit is mu^2 / (mu^2 + sigma^2), and log(1 + mu^2 /
     sigma^2) / 2, the information that passes (Dai et al. 2018, arXiv 1802.10399, eq. 9), is paid for. VTrans (arXiv
     2406.05276) puts such gates on Transformers."""
@@ -108,7 +107,7 @@ class Vib(Masks):
         return torch.log1p(self.ratio(group))
 
 
-class Psp(Masks):
+class PspMasks(LearnedMasks):
     """One scale per unit that is closed where it is below a threshold, and trained through it as if it were not; its
     absolute value is paid for. After parameterised structured pruning (Schindler et al. 2019, arXiv 1906.05180)."""
 
@@ -120,10 +119,10 @@ class Psp(Masks):
 
     def factor(self, group: Group) -> Tensor:
         scale = self.scale[self.numbers[group.id]]
-        return torch.add(scale, (torch.where(scale.abs() < THRESHOLD, 0.0, scale) - scale).detach())
+        return torch.add(scale, (torch.where(scale.abs() < PSP_THRESHOLD, 0.0, scale) - scale).detach())
 
     def kept(self, group: Group) -> Tensor:
-        return torch.sigmoid((self.scale[self.numbers[group.id]].abs() - THRESHOLD) / WIDTH)
+        return torch.sigmoid((self.scale[self.numbers[group.id]].abs() - PSP_THRESHOLD) / RAMP_WIDTH)
 
     def cost(self, group: Group) -> Tensor:
         return torch.mul(self.scale[self.numbers[group.id]].abs().mean(), self.price)
@@ -132,7 +131,7 @@ class Psp(Masks):
         return torch.abs(self.scale[self.numbers[group.id]])
 
 
-class Apma(Masks):
+class ApmaMasks(LearnedMasks):
     """An indicator in (0, 1) per unit; what is paid for one grows with its likeness to the others of its head, and
     every head gives the same share: a unit's worth is its indicator relative to its head's. After automatic channel
     pruning for multi-head attention (arXiv 2405.20867); its formulas are not reproduced."""
@@ -141,12 +140,12 @@ class Apma(Masks):
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
         super().__init__(analysis, groups, target)
-        self.indicator = self.made(OPEN)
+        self.indicator = self.made(INITIAL_LOGIT)
         for number, group in enumerate(self.groups):
-            self.register_buffer(f"alike{number}", likeness(analysis, group))
+            self.register_buffer(f"alike{number}", mean_cosine_similarity(analysis, group))
 
     def factor(self, group: Group) -> Tensor:
-        return torch.sigmoid(self.indicator[self.numbers[group.id]]) * (1 + math.exp(-OPEN))
+        return torch.sigmoid(self.indicator[self.numbers[group.id]]) * (1 + math.exp(-INITIAL_LOGIT))
 
     def kept(self, group: Group) -> Tensor:
         return torch.sigmoid(self.indicator[self.numbers[group.id]])
@@ -160,19 +159,19 @@ class Apma(Masks):
         return kept - kept.mean(dim=1, keepdim=True) + kept.mean()
 
 
-KINDS: Mapping[str, type[Masks]] = MappingProxyType({"vib": Vib, "psp": Psp, "apma": Apma})
+MASK_METHODS: Mapping[str, type[LearnedMasks]] = MappingProxyType({"vib": VibMasks, "psp": PspMasks, "apma": ApmaMasks})
 
 
-def masks_of(kind: str, analysis: Analysis, groups: Sequence[Group], target: float) -> Masks:
+def make_masks(kind: str, analysis: Analysis, groups: Sequence[Group], target: float) -> LearnedMasks:
     """Raises UserError for a kind that there is not."""
-    if kind not in KINDS:
-        raise UserError(f"masks {kind!r}: there are {', '.join(KINDS)}")
-    return KINDS[kind](analysis, groups, target)
+    if kind not in MASK_METHODS:
+        raise UserError(f"masks {kind!r}: there are {', '.join(MASK_METHODS)}")
+    return MASK_METHODS[kind](analysis, groups, target)
 
 
-def likeness(analysis: Analysis, group: Group) -> Tensor:
+def mean_cosine_similarity(analysis: Analysis, group: Group) -> Tensor:
     """[blocks, size] in [0, 1]: mean |cosine| of a unit's weights and those of the others of its block."""
-    makes, reads = own_rows(analysis, group)
+    makes, reads = group_weight_rows(analysis, group)
     rows = np.concatenate([*makes.values(), *reads.values()], axis=1).reshape(group.blocks, group.size, -1)
     norm = np.linalg.norm(rows, axis=2, keepdims=True)
     unit = rows / np.where(norm > 0, norm, 1.0)
@@ -180,13 +179,13 @@ def likeness(analysis: Analysis, group: Group) -> Tensor:
     return torch.as_tensor(cosine / max(group.size - 1, 1), dtype=torch.float32)
 
 
-class Masked(torch.nn.Module):
+class MaskedModule(torch.nn.Module):
     """A module with masks on; its own weights do not train."""
 
-    def __init__(self, module: GraphModule, gates: Sequence[Gate], masks: Masks) -> None:
+    def __init__(self, module: GraphModule, gates: Sequence[Gate], masks: LearnedMasks) -> None:
         super().__init__()
         self.inner, self.gates, self.masks = module.requires_grad_(False), tuple(gates), masks
 
     def forward(self, feeds: Any) -> Any:
-        with gated(self.inner, self.gates, self.masks.factors()):
+        with apply_gates(self.inner, self.gates, self.masks.factors()):
             return self.inner(feeds)

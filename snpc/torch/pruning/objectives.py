@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.runtime.evaluation.accuracy import Evaluation, accuracy, outputs
-from snpc.torch.finetune import Tuned
-from snpc.torch.training.checkpoints import run_name
+from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
+from snpc.torch.finetune import FinetuneResult
+from snpc.torch.training.checkpoints import run_fingerprint
 
 
-class Objective(Protocol):
+class PruningObjective(Protocol):
     """Something that grows as a model gets worse, and how far it may."""
 
     @property
@@ -24,7 +24,7 @@ class Objective(Protocol):
     def key(self) -> str:
         """Names all that decides what it says."""
 
-    def measure(self, tuned: Tuned) -> float: ...
+    def measure(self, tuned: FinetuneResult) -> float: ...
 
     def __str__(self) -> str:
         """Completes "no cut keeps ..."."""
@@ -44,8 +44,8 @@ class DriftLimit:
     def key(self) -> str:
         return f"drift {self.limit!r}"
 
-    def measure(self, tuned: Tuned) -> float:
-        return drift(tuned)
+    def measure(self, tuned: FinetuneResult) -> float:
+        return max_output_drift(tuned)
 
     def __str__(self) -> str:
         return f"the drift within {self.limit:g}"
@@ -60,7 +60,7 @@ class AccuracyDrop:
 
     limit: float
     dense: Path
-    evaluation: Evaluation = field(repr=False)
+    evaluation: EvaluationData = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -77,20 +77,20 @@ class AccuracyDrop:
         labels = self.evaluation.labels
         assert labels is not None
         said = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
-        return run_name(self.evaluation.data, self.limit, said)
+        return run_fingerprint(self.evaluation.data, self.limit, said)
 
     def accuracy(self, path: Path) -> float:
-        found = accuracy(outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
+        found = top1_accuracy(collect_outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
         assert found is not None
         return found
 
-    def measure(self, tuned: Tuned) -> float:
+    def measure(self, tuned: FinetuneResult) -> float:
         return self.before - self.accuracy(tuned.path)
 
     def __str__(self) -> str:
         return f"the accuracy within {self.limit:g} of the dense model's {self.before:.4g}"
 
 
-def drift(tuned: Tuned) -> float:
+def max_output_drift(tuned: FinetuneResult) -> float:
     """The largest of the outputs, relative."""
     return max(d.relative for d in tuned.after)

@@ -10,14 +10,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from snpc.runtime.io.atomic import discard, replacing
-from snpc.torch.training.checkpoints import Saved, broken, foreign, make_folder, unasked
+from snpc.runtime.io.atomic import atomic_write, discard_model
+from snpc.torch.training.checkpoints import (
+    CheckpointOptions,
+    invalid_checkpoint_error,
+    make_checkpoint_folder,
+    other_run_error,
+    unexpected_checkpoint_error,
+)
 
-FILE = "rounds.json"
+ROUND_LOG_FILE = "rounds.json"
 
 
 @dataclass(frozen=True)
-class Round:
+class PruningRound:
     """``macs``: share of the dense MACs that was cut to; ``drift``: of the outputs after training, relative; ``kept``:
     did the objective hold, so that the next round went on from here? ``lost``: accuracy lost, as a share of the
     samples, where that is the objective."""
@@ -29,14 +35,14 @@ class Round:
 
 
 @dataclass
-class Journal:
+class RoundLog:
     """``rounds`` that are done, of the run that ``run`` names. Each has a cut model, a tuned one, and while it lasts
     the state of its training."""
 
     folder: Path
     run: str
     every: int
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[PruningRound] = field(default_factory=list)
 
     def cut(self, turn: int) -> Path:
         return self.folder / f"cut{turn}.onnx"
@@ -44,51 +50,51 @@ class Journal:
     def tuned(self, turn: int) -> Path:
         return self.folder / f"tuned{turn}.onnx"
 
-    def training(self, turn: int) -> Saved:
-        return Saved(self.folder / f"training{turn}", self.every, resume=True)
+    def training(self, turn: int) -> CheckpointOptions:
+        return CheckpointOptions(self.folder / f"training{turn}", self.every, resume=True)
 
     def write(self) -> None:
-        with replacing(self.folder / FILE) as temporary:
+        with atomic_write(self.folder / ROUND_LOG_FILE) as temporary:
             temporary.write_text(json.dumps({"run": self.run, "rounds": [asdict(r) for r in self.rounds]}))
 
-    def add(self, found: Round) -> None:
+    def add(self, found: PruningRound) -> None:
         """Note a round, then remove what nothing needs any more."""
         before = max((k for k, r in enumerate(self.rounds, 1) if r.kept), default=None)
         self.rounds.append(found)
         turn = len(self.rounds)
         self.write()
-        discard(self.cut(turn))
+        discard_model(self.cut(turn))
         shutil.rmtree(self.training(turn).folder, ignore_errors=True)
         if not found.kept:
-            discard(self.tuned(turn))
+            discard_model(self.tuned(turn))
         elif before is not None:
-            discard(self.tuned(before))
+            discard_model(self.tuned(before))
 
 
 @contextmanager
-def journal(saved: Saved | None, run: str) -> Iterator[Journal]:
+def open_round_log(saved: CheckpointOptions | None, run: str) -> Iterator[RoundLog]:
     """The journal of a run in its folder, or in one that goes when the block ends. Raises UserError for one that is
     there and was not asked for, or of another run."""
     if saved is None:
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            yield Journal(Path(folder), run, 1 << 30)
+            yield RoundLog(Path(folder), run, 1 << 30)
         return
-    make_folder(saved)
-    path = saved.folder / FILE
-    noted = reading(path, run, saved.resume) if path.is_file() else []
-    found = Journal(saved.folder, run, saved.every, noted)
+    make_checkpoint_folder(saved)
+    path = saved.folder / ROUND_LOG_FILE
+    noted = read_rounds(path, run, saved.resume) if path.is_file() else []
+    found = RoundLog(saved.folder, run, saved.every, noted)
     found.write()  # before the first round, so that another run is refused from the start
     yield found
 
 
-def reading(path: Path, run: str, resume: bool) -> list[Round]:
+def read_rounds(path: Path, run: str, resume: bool) -> list[PruningRound]:
     if not resume:
-        raise unasked(path)
+        raise unexpected_checkpoint_error(path)
     try:
         found = json.loads(path.read_text())
-        rounds = [Round(**r) for r in found["rounds"]]
+        rounds = [PruningRound(**r) for r in found["rounds"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise broken(path, error) from None
+        raise invalid_checkpoint_error(path, error) from None
     if found.get("run") != run:
-        raise foreign(path)
+        raise other_run_error(path)
     return rounds

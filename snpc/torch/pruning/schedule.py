@@ -10,33 +10,33 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.planner import decide
-from snpc.pipeline.prune import apply_plan
-from snpc.planning.config import Choice, parse_target
-from snpc.planning.plan import Method
+from snpc.pipeline.planner import plan
+from snpc.pipeline.prune import apply_slice_plan
+from snpc.planning.config import Budget, parse_target
+from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.io.atomic import check_target, data_file, discard, publish
+from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import load, model_files
 from snpc.torch.finetune import finetune
-from snpc.torch.pruning.objectives import AccuracyDrop, Objective, drift
-from snpc.torch.pruning.round_log import Journal, Round, journal
-from snpc.torch.training.checkpoints import Saved, run_name
-from snpc.torch.training.options import Training
+from snpc.torch.pruning.objectives import AccuracyDrop, PruningObjective, max_output_drift
+from snpc.torch.pruning.round_log import PruningRound, RoundLog, open_round_log
+from snpc.torch.training.checkpoints import CheckpointOptions, run_fingerprint
+from snpc.torch.training.options import TrainingOptions
 
-SMALLEST = 8  # an adaptive step is halved down to this part of the first one
+MIN_STEP_DIVISOR = 8  # an adaptive step is halved down to this part of the first one
 
-Heard = Callable[[Round], None]
+RoundCallback = Callable[[PruningRound], None]
 
 
 @dataclass(frozen=True)
-class Way:
-    """How units are chosen in every round: see ``decide``."""
+class UnitSelection:
+    """How units are chosen in every round: see ``plan``."""
 
-    method: Method | None = None
+    method: PruningMethod | None = None
     criterion: str | None = None
 
 
-def cubic(share: float, rounds: int) -> list[float]:
+def cubic_schedule(share: float, rounds: int) -> list[float]:
     """What is left of the MACs after each round: s_t = s_f + (s_i - s_f) (1 - t / n)^3 with s the share that is gone,
     from none (Zhu and Gupta 2017, arXiv 1710.01878, eq. 1)."""
     return [1 - (1 - share) * (1 - (1 - t / rounds) ** 3) for t in range(1, rounds + 1)]
@@ -49,18 +49,18 @@ def prune_in_rounds(
     *,
     goal: str,
     rounds: int = 4,
-    way: Way | None = None,
-    training: Training | None = None,
-    saved: Saved | None = None,
-    heard: Heard | None = None,
-) -> list[Round]:
+    way: UnitSelection | None = None,
+    training: TrainingOptions | None = None,
+    saved: CheckpointOptions | None = None,
+    heard: RoundCallback | None = None,
+) -> list[PruningRound]:
     """Cut to ``goal`` ("macs=R") along the cubic schedule, ``training`` after each round, and write the last model."""
-    share = check(source, target, goal, rounds)
-    options = (source, data, way or Way(), training or Training())
-    with working(*options, None, saved, ("cubic", goal, rounds), heard) as work:
-        for left in cubic(share, rounds):
+    share = target_macs(source, target, goal, rounds)
+    options = (source, data, way or UnitSelection(), training or TrainingOptions())
+    with round_runner(*options, None, saved, ("cubic", goal, rounds), heard) as work:
+        for left in cubic_schedule(share, rounds):
             work.attempt(left)
-        hand_over(work.here, target)
+        copy_into_place(work.here, target)
         return work.notes.rounds
 
 
@@ -70,24 +70,24 @@ def prune_adaptively(
     target: Path,
     *,
     goal: str,
-    objective: Objective,
+    objective: PruningObjective,
     rounds: int = 4,
-    way: Way | None = None,
-    training: Training | None = None,
-    saved: Saved | None = None,
-    heard: Heard | None = None,
-) -> list[Round]:
+    way: UnitSelection | None = None,
+    training: TrainingOptions | None = None,
+    saved: CheckpointOptions | None = None,
+    heard: RoundCallback | None = None,
+) -> list[PruningRound]:
     """Cut by equal steps towards ``goal`` ("macs=R") for as long as ``objective`` holds after training; where it does
     not, go back to the model before and take half the step, down to an eighth (after AAP, Zhao et al. 2022, arXiv
     2201.10520: prune, test, roll back and tighten).
 
     Writes the narrowest model that held. Raises UserError where not even the smallest step did.
     """
-    share = check(source, target, goal, rounds)
-    options = (source, data, way or Way(), training or Training())
-    with working(*options, objective, saved, ("adaptive", goal, rounds), heard) as work:
+    share = target_macs(source, target, goal, rounds)
+    options = (source, data, way or UnitSelection(), training or TrainingOptions())
+    with round_runner(*options, objective, saved, ("adaptive", goal, rounds), heard) as work:
         left, step = 1.0, (1 - share) / rounds
-        smallest = step / SMALLEST
+        smallest = step / MIN_STEP_DIVISOR
         while left > share + 1e-9 and step >= smallest * (1 - 1e-9):
             aim = max(share, left - step)
             if work.attempt(aim).kept:
@@ -96,45 +96,45 @@ def prune_adaptively(
                 step /= 2
         if work.here == source:
             raise UserError(f"{source}: no cut keeps {objective}: allow more, or train longer")
-        hand_over(work.here, target)
+        copy_into_place(work.here, target)
         return work.notes.rounds
 
 
 @contextmanager
-def working(
+def round_runner(
     source: Path,
     data: Calibration,
-    way: Way,
-    training: Training,
-    objective: Objective | None,
-    saved: Saved | None,
+    way: UnitSelection,
+    training: TrainingOptions,
+    objective: PruningObjective | None,
+    saved: CheckpointOptions | None,
     schedule: tuple[object, ...],
-    heard: Heard | None,
-) -> Iterator[Work]:
+    heard: RoundCallback | None,
+) -> Iterator[RoundRunner]:
     dense = analyze(load(source))
     key = None if objective is None else objective.key
-    run = run_name(data, dense.model.digest, way, training, schedule, key)
-    with journal(saved, run) as notes:
-        yield Work(dense, data, way, training, objective, notes, heard or (lambda found: None))
+    run = run_fingerprint(data, dense.model.digest, way, training, schedule, key)
+    with open_round_log(saved, run) as notes:
+        yield RoundRunner(dense, data, way, training, objective, notes, heard or (lambda found: None))
 
 
 @dataclass
-class Work:
+class RoundRunner:
     """The model so far (``here``) and what rounds are made with. Rounds that the journal has are not made again."""
 
     dense: Analysis
     data: Calibration
-    way: Way
-    training: Training
-    objective: Objective | None
-    notes: Journal
-    heard: Heard
+    way: UnitSelection
+    training: TrainingOptions
+    objective: PruningObjective | None
+    notes: RoundLog
+    heard: RoundCallback
     turn: int = 0
 
     def __post_init__(self) -> None:
         self.here = self.dense.model.path
 
-    def attempt(self, left: float) -> Round:
+    def attempt(self, left: float) -> PruningRound:
         """Cut ``here`` to ``left`` of the dense MACs, train, and go on from there if the objective holds."""
         self.turn += 1
         if self.turn > len(self.notes.rounds):
@@ -145,7 +145,7 @@ class Work:
         self.heard(found)
         return found
 
-    def made(self, left: float) -> Round:
+    def made(self, left: float) -> PruningRound:
         cut = self.notes.cut(self.turn)
         if not cut.is_file():
             self.cut(left, cut)
@@ -156,26 +156,26 @@ class Work:
         if tuned is None:
             raise UserError("pruning in rounds takes one process")
         if self.objective is None:
-            return Round(left, drift(tuned), kept=True)
+            return PruningRound(left, max_output_drift(tuned), kept=True)
         value = self.objective.measure(tuned)
         lost = value if isinstance(self.objective, AccuracyDrop) else None
-        return Round(left, drift(tuned), value <= self.objective.limit, lost)
+        return PruningRound(left, max_output_drift(tuned), value <= self.objective.limit, lost)
 
     def cut(self, left: float, target: Path) -> None:
         analysis = analyze(load(self.here), self.dense.binding)
         share = min(1.0, left * self.dense.cost.macs / analysis.cost.macs)
-        found = decide(
+        found = plan(
             analysis,
-            Choice(target=f"macs={share!r}"),
+            Budget(target=f"macs={share!r}"),
             calibration=self.data,
             method=self.way.method,
             criterion=self.way.criterion,
         )
-        apply_plan(found.plan, target, compression=found.compression, calibration=self.data)
+        apply_slice_plan(found.plan, target, compression=found.compression, calibration=self.data)
 
 
-def check(source: Path, target: Path, goal: str, rounds: int) -> float:
-    for path in (target, data_file(target)):
+def target_macs(source: Path, target: Path, goal: str, rounds: int) -> float:
+    for path in (target, external_data_path(target)):
         check_target(path, *model_files(source))
     parsed = parse_target(goal)
     if parsed.kind != "macs":
@@ -185,13 +185,13 @@ def check(source: Path, target: Path, goal: str, rounds: int) -> float:
     return parsed.share
 
 
-def hand_over(path: Path, target: Path) -> None:
+def copy_into_place(path: Path, target: Path) -> None:
     """Copy to beside the target, and give the copy its name."""
     temporary = target.with_name(f".{target.name}.unverified.onnx")
     try:
         shutil.copyfile(path, temporary)
-        if data_file(path).is_file():
-            shutil.copyfile(data_file(path), data_file(temporary))
-        publish(temporary, target)
+        if external_data_path(path).is_file():
+            shutil.copyfile(external_data_path(path), external_data_path(temporary))
+        rename_into_place(temporary, target)
     finally:
-        discard(temporary)
+        discard_model(temporary)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from snpc.errors import UserError
-from snpc.torch.module import Change, GraphModule
+from snpc.torch.module import GraphModule, WeightTransform
 
-NAME = "adapters·"  # no initializer's path, as it ends in a middle dot
+ADAPTERS_NAME = "adapters·"  # no initializer's path, as it ends in a middle dot
 
 
 class Adapters(torch.nn.Module):
@@ -31,7 +31,7 @@ class Adapters(torch.nn.Module):
             [torch.nn.Parameter(w.detach().new_zeros(rank, w.shape[1])) for w in matrices.values()]
         )
 
-    def update(self, number: int, turned: bool) -> Change:
+    def update(self, number: int, turned: bool) -> WeightTransform:
         def changed(weight: torch.Tensor) -> torch.Tensor:
             product = self.left[number] @ self.right[number]
             return torch.add(weight, product.mT if turned else product)
@@ -39,27 +39,27 @@ class Adapters(torch.nn.Module):
         return changed
 
 
-def adapted(module: GraphModule, rank: int, seed: int) -> Adapters:
+def add_adapters(module: GraphModule, rank: int, seed: int) -> Adapters:
     """Put adapters on the module."""
     found = Adapters(module, rank, seed)
     module.requires_grad_(False)
     numbers = {name: k for k, name in enumerate(found.names)}
-    changes: dict[str, tuple[Change, ...]] = {}
+    changes: dict[str, tuple[WeightTransform, ...]] = {}
     for name in module.aliases:
         owner, turned = module.owner(name)
         if owner in numbers:
             changes[name] = (found.update(numbers[owner], turned),)
     module.changes = changes
-    module.add_module(NAME, found)
+    module.add_module(ADAPTERS_NAME, found)
     return found
 
 
-def fuse(module: GraphModule, adapters: Adapters) -> None:
+def merge_adapters(module: GraphModule, adapters: Adapters) -> None:
     """Add what the adapters have learnt to the weights, and take them off."""
     with torch.no_grad():
         for number, name in enumerate(adapters.names):
             module.weight(name).add_(adapters.left[number] @ adapters.right[number])
     module.changes = {}
-    delattr(module, NAME)
+    delattr(module, ADAPTERS_NAME)
     for _, weight in module.weights():
         weight.requires_grad_(True)

@@ -13,14 +13,14 @@ import torch
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.io.atomic import replacing
+from snpc.runtime.io.atomic import atomic_write
 from snpc.torch.training.sampling import sample_ids
 
-FILE = "checkpoint.pt"
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointOptions:
     """Where checkpoints go, one ``every`` so many steps: ``resume`` goes on from the one in ``folder``, if there is
     one."""
 
@@ -30,7 +30,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointFile:
     """Checkpoints in ``folder``, one ``every`` so many steps. ``run`` names all that decides the result: a checkpoint
     of another run is refused."""
 
@@ -40,10 +40,10 @@ class Checkpoints:
 
     @property
     def path(self) -> Path:
-        return self.folder / FILE
+        return self.folder / CHECKPOINT_FILE
 
     def write(self, state: dict[str, Any]) -> None:
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save({"run": self.run, **state}, temporary)
 
     def latest(self, device: torch.device) -> dict[str, Any] | None:
@@ -53,22 +53,22 @@ class Checkpoints:
         try:
             found: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise broken(self.path, error) from None
+            raise invalid_checkpoint_error(self.path, error) from None
         if found.get("run") != self.run:
-            raise foreign(self.path)
+            raise other_run_error(self.path)
         return found
 
 
-def opened(saved: Saved, run: str) -> Checkpoints:
+def open_checkpoint(saved: CheckpointOptions, run: str) -> CheckpointFile:
     """Checkpoints in a folder, which is made. Raises UserError where one is there that was not asked for."""
-    make_folder(saved)
-    found = Checkpoints(saved.folder, run, saved.every)
+    make_checkpoint_folder(saved)
+    found = CheckpointFile(saved.folder, run, saved.every)
     if found.path.is_file() and not saved.resume:
-        raise unasked(found.path)
+        raise unexpected_checkpoint_error(found.path)
     return found
 
 
-def make_folder(saved: Saved) -> None:
+def make_checkpoint_folder(saved: CheckpointOptions) -> None:
     if saved.every < 1:
         raise UserError(f"checkpoint every {saved.every} steps: must be at least 1")
     try:
@@ -77,7 +77,7 @@ def make_folder(saved: Saved) -> None:
         raise UserError(f"{saved.folder}: cannot make this folder for checkpoints ({error.strerror})") from None
 
 
-def run_name(data: Calibration, *parts: object) -> str:
+def run_fingerprint(data: Calibration, *parts: object) -> str:
     """Names a run by all that decides its result: which samples of ``data``, and ``parts``, which say what they are."""
     ids = np.concatenate(sample_ids(data))
     return hashlib.sha256(repr((data.source, *parts)).encode() + ids.tobytes()).hexdigest()
@@ -86,13 +86,13 @@ def run_name(data: Calibration, *parts: object) -> str:
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-def unasked(path: Path) -> UserError:
+def unexpected_checkpoint_error(path: Path) -> UserError:
     return UserError(f"{path}: there is a checkpoint already; go on from it with --resume, or remove it")
 
 
-def broken(path: Path, error: Exception) -> UserError:
+def invalid_checkpoint_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: not a checkpoint ({error}); remove it to start again")
 
 
-def foreign(path: Path) -> UserError:
+def other_run_error(path: Path) -> UserError:
     return UserError(f"{path}: it is of a run with other models, data or options; give those, or another folder")

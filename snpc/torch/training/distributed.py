@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Place:
+class Worker:
     """A process's device, its number and how many there are. Number 0 writes and reports."""
 
     device: torch.device
@@ -25,7 +25,7 @@ class Place:
 
 
 @contextmanager
-def placed() -> Iterator[Place]:
+def distributed_worker() -> Iterator[Worker]:
     """The place of this process: a GPU of its own where there are any, else the CPU. Under torchrun (it sets
     WORLD_SIZE) the processes find each other, by NCCL on GPUs and gloo on CPUs; a group that is there already is used
     as it is."""
@@ -35,19 +35,19 @@ def placed() -> Iterator[Place]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if world == 1:
-        yield Place(device)
+        yield Worker(device)
         return
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Place(device, rank, world)
+        yield Worker(device, rank, world)
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def together(place: Place) -> None:
+def wait_for_workers(place: Worker) -> None:
     """Wait until every process is here."""
     if place.world > 1:
         dist.barrier()

@@ -8,11 +8,11 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.sources import listed, refusing
+from snpc.runtime.calibration.sources import as_user_error, name_list
 from snpc.types import AnyArray, IntArray
 
-KEY = "labels"
-FORMS = ".npy, .npz (key 'labels', or the only one), or text with one whole number per line"
+LABELS_KEY = "labels"
+ACCEPTED_LABEL_FILES = ".npy, .npz (key 'labels', or the only one), or text with one whole number per line"
 
 
 def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
@@ -22,7 +22,7 @@ def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
     where there are not as many labels as samples.
     """
     where = str(source) if isinstance(source, Path) else "labels"
-    array = _read(source) if isinstance(source, Path) else np.asarray(source)
+    array = _read_label_file(source) if isinstance(source, Path) else np.asarray(source)
     if array.ndim == 0 or not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"{where}: it holds {array.dtype} of shape {list(array.shape)}: labels are whole numbers")
     needed = data.available
@@ -38,19 +38,19 @@ def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
     return array.astype(np.int64)
 
 
-def _read(path: Path) -> AnyArray:
+def _read_label_file(path: Path) -> AnyArray:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; labels are {FORMS}")
-    with refusing(str(path), f"labels are {FORMS}", OSError, ValueError, EOFError):
+        raise UserError(f"{path}: no such file; labels are {ACCEPTED_LABEL_FILES}")
+    with as_user_error(str(path), f"labels are {ACCEPTED_LABEL_FILES}", OSError, ValueError, EOFError):
         if path.suffix == ".npy":
             array: AnyArray = np.load(path, allow_pickle=False)
             return array
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 names = list(arrays)
-                name = KEY if KEY in names else names[0] if len(names) == 1 else None
+                name = LABELS_KEY if LABELS_KEY in names else names[0] if len(names) == 1 else None
                 if name is None:
-                    raise UserError(f"{path}: no array is called '{KEY}'; it holds {listed(names)}")
+                    raise UserError(f"{path}: no array is called '{LABELS_KEY}'; it holds {name_list(names)}")
                 found: AnyArray = arrays[name]
                 return found
         return np.loadtxt(path, dtype=np.int64, ndmin=1)

@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 
 from snpc.errors import UserError
-from snpc.torch.training.checkpoints import Checkpoints
-from snpc.torch.training.distributed import Place
-from snpc.torch.training.fsdp import optimiser_parts, part_like, shard, whole
+from snpc.torch.training.checkpoints import CheckpointFile
+from snpc.torch.training.distributed import Worker
+from snpc.torch.training.fsdp import gather_tensors, local_shard, shard_module, shard_optimizer_state
 from snpc.torch.training.losses import Batch, LossFunction
-from snpc.torch.training.options import Progress, Report, Training
+from snpc.torch.training.options import TrainingCallback, TrainingOptions, TrainingProgress
 
-SMOOTH = 0.9  # of the loss that is shown
+LOSS_SMOOTHING = 0.9  # of the loss that is shown
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """A training set. ``epoch`` gives the same batches for the same number each time, from batch ``first`` on."""
 
     @property
@@ -36,7 +36,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class Run:
+class TrainingState:
     """The state of a run between two steps, all that a checkpoint holds. ``average`` and ``best``: tensors beside the
     parameters, in their order; empty where there are none."""
 
@@ -53,10 +53,10 @@ class Run:
         """Of whole tensors, however many processes share them: all of them have to ask."""
         return {
             "step": self.step,
-            "weights": whole([p.detach() for p in self.parameters]),
-            "optimiser": whole(self.optimiser.state_dict()),
-            "average": whole(self.average),
-            "best": whole(self.best),
+            "weights": gather_tensors([p.detach() for p in self.parameters]),
+            "optimiser": gather_tensors(self.optimiser.state_dict()),
+            "average": gather_tensors(self.average),
+            "best": gather_tensors(self.best),
             "drift": self.drift,
             "behind": self.behind,
         }
@@ -64,17 +64,17 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["weights"], strict=True):
-                parameter.copy_(part_like(saved, parameter))
+                parameter.copy_(local_shard(saved, parameter))
         order = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.optimiser.load_state_dict(optimiser_parts(state["optimiser"], order))
+        self.optimiser.load_state_dict(shard_optimizer_state(state["optimiser"], order))
         self.average, self.best = (
-            [part_like(t, p) for t, p in zip(state[name], self.parameters, strict=False)]
+            [local_shard(t, p) for t, p in zip(state[name], self.parameters, strict=False)]
             for name in ("average", "best")
         )
         self.step, self.drift, self.behind = state["step"], state["drift"], state["behind"]
 
 
-class Objective(torch.nn.Module):
+class LossModule(torch.nn.Module):
     """A module together with its loss: what DistributedDataParallel wraps, so that it sees what the gradient is of."""
 
     def __init__(self, module: torch.nn.Module, loss: LossFunction) -> None:
@@ -86,7 +86,7 @@ class Objective(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """``losses``: of every step that ran here; ``drift``: the best on held-out data, None without any."""
 
     steps: int
@@ -98,33 +98,33 @@ class Trained:
 def train(
     module: torch.nn.Module,
     loss: LossFunction,
-    batches: Batches,
-    training: Training,
+    batches: BatchSource,
+    training: TrainingOptions,
     *,
-    place: Place | None = None,
+    place: Worker | None = None,
     parameters: Sequence[torch.nn.Parameter] | None = None,
     evaluate: Callable[[torch.nn.Module], float] | None = None,
-    checkpoints: Checkpoints | None = None,
-    report: Report | None = None,
-) -> Trained:
+    checkpoints: CheckpointFile | None = None,
+    report: TrainingCallback | None = None,
+) -> TrainingResult:
     """Train ``parameters`` (default: all) of ``module`` in place for ``training.steps`` steps or ``epochs``.
 
     With ``training.sharded`` the module is left in parts: see ``gathered``.
     ``evaluate``: what early stopping watches, lower is better; called on every process. Raises UserError where the loss
     is no longer finite.
     """
-    place = place or Place(torch.device("cpu"))
+    place = place or Worker(torch.device("cpu"))
     if training.sharded:
-        shard(module, place)
+        shard_module(module, place)
     trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
     steps = training.steps or training.epochs * batches.per_epoch
-    run = Run(trained, optimiser_of(trained, training))
+    run = TrainingState(trained, make_optimizer(trained, training))
     if training.ema:
         run.average = [p.detach().clone() for p in trained]
     saved = checkpoints.latest(place.device) if checkpoints else None
     if saved is not None:
         run.restore(saved)
-    objective = Objective(module, loss)
+    objective = LossModule(module, loss)
     runner: torch.nn.Module = objective
     if place.world > 1 and not training.sharded:
         ids = [place.device] if place.device.type == "cuda" else None
@@ -136,28 +136,30 @@ def train(
     shown = None
     start, first = time.perf_counter(), run.step
     if training.early_stop and evaluate is not None and not run.step:
-        watched(run, module, evaluate)  # what was given may be the best
-    stream = endless(batches, run.step)
+        evaluate_and_keep_best(run, module, evaluate)  # what was given may be the best
+    stream = batches_from(batches, run.step)
     while run.step < steps and not (training.early_stop and run.behind >= training.early_stop):
         rate = learning_rate(training, run.step, steps)
-        value = stepped(runner, next(stream), run, training, place, rate)
+        value = train_step(runner, next(stream), run, training, place, rate)
         losses.append(value)
-        shown = value if shown is None else SMOOTH * shown + (1 - SMOOTH) * value
+        shown = value if shown is None else LOSS_SMOOTHING * shown + (1 - LOSS_SMOOTHING) * value
         if training.early_stop and evaluate is not None and (run.step % every == 0 or run.step == steps):
-            watched(run, module, evaluate)
+            evaluate_and_keep_best(run, module, evaluate)
         if checkpoints and (run.step % checkpoints.every == 0 or run.step == steps):
             state = run.state() if training.sharded or place.leads else {}
             if place.leads:
                 checkpoints.write(state)
         if report and place.leads:
             left = (time.perf_counter() - start) / (run.step - first) * (steps - run.step)
-            report(Progress(run.step, steps, shown, rate, left, run.drift if math.isfinite(run.drift) else None))
-    finish(run)
+            report(
+                TrainingProgress(run.step, steps, shown, rate, left, run.drift if math.isfinite(run.drift) else None)
+            )
+    load_final_weights(run)
     drift = run.drift if run.best else None
-    return Trained(run.step, losses, drift, time.perf_counter() - start)
+    return TrainingResult(run.step, losses, drift, time.perf_counter() - start)
 
 
-def endless(batches: Batches, step: int) -> Iterator[Batch]:
+def batches_from(batches: BatchSource, step: int) -> Iterator[Batch]:
     """Batches from step ``step`` on."""
     number, first = divmod(step, batches.per_epoch)
     while True:
@@ -165,13 +167,15 @@ def endless(batches: Batches, step: int) -> Iterator[Batch]:
         number, first = number + 1, 0
 
 
-def stepped(runner: torch.nn.Module, batch: Batch, run: Run, training: Training, place: Place, rate: float) -> float:
+def train_step(
+    runner: torch.nn.Module, batch: Batch, run: TrainingState, training: TrainingOptions, place: Worker, rate: float
+) -> float:
     """One step; returns the loss, averaged over processes."""
     torch.manual_seed(hash((training.seed, run.step, place.rank)) % 2**63)  # for losses that draw random numbers
     for group in run.optimiser.param_groups:
         group["lr"] = rate
     run.optimiser.zero_grad(set_to_none=True)
-    with torch.autocast(place.device.type, torch.bfloat16, enabled=halved(training, place.device)):
+    with torch.autocast(place.device.type, torch.bfloat16, enabled=uses_bfloat16(training, place.device)):
         value = runner(batch)
     value.backward()
     if training.clip:
@@ -192,7 +196,7 @@ def stepped(runner: torch.nn.Module, batch: Batch, run: Run, training: Training,
     return found
 
 
-def optimiser_of(parameters: Sequence[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], training: TrainingOptions) -> torch.optim.Optimizer:
     """AdamW; gains and biases do not decay."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.decay},
@@ -201,7 +205,7 @@ def optimiser_of(parameters: Sequence[torch.nn.Parameter], training: Training) -
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.lr)
 
 
-def learning_rate(training: Training, step: int, steps: int) -> float:
+def learning_rate(training: TrainingOptions, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to zero."""
     warmup = steps // 20 if training.warmup is None else training.warmup
     if step < warmup:
@@ -209,16 +213,18 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     return training.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def halved(training: Training, device: torch.device) -> bool:
+def uses_bfloat16(training: TrainingOptions, device: torch.device) -> bool:
     """bfloat16 helps on GPUs that multiply it; on most CPUs it is slower than float32."""
     if training.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return training.precision == "bf16"
 
 
-def watched(run: Run, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]) -> None:
+def evaluate_and_keep_best(
+    run: TrainingState, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]
+) -> None:
     """Evaluate what would be written now, and keep it if it is the best so far."""
-    with exchanged(run.parameters, run.average), torch.no_grad():
+    with temporary_weights(run.parameters, run.average), torch.no_grad():
         drift = evaluate(module)
         better = drift < run.drift
         if better:
@@ -226,7 +232,7 @@ def watched(run: Run, module: torch.nn.Module, evaluate: Callable[[torch.nn.Modu
     run.drift, run.behind = (drift, 0) if better else (run.drift, run.behind + 1)
 
 
-def finish(run: Run) -> None:
+def load_final_weights(run: TrainingState) -> None:
     """Leave in the module what is to be written: the best weights, else their average, else the last."""
     with torch.no_grad():
         for parameter, value in zip(run.parameters, run.best or run.average or run.parameters, strict=True):
@@ -234,7 +240,7 @@ def finish(run: Run) -> None:
 
 
 @contextmanager
-def exchanged(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+def temporary_weights(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
     """The parameters hold ``values`` (where there are any) while the block runs."""
     if not values:
         yield

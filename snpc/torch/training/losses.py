@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.training.options import Training
-
-Tensor = torch.Tensor
+from snpc.torch.operators.registry import Tensor
+from snpc.torch.training.options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,18 @@ LossFunction = Callable[[torch.nn.Module, Batch], Tensor]
 """(module, batch) -> [samples], or anything else whose mean is to fall."""
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """[samples]: Kullback-Leibler divergence over the last axis, times the temperature's square, averaged over the rest
     (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
     ours = F.log_softmax(student.float() / temperature, -1)
     theirs = F.log_softmax(teacher.float() / temperature, -1)
     gap = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * temperature**2
-    return per_sample(gap)
+    return mean_per_sample(gap)
 
 
-def squared_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
+def relative_squared_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     """[samples]: mean squared error, as a share of ``scale``."""
-    return per_sample((student.float() - teacher.float()).square()) / scale
+    return mean_per_sample((student.float() - teacher.float()).square()) / scale
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -52,12 +51,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return found.reshape(len(labels), -1).sum(1) / counted
 
 
-def per_sample(values: Tensor) -> Tensor:
+def mean_per_sample(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).mean(1) if values.ndim > 1 else values
 
 
-def distillation(
-    training: Training, outputs: tuple[str, ...], hidden: tuple[str, ...], scales: Mapping[str, float]
+def distillation_loss(
+    training: TrainingOptions, outputs: tuple[str, ...], hidden: tuple[str, ...], scales: Mapping[str, float]
 ) -> LossFunction:
     """The loss that ``training`` describes. ``scales``: mean square of the teacher's values, for relative errors."""
 
@@ -66,15 +65,15 @@ def distillation(
         parts = []
         for name in outputs:
             if "kd" in training.loss:
-                parts.append(divergence(found[name], batch.targets[name], training.temperature))
+                parts.append(kl_divergence(found[name], batch.targets[name], training.temperature))
             if training.loss == "mse":
-                parts.append(squared_error(found[name], batch.targets[name], scales[name]))
+                parts.append(relative_squared_error(found[name], batch.targets[name], scales[name]))
             if training.labelled:
                 assert batch.labels is not None
                 parts.append(cross_entropy(found[name], batch.labels))
         total = torch.stack([part.mean() for part in parts]).sum()
         if hidden:
-            errors = [squared_error(found[name], batch.targets[name], scales[name]).mean() for name in hidden]
+            errors = [relative_squared_error(found[name], batch.targets[name], scales[name]).mean() for name in hidden]
             total = total + torch.stack(errors).mean()
         return total
 

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 from snpc.errors import UserError
 
-Loss = Literal["kd", "ce", "mse", "kd+ce"]
+LossKind = Literal["kd", "ce", "mse", "kd+ce"]
 Reinit = Literal["none", "epochs", "budget"]
-Precision = Literal["auto", "fp32", "bf16"]
+TrainingPrecision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     """Options of a run. Raises UserError for values that make no sense.
 
     ``epochs`` or, if given, ``steps`` bound the run; ``batch`` is over all processes together. ``lr`` is reached after
@@ -45,7 +45,7 @@ class Training:
     lr: float = 3e-4
     decay: float = 0.01
     warmup: int | None = None
-    loss: Loss = "kd"
+    loss: LossKind = "kd"
     temperature: float = 2.0
     layerwise: bool = False
     outputs: tuple[str, ...] = ()
@@ -56,23 +56,23 @@ class Training:
     adapters: int = 0
     reinit: Reinit = "none"
     seed: int = 0
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require_option(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay", "adapters"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
-        require(self.lr > 0, "lr", self.lr, "more than 0")
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
-        require(self.loss in get_args(Loss), "loss", self.loss, f"one of {', '.join(get_args(Loss))}")
-        require(self.reinit in get_args(Reinit), "reinit", self.reinit, f"one of {', '.join(get_args(Reinit))}")
-        require(self.reinit == "none" or not self.adapters, "adapters", self.adapters, "0 with new weights")
-        require(not (self.sharded and self.adapters), "adapters", self.adapters, "0 with sharded weights")
-        require(self.precision in get_args(Precision), "precision", self.precision, "auto, fp32 or bf16")
+            require_option(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_option(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
+        require_option(self.lr > 0, "lr", self.lr, "more than 0")
+        require_option(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require_option(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        require_option(self.loss in get_args(LossKind), "loss", self.loss, f"one of {', '.join(get_args(LossKind))}")
+        require_option(self.reinit in get_args(Reinit), "reinit", self.reinit, f"one of {', '.join(get_args(Reinit))}")
+        require_option(self.reinit == "none" or not self.adapters, "adapters", self.adapters, "0 with new weights")
+        require_option(not (self.sharded and self.adapters), "adapters", self.adapters, "0 with sharded weights")
+        require_option(self.precision in get_args(TrainingPrecision), "precision", self.precision, "auto, fp32 or bf16")
 
     @property
     def distils(self) -> bool:
@@ -84,13 +84,13 @@ class Training:
         return "ce" in self.loss
 
 
-def require(fine: bool, name: str, value: object, wanted: str) -> None:
+def require_option(fine: bool, name: str, value: object, wanted: str) -> None:
     if not fine:
         raise UserError(f"{name} {value}: must be {wanted}")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where a run is after a step. ``left``: seconds. ``drift``: of the last evaluation, None without one."""
 
     step: int
@@ -101,4 +101,4 @@ class Progress:
     drift: float | None = None
 
 
-Report = Callable[[Progress], None]
+TrainingCallback = Callable[[TrainingProgress], None]

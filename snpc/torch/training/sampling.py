@@ -12,10 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration, Piece, planned
+from snpc.runtime.calibration.dataset import Calibration, RowSelection, pack_batches
 from snpc.types import IntArray
 
-SHUFFLE, SPLIT = 1, 2  # what else numbers are drawn for with a seed; it also says which samples of a source are taken
+SHUFFLE_STREAM, SPLIT_STREAM = (
+    1,
+    2,
+)  # what else numbers are drawn for with a seed; it also says which samples of a source are taken
 
 
 def sample_ids(data: Calibration) -> list[IntArray]:
@@ -23,48 +26,48 @@ def sample_ids(data: Calibration) -> list[IntArray]:
     return [np.concatenate([piece.ids for piece in pieces]) for pieces in data.plan]
 
 
-def shuffled(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
+def shuffle_samples(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
     """In an order that ``seed`` decides, in batches of at most ``batch`` and nearly equal sizes."""
-    rng = np.random.default_rng((*seed, SHUFFLE))
-    lines = _lines(data)
-    kinds: dict[Hashable, list[Piece]] = {}
+    rng = np.random.default_rng((*seed, SHUFFLE_STREAM))
+    lines = _rows_by_part(data)
+    kinds: dict[Hashable, list[RowSelection]] = {}
     for k in rng.permutation(len(lines)):
         mixed = replace(lines[k], rows=rng.permutation(lines[k].rows))
         kinds.setdefault(mixed.kind, []).append(mixed)
-    plan = [pieces for alike in kinds.values() for pieces in _batched(data, alike, batch)]
+    plan = [pieces for alike in kinds.values() for pieces in _equal_batches(data, alike, batch)]
     if len(kinds) > 1:
         plan = [plan[k] for k in rng.permutation(len(plan))]
-    return _with_plan(data, plan)
+    return _with_batches(data, plan)
 
 
-def split(data: Calibration, held: int, seed: int) -> tuple[Calibration, Calibration]:
+def hold_out(data: Calibration, held: int, seed: int) -> tuple[Calibration, Calibration]:
     """(all but ``held`` samples, those), drawn by ``seed``. Raises UserError where one of the two would be empty."""
-    lines = _lines(data)
+    lines = _rows_by_part(data)
     total = sum(map(len, lines))
     chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng((seed, SPLIT)).permutation(total)[:held]] = True
+    chosen[np.random.default_rng((seed, SPLIT_STREAM)).permutation(total)[:held]] = True
     parts = np.split(chosen, np.cumsum([len(line) for line in lines])[:-1])
     found = []
     for wanted in (False, True):
         kept = [replace(line, rows=line.rows[part == wanted]) for line, part in zip(lines, parts, strict=True)]
-        plan = planned([line for line in kept if len(line)], data.batch)
+        plan = pack_batches([line for line in kept if len(line)], data.batch)
         found.append(
-            _with_plan(data, [pieces for pieces in plan if not data.axes.size or _count(pieces) == data.batch])
+            _with_batches(data, [pieces for pieces in plan if not data.axes.size or _count_rows(pieces) == data.batch])
         )
     if not all(part.samples for part in found):
         raise UserError(f"{data.source}: {total} samples are too few to hold some of them out")
     return found[0], found[1]
 
 
-def shared(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[float]]:
+def shard_batches(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[float]]:
     """What process ``rank`` of ``world`` takes of every batch, and what each of its batches counts in an average over
     processes. Batches with fewer samples than processes are left out."""
     plan, weights = [], []
     for pieces in data.plan:
-        count = _count(pieces)
+        count = _count_rows(pieces)
         if count < world:
             continue
-        mine: list[Piece] = []
+        mine: list[RowSelection] = []
         start = 0
         for piece in pieces:
             rows = piece.rows[(rank - start) % world :: world]
@@ -72,41 +75,41 @@ def shared(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[
             if len(rows):
                 mine.append(replace(piece, rows=rows))
         plan.append(mine)
-        weights.append(_count(mine) * world / count)
-    return _with_plan(data, plan), weights
+        weights.append(_count_rows(mine) * world / count)
+    return _with_batches(data, plan), weights
 
 
-def singly(data: Calibration) -> Calibration:
+def one_sample_batches(data: Calibration) -> Calibration:
     """As they are stored, one sample per batch, or as few as the model takes."""
     if data.whole:
         return data
-    return _with_plan(data, planned(_lines(data), data.axes.size or 1))
+    return _with_batches(data, pack_batches(_rows_by_part(data), data.axes.size or 1))
 
 
-def from_batch(data: Calibration, first: int) -> Calibration:
+def skip_batches(data: Calibration, first: int) -> Calibration:
     """Without the first ``first`` batches."""
     return replace(data, plan=data.plan[first:])
 
 
-def _lines(data: Calibration) -> list[Piece]:
+def _rows_by_part(data: Calibration) -> list[RowSelection]:
     """One piece per part, with all of its rows that are in use."""
-    found: dict[int, list[Piece]] = {}
+    found: dict[int, list[RowSelection]] = {}
     for piece in (piece for pieces in data.plan for piece in pieces):
         found.setdefault(id(piece.part), []).append(piece)
     return [replace(pieces[0], rows=np.concatenate([p.rows for p in pieces])) for pieces in found.values()]
 
 
-def _batched(data: Calibration, pieces: Sequence[Piece], batch: int) -> list[list[Piece]]:
+def _equal_batches(data: Calibration, pieces: Sequence[RowSelection], batch: int) -> list[list[RowSelection]]:
     if data.axes.size:
-        return [made for made in planned(pieces, data.axes.size) if _count(made) == data.axes.size]
-    total = _count(pieces)
-    return planned(pieces, -(-total // -(-total // batch)))
+        return [made for made in pack_batches(pieces, data.axes.size) if _count_rows(made) == data.axes.size]
+    total = _count_rows(pieces)
+    return pack_batches(pieces, -(-total // -(-total // batch)))
 
 
-def _count(pieces: Sequence[Piece]) -> int:
+def _count_rows(pieces: Sequence[RowSelection]) -> int:
     return sum(map(len, pieces))
 
 
-def _with_plan(data: Calibration, plan: Sequence[Sequence[Piece]]) -> Calibration:
-    size = data.axes.size or max(map(_count, plan), default=data.batch)
-    return replace(data, plan=tuple(map(tuple, plan)), samples=sum(map(_count, plan)), batch=size)
+def _with_batches(data: Calibration, plan: Sequence[Sequence[RowSelection]]) -> Calibration:
+    size = data.axes.size or max(map(_count_rows, plan), default=data.batch)
+    return replace(data, plan=tuple(map(tuple, plan)), samples=sum(map(_count_rows, plan)), batch=size)

@@ -7,7 +7,7 @@ a GPU, nothing has to be copied. Inputs are never changed, so where its answers 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,38 +16,36 @@ import onnx_ir as ir
 import torch
 
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import tensor_of
+from snpc.torch.operators.registry import Tensor, to_tensor
 from snpc.torch.training.sampling import sample_ids
-from snpc.types import AnyArray, IntArray
+from snpc.types import Feeds, IntArray
 
-MEMORY = 1 << 30  # bytes of answers that are kept
+MAX_CACHE_BYTES = 1 << 30  # bytes of answers that are kept
 
-Tensor = torch.Tensor
-Feeds = Mapping[str, AnyArray]
-Answers = dict[str, Tensor]
-Ask = Callable[[Feeds], Answers]
+TeacherOutputs = dict[str, Tensor]
+TeacherFunction = Callable[[Feeds], TeacherOutputs]
 
 
-def asked(teacher: Analysis, names: Sequence[str], device: torch.device) -> Ask:
+def teacher_function(teacher: Analysis, names: Sequence[str], device: torch.device) -> TeacherFunction:
     """A function that gives the teacher's values of these names, on ``device``."""
     if device.type == "cpu":
-        return through_runtime(teacher, names)
+        return onnxruntime_teacher(teacher, names)
     module = GraphModule(teacher.model, watch=names).to(device).eval()
 
-    def ask(feeds: Feeds) -> Answers:
+    def ask(feeds: Feeds) -> TeacherOutputs:
         with torch.no_grad():
-            found = module({name: tensor_of(array).to(device) for name, array in feeds.items()})
+            found = module({name: to_tensor(array).to(device) for name, array in feeds.items()})
         return {name: found[name] for name in names}
 
     return ask
 
 
-def through_runtime(teacher: Analysis, names: Sequence[str]) -> Ask:
+def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunction:
     traced = teacher.traced
     types = {str(v.name): dtype for v, dtype in traced.facts.dtype.items() if dtype is not None}
     model = traced.model.clone()
@@ -59,13 +57,13 @@ def through_runtime(teacher: Analysis, names: Sequence[str]) -> Ask:
             model.graph.outputs.append(made[name])
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "teacher.onnx"
-        save(clean(model), path)
+        save(finalize(model), path)
         session = open_session(path, threads=torch.get_num_threads())
     taken = {value.name for value in session.get_inputs()}
 
-    def ask(feeds: Feeds) -> Answers:
+    def ask(feeds: Feeds) -> TeacherOutputs:
         found = run_session(session, {k: v for k, v in feeds.items() if k in taken}, name=teacher.model.path.name)
-        return {name: tensor_of(found[name]) for name in names}
+        return {name: to_tensor(found[name]) for name in names}
 
     return ask
 
@@ -74,11 +72,11 @@ def through_runtime(teacher: Analysis, names: Sequence[str]) -> Ask:
 class Teacher:
     """Asks, and remembers by sample where it has been told to (``learn_all``)."""
 
-    ask: Ask
+    ask: TeacherFunction
     device: torch.device
-    known: dict[int, Answers] = field(default_factory=dict)
+    known: dict[int, TeacherOutputs] = field(default_factory=dict)
 
-    def __call__(self, ids: IntArray, feeds: Feeds) -> Answers:
+    def __call__(self, ids: IntArray, feeds: Feeds) -> TeacherOutputs:
         rows = [self.known.get(int(k)) for k in ids]
         found = [row for row in rows if row is not None]
         if len(found) < len(rows):
@@ -88,7 +86,7 @@ class Teacher:
     def learn_all(self, data: Calibration, wrap: Callable[[Iterable[Feeds]], Iterable[Feeds]] = iter) -> None:
         """Ask for every sample once, in the order in which they are stored, so that the answers do not depend on the
         order of training; nothing is kept where it does not fit or has no row per sample."""
-        room = MEMORY
+        room = MAX_CACHE_BYTES
         for ids, feeds in zip(sample_ids(data), wrap(data.batches()), strict=True):
             answers = {name: value.cpu() for name, value in self.ask(feeds).items()}
             if not self.known:
@@ -102,12 +100,12 @@ class Teacher:
                 self.known[int(number)] = {name: value[row].clone() for name, value in answers.items()}
 
 
-def mean_squares(answers: Answers) -> dict[str, float]:
+def mean_squares(answers: TeacherOutputs) -> dict[str, float]:
     """Of each value, for relative errors: at least a number that can be divided by."""
     return {name: max(float(value.float().square().mean()), 1e-12) for name, value in answers.items()}
 
 
-def drift_of(found: Sequence[Answers], expected: Sequence[Answers]) -> float:
+def relative_drift(found: Sequence[TeacherOutputs], expected: Sequence[TeacherOutputs]) -> float:
     """Root mean square of the difference of outputs over all batches, relative; the mean over outputs."""
     rates = []
     for name in expected[0]:

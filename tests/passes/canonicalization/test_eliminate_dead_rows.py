@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import snpc
-from snpc.graph.shapes import best_binding, evaluate
+from snpc.graph.shapes import choose_dim_sizes, infer_graph
 from snpc.passes.analyze import cost_of
-from snpc.passes.canonicalization.eliminate_dead_rows import drop_dead_rows
+from snpc.passes.canonicalization.eliminate_dead_rows import eliminate_dead_rows
 from tests.models.exports import EXPORTS
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
 
@@ -74,12 +74,12 @@ PICKS = {
 
 def compared(model: ir.Model) -> tuple[float, bool]:
     """(share of MACs left, whether there was something to drop), after comparing outputs."""
-    binding, facts = best_binding(model)
-    less = drop_dead_rows(model, facts)
+    binding, facts = choose_dim_sizes(model)
+    less = eliminate_dead_rows(model, facts)
     if less is None:
         return 1.0, False
     feeds = {"x": RNG.standard_normal((2, 6, 4)).astype(np.float32)}
-    share = cost_of(less, evaluate(less, binding)).macs / cost_of(model, facts).macs
+    share = cost_of(less, infer_graph(less, binding)).macs / cost_of(model, facts).macs
     for a, b in zip(run(ir.to_proto(model).SerializeToString(), feeds), run(written(less), feeds), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -128,7 +128,7 @@ def test_dead_rows_count_towards_a_target() -> None:
     analysis = analysis_of("vit_timm__ts17")
     share = 1 - 0.5 * analysis.dead_macs / analysis.cost.macs
     scores = snpc.score(analysis, "magnitude")
-    assert snpc.make_plan(scores, snpc.Choice(target=f"macs={share}")).keep == {}
+    assert snpc.make_slice_plan(scores, snpc.Budget(target=f"macs={share}")).keep == {}
 
 
 @pytest.mark.parametrize(("axis", "left"), [("zero", 1 / 6), ("ax", 1.0)])

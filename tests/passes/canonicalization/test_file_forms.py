@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalization.canonicalize import canonicalise
+from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
 from tests.models.exports import export
@@ -337,7 +337,7 @@ def test_a_constant_has_one_name() -> None:
         <float[4] b = {1.0, 2.0, 3.0, 4.0}>
         { other = Identity(b)  kept = Identity(b)  h = Add(x, b)  g2 = Relu(h)  y = Add(g2, other) }
     """)
-    graph = canonicalise(onnx_ir.from_proto(model)).graph
+    graph = canonicalize(onnx_ir.from_proto(model)).graph
     assert [node.op_type for node in graph] == ["Identity", "Add", "Relu", "Add"]
     read = [str(node.inputs[1].name) for node in graph if node.op_type == "Add"]
     assert len(set(read)) == 2 and all(name in graph.initializers for name in read)

@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.canonicalization.fold_shape_arithmetic import settle_sizes
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
 from snpc.passes.fusion.fuse_attention import fuse_attention
-from snpc.passes.fusion.fuse_gemm_bias import bias_in_products
+from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
@@ -24,7 +24,7 @@ FUSED = "MultiHeadAttention"
 def fused(path: Path, tmp_path: Path) -> tuple[Path, int]:
     model, count = fuse_attention(load(path).graph)
     out = tmp_path / "fused.onnx"
-    save(clean(model), out)
+    save(finalize(model), out)
     assert [n.op_type for n in onnx.load(out).graph.node].count(FUSED) == count
     return out, count
 
@@ -76,7 +76,7 @@ def test_projections_inside_say_what_they_said_outside(
     path = export(name)
     model, count = fuse_attention(load(path).graph, projections=True)
     out = tmp_path / "fused.onnx"
-    save(clean(model), out)
+    save(finalize(model), out)
     kinds = [n.op_type for n in onnx.load(out).graph.node]
     assert (count, kinds.count("Attention")) == (inside, inside)
     assert kinds.count(FUSED) == all_of_them - inside
@@ -97,9 +97,9 @@ def test_projections_inside_say_what_they_said_outside(
 def test_biases_inside_products_say_what_they_said_outside(name: str, inside: int, tmp_path: Path) -> None:
     require(name)
     path = export(name)
-    model, count = bias_in_products(settle_sizes(load(path).graph.clone()))
+    model, count = fuse_gemm_bias(fold_shape_arithmetic(load(path).graph.clone()))
     out = tmp_path / "biased.onnx"
-    save(clean(model), out)
+    save(finalize(model), out)
     onnx.checker.check_model(onnx.load(out), full_check=True)
     before, after = ([n.op_type for n in onnx.load(p).graph.node] for p in (path, out))
     assert after.count("Gemm") == before.count("Gemm") + count
@@ -193,7 +193,7 @@ def test_parts_of_one_product_go_in_as_its_columns(tmp_path: Path) -> None:
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     onnx.save(model, tmp_path / "block.onnx")
     fused_model, count = fuse_attention(load(tmp_path / "block.onnx").graph, projections=True)
-    save(clean(fused_model), tmp_path / "out.onnx")
+    save(finalize(fused_model), tmp_path / "out.onnx")
     kinds = [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]
     assert count == 1 and "MatMul" not in kinds and "Split" not in kinds
     feeds = {"x": rng.normal(size=(2, 3, 8)), "mask": rng.normal(size=(1, 1, 3, 3))}

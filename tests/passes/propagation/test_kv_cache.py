@@ -15,7 +15,7 @@ from snpc.cli import main
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.runtime.evaluation.compare import taken
+from snpc.runtime.evaluation.compare import narrow_caches
 from snpc.runtime.io.load import load
 from tests.oracle import TOLERANCE, Array, prunable, random_cuts, relative_error, run, written
 
@@ -121,8 +121,8 @@ def test_past_and_present_narrow_together(name: str, tmp_path: Path) -> None:
         masked = run(written(mask_model(rewritten.source.model, rewritten.source.trace, rewritten.dead)), feeds)
         sliced = written(rewritten.model)
         onnx.checker.check_model(onnx.load_from_string(sliced), full_check=True)
-        expected = taken(dict(zip(names, masked, strict=True)), cut)
-        got = run(sliced, taken(feeds, cut), "all")
+        expected = narrow_caches(dict(zip(names, masked, strict=True)), cut)
+        got = run(sliced, narrow_caches(feeds, cut), "all")
         assert relative_error(list(expected.values()), got) < TOLERANCE, wanted
         assert relative_error([original[0]], [masked[0]]) > 1e-3
 
@@ -133,7 +133,7 @@ def test_a_loop_can_go_on_from_what_it_gave(name: str, tmp_path: Path) -> None:
     path = saved(name, tmp_path)
     analysis = analysed(path)
     rewritten = rewrite_model(analysis.traced, random_cuts(prunable(analysis.groups, "qk", "vo"), 3, 0.5))
-    feeds = taken(feeds_for(path), rewritten.interface())
+    feeds = narrow_caches(feeds_for(path), rewritten.interface())
     sliced = written(rewritten.model)
     _, keys, values = run(sliced, feeds)
     assert keys.shape[2] == feeds["pk"].shape[2] + 1

@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 from snpc.runtime.closed_form import algebra as closed
 from snpc.runtime.closed_form.algebra import (
-    RIDGE,
-    Elimination,
-    Remaining,
-    System,
-    columns_of,
-    damped,
-    drop,
-    inverted,
-    rebase_scores,
-    rebase_values,
-    refit,
+    DEFAULT_RIDGE,
+    EliminationOrder,
+    LeastSquaresSystem,
+    ObsState,
+    add_ridge,
+    cheapest_units,
+    elimination_widths,
+    invert_positive_definite,
     refit_loss,
-    steps_of,
+    refit_rows,
+    solve_low_rank_qk,
+    solve_low_rank_vo,
+    unit_columns,
 )
 from snpc.runtime.closed_form.algebra import eliminate as eliminate_all
-from snpc.runtime.statistics.moments import seen
+from snpc.runtime.statistics.moments import consumer_moments
 from snpc.types import FloatArray, IntArray
 
 ROWS = 60
@@ -49,9 +49,9 @@ def energy(x: FloatArray) -> float:
     return float(np.sum(x * x))
 
 
-def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> Elimination:
+def eliminate(moment: FloatArray, weight: FloatArray, steps: int = 48) -> EliminationOrder:
     """Units of one column, read by one weight."""
-    return eliminate_all([System(moment, weight)], len(moment), steps)
+    return eliminate_all([LeastSquaresSystem(moment, weight)], len(moment), steps)
 
 
 def close(found: float, expected: float, whole: float, rtol: float = 1e-8) -> bool:
@@ -65,7 +65,7 @@ def close(found: float, expected: float, whole: float, rtol: float = 1e-8) -> bo
 @PLAIN
 def test_scores_are_unchanged_at_full_rank(seed: int, size: int) -> None:
     q, k = data(seed, size), centre(data(seed + 1, size))
-    found = rebase_scores(q.T @ q, k.T @ k)
+    found = solve_low_rank_qk(q.T @ q, k.T @ k)
     np.testing.assert_allclose(found.make @ found.read, np.eye(size), atol=1e-7)
     np.testing.assert_allclose((q @ found.make) @ (k @ found.read.T).T, q @ k.T, atol=1e-7 * np.abs(q @ k.T).max())
 
@@ -75,7 +75,7 @@ def test_scores_are_unchanged_at_full_rank(seed: int, size: int) -> None:
 def test_score_loss_is_the_measured_error_over_all_pairs(seed: int, size: int, rank: int) -> None:
     """Also where the data span a subspace only."""
     q, k = data(seed, size, min(rank, size)), centre(data(seed + 1, size))
-    found = rebase_scores(q.T @ q, k.T @ k)
+    found = solve_low_rank_qk(q.T @ q, k.T @ k)
     whole = energy(q @ k.T)
     assert found.loss.shape == (size + 1,)
     assert (np.diff(found.loss) <= 1e-12 * whole).all()
@@ -88,7 +88,7 @@ def test_score_loss_is_the_measured_error_over_all_pairs(seed: int, size: int, r
 def test_no_other_choice_of_score_dimensions_is_better(seed: int) -> None:
     size, rng = 6, np.random.default_rng(seed)
     q, k = data(seed, size), centre(data(seed + 9, size))
-    found = rebase_scores(q.T @ q, k.T @ k)
+    found = solve_low_rank_qk(q.T @ q, k.T @ k)
     scores = q @ k.T
     for kept in range(1, size):
         loss = found.loss[kept]
@@ -112,7 +112,7 @@ def test_scores_of_a_rotated_space_lose_the_same(seed: int, size: int) -> None:
     q, k = data(seed, size), centre(data(seed + 1, size))
     mixed = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0] * 1.7
     a, b = q @ mixed, k @ np.linalg.inv(mixed).T
-    one, two = rebase_scores(q.T @ q, k.T @ k).loss, rebase_scores(a.T @ a, b.T @ b).loss
+    one, two = solve_low_rank_qk(q.T @ q, k.T @ k).loss, solve_low_rank_qk(a.T @ a, b.T @ b).loss
     np.testing.assert_allclose(two, one, rtol=1e-6, atol=1e-9 * one[0])
 
 
@@ -121,7 +121,7 @@ def test_what_all_keys_share_costs_nothing() -> None:
     q, k = data(0, 5), data(1, 5, 2)
     offset = np.array([100.0, -50.0, 0.0, 70.0, 20.0])
     keys = centre(k + offset)
-    found = rebase_scores(q.T @ q, keys.T @ keys)
+    found = solve_low_rank_qk(q.T @ q, keys.T @ keys)
     assert found.loss[2] < 1e-12 * found.loss[0]
     gap = q @ (k + offset).T - (q @ found.make[:, :2]) @ ((k + offset) @ found.read[:2].T).T
     np.testing.assert_allclose(gap, np.broadcast_to(gap.mean(1, keepdims=True), gap.shape), atol=1e-7 * np.abs(q).max())
@@ -136,7 +136,7 @@ def test_value_loss_is_the_measured_error(seed: int, size: int, width: int, rank
     """For outputs wider and narrower than a head, and contexts of any rank."""
     c = centre(data(seed, size, min(rank, size)))
     weight = np.random.default_rng(seed).normal(size=(size, width))
-    found = rebase_values(c.T @ c, weight)
+    found = solve_low_rank_vo(c.T @ c, weight)
     whole = energy(c @ weight)
     assert found.make.shape == found.read.shape == (size, size)
     assert found.loss.shape == (size + 1,)
@@ -151,7 +151,7 @@ def test_value_loss_is_the_measured_error(seed: int, size: int, width: int, rank
 def test_values_are_unchanged_at_full_rank(seed: int, size: int, more: int) -> None:
     c = data(seed, size)
     weight = np.random.default_rng(seed).normal(size=(size, size + more))
-    found = rebase_values(c.T @ c, weight)
+    found = solve_low_rank_vo(c.T @ c, weight)
     np.testing.assert_allclose(found.make @ found.read, np.eye(size), atol=1e-7)
 
 
@@ -159,7 +159,7 @@ def test_values_are_unchanged_at_full_rank(seed: int, size: int, more: int) -> N
 def test_no_other_choice_of_value_dimensions_is_better(seed: int) -> None:
     size, width, rng = 6, 9, np.random.default_rng(seed)
     c, weight = centre(data(seed, size)), rng.normal(size=(size, width))
-    found, out = rebase_values(c.T @ c, weight), c @ weight
+    found, out = solve_low_rank_vo(c.T @ c, weight), c @ weight
     for kept in range(1, size):
         loss = found.loss[kept]
         for chosen in combinations(range(size), kept):
@@ -177,16 +177,20 @@ def test_degenerate_moments_give_finite_results(rank: int) -> None:
     moment = np.asarray(x.T @ x)
     other = data(1, 6).T @ data(1, 6)
     weight = np.random.default_rng(0).normal(size=(6, 4))
-    for found in (rebase_scores(moment, other), rebase_scores(other, moment), rebase_scores(moment, moment)):
+    for found in (
+        solve_low_rank_qk(moment, other),
+        solve_low_rank_qk(other, moment),
+        solve_low_rank_qk(moment, moment),
+    ):
         assert np.isfinite(found.make).all() and np.isfinite(found.read).all()
         assert np.abs(found.loss[min(rank, 3) :]).max() <= 1e-9 * max(found.loss[0], 1.0)
-    values = rebase_values(moment, weight)
+    values = solve_low_rank_vo(moment, weight)
     assert np.isfinite(values.make).all() and np.isfinite(values.read).all()
     assert np.abs(values.loss[min(rank, 3) :]).max() <= 1e-9 * max(values.loss[0], 1.0)
     gone = eliminate(moment, weight)
     assert sorted(gone.order.tolist()) == list(range(6))
     assert np.isfinite(gone.loss).all()
-    assert np.isfinite(refit(moment, weight, np.array([1, 4]))).all()
+    assert np.isfinite(refit_rows(moment, weight, np.array([1, 4]))).all()
     still = eliminate(other, weight * 0)
     assert (still.loss == 0).all()
     assert sorted(still.order.tolist()) == list(range(6))
@@ -197,7 +201,7 @@ def test_degenerate_moments_give_finite_results(rank: int) -> None:
 
 def ridged(x: FloatArray) -> FloatArray:
     """The rows with a few more, so that plain least squares on them is ridge least squares on ``x``."""
-    ridge = RIDGE * np.trace(x.T @ x) / x.shape[1] + 1e-12
+    ridge = DEFAULT_RIDGE * np.trace(x.T @ x) / x.shape[1] + 1e-12
     return np.concatenate([x, np.sqrt(ridge) * np.eye(x.shape[1])])
 
 
@@ -216,7 +220,7 @@ def test_refit_is_ridge_least_squares(seed: int, size: int, draw: st.DataObject)
     keep = np.array(sorted(draw.draw(st.sets(st.integers(0, size - 1), min_size=1))), np.int64)
     rows = ridged(x)
     expected = np.linalg.lstsq(rows[:, keep], rows @ weight, rcond=None)[0]
-    fitted = refit(x.T @ x, weight, keep)
+    fitted = refit_rows(x.T @ x, weight, keep)
     np.testing.assert_allclose(fitted, expected, atol=1e-7 * np.abs(expected).max())
     measured = energy(x @ weight - x[:, keep] @ fitted)
     assert close(refit_loss(x.T @ x, weight, keep, fitted), measured, energy(x @ weight))
@@ -227,7 +231,7 @@ def test_refit_is_ridge_least_squares(seed: int, size: int, draw: st.DataObject)
 
 def test_refitting_all_units_changes_nothing() -> None:
     x, weight = data(3, 7, 4), np.random.default_rng(3).normal(size=(7, 5))
-    np.testing.assert_allclose(refit(x.T @ x, weight, np.arange(7)), weight, atol=1e-9)
+    np.testing.assert_allclose(refit_rows(x.T @ x, weight, np.arange(7)), weight, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -244,7 +248,9 @@ def test_elimination_is_greedy_and_near_the_optimum(seed: int) -> None:
         alive.remove(int(gone))
         kept = len(alive)
         keep = np.array(alive, np.int64)
-        assert close(found.loss[kept], refit_loss(x.T @ x, weight, keep, refit(x.T @ x, weight, keep)), whole, 1e-6)
+        assert close(
+            found.loss[kept], refit_loss(x.T @ x, weight, keep, refit_rows(x.T @ x, weight, keep)), whole, 1e-6
+        )
         optimum = min(best_loss(rows, weight, list(s)) for s in combinations(range(size), kept))
         assert optimum * (1 - 1e-6) - 1e-10 * whole <= costs[int(gone)] <= 4 * optimum + 1e-10 * whole
     assert found.loss[size] == 0
@@ -261,7 +267,7 @@ def test_elimination_loss_is_that_of_the_kept_units(seed: int, size: int) -> Non
     assert (np.diff(found.loss) <= 1e-9 * found.loss[0]).all()
     for kept in range(size):
         keep = np.sort(found.order[size - kept :])
-        loss = refit_loss(moment, weight, keep, refit(moment, weight, keep))
+        loss = refit_loss(moment, weight, keep, refit_rows(moment, weight, keep))
         assert abs(found.loss[kept] - loss) <= 0.01 * loss + 1e-5 * found.loss[0]
 
 
@@ -281,7 +287,7 @@ def test_a_unit_that_others_can_stand_in_for_goes_first(seed: int, size: int, dr
     keep = np.delete(np.arange(size), found.order[0])
     assert found.order[0] in (spare, *others[:2])  # any one of the three that depend on each other
     assert found.loss[size - 1] < 1e-2 * found.loss[size - 2]
-    loss = refit_loss(x.T @ x, weight, keep, refit(x.T @ x, weight, keep))
+    loss = refit_loss(x.T @ x, weight, keep, refit_rows(x.T @ x, weight, keep))
     assert loss < 1e-5 * found.loss[0]
 
 
@@ -290,8 +296,8 @@ def test_a_unit_that_others_can_stand_in_for_goes_first(seed: int, size: int, dr
 def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, columns: int, steps: int) -> None:
     rng = np.random.default_rng(seed)
     found = [centre(data(seed + k, size * columns, rows=5 * size * columns)) for k in range(2)]
-    systems = [System(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
-    widths = [width for width in steps_of(size, steps) if width]
+    systems = [LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
+    widths = [width for width in elimination_widths(size, steps) if width]
     gone = eliminate_all(systems, size, steps, fits_at=widths)
     assert set(gone.fits) == set(widths)
     for width in widths:
@@ -299,7 +305,7 @@ def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, col
         noted = gone.fit_for(keep)
         assert noted is not None
         for system, rows in zip(systems, noted, strict=True):
-            expected = refit(system.moment, system.weight, columns_of(keep, columns))
+            expected = refit_rows(system.moment, system.weight, unit_columns(keep, columns))
             np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
         if width < size - 1:
             others = np.sort(gone.order[:width])
@@ -313,7 +319,7 @@ def test_an_exact_copy_goes_first_and_its_weight_moves_to_the_other() -> None:
     found = eliminate(x.T @ x, weight)
     assert found.order[0] in (1, 4)
     keep = np.delete(np.arange(6), found.order[0])
-    fitted = refit(x.T @ x, weight, keep)
+    fitted = refit_rows(x.T @ x, weight, keep)
     heir = int(np.flatnonzero(keep == 5 - found.order[0])[0])
     np.testing.assert_allclose(fitted[heir], weight[1] + weight[4], atol=1e-3 * np.abs(weight).max())
 
@@ -334,7 +340,7 @@ def test_the_order_of_the_units_does_not_matter(seed: int, size: int, steps: int
 def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
-    going, costs = drop([Remaining(System(x.T @ x, weight), 8)], 8, count)
+    going, costs = cheapest_units([ObsState(LeastSquaresSystem(x.T @ x, weight), 8)], 8, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]
@@ -350,14 +356,16 @@ def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
 def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inverse by halves and with parts not yet taken off it: the same order and loss."""
     size = 24
-    systems = [System(x.T @ x, x[:6].T) for x in (data(seed, size * columns, rows=300) for seed in (1, 2))]
+    systems = [LeastSquaresSystem(x.T @ x, x[:6].T) for x in (data(seed, size * columns, rows=300) for seed in (1, 2))]
     whole = eliminate_all(systems, size)
     monkeypatch.setattr(closed, "MUCH", much)
     found = eliminate_all(systems, size)
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])
     np.testing.assert_allclose(
-        inverted(damped(systems[0].moment)) @ damped(systems[0].moment), np.eye(size * columns), atol=1e-8
+        invert_positive_definite(add_ridge(systems[0].moment)) @ add_ridge(systems[0].moment),
+        np.eye(size * columns),
+        atol=1e-8,
     )
 
 
@@ -370,18 +378,18 @@ def test_more_steps_are_rarely_worse() -> None:
         losses = []
         for steps in (40, 1):
             keep = np.sort(eliminate(moment, weight, steps).order[20:])
-            losses.append(refit_loss(moment, weight, keep, refit(moment, weight, keep)))
+            losses.append(refit_loss(moment, weight, keep, refit_rows(moment, weight, keep)))
         better.append(losses[0] <= losses[1] * (1 + 1e-9))
     assert sum(better) >= 8
 
 
-def lost(systems: list[System], size: int, keep: IntArray, ridge: bool = False) -> float:
+def lost(systems: list[LeastSquaresSystem], size: int, keep: IntArray, ridge: bool = False) -> float:
     """What all readers lose when they are refitted to these units; with the ``ridge``, what they minimise."""
     total = 0.0
     for system in systems:
-        rows = columns_of(keep, len(system.moment) // size)
-        fitted = refit(system.moment, system.weight, rows, system.ridge)
-        moment = damped(system.moment, system.ridge) if ridge else system.moment
+        rows = unit_columns(keep, len(system.moment) // size)
+        fitted = refit_rows(system.moment, system.weight, rows, system.ridge)
+        moment = add_ridge(system.moment, system.ridge) if ridge else system.moment
         total += refit_loss(moment, system.weight, rows, fitted)
     return total
 
@@ -395,7 +403,7 @@ def test_wide_units_with_several_readers_go_in_the_order_of_what_all_lose(
     rng, systems = np.random.default_rng(seed), []
     for k, columns in enumerate(widths):
         x = centre(data(seed + k, size * columns, rows=5 * size * columns))
-        systems.append(System(x.T @ x, rng.normal(size=(size * columns, 3))))
+        systems.append(LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))))
     found = eliminate_all(systems, size)
     alive = list(range(size))
     for gone in found.order:
@@ -410,7 +418,7 @@ def test_moments_that_rounding_left_indefinite_get_more_ridge() -> None:
     x = centre(rng.normal(size=(20, 300)))
     moment = x.T @ x - 0.05 * np.diag(rng.uniform(0, 20, 300))
     assert np.linalg.eigvalsh(moment)[0] < 0
-    found = eliminate_all([System(moment, rng.normal(size=(300, 4)))], 300)
+    found = eliminate_all([LeastSquaresSystem(moment, rng.normal(size=(300, 4)))], 300)
     assert sorted(found.order.tolist()) == list(range(300)) and np.isfinite(found.loss).all()
 
 
@@ -421,8 +429,8 @@ def test_what_rounding_leaves_of_a_large_mean_is_no_spread() -> None:
     sums = sum((np.asarray(part.T @ part, np.float64) for part in np.split(rows, 10)), np.zeros((65, 65)))
     mean = sums[-1, :-1] / 4000
     assert np.linalg.eigvalsh(sums[:-1, :-1] - 4000 * np.outer(mean, mean))[0] < 0
-    found = seen([sums.copy()])
+    found = consumer_moments([sums.copy()])
     assert np.linalg.eigvalsh(found.moment)[0] > 0
     plain = np.concatenate([rng.normal(size=(4000, 64)), np.ones((4000, 1))], 1)
     centred = centre(plain[:, :-1])
-    np.testing.assert_allclose(seen([plain.T @ plain]).moment, centred.T @ centred, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(consumer_moments([plain.T @ plain]).moment, centred.T @ centred, rtol=1e-5, atol=1e-3)

@@ -21,18 +21,18 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.passes.weights.attention_operands import contraction_at
-from snpc.passes.weights.closed_form_kinds import form_of
-from snpc.passes.weights.consumers import reader_of
-from snpc.passes.weights.edits import Edits, NoPlace, edited
-from snpc.pipeline.refit import compression_for
-from snpc.planning.config import Choice
-from snpc.planning.plan import Plan, cuts_of
+from snpc.passes.weights.attention_operands import single_score_product
+from snpc.passes.weights.closed_form_kinds import closed_form_kind
+from snpc.passes.weights.consumers import single_consumer_weight
+from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, apply_edits
+from snpc.pipeline.refit import closed_forms_for
+from snpc.planning.config import Budget
+from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import Compression, fit, fit_basis, settled
-from snpc.runtime.evaluation.compare import outputs_of
-from snpc.runtime.statistics.measure import measure, wanted_statistics
-from snpc.runtime.statistics.moments import needs
+from snpc.runtime.closed_form.fit import ClosedForms, apply_basis, fit_parallel, in_rotated_order
+from snpc.runtime.evaluation.compare import run_batches
+from snpc.runtime.statistics.measure import measure_batches, statistic_requests
+from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import FloatArray, Group, Role
 from tests.cli.test_cli import invoke
 from tests.models.exports import VOCABULARY, export
@@ -66,10 +66,10 @@ def chosen(analysis: Analysis, *roles: Role) -> list[Group]:
     return [g for g in analysis.groups if g.role in (roles or ROLES) and g.prunable]
 
 
-def compressed_on(name: str, feeds: Feeds, groups: Sequence[Group], batch: int = 3) -> Compression:
+def compressed_on(name: str, feeds: Feeds, groups: Sequence[Group], batch: int = 3) -> ClosedForms:
     analysis = analysis_of(name)
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, batch), groups)
-    return snpc.compress(analysis, statistics, groups)
+    return snpc.solve_closed_forms(analysis, statistics, groups)
 
 
 def unpadded_feeds(name: str) -> Feeds:
@@ -78,7 +78,7 @@ def unpadded_feeds(name: str) -> Feeds:
 
 
 @functools.cache
-def compressed(name: str) -> Compression:
+def compressed(name: str) -> ClosedForms:
     """All groups of an export, measured on its feeds, without padding."""
     return compressed_on(name, unpadded_feeds(name), chosen(analysis_of(name)))
 
@@ -98,13 +98,13 @@ def more_data(name: str, samples: int, seed: int = 0) -> Feeds:
     return made
 
 
-def shrunk(decision: snpc.Decision) -> bytes:
+def shrunk(decision: snpc.PruningPlan) -> bytes:
     """What ``apply_plan`` writes, without verifying it."""
     plan, found = decision.plan, decision.compression
     if found is None:
         return written(rewrite_model(plan.analysis.traced, cuts_of(plan)).model)
-    plan = settled(found, plan)
-    return written(rewrite_model(fit(found, plan), cuts_of(plan)).model)
+    plan = in_rotated_order(found, plan)
+    return written(rewrite_model(fit_parallel(found, plan), cuts_of(plan)).model)
 
 
 def moved(before: Sequence[Array], after: Sequence[Array]) -> float:
@@ -126,10 +126,10 @@ def watched(model: bytes, names: Sequence[str], feeds: Feeds) -> list[FloatArray
     return [a.astype(np.float64) for a in run(proto.SerializeToString(), feeds)]
 
 
-def only(analysis: Analysis, group: Group, kept: int) -> Plan:
+def only(analysis: Analysis, group: Group, kept: int) -> SlicePlan:
     """A plan that keeps the first ``kept`` units of every block of one group, and all of the others."""
     rows = tuple(tuple(range(kept)) for _ in range(group.blocks))
-    return Plan(analysis, "by hand", {}, {group.id: rows}, "auto")
+    return SlicePlan(analysis, "by hand", {}, {group.id: rows}, "auto")
 
 
 # -- which groups ----------------------------------------------------------------------------------------------------
@@ -183,11 +183,11 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_of_basis_alone_changes_nothing(name: str) -> None:
-    found, analysis, edits = compressed(name), analysis_of(name), Edits()
+    found, analysis, edits = compressed(name), analysis_of(name), WeightEdits()
     rotated = [g for g in chosen(analysis) if found.forms.get(g.id) in ("scores", "values")]
     for group in rotated:
-        fit_basis(edits, found, group, found.forms[group.id])
-    model = written(edited(analysis.traced, edits))
+        apply_basis(edits, found, group, found.forms[group.id])
+    model = written(apply_edits(analysis.traced, edits))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
     weights = [
         {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -202,7 +202,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(name: str) -> None:
     """All rotated, all refitted, nothing cut; and means that go into biases are nil."""
     found, analysis = compressed(name), analysis_of(name)
     keep = {g.id: tuple(tuple(range(g.size)) for _ in range(g.blocks)) for g in chosen(analysis)}
-    model = shrunk(snpc.Decision(Plan(analysis, "by hand", {}, keep, "auto"), found))
+    model = shrunk(snpc.PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "auto"), found))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
 
 
@@ -217,8 +217,8 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
     for group in chosen(analysis, "qk"):
         found = compressed_on(name, feeds, [group])
         kept = round(group.size * share)
-        model = shrunk(snpc.Decision(only(analysis, group, kept), found))
-        scores = contraction_at(analysis.traced, group).node.outputs[0]
+        model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
+        scores = single_score_product(analysis.traced, group).node.outputs[0]
         after, scale = next(iter(scores.consumers())), 1.0
         if after.op_type == "Mul":  # by 1/sqrt(head width), which the cut changes
             constant = next(v.const_value for v in after.inputs if v is not None and v.const_value is not None)
@@ -240,8 +240,8 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
     analysis, feeds, found = analysis_of(name), unpadded_feeds(name), compressed(name)
     for group in chosen(analysis, "vo")[:2]:
         kept = round(group.size * share)
-        model = shrunk(snpc.Decision(only(analysis, group, kept), found))
-        reader = reader_of(analysis.traced, group)
+        model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
+        reader = single_consumer_weight(analysis.traced, group)
         context = next(p.tensor for p in group.probes if p.kind == "context")
         sums = []
         for proto, width in ((whole(name), group.size), (model, kept)):
@@ -270,7 +270,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
         # the output of the matrix, and of the bias that takes the means up
         outputs = biased_output(analysis, group)
         (before,) = watched(whole(name), [outputs], feeds)
-        (now,) = watched(shrunk(snpc.Decision(plan, found)), [outputs], feeds)
+        (now,) = watched(shrunk(snpc.PruningPlan(plan, found)), [outputs], feeds)
         measured = float(np.sum((now - before) ** 2))
         curve = found.curve(group)
         assert curve is not None
@@ -286,7 +286,7 @@ def interpolated(group: Group, kept: int) -> float:
 
 
 def biased_output(analysis: Analysis, group: Group) -> str:
-    node = reader_of(analysis.traced, group).node
+    node = single_consumer_weight(analysis.traced, group).node
     users = list(node.outputs[0].consumers())
     if len(users) == 1 and users[0].op_type == "Add" and any(v is not None and v.const_value for v in users[0].inputs):
         return str(users[0].outputs[0].name)
@@ -304,14 +304,14 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
     if role == "ffn":
         keep = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(plan, keep={group.id: (keep,)})
-    model = shrunk(snpc.Decision(plan, found))
+    model = shrunk(snpc.PruningPlan(plan, found))
     output = biased_output(analysis, group)
     (before,) = watched(whole(name), [output], feeds)
     new = f"{output}__biased"
     names = {o for n in onnx.load_from_string(model).graph.node for o in n.output}
     assert (new in names) == (name in ("llama__ts17", "t5_gated__ts17"))
     (now,) = watched(model, [new if new in names else output], feeds)
-    sliced = shrunk(snpc.Decision(replace(plan, method="select")))
+    sliced = shrunk(snpc.PruningPlan(replace(plan, method="select")))
     (plain,) = watched(sliced, [output], feeds)
     axes = tuple(range(before.ndim - 1))
     spread = float(np.sqrt(np.mean(before**2)))
@@ -325,12 +325,13 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
 
 def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
     analysis, found = analysis_of(name), compressed(name)
-    wanted = wanted_statistics(
-        analysis, {g.id: needs(analysis, g, found.forms[g.id]) for g in chosen(analysis) if g.id in found.forms}
+    wanted = statistic_requests(
+        analysis,
+        {g.id: required_statistics(analysis, g, found.forms[g.id]) for g in chosen(analysis) if g.id in found.forms},
     )
     assert wanted
     sums: dict[str, FloatArray] = {}
-    for result in measure(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
+    for result in measure_batches(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
         for item in wanted:
             key = f"{item.group.id} {item.kind} {item.probe.kind}{item.use.removeprefix('0.0')}"
             sums[key] = sums.get(key, 0.0) + result[item.output]
@@ -371,7 +372,7 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         assert agree(total[:, -1, :-1], split.sum(0))
         assert (total[:, -1, -1] == len(split)).all()
     for group in chosen(analysis, "qk"):
-        node = contraction_at(analysis.traced, group).node
+        node = single_score_product(analysis.traced, group).node
         query, key = watched(whole(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
         assert agree(sums[f"{group.id} moment query"], np.einsum("nbti,nbtj->bij", query, query))
@@ -389,9 +390,9 @@ def test_less_moves_than_by_slicing(name: str) -> None:
         groups = chosen(analysis, role)
         if not groups:
             continue
-        choice = Choice(0.5, (role,))
-        auto = moved(before, run(shrunk(snpc.decide(analysis, choice, calibration=data)), feeds))
-        plain = snpc.decide(analysis, choice, calibration=data, method="select", criterion="magnitude")
+        choice = Budget(0.5, (role,))
+        auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
+        plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
         fitted = all(compressed(name).forms.get(g.id, "coupled") != "coupled" for g in groups)
         # where nothing can be fitted, activations still choose better than weights do
         assert auto < (0.6 if fitted else 0.95) * moved(before, run(shrunk(plain), feeds)), role
@@ -402,9 +403,9 @@ def test_less_moves_on_data_not_seen_before(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
     data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
     for role in {g.role for g in chosen(analysis) if g.id in compressed(name).forms}:
-        choice = Choice(0.5, (role,))
-        auto = moved(before, run(shrunk(snpc.decide(analysis, choice, calibration=data)), feeds))
-        plain = snpc.decide(analysis, choice, calibration=data, method="select", criterion="magnitude")
+        choice = Budget(0.5, (role,))
+        auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
+        plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
         assert auto < moved(before, run(shrunk(plain), feeds)), role
 
 
@@ -423,9 +424,9 @@ def nodes_of(path: Path) -> list[onnx.NodeProto]:
 def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds_of(name))
-    made = snpc.decide(analysis, Choice(0.5), calibration=data)
+    made = snpc.plan(analysis, Budget(0.5), calibration=data)
     target = tmp_path / "pruned.onnx"
-    result = snpc.apply_plan(made.plan, target, compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, target, compression=made.compression, calibration=data)
     assert result.verdict.max_abs_diff is not None  # sliced was compared with masked, of the refitted weights
     assert len(result.verdict.structure) == 2
     assert result.after.params < result.before.params
@@ -435,12 +436,12 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     added = [n for n in nodes_of(target) if n.name.endswith("__bias")]
     biasless = {"llama__ts17": 4, "t5_gated__ts17": 10}
     assert len(added) == biasless.get(name, 0)
-    report = snpc.report(result)
+    report = snpc.json_report(result)
     assert report["method"] == "auto"
     for entry in report["groups"]:
         rotated = entry["form"] in ("scores", "values")
         assert not (rotated and any("keep" in site for site in entry["sites"]))
-    plain = shrunk(snpc.decide(analysis, Choice(0.5), calibration=data, method="select", criterion="magnitude"))
+    plain = shrunk(snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude"))
     before, feeds = run(export(name), feeds_of(name)), feeds_of(name)
     assert 0 < moved(before, run(target, feeds)) < 0.7 * moved(before, run(plain, feeds))
 
@@ -452,9 +453,9 @@ def test_pruned_twice(tmp_path: Path) -> None:
     for turn in range(2):
         analysis = snpc.analyze(snpc.load(path))
         data = calibration_of(analysis, feeds)
-        made = snpc.decide(analysis, Choice(0.5, ("vo", "ffn")), calibration=data)
+        made = snpc.plan(analysis, Budget(0.5, ("vo", "ffn")), calibration=data)
         path = tmp_path / f"{turn}.onnx"
-        snpc.apply_plan(made.plan, path, compression=made.compression, calibration=data)
+        snpc.apply_slice_plan(made.plan, path, compression=made.compression, calibration=data)
         counts.append(sum(n.name.endswith("__bias") for n in nodes_of(path)))
     assert counts == [4, 4]
 
@@ -471,15 +472,15 @@ def initializers_of(model: bytes) -> dict[str, Array]:
 def test_a_plan_from_a_file_makes_the_same_weights(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds_of(name))
-    made = snpc.decide(analysis, Choice(0.5), calibration=data)
-    snpc.apply_plan(made.plan, tmp_path / "at-once.onnx", compression=made.compression, calibration=data)
+    made = snpc.plan(analysis, Budget(0.5), calibration=data)
+    snpc.apply_slice_plan(made.plan, tmp_path / "at-once.onnx", compression=made.compression, calibration=data)
 
     read = snpc.plan_from_json(snpc.plan_to_json(made.plan), analysis, "the plan")
     assert read.method == "auto"
     assert dict(read.keep) == dict(made.plan.keep)
-    again = compression_for(read, data)
+    again = closed_forms_for(read, data)
     assert again is not None
-    snpc.apply_plan(read, tmp_path / "later.onnx", compression=again, calibration=data)
+    snpc.apply_slice_plan(read, tmp_path / "later.onnx", compression=again, calibration=data)
     one, two = initializers(tmp_path / "at-once.onnx"), initializers(tmp_path / "later.onnx")
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -489,21 +490,21 @@ def test_a_plan_from_a_file_makes_the_same_weights(name: str, tmp_path: Path) ->
 def test_a_plan_that_refits_needs_its_data(tmp_path: Path) -> None:
     name = "bert__ts17"
     analysis = analysis_of(name)
-    made = snpc.decide(analysis, Choice(0.5), calibration=calibration_of(analysis, feeds_of(name)))
+    made = snpc.plan(analysis, Budget(0.5), calibration=calibration_of(analysis, feeds_of(name)))
     with pytest.raises(UserError, match="--calib"):
-        compression_for(made.plan, None)
+        closed_forms_for(made.plan, None)
     with pytest.raises(UserError, match="calibration data"):
-        snpc.apply_plan(made.plan, tmp_path / "pruned.onnx")
+        snpc.apply_slice_plan(made.plan, tmp_path / "pruned.onnx")
     with pytest.raises(UserError, match="--calib"):
-        snpc.decide(analysis, Choice(0.5), method="auto")
+        snpc.plan(analysis, Budget(0.5), method="auto")
     plan = tmp_path / "plan.json"
     plan.write_text(snpc.plan_to_json(made.plan))
     refused = invoke("apply", export(name), plan, "-o", tmp_path / "pruned.onnx", code=2)
     assert "--calib" in refused.stderr.splitlines()[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-    select = snpc.decide(analysis, Choice(0.5)).plan
+    select = snpc.plan(analysis, Budget(0.5)).plan
     assert select.method == "select"
-    assert compression_for(select, None) is None
+    assert closed_forms_for(select, None) is None
 
 
 HALVES = {TensorProto.FLOAT16: np.dtype(np.float16), TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
@@ -545,18 +546,18 @@ def test_half_precision_stays_half_precision(name: str, kind: int, tmp_path: Pat
     feeds = {k: v.astype(HALVES[kind]) if v.dtype.kind == "f" else v for k, v in feeds_of(name).items()}
     analysis = snpc.analyze(snpc.load(path))
     data = calibration_of(analysis, feeds)
-    made = snpc.decide(analysis, Choice(0.5), calibration=data)
+    made = snpc.plan(analysis, Budget(0.5), calibration=data)
     assert made.compression is not None
     assert dict(made.compression.forms) == dict(compressed(name).forms)
-    result = snpc.apply_plan(made.plan, tmp_path / "pruned.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "pruned.onnx", compression=made.compression, calibration=data)
     assert result.verdict.max_abs_diff is not None
     kinds = {w.dtype for w in initializers(result.path).values() if w.dtype.kind in "fV"}
     assert kinds == {HALVES[kind]}
-    dense, outputs = (outputs_of(p, [feeds], "cpu")[0].values() for p in (path, result.path))
+    dense, outputs = (run_batches(p, [feeds], "cpu")[0].values() for p in (path, result.path))
     assert all(np.isfinite(o).all() for o in outputs)
-    plain = snpc.decide(analysis, Choice(0.5), calibration=data, method="select", criterion="magnitude")
-    snpc.apply_plan(plain.plan, tmp_path / "plain.onnx")
-    sliced = outputs_of(tmp_path / "plain.onnx", [feeds], "cpu")[0].values()
+    plain = snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude")
+    snpc.apply_slice_plan(plain.plan, tmp_path / "plain.onnx")
+    sliced = run_batches(tmp_path / "plain.onnx", [feeds], "cpu")[0].values()
     assert moved([*dense], [*outputs]) < 0.6 * moved([*dense], [*sliced])
 
 
@@ -610,10 +611,10 @@ def test_means_find_their_way_into_any_bias(kind: str, tmp_path: Path) -> None:
     analysis = graph(tmp_path, nodes, {n: w for n, w in weights.items() if n in used}, ["batch", "tokens", WIDTH])
     feeds = {"x": normal(6, 10, WIDTH, seed=1)}
     data = calibration_of(analysis, feeds, 6)
-    made = snpc.decide(analysis, Choice(0.5, ("ffn",)), calibration=data)
+    made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
     assert made.compression is not None
     assert list(made.compression.forms.values()) == ["refit"]
-    result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
     assert len(nodes_of(result.path)) - len(nodes) == added
     (before,), (now,) = run(analysis.model.path, feeds), run(result.path, feeds)
     assert np.abs(before.mean((0, 1)) - now.mean((0, 1))).max() < 1e-5 * np.abs(before).max()
@@ -643,11 +644,11 @@ def test_readers_that_are_left_as_they_are(kind: str, tmp_path: Path) -> None:
     used = {name for node in nodes for name in node.input}
     analysis = graph(tmp_path, nodes, {n: w for n, w in weights.items() if n in used}, [WIDTH, WIDTH])
     data = calibration_of(analysis, {"x": normal(WIDTH, WIDTH, seed=1)}, WIDTH)
-    made = snpc.decide(analysis, Choice(0.5, ("ffn",)), calibration=data)
+    made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
     assert made.compression is not None
     assert not made.compression.forms
     assert all("its reader" in reason for reason in made.compression.skipped.values())
-    result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
     assert result.after.params < result.before.params
 
 
@@ -720,15 +721,18 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
     groups = [g for g in analysis.groups if mine(g) and g.prunable and g.role in ROLES]
     assert groups
     for group in groups:
-        with pytest.raises(NoPlace, match=words):
-            form_of(analysis, group)
+        with pytest.raises(UnsupportedWeightForm, match=words):
+            closed_form_kind(analysis, group)
     data = calibration_of(analysis, {"x": normal(5, 6, WIDTH, seed=1)}, 5)
-    made = snpc.decide(analysis, Choice(0.5), calibration=data)
-    result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    made = snpc.plan(analysis, Budget(0.5), calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
     assert result.after.params < result.before.params
 
 
 def test_plain_attention_is_rotated(tmp_path: Path) -> None:
     """What the odd ones are compared with."""
     analysis = graph(tmp_path, attention(PLAIN_SCORES, PLAIN_VALUES), ATTENTION, ["batch", 6, WIDTH])
-    assert {g.role: form_of(analysis, g) for g in analysis.groups if g.prunable} == {"qk": "scores", "vo": "values"}
+    assert {g.role: closed_form_kind(analysis, g) for g in analysis.groups if g.prunable} == {
+        "qk": "scores",
+        "vo": "values",
+    }

@@ -11,9 +11,9 @@ from onnx import numpy_helper
 
 import snpc
 from snpc.passes.analyze import Analysis
-from snpc.passes.weights.edits import Edits, edited
-from snpc.planning.config import Choice
-from snpc.runtime.closed_form.fit import Compression, fit_basis
+from snpc.passes.weights.edits import WeightEdits, apply_edits
+from snpc.planning.config import Budget
+from snpc.runtime.closed_form.fit import ClosedForms, apply_basis
 from snpc.types import Group
 from tests.models.exports import export
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
@@ -27,9 +27,9 @@ def attention_groups(analysis: Analysis) -> list[Group]:
     return [g for role in ROLES for g in analysis.groups if g.role == role and g.prunable]
 
 
-def compressed(analysis: Analysis, feeds: Feeds) -> Compression:
+def compressed(analysis: Analysis, feeds: Feeds) -> ClosedForms:
     groups = attention_groups(analysis)
-    return snpc.compress(
+    return snpc.solve_closed_forms(
         analysis, snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 8), groups), groups
     )
 
@@ -45,16 +45,16 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
         assert curve is not None and known is not None
         # queries may be scaled before the product or behind it
         np.testing.assert_allclose(curve / curve[0], known / known[0], rtol=1e-3, atol=1e-4)
-    edits = Edits()
+    edits = WeightEdits()
     for group in groups:
-        fit_basis(edits, found, group, found.forms[group.id])
+        apply_basis(edits, found, group, found.forms[group.id])
     before = run(fused.model.path, feeds)
-    assert relative_error(before, run(written(edited(fused.traced, edits)), feeds)) < 1e-4
+    assert relative_error(before, run(written(apply_edits(fused.traced, edits)), feeds)) < 1e-4
     outputs = []
     for analysis in (fused, plain):
         data = calibration_of(analysis, feeds, 8)
-        made = snpc.decide(analysis, Choice(0.5, ROLES, uniform=True), calibration=data, method="parallel")
-        result = snpc.apply_plan(made.plan, folder / "p.onnx", compression=made.compression, calibration=data)
+        made = snpc.plan(analysis, Budget(0.5, ROLES, uniform=True), calibration=data, method="parallel")
+        result = snpc.apply_slice_plan(made.plan, folder / "p.onnx", compression=made.compression, calibration=data)
         outputs.append(run(result.path, feeds))
     assert relative_error(before, outputs[0]) > 1e-2
     assert relative_error(outputs[1], outputs[0]) < 2e-2
@@ -82,8 +82,8 @@ def test_layer_after_layer(tmp_path: Path) -> None:
     data, feeds = calibration_of(analysis, more_data(name, 16), 8), feeds_of(name)
     outputs = []
     for method, criterion in (("auto", None), ("select", "mixed")):
-        made = snpc.decide(analysis, Choice(0.5, ROLES), calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        made = snpc.plan(analysis, Budget(0.5, ROLES), calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
+        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
         outputs.append(relative_error(run(analysis.model.path, feeds), run(result.path, feeds)))
     assert outputs[0] < 0.8 * outputs[1]
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import snpc
-from snpc.graph.subgraph import extract, segments
-from snpc.passes.canonicalization.finalize import clean
+from snpc.graph.subgraph import extract_segment, split_into_segments
+from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.pipeline.refit import Means, fitted
-from snpc.planning.config import Choice
-from snpc.planning.plan import Plan, cuts_of
-from snpc.runtime.closed_form.layerwise import fit_sequentially
-from snpc.runtime.closed_form.stages import NotSequential, Stage, fitted_groups, stages_of, with_biases
-from snpc.runtime.execution.session import NotLoaded, open_session
+from snpc.pipeline.refit import FitInputs, with_refitted_weights
+from snpc.planning.config import Budget
+from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, add_missing_biases, groups_to_fit, schedule_stages
+from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
 from tests.runtime.closed_form.test_fit import calibration_of, chosen
@@ -42,8 +42,8 @@ def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -
     model, facts = analysis.traced.model, analysis.traced.facts
     count = len(list(model.graph))
     held: dict[str, Array] = dict(feeds)
-    for segment in segments(model, [count // 4, count // 3, count // 2, count - 3]):
-        save(clean(extract(model, segment, facts)), tmp_path / "part.onnx")
+    for segment in split_into_segments(model, [count // 4, count // 3, count // 2, count - 3]):
+        save(finalize(extract_segment(model, segment, facts)), tmp_path / "part.onnx")
         session = open_session(tmp_path / "part.onnx", optimise="off")
         names = [o.name for o in session.get_outputs()]
         assert set(names) == set(segment.outputs)
@@ -58,11 +58,11 @@ def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -
 
 def made(
     name: str, method: str, ratio: float, roles: tuple[str, ...] = ("qk", "vo", "ffn")
-) -> tuple[snpc.Decision, object]:
+) -> tuple[snpc.PruningPlan, object]:
     analysis = analysis_of(name)
     calibration = calibration_of(analysis, feeds_of(name))
-    choice = Choice(ratio, roles, uniform=True)  # type: ignore[arg-type]
-    return snpc.decide(analysis, choice, calibration=calibration, method=method), calibration  # type: ignore[arg-type]
+    choice = Budget(ratio, roles, uniform=True)  # type: ignore[arg-type]
+    return snpc.plan(analysis, choice, calibration=calibration, method=method), calibration  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,9 +70,9 @@ def test_a_plan_that_cuts_nothing_changes_nothing(name: str) -> None:
     decision, calibration = made(name, "auto", 0.5)
     assert decision.compression is not None
     whole = replace(decision.plan, keep={})
-    source = fit_sequentially(decision.compression, whole, calibration)  # type: ignore[arg-type]
+    source = fit_layerwise(decision.compression, whole, calibration)  # type: ignore[arg-type]
     feeds = feeds_of(name)
-    moved = run(written(clean(source.model)), feeds)
+    moved = run(written(finalize(source.model)), feeds)
     for before, after in zip(run(analysis_of(name).model.path, feeds), moved, strict=True):
         assert relative_error(before, after) < 1e-5
 
@@ -82,8 +82,8 @@ def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
     decision, _ = made(name, "auto", 0.5)
     analysis = analysis_of(name)
     assert decision.compression is not None
-    stages = stages_of(analysis, with_biases(decision.compression, decision.plan), decision.plan)
-    groups, _ = fitted_groups(analysis, decision.plan)
+    stages = schedule_stages(analysis, add_missing_biases(decision.compression, decision.plan), decision.plan)
+    groups, _ = groups_to_fit(analysis, decision.plan)
     staged = [g.id for stage in stages for g in stage.groups]
     assert sorted(staged) == sorted(g.id for g in groups)
     ffn = [k for k, stage in enumerate(stages) for g in stage.groups if g.role == "ffn"]
@@ -98,13 +98,13 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     decision, calibration = made(name, "auto", 0.5)
     assert decision.compression is not None
     analysis = analysis_of(name)
-    stage = stages_of(analysis, with_biases(decision.compression, decision.plan), decision.plan)[-1]
+    stage = schedule_stages(analysis, add_missing_biases(decision.compression, decision.plan), decision.plan)[-1]
     (gap,) = stage.gaps
     dense = stream(analysis.traced.model, gap.value, name)
     found = {}
     for method in ("auto", "parallel"):
         plan = replace(decision.plan, method=method)  # type: ignore[arg-type]
-        plan, source = fitted(plan, Means(decision.compression, calibration))  # type: ignore[arg-type]
+        plan, source = with_refitted_weights(plan, FitInputs(decision.compression, calibration))  # type: ignore[arg-type]
         cut = rewrite_model(source, cuts_of(plan)).model
         found[method] = float(np.sum((stream(cut, gap.value, name) - dense) ** 2))
     assert found["auto"] < found["parallel"]
@@ -118,7 +118,7 @@ def stream(model: object, value: str, name: str) -> Array:
     made.dtype = analysis_of(name).traced.facts.dtype[
         next(v for v in analysis_of(name).traced.facts.dtype if v.name == value)
     ]
-    (array,) = run(written(clean(copy)), feeds_of(name))
+    (array,) = run(written(finalize(copy)), feeds_of(name))
     return array.astype(np.float64)
 
 
@@ -126,9 +126,9 @@ def stream(model: object, value: str, name: str) -> Array:
 def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
     decision, calibration = made(name, "auto", 0.5)
     target = tmp_path / "cut.onnx"
-    result = snpc.apply_plan(decision.plan, target, compression=decision.compression, calibration=calibration)  # type: ignore[arg-type]
+    result = snpc.apply_slice_plan(decision.plan, target, compression=decision.compression, calibration=calibration)  # type: ignore[arg-type]
     assert result.verdict.max_abs_diff is not None and result.verdict.max_abs_diff < 1e-4
-    plan: Plan = snpc.plan_from_json(snpc.plan_to_json(decision.plan), analysis_of(name), "plan")
+    plan: SlicePlan = snpc.plan_from_json(snpc.plan_to_json(decision.plan), analysis_of(name), "plan")
     again = snpc.verify(analysis_of(name).model.path, target, plan=plan, calibration=calibration)  # type: ignore[arg-type]
     assert again.max_abs_diff is not None and again.max_abs_diff < 1e-4
 
@@ -138,13 +138,13 @@ def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.Mo
     decision, calibration = made(name, "auto", 0.5)
     assert decision.compression is not None
     analysis = analysis_of(name)
-    base = with_biases(decision.compression, decision.plan)
-    border = stages_of(analysis, base, decision.plan)[0].segment.outputs[0]
+    base = add_missing_biases(decision.compression, decision.plan)
+    border = schedule_stages(analysis, base, decision.plan)[0].segment.outputs[0]
     types = {v: None if v.name == border else dtype for v, dtype in base.facts.dtype.items()}
     blind = replace(base, facts=replace(base.facts, dtype=types))
-    with pytest.raises(NotSequential, match=re.escape(border)):
-        stages_of(analysis, blind, decision.plan)
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.with_biases", lambda *_: blind)
+    with pytest.raises(NotSegmentable, match=re.escape(border)):
+        schedule_stages(analysis, blind, decision.plan)
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.add_missing_biases", lambda *_: blind)
     assert_fitted_all_at_once(name, decision, calibration)
 
 
@@ -153,11 +153,11 @@ def test_where_a_piece_does_not_load_all_is_fitted_at_once(monkeypatch: pytest.M
     decision, calibration = made(name, "auto", 0.5)
 
     def refuses(*args: object, **options: object) -> None:
-        raise NotLoaded("sizes that are not known")
+        raise SessionLoadError("sizes that are not known")
 
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.scratch", refuses)
-    with pytest.raises(NotSequential, match="sizes that are not known"):
-        fit_sequentially(decision.compression, decision.plan, calibration)  # type: ignore[arg-type]
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.temporary_session", refuses)
+    with pytest.raises(NotSegmentable, match="sizes that are not known"):
+        fit_layerwise(decision.compression, decision.plan, calibration)  # type: ignore[arg-type]
     assert_fitted_all_at_once(name, decision, calibration)
 
 
@@ -169,21 +169,25 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
     assert 0 < len(kept) < len(decision.plan.keep)
     plan = replace(decision.plan, keep=kept)
 
-    def emptied(*args: Any) -> list[Stage]:
-        first, *rest = stages_of(*args)
+    def emptied(*args: Any) -> list[FitStage]:
+        first, *rest = schedule_stages(*args)
         return [replace(first, groups=(), forms={}, wanted=(), gaps=()), *rest]
 
-    whole = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.stages_of", emptied)
-    without = fit_sequentially(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    whole = fit_layerwise(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", emptied)
+    without = fit_layerwise(decision.compression, plan, calibration)  # type: ignore[arg-type]
     feeds = feeds_of(name)
-    for a, b in zip(run(written(clean(whole.model)), feeds), run(written(clean(without.model)), feeds), strict=True):
+    for a, b in zip(
+        run(written(finalize(whole.model)), feeds), run(written(finalize(without.model)), feeds), strict=True
+    ):
         assert np.isfinite(b).all() and relative_error(a, b) < 0.5
 
 
-def assert_fitted_all_at_once(name: str, decision: snpc.Decision, calibration: object) -> None:
-    plan, source = fitted(decision.plan, Means(decision.compression, calibration))  # type: ignore[arg-type]
-    parallel = fitted(replace(decision.plan, method="parallel"), Means(decision.compression, calibration))[1]  # type: ignore[arg-type]
+def assert_fitted_all_at_once(name: str, decision: snpc.PruningPlan, calibration: object) -> None:
+    plan, source = with_refitted_weights(decision.plan, FitInputs(decision.compression, calibration))  # type: ignore[arg-type]
+    parallel = with_refitted_weights(
+        replace(decision.plan, method="parallel"), FitInputs(decision.compression, calibration)
+    )[1]  # type: ignore[arg-type]
     for a, b in zip(
         run(written(rewrite_model(source, cuts_of(plan)).model), feeds_of(name)),
         run(written(rewrite_model(parallel, cuts_of(plan)).model), feeds_of(name)),

@@ -18,10 +18,16 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.slicing.mask import mask_constants
-from snpc.passes.slicing.slice import dead_units
-from snpc.passes.weights.normalizations import Norm, norms_of, readers_of
-from snpc.runtime.closed_form.refit_normalizations import Affine, Sums, affine_of, refit, watch
-from snpc.types import APPROXIMATE, Group
+from snpc.passes.slicing.slice import find_removed_units
+from snpc.passes.weights.normalizations import Normalization, affected_normalizations, normalization_consumers
+from snpc.runtime.closed_form.refit_normalizations import (
+    ChannelAffine,
+    NormalizationSums,
+    measure_normalizations,
+    solve_affine,
+    solve_consumer_refit,
+)
+from snpc.types import APPROXIMATE_REASON, Group
 from tests.cli.test_cli import CALIB, VIT, invoke, reported
 from tests.models.exports import EXPORTS, export
 from tests.oracle import (
@@ -60,14 +66,14 @@ def test_it_is_free_but_said_to_be_approximate(name: str) -> None:
     groups = residual(analysis)
     assert groups
     for group in groups:
-        assert (group.freedom, group.freedom_reason) == ("select", APPROXIMATE)
+        assert (group.freedom, group.freedom_reason) == ("select", APPROXIMATE_REASON)
         made = {site.tensor for site in group.sites}
         assert not [pin for pin in analysis.pins if pin.tensor in made]
 
 
 def test_nothing_cuts_it_by_default() -> None:
     analysis = analysis_of("vit_timm__ts17")
-    plan = snpc.make_plan(snpc.score(analysis), snpc.Choice(0.5))
+    plan = snpc.make_slice_plan(snpc.score(analysis), snpc.Budget(0.5))
     assert not {g.id for g in residual(analysis)} & set(plan.keep)
     assert "--roles residual" in invoke("inspect", VIT).stdout
 
@@ -77,7 +83,9 @@ def test_a_graph_output_keeps_it() -> None:
     (group,) = (g for g in analysis_of("bert__ts17").groups if g.role == "residual")
     assert {"it is a graph output"} == {pin.reason for pin in group.pins if pin.kind == "hard"}
     with pytest.raises(UserError, match=r"nothing to prune in the roles residual, .* it is a graph output"):
-        snpc.make_plan(snpc.score(analysis_of("bert__ts17"), roles=("residual",)), snpc.Choice(0.5, ("residual",)))
+        snpc.make_slice_plan(
+            snpc.score(analysis_of("bert__ts17"), roles=("residual",)), snpc.Budget(0.5, ("residual",))
+        )
 
 
 # -- models that exports do not have ---------------------------------------------------------------------------------
@@ -186,7 +194,7 @@ def halved(analysis: Analysis, seed: int = 0) -> Cuts:
 def test_normalisations_however_they_are_spelled(kind: str, tmp_path: Path) -> None:
     analysis = normed(tmp_path, kind)
     (group,) = residual(analysis)
-    assert (group.size, group.freedom_reason) == (D, APPROXIMATE)
+    assert (group.size, group.freedom_reason) == (D, APPROXIMATE_REASON)
     pair = cut(analysis, halved(analysis))
     assert relative_error(run(analysis.model.path, IDS), run(pair.masked, IDS)) > 1e-3
     for level in ("off", "all"):
@@ -335,12 +343,12 @@ def onnx_tensor(array: npt.NDArray[Any], name: str) -> Any:
 # -- fitting -----------------------------------------------------------------------------------------------------------
 
 
-def sums_of(z: Array, y: Array) -> Sums:
-    return Sums(z.T @ z, z.T @ y, z.sum(0), y.sum(0), float(len(z)))
+def sums_of(z: Array, y: Array) -> NormalizationSums:
+    return NormalizationSums(z.T @ z, z.T @ y, z.sum(0), y.sum(0), float(len(z)))
 
 
-def bare(stays: Array, gain: str | None, bias: str | None) -> Norm:
-    return Norm((), (), None, -1, stays, gain, bias)  # type: ignore[arg-type]
+def bare(stays: Array, gain: str | None, bias: str | None) -> Normalization:
+    return Normalization((), (), None, -1, stays, gain, bias)  # type: ignore[arg-type]
 
 
 def rows(seed: int, size: int, count: int = 60) -> tuple[Array, Array, Array]:
@@ -355,15 +363,15 @@ def rows(seed: int, size: int, count: int = 60) -> tuple[Array, Array, Array]:
 @given(st.integers(0, 99), st.integers(2, 9))
 def test_gain_and_bias_are_least_squares_per_channel(seed: int, size: int) -> None:
     stays, z, y = rows(seed, size)
-    both = affine_of(sums_of(z, y), bare(stays, "g", "b"))
-    gain = affine_of(sums_of(z, y), bare(stays, "g", None))
+    both = solve_affine(sums_of(z, y), bare(stays, "g", "b"))
+    gain = solve_affine(sums_of(z, y), bare(stays, "g", None))
     for k, channel in enumerate(np.flatnonzero(stays)):
         columns = np.stack([z[:, k], np.ones(len(z))], 1)
         expected = np.linalg.lstsq(columns, y[:, channel], rcond=None)[0]
         np.testing.assert_allclose([both.scale[k], both.shift[k]], expected, rtol=1e-6, atol=1e-8)
         (only,) = np.linalg.lstsq(columns[:, :1], y[:, channel], rcond=None)[0]
         np.testing.assert_allclose([gain.scale[k], gain.shift[k]], [only, 0.0], rtol=1e-6)
-    none = affine_of(sums_of(z, y), bare(stays, None, None))
+    none = solve_affine(sums_of(z, y), bare(stays, None, None))
     assert (none.scale == 1).all()
     assert not none.shift.any()
 
@@ -371,7 +379,7 @@ def test_gain_and_bias_are_least_squares_per_channel(seed: int, size: int) -> No
 def test_a_channel_that_never_changes_is_only_shifted() -> None:
     stays, z, y = rows(0, 6)
     z[:, 0] = 2.0
-    found = affine_of(sums_of(z, y), bare(stays, "g", "b"))
+    found = solve_affine(sums_of(z, y), bare(stays, "g", "b"))
     assert found.scale[0] == 1
     assert found.shift[0] == pytest.approx(y[:, 0].mean() - 2.0)
 
@@ -382,8 +390,11 @@ def test_readers_are_ridge_least_squares_towards_what_they_were(seed: int, size:
     """As stacked least squares on the rows themselves, with as many more rows that ask for the old weights."""
     stays, z, y = rows(seed, size)
     rng = np.random.default_rng(seed)
-    weight, affine = rng.normal(size=(size, 3)), Affine(rng.uniform(0.5, 2, z.shape[1]), rng.normal(size=z.shape[1]))
-    found, bias = refit(sums_of(z, y), affine, weight, bare(stays, "g", "b"), centred)
+    weight, affine = (
+        rng.normal(size=(size, 3)),
+        ChannelAffine(rng.uniform(0.5, 2, z.shape[1]), rng.normal(size=z.shape[1])),
+    )
+    found, bias = solve_consumer_refit(sums_of(z, y), affine, weight, bare(stays, "g", "b"), centred)
     new = z * affine.scale + affine.shift
     target = y @ weight
     a, b = (new - new.mean(0), target - target.mean(0)) if centred else (new, target)
@@ -407,16 +418,18 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
     analysis, given = normed(tmp_path, kind), weights()
     (group,) = residual(analysis)
     removed = random_removal(group, np.random.default_rng(5))
-    dead = dead_units(analysis.traced.trace, analysis.traced.units, cuts_of([(group, removed)]))
-    norms = norms_of(analysis.traced, dead)
+    dead = find_removed_units(analysis.traced.trace, analysis.traced.units, cuts_of([(group, removed)]))
+    norms = affected_normalizations(analysis.traced, dead)
     stays = ~removed[0]
     assert [norm.stays.tolist() for norm in norms] == [stays.tolist()] * 2
-    assert [len(readers_of(analysis.traced, norm, [group])) for norm in norms] == [1, 1]
+    assert [len(normalization_consumers(analysis.traced, norm, [group])) for norm in norms] == [1, 1]
     x = given["table"][IDS["ids"]].reshape(-1, D)
     first = normalise(x, kind, given["g1"], given["b1"])
     second = x + np.maximum(first @ given["up"], 0) @ given["down"]
     batches = [{"ids": IDS["ids"][:4]}, {"ids": IDS["ids"][4:]}]
-    for sums, value, number in zip(watch(analysis.traced, norms, dead, batches, "cpu"), (x, second), "12", strict=True):
+    for sums, value, number in zip(
+        measure_normalizations(analysis.traced, norms, dead, batches, "cpu"), (x, second), "12", strict=True
+    ):
         gain, bias = given[f"g{number}"], given[f"b{number}"]
         y, z = normalise(value, kind, gain, bias), normalise(value[:, stays], kind, gain[stays], bias[stays])
         for found, expected in zip(
@@ -425,8 +438,10 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def decided(analysis: Analysis, feeds: Feeds, samples: int, ratio: float, roles: Any = ("residual",)) -> snpc.Decision:
-    return snpc.decide(analysis, snpc.Choice(ratio, roles), calibration=calibration_of(analysis, feeds, samples))
+def decided(
+    analysis: Analysis, feeds: Feeds, samples: int, ratio: float, roles: Any = ("residual",)
+) -> snpc.PruningPlan:
+    return snpc.plan(analysis, snpc.Budget(ratio, roles), calibration=calibration_of(analysis, feeds, samples))
 
 
 @pytest.mark.parametrize("kind", FITTED)
@@ -440,10 +455,10 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
     feeds = {"ids": np.random.default_rng(2).integers(0, V, (64, 16))}
     made = decided(analysis, feeds, 64, 0.5)
     keep = {residual(analysis)[0].id: (tuple(range(D // 2)),)}
-    plan = snpc.Plan(analysis, "", {}, keep, "auto")
+    plan = snpc.SlicePlan(analysis, "", {}, keep, "auto")
     data = calibration_of(analysis, feeds, 64)
-    fitted = snpc.apply_plan(plan, tmp_path / "a.onnx", compression=made.compression, calibration=data)
-    plain = snpc.apply_plan(snpc.Plan(analysis, "", {}, keep), tmp_path / "s.onnx", calibration=data)
+    fitted = snpc.apply_slice_plan(plan, tmp_path / "a.onnx", compression=made.compression, calibration=data)
+    plain = snpc.apply_slice_plan(snpc.SlicePlan(analysis, "", {}, keep), tmp_path / "s.onnx", calibration=data)
     dense = run(analysis.model.path, IDS)
     assert moved(dense, run(plain.path, IDS)) > 0.2
     assert moved(dense, run(fitted.path, IDS)) < 0.02
@@ -456,10 +471,10 @@ def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
     data, others = calibration_of(analysis, more_data(name, 48), 48), more_data(name, 32, 7)
     moves = {}
     for method in ("auto", "select"):
-        made = snpc.decide(
-            analysis, snpc.Choice(0.25, ("residual",)), calibration=data, method=method, criterion="activation"
+        made = snpc.plan(
+            analysis, snpc.Budget(0.25, ("residual",)), calibration=data, method=method, criterion="activation"
         )
-        result = snpc.apply_plan(
+        result = snpc.apply_slice_plan(
             made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data if made.compression else None
         )
         moves[method] = moved(run(export(name), others), run(result.path, others))
@@ -476,12 +491,15 @@ def test_a_table_that_is_the_last_layer_too_is_not_refitted(tmp_path: Path) -> N
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items() if n in used)
     analysis = analysis_at(tmp_path / "tied.onnx", model)
     (group,) = residual(analysis)
-    dead = dead_units(analysis.traced.trace, analysis.traced.units, halved(analysis))
-    norms = norms_of(analysis.traced, dead)
-    assert [[r.place.tensor for r in readers_of(analysis.traced, norm, [group])] for norm in norms] == [["up"], []]
+    dead = find_removed_units(analysis.traced.trace, analysis.traced.units, halved(analysis))
+    norms = affected_normalizations(analysis.traced, dead)
+    assert [[r.place.tensor for r in normalization_consumers(analysis.traced, norm, [group])] for norm in norms] == [
+        ["up"],
+        [],
+    ]
     made = decided(analysis, IDS, 6, 0.5)
     data = calibration_of(analysis, IDS, 6)
-    result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
     tables = [numpy_helper.to_array(t) for t in onnx.load(result.path).graph.initializer if t.name == "table"]
     kept = list(made.plan.keep[group.id][0])
     np.testing.assert_array_equal(tables[0], weights()["table"][:, kept])

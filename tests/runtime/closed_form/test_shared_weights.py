@@ -14,13 +14,13 @@ import pytest
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.attention_operands import score_products
-from snpc.passes.weights.closed_form_kinds import forms_of
-from snpc.passes.weights.consumers import reader_of, readers_of, uses_of
+from snpc.passes.weights.closed_form_kinds import closed_form_kinds
+from snpc.passes.weights.consumers import consumer_uses, consumer_weights, single_consumer_weight
 from snpc.passes.weights.edits import existing_bias
-from snpc.pipeline.planner import Decision
-from snpc.planning.config import Choice
-from snpc.planning.plan import Plan
-from snpc.runtime.closed_form.fit import Compression, fit
+from snpc.pipeline.planner import PruningPlan
+from snpc.planning.config import Budget
+from snpc.planning.plan import SlicePlan
+from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel
 from snpc.types import FloatArray, Group, Role
 from tests.models.exports import export
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
@@ -48,19 +48,19 @@ def groups_of(analysis: Analysis, role: Role) -> list[Group]:
 
 
 @functools.cache
-def found_for(name: str, role: Role) -> tuple[Compression, Feeds]:
+def found_for(name: str, role: Role) -> tuple[ClosedForms, Feeds]:
     """The closed forms of a role, measured on more data than the export came with."""
     analysis, feeds = analysis_of(name), more_data(name, SAMPLES)
     groups = groups_of(analysis, role)
     assert groups
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), groups)
-    return snpc.compress(analysis, statistics, groups), feeds
+    return snpc.solve_closed_forms(analysis, statistics, groups), feeds
 
 
-def keeping(analysis: Analysis, found: Compression, group: Group, kept: int) -> Plan:
+def keeping(analysis: Analysis, found: ClosedForms, group: Group, kept: int) -> SlicePlan:
     """The plan that keeps the ``kept`` units that go last."""
     best = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
-    return Plan(analysis, "by hand", {}, {group.id: (best,)}, "parallel")
+    return SlicePlan(analysis, "by hand", {}, {group.id: (best,)}, "parallel")
 
 
 def outputs_of(model: bytes, analysis: Analysis, group: Group) -> list[str]:
@@ -68,7 +68,7 @@ def outputs_of(model: bytes, analysis: Analysis, group: Group) -> list[str]:
     nodes = {n.name: n for n in onnx.load_from_string(model).graph.node}
     constants = {t.name for t in onnx.load_from_string(model).graph.initializer}
     names = []
-    for node in (node for reader in readers_of(analysis.traced, group) for node in reader.nodes):
+    for node in (node for reader in consumer_weights(analysis.traced, group) for node in reader.nodes):
         output = nodes[str(node.name)].output[0]
         users = [n for n in nodes.values() if output in n.input]
         if len(users) == 1 and users[0].op_type == "Add" and constants & set(users[0].input):
@@ -86,10 +86,10 @@ def test_predicted_loss_is_the_measured_one(name: str, role: Role) -> None:
         assert found.forms[group.id] == "refit"
         for kept in sorted({1, group.size // 4, group.size // 2} - {0}):
             plan = keeping(analysis, found, group, kept)
-            if len([node for r in readers_of(analysis.traced, group) for node in r.nodes]) > 1:
+            if len([node for r in consumer_weights(analysis.traced, group) for node in r.nodes]) > 1:
                 measured = lost_by_layers(found, plan, group, feeds)
             else:
-                model = shrunk(Decision(plan, found))
+                model = shrunk(PruningPlan(plan, found))
                 (before,) = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
                 (after,) = watched(model, outputs_of(model, analysis, group), feeds)
                 measured = float(np.sum((after - before) ** 2))
@@ -101,11 +101,11 @@ def test_predicted_loss_is_the_measured_one(name: str, role: Role) -> None:
             assert measured == pytest.approx(curve[kept], rel=1e-2 if exact else 0.1)
 
 
-def lost_by_layers(found: Compression, plan: Plan, group: Group, feeds: Feeds) -> float:
+def lost_by_layers(found: ClosedForms, plan: SlicePlan, group: Group, feeds: Feeds) -> float:
     """The squared change of what each node gives for the dense activations, with the weights and biases as fitted."""
-    source, fitted = found.analysis.traced, fit(found, plan)
+    source, fitted = found.analysis.traced, fit_parallel(found, plan)
     total = 0.0
-    for uses in uses_of(source, group):
+    for uses in consumer_uses(source, group):
         reader = uses[0].reader
         change = reader.matrix(fitted) - reader.matrix(source)
         for use in uses:
@@ -135,7 +135,7 @@ def test_keeping_everything_changes_nothing(name: str, role: Role) -> None:
     found, _ = found_for(name, role)
     analysis, feeds = analysis_of(name), feeds_of(name)
     keep = {g.id: (tuple(range(g.size)),) for g in groups_of(analysis, role)}
-    model = shrunk(Decision(Plan(analysis, "by hand", {}, keep, "parallel"), found))
+    model = shrunk(PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "parallel"), found))
     assert relative_error(run(export(name), feeds), run(model, feeds)) < 1e-4
 
 
@@ -143,11 +143,11 @@ def test_keeping_everything_changes_nothing(name: str, role: Role) -> None:
 def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
     data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
-    choice = Choice(0.5, (role,))
+    choice = Budget(0.5, (role,))
     drifts = []
     for method, criterion in (("auto", None), ("select", "magnitude"), ("select", "mixed")):
-        made = snpc.decide(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
+        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
         drifts.append(moved(before, run(result.path, feeds)))
     assert drifts[0] < 0.98 * min(drifts[1:])
 
@@ -159,10 +159,10 @@ def test_heads_and_widths_go_together(name: str, tmp_path: Path) -> None:
     data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
     drifts = []
     for method, criterion in (("auto", None), ("parallel", None), ("select", "mixed")):
-        choice = Choice(0.4, ("head", "vo", "qk"), uniform=True)
-        made = snpc.decide(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
+        choice = Budget(0.4, ("head", "vo", "qk"), uniform=True)
+        made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
         assert {g.role for g in analysis.groups if g.id in made.plan.keep} >= {"head", "vo"}
-        result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
         drifts.append(moved(before, run(result.path, feeds)))
     assert drifts[1] < 0.98 * drifts[2]
     assert drifts[0] < 1.1 * drifts[2]
@@ -180,8 +180,8 @@ def test_predicted_loss_of_shared_values(name: str, share: float) -> None:
     group = groups_of(analysis, "vo")[0]
     kept = round(group.size * share)
     keep = {group.id: tuple(tuple(range(kept)) for _ in range(group.blocks))}
-    fitted = fit(found, Plan(analysis, "by hand", {}, keep, "parallel"))
-    reader = reader_of(analysis.traced, group)
+    fitted = fit_parallel(found, SlicePlan(analysis, "by hand", {}, keep, "parallel"))
+    reader = single_consumer_weight(analysis.traced, group)
     assert len(reader.place.index) > 1 or len(reader.nodes) > 1
     measured = 0.0
     for tensor in (p.tensor for p in group.probes if p.kind == "context"):
@@ -204,9 +204,9 @@ def test_every_layer_of_shared_weights_keeps_its_own_mean() -> None:
     found, feeds = found_for(name, "ffn")
     analysis = analysis_of(name)
     (group,) = groups_of(analysis, "ffn")
-    (reader,) = readers_of(analysis.traced, group)
+    (reader,) = consumer_weights(analysis.traced, group)
     assert len(reader.nodes) == 3
-    model = shrunk(Decision(keeping(analysis, found, group, 24), found))
+    model = shrunk(PruningPlan(keeping(analysis, found, group, 24), found))
     before = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
     after = watched(model, outputs_of(model, analysis, group), feeds)
     # the first layer sees what it saw before; the later ones see what the cut ones give them
@@ -221,13 +221,13 @@ def test_kernels_are_refitted_at_every_offset(name: str, tmp_path: Path) -> None
     """Strides, padding and dilations are the reader's; a bias that it lacks becomes its third input."""
     analysis = analysis_of(name)
     groups = groups_of(analysis, "conv")
-    readers = {r.taps: r for g in groups for r in readers_of(analysis.traced, g)}
+    readers = {r.taps: r for g in groups for r in consumer_weights(analysis.traced, g)}
     assert set(readers) == {1, 9}
     data = calibration_of(analysis, more_data(name, 24), 8)
-    made = snpc.decide(analysis, Choice(0.5, ("conv",)), calibration=data)
+    made = snpc.plan(analysis, Budget(0.5, ("conv",)), calibration=data)
     assert made.compression is not None
     assert set(made.compression.forms.values()) == {"refit"}
-    result = snpc.apply_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
     nodes = {n.name: n for n in onnx.load(result.path).graph.node}
     for reader in readers.values():
         if existing_bias(reader.node, reader.width) is None:
@@ -242,7 +242,7 @@ def test_statistics_of_kernels_are_those_of_patches() -> None:
     found, feeds = found_for(name, "conv")
     analysis = analysis_of(name)
     for group in groups_of(analysis, "conv"):
-        (reader,) = readers_of(analysis.traced, group)
+        (reader,) = consumer_weights(analysis.traced, group)
         (seen,) = found.moments[group.id].contexts[0]
         (output,) = watched(whole(name), [str(reader.node.outputs[0].name)], feeds)
         flat = np.moveaxis(output, 1, -1).reshape(-1, reader.width)
@@ -266,7 +266,7 @@ def test_predicted_loss_of_rotary_pairs(name: str) -> None:
     (group,) = groups_of(analysis, "qk")
     assert group.freedom != "basis"
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 2), [group])
-    found = snpc.compress(analysis, statistics, [group])
+    found = snpc.solve_closed_forms(analysis, statistics, [group])
     assert found.forms == {group.id: "coupled"}
     curve, (selection,) = found.curve(group), found.eliminations[group.id]
     assert curve is not None
@@ -320,6 +320,6 @@ def test_query_and_key_behind_a_norm_of_each_head_stay_and_the_rest_does_not(nam
     assert said
     assert all("mean" in reason or "statistics" in reason for reason in said)
     groups = [g for role in ("vo", "ffn") for g in groups_of(analysis, role)]  # type: ignore[arg-type]
-    forms, skipped = forms_of(analysis, groups)
+    forms, skipped = closed_form_kinds(analysis, groups)
     assert sorted(set(forms.values())) == ["refit", "values"]
     assert not skipped

@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from snpc.cli.tables import columns_for
+from snpc.cli.tables import fitting_columns
 from snpc.errors import UserError
 from snpc.runtime.evaluation.bench import (
-    Bench,
+    BenchResult,
     OutputDiff,
     bench,
     common_inputs,
@@ -23,8 +23,8 @@ from snpc.runtime.evaluation.bench import (
     median_interval,
     round_order,
     run_rounds,
-    speedup,
-    timing,
+    summarize_ratios,
+    summarize_times,
 )
 from snpc.types import Feeds, TensorSpec
 
@@ -117,7 +117,7 @@ class TestStatistics:
     times = np.random.default_rng(3).gamma(4.0, 0.5, 201)
 
     def test_timing_is_numpys(self) -> None:
-        result = timing("m", self.times, (50, 90, 99.9))
+        result = summarize_times("m", self.times, (50, 90, 99.9))
         assert result.median == pytest.approx(np.median(self.times))
         assert result.mean == pytest.approx(self.times.mean())
         assert result.min == self.times.min()
@@ -126,7 +126,7 @@ class TestStatistics:
         assert result.percentiles[0][1] == pytest.approx(result.median)
 
     def test_speedup_is_the_median_ratio_with_quartiles(self) -> None:
-        result = speedup("b", "a", self.times, ())
+        result = summarize_ratios("b", "a", self.times, ())
         assert result.ratio == pytest.approx(np.median(self.times))
         assert (result.q1, result.q3) == pytest.approx(tuple(np.percentile(self.times, (25, 75))))
         assert result.iqr == pytest.approx(result.q3 - result.q1)
@@ -135,7 +135,7 @@ class TestStatistics:
     def test_drift_moves_times_and_not_the_ratio(self) -> None:
         """Why ratios are taken within a round: the machine gets 5 times slower and the ratio stays."""
         drift = np.linspace(1.0, 5.0, 101)
-        result = speedup("b", "a", (3.0 * drift) / (2.0 * drift), ())
+        result = summarize_ratios("b", "a", (3.0 * drift) / (2.0 * drift), ())
         assert (result.low, result.ratio, result.high) == pytest.approx((1.5, 1.5, 1.5))
 
     def test_the_interval_agrees_with_order_statistics(self) -> None:
@@ -165,7 +165,7 @@ class TestCompareOutputs:
         b: Feeds = {"logits": np.array([[1.0, 2.5]], np.float32), "pooled": np.array([2.0], np.float16)}
         diffs = compare_outputs(a, b)
         assert diffs == (OutputDiff("logits", 0.5), OutputDiff("pooled", 2.0))
-        worst = speedup("b", "a", np.ones(3), diffs).worst
+        worst = summarize_ratios("b", "a", np.ones(3), diffs).worst
         assert worst is not None
         assert worst.name == "pooled"
 
@@ -196,7 +196,7 @@ class TestCompareOutputs:
             "only the first model has it",
             "only the other model has it",
         ]
-        assert speedup("b", "a", np.ones(3), diffs).worst is None
+        assert summarize_ratios("b", "a", np.ones(3), diffs).worst is None
 
 
 class TestCommonInputs:
@@ -234,7 +234,7 @@ class TestCommonInputs:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     """A model, one with 16 times fewer MACs, and the first again."""
     folder = tmp_path_factory.mktemp("models")
     big = chain(folder / "big.onnx", width=128, layers=6, hidden=1024)
@@ -243,17 +243,17 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 class TestBench:
-    def test_the_smaller_model_is_faster(self, result: Bench) -> None:
+    def test_the_smaller_model_is_faster(self, result: BenchResult) -> None:
         """Of 16 times fewer MACs little is asked for: the machine is shared."""
         assert [timing.model.rpartition("/")[2] for timing in result.timings] == ["big.onnx", "small.onnx", "big.onnx"]
         assert result.speedups[0].ratio > 1.5
         assert result.timings[0].median > result.timings[1].median
 
-    def test_a_model_is_as_fast_as_itself(self, result: Bench) -> None:
+    def test_a_model_is_as_fast_as_itself(self, result: BenchResult) -> None:
         assert 0.5 < result.speedups[1].ratio < 2.0
         assert result.speedups[1].worst == OutputDiff("y", 0.0)
 
-    def test_numbers_are_in_order(self, result: Bench) -> None:
+    def test_numbers_are_in_order(self, result: BenchResult) -> None:
         for timing_ in result.timings:
             assert 0 < timing_.min <= timing_.median
             assert timing_.min <= timing_.mean
@@ -262,14 +262,14 @@ class TestBench:
             assert pair.low <= pair.ratio <= pair.high
             assert pair.q1 <= pair.ratio <= pair.q3
 
-    def test_different_models_differ(self, result: Bench) -> None:
+    def test_different_models_differ(self, result: BenchResult) -> None:
         worst = result.speedups[0].worst
         assert worst is not None
         assert worst.name == "y"
         assert worst.max_abs is not None
         assert worst.max_abs > 0.01
 
-    def test_the_facts(self, result: Bench) -> None:
+    def test_the_facts(self, result: BenchResult) -> None:
         import onnxruntime
 
         assert result.machine.provider == "CPUExecutionProvider"
@@ -280,14 +280,14 @@ class TestBench:
         assert (result.rounds, result.warmup, result.feeds, result.seed) == (30, 3, 1, 5)
         assert result.shapes == {"x": (32, 128)}
 
-    def test_json_is_plain(self, result: Bench) -> None:
+    def test_json_is_plain(self, result: BenchResult) -> None:
         report = result.to_json()
         assert json.loads(json.dumps(report, allow_nan=False)) == report
         assert set(report["timings"][0]["percentiles"]) == {"p50", "p90", "p99"}
         assert report["speedups"][1]["outputs"] == [{"name": "y", "max_abs": 0.0, "reason": ""}]
         assert report["shapes"] == {"x": [32, 128]}
 
-    def test_rows_are_a_table(self, result: Bench) -> None:
+    def test_rows_are_a_table(self, result: BenchResult) -> None:
         header, *rows = result.rows()
         assert header == (
             *("model", "median ms", "mean", "min", "p90", "p99"),
@@ -378,5 +378,5 @@ class TestRefusals:
 
 @pytest.mark.parametrize(("room", "left"), [(100, "abcd"), (29, "abcd"), (28, "acd"), (20, "ad"), (3, "ad")])
 def test_a_narrow_terminal_goes_without_what_is_spare(room: int, left: str) -> None:
-    found = columns_for(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
+    found = fitting_columns(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
     assert "".join("abcd"[k] for k in found) == left

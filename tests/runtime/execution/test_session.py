@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 from snpc.errors import UserError
 from snpc.runtime.execution.feeds import check_feeds, parse_shapes, random_feeds
 from snpc.runtime.execution.session import (
-    DTYPES,
+    ORT_DTYPES,
     PROVIDERS,
-    Memory,
+    MemoryMode,
     first_lines,
     open_session,
     prepare_run,
@@ -77,7 +77,7 @@ class TestOpen:
             assert not outputs["f"]
 
     @pytest.mark.parametrize("memory", ["shared", "least"])
-    def test_where_its_memory_comes_from_changes_nothing(self, memory: Memory) -> None:
+    def test_where_its_memory_comes_from_changes_nothing(self, memory: MemoryMode) -> None:
         feeds: Feeds = {"x": np.ones((2, 3, 4), np.float32), "ids": np.ones((2, 5), np.int64), "flag": np.array(True)}
         expected = run_session(open_session(model_bytes(IDENTITY)), feeds)
         sessions = [open_session(model_bytes(IDENTITY), memory=memory) for _ in range(3)]
@@ -164,9 +164,9 @@ class TestProvider:
 
 
 class TestTypes:
-    @pytest.mark.parametrize("element", sorted(set(DTYPES) - {"complex64", "complex128"}))  # unknown to onnxruntime
+    @pytest.mark.parametrize("element", sorted(set(ORT_DTYPES) - {"complex64", "complex128"}))  # unknown to onnxruntime
     def test_every_type_goes_in_and_comes_out(self, element: str) -> None:
-        dtype = DTYPES[element]
+        dtype = ORT_DTYPES[element]
         proto = TensorProto.STRING if element == "string" else helper.np_dtype_to_tensor_dtype(dtype)
         session = open_session(cast_bytes(proto, proto, ["n", 2]))
         assert session_inputs(session) == (TensorSpec("x", dtype, ("n", 2)),)

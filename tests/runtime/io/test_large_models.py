@@ -87,16 +87,16 @@ def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, mon
 def test_what_does_not_fit_is_not_run_and_that_is_said(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = memory.run_bytes(snpc.load(llama))
+    needed = memory.session_bytes(snpc.load(llama))
     assert needed > 3 * llama.with_name("weights.bin").stat().st_size * 0.9  # half precision runs as single
-    monkeypatch.setattr(capacity, "free_memory", lambda: needed)
+    monkeypatch.setattr(memory, "free_memory", lambda: needed)
     target, report = tmp_path / "out.onnx", tmp_path / "report.json"
     result = invoke("prune", llama, *FLAGS, "-o", target, "--json", report)
     assert "outputs were not compared: running the model takes about" in " ".join(result.stdout.split())
     said = json.loads(report.read_text())["verify"]
     assert said["max_abs_diff"] is None
     assert any("strict shape inference" in line for line in said["structure"])
-    monkeypatch.setattr(capacity, "free_memory", lambda: 3 * needed)
+    monkeypatch.setattr(memory, "free_memory", lambda: 3 * needed)
     verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
     assert verdict["max_abs_diff"] is not None
 
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_not_run_and_that_is_said(
 def test_free_memory_of_a_container(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("100\n")
-    assert memory.container_free(tmp_path) is None
+    assert memory.container_free_bytes(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.container_free(tmp_path) == 900
-    assert memory.container_free(tmp_path / "none") is None
+    assert memory.container_free_bytes(tmp_path) == 900
+    assert memory.container_free_bytes(tmp_path / "none") is None

@@ -12,17 +12,25 @@ from hypothesis import strategies as st
 
 import snpc
 from snpc.errors import UserError
-from snpc.pipeline.planner import ordered
+from snpc.pipeline.planner import with_closed_form_order
 from snpc.pipeline.score import score
-from snpc.planning.allocate import widths_for
-from snpc.planning.config import Choice
-from snpc.runtime.closed_form.masked_weights import touched_constants
-from snpc.runtime.execution.memory import Shelf
-from snpc.runtime.execution.session import NotLoaded
-from snpc.runtime.execution.temporary_session import scratch
-from snpc.runtime.sensitivity.curve_fit import Change, fitted_curves
-from snpc.runtime.sensitivity.loss_curves import ROUNDS, WHOLE, attempt, output_curves, probed_widths, trial, widths_of
-from snpc.runtime.sensitivity.segmented_model import chain_of
+from snpc.planning.allocate import allocate_widths
+from snpc.planning.config import Budget
+from snpc.runtime.closed_form.masked_weights import changed_constants
+from snpc.runtime.execution.memory import SpillableStore
+from snpc.runtime.execution.session import SessionLoadError
+from snpc.runtime.execution.temporary_session import temporary_session
+from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
+from snpc.runtime.sensitivity.loss_curves import (
+    CURVE_SHARES,
+    REFINEMENT_ROUNDS,
+    measurable_widths,
+    measure_loss_curves,
+    nearest_widths,
+    trial_constants,
+    trial_edits,
+)
+from snpc.runtime.sensitivity.segmented_model import open_segmented_model
 from snpc.types import AnyArray, Group
 from tests.oracle import Array, analysis_of, feeds_of, run, written
 from tests.planning.test_allocate import group
@@ -34,12 +42,12 @@ def test_a_chain_says_what_the_whole_model_says(name: str) -> None:
     """Also with changed weights: then against the model in which they are changed."""
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
-    tried = {g.id: trial(found, scores, g, min(probed_widths(g))) for g in groups}
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    tried = {g.id: trial_constants(found, scores, g, min(measurable_widths(g))) for g in groups}
     feeds = feeds_of(name)
     expected = run(written(analysis.traced.model.clone()), feeds)
-    with chain_of(analysis, tried, "cpu") as chain:
-        states = chain.states(feeds, Shelf(0))
+    with open_segmented_model(analysis, tried, "cpu") as chain:
+        states = chain.states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], expected)
         for g in groups[:: max(1, len(groups) // 4)]:
             model = analysis.traced.model.clone()
@@ -65,8 +73,8 @@ def test_a_chain_has_a_piece_per_layer() -> None:
     """Else every trial would run the whole model."""
     analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
     groups = chosen(analysis)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
-    with chain_of(analysis, {g.id: trial(found, scores, g, 1) for g in groups}, "cpu") as chain:
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}, "cpu") as chain:
         assert len(chain.pieces) >= 2 * len({g.layer for g in groups})
         for g in groups:
             first, last = chain.spans[g.id]
@@ -78,21 +86,21 @@ def test_a_chain_has_a_piece_per_layer() -> None:
 def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
     groups = chosen(analysis)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
-    tried = {g.id: trial(found, scores, g, 1) for g in groups}
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    tried = {g.id: trial_constants(found, scores, g, 1) for g in groups}
     opened = []
 
     def fails_once(*args: Any, **options: Any) -> Any:
         opened.append(args)
         if len(opened) == 3:
-            raise NotLoaded("sizes that are not known")
-        return scratch(*args, **options)
+            raise SessionLoadError("sizes that are not known")
+        return temporary_session(*args, **options)
 
-    monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.scratch", fails_once)
+    monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.temporary_session", fails_once)
     feeds = feeds_of("vit_timm__ts17")
-    with chain_of(analysis, tried, "cpu") as chain:
+    with open_segmented_model(analysis, tried, "cpu") as chain:
         assert len(chain.pieces) == 1 and len(opened) > 3
-        states = chain.states(feeds, Shelf(0))
+        states = chain.states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], run(written(analysis.traced.model.clone()), feeds))
 
 
@@ -100,11 +108,11 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
 def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
     """Else a chain would not have these weights open, or run pieces that nothing changes."""
     analysis, found = analysis_of(name), compressed(name)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
     for g in chosen(analysis):
-        width = min(probed_widths(g))
-        touched = touched_constants(analysis.traced, *attempt(found, scores, g, width))
-        assert touched and touched == set(trial(found, scores, g, width))
+        width = min(measurable_widths(g))
+        touched = changed_constants(analysis.traced, *trial_edits(found, scores, g, width))
+        assert touched and touched == set(trial_constants(found, scores, g, width))
 
 
 class Spy:
@@ -112,36 +120,36 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[tuple[str, int]] = []
-        monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.trial", self)
+        monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.trial_constants", self)
 
     def __call__(self, found: Any, scores: Any, group: Group, width: int) -> dict[str, AnyArray]:
         self.tried.append((group.id, width))
-        return trial(found, scores, group, width)
+        return trial_constants(found, scores, group, width)
 
 
 @pytest.mark.parametrize("many", [1, 99], ids=["first one trial each", "first four"])
 @pytest.mark.parametrize(
-    "choice", [Choice(target="macs=0.7"), Choice(0.4), Choice(0.7), Choice(max_drift=0.3)], ids=str
+    "choice", [Budget(target="macs=0.7"), Budget(0.4), Budget(0.7), Budget(max_drift=0.3)], ids=str
 )
 def test_curves_are_measured_near_the_plan_that_they_make(
-    choice: Choice, many: int, monkeypatch: pytest.MonkeyPatch
+    choice: Budget, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.MANY", many)
+    monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.MIN_GROUPS_PER_ROLE", many)
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
     calibration = calibration_of(analysis, feeds_of(name))
     spy = Spy(monkeypatch)
-    curves = output_curves(found, scores, calibration, groups, choice)
+    curves = measure_loss_curves(found, scores, calibration, groups, choice)
     assert len(set(spy.tried)) == len(spy.tried), "nothing is tried twice"
     mild = choice.max_drift is None and choice.ratio != 0.7
-    first = 1 if many == 1 and mild else len(WHOLE)
-    assert first * len(groups) <= len(spy.tried) <= (first + ROUNDS) * len(groups)
-    assert all(width in probed_widths(g) for g in groups for name, width in spy.tried if name == g.id)
+    first = 1 if many == 1 and mild else len(CURVE_SHARES)
+    assert first * len(groups) <= len(spy.tried) <= (first + REFINEMENT_ROUNDS) * len(groups)
+    assert all(width in measurable_widths(g) for g in groups for name, width in spy.tried if name == g.id)
     # What the plan comes to has been seen, but where the last measurements have moved it on.
-    planned = widths_for(groups, replace(scores, curves=curves), choice)
-    near = {(g.id, widths_of(g, [planned[g.id] / g.size])[0]) for g in groups}
+    planned = allocate_widths(groups, replace(scores, curves=curves), choice)
+    near = {(g.id, nearest_widths(g, [planned[g.id] / g.size])[0]) for g in groups}
     assert len(near & set(spy.tried)) >= 0.75 * len(groups)
     assert len({width for _, width in spy.tried}) > 2
 
@@ -150,27 +158,27 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: 
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
-        output_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Choice(target="macs=0.01"))
+        measure_loss_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Budget(target="macs=0.01"))
     assert not spy.tried
 
 
 def test_curves_for_all_choices_do_not_depend_on_one() -> None:
     analysis = analysis_of("vit_timm__ts17")
     calibration = calibration_of(analysis, feeds_of("vit_timm__ts17"))
-    choices = (Choice(target="macs=0.7"), Choice(0.0))
-    first, second = (snpc.decide(analysis, choice, calibration=calibration, whole=True).curves for choice in choices)
+    choices = (Budget(target="macs=0.7"), Budget(0.0))
+    first, second = (snpc.plan(analysis, choice, calibration=calibration, whole=True).curves for choice in choices)
     assert all(np.array_equal(first[name], curve) for name, curve in second.items())
 
 
-@pytest.mark.parametrize("choice", [None, Choice(target="macs=0.7")], ids=str)
-def test_curves_fall_with_the_width(choice: Choice | None) -> None:
+@pytest.mark.parametrize("choice", [None, Budget(target="macs=0.7")], ids=str)
+def test_curves_fall_with_the_width(choice: Budget | None) -> None:
     analysis, found = analysis_of("bert__ts17"), compressed("bert__ts17")
-    scores = ordered(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
     calibration = calibration_of(analysis, feeds_of("bert__ts17"))
-    curves = output_curves(found, scores, calibration, chosen(analysis), choice)
+    curves = measure_loss_curves(found, scores, calibration, chosen(analysis), choice)
     for g in chosen(analysis):
         curve = curves[g.id]
         assert curve.shape == (g.size + 1,)
@@ -188,20 +196,20 @@ def test_what_samples_do_to_all_groups_is_taken_off(seed: int, pools: int, sprea
     truth = {g.id: shapes[g.id] * np.exp(rng.normal() + 0.2 * rng.normal() * np.arange(61) / 60) for g in groups}
     effect = spread * rng.normal(size=pools)
     found = [
-        Change(g, width, (turn + k) % pools, float(truth[g.id][width] * np.exp(effect[(turn + k) % pools])))
+        OutputChange(g, width, (turn + k) % pools, float(truth[g.id][width] * np.exp(effect[(turn + k) % pools])))
         for turn, g in enumerate(groups)
-        for k, width in enumerate(probed_widths(g))
+        for k, width in enumerate(measurable_widths(g))
     ]
-    curves = fitted_curves(shapes, found)
+    curves = fit_curves(shapes, found)
     # Each truth is a parabola in the width, as a logarithm: but for a common factor, it is found, drawn a little
     # towards the others.
-    wrong = np.array([np.log(curves[g.id][w] / truth[g.id][w]) for g in groups for w in probed_widths(g)])
+    wrong = np.array([np.log(curves[g.id][w] / truth[g.id][w]) for g in groups for w in measurable_widths(g)])
     assert wrong.std() <= 0.05
 
 
-def changes_of(shape: AnyArray, factors: dict[int, float], name: str = "g") -> list[Change]:
+def changes_of(shape: AnyArray, factors: dict[int, float], name: str = "g") -> list[OutputChange]:
     g = group(name, "ffn", 1, len(shape) - 1)
-    return [Change(g, width, 0, float(shape[width] * factor)) for width, factor in factors.items()]
+    return [OutputChange(g, width, 0, float(shape[width] * factor)) for width, factor in factors.items()]
 
 
 def test_noise_is_smoothed_and_groups_of_a_role_help_each_other() -> None:
@@ -211,7 +219,7 @@ def test_noise_is_smoothed_and_groups_of_a_role_help_each_other() -> None:
     bend = {w: float(np.exp(1.5 * w / 60)) for w in widths}
     seen = {f"g{k}": {w: f * float(np.exp(0.3 * rng.normal())) for w, f in bend.items()} for k in range(20)}
     found = [c for name, factors in seen.items() for c in changes_of(shape, factors, name)]
-    curves = fitted_curves(dict.fromkeys(seen, shape), found)
+    curves = fit_curves(dict.fromkeys(seen, shape), found)
     off, alone = [], []
     for name, factors in seen.items():
         truth = np.log([bend[w] for w in widths])
@@ -229,10 +237,10 @@ def test_what_is_no_parabola_passes_through_its_points() -> None:
     plain = dict.fromkeys(odd, 2.0)
     found = [*changes_of(shape, odd, "odd"), *changes_of(shape, plain, "plain")]
     found += changes_of(shape, dict.fromkeys(odd, 0.0), "dead")
-    curves = fitted_curves(dict.fromkeys(("odd", "plain", "dead", "unmeasured"), shape), found)
+    curves = fit_curves(dict.fromkeys(("odd", "plain", "dead", "unmeasured"), shape), found)
     for width, factor in odd.items():
         assert curves["odd"][width] == pytest.approx(shape[width] * factor)
         assert curves["plain"][width] == pytest.approx(2 * shape[width], rel=1e-3)
     assert curves["dead"].max() < 1e-200
     np.testing.assert_array_equal(curves["unmeasured"], shape)
-    np.testing.assert_array_equal(fitted_curves({"unmeasured": shape}, [])["unmeasured"], shape)
+    np.testing.assert_array_equal(fit_curves({"unmeasured": shape}, [])["unmeasured"], shape)

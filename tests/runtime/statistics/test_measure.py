@@ -14,9 +14,9 @@ import onnxruntime as ort
 import pytest
 
 import snpc
-from snpc.runtime.statistics.measure import Wanted, measure, wanted_statistics
-from snpc.runtime.statistics.probe_layout import layout_of
-from snpc.runtime.statistics.unit_weights import numbers_of
+from snpc.runtime.statistics.measure import StatisticRequest, measure_batches, statistic_requests
+from snpc.runtime.statistics.probe_layout import infer_probe_layout
+from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Probe
 from tests.cli.test_cli import CALIB, VIT
 from tests.models.exports import load_feeds
@@ -57,7 +57,7 @@ def samples_of(name: str) -> dict[str, Array]:
 
 
 @functools.cache
-def wanted(name: str) -> tuple[Wanted, ...]:
+def wanted(name: str) -> tuple[StatisticRequest, ...]:
     """Every statistic that any probe of a prunable group can have."""
     names = {}
     for group in prunable(analysis_of(name).groups):
@@ -65,14 +65,14 @@ def wanted(name: str) -> tuple[Wanted, ...]:
         names[group.id] = [f"energy:{k}" for k in kinds]
         if group.size <= LARGEST_GRAM and group.role != "head":
             names[group.id] += [f"gram:{k}" for k in kinds]
-    return tuple(wanted_statistics(analysis_of(name), names))
+    return tuple(statistic_requests(analysis_of(name), names))
 
 
 @functools.cache
 def measured(name: str, size: int) -> dict[str, Array]:
     """Statistics summed over all samples, from batches of ``size``."""
     total: dict[str, Array] = {}
-    for result in measure(analysis_of(name), wanted(name), batches(name, size)):
+    for result in measure_batches(analysis_of(name), wanted(name), batches(name, size)):
         for key, array in result.items():
             total[key] = total.get(key, 0.0) + array.sum(axis=0)
     return total
@@ -194,7 +194,7 @@ def test_activation_is_the_formula_by_hand() -> None:
     for group in prunable(analysis.groups, "ffn"):
         (probe,) = group.probes
         hidden = activations(name)[probe.tensor]
-        weight = np.asarray(numbers_of(analysis, group, {}, 0).consume[next(
+        weight = np.asarray(criterion_inputs(analysis, group, {}, 0).consume[next(
             s.tensor for s in group.sites if s.kind == "consume")])  # fmt: skip
         expected = np.square(hidden.astype(np.float64)).mean(0) * np.square(weight).sum(1)
         found = scores.values[group.id][0]
@@ -204,15 +204,15 @@ def test_activation_is_the_formula_by_hand() -> None:
 def test_weights_are_rows_per_unit() -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(VIT).graph.initializer}
-    ffn = numbers_of(analysis, analysis.group("blocks.0.mlp.ffn"), {}, 0)
+    ffn = criterion_inputs(analysis, analysis.group("blocks.0.mlp.ffn"), {}, 0)
     (up,), (down,) = ffn.produce.values(), ffn.consume.values()
     np.testing.assert_array_equal(up, held["onnx::MatMul_431"].T)
     np.testing.assert_array_equal(down, held["onnx::MatMul_432"])
     packed = held["onnx::MatMul_426"]  # Q, K and V beside each other
-    query, key = numbers_of(analysis, analysis.group("blocks.0.attn.qk"), {}, 0).produce.values()
+    query, key = criterion_inputs(analysis, analysis.group("blocks.0.attn.qk"), {}, 0).produce.values()
     np.testing.assert_array_equal(query, packed[:, :96].T)
     np.testing.assert_array_equal(key, packed[:, 96:192].T)
-    head = numbers_of(analysis, analysis.group("blocks.0.attn.head"), {}, 0)
+    head = criterion_inputs(analysis, analysis.group("blocks.0.attn.head"), {}, 0)
     value = next(w for n, w in head.produce.items() if n.startswith("vo:"))
     np.testing.assert_array_equal(value, packed[:, 192:].T.reshape(4, -1))
 
@@ -249,7 +249,7 @@ def test_a_criterion_of_ones_own() -> None:
     assert (scores.criterion, scores.samples) == ("first", 20)
     assert [float(s["count"]) for s in seen] == [20.0] * 4
     assert all(s["sum"].shape == (1, 384) for s in seen)
-    plan = snpc.make_plan(scores, snpc.Choice(0.5, ("ffn",), uniform=True))
+    plan = snpc.make_slice_plan(scores, snpc.Budget(0.5, ("ffn",), uniform=True))
     assert all(rows == (tuple(range(192, 384)),) for rows in plan.keep.values())
 
 
@@ -270,7 +270,7 @@ def test_progress_sees_every_batch() -> None:
 def test_units_that_are_seen_unequally_often_are_a_failed_check() -> None:
     probe = Probe("hidden", "h", np.array([[0, 0, 1]]))
     with pytest.raises(snpc.CheckFailed, match="seen more often"):
-        layout_of(probe, 2)
+        infer_probe_layout(probe, 2)
 
 
 def test_layouts() -> None:
@@ -278,13 +278,16 @@ def test_layouts() -> None:
     query = Probe("query", "q", np.arange(6).reshape(1, 2, 1, 3))
     key = Probe("key", "k", np.arange(6).reshape(1, 2, 1, 3).transpose(0, 1, 3, 2))
     for probe in (query, key):
-        layout = layout_of(probe, 6)
+        layout = infer_probe_layout(probe, 6)
         assert (layout.period, layout.repeats, layout.row_axes) == (0, 1, (2,) if probe is query else (3,))
         assert layout.columns.tolist() == [0, 1, 2, 3, 4, 5]
     merged = Probe("query", "q", np.tile(np.arange(6).reshape(2, 1, 3), (4, 1, 1)))
-    assert (layout_of(merged, 6).period, layout_of(merged, 6).columns.tolist()) == (2, [0, 1, 2, 3, 4, 5])
+    assert (infer_probe_layout(merged, 6).period, infer_probe_layout(merged, 6).columns.tolist()) == (
+        2,
+        [0, 1, 2, 3, 4, 5],
+    )
     shared = Probe("value", "v", np.array([0, 1, 0, 1]).reshape(1, 1, 4))
-    assert (layout_of(shared, 2).repeats, layout_of(shared, 2).columns.tolist()) == (2, [0, 1, 2, 3])
+    assert (infer_probe_layout(shared, 2).repeats, infer_probe_layout(shared, 2).columns.tolist()) == (2, [0, 1, 2, 3])
 
 
 def test_the_file_is_only_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snpc.runtime.statistics import packed_symmetric as triangle
-from snpc.runtime.statistics.packed_symmetric import packed_length, packed_size, strips, unpacked
+from snpc.runtime.statistics.packed_symmetric import packed_length, row_strips, unpack_symmetric, unpacked_size
 from tests.oracle import analysis_of
 from tests.runtime.closed_form.test_fit import chosen, more_data
 from tests.runtime.statistics.test_statistics import measured
@@ -16,13 +16,13 @@ from tests.runtime.statistics.test_statistics import measured
 
 @given(st.integers(1, 1300))
 def test_the_size_is_known_from_the_length(size: int) -> None:
-    assert packed_size(packed_length(size)) == size
-    assert [row for start, stop in strips(size) for row in range(start, stop)] == list(range(size))
+    assert unpacked_size(packed_length(size)) == size
+    assert [row for start, stop in row_strips(size) for row in range(start, stop)] == list(range(size))
 
 
 def test_other_lengths_are_of_nothing() -> None:
     lengths = {packed_length(size) for size in range(1, 40)}
-    assert [packed_size(n) is not None for n in range(1, 1000)] == [n in lengths for n in range(1, 1000)]
+    assert [unpacked_size(n) is not None for n in range(1, 1000)] == [n in lengths for n in range(1, 1000)]
 
 
 @pytest.mark.parametrize("strip", [1, 4, 5, 100])
@@ -31,10 +31,10 @@ def test_strips_of_any_height_hold_the_whole(strip: int, monkeypatch: pytest.Mon
     group = next(g for g in chosen(analysis_of("vit_timm__ts17")) if g.role == "ffn")
     feeds = more_data("vit_timm__ts17", 3)
     (one,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
-    whole = unpacked(one)
+    whole = unpack_symmetric(one)
     assert whole.shape == (group.size + 1,) * 2
     monkeypatch.setattr(triangle, "STRIP", strip)
     (found,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
     assert len(found) == packed_length(group.size + 1) and (strip == 100 or len(found) < len(one))
-    np.testing.assert_allclose(unpacked(found), whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
-    np.testing.assert_array_equal(unpacked(found), unpacked(found).T)
+    np.testing.assert_allclose(unpack_symmetric(found), whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
+    np.testing.assert_array_equal(unpack_symmetric(found), unpack_symmetric(found).T)

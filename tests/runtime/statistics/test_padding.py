@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import snpc
-from snpc.passes.canonicalization.finalize import clean
-from snpc.passes.grouping.traced import Traced
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.passes.token_analysis.padding_sources import streams_of
-from snpc.pipeline.refit import Means, fitted
-from snpc.planning.config import Choice
-from snpc.planning.plan import Plan, cuts_of, keep_best
+from snpc.passes.token_analysis.padding_sources import find_token_streams
+from snpc.pipeline.refit import FitInputs, with_refitted_weights
+from snpc.planning.config import Budget
+from snpc.planning.plan import SlicePlan, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.refit_normalizations import fit_norms
+from snpc.runtime.closed_form.refit_normalizations import fit_normalizations
 from snpc.runtime.statistics.statistics import Statistics
 from tests.models.exports import VOCABULARY
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
@@ -109,11 +109,11 @@ def test_the_mask_matters(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "swin_timm__ts17", "vit_hf__ts17_sdpa"])
 def test_where_no_input_masks_all_tokens_count(name: str) -> None:
-    assert not streams_of(analysis_of(name).traced).sources
+    assert not find_token_streams(analysis_of(name).traced).sources
 
 
-def weights(source: Traced) -> dict[str, Array]:
-    return initializers_of(written(clean(source.model.clone())))
+def weights(source: TracedGraph) -> dict[str, Array]:
+    return initializers_of(written(finalize(source.model.clone())))
 
 
 def largest_gap(one: dict[str, Array], two: dict[str, Array]) -> float:
@@ -128,9 +128,9 @@ def largest_gap(one: dict[str, Array], two: dict[str, Array]) -> float:
 def test_layers_are_fitted_without_padded_tokens(name: str) -> None:
     analysis = analysis_of(name)
     data = [calibration(name, garbage) for garbage in (0, 1, None)]
-    decision = snpc.decide(analysis, Choice(0.5, uniform=True), calibration=data[0], method="auto")
+    decision = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data[0], method="auto")
     assert decision.compression is not None
-    found = [fitted(decision.plan, Means(decision.compression, d)) for d in data]
+    found = [with_refitted_weights(decision.plan, FitInputs(decision.compression, d)) for d in data]
     cut = [written(rewrite_model(source, cuts_of(plan)).model) for plan, source in found]
     garbage, again, unpadded = (run(model, feeds_of(name)) for model in cut)  # a rotation is free in its signs
     assert relative_error(garbage, again) < 1e-3
@@ -141,10 +141,11 @@ def test_layers_are_fitted_without_padded_tokens(name: str) -> None:
 def test_norms_are_fitted_without_padded_tokens() -> None:
     analysis = analysis_of("gpt2__ts17")
     (group,) = [g for g in analysis.groups if g.role == "residual" and g.prunable]
-    keep = keep_best(np.random.default_rng(0).normal(size=(group.blocks, group.size)), group.size // 2)
-    plan = Plan(analysis, "by hand", {}, {group.id: keep}, "auto")
+    keep = top_units(np.random.default_rng(0).normal(size=(group.blocks, group.size)), group.size // 2)
+    plan = SlicePlan(analysis, "by hand", {}, {group.id: keep}, "auto")
     first, second, unpadded = (
-        weights(fit_norms(analysis.traced, plan, calibration("gpt2__ts17", garbage))) for garbage in (0, 1, None)
+        weights(fit_normalizations(analysis.traced, plan, calibration("gpt2__ts17", garbage)))
+        for garbage in (0, 1, None)
     )
     assert largest_gap(first, second) < 1e-3
     assert largest_gap(first, unpadded) < 1e-3
@@ -156,9 +157,9 @@ def test_curves_leave_padded_tokens_out(name: str) -> None:
     analysis = analysis_of(name)
     statistics = measured(name, 0)
     found = [
-        snpc.decide(
+        snpc.plan(
             analysis,
-            Choice(0.5),
+            Budget(0.5),
             calibration=calibration(name, k),
             statistics=statistics,
             criterion="snp",

@@ -13,12 +13,12 @@ import pytest
 
 import snpc
 from snpc.errors import UserError
-from snpc.passes.canonicalization.finalize import clean
-from snpc.planning.config import Choice
-from snpc.planning.plan import Method
-from snpc.runtime.closed_form.layerwise import fit_sequentially
-from snpc.runtime.execution.memory import Shelf, free_memory, in_file, parse_bytes
-from snpc.runtime.execution.random_inputs import random_inputs
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.planning.config import Budget
+from snpc.planning.plan import PruningMethod
+from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.execution.memory import SpillableStore, free_memory, parse_bytes, spill_to_file
+from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import Feeds
 from tests.cli.test_cli import invoke
@@ -28,11 +28,11 @@ from tests.runtime.closed_form.test_fit import calibration_of, chosen, initializ
 
 NAME = "vit_timm__ts17"
 NAMES = (NAME, "bert__ts17", "llama__ts17")
-METHODS: tuple[Method, ...] = ("auto", "select")
+METHODS: tuple[PruningMethod, ...] = ("auto", "select")
 
 
 def measured(
-    name: str, feeds: dict[str, Array], batch: int, method: Method = "auto", limit: int | None = None
+    name: str, feeds: dict[str, Array], batch: int, method: PruningMethod = "auto", limit: int | None = None
 ) -> Statistics:
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds, batch)
@@ -53,7 +53,7 @@ def close(found: Statistics, expected: Statistics, tolerance: float) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_halves_are_the_whole(name: str, method: Method, tmp_path: Path) -> None:
+def test_two_halves_are_the_whole(name: str, method: PruningMethod, tmp_path: Path) -> None:
     """To rounding in float64; also by way of files."""
     feeds = more_data(name, 8)
     halves = [measured(name, {k: v[part] for k, v in feeds.items()}, 2, method) for part in (slice(4), slice(4, 8))]
@@ -70,7 +70,7 @@ def test_two_halves_are_the_whole(name: str, method: Method, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_batch_size_does_not_matter(name: str, method: Method) -> None:
+def test_the_batch_size_does_not_matter(name: str, method: PruningMethod) -> None:
     feeds = more_data(name, 6)
     close(measured(name, feeds, 1, method), measured(name, feeds, 6, method), 1e-5)
 
@@ -98,20 +98,20 @@ def test_what_does_not_add_up_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["parallel", "select"])
-def test_statistics_of_something_else_are_refused(method: Method) -> None:
+def test_statistics_of_something_else_are_refused(method: PruningMethod) -> None:
     analysis = analysis_of(NAME)
     groups = chosen(analysis)
     statistics = measured(NAME, more_data(NAME, 2), 2, "auto" if method == "parallel" else "select")
     with pytest.raises(UserError, match="of another model"):
-        snpc.decide(analysis, Choice(0.5), statistics=replace(statistics, digest="0" * 64), method=method)
+        snpc.plan(analysis, Budget(0.5), statistics=replace(statistics, digest="0" * 64), method=method)
     short = replace(statistics, sums={k: v for k, v in statistics.sums.items() if k != groups[0].id})
     with pytest.raises(UserError, match=f"nothing .*{groups[0].id}"):
-        snpc.decide(analysis, Choice(0.5), statistics=short, method=method)
+        snpc.plan(analysis, Budget(0.5), statistics=short, method=method)
     if method == "select":
         with pytest.raises(UserError, match="criterion activation"):
-            snpc.decide(analysis, Choice(0.5), statistics=statistics, method=method, criterion="activation")
+            snpc.plan(analysis, Budget(0.5), statistics=statistics, method=method, criterion="activation")
     with pytest.raises(UserError, match="--method auto"):
-        snpc.decide(analysis, Choice(0.5), statistics=statistics, method="auto")
+        snpc.plan(analysis, Budget(0.5), statistics=statistics, method="auto")
 
 
 def test_broken_files_are_refused(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def refused(path: Path) -> None:
     ("name", "method"),
     [(name, method) for name in NAMES for method in METHODS if (name, method) != ("llama__ts17", "select")],
 )  # llama's select measures one group only, since all layers share the rotary tables
-def test_several_passes_measure_what_one_does(name: str, method: Method) -> None:
+def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) -> None:
     analysis, feeds = analysis_of(name), more_data(name, 4)
     passes = {}
     found = {}
@@ -174,7 +174,7 @@ def test_several_passes_measure_what_one_does(name: str, method: Method) -> None
     close(second, first, 1e-6)
 
 
-def smallest_limit(name: str, feeds: dict[str, Array], method: Method) -> int:
+def smallest_limit(name: str, feeds: dict[str, Array], method: PruningMethod) -> int:
     """What the refusal of less says is enough."""
     limit = 1
     for _ in range(50):
@@ -195,26 +195,26 @@ def test_a_limit_that_is_too_small_is_refused() -> None:
 def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analysis_of(NAME)
     data = calibration_of(analysis, more_data(NAME, 6), 2)
-    made = snpc.decide(analysis, Choice(0.5, uniform=True), calibration=data, method="auto")
+    made = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data, method="auto")
     assert made.compression is not None
     files: list[int] = []
 
     def counted(array: Array) -> Array:
         files.append(array.nbytes)
-        return in_file(array)
+        return spill_to_file(array)
 
-    monkeypatch.setattr("snpc.runtime.execution.memory.in_file", counted)
+    monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
     found = []
     for limit in (1 << 40, 1):
-        source = fit_sequentially(made.compression, made.plan, data, memory_limit=limit)
-        found.append(initializers_of(written(clean(source.model))))
+        source = fit_layerwise(made.compression, made.plan, data, memory_limit=limit)
+        found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
         np.testing.assert_array_equal(found[1][key], array)
 
 
 def test_a_shelf_counts_what_it_holds() -> None:
-    shelf = Shelf(100)
+    shelf = SpillableStore(100)
     first = shelf.keep(np.zeros(10))
     second = shelf.keep(np.arange(10.0))
     assert (shelf.used, shelf.spilled) == (80, 80)
@@ -316,7 +316,7 @@ def embeddings(model: ir.Model) -> list[Array]:
 
 
 def test_noise_gives_as_many_samples_as_asked() -> None:
-    assert {len(a) for a in random_inputs(analysis_of("bert__ts17"), 5).values()} == {5}
+    assert {len(a) for a in random_batch(analysis_of("bert__ts17"), 5).values()} == {5}
 
 
 def test_pruning_on_noise_says_so(tmp_path: Path) -> None:

@@ -13,16 +13,21 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import UserError
-from snpc.graph.shapes import evaluate
+from snpc.graph.shapes import infer_graph
 from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import clean
-from snpc.pipeline.token_decisions import check_tokens, closed
-from snpc.runtime.execution.temporary_session import scratch
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.pipeline.token_decisions import check_token_reduction, self_deciding_model
+from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.io.save import save
-from snpc.runtime.statistics.token_relevance import Back, path_back, sizes_of, token_relevance
-from snpc.tokens.methods import ONLINE, fused_scores
+from snpc.runtime.statistics.token_relevance import (
+    RelevancePropagation,
+    downstream_values,
+    feed_dim_sizes,
+    measure_token_relevance,
+)
+from snpc.tokens.methods import ONLINE_WEIGHT, blend_scores
 from snpc.tokens.reduction import reduce_tokens
-from snpc.tokens.writer import Writer
+from snpc.tokens.writer import TokenGraphBuilder
 from tests.models.encoders import Array, Encoder, forward
 from tests.oracle import analysis_of, feeds_of, run
 
@@ -44,28 +49,30 @@ def analysis(encoder: Encoder, folder: Path) -> Analysis:
 
 
 def relevance(found: Analysis, encoder: Encoder) -> dict[int, tuple[float, ...]]:
-    return token_relevance(found.model.graph, found.tokens.points, [encoder.feeds(4, seed) for seed in (1, 2)])
+    return measure_token_relevance(found.model.graph, found.tokens.points, [encoder.feeds(4, seed) for seed in (1, 2)])
 
 
 def written(reduced: Analysis, folder: Path) -> Path:
     path = folder / "reduced.onnx"
-    save(clean(closed(reduced)), path)
+    save(finalize(self_deciding_model(reduced)), path)
     return path
 
 
 def handed_back(found: Analysis, feeds: dict[str, Array]) -> dict[str, Array]:
     """Relevance at every point, not normalised."""
     model = found.model.graph
-    watched = path_back(model, found.tokens.points[0].value)
+    watched = downstream_values(model, found.tokens.points[0].value)
     shown = model.clone()
     values = {str(v.name): v for node in shown.graph for v in node.outputs} | {
         str(v.name): v for v in shown.graph.inputs
     }
     shown.graph.outputs.clear()
     shown.graph.outputs.extend(values[str(v.name)] for v in watched)
-    with scratch(shown, optimise="basic") as call:
+    with temporary_session(shown, optimise="basic") as call:
         held = dict(zip(watched, call(feeds).values(), strict=True))
-    return Back(model, evaluate(model, sizes_of(model, feeds)), held, {p.value for p in found.tokens.points}).run()
+    return RelevancePropagation(
+        model, infer_graph(model, feed_dim_sizes(model, feeds)), held, {p.value for p in found.tokens.points}
+    ).run()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -116,9 +123,9 @@ def test_star_drops_what_numpy_drops(encoder: Encoder, tmp_path: Path) -> None:
     tables[2] = np.ones(encoder.tokens)
     for seed in range(3):
         feeds = encoder.feeds(4, seed)
-        expected = forward(encoder, feeds["x"], {1: 3, 2: 1, 3: 2}, tables, ONLINE)
+        expected = forward(encoder, feeds["x"], {1: 3, 2: 1, 3: 2}, tables, ONLINE_WEIGHT)
         assert np.abs(run(path, feeds)[0] - expected).max() < 1e-4
-        assert check_tokens(reduced, path, [feeds], 1e-5, "cpu")
+        assert check_token_reduction(reduced, path, [feeds], 1e-5, "cpu")
 
 
 def test_star_without_differences_is_topk(tmp_path: Path) -> None:
@@ -135,10 +142,10 @@ def test_fused_scores_have_the_least_weighted_divergence() -> None:
     a, b = (rng.dirichlet(np.ones(9), 3).astype(np.float32) for _ in range(2))
     values = [ir.Value(name=n, shape=ir.Shape([3, 9]), type=ir.TensorType(ir.DataType.FLOAT)) for n in "ab"]
     graph = ir.Graph(values, [], nodes=[], opset_imports={"": 17}, name="fusing")
-    out = fused_scores(Writer(graph, "f", ir.DataType.FLOAT), *values, 0.3)
+    out = blend_scores(TokenGraphBuilder(graph, "f", ir.DataType.FLOAT), *values, 0.3)
     graph.outputs.append(out)
     out.type = ir.TensorType(ir.DataType.FLOAT)
-    with scratch(ir.Model(graph, ir_version=8)) as call:
+    with temporary_session(ir.Model(graph, ir_version=8)) as call:
         (logs,) = call({"a": a, "b": b}).values()
     found = np.exp(logs) / np.exp(logs).sum(1, keepdims=True)
 

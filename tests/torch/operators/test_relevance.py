@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import snpc  # noqa: E402
 from snpc.torch.operators.relevance import relevance_rules  # noqa: E402
-from snpc.torch.pruning.gates import gate_of, gated, module_of  # noqa: E402
+from snpc.torch.pruning.gates import apply_gates, canonical_module, make_gate  # noqa: E402
 
 HEADS, WIDTH, HIDDEN = 2, 5, 12
 SPLIT = """
@@ -63,11 +63,11 @@ def net(form: str, source: str, path: Path) -> snpc.Analysis:
 def relevance(analysis: snpc.Analysis) -> tuple[float, dict[str, np.ndarray]]:
     """What is asked about, and how much of it is left at every unit, by role."""
     groups = [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn", "other")]
-    gates = [gate_of(analysis, g) for g in groups]
-    module = module_of(analysis)
+    gates = [make_gate(analysis, g) for g in groups]
+    module = canonical_module(analysis)
     factors = {g.id: torch.ones(g.blocks, g.size, requires_grad=True) for g in groups}
     x = torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(0))
-    with gated(module, gates, factors), relevance_rules(module):
+    with apply_gates(module, gates, factors), relevance_rules(module):
         answer = module({"x": x})["logits"].max(-1).values.sum()
         answer.backward()
     found = {g.role: factors[g.id].grad.numpy() / gate.power for g, gate in zip(groups, gates, strict=True)}

@@ -18,9 +18,9 @@ from tests.models.exports import export, load_feeds
 torch = pytest.importorskip("torch")
 
 import snpc  # noqa: E402
-from snpc.torch.operators.registry import DTYPES  # noqa: E402
+from snpc.torch.operators.registry import TORCH_DTYPES  # noqa: E402
 from snpc.torch.operators.relevance import relevance_rules  # noqa: E402
-from snpc.torch.pruning.gates import gate_of, gated, module_of  # noqa: E402
+from snpc.torch.pruning.gates import apply_gates, canonical_module, make_gate  # noqa: E402
 from snpc.types import FloatArray, Group  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
@@ -29,7 +29,7 @@ MODELS = ["vit_timm__ts17", "llama__ts17", "t5_gated__ts17", "bert__dyn20", "vit
 CRITERIA = ("taylor", "lm", "qm", "fisher", "group_fisher", "lrp", "movement")
 
 
-def keeping(plan: snpc.Plan, group: Group) -> torch.Tensor:
+def keeping(plan: snpc.SlicePlan, group: Group) -> torch.Tensor:
     """[blocks, size]: one where the plan keeps the unit."""
     kept = torch.zeros(group.blocks, group.size)
     for block, row in enumerate(plan.keep[group.id]):
@@ -37,25 +37,25 @@ def keeping(plan: snpc.Plan, group: Group) -> torch.Tensor:
     return kept
 
 
-def cut_groups(plan: snpc.Plan) -> list[Group]:
+def cut_groups(plan: snpc.SlicePlan) -> list[Group]:
     return [g for g in plan.analysis.groups if g.id in plan.keep]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_closed_gates_are_the_pruned_model(name: str, tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(export(name)))
-    plan = snpc.make_plan(snpc.score(analysis, "random"), snpc.Choice(ratio=0.5, uniform=True))
-    snpc.apply_plan(plan, tmp_path / "cut.onnx")
+    plan = snpc.make_slice_plan(snpc.score(analysis, "random"), snpc.Budget(ratio=0.5, uniform=True))
+    snpc.apply_slice_plan(plan, tmp_path / "cut.onnx")
     feeds = load_feeds(name)
     session = ort.InferenceSession(tmp_path / "cut.onnx")
     taken = {i.name for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
     expected = session.run(names, {k: v for k, v in feeds.items() if k in taken})
-    module, groups = module_of(analysis), cut_groups(plan)
+    module, groups = canonical_module(analysis), cut_groups(plan)
     assert {g.role for g in groups} >= {"qk", "vo", "ffn"}
     given = {k: torch.tensor(v) for k, v in feeds.items()}
     dense = module(given)
-    with gated(module, [gate_of(analysis, g) for g in groups], {g.id: keeping(plan, g) for g in groups}):
+    with apply_gates(module, [make_gate(analysis, g) for g in groups], {g.id: keeping(plan, g) for g in groups}):
         found = module(given)
     for key, array in zip(names, expected, strict=True):
         assert np.abs(found[key].detach().numpy() - array).max() < 1e-4 * np.abs(array).max()
@@ -64,11 +64,11 @@ def test_closed_gates_are_the_pruned_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17"])
 def test_gradients_of_gates_are_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DTYPES, 1, torch.float64)
+    monkeypatch.setitem(TORCH_DTYPES, 1, torch.float64)
     analysis = snpc.analyze(snpc.load(export(name)))
     groups = [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn")]
-    gates = [gate_of(analysis, g) for g in groups]
-    module = module_of(analysis).double()
+    gates = [make_gate(analysis, g) for g in groups]
+    module = canonical_module(analysis).double()
     given = {k: torch.tensor(v) for k, v in load_feeds(name).items()}
     given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def test_gradients_of_gates_are_finite_differences(name: str, monkeypatch: pytes
         factors = {k: torch.ones(s, dtype=torch.float64) + step * away[k] for k, s in shape.items()}
         for factor in factors.values():
             factor.requires_grad_()
-        with gated(module, gates, factors):
+        with apply_gates(module, gates, factors):
             value = sum(v.square().mean() for v in module(given).values() if v.is_floating_point())
         value.backward()
         slopes.append(sum(float((f.grad * away[k]).sum()) for k, f in factors.items()))
@@ -224,9 +224,9 @@ def test_relevance_is_conserved(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(tmp_path / "net.onnx"))
     groups = [g for g in analysis.groups if g.prunable]
     assert len(groups) == 2
-    module, gates = module_of(analysis), [gate_of(analysis, g) for g in groups]
+    module, gates = canonical_module(analysis), [make_gate(analysis, g) for g in groups]
     factors = {g.id: torch.ones(1, g.size, requires_grad=True) for g in groups}
-    with gated(module, gates, factors), relevance_rules(module):
+    with apply_gates(module, gates, factors), relevance_rules(module):
         answer = module({"x": torch.randn(1, 6, generator=torch.Generator().manual_seed(0))})["logits"].max()
         answer.backward()
     for factor in factors.values():
@@ -236,7 +236,7 @@ def test_relevance_is_conserved(tmp_path: Path) -> None:
 
 def test_relevance_rules_leave_the_outputs_as_they_are() -> None:
     analysis = snpc.analyze(snpc.load(VIT))
-    module = module_of(analysis)
+    module = canonical_module(analysis)
     images = torch.from_numpy(np.load(CALIB)["image"][:3])
     with torch.no_grad():
         expected = module(images)

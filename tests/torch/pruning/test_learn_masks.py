@@ -15,9 +15,9 @@ import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.cli import main  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
-from snpc.torch import Training  # noqa: E402
-from snpc.torch.pruning.gates import gate_of, module_of  # noqa: E402
-from snpc.torch.pruning.learned_masks import KINDS, Masked, masks_of  # noqa: E402
+from snpc.torch import TrainingOptions  # noqa: E402
+from snpc.torch.pruning.gates import canonical_module, make_gate  # noqa: E402
+from snpc.torch.pruning.learned_masks import MASK_METHODS, MaskedModule, make_masks  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"
@@ -43,12 +43,12 @@ def cuttable(analysis: snpc.Analysis) -> list[snpc.types.Group]:
     return [g for g in analysis.groups if g.prunable and g.role in ("qk", "vo", "ffn")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MASK_METHODS)
 def test_gradients_of_masks_are_finite_differences(kind: str, planted: snpc.Analysis) -> None:
     """In the smooth parts: PSP's gates are all open, VIB's noise is the same on both sides."""
     groups = cuttable(planted)
-    masks = masks_of(kind, planted, groups, 0.5)
-    masked = Masked(module_of(planted), [gate_of(planted, g) for g in groups], masks).double()
+    masks = make_masks(kind, planted, groups, 0.5)
+    masked = MaskedModule(canonical_module(planted), [make_gate(planted, g) for g in groups], masks).double()
     images = torch.from_numpy(np.load(CALIB)["image"][:4]).double()
     generator = torch.Generator().manual_seed(1)
     parameters = list(masks.parameters())
@@ -69,7 +69,7 @@ def test_gradients_of_masks_are_finite_differences(kind: str, planted: snpc.Anal
     assert (sides[0] - sides[1]) / 2e-4 == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MASK_METHODS)
 def test_masks_follow_units_that_are_stored_in_another_order(kind: str, tmp_path: Path) -> None:
     """Gradients, on which all training rests, and worth; without VIB's noise, which has an order of its own."""
     group = next(g for g in snpc.analyze(snpc.load(VIT)).groups if g.role == "ffn" and g.layer == 1)
@@ -86,8 +86,10 @@ def test_masks_follow_units_that_are_stored_in_another_order(kind: str, tmp_path
         analysis = snpc.analyze(snpc.load(path))
         groups = cuttable(analysis)
         number = next(k for k, g in enumerate(groups) if g.id == group.id)
-        masks = masks_of(kind, analysis, groups, 0.3)
-        masked = Masked(module_of(analysis), [gate_of(analysis, g) for g in groups], masks).double().eval()
+        masks = make_masks(kind, analysis, groups, 0.3)
+        masked = (
+            MaskedModule(canonical_module(analysis), [make_gate(analysis, g) for g in groups], masks).double().eval()
+        )
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for k, p in enumerate(masks.parameters()):
@@ -101,11 +103,11 @@ def test_masks_follow_units_that_are_stored_in_another_order(kind: str, tmp_path
         torch.testing.assert_close(turned, plain[torch.from_numpy(order)], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MASK_METHODS)
 def test_masks_find_the_unit_that_nothing_reads(kind: str, planted: snpc.Analysis) -> None:
     data = snpc.load_calibration(CALIB, planted.model.inputs, samples=64, batch=16)
-    choice = snpc.Choice(target="macs=0.35")
-    learned = snpc.torch.learn_masks(planted, data, kind, choice, training=Training(steps=40, batch=16, lr=0.05))
+    choice = snpc.Budget(target="macs=0.35")
+    learned = snpc.torch.learn_masks(planted, data, kind, choice, training=TrainingOptions(steps=40, batch=16, lr=0.05))
     assert learned.macs < 0.82
     group = next(g for g in planted.groups if g.role == "ffn" and g.layer == 1)
     assert DEAD not in learned.plan.keep[group.id][0]
@@ -126,14 +128,14 @@ def test_the_command_cuts_and_writes_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "target", "training", "message"),
     [
-        ("vib", "params=0.5", Training(), "give --target macs=R"),
-        ("gates", "macs=0.5", Training(), "there are vib, psp, apma"),
-        ("vib", "macs=0.5", Training(loss="ce"), "loss kd or mse, not ce"),
+        ("vib", "params=0.5", TrainingOptions(), "give --target macs=R"),
+        ("gates", "macs=0.5", TrainingOptions(), "there are vib, psp, apma"),
+        ("vib", "macs=0.5", TrainingOptions(loss="ce"), "loss kd or mse, not ce"),
     ],
 )
 def test_what_masks_cannot_do_is_refused(
-    kind: str, target: str, training: Training, message: str, planted: snpc.Analysis
+    kind: str, target: str, training: TrainingOptions, message: str, planted: snpc.Analysis
 ) -> None:
     data = snpc.load_calibration(CALIB, planted.model.inputs, samples=8)
     with pytest.raises(UserError, match=message):
-        snpc.torch.learn_masks(planted, data, kind, snpc.Choice(target=target), training=training)
+        snpc.torch.learn_masks(planted, data, kind, snpc.Budget(target=target), training=training)

@@ -29,14 +29,14 @@ import snpc
 import snpc.torch
 from snpc.cli import main
 from snpc.errors import UserError
-from snpc.runtime.evaluation.accuracy import Evaluation
-from snpc.torch import AccuracyDrop, DriftLimit, Training, Way
-from snpc.torch.pruning.schedule import cubic
+from snpc.runtime.evaluation.accuracy import EvaluationData
+from snpc.torch import AccuracyDrop, DriftLimit, TrainingOptions, UnitSelection
+from snpc.torch.pruning.schedule import cubic_schedule
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
-QUICK = Training(steps=6, batch=16)
-SELECT = Way("select", "magnitude")
+QUICK = TrainingOptions(steps=6, batch=16)
+SELECT = UnitSelection("select", "magnitude")
 
 
 def data() -> snpc.Calibration:
@@ -51,8 +51,8 @@ def macs(path: Path) -> int:
 def test_the_cubic_schedule_is_that_of_zhu_and_gupta(rounds: int) -> None:
     final, start, step = 0.6, 0.0, 1.0
     gone = [final + (start - final) * (1 - (t * step) / (rounds * step)) ** 3 for t in range(1, rounds + 1)]
-    assert cubic(0.4, rounds) == pytest.approx([1 - s for s in gone])
-    assert cubic(0.4, rounds)[-1] == pytest.approx(0.4)
+    assert cubic_schedule(0.4, rounds) == pytest.approx([1 - s for s in gone])
+    assert cubic_schedule(0.4, rounds)[-1] == pytest.approx(0.4)
 
 
 def test_rounds_come_down_to_the_goal(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_goals_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="drift limit 0: must be more"):
         DriftLimit(0)
     with pytest.raises(UserError, match="accuracy is measured with labels"):
-        AccuracyDrop(0.1, VIT, Evaluation(data()))
+        AccuracyDrop(0.1, VIT, EvaluationData(data()))
     with pytest.raises(UserError, match="schedules cut MACs"):
         snpc.torch.prune_in_rounds(VIT, data(), tmp_path / "c.onnx", goal="params=0.5")
     assert not list(tmp_path.iterdir())
@@ -221,8 +221,8 @@ def test_the_first_to_go_is_the_unit_that_nothing_reads(schedule: str, tmp_path:
     onnx.save(model, tmp_path / "planted.onnx")
     makes = next(s for s in group.sites if s.kind == "produce")
     before = np.moveaxis(onnx.numpy_helper.to_array(tensors[makes.tensor]), makes.axis, 0)
-    options: dict[str, Any] = {"goal": "macs=0.8", "rounds": 2, "way": Way("select", "taylor")}
-    options["training"] = Training(steps=1, lr=1e-12, batch=16)
+    options: dict[str, Any] = {"goal": "macs=0.8", "rounds": 2, "way": UnitSelection("select", "taylor")}
+    options["training"] = TrainingOptions(steps=1, lr=1e-12, batch=16)
     run = snpc.torch.prune_in_rounds
     if schedule == "adaptive":
         run, options["objective"] = snpc.torch.prune_adaptively, DriftLimit(0.5)
