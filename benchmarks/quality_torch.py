@@ -60,7 +60,7 @@ class Bench:
         choice, method = snpc.Budget(target=self.target), METHODS[criterion is None]
         found = snpc.plan(self.analysis, choice, calibration=self.some, method=method, criterion=criterion)
         path = self.folder / "cut.onnx"
-        snpc.apply_slice_plan(found.plan, path, compression=found.compression, calibration=self.some)
+        snpc.apply_slice_plan(found.slices, path, compression=found.closed_forms, calibration=self.some)
         return path
 
     def tuned(self, path: Path, training: TrainingOptions) -> float:

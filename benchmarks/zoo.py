@@ -42,7 +42,8 @@ def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
     if closed and calibration is None:
         calibration = snpc.random_calibration(analysis, samples=4)
     found = [
-        next(filter(None, (reason_against(analysis, c) for c in scores)), "") for scores in attentions(analysis.traced)
+        next(filter(None, (reason_against(analysis, c) for c in scores)), "")
+        for scores in attentions(analysis.traced_graph)
     ]
     row: dict[str, Any] = {
         "attentions": len(found),
@@ -56,12 +57,14 @@ def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
     decision = snpc.plan(analysis, choice, calibration=calibration, **how)
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
-        result = snpc.apply_slice_plan(decision.plan, target, compression=decision.compression, calibration=calibration)
+        result = snpc.apply_slice_plan(
+            decision.slices, target, compression=decision.closed_forms, calibration=calibration
+        )
         row["runs"] = runs(target, model.inputs, calibration)
     row["params"] = result.after.params / max(result.before.params, 1)
     row["macs"] = result.after.macs / max(result.before.macs, 1)
-    row["error"] = max((d.relative for d in result.verdict.equals_mask), default=None)
-    row["compared"] = result.verdict.compared
+    row["error"] = max((d.relative for d in result.verification.equals_mask), default=None)
+    row["compared"] = result.verification.compared
     row["bar"] = BARS.get(common_type(model.graph), 1e-4)
     row["seconds"] = time.perf_counter() - start
     return row

@@ -146,6 +146,6 @@ class Pair:
 
 
 def cut(analysis: Analysis, cuts: Cuts) -> Pair:
-    rewritten = rewrite_model(analysis.traced, cuts)
-    masked = mask_model(rewritten.source.model, rewritten.source.trace, rewritten.dead)
+    rewritten = rewrite_model(analysis.traced_graph, cuts)
+    masked = mask_model(rewritten.source.model, rewritten.source.trace, rewritten.removed)
     return Pair(rewritten, written(rewritten.model), written(masked))

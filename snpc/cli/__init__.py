@@ -104,7 +104,7 @@ def plan_from_flags(
         snpc.save_statistics(decision.statistics, save_stats)
     if calibration is None and statistics is None and criterion is None:
         show.print_note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
-    show.print_skipped_groups(decision.compression)
+    show.print_skipped_groups(decision.closed_forms)
     return decision
 
 

@@ -134,7 +134,7 @@ def resolve_width_multiple(choice: dict[str, Any], build: str | None, provider: 
     if choice["round_to"] != "auto":
         return {}
     liked = snpc.widths_for_target(build, provider)
-    return {"round_to": liked.multiple, "min_width": max(liked.least, choice["min_width"])}
+    return {"round_to": liked.multiple, "min_width": max(liked.minimum, choice["min_width"])}
 
 
 def write_text_file(path: Path, text: str) -> None:
@@ -165,7 +165,7 @@ def workload_from_flags(batch: int | None, shapes: Sequence[str], threads: int |
 
     if batch is None and not shapes and threads is None and artefact is None:
         return None
-    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artefact=artefact)
+    return snpc.Workload(batch=batch or 1, shapes=parse_shapes(shapes) or None, threads=threads or 0, artifact=artefact)
 
 
 def evaluation_from_flags(analysis: Any, data: str, labels: str | None, calib: dict[str, Any]) -> Any:

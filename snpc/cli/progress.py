@@ -103,7 +103,7 @@ def training_lines() -> TrainingCallback:
 
 def training_status(now: TrainingProgress) -> str:
     drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
-    minutes, seconds = divmod(round(now.left), 60)
+    minutes, seconds = divmod(round(now.seconds_left), 60)
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
 
 

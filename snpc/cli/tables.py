@@ -106,7 +106,7 @@ def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
 
 def print_groups(analysis: Analysis) -> None:
     cost = analysis.cost
-    sizes = ", ".join(f"{k}={v}" for k, v in analysis.binding.items())
+    sizes = ", ".join(f"{k}={v}" for k, v in analysis.dim_sizes.items())
     at = f" at {sizes}" if sizes else ""
     print_line(
         f"{analysis.model.path}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
@@ -137,7 +137,7 @@ def print_token_points(analysis: Analysis) -> None:
         first, last = points[0], points[-1]
         stay = f"the first {leading} stay" if leading else "none has to stay"
         where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
-        many = tokens_now if first.fixed else "as many as the input has"
+        many = tokens_now if first.fixed_length else "as many as the input has"
         print_line(f"tokens: {many}, can get fewer {where} ({stay}; {methods_at(first)})")
     for pin in found.pins:
         print_line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
@@ -146,8 +146,8 @@ def print_token_points(analysis: Analysis) -> None:
 def methods_at(point: TokenPoint) -> str:
     """Methods that serve there, for ``inspect``."""
     if point.scores is None:
-        return "merge" if point.fixed and not point.sided else "none: no attention weights to go by"
-    if not point.fixed or point.sided:
+        return "merge" if point.fixed_length and not point.side_input else "none: no attention weights to go by"
+    if not point.fixed_length or point.side_input:
         return "topk, adaptive"
     return "topk, fuse, merge, adaptive"
 
@@ -209,8 +209,8 @@ def print_plan(plan: SlicePlan) -> None:
                     g.id,
                     g.role,
                     f"{g.blocks} x {g.size}",
-                    f"{g.blocks} x {plan.kept(g)}",
-                    format_share(plan.kept(g), g.size),
+                    f"{g.blocks} x {plan.kept_width(g)}",
+                    format_share(plan.kept_width(g), g.size),
                 )
             )
     print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
@@ -232,7 +232,7 @@ def print_result(result: PrunedModel) -> None:
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:
         if g.role in by_role and g.prunable:
-            by_role[g.role] += g.blocks * (g.size - result.plan.kept(g))
+            by_role[g.role] += g.blocks * (g.size - result.plan.kept_width(g))
             total[g.role] += g.blocks * g.size
     print_line(
         "removed: "
@@ -250,13 +250,13 @@ def print_result(result: PrunedModel) -> None:
         print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
     if result.search is not None:
         print_line(search_text(result.search))
-    print_verdict(result.verdict)
+    print_verdict(result.verification)
     print_line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
 
 
 def note_if_predicted(decision: PruningPlan) -> None:
     """That a plan was made from predictions, where it was."""
-    choice = decision.choice
+    choice = decision.budget
     if choice is not None and (choice.max_drift is not None or is_latency_budget(choice)):
         what = "drift" if choice.max_drift is not None else "latency"
         print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")

@@ -29,9 +29,9 @@ def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters,
             return
         sizes = letter_sizes(letters, call.shape(left), call.shape(right))
         if letters.windowed:
-            if len(call.outs[0]) != len(letters.out):
+            if len(call.out_shapes[0]) != len(letters.out):
                 return  # its shape is not known
-            sizes |= dict(zip(letters.out, call.outs[0], strict=True))
+            sizes |= dict(zip(letters.out, call.out_shapes[0], strict=True))
             sizes["I"] = call.shape(right)[letters.right.index("I")]
         yield "", letters, sizes
 

@@ -172,7 +172,7 @@ def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes:
 
 def has_computable_outputs(facts: ShapeFacts, node: ir.Node) -> bool:
     """Shape arithmetic: every input's contents are known, and the result is small."""
-    if node.domain or lookup("", node.op_type).draws or has_subgraphs(node):
+    if node.domain or lookup("", node.op_type).is_random or has_subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
         return node.inputs[0] is not None and facts.shape.get(node.inputs[0]) is not None
@@ -237,7 +237,7 @@ def shape_source(value: ir.Value | None) -> ir.Value | None:
 
 def dtype_source(node: ir.Node, spec: OpSpec) -> ir.Value:
     """The input whose element type the outputs have."""
-    source = node.inputs[spec.typed_by]
+    source = node.inputs[spec.dtype_input]
     assert source is not None
     return source
 
@@ -247,7 +247,7 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
     if spec.out_shapes is not None:
         kind = facts.dtype.get(dtype_source(node, spec))
         for index, out in enumerate(node.outputs):
-            facts.dtype[out] = ir.DataType.INT32 if index in spec.lengths else kind
+            facts.dtype[out] = ir.DataType.INT32 if index in spec.int32_outputs else kind
             facts.shape[out] = None
         for out, sizes in zip(node.outputs, spec.out_shapes(facts.call(node, version)), strict=False):
             facts.shape[out] = tuple(sizes)

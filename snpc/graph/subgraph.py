@@ -24,7 +24,7 @@ class Segment:
     last: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    needed: frozenset[str]
+    live_values: frozenset[str]
 
 
 def split_into_segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:

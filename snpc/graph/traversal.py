@@ -63,7 +63,7 @@ class ScalarFactor:
     factor: float
     divides: bool
 
-    def spelled(self, factor: float) -> float:
+    def stored_number(self, factor: float) -> float:
         return 1.0 / factor if self.divides else factor
 
 

@@ -152,8 +152,8 @@ def _attention_shapes(domain: str) -> Any:
         length = (past[-2] if past else 0) + (0 if _shares_buffer(call) else sizes.kv_length)
         key = (sizes.batch, sizes.kv_heads, length, sizes.width)
         if len(found.present) == 1:
-            return [context, (2, *key)][: len(call.outs)]
-        return [context, key, (*key[:3], sizes.value_width)][: len(call.outs)]
+            return [context, (2, *key)][: len(call.out_shapes)]
+        return [context, key, (*key[:3], sizes.value_width)][: len(call.out_shapes)]
 
     return shapes
 
@@ -192,14 +192,14 @@ def attention_entries() -> list[OpSpec]:
         "Attention": f"{says}; its weight's columns are cut",
     }
     return [
-        OpSpec("Attention", "attention", says, refit=_resize_attention_attributes),
+        OpSpec("Attention", "attention", says, resize_head_attributes=_resize_attention_attributes),
         *(
             OpSpec(
                 name,
                 "attention",
                 text,
                 domain=MICROSOFT,
-                refit=_resize_attention_attributes,
+                resize_head_attributes=_resize_attention_attributes,
                 out_shapes=_attention_shapes(MICROSOFT),
             )
             for name, text in names.items()

@@ -62,7 +62,7 @@ def letters_of(spec: OpSpec, call: OpCall) -> Letters:
     except IndexError:
         raise Blocked(0, SHAPE_MISMATCH) from None
     ranks = len(letters.left), len(letters.right)
-    out = call.outs[0] if call.outs else ()
+    out = call.out_shapes[0] if call.out_shapes else ()
     if ranks != (len(left), len(right)) or (out and len(letters.out) != len(out)):
         raise Blocked(0, SHAPE_MISMATCH)
     sizes = dict(zip(letters.left, left, strict=True))
@@ -173,7 +173,7 @@ def contraction_entries() -> list[OpSpec]:
             windowed=True,
             bias=2,
             bias_letters=bias_channel,
-            reattr=_conv_attrs,
+            resize_attributes=_conv_attrs,
         ),
         OpSpec(
             "ConvTranspose",
@@ -183,7 +183,7 @@ def contraction_entries() -> list[OpSpec]:
             windowed=True,
             bias=2,
             bias_letters=bias_channel,
-            reattr=_conv_attrs,
+            resize_attributes=_conv_attrs,
         ),
         OpSpec(
             "FusedMatMul",
@@ -202,10 +202,10 @@ def contraction_entries() -> list[OpSpec]:
             windowed=True,
             bias=2,
             bias_letters=bias_channel,
-            added=3,
-            reattr=_conv_attrs,
+            summand=3,
+            resize_attributes=_conv_attrs,
             out_shapes=lambda call: [_conv_shape(call)],
-            curved=True,
+            has_activation=True,
         ),
         OpSpec(
             "FusedGemm",
@@ -216,7 +216,7 @@ def contraction_entries() -> list[OpSpec]:
             bias=2,
             bias_letters=_gemm_bias,
             out_shapes=lambda call: [_gemm_shape(call)],
-            curved=True,
+            has_activation=True,
         ),
     ]
 

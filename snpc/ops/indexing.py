@@ -109,10 +109,10 @@ def indexing_entries() -> list[OpSpec]:
     writes = "labels pass on the axes behind those that the indices address; these stay"
     return [
         OpSpec(
-            "GatherND", "movement", reads, data=(0,), move=_gather_nd, repair=_gather_nd_repair,
+            "GatherND", "movement", reads, data=(0,), move=_gather_nd, recompute=_gather_nd_repair,
         ),
         OpSpec(
-            "GatherElements", "movement", reads, data=(0,), move=_gather_elements, repair=_gather_elements_repair,
+            "GatherElements", "movement", reads, data=(0,), move=_gather_elements, recompute=_gather_elements_repair,
         ),
         OpSpec("ScatterND", "scatter", writes, data=(0, 2), axes=_written_axes, reason="positions of it are written"),
         *(

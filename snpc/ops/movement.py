@@ -64,7 +64,7 @@ def reshape_labels(labels: Labels, source: Shape, target: Shape) -> Labels:
 
 
 def _reshape(call: OpCall, labels: Labels) -> list[Labels]:
-    return [reshape_labels(labels, call.shape(0), call.outs[0])]
+    return [reshape_labels(labels, call.shape(0), call.out_shapes[0])]
 
 
 def _reshape_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
@@ -87,7 +87,7 @@ def _transpose(call: OpCall, labels: Labels) -> list[Labels]:
 
 
 def _expand(call: OpCall, labels: Labels) -> list[Labels]:
-    rank = len(call.outs[0])
+    rank = len(call.out_shapes[0])
     return [labels.reshape((1,) * (rank - labels.ndim) + labels.shape)]
 
 
@@ -178,8 +178,8 @@ def split_axis(call: OpCall) -> int:
 def _split_labels(call: OpCall, labels: Labels) -> list[Labels]:
     axis = split_axis(call)
     if labels.shape[axis] == 1:
-        return [labels] * len(call.outs)
-    ends = np.cumsum([out[axis] for out in call.outs])
+        return [labels] * len(call.out_shapes)
+    ends = np.cumsum([out[axis] for out in call.out_shapes])
     if ends[-1] != labels.shape[axis]:
         raise Blocked(axis, "its parts do not add up to the axis")
     return [collapse_constant_axes(part) for part in np.split(labels, ends[:-1], axis)]
@@ -286,12 +286,12 @@ def _depth_space_blocks(call: OpCall, labels: Labels) -> list[Labels]:
 
 
 def concat_axis(call: OpCall) -> int:
-    return int(call.attrs["axis"]) % len(call.outs[0])
+    return int(call.attrs["axis"]) % len(call.out_shapes[0])
 
 
 def movement_entries() -> list[OpSpec]:
     def entry(name: str, says: str, move: object, repair: object = None, data: tuple[int, ...] = (0,)) -> OpSpec:
-        return OpSpec(name, "movement", says, data=data, move=move, repair=repair)  # type: ignore[arg-type]
+        return OpSpec(name, "movement", says, data=data, move=move, recompute=repair)  # type: ignore[arg-type]
 
     return [
         entry("Identity", "labels pass", _identity),

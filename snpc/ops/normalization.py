@@ -41,7 +41,7 @@ def _spatial_axes(call: OpCall) -> tuple[int, ...]:
 
 
 def _last_output_axis(call: OpCall) -> tuple[int, ...]:
-    return (len(call.outs[0]) - 1,)
+    return (len(call.out_shapes[0]) - 1,)
 
 
 def _channel_axes(call: OpCall) -> tuple[int, ...]:
@@ -80,13 +80,13 @@ def _resize_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> Para
 
 
 def _normalization_shapes(call: OpCall) -> list[Shape]:
-    return [call.shape(0)] * len(call.outs)
+    return [call.shape(0)] * len(call.out_shapes)
 
 
 def _skip_normalization_shapes(call: OpCall) -> list[Shape]:
     """What is normalised, two statistics per row, and (of the operators that add first) the sum."""
     shape = call.shape(0)
-    return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.outs)]
+    return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.out_shapes)]
 
 
 def _matrix_axes(call: OpCall) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def _group_attrs(old: OpCall, new: OpCall) -> dict[str, int]:
 def _embedded_shapes(call: OpCall) -> list[Shape]:
     """[batch, length, width], the mask's lengths, and the sum of the embeddings."""
     batch, length = call.shape(0)
-    return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.outs)]
+    return [(batch, length, call.shape(2)[1]), (batch,), (batch, length, call.shape(2)[1])][: len(call.out_shapes)]
 
 
 def normalization_entries() -> list[OpSpec]:
@@ -135,7 +135,7 @@ def normalization_specs() -> list[OpSpec]:
             axes=_softmax_axes,
             pins="sum",
             reason=SUMMED_OVER,
-            shares=True,
+            makes_shares=True,
         ),
         OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED_OVER),
         OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
@@ -154,12 +154,16 @@ def normalization_specs() -> list[OpSpec]:
             "InstanceNormalization", "normalise",
             "per channel; scale and bias follow; where an exporter folded groups of channels into one, a group goes "
             "as a whole",
-            axes=_spatial_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, whole=_channel_axis_size,
+            axes=_spatial_axes,
+            per_axis=(-1, -2),
+            pins="sum",
+            reason=STATISTICS_REASON,
+            statistic_parts=_channel_axis_size,
         ),
         OpSpec(
             "GroupNormalization", "normalise", "channels normalised together go together; scale and bias follow",
-            axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, whole=channel_groups,
-            reattr=_group_attrs, out_shapes=_normalization_shapes,
+            axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, statistic_parts=channel_groups,
+            resize_attributes=_group_attrs, out_shapes=_normalization_shapes,
         ),
         OpSpec(
             "MeanVarianceNormalization", "normalise", "the axes it takes statistics over keep their width",
@@ -171,16 +175,16 @@ def normalization_specs() -> list[OpSpec]:
         ),
         OpSpec(
             "EmbedLayerNormalization", "normalise", f"sums rows of its tables; {norm}", domain=MICROSOFT,
-            data=(2, 3, 4), tables=(2, 3, 4), axes=_last_output_axis, per_axis=(5, 6), affine=(5, 6), sums=(2,),
-            pins="norm", out_shapes=_embedded_shapes, typed_by=2, lengths=(1,),
+            data=(2, 3, 4), tables=(2, 3, 4), axes=_last_output_axis, per_axis=(5, 6), affine=(5, 6), sum_outputs=(2,),
+            pins="norm", out_shapes=_embedded_shapes, dtype_input=2, int32_outputs=(1,),
         ),
         OpSpec(
             "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
-            per_axis=(2, 3, 4), affine=(2, 3), sums=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
+            per_axis=(2, 3, 4), affine=(2, 3), sum_outputs=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
         OpSpec(
             "SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
-            per_axis=(2, 3), affine=(2,), sums=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
+            per_axis=(2, 3), affine=(2,), sum_outputs=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
     ]  # fmt: skip
 
@@ -196,7 +200,7 @@ def window_specs() -> list[OpSpec]:
         ),
         OpSpec(
             "Resize", "normalise", "per channel over a window; the sizes are recomputed", axes=_spatial_axes, data=(0,),
-            repair=_resize_repair, reason=resampled,
+            recompute=_resize_repair, reason=resampled,
         ),
         OpSpec("CumSum", "normalise", "adds up along its axis", axes=_cumulative_axes, reason="it is summed along"),
         OpSpec(
@@ -215,7 +219,7 @@ def reduction_specs() -> list[OpSpec]:
         *(
             OpSpec(
                 f"Reduce{name}", "reduce", "the reduced axes keep their width", data=(0,), axes=_reduce_axes,
-                pins="sum", reason="it is reduced over", adds=name == "Sum",
+                pins="sum", reason="it is reduced over", adds_up=name == "Sum",
             )
             for name in others.split()
         ),

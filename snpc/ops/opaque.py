@@ -69,7 +69,7 @@ def opaque_entries() -> list[OpSpec]:
         for name in names.split()
     ]
     made += [
-        OpSpec(name, "opaque", f"pinned: {DRAWS_RANDOM}", reason=DRAWS_RANDOM, draws=True)
+        OpSpec(name, "opaque", f"pinned: {DRAWS_RANDOM}", reason=DRAWS_RANDOM, is_random=True)
         for name in RANDOM_OPERATORS.split()
     ]
     made += [_opaque_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL_OPERATORS.split()]

@@ -14,7 +14,7 @@ NONLINEAR = (
 
 
 def _pointwise_shapes(call: OpCall) -> list[Shape]:
-    return [call.shape(0)] * len(call.outs)
+    return [call.shape(0)] * len(call.out_shapes)
 
 
 def _pointwise_specs(names: str, says: str, effect: Effect, domain: str = "") -> list[OpSpec]:

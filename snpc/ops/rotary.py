@@ -58,13 +58,13 @@ def _resize_rotary_attributes(
 def rotary_entries() -> list[OpSpec]:
     says = "both channels of a pair and their column of the tables go together, in all heads that share the tables"
     return [
-        OpSpec("RotaryEmbedding", "rotary", says, refit=_resize_rotary_attributes),
+        OpSpec("RotaryEmbedding", "rotary", says, resize_head_attributes=_resize_rotary_attributes),
         OpSpec(
             "RotaryEmbedding",
             "rotary",
             says,
             domain=MICROSOFT,
-            refit=_resize_rotary_attributes,
+            resize_head_attributes=_resize_rotary_attributes,
             out_shapes=_rotary_shapes,
         ),
     ]

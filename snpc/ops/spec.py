@@ -56,7 +56,7 @@ class OpCall:
     attrs: Mapping[str, Any]
     shapes: tuple[Shape | None, ...]
     values: tuple[AnyArray | None, ...]
-    outs: tuple[Shape, ...]
+    out_shapes: tuple[Shape, ...]
     stored: tuple[bool, ...] = ()
     """Which inputs lie in the file; what is computed may depend on a dynamic axis, though its value is known here."""
 
@@ -118,42 +118,42 @@ class Letters:
 class OpSpec:
     name: str
     kind: OpKind
-    says: str
+    summary: str
     domain: str = ""
     data: tuple[int, ...] | None = None
     move: MoveRule | None = None
-    repair: ParameterRule | None = None
+    recompute: ParameterRule | None = None
     effect: Effect = "nonlinear"
     letters: Callable[[OpCall], Letters] | None = None
     operands: tuple[int, int] = (0, 1)
     bias: int | None = None
     bias_letters: Callable[[OpCall], str] | None = None
-    added: int | None = None  # a further input of the output's shape that a contraction adds
+    summand: int | None = None  # a further input of the output's shape that a contraction adds
     axes: Callable[[OpCall], tuple[int, ...]] | None = None
     per_axis: tuple[int, ...] = ()
     affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalisation, and its bias
-    sums: tuple[int, ...] = ()  # outputs beside the first that have its positions
-    whole: Callable[[OpCall], int] | None = None
+    sum_outputs: tuple[int, ...] = ()  # outputs beside the first that have its positions
+    statistic_parts: Callable[[OpCall], int] | None = None
     """Into how many parts the channels (axis 1) are divided for statistics: what shares one goes together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
     reason: str = ""
     out_shapes: Callable[[OpCall], list[Shape]] | None = None
-    reattr: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None
-    refit: HeadAttributesRule | None = None
+    resize_attributes: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None
+    resize_head_attributes: HeadAttributesRule | None = None
     """Attributes of a node that splits heads inside: the call before the cut, its domain, the shapes of the parts and
     of the inputs (by index) after it."""
     tables: tuple[int, ...] = ()  # of ``data``: tables of which rows are looked up
     branches: tuple[str, str] | None = (
         None  # attributes that hold what is done where the first input is true, and false
     )
-    draws: bool = False  # what comes out differs from run to run
-    curved: bool = False
+    is_random: bool = False  # what comes out differs from run to run
+    has_activation: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
-    typed_by: int = 0
-    lengths: tuple[int, ...] = ()  # outputs that are int32 all the same
+    dtype_input: int = 0
+    int32_outputs: tuple[int, ...] = ()  # outputs that are int32 all the same
     divides: bool = False
     subtracts: bool = False
-    adds: bool = False  # a reduction that adds up, so that an entry can count more or less than once
+    adds_up: bool = False  # a reduction that adds up, so that an entry can count more or less than once
     expands: bool = False  # repeats its input to the shape that the second input spells
-    shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
+    makes_shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
     selects: bool = False  # drops an axis by reading one position of it

@@ -32,8 +32,8 @@ class Analysis:
     groups: tuple[Group, ...]
     pins: tuple[Pin, ...]
     cost: Cost
-    binding: Mapping[str, int]
-    traced: TracedGraph = field(repr=False)
+    dim_sizes: Mapping[str, int]
+    traced_graph: TracedGraph = field(repr=False)
     dead_macs: int = 0
     """MACs that are spared whatever the widths: for rows that no output depends on (see ``passes.rows``), and for
     tokens that go; ``trace_graph`` does without them."""
@@ -119,16 +119,16 @@ def quoted_facts(
 
 def collect_pins(found: TracedGraph, groups: Sequence[Group], made: Sequence[GroupDraft]) -> tuple[Pin, ...]:
     """Pins of groups and of whatever else a weight makes, one per tensor, axis and reason."""
-    free = np.zeros(found.trace.book.count, bool)
+    free = np.zeros(found.trace.table.count, bool)
     for draft in made:
         if is_approximate(draft):
             free[draft.units] = True
-    produced = np.zeros(found.trace.book.count, bool)
-    flags = found.trace.book.flags[: found.trace.book.count]
-    produced[found.units.unit[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
+    produced = np.zeros(found.trace.table.count, bool)
+    flags = found.trace.table.flags[: found.trace.table.count]
+    produced[found.units.unit_of_label[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
-    for note in found.trace.book.pins:
-        own = found.units.unit[note.labels]
+    for note in found.trace.table.pins:
+        own = found.units.unit_of_label[note.labels]
         if not len(own) or (produced[own] & ~free[own]).any():
             key = (note.tensor, note.axis, note.reason)
             pins.setdefault(key, Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind))

@@ -24,12 +24,12 @@ def macs_by_role(analysis: Analysis) -> dict[str, int]:
     several.
     ``DEAD_ROWS`` and ``UNATTRIBUTED`` take what no role does.
     """
-    model = analysis.traced.model
-    facts = infer_graph(model, dict(analysis.binding))
+    model = analysis.traced_graph.model
+    facts = infer_graph(model, dict(analysis.dim_sizes))
     roles = role_per_unit(analysis)
     found: dict[str, int] = dict.fromkeys(ROLE_PRECEDENCE, 0)
-    for contraction in analysis.traced.trace.contractions:
-        touched = contraction_roles(contraction, analysis.traced.units.unit, roles)
+    for contraction in analysis.traced_graph.trace.contractions:
+        touched = contraction_roles(contraction, analysis.traced_graph.units.unit_of_label, roles)
         if touched:
             node = contraction.node
             call = facts.call(node, opset_version(model, node.domain))
@@ -43,13 +43,13 @@ def macs_by_role(analysis: Analysis) -> dict[str, int]:
 
 def role_per_unit(analysis: Analysis) -> IntArray:
     """Unit of the trace -> index into ``ROLE_PRECEDENCE``, -1 for none."""
-    book, units = analysis.traced.trace.book, analysis.traced.units
-    first = {(str(axis.constant.name), axis.axis): axis.first for axis in book.axes}
+    book, units = analysis.traced_graph.trace.table, analysis.traced_graph.units
+    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in book.axes}
     found = np.full(book.count, -1, np.int64)
     for group in sorted(analysis.groups, key=lambda g: -ROLE_PRECEDENCE.index(g.role)):
         for site in group.sites:
             labels = first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0)
-            found[units.unit[labels]] = ROLE_PRECEDENCE.index(group.role)
+            found[units.unit_of_label[labels]] = ROLE_PRECEDENCE.index(group.role)
     return found
 
 

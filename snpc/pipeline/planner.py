@@ -33,9 +33,9 @@ from snpc.types import FloatArray, Group
 def with_closed_form_order(scores: UnitScores, compression: ClosedForms, method: PruningMethod) -> UnitScores:
     """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
-    for name, found in compression.eliminations.items():
+    for name, found in compression.elimination_orders.items():
         values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
-    for name, parts in compression.rebases.items():
+    for name, parts in compression.bases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
     samples = max(scores.samples, compression.samples)
@@ -49,21 +49,21 @@ class PruningPlan:
     ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
     """
 
-    plan: SlicePlan
-    compression: ClosedForms | None = None
+    slices: SlicePlan
+    closed_forms: ClosedForms | None = None
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
-    choice: Budget | None = None
+    budget: Budget | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
     scores: UnitScores | None = field(default=None, repr=False)
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
 
-    def at(self, choice: Budget) -> PruningPlan:
+    def for_budget(self, choice: Budget) -> PruningPlan:
         """The same for another target: what was measured serves again (for one far off, ``plan`` with ``whole``).
         ``choice`` differs in its target only, and that is a latency only if this one's is."""
         assert self.scores is not None
-        return replace(self, plan=make_slice_plan(self.scores, choice), choice=choice)
+        return replace(self, slices=make_slice_plan(self.scores, choice), budget=choice)
 
 
 def plan_without_cuts(analysis: Analysis) -> PruningPlan:
@@ -125,21 +125,21 @@ def plan(
         found = solve_closed_forms(
             analysis, statistics, groups, probed, SpillableStore(memory_budget(memory_limit) // 2)
         )
-    rest = score_groups(analysis, judge, [g for g in groups if g.id not in found.forms], statistics)
+    rest = score_groups(analysis, judge, [g for g in groups if g.id not in found.kinds], statistics)
     scores = with_closed_form_order(rest, found, method)
     if choice.allocator == "dimap":
         scores = replace(scores, energies=unit_weight_energies(analysis, groups))
     if is_latency_budget(choice):
         roles = tuple(dict.fromkeys(g.role for g in groups))
         table = latency_table(analysis, roles, workload=workload, provider=provider)
-        scores = replace(scores, times=table.times(groups_to_time(analysis, roles), groups))
+        scores = replace(scores, latency=table.saved_times(groups_to_time(analysis, roles), groups))
     if curves:
         assert calibration is not None
         near = None if whole else choice
         measured = measure_loss_curves(
             found, scores, calibration, groups, near, memory_limit=memory_limit, provider=provider
         )
-        scores, found = replace(scores, curves=measured), found.without_fits()
+        scores, found = replace(scores, curves=measured), found.without_refits()
     elif method != "select" and not choice.uniform:
         scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
     plan = make_slice_plan(scores, choice)
@@ -169,7 +169,7 @@ def default_method(calibration: Calibration | None, closed: bool) -> PruningMeth
 
 def relative_loss(compression: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
-    curve = compression.curve(group)
+    curve = compression.loss_curve(group)
     if curve is None:
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
         curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]

@@ -63,10 +63,10 @@ class PrunedModel:
     path: Path
     before: Cost
     after: Cost
-    verdict: Verdict
+    verification: Verdict
     seconds: Mapping[str, float]
     calibration: str = ""
-    forms: Mapping[str, str] = field(default_factory=dict)
+    closed_forms: Mapping[str, str] = field(default_factory=dict)
     """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
     "coupled" (selected by what the scores lose)."""
     search: SearchResult | None = None
@@ -114,7 +114,7 @@ class CandidateModel:
     path: Path
     after: Cost
     verdict: Verdict
-    forms: Mapping[str, str]
+    closed_forms: Mapping[str, str]
 
     @property
     def drift(self) -> float:
@@ -130,14 +130,14 @@ def write_candidate(
     analysis = plan.analysis
     for path in (target, external_data_path(target)):
         check_target(path, *model_files(analysis.model.path))
-    source = analysis.traced
+    source = analysis.traced_graph
     if plan.method != "select":
         with watch.stage("refit"):
             plan, source = with_refitted_weights(plan, means)
     with watch.stage("rewrite"):
         rewritten = rewrite_model(source, cuts_of(plan))
         if analysis.reduction is not None:
-            analysis.reduction.finish(rewritten.model)
+            analysis.reduction.finalize(rewritten.model)
         finalize(rewritten.model)
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
@@ -146,8 +146,8 @@ def write_candidate(
         raise_if_unequal(verdict)
     with watch.stage("report"):
         after = cost_of_file(temporary, analysis)
-    compression = means.compression
-    forms = {**compression.forms} if compression is not None and plan.method != "select" else {}
+    compression = means.closed_forms
+    forms = {**compression.kinds} if compression is not None and plan.method != "select" else {}
     forms |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
     return CandidateModel(plan, temporary, after, verdict, forms)
 
@@ -162,15 +162,17 @@ def publish_candidate(
     after = replace(made.after, bytes=file_bytes(target))
     before = Cost(analysis.cost.params, analysis.cost.macs, file_bytes(analysis.model.path), analysis.cost.nodes)
     seconds = dict(watch.seconds)
-    return PrunedModel(made.plan, target, before, after, made.verdict, seconds, means.described(), made.forms, search)
+    return PrunedModel(
+        made.plan, target, before, after, made.verdict, seconds, means.describe_data(), made.closed_forms, search
+    )
 
 
 def cost_of_file(path: Path, analysis: Analysis) -> Cost:
     """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
     model = load(path)
     if analysis.reduction is not None:
-        analysis.reduction.mark(model.graph)
-    cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.binding)))
+        analysis.reduction.name_decision_sizes(model.graph)
+    cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
     return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)
 
 

@@ -20,24 +20,24 @@ from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 class FitInputs:
     """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
 
-    compression: ClosedForms | None = None
+    closed_forms: ClosedForms | None = None
     calibration: Calibration | None = None
     memory_limit: int | None = None
     provider: str = "cpu"
 
-    def described(self) -> str:
+    def describe_data(self) -> str:
         """The data, in words."""
         if self.calibration is not None:
-            return self.calibration.described()
-        return self.compression.source if self.compression is not None else ""
+            return self.calibration.describe()
+        return self.closed_forms.source if self.closed_forms is not None else ""
 
 
 def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan, TracedGraph]:
     """The plan with its rotated groups in order, and the model at its full size with every weight made for it."""
     if plan.method == "select":
-        return plan, plan.analysis.traced
+        return plan, plan.analysis.traced_graph
     normed = approximate_groups(plan)
-    compression, calibration = means.compression, means.calibration
+    compression, calibration = means.closed_forms, means.calibration
     if compression is None or (calibration is None and (plan.method == "auto" or normed)):
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
@@ -46,7 +46,7 @@ def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan,
     means = replace(means, calibration=calibration)
     plan = in_rotated_order(compression, plan)
     rest = without_groups(plan, normed)
-    source = plan.analysis.traced
+    source = plan.analysis.traced_graph
     if rest.keep:
         source = refit_weights(compression, rest, means)
     if not normed:
@@ -56,7 +56,7 @@ def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan,
 
 
 def refit_weights(compression: ClosedForms, plan: SlicePlan, means: FitInputs) -> TracedGraph:
-    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced.kv_cache:
+    if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced_graph.kv_cache:
         try:
             return fit_layerwise(compression, plan, means.calibration, means.provider, means.memory_limit)
         except NotSegmentable:

@@ -38,11 +38,11 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "calibration": result.calibration or None,
         "search": asdict(result.search) if result.search else None,
         **both,
-        "macs_at": dict(plan.analysis.binding),
+        "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
-        "groups": groups_json(plan, result.forms),
+        "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
-        "verify": verdict_json(result.verdict),
+        "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
 
@@ -50,7 +50,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
 def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
     forms = forms or {}
-    graph = plan.analysis.traced.model.graph
+    graph = plan.analysis.traced_graph.model.graph
     cuts = cuts_in_file(cuts_of(plan), graph)
     found = []
     for group in plan.analysis.groups:
@@ -70,7 +70,7 @@ def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list
                 "role": group.role,
                 "blocks": group.blocks,
                 "size": group.size,
-                "kept": plan.kept(group),
+                "kept": plan.kept_width(group),
                 "freedom": group.freedom,
                 "form": forms.get(group.id),
                 "sites": sites,
@@ -141,7 +141,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "params": analysis.cost.params,
         "macs": analysis.cost.macs,
         "nodes": analysis.cost.nodes,
-        "macs_at": dict(analysis.binding),
+        "macs_at": dict(analysis.dim_sizes),
         "groups": found,
         "pins": pins_json(analysis),
         "tokens": tokens_json(analysis),
@@ -155,7 +155,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
             {
                 "block": p.block,
                 "tensor": p.value,
-                "tokens": p.count if p.fixed else None,
+                "tokens": p.count if p.fixed_length else None,
                 "leading": p.leading,
                 "scores": p.scores is not None,
             }

@@ -56,80 +56,80 @@ def apply(
     UserError where a latency cannot be reached.
     """
     watch = watch or Stopwatch()
-    choice = decision.choice
+    choice = decision.budget
     latency = choice is not None and is_latency_budget(choice)
     if choice is None or decision.scores is None or not (latency or choice.max_drift is not None):
         return apply_slice_plan(
-            decision.plan,
+            decision.slices,
             target,
-            compression=decision.compression,
+            compression=decision.closed_forms,
             calibration=calibration,
             memory_limit=memory_limit,
             provider=provider,
             watch=watch,
         )
-    means = FitInputs(decision.compression, calibration, memory_limit, provider)
+    means = FitInputs(decision.closed_forms, calibration, memory_limit, provider)
     trials = PlanSearch(decision, choice, decision.scores, target, means, watch)
     try:
         return meet_latency(trials) if latency else meet_drift(trials)
     finally:
-        trials.discard()
+        trials.discard_best()
 
 
 @dataclass
 class PlanSearch:
     """Plans along the way down that were built and measured. ``best`` is the best that holds."""
 
-    decision: PruningPlan
-    choice: Budget
+    plan: PruningPlan
+    budget: Budget
     scores: UnitScores
     target: Path
-    means: FitInputs
+    inputs: FitInputs
     watch: Stopwatch
     best: CandidateModel | None = None
-    value: float = math.nan
+    measured: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
 
-    def build(self, way: AllocationPath, steps: int) -> CandidateModel:
+    def write(self, way: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
-        plan = select_units(self.scores, self.choice, way.widths(steps))
+        plan = select_units(self.scores, self.budget, way.widths_after(steps))
         path = temporary_path(self.target, len(self.tried) + 1)
         try:
-            return write_candidate(plan, self.target, path, self.means, self.watch)
+            return write_candidate(plan, self.target, path, self.inputs, self.watch)
         except BaseException:
             discard_model(path)
             raise
 
-    def weigh(self, made: CandidateModel, predicted: float, measured: float, limit: float) -> float:
+    def record(self, made: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep what holds (a later one is nearer to the limit), drop the rest."""
         self.tried.append((predicted, measured))
         if measured <= limit:
-            self.discard()
-            self.best, self.value = made, measured
+            self.discard_best()
+            self.best, self.measured = made, measured
         else:
             discard_model(made.path)
         return measured
 
-    def discard(self) -> None:
+    def discard_best(self) -> None:
         if self.best is not None:
             discard_model(self.best.path)
 
     def publish(self, search: SearchResult) -> PrunedModel:
         assert self.best is not None
-        return publish_candidate(self.best, self.target, self.means, self.watch, search)
+        return publish_candidate(self.best, self.target, self.inputs, self.watch, search)
 
 
 def meet_drift(trials: PlanSearch) -> PrunedModel:
     """Cut as much as keeps the drift that verification states within the limit."""
-    limit, way = trials.choice.max_drift, search_path(trials)
+    limit, way = trials.budget.max_drift, search_path(trials)
     assert limit is not None
     predicted = predicted_drift(way, trials.scores)[1:]
 
     def measure(index: int) -> float:
-        made = trials.build(way, index + 1)
+        made = trials.write(way, index + 1)
         if not made.verdict.drift:
             raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
-        return math.log(max(trials.weigh(made, float(predicted[index]), made.drift, limit), 1e-300))
+        return math.log(max(trials.record(made, float(predicted[index]), made.drift, limit), 1e-300))
 
     bisect_on_prediction(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, DRIFT_LOG_MARGIN)
     if trials.best is None:
@@ -138,7 +138,7 @@ def meet_drift(trials: PlanSearch) -> PrunedModel:
             f"{trials.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
             "nothing was written"
         )
-    return trials.publish(SearchResult("drift", "relative", limit, trials.value, tuple(trials.tried)))
+    return trials.publish(SearchResult("drift", "relative", limit, trials.measured, tuple(trials.tried)))
 
 
 def meet_latency(trials: PlanSearch) -> PrunedModel:
@@ -148,40 +148,40 @@ def meet_latency(trials: PlanSearch) -> PrunedModel:
 
 
 def meet_latency_in(folder: Path, trials: PlanSearch) -> PrunedModel:
-    times, way = trials.scores.times, search_path(trials)
-    assert times is not None and trials.choice.target is not None
-    target, original = parse_target(trials.choice.target), trials.decision.plan.analysis
+    times, way = trials.scores.latency, search_path(trials)
+    assert times is not None and trials.budget.target is not None
+    target, original = parse_target(trials.budget.target), trials.plan.slices.analysis
     scale = times.dense if target.ms is not None else 1.0
     limit = target.ms if target.ms is not None else target.share
-    workload = trials.decision.workload or Workload()
-    shares = ((times.base - way.along(times.saved)) / times.dense)[::-1]  # rising, the whole way down first
+    workload = trials.plan.workload or Workload()
+    shares = ((times.base - way.cumulative(times.saved)) / times.dense)[::-1]  # rising, the whole way down first
     last = len(shares) - 1
-    dense_file = workload.file(original.model.path, folder / "dense")
+    dense_file = workload.timed_file(original.model.path, folder / "dense")
 
     def measure(index: int) -> float:
-        made = trials.build(way, last - index)
+        made = trials.write(way, last - index)
         with trials.watch.stage("latency"):
-            file = workload.file(made.path, folder / "cut")
-            dense, share = time_pair(original, dense_file, file, workload, trials.means.provider)
+            file = workload.timed_file(made.path, folder / "cut")
+            dense, share = time_pair(original, dense_file, file, workload, trials.inputs.provider)
         value = share * (dense if target.ms is not None else 1.0)
-        return trials.weigh(made, float(shares[index]) * scale, value, limit) / scale
+        return trials.record(made, float(shares[index]) * scale, value, limit) / scale
 
     bisect_on_prediction(shares, limit / scale, measure, LATENCY_MARGIN)
     unit = "ms" if target.ms is not None else ""
     if trials.best is None:
         least = min(value for _, value in trials.tried)
         raise UserError(
-            f"target {trials.choice.target} cannot be reached: with these roles and widths the least measured is "
+            f"target {trials.budget.target} cannot be reached: with these roles and widths the least measured is "
             f"latency={least:.3g}{unit}; allow more roles, or narrower groups"
         )
-    built = f", built for {workload.artefact.name}" if workload.artefact else ""
+    built = f", built for {workload.artifact.name}" if workload.artifact else ""
     unit = (unit or "of the dense model") + built
-    return trials.publish(SearchResult("latency", unit, limit, trials.value, tuple(trials.tried)))
+    return trials.publish(SearchResult("latency", unit, limit, trials.measured, tuple(trials.tried)))
 
 
 def search_path(trials: PlanSearch) -> AllocationPath:
-    groups = trials.decision.groups
-    return allocation_path(groups, trials.scores, trials.choice)[0]
+    groups = trials.plan.groups
+    return allocation_path(groups, trials.scores, trials.budget)[0]
 
 
 def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:

@@ -108,7 +108,7 @@ def sweep(
     wishes = [SweepTarget(text, replace(choice, target=text) if choice is not None else None) for text in targets]
     options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
     made_as = timed_artifact(target, **options) if target else None
-    workload = Workload(batch=batch, artefact=made_as) if any(w.timed for w in wishes) else None
+    workload = Workload(batch=batch, artifact=made_as) if any(w.is_latency for w in wishes) else None
     judge = evaluation or EvaluationData(calibration)
     step("measuring")
     means = SweepInputs(calibration, method, provider, workload)
@@ -127,7 +127,7 @@ def sweep(
             step(text)
             path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
             made = apply(decision, path, calibration=fed, provider=provider)
-            reduction = decision.plan.analysis.reduction
+            reduction = decision.slices.analysis.reduction
             points.append(point(text, path, made.after, reduction.spec if reduction is not None else ""))
         step("judging and timing")
         points = with_timings(with_quality(points, source, judge, provider), provider, batch, rounds)
@@ -140,11 +140,11 @@ class SweepTarget:
     """One target, and the widths to cut for it (None: none)."""
 
     target: str
-    choice: Budget | None
+    budget: Budget | None
 
     @property
-    def timed(self) -> bool:
-        return self.choice is not None and is_latency_budget(self.choice)
+    def is_latency(self) -> bool:
+        return self.budget is not None and is_latency_budget(self.budget)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def plan_targets(
     """For each target a decision, and the data that it is carried out with."""
     if tokens is not None and tokens.strip() == AUTO_TOKENS:
         return plan_each_target(analysis, wishes, means)
-    if wishes[0].choice is None:
+    if wishes[0].budget is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
     reduced, fed = apply_token_request(analysis, means.calibration, tokens, provider=means.provider)
     assert fed is not None
@@ -177,7 +177,7 @@ def plan_from_one_measurement(
     analysis: Analysis, wishes: Sequence[SweepTarget], calibration: Calibration, means: SweepInputs
 ) -> dict[str, PruningPlan]:
     """Measured for one target (a latency if there is one), planned for each."""
-    choices = {wish.target: wish.choice for wish in wishes if wish.choice is not None}
+    choices = {wish.target: wish.budget for wish in wishes if wish.budget is not None}
     first = max(choices.values(), key=is_latency_budget)
     made = plan(
         analysis,
@@ -188,7 +188,7 @@ def plan_from_one_measurement(
         workload=means.workload,
         whole=True,
     )
-    return {text: made.at(choice) for text, choice in choices.items()}
+    return {text: made.for_budget(choice) for text, choice in choices.items()}
 
 
 def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: SweepInputs) -> dict[str, PlanAndData]:
@@ -197,7 +197,7 @@ def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: S
         macs_share(wish.target)
     trials, found = prepare_evaluator(analysis, means.calibration, means.provider), {}
     for wish in wishes:
-        widths = WidthRequest(wish.choice, means.method) if wish.choice is not None else None
+        widths = WidthRequest(wish.budget, means.method) if wish.budget is not None else None
         reduced, fed = apply_token_request(
             analysis,
             means.calibration,

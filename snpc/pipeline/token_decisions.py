@@ -29,14 +29,14 @@ from snpc.types import AnyArray, Difference, Feeds
 class CalibrationWithDecisions(Calibration):
     """Calibration data with the decisions that go with each batch: what an open graph is fed."""
 
-    decided: tuple[Feeds, ...]
+    decisions: tuple[Feeds, ...]
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
-        for feeds, decided in zip(super().batches(), self.decided, strict=True):
+        for feeds, decided in zip(super().batches(), self.decisions, strict=True):
             yield {**feeds, **decided}
 
-    def sampled(self, name: str) -> bool:
-        return name in self.decided[0] or super().sampled(name)
+    def has_sample_axis(self, name: str) -> bool:
+        return name in self.decisions[0] or super().has_sample_axis(name)
 
 
 def with_token_decisions(
@@ -48,7 +48,7 @@ def with_token_decisions(
         return calibration
     decided = tuple(model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, provider))
     known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
-    return CalibrationWithDecisions(**known, decided=decided)
+    return CalibrationWithDecisions(**known, decisions=decided)
 
 
 def model_decisions(model: ir.Model, names: Sequence[str], calibration: Calibration, provider: str) -> Iterator[Feeds]:
@@ -61,9 +61,9 @@ def model_decisions(model: ir.Model, names: Sequence[str], calibration: Calibrat
 
 def self_deciding_model(analysis: Analysis) -> ir.Model:
     """The analysed model at its full width, deciding itself."""
-    model = analysis.traced.model.clone()
+    model = analysis.traced_graph.model.clone()
     if analysis.reduction is not None:
-        analysis.reduction.close(model)
+        analysis.reduction.embed_decisions(model)
     return model
 
 
@@ -107,7 +107,7 @@ def check_token_reduction(
 
 def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
     """How many tokens these inputs have at ``point``."""
-    if point.fixed:
+    if point.fixed_length:
         return point.count
     sizes = {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
     shape = infer_graph(model, sizes).shape[point.stream]
@@ -125,7 +125,7 @@ def compare_with_oracle(
     _, facts = choose_dim_sizes(graph)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         short, full = Path(folder) / "fewer.onnx", Path(folder) / "in-place.onnx"
-        save(finalize(analysis.traced.model.clone()), short)
+        save(finalize(analysis.traced_graph.model.clone()), short)
         save(finalize(full_length_oracle(graph, facts, reduction.steps)), full)
         kind = reduction.dtypes[reduction.steps[0].point.value].numpy()
         fed = []

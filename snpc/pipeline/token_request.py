@@ -50,9 +50,9 @@ def measure_offline_scores(
     if calibration is None:
         return {}
     points, found = analysis.tokens.points, dict[int, tuple[float, ...]]()
-    if any(made.offline and not made.adapts for made, _ in wanted.values()):
+    if any(made.needs_offline and not made.input_adaptive for made, _ in wanted.values()):
         found |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), provider)
-    adaptive = [block for block, (made, much) in wanted.items() if made.adapts and much.share != 1]
+    adaptive = [block for block, (made, much) in wanted.items() if made.input_adaptive and much.share != 1]
     if adaptive:
         found |= dict.fromkeys(adaptive, (1.0,))
         found |= measure_kept_shares(analysis, steps_for(analysis, wanted, found), calibration, provider)
@@ -67,7 +67,7 @@ def measure_kept_shares(
     binding, facts = choose_dim_sizes(analysis.model.graph)
     model = externalize_decisions(analysis.model.graph, facts, binding, steps)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
-    TokenReductionPlan(tuple(steps), dtypes).close(model)
+    TokenReductionPlan(tuple(steps), dtypes).embed_decisions(model)
     names = [name for step in steps for name in step.names]
     totals = np.zeros((len(steps), 2))
     for feeds, decided in zip(calibration.batches(), model_decisions(model, names, calibration, provider), strict=True):
@@ -75,6 +75,6 @@ def measure_kept_shares(
         before = np.full(len(next(iter(decided.values()))), first)
         for k, (step, (_, _, sizes)) in enumerate(zip(steps, replay_decisions(steps, decided, first), strict=True)):
             after = (sizes > 0).sum(1)
-            totals[k] += (before - step.setting.leading).sum(), (after - step.setting.leading).sum()
+            totals[k] += (before - step.settings.leading).sum(), (after - step.settings.leading).sum()
             before = after
-    return {s.point.block: (float(b / a),) for s, (a, b) in zip(steps, totals, strict=True) if s.method.adapts}
+    return {s.point.block: (float(b / a),) for s, (a, b) in zip(steps, totals, strict=True) if s.method.input_adaptive}

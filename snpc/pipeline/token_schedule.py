@@ -72,7 +72,7 @@ DepthProfile = tuple[float, ...]
 class WidthRequest:
     """How widths are cut after the tokens: what ``plan`` is asked."""
 
-    choice: Budget
+    budget: Budget
     method: PruningMethod | None = None
     criterion: str | None = None
 
@@ -83,28 +83,28 @@ class ScheduleEvaluator:
 
     analysis: Analysis
     facts: ShapeFacts
-    binding: Mapping[str, int]
+    dim_sizes: Mapping[str, int]
     cost: TokenCost
     batches: Sequence[Feeds]
     dense: Sequence[Mapping[str, AnyArray]]
     provider: str
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    seen: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
+    drifts: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
 
     def drift(self, method: TokenMethod, schedule: TokenSchedule) -> float:
         """Relative squared change of the outputs."""
         key = (method.name, schedule)
-        if key not in self.seen:
+        if key not in self.drifts:
             steps = self.steps(method, schedule)
             reduction = TokenReductionPlan(
                 tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps}
             )
-            model = externalize_decisions(self.analysis.model.graph, self.facts, self.binding, steps)
-            reduction.close(model)
-            self.seen[key] = self.change(model)
-        return self.seen[key]
+            model = externalize_decisions(self.analysis.model.graph, self.facts, self.dim_sizes, steps)
+            reduction.embed_decisions(model)
+            self.drifts[key] = self.output_change(model)
+        return self.drifts[key]
 
-    def change(self, model: ir.Model) -> float:
+    def output_change(self, model: ir.Model) -> float:
         """Relative squared change of the outputs by ``model``, which is taken over."""
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
@@ -112,13 +112,13 @@ class ScheduleEvaluator:
             moved = run_batches(path, self.batches, self.provider)
         return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
-    def wanted(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
+    def request_for(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
         found: dict[int, tuple[TokenMethod, TokenAmount]] = {}
         count = self.cost.count
         for point, gone in zip(self.analysis.tokens.points, schedule, strict=True):
             others = count - point.leading
-            gone = max(0, min(gone, method.most(others)))
-            if point.fixed:
+            gone = max(0, min(gone, method.max_removed(others)))
+            if point.fixed_length:
                 found[point.block] = (method, TokenAmount(gone))
             elif gone:
                 found[point.block] = (method, TokenAmount(0, round((others - gone) / others, SHARE_DIGITS)))
@@ -126,13 +126,13 @@ class ScheduleEvaluator:
         return found
 
     def steps(self, method: TokenMethod, schedule: TokenSchedule) -> list[TokenStep]:
-        return steps_for(self.analysis, self.wanted(method, schedule), self.offline)
+        return steps_for(self.analysis, self.request_for(method, schedule), self.offline)
 
     def macs(self, method: TokenMethod, schedule: TokenSchedule) -> float:
-        wanted = self.wanted(method, schedule)
+        wanted = self.request_for(method, schedule)
         return self.cost.macs(settings_for(self.analysis.tokens.points, wanted, count=self.cost.count), method)
 
-    def fitted(self, method: TokenMethod, shape: Sequence[float], macs: float) -> TokenSchedule | None:
+    def scale_to_macs(self, method: TokenMethod, shape: Sequence[float], macs: float) -> TokenSchedule | None:
         """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
         low, high = 0.0, float(self.cost.count)
 
@@ -211,7 +211,7 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, provider: st
 
 def has_fixed_token_count(analysis: Analysis) -> bool:
     """Have all inputs as many tokens?"""
-    return all(point.fixed for point in analysis.tokens.points)
+    return all(point.fixed_length for point in analysis.tokens.points)
 
 
 def least_drift_method(trials: ScheduleEvaluator, macs: float) -> TokenMethod | None:
@@ -219,14 +219,14 @@ def least_drift_method(trials: ScheduleEvaluator, macs: float) -> TokenMethod | 
     found: list[tuple[float, str]] = []
     fixed = has_fixed_token_count(trials.analysis)
     for made in TOKEN_METHODS.values():
-        if made.adapts or (made.offline and not trials.offline) or not (fixed or made.counts):
+        if made.input_adaptive or (made.needs_offline and not trials.offline) or not (fixed or made.computes_count):
             continue
         try:
             for point in trials.analysis.tokens.points:
                 check_method(trials.analysis, point.block, made)
         except UserError:
             continue
-        schedule = trials.fitted(made, [1.0] * len(trials.analysis.tokens.points), macs)
+        schedule = trials.scale_to_macs(made, [1.0] * len(trials.analysis.tokens.points), macs)
         if schedule is not None:
             found.append((trials.drift(made, schedule), made.name))
     return TOKEN_METHODS[min(found)[1]] if found else None
@@ -260,7 +260,7 @@ def best_profile(
     one with the fewest steps, since each step takes time beside its MACs."""
     found: list[tuple[float, DepthProfile, TokenSchedule]] = []
     for shape in shapes:
-        schedule = trials.fitted(method, shape, macs)
+        schedule = trials.scale_to_macs(method, shape, macs)
         if schedule is not None:
             found.append((trials.drift(method, schedule), shape, schedule))
     if not found:
@@ -325,7 +325,7 @@ def predict_width_drift(
     base = 1 - reduced.dead_macs / reduced.cost.macs
     found = plan(
         reduced,
-        replace(widths.choice, target=f"macs={budget / reduced.cost.macs:.9f}"),
+        replace(widths.budget, target=f"macs={budget / reduced.cost.macs:.9f}"),
         calibration=calibration,
         method=widths.method,
         criterion=widths.criterion,
@@ -335,16 +335,16 @@ def predict_width_drift(
     scores = UnitScores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
 
     def summed(plan: SlicePlan) -> float:
-        return sum(float(found.curves[g.id][plan.kept(g)]) for g in reduced.groups if g.id in plan.keep)
+        return sum(float(found.curves[g.id][plan.kept_width(g)]) for g in reduced.groups if g.id in plan.keep)
 
-    together = max(trials.change(one_shot_pruned_model(found)) - by_tokens, 0.0)
-    scale = max(1.0, together / max(summed(found.plan), 1e-12))
+    together = max(trials.output_change(one_shot_pruned_model(found)) - by_tokens, 0.0)
+    scale = max(1.0, together / max(summed(found.slices), 1e-12))
 
     def predicted(share: float) -> float:
         if share >= 1:
             return 0.0
         try:
-            return scale * summed(make_slice_plan(scores, replace(widths.choice, target=f"macs={share * base:.9f}")))
+            return scale * summed(make_slice_plan(scores, replace(widths.budget, target=f"macs={share * base:.9f}")))
         except UserError:
             return float("inf")
 
@@ -353,11 +353,11 @@ def predict_width_drift(
 
 def one_shot_pruned_model(decision: PruningPlan) -> ir.Model:
     """The plan's model, all layers fitted to the dense one."""
-    plan, source = decision.plan, decision.plan.analysis.traced
-    if decision.compression is not None:
-        plan = in_rotated_order(decision.compression, plan)
-        source = fit_parallel(decision.compression, plan)
+    plan, source = decision.slices, decision.slices.analysis.traced_graph
+    if decision.closed_forms is not None:
+        plan = in_rotated_order(decision.closed_forms, plan)
+        source = fit_parallel(decision.closed_forms, plan)
     model = rewrite_model(source, cuts_of(plan)).model
     assert plan.analysis.reduction is not None
-    plan.analysis.reduction.close(model)
+    plan.analysis.reduction.embed_decisions(model)
     return model

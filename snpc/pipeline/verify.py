@@ -44,7 +44,7 @@ def verify_candidate(
     rewritten: RewrittenModel, plan: SlicePlan, path: Path, calibration: Calibration | None, provider: str
 ) -> Verdict:
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path, rewritten.interface())
+    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
     tolerance = rounding_tolerance(analysis.model)
     large = too_large_reason(analysis.model) if provider == "cpu" else ""
     if large:
@@ -93,7 +93,7 @@ def verify(
         compression = closed_forms_for(plan, calibration, statistics=statistics, provider=provider)
         plan, source = with_refitted_weights(plan, FitInputs(compression, calibration, provider=provider))
         rewritten = rewrite_model(source, cuts_of(plan))
-    structure = check_structure(original, pruned, rewritten.interface() if rewritten is not None else None)
+    structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
     same, moved = compare_models(run_batches(original, batches, provider), pruned, rewritten, batches, provider, fed)
     verdict = Verdict((*structure, *tokens), same, moved, compared, rounding_tolerance(analysis.model))
     raise_if_unequal(verdict)

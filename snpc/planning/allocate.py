@@ -125,7 +125,7 @@ def allocation_path(groups: Sequence[Group], scores: UnitScores, choice: Budget)
         g.id: float(worth[g.id][smallest_width(g, choice)]) / max(g.size - smallest_width(g, choice), 1) for g in groups
     }
     found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, prices, choice)
-    return found, found.along(worth)
+    return found, found.cumulative(worth)
 
 
 def smallest_width(group: Group, choice: Budget) -> int:
@@ -135,8 +135,8 @@ def smallest_width(group: Group, choice: Budget) -> int:
 def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:
     """[size + 1]: what is saved when so many units per block are kept."""
     if target.kind == "latency":
-        assert scores.times is not None
-        return scores.times.saved[group.id]
+        assert scores.latency is not None
+        return scores.latency.saved[group.id]
     gone: FloatArray = 1 - np.arange(group.size + 1) / group.size
     return resource_use(scores.analysis, group, target) * gone
 
@@ -147,17 +147,17 @@ def target_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -
     found, saved = allocation_path(groups, scores, choice)
     budget, reachable, slack = required_savings(scores, parse_target(choice.target), float(saved[-1]))
     check_reachable(choice, budget, float(saved[-1]) + slack, reachable)
-    return found.widths(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
+    return found.widths_after(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
 
 
 def required_savings(scores: UnitScores, target: ResourceTarget, most: float) -> tuple[float, str, float]:
     """What has to be saved for the target, what is reached when ``most`` is saved, in words, and by how much that may
     be wrong."""
     if target.kind == "latency":
-        assert scores.times is not None
-        dense, least = scores.times.dense, scores.times.base - most
+        assert scores.latency is not None
+        dense, least = scores.latency.dense, scores.latency.base - most
         text = f"{least:.3g}ms" if target.ms is not None else f"{least / dense:.3f}"
-        return scores.times.base - target.milliseconds(dense), f"latency={text} (predicted)", 0.1 * dense
+        return scores.latency.base - target.milliseconds(dense), f"latency={text} (predicted)", 0.1 * dense
     whole = float(getattr(scores.analysis.cost, target.kind))
     free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
     return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
@@ -167,7 +167,7 @@ def drift_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) ->
     """The furthest down at which the drift that the curves predict is within ``max_drift``."""
     found, _ = allocation_path(groups, scores, choice)
     assert choice.max_drift is not None
-    return found.widths(int(np.flatnonzero(predicted_drift(found, scores) <= choice.max_drift)[-1]))
+    return found.widths_after(int(np.flatnonzero(predicted_drift(found, scores) <= choice.max_drift)[-1]))
 
 
 def predicted_drift(found: AllocationPath, scores: UnitScores) -> FloatArray:
@@ -175,7 +175,7 @@ def predicted_drift(found: AllocationPath, scores: UnitScores) -> FloatArray:
     nothing to do with each other."""
     if any(g.id not in scores.curves for g in found.groups):
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    drift: FloatArray = np.sqrt(np.maximum(found.along(scores.curves), 0.0))
+    drift: FloatArray = np.sqrt(np.maximum(found.cumulative(scores.curves), 0.0))
     return drift
 
 
@@ -185,7 +185,7 @@ def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> fl
         return float(group.macs)
     if target.kind == "params":
         return float(group.params)
-    weight = analysis.traced.model.graph.initializers[group.sites[0].tensor].const_value
+    weight = analysis.traced_graph.model.graph.initializers[group.sites[0].tensor].const_value
     assert weight is not None
     return group.params * weight.nbytes / weight.size
 

@@ -22,15 +22,15 @@ class AllocationPath:
     groups: tuple[Group, ...]
     steps: tuple[tuple[WidthStep, ...], ...] = field(repr=False)
 
-    def widths(self, count: int) -> dict[str, int]:
+    def widths_after(self, count: int) -> dict[str, int]:
         """Every group's width after ``count`` steps."""
         return {g.id: g.size for g in self.groups} | {
             name: width for step in self.steps[:count] for name, width in step
         }
 
-    def along(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+    def cumulative(self, curves: Mapping[str, FloatArray]) -> FloatArray:
         """[steps + 1]: the sum over groups of ``curves`` (group id -> [size + 1], by width) after so many steps."""
-        widths = self.widths(0)
+        widths = self.widths_after(0)
         found = [sum(float(curves[name][width]) for name, width in widths.items())]
         for step in self.steps:
             change = sum(float(curves[name][width] - curves[name][widths[name]]) for name, width in step)
@@ -92,7 +92,7 @@ def widths_within(found: AllocationPath, gains: Callable[[str, int, int], float]
 
     ``gains(group id, width before, width after)``: what a step is worth.
     """
-    widths = found.widths(0)
+    widths = found.widths_after(0)
     removed, closed = 0.0, set()
     for name, width in (one for step in found.steps for one in step):
         if removed >= budget * (1 - 1e-12):

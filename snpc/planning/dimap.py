@@ -36,7 +36,7 @@ def dimap_widths_at(
         mine = [g for g in groups if g.role == role]
         costs = {g.id: relative_energy(energies[g.id]) for g in mine}
         way = greedy_path(mine, costs, dict.fromkeys(costs, 1.0), choice)
-        gone = way.along({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
+        gone = way.cumulative({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
         budget = ratio * sum(g.blocks * g.size for g in mine)
-        found |= way.widths(int(np.flatnonzero(gone <= budget + 1e-9)[-1]))
+        found |= way.widths_after(int(np.flatnonzero(gone <= budget + 1e-9)[-1]))
     return found

@@ -37,7 +37,7 @@ class UnitScores:
     method: PruningMethod = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
-    times: LatencyCurves | None = None
+    latency: LatencyCurves | None = None
     energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """Where asked for: group id -> [blocks, size], squared weights of each unit."""
     comparable: bool = False
@@ -56,7 +56,7 @@ class SlicePlan:
     """"select": weights are sliced as they are; "parallel": they are refitted to the plan first, from calibration data;
     "auto": so too, one layer after the other, each from what the cut layers before it give."""
 
-    def kept(self, group: Group) -> int:
+    def kept_width(self, group: Group) -> int:
         """Units per block that stay."""
         rows = self.keep.get(group.id)
         return len(rows[0]) if rows else group.size

@@ -33,7 +33,7 @@ def plan_to_json(plan: SlicePlan) -> str:
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
-    if plan.analysis.traced.kv_cache:
+    if plan.analysis.traced_graph.kv_cache:
         head["prune_kv_cache"] = True
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
@@ -88,7 +88,7 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
             f"{name}: made for another model ({data.get('model')}, digest {str(data.get('digest'))[:12]}), "
             f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
         )
-    if bool(data.get("prune_kv_cache")) != analysis.traced.kv_cache:
+    if bool(data.get("prune_kv_cache")) != analysis.traced_graph.kv_cache:
         said = "made with" if data.get("prune_kv_cache") else "made without"
         raise UserError(f"{name}: {said} --prune-kv-cache, and the model was analysed otherwise; analyse it alike")
     spec = analysis.reduction.spec if analysis.reduction is not None else None

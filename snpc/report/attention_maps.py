@@ -85,7 +85,7 @@ def compute_attention_maps(result: PrunedModel, calibration: Calibration | None)
     feeds = first_samples(plan.analysis, calibration)
     pictures = find_pictures(feeds)
     values = select_layers(find_attention_weights(plan.analysis))
-    kinds = plan.analysis.traced.facts.dtype
+    kinds = plan.analysis.traced_graph.facts.dtype
     types = {str(value.name): kinds.get(value) or ir.DataType.FLOAT for _, value in values}
     before = evaluate_values(self_deciding_model(plan.analysis), types, feeds)
     after = evaluate_values(load(result.path).graph, types, feeds)
@@ -149,7 +149,7 @@ def to_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ..
 
 def find_attention_weights(analysis: Analysis) -> list[tuple[Group, ir.Value]]:
     """Groups of query and key, with the attention weights that come of them."""
-    values = {str(v.name): v for node in analysis.traced.model.graph for v in node.outputs}
+    values = {str(v.name): v for node in analysis.traced_graph.model.graph for v in node.outputs}
     found = []
     for group in analysis.groups:
         starts = [values[p.tensor] for p in group.probes if p.kind == "query" and p.tensor in values]
@@ -167,7 +167,7 @@ def first_attention_weights(start: ir.Value) -> ir.Value | None:
     while front:
         nodes = [use.node for value in front for use in value.uses()]
         for node in nodes:
-            if lookup(node.domain, node.op_type).shares:
+            if lookup(node.domain, node.op_type).makes_shares:
                 return node.outputs[0]
         front = [v for v in dict.fromkeys(v for node in nodes for v in node.outputs) if v not in seen]
         seen |= set(front)
@@ -219,7 +219,7 @@ def match_heads(plan: SlicePlan, group: Group, pair: Sequence[FloatArray]) -> li
         return [(k, k) for k in range(old)]
     for heads in plan.analysis.groups:
         same = heads.role == "head" and {s.tensor for s in group.sites} & {s.tensor for s in heads.sites}
-        if same and (heads.size, plan.kept(heads)) == (old, new):
+        if same and (heads.size, plan.kept_width(heads)) == (old, new):
             return [(kept, k) for k, kept in enumerate(plan.keep[heads.id][0])]
     return None
 

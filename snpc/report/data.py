@@ -58,7 +58,7 @@ class ReportData:
     model: str
     output: str
     digest: str
-    done: str
+    request: str
     options: Mapping[str, Any]
     costs: tuple[BeforeAfter, ...]
     widths: tuple[GroupWidth, ...]
@@ -69,7 +69,7 @@ class ReportData:
     equals_mask: tuple[Difference, ...]
     structure: tuple[str, ...]
     attention: AttentionMaps
-    survivors: TokenMaps
+    token_maps: TokenMaps
     warnings: tuple[str, ...]
     pins: tuple[Pin, ...]
     seconds: Mapping[str, float]
@@ -87,24 +87,24 @@ def collect_report_data(
     bench: BenchResult | None = None,
 ) -> ReportData:
     """Read the written file once more for what the result does not hold: MACs by role and attention maps."""
-    plan, analysis, verdict = result.plan, result.plan.analysis, result.verdict
+    plan, analysis, verdict = result.plan, result.plan.analysis, result.verification
     attention = attention_maps(result, calibration)
     return ReportData(
         model=str(analysis.model.path),
         output=str(result.path),
         digest=analysis.model.digest,
-        done=describe_request(result),
+        request=describe_request(result),
         options=dict(plan.options),
         costs=(*cost_pairs(result), *latency_pairs(bench)),
         widths=group_widths(result, decision.curves if decision else {}),
         macs=mac_pairs(result),
-        macs_at=dict(analysis.binding),
+        macs_at=dict(analysis.dim_sizes),
         compared=verdict.compared,
         drift=verdict.drift,
         equals_mask=verdict.equals_mask,
         structure=verdict.structure,
         attention=attention,
-        survivors=token_maps(result, calibration),
+        token_maps=token_maps(result, calibration),
         warnings=collect_warnings(result, decision),
         pins=analysis.pins,
         seconds=dict(result.seconds),
@@ -151,8 +151,8 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
             g.layer,
             g.blocks,
             g.size,
-            plan.kept(g),
-            result.forms.get(g.id, "") if g.id in plan.keep else "",
+            plan.kept_width(g),
+            result.closed_forms.get(g.id, "") if g.id in plan.keep else "",
             tuple(np.sqrt(curves[g.id]).tolist()) if g.id in curves else (),
         )
         for g in plan.analysis.groups
@@ -163,7 +163,7 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
 def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
     analysis = result.plan.analysis
     before = macs_by_role(analysis)
-    after = macs_by_role(analyze(load(result.path), analysis.binding))
+    after = macs_by_role(analyze(load(result.path), analysis.dim_sizes))
     return tuple(
         BeforeAfter(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))
     )
@@ -173,9 +173,9 @@ def collect_warnings(result: PrunedModel, decision: PruningPlan | None) -> tuple
     found = []
     if not result.calibration:
         found.append("No calibration data: drift was measured on random inputs and may be another on real ones.")
-    if not result.verdict.drift:
+    if not result.verification.drift:
         found.append("Outputs were not compared: the original cannot be run here.")
-    compression = decision.compression if decision else None
+    compression = decision.closed_forms if decision else None
     if compression is not None and compression.skipped:
         for reason, number in Counter(compression.skipped.values()).items():
             found.append(f"{number} {plural('group', number)} selected and sliced without refitting: {reason}.")

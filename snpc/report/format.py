@@ -21,9 +21,9 @@ def describe_method(result: PrunedModel) -> str:
     """How units were chosen and weights made, in words."""
     if not result.plan.keep:
         return "no widths cut"
-    if not result.forms:
+    if not result.closed_forms:
         return f"selected by {result.plan.criterion}"
-    forms = list(result.forms.values())
+    forms = list(result.closed_forms.values())
     coupled = forms.count("coupled")
     rotated = len(forms) - coupled - forms.count("refit")
     selected = f", {coupled} selected by what the scores lose" if coupled else ""

@@ -79,7 +79,10 @@ def render_page(report: ReportData) -> str:
 
 def page_sections(report: ReportData, name: str) -> Iterator[Element]:
     yield make_element(
-        "header", None, make_element("h1", None, f"{name}, pruned"), make_element("p", {"class": "soft"}, report.done)
+        "header",
+        None,
+        make_element("h1", None, f"{name}, pruned"),
+        make_element("p", {"class": "soft"}, report.request),
     )
     yield make_element("div", {"class": "grid cards"}, *(cost_card(pair) for pair in report.costs), drift_card(report))
     yield from drift_section(report)
@@ -253,7 +256,7 @@ def curves_section(items: Sequence[GroupWidth]) -> Iterator[Element]:
 
 
 def token_maps_section(report: ReportData) -> Iterator[Element]:
-    found = report.survivors
+    found = report.token_maps
     if not found.pictures:
         return
     yield make_element("h2", None, "Which patches are left")
@@ -268,10 +271,13 @@ def token_maps_section(report: ReportData) -> Iterator[Element]:
             make_element(
                 "figure",
                 None,
-                make_element("figcaption", None, f"block {stage.block}: {stage.left} of {found.tokens}"),
+                make_element("figcaption", None, f"block {stage.block}: {stage.tokens_left} of {found.tokens}"),
                 make_element(
                     "img",
-                    {"src": png_data_url(picture.shaded(stage)), "alt": f"patches left behind block {stage.block}"},
+                    {
+                        "src": png_data_url(picture.shade_dropped_patches(stage)),
+                        "alt": f"patches left behind block {stage.block}",
+                    },
                 ),
             )
             for stage in picture.stages
@@ -385,8 +391,8 @@ def run_table(report: ReportData) -> Element:
     rows += [(f"seconds: {name}", f"{seconds:.2f} s") for name, seconds in report.seconds.items()]
     if report.attention.reason:
         rows.append(("no attention maps", report.attention.reason))
-    if report.survivors.reason:
-        rows.append(("no pictures of tokens", report.survivors.reason))
+    if report.token_maps.reason:
+        rows.append(("no pictures of tokens", report.token_maps.reason))
     return html_table(("", ""), rows, text=(0, 1))
 
 

@@ -31,7 +31,7 @@ class TokenStage:
     dropped, 1/k where it is one of k in the same token."""
 
     block: int
-    left: int
+    tokens_left: int
     shares: tuple[tuple[float, ...], ...]
 
 
@@ -42,7 +42,7 @@ class TokenPicture:
     pixels: tuple[tuple[tuple[int, int, int], ...], ...]
     stages: tuple[TokenStage, ...]
 
-    def shaded(self, stage: TokenStage) -> PixelArray:
+    def shade_dropped_patches(self, stage: TokenStage) -> PixelArray:
         """[height, width, 3]: the picture, the darker the less of a patch is left."""
         pixels, shares = np.array(self.pixels, np.float64), np.array(stage.shares)
         rows, columns = (np.arange(n) * m // n for n, m in zip(pixels.shape[:2], shares.shape, strict=True))
@@ -90,5 +90,5 @@ def compute_token_maps(
         shares = (holds / np.maximum(holds.sum(2, keepdims=True), 1)).max(1)[:, prefix:]
         for k, mine in enumerate(stages):
             rows = shares[k].reshape(grid).tolist()
-            mine.append(TokenStage(step.point.block, step.left, tuple(map(tuple, rows))))
+            mine.append(TokenStage(step.point.block, step.remaining, tuple(map(tuple, rows))))
     return tuple(TokenPicture(to_pixels(p), tuple(own)) for p, own in zip(pictures, stages, strict=False))

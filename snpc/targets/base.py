@@ -57,7 +57,7 @@ class BuildJob(BuildRequest):
     model: Path
     source: Path
     feeds: tuple[Feeds, ...]
-    timed: Feeds
+    timing_feeds: Feeds
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class BuildOutput:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
-    runs: bool = True
-    weights: int | None = None
+    runnable: bool = True
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BuildResult:
     seconds: float
     bytes: int
     notes: tuple[str, ...] = ()
-    weights: int | None = None
+    weight_bytes: int | None = None
     drift: tuple[Difference, ...] = ()
 
 
@@ -98,16 +98,16 @@ class BuildTarget:
     name: str
     summary: str
     suffix: str
-    make: Callable[[BuildJob], BuildOutput]
+    build: Callable[[BuildJob], BuildOutput]
     precisions: tuple[Precision, ...]
-    in_graph: tuple[Precision, ...] = ("fp16", "bf16", "int8")
-    signed: bool = False
+    graph_precisions: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+    symmetric_activations: bool = False
     options: frozenset[str] = frozenset()
-    beside: tuple[str, ...] = ()
-    check: Callable[[BuildRequest], None] | None = None
+    extra_suffixes: tuple[str, ...] = ()
+    check_request: Callable[[BuildRequest], None] | None = None
     """Refuse at once what cannot be built here: called before anything is computed."""
 
-    def refuse(self, precision: Precision, options: BuildOptions) -> None:
+    def check_supported(self, precision: Precision, options: BuildOptions) -> None:
         if precision not in self.precisions:
             raise UserError(f"--precision {precision}: {self.name} takes {', '.join(self.precisions)}")
         for name in options.given():

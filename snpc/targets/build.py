@@ -66,7 +66,7 @@ def build(
     where = check_build(model, target, output, precision, provider, calibration is not None, asked)
     chosen, loaded = find_target(target), load(model)
     cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
-    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.beside), *cache):
+    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
@@ -74,13 +74,13 @@ def build(
     with staging_folder(where) as folder:
         source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
-        made = chosen.make(job)
+        made = chosen.build(job)
         drift, said = compare_artifact(job, made)
         files = move_into_place(made.files, where.parent)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(
-        files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weights, drift
+        files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weight_bytes, drift
     )
 
 
@@ -95,12 +95,12 @@ def check_build(
 ) -> Path:
     """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
     chosen = find_target(target)
-    chosen.refuse(precision, options)
+    chosen.check_supported(precision, options)
     if precision == "int8" and not calibrated:
         raise UserError("--precision int8 is calibrated: give --calib DATA")
     where = output or default_output(model, chosen, precision, options)
-    if chosen.check is not None:
-        chosen.check(BuildRequest(where, precision, provider, options))
+    if chosen.check_request is not None:
+        chosen.check_request(BuildRequest(where, precision, provider, options))
     return where
 
 
@@ -162,7 +162,7 @@ def without_batch_dims(model: Model, sizes: dict[str, int]) -> dict[str, int]:
 
 def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
     """Outputs of every loadable file against onnxruntime on the model. Raises CheckFailed where fp32 does not hold."""
-    if not made.runs:
+    if not made.runnable:
         return (), ("not run here, so outputs are not compared",)
     try:
         reference = run_batches(job.model, list(job.feeds), "cpu")

@@ -27,12 +27,12 @@ def cast_model(
 ) -> tuple[Path, tuple[str, ...]]:
     """(a file in ``folder``, what was done). In fp32, and where the target makes the precision itself: the model."""
     path = folder / "source.onnx"
-    if precision == "fp32" or precision not in target.in_graph:
+    if precision == "fp32" or precision not in target.graph_precisions:
         save(finalize(model.graph.clone()), path)
         return path, ()
     if precision == "int8":
         assert calibration is not None
-        return path, quantize_model(model, calibration, path, target.signed)
+        return path, quantize_model(model, calibration, path, target.symmetric_activations)
     proto = convert_to_float16(model, folder)
     if precision == "bf16":
         float16_to_bfloat16(proto, float32_weights(model))

@@ -186,7 +186,7 @@ def time_ratios(
 ) -> dict[GraphCandidate, FloatArray]:
     """Candidate -> [rounds], how many times as fast as the first it was in each round."""
     sessions = [open_session(c.path, provider=job.provider, threads=threads) for c in candidates]
-    calls = [[prepare_run(session, job.timed)] for session in sessions]
+    calls = [[prepare_run(session, job.timing_feeds)] for session in sessions]
     run_rounds(calls, iterations=2)
     times = run_rounds(calls, iterations=rounds, duration=TIMING_SECONDS if seconds is None else seconds, clock=clock)
     return {candidate: times[:, 0] / times[:, k] for k, candidate in enumerate(candidates)}
@@ -223,6 +223,6 @@ ONNXRUNTIME_TARGET = BuildTarget(
     ".onnx",
     build_onnxruntime,
     ("fp32", "fp16", "bf16", "int8"),
-    beside=(".onnx", ".onnx.data", ".ort"),
-    check=check_onnxruntime,
+    extra_suffixes=(".onnx", ".onnx.data", ".ort"),
+    check_request=check_onnxruntime,
 )

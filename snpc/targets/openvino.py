@@ -41,7 +41,7 @@ OPENVINO_TARGET = BuildTarget(
     OPENVINO_SUFFIX,
     build_openvino,
     ("fp32", "fp16", "bf16", "int8"),
-    in_graph=("int8",),
-    beside=(".bin",),
-    check=check_openvino,
+    graph_precisions=("int8",),
+    extra_suffixes=(".bin",),
+    check_request=check_openvino,
 )

@@ -15,7 +15,7 @@ class PreferredWidths:
     """Widths are multiples of ``multiple`` and at least ``least``."""
 
     multiple: int
-    least: int
+    minimum: int
 
 
 def widths_for_target(target: str | None, provider: str = "cpu") -> PreferredWidths:

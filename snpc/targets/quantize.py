@@ -39,7 +39,7 @@ class OutlierColumns:
     """Columns of an activation that stay in float, and the largest value in the others."""
 
     columns: IntArray
-    rest: float
+    clip_limit: float
 
 
 def quantize_model(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def insert_product_input(
     """(what the int8 product reads, the outlier columns)."""
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
-    bound = np.float32(outliers.rest)
+    bound = np.float32(outliers.clip_limit)
     limits = [add_constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
     index = add_constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
     clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")

@@ -21,9 +21,9 @@ MAX_DERIVED_BATCH = 16  # that a derived profile serves
 class ShapeRange:
     """Shapes of one input: least, the one that is tuned for, and most."""
 
-    least: Shape
-    best: Shape
-    most: Shape
+    min: Shape
+    opt: Shape
+    max: Shape
 
 
 def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
@@ -57,9 +57,9 @@ def range_from_options(spec: TensorSpec, options: BuildOptions) -> ShapeRange | 
     if best is None:
         return None
     found = ShapeRange(least or best, best, most or best)
-    for shape in (found.least, found.best, found.most):
+    for shape in (found.min, found.opt, found.max):
         check_shape(spec, shape)
-    if any(not a <= b <= c for a, b, c in zip(found.least, found.best, found.most, strict=True)):
+    if any(not a <= b <= c for a, b, c in zip(found.min, found.opt, found.max, strict=True)):
         raise UserError(f"input {spec.name!r}: shapes must grow from --min-shapes over --opt-shapes to --max-shapes")
     return found
 

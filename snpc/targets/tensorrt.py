@@ -35,7 +35,7 @@ class BuilderLog:
     errors: list[str] = field(default_factory=list)
     weights: int | None = None
 
-    def take(self, severity: Any, message: str, worst: Any) -> None:
+    def record(self, severity: Any, message: str, worst: Any) -> None:
         if severity <= worst:
             self.errors.append(message)
         found = WEIGHT_MEMORY.search(message)
@@ -52,7 +52,7 @@ def make_logger(trt: Any, log: BuilderLog) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            log.take(severity, message, trt.ILogger.Severity.ERROR)
+            log.record(severity, message, trt.ILogger.Severity.ERROR)
 
     return Logger()
 
@@ -126,7 +126,7 @@ def builder_config(trt: Any, builder: Any, network: Any, job: BuildJob) -> Any:
     if ranges:
         shapes = builder.create_optimization_profile()
         for name, span in ranges.items():
-            shapes.set_shape(name, span.least, span.best, span.most)
+            shapes.set_shape(name, span.min, span.opt, span.max)
         config.add_optimization_profile(shapes)
     return config
 
@@ -208,7 +208,7 @@ def write_trtexec_script(job: BuildJob) -> BuildOutput:
     shell.chmod(0o755)
     version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
     return BuildOutput(
-        (job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runs=False
+        (job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runnable=False
     )
 
 
@@ -238,10 +238,10 @@ TENSORRT_TARGET = BuildTarget(
     ".engine",
     build_tensorrt,
     TENSORRT_PRECISIONS,
-    signed=True,
+    symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--timing-cache", "--emit-script"},
-    beside=(".sh", ".onnx.data"),
-    check=check_tensorrt,
+    extra_suffixes=(".sh", ".onnx.data"),
+    check_request=check_tensorrt,
 )
 TENSORRT_RTX_TARGET = BuildTarget(
     "trt-rtx",
@@ -249,7 +249,7 @@ TENSORRT_RTX_TARGET = BuildTarget(
     ".engine",
     build_tensorrt_rtx,
     TENSORRT_PRECISIONS,
-    signed=True,
+    symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--sm"},
-    check=check_tensorrt_rtx,
+    check_request=check_tensorrt_rtx,
 )

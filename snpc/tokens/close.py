@@ -25,13 +25,13 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
     for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
         writer = TokenGraphBuilder(model.graph, f"{step.prefix}_decide", dtype)
-        scores = attention_scores(writer, step, steps[:number], values, nodes) if step.method.scored else None
+        scores = attention_scores(writer, step, steps[:number], values, nodes) if step.method.needs_scores else None
         if scores is not None and step.positions:
             scores = blend_scores(writer, scores, add_offline_scores(writer, step, origin))
         stream = values[step.point.value]
         if dtype != ir.DataType.FLOAT:
             stream = writer.cast(stream, ir.DataType.FLOAT)
-        decided = step.method.decide(writer, step.setting, stream, scores)
+        decided = step.method.decide(writer, step.settings, stream, scores)
         for name, made in zip(step.names, decided, strict=True):
             given = next(v for v in model.graph.inputs if v.name == name)
             given.replace_all_uses_with(made)
@@ -47,7 +47,7 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
 def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Value | None) -> ir.Value:
     """[B or 1, N]: the scores of the positions that the tokens had at first."""
     table = np.asarray(step.positions, np.float32)
-    table = np.maximum(table, MIN_SCORE_SHARE * table[step.setting.leading :].mean())
+    table = np.maximum(table, MIN_SCORE_SHARE * table[step.settings.leading :].mean())
     if origin is None:
         return writer.constant(table[None])
     return writer.op(GATHER, writer.constant(table), origin, axis=0)
@@ -56,10 +56,10 @@ def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Va
 def track_origins(writer: TokenGraphBuilder, step: TokenStep, keep: ir.Value, before: ir.Value | None) -> ir.Value:
     """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
     it had (None: all)."""
-    front = writer.ints(*range(step.setting.leading))
-    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(step.setting.leading))
-    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.setting.leading else keep
-    return writer.pick(before, kept) if before is not None else kept
+    front = writer.ints(*range(step.settings.leading))
+    shape = writer.concat(0, writer.sizes(keep, 0), writer.ints(step.settings.leading))
+    kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.settings.leading else keep
+    return writer.gather_rows(before, kept) if before is not None else kept
 
 
 def attention_scores(
@@ -74,14 +74,16 @@ def attention_scores(
     scores = step.point.scores
     assert scores is not None
     weights = recompute_attention(writer, step, before, nodes[scores.fused]) if scores.fused else values[scores.tensor]
-    if step.point.reads and scores.fused:
-        found = writer.total(weights, 1, 2)
-    elif step.point.reads:
-        found = writer.total(separate_heads(writer, step, writer.row(weights, scores.query_axis, 0), 1), 1)
-    elif scores.masked or any(b.method.adapts for b in before):
-        found = attention_received(writer, writer.total(separate_heads(writer, step, weights, 2), 1), scores.query_axis)
+    if step.point.leading_reads and scores.fused:
+        found = writer.reduce_sum(weights, 1, 2)
+    elif step.point.leading_reads:
+        found = writer.reduce_sum(separate_heads(writer, step, writer.gather_one(weights, scores.query_axis, 0), 1), 1)
+    elif scores.masked or any(b.method.input_adaptive for b in before):
+        found = attention_received(
+            writer, writer.reduce_sum(separate_heads(writer, step, weights, 2), 1), scores.query_axis
+        )
     else:
-        found = writer.total(separate_heads(writer, step, writer.total(weights, scores.query_axis), 1), 1)
+        found = writer.reduce_sum(separate_heads(writer, step, writer.reduce_sum(weights, scores.query_axis), 1), 1)
     return found if writer.dtype == ir.DataType.FLOAT else writer.cast(found, ir.DataType.FLOAT)
 
 
@@ -89,21 +91,21 @@ def separate_heads(writer: TokenGraphBuilder, step: TokenStep, weights: ir.Value
     """[B, H, ..] with so many axes of tokens, where batch and heads share one."""
     scores = step.point.scores
     assert scores is not None
-    if scores.apart:
+    if scores.heads_on_own_axis:
         return weights
-    if step.setting.share is None:
-        return writer.reshape(weights, -1, scores.heads, *[step.setting.count] * axes)
-    lengths = [writer.lengths(weights, -1)] * axes
+    if step.settings.share is None:
+        return writer.reshape(weights, -1, scores.heads, *[step.settings.count] * axes)
+    lengths = [writer.sizes(weights, -1)] * axes
     return writer.op(RESHAPE, weights, writer.concat(0, writer.ints(-1, scores.heads), *lengths))
 
 
 def attention_received(writer: TokenGraphBuilder, weights: ir.Value, query_axis: int) -> ir.Value:
     """[B, N]: what each token gets, of ``weights`` [B, N, N], from those that get something themselves: tokens that are
     masked (padding, say) attend to others all the same."""
-    counted = writer.cast(writer.cast(writer.total(weights, query_axis), ir.DataType.BOOL))
+    counted = writer.cast(writer.cast(writer.reduce_sum(weights, query_axis), ir.DataType.BOOL))
     if query_axis == -2:
-        return writer.total(writer.matmul(writer.unsqueeze(counted, 1), weights), 1)
-    return writer.total(writer.matmul(weights, writer.unsqueeze(counted, 2)), 2)
+        return writer.reduce_sum(writer.matmul(writer.unsqueeze(counted, 1), weights), 1)
+    return writer.reduce_sum(writer.matmul(weights, writer.unsqueeze(counted, 2)), 2)
 
 
 def recompute_attention(
@@ -114,8 +116,8 @@ def recompute_attention(
     shape = ATTENTION_FORMS[node.domain, node.op_type]
     query, key = (node.inputs[k] for k in (shape.query, shape.key))
     assert query is not None and key is not None and step.point.scores is not None
-    heads, width = step.point.scores.heads, step.point.scores.width
-    one, flat = step.point.reads > 0, not has_head_axis(node)
+    heads, width = step.point.scores.heads, step.point.scores.head_width
+    one, flat = step.point.leading_reads > 0, not has_head_axis(node)
     query = writer.slice(query, 1 if flat else 2, 0, 1) if one else query
     if flat:  # [B, N, H * D] -> [B, H, N, D]
         query, key = (
@@ -124,7 +126,7 @@ def recompute_attention(
     scale = node.attributes.get_float("scale", 0.0) or width**-0.5
     scaled = writer.op(MUL, query, writer.scalar(scale))
     weights = writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2]))
-    weighed = any(b.method.weighs for b in before)  # then weights have been added to the mask
+    weighed = any(b.method.weights_tokens for b in before)  # then weights have been added to the mask
     if weighed or step.point.scores.mask:
         mask = node.inputs[shape.scores or 0]
         assert mask is not None

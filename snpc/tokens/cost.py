@@ -22,7 +22,7 @@ class TokenCost:
     point, per token and per pair of tokens."""
 
     fixed: float
-    behind: tuple[tuple[float, float], ...]
+    after_point: tuple[tuple[float, float], ...]
     count: int
     width: int
     scoring: tuple[tuple[int, int], ...]
@@ -30,11 +30,11 @@ class TokenCost:
     def macs(self, settings: Sequence[StepSettings], method: TokenMethod) -> float:
         """MACs with these settings, one per point; what the method itself adds included."""
         total = self.fixed
-        for setting, (once, twice), (row, all_) in zip(settings, self.behind, self.scoring, strict=True):
-            share = (setting.count - setting.gone) / self.count
+        for setting, (once, twice), (row, all_) in zip(settings, self.after_point, self.scoring, strict=True):
+            share = (setting.count - setting.removed) / self.count
             total += once * share + twice * share**2
-            if setting.gone:
-                scoring = row * setting.count + all_ * setting.count**2 if method.scored else 0
+            if setting.removed:
+                scoring = row * setting.count + all_ * setting.count**2 if method.needs_scores else 0
                 total += method.macs(setting, self.width) + scoring
         return total
 
@@ -42,8 +42,8 @@ class TokenCost:
 def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
     """Of a model whose tokens are not reduced; ``facts`` of its graph."""
     points = analysis.tokens.points
-    graph, model = analysis.model.graph, analysis.traced.model
-    before, after = (infer_graph(m, dict(analysis.binding)) for m in (graph, model))
+    graph, model = analysis.model.graph, analysis.traced_graph.model
+    before, after = (infer_graph(m, dict(analysis.dim_sizes)) for m in (graph, model))
     originals = {str(node.name): node for node in graph.graph}
     names = [{node.name for node in point.flow.nodes} for point in points]
     behind = [[0.0, 0.0] for _ in points]
@@ -71,7 +71,7 @@ def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
 def scoring_macs(point: TokenPoint, width: int) -> tuple[int, int]:
     """MACs of finding out what attention tokens get: per token, and per pair of tokens."""
     again = width if point.scores is not None and point.scores.fused else 0  # scores are computed again
-    if point.reads:
+    if point.leading_reads:
         return again, 0
     return 0, again + (point.scores is not None and point.scores.masked)
 
@@ -84,5 +84,5 @@ def count_token_axes(flow: TokenFlow, node: ir.Node, part: str) -> int:
     """Along how many token axes a node works: two for scores and contexts."""
     if part in ("scores", "context"):
         return 2
-    marked = [flow.marks[v] for v in (*node.inputs, *node.outputs[:1]) if v is not None and v in flow.marks]
+    marked = [flow.axes[v] for v in (*node.inputs, *node.outputs[:1]) if v is not None and v in flow.axes]
     return max((len(marks.axes) for marks in marked), default=0)

@@ -27,7 +27,9 @@ FIXED_LENGTH_ADVICE = "reduce tokens with an export of a fixed length"
 
 def kept_dim_sizes(steps: Sequence[TokenStep]) -> dict[str, int]:
     """How many tokens behind the leading ones stay at each step that computes that, by the name of the size."""
-    return {f"{s.prefix}_{KEPT_SIZE}": s.setting.others - s.setting.gone for s in steps if s.setting.share is not None}
+    return {
+        f"{s.prefix}_{KEPT_SIZE}": s.settings.others - s.settings.removed for s in steps if s.settings.share is not None
+    }
 
 
 def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = False) -> list[TokenStep]:
@@ -35,13 +37,13 @@ def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = Fa
     count = (facts.shape[steps[0].point.stream] or (0, 0))[TOKEN_AXIS]
     found = []
     for step in steps:
-        setting = step.setting
+        setting = step.settings
         others = count - setting.leading
-        gone = setting.gone
+        gone = setting.removed
         if setting.share is not None:
-            stays = kept_count(step.method, others, step.offline[0] if step.method.adapts else setting.share)
-            gone = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.adapts))
-        found.append(replace(step, setting=StepSettings(count, setting.leading, gone, setting.share)))
+            stays = kept_count(step.method, others, step.offline[0] if step.method.input_adaptive else setting.share)
+            gone = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.input_adaptive))
+        found.append(replace(step, settings=StepSettings(count, setting.leading, gone, setting.share)))
         count -= gone
     return found
 
@@ -49,15 +51,15 @@ def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = Fa
 def kept_count(method: TokenMethod, others: int, share: float) -> int:
     """How many of so many tokens stay under a binding, where this share of them does (on average, where contents
     decide): fewer than all, so that what their number is spelled by can be seen."""
-    stays = round(others * share) if method.adapts else ceil_share(others, share)
+    stays = round(others * share) if method.input_adaptive else ceil_share(others, share)
     return max(1, min(stays, others - 1))
 
 
 def insert_token_count(repairs: ShapeParameterEditor, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
     """The number of tokens of ``stream``, [1], computed in front of ``before``."""
-    shape = repairs.insert(before, SHAPE, [stream], repairs.fresh(f"{prefix}_sizes"))
+    shape = repairs.insert(before, SHAPE, [stream], repairs.unused_name(f"{prefix}_sizes"))
     axis = repairs.constant(np.asarray([TOKEN_AXIS], np.int64), f"{prefix}_axis")
-    return repairs.insert(before, GATHER, [shape, axis], repairs.fresh(f"{prefix}_length"))
+    return repairs.insert(before, GATHER, [shape, axis], repairs.unused_name(f"{prefix}_length"))
 
 
 def replace_token_counts(
@@ -83,9 +85,11 @@ def replace_token_counts(
     out = leading.pop()
     if out:
         less = repairs.constant(np.asarray([out], np.int64), name)
-        length = repairs.insert(node, SUB, [length, less], repairs.fresh(f"{name}__length"))
+        length = repairs.insert(node, SUB, [length, less], repairs.unused_name(f"{name}__length"))
     which = repairs.constant(wrong, f"{name}_which")
-    repairs.put(node, index, repairs.insert(node, WHERE, [which, length, current], repairs.fresh(f"{name}__shape")))
+    repairs.replace_input(
+        node, index, repairs.insert(node, WHERE, [which, length, current], repairs.unused_name(f"{name}__shape"))
+    )
 
 
 def check_reduced_shapes(found: ShapeFacts, wanted: Mapping[str, tuple[int, ...]], model: ir.Model) -> None:

@@ -32,7 +32,7 @@ def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[Token
         writer = TokenGraphBuilder(copy.graph, step.prefix, dtype)
         stream = values[step.point.value]
         uses = list(stream.uses())
-        count = step.point.count if step.point.fixed else f"{step.prefix}_of"
+        count = step.point.count if step.point.fixed_length else f"{step.prefix}_of"
         become, weight = (
             ir.Value(name=f"{step.prefix}_{name}", shape=ir.Shape([batch, count, last]), type=ir.TensorType(dtype))
             for name, last in (("become", count), ("count", 1))
@@ -65,7 +65,7 @@ def replay_decisions(
     sizes: FloatArray = np.ones((batch, count))
     for step in steps:
         arrays = [decided[name] for name in step.names]
-        setting = replace(step.setting, count=holds.shape[1])
+        setting = replace(step.settings, count=holds.shape[1])
         matrix, sizes = step.method.matrix(setting, arrays, sizes)
         averaged = holds / np.maximum(holds.sum(2, keepdims=True), 1)  # a token as the average of its equal copies
         holds = ((matrix > 0).astype(float) @ holds > 0).astype(float)

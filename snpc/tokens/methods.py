@@ -47,7 +47,7 @@ class StepSettings:
 
     count: int
     leading: int
-    gone: int
+    removed: int
     share: float | None = None
 
     @property
@@ -69,27 +69,30 @@ class DecisionTensor:
 
     name: str
     shape: tuple[int | str, ...]
-    whole: bool = True
+    integer: bool = True
 
 
 KEPT_SIZE = "kept"  # the size of decisions that say of each token that is kept which it is, where it is computed
 
 
 class TokenMethod(Protocol):
-    """``scored``: it needs the attention weights of the block; ``weighs``: what comes out has a weight: it stands for
-    several tokens, or for none; ``selects``: every token that comes out is one that went in; ``offline``: it needs what
-    was measured before (``runtime.token_request``); ``counts``: it can compute how many go; ``adapts``: that depends on
-    the contents of the input."""
+    """A way of making tokens fewer.
+
+    ``needs_scores``: it reads the attention weights of the block. ``weights_tokens``: a token that comes out has a
+    weight, as it stands for several tokens or for none. ``only_selects``: every token that comes out is one that went
+    in. ``needs_offline``: it reads scores that were measured before (``pipeline.token_request``). ``computes_count``:
+    the graph can compute how many tokens go. ``input_adaptive``: that number depends on the contents of the input.
+    """
 
     name: ClassVar[str]
-    scored: ClassVar[bool]
-    weighs: ClassVar[bool]
-    selects: ClassVar[bool]
-    offline: ClassVar[bool]
-    counts: ClassVar[bool]
-    adapts: ClassVar[bool]
+    needs_scores: ClassVar[bool]
+    weights_tokens: ClassVar[bool]
+    only_selects: ClassVar[bool]
+    needs_offline: ClassVar[bool]
+    computes_count: ClassVar[bool]
+    input_adaptive: ClassVar[bool]
 
-    def most(self, others: int) -> int:
+    def max_removed(self, others: int) -> int:
         """How many of so many tokens can go at once."""
         ...
 
@@ -119,7 +122,7 @@ class TokenMethod(Protocol):
 def best_tokens(writer: TokenGraphBuilder, setting: StepSettings, scores: ir.Value, keep: int | None) -> ir.Value:
     """Positions [B, keep] of the best tokens behind the leading ones; None: of the share that the setting names."""
     rest = writer.slice(scores, 1, setting.leading)
-    many = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.lengths(rest, 1), setting)
+    many = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.sizes(rest, 1), setting)
     found = writer.ops(TOPK, rest, many, outputs=2, axis=1, largest=1, sorted=1)[1]
     return writer.op(ADD, found, writer.ints(setting.leading))
 
@@ -149,7 +152,7 @@ def blend_scores(
 
 
 def gather_with_leading(writer: TokenGraphBuilder, setting: StepSettings, value: ir.Value, index: ir.Value) -> ir.Value:
-    return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.pick(value, index))
+    return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.gather_rows(value, index))
 
 
 def selection_matrix(setting: StepSettings, index: AnyArray) -> FloatArray:
@@ -165,24 +168,26 @@ class TopK:
     """Keeps the tokens with the highest attention from the class token (from all tokens where there is none)."""
 
     name: ClassVar[str] = "topk"
-    scored: ClassVar[bool] = True
-    weighs: ClassVar[bool] = False
-    selects: ClassVar[bool] = True
-    offline: ClassVar[bool] = False
-    counts: ClassVar[bool] = True
-    adapts: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = False
+    only_selects: ClassVar[bool] = True
+    needs_offline: ClassVar[bool] = False
+    computes_count: ClassVar[bool] = True
+    input_adaptive: ClassVar[bool] = False
 
-    def most(self, others: int) -> int:
+    def max_removed(self, others: int) -> int:
         return others - 1
 
     def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        return (DecisionTensor("keep", (setting.others - setting.gone if setting.share is None else KEPT_SIZE,)),)
+        return (DecisionTensor("keep", (setting.others - setting.removed if setting.share is None else KEPT_SIZE,)),)
 
     def decide(
         self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
-        return [best_tokens(writer, setting, scores, setting.others - setting.gone if setting.share is None else None)]
+        return [
+            best_tokens(writer, setting, scores, setting.others - setting.removed if setting.share is None else None)
+        ]
 
     def reduce(
         self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
@@ -206,8 +211,8 @@ class Star(TopK):
     picture has for the outputs across the blocks behind (STAR, ICLR 2024)."""
 
     name: ClassVar[str] = "star"
-    offline: ClassVar[bool] = True
-    counts: ClassVar[bool] = False
+    needs_offline: ClassVar[bool] = True
+    computes_count: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -217,25 +222,25 @@ class Adaptive(TopK):
     has beyond its own weighs nothing."""
 
     name: ClassVar[str] = "adaptive"
-    weighs: ClassVar[bool] = True
-    offline: ClassVar[bool] = True
-    adapts: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
+    needs_offline: ClassVar[bool] = True
+    input_adaptive: ClassVar[bool] = True
 
     def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        return (DecisionTensor("keep", (KEPT_SIZE,)), DecisionTensor("alive", (KEPT_SIZE,), whole=False))
+        return (DecisionTensor("keep", (KEPT_SIZE,)), DecisionTensor("alive", (KEPT_SIZE,), integer=False))
 
     def decide(
         self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
         rest = writer.slice(scores, 1, setting.leading)
-        ranked, where = writer.ops(TOPK, rest, writer.lengths(rest, 1), outputs=2, axis=1, largest=1, sorted=1)
+        ranked, where = writer.ops(TOPK, rest, writer.sizes(rest, 1), outputs=2, axis=1, largest=1, sorted=1)
         before = writer.op(CUMSUM, ranked, writer.constant(np.asarray(1, np.int64)), exclusive=1)
         share = writer.constant(np.asarray([setting.share], np.float32))
-        alive = writer.op(LESS, before, writer.op(MUL, writer.total(rest, 1, keep=True), share))
-        counts = writer.total(writer.cast(alive, ir.DataType.INT64), 1)
+        alive = writer.op(LESS, before, writer.op(MUL, writer.reduce_sum(rest, 1, keep=True), share))
+        counts = writer.reduce_sum(writer.cast(alive, ir.DataType.INT64), 1)
         most = writer.op(REDUCE_MAX, counts, keepdims=1)
-        keep, alive = (writer.first(value, 1, most) for value in (where, alive))
+        keep, alive = (writer.slice_to(value, 1, most) for value in (where, alive))
         return [writer.op(ADD, keep, writer.ints(setting.leading)), writer.cast(alive)]
 
     def reduce(
@@ -243,7 +248,7 @@ class Adaptive(TopK):
     ) -> TokenStream:
         keep, alive = decided
         sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
-        own = writer.op(MUL, writer.pick(sizes, keep), writer.unsqueeze(alive, -1))
+        own = writer.op(MUL, writer.gather_rows(sizes, keep), writer.unsqueeze(alive, -1))
         front = [writer.slice(sizes, 1, 0, setting.leading)] if setting.leading else []
         return TokenStream(gather_with_leading(writer, setting, tokens.values, keep), writer.concat(1, *front, own))
 
@@ -261,31 +266,31 @@ class Fuse:
     """As topk; the dropped tokens leave their average, weighted by the same attention (EViT, arXiv 2202.07800)."""
 
     name: ClassVar[str] = "fuse"
-    scored: ClassVar[bool] = True
-    weighs: ClassVar[bool] = False
-    selects: ClassVar[bool] = False
-    offline: ClassVar[bool] = False
-    counts: ClassVar[bool] = False
-    adapts: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = False
+    only_selects: ClassVar[bool] = False
+    needs_offline: ClassVar[bool] = False
+    computes_count: ClassVar[bool] = False
+    input_adaptive: ClassVar[bool] = False
 
-    def most(self, others: int) -> int:
+    def max_removed(self, others: int) -> int:
         return others - 1
 
     def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        keep = setting.others - setting.gone - 1
-        return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (setting.count,), whole=False))
+        keep = setting.others - setting.removed - 1
+        return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (setting.count,), integer=False))
 
     def decide(
         self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
-        keep = best_tokens(writer, setting, scores, setting.others - setting.gone - 1)
+        keep = best_tokens(writer, setting, scores, setting.others - setting.removed - 1)
         front = writer.ints(*range(setting.leading))
-        batch = writer.concat(0, writer.lengths(keep, 0), writer.ints(setting.leading))
+        batch = writer.concat(0, writer.sizes(keep, 0), writer.ints(setting.leading))
         stays = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), batch), keep)
-        zeros = writer.expand(writer.constant(np.zeros(1, np.float32)), writer.lengths(stays, 0, 1))
+        zeros = writer.expand(writer.constant(np.zeros(1, np.float32)), writer.sizes(stays, 0, 1))
         left = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
-        return [keep, writer.cast(writer.op(DIV, left, writer.total(left, 1, keep=True)))]
+        return [keep, writer.cast(writer.op(DIV, left, writer.reduce_sum(left, 1, keep=True)))]
 
     def reduce(
         self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
@@ -319,36 +324,36 @@ class Merge:
     each counts in attention for as many as it is made of (ToMe, arXiv 2210.09461, which compares keys instead)."""
 
     name: ClassVar[str] = "merge"
-    scored: ClassVar[bool] = False
-    weighs: ClassVar[bool] = True
-    selects: ClassVar[bool] = False
-    offline: ClassVar[bool] = False
-    counts: ClassVar[bool] = False
-    adapts: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = False
+    weights_tokens: ClassVar[bool] = True
+    only_selects: ClassVar[bool] = False
+    needs_offline: ClassVar[bool] = False
+    computes_count: ClassVar[bool] = False
+    input_adaptive: ClassVar[bool] = False
 
-    def most(self, others: int) -> int:
+    def max_removed(self, others: int) -> int:
         return others // 2
 
     def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
         even = (setting.others + 1) // 2
         return (
             DecisionTensor("order", (even,)),  # even tokens, those that go first
-            DecisionTensor("into", (setting.gone,)),  # which odd token each of them is merged into
+            DecisionTensor("into", (setting.removed,)),  # which odd token each of them is merged into
         )
 
     def decide(
         self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         unit = writer.op(LP_NORMALIZATION, values, axis=-1, p=2)
-        even, odd = (writer.rows(unit, range(setting.leading + k, setting.count, 2)) for k in (0, 1))
-        alike = writer.matmul(even, writer.swap(odd))
-        first = self.first(writer, setting, writer.largest(alike, 2), scores)
+        even, odd = (writer.gather_positions(unit, range(setting.leading + k, setting.count, 2)) for k in (0, 1))
+        alike = writer.matmul(even, writer.swap_last_axes(odd))
+        first = self.merge_priority(writer, setting, writer.reduce_max(alike, 2), scores)
         every = writer.ints((setting.others + 1) // 2)
         order = writer.ops(TOPK, first, every, outputs=2, axis=1, sorted=1)[1]
-        rows = writer.pick(alike, writer.slice(order, 1, 0, setting.gone))
+        rows = writer.gather_rows(alike, writer.slice(order, 1, 0, setting.removed))
         return [order, writer.op(ARG_MAX, rows, axis=2, keepdims=0)]
 
-    def first(
+    def merge_priority(
         self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
     ) -> ir.Value:
         """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
@@ -358,37 +363,37 @@ class Merge:
         self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         order, into = decided
-        left = (setting.others + 1) // 2 - setting.gone
+        left = (setting.others + 1) // 2 - setting.removed
         where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(setting.leading))
-        source, *stay = writer.split(where, 1, setting.gone, left)
+        source, *stay = writer.split(where, 1, setting.removed, left)
         fixed = [*range(setting.leading), *range(setting.leading + 1, setting.count, 2)]
         number = np.concatenate([np.full(setting.leading, -1), np.arange(setting.others // 2)])
         places = writer.constant(number.astype(np.int64)[None, :, None])
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
-        rows = writer.rows(tokens.values, fixed)
+        rows = writer.gather_positions(tokens.values, fixed)
         if tokens.sizes is None:
-            size = writer.op(ADD, writer.total(goes, 2, keep=True), writer.ones(rows))
+            size = writer.op(ADD, writer.reduce_sum(goes, 2, keep=True), writer.ones(rows))
             others = [writer.unsqueeze(writer.cast(writer.op(EQUAL, one, one)), -1) for one in stay]
         else:
-            own = writer.rows(tokens.sizes, fixed)
-            goes = writer.op(MUL, goes, writer.swap(writer.pick(tokens.sizes, source)))
-            size = writer.op(ADD, own, writer.total(goes, 2, keep=True))
-            others = [writer.pick(tokens.sizes, one) for one in stay]
+            own = writer.gather_positions(tokens.sizes, fixed)
+            goes = writer.op(MUL, goes, writer.swap_last_axes(writer.gather_rows(tokens.sizes, source)))
+            size = writer.op(ADD, own, writer.reduce_sum(goes, 2, keep=True))
+            others = [writer.gather_rows(tokens.sizes, one) for one in stay]
             rows = writer.op(MUL, rows, own)
-        added = writer.matmul(goes, writer.pick(tokens.values, source))
+        added = writer.matmul(goes, writer.gather_rows(tokens.values, source))
         merged = writer.op(DIV, writer.op(ADD, rows, added), size)
-        values = writer.concat(1, merged, *(writer.pick(tokens.values, one) for one in stay))
+        values = writer.concat(1, merged, *(writer.gather_rows(tokens.values, one) for one in stay))
         return TokenStream(values, writer.concat(1, size, *others))
 
     def macs(self, setting: StepSettings, width: int) -> int:
         even, odd = (setting.others + 1) // 2, setting.others // 2
-        return even * odd * width + (setting.leading + odd) * setting.gone * width
+        return even * odd * width + (setting.leading + odd) * setting.removed * width
 
     def matrix(
         self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         order, into = decided
-        source, stay = np.split(order, [setting.gone], axis=1)
+        source, stay = np.split(order, [setting.removed], axis=1)
         batch, lead = len(order), setting.leading
         odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
         matrix = selection_matrix(setting, np.concatenate([odd, lead + 2 * stay], 1))
@@ -403,10 +408,10 @@ class Guided(Merge):
     """As merge, but tokens that get little attention (as topk counts it) go before others that are as similar."""
 
     name: ClassVar[str] = "guided"
-    scored: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = True
     weight: float = 0.07  # in cosine, of a factor e in attention
 
-    def first(
+    def merge_priority(
         self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
     ) -> ir.Value:
         assert scores is not None

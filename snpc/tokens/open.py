@@ -50,11 +50,11 @@ def externalize_decisions(
         stream = values[step.point.value]
         uses = list(stream.uses())
         decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
-        made = step.method.reduce(writer, step.setting, TokenStream(stream, current), decided)
+        made = step.method.reduce(writer, step.settings, TokenStream(stream, current), decided)
         for node, index in uses:
             node.replace_input_with(index, made.values)
         current = made.sizes
-        if step.setting.share is not None:
+        if step.settings.share is not None:
             uncounted[step.prefix] = made.values
         if current is not None:
             weights.append((step, current))
@@ -89,7 +89,7 @@ def decision_input(
     copy: ir.Model, step: TokenStep, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType
 ) -> ir.Value:
     decision = step.decisions[index]
-    kind = ir.DataType.INT64 if decision.whole else dtype
+    kind = ir.DataType.INT64 if decision.integer else dtype
     shape = decision_shape(step, index, batch)
     value = ir.Value(name=step.names[index], shape=shape, type=ir.TensorType(kind))
     copy.graph.inputs.append(value)
@@ -111,15 +111,15 @@ def reduce_side_inputs(copy: ir.Model, facts: ShapeFacts, steps: Sequence[TokenS
     thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
     for step in steps:
         writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
-        for side in step.point.flow.sides:
-            if side.even and step is not steps[0] and side.node in steps[0].point.flow.nodes:
+        for side in step.point.flow.side_inputs:
+            if side.uniform and step is not steps[0] and side.node in steps[0].point.flow.nodes:
                 continue  # one entry is left of it already
             node = nodes[side.node.name]
             value = node.inputs[side.index]
             assert value is not None
             key = (step.prefix, str(value.name), tuple(side.axes))
             if key not in thinned:
-                if side.even:
+                if side.uniform:
                     thinned[key] = value
                     for axis in side.axes:
                         thinned[key] = writer.slice(thinned[key], axis, 0, 1)
@@ -137,10 +137,10 @@ def gather_along(
     """[B or 1, ..] of ``rank`` axes with the entries along ``axis`` of the tokens that a selecting method keeps."""
     order = [0, axis, *(k for k in range(1, rank) if k != axis)]
     laid = writer.op(TRANSPOSE, value, perm=order)
-    shape = writer.concat(0, writer.lengths(keep, 0), writer.ints(*[1] * (rank - 1)))
+    shape = writer.concat(0, writer.sizes(keep, 0), writer.ints(*[1] * (rank - 1)))
     laid = writer.expand(laid, shape)
-    front = [writer.slice(laid, 1, 0, step.setting.leading)] if step.setting.leading else []
-    found = writer.concat(1, *front, writer.pick(laid, keep))
+    front = [writer.slice(laid, 1, 0, step.settings.leading)] if step.settings.leading else []
+    found = writer.concat(1, *front, writer.gather_rows(laid, keep))
     return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(rank)])
 
 
@@ -156,7 +156,7 @@ def apply_token_sizes(
     behind = {node.name for s in later for node in s.point.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
     logs = None
-    for weighing in step.point.flow.weighings:
+    for weighing in step.point.flow.softmaxes:
         if weighing.node.name in behind:
             continue
         logs = logs if logs is not None else writer.op(LOG, sizes)
@@ -166,11 +166,11 @@ def apply_token_sizes(
             shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
             spread = broadcast_along(writer, facts, step, logs, weighing, shape or ())
             insert_binary(writer, nodes[weighing.node.name], 0, ADD, spread)
-    for weighing in step.point.flow.pools:
+    for weighing in step.point.flow.means:
         if weighing.node.name in behind:
             continue
-        own = writer.slice(sizes, 1, weighing.leading)
-        mean = writer.op(DIV, writer.total(own, 1, keep=True), writer.cast(writer.lengths(own, 1)))
+        own = writer.slice(sizes, 1, weighing.offset)
+        mean = writer.op(DIV, writer.reduce_sum(own, 1, keep=True), writer.cast(writer.sizes(own, 1)))
         share = writer.op(DIV, own, mean)
         shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
         pooled = TokenReduce(weighing.node, 0, weighing.axis, 0)
@@ -196,8 +196,8 @@ def broadcast_along(
 ) -> ir.Value:
     """[B, N, 1] laid along the axis of what it is for, batch first (repeated per head where these share its axis)."""
     batch = (facts.shape[step.point.stream] or (0,))[0]
-    if weighing.leading:
-        value = writer.slice(value, 1, weighing.leading)
+    if weighing.offset:
+        value = writer.slice(value, 1, weighing.offset)
     target = [0] + [1] * (len(shape) - 1)
     target[weighing.axis] = -1
     if shape[0] == batch:
@@ -205,8 +205,10 @@ def broadcast_along(
     heads = shape[0] // batch
     if weighing.axis == 0 or heads * batch != shape[0]:
         raise UserError(f"{weighing.node.name}: merged tokens cannot be weighed where its batch axis is lost; use topk")
-    length = writer.lengths(value, 1)
-    repeated = writer.expand(writer.swap(value), writer.concat(0, writer.ints(1, heads), length))  # [B, heads, N]
+    length = writer.sizes(value, 1)
+    repeated = writer.expand(
+        writer.swap_last_axes(value), writer.concat(0, writer.ints(1, heads), length)
+    )  # [B, heads, N]
     one = writer.ints(1)
     sizes = [writer.ints(-1), *[length if k == weighing.axis else one for k in range(1, len(shape))]]
     return writer.op(RESHAPE, repeated, writer.concat(0, *sizes))
@@ -226,9 +228,9 @@ def bias_fused_attention(writer: TokenGraphBuilder, node: ir.Node, logs: ir.Valu
     index = shape.scores
     query = node.inputs[shape.query]
     assert query is not None and index is not None
-    row = writer.unsqueeze(writer.swap(logs), 1)
+    row = writer.unsqueeze(writer.swap_last_axes(logs), 1)
     rank = 3 if shape.packed or not has_head_axis(node) else 4
-    queries = writer.lengths(query, rank - 2)
+    queries = writer.sizes(query, rank - 2)
     many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
     while len(node.inputs) <= index:
         node.resize_inputs(len(node.inputs) + 1)
@@ -278,20 +280,21 @@ def recompute_token_counts(
             if twin is None or shape is None or after.shape.get(node.outputs[k]) == shape:
                 continue
             spec = lookup(node.domain, node.op_type)
-            if spec.repair is None:
+            if spec.recompute is None:
                 raise CheckFailed(f"{node.op_type} {node.name}: gives {after.shape.get(node.outputs[k])}, not {shape}")
             call = facts.call(twin, opset_version(model, twin.domain))
             data = token_cut(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
-            outs = [token_cut(call.outs[i], wanted.get(str(v.name), call.outs[i])) for i, v in enumerate(twin.outputs)]
-            fix = spec.repair(call, data, outs)
-            step = next(s for s in reversed(steps) if value in s.point.flow.marks)
+            outs = [
+                token_cut(call.out_shapes[i], wanted.get(str(v.name), call.out_shapes[i]))
+                for i, v in enumerate(twin.outputs)
+            ]
+            fix = spec.recompute(call, data, outs)
+            step = next(s for s in reversed(steps) if value in s.point.flow.axes)
             for index, array in fix.inputs.items():
                 if step.prefix in uncounted:
                     if step.prefix not in lengths:
                         lengths[step.prefix] = insert_token_count(repairs, node, uncounted[step.prefix], step.prefix)
-                    replace_token_counts(
-                        repairs, node, index, array, step.point.flow.marks[value], lengths[step.prefix]
-                    )
+                    replace_token_counts(repairs, node, index, array, step.point.flow.axes[value], lengths[step.prefix])
                 else:
                     repairs.set_input(twin, node, index, array)
             infer_node(after, node, copy, sizes)
@@ -307,11 +310,11 @@ def expected_shapes(facts: ShapeFacts, steps: Sequence[TokenStep]) -> dict[str, 
     """New shapes of everything behind the points, by name."""
     found: dict[str, tuple[int, ...]] = {}
     for step in steps:  # later ones overwrite what lies behind them too
-        for value, marks in step.point.flow.marks.items():
-            if value in step.point.flow.starts:
+        for value, marks in step.point.flow.axes.items():
+            if value in step.point.flow.origins:
                 continue
             shape = list(facts.shape[value] or ())
             for axis, leading in marks.axes.items():
-                shape[axis] = step.left - leading
+                shape[axis] = step.remaining - leading
             found[str(value.name)] = tuple(shape)
     return found

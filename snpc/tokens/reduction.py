@@ -35,15 +35,15 @@ class TokenReductionPlan:
 
     steps: tuple[TokenStep, ...]
     dtypes: Mapping[str, ir.DataType] = field(repr=False)
-    quoted: tuple[TokenStep, ...] = ()
+    quoted_steps: tuple[TokenStep, ...] = ()
 
     @property
     def spec(self) -> str:
         """The steps as text that ``reduce_tokens`` reads."""
         parts: dict[str, list[int]] = {}
         for step in self.steps:
-            setting = step.setting
-            much = setting.gone if setting.share is None else setting.share
+            setting = step.settings
+            much = setting.removed if setting.share is None else setting.share
             parts.setdefault(f"{step.method.name}:{much}", []).append(step.point.block)
         return "+".join(f"{what}@{','.join(map(str, blocks))}" for what, blocks in parts.items())
 
@@ -52,16 +52,16 @@ class TokenReductionPlan:
         """Names of the tensors that say which tokens go."""
         return tuple(name for step in self.steps for name in step.names)
 
-    def close(self, model: ir.Model) -> None:
+    def embed_decisions(self, model: ir.Model) -> None:
         """Make this open graph, in place, decide itself."""
         embed_decisions(model, self.steps, self.dtypes)
 
-    def finish(self, model: ir.Model) -> None:
+    def finalize(self, model: ir.Model) -> None:
         """As ``close``, for what is written or timed: sizes that are fixed now are not computed any more."""
-        self.close(model)
+        self.embed_decisions(model)
         fold_shape_arithmetic(model)
 
-    def mark(self, model: ir.Model) -> None:
+    def name_decision_sizes(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
         shapes = {n: decision_shape(s, k, batch_dimension(model)) for s in self.steps for k, n in enumerate(s.names)}
         for value in (v for node in model.graph for v in node.outputs):
@@ -74,13 +74,13 @@ class TokenReductionPlan:
                 {
                     "block": s.point.block,
                     "method": s.method.name,
-                    "tokens": s.setting.count,
-                    "after": s.left,
-                    **({"any_length": True} if not s.point.fixed else {}),
-                    **({"on_average": True} if s.method.adapts else {}),
+                    "tokens": s.settings.count,
+                    "after": s.remaining,
+                    **({"any_length": True} if not s.point.fixed_length else {}),
+                    **({"on_average": True} if s.method.input_adaptive else {}),
                     **({"offline": list(s.offline)} if s.offline else {}),
                 }
-                for s in self.quoted or self.steps
+                for s in self.quoted_steps or self.steps
             ],
         }
 
@@ -103,13 +103,13 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     graph = analysis.model.graph
     binding, facts = choose_dim_sizes(graph)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
-    there = resize_steps(steps, infer_graph(graph, dict(analysis.binding)))
+    there = resize_steps(steps, infer_graph(graph, dict(analysis.dim_sizes)))
     reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(there))
     opened = externalize_decisions(graph, facts, binding, steps)
     closed = opened.clone()
-    reduction.close(closed)
+    reduction.embed_decisions(closed)
     binding = {**binding, **kept_dim_sizes(steps)}
-    quoted = {**analysis.binding, **kept_dim_sizes(there)}
+    quoted = {**analysis.dim_sizes, **kept_dim_sizes(there)}
     extra = cost_of(closed, infer_graph(closed, quoted)).macs - cost_of(opened, infer_graph(opened, quoted)).macs
     return analyze_graph(
         analysis.model,
@@ -120,7 +120,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
         tokens=analysis.tokens,
         reduction=reduction,
         extra_macs=extra,
-        kv_cache=analysis.traced.kv_cache,
+        kv_cache=analysis.traced_graph.kv_cache,
     )
 
 
@@ -148,11 +148,11 @@ def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
 class TokenAmount:
     """``share`` of the tokens are kept, or (None) ``gone`` go."""
 
-    gone: int
+    removed: int
     share: float | None = None
 
-    def going(self, others: int) -> int:
-        return self.gone if self.share is None else others - ceil_share(others, self.share)
+    def removed_of(self, others: int) -> int:
+        return self.removed if self.share is None else others - ceil_share(others, self.share)
 
 
 def parse_amount(text: str, digits: str) -> TokenAmount:
@@ -192,9 +192,9 @@ def reduction_obstacle(analysis: Analysis) -> str:
 def check_amount(analysis: Analysis, block: int, made: TokenMethod, much: TokenAmount) -> None:
     point = analysis.tokens.at(block)
     assert point is not None
-    if made.adapts and much.share is None:
+    if made.input_adaptive and much.share is None:
         raise UserError(f"--tokens: {made.name} takes a share of the scores that the kept tokens have: {made.name}:0.9")
-    if point.fixed or (made.counts and much.share is not None):
+    if point.fixed_length or (made.computes_count and much.share is not None):
         return
     raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
 
@@ -205,10 +205,10 @@ def check_method(analysis: Analysis, block: int, made: TokenMethod) -> None:
     possible = ", ".join(str(p.block) for p in facts.points)
     if point is None:
         raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
-    if made.scored and point.scores is None:
+    if made.needs_scores and point.scores is None:
         raise UserError(f"--tokens: {made.name} needs attention weights that block {block} does not show; use merge")
-    if point.sided and not made.selects:
-        raise UserError(f"--tokens: behind block {block} tokens meet {point.sided}, an entry for each; use topk")
+    if point.side_input and not made.only_selects:
+        raise UserError(f"--tokens: behind block {block} tokens meet {point.side_input}, an entry for each; use topk")
 
 
 def settings_for(
@@ -221,12 +221,15 @@ def settings_for(
         others, gone = count - point.leading, 0
         if point.block in wanted:
             made, much = wanted[point.block]
-            going, share = much.going(others), much.share if made.adapts or not point.fixed else None
+            going, share = (
+                much.removed_of(others),
+                much.share if made.input_adaptive or not point.fixed_length else None,
+            )
             if share == 1:
                 going, share = 0, None
             if share is not None:
-                going = others - kept_count(made, others, shares[point.block] if made.adapts else share)
-            gone = max(0, min(going, made.most(others)))
+                going = others - kept_count(made, others, shares[point.block] if made.input_adaptive else share)
+            gone = max(0, min(going, made.max_removed(others)))
             found.append(StepSettings(count, point.leading, gone, share))
         else:
             found.append(StepSettings(count, point.leading, 0))
@@ -237,10 +240,10 @@ def settings_for(
 def check_offline_scores(point: TokenPoint, wanted: TokenRequest, offline: OfflineScores) -> None:
     """Raises UserError where a method lacks what has to be measured before."""
     made, much = wanted.get(point.block, (None, TokenAmount(0)))
-    if made is None or not made.offline or (made.adapts and much.share == 1):
+    if made is None or not made.needs_offline or (made.input_adaptive and much.share == 1):
         return
-    if len(offline.get(point.block, ())) != (1 if made.adapts else point.count):
-        what = "how many tokens inputs keep" if made.adapts else "the relevance of every position"
+    if len(offline.get(point.block, ())) != (1 if made.input_adaptive else point.count):
+        what = "how many tokens inputs keep" if made.input_adaptive else "the relevance of every position"
         raise UserError(f"--tokens: {made.name} needs {what}: give --calib")
 
 
@@ -253,14 +256,16 @@ def steps_for(analysis: Analysis, wanted: TokenRequest, offline: OfflineScores) 
     points = analysis.tokens.points
     for point in points:
         check_offline_scores(point, wanted, offline)
-    shares = {block: offline[block][0] for block, (made, _) in wanted.items() if made.adapts and block in offline}
+    shares = {
+        block: offline[block][0] for block, (made, _) in wanted.items() if made.input_adaptive and block in offline
+    }
     for point, setting in zip(points, settings_for(points, wanted, shares), strict=True):
-        if not setting.gone and setting.share is None:
+        if not setting.removed and setting.share is None:
             continue
         made, _ = wanted[point.block]
-        if made.offline and not made.adapts and any(not s.method.selects for s in steps):
+        if made.needs_offline and not made.input_adaptive and any(not s.method.only_selects for s in steps):
             raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
-        if not made.adapts and any(s.method.adapts for s in steps):
+        if not made.input_adaptive and any(s.method.input_adaptive for s in steps):
             raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {made.name} before it")
-        steps.append(TokenStep(point, made, setting, tuple(offline[point.block]) if made.offline else ()))
+        steps.append(TokenStep(point, made, setting, tuple(offline[point.block]) if made.needs_offline else ()))
     return steps

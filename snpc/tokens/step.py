@@ -15,7 +15,7 @@ class TokenStep:
 
     point: TokenPoint
     method: TokenMethod
-    setting: StepSettings
+    settings: StepSettings
     offline: tuple[float, ...] = ()
 
     @property
@@ -25,11 +25,11 @@ class TokenStep:
     @property
     def positions(self) -> tuple[float, ...]:
         """Scores of positions, where the method takes such."""
-        return () if self.method.adapts else self.offline
+        return () if self.method.input_adaptive else self.offline
 
     @property
     def decisions(self) -> tuple[DecisionTensor, ...]:
-        return self.method.decisions(self.setting)
+        return self.method.decisions(self.settings)
 
     @property
     def names(self) -> list[str]:
@@ -37,5 +37,5 @@ class TokenStep:
         return [f"{self.prefix}_{d.name}" for d in self.decisions]
 
     @property
-    def left(self) -> int:
-        return self.setting.count - self.setting.gone
+    def remaining(self) -> int:
+        return self.settings.count - self.settings.removed

@@ -36,7 +36,7 @@ class TokenGraphBuilder:
     def __init__(self, graph: ir.Graph, prefix: str, dtype: ir.DataType) -> None:
         self.graph, self.prefix, self.dtype = graph, prefix, dtype
         self.count = 0
-        self.made: list[ir.Node] = []
+        self.nodes: list[ir.Node] = []
 
     def name(self) -> str:
         self.count += 1
@@ -52,7 +52,7 @@ class TokenGraphBuilder:
         for index, value in enumerate(node.outputs):
             value.name = f"{name}_out" + (f"_{index}" if index else "")
         self.graph.append(node)
-        self.made.append(node)
+        self.nodes.append(node)
         return list(node.outputs)
 
     def constant(self, array: AnyArray) -> ir.Value:
@@ -78,7 +78,7 @@ class TokenGraphBuilder:
     def slice(self, value: ir.Value, axis: int, start: int, end: int = END_OF_AXIS, step: int = 1) -> ir.Value:
         return self.op(SLICE, value, self.ints(start), self.ints(end), self.ints(axis), self.ints(step))
 
-    def first(self, value: ir.Value, axis: int, end: ir.Value) -> ir.Value:
+    def slice_to(self, value: ir.Value, axis: int, end: ir.Value) -> ir.Value:
         """``value`` up to the position that ``end`` [1] computes."""
         return self.op(SLICE, value, self.ints(0), end, self.ints(axis), self.ints(1))
 
@@ -88,18 +88,18 @@ class TokenGraphBuilder:
     def unsqueeze(self, value: ir.Value, *axes: int) -> ir.Value:
         return self.op(UNSQUEEZE, value, self.ints(*axes))
 
-    def pick(self, value: ir.Value, index: ir.Value) -> ir.Value:
+    def gather_rows(self, value: ir.Value, index: ir.Value) -> ir.Value:
         """[B, N, ...] and [B, k] -> [B, k, ...]: of every sample, its own rows."""
         return self.op(GATHER_ND, value, self.unsqueeze(index, -1), batch_dims=1)
 
-    def rows(self, value: ir.Value, positions: Iterable[int]) -> ir.Value:
+    def gather_positions(self, value: ir.Value, positions: Iterable[int]) -> ir.Value:
         """[B, N, ...] -> [B, k, ...]: the same rows of every sample. (A slice with steps runs on one thread.)"""
         return self.op(GATHER, value, self.ints(*positions), axis=1)
 
-    def total(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
+    def reduce_sum(self, value: ir.Value, *axes: int, keep: bool = False) -> ir.Value:
         return self.op(REDUCE_SUM, value, self.ints(*axes), keepdims=int(keep))
 
-    def largest(self, value: ir.Value, axis: int) -> ir.Value:
+    def reduce_max(self, value: ir.Value, axis: int) -> ir.Value:
         """The maximum along ``axis``, which goes."""
         if self.graph.opset_imports.get("", 1) >= REDUCTION_AXES_INPUT_SINCE[REDUCE_MAX]:
             return self.op(REDUCE_MAX, value, self.ints(axis), keepdims=0)
@@ -116,11 +116,11 @@ class TokenGraphBuilder:
     def matmul(self, left: ir.Value, right: ir.Value) -> ir.Value:
         return self.op(MATMUL, left, right)
 
-    def swap(self, value: ir.Value) -> ir.Value:
+    def swap_last_axes(self, value: ir.Value) -> ir.Value:
         """[B, M, N] -> [B, N, M]."""
         return self.op(TRANSPOSE, value, perm=[0, 2, 1])
 
-    def row(self, value: ir.Value, axis: int, position: int) -> ir.Value:
+    def gather_one(self, value: ir.Value, axis: int, position: int) -> ir.Value:
         return self.op(GATHER, value, self.constant(np.asarray(position, np.int64)), axis=axis)
 
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
@@ -129,13 +129,13 @@ class TokenGraphBuilder:
     def expand(self, value: ir.Value, shape: ir.Value) -> ir.Value:
         return self.op(EXPAND, value, shape)
 
-    def lengths(self, value: ir.Value, *axes: int) -> ir.Value:
+    def sizes(self, value: ir.Value, *axes: int) -> ir.Value:
         """The sizes of these axes, [len(axes)]."""
         return self.op(GATHER, self.op(SHAPE, value), self.ints(*axes), axis=0)
 
     def ones(self, value: ir.Value) -> ir.Value:
         """[B, N, D] -> ones [B, N, 1]."""
-        shape = self.concat(0, self.lengths(value, 0, 1), self.ints(1))
+        shape = self.concat(0, self.sizes(value, 0, 1), self.ints(1))
         node = ir.node(
             CONSTANT_OF_SHAPE,
             [shape],
@@ -144,5 +144,5 @@ class TokenGraphBuilder:
         )
         node.outputs[0].name = f"{node.name}_out"
         self.graph.append(node)
-        self.made.append(node)
+        self.nodes.append(node)
         return node.outputs[0]

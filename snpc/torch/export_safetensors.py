@@ -46,7 +46,7 @@ def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str
 
 
 def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
-    graph = analysis.traced.model.graph
+    graph = analysis.traced_graph.model.graph
     return {
         "snpc_widths": 1,
         "model": analysis.model.path.name,

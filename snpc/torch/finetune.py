@@ -90,13 +90,13 @@ def finetune(
         checkpoints = None
         if saved is not None:
             said = None if known is None else hashlib.sha256(known.tobytes()).hexdigest()
-            run = run_fingerprint(data, student.digest, dense.model.digest, training, said, place.world)
+            run = run_fingerprint(data, student.digest, dense.model.digest, training, said, place.world_size)
             checkpoints = open_checkpoint(saved, run)
             wait_for_workers(place)
         trained = run_training(task, checkpoints, report)
         if training.sharded:
             task = gather_task(task, student)
-        if not place.leads:
+        if not place.is_main:
             return None
         structure = write_verified(task, pruned, target)
     before, after, compared = measure_drift(task, pruned, target)
@@ -115,30 +115,30 @@ class FinetuneTask:
     teacher: Teacher
     dense: Analysis
     data: Calibration
-    held: Calibration | None
+    held_out: Calibration | None
     training: TrainingOptions
     labels: IntArray | None
     outputs: tuple[str, ...]
     hidden: tuple[str, ...]
     scales: dict[str, float]
-    place: Worker
+    worker: Worker
 
     @property
-    def per_epoch(self) -> int:
-        plan = shuffle_samples(self.data, (self.training.seed, 0), self.training.batch).plan
-        return sum(sum(map(len, pieces)) >= self.place.world for pieces in plan)
+    def steps_per_epoch(self) -> int:
+        plan = shuffle_samples(self.data, (self.training.seed, 0), self.training.batch).batch_plan
+        return sum(sum(map(len, pieces)) >= self.worker.world_size for pieces in plan)
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
         order = shuffle_samples(self.data, (self.training.seed, number), self.training.batch)
-        mine, weights = shard_batches(order, self.place.rank, self.place.world)
+        mine, weights = shard_batches(order, self.worker.rank, self.worker.world_size)
         mine = skip_batches(mine, first)
         for ids, feeds, weight in zip(sample_ids(mine), mine.batches(), weights[first:], strict=True):
-            targets = self.teacher(ids, feeds) if self.training.distils else {}
+            targets = self.teacher(ids, feeds) if self.training.uses_teacher else {}
             labels = None if self.labels is None else torch.from_numpy(self.labels[ids])
-            yield Batch(self.tensors(feeds), targets, labels, weight)
+            yield Batch(self.to_tensors(feeds), targets, labels, weight)
 
-    def tensors(self, feeds: Feeds) -> dict[str, torch.Tensor]:
-        return {name: to_tensor(array).to(self.place.device) for name, array in feeds.items()}
+    def to_tensors(self, feeds: Feeds) -> dict[str, torch.Tensor]:
+        return {name: to_tensor(array).to(self.worker.device) for name, array in feeds.items()}
 
 
 def prepare_task(
@@ -157,7 +157,7 @@ def prepare_task(
         raise UserError(f"{student.path}: it has weights in {', '.join(half)}: prune and train a float32 export")
     teacher = Teacher(teacher_function(dense, (*outputs, *wanted), place.device), place.device)
     feeds = next(data.batches())
-    said = teacher.ask(feeds)
+    said = teacher.run(feeds)
     with torch.no_grad():
         found = module({name: to_tensor(array).to(place.device) for name, array in feeds.items()})
     hidden = tuple(name for name in wanted if found[name].shape == said[name].shape)
@@ -171,7 +171,7 @@ def prepare_task(
     train_on, held = data, None
     if training.early_stop:
         train_on, held = hold_out(
-            data, max(data.axes.size or 1, round(HELD_OUT_FRACTION * data.samples)), training.seed
+            data, max(data.sample_axes.batch_size or 1, round(HELD_OUT_FRACTION * data.samples)), training.seed
         )
     if training.reinit != "none":
         reinitialize(module, student, training.seed)
@@ -180,13 +180,13 @@ def prepare_task(
         module, teacher, dense, train_on, held, training, labels, outputs, hidden, mean_squares(said), place
     )
     if training.reinit == "budget":
-        longer = dense.cost.macs / analyze(student, dense.binding).cost.macs
-        steps = round((training.steps or training.epochs * task.per_epoch) * longer)
+        longer = dense.cost.macs / analyze(student, dense.dim_sizes).cost.macs
+        steps = round((training.steps or training.epochs * task.steps_per_epoch) * longer)
         training = replace(training, steps=steps)
         task = replace(task, training=training)
-    visits = (training.steps or training.epochs * task.per_epoch) * training.batch
-    if training.distils and visits > data.samples:
-        teacher.learn_all(data)
+    visits = (training.steps or training.epochs * task.steps_per_epoch) * training.batch
+    if training.uses_teacher and visits > data.samples:
+        teacher.fill_cache(data)
     return task
 
 
@@ -212,8 +212,8 @@ def hidden_state_names(student: Model, dense: Analysis) -> tuple[str, ...]:
 
 
 def task_labels(training: TrainingOptions, labels: Path | AnyArray | None, data: Calibration) -> IntArray | None:
-    if training.labelled != (labels is not None):
-        raise UserError(f"loss {training.loss}: " + ("give --labels" if training.labelled else "leave out --labels"))
+    if training.uses_labels != (labels is not None):
+        raise UserError(f"loss {training.loss}: " + ("give --labels" if training.uses_labels else "leave out --labels"))
     return None if labels is None else load_labels(labels, data)
 
 
@@ -228,12 +228,12 @@ def check_same_interface(student: Model, dense: Model) -> None:
 
 
 def check_worker(place: Worker, data: Calibration, training: TrainingOptions) -> None:
-    if training.sharded and place.world == 1:
+    if training.sharded and place.world_size == 1:
         raise UserError("weights are sharded between processes, and this is one: start several with torchrun")
-    if place.world > 1 and data.axes.size:
+    if place.world_size > 1 and data.sample_axes.batch_size:
         raise UserError(
-            f"{data.source}: a model whose batch size is fixed at {data.axes.size} cannot share batches between "
-            "processes: export it with a dynamic batch, or run one process"
+            f"{data.source}: a model whose batch size is fixed at {data.sample_axes.batch_size} cannot share batches "
+            "between processes: export it with a dynamic batch, or run one process"
         )
 
 
@@ -245,8 +245,8 @@ def run_training(
 ) -> TrainingResult:
     loss = distillation_loss(task.training, task.outputs, task.hidden, task.scales)
     evaluate = None
-    if task.held is not None:
-        expected = [select_outputs(task, task.teacher.ask(feeds)) for feeds in task.held.batches()]
+    if task.held_out is not None:
+        expected = [select_outputs(task, task.teacher.run(feeds)) for feeds in task.held_out.batches()]
         evaluate = HeldOutDrift(task, expected)
     training = task.training
     adapters = add_adapters(task.module, training.adapters, training.seed) if training.adapters else None
@@ -255,7 +255,7 @@ def run_training(
         loss,
         task,
         training,
-        place=task.place,
+        place=task.worker,
         parameters=list(adapters.parameters()) if adapters is not None else None,
         evaluate=evaluate,
         checkpoints=checkpoints,
@@ -268,7 +268,7 @@ def run_training(
 
 def gather_task(task: FinetuneTask, student: Model) -> FinetuneTask:
     """The task with a module that has all weights."""
-    module = GraphModule(student, watch=task.hidden).to(task.place.device)
+    module = GraphModule(student, watch=task.hidden).to(task.worker.device)
     copy_gathered_weights(task.module, module)
     return replace(task, module=module)
 
@@ -281,8 +281,10 @@ class HeldOutDrift:
     expected: Sequence[TeacherOutputs]
 
     def __call__(self, module: torch.nn.Module) -> float:
-        assert self.task.held is not None
-        found = [select_outputs(self.task, module(self.task.tensors(feeds))) for feeds in self.task.held.batches()]
+        assert self.task.held_out is not None
+        found = [
+            select_outputs(self.task, module(self.task.to_tensors(feeds))) for feeds in self.task.held_out.batches()
+        ]
         return relative_drift(found, self.expected)
 
 
@@ -296,14 +298,16 @@ def write_verified(task: FinetuneTask, pruned: Path, target: Path) -> tuple[str,
     try:
         save_graph_module(task.module, pruned, temporary)
         structure = check_structure(pruned, temporary)
-        feeds = [next((task.held or task.data).batches())]
+        feeds = [next((task.held_out or task.data).batches())]
         with torch.no_grad():
-            said = task.module(task.tensors(feeds[0]))
+            said = task.module(task.to_tensors(feeds[0]))
         names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
         expected = {name: said[name].float().cpu().numpy() for name in names}
         found = run_batches(temporary, feeds, "cpu")[0]
         for d in measure_differences(expected, {name: found[name] for name in names}):
-            if d.relative > max(rounding_tolerance(task.dense.model), 1e-3 if task.place.device.type != "cpu" else 0.0):
+            if d.relative > max(
+                rounding_tolerance(task.dense.model), 1e-3 if task.worker.device.type != "cpu" else 0.0
+            ):
                 raise CheckFailed(
                     f"output {d.output}: the written file differs from what was trained by {d.relative:.1e}"
                 )
@@ -318,8 +322,11 @@ def measure_drift(
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
     """The pruned and the tuned file against the teacher, on held-out data where there are any."""
     batches: list[Feeds]
-    if task.held is not None:
-        batches, compared = list(task.held.batches()), f"{task.held.samples} samples of {task.held.source}, held out"
+    if task.held_out is not None:
+        batches, compared = (
+            list(task.held_out.batches()),
+            f"{task.held_out.samples} samples of {task.held_out.source}, held out",
+        )
     else:
         batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"

@@ -45,8 +45,8 @@ class Instruction:
 class Program:
     """What is left to do for inputs of certain shapes: steps, and values that are known."""
 
-    steps: tuple[Instruction, ...]
-    known: dict[str, Tensor]
+    instructions: tuple[Instruction, ...]
+    constants: dict[str, Tensor]
     integers: dict[str, tuple[int, ...]]
 
 
@@ -60,41 +60,45 @@ class GraphModule(torch.nn.Module):
     def __init__(self, model: Model, *, watch: Sequence[str] = ()) -> None:
         super().__init__()
         graph = model.graph.graph
-        self.inputs = tuple(spec.name for spec in model.inputs)
-        self.results = tuple(dict.fromkeys([*(spec.name for spec in model.outputs), *watch]))
-        self.steps = tuple(compile_instructions(model.graph, required_nodes(graph, self.results)))
-        made = {name for step in self.steps for name in step.outputs} | set(self.inputs) | set(graph.initializers)
+        self.input_names = tuple(spec.name for spec in model.inputs)
+        self.output_names = tuple(dict.fromkeys([*(spec.name for spec in model.outputs), *watch]))
+        self.instructions = tuple(compile_instructions(model.graph, required_nodes(graph, self.output_names)))
+        made = (
+            {name for step in self.instructions for name in step.outputs}
+            | set(self.input_names)
+            | set(graph.initializers)
+        )
         for name in watch:
             if name not in made:
                 raise UserError(f"{model.path}: there is no activation {name} to watch")
-        self.paths: dict[str, str] = {}
+        self.parameter_paths: dict[str, str] = {}
         """Initializer (as the file names it) -> name of its parameter, which is the same wherever torch allows it."""
-        self.aliases: dict[str, str] = {name: original_name(v) for name, v in graph.initializers.items()}
+        self.origins: dict[str, str] = {name: original_name(v) for name, v in graph.initializers.items()}
         self.programs: OrderedDict[ProgramKey, Program] = OrderedDict()
-        self.changes: Mapping[str, tuple[WeightTransform, ...]] = {}
+        self.weight_transforms: Mapping[str, tuple[WeightTransform, ...]] = {}
         """What is done to weights (as the graph names them) before they are used."""
-        self.around: Callable[[Instruction, Sequence[Any]], Result] | None = None
+        self.interceptor: Callable[[Instruction, Sequence[Any]], Result] | None = None
         """Runs the steps in place of their own implementations."""
         names = trainable_names(model.graph)
         self.ties = find_ties(model.graph, names)
         for name in names:
             if name not in self.ties:
-                self.place(name, to_tensor(initializer_array(graph, name)), trains=True)
-        for name in dict.fromkeys(self.aliases.values()):
-            if name not in self.paths and name not in self.ties:
-                self.place(name, to_tensor(initializer_array(graph, name)), trains=False)
+                self.register(name, to_tensor(initializer_array(graph, name)), trains=True)
+        for name in dict.fromkeys(self.origins.values()):
+            if name not in self.parameter_paths and name not in self.ties:
+                self.register(name, to_tensor(initializer_array(graph, name)), trains=False)
         weights = set(self.weight_names())
-        self.exact = weight_free_instructions(
-            self.steps, {name for name, owner in self.aliases.items() if owner in weights}
+        self.full_precision = weight_free_instructions(
+            self.instructions, {name for name, owner in self.origins.items() if owner in weights}
         )
         """Names of steps whose inputs no weight has met, such as rotary angles: never in low precision."""
 
-    def place(self, name: str, tensor: Tensor, *, trains: bool) -> None:
+    def register(self, name: str, tensor: Tensor, *, trains: bool) -> None:
         """Register a tensor under its ONNX name: dots make submodules, as in torch; names that torch cannot have are
         spelled with middle dots."""
         for path in (name, name.replace(".", "·"), f"weight·{name.replace('.', '·')}"):
             *folders, last = path.split(".")
-            holder = self.holder(folders)
+            holder = self.namespace(folders)
             if holder is not None and last and not hasattr(holder, last):
                 break
         assert holder is not None
@@ -102,9 +106,9 @@ class GraphModule(torch.nn.Module):
             holder.register_parameter(last, torch.nn.Parameter(tensor))
         else:
             holder.register_buffer(last, tensor, persistent=False)
-        self.paths[name] = path
+        self.parameter_paths[name] = path
 
-    def holder(self, folders: Iterable[str]) -> torch.nn.Module | None:
+    def namespace(self, folders: Iterable[str]) -> torch.nn.Module | None:
         here: torch.nn.Module = self
         for folder in folders:
             if not folder or not isinstance(getattr(here, folder, ParameterNamespace()), ParameterNamespace):
@@ -118,19 +122,19 @@ class GraphModule(torch.nn.Module):
         """The parameter or constant with this name in the file; of one that is tied to another, a view of that."""
         owner, turned = self.ties.get(name, (name, False))
         here: Any = self
-        for part in self.paths[owner].split("."):
+        for part in self.parameter_paths[owner].split("."):
             here = getattr(here, part)
         found: Tensor = here.mT if turned else here
         return found
 
     def owner(self, name: str) -> tuple[str, bool]:
         """(parameter, is its transpose used?) behind a constant as the graph names it."""
-        found = self.aliases[name]
+        found = self.origins[name]
         return self.ties.get(found, (found, False))
 
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name in the file, parameter) of everything that trains; tied ones once."""
-        for name in self.paths:
+        for name in self.parameter_paths:
             found = self.weight(name)
             if isinstance(found, torch.nn.Parameter):
                 yield name, found
@@ -138,31 +142,31 @@ class GraphModule(torch.nn.Module):
     def forward(self, *args: Any, **named: Tensor) -> Any:
         if len(args) == 1 and isinstance(args[0], Mapping):
             return self.run(dict(args[0]))
-        found = self.run({**dict(zip(self.inputs, args, strict=False)), **named})
-        values = tuple(found[name] for name in self.results)
+        found = self.run({**dict(zip(self.input_names, args, strict=False)), **named})
+        values = tuple(found[name] for name in self.output_names)
         return values[0] if len(values) == 1 else values
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        missing = [name for name in self.inputs if name not in feeds]
+        missing = [name for name in self.input_names if name not in feeds]
         if missing:
-            raise UserError(f"the model takes {', '.join(self.inputs)}: {', '.join(missing)} is missing")
-        feeds = {name: feeds[name] for name in self.inputs}
+            raise UserError(f"the model takes {', '.join(self.input_names)}: {', '.join(missing)} is missing")
+        feeds = {name: feeds[name] for name in self.input_names}
         key = tuple((name, tuple(x.shape), x.dtype) for name, x in feeds.items())
         first = next((p for _, p in self.weights()), torch.empty(0))
         key = (*key, (str(first.device), (), first.dtype))
         program = self.programs.get(key)
         if program is None:
             return self.record(key, feeds)  # type: ignore[no-any-return]
-        values: dict[str, Tensor] = {**feeds, **program.known}
-        for step in program.steps:
+        values: dict[str, Tensor] = {**feeds, **program.constants}
+        for step in program.instructions:
             self.execute(step, self.arguments(step, values, program.integers), values)
-        return {name: self.value(name, values) for name in self.results}
+        return {name: self.value(name, values) for name in self.output_names}
 
     def value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         found = values.get(name)
         if found is None:
-            found = self.weight(self.aliases[name])
-            for change in self.changes.get(name, ()):
+            found = self.weight(self.origins[name])
+            for change in self.weight_transforms.get(name, ()):
                 found = change(found)
         return found
 
@@ -173,7 +177,7 @@ class GraphModule(torch.nn.Module):
         for index, name in enumerate(step.inputs):
             if name is None:
                 found.append(None)
-            elif index in step.implementation.integers:
+            elif index in step.implementation.integer_inputs:
                 found.append(integers[name] if name in integers else to_integers(self.value(name, values)))
             else:
                 found.append(self.value(name, values))
@@ -181,22 +185,22 @@ class GraphModule(torch.nn.Module):
 
     def execute(self, step: Instruction, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
         kind = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
-        if step.name in self.exact and torch.is_autocast_enabled(kind):
+        if step.name in self.full_precision and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                run_instruction(step, arguments, values, self.around)
+                run_instruction(step, arguments, values, self.interceptor)
         else:
-            run_instruction(step, arguments, values, self.around)
+            run_instruction(step, arguments, values, self.interceptor)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, key: ProgramKey, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run everything, and keep what will be the same for all inputs of these shapes."""
         weights = set(self.weight_names())
         values: dict[str, Tensor] = dict(feeds)
-        fixed = {name for name, owner in self.aliases.items() if owner not in weights}
+        fixed = {name for name, owner in self.origins.items() if owner not in weights}
         loose: set[str] = set()
         steps = []
         device = next((x.device for x in (*feeds.values(), *self.parameters()) if x.device.type != "cpu"), None)
-        for step in self.steps:
+        for step in self.instructions:
             given = [name for name in step.inputs if name is not None]
             for name in given:
                 if name in fixed and device is not None:
@@ -211,16 +215,16 @@ class GraphModule(torch.nn.Module):
                 fixed |= set(step.outputs)
             else:
                 steps.append(step)
-        self.programs[key] = self.program(steps, values, fixed, device)
+        self.programs[key] = self.make_program(steps, values, fixed, device)
         if len(self.programs) > MAX_PROGRAMS:
             self.programs.popitem(last=False)
-        return {name: self.value(name, values) for name in self.results}
+        return {name: self.value(name, values) for name in self.output_names}
 
     def weight_names(self) -> Iterator[str]:
         yield from (name for name, _ in self.weights())
         yield from self.ties
 
-    def program(
+    def make_program(
         self, steps: list[Instruction], values: Mapping[str, Tensor], fixed: set[str], device: torch.device | None
     ) -> Program:
         known: dict[str, Tensor] = {}
@@ -230,11 +234,11 @@ class GraphModule(torch.nn.Module):
                 if name is None or name not in fixed:
                     continue
                 value = self.value(name, values)
-                if index in step.implementation.integers:
+                if index in step.implementation.integer_inputs:
                     integers[name] = to_integers(value)
                 else:
                     known[name] = to_device(value.detach(), device)
-        for name in self.results:
+        for name in self.output_names:
             if name in fixed:
                 known[name] = self.value(name, values).detach()
         return Program(tuple(steps), known, integers)
@@ -257,9 +261,9 @@ def has_data_dependent_shape(step: Instruction, fixed: set[str], loose: set[str]
     given = [name for name in step.inputs if name is not None]
     if loose.intersection(given):
         return True
-    if step.implementation.loose:
+    if step.implementation.data_dependent_shape:
         return not all(name in fixed for name in given)
-    sized = [step.inputs[k] for k in step.implementation.integers if k < len(step.inputs)]
+    sized = [step.inputs[k] for k in step.implementation.integer_inputs if k < len(step.inputs)]
     return any(name is not None and name not in fixed for name in sized)
 
 

@@ -39,7 +39,7 @@ def schemas() -> list[tuple[str, str]]:
 def test_every_operator_has_an_entry(domain: str, name: str) -> None:
     spec = operator_table().get((domain, name))
     assert spec is not None, f"{domain}.{name} is in no family of snpc/ops"
-    assert spec.says
+    assert spec.summary
     assert spec.kind != "opaque" or spec.reason
 
 
@@ -513,12 +513,12 @@ def test_a_change_of_basis_alone_changes_nothing(name: str, tmp_path: Path) -> N
         WeightEdits(),
     )
     for group in groups:
-        if fitted.forms.get(group.id) in ("scores", "values"):
-            apply_basis(edits, fitted, group, fitted.forms[group.id])
+        if fitted.kinds.get(group.id) in ("scores", "values"):
+            apply_basis(edits, fitted, group, fitted.kinds[group.id])
     before = run(tmp_path / "model.onnx", feeds)
-    assert relative_error(before, run(written(apply_edits(analysis.traced, edits)), feeds)) < 1e-5
+    assert relative_error(before, run(written(apply_edits(analysis.traced_graph, edits)), feeds)) < 1e-5
     made = snpc.plan(analysis, snpc.Budget(0.5), calibration=data)
-    snpc.apply_slice_plan(made.plan, tmp_path / "half.onnx", compression=made.compression, calibration=data)
+    snpc.apply_slice_plan(made.slices, tmp_path / "half.onnx", compression=made.closed_forms, calibration=data)
 
 
 class PackedMultiHeadAttention(OpRun):

@@ -91,13 +91,13 @@ def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, unif
     assert len(result.search.tried) <= SEARCH_ROUNDS
     assert decision.scores is not None
     way, _ = allocation_path(decision.groups, decision.scores, choice)
-    kept = {g.id: result.plan.kept(g) for g in decision.groups}
-    steps = next(k for k in range(len(way.steps) + 1) if way.widths(k) == kept)
+    kept = {g.id: result.plan.kept_width(g) for g in decision.groups}
+    steps = next(k for k in range(len(way.steps) + 1) if way.widths_after(k) == kept)
     larger = min(steps + max(1, len(way.steps) // 10), len(way.steps))
     if measured < 0.8 * limit and larger > steps:  # not near: then going on would have gone over
-        plan = select_units(decision.scores, choice, way.widths(larger))
+        plan = select_units(decision.scores, choice, way.widths_after(larger))
         over = snpc.apply_slice_plan(
-            plan, tmp_path / "over.onnx", compression=decision.compression, calibration=calibration
+            plan, tmp_path / "over.onnx", compression=decision.closed_forms, calibration=calibration
         )
         assert drift_of(analysis.model.path, over.path, calibration) > limit
 
@@ -143,7 +143,7 @@ def test_predicted_drift_adds_up_the_curves() -> None:
     predicted = predicted_drift(way, scores)
     assert predicted[0] == 0
     for k in range(len(way.steps) + 1):
-        widths = way.widths(k)
+        widths = way.widths_after(k)
         assert predicted[k] == pytest.approx(math.sqrt(sum(curves[name][w] for name, w in widths.items())))
 
 
@@ -185,7 +185,7 @@ def timed(groups: Sequence[Group], ms: dict[str, float], base: float = 10.0) -> 
     saved = {g.id: ms[g.id] * (1 - np.arange(g.size + 1) / g.size) for g in groups}
     values = {g.id: np.ones((g.blocks, g.size)) for g in groups}
     curves = {g.id: (1 - np.arange(g.size + 1) / g.size) ** 2 for g in groups}
-    return snpc.UnitScores(stub(groups), "made", values, curves=curves, times=LatencyCurves(base, base, saved))
+    return snpc.UnitScores(stub(groups), "made", values, curves=curves, latency=LatencyCurves(base, base, saved))
 
 
 def test_time_is_the_price() -> None:
@@ -193,10 +193,10 @@ def test_time_is_the_price() -> None:
     groups = [group("slow", "ffn", 1, 20), group("fast", "ffn", 1, 20)]
     scores = timed(groups, {"slow": 6.0, "fast": 0.6})
     plan = make_slice_plan(scores, Budget(target="latency=0.7"))
-    gone = {g.id: g.size - plan.kept(g) for g in groups}
+    gone = {g.id: g.size - plan.kept_width(g) for g in groups}
     assert gone["slow"] > 4 * gone["fast"]
-    assert scores.times is not None
-    saved = sum(float(scores.times.saved[g.id][plan.kept(g)]) for g in groups)
+    assert scores.latency is not None
+    saved = sum(float(scores.latency.saved[g.id][plan.kept_width(g)]) for g in groups)
     assert 3.0 <= saved < 3.0 + 6.0 / 20 + 1e-9
 
 
@@ -216,7 +216,7 @@ def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() ->
 def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float]) -> None:
     g = group("a", "ffn", 1, size)
     table = LatencyTable(12.0, 10.0, {"ffn": tuple(parts)})
-    curve = table.curve(g)
+    curve = table.saving_curve(g)
     assert curve.shape == (size + 1,)
     assert curve[-1] == 0
     assert (np.diff(curve) <= 1e-9).all()
@@ -227,7 +227,7 @@ def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float
 
 def test_groups_share_by_macs_what_their_role_saves() -> None:
     groups = [group("a", "ffn", 1, 8), group("b", "ffn", 1, 8), group("c", "qk", 1, 8)]
-    times = LatencyTable(10.0, 10.0, {"ffn": (0.1, 0.2, 0.3), "qk": (0.0, 0.0, 0.0)}).times(groups, groups[:2])
+    times = LatencyTable(10.0, 10.0, {"ffn": (0.1, 0.2, 0.3), "qk": (0.0, 0.0, 0.0)}).saved_times(groups, groups[:2])
     assert set(times.saved) == {"a", "b"}
     assert times.saved["a"][4] + times.saved["b"][4] == pytest.approx(2.0)
 
@@ -300,9 +300,9 @@ def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> No
     choice = snpc.Budget(target="latency=0.6")
     plain = snpc.plan(analysis, choice)
     count = len(clock)
-    workload = Workload(artefact=TimedArtifact("a copy", make))
+    workload = Workload(artifact=TimedArtifact("a copy", make))
     decision = snpc.plan(analysis, choice, workload=workload)
-    assert decision.plan.keep == plain.plan.keep, "the clock counts MACs: a copy takes as long"
+    assert decision.slices.keep == plain.slices.keep, "the clock counts MACs: a copy takes as long"
     result = snpc.apply(decision, tmp_path / "cut.onnx")
     assert len(clock) > 2 * count, "times of the model itself do not serve for the artefact"
     assert set(clock[count:]) <= set(made)
@@ -336,13 +336,13 @@ def test_every_step_goes_down(shapes: list[tuple[Role, int, int]], uniform: bool
     way = greedy_path(
         groups, costs, {g.id: 1.0 for g in groups}, Budget(target="macs=0.5", uniform=uniform, round_to=step)
     )
-    before = way.widths(0)
+    before = way.widths_after(0)
     for k in range(1, len(way.steps) + 1):
-        after = way.widths(k)
+        after = way.widths_after(k)
         assert all(after[name] <= before[name] for name in before)
         assert after != before
         if uniform:
             shares = [1 - after[g.id] / g.size for g in groups if after[g.id] > min(g.size, step)]
             assert not shares or max(shares) - min(shares) <= max(step / g.size for g in groups) + 1e-9
         before = after
-    assert cast(Callable[[int], dict[str, int]], way.widths)(10**6) == before
+    assert cast(Callable[[int], dict[str, int]], way.widths_after)(10**6) == before

@@ -242,8 +242,8 @@ def test_the_whole_way_in_python(name: str, tmp_path: Path) -> None:
     result = snpc.apply_slice_plan(
         snpc.make_slice_plan(scores, snpc.Budget(0.3)), tmp_path / "out.onnx", calibration=data
     )
-    assert result.verdict.max_abs_diff is not None
-    assert result.verdict.max_abs_diff < 1e-3
+    assert result.verification.max_abs_diff is not None
+    assert result.verification.max_abs_diff < 1e-3
     assert result.after.params < result.before.params
     assert result.after.macs < result.before.macs
     json.dumps(snpc.json_report(result))

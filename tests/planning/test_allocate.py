@@ -51,7 +51,7 @@ def random_scores(groups: list[Group], seed: int) -> snpc.UnitScores:
 
 
 def removed(plan: snpc.SlicePlan, groups: list[Group]) -> int:
-    return sum(g.blocks * (g.size - plan.kept(g)) for g in groups)
+    return sum(g.blocks * (g.size - plan.kept_width(g)) for g in groups)
 
 
 GROUPS = st.lists(st.tuples(st.sampled_from(["qk", "vo", "ffn", "head"]), st.integers(1, 6), st.integers(2, 40)),
@@ -71,7 +71,7 @@ class TestWidths:
         made = random_scores(groups, seed)
         plan = snpc.make_slice_plan(made, snpc.Budget(ratio, roles, uniform=uniform, round_to=step, min_width=least))
         for g in groups:
-            width = plan.kept(g)
+            width = plan.kept_width(g)
             assert 1 <= width <= g.size
             assert width == g.size or (width % step == 0 and width >= min(least, g.size))
             rows = plan.keep.get(g.id, ())
@@ -89,7 +89,7 @@ class TestWidths:
                         abs(w - g.size * (1 - ratio))
                         for w in allowed_widths(g, snpc.Budget(0, (role,), round_to=step, min_width=least))
                     )
-                    assert abs(plan.kept(g) - g.size * (1 - ratio)) == pytest.approx(nearest)
+                    assert abs(plan.kept_width(g) - g.size * (1 - ratio)) == pytest.approx(nearest)
             else:
                 assert removed(plan, mine) <= ratio * sum(g.blocks * g.size for g in mine) + 1e-6
 
@@ -102,14 +102,14 @@ class TestWidths:
         groups = [group(f"g{k}", "qk", blocks, size) for k, size in enumerate(sizes)]
         plan = snpc.make_slice_plan(random_scores(groups, seed), snpc.Budget(ratio, ("qk",)))
         budget = ratio * sum(blocks * size for size in sizes)
-        if all(plan.kept(g) > 1 for g in groups):
+        if all(plan.kept_width(g) > 1 for g in groups):
             assert budget - removed(plan, groups) < blocks
 
     def test_ranking_cuts_where_scores_are_low(self) -> None:
         flat, steep = group("flat", "ffn", 1, 10), group("steep", "ffn", 1, 10)
         values = {"flat": np.ones((1, 10)), "steep": np.array([[1e-3] * 5 + [2] * 5])}
         plan = snpc.make_slice_plan(scores(values, flat, steep), snpc.Budget(0.25, ("ffn",)))
-        assert (plan.kept(flat), plan.kept(steep)) == (10, 5)
+        assert (plan.kept_width(flat), plan.kept_width(steep)) == (10, 5)
         assert plan.keep["steep"] == ((5, 6, 7, 8, 9),)
 
     def test_ranking_is_by_share_of_the_group(self) -> None:
@@ -119,13 +119,13 @@ class TestWidths:
         made = scores({"one": values, "other": 1000 * values}, one, other)
         plan = snpc.make_slice_plan(made, snpc.Budget(0.5, ("ffn",)))
         assert plan.keep["one"] == plan.keep["other"]
-        assert plan.kept(one) == 10
+        assert plan.kept_width(one) == 10
 
     def test_roles_have_their_own_budget(self) -> None:
         groups = [group("a", "qk", 2, 10), group("b", "vo", 2, 10), group("c", "ffn", 1, 50)]
         values = {"a": np.full((2, 10), 1e-6), "b": np.full((2, 10), 1e6), "c": np.ones((1, 50))}
         plan = snpc.make_slice_plan(scores(values, *groups), snpc.Budget(0.3))
-        assert [plan.kept(g) for g in groups] == [7, 7, 35]
+        assert [plan.kept_width(g) for g in groups] == [7, 7, 35]
 
     def test_blocks_lose_equally_many_but_not_the_same(self) -> None:
         g = group("a", "qk", 2, 4)
@@ -138,7 +138,7 @@ class TestWidths:
     @pytest.mark.parametrize("values", [np.zeros((2, 8)), np.full((2, 8), 5.0)])
     def test_scores_that_say_nothing(self, values: Array) -> None:
         g = group("a", "qk", 2, 8)
-        assert snpc.make_slice_plan(scores({"a": values}, g), snpc.Budget(0.5, ("qk",))).kept(g) == 4
+        assert snpc.make_slice_plan(scores({"a": values}, g), snpc.Budget(0.5, ("qk",))).kept_width(g) == 4
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(2, 40), st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 9))
@@ -247,8 +247,8 @@ def test_no_group_loses_more_than_its_cap(how: dict[str, Any]) -> None:
     cut = [g for g in analysis.groups if g.id in plan.keep]
     assert cut
     for group in cut:
-        assert plan.kept(group) >= group.size * (1 - caps[group.role]) - 1e-9
-    assert any(plan.kept(g) == g.size * 0.75 for g in cut if g.role == "qk")
+        assert plan.kept_width(group) >= group.size * (1 - caps[group.role]) - 1e-9
+    assert any(plan.kept_width(g) == g.size * 0.75 for g in cut if g.role == "qk")
 
 
 @pytest.mark.parametrize("text", ["1", "-0.1", "half", "ffn", "ffn=2", "nothing=0.5", "0.5,0.4", ""])

@@ -39,16 +39,16 @@ def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path
         gone, left = [], []
         for group in (g for g in decision.groups if g.role == role):
             ranks = relative_energy(energies[group.id])
-            cut = group.size - decision.plan.kept(group)
+            cut = group.size - decision.slices.kept_width(group)
             gone += ranks[:cut].tolist()
             left += ranks[cut:-1].tolist()  # the last unit always stays
         assert gone and max(gone) <= min(left) + 1e-12
-    result = snpc.apply_slice_plan(decision.plan, tmp_path / "out.onnx")
-    assert result.verdict.equals_mask
+    result = snpc.apply_slice_plan(decision.slices, tmp_path / "out.onnx")
+    assert result.verification.equals_mask
     if "ratio" in options:
         for role in ("qk", "vo", "ffn"):
             mine = [g for g in decision.groups if g.role == role]
-            share = sum(g.blocks * (g.size - decision.plan.kept(g)) for g in mine) / sum(
+            share = sum(g.blocks * (g.size - decision.slices.kept_width(g)) for g in mine) / sum(
                 g.blocks * g.size for g in mine
             )
             assert 0.4 - max(g.blocks for g in mine) / sum(g.blocks * g.size for g in mine) < share <= 0.4
@@ -59,7 +59,7 @@ def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path
 def test_widths_keep_to_their_multiples() -> None:
     analysis = analysis_of("swin_timm__ts17")
     decision = snpc.plan(analysis, snpc.Budget(0.5, allocator="dimap", round_to=4, min_width=4))
-    kept = [decision.plan.kept(g) for g in decision.groups if decision.plan.kept(g) < g.size]
+    kept = [decision.slices.kept_width(g) for g in decision.groups if decision.slices.kept_width(g) < g.size]
     assert kept and all(width % 4 == 0 for width in kept)
 
 

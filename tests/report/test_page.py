@@ -86,7 +86,7 @@ def pruned(
         calibration = snpc.load_calibration(data, analysis.model.inputs, samples=16)  # type: ignore[arg-type]
     decision = snpc.plan(analysis, choice, calibration=calibration, criterion=criterion)
     result = snpc.apply_slice_plan(
-        decision.plan, folder / "pruned.onnx", compression=decision.compression, calibration=calibration
+        decision.slices, folder / "pruned.onnx", compression=decision.closed_forms, calibration=calibration
     )
     target = folder / "report.html"
     report = snpc.write_report(result, target, decision=decision, calibration=calibration)
@@ -131,7 +131,7 @@ def test_every_group_of_the_plan_is_shown(digits: Written) -> None:
         group = plan.analysis.group(name)
         assert name in texts
         assert any(t.startswith(f"{name}: {group.blocks} x {group.size} before") for t in texts)
-        assert any(t.endswith(f"{group.blocks} x {plan.kept(group)} after") for t in texts)
+        assert any(t.endswith(f"{group.blocks} x {plan.kept_width(group)} after") for t in texts)
 
 
 def test_numbers_are_those_of_the_result(digits: Written) -> None:
@@ -187,7 +187,7 @@ def test_macs_by_role_add_up_to_those_of_the_files(digits: Written) -> None:
     mine = [g for g in result.plan.analysis.groups if g.role == "ffn"]
     (ffn,) = [pair for pair in digits.report.macs if pair.name == "ffn"]
     assert ffn.before == sum(g.macs for g in mine)
-    assert ffn.after == sum(g.macs * result.plan.kept(g) // g.size for g in mine)
+    assert ffn.after == sum(g.macs * result.plan.kept_width(g) // g.size for g in mine)
 
 
 @pytest.mark.parametrize(
@@ -402,16 +402,16 @@ def test_patches_that_are_left_are_shown(spec: str, tmp_path: Path) -> None:
     steps = reduced.reduction.to_json()["steps"]
     leading = reduced.tokens.points[0].leading
     shown = Parsed((tmp_path / "page.html").read_text())
-    pictures = report.survivors.pictures
-    assert pictures and not report.survivors.reason
+    pictures = report.token_maps.pictures
+    assert pictures and not report.token_maps.reason
     for picture in pictures:
-        assert [(s.block, s.left) for s in picture.stages] == [(s["block"], s["after"]) for s in steps]
+        assert [(s.block, s.tokens_left) for s in picture.stages] == [(s["block"], s["after"]) for s in steps]
         before = np.ones(np.shape(picture.stages[0].shares))
         for stage in picture.stages:
             shares = np.array(stage.shares)
-            assert np.isclose(shares.sum(), stage.left - leading)  # every token is the patches in it, added up
+            assert np.isclose(shares.sum(), stage.tokens_left - leading)  # every token is the patches in it, added up
             assert (shares <= before + 1e-9).all() and (shares < before).any()
-            assert picture.shaded(stage).shape == np.shape(picture.pixels)
+            assert picture.shade_dropped_patches(stage).shape == np.shape(picture.pixels)
             before = shares
     said = [text for text in shown.texts if re.fullmatch(r"block \d+: \d+ of \d+", text)]
     assert len(said) == len(pictures) * len(steps)

@@ -39,7 +39,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     snpc.write_example("digits", folder)
     decision = snpc.plan(snpc.analyze(snpc.load(folder / "digits_vit.onnx")), snpc.Budget(ratio=0.5))
-    snpc.apply_slice_plan(decision.plan, folder / "half.onnx")
+    snpc.apply_slice_plan(decision.slices, folder / "half.onnx")
     return folder
 
 
@@ -227,7 +227,12 @@ def test_bench_compares_runtimes_and_their_outputs(digits: Path, tmp_path: Path)
     paths = [onnx_path, *built[0].files, built[1].path]
     result = snpc.bench(paths, batch=2, iterations=3, warmup=1)
     assert [t.model for t in result.timings] == ["half.onnx", "a.onnx", "a.ort", "b.xml"]
-    assert all(s.worst is not None and s.worst.max_abs is not None and s.worst.max_abs < 1e-3 for s in result.speedups)
+    assert all(
+        s.largest_difference is not None
+        and s.largest_difference.max_abs is not None
+        and s.largest_difference.max_abs < 1e-3
+        for s in result.speedups
+    )
     assert result.machine.provider == "CPUExecutionProvider, OpenVINO CPU"
 
 
@@ -238,7 +243,7 @@ def pruned(name: str, tmp_path: Path) -> tuple[Path, Path]:
     require(name)
     dense = export(name)
     decision = snpc.plan(snpc.analyze(snpc.load(dense)), snpc.Budget(ratio=0.5))
-    snpc.apply_slice_plan(decision.plan, tmp_path / "pruned.onnx")
+    snpc.apply_slice_plan(decision.slices, tmp_path / "pruned.onnx")
     return dense, tmp_path / "pruned.onnx"
 
 
@@ -250,10 +255,10 @@ def test_rtx_weight_memory_shrinks_as_pruning_says(name: str, tmp_path: Path) ->
         snpc.build(path, "trt-rtx", tmp_path / f"{k}.engine", options=BuildOptions(sm=(86,)))
         for k, path in enumerate((dense, narrow))
     )
-    assert before.weights and after.weights
+    assert before.weight_bytes and after.weight_bytes
     saved = sum(i.size for i in floats(dense)) - sum(i.size for i in floats(narrow))
-    assert before.weights - after.weights == pytest.approx(4 * saved, rel=0.1)
-    assert after.path.stat().st_size > after.weights
+    assert before.weight_bytes - after.weight_bytes == pytest.approx(4 * saved, rel=0.1)
+    assert after.path.stat().st_size > after.weight_bytes
 
 
 def floats(path: Path) -> list[Array]:
@@ -266,7 +271,7 @@ def test_rtx_half_precisions_halve_the_weights(digits: Path, tmp_path: Path) -> 
     weights = {}
     for precision in ("fp32", "fp16", "bf16"):
         path = tmp_path / f"{precision}.engine"
-        weights[precision] = snpc.build(digits / "half.onnx", "trt-rtx", path, precision=precision).weights  # type: ignore[arg-type]
+        weights[precision] = snpc.build(digits / "half.onnx", "trt-rtx", path, precision=precision).weight_bytes  # type: ignore[arg-type]
     assert weights["fp16"] == pytest.approx(weights["fp32"] / 2, rel=0.1)
     assert weights["bf16"] == pytest.approx(weights["fp16"], rel=0.01)
 
@@ -287,7 +292,7 @@ def test_int8_builds_for_rtx(digits: Path, tmp_path: Path) -> None:
     data = calibration(digits, 32)
     built = snpc.build(digits / "half.onnx", "trt-rtx", tmp_path / "a.engine", precision="int8", calibration=data)
     full = snpc.build(digits / "half.onnx", "trt-rtx", tmp_path / "b.engine")
-    assert built.weights and full.weights and built.weights < 0.5 * full.weights
+    assert built.weight_bytes and full.weight_bytes and built.weight_bytes < 0.5 * full.weight_bytes
 
 
 def test_a_parse_error_names_the_node(tmp_path: Path) -> None:
@@ -322,8 +327,11 @@ def test_the_trt_target_takes_the_same_way(digits: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib, "import_module", lambda name: rtx if name == "tensorrt" else real(name))
     options = BuildOptions(workspace=256, timing_cache=tmp_path / "cache")
     built = snpc.build(digits / "half.onnx", "trt", tmp_path / "a.engine", options=options)
-    assert built.target == "trt" and built.weights and (tmp_path / "cache").is_file()
-    assert snpc.build(digits / "half.onnx", "trt", tmp_path / "b.engine", options=options).weights == built.weights
+    assert built.target == "trt" and built.weight_bytes and (tmp_path / "cache").is_file()
+    assert (
+        snpc.build(digits / "half.onnx", "trt", tmp_path / "b.engine", options=options).weight_bytes
+        == built.weight_bytes
+    )
 
 
 @pytest.mark.parametrize(("version", "typed"), [("10.13.0", True), ("11.0.1", False)])
@@ -353,9 +361,9 @@ def test_the_script_fits_the_installed_version(
 def test_profiles_come_from_dynamic_axes_or_from_the_user(digits: Path) -> None:
     path = digits / "half.onnx"
     (span,) = shape_ranges(path, BuildOptions()).values()
-    assert (span.least, span.best, span.most) == ((1, 1, 8, 8), (1, 1, 8, 8), (16, 1, 8, 8))
+    assert (span.min, span.opt, span.max) == ((1, 1, 8, 8), (1, 1, 8, 8), (16, 1, 8, 8))
     (span,) = shape_ranges(path, BuildOptions(opt_shapes={"image": (4, 1, 8, 8)})).values()
-    assert span.least == span.best == span.most == (4, 1, 8, 8)
+    assert span.min == span.opt == span.max == (4, 1, 8, 8)
     for wrong in ({"image": (4, 1, 9, 8)}, {"picture": (1, 1, 8, 8)}, {"image": (0, 1, 8, 8)}):
         with pytest.raises(UserError):
             shape_ranges(path, BuildOptions(min_shapes={"image": (1, 1, 8, 8)}, max_shapes=wrong))
@@ -394,7 +402,7 @@ def test_a_failed_build_leaves_the_earlier_artefact(
         return BuildOutput((job.output,))
 
     for make_it, error in ((wrong, CheckFailed), (broken, UserError)):
-        monkeypatch.setitem(TARGETS, "ort", dataclasses.replace(ORT, make=make_it))
+        monkeypatch.setitem(TARGETS, "ort", dataclasses.replace(ORT, build=make_it))
         with pytest.raises(error):
             snpc.build(digits / "half.onnx", "ort", earlier)
         assert earlier.read_bytes() == b"earlier"
@@ -419,7 +427,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: li
 
 def test_a_latency_is_that_of_the_artefact(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
-    made = snpc.timed_artifact("ort", batch=4).make(digits / "half.onnx", tmp_path / "dense")
+    made = snpc.timed_artifact("ort", batch=4).build(digits / "half.onnx", tmp_path / "dense")
     assert made.parent == tmp_path / "dense"
     wanted = reference(digits / "half.onnx", images(digits))["logits"]
     np.testing.assert_allclose(open_runner(made).run(images(digits))["logits"], wanted, atol=1e-3)

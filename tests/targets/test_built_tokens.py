@@ -36,5 +36,5 @@ def test_openvino_says_what_onnxruntime_says(reduced: Path, tmp_path: Path) -> N
 def test_an_engine_is_built(reduced: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'snpc[trt-rtx]'")
     built = snpc.build(reduced, "trt-rtx", tmp_path / "out.engine", options=BuildOptions(sm=(86,)))
-    assert built.weights
-    assert built.path.stat().st_size > built.weights
+    assert built.weight_bytes
+    assert built.path.stat().st_size > built.weight_bytes

@@ -48,7 +48,9 @@ def written(reduced: Analysis, folder: Path) -> Path:
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_text_classifiers_of_any_length(name: str, tmp_path: Path) -> None:
     found = analysis_of(name)
-    assert [(p.block, p.leading, p.fixed) for p in found.tokens.points] == [(k, 1, name not in DYNAMIC) for k in (1, 2)]
+    assert [(p.block, p.leading, p.fixed_length) for p in found.tokens.points] == [
+        (k, 1, name not in DYNAMIC) for k in (1, 2)
+    ]
     reduced = reduce_tokens(found, "topk:0.5@1+topk:0.6@2")
     path = written(reduced, tmp_path)
     batches = [texts(lengths) for lengths in LENGTHS] if name in DYNAMIC else [feeds_of(name)]
@@ -97,7 +99,7 @@ def test_padded_tokens_do_not_matter(tmp_path: Path) -> None:
 def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> None:
     found = analysis_of(name)
     fixed = SENTENCES[name].static_batch is not None
-    assert [(p.block, p.leading, p.fixed) for p in found.tokens.points] == [(k, 0, fixed) for k in (1, 2, 3)]
+    assert [(p.block, p.leading, p.fixed_length) for p in found.tokens.points] == [(k, 0, fixed) for k in (1, 2, 3)]
     batches = [feeds_of(name)] if fixed else [texts(lengths) for lengths in LENGTHS]
     data = snpc.load_calibration(batches[0], found.model.inputs, batch=2)
     reduced = reduce_tokens(found, spec, measure_offline_scores(found, data, spec))

@@ -110,7 +110,7 @@ BESIDE = {
 def test_what_has_an_entry_for_each_token_loses_what_the_tokens_lose(name: str, tmp_path: Path) -> None:
     encoder, meets = BESIDE[name]
     found = analysis(encoder, tmp_path)
-    assert [bool(point.sided) for point in found.tokens.points] == meets
+    assert [bool(point.side_input) for point in found.tokens.points] == meets
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     assert check_token_reduction(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
     with pytest.raises(UserError, match="an entry for each; use topk"):
@@ -259,12 +259,12 @@ def test_widths_are_cut_on_the_reduced_graph(tmp_path: Path) -> None:
     reduced = reduce_tokens(found, "merge:2")
     decision = snpc.plan(reduced, snpc.Budget(target="macs=0.5"), calibration=data)
     result = snpc.apply_slice_plan(
-        decision.plan, tmp_path / "out.onnx", compression=decision.compression, calibration=data
+        decision.slices, tmp_path / "out.onnx", compression=decision.closed_forms, calibration=data
     )
     assert result.after.macs <= 0.5 * result.before.macs
-    assert result.verdict.equals_mask and all(d.relative < 1e-4 for d in result.verdict.equals_mask)
-    assert any("in place" in said for said in result.verdict.structure)
-    text = snpc.plan_to_json(decision.plan)
+    assert result.verification.equals_mask and all(d.relative < 1e-4 for d in result.verification.equals_mask)
+    assert any("in place" in said for said in result.verification.structure)
+    text = snpc.plan_to_json(decision.slices)
     again = snpc.plan_from_json(text, reduced, "plan")
     snpc.verify(found.model.path, result.path, plan=again, calibration=data)
     with pytest.raises(UserError, match="reduce them first"):

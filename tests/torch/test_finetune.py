@@ -194,7 +194,7 @@ def test_the_loop_trains_any_module(tmp_path: Path) -> None:
     training = TrainingOptions(steps=300, lr=0.1, decay=0.0)
     trained = snpc.torch.train(module, gap, Line(), training, report=heard.append)
     assert module.weight.item() == pytest.approx(3, abs=1e-2) and module.bias.item() == pytest.approx(1, abs=1e-2)
-    assert trained.steps == 300 == heard[-1].step and heard[-1].left == 0 and heard[0].left > 0
+    assert trained.steps == 300 == heard[-1].step and heard[-1].seconds_left == 0 and heard[0].seconds_left > 0
     assert heard[0].lr < max(h.lr for h in heard) == pytest.approx(0.1) and heard[-1].lr < 1e-3
 
 

@@ -111,7 +111,7 @@ def selected_rows(search: DemandAnalysis, node: ir.Node) -> Demand | None:
         return None
     call = search.call(node)
     shape = call.shape(0)
-    if len(call.outs[0]) > len(shape):
+    if len(call.out_shapes[0]) > len(shape):
         return None
     for axis, size in enumerate(shape):
         picked = source_positions(call, axis)
@@ -158,7 +158,7 @@ def input_demands(search: DemandAnalysis, node: ir.Node, wanted: Demand) -> Mapp
 
 def demand_pointwise(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand]:
     """Operands broadcast from the right."""
-    rank = len(call.outs[0])
+    rank = len(call.out_shapes[0])
     found = {}
     for index in range(len(call.shapes)):
         axis = wanted.axis - rank + len(call.shape(index)) if call.has(index) else -1
@@ -170,14 +170,18 @@ def demand_pointwise(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int,
 def demand_normalization(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     axes = spec.axes(call) if spec.axes is not None else (wanted.axis,)
     others = [k for k in range(1, len(call.shapes)) if call.has(k) and k not in spec.per_axis]
-    if wanted.axis in {axis % len(call.outs[0]) for axis in axes} or others or call.shape(0) != call.outs[0]:
+    if (
+        wanted.axis in {axis % len(call.out_shapes[0]) for axis in axes}
+        or others
+        or call.shape(0) != call.out_shapes[0]
+    ):
         return None
     return {0: wanted}
 
 
 def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     """The axis must be a free one of one operand."""
-    if spec.letters is None or spec.curved:
+    if spec.letters is None or spec.has_activation:
         return None
     try:
         letters = letters_of(spec, call)
@@ -191,7 +195,7 @@ def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[in
     operand, spelled = (0, letters.left) if letter in letters.left else (1, letters.right)
     axis = spelled.index(letter)
     index = spec.operands[operand]
-    if call.shape(index)[axis] != call.outs[0][wanted.axis]:
+    if call.shape(index)[axis] != call.out_shapes[0][wanted.axis]:
         return None
     return {index: Demand(axis, wanted.positions)}
 
@@ -199,10 +203,10 @@ def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[in
 def demand_movement(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
     """The axis of the input that becomes this one as it is. What has sizes in its parameters is left alone, but for a
     reshape that merges all that lies behind the axis."""
-    if spec.repair is not None and not merges_trailing_axes(call, wanted.axis):
+    if spec.recompute is not None and not merges_trailing_axes(call, wanted.axis):
         return None
-    size = call.outs[0][wanted.axis]
-    view = [1] * len(call.outs[0])
+    size = call.out_shapes[0][wanted.axis]
+    view = [1] * len(call.out_shapes[0])
     view[wanted.axis] = size
     for axis, length in enumerate(call.shape(0)):
         picked = source_positions(call, axis) if length == size else None
@@ -212,7 +216,7 @@ def demand_movement(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, 
 
 
 def merges_trailing_axes(call: OpCall, axis: int) -> bool:
-    before, after = call.shape(0), call.outs[0]
+    before, after = call.shape(0), call.out_shapes[0]
     return call.op == RESHAPE and axis == len(after) - 2 and before[: axis + 1] == after[: axis + 1]
 
 
@@ -273,9 +277,9 @@ def rebuild_selection(model: ir.Model, search: DemandAnalysis, node: ir.Node, tw
     assert picked is not None
     places = np.searchsorted(demand.positions, picked.reshape(-1)).astype(np.int64)
     call = search.call(node)
-    scalar = len(call.outs[0]) < len(call.shape(0))
+    scalar = len(call.out_shapes[0]) < len(call.shape(0))
     if not scalar and len(places) == 1:  # one position, several times
-        places = places.repeat(call.outs[0][demand.axis])
+        places = places.repeat(call.out_shapes[0][demand.axis])
     index = add_int64_constant(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
     new = ir.node(GATHER, [twin.inputs[0], index], attributes={"axis": demand.axis}, name=f"{twin.name}__rows")
     old = twin.outputs[0]
@@ -291,7 +295,7 @@ def rebuild_selection(model: ir.Model, search: DemandAnalysis, node: ir.Node, tw
 def rebuild_reshape(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node) -> None:
     """All axes as they come, and one for the rest: right for any number of positions."""
     if node.op_type == RESHAPE and not node.domain:
-        rank = len(search.call(node).outs[0])
+        rank = len(search.call(node).out_shapes[0])
         shape = add_int64_constant(
             model, f"{twin.outputs[0].name}__shape", np.asarray([0] * (rank - 1) + [-1], np.int64)
         )

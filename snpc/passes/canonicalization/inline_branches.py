@@ -41,7 +41,9 @@ def is_input_independent(value: ir.Value, facts: ShapeFacts) -> bool:
         return above is not None and above.op_type == SHAPE and not above.attributes and one
     given = [v for v in node.inputs if v is not None]
     return (
-        bool(given) and not (spec.draws or has_subgraphs(node)) and all(is_input_independent(v, facts) for v in given)
+        bool(given)
+        and not (spec.is_random or has_subgraphs(node))
+        and all(is_input_independent(v, facts) for v in given)
     )
 
 

@@ -28,25 +28,25 @@ class GroupDraft:
 
 
 def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
-    flags = np.zeros(trace.book.count, np.int32)
-    np.bitwise_or.at(flags, units.unit, trace.book.flags[: trace.book.count])
+    flags = np.zeros(trace.table.count, np.int32)
+    np.bitwise_or.at(flags, units.unit_of_label, trace.table.flags[: trace.table.count])
     return flags
 
 
 def site_signatures(trace: Trace, units: Units) -> npt.NDArray[np.uint64]:
     """A hash of the set of constant axes that each unit lives on."""
     rng = np.random.default_rng(0)
-    found = np.zeros(trace.book.count, np.uint64)
-    for axis in trace.book.axes:
-        mine = np.unique(units.unit[axis.first : axis.first + axis.size])
+    found = np.zeros(trace.table.count, np.uint64)
+    for axis in trace.table.axes:
+        mine = np.unique(units.unit_of_label[axis.first_label : axis.first_label + axis.size])
         found[mine] += rng.integers(1, 1 << 63, dtype=np.uint64)
     return found
 
 
 def pins_by_unit(trace: Trace, units: Units) -> dict[int, list[LabelPin]]:
     found: dict[int, list[LabelPin]] = defaultdict(list)
-    for note in trace.book.pins:
-        for unit in np.unique(units.unit[note.labels]):
+    for note in trace.table.pins:
+        for unit in np.unique(units.unit_of_label[note.labels]):
             found[int(unit)].append(note)
     return found
 
@@ -55,17 +55,17 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
     flags = flags_by_unit(trace, units)
     signature = site_signatures(trace, units)
     pinned = pins_by_unit(trace, units)
-    heads = np.unique(units.head[units.head >= 0])
+    heads = np.unique(units.head_of_block[units.head_of_block >= 0])
     made = np.setdiff1d(np.flatnonzero(flags & int(LabelFlag.PRODUCED)), heads)
     bundles: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
     for unit in made:
-        blocked = units.block[unit] >= 0
+        blocked = units.block_of_unit[unit] >= 0
         bundles[int(signature[unit]), int(unit) in pinned, bool(blocked)].append(int(unit))
     lying = values_by_unit(trace, units)
     found: list[GroupDraft] = []
     for (_, is_pinned, _), members in bundles.items():
         notes = unique_pins(pinned, members) if is_pinned else ()
-        for grid in block_grids(np.array(members), units.block):
+        for grid in block_grids(np.array(members), units.block_of_unit):
             merged = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
             found.append(GroupDraft(grid, role_of(merged, notes), merged, notes))
     found = [pin_if_infeasible(trace, units, draft, lying) for draft in found]
@@ -103,7 +103,7 @@ def role_of(flags: LabelFlag, notes: tuple[LabelPin, ...]) -> Role:
         return "qk"
     if flags & LabelFlag.BATCHED:  # heads on an axis of their own in every weight
         return "head"
-    if flags & LabelFlag.CARRIED:
+    if flags & LabelFlag.PASSED_THROUGH:
         return "vo"
     if flags & LabelFlag.ADDED or any(note.kind in ("norm", "sum") for note in notes):
         return "residual"
@@ -125,7 +125,7 @@ def draft_head_groups(
         if draft.role not in ("qk", "vo"):
             continue
         for row in draft.units:
-            head = units.head[units.block[row[0]]] if units.block[row[0]] >= 0 else -1
+            head = units.head_of_block[units.block_of_unit[row[0]]] if units.block_of_unit[row[0]] >= 0 else -1
             if head >= 0:
                 owners[int(head)].append(index)
     bundles: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -133,9 +133,9 @@ def draft_head_groups(
         bundles[tuple(sorted(set(indices)))].append(head)
     made = []
     for children, members in bundles.items():
-        if len(members) < 2 or not any(found[k].flags & LabelFlag.CARRIED for k in children):
+        if len(members) < 2 or not any(found[k].flags & LabelFlag.PASSED_THROUGH for k in children):
             continue
-        torn = [h for h in members if h in set(units.crossed.tolist())]
+        torn = [h for h in members if h in set(units.partial_heads.tolist())]
         notes = unique_pins(pinned, members)
         for child in children:
             hard = tuple(n for n in found[child].pins if n.kind == "hard" or spans_several_heads(n, units))
@@ -159,7 +159,7 @@ def draft_head_groups(
 
 def spans_several_heads(note: LabelPin, units: Units) -> bool:
     """Is a statistic taken over more than one head?"""
-    return len(np.unique(units.block[units.unit[note.labels]])) > 1
+    return len(np.unique(units.block_of_unit[units.unit_of_label[note.labels]])) > 1
 
 
 def is_approximate(draft: GroupDraft) -> bool:

@@ -22,7 +22,9 @@ def values_by_unit(trace: Trace, units: Units) -> ValuesByUnit:
     """The values in which each unit lies, on axes of which more than one varies."""
     found: dict[int, list[ir.Value]] = defaultdict(list)
     for value, carried in trace.values.items():
-        held = {int(u) for f in carried.factors if f.squeeze().ndim > 1 for u in np.unique(units.unit[f[f >= 0]])}
+        held = {
+            int(u) for f in carried.factors if f.squeeze().ndim > 1 for u in np.unique(units.unit_of_label[f[f >= 0]])
+        }
         for unit in held:
             found[unit].append(value)
     return found
@@ -33,9 +35,9 @@ def infeasible_cut_pin(trace: Trace, units: Units, grid: IntArray, lying: Values
     one that could be taken apart (see ``unpack``)."""
     if grid.shape[1] < 2:
         return None
-    gone = np.zeros(trace.book.count, bool)
+    gone = np.zeros(trace.table.count, bool)
     gone[grid[:, 0]] = True
-    dead = RemovedUnits(units.unit, units.block, gone)
+    dead = RemovedUnits(units.unit_of_label, units.block_of_unit, gone)
     touched = dict.fromkeys(v for unit in grid[:, 0].tolist() for v in lying.get(unit, ()))
     for value in touched:
         node = value.producer()

@@ -31,16 +31,16 @@ def build_groups(
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
     for draft in made:
-        covered = usage.covered(draft, made)
+        covered = usage.unit_numbers(draft, made)
         counters[draft.role] += 1
         layers.append(counters[draft.role] - 1)
         path = usage.path(covered)
         wanted.append(".".join((*path, draft.role)) if path else f"{draft.role}.{layers[-1]}")
     groups = []
     for draft, name, layer in zip(made, unique_names(wanted), layers, strict=True):
-        numbers = usage.covered(draft, made)
+        numbers = usage.unit_numbers(draft, made)
         freedom, why = freedom_and_reason(draft)
-        macs, params = usage.account(numbers)
+        macs, params = usage.count_macs_and_params(numbers)
         groups.append(
             Group(
                 id=name,
@@ -71,7 +71,7 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
         return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
     if draft.flags & LabelFlag.CACHED:
         return "select", "it lies in a cache of keys and values"
-    if draft.flags & LabelFlag.CURVED:
+    if draft.flags & LabelFlag.NONLINEAR:
         return "select", "a nonlinear operator or a normalisation on the way"
     if draft.flags & LabelFlag.GATED:
         return "pairs", "multiplied by another activation on the way (rotary position)"
@@ -85,94 +85,98 @@ class GroupBuilder:
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: ShapeFacts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
-        self.axes = [(a, np.unique(units.unit[a.first : a.first + a.size])) for a in trace.book.axes]
-        self.users: list[tuple[tuple[Contraction, LabeledValue, str, int], IntArray]] = []
+        self.axes = [
+            (a, np.unique(units.unit_of_label[a.first_label : a.first_label + a.size])) for a in trace.table.axes
+        ]
+        self.operand_units: list[tuple[tuple[Contraction, LabeledValue, str, int], IntArray]] = []
         for contraction in trace.contractions:
             for side, letters in (
                 (contraction.left, contraction.letters.left),
                 (contraction.right, contraction.letters.right),
             ):
                 for index, labels in enumerate(side.factors):
-                    mine = np.unique(units.unit[labels[labels >= 0]])
-                    self.users.append(((contraction, side, letters, index), mine))
+                    mine = np.unique(units.unit_of_label[labels[labels >= 0]])
+                    self.operand_units.append(((contraction, side, letters, index), mine))
 
-    def among(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
+    def unit_mask(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
         """[units]: whether a unit is one of ``numbers``."""
-        found = np.zeros(self.trace.book.count, bool)
+        found = np.zeros(self.trace.table.count, bool)
         found[np.fromiter(numbers, np.int64, len(numbers))] = True
         return found
 
-    def covered(self, draft: GroupDraft, made: list[GroupDraft]) -> dict[int, int]:
+    def unit_numbers(self, draft: GroupDraft, made: list[GroupDraft]) -> dict[int, int]:
         """unit -> index within the group; the units of a head's blocks count as that head."""
         numbers = {int(unit): k for k, unit in enumerate(draft.units.reshape(-1))}
         for other in made if draft.role == "head" else ():
             for row in other.units if other.role in ("qk", "vo") else ():
-                block = self.units.block[row[0]]
-                head = int(self.units.head[block]) if block >= 0 else -1
+                block = self.units.block_of_unit[row[0]]
+                head = int(self.units.head_of_block[block]) if block >= 0 else -1
                 if head in numbers:
                     numbers |= {int(unit): numbers[head] for unit in row}
         return numbers
 
-    def numbered(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
+    def number_labels(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
         """Unit indices for an array of labels, -1 where the group has none."""
-        table = np.full(self.trace.book.count + 1, -1, np.int64)
+        table = np.full(self.trace.table.count + 1, -1, np.int64)
         keys = np.fromiter(numbers, np.int64)
         table[keys] = np.fromiter(numbers.values(), np.int64)
-        return np.where(labels >= 0, table[self.units.unit[labels]], -1)
+        return np.where(labels >= 0, table[self.units.unit_of_label[labels]], -1)
 
-    def own_axes(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
-        wanted = self.among(numbers)
+    def axes_of(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
+        wanted = self.unit_mask(numbers)
         return [axis for axis, units in self.axes if wanted[units].any()]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
         made = []
-        for axis in self.own_axes(numbers):
-            labels = np.arange(axis.first, axis.first + axis.size, dtype=np.int32)
-            flags = LabelFlag(int(np.bitwise_or.reduce(self.trace.book.flags[labels])))
+        for axis in self.axes_of(numbers):
+            labels = np.arange(axis.first_label, axis.first_label + axis.size, dtype=np.int32)
+            flags = LabelFlag(int(np.bitwise_or.reduce(self.trace.table.flags[labels])))
             kind: SiteKind = (
                 "consume"
-                if flags & LabelFlag.READS
+                if flags & LabelFlag.WEIGHT_INPUT
                 else "produce"
                 if flags & LabelFlag.PRODUCED
-                else ("norm" if flags & LabelFlag.NORMED else "pointwise")
+                else ("norm" if flags & LabelFlag.NORM_PARAMETER else "pointwise")
             )
-            made.append(Site(str(axis.constant.name), axis.axis, kind, self.numbered(labels, numbers)))
+            made.append(Site(str(axis.constant.name), axis.axis, kind, self.number_labels(labels, numbers)))
         return tuple(made)
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
-        wanted = self.among(numbers)
-        return [use for use, units in self.users if wanted[units].any()]
+        wanted = self.unit_mask(numbers)
+        return [use for use, units in self.operand_units if wanted[units].any()]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         paths = []
         for contraction, side, *_ in self.contractions(numbers):
-            if contraction.constant and side.constant:
+            if contraction.has_weight and side.constant:
                 names = [
                     original_name(v) for v in contraction.node.inputs if v is not None and v.const_value is not None
                 ]
                 paths.append(module_path(contraction.node, names))
         return common_module_path(paths)
 
-    def account(self, numbers: Mapping[int, int]) -> tuple[int, int]:
+    def count_macs_and_params(self, numbers: Mapping[int, int]) -> tuple[int, int]:
         """(MACs, parameters) that grow with the group's size."""
         shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
         for contraction, side, letters, index in self.contractions(numbers):
             labels = side.factors[index]
-            mine = self.numbered(labels, numbers)
+            mine = self.number_labels(labels, numbers)
             share = float((mine >= 0).mean())
             axes = [k for k, n in enumerate(labels.shape) if n > 1]
             if axes:
                 letter = letters[axes[-1]]
                 key = (contraction.node, contraction.part)
                 shares[key][letter] = max(share, shares[key].get(letter, 0.0))
-        macs = sum(self.macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items())
+        macs = sum(
+            self.contraction_macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items()
+        )
         params = 0.0
         for site in self.sites(numbers):
             tensor = self.model.graph.initializers[site.tensor]
             params += float((site.units >= 0).mean()) * float(np.prod(tensor.shape or (), dtype=np.float64))  # type: ignore[arg-type]
         return int(macs), int(params)
 
-    def macs(self, node: ir.Node, part: str) -> int:
+    def contraction_macs(self, node: ir.Node, part: str) -> int:
         call = self.facts.call(node, opset_version(self.model, node.domain))
         return sum(count_macs(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
 
@@ -186,11 +190,11 @@ class GroupBuilder:
             summed = {c for c in letters if c not in contraction.letters.out}
             on = {letters[k] for k, n in enumerate(labels.shape) if n > 1}
             kind: ProbeKind | None = None
-            if contraction.constant and on & summed:
+            if contraction.has_weight and on & summed:
                 kind = consumed
-            elif draft.role == "qk" and on & summed and not contraction.constant:
+            elif draft.role == "qk" and on & summed and not contraction.has_weight:
                 kind = "query" if side is contraction.left else "key"
-            elif draft.role == "vo" and not on & summed and not contraction.constant:
+            elif draft.role == "vo" and not on & summed and not contraction.has_weight:
                 kind = "value"
             if kind is None or (draft.role == "head" and kind != "context"):
                 continue
@@ -211,17 +215,17 @@ class GroupBuilder:
         by_name = {v.name: v for v in contraction.node.inputs if v is not None}
         value = by_name.get(side.name)
         if value is None:
-            return self.inner_probe(kind, side, contraction, labels, numbers)
+            return self.probe_inside_fused_node(kind, side, contraction, labels, numbers)
         carried = self.trace.values[value]
         if carried.shape != side.shape:  # a fused node splits heads inside: watch its input as it is
             for own in carried.factors:
-                mine = self.numbered(own, numbers)
+                mine = self.number_labels(own, numbers)
                 if (mine >= 0).any():
                     return Probe(kind, side.name, mine)
             return None
-        return Probe(kind, side.name, self.numbered(labels, numbers))
+        return Probe(kind, side.name, self.number_labels(labels, numbers))
 
-    def inner_probe(
+    def probe_inside_fused_node(
         self,
         kind: ProbeKind,
         side: LabeledValue,
@@ -236,5 +240,5 @@ class GroupBuilder:
         heads = side.shape[1]
         own = heads if side is contraction.left else int(attribute_values(node).get("kv_num_heads", heads))
         whole = np.broadcast_to(labels, (1, heads, 1, side.shape[3]))[:, :: heads // own]
-        merged = self.numbered(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
+        merged = self.number_labels(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
         return Probe(kind, side.name, merged)

@@ -16,17 +16,17 @@ from snpc.types import IntArray
 
 def find_units(trace: Trace) -> Units:
     """The units of everything that was traced."""
-    units = resolve_units(trace.book)
+    units = resolve_units(trace.table)
     while True:
         news = [
             pair
             for axis in units_along_flat_axes(trace, units)
-            for pair in unify_interleaved_blocks(axis, units.block[axis])
+            for pair in unify_interleaved_blocks(axis, units.block_of_unit[axis])
         ]
         if not news:
             return units
-        trace.book.pairs.extend(news)
-        units = resolve_units(trace.book)
+        trace.table.pairs.extend(news)
+        units = resolve_units(trace.table)
 
 
 def units_along_flat_axes(trace: Trace, units: Units) -> list[IntArray]:
@@ -36,8 +36,8 @@ def units_along_flat_axes(trace: Trace, units: Units) -> list[IntArray]:
         for labels in carried.factors:
             if len(varying_axes(labels)) == 1:
                 flat = labels.reshape(-1)
-                axis = units.unit[flat[flat >= 0]]
-                if (units.block[axis] >= 0).any():
+                axis = units.unit_of_label[flat[flat >= 0]]
+                if (units.block_of_unit[axis] >= 0).any():
                     found.setdefault(axis.tobytes(), axis)
     return list(found.values())
 

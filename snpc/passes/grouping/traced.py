@@ -19,7 +19,7 @@ class TracedGraph:
     """A canonical model with everything that the trace found in it."""
 
     model: ir.Model
-    sizes: Mapping[str, int]
+    dim_sizes: Mapping[str, int]
     facts: ShapeFacts
     trace: Trace
     units: Units

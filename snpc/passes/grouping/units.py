@@ -26,16 +26,16 @@ class Units:
     """``unit[label]`` names each label's unit by its smallest label; ``block[unit]`` its block (-1: none);
     ``head[block]`` the unit that covers the block (-1: none)."""
 
-    unit: IntArray
-    block: IntArray
-    head: IntArray
-    crossed: IntArray
+    unit_of_label: IntArray
+    block_of_unit: IntArray
+    head_of_block: IntArray
+    partial_heads: IntArray
 
 
 def resolve_units(book: LabelTable) -> Units:
     pairs = list(book.pairs)
-    batch = [s for s in book.slabs if s.kind == "batch"]
-    meet = sorted((s for s in book.slabs if s.kind == "meet"), key=lambda s: s.members.shape[1])
+    batch = [s for s in book.covers if s.kind == "batch"]
+    meet = sorted((s for s in book.covers if s.kind == "meet"), key=lambda s: s.fine.shape[1])
     while True:
         unit = connected_components(book.count, pairs)
         block = assign_blocks(unit, batch, book.count)
@@ -52,7 +52,7 @@ def next_unifications(
 ) -> list[tuple[IntArray, IntArray]]:
     """What to join next. Small slabs first: they may put units into blocks that a larger slab then covers whole."""
     sizes = block_sizes(unit, block)
-    for _, slabs in groupby(meet, key=lambda s: s.members.shape[1]):
+    for _, slabs in groupby(meet, key=lambda s: s.fine.shape[1]):
         news = pairs_to_unify((pair for slab in slabs for pair in unify_across_blocks(slab, unit, block, sizes)), unit)
         if news:
             return news
@@ -64,7 +64,7 @@ def pairs_to_unify(pairs: Iterable[tuple[IntArray, IntArray]], unit: IntArray) -
 
 
 def units_of_cover(slab: Cover, unit: IntArray) -> tuple[IntArray, IntArray]:
-    return unit[slab.keys], np.sort(unit[slab.members], axis=1)
+    return unit[slab.coarse], np.sort(unit[slab.fine], axis=1)
 
 
 def assign_blocks(unit: IntArray, batch: Sequence[Cover], count: int) -> IntArray:

@@ -57,7 +57,7 @@ def optional_input(inputs: Sequence[LabeledValue | None], index: int | None) -> 
 
 def drop_batch_axis(here: NodeContext, merged: LabeledValue) -> Factors:
     """Packed tokens of all samples have no batch axis."""
-    rank = len(here.call.outs[0])
+    rank = len(here.call.out_shapes[0])
     return tuple(f.reshape(f.shape[-rank:]) for f in merged.factors)
 
 
@@ -110,7 +110,7 @@ def unify_keys_and_values(
 ) -> None:
     """Keys and values share one tensor or one width: their positions go together, in steps that kernels take."""
     for labels in unify_factors(here, [key, value]):
-        here.trace.book.flag(labels, LabelFlag.CURVED)
+        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
     if shape.multiple == 1:
         return
     width = key.shape[3]
@@ -120,7 +120,7 @@ def unify_keys_and_values(
             steps = kernel_step_starts(
                 width, rotary, shape.multiple, bool(here.call.attrs.get("rotary_interleaved", 0))
             )
-            here.trace.book.join(labels, labels[..., steps])
+            here.trace.table.unify(labels, labels[..., steps])
 
 
 def kernel_step_starts(width: int, rotary: int, multiple: int, interleaved: bool) -> list[int]:
@@ -187,7 +187,7 @@ def propagate_scores_and_context(
     weights = LabeledValue(f"{here.node.name}.weights", scores_shape, factors)
     context_shape = (*query.shape[:3], value.shape[3])
     for name, carried in (("query", query), ("key", key), ("value", value)):
-        here.trace.extra[(here.node, name)] = carried
+        here.trace.inner_values[(here.node, name)] = carried
     return LabeledValue(
         f"{here.node.name}.context", context_shape, contract_labels(here, weights, value, product, "context")
     )

@@ -32,12 +32,12 @@ def concat_labels(here: NodeContext, parts: Sequence[LabeledValue], axis: int) -
                 for other, gs in zip(parts, mine, strict=True):
                     for labels in gs:
                         for fine in finer:
-                            here.trace.book.cover(labels, fine, "meet")
+                            here.trace.table.cover(labels, fine, "meet")
                         if not finer:
-                            here.pin(other, labels, f"it is laid beside {here.stranger(carried)}")
+                            here.pin(other, labels, f"it is laid beside {here.describe_unlabeled(carried)}")
             for labels in fs:
                 if pattern in across:
-                    here.trace.book.join(across[pattern], labels)
+                    here.trace.table.unify(across[pattern], labels)
                 else:
                     across[pattern] = labels
     return tuple(f for f in (*along, *across.values()) if f.size)
@@ -62,6 +62,6 @@ def concat_factor(
             rows.append(np.full(target, -1, np.int32))
             continue
         for extra in fs[1:]:
-            here.trace.book.join(fs[0], extra)
+            here.trace.table.unify(fs[0], extra)
         rows.append(np.broadcast_to(fs[0], target))
     return collapse_constant_axes(np.concatenate(rows, axis))

@@ -12,7 +12,7 @@ def contract_labels(
     here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, part: str = ""
 ) -> Factors:
     """Sum over the letters that do not reach the output. ``part`` names the step of a fused node."""
-    book = here.trace.book
+    book = here.trace.table
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     weights = which_are_weights(left, right)
     constant = any(weights)
@@ -32,16 +32,18 @@ def contract_labels(
                 here.pin(mine, labels, SUMMED_OVER, my_letters.index(min(on - summed - set(letters.out))))
                 continue
             if is_weight:
-                book.flag(labels, LabelFlag.CONSUMED | LabelFlag.READS if on & summed else LabelFlag.PRODUCED)
+                book.flag(labels, LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT if on & summed else LabelFlag.PRODUCED)
                 if not on & summed and letters.windowed:
                     book.flag(labels, LabelFlag.CONVOLVED)
             elif other_is and on & summed:
                 book.flag(labels, LabelFlag.CONSUMED)
             elif not constant:
                 batched = (
-                    LabelFlag.BATCHED if on and on <= set(letters.left) & set(letters.right) else LabelFlag.CARRIED
+                    LabelFlag.BATCHED
+                    if on and on <= set(letters.left) & set(letters.right)
+                    else LabelFlag.PASSED_THROUGH
                 )
-                book.flag(labels, LabelFlag.SCORED if on & summed else batched | LabelFlag.CARRIED)
+                book.flag(labels, LabelFlag.SCORED if on & summed else batched | LabelFlag.PASSED_THROUGH)
             rest = frozenset(k for k in varying_axes(labels) if my_letters[k] in letters.out)
             if on & summed:
                 if not rest:
@@ -53,7 +55,7 @@ def contract_labels(
                     letters.out,
                 )
                 if any(m.shape == moved.shape for m in covered):
-                    book.join(next(m for m in covered if m.shape == moved.shape), moved)
+                    book.unify(next(m for m in covered if m.shape == moved.shape), moved)
                     continue
                 covered.append(moved)
             else:
@@ -88,7 +90,7 @@ def unify_summed_axes(
     here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, summed: set[str]
 ) -> None:
     """Labels on both sides of a sum are one unit; labels on one side only are pinned."""
-    book = here.trace.book
+    book = here.trace.table
     for letter in sorted(summed):
         i, j = letters.left.index(letter), letters.right.index(letter)
         mine = [f for f in left.factors if i in varying_axes(f)]
@@ -98,19 +100,19 @@ def unify_summed_axes(
             if present and not counterpart and absent.shape[other_axis] > 1:
                 owner = left if present is mine else right
                 for labels in present:
-                    here.pin(owner, labels, f"it is summed against {here.stranger(absent)}", axis)
+                    here.pin(owner, labels, f"it is summed against {here.describe_unlabeled(absent)}", axis)
         for f in mine:
             for g in theirs:
                 a, b = transpose_to_letters(f, letters.left, letters), transpose_to_letters(g, letters.right, letters)
                 if varying_axes(a) == varying_axes(b):
-                    book.match(a, b)
+                    book.unify_or_cover(a, b)
                     pin_partly_labeled(here, left, a, b)
                 elif varying_axes(a) < varying_axes(b):
                     book.cover(a, b, "meet")
                 elif varying_axes(b) < varying_axes(a):
                     book.cover(b, a, "meet")
                 else:
-                    book.share(a, b, "meet")
+                    book.cover_in_common(a, b, "meet")
 
 
 def transpose_to_letters(labels: Labels, mine: str, letters: Letters) -> Labels:
@@ -124,7 +126,7 @@ def unify_batch_axes(
     here: NodeContext, out: list[tuple[LabeledValue, Labels]], left: LabeledValue, right: LabeledValue, letters: Letters
 ) -> Factors:
     """Factors of both operands that share output axes: heads of the scores over heads of the values."""
-    book = here.trace.book
+    book = here.trace.table
     batch = {c for c in letters.out if c in letters.left and c in letters.right}
     kept: list[tuple[LabeledValue, Labels]] = []
     for mine, labels in out:
@@ -134,14 +136,14 @@ def unify_batch_axes(
             if other is mine or not (varying_axes(labels) & varying_axes(existing)):
                 continue
             if varying_axes(labels) == varying_axes(existing):
-                book.join(labels, existing)
+                book.unify(labels, existing)
                 absorbed = True
             elif varying_axes(labels) < varying_axes(existing):
                 book.cover(labels, existing, "batch")
             elif varying_axes(existing) < varying_axes(labels):
                 book.cover(existing, labels, "batch")
             else:
-                book.share(labels, existing, "batch")
+                book.cover_in_common(labels, existing, "batch")
         partner, partner_letters = (right, letters.right) if mine is left else (left, letters.left)
         for letter in on:
             axis = partner_letters.index(letter)
@@ -158,14 +160,14 @@ def pin_batch_axis(
 ) -> None:
     """The other operand has this batch axis without labels: whole blocks stay, the width within them is free."""
     if varying_axes(labels) == axes:
-        here.pin(carried, labels, f"it meets {here.stranger(partner)}")
+        here.pin(carried, labels, f"it meets {here.describe_unlabeled(partner)}")
         return
     coarse = cover_remaining_axes(here, labels, axes)
     here.pin(partner, coarse, "no weight makes this axis", min(axes))
 
 
 def unify_with_bias(here: NodeContext, factors: Factors, bias: LabeledValue, out: str, letters: str) -> Factors:
-    shape = here.call.outs[0]
+    shape = here.call.out_shapes[0]
     if len(letters) != len(bias.shape):
         raise Blocked(0, SHAPE_MISMATCH)
     sizes = dict(zip(letters, bias.shape, strict=False))

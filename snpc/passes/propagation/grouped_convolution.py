@@ -29,7 +29,7 @@ def propagate_grouped_convolution(
     )  # fmt: skip
     parts = split_channel_axis(data, 1, groups), split_channel_axis(weight, 0, groups)
     factors = contract_labels(here, *parts, spelled)
-    merged = here.call.outs[0]
+    merged = here.call.out_shapes[0]
     split = (merged[0], groups, merged[1] // groups, *merged[2:])
     # What says only which group a channel is of adds nothing: no group goes as a whole.
     told = [f for f in factors if split[2] == 1 or varying_axes(f) != {1}]
@@ -50,9 +50,9 @@ def split_channel_axis(carried: LabeledValue, axis: int, groups: int) -> Labeled
 
 def propagate_depthwise(here: NodeContext, data: LabeledValue, weight: LabeledValue, letters: Letters) -> Factors:
     """Each channel makes one channel, or several that go with it."""
-    channels = here.call.outs[0][1]
+    channels = here.call.out_shapes[0][1]
     times = channels // data.shape[1]
-    shape = (data.shape[0], channels, *here.call.outs[0][2:])
+    shape = (data.shape[0], channels, *here.call.out_shapes[0][2:])
     view = (1, channels) + (1,) * (len(shape) - 2)
     for labels in data.factors:
         spatial = varying_axes(labels) - {0, 1}
@@ -64,7 +64,7 @@ def propagate_depthwise(here: NodeContext, data: LabeledValue, weight: LabeledVa
         here, [LabeledValue(data.name, shape, kept), LabeledValue(weight.name, view, per_channel, weight.constant)]
     )
     for labels in factors:
-        here.trace.book.flag(labels, LabelFlag.CURVED)
+        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
     return factors
 
 

@@ -48,7 +48,7 @@ def is_concatenated_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, m
     for node in value.consumers():
         spec = lookup(node.domain, node.op_type)
         call = facts.call(node, opset_version(model, node.domain))
-        if spec.kind == "concat" and call.outs[0]:
+        if spec.kind == "concat" and call.out_shapes[0]:
             if len(node.inputs) == 1:  # moves nothing
                 if is_concatenated_along(model, facts, node.outputs[0], marks):
                     return True
@@ -79,21 +79,21 @@ def label_kv_cache(trace: Trace, value: ir.Value, facts: ShapeFacts, length: int
     assert shape is not None and value.shape is not None
     fixed = [isinstance(d, int) and k != length and (k > 0 or len(shape) > 4) for k, d in enumerate(value.shape)]
     view = [n if ok else 1 for n, ok in zip(shape, fixed, strict=True)]
-    labels = trace.book.fresh(int(np.prod(view))).reshape(view)
-    trace.book.flag(labels, LabelFlag.CACHED)
+    labels = trace.table.allocate(int(np.prod(view))).reshape(view)
+    trace.table.flag(labels, LabelFlag.CACHED)
     trace.caches[value] = labels
     return LabeledValue(str(value.name), shape, (labels,) if labels.size > 1 else ())
 
 
 def present_outputs(trace: Trace, outputs: list[ir.Value]) -> Iterator[ir.Value]:
     """Outputs that hold what a cache holds, position for position; a cache without one is pinned."""
-    unit = connected_components(trace.book.count, trace.book.pairs)
+    unit = connected_components(trace.table.count, trace.table.pairs)
     for value, labels in trace.caches.items():
         twins = [out for out in outputs if has_cache_labels(trace.values.get(out), labels, unit)]
         if not twins:
             axes = sorted(varying_axes(labels)) or [0]
             size = labels.shape[axes[0]]
-            trace.book.pin(labels, str(value.name), axes[0], size, NO_PRESENT_OUTPUT, f"input {value.name}")
+            trace.table.pin(labels, str(value.name), axes[0], size, NO_PRESENT_OUTPUT, f"input {value.name}")
         yield from twins
 
 

@@ -23,14 +23,14 @@ class LabelFlag(IntFlag):
     PRODUCED = 1  # output axis of a constant weight
     CONSUMED = 2  # contracted with a constant weight
     SCORED = 4  # contracted with another activation
-    CARRIED = 8  # passed through a product of activations without being contracted: a value
+    PASSED_THROUGH = 8  # passed through a product of activations without being contracted: a value
     ADDED = 16  # added to another activation
     GATED = 32  # multiplied with another activation
     CONVOLVED = 64  # made by a convolution
-    CURVED = 128  # went through a nonlinear operator
+    NONLINEAR = 128  # went through a nonlinear operator
     SCALED = 256  # multiplied by a constant that differs between positions
-    READS = 512  # input axis of a constant weight
-    NORMED = 1024  # scale or bias of a normalisation
+    WEIGHT_INPUT = 512  # input axis of a constant weight
+    NORM_PARAMETER = 1024  # scale or bias of a normalisation
     BATCHED = 4096  # a product of activations is done once per position of it
     CACHED = 2048  # lies in a cache of keys or values
 
@@ -41,7 +41,7 @@ class LabeledAxis:
 
     constant: ir.Value
     axis: int
-    first: int
+    first_label: int
     size: int
 
 
@@ -49,8 +49,8 @@ class LabeledAxis:
 class Cover:
     """``keys[i]`` covers the labels ``members[i]``. ``batch``: seen where a product of activations is done per key."""
 
-    keys: IntArray
-    members: IntArray
+    coarse: IntArray
+    fine: IntArray
     kind: Literal["batch", "meet"]
 
 
@@ -70,23 +70,23 @@ class LabelTable:
     count: int = 0
     axes: list[LabeledAxis] = field(default_factory=list)
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
-    slabs: list[Cover] = field(default_factory=list)
+    covers: list[Cover] = field(default_factory=list)
     pins: list[LabelPin] = field(default_factory=list)
     flags: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 
-    def fresh(self, size: int) -> Labels:
+    def allocate(self, size: int) -> Labels:
         first = self.count
         self.count += size
         if self.count > len(self.flags):
             self.flags = np.concatenate([self.flags, np.zeros(max(self.count, len(self.flags)), np.int32)])
         return np.arange(first, first + size, dtype=np.int32)
 
-    def axis_labels(self, constant: ir.Value, axis: int, size: int) -> Labels:
-        labels = self.fresh(size)
+    def label_axis(self, constant: ir.Value, axis: int, size: int) -> Labels:
+        labels = self.allocate(size)
         self.axes.append(LabeledAxis(constant, axis, int(labels[0]), size))
         return labels
 
-    def join(self, left: Labels, right: Labels) -> None:
+    def unify(self, left: Labels, right: Labels) -> None:
         """Positions that meet are one unit; where only one side has a label the caller must have pinned it."""
         a, b = np.broadcast_arrays(left, right)
         both = (a >= 0) & (b >= 0) & (a != b)
@@ -94,32 +94,32 @@ class LabelTable:
             pairs = np.unique(np.stack([a[both], b[both]], 1), axis=0).astype(np.int64)
             self.pairs.append((pairs[:, 0], pairs[:, 1]))
 
-    def share(self, left: Labels, right: Labels, kind: Literal["batch", "meet"]) -> None:
+    def cover_in_common(self, left: Labels, right: Labels, kind: Literal["batch", "meet"]) -> None:
         """Two factors with some axes in common, each with axes of its own: one fresh label per common position
         covers both (rows and columns of one score matrix per head)."""
         common = varying_axes(left) & varying_axes(right)
         shape = [n if k in common else 1 for k, n in enumerate(left.shape)]
-        coarse = self.fresh(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        coarse = self.allocate(int(np.prod(shape, dtype=np.int64))).reshape(shape)
         self.cover(coarse, left, kind)
         self.cover(coarse, right, kind)
 
-    def match(self, left: Labels, right: Labels) -> None:
+    def unify_or_cover(self, left: Labels, right: Labels) -> None:
         """Two factors on the same axes: joined position by position, or, where one is coarser (heads over heads x
         width in one flat axis), its labels cover those of the other."""
         a, b = (x.reshape(-1) for x in np.broadcast_arrays(left, right))
         if (a < 0).any() or (b < 0).any():
-            return self.join(left, right)
+            return self.unify(left, right)
         kinds = len(np.unique(a)), len(np.unique(b))
         together = len(np.unique(a.astype(np.int64) * self.count + b))
         coarse, fine = (a, b) if kinds[0] < kinds[1] else (b, a)
         if kinds[0] == kinds[1] or together != max(kinds):
-            return self.join(left, right)
+            return self.unify(left, right)
         order = np.argsort(coarse, kind="stable")
         counts = np.unique(coarse[order], return_counts=True)[1]
         if (counts != counts[0]).any():
-            return self.join(left, right)
+            return self.unify(left, right)
         members = np.sort(fine[order].reshape(-1, counts[0]).astype(np.int64), axis=1)
-        self.slabs.append(Cover(np.unique(coarse).astype(np.int64), members, "meet"))
+        self.covers.append(Cover(np.unique(coarse).astype(np.int64), members, "meet"))
         return None
 
     def flag(self, labels: Labels, flag: LabelFlag) -> None:
@@ -133,7 +133,7 @@ class LabelTable:
         if len(named):
             self.pins.append(LabelPin(named, tensor, axis, size, reason, operator, kind))
 
-    def remark(self, tensor: str, axis: int, size: int, reason: str, operator: str) -> None:
+    def pin_unlabeled(self, tensor: str, axis: int, size: int, reason: str, operator: str) -> None:
         """A pin of something that has no labels at all: a weight that snpc cannot see into."""
         self.pins.append(LabelPin(np.zeros(0, np.int64), tensor, axis, size, reason, operator, "hard"))
 
@@ -148,7 +148,7 @@ class LabelTable:
         members = np.sort(b.transpose(order).reshape(count, -1).astype(np.int64), axis=1)
         known = (keys >= 0) & (members >= 0).all(1)
         if known.any():
-            self.slabs.append(Cover(keys[known], members[known], kind))
+            self.covers.append(Cover(keys[known], members[known], kind))
 
 
 def varying_axes(labels: Labels) -> frozenset[int]:

@@ -22,13 +22,13 @@ def unify_factors(here: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
     if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
         here.refuse(parts, SHAPE_MISMATCH)
         return ()
-    book = here.trace.book
+    book = here.trace.table
     kept: list[tuple[int, Labels]] = []
     for index, carried in enumerate(parts):
         for labels in carried.factors:
             stranger = unlabeled_partner(parts, index, labels)
             if stranger is not None:
-                here.pin(carried, labels, f"it meets {here.stranger(stranger)}")
+                here.pin(carried, labels, f"it meets {here.describe_unlabeled(stranger)}")
                 if carried.constant:
                     continue
             joined = False
@@ -36,7 +36,7 @@ def unify_factors(here: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
                 if owner == index or not (varying_axes(labels) & varying_axes(other)):
                     continue
                 if varying_axes(labels) == varying_axes(other):
-                    book.match(labels, other)
+                    book.unify_or_cover(labels, other)
                     pin_partly_labeled(here, carried, labels, other)
                     if parts[owner].constant and not carried.constant:
                         kept[k] = (owner, labels)
@@ -46,7 +46,7 @@ def unify_factors(here: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
                 elif varying_axes(labels) > varying_axes(other):
                     book.cover(other, labels, "meet")
                 else:
-                    book.share(labels, other, "meet")
+                    book.cover_in_common(labels, other, "meet")
             if not joined:
                 kept.append((index, labels))
     return tuple(labels for _, labels in kept)

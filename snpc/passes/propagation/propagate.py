@@ -58,7 +58,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
     for statistic in trace.statistics:
         reader = non_normalizing_consumer(statistic, trace)
         if reader is not None:
-            statistic.here.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
+            statistic.context.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
     free = set(present_outputs(trace, list(model.graph.outputs)))
     for value in model.graph.outputs:
         carried = trace.values.get(value)
@@ -66,7 +66,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
             continue
         for labels in carried.factors:
             axis = min(varying_axes(labels), default=0)
-            trace.book.pin(
+            trace.table.pin(
                 labels,
                 str(value.name),
                 axis,
@@ -80,7 +80,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
 def register_input(trace: Trace, value: ir.Value, facts: ShapeFacts, because: str) -> None:
     shape = facts.shape.get(value)
     if shape is not None:
-        trace.values[value] = LabeledValue(str(value.name), shape, because=because)
+        trace.values[value] = LabeledValue(str(value.name), shape, unlabeled_reason=because)
 
 
 def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
@@ -93,7 +93,7 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
             if size > 1:
                 view = [1] * len(shape)
                 view[axis] = size
-                factors.append(trace.book.axis_labels(value, axis, size).reshape(view))
+                factors.append(trace.table.label_axis(value, axis, size).reshape(view))
     trace.values[value] = LabeledValue(str(value.name), shape, tuple(factors), constant=True)
 
 
@@ -111,7 +111,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         what = str(missing[0].name) if missing else str(node.outputs[0].name)
         for c in inputs if here.spec.kind == "contraction" else ():
             for labels in c.factors if c is not None and c.constant else ():
-                trace.book.flag(labels, LabelFlag.PRODUCED)  # so that the weight is listed, with its pin
+                trace.table.flag(labels, LabelFlag.PRODUCED)  # so that the weight is listed, with its pin
         here.pin_all(inputs, here.spec.reason or f"the shape of {what} cannot be worked out")
         outputs = []
     else:
@@ -142,7 +142,7 @@ def why_unlabeled(here: NodeContext, inputs: Sequence[LabeledValue | None], fact
         return f"{here.node.op_type}: {here.spec.reason}"
     first = inputs[0] if inputs else None
     moved = here.spec.kind == "movement" or (here.spec.kind == "concat" and len(here.node.inputs) == 1)
-    return first.because if first is not None and moved else ""
+    return first.unlabeled_reason if first is not None and moved else ""
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:
@@ -169,7 +169,7 @@ def propagate_shape_only(here: NodeContext, inputs: Sequence[LabeledValue | None
 def propagate_movement(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     data = inputs[0]
     assert data is not None and here.spec.move is not None
-    outputs: list[list[Labels]] = [[] for _ in here.call.outs]
+    outputs: list[list[Labels]] = [[] for _ in here.call.out_shapes]
     for labels in data.factors:
         try:
             moved = here.spec.move(here.call, labels)
@@ -185,7 +185,7 @@ def propagate_movement(here: NodeContext, inputs: Sequence[LabeledValue | None])
         c is not None and v is None for c, v in zip(inputs[1:], here.call.values[1:], strict=True)
     ):
         for labels in outputs[0]:
-            here.trace.book.flag(labels, LabelFlag.PRODUCED)
+            here.trace.table.flag(labels, LabelFlag.PRODUCED)
     if here.spec.expands:
         outputs[0] += labels_of_expanded_axes(here, data)
     return [tuple(out) for out in outputs]
@@ -194,7 +194,7 @@ def propagate_movement(here: NodeContext, inputs: Sequence[LabeledValue | None])
 def labels_of_expanded_axes(here: NodeContext, data: LabeledValue) -> list[Labels]:
     """Labels along the axes that repeat to the size of another tensor's: they follow that tensor."""
     other = here.trace.values.get(shape_source(here.node.inputs[1]))  # type: ignore[arg-type]
-    if other is None or other.shape != here.call.outs[0]:
+    if other is None or other.shape != here.call.out_shapes[0]:
         return []
     shape = (1,) * (len(other.shape) - len(data.shape)) + data.shape
     grown = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
@@ -211,7 +211,7 @@ def propagate_concat(here: NodeContext, inputs: Sequence[LabeledValue | None]) -
 
 
 def propagate_pointwise(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    rank = len(here.call.outs[0])
+    rank = len(here.call.out_shapes[0])
     parts = [
         LabeledValue(
             c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
@@ -221,16 +221,16 @@ def propagate_pointwise(here: NodeContext, inputs: Sequence[LabeledValue | None]
     ]
     factors = unify_factors(here, parts)
     flag_effect(here, parts, factors)
-    return [factors] * len(here.call.outs)
+    return [factors] * len(here.call.out_shapes)
 
 
 def flag_effect(here: NodeContext, parts: Sequence[LabeledValue], factors: Factors) -> None:
-    book = here.trace.book
+    book = here.trace.table
     effect = here.spec.effect
     active = [c for c in parts if c.factors and not c.constant]
     flag = LabelFlag(0)
     if effect == "nonlinear":
-        flag |= LabelFlag.CURVED
+        flag |= LabelFlag.NONLINEAR
     several = len(active) > 1 and any(not have_labels_in_common(active[0], c) for c in active[1:])
     if effect == "add" and several:
         flag |= LabelFlag.ADDED
@@ -245,13 +245,13 @@ def flag_effect(here: NodeContext, parts: Sequence[LabeledValue], factors: Facto
 
 def propagate_normalization(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     spec = here.spec
-    rank = len(here.call.outs[0]) if spec.tables else len(here.call.shape((spec.data or (0,))[0]))
+    rank = len(here.call.out_shapes[0]) if spec.tables else len(here.call.shape((spec.data or (0,))[0]))
     data = [
         propagate_table_lookup(here, inputs[k], rank) if k in spec.tables else inputs[k]
         for k in spec.data or (0,)
         if k < len(inputs)
     ]
-    channels = here.call.outs[0][1] if rank > 1 else 1
+    channels = here.call.out_shapes[0][1] if rank > 1 else 1
     per_axis = [
         broadcast_per_channel(inputs[abs(k)], rank, channels) if k < 0 else inputs[k]
         for k in spec.per_axis
@@ -267,7 +267,7 @@ def propagate_normalization(here: NodeContext, inputs: Sequence[LabeledValue | N
     first = spread[0]
     for c in per_axis:
         for labels in c.factors if c is not None else ():
-            here.trace.book.flag(labels, LabelFlag.NORMED)
+            here.trace.table.flag(labels, LabelFlag.NORM_PARAMETER)
     factors = unify_factors(here, spread)
     axes = set(spec.axes(here.call)) if spec.axes else set()
     for labels in factors:
@@ -275,17 +275,17 @@ def propagate_normalization(here: NodeContext, inputs: Sequence[LabeledValue | N
         if crossed and not unify_statistic_parts(here, labels, axes):
             reason = spec.reason or "its statistics are taken over this axis"
             here.pin_statistics(first, labels, crossed, reason)
-        here.trace.book.flag(labels, LabelFlag.CURVED)
-    return [factors if not k or k in spec.sums else () for k in range(len(here.call.outs))]
+        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
+    return [factors if not k or k in spec.sum_outputs else () for k in range(len(here.call.out_shapes))]
 
 
 def unify_statistic_parts(here: NodeContext, labels: Labels, axes: set[int]) -> bool:
     """Do statistics of several parts of the channels let each part go as a whole? Then it is one unit."""
-    parts = here.spec.whole(here.call) if here.spec.whole is not None else 1
+    parts = here.spec.statistic_parts(here.call) if here.spec.statistic_parts is not None else 1
     if parts == 1 or labels.shape[0] > 1 or labels.shape[1] == 1 or (1 in axes and varying_axes(labels) != {1}):
         return False
     rows = labels.reshape(parts, -1)
-    here.trace.book.join(rows, rows[:, :1])
+    here.trace.table.unify(rows, rows[:, :1])
     return True
 
 
@@ -296,7 +296,7 @@ def propagate_table_lookup(here: NodeContext, table: LabeledValue | None, rank: 
     free = []
     for labels in table.factors:
         if varying_axes(labels) == {1}:
-            here.trace.book.flag(labels, LabelFlag.PRODUCED)
+            here.trace.table.flag(labels, LabelFlag.PRODUCED)
             free.append(prepend_axes(labels, rank))
         else:
             here.pin(table, labels, "which entries are read depends on the data")
@@ -318,7 +318,7 @@ def propagate_reduction(here: NodeContext, inputs: Sequence[LabeledValue | None]
     assert data is not None and here.spec.axes is not None
     axes = set(here.spec.axes(here.call))
     rank = len(data.shape)
-    dropped = axes if len(here.call.outs[0]) < rank else set()
+    dropped = axes if len(here.call.out_shapes[0]) < rank else set()
     out: list[Labels] = []
     for labels in data.factors:
         crossed = varying_axes(labels) & axes
@@ -328,7 +328,7 @@ def propagate_reduction(here: NodeContext, inputs: Sequence[LabeledValue | None]
             if not rest:
                 continue
             labels = cover_remaining_axes(here, labels, rest)
-        here.trace.book.flag(labels, LabelFlag.CURVED)
+        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
         out.append(labels.reshape([n for k, n in enumerate(labels.shape) if k not in dropped]))
     return [tuple(out)]
 
@@ -344,9 +344,11 @@ def propagate_contraction(here: NodeContext, inputs: Sequence[LabeledValue | Non
     except Blocked as block:
         return here.refuse(inputs, block.reason)
     for weight, term in ((left, letters.left), (right, letters.right)):
-        if weight.constant and weight.because and not weight.factors:
+        if weight.constant and weight.unlabeled_reason and not weight.factors:
             axis = next((k for k, c in enumerate(term) if c in letters.out), 0)
-            here.trace.book.remark(weight.name, axis, weight.shape[axis], weight.because, here.operator)
+            here.trace.table.pin_unlabeled(
+                weight.name, axis, weight.shape[axis], weight.unlabeled_reason, here.operator
+            )
     groups = int(here.call.attrs.get("group", 1)) if letters.windowed else 1
     if groups < 1 or (groups > 1 and any(n % groups for n in (*left.shape[1:2], *right.shape[:1]))):
         return here.refuse(inputs, "its groups do not divide its channels")
@@ -361,15 +363,15 @@ def propagate_contraction(here: NodeContext, inputs: Sequence[LabeledValue | Non
             factors = unify_with_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
         except Blocked as block:
             return here.refuse(inputs, block.reason)
-    added = inputs[spec.added] if spec.added is not None and spec.added < len(inputs) else None
+    added = inputs[spec.summand] if spec.summand is not None and spec.summand < len(inputs) else None
     if added is not None:
-        made = LabeledValue(str(here.node.outputs[0].name), here.call.outs[0], factors)
+        made = LabeledValue(str(here.node.outputs[0].name), here.call.out_shapes[0], factors)
         factors = unify_factors(here, [made, added])
         for labels in factors:
-            here.trace.book.flag(labels, LabelFlag.ADDED)
-    if spec.curved:
+            here.trace.table.flag(labels, LabelFlag.ADDED)
+    if spec.has_activation:
         for labels in factors:
-            here.trace.book.flag(labels, LabelFlag.CURVED)
+            here.trace.table.flag(labels, LabelFlag.NONLINEAR)
     return [factors]
 
 

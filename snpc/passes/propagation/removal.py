@@ -18,16 +18,16 @@ from snpc.types import AnyArray, BoolArray, IntArray, Shape
 class RemovedUnits:
     """What is removed: ``units[u]`` is true where unit u goes; ``unit`` and ``block`` as in ``resolve.Units``."""
 
-    unit: IntArray
-    block: IntArray
-    units: BoolArray
+    unit_of_label: IntArray
+    block_of_unit: IntArray
+    removed: BoolArray
 
-    def mask(self, labels: Labels) -> BoolArray:
+    def kept_mask(self, labels: Labels) -> BoolArray:
         """Positions that stay."""
-        return np.where(labels >= 0, ~self.units[self.unit[labels]], True)
+        return np.where(labels >= 0, ~self.removed[self.unit_of_label[labels]], True)
 
-    def touches(self, labels: Labels) -> bool:
-        return not bool(self.mask(labels).all())
+    def affects(self, labels: Labels) -> bool:
+        return not bool(self.kept_mask(labels).all())
 
 
 class NotRectangular(Exception):
@@ -39,45 +39,47 @@ class SlicedShape:
     """How one tensor shrinks. ``keep[axis]``: positions that stay; ``along``: the axis on which blocks keep different
     positions, with ``mask`` over the varying axes (after ``keep``) saying which."""
 
-    old: Shape
-    new: Shape
+    old_shape: Shape
+    new_shape: Shape
     keep: dict[int, IntArray]
-    along: int | None = None
+    ragged_axis: int | None = None
     mask: BoolArray | None = None
 
-    def pack(self, labels: Labels) -> Labels:
+    def slice_labels(self, labels: Labels) -> Labels:
         """The label array of the shrunk tensor."""
         for axis, kept in self.keep.items():
             if labels.shape[axis] > 1:
                 labels = labels.take(kept, axis)
-        if self.along is None or self.mask is None or not varying_axes(labels) & varying_mask_axes(self.mask):
+        if self.ragged_axis is None or self.mask is None or not varying_axes(labels) & varying_mask_axes(self.mask):
             return collapse_constant_axes(labels)
         shape = np.broadcast_shapes(labels.shape, self.mask.shape)
         full, mask = np.broadcast_to(labels, shape), np.broadcast_to(self.mask, shape)
-        moved = np.moveaxis(full, self.along, -1)
-        kept_mask = np.moveaxis(mask, self.along, -1)
+        moved = np.moveaxis(full, self.ragged_axis, -1)
+        kept_mask = np.moveaxis(mask, self.ragged_axis, -1)
         packed = moved[kept_mask].reshape(*moved.shape[:-1], -1)
-        return collapse_constant_axes(np.moveaxis(packed, -1, self.along))
+        return collapse_constant_axes(np.moveaxis(packed, -1, self.ragged_axis))
 
-    def take(self, array: AnyArray) -> AnyArray:
+    def slice_array(self, array: AnyArray) -> AnyArray:
         """The part of a tensor of these axes that stays; axes on which nothing goes may have any size."""
         for axis, kept in self.keep.items():
             array = array.take(kept, axis)
-        if self.along is None or self.mask is None:
+        if self.ragged_axis is None or self.mask is None:
             return array
-        moved = np.moveaxis(array, self.along, -1)
-        mask = np.moveaxis(np.broadcast_to(self.mask, array.shape), self.along, -1)
-        return np.moveaxis(moved[mask].reshape(*moved.shape[:-1], self.new[self.along]), -1, self.along)
+        moved = np.moveaxis(array, self.ragged_axis, -1)
+        mask = np.moveaxis(np.broadcast_to(self.mask, array.shape), self.ragged_axis, -1)
+        return np.moveaxis(
+            moved[mask].reshape(*moved.shape[:-1], self.new_shape[self.ragged_axis]), -1, self.ragged_axis
+        )
 
-    def positions(self, axis: int) -> IntArray | None:
+    def kept_positions(self, axis: int) -> IntArray | None:
         """Old positions that stay along ``axis``; None where blocks differ."""
-        if axis == self.along:
+        if axis == self.ragged_axis:
             return None
-        return self.keep.get(axis, np.arange(self.old[axis]))
+        return self.keep.get(axis, np.arange(self.old_shape[axis]))
 
-    def before(self, axis: int, position: int) -> int | None:
+    def kept_before(self, axis: int, position: int) -> int | None:
         """How many entries stay before ``position``; None where blocks differ in that."""
-        if axis == self.along and self.mask is not None:
+        if axis == self.ragged_axis and self.mask is not None:
             if axis in self.keep:
                 position = int((self.keep[axis] < position).sum())
             inside = np.moveaxis(self.mask, axis, -1)[..., :position].sum(-1)
@@ -92,12 +94,12 @@ def varying_mask_axes(mask: BoolArray) -> frozenset[int]:
 
 def slice_shape(shape: Shape, factors: Sequence[Labels], dead: RemovedUnits) -> SlicedShape:
     """How a tensor with these factors shrinks. Raises ``NotRectangular`` where it cannot stay a box."""
-    cut = [f for f in factors if dead.touches(f)]
+    cut = [f for f in factors if dead.affects(f)]
     if not cut:
         return SlicedShape(shape, shape, {})
-    mask = dead.mask(cut[0])
+    mask = dead.kept_mask(cut[0])
     for labels in cut[1:]:
-        mask = mask & dead.mask(labels)
+        mask = mask & dead.kept_mask(labels)
     keep: dict[int, IntArray] = {}
     for axis in sorted(varying_mask_axes(mask)):
         others = tuple(k for k in range(mask.ndim) if k != axis)
@@ -139,19 +141,19 @@ def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], dead: RemovedUn
 
 
 def varies_within_block(labels: Labels, axis: int, dead: RemovedUnits) -> bool:
-    block = dead.block[dead.unit[np.maximum(labels, 0)]]
+    block = dead.block_of_unit[dead.unit_of_label[np.maximum(labels, 0)]]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
 
 
 def to_cut(packed: SlicedShape) -> TensorCut:
-    return TensorCut(packed.old, packed.new, packed.before, packed.positions)
+    return TensorCut(packed.old_shape, packed.new_shape, packed.kept_before, packed.kept_positions)
 
 
 def affected_statistics(trace: Trace, dead: RemovedUnits) -> Iterator[NormalizationStatistic]:
     """The statistics that lose something."""
     for statistic in trace.statistics:
-        if dead.touches(statistic.labels):
+        if dead.affects(statistic.labels):
             yield statistic
 
 
@@ -161,6 +163,6 @@ def removed_along(
     """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
     for labels in carried.factors if carried is not None else ():
         on = {k - labels.ndim for k in varying_axes(labels)}
-        if on <= set(axes) and dead.touches(labels):
+        if on <= set(axes) and dead.affects(labels):
             (axis,) = on
-            yield axis, dead.mask(labels).reshape(-1)
+            yield axis, dead.kept_mask(labels).reshape(-1)

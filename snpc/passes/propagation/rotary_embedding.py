@@ -19,7 +19,7 @@ def propagate_rotary(here: NodeContext, inputs: Sequence[LabeledValue | None]) -
     data, cosine, sine = (inputs[k] for k in (0, shape.cosine, shape.sine))
     assert data is not None and cosine is not None and sine is not None
     whole = split_head_labels(data, shape.heads) if shape.heads else data
-    here.trace.extra[here.node, "rotated"] = whole
+    here.trace.inner_values[here.node, "rotated"] = whole
     turned = unify_rotated_pairs(here, whole, [cosine, sine], shape)
     return [merge_head_labels(turned).factors if shape.heads else turned.factors]
 
@@ -43,7 +43,7 @@ def unify_rotated_pairs(
     ]
     factors = unify_factors(here, parts)
     for labels in factors:
-        here.trace.book.flag(labels, LabelFlag.GATED)
+        here.trace.table.flag(labels, LabelFlag.GATED)
     if len(places) == data.shape[3]:
         return LabeledValue(data.name, data.shape, factors, data.constant)
     return data  # its labels are those of the rotated part and of the rest, as they were

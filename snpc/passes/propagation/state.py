@@ -23,7 +23,7 @@ class LabeledValue:
     shape: Shape
     factors: Factors = ()
     constant: bool = False
-    because: str = ""
+    unlabeled_reason: str = ""
     """Why nothing is known of it, where an operator that snpc does not look through made it."""
     projected: bool = False
     """Constant, but a product made it: a decoder's learnt queries, times a weight."""
@@ -37,7 +37,7 @@ class Contraction:
     letters: Letters
     left: LabeledValue
     right: LabeledValue
-    constant: bool
+    has_weight: bool
     """One operand is a weight; otherwise both are activations."""
     part: str = ""
 
@@ -46,10 +46,10 @@ class Contraction:
 class Trace:
     """Labels of every value of the main graph, and the book of what they mean."""
 
-    book: LabelTable = field(default_factory=LabelTable)
+    table: LabelTable = field(default_factory=LabelTable)
     values: dict[ir.Value, LabeledValue] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
-    extra: dict[tuple[ir.Node, str], LabeledValue] = field(default_factory=dict)
+    inner_values: dict[tuple[ir.Node, str], LabeledValue] = field(default_factory=dict)
     statistics: list[NormalizationStatistic] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class Trace:
 class NormalizationStatistic:
     """Means are taken over ``labels`` of ``data``, along ``axes`` counted from the right."""
 
-    here: NodeContext
+    context: NodeContext
     data: LabeledValue
     labels: Labels
     axes: tuple[int, ...]
@@ -83,7 +83,7 @@ class NodeContext:
         axes = sorted(varying_axes(labels)) or [0]
         at = axes[0] if axis is None else axis
         size = carried.shape[at] if at < len(carried.shape) else 1
-        self.trace.book.pin(labels, carried.name, at, size, reason, self.operator, kind)
+        self.trace.table.pin(labels, carried.name, at, size, reason, self.operator, kind)
 
     def pin_statistics(
         self, carried: LabeledValue, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
@@ -101,7 +101,7 @@ class NodeContext:
         rest = [k for k in range(labels.ndim) if k not in axes]
         rows = labels.transpose([*rest, *sorted(axes)]).reshape(-1, int(np.prod([labels.shape[k] for k in axes])))
         for row in np.unique(rows, axis=0):
-            self.trace.book.pin(row, carried.name, min(axes), carried.shape[min(axes)], reason, self.operator, kind)
+            self.trace.table.pin(row, carried.name, min(axes), carried.shape[min(axes)], reason, self.operator, kind)
 
     def pin_all(self, inputs: Sequence[LabeledValue | None], reason: str) -> None:
         for carried in inputs:
@@ -110,9 +110,11 @@ class NodeContext:
                     self.pin(carried, labels, reason)
 
     @staticmethod
-    def stranger(carried: LabeledValue) -> str:
+    def describe_unlabeled(carried: LabeledValue) -> str:
         """An unlabelled tensor, in words."""
-        return f"{carried.name}, which no float weight makes" + (f" ({carried.because})" if carried.because else "")
+        return f"{carried.name}, which no float weight makes" + (
+            f" ({carried.unlabeled_reason})" if carried.unlabeled_reason else ""
+        )
 
     def refuse(self, inputs: Sequence[LabeledValue | None], reason: str) -> list[Factors]:
         """Pin everything that enters; nothing comes out labelled."""
@@ -152,6 +154,6 @@ def cover_remaining_axes(here: NodeContext, labels: Labels, rest: frozenset[int]
     _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     turn = np.argsort(np.argsort(first))[inverse.reshape(-1)]  # numbered as they occur
     shape = [n if k in rest else 1 for k, n in enumerate(labels.shape)]
-    coarse = here.trace.book.fresh(len(first))[turn].reshape(shape)
-    here.trace.book.cover(coarse, labels, "batch")
+    coarse = here.trace.table.allocate(len(first))[turn].reshape(shape)
+    here.trace.table.cover(coarse, labels, "batch")
     return coarse

@@ -16,16 +16,16 @@ class StatisticPaths:
     """Where one mean goes: the nodes that compute on it alone, those at which it meets the positions that it is of
     again, and the first that does something else with it."""
 
-    alone: tuple[ir.Node, ...]
-    meets: tuple[ir.Node, ...]
-    stray: str | None
+    statistic_nodes: tuple[ir.Node, ...]
+    rejoin_nodes: tuple[ir.Node, ...]
+    non_normalizing_consumer: str | None
 
 
 def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> StatisticPaths:
     """Follow a mean through pointwise operators and movement until it meets positions on the axes that it is taken
     over. A normalisation in one node is its own path."""
-    start = statistic.here.node
-    if statistic.here.spec.kind == "normalise":
+    start = statistic.context.node
+    if statistic.context.spec.kind == "normalise":
         return StatisticPaths((), (start,), None)
     alone: dict[ir.Node, None] = {start: None}
     meets: dict[ir.Node, None] = {}
@@ -57,4 +57,4 @@ def varies_along(carried: LabeledValue | None, axes: tuple[int, ...]) -> bool:
 
 def non_normalizing_consumer(statistic: NormalizationStatistic, trace: Trace) -> str | None:
     """What reads a mean for anything else than to normalise the positions that it is of; None where nothing does."""
-    return statistic_paths(statistic, trace).stray
+    return statistic_paths(statistic, trace).non_normalizing_consumer

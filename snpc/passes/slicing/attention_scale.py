@@ -66,13 +66,13 @@ def score_widths(contraction: Contraction, dead: RemovedUnits) -> tuple[int, int
     """(d before, d after) of a product of two activations that are both made by weights; None for anything else."""
     letters = contraction.letters
     summed = set(letters.left) & set(letters.right) - set(letters.out)
-    if contraction.constant or len(summed) != 1:
+    if contraction.has_weight or len(summed) != 1:
         return None
     axis = letters.left.index(next(iter(summed)))
     if not any(axis in varying_axes(f) for f in contraction.left.factors):
         return None
     packed = slice_shape(contraction.left.shape, contraction.left.factors, dead)
-    return packed.old[axis], packed.new[axis]
+    return packed.old_shape[axis], packed.new_shape[axis]
 
 
 def query_input(contraction: Contraction) -> int:
@@ -111,7 +111,7 @@ def plan_score_scale(
     scale = math.prod((s.factor for s in scalars), start=float(alpha))
     if not is_standard_scale(scale, old):
         for scalar in scalars:
-            plan.scalars[str(scalar.node.name), scalar.index] = scalar.spelled(scalar.factor)
+            plan.scalars[str(scalar.node.name), scalar.index] = scalar.stored_number(scalar.factor)
         return 1.0
     after = 1.0
     if alpha != 1.0:
@@ -120,7 +120,7 @@ def plan_score_scale(
         after *= new ** (-0.5 * share)
     for scalar in scalars:
         share = math.log(scalar.factor) / math.log(scale)
-        plan.scalars[str(scalar.node.name), scalar.index] = scalar.spelled(new ** (-0.5 * share))
+        plan.scalars[str(scalar.node.name), scalar.index] = scalar.stored_number(new ** (-0.5 * share))
         after *= new ** (-0.5 * share)
     return scale / after
 

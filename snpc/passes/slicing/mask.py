@@ -22,8 +22,8 @@ from snpc.types import AnyArray, BoolArray
 def removed_positions(trace: Trace, dead: RemovedUnits) -> list[tuple[LabeledAxis, BoolArray]]:
     """Every constant axis that loses something, with the positions it loses."""
     found = []
-    for axis in trace.book.axes:
-        gone = dead.units[dead.unit[axis.first : axis.first + axis.size]]
+    for axis in trace.table.axes:
+        gone = dead.removed[dead.unit_of_label[axis.first_label : axis.first_label + axis.size]]
         if gone.any():
             found.append((axis, gone))
     return found
@@ -58,7 +58,7 @@ def mask_constants(
 
 def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
     """Not where a zero is divided by, or is a variance; what multiplies or adds silences enough."""
-    if trace.book.flags[axis.first] & (LabelFlag.READS | LabelFlag.PRODUCED):
+    if trace.table.flags[axis.first_label] & (LabelFlag.WEIGHT_INPUT | LabelFlag.PRODUCED):
         return True
     for user, index in axis.constant.uses():
         spec = lookup(user.domain, user.op_type)
@@ -75,7 +75,7 @@ def mask_model(model: ir.Model, trace: Trace, dead: RemovedUnits) -> ir.Model:
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
     for statistic in affected_statistics(trace, dead):
-        mask_statistic(copy.graph, nodes[statistic.here.node.name], statistic, trace, dead)
+        mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, dead)
     for name, array in mask_constants(trace, dead).items():
         value = copy.graph.initializers[name]
         dtype = value.const_value.dtype if value.const_value is not None else None

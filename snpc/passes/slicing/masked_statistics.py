@@ -21,17 +21,17 @@ def mask_statistic(
     graph: ir.Graph, node: ir.Node, statistic: NormalizationStatistic, trace: Trace, dead: RemovedUnits
 ) -> None:
     """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
-    old, spec = statistic.here.node, statistic.here.spec
+    old, spec = statistic.context.node, statistic.context.spec
     writer = KeptPositionsWriter(graph, node)
     for index in {*(spec.data or (0,)), *spec.per_axis}:
         value = old.inputs[index] if index < len(old.inputs) else None
         for axis, stays in removed_along(trace.values.get(value), statistic.axes, dead):  # type: ignore[arg-type]
             node.replace_input_with(index, writer.take(node.inputs[index], np.flatnonzero(stays), axis))
     if spec.kind == "normalise":
-        for index in (0, *spec.sums):
+        for index in (0, *spec.sum_outputs):
             if index < len(old.outputs):
                 for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
-                    writer.spread(node.outputs[index], stays, axis)
+                    writer.scatter_output(node.outputs[index], stays, axis)
 
 
 class KeptPositionsWriter:
@@ -47,7 +47,7 @@ class KeptPositionsWriter:
         self.node.prepend(made)
         return made.outputs[0]
 
-    def spread(self, output: ir.Value, stays: BoolArray, axis: int) -> None:
+    def scatter_output(self, output: ir.Value, stays: BoolArray, axis: int) -> None:
         """What reads ``output`` of the node reads it at its old size, with zeros where positions do not stay."""
         users = list(output.uses())
         first = self.op(GATHER, [output, self.constant(np.zeros(1, np.int64))], axis)

@@ -33,12 +33,12 @@ class RewrittenModel:
 
     model: ir.Model
     source: TracedGraph
-    dead: RemovedUnits
+    removed: RemovedUnits
 
-    def interface(self) -> dict[str, SlicedShape]:
+    def sliced_interface(self) -> dict[str, SlicedShape]:
         """How the inputs and outputs that became narrower shrink, by name."""
         graph = self.source.model.graph
-        return sliced_shapes(self.source.trace, (*graph.inputs, *graph.outputs), self.dead)
+        return sliced_shapes(self.source.trace, (*graph.inputs, *graph.outputs), self.removed)
 
 
 def rewrite_model(source: TracedGraph, cuts: Cuts) -> RewrittenModel:
@@ -48,15 +48,17 @@ def rewrite_model(source: TracedGraph, cuts: Cuts) -> RewrittenModel:
         ragged = non_rectangular_values(source.trace, dead)
         if not ragged:
             break
-        unpacked = split_packed(source.model, source.facts, source.trace, ragged, source.sizes)
-        source = trace_graph(unpacked, source.sizes, kv_cache=source.kv_cache)
+        unpacked = split_packed(source.model, source.facts, source.trace, ragged, source.dim_sizes)
+        source = trace_graph(unpacked, source.dim_sizes, kv_cache=source.kv_cache)
     else:
         raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
     plan = plan_scales(source.model, source.facts, source.trace, dead)
-    sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply)
-    if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.sizes):
-        sliced = slice_model(source.model, source.facts, source.trace, dead, source.sizes, plan.multiply, frozen=True)
-        if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.sizes):
+    sliced = slice_model(source.model, source.facts, source.trace, dead, source.dim_sizes, plan.multiply)
+    if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
+        sliced = slice_model(
+            source.model, source.facts, source.trace, dead, source.dim_sizes, plan.multiply, frozen=True
+        )
+        if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
             raise CheckFailed(
                 "a size that the cut changes is divided, which would be wrong at other sizes of the inputs"
             )
@@ -68,7 +70,7 @@ def rewrite_model(source: TracedGraph, cuts: Cuts) -> RewrittenModel:
 def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> None:
     """Write the planned scales; any other number that changed because a shape did goes back to what it was."""
     copy = sliced.model
-    repairs = ShapeParameterEditor(copy, source.model, source.facts, sliced.facts, source.sizes)
+    repairs = ShapeParameterEditor(copy, source.model, source.facts, sliced.facts, source.dim_sizes)
     nodes = {str(n.name): n for n in copy.graph}
     wanted = dict(plan.scalars)
     for node, index, before, _ in changed_scalars(source.model, source.facts, sliced.facts, copy):
@@ -84,7 +86,9 @@ def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> N
         kind = sliced.facts.dtype[value]
         assert kind is not None
         scale = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")
-        node.replace_input_with(index, repairs.insert(node, MUL, [value, scale], repairs.fresh(f"{name}_rescale")))
+        node.replace_input_with(
+            index, repairs.insert(node, MUL, [value, scale], repairs.unused_name(f"{name}_rescale"))
+        )
 
 
 def set_scalar(repairs: ShapeParameterEditor, facts: ShapeFacts, node: ir.Node, index: int, number: float) -> None:

@@ -39,7 +39,7 @@ class ShapeParameterEditor:
             self.constants[key] = value
         return self.constants[key]
 
-    def elsewhere(self) -> ShapeFacts:
+    def facts_at_other_sizes(self) -> ShapeFacts:
         """Facts of the original under another binding: what differs there depends on a dynamic axis."""
         if self._elsewhere is None:
             self._elsewhere = infer_graph(self.model, alternative_dim_sizes(self.sizes))
@@ -50,36 +50,38 @@ class ShapeParameterEditor:
         current = node.inputs[index] if index < len(node.inputs) else None
         hint = f"{node.outputs[0].name}_{index}"
         if current is None or current not in self.after.value:
-            self.put(node, index, self.constant(wanted, hint))
+            self.replace_input(node, index, self.constant(wanted, hint))
             return
         now = self.after.value[current]
         if now.shape == wanted.shape and bool((now == wanted).all()):
             return
-        if now.shape != wanted.shape and not (current.is_initializer() or bool(self.static(old.inputs[index]).all())):
+        if now.shape != wanted.shape and not (
+            current.is_initializer() or bool(self.static_entries(old.inputs[index]).all())
+        ):
             raise CheckFailed(f"{node.op_type} {node.name}: {current.name} depends on a dynamic axis and cannot be cut")
         if current.is_initializer() or now.shape != wanted.shape:
-            self.put(node, index, self.constant(wanted.astype(now.dtype), hint))
+            self.replace_input(node, index, self.constant(wanted.astype(now.dtype), hint))
             return
         source = old.inputs[index]
         assert source is not None
-        fixed = self.static(source)
+        fixed = self.static_entries(source)
         wrong = now != wanted
         if bool(fixed.all()):
-            self.put(node, index, self.constant(wanted.astype(now.dtype), hint))
+            self.replace_input(node, index, self.constant(wanted.astype(now.dtype), hint))
         elif bool(fixed[wrong].all()):
-            self.put(node, index, self.overwrite(node, current, wrong, wanted, hint))
+            self.replace_input(node, index, self.overwrite_entries(node, current, wrong, wanted, hint))
         else:
-            self.put(node, index, self.rescale(node, current, now, wanted, hint))
+            self.replace_input(node, index, self.rescale_entries(node, current, now, wanted, hint))
 
-    def static(self, source: ir.Value | None) -> AnyArray:
+    def static_entries(self, source: ir.Value | None) -> AnyArray:
         """Which entries of a computed parameter are the same under every binding."""
         assert source is not None
-        here, there = self.before.value[source], self.elsewhere().value.get(source)
+        here, there = self.before.value[source], self.facts_at_other_sizes().value.get(source)
         if there is None or there.shape != here.shape:
             return np.zeros(here.shape, bool)
         return np.asarray(here == there)
 
-    def put(self, node: ir.Node, index: int, value: ir.Value) -> None:
+    def replace_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
         while len(node.inputs) <= index:
             node.resize_inputs(len(node.inputs) + 1)
         node.replace_input_with(index, value)
@@ -91,7 +93,9 @@ class ShapeParameterEditor:
         infer_node(self.after, made, self.copy, self.sizes)
         return made.outputs[0]
 
-    def overwrite(self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
+    def overwrite_entries(
+        self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str
+    ) -> ir.Value:
         """Constants in the entries that changed, the computed ones elsewhere. A Concat of its entries is respelled."""
         producer = current.producer()
         kind = self.after.value[current].dtype
@@ -106,9 +110,9 @@ class ShapeParameterEditor:
                 changed = bool(wrong[part].any())
                 pieces.append(self.constant(wanted[part].astype(kind), f"{hint}_{position}") if changed else piece)
                 position += size
-            whole_pieces = position == wanted.size and self.fully_fixed(producer, wrong)
+            whole_pieces = position == wanted.size and self.splits_between_pieces(producer, wrong)
             if whole_pieces:
-                name = self.fresh(f"{hint}__shape")
+                name = self.unused_name(f"{hint}__shape")
                 made = ir.Node("", CONCAT, pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
                 made.outputs[0].name = name
                 node.prepend(made)
@@ -116,9 +120,9 @@ class ShapeParameterEditor:
                 return made.outputs[0]
         mask = self.constant(wrong, f"{hint}_which")
         values = self.constant(np.where(wrong, wanted, 0).astype(kind), f"{hint}_what")
-        return self.insert(node, WHERE, [mask, values, current], self.fresh(f"{hint}__shape"))
+        return self.insert(node, WHERE, [mask, values, current], self.unused_name(f"{hint}__shape"))
 
-    def fully_fixed(self, producer: ir.Node, wrong: AnyArray) -> bool:
+    def splits_between_pieces(self, producer: ir.Node, wrong: AnyArray) -> bool:
         """No piece mixes an entry that changed with one that must stay computed."""
         position = 0
         for piece in producer.inputs:
@@ -129,7 +133,7 @@ class ShapeParameterEditor:
             position += size
         return True
 
-    def rescale(self, node: ir.Node, current: ir.Value, now: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
+    def rescale_entries(self, node: ir.Node, current: ir.Value, now: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
         """An entry such as batch x heads: multiply by the ratio of new to old, entry by entry."""
         if (now <= 0).any() and (wanted != now)[now <= 0].any():
             raise CheckFailed(f"{node.op_type} {node.name}: a computed size cannot be recomputed")
@@ -137,10 +141,10 @@ class ShapeParameterEditor:
         down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
         times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
         up = self.constant(times, f"{hint}_times")
-        product = self.insert(node, MUL, [current, up], self.fresh(f"{hint}__times"))
-        return self.insert(node, DIV, [product, down], self.fresh(f"{hint}__shape"))
+        product = self.insert(node, MUL, [current, up], self.unused_name(f"{hint}__times"))
+        return self.insert(node, DIV, [product, down], self.unused_name(f"{hint}__shape"))
 
-    def fresh(self, wanted: str) -> str:
+    def unused_name(self, wanted: str) -> str:
         taken = {n.name for n in self.copy.graph}
         while wanted in taken:
             wanted += "_"

@@ -46,30 +46,30 @@ class SlicedModel:
 
     model: ir.Model
     facts: ShapeFacts
-    dead: RemovedUnits
+    removed: RemovedUnits
 
 
 def find_removed_units(trace: Trace, units: Units, cuts: Cuts) -> RemovedUnits:
     """Units that lose a position of some constant's axis, as ``cuts`` says by (constant, axis)."""
-    gone = np.zeros(trace.book.count, bool)
-    for axis in trace.book.axes:
+    gone = np.zeros(trace.table.count, bool)
+    for axis in trace.table.axes:
         removed = cuts.get((str(axis.constant.name), axis.axis))
         if removed is not None:
-            labels = np.arange(axis.first, axis.first + axis.size)[removed]
-            gone[units.unit[labels]] = True
-    return RemovedUnits(units.unit, units.block, extend_to_heads(units, gone))
+            labels = np.arange(axis.first_label, axis.first_label + axis.size)[removed]
+            gone[units.unit_of_label[labels]] = True
+    return RemovedUnits(units.unit_of_label, units.block_of_unit, extend_to_heads(units, gone))
 
 
 def extend_to_heads(units: Units, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """A head goes when a whole block of it goes, and takes its other blocks along."""
-    every = np.flatnonzero(units.unit == np.arange(len(units.unit)))
-    inside = every[units.block[every] >= 0]
-    owner = units.head[units.block[inside]]
+    every = np.flatnonzero(units.unit_of_label == np.arange(len(units.unit_of_label)))
+    inside = every[units.block_of_unit[every] >= 0]
+    owner = units.head_of_block[units.block_of_unit[inside]]
     size = len(gone)
-    total = np.bincount(units.block[inside], minlength=size)
-    dead = np.bincount(units.block[inside], weights=gone[inside], minlength=size)
+    total = np.bincount(units.block_of_unit[inside], minlength=size)
+    dead = np.bincount(units.block_of_unit[inside], weights=gone[inside], minlength=size)
     empty = np.flatnonzero((total > 0) & (dead == total))
-    heads = units.head[empty]
+    heads = units.head_of_block[empty]
     gone[heads[heads >= 0]] = True
     covered = (owner >= 0) & gone[np.maximum(owner, 0)]
     gone[inside[covered]] = True
@@ -107,21 +107,27 @@ def slice_model(
         if frozen and divides_changed_size(old, node, facts, new):
             repairs.set_input(old, node, 0, facts.value[old.inputs[0]])  # type: ignore[index]
             infer_node(new, node, copy, sizes)
-        if spec.reattr is not None:
-            fresh = spec.reattr(facts.call(old, version), new.call(node, version))
+        if spec.resize_attributes is not None:
+            fresh = spec.resize_attributes(facts.call(old, version), new.call(node, version))
             if set_attributes(node, fresh):
                 infer_node(new, node, copy, sizes)
-        if spec.refit is not None and (parts := sliced_inner_shapes(trace, old, dead)):
-            inputs = {k: found.new for k, v in enumerate(old.inputs) if v and (found := expected_shape(trace, v, dead))}
-            if set_attributes(node, spec.refit(facts.call(old, version), node.domain, parts, inputs)):
+        if spec.resize_head_attributes is not None and (parts := sliced_inner_shapes(trace, old, dead)):
+            inputs = {
+                k: found.new_shape for k, v in enumerate(old.inputs) if v and (found := expected_shape(trace, v, dead))
+            }
+            if set_attributes(node, spec.resize_head_attributes(facts.call(old, version), node.domain, parts, inputs)):
                 infer_node(new, node, copy, sizes)
         expected = [expected_shape(trace, v, dead) for v in old.outputs]
         step = MovementRewrite(old, node, facts, new, trace, dead, repairs, version, tuple(expected))
         if spec.kind == "movement" and any(
-            e is not None and e.old != e.new for e in (expected[0], *sliced_inputs(trace, old, dead))
+            e is not None and e.old_shape != e.new_shape for e in (expected[0], *sliced_inputs(trace, old, dead))
         ):
             check_movement(step, copy, sizes)
-        elif spec.repair is not None and expected[0] is not None and new.shape.get(node.outputs[0]) != expected[0].new:
+        elif (
+            spec.recompute is not None
+            and expected[0] is not None
+            and new.shape.get(node.outputs[0]) != expected[0].new_shape
+        ):
             recompute_parameters(step, copy, sizes)
         check_output_shapes(node, new, expected)
     return SlicedModel(copy, new, dead)
@@ -139,11 +145,13 @@ def holds_at_other_sizes(
     there, now = infer_graph(model, other), infer_graph(sliced.model, other)
     for old, node in pairs:
         for value, twin in zip(old.outputs, node.outputs, strict=True):
-            packed = expected_shape(trace, value, sliced.dead)
+            packed = expected_shape(trace, value, sliced.removed)
             old_shape, new_shape = there.shape.get(value), now.shape.get(twin)
-            if packed is None or old_shape is None or len(old_shape) != len(packed.old):
+            if packed is None or old_shape is None or len(old_shape) != len(packed.old_shape):
                 continue
-            wanted = tuple(n * b // a if a else n for n, a, b in zip(old_shape, packed.old, packed.new, strict=True))
+            wanted = tuple(
+                n * b // a if a else n for n, a, b in zip(old_shape, packed.old_shape, packed.new_shape, strict=True)
+            )
             if new_shape != wanted:
                 return False
     return True
@@ -160,13 +168,13 @@ def sliced_shapes(trace: Trace, values: Iterable[ir.Value], dead: RemovedUnits) 
     found = {}
     for value in values:
         packed = expected_shape(trace, value, dead) if value.const_value is None else None
-        if packed is not None and packed.old != packed.new:
+        if packed is not None and packed.old_shape != packed.new_shape:
             found[str(value.name)] = packed
     return found
 
 
 def changed_sizes(packed: SlicedShape) -> Iterator[tuple[int, int]]:
-    return ((k, b) for k, (a, b) in enumerate(zip(packed.old, packed.new, strict=True)) if a != b)
+    return ((k, b) for k, (a, b) in enumerate(zip(packed.old_shape, packed.new_shape, strict=True)) if a != b)
 
 
 def divides_changed_size(old: ir.Node, node: ir.Node, before: ShapeFacts, after: ShapeFacts) -> bool:
@@ -179,7 +187,11 @@ def divides_changed_size(old: ir.Node, node: ir.Node, before: ShapeFacts, after:
 
 def sliced_inner_shapes(trace: Trace, node: ir.Node, dead: RemovedUnits) -> dict[str, Shape]:
     """Shapes, after the cut, of what a node holds inside: [B,H,N,D] by name."""
-    return {name: slice_shape(c.shape, c.factors, dead).new for (at, name), c in trace.extra.items() if at is node}
+    return {
+        name: slice_shape(c.shape, c.factors, dead).new_shape
+        for (at, name), c in trace.inner_values.items()
+        if at is node
+    }
 
 
 def sliced_inputs(trace: Trace, node: ir.Node, dead: RemovedUnits) -> list[SlicedShape | None]:
@@ -202,9 +214,9 @@ def slice_constant(
     if carried is None or value.const_value is None:
         return
     packed = slice_shape(carried.shape, carried.factors, dead)
-    if packed.new != packed.old or factors:
-        value.const_value = lazy_slice(value.const_value, packed.keep, packed.new, str(value.name), factors)
-        value.shape = ir.Shape(packed.new)
+    if packed.new_shape != packed.old_shape or factors:
+        value.const_value = lazy_slice(value.const_value, packed.keep, packed.new_shape, str(value.name), factors)
+        value.shape = ir.Shape(packed.new_shape)
 
 
 def lazy_slice(
@@ -241,10 +253,10 @@ def set_attributes(node: ir.Node, changed: Mapping[str, Any]) -> bool:
 def check_output_shapes(node: ir.Node, facts: ShapeFacts, expected: list[SlicedShape | None]) -> None:
     for value, packed in zip(node.outputs, expected, strict=True):
         found = facts.shape.get(value)
-        if packed is not None and found != packed.new:
+        if packed is not None and found != packed.new_shape:
             shown = list(found) if found else "of unknown shape"
             raise CheckFailed(
-                f"{node.op_type} {node.name}: output {value.name} would be {shown}, must be {list(packed.new)}; "
+                f"{node.op_type} {node.name}: output {value.name} would be {shown}, must be {list(packed.new_shape)}; "
                 "exclude its group with --exclude and report this model"
             )
 
@@ -282,11 +294,11 @@ def recompute_parameters(step: MovementRewrite, model: ir.Model, sizes: Mapping[
     """Write the node's recomputed parameters."""
     spec = lookup(step.node.domain, step.node.op_type)
     data = expected_shape(step.trace, step.old.inputs[0], step.dead) if step.old.inputs[0] is not None else None
-    if spec.repair is None or data is None:
+    if spec.recompute is None or data is None:
         raise CheckFailed(f"{step.node.op_type} {step.node.name}: its sizes cannot be recomputed")
     call = step.before.call(step.old, step.version)
     try:
-        repair = spec.repair(call, to_cut(data), [to_cut(p) for p in step.expected if p is not None])
+        repair = spec.recompute(call, to_cut(data), [to_cut(p) for p in step.expected if p is not None])
     except Blocked as block:
         raise CheckFailed(f"{step.node.op_type} {step.node.name}, axis {block.axis}: {block.reason}") from None
     set_attributes(step.node, repair.attrs)
@@ -304,7 +316,7 @@ def reproduces_labels(step: MovementRewrite) -> bool:
         return True
     call = step.after.call(step.node, step.version)
     for value, packed in zip(step.node.outputs, step.expected, strict=True):
-        if packed is not None and step.after.shape.get(value) != packed.new:
+        if packed is not None and step.after.shape.get(value) != packed.new_shape:
             return False
     old_call = step.before.call(step.old, step.version)
     spec = lookup(step.node.domain, step.node.op_type)
@@ -317,12 +329,16 @@ def reproduces_labels(step: MovementRewrite) -> bool:
         except Blocked:
             continue
         try:
-            shrunk = packed_in.pack(labels)
+            shrunk = packed_in.slice_labels(labels)
             found = spec.move(call, shrunk)
         except Blocked:
             return False
         for out, want, got, matters in zip(step.expected, wanted, found, labelled, strict=False):
-            if out is not None and matters and not equal_labels(out.pack(want), got, shrunk.shape != labels.shape):
+            if (
+                out is not None
+                and matters
+                and not equal_labels(out.slice_labels(want), got, shrunk.shape != labels.shape)
+            ):
                 return False
     return True
 

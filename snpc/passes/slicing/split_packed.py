@@ -147,9 +147,9 @@ def split_packed_root(work: SplitContext, root: ir.Value, ragged: set[ir.Value])
     made = dict(zip(parts, split_flat_projection(work, root, axis, parts, len(labels)), strict=True))
     for leaf in leaves:
         part = made[tuple(leaf.channels.tolist())]
-        gone = np.zeros(work.trace.book.count, bool)
+        gone = np.zeros(work.trace.table.count, bool)
         gone[np.delete(labels, leaf.channels)] = True
-        only = RemovedUnits(np.arange(work.trace.book.count), np.full(work.trace.book.count, -1), gone)
+        only = RemovedUnits(np.arange(work.trace.table.count), np.full(work.trace.table.count, -1), gone)
         work.twin(leaf.value).replace_all_uses_with(replay_movements(work, leaf, part, only))
 
 
@@ -197,7 +197,7 @@ def make_named_node(
         inputs,
         [ir.AttrInt64(k, v) for k, v in attrs.items()],
         num_outputs=outputs,
-        name=work.repairs.fresh(name),
+        name=work.repairs.unused_name(name),
     )
     for k, value in enumerate(node.outputs):
         value.name = f"{node.name}_out{k}"
@@ -210,7 +210,9 @@ def replay_movements(work: SplitContext, leaf: PackedPart, value: ir.Value, only
     for old, index in leaf.path:
         packed_in = sliced_part(work, old.inputs[0], only)
         packed_out = sliced_part(work, old.outputs[index], only)
-        if packed_in.new == packed_out.new and selects_nothing_more(work, old, index, packed_in, packed_out):
+        if packed_in.new_shape == packed_out.new_shape and selects_nothing_more(
+            work, old, index, packed_in, packed_out
+        ):
             continue  # the part is all that this Split or Slice would select
         value = clone_movement(work, old, index, value, packed_in, packed_out, anchor, f"{leaf.value.name}__own")
     return value
@@ -227,8 +229,8 @@ def selects_nothing_more(
 ) -> bool:
     source = work.trace.values[old.inputs[0]]  # type: ignore[index]
     target = work.trace.values[old.outputs[index]]
-    left = sorted(packed_in.pack(f).tobytes() for f in source.factors)
-    right = sorted(packed_out.pack(f).tobytes() for f in target.factors)
+    left = sorted(packed_in.slice_labels(f).tobytes() for f in source.factors)
+    right = sorted(packed_out.slice_labels(f).tobytes() for f in target.factors)
     return left == right
 
 
@@ -244,8 +246,10 @@ def clone_movement(
 ) -> ir.Value:
     spec = lookup(old.domain, old.op_type)
     version = opset_version(work.copy, old.domain)
-    if spec.selects and len(packed_out.new) < len(packed_in.new):
-        dropped = [k for k in range(len(packed_in.new)) if packed_in.new[k] == 1 and packed_in.old[k] != 1]
+    if spec.selects and len(packed_out.new_shape) < len(packed_in.new_shape):
+        dropped = [
+            k for k in range(len(packed_in.new_shape)) if packed_in.new_shape[k] == 1 and packed_in.old_shape[k] != 1
+        ]
         axes = work.repairs.constant(np.asarray(dropped, np.int64), f"{name}_axes")
         inputs = [value, axes] if version >= 13 else [value]
         node = make_named_node(work, SQUEEZE, inputs, {}, f"{name}_{old.op_type}", 1)
@@ -260,15 +264,15 @@ def clone_movement(
             [value, *rest],
             list(work.twins[old.name].attributes.values()),
             num_outputs=1,
-            name=work.repairs.fresh(f"{name}_{old.op_type}"),
+            name=work.repairs.unused_name(f"{name}_{old.op_type}"),
         )
         node.outputs[0].name = f"{node.name}_out"
         anchor.append(node)
-        if spec.repair is not None:
-            repair = spec.repair(work.before.call(old, version), to_cut(packed_in), [to_cut(packed_out)])
+        if spec.recompute is not None:
+            repair = spec.recompute(work.before.call(old, version), to_cut(packed_in), [to_cut(packed_out)])
             for k, array in repair.inputs.items():
                 work.repairs.set_input(old, node, k, array)
     infer_node(work.after, node, work.copy, work.sizes)
-    if work.after.shape.get(node.outputs[0]) != packed_out.new:
+    if work.after.shape.get(node.outputs[0]) != packed_out.new_shape:
         raise CheckFailed(f"{old.op_type} {old.name}: cannot be repeated for one part of {value.name}; use --uniform")
     return node.outputs[0]

@@ -36,7 +36,7 @@ class PaddingSource:
     kind: Literal["weights", "mask"]
     rank: int
     key_axis: int
-    period: int
+    heads_on_axis: int
     stream: int
 
 
@@ -45,7 +45,7 @@ class TokenStreams:
     """``of``: value name -> number of its stream."""
 
     sources: tuple[PaddingSource, ...]
-    of: dict[str, int]
+    stream_of: dict[str, int]
 
 
 def find_token_streams(traced: TracedGraph) -> TokenStreams:
@@ -65,7 +65,7 @@ def find_token_streams(traced: TracedGraph) -> TokenStreams:
 def masked_attentions(traced: TracedGraph) -> tuple[list[tuple[ir.Node, Contraction | None]], set[ir.Value]]:
     """(nodes that apply masked attention weights to values, with the product where it is not fused; everything that the
     scores are made of)."""
-    products = {c.node: c for c in traced.trace.contractions if not c.constant and not c.part}
+    products = {c.node: c for c in traced.trace.contractions if not c.has_weight and not c.part}
     masked: list[tuple[ir.Node, Contraction | None]] = []
     scores: set[ir.Value] = set()
     for node in traced.model.graph:
@@ -206,7 +206,7 @@ def values_with_same_tokens(traced: TracedGraph, node: ir.Node, scores: set[ir.V
     elif spec.kind == "attention":
         inputs = inputs[:1]
     elif spec.kind == "contraction":
-        if not any(c.node is node and c.constant for c in traced.trace.contractions):
+        if not any(c.node is node and c.has_weight for c in traced.trace.contractions):
             return
     elif spec.kind != "concat":
         return

@@ -39,10 +39,10 @@ class AttentionScores:
     tensor: str
     query_axis: int
     heads: int
-    width: int = 0
+    head_width: int = 0
     fused: str = ""
     mask: Literal["", "tells", "added"] = ""
-    apart: bool = False
+    heads_on_own_axis: bool = False
     masked: bool = False
 
 
@@ -60,10 +60,10 @@ class TokenPoint:
     value: str
     count: int
     leading: int
-    reads: int
+    leading_reads: int
     pooled: bool
-    fixed: bool
-    sided: str
+    fixed_length: bool
+    side_input: str
     scores: AttentionScores | None
     stream: ir.Value = field(repr=False, compare=False)
     flow: TokenFlow = field(repr=False, compare=False)
@@ -97,15 +97,15 @@ class TokenReduction(Protocol):
         """Names of the tensors that say which tokens go: inputs of the open graph, values of the closed one."""
         ...
 
-    def close(self, model: ir.Model) -> None:
+    def embed_decisions(self, model: ir.Model) -> None:
         """Make this open graph, in place, decide itself."""
         ...
 
-    def finish(self, model: ir.Model) -> None:
-        """As ``close``, for what is written or timed."""
+    def finalize(self, model: ir.Model) -> None:
+        """As ``embed_decisions``, for what is written or timed."""
         ...
 
-    def mark(self, model: ir.Model) -> None:
+    def name_decision_sizes(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
         ...
 
@@ -217,13 +217,13 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
     shape = facts.shape[value]
     assert shape is not None
     flow = follow_tokens(model, facts, value, TOKEN_AXIS)
-    if flow.stuck is not None:
-        raise flow.stuck
-    if not flow.weighings and not flow.pools and not flow.sums:
+    if flow.pin is not None:
+        raise flow.pin
+    if not flow.softmaxes and not flow.means and not flow.sums:
         raise NothingToSave
     if shape[0] != input_batch_size(model, facts):
         raise TokenPin(node, str(value.name), "its first axis is not the batch of the inputs")
-    leading = max([count_constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.reads)])
+    leading = max([count_constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.read_positions)])
     if leading > max(1, MAX_LEADING_SHARE * shape[TOKEN_AXIS]):
         raise TokenPin(node, str(value.name), f"token {leading - 1} is read by number")
     return TokenPoint(
@@ -231,10 +231,10 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
         str(value.name),
         shape[TOKEN_AXIS],
         leading,
-        len(flow.reads),
-        bool(flow.pools),
+        len(flow.read_positions),
+        bool(flow.means),
         search.fixed(value),
-        next((side.name for side in flow.sides if not side.even), ""),
+        next((side.name for side in flow.side_inputs if not side.uniform), ""),
         attention_scores_of(model, facts, site, node),
         value,
         flow,
@@ -274,7 +274,7 @@ def attention_scores_of(model: ir.Model, facts: ShapeFacts, site: ir.Node, node:
         if before is None or facts.shape.get(before) != facts.shape.get(out):
             continue
         flow = follow_tokens(model, facts, before, TOKEN_AXIS)
-        if out in flow.marks:
+        if out in flow.axes:
             batch = (facts.shape[out] or (1,))[0]
             fused = lookup(site.domain, site.op_type).kind == "attention"
             found = (
@@ -290,8 +290,8 @@ def attention_scores_of(model: ir.Model, facts: ShapeFacts, site: ir.Node, node:
 def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, batch: int) -> AttentionScores | None:
     """[batch, heads, queries, keys], with batch and heads in one axis or more."""
     out = site.outputs[0]
-    marks, shape = flow.marks.get(out), facts.shape.get(out) or ()
-    keys = {w.axis for w in flow.weighings if w.node is site}
+    marks, shape = flow.axes.get(out), facts.shape.get(out) or ()
+    keys = {w.axis for w in flow.softmaxes if w.node is site}
     last = len(shape) - 1
     if marks is None or set(marks.axes) != {last - 1, last} or any(marks.axes.values()) or len(keys) != 1:
         return None
@@ -299,16 +299,20 @@ def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, 
     if heads % batch:
         return None
     apart = last == 3 and shape[0] == batch
-    masked = any(not side.even for side in flow.sides)
+    masked = any(not side.uniform for side in flow.side_inputs)
     return AttentionScores(
-        str(out.name), (marks.axes.keys() - keys).pop() - len(shape), heads // batch, apart=apart, masked=masked
+        str(out.name),
+        (marks.axes.keys() - keys).pop() - len(shape),
+        heads // batch,
+        heads_on_own_axis=apart,
+        masked=masked,
     )
 
 
 def fused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, version: int) -> AttentionScores | None:
     call = facts.call(site, version)
     shape = attention_form(call, site.domain)
-    if shape.packed or any(site.inputs[k] not in flow.marks for k in (shape.query, shape.key)):
+    if shape.packed or any(site.inputs[k] not in flow.axes for k in (shape.query, shape.key)):
         return None
     if call.has(shape.bias) if shape.bias is not None else False:
         return None  # it is added inside
@@ -324,4 +328,4 @@ def fused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, ve
     if heads != others or not (by_head or len(sizes) == 3):
         return None
     width = sizes[-1] if by_head else sizes[-1] // heads
-    return AttentionScores("", -2, heads, width, str(site.name), mask, apart=True, masked=bool(mask))
+    return AttentionScores("", -2, heads, width, str(site.name), mask, heads_on_own_axis=True, masked=bool(mask))

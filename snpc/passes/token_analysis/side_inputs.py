@@ -17,13 +17,15 @@ def check_side_input(step: TokenNodeContext, index: int, axes: dict[int, int], p
     even = is_constant_along(step.model, step.facts, value, tuple(axes))
     if depends_on_tokens(step, value) or not (even or can_gather_entries(step, index, axes)):
         positions = "every pair of positions" if pairs else "every position"
-        raise side_input_error(step, index, axes, f"tokens meet {step.name(index)}, which has an entry for {positions}")
-    step.flow.sides.append(SideInput(step.node, index, axes, even, step.name(index)))
+        raise side_input_error(
+            step, index, axes, f"tokens meet {step.input_name(index)}, which has an entry for {positions}"
+        )
+    step.flow.side_inputs.append(SideInput(step.node, index, axes, even, step.input_name(index)))
 
 
 def depends_on_tokens(step: TokenNodeContext, value: ir.Value) -> bool:
     """Not so of a mask over pairs of which one axis goes with the tokens already."""
-    return value in step.flow.marks and value in dependent_values(step.model, [step.flow.stream])
+    return value in step.flow.axes and value in dependent_values(step.model, [step.flow.stream])
 
 
 def can_gather_entries(step: TokenNodeContext, index: int, axes: dict[int, int]) -> bool:
@@ -46,15 +48,15 @@ def side_input_error(step: TokenNodeContext, index: int, axes: dict[int, int], r
     """What to raise where input ``index`` has entries for tokens along ``axes``: Entered where it is made of values
     that have them along one axis (a mask that enters the model, say) and can go with the tokens, and so can what it is
     made of. That these come to lie along ``axes`` is seen when they are followed."""
-    value, stuck = step.node.inputs[index], step.stuck(index, reason)
-    if value is None or value in step.flow.marks or len(axes) != 1 or any(axes.values()):
+    value, stuck = step.node.inputs[index], step.pin(index, reason)
+    if value is None or value in step.flow.axes or len(axes) != 1 or any(axes.values()):
         return stuck
     many = step.call.shape(index)[next(iter(axes))]
     found = {}
     for source in side_input_origins(step, value):
         shape = step.facts.shape.get(source) or ()
         places = [axis for axis, size in enumerate(shape) if axis and size == many]
-        if len(places) == 1 and shape[0] in (1, stream_batch_size(step)) and source not in step.flow.starts:
+        if len(places) == 1 and shape[0] in (1, stream_batch_size(step)) and source not in step.flow.origins:
             found[source] = TokenAxes({places[0]: 0})
     return NeedsSideInput(stuck, found) if found else stuck
 
@@ -68,7 +70,7 @@ def side_input_origins(step: TokenNodeContext, value: ir.Value) -> list[ir.Value
     while todo:
         here = todo.pop()
         node = here.producer()
-        if here not in made or here in step.flow.marks:
+        if here not in made or here in step.flow.axes:
             continue
         if node is None or node in behind:
             found.append(here)

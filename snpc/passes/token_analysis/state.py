@@ -29,7 +29,7 @@ class NeedsSideInput(TokenPin):
 
     def __init__(self, stuck: TokenPin, found: Mapping[ir.Value, TokenAxes]) -> None:
         super().__init__(stuck.node, stuck.tensor, stuck.reason)
-        self.found = found
+        self.side_inputs = found
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TokenAxes:
     along which the entries are weights already (a softmax made them)."""
 
     axes: dict[int, int]
-    weighed: frozenset[int] = frozenset()
+    weighted: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenReduce:
     node: ir.Node
     index: int
     axis: int
-    leading: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SideInput:
     node: ir.Node
     index: int
     axes: dict[int, int]
-    even: bool
+    uniform: bool
     name: str
 
 
@@ -75,15 +75,15 @@ class TokenFlow:
     """
 
     stream: ir.Value
-    starts: frozenset[ir.Value]
-    marks: dict[ir.Value, TokenAxes]
+    origins: frozenset[ir.Value]
+    axes: dict[ir.Value, TokenAxes]
     nodes: list[ir.Node] = field(default_factory=list)
-    reads: set[int] = field(default_factory=set)
-    weighings: list[TokenReduce] = field(default_factory=list)
-    pools: list[TokenReduce] = field(default_factory=list)
+    read_positions: set[int] = field(default_factory=set)
+    softmaxes: list[TokenReduce] = field(default_factory=list)
+    means: list[TokenReduce] = field(default_factory=list)
     sums: list[TokenReduce] = field(default_factory=list)
-    sides: list[SideInput] = field(default_factory=list)
-    stuck: TokenPin | None = None
+    side_inputs: list[SideInput] = field(default_factory=list)
+    pin: TokenPin | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ class TokenNodeContext:
     def call(self) -> OpCall:
         return self.facts.call(self.node, opset_version(self.model, self.node.domain))
 
-    def marks(self, index: int) -> TokenAxes | None:
+    def axes(self, index: int) -> TokenAxes | None:
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
-        return self.flow.marks.get(value) if value is not None else None
+        return self.flow.axes.get(value) if value is not None else None
 
-    def name(self, index: int) -> str:
+    def input_name(self, index: int) -> str:
         value = self.node.inputs[index]
         return str(value.name) if value is not None else ""
 
-    def stuck(self, index: int, reason: str) -> TokenPin:
-        return TokenPin(self.node, self.name(index), reason)
+    def pin(self, index: int, reason: str) -> TokenPin:
+        return TokenPin(self.node, self.input_name(index), reason)

@@ -46,7 +46,7 @@ def score_products(traced: TracedGraph, group: Group) -> list[Contraction]:
     found = [
         c
         for c in traced.trace.contractions
-        if not c.constant and c.part in ("", "scores") and c.left.name in tensors and c.right.name in tensors
+        if not c.has_weight and c.part in ("", "scores") and c.left.name in tensors and c.right.name in tensors
     ]
     if not found:
         raise UnsupportedWeightForm("its query and key meet in no product that can be watched")
@@ -103,7 +103,7 @@ def value_operands(traced: TracedGraph, group: Group) -> list[AttentionOperand]:
     found = [
         AttentionOperand(c, side, 2)
         for c in traced.trace.contractions
-        if not c.constant and c.part in ("", "context")
+        if not c.has_weight and c.part in ("", "context")
         for side in (c.left, c.right)
         if side.name in tensors and any(len(varying_axes(f)) for f in side.factors)
     ]

@@ -23,7 +23,7 @@ MAX_REFIT_COLUMNS = 6144  # columns that a reader may see and still be refitted:
 
 def closed_form_kind(analysis: Analysis, group: Group) -> str:
     """Which closed form fits the group. Raises NoPlace with the reason where none does."""
-    traced = analysis.traced
+    traced = analysis.traced_graph
     if group.role == "qk" and group.freedom == "basis":
         check_basis_sites(group, [*operand_weights(traced, group, 0), *operand_weights(traced, group, 1)])
         shown = {p.tensor for p in group.probes}

@@ -123,7 +123,7 @@ def consumer_weight_at(traced: TracedGraph, group: Group, site: Site) -> Consume
 
 def check_consumer_form(traced: TracedGraph, contraction: Contraction, side: LabeledValue, width: int) -> None:
     node, letters = contraction.node, contraction.letters
-    if lookup(node.domain, node.op_type).curved:
+    if lookup(node.domain, node.op_type).has_activation:
         raise UnsupportedWeightForm("its reader applies an activation")
     if any(attribute_values(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
         raise UnsupportedWeightForm("its reader scales the sum")
@@ -140,7 +140,7 @@ def consuming_products(traced: TracedGraph, tensor: str) -> Iterator[tuple[Contr
     constant = traced.model.graph.initializers[tensor]
     for contraction in traced.trace.contractions:
         for side in (contraction.left, contraction.right):
-            if contraction.constant and side.constant and is_moved_constant(contraction, side, constant):
+            if contraction.has_weight and side.constant and is_moved_constant(contraction, side, constant):
                 yield contraction, side
 
 
@@ -207,11 +207,13 @@ def consumer_use_at(
 def summation_order(traced: TracedGraph, reader: ConsumerWeight, weight: LabeledValue) -> IntArray | None:
     """The position along the reader's axis that stands at each position of the sum."""
     axis = next(
-        a for a in traced.trace.book.axes if str(a.constant.name) == reader.place.tensor and a.axis == reader.place.axis
+        a
+        for a in traced.trace.table.axes
+        if str(a.constant.name) == reader.place.tensor and a.axis == reader.place.axis
     )
     for labels in weight.factors:
         if len(varying_axes(labels)) == 1 and labels.size == axis.size:
-            found = labels.reshape(-1).astype(np.int64) - axis.first
+            found = labels.reshape(-1).astype(np.int64) - axis.first_label
             if found.min() >= 0 and found.max() < axis.size:
                 return found
     return np.zeros(1, np.int64) if axis.size == 1 else None

@@ -66,7 +66,7 @@ def trace_linear_path(
         if len(linear) != 1 or is_stored_constant(linear[0]):
             raise NotLinear
         trace_linear_path(fold, linear[0], wanted, trace, facts, model)
-    elif spec.kind == "contraction" and not spec.curved:
+    elif spec.kind == "contraction" and not spec.has_activation:
         mark_projection(fold, node, wanted, trace)
     elif spec.kind == "normalise" and spec.per_axis:
         for index in spec.per_axis:

@@ -62,7 +62,7 @@ def group_statistics(traced: TracedGraph, dead: RemovedUnits) -> list[list[Stati
     parts: list[StatisticPath] = []
     for statistic in affected_statistics(traced.trace, dead):
         paths = statistic_paths(statistic, traced.trace)
-        parts.append((statistic, (*square_nodes(statistic, traced), *paths.alone), paths.meets))
+        parts.append((statistic, (*square_nodes(statistic, traced), *paths.statistic_nodes), paths.rejoin_nodes))
     found: list[list[StatisticPath]] = []
     for part in parts:
         mine = [
@@ -78,8 +78,8 @@ def group_statistics(traced: TracedGraph, dead: RemovedUnits) -> list[list[Stati
 def square_nodes(statistic: NormalizationStatistic, traced: TracedGraph) -> tuple[ir.Node, ...]:
     """The nodes ahead of a statistic that work on one labelled tensor alone: its square."""
     found: list[ir.Node] = []
-    value = statistic.here.node.inputs[0]
-    while statistic.here.spec.kind == "reduce" and value is not None and value.producer() is not None:
+    value = statistic.context.node.inputs[0]
+    while statistic.context.spec.kind == "reduce" and value is not None and value.producer() is not None:
         node = value.producer()
         assert node is not None
         labelled = {v for v in node.inputs if v is not None and v.producer() is not None}
@@ -101,8 +101,8 @@ def reads_labeled_constant(node: ir.Node, traced: TracedGraph) -> bool:
 
 def feeds_statistic(first: StatisticPath, second: StatisticPath) -> bool:
     """Does the second statistic, or what it normalises, come right from where the first met its positions?"""
-    if "normalise" in (first[0].here.spec.kind, second[0].here.spec.kind):
-        return first[0].here.node is second[0].here.node
+    if "normalise" in (first[0].context.spec.kind, second[0].context.spec.kind):
+        return first[0].context.node is second[0].context.node
     made = {value for node in first[2] for value in node.outputs}
     read = {value for node in (*second[1], *second[2]) for value in node.inputs}
     return not made.isdisjoint(read)
@@ -202,9 +202,9 @@ def has_single_use(traced: TracedGraph, tensor: str) -> bool:
 def normalized_units(traced: TracedGraph, norm: Normalization) -> npt.NDArray[np.int64]:
     carried = traced.trace.values[norm.output]
     labels = next(f for f in carried.factors if varying_axes(f) == {f.ndim + norm.axis})
-    return traced.units.unit[labels.reshape(-1)]
+    return traced.units.unit_of_label[labels.reshape(-1)]
 
 
 def units_of_constant(traced: TracedGraph, tensor: str, axis: int) -> npt.NDArray[np.int64]:
-    found = next(a for a in traced.trace.book.axes if a.constant.name == tensor and a.axis == axis)
-    return traced.units.unit[found.first : found.first + found.size]
+    found = next(a for a in traced.trace.table.axes if a.constant.name == tensor and a.axis == axis)
+    return traced.units.unit_of_label[found.first_label : found.first_label + found.size]

@@ -28,16 +28,16 @@ class RowSelection:
     part: CalibrationPart
     shapes: Mapping[str, Shape] = field(repr=False)
     rows: IntArray
-    first: int
-    kind: Hashable = None
+    offset: int
+    batch_key: Hashable = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def ids(self) -> IntArray:
+    def sample_ids(self) -> IntArray:
         """[rows]: which samples of the source these are."""
-        return self.first + self.rows
+        return self.offset + self.rows
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Calibration:
     inputs: tuple[TensorSpec, ...]
     samples: int
     batch: int
-    asked: int
+    requested: int
     available: int | None
     dropped: int
-    plan: tuple[tuple[RowSelection, ...], ...] = field(repr=False, compare=False)
-    held: tuple[TensorSpec, ...] = field(repr=False)
-    axes: SampleAxes = field(repr=False)
-    whole: bool = field(repr=False)
+    batch_plan: tuple[tuple[RowSelection, ...], ...] = field(repr=False, compare=False)
+    stored_inputs: tuple[TensorSpec, ...] = field(repr=False)
+    sample_axes: SampleAxes = field(repr=False)
+    unbatched: bool = field(repr=False)
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
@@ -67,44 +67,44 @@ class Calibration:
         Raises UserError for values that no model should be calibrated on.
         """
         opened: tuple[CalibrationPart, Mapping[str, AnyArray]] | None = None
-        for pieces in self.plan:
+        for pieces in self.batch_plan:
             taken = []
             for piece in pieces:
                 if opened is None or opened[0] is not piece.part:
-                    opened = (piece.part, _read_part(piece, self.held))
+                    opened = (piece.part, _read_part(piece, self.stored_inputs))
                 taken.append(self._take(piece, opened[1]))
             yield self._joined(taken)
 
-    def heads(self, rows: int) -> Iterator[dict[str, AnyArray]]:
+    def first_rows(self, rows: int) -> Iterator[dict[str, AnyArray]]:
         """The first ``rows`` samples of each batch; all of them where the model takes nothing but full batches."""
         for feeds in self.batches():
             yield (
                 feeds
-                if self.axes.size or self.whole
-                else {k: v[:rows] if self.sampled(k) else v for k, v in feeds.items()}
+                if self.sample_axes.batch_size or self.unbatched
+                else {k: v[:rows] if self.has_sample_axis(k) else v for k, v in feeds.items()}
             )
 
-    def sampled(self, name: str) -> bool:
+    def has_sample_axis(self, name: str) -> bool:
         """Is the first axis of this input the samples'?"""
-        return name in self.axes.sampled
+        return name in self.sample_axes.inputs
 
-    def largest(self) -> dict[str, int]:
+    def max_elements(self) -> dict[str, int]:
         """Input name -> the most elements that a batch has."""
         found: dict[str, int] = {}
-        for pieces in self.plan:
-            for spec in self.held:
-                rows = sum(map(len, pieces)) if spec.name in self.axes.sampled else 1
-                each = pieces[0].shapes[spec.name][1 if spec.name in self.axes.sampled else 0 :]
+        for pieces in self.batch_plan:
+            for spec in self.stored_inputs:
+                rows = sum(map(len, pieces)) if spec.name in self.sample_axes.inputs else 1
+                each = pieces[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
                 found[spec.name] = max(found.get(spec.name, 0), rows * math.prod(each))
         return found
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
         size = min(self.batch, self.samples)
         if self.available is None:
             text = f"the first {self.samples} samples from {self.source}, {size} per batch"
         elif self.samples == self.available:
-            short = f" ({self.asked} asked)" if self.asked > self.available else ""
+            short = f" ({self.requested} asked)" if self.requested > self.available else ""
             text = f"all {self.samples} samples from {self.source}{short}, {size} per batch"
         else:
             text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
@@ -112,17 +112,17 @@ class Calibration:
 
     def _take(self, piece: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         feed = {}
-        for spec in self.held:
-            sampled = spec.name in self.axes.sampled
+        for spec in self.stored_inputs:
+            sampled = spec.name in self.sample_axes.inputs
             rows = arrays[spec.name][piece.rows] if sampled else arrays[spec.name].copy()
-            feed[spec.name] = validate_and_convert(rows, spec, piece.part.where, piece.rows if sampled else None)
+            feed[spec.name] = validate_and_convert(rows, spec, piece.part.label, piece.rows if sampled else None)
         return feed
 
     def _joined(self, taken: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
         feed = dict(taken[0])
-        for name in self.axes.sampled if len(taken) > 1 else ():
+        for name in self.sample_axes.inputs if len(taken) > 1 else ():
             feed[name] = np.concatenate([one[name] for one in taken])
-        return {name: array[0] for name, array in feed.items()} if self.whole else feed
+        return {name: array[0] for name, array in feed.items()} if self.unbatched else feed
 
 
 def calibration_from_source(
@@ -134,10 +134,10 @@ def calibration_from_source(
     total = sum(map(len, pieces))
     if not total:
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
-    chosen = _take_first(pieces, samples) if source.beginning else _draw_samples(pieces, samples, seed)
-    size = axes.size or batch
-    plan = pack_batches([replace(piece, kind=_batch_key(piece, source.inputs, axes)) for piece in chosen], size)
-    if axes.size:  # the model takes nothing but full batches
+    chosen = _take_first(pieces, samples) if source.length_unknown else _draw_samples(pieces, samples, seed)
+    size = axes.batch_size or batch
+    plan = pack_batches([replace(piece, batch_key=_batch_key(piece, source.inputs, axes)) for piece in chosen], size)
+    if axes.batch_size:  # the model takes nothing but full batches
         plan = [pieces for pieces in plan if sum(map(len, pieces)) == size]
     used = sum(len(piece) for pieces in plan for piece in pieces)
     if not used:
@@ -147,13 +147,13 @@ def calibration_from_source(
         inputs=inputs,
         samples=used,
         batch=size,
-        asked=samples,
-        available=None if source.beginning and total >= samples else total,
+        requested=samples,
+        available=None if source.length_unknown and total >= samples else total,
         dropped=sum(map(len, chosen)) - used,
-        plan=tuple(tuple(pieces) for pieces in plan),
-        held=source.inputs,
-        axes=axes,
-        whole=source.whole,
+        batch_plan=tuple(tuple(pieces) for pieces in plan),
+        stored_inputs=source.inputs,
+        sample_axes=axes,
+        unbatched=source.unbatched,
     )
 
 
@@ -162,10 +162,10 @@ def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> 
     pieces: list[RowSelection] = []
     total = 0
     for part in source.parts:
-        shapes = sample_shapes(part, source.inputs, source.lone)
+        shapes = sample_shapes(part, source.inputs, source.allow_single_sample)
         pieces.append(RowSelection(part, shapes, np.arange(count_samples(part, shapes, source.inputs, axes)), total))
         total += len(pieces[-1])
-        if source.beginning and total >= samples:
+        if source.length_unknown and total >= samples:
             break
     return pieces
 
@@ -191,8 +191,8 @@ def _draw_samples(pieces: Sequence[RowSelection], samples: int, seed: int) -> li
 
 def _batch_key(piece: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:
     """Pieces of the same kind can share a batch: equal sizes behind the sample axis, equal inputs without one."""
-    sizes = tuple(piece.shapes[name][1:] for name in sorted(axes.sampled))
-    fixed = [spec for spec in inputs if spec.name not in axes.sampled]
+    sizes = tuple(piece.shapes[name][1:] for name in sorted(axes.inputs))
+    fixed = [spec for spec in inputs if spec.name not in axes.inputs]
     if not fixed:
         return sizes
     arrays = _read_part(piece, fixed)
@@ -207,9 +207,9 @@ def pack_batches(chosen: Sequence[RowSelection], size: int) -> list[list[RowSele
     for piece in chosen:
         rows = piece.rows
         while len(rows):
-            if not room or piece.kind != last:
+            if not room or piece.batch_key != last:
                 batches.append([])
-                room, last = size, piece.kind
+                room, last = size, piece.batch_key
             batches[-1].append(replace(piece, rows=rows[:room]))
             rows = rows[room:]
             room -= len(batches[-1][-1])
@@ -222,7 +222,7 @@ def _read_part(piece: RowSelection, inputs: Sequence[TensorSpec]) -> dict[str, A
     for spec in inputs:
         shape = arrays[spec.name].shape
         if piece.shapes[spec.name] not in (shape, (1, *shape)):
-            raise UserError(f"{piece.part.where}: input '{spec.name}' changed while it was in use: run again")
+            raise UserError(f"{piece.part.label}: input '{spec.name}' changed while it was in use: run again")
     return {spec.name: arrays[spec.name].reshape(piece.shapes[spec.name]) for spec in inputs}
 
 

@@ -146,7 +146,7 @@ def _read_header(file: IO[bytes]) -> ArrayHeader:
 def _array_file_source(
     part: Callable[[Path, ModelInputs], CalibrationPart], path: Path, inputs: ModelInputs
 ) -> CalibrationSource:
-    return CalibrationSource(str(path), [part(path, inputs)], inputs, lone=False)
+    return CalibrationSource(str(path), [part(path, inputs)], inputs, allow_single_sample=False)
 
 
 # Polygraphy JSON

@@ -78,7 +78,7 @@ def image_source(
 
         return CalibrationPart(str(file), {spec.name: header}, read)
 
-    return CalibrationSource(str(folder), (part(file) for file in files), (held,), whole=whole)
+    return CalibrationSource(str(folder), (part(file) for file in files), (held,), unbatched=whole)
 
 
 def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:

@@ -44,16 +44,18 @@ def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -
     if not callable(loader):
         there = name_list(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
         raise UserError(f"{label}: {script.name} has no function '{function}'; it has {there}")
-    return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, beginning=True)
+    return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
 
 
 def value_source(value: Any, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
     """A Python value: a dict of arrays (all samples), a reader, an iterable of dicts, or a callable giving one."""
     label = getattr(value, "__qualname__", type(value).__name__)
     if isinstance(value, Mapping):
-        return CalibrationSource(label, [part_in_memory(label, _copy_arrays(value, label, inputs))], inputs, lone=False)
+        return CalibrationSource(
+            label, [part_in_memory(label, _copy_arrays(value, label, inputs))], inputs, allow_single_sample=False
+        )
     if hasattr(value, "get_next") or isinstance(value, Iterable) or callable(value):
-        return CalibrationSource(label, _iterate_parts(value, label, inputs, None), inputs, beginning=True)
+        return CalibrationSource(label, _iterate_parts(value, label, inputs, None), inputs, length_unknown=True)
     raise UserError(
         f"calibration data of type {label}: give a path, dicts of arrays, a function giving them, or a "
         "CalibrationDataReader"

@@ -24,7 +24,7 @@ class ArrayHeader(NamedTuple):
 class CalibrationPart:
     """A file, picture or dict. ``where`` is what messages call it; ``read(names)`` gives those arrays, as stored."""
 
-    where: str
+    label: str
     headers: Mapping[str, ArrayHeader]
     read: Callable[[Sequence[str]], Mapping[str, AnyArray]]
 
@@ -41,9 +41,9 @@ class CalibrationSource:
     label: str
     parts: Iterable[CalibrationPart]
     inputs: tuple[TensorSpec, ...]
-    lone: bool = True
-    beginning: bool = False
-    whole: bool = False
+    allow_single_sample: bool = True
+    length_unknown: bool = False
+    unbatched: bool = False
 
 
 def part_in_memory(where: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:

@@ -27,8 +27,8 @@ SAFE_CASTS: frozenset[tuple[TypeFamily, TypeFamily]] = frozenset(
 class SampleAxes:
     """``sampled``: inputs whose leading axis is samples; the others are fed as they are. ``size``: a static batch."""
 
-    sampled: frozenset[str]
-    size: int | None
+    inputs: frozenset[str]
+    batch_size: int | None
 
 
 def find_sample_axes(inputs: Sequence[TensorSpec]) -> SampleAxes:
@@ -53,8 +53,8 @@ def find_sample_axes(inputs: Sequence[TensorSpec]) -> SampleAxes:
 
 def sample_shapes(part: CalibrationPart, inputs: Sequence[TensorSpec], lone: bool) -> dict[str, Shape]:
     """[sample, ...] shape per input once names, types and ranks fit; a lone sample gets its leading axis here."""
-    require_inputs(part.where, part.headers, inputs)
-    return {spec.name: _sample_shape(part.where, part.headers[spec.name], spec, lone) for spec in inputs}
+    require_inputs(part.label, part.headers, inputs)
+    return {spec.name: _sample_shape(part.label, part.headers[spec.name], spec, lone) for spec in inputs}
 
 
 def count_samples(
@@ -62,13 +62,13 @@ def count_samples(
 ) -> int:
     """How many samples a part holds; UserError where static sizes or the inputs' sample counts disagree."""
     for spec in inputs:
-        _check_sizes(part.where, shapes[spec.name], spec, spec.name in axes.sampled)
-    counts = {spec.name: shapes[spec.name][0] for spec in inputs if spec.name in axes.sampled}
+        _check_sizes(part.label, shapes[spec.name], spec, spec.name in axes.inputs)
+    counts = {spec.name: shapes[spec.name][0] for spec in inputs if spec.name in axes.inputs}
     (first, samples), *others = counts.items()
     for name, other in others:
         if other != samples:
             raise UserError(
-                f"{part.where}: {samples} samples of '{first}' but {other} of '{name}': give every input as many"
+                f"{part.label}: {samples} samples of '{first}' but {other} of '{name}': give every input as many"
             )
     return samples
 

@@ -39,8 +39,8 @@ class LowRankBasis:
     (W -> read W; for Q and K it makes K: W_k -> W_k read'). ``loss[r]``: squared output error when r are kept.
     """
 
-    make: FloatArray
-    read: FloatArray
+    encode: FloatArray
+    decode: FloatArray
     loss: FloatArray
 
 
@@ -157,12 +157,12 @@ class EliminationOrder:
 
     order: IntArray
     loss: FloatArray
-    fits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
+    refits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
 
-    def fit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
+    def refit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
         """The weights that read just these units (ascending), where they are known."""
         last = np.sort(self.order[len(self.order) - len(keep) :])
-        return self.fits.get(len(keep)) if np.array_equal(last, keep) else None
+        return self.refits.get(len(keep)) if np.array_equal(last, keep) else None
 
 
 def add_ridge(moment: FloatArray, ridge: float = DEFAULT_RIDGE) -> FloatArray:
@@ -228,9 +228,9 @@ def run_elimination(
             s.remove(going)
         alive = compact_rows(alive, going)
         if left in fits_at:
-            fits[left] = tuple(s.rows_of(np.argsort(alive)) for s in remaining)
+            fits[left] = tuple(s.unit_rows(np.argsort(alive)) for s in remaining)
         known.append(left)
-        extra.append(sum(s.damping for s in remaining))
+        extra.append(sum(s.ridge_loss for s in remaining))
     loss = np.maximum(loss - np.interp(np.arange(size + 1), known[::-1], extra[::-1]), 0.0)
     return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], fits)
 
@@ -245,7 +245,7 @@ class ObsState:
         self.inverse = InverseHessian(invert_positive_definite(add_ridge(system.moment, system.ridge)))
         self.current: FloatArray = system.weight.astype(np.float64)
         self.weight = self.current.copy()
-        self.gone = 0.0
+        self.removed_norm = 0.0
 
     def costs(self) -> FloatArray:
         """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
@@ -253,27 +253,27 @@ class ObsState:
         rows = self.current.reshape(len(pivots), self.columns, -1)
         return unit_costs(pivots, np.einsum("iaj,ibj->iab", rows, rows))
 
-    def few(self, units: IntArray) -> ObsSubset:
+    def subset(self, units: IntArray) -> ObsSubset:
         rows = unit_columns(units, self.columns)
-        return ObsSubset(self.inverse.among(rows), self.current[rows] @ self.current[rows].T, self.columns)
+        return ObsSubset(self.inverse.submatrix(rows), self.current[rows] @ self.current[rows].T, self.columns)
 
     def remove(self, units: IntArray) -> None:
         """The others make up for these (positions among the units left)."""
         going = unit_columns(units, self.columns)
-        self.gone += float(np.sum(self.weight[going] ** 2))
+        self.removed_norm += float(np.sum(self.weight[going] ** 2))
         lost = self.current[going]
         self.current, self.weight = compact_rows(self.current, going), compact_rows(self.weight, going)
         factor, half = self.inverse.remove(going)
         self.current -= factor @ (half @ lost)
 
-    def rows_of(self, units: IntArray) -> AnyArray:
+    def unit_rows(self, units: IntArray) -> AnyArray:
         return self.current[unit_columns(units, self.columns)].astype(np.float32)
 
     @property
-    def damping(self) -> float:
+    def ridge_loss(self) -> float:
         """The ridge's share of the loss."""
         gap = self.weight - self.current
-        return self.ridge * (self.gone + float(np.vdot(gap, gap)))
+        return self.ridge * (self.removed_norm + float(np.vdot(gap, gap)))
 
 
 class InverseHessian:
@@ -282,27 +282,29 @@ class InverseHessian:
 
     def __init__(self, base: FloatArray) -> None:
         self.base = base
-        self.taken = np.empty((len(base), 0))
+        self.pending_update = np.empty((len(base), 0))
 
-    def among(self, rows: IntArray) -> FloatArray:
-        return np.asarray(self.base[np.ix_(rows, rows)] - self.taken[rows] @ self.taken[rows].T)
+    def submatrix(self, rows: IntArray) -> FloatArray:
+        return np.asarray(self.base[np.ix_(rows, rows)] - self.pending_update[rows] @ self.pending_update[rows].T)
 
     def blocks(self, columns: int) -> FloatArray:
         """[units, columns, columns]: the blocks on the diagonal."""
-        taken = self.taken.reshape(len(self.taken) // columns, columns, self.taken.shape[1])
+        taken = self.pending_update.reshape(len(self.pending_update) // columns, columns, self.pending_update.shape[1])
         return np.asarray(diagonal_blocks(self.base, columns) - np.einsum("iak,ibk->iab", taken, taken))
 
     def remove(self, going: IntArray) -> tuple[FloatArray, FloatArray]:
         """F and L with F L = (H^-1)_rest,going ((H^-1)_going,going)^-1, the rest ``compact_rows``."""
-        cross = self.base[going].T - self.taken @ self.taken[going].T
+        cross = self.base[going].T - self.pending_update @ self.pending_update[going].T
         half = np.linalg.inv(np.linalg.cholesky(cross[going])).astype(np.float64)
         factor = compact_rows(cross @ half.T, going)
         self.base = compact_rows(compact_rows(self.base, going).T, going).T
-        self.taken = np.concatenate([compact_rows(self.taken, going), factor], axis=1)
-        if self.taken.shape[1] >= BLOCK_ROWS:
+        self.pending_update = np.concatenate([compact_rows(self.pending_update, going), factor], axis=1)
+        if self.pending_update.shape[1] >= BLOCK_ROWS:
             for start in range(0, len(self.base), BLOCK_ROWS):  # a product that stays in the cache
-                self.base[start : start + BLOCK_ROWS] -= self.taken[start : start + BLOCK_ROWS] @ self.taken.T
-            self.taken = self.taken[:, :0]
+                self.base[start : start + BLOCK_ROWS] -= (
+                    self.pending_update[start : start + BLOCK_ROWS] @ self.pending_update.T
+                )
+            self.pending_update = self.pending_update[:, :0]
         return factor, half
 
 
@@ -338,7 +340,7 @@ def cheapest_units(parts: Sequence[ObsState], units: int, count: int) -> tuple[I
     """The ``count`` of ``units`` that go next and what each costs, exactly updated between them within the cheapest."""
     score = np.sum([part.costs() for part in parts], axis=0)
     pool = np.argsort(score, kind="stable")[: min(units, 2 * count)]
-    small = [part.few(pool) for part in parts]
+    small = [part.subset(pool) for part in parts]
     going: list[int] = []
     costs: list[float] = []
     for _ in range(count):

@@ -42,10 +42,10 @@ class ClosedForms:
     (what reads it) or "coupled" (selected by what the scores lose)."""
 
     analysis: Analysis
-    forms: Mapping[str, str]
+    kinds: Mapping[str, str]
     moments: Mapping[str, GroupMoments] = field(repr=False)
-    rebases: Mapping[str, tuple[LowRankBasis, ...]] = field(repr=False)
-    eliminations: Mapping[str, tuple[EliminationOrder, ...]] = field(repr=False)
+    bases: Mapping[str, tuple[LowRankBasis, ...]] = field(repr=False)
+    elimination_orders: Mapping[str, tuple[EliminationOrder, ...]] = field(repr=False)
     skipped: Mapping[str, str]
     samples: int
     source: str = ""
@@ -55,18 +55,20 @@ class ClosedForms:
     def empty(cls, analysis: Analysis) -> ClosedForms:
         return cls(analysis, {}, {}, {}, {}, {}, 0)
 
-    def without_fits(self) -> ClosedForms:
+    def without_refits(self) -> ClosedForms:
         """The same, without the weights that were noted for trials."""
-        bare = {name: tuple(replace(one, fits={}) for one in found) for name, found in self.eliminations.items()}
-        return replace(self, eliminations=bare)
+        bare = {
+            name: tuple(replace(one, refits={}) for one in found) for name, found in self.elimination_orders.items()
+        }
+        return replace(self, elimination_orders=bare)
 
-    def curve(self, group: Group) -> FloatArray | None:
+    def loss_curve(self, group: Group) -> FloatArray | None:
         """[size + 1]: squared output error on the calibration data when so many units per block are kept."""
-        if group.id in self.rebases:
-            total: FloatArray = np.sum([r.loss for r in self.rebases[group.id]], axis=0)
+        if group.id in self.bases:
+            total: FloatArray = np.sum([r.loss for r in self.bases[group.id]], axis=0)
             return total
-        if group.id in self.eliminations:
-            return np.asarray(np.sum([e.loss for e in self.eliminations[group.id]], axis=0))
+        if group.id in self.elimination_orders:
+            return np.asarray(np.sum([e.loss for e in self.elimination_orders[group.id]], axis=0))
         return None
 
 
@@ -84,7 +86,7 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
                 "again with the same --roles, --include and --exclude, and without --criterion"
             )
     moments = LazyMoments(forms, statistics.sums)
-    return MomentSet(analysis, forms, moments, skipped, statistics.samples, statistics.described())
+    return MomentSet(analysis, forms, moments, skipped, statistics.samples, statistics.describe_sources())
 
 
 def has_expected_shape(group: Group, name: str, sums: FloatArray) -> bool:
@@ -114,9 +116,9 @@ def solve_closed_forms(
     for group in groups:
         if measured.forms.get(group.id) in ("refit", "coupled"):
             form, widths = measured.forms[group.id], (fits_at or {}).get(group.id, ())
-            found = elimination_orders(analysis.traced, group, form, measured.moments[group.id], widths)
+            found = elimination_orders(analysis.traced_graph, group, form, measured.moments[group.id], widths)
             eliminations[group.id] = found if shelf is None else tuple(spill_fits(one, shelf) for one in found)
-    return replace(solve_bases(measured, groups), eliminations=eliminations)
+    return replace(solve_bases(measured, groups), elimination_orders=eliminations)
 
 
 def elimination_orders(
@@ -125,18 +127,18 @@ def elimination_orders(
     """One per block."""
     if form == "refit":
         return (eliminate(least_squares_systems(source, group, moments), group.size, fits_at=fits_at),)
-    assert moments.first is not None
-    return tuple(eliminate_by_score_loss(losses) for losses in moments.first)
+    assert moments.query_or_loss is not None
+    return tuple(eliminate_by_score_loss(losses) for losses in moments.query_or_loss)
 
 
 def spill_fits(found: EliminationOrder, shelf: SpillableStore) -> EliminationOrder:
-    return replace(found, fits={width: tuple(map(shelf.keep, rows)) for width, rows in found.fits.items()})
+    return replace(found, refits={width: tuple(map(shelf.keep, rows)) for width, rows in found.refits.items()})
 
 
 def least_squares_systems(source: TracedGraph, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
     return [
         LeastSquaresSystem(seen.moment, reader.matrix(source), relative_ridge(len(seen.moment), seen.count))
-        for reader, seen in zip(consumer_weights(source, group), moments.contexts[0], strict=True)
+        for reader, seen in zip(consumer_weights(source, group), moments.consumers[0], strict=True)
     ]
 
 
@@ -144,7 +146,7 @@ def solve_bases(measured: MomentSet, groups: Sequence[Group]) -> ClosedForms:
     """Only what a given plan needs: no order in which units go."""
     analysis, forms, moments = measured.analysis, measured.forms, measured.moments
     rebases = {
-        g.id: low_rank_bases(analysis.traced, g, forms[g.id], moments[g.id])
+        g.id: low_rank_bases(analysis.traced_graph, g, forms[g.id], moments[g.id])
         for g in groups
         if forms.get(g.id) in ("scores", "values")
     }
@@ -157,10 +159,10 @@ def low_rank_bases(
     """One per block."""
     if form == "values":
         reader = single_consumer_weight(source, group)
-        return tuple(block_basis(moments.contexts[b], reader.rows(source, b, edits)) for b in range(group.blocks))
-    assert moments.first is not None and moments.second is not None
+        return tuple(block_basis(moments.consumers[b], reader.rows(source, b, edits)) for b in range(group.blocks))
+    assert moments.query_or_loss is not None and moments.key is not None
     ridges = (relative_ridge(group.size, moments.count), relative_ridge(group.size, moments.second_count))
-    return tuple(solve_low_rank_qk(q, k, ridges) for q, k in zip(moments.first, moments.second, strict=True))
+    return tuple(solve_low_rank_qk(q, k, ridges) for q, k in zip(moments.query_or_loss, moments.key, strict=True))
 
 
 def block_basis(contexts: Sequence[ConsumerMoments], rows: FloatArray) -> LowRankBasis:
@@ -169,13 +171,13 @@ def block_basis(contexts: Sequence[ConsumerMoments], rows: FloatArray) -> LowRan
     found = solve_low_rank_vo(np.sum([c.moment for c in contexts], axis=0), np.concatenate(list(rows), axis=1), ridge)
     if len(contexts) == 1:
         return found
-    return replace(found, loss=shared_value_loss([c.moment for c in contexts], list(rows), found.make, ridge))
+    return replace(found, loss=shared_value_loss([c.moment for c in contexts], list(rows), found.encode, ridge))
 
 
 def in_rotated_order(compression: ClosedForms, plan: SlicePlan) -> SlicePlan:
     """The plan with rotated groups keeping their first units, which is where the rotation puts what matters most."""
     keep = dict(plan.keep)
-    for name in compression.rebases:
+    for name in compression.bases:
         if name in keep:
             keep[name] = tuple(tuple(range(len(row))) for row in keep[name])
     return replace(plan, keep=keep)
@@ -183,9 +185,9 @@ def in_rotated_order(compression: ClosedForms, plan: SlicePlan) -> SlicePlan:
 
 def fit_parallel(compression: ClosedForms, plan: SlicePlan) -> TracedGraph:
     """The model at its full size with every weight made for the plan: then cutting to the plan loses least."""
-    source = compression.analysis.traced
+    source = compression.analysis.traced_graph
     return trace_graph(
-        apply_edits(source, closed_form_edits(compression, plan)), source.sizes, kv_cache=source.kv_cache
+        apply_edits(source, closed_form_edits(compression, plan)), source.dim_sizes, kv_cache=source.kv_cache
     )
 
 
@@ -193,9 +195,9 @@ def closed_form_edits(compression: ClosedForms, plan: SlicePlan) -> WeightEdits:
     """Every edit that a plan asks for. What reads whole heads is refitted first, since what is left of it decides on
     the basis of the values."""
     edits = WeightEdits()
-    groups = [g for g in compression.analysis.groups if g.id in plan.keep and g.id in compression.forms]
+    groups = [g for g in compression.analysis.groups if g.id in plan.keep and g.id in compression.kinds]
     for group in sorted(groups, key=lambda g: g.role != "head"):
-        rows, form = plan.keep[group.id], compression.forms[group.id]
+        rows, form = plan.keep[group.id], compression.kinds[group.id]
         if form == "refit":
             refit_consumers(edits, compression, group, np.array(rows[0], np.int64))
         elif form in ("scores", "values"):
@@ -205,10 +207,10 @@ def closed_form_edits(compression: ClosedForms, plan: SlicePlan) -> WeightEdits:
 
 def refit_consumers(edits: WeightEdits, compression: ClosedForms, group: Group, keep: IntArray) -> None:
     """Refit every weight that reads the group; the mean of what goes is added to the bias behind it."""
-    source = compression.analysis.traced
-    (found,) = compression.eliminations.get(group.id, (None,))
-    noted = found.fit_for(keep) if found is not None else None
-    contexts = compression.moments[group.id].contexts[0]
+    source = compression.analysis.traced_graph
+    (found,) = compression.elimination_orders.get(group.id, (None,))
+    noted = found.refit_for(keep) if found is not None else None
+    contexts = compression.moments[group.id].consumers[0]
     for number, (reader, seen) in enumerate(zip(consumer_weights(source, group), contexts, strict=True)):
         weight, columns = reader.matrix(source, edits), unit_columns(keep, reader.columns)
         if noted is not None:
@@ -230,21 +232,21 @@ def apply_basis(
     edits: WeightEdits, compression: ClosedForms, group: Group, form: str, width: int | None = None
 ) -> None:
     """Turn the group so that its first ``width`` units (default: all) say most."""
-    source, width = compression.analysis.traced, group.size if width is None else width
-    parts = compression.rebases[group.id]
+    source, width = compression.analysis.traced_graph, group.size if width is None else width
+    parts = compression.bases[group.id]
     if form == "scores":
         for side in (0, 1):
             for place in operand_weights(source, group, side):
                 for block, part in enumerate(parts):
-                    edits.mix(place, block, part.make if side == 0 else part.read.T)
+                    edits.mix(place, block, part.encode if side == 0 else part.decode.T)
         return
     reader, moments = single_consumer_weight(source, group), compression.moments[group.id]
     if reader.place.tensor in edits.changes:
         parts = low_rank_bases(source, group, form, moments, edits)
     for place in value_weights(source, group):
         for block, part in enumerate(parts):
-            edits.mix(place, block, part.make)
-    refit_output_projection(edits, source, reader, moments, [part.make[:, :width] for part in parts])
+            edits.mix(place, block, part.encode)
+    refit_output_projection(edits, source, reader, moments, [part.encode[:, :width] for part in parts])
 
 
 def refit_output_projection(
@@ -252,7 +254,7 @@ def refit_output_projection(
 ) -> None:
     """Rows of the output projection for values in the bases ``makes``, head by head; what the cut takes from the mean
     of the contexts goes into the bias."""
-    for block, (make, contexts) in enumerate(zip(makes, moments.contexts, strict=True)):
+    for block, (make, contexts) in enumerate(zip(makes, moments.consumers, strict=True)):
         ridge = relative_ridge(len(make), sum(c.count for c in contexts))
         weights = reader.rows(source, block, edits)
         for index, seen, weight in zip(reader.place.index, contexts, weights, strict=True):

@@ -55,12 +55,12 @@ class BoundaryValues:
     count. What does not fit on the ``shelf`` lies in temporary files."""
 
     dense: list[TensorValues]
-    cut: list[TensorValues]
+    pruned: list[TensorValues]
     masks: list[TokenMasks]
-    shelf: SpillableStore
+    store: SpillableStore
 
     def keep(self, values: TensorValues) -> TensorValues:
-        return {name: self.shelf.keep(array) for name, array in values.items()}
+        return {name: self.store.keep(array) for name, array in values.items()}
 
 
 def fit_layerwise(
@@ -82,17 +82,17 @@ def fit_layerwise(
     staged = {g.id for stage in stages for g in stage.groups}
     before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
     contents = edited_constants(base, closed_form_edits(compression, before))
-    probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.wanted)
-    padding = find_padding(compression.analysis.traced, probe_row_counters(probes))
+    probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.requests)
+    padding = find_padding(compression.analysis.traced_graph, probe_row_counters(probes))
     carry = BoundaryValues([], [], [], SpillableStore(memory_budget(memory_limit)))
-    with token_mask_runner(compression.analysis.traced, padding, provider) as masks:
+    with token_mask_runner(compression.analysis.traced_graph, padding, provider) as masks:
         for feeds in calibration.batches():
             carry.masks.append(masks(feeds))
             carry.dense.append(carry.keep(feeds))
-            carry.cut.append(dict(carry.dense[-1]))
+            carry.pruned.append(dict(carry.dense[-1]))
     for stage in stages:
         contents |= fit_stage(LayerwiseFit(base, plan, before, provider, padding), stage, contents, carry)
-    return trace_graph(with_constants(base.model.clone(), contents), base.sizes, kv_cache=base.kv_cache)
+    return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
 
 
 def with_constants(model: ir.Model, contents: ConstantArrays) -> ir.Model:
@@ -110,7 +110,7 @@ class LayerwiseFit:
 
     base: TracedGraph
     plan: SlicePlan
-    before: SlicePlan
+    earlier_plan: SlicePlan
     provider: str
     padding: PaddingMasks
 
@@ -119,7 +119,7 @@ class LayerwiseFit:
     ) -> ir.Model:
         """The segment with new contents of its constants, and what ``keep`` cuts silent."""
         model = finalize(extract_segment(self.base.model, segment, self.base.facts))
-        cuts = cuts_of(replace(self.plan, keep={**self.before.keep, **keep}))
+        cuts = cuts_of(replace(self.plan, keep={**self.earlier_plan.keep, **keep}))
         return with_constants(model, trial_weights(self.base, contents, cuts, set(model.graph.initializers)))
 
     def run(self, model: ir.Model, feeds: list[TensorValues]) -> Iterator[TensorValues]:
@@ -139,13 +139,15 @@ def fit_stage(
     """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns new contents of constants;
     ``contents``: of the stages before."""
     segment = stage.segment
-    wide = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.gaps}}))
+    wide = replace(
+        segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.residual_errors}})
+    )
     whole = fitting.run(finalize(extract_segment(fitting.base.model, wide, fitting.base.facts)), carry.dense)
     dense = [carry.keep(values) for values in whole]
     found = edited_constants(fitting.base, solve_stage(fitting, stage, contents, carry, dense), contents)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    cut = fitting.run(fitting.model(segment, {**contents, **found}, mine), carry.cut)
-    for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.cut, cut, strict=True):
+    cut = fitting.run(fitting.model(segment, {**contents, **found}, mine), carry.pruned)
+    for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.pruned, cut, strict=True):
         advance_boundary(held, dense_values, segment)
         advance_boundary(old, carry.keep(cut_values), segment)
     return found
@@ -153,7 +155,7 @@ def fit_stage(
 
 def advance_boundary(held: TensorValues, made: TensorValues, segment: Segment) -> None:
     held.update(made)
-    for name in set(held) - segment.needed:
+    for name in set(held) - segment.live_values:
         del held[name]
 
 
@@ -161,21 +163,21 @@ def solve_stage(
     fitting: LayerwiseFit, stage: FitStage, contents: ConstantArrays, carry: BoundaryValues, dense: list[TensorValues]
 ) -> WeightEdits:
     """The edits of the stage's groups, from what the cut model gives."""
-    if not stage.wanted:
+    if not stage.requests:
         return WeightEdits()
-    instrument = Instrument(fitting.model(stage.segment, contents, {}), fitting.padding.told)
-    for item in stage.wanted:
+    instrument = Instrument(fitting.model(stage.segment, contents, {}), fitting.padding.row_masks)
+    for item in stage.requests:
         item.add_to(instrument)
     types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
-    for gap in stage.gaps:
-        cross, total = instrument.gap(
-            gap.wanted.probe, gap.group.size, gap.value, dense_input_name(gap), types[gap.value]
+    for gap in stage.residual_errors:
+        cross, total = instrument.residual_error_sums(
+            gap.request.probe, gap.group.size, gap.value, dense_input_name(gap), types[gap.value]
         )
-        instrument.expose(cross, gap.cross)
-        instrument.expose(total, gap.total)
+        instrument.add_output(cross, gap.cross)
+        instrument.add_output(total, gap.total)
     feeds = [
-        {**cut, **counts, **{dense_input_name(g): values[g.value] for g in stage.gaps}}
-        for cut, counts, values in zip(carry.cut, carry.masks, dense, strict=True)
+        {**cut, **counts, **{dense_input_name(g): values[g.value] for g in stage.residual_errors}}
+        for cut, counts, values in zip(carry.pruned, carry.masks, dense, strict=True)
     ]
     sums: dict[str, FloatArray] = {}
     for result in fitting.run(finalize(instrument.model), feeds):
@@ -186,14 +188,14 @@ def solve_stage(
     measured = stage_moments(stage, sums, fitting)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
     edits = closed_form_edits(solve_bases(measured, stage.groups), replace(fitting.plan, keep=mine))
-    for gap in stage.gaps:
+    for gap in stage.residual_errors:
         compensate_residual_error(edits, fitting, measured.moments[gap.group.id], gap, sums)
     return edits
 
 
 def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray], fitting: LayerwiseFit) -> MomentSet:
     found: dict[str, dict[str, FloatArray]] = {}
-    for item in stage.wanted:
+    for item in stage.requests:
         mine = found.setdefault(item.group.id, {})
         mine[item.name] = mine.get(item.name, 0.0) + sums[item.output]
     moments = {name: group_moments(stage.forms[name], arrays) for name, arrays in found.items()}
@@ -211,7 +213,7 @@ def compensate_residual_error(
     reader = single_consumer_weight(fitting.base, gap.group)
     rows = fitting.plan.keep.get(gap.group.id)
     keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
-    (seen,) = moments.contexts[0]
+    (seen,) = moments.consumers[0]
     (mean,), total = seen.means, sums[gap.total].reshape(-1)
     cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
     more = solve_ridge(seen.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)

@@ -52,7 +52,7 @@ def fit_normalizations(
     ``source`` is the analysed model, or that with other weights fitted; the statistics are always the analysed one's.
     """
     groups = approximate_groups(plan)
-    dense = plan.analysis.traced
+    dense = plan.analysis.traced_graph
     only = replace(plan, keep={g.id: plan.keep[g.id] for g in groups})
     dead = find_removed_units(dense.trace, dense.units, cuts_of(only))
     norms = affected_normalizations(dense, dead)
@@ -69,7 +69,7 @@ def fit_normalizations(
             edits.put(reader.place, 0, np.flatnonzero(norm.stays), rows)
             if centred:
                 edits.add_bias(str(node.name), shift)
-    return trace_graph(apply_edits(source, edits), source.sizes, kv_cache=source.kv_cache)
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
 
 
 # -- the algebra -----------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def measure_normalizations(
 ) -> list[NormalizationSums]:
     """The sums of every norm over the calibration data, in one pass. Padded tokens do not count."""
     padding = find_padding(dense, [(str(norm.output.name), leading_rows) for norm in norms if norm.axis == -1])
-    instrument = Instrument(dense.model, padding.told)
+    instrument = Instrument(dense.model, padding.row_masks)
     for index, norm in enumerate(norms):
         add_normalization_sums(instrument, dense, norm, dead, index)
     names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
@@ -182,19 +182,19 @@ def add_normalization_sums(
     kept = int(norm.stays.sum())
     z = channel_rows(instrument, narrow, len(shape), norm.axis, kept)
     y = channel_rows(instrument, instrument.values[str(norm.output.name)], len(shape), norm.axis, len(norm.stays))
-    one = instrument.op(op.GATHER, [z, instrument.ints([0])], axis=1)
-    z = instrument.op(op.CONCAT, [z, instrument.op(op.EXP, [instrument.op(op.SUB, [one, one])])], axis=1)
-    counts = instrument.counted(str(norm.output.name))
-    z = instrument.only_counted(z, None if counts is None else instrument.shaped(counts, -1, 1))
-    turned = instrument.turned(z, 1, 0)
-    instrument.expose(instrument.op(op.MATMUL, [turned, z]), f"snpc_zz_{index}")
-    instrument.expose(instrument.op(op.MATMUL, [turned, y]), f"snpc_zy_{index}")
+    one = instrument.node(op.GATHER, [z, instrument.ints([0])], axis=1)
+    z = instrument.node(op.CONCAT, [z, instrument.node(op.EXP, [instrument.node(op.SUB, [one, one])])], axis=1)
+    counts = instrument.row_mask(str(norm.output.name))
+    z = instrument.zero_masked(z, None if counts is None else instrument.reshape(counts, -1, 1))
+    turned = instrument.transpose(z, 1, 0)
+    instrument.add_output(instrument.node(op.MATMUL, [turned, z]), f"snpc_zz_{index}")
+    instrument.add_output(instrument.node(op.MATMUL, [turned, y]), f"snpc_zy_{index}")
 
 
 def channel_rows(instrument: Instrument, value: ir.Value, rank: int, axis: int, width: int) -> ir.Value:
     """[rows, width] in float32."""
     last = [k for k in range(rank) if k != rank + axis]
-    return instrument.shaped(instrument.turned(instrument.float32(value), *last, rank + axis), -1, width)
+    return instrument.reshape(instrument.transpose(instrument.cast_float32(value), *last, rank + axis), -1, width)
 
 
 def leading_rows(shape: Sequence[int]) -> tuple[int, int]:
@@ -222,7 +222,9 @@ def restricted_output(instrument: Instrument, dense: TracedGraph, norm: Normaliz
             twins[old] = new
         graph.append(twin)
         nodes[node] = twin
-    narrow = instrument.op(op.GATHER, [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis)
+    narrow = instrument.node(
+        op.GATHER, [twins[norm.output], instrument.ints(np.flatnonzero(norm.stays))], axis=norm.axis
+    )
     for statistic in norm.statistics:
-        mask_statistic(graph, nodes[statistic.here.node], statistic, dense.trace, dead)
+        mask_statistic(graph, nodes[statistic.context.node], statistic, dense.trace, dead)
     return narrow

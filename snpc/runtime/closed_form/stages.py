@@ -35,15 +35,15 @@ class ResidualError:
     group: Group
     value: str
     width: int
-    wanted: StatisticRequest
+    request: StatisticRequest
 
     @property
     def cross(self) -> str:
-        return f"{self.wanted.output}_cross"
+        return f"{self.request.output}_cross"
 
     @property
     def total(self) -> str:
-        return f"{self.wanted.output}_total"
+        return f"{self.request.output}_total"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FitStage:
     segment: Segment
     groups: tuple[Group, ...]
     forms: dict[str, str]
-    wanted: tuple[StatisticRequest, ...]
-    gaps: tuple[ResidualError, ...]
+    requests: tuple[StatisticRequest, ...]
+    residual_errors: tuple[ResidualError, ...]
 
 
 def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dict[str, str]]:
@@ -64,7 +64,8 @@ def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dic
     found = [
         g
         for g in wanted
-        if forms.get(g.id) not in (None, "coupled") and (g.id in plan.keep or consumers_have_bias(analysis.traced, g))
+        if forms.get(g.id) not in (None, "coupled")
+        and (g.id in plan.keep or consumers_have_bias(analysis.traced_graph, g))
     ]
     return found, {g.id: forms[g.id] for g in found}
 
@@ -75,14 +76,14 @@ def consumers_have_bias(source: TracedGraph, group: Group) -> bool:
 
 def add_missing_biases(compression: ClosedForms, plan: SlicePlan) -> TracedGraph:
     """The model in which every reader that will be fitted has a bias (of zeros, if it had none)."""
-    source = compression.analysis.traced
+    source = compression.analysis.traced_graph
     groups, forms = groups_to_fit(compression.analysis, plan)
     readers = [reader for g in groups if forms[g.id] != "scores" for reader in consumer_weights(source, g)]
     nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
     missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
     if not missing:
         return source
-    return trace_graph(apply_edits(source, WeightEdits({}, dict(missing))), source.sizes, kv_cache=source.kv_cache)
+    return trace_graph(apply_edits(source, WeightEdits({}, dict(missing))), source.dim_sizes, kv_cache=source.kv_cache)
 
 
 def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> list[FitStage]:
@@ -97,13 +98,13 @@ def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> l
     ends: dict[str, int] = {}
     for group in groups:
         if forms[group.id] != "scores":
-            last = max(position[str(n.name)] for r in consumer_weights(analysis.traced, group) for n in r.nodes)
+            last = max(position[str(n.name)] for r in consumer_weights(analysis.traced_graph, group) for n in r.nodes)
             value = residual_sum_after(base, nodes[last].outputs[0])
             meets[group.id] = value
             ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
     for group in groups:
         if forms[group.id] == "scores":
-            closed = max(position[str(c.node.name)] for c in score_products(analysis.traced, group)) + 1
+            closed = max(position[str(c.node.name)] for c in score_products(analysis.traced_graph, group)) + 1
             ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
     found = []
     for segment in split_into_segments(base.model, sorted(set(ends.values()))):
@@ -154,7 +155,7 @@ def residual_sums(base: TracedGraph, group: Group) -> list[ir.Value]:
 def residual_values(analysis: Analysis) -> tuple[str, ...]:
     """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
-    base = analysis.traced
+    base = analysis.traced_graph
     forms, _ = closed_form_kinds(analysis, [g for g in analysis.groups if g.prunable])
     fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
     found = {str(value.name) for g in fitted for value in residual_sums(base, g)}

@@ -76,7 +76,7 @@ class Speedup:
         return self.q3 - self.q1
 
     @property
-    def worst(self) -> OutputDiff | None:
+    def largest_difference(self) -> OutputDiff | None:
         """The output that differs most, of those that can be compared."""
         known = [diff for diff in self.outputs if diff.max_abs is not None]
         return max(known, key=lambda diff: diff.max_abs or 0.0, default=None)
@@ -388,7 +388,7 @@ def _timing_cells(timing: Timing, shown: Sequence[float]) -> tuple[str, ...]:
 def _speedup_cells(speedup: Speedup | None) -> tuple[str, ...]:
     if speedup is None:
         return ("1.00x", "", "", "")
-    worst = speedup.worst
+    worst = speedup.largest_difference
     return (
         f"{speedup.ratio:.2f}x",
         f"{speedup.low:.2f}..{speedup.high:.2f}",

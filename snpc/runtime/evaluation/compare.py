@@ -72,7 +72,11 @@ def narrowed_signature(given: ValueSignature, narrowed: Mapping[str, SlicedShape
     packed = narrowed.get(name)
     if packed is None:
         return given
-    return name, kind, tuple(b if a != b else d for d, a, b in zip(dims, packed.old, packed.new, strict=True))
+    return (
+        name,
+        kind,
+        tuple(b if a != b else d for d, a, b in zip(dims, packed.old_shape, packed.new_shape, strict=True)),
+    )
 
 
 def checker_error(path: Path) -> str | None:
@@ -189,7 +193,7 @@ def compare_models(
     refitted weights: with those). Empty where ``rewritten`` is None. ``fed``: what the masked original is run on, where
     it takes more inputs (``runtime.tokens``).
     """
-    cut = rewritten.interface() if rewritten is not None else {}
+    cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
         narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], provider)
     except UserError as error:  # the original ran
@@ -200,7 +204,7 @@ def compare_models(
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "masked.onnx"
         source = rewritten.source
-        save(finalize(mask_model(source.model, source.trace, rewritten.dead)), path, external=True)
+        save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, fed or batches, provider)
     return aggregate(
         [measure_differences(narrow_caches(a, cut), b) for a, b in zip(masked, narrow, strict=True)]
@@ -209,7 +213,7 @@ def compare_models(
 
 def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:
     """Inputs or outputs of the original as the pruned model has them: caches may be narrower."""
-    return {name: cut[name].take(array) if name in cut else array for name, array in arrays.items()}
+    return {name: cut[name].slice_array(array) if name in cut else array for name, array in arrays.items()}
 
 
 def rounding_tolerance(model: Model) -> float:

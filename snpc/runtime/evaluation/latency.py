@@ -38,7 +38,7 @@ class TimedArtifact:
     """What is timed in place of a model: ``make`` writes it for a model into a folder. ``name`` says all of how."""
 
     name: str
-    make: Callable[[Path, Path], Path]
+    build: Callable[[Path, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ class Workload:
     warmup: int = 2
     rounds: int = 16
     seconds: float = 0.5
-    artefact: TimedArtifact | None = None
+    artifact: TimedArtifact | None = None
 
-    def file(self, model: Path, folder: Path) -> Path:
+    def timed_file(self, model: Path, folder: Path) -> Path:
         """What is timed for ``model``. Where it has to be made, it goes into ``folder``."""
-        if self.artefact is None:
+        if self.artifact is None:
             return model
         folder.mkdir(exist_ok=True)
-        return self.artefact.make(model, folder)
+        return self.artifact.build(model, folder)
 
-    def sizes(self, analysis: Analysis) -> dict[str, int]:
+    def dim_sizes(self, analysis: Analysis) -> dict[str, int]:
         """Of dynamic axes that are no batch: those at which MACs are quoted, unless a shape is given."""
         inputs = analysis.model.inputs
         given = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
         leading = {spec.shape[0] for spec in inputs if spec.shape}
         inner = {dim for spec in inputs for dim in spec.shape[1:]}
-        return {k: v for k, v in analysis.binding.items() if k in inner - leading - given}
+        return {k: v for k, v in analysis.dim_sizes.items() if k in inner - leading - given}
 
 
 def time_pair(
@@ -83,7 +83,7 @@ def time_pair(
         threads=workload.threads,
         batch=workload.batch,
         shapes=workload.shapes,
-        sizes=workload.sizes(analysis),
+        sizes=workload.dim_sizes(analysis),
         limits=id_limits(analysis),
         warmup=workload.warmup,
         iterations=workload.rounds,
@@ -101,13 +101,13 @@ class LatencyTable:
     base: float
     roles: Mapping[str, tuple[float, ...]]
 
-    def times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> LatencyCurves:
+    def saved_times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> LatencyCurves:
         """Of the groups ``chosen``, where ``groups`` are all that were narrowed for the table."""
         macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
-        saved = {g.id: self.curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
+        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
         return LatencyCurves(self.dense, self.base, saved)
 
-    def curve(self, group: Group) -> FloatArray:
+    def saving_curve(self, group: Group) -> FloatArray:
         """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest, on a line."""
         shares, saved = np.array([1.0, *KEPT_SHARES]), np.array([0.0, *self.roles[group.role]])
         slope = (saved[-1] - saved[-2]) / (shares[-2] - shares[-1])
@@ -146,15 +146,15 @@ def latency_table(
 def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
     with tempfile.TemporaryDirectory(prefix="snpc-") as name:
         folder = Path(name)
-        original = workload.file(analysis.model.path, folder / "dense")
-        base = workload.file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
+        original = workload.timed_file(analysis.model.path, folder / "dense")
+        base = workload.timed_file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
         dense, ratio = time_pair(analysis, original, base, workload, provider)
         saved = {}
         for role in roles:
             parts = []
             for share in KEPT_SHARES:
                 narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
-                other = workload.file(narrow, folder / "narrow")
+                other = workload.timed_file(narrow, folder / "narrow")
                 parts.append(1 - time_pair(analysis, base, other, workload, provider)[1])
             saved[role] = tuple(parts)
     return LatencyTable(dense, dense * ratio, saved)
@@ -164,9 +164,9 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
     """The model with the first units of these groups; for its time, not for its outputs."""
     keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
-    model = rewrite_model(analysis.traced, cuts_of(SlicePlan(analysis, "", {}, keep))).model
+    model = rewrite_model(analysis.traced_graph, cuts_of(SlicePlan(analysis, "", {}, keep))).model
     if analysis.reduction is not None:
-        analysis.reduction.finish(model)
+        analysis.reduction.finalize(model)
     save(finalize(model), path)
     return path
 
@@ -176,9 +176,16 @@ def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, prov
     import onnxruntime as ort
 
     machine = [cpu_name(), available_cores(), ort.__version__, provider]
-    made = workload.artefact.name if workload.artefact else ""
-    run = asdict(replace(workload, artefact=None))
-    what = [LATENCY_CACHE_FORMAT, analysis.digest, sorted(roles), sorted(workload.sizes(analysis).items()), run, made]
+    made = workload.artifact.name if workload.artifact else ""
+    run = asdict(replace(workload, artifact=None))
+    what = [
+        LATENCY_CACHE_FORMAT,
+        analysis.digest,
+        sorted(roles),
+        sorted(workload.dim_sizes(analysis).items()),
+        run,
+        made,
+    ]
     return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -87,20 +87,20 @@ class SpillableStore:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.used = 0
-        self.spilled = 0
+        self.bytes_in_memory = 0
+        self.bytes_in_files = 0
 
     def keep(self, array: AnyArray) -> AnyArray:
         """The array, or a copy of it in a file."""
-        if self.used + array.nbytes > self.limit and array.nbytes:
-            self.spilled += array.nbytes
+        if self.bytes_in_memory + array.nbytes > self.limit and array.nbytes:
+            self.bytes_in_files += array.nbytes
             return spill_to_file(array)
-        self.used += array.nbytes
+        self.bytes_in_memory += array.nbytes
         weakref.finalize(array, self.release, array.nbytes)
         return array
 
     def release(self, count: int) -> None:
-        self.used -= count
+        self.bytes_in_memory -= count
 
 
 def spill_to_file(array: AnyArray) -> AnyArray:

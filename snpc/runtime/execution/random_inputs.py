@@ -24,7 +24,7 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
     No real input looks like this, and a model calibrated on it keeps what matters for noise.
     """
     inputs = analysis.model.inputs
-    size = find_sample_axes(inputs).size or max(batch, 1)
+    size = find_sample_axes(inputs).batch_size or max(batch, 1)
     feeds = [random_batch(analysis, size, seed * SEED_STRIDE + turn) for turn in range(-(-samples // size))]
     made = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
     return replace(made, source="random inputs (no data)")
@@ -34,12 +34,12 @@ def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, Any
     """Feeds of this many samples (of the model's own batch where that is static)."""
     inputs = analysis.model.inputs
     batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
-    sizes = {name: size for name, size in analysis.traced.sizes.items() if name not in batches}
+    sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
     return random_feeds(inputs, batch=batch, sizes=sizes, seed=seed, limits=id_limits(analysis))
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:
-    return embedding_rows(analysis.model.graph, analysis.traced.facts)
+    return embedding_rows(analysis.model.graph, analysis.traced_graph.facts)
 
 
 def embedding_rows(model: ir.Model, facts: ShapeFacts) -> dict[str, int]:

@@ -39,10 +39,10 @@ def fit_curves(shapes: Mapping[str, FloatArray], found: Sequence[OutputChange]) 
     smooth = [name for name, mine in points.items() if mine and all(c.value > 0 for c in mine)]
     for _ in range(2):  # the second time without those that no parabola fits, which would bend the others
         common = SharedParabolas.of([c for name in smooth for c in points[name]], shapes)
-        smooth = [name for name in smooth if common.misses(points[name], shapes[name]) <= MAX_LOG_RESIDUAL]
+        smooth = [name for name in smooth if common.max_residual(points[name], shapes[name]) <= MAX_LOG_RESIDUAL]
     curves = {}
     for name, mine in points.items():
-        line = common.line(mine) if name in smooth else common.through(mine, shapes[name])
+        line = common.parabola(mine) if name in smooth else common.interpolate(mine, shapes[name])
         scaled = shapes[name] * np.exp(line)
         curves[name] = np.maximum.accumulate(scaled[::-1])[::-1]
     return curves
@@ -54,7 +54,7 @@ class SharedParabolas:
     logarithms."""
 
     parabolas: Mapping[str, FloatArray]
-    effects: FloatArray
+    pool_effects: FloatArray
 
     @classmethod
     def of(cls, found: Sequence[OutputChange], shapes: Mapping[str, FloatArray]) -> SharedParabolas:
@@ -78,25 +78,27 @@ class SharedParabolas:
             parabolas[name] = own[:, names[name]] + bend
         return cls(parabolas, solved[-pools:])
 
-    def line(self, mine: Sequence[OutputChange]) -> FloatArray:
+    def parabola(self, mine: Sequence[OutputChange]) -> FloatArray:
         """[size + 1]: the group's parabola, level beyond the widths that were measured."""
         group, widths = mine[0].group, [c.width for c in mine]
         at = normalized_width(group, np.clip(np.arange(group.size + 1), min(widths), max(widths)))
         return np.asarray(np.stack([at**0, at, at**2], axis=1) @ self.parabolas[group.id])
 
-    def misses(self, mine: Sequence[OutputChange], shape: FloatArray) -> float:
-        line = self.line(mine)
-        return max(abs(float(line[c.width]) - self.seen(c, shape)) for c in mine)
+    def max_residual(self, mine: Sequence[OutputChange], shape: FloatArray) -> float:
+        line = self.parabola(mine)
+        return max(abs(float(line[c.width]) - self.adjusted_log_ratio(c, shape)) for c in mine)
 
-    def seen(self, change: OutputChange, shape: FloatArray) -> float:
+    def adjusted_log_ratio(self, change: OutputChange, shape: FloatArray) -> float:
         """What was measured, less what its samples do to all groups."""
-        return log_ratio(shape, change) - float(self.effects[change.pool] if change.pool < len(self.effects) else 0.0)
+        return log_ratio(shape, change) - float(
+            self.pool_effects[change.pool] if change.pool < len(self.pool_effects) else 0.0
+        )
 
-    def through(self, mine: Sequence[OutputChange], shape: FloatArray) -> FloatArray:
+    def interpolate(self, mine: Sequence[OutputChange], shape: FloatArray) -> FloatArray:
         """[size + 1]: a line through every point."""
         if not mine:
             return np.zeros(len(shape))
-        points = sorted((c.width, self.seen(c, shape)) for c in mine)
+        points = sorted((c.width, self.adjusted_log_ratio(c, shape)) for c in mine)
         widths, values = np.array(points).T
         return np.asarray(np.interp(np.arange(len(shape)), widths, values))
 

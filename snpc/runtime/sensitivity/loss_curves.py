@@ -67,25 +67,30 @@ def measure_loss_curves(
     few = choice is not None and keeps_most_units(groups, scores, choice)
     first = list(initial_widths(compression, groups)) if few else [(g, nearest_widths(g, CURVE_SHARES)) for g in groups]
     touched = {
-        g.id: changed_constants(analysis.traced, *trial_edits(compression, scores, g, widths[0] if widths else g.size))
+        g.id: changed_constants(
+            analysis.traced_graph, *trial_edits(compression, scores, g, widths[0] if widths else g.size)
+        )
         for g, widths in first
     }
-    padding = find_padding(analysis.traced, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    padding = find_padding(analysis.traced_graph, [(spec.name, leading_axes) for spec in analysis.model.outputs])
     with (
-        token_mask_runner(analysis.traced, padding, provider) as masks,
+        token_mask_runner(analysis.traced_graph, padding, provider) as masks,
         open_segmented_model(analysis, touched, provider) as chain,
     ):
         shelf = SpillableStore(memory_budget(memory_limit))
         pools = [
-            [TrialBatch(chain.states(feeds, shelf), output_token_masks(masks(feeds), padding)) for feeds in batches]
+            [
+                TrialBatch(chain.dense_states(feeds, shelf), output_token_masks(masks(feeds), padding))
+                for feeds in batches
+            ]
             for batches in sample_pools(calibration)
         ]
         probing = CurveMeasurement(compression, scores, chain, pools, groups)
-        probing.see(first)
+        probing.measure(first)
         for _ in range(REFINEMENT_ROUNDS if choice is not None else 0):
             assert choice is not None
             planned = allocate_widths(groups, replace(scores, curves=probing.curves()), choice)
-            probing.see((g, nearest_widths(g, [planned[g.id] / g.size])) for g in groups)
+            probing.measure((g, nearest_widths(g, [planned[g.id] / g.size])) for g in groups)
         return probing.curves()
 
 
@@ -104,7 +109,7 @@ def initial_widths(compression: ClosedForms, groups: Sequence[Group]) -> Iterato
     counts = Counter(group.role for group in groups)
     turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST_SHARES))
     for group in groups:
-        known = counts[group.role] >= MIN_GROUPS_PER_ROLE and compression.curve(group) is not None
+        known = counts[group.role] >= MIN_GROUPS_PER_ROLE and compression.loss_curve(group) is not None
         yield group, nearest_widths(group, [next(turns[group.role])] if known else CURVE_SHARES)
 
 
@@ -122,24 +127,24 @@ class CurveMeasurement:
         self.compression, self.scores, self.chain, self.pools = compression, scores, chain, pools
         self.shapes = {g.id: prior_curve(compression, g) for g in groups}
         self.turns = {g.id: turn for turn, g in enumerate(groups)}
-        self.found: dict[tuple[str, int], OutputChange] = {}
+        self.changes: dict[tuple[str, int], OutputChange] = {}
 
-    def see(self, wanted: Iterable[tuple[Group, Sequence[int]]]) -> None:
+    def measure(self, wanted: Iterable[tuple[Group, Sequence[int]]]) -> None:
         """Try these widths, but for those that have been."""
         for group, widths in wanted:
             for width in widths:
-                if (group.id, width) not in self.found:
-                    self.found[group.id, width] = self.change(group, width)
+                if (group.id, width) not in self.changes:
+                    self.changes[group.id, width] = self.measure_width(group, width)
 
-    def change(self, group: Group, width: int) -> OutputChange:
+    def measure_width(self, group: Group, width: int) -> OutputChange:
         number = self.turns[group.id] % len(self.pools)
         self.turns[group.id] += 1
         arrays = trial_constants(self.compression, self.scores, group, width)
-        gaps = [one.change(self.chain.changed(one.states, group.id, arrays)) for one in self.pools[number]]
+        gaps = [one.change(self.chain.outputs_with(one.states, group.id, arrays)) for one in self.pools[number]]
         return OutputChange(group, width, number, float(np.mean(gaps)))
 
     def curves(self) -> dict[str, FloatArray]:
-        return fit_curves(self.shapes, list(self.found.values()))
+        return fit_curves(self.shapes, list(self.changes.values()))
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
@@ -149,7 +154,7 @@ def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
 
 def output_token_masks(masks: TokenMasks, padding: PaddingMasks) -> dict[str, TokenMask]:
     """Output -> bool [batch, tokens]: does the token count?"""
-    return {name: masks[told.name] for name, told in padding.told.items() if told.order == "plain"}
+    return {name: masks[told.name] for name, told in padding.row_masks.items() if told.order == "plain"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class TrialBatch:
 def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
     """``SAMPLE_POOLS`` times ``SAMPLES_PER_WIDTH``, from the first batches."""
     count = -(-SAMPLES_PER_WIDTH // calibration.batch)
-    batches: list[Feeds] = list(itertools.islice(calibration.heads(SAMPLES_PER_WIDTH), count * SAMPLE_POOLS))
+    batches: list[Feeds] = list(itertools.islice(calibration.first_rows(SAMPLES_PER_WIDTH), count * SAMPLE_POOLS))
     return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 
@@ -184,7 +189,7 @@ def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
 
 def prior_curve(compression: ClosedForms, group: Group) -> FloatArray:
     """The closed-form loss, or where there is none a parabola: changes that add up evenly."""
-    curve = compression.curve(group)
+    curve = compression.loss_curve(group)
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
 
 
@@ -211,12 +216,12 @@ def relative_change(dense: AnyArray, moved: AnyArray, counts: TokenMask | None =
 def trial_edits(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
     """What cutting this group to ``width`` does to constants, in closed form if it has one."""
     plan = SlicePlan(compression.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
-    edits = closed_form_edits(compression, plan) if group.id in compression.forms else WeightEdits()
+    edits = closed_form_edits(compression, plan) if group.id in compression.kinds else WeightEdits()
     return edits, cuts_of(plan)
 
 
 def trial_constants(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> dict[str, AnyArray]:
     """Weights with this group cut to ``width``, and what was cut silent."""
-    source = compression.analysis.traced
+    source = compression.analysis.traced_graph
     edits, cuts = trial_edits(compression, scores, group, width)
     return trial_weights(source, edited_constants(source, edits), cuts)

@@ -30,41 +30,41 @@ class SegmentSession:
     same where there are none). Fixed weights run faster, and most pieces of a run are fixed."""
 
     segment: Segment
-    fixed: RunFunction
-    open: RunFunction
+    session: RunFunction
+    with_weight_inputs: RunFunction
     weights: Mapping[str, AnyArray]
 
     def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
         """The state behind the piece; ``arrays``: contents of weights that differ."""
         if arrays is None:
-            made = self.fixed(state)
+            made = self.session(state)
         else:
-            made = self.open({**state, **{k: arrays.get(k, v) for k, v in self.weights.items()}})
-        return {k: v for k, v in {**state, **made}.items() if k in self.segment.needed}
+            made = self.with_weight_inputs({**state, **{k: arrays.get(k, v) for k, v in self.weights.items()}})
+        return {k: v for k, v in {**state, **made}.items() if k in self.segment.live_values}
 
 
 @dataclass(frozen=True)
 class SegmentedModel:
     """``spans``: group id -> the first and the last piece in which its weights are used."""
 
-    pieces: tuple[SegmentSession, ...]
+    segments: tuple[SegmentSession, ...]
     spans: Mapping[str, tuple[int, int]]
     outputs: tuple[str, ...]
 
-    def states(self, feeds: Feeds, shelf: SpillableStore) -> SegmentStates:
+    def dense_states(self, feeds: Feeds, shelf: SpillableStore) -> SegmentStates:
         """What the dense model gives, kept on ``shelf``."""
         found = [dict(feeds)]
-        for piece in self.pieces:
+        for piece in self.segments:
             held = found[-1]
             made = piece.run(held)
             found.append({k: held[k] if k in held else shelf.keep(v) for k, v in made.items()})
         return found
 
-    def changed(self, dense: SegmentStates, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def outputs_with(self, dense: SegmentStates, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The model's outputs where the group's weights are ``arrays``."""
         first, last = self.spans[group]
         state = dense[first]
-        for number, piece in enumerate(self.pieces[first:], start=first):
+        for number, piece in enumerate(self.segments[first:], start=first):
             state = piece.run(state, arrays if number <= last else None)
         return {name: state[name] for name in self.outputs}
 
@@ -75,7 +75,7 @@ def open_segmented_model(
 ) -> Iterator[SegmentedModel]:
     """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
     names of the constants that a change of it touches."""
-    source = analysis.traced
+    source = analysis.traced_graph
     ends = [end for g in analysis.groups if g.id in changed for end in segment_ends(analysis, g)]
     names = {name for mine in changed.values() for name in mine}
     with ExitStack() as stack:
@@ -123,10 +123,10 @@ def segment_ends(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
     try:
-        producers = [value.producer() for value in residual_sums(analysis.traced, group)]
+        producers = [value.producer() for value in residual_sums(analysis.traced_graph, group)]
     except UnsupportedWeightForm:
         return []
-    position = {n: k for k, n in enumerate(analysis.traced.model.graph)}
+    position = {n: k for k, n in enumerate(analysis.traced_graph.model.graph)}
     return [position[p] + 1 for p in producers if p is not None]
 
 

@@ -28,16 +28,16 @@ class Instrument:
         self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
         self.values |= {str(v.name): v for v in self.model.graph.inputs}
         self.values |= dict(self.model.graph.initializers)
-        self.told = told or {}
-        self.counts: dict[str, ir.Value] = {}
-        self.prepared: dict[tuple[str, bytes, int], ir.Value] = {}
+        self.row_masks = told or {}
+        self.mask_inputs: dict[str, ir.Value] = {}
+        self.rows_cache: dict[tuple[str, bytes, int], ir.Value] = {}
         self.count = 0
         self.version = self.model.graph.opset_imports.get("", 17)
         self.model.graph.outputs.clear()
 
     # -- nodes
 
-    def op(self, name: str, inputs: Sequence[ir.Value], **attrs: int | list[int]) -> ir.Value:
+    def node(self, name: str, inputs: Sequence[ir.Value], **attrs: int | list[int]) -> ir.Value:
         self.count += 1
         node = ir.node(name, inputs, attributes=attrs or None, name=f"snpc_measure_{self.count}")
         value: ir.Value = node.outputs[0]
@@ -56,45 +56,45 @@ class Instrument:
     def ints(self, numbers: Iterable[int]) -> ir.Value:
         return self.constant(np.asarray(list(numbers), np.int64))
 
-    def float32(self, value: ir.Value) -> ir.Value:
-        return self.op(op.CAST, [value], to=int(ir.DataType.FLOAT))
+    def cast_float32(self, value: ir.Value) -> ir.Value:
+        return self.node(op.CAST, [value], to=int(ir.DataType.FLOAT))
 
-    def shaped(self, value: ir.Value, *shape: int) -> ir.Value:
-        return self.op(op.RESHAPE, [value, self.ints(shape)])
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        return self.node(op.RESHAPE, [value, self.ints(shape)])
 
-    def turned(self, value: ir.Value, *perm: int) -> ir.Value:
-        return self.op(op.TRANSPOSE, [value], perm=list(perm))
+    def transpose(self, value: ir.Value, *perm: int) -> ir.Value:
+        return self.node(op.TRANSPOSE, [value], perm=list(perm))
 
-    def sizes(self, value: ir.Value, first: int, last: int = SLICE_END) -> ir.Value:
+    def shape_slice(self, value: ir.Value, first: int, last: int = SLICE_END) -> ir.Value:
         """The sizes of axes ``first`` to ``last`` (not included)."""
-        return self.op(op.SLICE, [self.op(op.SHAPE, [value]), self.ints([first]), self.ints([last])])
+        return self.node(op.SLICE, [self.node(op.SHAPE, [value]), self.ints([first]), self.ints([last])])
 
-    def reduced(self, name: str, value: ir.Value, axes: Sequence[int], keep: bool = False) -> ir.Value:
+    def reduce(self, name: str, value: ir.Value, axes: Sequence[int], keep: bool = False) -> ir.Value:
         if self.version >= op.REDUCTION_AXES_INPUT_SINCE[name]:
-            return self.op(name, [value, self.ints(axes)], keepdims=int(keep))
-        return self.op(name, [value], axes=list(axes), keepdims=int(keep))
+            return self.node(name, [value, self.ints(axes)], keepdims=int(keep))
+        return self.node(name, [value], axes=list(axes), keepdims=int(keep))
 
-    def entering(self, name: str, dtype: ir.DataType) -> ir.Value:
+    def add_input(self, name: str, dtype: ir.DataType) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype))
         self.model.graph.inputs.append(value)
         return value
 
-    def expose(self, value: ir.Value, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+    def add_output(self, value: ir.Value, name: str, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         if value.producer() is None:  # an input keeps its name
-            value = self.op(op.IDENTITY, [value])
+            value = self.node(op.IDENTITY, [value])
         value.name = name
         value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
 
-    def value(self, name: str) -> ir.Value:
+    def activation(self, name: str) -> ir.Value:
         """A value of the model, or what a fused node makes inside ("node.q")."""
         if name not in self.values:
             inside, _, part = name.rpartition(".")
             node = next(n for n in self.model.graph if n.name == inside)
-            self.values[name] = self.projected(node, "qkv".index(part))
+            self.values[name] = self.fused_projection(node, "qkv".index(part))
         return self.values[name]
 
-    def projected(self, node: ir.Node, part: int) -> ir.Value:
+    def fused_projection(self, node: ir.Node, part: int) -> ir.Value:
         """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
         fused = ATTENTION_FORMS[node.domain, node.op_type]
         held = [*node.inputs, *[None] * 12]
@@ -105,23 +105,23 @@ class Instrument:
             assert weight is not None and weight.shape is not None
             sizes = attribute_values(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
             ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
-            merged = self.op(op.MATMUL, [query, weight])
-            merged = merged if bias is None else self.op(op.ADD, [merged, bias])
-            return self.op(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
+            merged = self.node(op.MATMUL, [query, weight])
+            merged = merged if bias is None else self.node(op.ADD, [merged, bias])
+            return self.node(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
         if held[fused.key] is None:
-            ends = self.ends_of_columns(node, query)
-            return self.op(op.SLICE, [query, ends[part], ends[part + 1], self.ints([2])])
-        return self.biased(fused, held, part)
+            ends = self.packed_ends(node, query)
+            return self.node(op.SLICE, [query, ends[part], ends[part + 1], self.ints([2])])
+        return self.biased_operand(fused, held, part)
 
-    def ends_of_columns(self, node: ir.Node, whole: ir.Value) -> list[ir.Value]:
+    def packed_ends(self, node: ir.Node, whole: ir.Value) -> list[ir.Value]:
         """Where query, key and value begin and end in an input that holds the heads of all three."""
         heads = int(attribute_values(node)["num_heads"])
         kv_heads = int(attribute_values(node).get("kv_num_heads", heads))
-        width = self.op(op.DIV, [self.sizes(whole, 2, 3), self.ints([heads + 2 * kv_heads])])
+        width = self.node(op.DIV, [self.shape_slice(whole, 2, 3), self.ints([heads + 2 * kv_heads])])
         counts = np.cumsum([0, heads, kv_heads, kv_heads]).tolist()
-        return [self.op(op.MUL, [width, self.ints([n])]) for n in counts]
+        return [self.node(op.MUL, [width, self.ints([n])]) for n in counts]
 
-    def biased(self, fused: AttentionForm, held: Sequence[ir.Value | None], part: int) -> ir.Value:
+    def biased_operand(self, fused: AttentionForm, held: Sequence[ir.Value | None], part: int) -> ir.Value:
         """An input with its part of the bias that the node adds to query, key and value."""
         bias = None if fused.bias is None else held[fused.bias]
         assert bias is not None
@@ -130,159 +130,163 @@ class Instrument:
         for index in (fused.query, fused.key, fused.value):
             value = held[index]
             assert value is not None
-            ends.append(self.op(op.ADD, [ends[-1], self.sizes(value, axis, axis + 1)]))
+            ends.append(self.node(op.ADD, [ends[-1], self.shape_slice(value, axis, axis + 1)]))
         mine = held[(fused.query, fused.key, fused.value)[part]]
         assert mine is not None
-        found = self.op(op.ADD, [mine, self.op(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
+        found = self.node(op.ADD, [mine, self.node(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
         if not fused.one_row:
             return found
-        batched = self.op(op.CONCAT, [self.ints([1]), self.op(op.SHAPE, [found])], axis=0)
-        return self.op(op.RESHAPE, [found, batched])
+        batched = self.node(op.CONCAT, [self.ints([1]), self.node(op.SHAPE, [found])], axis=0)
+        return self.node(op.RESHAPE, [found, batched])
 
     # -- rows
 
-    def counted(self, tensor: str) -> ir.Value | None:
+    def row_mask(self, tensor: str) -> ir.Value | None:
         """[samples, rows, 1] bool, the rows of a tensor that count; None where all do."""
-        told = self.told.get(tensor)
+        told = self.row_masks.get(tensor)
         if told is None:
             return None
-        if told.name not in self.counts:
-            self.counts[told.name] = self.entering(told.name, ir.DataType.BOOL)
-        value = self.counts[told.name]
+        if told.name not in self.mask_inputs:
+            self.mask_inputs[told.name] = self.add_input(told.name, ir.DataType.BOOL)
+        value = self.mask_inputs[told.name]
         if told.order == "merged":
-            return self.shaped(value, -1, 1, 1)
-        value = self.turned(value, 1, 0) if told.order == "turned" else value
-        return self.shaped(value, 0, -1, 1)
+            return self.reshape(value, -1, 1, 1)
+        value = self.transpose(value, 1, 0) if told.order == "turned" else value
+        return self.reshape(value, 0, -1, 1)
 
-    def only_counted(self, value: ir.Value, counts: ir.Value | None) -> ir.Value:
+    def zero_masked(self, value: ir.Value, counts: ir.Value | None) -> ir.Value:
         """The rows that count, zero for the others."""
-        return value if counts is None else self.op(op.WHERE, [counts, value, self.constant(np.zeros((), np.float32))])
+        return (
+            value if counts is None else self.node(op.WHERE, [counts, value, self.constant(np.zeros((), np.float32))])
+        )
 
     def rows(self, probe: Probe, units: int) -> ir.Value:
         """[samples, rows, repeats * units] in float32, zero in rows that do not count."""
         key = (probe.tensor, probe.units.tobytes(), units)
-        if key not in self.prepared:
+        if key not in self.rows_cache:
             layout = infer_probe_layout(probe, units)
-            value = self.float32(self.value(probe.tensor))
+            value = self.cast_float32(self.activation(probe.tensor))
             if layout.period:
                 head = self.ints([-1, layout.period])
-                value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
-            value = self.turned(value, 0, *layout.row_axes, *layout.unit_axes)
+                value = self.node(op.RESHAPE, [value, self.node(op.CONCAT, [head, self.shape_slice(value, 1)], axis=0)])
+            value = self.transpose(value, 0, *layout.row_axes, *layout.unit_axes)
             total = int(np.prod([probed_axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
-            value = self.shaped(value, 0, -1, total)
+            value = self.reshape(value, 0, -1, total)
             if layout.columns.tolist() != list(range(total)):
-                value = self.op(op.GATHER, [value, self.ints(layout.columns.tolist())], axis=2)
-            self.prepared[key] = self.only_counted(value, self.counted(probe.tensor))
-        return self.prepared[key]
+                value = self.node(op.GATHER, [value, self.ints(layout.columns.tolist())], axis=2)
+            self.rows_cache[key] = self.zero_masked(value, self.row_mask(probe.tensor))
+        return self.rows_cache[key]
 
-    def split_rows(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+    def block_rows(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[samples, rows, blocks, size]; what several columns show of a unit become rows."""
-        return self.shaped(self.rows(probe, blocks * size), 0, -1, blocks, size)
+        return self.reshape(self.rows(probe, blocks * size), 0, -1, blocks, size)
 
-    def by_block(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+    def rows_by_block(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[blocks, samples, rows, size]."""
-        return self.turned(self.split_rows(probe, blocks, size), 2, 0, 1, 3)
+        return self.transpose(self.block_rows(probe, blocks, size), 2, 0, 1, 3)
 
-    def counted_rows(self, probe: Probe, units: int) -> ir.Value | None:
+    def block_row_mask(self, probe: Probe, units: int) -> ir.Value | None:
         """[samples, rows, 1] bool: the rows of ``by_block`` that count; None where all do."""
-        counts = self.counted(probe.tensor)
+        counts = self.row_mask(probe.tensor)
         repeats = infer_probe_layout(probe, units).repeats
         if counts is None or repeats == 1:
             return counts
-        return self.shaped(self.op(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
+        return self.reshape(self.node(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
 
-    def ones(self, rows: ir.Value, counts: ir.Value | None) -> ir.Value:
+    def ones_column(self, rows: ir.Value, counts: ir.Value | None) -> ir.Value:
         """For ``rows`` [.., samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
-        one = self.op(op.GATHER, [rows, self.ints([0])], axis=-1)
-        return self.only_counted(self.op(op.EXP, [self.op(op.SUB, [one, one])]), counts)
+        one = self.node(op.GATHER, [rows, self.ints([0])], axis=-1)
+        return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [one, one])]), counts)
 
     # -- statistics, one method per kind
 
-    def add(self, kind: str, probe: Probe, blocks: int, size: int, output: str) -> None:
+    def add_statistic(self, kind: str, probe: Probe, blocks: int, size: int, output: str) -> None:
         """Append a statistic of a group of ``blocks`` x ``size`` units, as a new output of that name."""
         kinds = {
             "energy": self.energy,
             "gram": self.gram,
             "moment": self.moment,
-            "centred": self.centred,
-            "sums": self.sums,
-            "apart": self.apart,
+            "centred": self.gram_centered,
+            "sums": self.row_sums,
+            "apart": self.gram_per_repeat,
         }
-        self.expose(kinds[kind](probe, blocks, size), output)
+        self.add_output(kinds[kind](probe, blocks, size), output)
 
     def energy(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[samples, blocks, size]: the sum over rows of squares."""
-        rows = self.split_rows(probe, blocks, size)
-        return self.reduced(op.REDUCE_SUM, self.op(op.MUL, [rows, rows]), [1])
+        rows = self.block_rows(probe, blocks, size)
+        return self.reduce(op.REDUCE_SUM, self.node(op.MUL, [rows, rows]), [1])
 
     def gram(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[samples, blocks, size, size]: X'X over the rows of a sample."""
-        rows = self.split_rows(probe, blocks, size)
-        return self.op(op.MATMUL, [self.turned(rows, 0, 2, 3, 1), self.turned(rows, 0, 2, 1, 3)])
+        rows = self.block_rows(probe, blocks, size)
+        return self.node(op.MATMUL, [self.transpose(rows, 0, 2, 3, 1), self.transpose(rows, 0, 2, 1, 3)])
 
     def moment(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[blocks, size, size]: X'X over samples and rows."""
-        return self.product(self.by_block(probe, blocks, size), blocks, size)
+        return self.block_gram(self.rows_by_block(probe, blocks, size), blocks, size)
 
-    def centred(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+    def gram_centered(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """As ``moment``, of rows less the mean of their own sample."""
-        value, counts = self.by_block(probe, blocks, size), self.counted_rows(probe, blocks * size)
-        sums = [self.reduced(op.REDUCE_SUM, v, [2], keep=True) for v in (value, self.ones(value, counts))]
-        centred = self.op(op.SUB, [value, self.op(op.DIV, sums)])
-        return self.product(self.only_counted(centred, counts), blocks, size)
+        value, counts = self.rows_by_block(probe, blocks, size), self.block_row_mask(probe, blocks * size)
+        sums = [self.reduce(op.REDUCE_SUM, v, [2], keep=True) for v in (value, self.ones_column(value, counts))]
+        centred = self.node(op.SUB, [value, self.node(op.DIV, sums)])
+        return self.block_gram(self.zero_masked(centred, counts), blocks, size)
 
-    def sums(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+    def row_sums(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[blocks, size + 1]: the sum of the rows, and how many they are."""
-        value = self.by_block(probe, blocks, size)
-        both = self.op(op.CONCAT, [value, self.ones(value, self.counted_rows(probe, blocks * size))], axis=3)
-        return self.reduced(op.REDUCE_SUM, both, [1, 2])
+        value = self.rows_by_block(probe, blocks, size)
+        both = self.node(op.CONCAT, [value, self.ones_column(value, self.block_row_mask(probe, blocks * size))], axis=3)
+        return self.reduce(op.REDUCE_SUM, both, [1, 2])
 
-    def apart(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+    def gram_per_repeat(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with ones behind the units; what several
         columns show of a unit (query heads that share their values) is kept apart."""
         repeats = infer_probe_layout(probe, blocks * size).repeats
-        split = self.shaped(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
-        split = self.turned(split, 2, 3, 0, 1, 4)
-        both = self.op(op.CONCAT, [split, self.ones(split, self.counted(probe.tensor))], axis=4)
-        flat = self.shaped(both, repeats, blocks, -1, size + 1)
-        return self.op(op.MATMUL, [self.turned(flat, 0, 1, 3, 2), flat])
+        split = self.reshape(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
+        split = self.transpose(split, 2, 3, 0, 1, 4)
+        both = self.node(op.CONCAT, [split, self.ones_column(split, self.row_mask(probe.tensor))], axis=4)
+        flat = self.reshape(both, repeats, blocks, -1, size + 1)
+        return self.node(op.MATMUL, [self.transpose(flat, 0, 1, 3, 2), flat])
 
-    def joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
+    def gram_joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
         """X'X [units * columns + 1] squared, packed, over samples and rows, with ones behind; the columns that show a
         unit (the width of a head, the offsets at which ``window`` reads a channel) next to each other."""
         if window is None:
             repeats = infer_probe_layout(probe, units).repeats
             rows = self.rows(probe, units)
             if repeats > 1:
-                rows = self.turned(self.shaped(rows, 0, -1, repeats, units), 0, 1, 3, 2)
-                rows = self.shaped(rows, 0, -1, units * repeats)
-            counts = self.counted(probe.tensor)
+                rows = self.transpose(self.reshape(rows, 0, -1, repeats, units), 0, 1, 3, 2)
+                rows = self.reshape(rows, 0, -1, units * repeats)
+            counts = self.row_mask(probe.tensor)
         else:
-            rows, counts = self.patches(probe, window), None
-        both = self.op(op.CONCAT, [rows, self.ones(rows, counts)], axis=2)
+            rows, counts = self.convolution_patches(probe, window), None
+        both = self.node(op.CONCAT, [rows, self.ones_column(rows, counts)], axis=2)
         shown = infer_probe_layout(probe, units).repeats if window is None else math.prod(kernel_shape(window))
-        return self.square(both, units * shown + 1)
+        return self.packed_gram(both, units * shown + 1)
 
-    def square(self, rows: ir.Value, size: int) -> ir.Value:
+    def packed_gram(self, rows: ir.Value, size: int) -> ir.Value:
         """X'X of all rows [.., size], packed as in ``runtime.triangle``."""
-        flat = self.shaped(rows, -1, size)
-        turned, parts = self.turned(flat, 1, 0), []
+        flat = self.reshape(rows, -1, size)
+        turned, parts = self.transpose(flat, 1, 0), []
         for start, stop in row_strips(size):
             left, right = turned, flat
             if (start, stop) != (0, size):
-                left = self.op(op.SLICE, [turned, self.ints([start]), self.ints([stop]), self.ints([0])])
-                right = self.op(op.SLICE, [flat, self.ints([start]), self.ints([size]), self.ints([1])])
-            parts.append(self.shaped(self.op(op.MATMUL, [left, right]), -1))
-        return parts[0] if len(parts) == 1 else self.op(op.CONCAT, parts, axis=0)
+                left = self.node(op.SLICE, [turned, self.ints([start]), self.ints([stop]), self.ints([0])])
+                right = self.node(op.SLICE, [flat, self.ints([start]), self.ints([size]), self.ints([1])])
+            parts.append(self.reshape(self.node(op.MATMUL, [left, right]), -1))
+        return parts[0] if len(parts) == 1 else self.node(op.CONCAT, parts, axis=0)
 
-    def patches(self, probe: Probe, window: ir.Node) -> ir.Value:
+    def convolution_patches(self, probe: Probe, window: ir.Node) -> ir.Value:
         """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
         seen = probe.units.reshape(-1)
         kernel = kernel_shape(window)
         taps = math.prod(kernel)
         order = np.argsort(seen, kind="stable")
         order = order[seen[order] >= 0]
-        value = self.op(op.GATHER, [self.float32(self.value(probe.tensor)), self.ints(order.tolist())], axis=1)
+        value = self.node(
+            op.GATHER, [self.cast_float32(self.activation(probe.tensor)), self.ints(order.tolist())], axis=1
+        )
         picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
         kept = [a for a in window.attributes.values() if a.name != "group"]
         self.count += 1
@@ -296,33 +300,37 @@ class Instrument:
         )
         node.outputs[0].name = f"{node.name}_out"
         self.model.graph.append(node)
-        flat = self.shaped(node.outputs[0], 0, len(order) * taps, -1)
-        return self.turned(flat, 0, 2, 1)
+        flat = self.reshape(node.outputs[0], 0, len(order) * taps, -1)
+        return self.transpose(flat, 0, 2, 1)
 
-    def product(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
-        flat = self.shaped(value, blocks, -1, size)
-        return self.op(op.MATMUL, [self.turned(flat, 0, 2, 1), flat])
+    def block_gram(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
+        flat = self.reshape(value, blocks, -1, size)
+        return self.node(op.MATMUL, [self.transpose(flat, 0, 2, 1), flat])
 
-    def gap(self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    def residual_error_sums(
+        self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
         """(sum of unit' gap [1, size, D], sum of gap [1, D]), gap = dense - value, over the rows of a probe that shows
         every unit once, along its last axis; ``dense`` is a new input of the type and shape of ``value``."""
-        both = [self.float32(v) for v in (self.entering(dense, dtype), self.values[value])]
-        gap = self.op(op.SUB, both)
-        flat = self.op(op.RESHAPE, [gap, self.op(op.CONCAT, [self.ints([1, -1]), self.sizes(gap, -1)], axis=0)])
-        counts = self.counted(probe.tensor)
-        flat = self.only_counted(flat, None if counts is None else self.shaped(counts, 1, -1, 1))
-        units = self.shaped(self.by_block(probe, 1, size), 1, -1, size)
-        return self.op(op.MATMUL, [self.turned(units, 0, 2, 1), flat]), self.reduced(op.REDUCE_SUM, flat, [1])
+        both = [self.cast_float32(v) for v in (self.add_input(dense, dtype), self.values[value])]
+        gap = self.node(op.SUB, both)
+        flat = self.node(
+            op.RESHAPE, [gap, self.node(op.CONCAT, [self.ints([1, -1]), self.shape_slice(gap, -1)], axis=0)]
+        )
+        counts = self.row_mask(probe.tensor)
+        flat = self.zero_masked(flat, None if counts is None else self.reshape(counts, 1, -1, 1))
+        units = self.reshape(self.rows_by_block(probe, 1, size), 1, -1, size)
+        return self.node(op.MATMUL, [self.transpose(units, 0, 2, 1), flat]), self.reduce(op.REDUCE_SUM, flat, [1])
 
-    def attended(self, source: PaddingSource) -> ir.Value:
+    def max_attention(self, source: PaddingSource) -> ir.Value:
         """[batch, keys]: the largest weight that any query of any head gives to each key."""
-        value = self.float32(self.values[str(source.value.name)])
+        value = self.cast_float32(self.values[str(source.value.name)])
         axis, rank = source.key_axis, source.rank
-        if source.period:
-            head = self.ints([-1, source.period])
-            value = self.op(op.RESHAPE, [value, self.op(op.CONCAT, [head, self.sizes(value, 1)], axis=0)])
+        if source.heads_on_axis:
+            head = self.ints([-1, source.heads_on_axis])
+            value = self.node(op.RESHAPE, [value, self.node(op.CONCAT, [head, self.shape_slice(value, 1)], axis=0)])
             axis, rank = axis + 1, rank + 1
-        return self.reduced(op.REDUCE_MAX, value, [k for k in range(1, rank) if k != axis])
+        return self.reduce(op.REDUCE_MAX, value, [k for k in range(1, rank) if k != axis])
 
 
 def kernel_shape(window: ir.Node) -> list[int]:

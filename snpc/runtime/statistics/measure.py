@@ -38,7 +38,7 @@ class StatisticRequest:
     probe: Probe
     kind: str
     output: str
-    use: str = ""
+    key: str = ""
     window: ir.Node | None = None
     columns: int = 1
     product: Contraction | None = None
@@ -46,16 +46,16 @@ class StatisticRequest:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}:{self.probe.kind}{'#' if self.use else ''}{self.use}"
+        return f"{self.kind}:{self.probe.kind}{'#' if self.key else ''}{self.key}"
 
     def add_to(self, instrument: Instrument) -> None:
         """As a new output of the instrumented model."""
         if self.kind == "joint":
-            instrument.expose(instrument.joint(self.probe, self.group.size, self.window), self.output)
+            instrument.add_output(instrument.gram_joint(self.probe, self.group.size, self.window), self.output)
         elif self.product is not None:
-            instrument.expose(score_loss_matrix(instrument, self.product, self.group), self.output)
+            instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
         else:
-            instrument.add(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
+            instrument.add_statistic(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
 def statistic_requests(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[StatisticRequest]:
@@ -66,7 +66,7 @@ def statistic_requests(analysis: Analysis, names: Mapping[str, Sequence[str]]) -
             kind, _, rest = name.partition(":")
             probe_kind, sharp, use = rest.partition("#")
             if kind == "coupled":
-                products = score_products(analysis.traced, group)
+                products = score_products(analysis.traced_graph, group)
                 found += [score_loss_request(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
                 continue
             if sharp:
@@ -88,7 +88,7 @@ def score_loss_request(group: Group, product: Contraction, output: str) -> Stati
 def consumer_request(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> StatisticRequest:
     """A statistic of what one node sees that uses a reader."""
     reader, _, node = use.partition(".")
-    seen = consumer_uses(analysis.traced, group)[int(reader)][int(node)]
+    seen = consumer_uses(analysis.traced_graph, group)[int(reader)][int(node)]
     window = seen.node if seen.reader.taps > 1 else None
     return StatisticRequest(group, seen.probe, kind, output, use, window, seen.reader.columns)
 
@@ -119,9 +119,11 @@ def split_by_memory(
 
 def activation_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
     """Tensor -> about how many elements it has in the largest batch: what it has as analysed, scaled as the inputs."""
-    facts = analysis.traced.facts
+    facts = analysis.traced_graph.facts
     sizes = {str(v.name): math.prod(shape) for v, shape in facts.shape.items() if shape is not None}
-    growth = max((count / max(sizes.get(name, count), 1) for name, count in calibration.largest().items()), default=1)
+    growth = max(
+        (count / max(sizes.get(name, count), 1) for name, count in calibration.max_elements().items()), default=1
+    )
     return {name: size * growth for name, size in sizes.items()}
 
 
@@ -155,10 +157,10 @@ def measure_batches(
     """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
     are for the caller, in float64). Padded tokens do not count.
     """
-    source = analysis.traced
+    source = analysis.traced_graph
     probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
     padding = find_padding(source, probe_row_counters(probes))
-    instrument = Instrument(source.model, padding.told)
+    instrument = Instrument(source.model, padding.row_masks)
     for item in wanted:
         item.add_to(instrument)
     with (

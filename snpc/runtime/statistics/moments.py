@@ -43,11 +43,11 @@ class GroupMoments:
     "refit": ``context_tensors`` [1][readers].
     """
 
-    first: FloatArray | None = None
-    second: FloatArray | None = None
+    query_or_loss: FloatArray | None = None
+    key: FloatArray | None = None
     count: float = 0.0
     second_count: float = 0.0
-    contexts: tuple[tuple[ConsumerMoments, ...], ...] = ()
+    consumers: tuple[tuple[ConsumerMoments, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def required_statistics(analysis: Analysis, group: Group, form: str) -> tuple[st
         return ("coupled:query",)
     if form == "values":
         return tuple(f"apart:context#0.{k}" for k in range(len(context_tensors(group))))
-    uses = consumer_uses(analysis.traced, group)
+    uses = consumer_uses(analysis.traced_graph, group)
     return tuple(f"joint:{use.probe.kind}#{r}.{k}" for r, mine in enumerate(uses) for k, use in enumerate(mine))
 
 
@@ -90,11 +90,11 @@ def group_moments(form: str, arrays: Mapping[str, FloatArray]) -> GroupMoments:
     uses = [[mine[k] for k in sorted(mine)] for _, mine in sorted(readers.items())]
     if form == "refit":
         return GroupMoments(
-            contexts=(tuple(consumer_moments([unpack_symmetric(sums) for sums in mine]) for mine in uses),)
+            consumers=(tuple(consumer_moments([unpack_symmetric(sums) for sums in mine]) for mine in uses),)
         )
     repeats, blocks = uses[0][0].shape[:2]
     return GroupMoments(
-        contexts=tuple(
+        consumers=tuple(
             tuple(consumer_moments([a[r, b].copy() for a in uses[0]]) for r in range(repeats)) for b in range(blocks)
         )
     )

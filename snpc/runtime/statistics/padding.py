@@ -38,7 +38,7 @@ RowCounter = Callable[[Shape], tuple[int, int]]
 class PaddingMasks:
     """``told``: tensor -> where it stands which of its rows count; ``sources``: what tells it, by input name."""
 
-    told: Mapping[str, RowMask] = field(default_factory=dict)
+    row_masks: Mapping[str, RowMask] = field(default_factory=dict)
     sources: Mapping[str, PaddingSource] = field(default_factory=dict)
 
 
@@ -47,8 +47,8 @@ def find_padding(traced: TracedGraph, tensors: Iterable[tuple[str, RowCounter]])
     streams = find_token_streams(traced)
     if not streams.sources:
         return PaddingMasks()
-    sizes = alternative_dim_sizes(traced.sizes)
-    known = [traced.facts, *([infer_graph(traced.model, sizes)] if sizes != traced.sizes else [])]
+    sizes = alternative_dim_sizes(traced.dim_sizes)
+    known = [traced.facts, *([infer_graph(traced.model, sizes)] if sizes != traced.dim_sizes else [])]
     views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in known]
     told: dict[str, RowMask | None] = {}
     outside = fused_operand_inputs(traced)
@@ -56,7 +56,7 @@ def find_padding(traced: TracedGraph, tensors: Iterable[tuple[str, RowCounter]])
         mine: RowMask | None = None
         tokens = outside.get(tensor, tensor)
         for index, source in enumerate(streams.sources):
-            if streams.of.get(tokens) != source.stream:
+            if streams.stream_of.get(tokens) != source.stream:
                 continue
             order, *others = {row_order(source, rows, shapes.get(tokens), facts) for facts, shapes in views}
             if order is None or others:
@@ -95,7 +95,7 @@ def probe_row_counters(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[st
 def source_sizes(source: PaddingSource, facts: ShapeFacts) -> tuple[int, int] | None:
     """(batch, tokens) of a source."""
     shape = facts.shape.get(source.value)
-    return None if shape is None else (shape[0] // max(source.period, 1), shape[source.key_axis])
+    return None if shape is None else (shape[0] // max(source.heads_on_axis, 1), shape[source.key_axis])
 
 
 def has_tokens_first(streams: TokenStreams, source: PaddingSource, facts: ShapeFacts) -> bool:
@@ -104,7 +104,7 @@ def has_tokens_first(streams: TokenStreams, source: PaddingSource, facts: ShapeF
     return batch != tokens and any(
         shape is not None and len(shape) > 2 and shape[:2] == (tokens, batch)
         for value, shape in facts.shape.items()
-        if streams.of.get(str(value.name)) == source.stream
+        if streams.stream_of.get(str(value.name)) == source.stream
     )
 
 
@@ -130,10 +130,10 @@ def token_mask_runner(
     instrument = Instrument(traced.model)
     for name, source in padding.sources.items():
         if source.kind == "weights":
-            instrument.expose(instrument.attended(source), name)
+            instrument.add_output(instrument.max_attention(source), name)
         else:
             dtype = traced.facts.dtype[source.value]
-            instrument.expose(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
+            instrument.add_output(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
     with temporary_session(instrument.model, provider=provider, threads=threads) as run:
         yield lambda feeds: {
             name: valid_tokens(array, padding.sources[name].kind == "weights") for name, array in run(feeds).items()

@@ -26,17 +26,17 @@ def score_loss_matrix(instrument: Instrument, product: Contraction, group: Group
     sides = score_axes(product, group)
     rank = len(sides.query)
     query, key = (
-        instrument.turned(instrument.float32(instrument.value(name)), *axes)
+        instrument.transpose(instrument.cast_float32(instrument.activation(name)), *axes)
         for name, axes in ((product.left.name, sides.query), (product.right.name, sides.key))
     )
-    query = instrument.only_counted(query, operand_row_mask(instrument, product.left.name, sides.query))
+    query = instrument.zero_masked(query, operand_row_mask(instrument, product.left.name, sides.query))
     key = center_rows(instrument, key, operand_row_mask(instrument, product.right.name, sides.key))
-    both = instrument.op(op.MUL, [last_axes_gram(instrument, query, rank), last_axes_gram(instrument, key, rank)])
+    both = instrument.node(op.MUL, [last_axes_gram(instrument, query, rank), last_axes_gram(instrument, key, rank)])
     units = sides.units.reshape(-1, sides.units.shape[-1])
     fixed = [k for k in range(rank - 2) if sides.units.shape[k] == 1]
     if fixed:
-        both = instrument.reduced(op.REDUCE_SUM, both, fixed)
-    both = instrument.shaped(both, *units.shape, units.shape[1])
+        both = instrument.reduce(op.REDUCE_SUM, both, fixed)
+    both = instrument.reshape(both, *units.shape, units.shape[1])
     picks = np.zeros((*units.shape, group.size), np.float32)
     owner = np.zeros((group.blocks, len(units)), np.float32)
     for head, row in enumerate(units):
@@ -44,25 +44,29 @@ def score_loss_matrix(instrument: Instrument, product: Contraction, group: Group
         picks[head, mine, row[mine] % group.size] = 1
         owner[np.unique(row[mine] // group.size), head] = 1
     turned = instrument.constant(np.ascontiguousarray(picks.transpose(0, 2, 1)))
-    found = instrument.op(op.MATMUL, [instrument.op(op.MATMUL, [turned, both]), instrument.constant(picks)])
-    summed = instrument.op(op.MATMUL, [instrument.constant(owner), instrument.shaped(found, len(units), group.size**2)])
-    return instrument.shaped(summed, group.blocks, group.size, group.size)
+    found = instrument.node(op.MATMUL, [instrument.node(op.MATMUL, [turned, both]), instrument.constant(picks)])
+    summed = instrument.node(
+        op.MATMUL, [instrument.constant(owner), instrument.reshape(found, len(units), group.size**2)]
+    )
+    return instrument.reshape(summed, group.blocks, group.size, group.size)
 
 
 def last_axes_gram(instrument: Instrument, value: ir.Value, rank: int) -> ir.Value:
     """X'X of the last two axes."""
-    return instrument.op(op.MATMUL, [instrument.turned(value, *range(rank - 2), rank - 1, rank - 2), value])
+    return instrument.node(op.MATMUL, [instrument.transpose(value, *range(rank - 2), rank - 1, rank - 2), value])
 
 
 def center_rows(instrument: Instrument, value: ir.Value, counts: ir.Value | None) -> ir.Value:
     """Rows less the mean of those that count, zero for the others."""
-    value = instrument.only_counted(value, counts)
-    total = [instrument.reduced(op.REDUCE_SUM, v, [-2], keep=True) for v in (value, instrument.ones(value, counts))]
-    return instrument.only_counted(instrument.op(op.SUB, [value, instrument.op(op.DIV, total)]), counts)
+    value = instrument.zero_masked(value, counts)
+    total = [
+        instrument.reduce(op.REDUCE_SUM, v, [-2], keep=True) for v in (value, instrument.ones_column(value, counts))
+    ]
+    return instrument.zero_masked(instrument.node(op.SUB, [value, instrument.node(op.DIV, total)]), counts)
 
 
 def operand_row_mask(instrument: Instrument, tensor: str, axes: tuple[int, ...]) -> ir.Value | None:
     """[samples, 1.., rows, 1] bool; None where all rows count, or where it is not known which."""
-    told = instrument.told.get(tensor)
-    counts = instrument.counted(tensor) if told is not None and told.order == "plain" and axes[0] == 0 else None
-    return None if counts is None else instrument.shaped(counts, 0, *[1] * (len(axes) - 3), -1, 1)
+    told = instrument.row_masks.get(tensor)
+    counts = instrument.row_mask(tensor) if told is not None and told.order == "plain" and axes[0] == 0 else None
+    return None if counts is None else instrument.reshape(counts, 0, *[1] * (len(axes) - 3), -1, 1)

@@ -58,8 +58,8 @@ class Statistics:
             )
         if statistic_shapes(self) != statistic_shapes(other) or self.criterion != other.criterion:
             raise UserError(
-                f"statistics on {self.described()} and on {other.described()} are not of the same groups and "
-                "criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
+                f"statistics on {self.describe_sources()} and on {other.describe_sources()} are not of the same groups "
+                "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
         sums = {
             group: {name: array + other.sums[group][name] for name, array in mine.items()}
@@ -67,7 +67,7 @@ class Statistics:
         }
         return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
 
-    def described(self) -> str:
+    def describe_sources(self) -> str:
         return " and ".join(self.sources)
 
 
@@ -115,12 +115,12 @@ def measure_statistics(
             calibration,
             gates,
             judge,
-            lambda name, arrays: totals.add_observed(name, judge.observe(roles[name], arrays)),
+            lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
             progress,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted or gates else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.described(),), totals.sums)
+    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.describe(),), totals.sums)
 
 
 class StatisticAccumulator:
@@ -128,8 +128,8 @@ class StatisticAccumulator:
 
     def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: SpillableStore) -> None:
         self.forms = forms
-        self.judge = judge
-        self.shelf = shelf
+        self.criterion = judge
+        self.store = shelf
         self.sums: dict[str, dict[str, FloatArray]] = {}
 
     def add(self, wanted: Sequence[StatisticRequest], result: Mapping[str, AnyArray]) -> None:
@@ -140,18 +140,18 @@ class StatisticAccumulator:
             both = same_shape(mine.get(item.name), array)
             mine[item.name] = np.add(mine[item.name], array, dtype=np.float64) if both else array
         for name, arrays in batch.items():
-            self.add_observed(name, arrays if name in self.forms else self.observed(groups[name], arrays))
+            self.add_observation(name, arrays if name in self.forms else self.observe(groups[name], arrays))
 
-    def observed(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
-        return self.judge.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
+    def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
+        return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
 
-    def add_observed(self, name: str, observed: Mapping[str, AnyArray]) -> None:
+    def add_observation(self, name: str, observed: Mapping[str, AnyArray]) -> None:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
                 accumulate(total[key], array)
             else:
-                total[key] = self.shelf.keep(np.array(array, np.float64))
+                total[key] = self.store.keep(np.array(array, np.float64))
 
 
 def same_shape(first: AnyArray | None, second: AnyArray) -> bool:

@@ -136,7 +136,7 @@ class RelevancePropagation:
     def hand_back(self, node: ir.Node, relevance: Sequence[FloatArray | None]) -> None:
         spec = lookup(node.domain, node.op_type)
         call = self.facts.call(node, opset_version(self.model, node.domain))
-        given = [np.zeros(call.outs[k]) if r is None else r for k, r in enumerate(relevance)]
+        given = [np.zeros(call.out_shapes[k]) if r is None else r for k, r in enumerate(relevance)]
         RELEVANCE_RULES[spec.kind](self, node, spec, call, given)
 
 
@@ -152,7 +152,7 @@ def attention_weight_values(model: ir.Model) -> set[ir.Value]:
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
         carried = spec.kind == "movement" or (spec.kind == "pointwise" and spec.effect == "same")
-        if spec.shares or (carried and node.inputs and node.inputs[0] in found):
+        if spec.makes_shares or (carried and node.inputs and node.inputs[0] in found):
             found.add(node.outputs[0])
     return found
 
@@ -169,7 +169,9 @@ def relevance_pointwise(
 ) -> None:
     """To the operands that vary as the output does: biases, gains and statistics count as given."""
     total = given[0]
-    full = [v for k, v in enumerate(node.inputs) if v is not None and v in back.held and call.shape(k) == call.outs[0]]
+    full = [
+        v for k, v in enumerate(node.inputs) if v is not None and v in back.held and call.shape(k) == call.out_shapes[0]
+    ]
     full = [v for v in full if is_float(back.facts.dtype.get(v))]
     if spec.divides:
         full = full[:1]
@@ -193,7 +195,7 @@ def share_by_magnitude(back: RelevancePropagation, values: Sequence[ir.Value], t
 def relevance_normalize(
     back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
 ) -> None:
-    total = given[0] + sum((given[k] for k in spec.sums if k < len(given)), np.zeros(()))
+    total = given[0] + sum((given[k] for k in spec.sum_outputs if k < len(given)), np.zeros(()))
     share_by_magnitude(back, [v for k in spec.data or (0,) if (v := node.inputs[k]) is not None], total)
 
 
@@ -203,7 +205,7 @@ def relevance_reduce(
     assert spec.axes is not None
     axes = spec.axes(call)
     total = given[0]
-    if len(call.outs[0]) != len(call.shape(0)):
+    if len(call.out_shapes[0]) != len(call.shape(0)):
         total = np.expand_dims(total, axes)
     size = np.abs(back.array(node.inputs[0]))
     back.give(node.inputs[0], total * size / np.maximum(size.sum(axes, keepdims=True), RELEVANCE_EPSILON))
@@ -229,7 +231,7 @@ def relevance_movement(
 def relevance_concat(
     back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
 ) -> None:
-    axis = int(call.attrs["axis"]) % len(call.outs[0])
+    axis = int(call.attrs["axis"]) % len(call.out_shapes[0])
     ends = np.cumsum([call.shape(k)[axis] for k in range(len(call.shapes))])[:-1]
     for value, part in zip(node.inputs, np.split(given[0], ends, axis), strict=True):
         back.give(value, part)

@@ -68,7 +68,7 @@ def max_occurrences(units: IntArray) -> int:
 
 def unit_rows(analysis: Analysis, site: Site, group: Group, k: int) -> FloatArray:
     """[units, fan]: the k-th row of each unit in the site's weight; zeros where it has fewer."""
-    value = analysis.traced.model.graph.initializers[site.tensor].const_value
+    value = analysis.traced_graph.model.graph.initializers[site.tensor].const_value
     assert value is not None
     units = np.asarray(site.units)
     place = np.flatnonzero(units >= 0)

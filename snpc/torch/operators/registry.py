@@ -37,8 +37,8 @@ class Implementation:
     only, else "values"."""
 
     run: Callable[..., Result]
-    integers: frozenset[int]
-    loose: bool = False
+    integer_inputs: frozenset[int]
+    data_dependent_shape: bool = False
     reads: Literal["shape", "values"] = "values"
 
 

@@ -27,19 +27,19 @@ HEADS_RANK = 4  # axes of queries, keys and values that are split into heads
 @contextmanager
 def relevance_rules(module: GraphModule) -> Iterator[None]:
     """The module with these rules, while the block runs."""
-    constants = set(module.aliases)
-    for step in module.steps:
+    constants = set(module.origins)
+    for step in module.instructions:
         if all(name is None or name in constants for name in step.inputs):
             constants |= set(step.outputs)
 
     def run(step: Instruction, arguments: Sequence[Any]) -> Result:
         return run_with_relevance_rule(step, arguments, [name not in constants for name in step.inputs])
 
-    module.around = run
+    module.interceptor = run
     try:
         yield
     finally:
-        module.around = None
+        module.interceptor = None
 
 
 def run_with_relevance_rule(step: Instruction, arguments: Sequence[Any], active: Sequence[bool]) -> Result:

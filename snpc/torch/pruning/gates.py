@@ -25,9 +25,9 @@ class Gate:
 
     group: Group
     sites: tuple[Site, ...]
-    power: float
+    exponent: float
 
-    def change(self, site: Site, factors: Tensor) -> WeightTransform:
+    def scaling(self, site: Site, factors: Tensor) -> WeightTransform:
         """A function of the constant at ``site``; ``factors`` [blocks, size]."""
         index = torch.as_tensor(site.units, device=factors.device)
         spread = torch.cat([factors.reshape(-1), factors.new_ones(1)])[index]  # -1: one
@@ -50,27 +50,27 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
 
 def is_bias(analysis: Analysis, site: Site) -> bool:
     """Is it a bias?"""
-    users = analysis.traced.model.graph.initializers[site.tensor].uses()
+    users = analysis.traced_graph.model.graph.initializers[site.tensor].uses()
     specs = [lookup(node.domain, node.op_type) for node, _ in users]
     return all(spec.effect == "add" or spec.kind in ("contraction", "attention") for spec in specs)
 
 
 def canonical_module(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
     """The model as it was analysed, so that sites have their names."""
-    model: Model = replace(analysis.model, graph=analysis.traced.model)
+    model: Model = replace(analysis.model, graph=analysis.traced_graph.model)
     return GraphModule(model, watch=watch)
 
 
 @contextmanager
 def apply_gates(module: GraphModule, gates: Sequence[Gate], factors: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with ``factors`` (group id -> [blocks, size]) on, while the block runs."""
-    before = module.changes
+    before = module.weight_transforms
     changes: dict[str, tuple[WeightTransform, ...]] = dict(before)
     for gate in gates:
         for site in gate.sites:
-            changes[site.tensor] = (*changes.get(site.tensor, ()), gate.change(site, factors[gate.group.id]))
-    module.changes = changes
+            changes[site.tensor] = (*changes.get(site.tensor, ()), gate.scaling(site, factors[gate.group.id]))
+    module.weight_transforms = changes
     try:
         yield
     finally:
-        module.changes = before
+        module.weight_transforms = before

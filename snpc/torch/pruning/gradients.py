@@ -115,7 +115,7 @@ def per_unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
     shape = (1, gate.group.blocks, gate.group.size)
     if gradient is None:
         return np.zeros(shape)
-    return gradient.detach().double().numpy().reshape(shape) / gate.power
+    return gradient.detach().double().numpy().reshape(shape) / gate.exponent
 
 
 def sum_per_unit(module: GraphModule, group: Group, values: Mapping[str, Tensor]) -> FloatArray:
@@ -169,7 +169,7 @@ def output_relevance(name: str, value: Tensor) -> Tensor:
 
 def gate_costs(analysis: Analysis, group: Group) -> dict[str, FloatArray]:
     """What one unit takes of a sample's MACs and activations, at the sizes that MACs are quoted at."""
-    shapes = {str(v.name): shape for v, shape in analysis.traced.facts.shape.items()}
+    shapes = {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
     elements = sum(math.prod(shapes.get(p.tensor) or (0,)) for p in group.probes)
     units = group.blocks * group.size
     return {"gate:macs": np.array([group.macs / units]), "gate:memory": np.array([max(elements / units, 1.0)])}

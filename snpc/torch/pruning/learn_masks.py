@@ -30,8 +30,8 @@ class LearnedPlan:
     """``macs``: the share of the dense MACs that the masks themselves kept, before the plan was made of them."""
 
     plan: SlicePlan
-    trained: TrainingResult
-    macs: float
+    result: TrainingResult
+    kept_macs: float
 
 
 def learn_masks(
@@ -53,7 +53,7 @@ def learn_masks(
     target = parse_target(choice.target) if choice.target is not None else None
     if target is None or target.kind != "macs":
         raise UserError("masks are learnt under a budget of MACs: give --target macs=R")
-    if training.labelled or training.layerwise:
+    if training.uses_labels or training.layerwise:
         raise UserError(f"masks are learnt from the model's own outputs: loss kd or mse, not {training.loss}"
                         + (" with --layerwise" if training.layerwise else ""))  # fmt: skip
     if training.sharded:
@@ -73,14 +73,14 @@ def learn_masks(
 
         checkpoints = None
         if saved is not None:
-            run = run_fingerprint(data, "masks", kind, analysis.model.digest, choice, training, place.world)
+            run = run_fingerprint(data, "masks", kind, analysis.model.digest, choice, training, place.world_size)
             checkpoints = open_checkpoint(saved, run)
             wait_for_workers(place)
         parameters = list(masked.masks.parameters())
         trained = train(
             masked, loss, task, training, place=place, parameters=parameters, checkpoints=checkpoints, report=report
         )
-        kept = float(masked.masks.macs().detach())
+        kept = float(masked.masks.kept_macs().detach())
     scores = UnitScores(analysis, f"masks:{kind}", masked.masks.scores(), data.samples, comparable=True)
     return LearnedPlan(make_slice_plan(scores, choice), trained, kept)
 
@@ -90,8 +90,8 @@ def mask_task(
 ) -> FinetuneTask:
     outputs = loss_output_names(analysis.model, training)
     teacher = Teacher(teacher_function(analysis, outputs, place.device), place.device)
-    scales = mean_squares(teacher.ask(next(data.batches())))
+    scales = mean_squares(teacher.run(next(data.batches())))
     task = FinetuneTask(masked.inner, teacher, analysis, data, None, training, None, outputs, (), scales, place)
-    if (training.steps or training.epochs * task.per_epoch) * training.batch > data.samples:
-        teacher.learn_all(data)
+    if (training.steps or training.epochs * task.steps_per_epoch) * training.batch > data.samples:
+        teacher.fill_cache(data)
     return task

@@ -33,11 +33,11 @@ class LearnedMasks(torch.nn.Module):
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
         super().__init__()
-        self.groups, self.dense, self.target = tuple(groups), analysis.cost.macs, target
-        self.most = 1 - analysis.dead_macs / self.dense  # rows that nobody reads go in any case
-        self.numbers = {g.id: k for k, g in enumerate(groups)}
+        self.groups, self.dense_macs, self.target = tuple(groups), analysis.cost.macs, target
+        self.max_macs = 1 - analysis.dead_macs / self.dense_macs  # rows that nobody reads go in any case
+        self.indices = {g.id: k for k, g in enumerate(groups)}
 
-    def made(self, value: float) -> torch.nn.ParameterList:
+    def new_parameters(self, value: float) -> torch.nn.ParameterList:
         return torch.nn.ParameterList(
             [torch.nn.Parameter(torch.full((g.blocks, g.size), float(value))) for g in self.groups]
         )
@@ -46,34 +46,34 @@ class LearnedMasks(torch.nn.Module):
         """[blocks, size]: what the units are multiplied with."""
         raise NotImplementedError
 
-    def kept(self, group: Group) -> Tensor:
+    def kept_fraction(self, group: Group) -> Tensor:
         """[blocks, size] in [0, 1]: how much of each unit counts as kept."""
         raise NotImplementedError
 
-    def cost(self, group: Group) -> Tensor:
+    def unit_penalty(self, group: Group) -> Tensor:
         """What is paid for the group's units, whatever the budget."""
         raise NotImplementedError
 
-    def worth(self, group: Group) -> Tensor:
+    def importance(self, group: Group) -> Tensor:
         """[blocks, size]: higher = keep."""
         raise NotImplementedError
 
     def factors(self) -> dict[str, Tensor]:
         return {g.id: self.factor(g) for g in self.groups}
 
-    def macs(self) -> Tensor:
+    def kept_macs(self) -> Tensor:
         """The share of the dense MACs that is kept."""
-        saved = [(1 - self.kept(g)).mean() * g.macs for g in self.groups]
-        return self.most - torch.stack(saved).sum() / self.dense
+        saved = [(1 - self.kept_fraction(g)).mean() * g.macs for g in self.groups]
+        return self.max_macs - torch.stack(saved).sum() / self.dense_macs
 
     def penalty(self) -> Tensor:
-        costs = torch.stack([self.cost(g) * (g.macs / self.dense) for g in self.groups]).sum()
-        return MACS_PENALTY * torch.relu(self.macs() - self.target).square() + costs
+        costs = torch.stack([self.unit_penalty(g) * (g.macs / self.dense_macs) for g in self.groups]).sum()
+        return MACS_PENALTY * torch.relu(self.kept_macs() - self.target).square() + costs
 
     def scores(self) -> dict[str, FloatArray]:
         """Worth times MACs, so that a plan, which asks what a saved MAC costs, takes units in the order of worth."""
         with torch.no_grad():
-            return {g.id: self.worth(g).double().cpu().numpy() * g.macs / (g.blocks * g.size) for g in self.groups}
+            return {g.id: self.importance(g).double().cpu().numpy() * g.macs / (g.blocks * g.size) for g in self.groups}
 
 
 class VibMasks(LearnedMasks):
@@ -81,30 +81,30 @@ class VibMasks(LearnedMasks):
     sigma^2) / 2, the information that passes (Dai et al. 2018, arXiv 1802.10399, eq. 9), is paid for. VTrans (arXiv
     2406.05276) puts such gates on Transformers."""
 
-    price = 0.01
+    penalty_weight = 0.01
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
         super().__init__(analysis, groups, target)
-        self.mean, self.spread = self.made(1.0), self.made(-4.0)  # the logarithm of sigma^2
+        self.mean, self.log_variance = self.new_parameters(1.0), self.new_parameters(-4.0)  # the logarithm of sigma^2
 
     def factor(self, group: Group) -> Tensor:
-        mean, spread = self.mean[self.numbers[group.id]], self.spread[self.numbers[group.id]]
+        mean, spread = self.mean[self.indices[group.id]], self.log_variance[self.indices[group.id]]
         noise = torch.randn_like(mean) * torch.exp(spread / 2)
         return torch.add(mean, noise) if self.training else mean
 
-    def ratio(self, group: Group) -> Tensor:
-        number = self.numbers[group.id]
-        return torch.mul(self.mean[number].square(), (-self.spread[number]).exp())
+    def signal_to_noise(self, group: Group) -> Tensor:
+        number = self.indices[group.id]
+        return torch.mul(self.mean[number].square(), (-self.log_variance[number]).exp())
 
-    def kept(self, group: Group) -> Tensor:
-        ratio = self.ratio(group)
+    def kept_fraction(self, group: Group) -> Tensor:
+        ratio = self.signal_to_noise(group)
         return torch.div(ratio, 1 + ratio)
 
-    def cost(self, group: Group) -> Tensor:
-        return torch.log1p(self.ratio(group)).mean() * (self.price / 2)
+    def unit_penalty(self, group: Group) -> Tensor:
+        return torch.log1p(self.signal_to_noise(group)).mean() * (self.penalty_weight / 2)
 
-    def worth(self, group: Group) -> Tensor:
-        return torch.log1p(self.ratio(group))
+    def importance(self, group: Group) -> Tensor:
+        return torch.log1p(self.signal_to_noise(group))
 
 
 class PspMasks(LearnedMasks):
@@ -115,20 +115,20 @@ class PspMasks(LearnedMasks):
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
         super().__init__(analysis, groups, target)
-        self.scale = self.made(1.0)
+        self.scale = self.new_parameters(1.0)
 
     def factor(self, group: Group) -> Tensor:
-        scale = self.scale[self.numbers[group.id]]
+        scale = self.scale[self.indices[group.id]]
         return torch.add(scale, (torch.where(scale.abs() < PSP_THRESHOLD, 0.0, scale) - scale).detach())
 
-    def kept(self, group: Group) -> Tensor:
-        return torch.sigmoid((self.scale[self.numbers[group.id]].abs() - PSP_THRESHOLD) / RAMP_WIDTH)
+    def kept_fraction(self, group: Group) -> Tensor:
+        return torch.sigmoid((self.scale[self.indices[group.id]].abs() - PSP_THRESHOLD) / RAMP_WIDTH)
 
-    def cost(self, group: Group) -> Tensor:
-        return torch.mul(self.scale[self.numbers[group.id]].abs().mean(), self.price)
+    def unit_penalty(self, group: Group) -> Tensor:
+        return torch.mul(self.scale[self.indices[group.id]].abs().mean(), self.price)
 
-    def worth(self, group: Group) -> Tensor:
-        return torch.abs(self.scale[self.numbers[group.id]])
+    def importance(self, group: Group) -> Tensor:
+        return torch.abs(self.scale[self.indices[group.id]])
 
 
 class ApmaMasks(LearnedMasks):
@@ -140,22 +140,22 @@ class ApmaMasks(LearnedMasks):
 
     def __init__(self, analysis: Analysis, groups: Sequence[Group], target: float) -> None:
         super().__init__(analysis, groups, target)
-        self.indicator = self.made(INITIAL_LOGIT)
+        self.indicator = self.new_parameters(INITIAL_LOGIT)
         for number, group in enumerate(self.groups):
             self.register_buffer(f"alike{number}", mean_cosine_similarity(analysis, group))
 
     def factor(self, group: Group) -> Tensor:
-        return torch.sigmoid(self.indicator[self.numbers[group.id]]) * (1 + math.exp(-INITIAL_LOGIT))
+        return torch.sigmoid(self.indicator[self.indices[group.id]]) * (1 + math.exp(-INITIAL_LOGIT))
 
-    def kept(self, group: Group) -> Tensor:
-        return torch.sigmoid(self.indicator[self.numbers[group.id]])
+    def kept_fraction(self, group: Group) -> Tensor:
+        return torch.sigmoid(self.indicator[self.indices[group.id]])
 
-    def cost(self, group: Group) -> Tensor:
-        alike: Tensor = getattr(self, f"alike{self.numbers[group.id]}")
-        return self.price * (self.kept(group) * alike).mean()
+    def unit_penalty(self, group: Group) -> Tensor:
+        alike: Tensor = getattr(self, f"alike{self.indices[group.id]}")
+        return self.price * (self.kept_fraction(group) * alike).mean()
 
-    def worth(self, group: Group) -> Tensor:
-        kept = self.kept(group)
+    def importance(self, group: Group) -> Tensor:
+        kept = self.kept_fraction(group)
         return kept - kept.mean(dim=1, keepdim=True) + kept.mean()
 
 

@@ -41,7 +41,7 @@ class DriftLimit:
             raise UserError(f"drift limit {self.limit:g}: must be more than 0")
 
     @property
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         return f"drift {self.limit!r}"
 
     def measure(self, tuned: FinetuneResult) -> float:
@@ -69,11 +69,11 @@ class AccuracyDrop:
             raise UserError("accuracy is measured with labels: give some")
 
     @cached_property
-    def before(self) -> float:
+    def dense_accuracy(self) -> float:
         return self.accuracy(self.dense)
 
     @property
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         labels = self.evaluation.labels
         assert labels is not None
         said = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
@@ -85,10 +85,10 @@ class AccuracyDrop:
         return found
 
     def measure(self, tuned: FinetuneResult) -> float:
-        return self.before - self.accuracy(tuned.path)
+        return self.dense_accuracy - self.accuracy(tuned.path)
 
     def __str__(self) -> str:
-        return f"the accuracy within {self.limit:g} of the dense model's {self.before:.4g}"
+        return f"the accuracy within {self.limit:g} of the dense model's {self.dense_accuracy:.4g}"
 
 
 def max_output_drift(tuned: FinetuneResult) -> float:

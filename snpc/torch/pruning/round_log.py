@@ -40,22 +40,22 @@ class RoundLog:
     the state of its training."""
 
     folder: Path
-    run: str
-    every: int
+    run_id: str
+    checkpoint_every: int
     rounds: list[PruningRound] = field(default_factory=list)
 
-    def cut(self, turn: int) -> Path:
+    def pruned_model(self, turn: int) -> Path:
         return self.folder / f"cut{turn}.onnx"
 
-    def tuned(self, turn: int) -> Path:
+    def finetuned_model(self, turn: int) -> Path:
         return self.folder / f"tuned{turn}.onnx"
 
-    def training(self, turn: int) -> CheckpointOptions:
-        return CheckpointOptions(self.folder / f"training{turn}", self.every, resume=True)
+    def checkpoint_options(self, turn: int) -> CheckpointOptions:
+        return CheckpointOptions(self.folder / f"training{turn}", self.checkpoint_every, resume=True)
 
     def write(self) -> None:
         with atomic_write(self.folder / ROUND_LOG_FILE) as temporary:
-            temporary.write_text(json.dumps({"run": self.run, "rounds": [asdict(r) for r in self.rounds]}))
+            temporary.write_text(json.dumps({"run": self.run_id, "rounds": [asdict(r) for r in self.rounds]}))
 
     def add(self, found: PruningRound) -> None:
         """Note a round, then remove what nothing needs any more."""
@@ -63,12 +63,12 @@ class RoundLog:
         self.rounds.append(found)
         turn = len(self.rounds)
         self.write()
-        discard_model(self.cut(turn))
-        shutil.rmtree(self.training(turn).folder, ignore_errors=True)
+        discard_model(self.pruned_model(turn))
+        shutil.rmtree(self.checkpoint_options(turn).folder, ignore_errors=True)
         if not found.kept:
-            discard_model(self.tuned(turn))
+            discard_model(self.finetuned_model(turn))
         elif before is not None:
-            discard_model(self.tuned(before))
+            discard_model(self.finetuned_model(before))
 
 
 @contextmanager

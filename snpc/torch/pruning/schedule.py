@@ -59,9 +59,9 @@ def prune_in_rounds(
     options = (source, data, way or UnitSelection(), training or TrainingOptions())
     with round_runner(*options, None, saved, ("cubic", goal, rounds), heard) as work:
         for left in cubic_schedule(share, rounds):
-            work.attempt(left)
-        copy_into_place(work.here, target)
-        return work.notes.rounds
+            work.run_round(left)
+        copy_into_place(work.current_model, target)
+        return work.log.rounds
 
 
 def prune_adaptively(
@@ -90,14 +90,14 @@ def prune_adaptively(
         smallest = step / MIN_STEP_DIVISOR
         while left > share + 1e-9 and step >= smallest * (1 - 1e-9):
             aim = max(share, left - step)
-            if work.attempt(aim).kept:
+            if work.run_round(aim).kept:
                 left = aim
             else:
                 step /= 2
-        if work.here == source:
+        if work.current_model == source:
             raise UserError(f"{source}: no cut keeps {objective}: allow more, or train longer")
-        copy_into_place(work.here, target)
-        return work.notes.rounds
+        copy_into_place(work.current_model, target)
+        return work.log.rounds
 
 
 @contextmanager
@@ -124,34 +124,39 @@ class RoundRunner:
 
     dense: Analysis
     data: Calibration
-    way: UnitSelection
+    selection: UnitSelection
     training: TrainingOptions
     objective: PruningObjective | None
-    notes: RoundLog
-    heard: RoundCallback
-    turn: int = 0
+    log: RoundLog
+    on_round: RoundCallback
+    number: int = 0
 
     def __post_init__(self) -> None:
-        self.here = self.dense.model.path
+        self.current_model = self.dense.model.path
 
-    def attempt(self, left: float) -> PruningRound:
+    def run_round(self, left: float) -> PruningRound:
         """Cut ``here`` to ``left`` of the dense MACs, train, and go on from there if the objective holds."""
-        self.turn += 1
-        if self.turn > len(self.notes.rounds):
-            self.notes.add(self.made(left))
-        found = self.notes.rounds[self.turn - 1]
+        self.number += 1
+        if self.number > len(self.log.rounds):
+            self.log.add(self.prune_and_train(left))
+        found = self.log.rounds[self.number - 1]
         if found.kept:
-            self.here = self.notes.tuned(self.turn)
-        self.heard(found)
+            self.current_model = self.log.finetuned_model(self.number)
+        self.on_round(found)
         return found
 
-    def made(self, left: float) -> PruningRound:
-        cut = self.notes.cut(self.turn)
+    def prune_and_train(self, left: float) -> PruningRound:
+        cut = self.log.pruned_model(self.number)
         if not cut.is_file():
-            self.cut(left, cut)
-        saved = self.notes.training(self.turn)
+            self.prune(left, cut)
+        saved = self.log.checkpoint_options(self.number)
         tuned = finetune(
-            cut, self.dense.model.path, self.data, self.notes.tuned(self.turn), training=self.training, saved=saved
+            cut,
+            self.dense.model.path,
+            self.data,
+            self.log.finetuned_model(self.number),
+            training=self.training,
+            saved=saved,
         )
         if tuned is None:
             raise UserError("pruning in rounds takes one process")
@@ -161,17 +166,17 @@ class RoundRunner:
         lost = value if isinstance(self.objective, AccuracyDrop) else None
         return PruningRound(left, max_output_drift(tuned), value <= self.objective.limit, lost)
 
-    def cut(self, left: float, target: Path) -> None:
-        analysis = analyze(load(self.here), self.dense.binding)
+    def prune(self, left: float, target: Path) -> None:
+        analysis = analyze(load(self.current_model), self.dense.dim_sizes)
         share = min(1.0, left * self.dense.cost.macs / analysis.cost.macs)
         found = plan(
             analysis,
             Budget(target=f"macs={share!r}"),
             calibration=self.data,
-            method=self.way.method,
-            criterion=self.way.criterion,
+            method=self.selection.method,
+            criterion=self.selection.criterion,
         )
-        apply_slice_plan(found.plan, target, compression=found.compression, calibration=self.data)
+        apply_slice_plan(found.slices, target, compression=found.closed_forms, calibration=self.data)
 
 
 def target_macs(source: Path, target: Path, goal: str, rounds: int) -> float:

@@ -24,14 +24,14 @@ class Adapters(torch.nn.Module):
         matrices = {name: w for name, w in module.weights() if w.ndim == 2 and min(w.shape) > rank}
         if not matrices:
             raise UserError(f"adapters of rank {rank}: the model has no matrix that is larger both ways")
-        self.names = tuple(matrices)
+        self.weight_names = tuple(matrices)
         drawn = (torch.randn(len(w), rank, generator=generator).to(w) / rank**0.5 for w in matrices.values())
         self.left = torch.nn.ParameterList([torch.nn.Parameter(a) for a in drawn])
         self.right = torch.nn.ParameterList(
             [torch.nn.Parameter(w.detach().new_zeros(rank, w.shape[1])) for w in matrices.values()]
         )
 
-    def update(self, number: int, turned: bool) -> WeightTransform:
+    def weight_transform(self, number: int, turned: bool) -> WeightTransform:
         def changed(weight: torch.Tensor) -> torch.Tensor:
             product = self.left[number] @ self.right[number]
             return torch.add(weight, product.mT if turned else product)
@@ -43,13 +43,13 @@ def add_adapters(module: GraphModule, rank: int, seed: int) -> Adapters:
     """Put adapters on the module."""
     found = Adapters(module, rank, seed)
     module.requires_grad_(False)
-    numbers = {name: k for k, name in enumerate(found.names)}
+    numbers = {name: k for k, name in enumerate(found.weight_names)}
     changes: dict[str, tuple[WeightTransform, ...]] = {}
-    for name in module.aliases:
+    for name in module.origins:
         owner, turned = module.owner(name)
         if owner in numbers:
-            changes[name] = (found.update(numbers[owner], turned),)
-    module.changes = changes
+            changes[name] = (found.weight_transform(numbers[owner], turned),)
+    module.weight_transforms = changes
     module.add_module(ADAPTERS_NAME, found)
     return found
 
@@ -57,9 +57,9 @@ def add_adapters(module: GraphModule, rank: int, seed: int) -> Adapters:
 def merge_adapters(module: GraphModule, adapters: Adapters) -> None:
     """Add what the adapters have learnt to the weights, and take them off."""
     with torch.no_grad():
-        for number, name in enumerate(adapters.names):
+        for number, name in enumerate(adapters.weight_names):
             module.weight(name).add_(adapters.left[number] @ adapters.right[number])
-    module.changes = {}
+    module.weight_transforms = {}
     delattr(module, ADAPTERS_NAME)
     for _, weight in module.weights():
         weight.requires_grad_(True)

@@ -35,7 +35,7 @@ class CheckpointFile:
     of another run is refused."""
 
     folder: Path
-    run: str
+    run_id: str
     every: int = 50
 
     @property
@@ -44,9 +44,9 @@ class CheckpointFile:
 
     def write(self, state: dict[str, Any]) -> None:
         with atomic_write(self.path) as temporary:
-            torch.save({"run": self.run, **state}, temporary)
+            torch.save({"run": self.run_id, **state}, temporary)
 
-    def latest(self, device: torch.device) -> dict[str, Any] | None:
+    def read(self, device: torch.device) -> dict[str, Any] | None:
         """What was saved, None if nothing was. Raises UserError for a file that is broken or of another run."""
         if not self.path.is_file():
             return None
@@ -54,7 +54,7 @@ class CheckpointFile:
             found: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise invalid_checkpoint_error(self.path, error) from None
-        if found.get("run") != self.run:
+        if found.get("run") != self.run_id:
             raise other_run_error(self.path)
         return found
 

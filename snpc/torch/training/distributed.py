@@ -17,10 +17,10 @@ class Worker:
 
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
@@ -49,5 +49,5 @@ def distributed_worker() -> Iterator[Worker]:
 
 def wait_for_workers(place: Worker) -> None:
     """Wait until every process is here."""
-    if place.world > 1:
+    if place.world_size > 1:
         dist.barrier()

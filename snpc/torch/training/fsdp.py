@@ -19,7 +19,7 @@ from snpc.torch.training.distributed import Worker
 def shard_module(module: torch.nn.Module, place: Worker) -> None:
     """Leave to each process its part of every parameter. They come together for a pass forward and for one backward
     (Zhao et al. 2023, arXiv 2304.11277)."""
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = init_device_mesh(place.device.type, (place.world_size,))
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 

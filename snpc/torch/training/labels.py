@@ -27,7 +27,7 @@ def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
         raise UserError(f"{where}: it holds {array.dtype} of shape {list(array.shape)}: labels are whole numbers")
     needed = data.available
     if needed is None:
-        needed = 1 + max(int(piece.ids.max()) for pieces in data.plan for piece in pieces)
+        needed = 1 + max(int(piece.sample_ids.max()) for pieces in data.batch_plan for piece in pieces)
         short = len(array) < needed
     else:
         short = len(array) != needed

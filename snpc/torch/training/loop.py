@@ -30,7 +30,7 @@ class BatchSource(Protocol):
     """A training set. ``epoch`` gives the same batches for the same number each time, from batch ``first`` on."""
 
     @property
-    def per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int: ...
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]: ...
 
@@ -41,37 +41,37 @@ class TrainingState:
     parameters, in their order; empty where there are none."""
 
     parameters: list[torch.nn.Parameter]
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     step: int = 0
-    average: list[torch.Tensor] = field(default_factory=list)
-    best: list[torch.Tensor] = field(default_factory=list)
-    drift: float = math.inf
-    behind: int = 0
+    ema_weights: list[torch.Tensor] = field(default_factory=list)
+    best_weights: list[torch.Tensor] = field(default_factory=list)
+    best_drift: float = math.inf
+    evaluations_since_best: int = 0
     """Evaluations since the best one."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Of whole tensors, however many processes share them: all of them have to ask."""
         return {
             "step": self.step,
             "weights": gather_tensors([p.detach() for p in self.parameters]),
-            "optimiser": gather_tensors(self.optimiser.state_dict()),
-            "average": gather_tensors(self.average),
-            "best": gather_tensors(self.best),
-            "drift": self.drift,
-            "behind": self.behind,
+            "optimiser": gather_tensors(self.optimizer.state_dict()),
+            "average": gather_tensors(self.ema_weights),
+            "best": gather_tensors(self.best_weights),
+            "drift": self.best_drift,
+            "behind": self.evaluations_since_best,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["weights"], strict=True):
                 parameter.copy_(local_shard(saved, parameter))
-        order = [p for group in self.optimiser.param_groups for p in group["params"]]
-        self.optimiser.load_state_dict(shard_optimizer_state(state["optimiser"], order))
-        self.average, self.best = (
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimiser"], order))
+        self.ema_weights, self.best_weights = (
             [local_shard(t, p) for t, p in zip(state[name], self.parameters, strict=False)]
             for name in ("average", "best")
         )
-        self.step, self.drift, self.behind = state["step"], state["drift"], state["behind"]
+        self.step, self.best_drift, self.evaluations_since_best = state["step"], state["drift"], state["behind"]
 
 
 class LossModule(torch.nn.Module):
@@ -117,28 +117,28 @@ def train(
     if training.sharded:
         shard_module(module, place)
     trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
-    steps = training.steps or training.epochs * batches.per_epoch
+    steps = training.steps or training.epochs * batches.steps_per_epoch
     run = TrainingState(trained, make_optimizer(trained, training))
     if training.ema:
-        run.average = [p.detach().clone() for p in trained]
-    saved = checkpoints.latest(place.device) if checkpoints else None
+        run.ema_weights = [p.detach().clone() for p in trained]
+    saved = checkpoints.read(place.device) if checkpoints else None
     if saved is not None:
-        run.restore(saved)
+        run.load_state_dict(saved)
     objective = LossModule(module, loss)
     runner: torch.nn.Module = objective
-    if place.world > 1 and not training.sharded:
+    if place.world_size > 1 and not training.sharded:
         ids = [place.device] if place.device.type == "cuda" else None
         runner = torch.nn.parallel.DistributedDataParallel(
             objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
         )
-    every = training.evaluate or max(1, min(batches.per_epoch, steps // 20))
+    every = training.evaluate or max(1, min(batches.steps_per_epoch, steps // 20))
     losses: list[float] = []
     shown = None
     start, first = time.perf_counter(), run.step
     if training.early_stop and evaluate is not None and not run.step:
         evaluate_and_keep_best(run, module, evaluate)  # what was given may be the best
     stream = batches_from(batches, run.step)
-    while run.step < steps and not (training.early_stop and run.behind >= training.early_stop):
+    while run.step < steps and not (training.early_stop and run.evaluations_since_best >= training.early_stop):
         rate = learning_rate(training, run.step, steps)
         value = train_step(runner, next(stream), run, training, place, rate)
         losses.append(value)
@@ -146,22 +146,24 @@ def train(
         if training.early_stop and evaluate is not None and (run.step % every == 0 or run.step == steps):
             evaluate_and_keep_best(run, module, evaluate)
         if checkpoints and (run.step % checkpoints.every == 0 or run.step == steps):
-            state = run.state() if training.sharded or place.leads else {}
-            if place.leads:
+            state = run.state_dict() if training.sharded or place.is_main else {}
+            if place.is_main:
                 checkpoints.write(state)
-        if report and place.leads:
+        if report and place.is_main:
             left = (time.perf_counter() - start) / (run.step - first) * (steps - run.step)
             report(
-                TrainingProgress(run.step, steps, shown, rate, left, run.drift if math.isfinite(run.drift) else None)
+                TrainingProgress(
+                    run.step, steps, shown, rate, left, run.best_drift if math.isfinite(run.best_drift) else None
+                )
             )
     load_final_weights(run)
-    drift = run.drift if run.best else None
+    drift = run.best_drift if run.best_weights else None
     return TrainingResult(run.step, losses, drift, time.perf_counter() - start)
 
 
 def batches_from(batches: BatchSource, step: int) -> Iterator[Batch]:
     """Batches from step ``step`` on."""
-    number, first = divmod(step, batches.per_epoch)
+    number, first = divmod(step, batches.steps_per_epoch)
     while True:
         yield from batches.epoch(number, first)
         number, first = number + 1, 0
@@ -172,24 +174,24 @@ def train_step(
 ) -> float:
     """One step; returns the loss, averaged over processes."""
     torch.manual_seed(hash((training.seed, run.step, place.rank)) % 2**63)  # for losses that draw random numbers
-    for group in run.optimiser.param_groups:
+    for group in run.optimizer.param_groups:
         group["lr"] = rate
-    run.optimiser.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(place.device.type, torch.bfloat16, enabled=uses_bfloat16(training, place.device)):
         value = runner(batch)
     value.backward()
     if training.clip:
         torch.nn.utils.clip_grad_norm_(run.parameters, training.clip)
-    run.optimiser.step()
+    run.optimizer.step()
     run.step += 1
     if training.ema:
         decay = min(training.ema, (1 + run.step) / (10 + run.step))  # at first the weights move, and so does this
         with torch.no_grad():
-            torch._foreach_lerp_(run.average, [p.detach() for p in run.parameters], 1 - decay)
+            torch._foreach_lerp_(run.ema_weights, [p.detach() for p in run.parameters], 1 - decay)
     shown = value.detach()
-    if place.world > 1:
+    if place.world_size > 1:
         dist.all_reduce(shown)
-        shown = shown / place.world
+        shown = shown / place.world_size
     found = float(shown)
     if not math.isfinite(found):
         raise UserError(f"step {run.step}: the loss is {found}: a smaller --lr, or --precision fp32, may help")
@@ -224,18 +226,20 @@ def evaluate_and_keep_best(
     run: TrainingState, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]
 ) -> None:
     """Evaluate what would be written now, and keep it if it is the best so far."""
-    with temporary_weights(run.parameters, run.average), torch.no_grad():
+    with temporary_weights(run.parameters, run.ema_weights), torch.no_grad():
         drift = evaluate(module)
-        better = drift < run.drift
+        better = drift < run.best_drift
         if better:
-            run.best = [p.detach().clone() for p in run.parameters]
-    run.drift, run.behind = (drift, 0) if better else (run.drift, run.behind + 1)
+            run.best_weights = [p.detach().clone() for p in run.parameters]
+    run.best_drift, run.evaluations_since_best = (
+        (drift, 0) if better else (run.best_drift, run.evaluations_since_best + 1)
+    )
 
 
 def load_final_weights(run: TrainingState) -> None:
     """Leave in the module what is to be written: the best weights, else their average, else the last."""
     with torch.no_grad():
-        for parameter, value in zip(run.parameters, run.best or run.average or run.parameters, strict=True):
+        for parameter, value in zip(run.parameters, run.best_weights or run.ema_weights or run.parameters, strict=True):
             parameter.copy_(value)
 
 

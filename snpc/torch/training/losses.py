@@ -68,7 +68,7 @@ def distillation_loss(
                 parts.append(kl_divergence(found[name], batch.targets[name], training.temperature))
             if training.loss == "mse":
                 parts.append(relative_squared_error(found[name], batch.targets[name], scales[name]))
-            if training.labelled:
+            if training.uses_labels:
                 assert batch.labels is not None
                 parts.append(cross_entropy(found[name], batch.labels))
         total = torch.stack([part.mean() for part in parts]).sum()

@@ -75,12 +75,12 @@ class TrainingOptions:
         require_option(self.precision in get_args(TrainingPrecision), "precision", self.precision, "auto, fp32 or bf16")
 
     @property
-    def distils(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Is the teacher asked while training?"""
         return self.loss != "ce" or self.layerwise
 
     @property
-    def labelled(self) -> bool:
+    def uses_labels(self) -> bool:
         return "ce" in self.loss
 
 
@@ -97,7 +97,7 @@ class TrainingProgress:
     steps: int
     loss: float
     lr: float
-    left: float
+    seconds_left: float
     drift: float | None = None
 
 

@@ -23,7 +23,7 @@ SHUFFLE_STREAM, SPLIT_STREAM = (
 
 def sample_ids(data: Calibration) -> list[IntArray]:
     """Per batch, [samples]: their places in the whole source, from 0."""
-    return [np.concatenate([piece.ids for piece in pieces]) for pieces in data.plan]
+    return [np.concatenate([piece.sample_ids for piece in pieces]) for pieces in data.batch_plan]
 
 
 def shuffle_samples(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
@@ -52,7 +52,10 @@ def hold_out(data: Calibration, held: int, seed: int) -> tuple[Calibration, Cali
         kept = [replace(line, rows=line.rows[part == wanted]) for line, part in zip(lines, parts, strict=True)]
         plan = pack_batches([line for line in kept if len(line)], data.batch)
         found.append(
-            _with_batches(data, [pieces for pieces in plan if not data.axes.size or _count_rows(pieces) == data.batch])
+            _with_batches(
+                data,
+                [pieces for pieces in plan if not data.sample_axes.batch_size or _count_rows(pieces) == data.batch],
+            )
         )
     if not all(part.samples for part in found):
         raise UserError(f"{data.source}: {total} samples are too few to hold some of them out")
@@ -63,7 +66,7 @@ def shard_batches(data: Calibration, rank: int, world: int) -> tuple[Calibration
     """What process ``rank`` of ``world`` takes of every batch, and what each of its batches counts in an average over
     processes. Batches with fewer samples than processes are left out."""
     plan, weights = [], []
-    for pieces in data.plan:
+    for pieces in data.batch_plan:
         count = _count_rows(pieces)
         if count < world:
             continue
@@ -81,27 +84,31 @@ def shard_batches(data: Calibration, rank: int, world: int) -> tuple[Calibration
 
 def one_sample_batches(data: Calibration) -> Calibration:
     """As they are stored, one sample per batch, or as few as the model takes."""
-    if data.whole:
+    if data.unbatched:
         return data
-    return _with_batches(data, pack_batches(_rows_by_part(data), data.axes.size or 1))
+    return _with_batches(data, pack_batches(_rows_by_part(data), data.sample_axes.batch_size or 1))
 
 
 def skip_batches(data: Calibration, first: int) -> Calibration:
     """Without the first ``first`` batches."""
-    return replace(data, plan=data.plan[first:])
+    return replace(data, batch_plan=data.batch_plan[first:])
 
 
 def _rows_by_part(data: Calibration) -> list[RowSelection]:
     """One piece per part, with all of its rows that are in use."""
     found: dict[int, list[RowSelection]] = {}
-    for piece in (piece for pieces in data.plan for piece in pieces):
+    for piece in (piece for pieces in data.batch_plan for piece in pieces):
         found.setdefault(id(piece.part), []).append(piece)
     return [replace(pieces[0], rows=np.concatenate([p.rows for p in pieces])) for pieces in found.values()]
 
 
 def _equal_batches(data: Calibration, pieces: Sequence[RowSelection], batch: int) -> list[list[RowSelection]]:
-    if data.axes.size:
-        return [made for made in pack_batches(pieces, data.axes.size) if _count_rows(made) == data.axes.size]
+    if data.sample_axes.batch_size:
+        return [
+            made
+            for made in pack_batches(pieces, data.sample_axes.batch_size)
+            if _count_rows(made) == data.sample_axes.batch_size
+        ]
     total = _count_rows(pieces)
     return pack_batches(pieces, -(-total // -(-total // batch)))
 
@@ -111,5 +118,5 @@ def _count_rows(pieces: Sequence[RowSelection]) -> int:
 
 
 def _with_batches(data: Calibration, plan: Sequence[Sequence[RowSelection]]) -> Calibration:
-    size = data.axes.size or max(map(_count_rows, plan), default=data.batch)
-    return replace(data, plan=tuple(map(tuple, plan)), samples=sum(map(_count_rows, plan)), batch=size)
+    size = data.sample_axes.batch_size or max(map(_count_rows, plan), default=data.batch)
+    return replace(data, batch_plan=tuple(map(tuple, plan)), samples=sum(map(_count_rows, plan)), batch=size)

@@ -46,7 +46,7 @@ def teacher_function(teacher: Analysis, names: Sequence[str], device: torch.devi
 
 
 def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunction:
-    traced = teacher.traced
+    traced = teacher.traced_graph
     types = {str(v.name): dtype for v, dtype in traced.facts.dtype.items() if dtype is not None}
     model = traced.model.clone()
     given = {value.name for value in model.graph.outputs}
@@ -72,32 +72,32 @@ def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunct
 class Teacher:
     """Asks, and remembers by sample where it has been told to (``learn_all``)."""
 
-    ask: TeacherFunction
+    run: TeacherFunction
     device: torch.device
-    known: dict[int, TeacherOutputs] = field(default_factory=dict)
+    cache: dict[int, TeacherOutputs] = field(default_factory=dict)
 
     def __call__(self, ids: IntArray, feeds: Feeds) -> TeacherOutputs:
-        rows = [self.known.get(int(k)) for k in ids]
+        rows = [self.cache.get(int(k)) for k in ids]
         found = [row for row in rows if row is not None]
         if len(found) < len(rows):
-            return self.ask(feeds)
+            return self.run(feeds)
         return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
 
-    def learn_all(self, data: Calibration, wrap: Callable[[Iterable[Feeds]], Iterable[Feeds]] = iter) -> None:
+    def fill_cache(self, data: Calibration, wrap: Callable[[Iterable[Feeds]], Iterable[Feeds]] = iter) -> None:
         """Ask for every sample once, in the order in which they are stored, so that the answers do not depend on the
         order of training; nothing is kept where it does not fit or has no row per sample."""
         room = MAX_CACHE_BYTES
         for ids, feeds in zip(sample_ids(data), wrap(data.batches()), strict=True):
-            answers = {name: value.cpu() for name, value in self.ask(feeds).items()}
-            if not self.known:
+            answers = {name: value.cpu() for name, value in self.run(feeds).items()}
+            if not self.cache:
                 size = sum(value.nbytes for value in answers.values()) * data.samples // len(ids)
                 if size > room:
                     return
-            if data.whole or any(value.ndim < 1 or len(value) != len(ids) for value in answers.values()):
-                self.known.clear()
+            if data.unbatched or any(value.ndim < 1 or len(value) != len(ids) for value in answers.values()):
+                self.cache.clear()
                 return
             for row, number in enumerate(ids):
-                self.known[int(number)] = {name: value[row].clone() for name, value in answers.items()}
+                self.cache[int(number)] = {name: value[row].clone() for name, value in answers.items()}
 
 
 def mean_squares(answers: TeacherOutputs) -> dict[str, float]:

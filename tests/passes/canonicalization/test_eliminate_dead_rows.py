@@ -23,7 +23,7 @@ OTHERS = ["gpt2__ts17", "llama__ts17", "swin_timm__ts17", "bart__ts17"]
 def test_class_token_models_do_less_and_say_the_same(name: str) -> None:
     analysis = analysis_of(name)
     assert 0.1 < analysis.dead_macs / analysis.cost.macs < 0.5
-    after = run(written(analysis.traced.model.clone()), feeds_of(name))
+    after = run(written(analysis.traced_graph.model.clone()), feeds_of(name))
     for a, b in zip(run(analysis.model.path, feeds_of(name)), after, strict=True):
         assert relative_error(a, b) < 1e-5
 
@@ -32,7 +32,7 @@ def test_class_token_models_do_less_and_say_the_same(name: str) -> None:
 def test_models_that_use_every_row_stay_as_they_are(name: str) -> None:
     analysis = analysis_of(name)
     assert analysis.dead_macs == 0
-    assert analysis.traced.model is analysis.model.graph
+    assert analysis.traced_graph.model is analysis.model.graph
 
 
 def model_of(nodes: list[onnx.NodeProto], outputs: list[str], weights: dict[str, np.ndarray]) -> ir.Model:  # type: ignore[type-arg]

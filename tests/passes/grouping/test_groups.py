@@ -103,7 +103,7 @@ def test_groups_follow_from_the_configuration(name: str) -> None:
 def test_every_unit_has_one_place(name: str) -> None:
     """Sites lie within their constants, and no two width groups claim the same position."""
     analysis = analysis_of(name)
-    constants = analysis.traced.model.graph.initializers
+    constants = analysis.traced_graph.model.graph.initializers
     taken: dict[tuple[str, int], np.ndarray] = {}
     for group in analysis.groups:
         assert group.blocks * group.size > 0

@@ -115,10 +115,10 @@ def test_past_and_present_narrow_together(name: str, tmp_path: Path) -> None:
     original = run(path, feeds)
     names = [o.name for o in onnx.load(path).graph.output]
     for wanted in (*((r,) for r in sorted(roles)), tuple(roles)):
-        rewritten = rewrite_model(analysis.traced, random_cuts(prunable(analysis.groups, *wanted), 3, 0.5))
-        cut = rewritten.interface()
+        rewritten = rewrite_model(analysis.traced_graph, random_cuts(prunable(analysis.groups, *wanted), 3, 0.5))
+        cut = rewritten.sliced_interface()
         assert {n for n in cut if n in feeds}, "no cache became narrower"
-        masked = run(written(mask_model(rewritten.source.model, rewritten.source.trace, rewritten.dead)), feeds)
+        masked = run(written(mask_model(rewritten.source.model, rewritten.source.trace, rewritten.removed)), feeds)
         sliced = written(rewritten.model)
         onnx.checker.check_model(onnx.load_from_string(sliced), full_check=True)
         expected = narrow_caches(dict(zip(names, masked, strict=True)), cut)
@@ -132,8 +132,8 @@ def test_a_loop_can_go_on_from_what_it_gave(name: str, tmp_path: Path) -> None:
     """What a step hands on is what the next one takes: the same shapes, the same positions."""
     path = saved(name, tmp_path)
     analysis = analysed(path)
-    rewritten = rewrite_model(analysis.traced, random_cuts(prunable(analysis.groups, "qk", "vo"), 3, 0.5))
-    feeds = narrow_caches(feeds_for(path), rewritten.interface())
+    rewritten = rewrite_model(analysis.traced_graph, random_cuts(prunable(analysis.groups, "qk", "vo"), 3, 0.5))
+    feeds = narrow_caches(feeds_for(path), rewritten.sliced_interface())
     sliced = written(rewritten.model)
     _, keys, values = run(sliced, feeds)
     assert keys.shape[2] == feeds["pk"].shape[2] + 1

@@ -291,7 +291,7 @@ def test_a_static_batch_is_always_full(total: int, size: int, samples: int) -> N
     assert set(sizes(calibration)) == {size}
     assert calibration.batch == size
     assert calibration.samples == sum(sizes(calibration)) == usable
-    assert ("dropped" in calibration.described()) == (usable < min(total, samples))
+    assert ("dropped" in calibration.describe()) == (usable < min(total, samples))
 
 
 def test_static_batches_are_filled_across_files(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_an_empty_cache_is_fed_as_it_is(tmp_path: Path) -> None:
 def test_described(source: str, model: TensorSpec, samples: int, words: str, tmp_path: Path) -> None:
     path = save_npz(tmp_path / "a.npz", x=numbers())
     data = path if source == "npz" else [{"x": row} for row in numbers()]
-    assert words.format(path=path) in load_calibration(data, [model], samples=samples).described()
+    assert words.format(path=path) in load_calibration(data, [model], samples=samples).describe()
 
 
 # types
@@ -923,7 +923,7 @@ def test_heads_of_batches(batch: int) -> None:
     rows = np.arange(12, dtype=np.float32).reshape(6, 2)
     free = load_calibration({"x": rows}, (TensorSpec("x", np.dtype(np.float32), ("n", 2)),), batch=batch)
     starts = range(0, 6, batch)
-    for feeds, start in zip(free.heads(2), starts, strict=True):
+    for feeds, start in zip(free.first_rows(2), starts, strict=True):
         np.testing.assert_array_equal(feeds["x"], rows[start : start + min(batch, 2)])
     fixed = load_calibration({"x": rows}, (TensorSpec("x", np.dtype(np.float32), (3, 2)),), batch=batch)
-    assert [len(feeds["x"]) for feeds in fixed.heads(2)] == [3, 3]
+    assert [len(feeds["x"]) for feeds in fixed.first_rows(2)] == [3, 3]

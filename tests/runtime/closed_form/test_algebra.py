@@ -66,8 +66,8 @@ def close(found: float, expected: float, whole: float, rtol: float = 1e-8) -> bo
 def test_scores_are_unchanged_at_full_rank(seed: int, size: int) -> None:
     q, k = data(seed, size), centre(data(seed + 1, size))
     found = solve_low_rank_qk(q.T @ q, k.T @ k)
-    np.testing.assert_allclose(found.make @ found.read, np.eye(size), atol=1e-7)
-    np.testing.assert_allclose((q @ found.make) @ (k @ found.read.T).T, q @ k.T, atol=1e-7 * np.abs(q @ k.T).max())
+    np.testing.assert_allclose(found.encode @ found.decode, np.eye(size), atol=1e-7)
+    np.testing.assert_allclose((q @ found.encode) @ (k @ found.decode.T).T, q @ k.T, atol=1e-7 * np.abs(q @ k.T).max())
 
 
 @given(SEEDS, st.integers(1, 9), st.integers(1, 9))
@@ -80,7 +80,7 @@ def test_score_loss_is_the_measured_error_over_all_pairs(seed: int, size: int, r
     assert found.loss.shape == (size + 1,)
     assert (np.diff(found.loss) <= 1e-12 * whole).all()
     for kept in range(size + 1):
-        approximate = (q @ found.make[:, :kept]) @ (k @ found.read[:kept].T).T
+        approximate = (q @ found.encode[:, :kept]) @ (k @ found.decode[:kept].T).T
         assert close(energy(q @ k.T - approximate), found.loss[kept], whole), kept
 
 
@@ -123,7 +123,7 @@ def test_what_all_keys_share_costs_nothing() -> None:
     keys = centre(k + offset)
     found = solve_low_rank_qk(q.T @ q, keys.T @ keys)
     assert found.loss[2] < 1e-12 * found.loss[0]
-    gap = q @ (k + offset).T - (q @ found.make[:, :2]) @ ((k + offset) @ found.read[:2].T).T
+    gap = q @ (k + offset).T - (q @ found.encode[:, :2]) @ ((k + offset) @ found.decode[:2].T).T
     np.testing.assert_allclose(gap, np.broadcast_to(gap.mean(1, keepdims=True), gap.shape), atol=1e-7 * np.abs(q).max())
 
 
@@ -138,12 +138,14 @@ def test_value_loss_is_the_measured_error(seed: int, size: int, width: int, rank
     weight = np.random.default_rng(seed).normal(size=(size, width))
     found = solve_low_rank_vo(c.T @ c, weight)
     whole = energy(c @ weight)
-    assert found.make.shape == found.read.shape == (size, size)
+    assert found.encode.shape == found.decode.shape == (size, size)
     assert found.loss.shape == (size + 1,)
     for kept in range(size + 1):
-        fitted = c @ found.make[:, :kept] @ found.read[:kept] @ weight
+        fitted = c @ found.encode[:, :kept] @ found.decode[:kept] @ weight
         assert close(energy(c @ weight - fitted), found.loss[kept], whole), kept
-    np.testing.assert_allclose(c @ found.make @ found.read @ weight, c @ weight, atol=1e-7 * np.abs(c @ weight).max())
+    np.testing.assert_allclose(
+        c @ found.encode @ found.decode @ weight, c @ weight, atol=1e-7 * np.abs(c @ weight).max()
+    )
 
 
 @given(SEEDS, st.integers(1, 8), st.integers(0, 5))
@@ -152,7 +154,7 @@ def test_values_are_unchanged_at_full_rank(seed: int, size: int, more: int) -> N
     c = data(seed, size)
     weight = np.random.default_rng(seed).normal(size=(size, size + more))
     found = solve_low_rank_vo(c.T @ c, weight)
-    np.testing.assert_allclose(found.make @ found.read, np.eye(size), atol=1e-7)
+    np.testing.assert_allclose(found.encode @ found.decode, np.eye(size), atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -182,10 +184,10 @@ def test_degenerate_moments_give_finite_results(rank: int) -> None:
         solve_low_rank_qk(other, moment),
         solve_low_rank_qk(moment, moment),
     ):
-        assert np.isfinite(found.make).all() and np.isfinite(found.read).all()
+        assert np.isfinite(found.encode).all() and np.isfinite(found.decode).all()
         assert np.abs(found.loss[min(rank, 3) :]).max() <= 1e-9 * max(found.loss[0], 1.0)
     values = solve_low_rank_vo(moment, weight)
-    assert np.isfinite(values.make).all() and np.isfinite(values.read).all()
+    assert np.isfinite(values.encode).all() and np.isfinite(values.decode).all()
     assert np.abs(values.loss[min(rank, 3) :]).max() <= 1e-9 * max(values.loss[0], 1.0)
     gone = eliminate(moment, weight)
     assert sorted(gone.order.tolist()) == list(range(6))
@@ -299,17 +301,17 @@ def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, col
     systems = [LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
     widths = [width for width in elimination_widths(size, steps) if width]
     gone = eliminate_all(systems, size, steps, fits_at=widths)
-    assert set(gone.fits) == set(widths)
+    assert set(gone.refits) == set(widths)
     for width in widths:
         keep = np.sort(gone.order[size - width :])
-        noted = gone.fit_for(keep)
+        noted = gone.refit_for(keep)
         assert noted is not None
         for system, rows in zip(systems, noted, strict=True):
             expected = refit_rows(system.moment, system.weight, unit_columns(keep, columns))
             np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
         if width < size - 1:
             others = np.sort(gone.order[:width])
-            assert gone.fit_for(others) is None or np.array_equal(others, keep)
+            assert gone.refit_for(others) is None or np.array_equal(others, keep)
 
 
 def test_an_exact_copy_goes_first_and_its_weight_moves_to_the_other() -> None:

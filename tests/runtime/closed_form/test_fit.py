@@ -100,9 +100,9 @@ def more_data(name: str, samples: int, seed: int = 0) -> Feeds:
 
 def shrunk(decision: snpc.PruningPlan) -> bytes:
     """What ``apply_plan`` writes, without verifying it."""
-    plan, found = decision.plan, decision.compression
+    plan, found = decision.slices, decision.closed_forms
     if found is None:
-        return written(rewrite_model(plan.analysis.traced, cuts_of(plan)).model)
+        return written(rewrite_model(plan.analysis.traced_graph, cuts_of(plan)).model)
     plan = in_rotated_order(found, plan)
     return written(rewrite_model(fit_parallel(found, plan), cuts_of(plan)).model)
 
@@ -115,7 +115,7 @@ def moved(before: Sequence[Array], after: Sequence[Array]) -> float:
 
 def whole(name: str) -> bytes:
     """The model as it is analysed: rows that no output depends on are gone from it already."""
-    return written(analysis_of(name).traced.model.clone())
+    return written(analysis_of(name).traced_graph.model.clone())
 
 
 def watched(model: bytes, names: Sequence[str], feeds: Feeds) -> list[FloatArray]:
@@ -138,18 +138,18 @@ def only(analysis: Analysis, group: Group, kept: int) -> SlicePlan:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_group_has_a_form_or_a_reason(name: str) -> None:
     found, groups = compressed(name), chosen(analysis_of(name))
-    assert set(found.forms) | set(found.skipped) == {g.id for g in groups}
-    assert not set(found.forms) & set(found.skipped)
+    assert set(found.kinds) | set(found.skipped) == {g.id for g in groups}
+    assert not set(found.kinds) & set(found.skipped)
     for reason in found.skipped.values():
         assert 10 < len(reason) < 200
         assert "\n" not in reason
     expected = {"qk": "scores", "vo": "values", "ffn": "refit"}
     for group in groups:
         form = "coupled" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
-        assert found.forms.get(group.id, form) == form
+        assert found.kinds.get(group.id, form) == form
         if group.freedom != "basis" and group.role == "vo":
             assert group.id in found.skipped
-        curve = found.curve(group)
+        curve = found.loss_curve(group)
         assert (curve is None) == (group.id in found.skipped)
         if curve is not None:
             assert curve.shape == (group.size + 1,)
@@ -170,9 +170,9 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
     """Layers of ALBERT share their projections: one fit, on what all of them see."""
     found = compressed("albert__ts17")
     assert not found.skipped
-    assert sorted(found.forms.values()) == ["refit", "scores", "values"]
+    assert sorted(found.kinds.values()) == ["refit", "scores", "values"]
     ffn = next(g for g in chosen(analysis_of("albert__ts17"), "ffn"))
-    (seen,) = found.moments[ffn.id].contexts[0]
+    (seen,) = found.moments[ffn.id].consumers[0]
     tokens = feeds_of("albert__ts17")["input_ids"].size
     assert seen.count == 3 * tokens
     assert len(seen.means) == 3
@@ -184,10 +184,10 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_of_basis_alone_changes_nothing(name: str) -> None:
     found, analysis, edits = compressed(name), analysis_of(name), WeightEdits()
-    rotated = [g for g in chosen(analysis) if found.forms.get(g.id) in ("scores", "values")]
+    rotated = [g for g in chosen(analysis) if found.kinds.get(g.id) in ("scores", "values")]
     for group in rotated:
-        apply_basis(edits, found, group, found.forms[group.id])
-    model = written(apply_edits(analysis.traced, edits))
+        apply_basis(edits, found, group, found.kinds[group.id])
+    model = written(apply_edits(analysis.traced_graph, edits))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
     weights = [
         {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -218,7 +218,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
         found = compressed_on(name, feeds, [group])
         kept = round(group.size * share)
         model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
-        scores = single_score_product(analysis.traced, group).node.outputs[0]
+        scores = single_score_product(analysis.traced_graph, group).node.outputs[0]
         after, scale = next(iter(scores.consumers())), 1.0
         if after.op_type == "Mul":  # by 1/sqrt(head width), which the cut changes
             constant = next(v.const_value for v in after.inputs if v is not None and v.const_value is not None)
@@ -227,7 +227,7 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
         (now,) = watched(model, [str(scores.name)], feeds)
         gap = now - before
         measured = float(np.sum((gap - gap.mean(-1, keepdims=True)) ** 2)) / scale**2
-        curve = found.curve(group)
+        curve = found.loss_curve(group)
         assert curve is not None
         assert measured == pytest.approx(curve[kept], rel=1e-2, abs=1e-7 * curve[0])
         assert share > 0.5 or measured > 1e-4 * curve[0]  # 11 tokens span 10 dimensions
@@ -241,7 +241,7 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
     for group in chosen(analysis, "vo")[:2]:
         kept = round(group.size * share)
         model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
-        reader = single_consumer_weight(analysis.traced, group)
+        reader = single_consumer_weight(analysis.traced_graph, group)
         context = next(p.tensor for p in group.probes if p.kind == "context")
         sums = []
         for proto, width in ((whole(name), group.size), (model, kept)):
@@ -252,7 +252,7 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
             sums.append(np.einsum("rbd,bde->rbe", split, weight.reshape(group.blocks, width, -1)))
         gap = sums[1] - sums[0]
         measured = float(np.sum((gap - gap.mean(0)) ** 2))
-        curve = found.curve(group)
+        curve = found.loss_curve(group)
         assert curve is not None
         assert measured == pytest.approx(curve[kept], rel=1e-2)
         assert measured > 1e-4 * curve[0]
@@ -265,14 +265,14 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     analysis, feeds = analysis_of(name), more_data(name, 48)
     for group in chosen(analysis, "ffn"):
         found = compressed_on(name, feeds, [group], 16)
-        keep = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
+        keep = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up
         outputs = biased_output(analysis, group)
         (before,) = watched(whole(name), [outputs], feeds)
         (now,) = watched(shrunk(snpc.PruningPlan(plan, found)), [outputs], feeds)
         measured = float(np.sum((now - before) ** 2))
-        curve = found.curve(group)
+        curve = found.loss_curve(group)
         assert curve is not None
         assert curve[kept] > 1e-3 * curve[0]
         assert measured == pytest.approx(curve[kept], rel=1e-2 + interpolated(group, kept))
@@ -286,7 +286,7 @@ def interpolated(group: Group, kept: int) -> float:
 
 
 def biased_output(analysis: Analysis, group: Group) -> str:
-    node = single_consumer_weight(analysis.traced, group).node
+    node = single_consumer_weight(analysis.traced_graph, group).node
     users = list(node.outputs[0].consumers())
     if len(users) == 1 and users[0].op_type == "Add" and any(v is not None and v.const_value for v in users[0].inputs):
         return str(users[0].outputs[0].name)
@@ -302,7 +302,7 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
     kept = group.size // 4
     plan = only(analysis, group, kept)
     if role == "ffn":
-        keep = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
+        keep = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(plan, keep={group.id: (keep,)})
     model = shrunk(snpc.PruningPlan(plan, found))
     output = biased_output(analysis, group)
@@ -327,13 +327,13 @@ def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
     analysis, found = analysis_of(name), compressed(name)
     wanted = statistic_requests(
         analysis,
-        {g.id: required_statistics(analysis, g, found.forms[g.id]) for g in chosen(analysis) if g.id in found.forms},
+        {g.id: required_statistics(analysis, g, found.kinds[g.id]) for g in chosen(analysis) if g.id in found.kinds},
     )
     assert wanted
     sums: dict[str, FloatArray] = {}
     for result in measure_batches(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
         for item in wanted:
-            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.use.removeprefix('0.0')}"
+            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.key.removeprefix('0.0')}"
             sums[key] = sums.get(key, 0.0) + result[item.output]
     return sums
 
@@ -372,7 +372,7 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         assert agree(total[:, -1, :-1], split.sum(0))
         assert (total[:, -1, -1] == len(split)).all()
     for group in chosen(analysis, "qk"):
-        node = single_score_product(analysis.traced, group).node
+        node = single_score_product(analysis.traced_graph, group).node
         query, key = watched(whole(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
         assert agree(sums[f"{group.id} moment query"], np.einsum("nbti,nbtj->bij", query, query))
@@ -393,7 +393,7 @@ def test_less_moves_than_by_slicing(name: str) -> None:
         choice = Budget(0.5, (role,))
         auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
         plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
-        fitted = all(compressed(name).forms.get(g.id, "coupled") != "coupled" for g in groups)
+        fitted = all(compressed(name).kinds.get(g.id, "coupled") != "coupled" for g in groups)
         # where nothing can be fitted, activations still choose better than weights do
         assert auto < (0.6 if fitted else 0.95) * moved(before, run(shrunk(plain), feeds)), role
 
@@ -402,7 +402,7 @@ def test_less_moves_than_by_slicing(name: str) -> None:
 def test_less_moves_on_data_not_seen_before(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
     data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
-    for role in {g.role for g in chosen(analysis) if g.id in compressed(name).forms}:
+    for role in {g.role for g in chosen(analysis) if g.id in compressed(name).kinds}:
         choice = Budget(0.5, (role,))
         auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
         plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
@@ -426,13 +426,13 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     data = calibration_of(analysis, feeds_of(name))
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     target = tmp_path / "pruned.onnx"
-    result = snpc.apply_slice_plan(made.plan, target, compression=made.compression, calibration=data)
-    assert result.verdict.max_abs_diff is not None  # sliced was compared with masked, of the refitted weights
-    assert len(result.verdict.structure) == 2
+    result = snpc.apply_slice_plan(made.slices, target, compression=made.closed_forms, calibration=data)
+    assert result.verification.max_abs_diff is not None  # sliced was compared with masked, of the refitted weights
+    assert len(result.verification.structure) == 2
     assert result.after.params < result.before.params
     assert result.after.macs < result.before.macs
     assert result.plan.method == "auto"
-    assert dict(result.forms) == dict(compressed(name).forms)
+    assert dict(result.closed_forms) == dict(compressed(name).kinds)
     added = [n for n in nodes_of(target) if n.name.endswith("__bias")]
     biasless = {"llama__ts17": 4, "t5_gated__ts17": 10}
     assert len(added) == biasless.get(name, 0)
@@ -455,7 +455,7 @@ def test_pruned_twice(tmp_path: Path) -> None:
         data = calibration_of(analysis, feeds)
         made = snpc.plan(analysis, Budget(0.5, ("vo", "ffn")), calibration=data)
         path = tmp_path / f"{turn}.onnx"
-        snpc.apply_slice_plan(made.plan, path, compression=made.compression, calibration=data)
+        snpc.apply_slice_plan(made.slices, path, compression=made.closed_forms, calibration=data)
         counts.append(sum(n.name.endswith("__bias") for n in nodes_of(path)))
     assert counts == [4, 4]
 
@@ -473,11 +473,11 @@ def test_a_plan_from_a_file_makes_the_same_weights(name: str, tmp_path: Path) ->
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds_of(name))
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
-    snpc.apply_slice_plan(made.plan, tmp_path / "at-once.onnx", compression=made.compression, calibration=data)
+    snpc.apply_slice_plan(made.slices, tmp_path / "at-once.onnx", compression=made.closed_forms, calibration=data)
 
-    read = snpc.plan_from_json(snpc.plan_to_json(made.plan), analysis, "the plan")
+    read = snpc.plan_from_json(snpc.plan_to_json(made.slices), analysis, "the plan")
     assert read.method == "auto"
-    assert dict(read.keep) == dict(made.plan.keep)
+    assert dict(read.keep) == dict(made.slices.keep)
     again = closed_forms_for(read, data)
     assert again is not None
     snpc.apply_slice_plan(read, tmp_path / "later.onnx", compression=again, calibration=data)
@@ -492,17 +492,17 @@ def test_a_plan_that_refits_needs_its_data(tmp_path: Path) -> None:
     analysis = analysis_of(name)
     made = snpc.plan(analysis, Budget(0.5), calibration=calibration_of(analysis, feeds_of(name)))
     with pytest.raises(UserError, match="--calib"):
-        closed_forms_for(made.plan, None)
+        closed_forms_for(made.slices, None)
     with pytest.raises(UserError, match="calibration data"):
-        snpc.apply_slice_plan(made.plan, tmp_path / "pruned.onnx")
+        snpc.apply_slice_plan(made.slices, tmp_path / "pruned.onnx")
     with pytest.raises(UserError, match="--calib"):
         snpc.plan(analysis, Budget(0.5), method="auto")
     plan = tmp_path / "plan.json"
-    plan.write_text(snpc.plan_to_json(made.plan))
+    plan.write_text(snpc.plan_to_json(made.slices))
     refused = invoke("apply", export(name), plan, "-o", tmp_path / "pruned.onnx", code=2)
     assert "--calib" in refused.stderr.splitlines()[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-    select = snpc.plan(analysis, Budget(0.5)).plan
+    select = snpc.plan(analysis, Budget(0.5)).slices
     assert select.method == "select"
     assert closed_forms_for(select, None) is None
 
@@ -547,16 +547,18 @@ def test_half_precision_stays_half_precision(name: str, kind: int, tmp_path: Pat
     analysis = snpc.analyze(snpc.load(path))
     data = calibration_of(analysis, feeds)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
-    assert made.compression is not None
-    assert dict(made.compression.forms) == dict(compressed(name).forms)
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "pruned.onnx", compression=made.compression, calibration=data)
-    assert result.verdict.max_abs_diff is not None
+    assert made.closed_forms is not None
+    assert dict(made.closed_forms.kinds) == dict(compressed(name).kinds)
+    result = snpc.apply_slice_plan(
+        made.slices, tmp_path / "pruned.onnx", compression=made.closed_forms, calibration=data
+    )
+    assert result.verification.max_abs_diff is not None
     kinds = {w.dtype for w in initializers(result.path).values() if w.dtype.kind in "fV"}
     assert kinds == {HALVES[kind]}
     dense, outputs = (run_batches(p, [feeds], "cpu")[0].values() for p in (path, result.path))
     assert all(np.isfinite(o).all() for o in outputs)
     plain = snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude")
-    snpc.apply_slice_plan(plain.plan, tmp_path / "plain.onnx")
+    snpc.apply_slice_plan(plain.slices, tmp_path / "plain.onnx")
     sliced = run_batches(tmp_path / "plain.onnx", [feeds], "cpu")[0].values()
     assert moved([*dense], [*outputs]) < 0.6 * moved([*dense], [*sliced])
 
@@ -612,9 +614,9 @@ def test_means_find_their_way_into_any_bias(kind: str, tmp_path: Path) -> None:
     feeds = {"x": normal(6, 10, WIDTH, seed=1)}
     data = calibration_of(analysis, feeds, 6)
     made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
-    assert made.compression is not None
-    assert list(made.compression.forms.values()) == ["refit"]
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    assert made.closed_forms is not None
+    assert list(made.closed_forms.kinds.values()) == ["refit"]
+    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
     assert len(nodes_of(result.path)) - len(nodes) == added
     (before,), (now,) = run(analysis.model.path, feeds), run(result.path, feeds)
     assert np.abs(before.mean((0, 1)) - now.mean((0, 1))).max() < 1e-5 * np.abs(before).max()
@@ -645,10 +647,10 @@ def test_readers_that_are_left_as_they_are(kind: str, tmp_path: Path) -> None:
     analysis = graph(tmp_path, nodes, {n: w for n, w in weights.items() if n in used}, [WIDTH, WIDTH])
     data = calibration_of(analysis, {"x": normal(WIDTH, WIDTH, seed=1)}, WIDTH)
     made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
-    assert made.compression is not None
-    assert not made.compression.forms
-    assert all("its reader" in reason for reason in made.compression.skipped.values())
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    assert made.closed_forms is not None
+    assert not made.closed_forms.kinds
+    assert all("its reader" in reason for reason in made.closed_forms.skipped.values())
+    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
     assert result.after.params < result.before.params
 
 
@@ -725,7 +727,7 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
             closed_form_kind(analysis, group)
     data = calibration_of(analysis, {"x": normal(5, 6, WIDTH, seed=1)}, 5)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
     assert result.after.params < result.before.params
 
 

@@ -39,22 +39,22 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
     groups, others = attention_groups(fused), attention_groups(plain)
     assert [(g.role, g.blocks, g.size) for g in groups] == [(g.role, g.blocks, g.size) for g in others]
     found, expected = compressed(fused, feeds), compressed(plain, feeds)
-    assert sorted(found.forms.values()) == sorted(expected.forms.values())
+    assert sorted(found.kinds.values()) == sorted(expected.kinds.values())
     for group, other in zip(groups, others, strict=True):
-        curve, known = found.curve(group), expected.curve(other)
+        curve, known = found.loss_curve(group), expected.loss_curve(other)
         assert curve is not None and known is not None
         # queries may be scaled before the product or behind it
         np.testing.assert_allclose(curve / curve[0], known / known[0], rtol=1e-3, atol=1e-4)
     edits = WeightEdits()
     for group in groups:
-        apply_basis(edits, found, group, found.forms[group.id])
+        apply_basis(edits, found, group, found.kinds[group.id])
     before = run(fused.model.path, feeds)
-    assert relative_error(before, run(written(apply_edits(fused.traced, edits)), feeds)) < 1e-4
+    assert relative_error(before, run(written(apply_edits(fused.traced_graph, edits)), feeds)) < 1e-4
     outputs = []
     for analysis in (fused, plain):
         data = calibration_of(analysis, feeds, 8)
         made = snpc.plan(analysis, Budget(0.5, ROLES, uniform=True), calibration=data, method="parallel")
-        result = snpc.apply_slice_plan(made.plan, folder / "p.onnx", compression=made.compression, calibration=data)
+        result = snpc.apply_slice_plan(made.slices, folder / "p.onnx", compression=made.closed_forms, calibration=data)
         outputs.append(run(result.path, feeds))
     assert relative_error(before, outputs[0]) > 1e-2
     assert relative_error(outputs[1], outputs[0]) < 2e-2
@@ -65,7 +65,7 @@ def test_weights_inside_the_node(tmp_path: Path) -> None:
     name = "bert__ts17"
     onnx.save(fuse(export(name).read_bytes(), name, tmp_path, 12), tmp_path / "fused.onnx")
     fused = snpc.analyze(snpc.load(tmp_path / "fused.onnx"))
-    assert sum(n.op_type == "Attention" for n in fused.traced.model.graph) == 2
+    assert sum(n.op_type == "Attention" for n in fused.traced_graph.model.graph) == 2
     check_same(fused, analysis_of(name), more_data(name, 16), tmp_path)
 
 
@@ -83,7 +83,9 @@ def test_layer_after_layer(tmp_path: Path) -> None:
     outputs = []
     for method, criterion in (("auto", None), ("select", "mixed")):
         made = snpc.plan(analysis, Budget(0.5, ROLES), calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        result = snpc.apply_slice_plan(
+            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
+        )
         outputs.append(relative_error(run(analysis.model.path, feeds), run(result.path, feeds)))
     assert outputs[0] < 0.8 * outputs[1]
 

@@ -39,7 +39,7 @@ NAMES = (
 def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     feeds = feeds_of(name)
-    model, facts = analysis.traced.model, analysis.traced.facts
+    model, facts = analysis.traced_graph.model, analysis.traced_graph.facts
     count = len(list(model.graph))
     held: dict[str, Array] = dict(feeds)
     for segment in split_into_segments(model, [count // 4, count // 3, count // 2, count - 3]):
@@ -50,7 +50,7 @@ def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -
         if names:
             inputs = {i.name: held[i.name] for i in session.get_inputs()}
             held |= dict(zip(names, session.run(names, inputs), strict=True))
-        held = {k: v for k, v in held.items() if k in segment.needed}
+        held = {k: v for k, v in held.items() if k in segment.live_values}
     whole = run(analysis.model.path, feeds)
     for spec, array in zip(analysis.model.outputs, whole, strict=True):
         assert relative_error(array, held[spec.name]) < 1e-5
@@ -68,9 +68,9 @@ def made(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_that_cuts_nothing_changes_nothing(name: str) -> None:
     decision, calibration = made(name, "auto", 0.5)
-    assert decision.compression is not None
-    whole = replace(decision.plan, keep={})
-    source = fit_layerwise(decision.compression, whole, calibration)  # type: ignore[arg-type]
+    assert decision.closed_forms is not None
+    whole = replace(decision.slices, keep={})
+    source = fit_layerwise(decision.closed_forms, whole, calibration)  # type: ignore[arg-type]
     feeds = feeds_of(name)
     moved = run(written(finalize(source.model)), feeds)
     for before, after in zip(run(analysis_of(name).model.path, feeds), moved, strict=True):
@@ -81,14 +81,14 @@ def test_a_plan_that_cuts_nothing_changes_nothing(name: str) -> None:
 def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
     decision, _ = made(name, "auto", 0.5)
     analysis = analysis_of(name)
-    assert decision.compression is not None
-    stages = schedule_stages(analysis, add_missing_biases(decision.compression, decision.plan), decision.plan)
-    groups, _ = groups_to_fit(analysis, decision.plan)
+    assert decision.closed_forms is not None
+    stages = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)
+    groups, _ = groups_to_fit(analysis, decision.slices)
     staged = [g.id for stage in stages for g in stage.groups]
     assert sorted(staged) == sorted(g.id for g in groups)
     ffn = [k for k, stage in enumerate(stages) for g in stage.groups if g.role == "ffn"]
     assert len(set(ffn)) == len(ffn) == len(chosen(analysis, "ffn"))
-    assert sum(len(stage.gaps) for stage in stages) == len(ffn)
+    assert sum(len(stage.residual_errors) for stage in stages) == len(ffn)
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "gpt2__ts17"])
@@ -96,15 +96,15 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     """After the last feed-forward layer the gap on the calibration data is smaller than without making up for it: ridge
     regression never does worse than nothing on the rows that it is solved on."""
     decision, calibration = made(name, "auto", 0.5)
-    assert decision.compression is not None
+    assert decision.closed_forms is not None
     analysis = analysis_of(name)
-    stage = schedule_stages(analysis, add_missing_biases(decision.compression, decision.plan), decision.plan)[-1]
-    (gap,) = stage.gaps
-    dense = stream(analysis.traced.model, gap.value, name)
+    stage = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)[-1]
+    (gap,) = stage.residual_errors
+    dense = stream(analysis.traced_graph.model, gap.value, name)
     found = {}
     for method in ("auto", "parallel"):
-        plan = replace(decision.plan, method=method)  # type: ignore[arg-type]
-        plan, source = with_refitted_weights(plan, FitInputs(decision.compression, calibration))  # type: ignore[arg-type]
+        plan = replace(decision.slices, method=method)  # type: ignore[arg-type]
+        plan, source = with_refitted_weights(plan, FitInputs(decision.closed_forms, calibration))  # type: ignore[arg-type]
         cut = rewrite_model(source, cuts_of(plan)).model
         found[method] = float(np.sum((stream(cut, gap.value, name) - dense) ** 2))
     assert found["auto"] < found["parallel"]
@@ -115,8 +115,8 @@ def stream(model: object, value: str, name: str) -> Array:
     made = next(v for node in copy.graph for v in node.outputs if v.name == value)
     copy.graph.outputs.clear()
     copy.graph.outputs.append(made)
-    made.dtype = analysis_of(name).traced.facts.dtype[
-        next(v for v in analysis_of(name).traced.facts.dtype if v.name == value)
+    made.dtype = analysis_of(name).traced_graph.facts.dtype[
+        next(v for v in analysis_of(name).traced_graph.facts.dtype if v.name == value)
     ]
     (array,) = run(written(finalize(copy)), feeds_of(name))
     return array.astype(np.float64)
@@ -126,9 +126,9 @@ def stream(model: object, value: str, name: str) -> Array:
 def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
     decision, calibration = made(name, "auto", 0.5)
     target = tmp_path / "cut.onnx"
-    result = snpc.apply_slice_plan(decision.plan, target, compression=decision.compression, calibration=calibration)  # type: ignore[arg-type]
-    assert result.verdict.max_abs_diff is not None and result.verdict.max_abs_diff < 1e-4
-    plan: SlicePlan = snpc.plan_from_json(snpc.plan_to_json(decision.plan), analysis_of(name), "plan")
+    result = snpc.apply_slice_plan(decision.slices, target, compression=decision.closed_forms, calibration=calibration)  # type: ignore[arg-type]
+    assert result.verification.max_abs_diff is not None and result.verification.max_abs_diff < 1e-4
+    plan: SlicePlan = snpc.plan_from_json(snpc.plan_to_json(decision.slices), analysis_of(name), "plan")
     again = snpc.verify(analysis_of(name).model.path, target, plan=plan, calibration=calibration)  # type: ignore[arg-type]
     assert again.max_abs_diff is not None and again.max_abs_diff < 1e-4
 
@@ -136,14 +136,14 @@ def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
 def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_timm__ts17"
     decision, calibration = made(name, "auto", 0.5)
-    assert decision.compression is not None
+    assert decision.closed_forms is not None
     analysis = analysis_of(name)
-    base = add_missing_biases(decision.compression, decision.plan)
-    border = schedule_stages(analysis, base, decision.plan)[0].segment.outputs[0]
+    base = add_missing_biases(decision.closed_forms, decision.slices)
+    border = schedule_stages(analysis, base, decision.slices)[0].segment.outputs[0]
     types = {v: None if v.name == border else dtype for v, dtype in base.facts.dtype.items()}
     blind = replace(base, facts=replace(base.facts, dtype=types))
     with pytest.raises(NotSegmentable, match=re.escape(border)):
-        schedule_stages(analysis, blind, decision.plan)
+        schedule_stages(analysis, blind, decision.slices)
     monkeypatch.setattr("snpc.runtime.closed_form.layerwise.add_missing_biases", lambda *_: blind)
     assert_fitted_all_at_once(name, decision, calibration)
 
@@ -157,7 +157,7 @@ def test_where_a_piece_does_not_load_all_is_fitted_at_once(monkeypatch: pytest.M
 
     monkeypatch.setattr("snpc.runtime.closed_form.layerwise.temporary_session", refuses)
     with pytest.raises(NotSegmentable, match="sizes that are not known"):
-        fit_layerwise(decision.compression, decision.plan, calibration)  # type: ignore[arg-type]
+        fit_layerwise(decision.closed_forms, decision.slices, calibration)  # type: ignore[arg-type]
     assert_fitted_all_at_once(name, decision, calibration)
 
 
@@ -165,17 +165,17 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
     """Where all that is fitted there lies elsewhere too (what makes tables of positions, say)."""
     name = "vit_timm__ts17"
     decision, calibration = made(name, "auto", 0.5)
-    kept = {k: v for k, v in decision.plan.keep.items() if ".1." in k or "s1" in k}
-    assert 0 < len(kept) < len(decision.plan.keep)
-    plan = replace(decision.plan, keep=kept)
+    kept = {k: v for k, v in decision.slices.keep.items() if ".1." in k or "s1" in k}
+    assert 0 < len(kept) < len(decision.slices.keep)
+    plan = replace(decision.slices, keep=kept)
 
     def emptied(*args: Any) -> list[FitStage]:
         first, *rest = schedule_stages(*args)
-        return [replace(first, groups=(), forms={}, wanted=(), gaps=()), *rest]
+        return [replace(first, groups=(), forms={}, requests=(), residual_errors=()), *rest]
 
-    whole = fit_layerwise(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    whole = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
     monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", emptied)
-    without = fit_layerwise(decision.compression, plan, calibration)  # type: ignore[arg-type]
+    without = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
     feeds = feeds_of(name)
     for a, b in zip(
         run(written(finalize(whole.model)), feeds), run(written(finalize(without.model)), feeds), strict=True
@@ -184,9 +184,9 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 def assert_fitted_all_at_once(name: str, decision: snpc.PruningPlan, calibration: object) -> None:
-    plan, source = with_refitted_weights(decision.plan, FitInputs(decision.compression, calibration))  # type: ignore[arg-type]
+    plan, source = with_refitted_weights(decision.slices, FitInputs(decision.closed_forms, calibration))  # type: ignore[arg-type]
     parallel = with_refitted_weights(
-        replace(decision.plan, method="parallel"), FitInputs(decision.compression, calibration)
+        replace(decision.slices, method="parallel"), FitInputs(decision.closed_forms, calibration)
     )[1]  # type: ignore[arg-type]
     for a, b in zip(
         run(written(rewrite_model(source, cuts_of(plan)).model), feeds_of(name)),

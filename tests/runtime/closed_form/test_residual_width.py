@@ -329,7 +329,7 @@ def test_zeros_alone_are_not_the_same(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
     pair = cut(analysis, halved(analysis))
     naive = pair.rewritten.source.model.clone()
-    for tensor, array in mask_constants(pair.rewritten.source.trace, pair.rewritten.dead).items():
+    for tensor, array in mask_constants(pair.rewritten.source.trace, pair.rewritten.removed).items():
         naive.graph.initializers[tensor].const_value = onnx_tensor(array, tensor)
     assert relative_error(run(written(naive), feeds), run(pair.sliced, feeds)) > 1e-2
 
@@ -418,17 +418,17 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
     analysis, given = normed(tmp_path, kind), weights()
     (group,) = residual(analysis)
     removed = random_removal(group, np.random.default_rng(5))
-    dead = find_removed_units(analysis.traced.trace, analysis.traced.units, cuts_of([(group, removed)]))
-    norms = affected_normalizations(analysis.traced, dead)
+    dead = find_removed_units(analysis.traced_graph.trace, analysis.traced_graph.units, cuts_of([(group, removed)]))
+    norms = affected_normalizations(analysis.traced_graph, dead)
     stays = ~removed[0]
     assert [norm.stays.tolist() for norm in norms] == [stays.tolist()] * 2
-    assert [len(normalization_consumers(analysis.traced, norm, [group])) for norm in norms] == [1, 1]
+    assert [len(normalization_consumers(analysis.traced_graph, norm, [group])) for norm in norms] == [1, 1]
     x = given["table"][IDS["ids"]].reshape(-1, D)
     first = normalise(x, kind, given["g1"], given["b1"])
     second = x + np.maximum(first @ given["up"], 0) @ given["down"]
     batches = [{"ids": IDS["ids"][:4]}, {"ids": IDS["ids"][4:]}]
     for sums, value, number in zip(
-        measure_normalizations(analysis.traced, norms, dead, batches, "cpu"), (x, second), "12", strict=True
+        measure_normalizations(analysis.traced_graph, norms, dead, batches, "cpu"), (x, second), "12", strict=True
     ):
         gain, bias = given[f"g{number}"], given[f"b{number}"]
         y, z = normalise(value, kind, gain, bias), normalise(value[:, stays], kind, gain[stays], bias[stays])
@@ -457,12 +457,12 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
     keep = {residual(analysis)[0].id: (tuple(range(D // 2)),)}
     plan = snpc.SlicePlan(analysis, "", {}, keep, "auto")
     data = calibration_of(analysis, feeds, 64)
-    fitted = snpc.apply_slice_plan(plan, tmp_path / "a.onnx", compression=made.compression, calibration=data)
+    fitted = snpc.apply_slice_plan(plan, tmp_path / "a.onnx", compression=made.closed_forms, calibration=data)
     plain = snpc.apply_slice_plan(snpc.SlicePlan(analysis, "", {}, keep), tmp_path / "s.onnx", calibration=data)
     dense = run(analysis.model.path, IDS)
     assert moved(dense, run(plain.path, IDS)) > 0.2
     assert moved(dense, run(fitted.path, IDS)) < 0.02
-    assert fitted.forms == {residual(analysis)[0].id: "refit"}
+    assert fitted.closed_forms == {residual(analysis)[0].id: "refit"}
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "vit_hf__dyn20", "swin_timm__ts17", "bart__ts17", *DECODERS])
@@ -475,7 +475,10 @@ def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
             analysis, snpc.Budget(0.25, ("residual",)), calibration=data, method=method, criterion="activation"
         )
         result = snpc.apply_slice_plan(
-            made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data if made.compression else None
+            made.slices,
+            tmp_path / "p.onnx",
+            compression=made.closed_forms,
+            calibration=data if made.closed_forms else None,
         )
         moves[method] = moved(run(export(name), others), run(result.path, others))
     assert moves["auto"] < 0.9 * moves["select"]
@@ -491,17 +494,19 @@ def test_a_table_that_is_the_last_layer_too_is_not_refitted(tmp_path: Path) -> N
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items() if n in used)
     analysis = analysis_at(tmp_path / "tied.onnx", model)
     (group,) = residual(analysis)
-    dead = find_removed_units(analysis.traced.trace, analysis.traced.units, halved(analysis))
-    norms = affected_normalizations(analysis.traced, dead)
-    assert [[r.place.tensor for r in normalization_consumers(analysis.traced, norm, [group])] for norm in norms] == [
+    dead = find_removed_units(analysis.traced_graph.trace, analysis.traced_graph.units, halved(analysis))
+    norms = affected_normalizations(analysis.traced_graph, dead)
+    assert [
+        [r.place.tensor for r in normalization_consumers(analysis.traced_graph, norm, [group])] for norm in norms
+    ] == [
         ["up"],
         [],
     ]
     made = decided(analysis, IDS, 6, 0.5)
     data = calibration_of(analysis, IDS, 6)
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
     tables = [numpy_helper.to_array(t) for t in onnx.load(result.path).graph.initializer if t.name == "table"]
-    kept = list(made.plan.keep[group.id][0])
+    kept = list(made.slices.keep[group.id][0])
     np.testing.assert_array_equal(tables[0], weights()["table"][:, kept])
 
 

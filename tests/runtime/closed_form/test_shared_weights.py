@@ -59,7 +59,7 @@ def found_for(name: str, role: Role) -> tuple[ClosedForms, Feeds]:
 
 def keeping(analysis: Analysis, found: ClosedForms, group: Group, kept: int) -> SlicePlan:
     """The plan that keeps the ``kept`` units that go last."""
-    best = tuple(sorted(found.eliminations[group.id][0].order[group.size - kept :].tolist()))
+    best = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
     return SlicePlan(analysis, "by hand", {}, {group.id: (best,)}, "parallel")
 
 
@@ -68,7 +68,7 @@ def outputs_of(model: bytes, analysis: Analysis, group: Group) -> list[str]:
     nodes = {n.name: n for n in onnx.load_from_string(model).graph.node}
     constants = {t.name for t in onnx.load_from_string(model).graph.initializer}
     names = []
-    for node in (node for reader in consumer_weights(analysis.traced, group) for node in reader.nodes):
+    for node in (node for reader in consumer_weights(analysis.traced_graph, group) for node in reader.nodes):
         output = nodes[str(node.name)].output[0]
         users = [n for n in nodes.values() if output in n.input]
         if len(users) == 1 and users[0].op_type == "Add" and constants & set(users[0].input):
@@ -83,17 +83,17 @@ def test_predicted_loss_is_the_measured_one(name: str, role: Role) -> None:
     found, feeds = found_for(name, role)
     analysis = analysis_of(name)
     for group in groups_of(analysis, role)[:2]:
-        assert found.forms[group.id] == "refit"
+        assert found.kinds[group.id] == "refit"
         for kept in sorted({1, group.size // 4, group.size // 2} - {0}):
             plan = keeping(analysis, found, group, kept)
-            if len([node for r in consumer_weights(analysis.traced, group) for node in r.nodes]) > 1:
+            if len([node for r in consumer_weights(analysis.traced_graph, group) for node in r.nodes]) > 1:
                 measured = lost_by_layers(found, plan, group, feeds)
             else:
                 model = shrunk(PruningPlan(plan, found))
                 (before,) = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
                 (after,) = watched(model, outputs_of(model, analysis, group), feeds)
                 measured = float(np.sum((after - before) ** 2))
-            curve = found.curve(group)
+            curve = found.loss_curve(group)
             assert curve is not None
             assert curve[kept] > 1e-3 * curve[0]
             # exact where the inverse was refreshed, and read off a line between
@@ -103,7 +103,7 @@ def test_predicted_loss_is_the_measured_one(name: str, role: Role) -> None:
 
 def lost_by_layers(found: ClosedForms, plan: SlicePlan, group: Group, feeds: Feeds) -> float:
     """The squared change of what each node gives for the dense activations, with the weights and biases as fitted."""
-    source, fitted = found.analysis.traced, fit_parallel(found, plan)
+    source, fitted = found.analysis.traced_graph, fit_parallel(found, plan)
     total = 0.0
     for uses in consumer_uses(source, group):
         reader = uses[0].reader
@@ -147,7 +147,9 @@ def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> 
     drifts = []
     for method, criterion in (("auto", None), ("select", "magnitude"), ("select", "mixed")):
         made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        result = snpc.apply_slice_plan(
+            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
+        )
         drifts.append(moved(before, run(result.path, feeds)))
     assert drifts[0] < 0.98 * min(drifts[1:])
 
@@ -161,8 +163,10 @@ def test_heads_and_widths_go_together(name: str, tmp_path: Path) -> None:
     for method, criterion in (("auto", None), ("parallel", None), ("select", "mixed")):
         choice = Budget(0.4, ("head", "vo", "qk"), uniform=True)
         made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        assert {g.role for g in analysis.groups if g.id in made.plan.keep} >= {"head", "vo"}
-        result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+        assert {g.role for g in analysis.groups if g.id in made.slices.keep} >= {"head", "vo"}
+        result = snpc.apply_slice_plan(
+            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
+        )
         drifts.append(moved(before, run(result.path, feeds)))
     assert drifts[1] < 0.98 * drifts[2]
     assert drifts[0] < 1.1 * drifts[2]
@@ -181,18 +185,18 @@ def test_predicted_loss_of_shared_values(name: str, share: float) -> None:
     kept = round(group.size * share)
     keep = {group.id: tuple(tuple(range(kept)) for _ in range(group.blocks))}
     fitted = fit_parallel(found, SlicePlan(analysis, "by hand", {}, keep, "parallel"))
-    reader = single_consumer_weight(analysis.traced, group)
+    reader = single_consumer_weight(analysis.traced_graph, group)
     assert len(reader.place.index) > 1 or len(reader.nodes) > 1
     measured = 0.0
     for tensor in (p.tensor for p in group.probes if p.kind == "context"):
         context = rows(watched(whole(name), [tensor], feeds)[0])
-        for block, part in enumerate(found.rebases[group.id]):
-            before, after = reader.rows(analysis.traced, block), reader.rows(fitted, block)
+        for block, part in enumerate(found.bases[group.id]):
+            before, after = reader.rows(analysis.traced_graph, block), reader.rows(fitted, block)
             assert not after[:, kept:].any()
             for index, old, new in zip(reader.place.index, before, after, strict=True):
-                gap = context[:, index[block]] @ (part.make[:, :kept] @ new[:kept] - old)
+                gap = context[:, index[block]] @ (part.encode[:, :kept] @ new[:kept] - old)
                 measured += float(np.sum((gap - gap.mean(0)) ** 2))
-    curve = found.curve(group)
+    curve = found.loss_curve(group)
     assert curve is not None
     assert measured == pytest.approx(curve[kept], rel=1e-2)
     assert measured > 1e-4 * curve[0]
@@ -204,7 +208,7 @@ def test_every_layer_of_shared_weights_keeps_its_own_mean() -> None:
     found, feeds = found_for(name, "ffn")
     analysis = analysis_of(name)
     (group,) = groups_of(analysis, "ffn")
-    (reader,) = consumer_weights(analysis.traced, group)
+    (reader,) = consumer_weights(analysis.traced_graph, group)
     assert len(reader.nodes) == 3
     model = shrunk(PruningPlan(keeping(analysis, found, group, 24), found))
     before = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
@@ -221,13 +225,13 @@ def test_kernels_are_refitted_at_every_offset(name: str, tmp_path: Path) -> None
     """Strides, padding and dilations are the reader's; a bias that it lacks becomes its third input."""
     analysis = analysis_of(name)
     groups = groups_of(analysis, "conv")
-    readers = {r.taps: r for g in groups for r in consumer_weights(analysis.traced, g)}
+    readers = {r.taps: r for g in groups for r in consumer_weights(analysis.traced_graph, g)}
     assert set(readers) == {1, 9}
     data = calibration_of(analysis, more_data(name, 24), 8)
     made = snpc.plan(analysis, Budget(0.5, ("conv",)), calibration=data)
-    assert made.compression is not None
-    assert set(made.compression.forms.values()) == {"refit"}
-    result = snpc.apply_slice_plan(made.plan, tmp_path / "p.onnx", compression=made.compression, calibration=data)
+    assert made.closed_forms is not None
+    assert set(made.closed_forms.kinds.values()) == {"refit"}
+    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
     nodes = {n.name: n for n in onnx.load(result.path).graph.node}
     for reader in readers.values():
         if existing_bias(reader.node, reader.width) is None:
@@ -242,12 +246,12 @@ def test_statistics_of_kernels_are_those_of_patches() -> None:
     found, feeds = found_for(name, "conv")
     analysis = analysis_of(name)
     for group in groups_of(analysis, "conv"):
-        (reader,) = consumer_weights(analysis.traced, group)
-        (seen,) = found.moments[group.id].contexts[0]
+        (reader,) = consumer_weights(analysis.traced_graph, group)
+        (seen,) = found.moments[group.id].consumers[0]
         (output,) = watched(whole(name), [str(reader.node.outputs[0].name)], feeds)
         flat = np.moveaxis(output, 1, -1).reshape(-1, reader.width)
         assert seen.count == len(flat)
-        weight = reader.matrix(analysis.traced)
+        weight = reader.matrix(analysis.traced_graph)
         energy = np.einsum("id,ij,jd->d", weight, seen.moment, weight)
         np.testing.assert_allclose(energy, ((flat - flat.mean(0)) ** 2).sum(0), rtol=1e-3)
         bias = flat.mean(0) - seen.means[0] @ weight
@@ -267,10 +271,10 @@ def test_predicted_loss_of_rotary_pairs(name: str) -> None:
     assert group.freedom != "basis"
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 2), [group])
     found = snpc.solve_closed_forms(analysis, statistics, [group])
-    assert found.forms == {group.id: "coupled"}
-    curve, (selection,) = found.curve(group), found.eliminations[group.id]
+    assert found.kinds == {group.id: "coupled"}
+    curve, (selection,) = found.loss_curve(group), found.elimination_orders[group.id]
     assert curve is not None
-    products = score_products(analysis.traced, group)
+    products = score_products(analysis.traced_graph, group)
     assert len(products) == 2
     parts = []
     for product in products:

@@ -165,7 +165,7 @@ class TestCompareOutputs:
         b: Feeds = {"logits": np.array([[1.0, 2.5]], np.float32), "pooled": np.array([2.0], np.float16)}
         diffs = compare_outputs(a, b)
         assert diffs == (OutputDiff("logits", 0.5), OutputDiff("pooled", 2.0))
-        worst = summarize_ratios("b", "a", np.ones(3), diffs).worst
+        worst = summarize_ratios("b", "a", np.ones(3), diffs).largest_difference
         assert worst is not None
         assert worst.name == "pooled"
 
@@ -196,7 +196,7 @@ class TestCompareOutputs:
             "only the first model has it",
             "only the other model has it",
         ]
-        assert summarize_ratios("b", "a", np.ones(3), diffs).worst is None
+        assert summarize_ratios("b", "a", np.ones(3), diffs).largest_difference is None
 
 
 class TestCommonInputs:
@@ -251,7 +251,7 @@ class TestBench:
 
     def test_a_model_is_as_fast_as_itself(self, result: BenchResult) -> None:
         assert 0.5 < result.speedups[1].ratio < 2.0
-        assert result.speedups[1].worst == OutputDiff("y", 0.0)
+        assert result.speedups[1].largest_difference == OutputDiff("y", 0.0)
 
     def test_numbers_are_in_order(self, result: BenchResult) -> None:
         for timing_ in result.timings:
@@ -263,7 +263,7 @@ class TestBench:
             assert pair.q1 <= pair.ratio <= pair.q3
 
     def test_different_models_differ(self, result: BenchResult) -> None:
-        worst = result.speedups[0].worst
+        worst = result.speedups[0].largest_difference
         assert worst is not None
         assert worst.name == "y"
         assert worst.max_abs is not None

@@ -39,7 +39,9 @@ def test_it_is_pruned_and_written_beside(llama: Path, tmp_path: Path) -> None:
 
 def test_weights_stay_in_their_file(llama: Path) -> None:
     analysis = snpc.analyze(snpc.load(llama))
-    large = [v.const_value for v in analysis.traced.model.graph.initializers.values() if v.const_value.nbytes > 4096]
+    large = [
+        v.const_value for v in analysis.traced_graph.model.graph.initializers.values() if v.const_value.nbytes > 4096
+    ]
     assert len(large) > 15
     assert all(isinstance(t, ir.ExternalTensor) for t in large)
 

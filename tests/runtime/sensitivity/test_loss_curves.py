@@ -42,19 +42,19 @@ def test_a_chain_says_what_the_whole_model_says(name: str) -> None:
     """Also with changed weights: then against the model in which they are changed."""
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     tried = {g.id: trial_constants(found, scores, g, min(measurable_widths(g))) for g in groups}
     feeds = feeds_of(name)
-    expected = run(written(analysis.traced.model.clone()), feeds)
+    expected = run(written(analysis.traced_graph.model.clone()), feeds)
     with open_segmented_model(analysis, tried, "cpu") as chain:
-        states = chain.states(feeds, SpillableStore(0))
+        states = chain.dense_states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], expected)
         for g in groups[:: max(1, len(groups) // 4)]:
-            model = analysis.traced.model.clone()
+            model = analysis.traced_graph.model.clone()
             for key, array in tried[g.id].items():
                 model.graph.initializers[key].const_value = tensor(array, key)
             moved = run(written(model), feeds)
-            same(list(chain.changed(states, g.id, tried[g.id]).values()), moved)
+            same(list(chain.outputs_with(states, g.id, tried[g.id]).values()), moved)
             assert any(not np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(moved, expected, strict=True))
 
 
@@ -73,9 +73,9 @@ def test_a_chain_has_a_piece_per_layer() -> None:
     """Else every trial would run the whole model."""
     analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
     groups = chosen(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}, "cpu") as chain:
-        assert len(chain.pieces) >= 2 * len({g.layer for g in groups})
+        assert len(chain.segments) >= 2 * len({g.layer for g in groups})
         for g in groups:
             first, last = chain.spans[g.id]
             assert first == last
@@ -86,7 +86,7 @@ def test_a_chain_has_a_piece_per_layer() -> None:
 def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
     groups = chosen(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     tried = {g.id: trial_constants(found, scores, g, 1) for g in groups}
     opened = []
 
@@ -99,19 +99,19 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
     monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.temporary_session", fails_once)
     feeds = feeds_of("vit_timm__ts17")
     with open_segmented_model(analysis, tried, "cpu") as chain:
-        assert len(chain.pieces) == 1 and len(opened) > 3
-        states = chain.states(feeds, SpillableStore(0))
-        same([states[-1][output] for output in chain.outputs], run(written(analysis.traced.model.clone()), feeds))
+        assert len(chain.segments) == 1 and len(opened) > 3
+        states = chain.dense_states(feeds, SpillableStore(0))
+        same([states[-1][output] for output in chain.outputs], run(written(analysis.traced_graph.model.clone()), feeds))
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
 def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
     """Else a chain would not have these weights open, or run pieces that nothing changes."""
     analysis, found = analysis_of(name), compressed(name)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     for g in chosen(analysis):
         width = min(measurable_widths(g))
-        touched = changed_constants(analysis.traced, *trial_edits(found, scores, g, width))
+        touched = changed_constants(analysis.traced_graph, *trial_edits(found, scores, g, width))
         assert touched and touched == set(trial_constants(found, scores, g, width))
 
 
@@ -138,7 +138,7 @@ def test_curves_are_measured_near_the_plan_that_they_make(
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     calibration = calibration_of(analysis, feeds_of(name))
     spy = Spy(monkeypatch)
     curves = measure_loss_curves(found, scores, calibration, groups, choice)
@@ -158,7 +158,7 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: 
     name = "vit_timm__ts17"
     analysis, found = analysis_of(name), compressed(name)
     groups = chosen(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
         measure_loss_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Budget(target="macs=0.01"))
@@ -176,7 +176,7 @@ def test_curves_for_all_choices_do_not_depend_on_one() -> None:
 @pytest.mark.parametrize("choice", [None, Budget(target="macs=0.7")], ids=str)
 def test_curves_fall_with_the_width(choice: Budget | None) -> None:
     analysis, found = analysis_of("bert__ts17"), compressed("bert__ts17")
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.forms)), found, "auto")
+    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     calibration = calibration_of(analysis, feeds_of("bert__ts17"))
     curves = measure_loss_curves(found, scores, calibration, chosen(analysis), choice)
     for g in chosen(analysis):

@@ -81,7 +81,7 @@ def measured(name: str, size: int) -> dict[str, Array]:
 @functools.cache
 def activations(name: str) -> dict[str, Array]:
     """The probed tensors over all samples, from the exporter's file with those as its outputs."""
-    model = onnx.load_from_string(written(analysis_of(name).traced.model.clone()))
+    model = onnx.load_from_string(written(analysis_of(name).traced_graph.model.clone()))
     tensors = sorted({w.probe.tensor for w in wanted(name)})
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=t) for t in tensors)

@@ -109,7 +109,7 @@ def test_the_mask_matters(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "swin_timm__ts17", "vit_hf__ts17_sdpa"])
 def test_where_no_input_masks_all_tokens_count(name: str) -> None:
-    assert not find_token_streams(analysis_of(name).traced).sources
+    assert not find_token_streams(analysis_of(name).traced_graph).sources
 
 
 def weights(source: TracedGraph) -> dict[str, Array]:
@@ -129,8 +129,8 @@ def test_layers_are_fitted_without_padded_tokens(name: str) -> None:
     analysis = analysis_of(name)
     data = [calibration(name, garbage) for garbage in (0, 1, None)]
     decision = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data[0], method="auto")
-    assert decision.compression is not None
-    found = [with_refitted_weights(decision.plan, FitInputs(decision.compression, d)) for d in data]
+    assert decision.closed_forms is not None
+    found = [with_refitted_weights(decision.slices, FitInputs(decision.closed_forms, d)) for d in data]
     cut = [written(rewrite_model(source, cuts_of(plan)).model) for plan, source in found]
     garbage, again, unpadded = (run(model, feeds_of(name)) for model in cut)  # a rotation is free in its signs
     assert relative_error(garbage, again) < 1e-3
@@ -144,7 +144,7 @@ def test_norms_are_fitted_without_padded_tokens() -> None:
     keep = top_units(np.random.default_rng(0).normal(size=(group.blocks, group.size)), group.size // 2)
     plan = SlicePlan(analysis, "by hand", {}, {group.id: keep}, "auto")
     first, second, unpadded = (
-        weights(fit_normalizations(analysis.traced, plan, calibration("gpt2__ts17", garbage)))
+        weights(fit_normalizations(analysis.traced_graph, plan, calibration("gpt2__ts17", garbage)))
         for garbage in (0, 1, None)
     )
     assert largest_gap(first, second) < 1e-3

@@ -196,7 +196,7 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     analysis = analysis_of(NAME)
     data = calibration_of(analysis, more_data(NAME, 6), 2)
     made = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data, method="auto")
-    assert made.compression is not None
+    assert made.closed_forms is not None
     files: list[int] = []
 
     def counted(array: Array) -> Array:
@@ -206,7 +206,7 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
     found = []
     for limit in (1 << 40, 1):
-        source = fit_layerwise(made.compression, made.plan, data, memory_limit=limit)
+        source = fit_layerwise(made.closed_forms, made.slices, data, memory_limit=limit)
         found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
@@ -217,14 +217,14 @@ def test_a_shelf_counts_what_it_holds() -> None:
     shelf = SpillableStore(100)
     first = shelf.keep(np.zeros(10))
     second = shelf.keep(np.arange(10.0))
-    assert (shelf.used, shelf.spilled) == (80, 80)
+    assert (shelf.bytes_in_memory, shelf.bytes_in_files) == (80, 80)
     assert not isinstance(first, np.memmap)
     assert isinstance(second, np.memmap)
     np.testing.assert_array_equal(second, np.arange(10.0))
     second += 1
     np.testing.assert_array_equal(second, np.arange(1.0, 11.0))
     del first
-    assert shelf.used == 0
+    assert shelf.bytes_in_memory == 0
 
 
 def test_sizes() -> None:

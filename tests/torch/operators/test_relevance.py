@@ -70,7 +70,7 @@ def relevance(analysis: snpc.Analysis) -> tuple[float, dict[str, np.ndarray]]:
     with apply_gates(module, gates, factors), relevance_rules(module):
         answer = module({"x": x})["logits"].max(-1).values.sum()
         answer.backward()
-    found = {g.role: factors[g.id].grad.numpy() / gate.power for g, gate in zip(groups, gates, strict=True)}
+    found = {g.role: factors[g.id].grad.numpy() / gate.exponent for g, gate in zip(groups, gates, strict=True)}
     assert len(found) == len(groups) == 3
     return answer.item(), found
 

@@ -97,7 +97,7 @@ def test_masks_follow_units_that_are_stored_in_another_order(kind: str, tmp_path
                 p += away[:, place] if k % len(groups) == number else away
         loss = masked({"image": images})["logits"].square().mean() + masks.penalty()
         slopes = torch.autograd.grad(loss, list(masks.parameters()), allow_unused=True)
-        found.append((slopes[number][0], masks.worth(groups[number])[0].detach()))
+        found.append((slopes[number][0], masks.importance(groups[number])[0].detach()))
     for plain, turned in zip(*found, strict=True):
         assert float(plain.std()) > 0
         torch.testing.assert_close(turned, plain[torch.from_numpy(order)], rtol=1e-5, atol=1e-9)
@@ -108,7 +108,7 @@ def test_masks_find_the_unit_that_nothing_reads(kind: str, planted: snpc.Analysi
     data = snpc.load_calibration(CALIB, planted.model.inputs, samples=64, batch=16)
     choice = snpc.Budget(target="macs=0.35")
     learned = snpc.torch.learn_masks(planted, data, kind, choice, training=TrainingOptions(steps=40, batch=16, lr=0.05))
-    assert learned.macs < 0.82
+    assert learned.kept_macs < 0.82
     group = next(g for g in planted.groups if g.role == "ffn" and g.layer == 1)
     assert DEAD not in learned.plan.keep[group.id][0]
     assert learned.plan.method == "select" and learned.plan.criterion == f"masks:{kind}"
