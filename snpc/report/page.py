@@ -373,7 +373,12 @@ def details_section(report: ReportData) -> Iterator[Element]:
 
 
 def weight_origin(item: GroupWidth) -> str:
-    forms = {"scores": "rotated", "values": "rotated", "refit": "refitted", "coupled": "selected by scores"}
+    forms = {
+        "low_rank_qk": "rotated",
+        "low_rank_vo": "rotated",
+        "refit": "refitted",
+        "score_selection": "selected by scores",
+    }
     return forms.get(item.form, "sliced" if item.kept < item.size else "as they were")
 
 
