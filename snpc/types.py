@@ -110,8 +110,8 @@ class Group:
     """``blocks x size`` units that are sliced at the same sites; every block keeps the same number of units.
 
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
-    half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken over
-    the units, so removing some changes the statistics of the others; such a group is cut only on request.
+    half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
+    over the units, so removing some changes the statistics of the others; such a group is cut only on request.
     """
 
     id: str

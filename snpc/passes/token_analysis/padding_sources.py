@@ -156,12 +156,12 @@ def padding_sources_at(
     mine, carried = (product.letters.left, product.left) if left else (product.letters.right, product.right)
     summed = [k for k, c in enumerate(mine) if c not in product.letters.out]
     if len(summed) == 1 and len(mine) >= 3 and summed[0] > 0:
-        yield PaddingSource(
-            weights, "weights", len(mine), summed[0], heads_on_first_axis(carried), streams[values]
-        )
+        yield PaddingSource(weights, "weights", len(mine), summed[0], heads_on_first_axis(carried), streams[values])
 
 
-def fused_padding_sources(traced: TracedGraph, node: ir.Node, streams: Mapping[ir.Value, int]) -> Iterator[PaddingSource]:
+def fused_padding_sources(
+    traced: TracedGraph, node: ir.Node, streams: Mapping[ir.Value, int]
+) -> Iterator[PaddingSource]:
     shape = ATTENTION_FORMS[node.domain, node.op_type]
     given = node.inputs[shape.value] if shape.value < len(node.inputs) else None
     values = node.inputs[shape.query] if given is None else given  # all three in one input

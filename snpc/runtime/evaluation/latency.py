@@ -119,11 +119,7 @@ class LatencyTable:
 
 
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
-    return [
-        g
-        for g in analysis.groups
-        if g.role in roles and g.prunable and g.size > 1 and not g.approximate
-    ]
+    return [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and not g.approximate]
 
 
 def latency_table(
