@@ -28,7 +28,7 @@ from snpc.passes.weights.consumers import (
     single_consumer_weight,
 )
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import APPROXIMATE_REASON, ClosedFormKind, Group, Role
+from snpc.types import ClosedFormKind, Group, Role
 
 MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
 REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
@@ -78,7 +78,7 @@ class LazyGroupWeights(Mapping[str, GroupWeights]):
 
 def group_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     """The weights around one group, and its closed form."""
-    if group.freedom_reason == APPROXIMATE_REASON:
+    if group.approximate:
         return GroupWeights(None, consumers=supported_consumers(traced_graph, group))
     try:
         return closed_form_weights(traced_graph, group)
