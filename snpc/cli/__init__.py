@@ -30,7 +30,7 @@ from snpc.cli.arguments import (
     workload_from_flags,
     write_text_file,
 )
-from snpc.cli.finetune import export_torch_command, finetune_command
+from snpc.cli.finetune import export_torch_command, finetune_command, import_gradient_provider
 from snpc.cli.options import (
     PATH_TYPE,
     build_options,
@@ -88,6 +88,8 @@ def plan_from_flags(
     statistics = statistics_from_files(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
+    if calibration is not None:
+        import_gradient_provider(criterion)
     with watch.stage("score and plan"):
         decision = snpc.plan(
             analysis,
