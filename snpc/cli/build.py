@@ -168,7 +168,7 @@ def build_json(made: Any) -> dict[str, Any]:
         "precision": made.precision,
         "seconds": round(made.seconds, 3),
         "bytes": made.bytes,
-        "weights": made.weights,
+        "weights": made.weight_bytes,
         "notes": list(made.notes),
         "drift": [asdict(d) for d in made.drift],
     }
