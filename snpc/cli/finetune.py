@@ -18,6 +18,7 @@ from snpc.cli.arguments.training import (
     TrainingDataArguments,
 )
 from snpc.cli.progress import print_round, training_progress
+from snpc.cli.torch_package import import_torch_package
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import EvaluationData
@@ -26,16 +27,6 @@ from snpc.runtime.io.load import model_files
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions
-
-
-def require_torch() -> None:
-    """UserError where torch or safetensors is not installed."""
-    try:
-        import snpc.torch  # noqa: F401
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in ("torch", "safetensors"):
-            raise
-        raise UserError(f"this needs {error.name}, which is not installed: pip install 'snpc[torch]'") from None
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ def finetune_command(
 
     No labels are needed. Under torchrun, processes share every batch.
     """
-    require_torch()
+    import_torch_package()
     target = output.output or models.pruned.with_name(f"{models.pruned.stem}-tuned.onnx")
     training, saved = arguments.load(inputs.seed), checkpoint.load()
     check_output_paths(
@@ -254,7 +245,7 @@ class ExportOutput(ArgumentGroup):
 @command("export-torch")
 def export_torch_command(model: ModelArguments, output: ExportOutput) -> None:
     """Write the weights of MODEL as safetensors, and the widths of its layers as JSON."""
-    require_torch()
+    import_torch_package()
     from snpc.torch import export_tensors
 
     for path in export_tensors(model.path, output.output or model.path.with_suffix("")):

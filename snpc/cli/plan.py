@@ -15,6 +15,7 @@ from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_t
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.progress import batch_progress
+from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline.planner import PruningPlan, plan_without_cuts
 from snpc.pipeline.prune import Stopwatch
@@ -76,6 +77,8 @@ def plan_from_arguments(
     criterion = planning.selection.criterion
     if statistics.save_stats is not None and calibration is None and measured is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
+    if calibration is not None:
+        import_gradient_provider(criterion)
     with stopwatch.stage("score and plan"):
         plan = snpc.plan(
             analysis,

@@ -27,7 +27,7 @@ from snpc.runtime.evaluation.bench import available_cores, bench, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
-from snpc.types import APPROXIMATE_REASON, FloatArray, Group, Shape
+from snpc.types import FloatArray, Group, Shape
 
 KEPT_SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
 LATENCY_CACHE_FORMAT = 1
@@ -119,11 +119,7 @@ class LatencyTable:
 
 
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
-    return [
-        g
-        for g in analysis.groups
-        if g.role in roles and g.prunable and g.size > 1 and g.freedom_reason != APPROXIMATE_REASON
-    ]
+    return [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and not g.approximate]
 
 
 def latency_table(
