@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,7 +61,7 @@ def bench_command(
     inputs: BenchInputs,
     protocol: BenchProtocol,
     json: JsonArguments,
-    execution: ExecutionArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
 
@@ -78,8 +78,7 @@ def bench_command(
     with timing_progress() as on_progress:
         result = snpc.bench(
             paths,
-            provider=execution.provider,
-            threads=protocol.threads,
+            execution=replace(running.load(), threads=protocol.threads),
             data=data,
             warmup=protocol.warmup,
             iterations=protocol.iterations,

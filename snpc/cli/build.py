@@ -55,7 +55,7 @@ def build_command(
     arguments: BuildArguments,
     calibration: CalibrationArguments,
     output: BuildOutput,
-    execution: ExecutionArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Make MODEL into what a runtime loads fastest; load it again and compare its outputs.
 
@@ -75,7 +75,7 @@ def build_command(
         target.target,
         output.output,
         precision=arguments.precision or "fp32",
-        provider=execution.provider,
+        execution=running.load(),
         calibration=data,
         batch=target.batch,
         options=arguments.load(emit_script=target.emit_script),

@@ -34,7 +34,7 @@ def inspect_command(
     model: SizedModelArguments,
     output: InspectArguments,
     calibration: CalibrationArguments,
-    execution: ExecutionArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
     analysis = model.load()
@@ -44,7 +44,7 @@ def inspect_command(
     data = calibration.load(analysis)
     curves = {}
     if output.curves:
-        plan = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=data, provider=execution.provider, whole=True)
+        plan = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=data, execution=running.load(), whole=True)
         curves = dict(plan.curves)
     output.json.write(analysis_json(analysis, curves))
     if output.json.replaces_tables:

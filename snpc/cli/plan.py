@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from snpc.pipeline.prune import Stopwatch
 from snpc.pipeline.refit import closed_forms_for
 from snpc.planning.plan_file import prunes_kv_cache, token_reduction_in
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.io.atomic import external_data_path
 from snpc.tokens.reduction import reduce_tokens
 
@@ -43,15 +44,15 @@ def plan_command(
     statistics: SavedStatisticsArguments,
     output: PlanOutput,
     workload: WorkloadArguments,
-    execution: LimitedExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
-    path = output.output or model.sibling(".plan.json")
+    execution, path = running.load(), output.output or model.sibling(".plan.json")
     analysis = model.load()
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)
-    planning = planning.with_width_multiple(None, execution.provider)
-    analysis, data = planning.reduce_tokens(analysis, data, execution.provider)
+    planning = planning.with_width_multiple(None, execution)
+    analysis, data = planning.reduce_tokens(analysis, data, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, workload.load(), execution, Stopwatch())
     write_text_file(path, snpc.plan_to_json(plan.slices))
     tables.note_if_predicted(plan)
@@ -65,7 +66,7 @@ def plan_from_arguments(
     planning: PlanningArguments,
     statistics: SavedStatisticsArguments,
     workload: snpc.Workload | None,
-    execution: LimitedExecutionArguments,
+    execution: Execution,
     stopwatch: Stopwatch,
 ) -> PruningPlan:
     """Score and plan; write the statistics where that is asked for, and note what the plan does without."""
@@ -87,9 +88,7 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            memory_limit=execution.memory_limit,
-            provider=execution.provider,
-            progress=batch_progress("calibrating", calibration),
+            execution=replace(execution, progress=batch_progress("calibrating", calibration)),
             workload=workload,
         )
     if statistics.save_stats is not None and plan.statistics is not None:
@@ -125,14 +124,14 @@ def apply_command(
     calibration: CalibrationArguments,
     statistics: StatisticsArguments,
     output: ApplyOutput,
-    execution: LimitedExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Apply PLAN_FILE to MODEL, write the result and verify it.
 
     A plan of --method auto needs --calib, the data that it was made with; one of --method parallel needs that or
     --load-stats. Other plans use --calib for verification only.
     """
-    stopwatch = Stopwatch()
+    execution, stopwatch = running.load(), Stopwatch()
     with stopwatch.stage("analyze"):
         slices = read_plan_file(plan.plan_file, model.path)
     path = output.output or model.sibling("-pruned.onnx")
@@ -144,16 +143,14 @@ def apply_command(
             slices,
             data,
             statistics=statistics.load(),
-            memory_limit=execution.memory_limit,
-            provider=execution.provider,
+            execution=execution,
         )
     result = snpc.apply_slice_plan(
         slices,
         path,
         compression=closed_forms,
         calibration=data,
-        memory_limit=execution.memory_limit,
-        provider=execution.provider,
+        execution=execution,
         watch=stopwatch,
     )
     output.json.write(snpc.json_report(result))

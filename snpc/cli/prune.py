@@ -55,14 +55,14 @@ def prune_command(
     output: PruneOutput,
     build: PruneBuildArguments,
     workload: WorkloadArguments,
-    execution: LimitedExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    stopwatch = Stopwatch()
+    execution, stopwatch = running.load(), Stopwatch()
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
         analysis = model.load()
-    artifacts = build.check(path, execution.provider, calibration.calib is not None)
+    artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     inputs = [*model.files(), calibration.calib, *statistics.load_stats]
@@ -70,11 +70,11 @@ def prune_command(
     with stopwatch.stage("calibration"):
         data = calibration.load(analysis)
     with stopwatch.stage("tokens"):
-        planning = planning.with_width_multiple(build.build, execution.provider)
-        analysis, data = planning.reduce_tokens(analysis, data, execution.provider)
+        planning = planning.with_width_multiple(build.build, execution)
+        analysis, data = planning.reduce_tokens(analysis, data, execution)
     artifact = None
     if planning.amount.wants_latency:
-        artifact = build.timed_artifact(execution.provider, data, workload.batch)
+        artifact = build.timed_artifact(execution, data, workload.batch)
     timed = workload.load(artifact)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
@@ -86,15 +86,14 @@ def prune_command(
         plan,
         path,
         calibration=data,
-        memory_limit=execution.memory_limit,
-        provider=execution.provider,
+        execution=execution,
         watch=stopwatch,
     )
     if output.plan_path is not None and result.search is not None:
         write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
     if output.page is not None:
         snpc.write_report(result, output.page, decision=plan, calibration=data)
-    built = build.load(path, execution.provider, data, workload.batch)
+    built = build.load(path, execution, data, workload.batch)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
         tables.print_result(result)

@@ -87,7 +87,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
-    execution: ExecutionArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
 
@@ -97,7 +97,8 @@ def sweep_command(
     The folder gets sweep.json, sweep.svg (quality against latency) and the models that no other one beats.
     """
     check_sweep(arguments, planning, calibration)
-    planning = planning.with_width_multiple(arguments.build, execution.provider)
+    execution = running.load()
+    planning = planning.with_width_multiple(arguments.build, execution)
     targets = parse_target_list(arguments.targets)
     folder = arguments.output or model.sibling("-sweep")
     analysis = model.load()
@@ -121,7 +122,7 @@ def sweep_command(
             method=planning.selection.method,
             target=arguments.build,
             precision=arguments.precision or "fp32",
-            provider=execution.provider,
+            execution=execution,
             batch=arguments.batch,
             rounds=arguments.iterations,
             step=on_step,

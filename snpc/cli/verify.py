@@ -37,7 +37,7 @@ class VerifyArguments(ArgumentGroup):
 
 @command("verify")
 def verify_command(
-    model: ModelArguments, arguments: VerifyArguments, json: JsonArguments, execution: ExecutionArguments
+    model: ModelArguments, arguments: VerifyArguments, json: JsonArguments, running: ExecutionArguments
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     pruned, data = arguments.pruned, arguments.calib
@@ -46,7 +46,7 @@ def verify_command(
     snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
     calibration = snpc.load_calibration(data, analysis.model.inputs) if data else None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, provider=execution.provider)
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=running.load())
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

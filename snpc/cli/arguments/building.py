@@ -14,6 +14,7 @@ from snpc.cli.arguments.parsers import parse_numbers, parse_target_name
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import TimedArtifact
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import parse_shapes
 from snpc.targets import PRECISIONS, Precision
 from snpc.targets.build import check_build
@@ -79,30 +80,32 @@ class PruneBuildArguments(ArgumentGroup):
     )
     options_of_build: BuildArguments = subgroup()
 
-    def check(self, model: Path, provider: str, calibrated: bool) -> list[Path]:
+    def check(self, model: Path, execution: Execution, calibrated: bool) -> list[Path]:
         """The artifact that a build of ``model`` will write, if any. UserError: it cannot be built here."""
         arguments = self.options_of_build
         if self.build is None:
             arguments.check_unused()
             return []
         precision = arguments.precision or "fp32"
-        return [check_build(model, self.build, None, precision, provider, calibrated, arguments.load())]
+        return [check_build(model, self.build, None, precision, execution, calibrated, arguments.load())]
 
-    def timed_artifact(self, provider: str, calibration: Calibration | None, batch: int | None) -> TimedArtifact | None:
+    def timed_artifact(
+        self, execution: Execution, calibration: Calibration | None, batch: int | None
+    ) -> TimedArtifact | None:
         """What a latency is measured on: the artifact that will be built, None for the model itself."""
         if self.build is None:
             return None
         return snpc.timed_artifact(
             self.build,
             precision=self.options_of_build.precision or "fp32",
-            provider=provider,
+            execution=execution,
             calibration=calibration,
             batch=batch or 1,
             options=self.options_of_build.load(),
         )
 
     def load(
-        self, model: Path, provider: str, calibration: Calibration | None, batch: int | None
+        self, model: Path, execution: Execution, calibration: Calibration | None, batch: int | None
     ) -> snpc.BuildResult | None:
         """Build ``model``, where --build says so."""
         if self.build is None:
@@ -111,7 +114,7 @@ class PruneBuildArguments(ArgumentGroup):
             model,
             self.build,
             precision=self.options_of_build.precision or "fp32",
-            provider=provider,
+            execution=execution,
             calibration=calibration,
             batch=batch or 1,
             options=self.options_of_build.load(),

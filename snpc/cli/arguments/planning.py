@@ -16,6 +16,7 @@ from snpc.pipeline.token_schedule import WidthRequest
 from snpc.planning.config import Allocator, is_latency_target
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import Execution
 from snpc.types import Role
 
 
@@ -131,11 +132,11 @@ class PlanningArguments(ArgumentGroup):
     amount: BudgetArguments = subgroup()
     reduction: TokenArguments = subgroup()
 
-    def with_width_multiple(self, target: str | None, provider: str) -> PlanningArguments:
+    def with_width_multiple(self, target: str | None, execution: Execution) -> PlanningArguments:
         """The same with --round-to auto replaced by the widths that run well on ``target``."""
         if self.selection.round_to != "auto":
             return self
-        preferred = snpc.widths_for_target(target, provider)
+        preferred = snpc.widths_for_target(target, execution)
         least = max(preferred.minimum, self.selection.min_width)
         return replace(self, selection=replace(self.selection, round_to=preferred.multiple, min_width=least))
 
@@ -164,7 +165,7 @@ class PlanningArguments(ArgumentGroup):
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
 
     def reduce_tokens(
-        self, analysis: snpc.Analysis, calibration: Calibration | None, provider: str
+        self, analysis: snpc.Analysis, calibration: Calibration | None, execution: Execution
     ) -> tuple[snpc.Analysis, Calibration | None]:
         """The analysis with its tokens reduced as --tokens says, and calibration data with the token decisions."""
         widths = None
@@ -176,5 +177,5 @@ class PlanningArguments(ArgumentGroup):
             self.reduction.tokens,
             target=self.amount.target,
             widths=widths,
-            provider=provider,
+            execution=execution,
         )

@@ -11,6 +11,7 @@ import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
 from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
 from snpc.runtime.evaluation.latency import TimedArtifact
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import parse_shapes
 
 
@@ -26,6 +27,9 @@ class ExecutionArguments(ArgumentGroup):
         help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
     )
 
+    def load(self) -> Execution:
+        return Execution(provider=self.provider)
+
 
 @dataclass(frozen=True)
 class LimitedExecutionArguments(ExecutionArguments):
@@ -36,6 +40,9 @@ class LimitedExecutionArguments(ExecutionArguments):
         help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
         "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
     )
+
+    def load(self) -> Execution:
+        return Execution(provider=self.provider, memory_limit=self.memory_limit)
 
 
 @dataclass(frozen=True)
