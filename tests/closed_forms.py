@@ -16,6 +16,7 @@ from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import PruningMethod, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel, in_rotated_order
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import FloatArray, Group, Role
 from tests.models.exports import VOCABULARY
@@ -111,5 +112,5 @@ def statistics_of(
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds, batch)
     return snpc.measure_statistics(
-        analysis, data, prunable_of(analysis), method=method, criterion="snp", memory_limit=limit
+        analysis, data, prunable_of(analysis), method=method, criterion="snp", execution=Execution(memory_limit=limit)
     )

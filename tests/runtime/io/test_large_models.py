@@ -101,12 +101,3 @@ def test_what_does_not_fit_is_not_run_and_that_is_said(
     monkeypatch.setattr(memory, "free_memory", lambda: 3 * needed)
     verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
     assert verdict["max_abs_diff"] is not None
-
-
-def test_free_memory_of_a_container(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("100\n")
-    assert memory.container_free_bytes(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.container_free_bytes(tmp_path) == 900
-    assert memory.container_free_bytes(tmp_path / "none") is None

@@ -17,7 +17,8 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.closed_form.layerwise import fit_layerwise
-from snpc.runtime.execution.memory import SpillableStore, free_memory, parse_bytes, spill_to_file
+from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.memory import parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import Feeds
@@ -160,8 +161,7 @@ def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) 
             prunable_of(analysis),
             method=method,
             criterion="snp",
-            memory_limit=limit,
-            progress=count,
+            execution=Execution(memory_limit=limit, progress=count),
         )
     (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
     assert one == 1 < many
@@ -200,36 +200,11 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
     found = []
     for limit in (1 << 40, 1):
-        source = fit_layerwise(made.closed_forms, made.slices, data, memory_limit=limit)
+        source = fit_layerwise(made.closed_forms, made.slices, data, Execution(memory_limit=limit))
         found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
         np.testing.assert_array_equal(found[1][key], array)
-
-
-def test_a_shelf_counts_what_it_holds() -> None:
-    shelf = SpillableStore(100)
-    first = shelf.keep(np.zeros(10))
-    second = shelf.keep(np.arange(10.0))
-    assert (shelf.bytes_in_memory, shelf.bytes_in_files) == (80, 80)
-    assert not isinstance(first, np.memmap)
-    assert isinstance(second, np.memmap)
-    np.testing.assert_array_equal(second, np.arange(10.0))
-    second += 1
-    np.testing.assert_array_equal(second, np.arange(1.0, 11.0))
-    del first
-    assert shelf.bytes_in_memory == 0
-
-
-def test_sizes() -> None:
-    assert parse_bytes("2GB") == 2 * 10**9
-    assert parse_bytes(" 1.5 GiB ") == 3 * 2**29
-    assert parse_bytes("500m") == 5 * 10**8
-    assert parse_bytes("1000") == 1000
-    for text in ("", "two", "-1GB", "0", "1XB", "GB", "1e9"):
-        with pytest.raises(UserError, match="no size"):
-            parse_bytes(text)
-    assert free_memory() > 10**6
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
