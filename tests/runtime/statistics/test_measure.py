@@ -19,7 +19,7 @@ from snpc.runtime.statistics.measure import StatisticRequest, measure_batches, s
 from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Probe
-from tests.cli.test_cli import CALIB, VIT
+from tests.command_line import CALIB, VIT
 from tests.models.exports import load_feeds
 from tests.oracle import analysis_of, prunable, require, written
 
@@ -264,7 +264,7 @@ def test_progress_sees_every_batch() -> None:
             sizes.append(len(feed["image"]))
             yield feed
 
-    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), progress=watch)
+    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), execution=snpc.Execution(progress=watch))
     assert sizes == [6, 6, 6, 2]
 
 
