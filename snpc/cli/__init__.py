@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from snpc.cli.arguments import (
     workload_from_flags,
     write_text_file,
 )
-from snpc.cli.finetune import export_torch_command, finetune_command
+from snpc.cli.finetune import export_torch_command, finetune_command, import_gradient_provider
 from snpc.cli.options import (
     PATH_TYPE,
     build_options,
@@ -48,6 +49,7 @@ from snpc.cli.options import (
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.pipeline import report_json
 from snpc.planning.config import is_latency_target
+from snpc.runtime.execution.execution import Execution
 
 
 class ErrorReportingGroup(click.Group):
@@ -69,8 +71,7 @@ def plan_from_flags(
     criterion: str | None,
     load_stats: Sequence[Path],
     save_stats: Path | None,
-    memory_limit: int | None,
-    provider: str,
+    execution: Execution,
     watch: Any,
     batch: int | None,
     shapes: tuple[str, ...],
@@ -87,6 +88,8 @@ def plan_from_flags(
     statistics = statistics_from_files(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
         raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
+    if calibration is not None:
+        import_gradient_provider(criterion)
     with watch.stage("score and plan"):
         decision = snpc.plan(
             analysis,
@@ -95,9 +98,7 @@ def plan_from_flags(
             statistics=statistics,
             method=method,
             criterion=criterion,
-            memory_limit=memory_limit,
-            provider=provider,
-            progress=bars.batch_progress("calibrating", calibration),
+            execution=replace(execution, progress=bars.batch_progress("calibrating", calibration)),
             workload=workload_from_flags(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
@@ -154,7 +155,8 @@ def inspect_command(
     calibration = calibration_from_flags(analysis, **calib)
     found = None
     if curves:
-        found = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=calibration, provider=provider, whole=True)
+        execution = Execution(provider=provider)
+        found = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=calibration, execution=execution, whole=True)
     show.emit_json(report_json.analysis_json(analysis, found.curves if found else {}), json_path)
     if str(json_path) != "-":
         show.print_groups(analysis)
@@ -210,8 +212,9 @@ def prune_command(
         analysis = load_and_analyze(model, dims, kv_cache)
     flags, build_flags = builds.split_build_flags(flags, build)
     choice, calib = split_calibration_flags(flags)
+    execution = Execution(provider=provider, memory_limit=choice.pop("memory_limit"))
     artefacts = builds.expected_artifacts(
-        build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags
+        build, target, execution, calib["calib"] is not None, choice["batch"], **build_flags
     )
     written = [] if dry_run else [target, external_data_path(target), *artefacts]
     if dry_run and page is not None:
@@ -222,12 +225,12 @@ def prune_command(
         calibration = calibration_from_flags(analysis, **calib)
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
-        choice |= resolve_width_multiple(choice, build, provider)
-        analysis, calibration = apply_token_flags(analysis, calibration, tokens, choice, provider)
+        choice |= resolve_width_multiple(choice, build, execution)
+        analysis, calibration = apply_token_flags(analysis, calibration, tokens, choice, execution)
     latency = is_latency_target(choice["target"])
-    artefact = builds.timed_artifact_from_flags(build, latency, provider, calibration, choice["batch"], **build_flags)
-    decision = plan_from_flags(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
-    plan = decision.plan
+    artefact = builds.timed_artifact_from_flags(build, latency, execution, calibration, choice["batch"], **build_flags)
+    decision = plan_from_flags(analysis, calibration, execution=execution, watch=watch, artefact=artefact, **choice)
+    plan = decision.slices
     if plan_path is not None:
         write_text_file(plan_path, snpc.plan_to_json(plan))
     if dry_run:
@@ -242,8 +245,7 @@ def prune_command(
         decision,
         target,
         calibration=calibration,
-        memory_limit=choice["memory_limit"],
-        provider=provider,
+        execution=execution,
         watch=watch,
     )
     if plan_path is not None and result.search is not None:
@@ -252,7 +254,9 @@ def prune_command(
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     made = None
     if build is not None:
-        made = builds.build_from_flags(target, build, None, calibration, provider, batch=choice["batch"], **build_flags)
+        made = builds.build_from_flags(
+            target, build, None, calibration, execution, batch=choice["batch"], **build_flags
+        )
     present_result(result, json_path, made)
 
 
@@ -286,12 +290,13 @@ def plan_command(model: Path, output: Path | None, provider: str, kv_cache: bool
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = load_and_analyze(model, kv_cache=kv_cache)
     choice, calib = split_calibration_flags(flags)
+    execution = Execution(provider=provider, memory_limit=choice.pop("memory_limit"))
     check_output_paths([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_from_flags(analysis, **calib)
-    choice |= resolve_width_multiple(choice, None, provider)
-    analysis, calibration = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, provider)
-    decision = plan_from_flags(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
-    made = decision.plan
+    choice |= resolve_width_multiple(choice, None, execution)
+    analysis, calibration = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, execution)
+    decision = plan_from_flags(analysis, calibration, execution=execution, watch=Stopwatch(), **choice)
+    made = decision.slices
     write_text_file(target, snpc.plan_to_json(made))
     show.note_if_predicted(decision)
     show.print_plan(made)
@@ -336,21 +341,20 @@ def apply_command(
     read = [*model_files(model), plan_file, calib["calib"], *load_stats]
     check_output_paths([target, external_data_path(target), json_path], *read)
     calibration = calibration_from_flags(analysis, **calib)
+    execution = Execution(provider=provider, memory_limit=memory_limit)
     with watch.stage("closed forms"):
         compression = closed_forms_for(
             plan,
             calibration,
             statistics=statistics_from_files(load_stats),
-            memory_limit=memory_limit,
-            provider=provider,
+            execution=execution,
         )
     result = snpc.apply_slice_plan(
         plan,
         target,
         compression=compression,
         calibration=calibration,
-        memory_limit=memory_limit,
-        provider=provider,
+        execution=execution,
         watch=watch,
     )
     present_result(result, json_path)
@@ -387,7 +391,7 @@ def verify_command(
     snpc.load(pruned)
     check_output_paths([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
-    verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
+    verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, execution=Execution(provider=provider))
     show.emit_json(verdict_json(verdict), json_path)
     if str(json_path) != "-":
         show.print_verdict(verdict)

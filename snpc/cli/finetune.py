@@ -18,18 +18,28 @@ from snpc.cli.arguments import (
     write_text_file,
 )
 from snpc.cli.options import PATH_TYPE, image_options, json_option, model_argument
+from snpc.criteria import make_criterion
 from snpc.errors import UserError
+from snpc.runtime.statistics.gate_gradients import needs_gradient_provider
 
 
-def import_torch_package() -> Any:
-    """snpc.torch, which is imported when it is needed only."""
+def import_torch_package(needed_by: str = "this command", alternative: str = "") -> Any:
+    """snpc.torch, imported only when it is needed."""
     try:
         import snpc.torch
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in ("torch", "safetensors"):
             raise
-        raise UserError(f"this needs {error.name}, which is not installed: pip install 'snpc[torch]'") from None
+        raise UserError(
+            f"{needed_by} needs {error.name}, which is not installed: pip install 'snpc[torch]'{alternative}"
+        ) from None
     return snpc.torch
+
+
+def import_gradient_provider(criterion: str | None) -> None:
+    """Import snpc.torch, which measures gradients, where a criterion asks for them."""
+    if criterion is not None and needs_gradient_provider(make_criterion(criterion)):
+        import_torch_package(f"criterion {criterion}", ", or choose --criterion mixed")
 
 
 @click.command("finetune")

@@ -27,6 +27,7 @@ from snpc.cli.options import (
     planning_options,
 )
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 
 
 @click.command("sweep")
@@ -85,7 +86,8 @@ def sweep_command(
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
     tokens = choice.pop("tokens")
-    choice |= resolve_width_multiple(choice, build, provider)
+    execution = Execution(provider=provider)
+    choice |= resolve_width_multiple(choice, build, execution)
     names = parse_target_list(targets)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = load_and_analyze(model)
@@ -106,7 +108,7 @@ def sweep_command(
             method=method,
             target=build,
             precision=precision or "fp32",  # type: ignore[arg-type]
-            provider=provider,
+            execution=execution,
             batch=batch,
             rounds=iterations,
             step=step,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from snpc.errors import UserError
 from snpc.graph.pass_manager import PassObserver
+from snpc.runtime.execution.execution import Execution
 from snpc.types import Difference, Feeds, Shape
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -44,7 +45,7 @@ class BuildRequest:
 
     output: Path
     precision: Precision
-    provider: str
+    execution: Execution
     options: BuildOptions
 
 

@@ -22,6 +22,7 @@ from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.fusion.fuse_attention import FusionResult
 from snpc.passes.pass_list import FUSE_ATTENTION
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets import TARGETS
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput
@@ -381,7 +382,7 @@ def test_auto_widths_follow_what_runs_the_model(tmp_path: Path) -> None:
     assert (
         dataclasses.astuple(widths_for_target("trt-rtx"))
         == (8, 16)
-        == dataclasses.astuple(widths_for_target(None, "cuda"))
+        == dataclasses.astuple(widths_for_target(None, Execution(provider="cuda")))
     )
     assert widths_for_target(None) == widths_for_target("ort") == widths_for_target("openvino")
 

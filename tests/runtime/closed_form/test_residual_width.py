@@ -27,7 +27,7 @@ from snpc.runtime.closed_form.refit_normalizations import (
     solve_affine,
     solve_consumer_refit,
 )
-from snpc.types import APPROXIMATE_REASON, Group
+from snpc.types import Group
 from tests.cli.test_cli import CALIB, VIT, invoke, reported
 from tests.models.exports import EXPORTS, export
 from tests.oracle import (
@@ -66,7 +66,7 @@ def test_it_is_free_but_said_to_be_approximate(name: str) -> None:
     groups = residual(analysis)
     assert groups
     for group in groups:
-        assert (group.freedom, group.freedom_reason) == ("select", APPROXIMATE_REASON)
+        assert (group.freedom, group.approximate) == ("select", True)
         made = {site.tensor for site in group.sites}
         assert not [pin for pin in analysis.pins if pin.tensor in made]
 
@@ -194,7 +194,7 @@ def halved(analysis: Analysis, seed: int = 0) -> Cuts:
 def test_normalisations_however_they_are_spelled(kind: str, tmp_path: Path) -> None:
     analysis = normed(tmp_path, kind)
     (group,) = residual(analysis)
-    assert (group.size, group.freedom_reason) == (D, APPROXIMATE_REASON)
+    assert (group.size, group.approximate) == (D, True)
     pair = cut(analysis, halved(analysis))
     assert relative_error(run(analysis.model.path, IDS), run(pair.masked, IDS)) > 1e-3
     for level in ("off", "all"):
@@ -428,7 +428,7 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
     second = x + np.maximum(first @ given["up"], 0) @ given["down"]
     batches = [{"ids": IDS["ids"][:4]}, {"ids": IDS["ids"][4:]}]
     for sums, value, number in zip(
-        measure_normalizations(analysis.traced_graph, norms, dead, batches, "cpu"), (x, second), "12", strict=True
+        measure_normalizations(analysis.traced_graph, norms, dead, batches), (x, second), "12", strict=True
     ):
         gain, bias = given[f"g{number}"], given[f"b{number}"]
         y, z = normalise(value, kind, gain, bias), normalise(value[:, stays], kind, gain[stays], bias[stays])
