@@ -15,7 +15,7 @@ import snpc
 from snpc.runtime.execution import memory
 from snpc.runtime.io import save as model_io
 from snpc.runtime.statistics import unit_weights as numbers
-from tests.cli.test_cli import invoke
+from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama
 
 SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
