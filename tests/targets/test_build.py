@@ -20,6 +20,8 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
+from snpc.passes.fusion.fuse_attention import FusionResult
+from snpc.passes.pass_list import FUSE_ATTENTION
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets import TARGETS
@@ -115,13 +117,14 @@ def test_the_plain_graph_stays_unless_another_is_faster(
 def test_a_candidate_that_changes_outputs_is_not_used(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, projections: bool = False) -> tuple[Any, int]:
+    def broken(model: Any) -> Any:
         made = model.clone()
         weight = max(made.graph.initializers.values(), key=lambda v: v.const_value.size)
         weight.const_value = onnx_tensor(weight.const_value.numpy() * 1.1, weight.name)
-        return made, 1
+        return FusionResult(made, True, 1)
 
-    monkeypatch.setattr("snpc.targets.onnxruntime.fuse_attention", broken)
+    entry = dataclasses.replace(FUSE_ATTENTION, run=lambda: broken)
+    monkeypatch.setattr("snpc.targets.onnxruntime.FUSE_ATTENTION", entry)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert any("attention in one node" in note and "away from the model's" in note for note in built.notes)
     assert built.drift[0].relative < 1e-5
