@@ -1,7 +1,7 @@
 """The rules of the architecture: who imports whom, who knows operators and runtimes, one name for one thing.
 
-Each rule is a function of a source tree that gives its violations. It is applied to snpc, where it must give none, and to
-a small package that breaks it, where it must give some: a rule that cannot fail is no rule.
+Each rule is a function from a source tree to its violations. It is applied to snpc, where it must give none, and to a
+small package that breaks it, where it must give one: a rule that cannot fail is no rule.
 """
 
 from __future__ import annotations
