@@ -92,7 +92,7 @@ def prune_command(
     if output.plan_path is not None and result.search is not None:
         write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
     if output.page is not None:
-        snpc.write_report(result, output.page, decision=plan, calibration=data)
+        snpc.write_report(result, output.page, plan=plan, calibration=data)
     built = build.load(path, execution, data, workload.batch)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
