@@ -13,7 +13,6 @@ from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.weights.edits import UnsupportedWeightForm
 from snpc.runtime.closed_form.masked_weights import constant_array
 from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
@@ -123,10 +122,7 @@ def open_segment(
 def segment_ends(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
-    try:
-        producers = [value.producer() for value in residual_sums(analysis.traced_graph, group)]
-    except UnsupportedWeightForm:
-        return []
+    producers = [value.producer() for value in residual_sums(analysis, group)]
     position = {n: k for k, n in enumerate(analysis.traced_graph.model.graph)}
     return [position[p] + 1 for p in producers if p is not None]
 
