@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import click
+import onnx
+import onnx.parser
 import pytest
 from click.testing import CliRunner
 
+import snpc
 import snpc.cli
 from snpc.cli import main
 from snpc.cli.arguments.calibration import CalibrationArguments
 from snpc.cli.arguments.group import ArgumentGroup, SectionedCommand, SectionOption, argument, command, option, subgroup
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.errors import UserError
+from snpc.passes.pass_list import PASS_NAMES
 
 COMMANDS = sorted(main.commands)
 MAX_PARAMETERS = 8
@@ -96,6 +101,27 @@ def test_prune_has_the_sections() -> None:
     assert titles == [
         "What to cut", "How much", "Calibration", "Tokens", "Output", "Building", "Running", "Options",
     ]  # fmt: skip
+
+
+def test_passes_are_listed_in_their_order() -> None:
+    listed = json.loads(CliRunner().invoke(main, ["passes", "--json", "-"]).stdout)["passes"]
+    assert tuple(row["name"] for row in listed) == PASS_NAMES
+    text = CliRunner().invoke(main, ["passes"]).output
+    assert all(row["what"] in text and row["why_here"] in text for row in listed)
+
+
+def test_graphs_are_written_after_a_pass(tmp_path: Path) -> None:
+    model = Path(snpc.__file__).parent / "data" / "digits" / "digits_vit.onnx"
+    folder = tmp_path / "graphs"
+    done = CliRunner().invoke(main, ["inspect", str(model), "--dump-after", "eliminate-dead-rows", str(folder)])
+    assert done.exit_code == 0, done.output
+    (path,) = folder.iterdir()
+    assert path.name == "01-eliminate-dead-rows.txt"
+    written = onnx.parser.parse_model(path.read_text()).graph
+    assert {node.op_type for node in onnx.load(model).graph.node} >= {node.op_type for node in written.node}
+    assert written.output[0].name == "logits"
+    wrong = CliRunner().invoke(main, ["inspect", str(model), "--dump-after", "eliminate-dead-row", str(folder)])
+    assert wrong.exit_code == 2 and "did you mean eliminate-dead-rows" in wrong.stderr
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
