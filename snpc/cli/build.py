@@ -20,7 +20,7 @@ from snpc.cli.arguments.running import ExecutionArguments
 
 
 @dataclass(frozen=True)
-class BuildOutput(ArgumentGroup):
+class BuildOutputArguments(ArgumentGroup):
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
@@ -55,7 +55,7 @@ def build_command(
     target: BuildTargetArguments,
     arguments: BuildArguments,
     calibration: CalibrationArguments,
-    output: BuildOutput,
+    output: BuildOutputArguments,
     running: ExecutionArguments,
 ) -> None:
     """Make MODEL into what a runtime loads fastest; load it again and compare its outputs.

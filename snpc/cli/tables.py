@@ -84,7 +84,7 @@ def fitting_columns(line_width: int, header: Sequence[str], widths: Sequence[int
 # -- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
+def group_cost_row(group: Group, cost: Cost) -> tuple[str, ...]:
     freedom = group.freedom if not group.pins else "pinned"
     return (
         group.id,
@@ -110,7 +110,7 @@ def print_groups(analysis: Analysis) -> None:
             f"rows that no output depends on: {format_share(analysis.dead_macs, cost.macs)} of the MACs, "
             "dropped without loss"
         )
-    rows = [group_row(g, cost) for g in analysis.groups]
+    rows = [group_cost_row(g, cost) for g in analysis.groups]
     if rows:
         print_table(
             "groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6)
