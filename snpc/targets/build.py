@@ -61,13 +61,13 @@ def build(
     start = time.perf_counter()
     asked = options or BuildOptions()
     where = check_build(model, target, output, precision, execution, calibration is not None, asked)
-    chosen, loaded = find_target(target), load(model)
+    chosen, loaded = find_target(target), load(model, asked.observer)
     cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
     for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
-    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn)
+    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn, asked.observer)
     with staging_folder(where) as folder:
         source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
