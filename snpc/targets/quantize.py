@@ -168,11 +168,10 @@ def insert_product_input(
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.clip_limit)
-    limits = [
-        add_constant(model.graph, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))
-    ]
+    low = add_constant(model.graph, np.asarray(-bound), f"{data.name}_low")
+    high = add_constant(model.graph, np.asarray(bound), f"{data.name}_high")
     index = add_constant(model.graph, outliers.columns.astype(np.int64), f"{data.name}_outliers")
-    clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")
+    clipped = insert_node_before(node, CLIP, [data, low, high], f"{data.name}_int8")
     return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", {"axis": -1})
 
 

@@ -143,4 +143,4 @@ class ShapeParameterEditor:
         return self.insert(node, DIV, [product, down], self.unused_node_name(f"{hint}__shape"))
 
     def unused_node_name(self, name: str) -> str:
-        return unused_name(name, {node.name for node in self.copy.graph})
+        return unused_name(name, {str(node.name) for node in self.copy.graph})
