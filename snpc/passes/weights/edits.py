@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from snpc.graph.builder import add_constant, make_node, redirect_uses, replace_graph_output
 from snpc.graph.shapes import static_shape
-from snpc.graph.traversal import is_stored_constant
+from snpc.graph.traversal import is_stored_constant, movement_root
 from snpc.ops import lookup
 from snpc.ops.names import ADD
 from snpc.passes.grouping.traced import TracedGraph
@@ -158,13 +158,9 @@ def weight_rank(node: ir.Node) -> int:
 
 
 def weight_dtype(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a constant, seen directly or through movement."""
-    while value is not None and value.const_value is None:
-        node = value.producer()
-        if node is None or lookup(node.domain, node.op_type).kind != "movement":
-            return None
-        value = node.inputs[0]
-    return None if value is None else value.dtype
+    """The type of a constant, read directly or through movement."""
+    root = None if value is None else movement_root(value)
+    return None if root is None or root.const_value is None else root.dtype
 
 
 def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
