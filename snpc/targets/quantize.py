@@ -168,9 +168,9 @@ def insert_product_input(
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.clip_limit)
-    low = add_constant(model.graph, np.asarray(-bound), f"{data.name}_low")
-    high = add_constant(model.graph, np.asarray(bound), f"{data.name}_high")
-    index = add_constant(model.graph, outliers.columns.astype(np.int64), f"{data.name}_outliers")
+    low = add_constant(model.graph, np.asarray(-bound), f"{data.name}_low", typed=False)
+    high = add_constant(model.graph, np.asarray(bound), f"{data.name}_high", typed=False)
+    index = add_constant(model.graph, outliers.columns.astype(np.int64), f"{data.name}_outliers", typed=False)
     clipped = insert_node_before(node, CLIP, [data, low, high], f"{data.name}_int8")
     return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", {"axis": -1})
 
@@ -180,9 +180,9 @@ def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
-    outer = add_constant(model.graph, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    outer = add_constant(model.graph, np.ascontiguousarray(array[index]), f"{node.name}_outer", typed=False)
     array[index] = 0
-    node.replace_input_with(1, add_constant(model.graph, array, f"{node.name}_inner"))
+    node.replace_input_with(1, add_constant(model.graph, array, f"{node.name}_inner", typed=False))
     out = node.outputs[0]
     users, listed = list(out.uses()), out.is_graph_output()
     product = make_node(MATMUL, [columns, outer], name=f"{node.name}_float")
