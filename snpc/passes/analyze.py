@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from snpc.passes.grouping.groups import build_groups
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.propagation.labels import LabelFlag
 from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -55,6 +57,11 @@ class Analysis:
             return self.model.digest
         told = json.dumps(self.reduction.to_json(), sort_keys=True)
         return hashlib.sha256(f"{self.model.digest} {told}".encode()).hexdigest()
+
+    @cached_property
+    def weights(self) -> Mapping[str, GroupWeights]:
+        """Group id -> the weights that produce and consume its units, and its closed form. Computed once per group."""
+        return LazyGroupWeights(self.traced_graph, self.groups)
 
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)

@@ -26,7 +26,7 @@ from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
-from snpc.types import Cost, Verdict
+from snpc.types import ClosedFormKind, Cost, Verdict
 
 
 @dataclass
@@ -67,9 +67,8 @@ class PrunedModel:
     verification: Verdict
     seconds: Mapping[str, float]
     calibration: str = ""
-    closed_forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
-    "coupled" (selected by what the scores lose)."""
+    closed_forms: Mapping[str, ClosedFormKind] = field(default_factory=dict)
+    """Group id -> the closed form with which it was pruned."""
     search: SearchResult | None = None
     """How a drift or a latency was met, where the plan had to be found by trying."""
 
@@ -114,7 +113,7 @@ class CandidateModel:
     path: Path
     after: Cost
     verdict: Verdict
-    closed_forms: Mapping[str, str]
+    closed_forms: Mapping[str, ClosedFormKind]
 
     @property
     def drift(self) -> float:
@@ -147,9 +146,9 @@ def write_candidate(
     with watch.stage("report"):
         after = cost_of_file(temporary, analysis)
     compression = means.closed_forms
-    forms = {**compression.kinds} if compression is not None and plan.method != "select" else {}
-    forms |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
-    return CandidateModel(plan, temporary, after, verdict, forms)
+    kinds = {**compression.kinds} if compression is not None and plan.method != "select" else {}
+    kinds |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
+    return CandidateModel(plan, temporary, after, verdict, kinds)
 
 
 def publish_candidate(
