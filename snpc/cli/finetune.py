@@ -152,7 +152,7 @@ def finetune_command(
     reading = ("calib", "calib_samples", "image_size", "image_mean", "image_std", "image_layout")
     calib = {name: flags.pop(name) for name in reading}
     given = {k: v for k, v in flags.items() if v not in (None, ())}
-    training = torch.Training(**given, seed=seed)
+    training = torch.TrainingOptions(**given, seed=seed)
     if resume and checkpoint is None:
         raise UserError("--resume goes on from a checkpoint: say where it is with --checkpoint")
     check_output_paths(
@@ -164,7 +164,7 @@ def finetune_command(
     )
     analysis = load_and_analyze(teacher)
     data = calibration_from_flags(analysis, **calib, calib_batch=training.batch, seed=seed)
-    saved = torch.Saved(checkpoint, checkpoint_every, resume) if checkpoint else None
+    saved = torch.CheckpointOptions(checkpoint, checkpoint_every, resume) if checkpoint else None
     if schedule is None and (rounds, criterion, max_drift, max_drop, held_out) != (None,) * 5:
         raise UserError(
             "--rounds, --criterion, --max-drift, --max-drop and --eval are for --schedule: cut with `snpc prune`, then "
@@ -177,21 +177,20 @@ def finetune_command(
             else evaluation_from_flags(analysis, held_out, labels, evaluation_flags(calib, training, seed))
         )
         check_schedule(schedule, pruned, teacher, labels, judged, (max_drift, max_drop), (masks, plan_path))
-        way = torch.Way("select" if criterion else None, criterion)
-        options = {"goal": target or "macs", "rounds": rounds or 4, "way": way, "training": training, "saved": saved}
-        run = torch.prune_in_rounds
+        method = "select" if criterion else None
+        plan = torch.Rounds(target or "macs", rounds or 4, method, criterion, training, saved)
         if schedule == "adaptive":
-            run = torch.prune_adaptively
             limit = torch.DriftLimit(max_drift) if judged is None else torch.AccuracyDrop(max_drop, teacher, judged)
-            options["objective"] = limit
-        found = run(pruned, data, written, **options, heard=bars.print_round)
+            found = torch.prune_adaptively(pruned, data, written, plan, limit, on_round=bars.print_round)
+        else:
+            found = torch.prune_in_rounds(pruned, data, written, plan, on_round=bars.print_round)
         show.emit_json({"snpc_rounds": 1, "output": str(written), "rounds": [asdict(r) for r in found]}, json_path)
         return
     if masks is not None:
         if pruned.resolve() != teacher.resolve() or labels is not None:
             raise UserError("--learn-masks cuts the dense model: give it as --teacher too, and no labels")
         if "lr" not in given:
-            training = replace(training, lr=torch.RATE)
+            training = replace(training, lr=torch.MASK_LEARNING_RATE)
         learn_masks_and_prune(analysis, data, masks, target, training, saved, written, plan_path, json_path)
         return
     if target is not None or plan_path is not None:
@@ -201,11 +200,11 @@ def finetune_command(
     classes = Path(labels) if labels else None
     with bars.training_progress() as report:
         result = torch.finetune(
-            pruned, teacher, data, written, training=training, labels=classes, saved=saved, report=report
+            pruned, teacher, data, written, training=training, labels=classes, checkpoints=saved, on_progress=report
         )
     if result is None:
         return  # one of several processes, and not the one that writes
-    show.emit_json(torch.report(result), json_path)
+    show.emit_json(torch.finetune_json(result), json_path)
     if str(json_path) != "-":
         show.print_finetuned(result)
 
@@ -251,7 +250,13 @@ def learn_masks_and_prune(
 
     with bars.training_progress() as report:
         learned = import_torch_package().learn_masks(
-            analysis, data, masks, snpc.Budget(target=target or "macs"), training=training, saved=saved, report=report
+            analysis,
+            data,
+            masks,
+            snpc.Budget(target=target or "macs"),
+            training=training,
+            checkpoints=saved,
+            on_progress=report,
         )
     if plan_path is not None:
         write_text_file(plan_path, snpc.plan_to_json(learned.plan))
