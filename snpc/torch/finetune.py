@@ -334,7 +334,7 @@ def check_outputs(task: FinetuneTask, path: Path) -> None:
         outputs = task.module(task.to_tensors(feeds))
     names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
     expected = {name: outputs[name].float().cpu().numpy() for name in names}
-    written = run_batches(path, [feeds], "cpu")[0]
+    written = run_batches(path, [feeds])[0]
     tolerance = rounding_tolerance(task.dense.model)
     if task.worker.device.type != "cpu":
         tolerance = max(tolerance, GPU_TOLERANCE)
@@ -358,7 +358,7 @@ def measure_drift(
     else:
         batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"
-    expected = run_batches(task.dense.model.path, batches, "cpu")
+    expected = run_batches(task.dense.model.path, batches)
     (_, before), (_, after) = (compare_models(expected, path, None, batches) for path in (pruned, output))
     return before, after, compared
 

@@ -81,7 +81,7 @@ class AccuracyDrop:
 
     def accuracy(self, path: Path) -> float:
         """The share of correct answers of a file."""
-        accuracy = top1_accuracy(collect_outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
+        accuracy = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
         assert accuracy is not None
         return accuracy
 
