@@ -176,10 +176,10 @@ def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
 class Line:
     """y = 3 x + 1, in batches of four."""
 
-    per_epoch = 8
+    steps_per_epoch = 8
 
     def epoch(self, number: int, first: int) -> Any:
-        for k in range(first, self.per_epoch):
+        for k in range(first, self.steps_per_epoch):
             x = torch.randn(4, 1, generator=torch.Generator().manual_seed(100 * number + k))
             yield Batch({"x": x}, {"y": 3 * x + 1})
 
