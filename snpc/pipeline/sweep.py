@@ -23,9 +23,9 @@ from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.io.atomic import check_target
+from snpc.runtime.io.atomic import check_target, staging_folder
 from snpc.targets.base import Precision
-from snpc.targets.build import build, find_target, staging_folder, timed_artifact
+from snpc.targets.build import build, find_target, timed_artifact
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"

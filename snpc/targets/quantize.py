@@ -167,8 +167,8 @@ def insert_product_input(
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.clip_limit)
-    limits = [add_constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
-    index = add_constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
+    limits = [add_initializer(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
+    index = add_initializer(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
     clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")
     return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
 
@@ -178,9 +178,9 @@ def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
-    outer = add_constant(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    outer = add_initializer(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
     array[index] = 0
-    node.replace_input_with(1, add_constant(model, array, f"{node.name}_inner"))
+    node.replace_input_with(1, add_initializer(model, array, f"{node.name}_inner"))
     out = node.outputs[0]
     users, listed = list(out.uses()), out.is_graph_output()
     product = ir.Node("", MATMUL, [columns, outer], num_outputs=1, name=f"{node.name}_float")
@@ -204,7 +204,7 @@ def insert_node_before(
     return made.outputs[0]
 
 
-def add_constant(model: ir.Model, array: Any, name: str) -> ir.Value:
+def add_initializer(model: ir.Model, array: Any, name: str) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
     model.graph.register_initializer(value)
     return value

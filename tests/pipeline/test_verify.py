@@ -304,7 +304,10 @@ class TestNothingHalfWritten:
         assert "cannot write it (File too large)" in done.stderr
         assert snapshot(tiny.parent) == before
 
-    @pytest.mark.parametrize("where", ["write_inline", "verify_written", "publish"])
+    @pytest.mark.parametrize(
+        "where",
+        ["runtime.io.save.write_inline", "pipeline.prune.verify_candidate", "pipeline.prune.rename_into_place"],
+    )
     @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, snpc.CheckFailed])
     def test_a_crash(
         self, where: str, error: type[BaseException], tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,8 +316,7 @@ class TestNothingHalfWritten:
             raise error("now")
 
         before = snapshot(tiny.parent)
-        module = "model_io" if where == "write_inline" else "prune"
-        monkeypatch.setattr(f"snpc.runtime.{module}.{where}", crash)
+        monkeypatch.setattr(f"snpc.{where}", crash)
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(tiny))), snpc.Budget(0.5))
         with pytest.raises(error, match="now"):
             snpc.apply_slice_plan(plan, earlier)

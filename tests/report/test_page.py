@@ -88,7 +88,7 @@ def pruned(
         decision.slices, folder / "pruned.onnx", compression=decision.closed_forms, calibration=calibration
     )
     target = folder / "report.html"
-    report = snpc.write_report(result, target, decision=decision, calibration=calibration)
+    report = snpc.write_report(result, target, plan=decision, calibration=calibration)
     return Written(result, decision, report, target.read_text(encoding="utf-8"))
 
 

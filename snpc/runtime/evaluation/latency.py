@@ -26,6 +26,7 @@ from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
+from snpc.runtime.execution.session import onnxruntime_version
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
 from snpc.types import FloatArray, Group, Shape
@@ -173,9 +174,7 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
 
 def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> str:
     """A name for all that times depend on."""
-    import onnxruntime as ort
-
-    machine = [cpu_name(), available_cores(), ort.__version__, execution.provider]
+    machine = [cpu_name(), available_cores(), onnxruntime_version(), execution.provider]
     made = workload.artifact.name if workload.artifact else ""
     run = asdict(replace(workload, artifact=None))
     what = [
