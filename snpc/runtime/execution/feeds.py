@@ -70,10 +70,10 @@ def random_feeds(
 ) -> dict[str, AnyArray]:
     """Seeded arrays for ``inputs``: floats standard normal, ids uniform in [0, limit), masks and bools ones.
 
-    A dynamic first axis is the batch. Other dynamic axes take their size from ``dim_sizes`` (names that no input has are
-    ignored); without one it is 0 where only past keys and values have the axis, else 16. Equal names get equal sizes,
-    also those that a shape in ``shapes`` binds; a name such as "past + new" is the sum of its terms. Ids of an input are
-    below its entry in ``id_limits``, else below 2. The values of an input depend on ``seed`` and its name alone.
+    A dynamic first axis is the batch. Other dynamic axes take their size from ``dim_sizes`` (names that no input has
+    are ignored); without one it is 0 where only past keys and values have the axis, else 16. Equal names get equal
+    sizes, also those that a shape in ``shapes`` binds; a name such as "past + new" is the sum of its terms. Ids of an
+    input are below its entry in ``id_limits``, else below 2. Its values depend on ``seed`` and its name alone.
     UserError: a shape that does not fit its input, or a type without random values.
     """
     shapes, dim_sizes, id_limits = shapes or {}, dim_sizes or {}, id_limits or {}
