@@ -147,7 +147,10 @@ def default_output(model: Path, target: BuildTarget, precision: Precision, optio
 def default_feeds(model: Model, batch: int) -> Feeds:
     sizes, facts = choose_dim_sizes(model.graph)
     return random_feeds(
-        model.inputs, batch=batch, sizes=without_batch_dims(model, sizes), limits=embedding_rows(model.graph, facts)
+        model.inputs,
+        batch=batch,
+        dim_sizes=without_batch_dims(model, sizes),
+        id_limits=embedding_rows(model.graph, facts),
     )
 
 

@@ -318,7 +318,7 @@ def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = reported("prune", VIT, "--target", "latency=0.7", "--batch", 32, "--round-to", 8, "-o", out)
     assert report["search"]["reached"] <= 0.7
     assert report["macs"]["after"] < report["macs"]["before"]
-    found = snpc.bench([VIT, out], batch=32, iterations=30)
+    found = snpc.bench([VIT, out], snpc.RandomInputs(batch=32), protocol=snpc.TimingProtocol(iterations=30))
     assert 1 / found.speedups[0].ratio < 0.95
     assert list((tmp_path / "cache" / "snpc").iterdir())
 

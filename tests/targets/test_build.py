@@ -233,7 +233,7 @@ def test_bench_compares_runtimes_and_their_outputs(digits: Path, tmp_path: Path)
     onnx_path = digits / "half.onnx"
     built = [snpc.build(onnx_path, "ort", tmp_path / "a.onnx"), snpc.build(onnx_path, "openvino", tmp_path / "b.xml")]
     paths = [onnx_path, *built[0].files, built[1].path]
-    result = snpc.bench(paths, batch=2, iterations=3, warmup=1)
+    result = snpc.bench(paths, snpc.RandomInputs(batch=2), protocol=snpc.TimingProtocol(iterations=3, warmup=1))
     assert [t.model for t in result.timings] == ["half.onnx", "a.onnx", "a.ort", "b.xml"]
     assert all(
         s.largest_difference is not None
