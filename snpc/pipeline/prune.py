@@ -22,6 +22,7 @@ from snpc.runtime.closed_form.refit_normalizations import approximate_groups
 from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
 )
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
@@ -79,20 +80,19 @@ def apply_slice_plan(
     *,
     compression: ClosedForms | None = None,
     calibration: Calibration | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     watch: Stopwatch | None = None,
 ) -> PrunedModel:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
     A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut, and
-    the calibration data. ``memory_limit``: see ``sequential.fit_sequentially``.
+    the calibration data. ``execution.memory_limit``: see ``fit_layerwise``.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
     left at ``target``).
     """
     watch = watch or Stopwatch()
-    means = FitInputs(compression, calibration, memory_limit, provider)
+    means = FitInputs(compression, calibration, execution)
     temporary = temporary_path(target)
     try:
         made = write_candidate(plan, target, temporary, means, watch)
@@ -142,7 +142,7 @@ def write_candidate(
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with watch.stage("verify"):
-        verdict = verify_candidate(rewritten, plan, temporary, means.calibration, means.provider)
+        verdict = verify_candidate(rewritten, plan, temporary, means.calibration, means.execution)
         raise_if_unequal(verdict)
     with watch.stage("report"):
         after = cost_of_file(temporary, analysis)

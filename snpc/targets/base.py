@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 from snpc.types import Difference, Feeds, Shape
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -43,7 +44,7 @@ class BuildRequest:
 
     output: Path
     precision: Precision
-    provider: str
+    execution: Execution
     options: BuildOptions
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from snpc.passes.fusion.fuse_attention import fuse_attention
 from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
 from snpc.runtime.evaluation.compare import TOLERANCE, aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimized
 from snpc.runtime.io.atomic import external_data_path
 from snpc.runtime.io.load import file_bytes, load
@@ -48,19 +49,19 @@ class GraphCandidate:
 
 
 def build_onnxruntime(job: BuildJob) -> BuildOutput:
-    if job.precision == "fp16" and job.provider == "cpu":
+    if job.precision == "fp16" and job.execution.provider == "cpu":
         return keep_unoptimized(job)
     folder = job.source.parent
     plain = GraphCandidate("as onnxruntime optimises it", folder / "plain.onnx")
-    save_optimized(job.source, plain.path, provider=job.provider)
-    reference = run_batches(job.model, job.feeds, job.provider)
+    save_optimized(job.source, plain.path, execution=job.execution)
+    reference = run_batches(job.model, job.feeds, job.execution)
     allowed = OUTPUT_TOLERANCE + 1.25 * output_drift(reference, plain.path, job)
     notes: list[str] = []
     good = [plain]
     for name, source in fusion_candidates(job):
         found = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
-            save_optimized(source, found.path, provider=job.provider)
+            save_optimized(source, found.path, execution=job.execution)
             gap = output_drift(reference, found.path, job)
         except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
             notes.append(f"{name}: not used, {first_lines(error)}")
@@ -103,7 +104,7 @@ def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
         found.append((name, path))
     for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
         out = folder / f"transformers{index}.onnx"
-        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.provider):
+        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.execution):
             found.append((join_names(name, "onnxruntime.transformers' fusions"), out))
     return found
 
@@ -118,7 +119,7 @@ def join_names(*names: str) -> str:
     return " and ".join(name for name in names if name)
 
 
-def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
+def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> bool:
     """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
     from onnxruntime.transformers import optimizer
 
@@ -126,7 +127,7 @@ def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
     for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=provider != "cpu")
+        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=execution.provider != "cpu")
     except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
         return False
     if not any(made.get_fused_operator_statistics().values()):
@@ -137,7 +138,7 @@ def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
 
 def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
     """How far the outputs of a session with all optimisations are from the model's."""
-    session = open_session(path, provider=job.provider)
+    session = open_session(path, execution=job.execution)
     found = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
     return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
 
@@ -148,8 +149,8 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
     candidates = screen_candidates(job, candidates, notes)
     if len(candidates) == 1:
         return candidates[0]
-    clock = time_ratios(job, candidates, time.perf_counter, 0)
-    spent = time_ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
+    clock = time_ratios(job, candidates, time.perf_counter, None)
+    spent = time_ratios(job, candidates, time.process_time, 1) if job.execution.provider == "cpu" else clock
     good = [candidates[0]]
     speeds = {candidates[0]: 1.0}
     for candidate in candidates[1:]:
@@ -165,7 +166,7 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
 
 def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
     """Those that a first look does not find clearly slower than the first."""
-    clock = time.process_time if job.provider == "cpu" else time.perf_counter
+    clock = time.process_time if job.execution.provider == "cpu" else time.perf_counter
     found = []
     for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
@@ -180,12 +181,12 @@ def time_ratios(
     job: BuildJob,
     candidates: Sequence[GraphCandidate],
     clock: Callable[[], float],
-    threads: int,
+    threads: int | None,
     rounds: int = TIMING_ROUNDS,
     seconds: float | None = None,
 ) -> dict[GraphCandidate, FloatArray]:
     """Candidate -> [rounds], how many times as fast as the first it was in each round."""
-    sessions = [open_session(c.path, provider=job.provider, threads=threads) for c in candidates]
+    sessions = [open_session(c.path, execution=replace(job.execution, threads=threads)) for c in candidates]
     calls = [[prepare_run(session, job.timing_feeds)] for session in sessions]
     run_rounds(calls, iterations=2)
     times = run_rounds(calls, iterations=rounds, duration=TIMING_SECONDS if seconds is None else seconds, clock=clock)
@@ -197,13 +198,13 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
     head = job.output.with_suffix(".onnx")
     flat = job.output.with_suffix(".ort")
     big = file_bytes(best.path) > PROTOBUF_LIMIT
-    save_optimized(best.path, head, provider=job.provider, external=external_data_path(head).name if big else "")
+    save_optimized(best.path, head, execution=job.execution, external=external_data_path(head).name if big else "")
     files = [head, *([external_data_path(head)] if big else [])]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
-        save_optimized(best.path, flat, provider=job.provider, form="ORT")
-        open_session(flat, provider=job.provider)
+        save_optimized(best.path, flat, execution=job.execution, form="ORT")
+        open_session(flat, execution=job.execution)
         files.append(flat)
     wanted = flat if job.output.suffix == ".ort" and not big else head
     notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
@@ -213,7 +214,7 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
 def check_onnxruntime(request: BuildRequest) -> None:
     if request.output.suffix not in (".onnx", ".ort"):
         raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
-    if request.precision == "bf16" and request.provider == "cpu":
+    if request.precision == "bf16" and request.execution.provider == "cpu":
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+
 TENSOR_CORE_MULTIPLE = 8  # tensor cores take half-precision matrices in multiples of 8
 MIN_FUSED_HEAD = 16  # fused attention kernels start at heads of 16
 VECTOR_WIDTHS = (("avx512f", 16), ("avx", 8))  # float32 per vector
@@ -18,9 +20,9 @@ class PreferredWidths:
     minimum: int
 
 
-def widths_for_target(target: str | None, provider: str = "cpu") -> PreferredWidths:
-    """By what will run the model: a target of ``snpc build``, or onnxruntime with ``provider``."""
-    if target in ("trt", "trt-rtx") or (target in (None, "ort") and provider != "cpu"):
+def widths_for_target(target: str | None, execution: Execution = DEFAULT_EXECUTION) -> PreferredWidths:
+    """By what will run the model: a target of ``snpc build``, or onnxruntime as ``execution`` says."""
+    if target in ("trt", "trt-rtx") or (target in (None, "ort") and execution.provider != "cpu"):
         return PreferredWidths(TENSOR_CORE_MULTIPLE, MIN_FUSED_HEAD)
     multiple = vector_width()
     return PreferredWidths(multiple, multiple)

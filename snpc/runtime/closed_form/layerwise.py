@@ -28,6 +28,7 @@ from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, solve_bases
 from snpc.runtime.closed_form.masked_weights import edited_constants, trial_weights
 from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, ResidualError, add_missing_biases, schedule_stages
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import temporary_session
@@ -67,12 +68,11 @@ def fit_layerwise(
     compression: ClosedForms,
     plan: SlicePlan,
     calibration: Calibration,
-    provider: str = "cpu",
-    memory_limit: int | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> TracedGraph:
     """The model at its full size with every weight made for the plan, layer after layer.
 
-    Of what crosses the borders of segments, what is more than ``memory_limit`` bytes (None: half of what is free) lies
+    Of what crosses the borders of segments, what is more than ``execution.memory_limit`` bytes (None: half of what is free) lies
     in temporary files.
 
     Raises stages.NotSequential where the graph cannot be run in segments.
@@ -84,14 +84,14 @@ def fit_layerwise(
     contents = edited_constants(base, closed_form_edits(compression, before))
     probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.requests)
     padding = find_padding(compression.analysis.traced_graph, probe_row_counters(probes))
-    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(memory_limit)))
-    with token_mask_runner(compression.analysis.traced_graph, padding, provider) as masks:
+    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(execution.memory_limit)))
+    with token_mask_runner(compression.analysis.traced_graph, padding, execution) as masks:
         for feeds in calibration.batches():
             carry.masks.append(masks(feeds))
             carry.dense.append(carry.keep(feeds))
             carry.pruned.append(dict(carry.dense[-1]))
     for stage in stages:
-        contents |= fit_stage(LayerwiseFit(base, plan, before, provider, padding), stage, contents, carry)
+        contents |= fit_stage(LayerwiseFit(base, plan, before, execution, padding), stage, contents, carry)
     return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
 
 
@@ -111,7 +111,7 @@ class LayerwiseFit:
     base: TracedGraph
     plan: SlicePlan
     earlier_plan: SlicePlan
-    provider: str
+    execution: Execution
     padding: PaddingMasks
 
     def model(
@@ -126,7 +126,7 @@ class LayerwiseFit:
         """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
         may need what lies before)."""
         try:
-            with temporary_session(model, provider=self.provider, memory="shared") as run:
+            with temporary_session(model, execution=self.execution, memory="shared") as run:
                 for values in feeds:
                     yield run(values)
         except SessionLoadError as error:

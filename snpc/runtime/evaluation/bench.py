@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import check_feeds, random_feeds, shape_text
 from snpc.runtime.execution.runners import Runner, open_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
@@ -134,8 +135,7 @@ class BenchResult:
 def bench(
     paths: Sequence[Path],
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
     batch: int = 1,
     shapes: Mapping[str, Shape] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -158,7 +158,7 @@ def bench(
     """
     _check_request(paths, warmup, iterations, duration, percentiles)
     labels = _model_labels(paths)
-    runners = [open_runner(path, provider=provider, threads=threads) for path in paths]
+    runners = [open_runner(path, execution=execution) for path in paths]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
     if data is None:
         _check_axis_options(inputs, batch, sizes or {})

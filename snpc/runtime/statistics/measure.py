@@ -15,6 +15,7 @@ from snpc.passes.propagation.state import Contraction
 from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.consumers import consumer_uses
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.packed_symmetric import packed_length
@@ -151,8 +152,7 @@ def measure_batches(
     wanted: Sequence[StatisticRequest],
     batches: Iterable[Feeds],
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[dict[str, AnyArray]]:
     """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
     are for the caller, in float64). Padded tokens do not count.
@@ -164,8 +164,8 @@ def measure_batches(
     for item in wanted:
         item.add_to(instrument)
     with (
-        token_mask_runner(source, padding, provider, threads) as masks,
-        temporary_session(instrument.model, provider=provider, threads=threads) as run,
+        token_mask_runner(source, padding, execution) as masks,
+        temporary_session(instrument.model, execution=execution) as run,
     ):
         for feeds in batches:
             yield run({**feeds, **masks(feeds)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.weights.closed_form_kinds import closed_form_kinds
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
@@ -27,10 +28,9 @@ from snpc.runtime.statistics.measure import (
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
-from snpc.types import AnyArray, Feeds, FloatArray, Group
+from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 2  # 1 held whole squares
-BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -82,15 +82,12 @@ def measure_statistics(
     *,
     method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
-    memory_limit: int | None = None,
-    provider: str = "cpu",
-    threads: int = 0,
-    progress: BatchProgress | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
     """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
     (with method "select": of all) what ``criterion`` asks for.
 
-    As many groups are measured in one pass over the data as fit in ``memory_limit`` bytes (None: half of what is free);
+    As many groups are measured in one pass over the data as fit in ``execution.memory_limit`` bytes (None: half of what is free);
     the sums are the same, to rounding. Raises UserError where the limit is too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
@@ -99,13 +96,10 @@ def measure_statistics(
         g.id: required_statistics(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups
     }
     wanted = statistic_requests(analysis, names)
-    budget = memory_budget(memory_limit)
+    budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(forms, judge, SpillableStore(budget // 2))
     for part in split_by_memory(analysis, calibration, wanted, budget // 2):
-        batches: Iterable[Feeds] = calibration.batches()
-        for result in measure_batches(
-            analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
-        ):
+        for result in measure_batches(analysis, part, execution.track(calibration.batches()), execution=execution):
             totals.add(part, result)
     gates = [g for g in groups if g.id not in forms and needs_gate_gradients(judge, g)]
     if gates:
@@ -116,7 +110,7 @@ def measure_statistics(
             gates,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
-            progress,
+            execution.progress,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted or gates else 0
