@@ -45,7 +45,7 @@ def with_token_decisions(
 ) -> Calibration | None:
     """Calibration data as the analysed graph takes it: where its tokens are reduced, with the decisions that the model
     makes before any width is cut."""
-    if analysis.reduction is None or calibration is None or isinstance(calibration, CalibrationWithDecisions):
+    if analysis.reduction is None or calibration is None:
         return calibration
     decided = tuple(
         model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)

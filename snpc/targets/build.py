@@ -182,22 +182,6 @@ def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference
     return max(found, key=max_relative), ()
 
 
-@contextmanager
-def staging_folder(where: Path) -> Iterator[Path]:
-    """A temporary folder beside ``where``, gone afterwards, with a folder ``work`` for what is not kept."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
-    except OSError as error:
-        raise UserError(f"{where}: cannot write there ({error.strerror})") from None
-    try:
-        (folder / "work").mkdir()
-        yield folder
-    except OSError as error:
-        raise UserError(f"{where}: cannot write it ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def move_into_place(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
     """Move finished files into place, what the first one refers to before it."""
     for file in reversed(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,3 +76,19 @@ def rename_into_place(temporary: Path, target: Path) -> None:
 def discard_model(path: Path) -> None:
     path.unlink(missing_ok=True)
     external_data_path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_folder(where: Path) -> Iterator[Path]:
+    """A temporary folder beside ``where``, gone afterwards, with a folder ``work`` for what is not kept."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    except OSError as error:
+        raise UserError(f"{where}: cannot write there ({error.strerror})") from None
+    try:
+        (folder / "work").mkdir()
+        yield folder
+    except OSError as error:
+        raise UserError(f"{where}: cannot write it ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
