@@ -227,7 +227,7 @@ def prune_command(
     latency = is_latency_target(choice["target"])
     artefact = builds.timed_artifact_from_flags(build, latency, provider, calibration, choice["batch"], **build_flags)
     decision = plan_from_flags(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
-    plan = decision.plan
+    plan = decision.slices
     if plan_path is not None:
         write_text_file(plan_path, snpc.plan_to_json(plan))
     if dry_run:
@@ -291,7 +291,7 @@ def plan_command(model: Path, output: Path | None, provider: str, kv_cache: bool
     choice |= resolve_width_multiple(choice, None, provider)
     analysis, calibration = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = plan_from_flags(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
-    made = decision.plan
+    made = decision.slices
     write_text_file(target, snpc.plan_to_json(made))
     show.note_if_predicted(decision)
     show.print_plan(made)

@@ -17,6 +17,11 @@ def format_share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def format_percent(ratio: float) -> str:
+    """Three digits, and no more zeros than a reader can take in."""
+    return f"{100 * ratio:.3g} %" if ratio == 0 or ratio >= 1e-6 else "under 0.0001 %"
+
+
 def describe_method(result: PrunedModel) -> str:
     """How units were chosen and weights made, in words."""
     if not result.plan.keep:

@@ -1,78 +1,60 @@
-"""Quality against latency: the plot of a sweep, an SVG of its own."""
+"""Quality against latency: the plot of a sweep, an SVG file of its own."""
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+from collections.abc import Callable, Sequence
 
 from snpc.pipeline.sweep import SweepPoint, SweepResult
-from snpc.report.charts import svg_canvas, svg_line, svg_text
-from snpc.report.markup import Element, make_element
+from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
+from snpc.report.render import render_template
 
-WIDTH, HEIGHT = 640.0, 400.0
-LEFT, RIGHT, TOP, BOTTOM = 70.0, 90.0, 36.0, 48.0
-PLOT_STYLE = (
-    "text { font: 13px sans-serif; fill: #222 } .grid { stroke: #ddd } .axis { stroke: #444 } "
-    ".front { fill: #1668b0 } .beaten { fill: none; stroke: #888; stroke-width: 1.5 } "
-    ".step { fill: none; stroke: #1668b0; stroke-dasharray: 4 3 } svg { background: #fff }"
-)
+PLOT_WIDTH, PLOT_HEIGHT = 640.0, 400.0
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 70.0, 90.0, 36.0, 48.0
 
 
 def sweep_plot(sweep: SweepResult) -> str:
-    """An SVG document: points on the front are filled and joined, the others are rings."""
-    made = svg_canvas(WIDTH, HEIGHT, "quality against latency")
-    made.set("xmlns", "http://www.w3.org/2000/svg")
-    made.append(make_element("style", None, PLOT_STYLE))
+    """An SVG document: points on the Pareto front are filled and joined, the others are rings."""
+    return render_template("sweep_plot.svg.j2", chart=sweep_chart(sweep))
+
+
+def sweep_chart(sweep: SweepResult) -> Chart:
     points = sweep.points
-    known = points[0].accuracy is not None
-    title = "accuracy" if known else "closeness to the original (1 - relative drift)"
-    heights = [quality_of(point) for point in points]
-    x_of = linear_scale([0.0, *(p.latency for p in points)], LEFT, WIDTH - RIGHT)
-    y_of = linear_scale(heights, HEIGHT - BOTTOM, TOP)
-    for tick in even_ticks(min(heights), max(heights)):
-        made.append(svg_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), "grid"))
-        made.append(svg_text(LEFT - 6, y_of(tick) + 4, f"{100 * tick:.1f} %", "end"))
-    top = max(p.latency for p in points)
-    for tick in even_ticks(0.0, top):
-        made.append(svg_text(x_of(tick), HEIGHT - BOTTOM + 18, f"{tick:.3g}", "middle"))
-    made.append(svg_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    made.append(svg_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, f"latency, ms, batch {sweep.batch}", "middle"))
-    made.append(svg_text(LEFT, 18, f"{sweep.model.name}: {title}"))
-    joined = sorted((p for p in points if p.front), key=lambda p: p.latency)
-    path = " ".join(f"{x_of(p.latency):.1f},{y_of(quality_of(p)):.1f}" for p in joined)
-    made.append(make_element("polyline", {"points": path, "class": "step"}))
+    qualities = [quality_of(point) for point in points]
+    latencies = [0.0, *(p.latency for p in points)]
+    left, right, floor = MARGIN_LEFT, PLOT_WIDTH - MARGIN_RIGHT, PLOT_HEIGHT - MARGIN_BOTTOM
+    x_of, y_of = linear_scale(latencies, left, right), linear_scale(qualities, floor, MARGIN_TOP)
+    shapes: list[ChartShape] = []
+    for tick in even_ticks(min(qualities), max(qualities)):
+        shapes.append(Line(left, y_of(tick), right, y_of(tick), "grid"))
+        shapes.append(Label(left - 6, y_of(tick) + 4, f"{100 * tick:.1f} %", "end"))
+    for tick in even_ticks(0.0, max(latencies)):
+        shapes.append(Label(x_of(tick), floor + 18, f"{tick:.3g}", "middle"))
+    shapes.append(Line(left, floor, right, floor, "axis"))
+    shapes.append(Label((left + right) / 2, PLOT_HEIGHT - 10, f"latency, ms, batch {sweep.batch}", "middle"))
+    quality = "accuracy" if points[0].accuracy is not None else "closeness to the original (1 - relative drift)"
+    shapes.append(Label(left, 18, f"{sweep.model.name}: {quality}"))
+    front = sorted((p for p in points if p.front), key=lambda p: p.latency)
+    shapes.append(Polyline(tuple((x_of(p.latency), y_of(quality_of(p))) for p in front), "step"))
     for point in points:
-        made.extend(plot_point(point, x_of(point.latency), y_of(quality_of(point))))
-    text: str = ElementTree.tostring(made, encoding="unicode")
-    return text + "\n"
+        shapes += plot_point(point, x_of(point.latency), y_of(quality_of(point)))
+    return Chart(PLOT_WIDTH, PLOT_HEIGHT, "quality against latency", tuple(shapes))
 
 
 def quality_of(point: SweepPoint) -> float:
     return point.accuracy if point.accuracy is not None else max(0.0, 1.0 - point.drift)
 
 
-def plot_point(point: SweepPoint, x: float, y: float) -> list[Element]:
-    kind = "front" if point.front else "beaten"
+def plot_point(point: SweepPoint, x: float, y: float) -> tuple[ChartShape, ...]:
     name = f"{point.name}, tokens {point.tokens}" if point.tokens else point.name
-    tip = f"{name}: {100 * quality_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
-    dot = make_element(
-        "circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": kind}, make_element("title", None, tip)
-    )
-    return [dot, svg_text(x + 9, y + 4, point.name)]
+    tooltip = f"{name}: {100 * quality_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
+    return Dot(x, y, 5, "front" if point.front else "beaten", tooltip), Label(x + 9, y + 4, point.name)
 
 
-class LinearScale:
-    """Numbers from ``low`` to ``high`` to pixels from ``first`` to ``last``."""
-
-    def __init__(self, low: float, high: float, first: float, last: float) -> None:
-        self.low, self.span = low, (high - low) or 1.0
-        self.first, self.length = first, last - first
-
-    def __call__(self, number: float) -> float:
-        return self.first + (number - self.low) / self.span * self.length
-
-
-def linear_scale(numbers: list[float], first: float, last: float) -> LinearScale:
-    return LinearScale(min(numbers), max(numbers), first, last)
+def linear_scale(numbers: Sequence[float], first: float, last: float) -> Callable[[float], float]:
+    """Maps the least of ``numbers`` to pixel ``first`` and the largest to ``last``."""
+    low = min(numbers)
+    span = (max(numbers) - low) or 1.0
+    return lambda number: first + (number - low) / span * (last - first)
 
 
 def even_ticks(low: float, high: float, count: int = 5) -> list[float]:

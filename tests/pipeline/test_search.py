@@ -245,8 +245,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         before, after = (snpc.analyze(snpc.load(path)).cost.macs for path in (base, other))
         return before / 1e6, after / before
 
-    monkeypatch.setattr(latency, "side_by_side", stubbed)
-    monkeypatch.setattr(reach, "side_by_side", stubbed)
+    monkeypatch.setattr(latency, "time_pair", stubbed)
+    monkeypatch.setattr(reach, "time_pair", stubbed)
     return seen
 
 

@@ -65,7 +65,7 @@ def test_a_weight_that_was_not_cut(tmp_path: Path, monkeypatch: Patch) -> None:
         if "blocks.1.mlp.fc1.bias" not in str(value.name):
             right(value, *rest)
 
-    monkeypatch.setattr(slice, "shrink_constant", lazy)
+    monkeypatch.setattr(slice, "slice_constant", lazy)
     refused(tmp_path, "blocks.1/mlp/fc1")
 
 
@@ -79,7 +79,7 @@ def test_repairs_that_are_never_tried(tmp_path: Path, monkeypatch: Patch) -> Non
     """And were that check gone too, strict shape inference or the run would refuse the file."""
     monkeypatch.setattr(slice.ShapeParameterEditor, "set_input", lambda *_: None)
     monkeypatch.setattr(slice, "check_movement", lambda *_: None)
-    monkeypatch.setattr(slice, "check_shapes", lambda *_: None)
+    monkeypatch.setattr(slice, "check_output_shapes", lambda *_: None)
     result = invoke("prune", VIT, "--ratio", 0.5, "-o", tmp_path / "out.onnx", "--criterion", "magnitude", code=None)
     assert result.exit_code in (1, 2)
     assert "eshape" in result.stderr.splitlines()[-1]

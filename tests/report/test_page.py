@@ -24,9 +24,8 @@ import snpc
 from snpc.cli import main
 from snpc.passes.mac_breakdown import ROLE_PRECEDENCE, macs_by_role
 from snpc.report.attention_maps import AttentionMaps, patch_grid
-from snpc.report.charts import format_percent
 from snpc.report.data import ReportData
-from snpc.report.format import format_count
+from snpc.report.format import format_count, format_percent
 from snpc.report.page import render_page
 from snpc.report.png import png_data_url
 from tests.models.exports import export, load_feeds

@@ -360,7 +360,7 @@ def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytes
     size = 24
     systems = [LeastSquaresSystem(x.T @ x, x[:6].T) for x in (data(seed, size * columns, rows=300) for seed in (1, 2))]
     whole = eliminate_all(systems, size)
-    monkeypatch.setattr(closed, "MUCH", much)
+    monkeypatch.setattr(closed, "BLOCK_ROWS", much)
     found = eliminate_all(systems, size)
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])

@@ -77,7 +77,7 @@ class Noted(np.ndarray):
 
 def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the original was: with its weights inside, in a model that may be larger than a message."""
-    monkeypatch.setattr(model_io, "LIMIT", 1 << 16)
+    monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", 1 << 16)
     inline = tmp_path / "inline.onnx"
     onnx.save(onnx.load(write_llama(tmp_path / "llama", SMALL)), inline)
     invoke("prune", inline, *FLAGS, "-o", tmp_path / "out.onnx")

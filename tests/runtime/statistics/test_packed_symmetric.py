@@ -33,7 +33,7 @@ def test_strips_of_any_height_hold_the_whole(strip: int, monkeypatch: pytest.Mon
     (one,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
     whole = unpack_symmetric(one)
     assert whole.shape == (group.size + 1,) * 2
-    monkeypatch.setattr(triangle, "STRIP", strip)
+    monkeypatch.setattr(triangle, "STRIP_ROWS", strip)
     (found,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
     assert len(found) == packed_length(group.size + 1) and (strip == 100 or len(found) < len(one))
     np.testing.assert_allclose(unpack_symmetric(found), whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
