@@ -47,7 +47,9 @@ from snpc.cli.options import (
 )
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.pipeline import report_json
-from snpc.planning.config import is_latency_target
+from snpc.pipeline.planner import PlanRequest, make_plan
+from snpc.planning.config import parse_target
+from snpc.runtime.execution.execution import Execution
 
 
 class ErrorReportingGroup(click.Group):
@@ -82,7 +84,10 @@ def plan_from_flags(
     import snpc
 
     if not choice["roles"]:
-        return plan_without_widths(analysis, {**choice, "load_stats": load_stats, "save_stats": save_stats})
+        execution = Execution(provider, memory_limit=memory_limit)
+        return plan_without_widths(
+            analysis, calibration, execution, {**choice, "load_stats": load_stats, "save_stats": save_stats}
+        )
     wanted = snpc.Budget(**choice)
     statistics = statistics_from_files(load_stats)
     if save_stats is not None and calibration is None and statistics is None:
@@ -91,13 +96,13 @@ def plan_from_flags(
         decision = snpc.plan(
             analysis,
             wanted,
-            calibration=calibration,
-            statistics=statistics,
+            calibration,
             method=method,
             criterion=criterion,
-            memory_limit=memory_limit,
-            provider=provider,
-            progress=bars.batch_progress("calibrating", calibration),
+            statistics=statistics,
+            execution=Execution(
+                provider, memory_limit=memory_limit, progress=bars.batch_progress("calibrating", calibration)
+            ),
             workload=workload_from_flags(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
@@ -108,14 +113,14 @@ def plan_from_flags(
     return decision
 
 
-def plan_without_widths(analysis: Any, choice: dict[str, Any]) -> Any:
+def plan_without_widths(analysis: Any, calibration: Any, execution: Any, choice: dict[str, Any]) -> Any:
     """The decision that --roles none leaves: no width is cut."""
-    from snpc.pipeline.planner import plan_without_cuts
+    import snpc
 
     for name in ("ratio", "max_drift", "load_stats", "save_stats"):
         if choice[name] not in (None, ()):
             raise UserError(f"--roles none cuts no widths: leave out --{name.replace('_', '-')}")
-    return plan_without_cuts(analysis)
+    return snpc.plan(analysis, None, calibration, execution=execution)
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -154,12 +159,13 @@ def inspect_command(
     calibration = calibration_from_flags(analysis, **calib)
     found = None
     if curves:
-        found = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=calibration, provider=provider, whole=True)
-    show.emit_json(report_json.analysis_json(analysis, found.curves if found else {}), json_path)
+        request = PlanRequest(snpc.Budget(ratio=0), full_curves=True)
+        found = make_plan(analysis, request, calibration, execution=Execution(provider))
+    show.emit_json(report_json.analysis_json(analysis, found.loss_curves if found else {}), json_path)
     if str(json_path) != "-":
         show.print_groups(analysis)
         if found:
-            show.print_loss_curves(analysis, found.curves)
+            show.print_loss_curves(analysis, found.loss_curves)
         if pins:
             show.print_pins(analysis)
 
@@ -200,7 +206,7 @@ def prune_command(
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
     import snpc
-    from snpc.pipeline.prune import Stopwatch
+    from snpc.pipeline.candidate import Stopwatch
     from snpc.runtime.io.atomic import external_data_path
     from snpc.runtime.io.load import model_files
 
@@ -223,8 +229,8 @@ def prune_command(
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
         choice |= resolve_width_multiple(choice, build, provider)
-        analysis, calibration = apply_token_flags(analysis, calibration, tokens, choice, provider)
-    latency = is_latency_target(choice["target"])
+        analysis = apply_token_flags(analysis, calibration, tokens, choice, provider)
+    latency = choice["target"] is not None and parse_target(choice["target"]).kind == "latency"
     artefact = builds.timed_artifact_from_flags(build, latency, provider, calibration, choice["batch"], **build_flags)
     decision = plan_from_flags(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
     plan = decision.slices
@@ -238,14 +244,7 @@ def prune_command(
         if str(json_path) != "-":
             show.print_plan(plan)
         return
-    result = snpc.apply(
-        decision,
-        target,
-        calibration=calibration,
-        memory_limit=choice["memory_limit"],
-        provider=provider,
-        watch=watch,
-    )
+    result = snpc.apply(decision, target, stopwatch=watch)
     if plan_path is not None and result.search is not None:
         write_text_file(plan_path, snpc.plan_to_json(result.plan))
     if page is not None:
@@ -280,7 +279,7 @@ def present_result(result: Any, json_path: Path | None, made: Any = None) -> Non
 def plan_command(model: Path, output: Path | None, provider: str, kv_cache: bool, **flags: Any) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     import snpc
-    from snpc.pipeline.prune import Stopwatch
+    from snpc.pipeline.candidate import Stopwatch
     from snpc.runtime.io.load import model_files
 
     target = output or model.with_name(f"{model.stem}.plan.json")
@@ -289,7 +288,7 @@ def plan_command(model: Path, output: Path | None, provider: str, kv_cache: bool
     check_output_paths([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_from_flags(analysis, **calib)
     choice |= resolve_width_multiple(choice, None, provider)
-    analysis, calibration = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, provider)
+    analysis = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, provider)
     decision = plan_from_flags(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
     made = decision.slices
     write_text_file(target, snpc.plan_to_json(made))
@@ -322,8 +321,7 @@ def apply_command(
     --load-stats; others use --calib for verification only.
     """
     import snpc
-    from snpc.pipeline.prune import Stopwatch
-    from snpc.pipeline.refit import closed_forms_for
+    from snpc.pipeline.candidate import Stopwatch
     from snpc.runtime.io.atomic import external_data_path
     from snpc.runtime.io.load import model_files
 
@@ -337,22 +335,13 @@ def apply_command(
     check_output_paths([target, external_data_path(target), json_path], *read)
     calibration = calibration_from_flags(analysis, **calib)
     with watch.stage("closed forms"):
-        compression = closed_forms_for(
+        pruning_plan = snpc.complete_plan(
             plan,
             calibration,
             statistics=statistics_from_files(load_stats),
-            memory_limit=memory_limit,
-            provider=provider,
+            execution=Execution(provider, memory_limit=memory_limit),
         )
-    result = snpc.apply_slice_plan(
-        plan,
-        target,
-        compression=compression,
-        calibration=calibration,
-        memory_limit=memory_limit,
-        provider=provider,
-        watch=watch,
-    )
+    result = snpc.apply(pruning_plan, target, stopwatch=watch)
     present_result(result, json_path)
 
 
@@ -387,7 +376,9 @@ def verify_command(
     snpc.load(pruned)
     check_output_paths([json_path], *model_files(model), *model_files(pruned), plan_path, calib)
     calibration = snpc.load_calibration(calib, analysis.model.inputs) if calib else None
-    verdict = snpc.verify(model, pruned, plan=plan, calibration=calibration, provider=provider)
+    execution = Execution(provider)
+    pruning_plan = snpc.complete_plan(plan, calibration, execution=execution) if plan is not None else None
+    verdict = snpc.verify(model, pruned, plan=pruning_plan, calibration=calibration, execution=execution)
     show.emit_json(verdict_json(verdict), json_path)
     if str(json_path) != "-":
         show.print_verdict(verdict)

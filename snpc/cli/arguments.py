@@ -113,18 +113,21 @@ def split_calibration_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 def apply_token_flags(
     analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], provider: str
-) -> tuple[Any, Any]:
-    """The analysis with its tokens reduced as --tokens asks, and calibration data as it takes them."""
+) -> Any:
+    """The analysis with its tokens reduced as --tokens asks."""
     import snpc
+    from snpc.pipeline.planner import PlanRequest
     from snpc.pipeline.token_request import AUTO_TOKENS
     from snpc.pipeline.token_request import apply_token_request as reduced
-    from snpc.pipeline.token_schedule import WidthRequest
+    from snpc.planning.config import parse_target
+    from snpc.runtime.execution.execution import Execution
 
     widths = None
     if tokens is not None and tokens.strip() == AUTO_TOKENS and choice["roles"]:
         named = {f.name: choice[f.name] for f in fields(snpc.Budget)}
-        widths = WidthRequest(snpc.Budget(**named), choice["method"], choice["criterion"])
-    return reduced(analysis, calibration, tokens, target=choice["target"], widths=widths, provider=provider)
+        widths = PlanRequest(snpc.Budget(**named), choice["method"], choice["criterion"])
+    target = parse_target(choice["target"]) if choice["target"] is not None else None
+    return reduced(analysis, calibration, tokens, target=target, widths=widths, execution=Execution(provider))
 
 
 def resolve_width_multiple(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
@@ -145,17 +148,10 @@ def write_text_file(path: Path, text: str) -> None:
 
 
 def read_plan_file(path: Path, model: Path) -> Any:
-    """The plan in ``path``, for ``model`` analysed as it was then: with fewer tokens where it says so."""
+    """The plan in ``path``, for ``model`` analyzed as it was then."""
     import snpc
-    from snpc.planning.plan_file import prunes_kv_cache, token_reduction_in
-    from snpc.tokens.reduction import reduce_tokens
 
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    analysis, found = load_and_analyze(model, kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
-    return snpc.plan_from_json(text, reduce_tokens(analysis, *found) if found else analysis, str(path))
+    return snpc.load_plan(path, snpc.load(model))
 
 
 def workload_from_flags(batch: int | None, shapes: Sequence[str], threads: int | None, artefact: Any = None) -> Any:

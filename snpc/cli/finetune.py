@@ -19,6 +19,7 @@ from snpc.cli.arguments import (
 )
 from snpc.cli.options import PATH_TYPE, image_options, json_option, model_argument
 from snpc.errors import UserError
+from snpc.planning.config import parse_target
 
 
 def import_torch_package() -> Any:
@@ -241,11 +242,17 @@ def learn_masks_and_prune(
 
     with bars.training_progress() as report:
         learned = import_torch_package().learn_masks(
-            analysis, data, masks, snpc.Budget(target=target or "macs"), training=training, saved=saved, report=report
+            analysis,
+            data,
+            masks,
+            snpc.Budget(target=parse_target(target or "macs")),
+            training=training,
+            saved=saved,
+            report=report,
         )
     if plan_path is not None:
         write_text_file(plan_path, snpc.plan_to_json(learned.plan))
-    result = snpc.apply_slice_plan(learned.plan, written, calibration=data)
+    result = snpc.apply(snpc.PruningPlan(learned.plan, calibration=data), written)
     show.emit_json(snpc.json_report(result), json_path)
     if str(json_path) != "-":
         show.print_result(result)

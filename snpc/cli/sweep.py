@@ -67,9 +67,11 @@ def sweep_command(
     Into the folder go sweep.json, sweep.svg (quality against latency) and the models on the Pareto front.
     """
     import snpc
-    from snpc.pipeline.sweep import count_sweep_steps
+    from snpc.pipeline.sweep import SweepRequest, count_sweep_steps
     from snpc.pipeline.sweep import sweep as run
+    from snpc.planning.config import parse_target
     from snpc.report.sweep_plot import sweep_plot
+    from snpc.runtime.execution.execution import Execution
 
     choice, calib = split_calibration_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")
@@ -86,7 +88,7 @@ def sweep_command(
         raise UserError("a sweep measures what goes: give --calib DATA")
     tokens = choice.pop("tokens")
     choice |= resolve_width_multiple(choice, build, provider)
-    names = parse_target_list(targets)
+    names, execution = [parse_target(name) for name in parse_target_list(targets)], Execution(provider)
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = load_and_analyze(model)
     calibration = calibration_from_flags(analysis, **calib)
@@ -100,21 +102,38 @@ def sweep_command(
             names,
             folder,
             calibration,
-            choice=snpc.Budget(target=names[0], **choice) if choice["roles"] else None,
-            tokens=tokens,
-            evaluation=judge,
-            method=method,
-            target=build,
-            precision=precision or "fp32",  # type: ignore[arg-type]
-            provider=provider,
-            batch=batch,
-            rounds=iterations,
-            step=step,
+            SweepRequest(
+                budget=snpc.Budget(target=names[0], **choice) if choice["roles"] else None,
+                tokens=tokens,
+                method=method,
+                evaluation=judge,
+                batch=batch,
+                rounds=iterations,
+            ),
+            builder=sweep_builder(build, precision or "fp32", execution, calibration, batch) if build else None,
+            execution=execution,
+            on_step=step,
         )
     show.emit_json(found.to_json(), table)
     write_text_file(plot, sweep_plot(found))
     show.print_sweep(found)
     show.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+
+
+def sweep_builder(target: str, precision: Any, execution: Any, calibration: Any, batch: int) -> Any:
+    """What the models of a sweep are built into."""
+    import snpc
+    from snpc.pipeline.sweep import SweepBuilder
+
+    def build(model: Path, output: Path) -> tuple[Path, ...]:
+        return snpc.build(
+            model, target, output, precision=precision, execution=execution, calibration=calibration, batch=batch
+        ).files
+
+    artifact = snpc.timed_artifact(
+        target, precision=precision, execution=execution, calibration=calibration, batch=batch
+    )
+    return SweepBuilder(snpc.TARGETS[target].suffix, build, artifact)
 
 
 def parse_target_list(text: str) -> list[str]:

@@ -13,11 +13,10 @@ import click
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.pipeline.candidate import PrunedModel, SearchResult
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel, SearchResult
 from snpc.pipeline.report_json import write_json
 from snpc.pipeline.sweep import SweepResult
-from snpc.planning.config import is_latency_budget
 from snpc.planning.plan import SlicePlan
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.runtime.closed_form.fit import ClosedForms
@@ -257,7 +256,7 @@ def print_result(result: PrunedModel) -> None:
 def note_if_predicted(decision: PruningPlan) -> None:
     """That a plan was made from predictions, where it was."""
     choice = decision.budget
-    if choice is not None and (choice.max_drift is not None or is_latency_budget(choice)):
+    if choice is not None and (choice.max_drift is not None or choice.is_latency):
         what = "drift" if choice.max_drift is not None else "latency"
         print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
 

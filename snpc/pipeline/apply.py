@@ -1,4 +1,4 @@
-"""Apply a plan: write the pruned model, verify it, and search for a drift or a latency where the plan has to meet one."""
+"""Apply a plan: write the pruned model and verify it; search where the plan has to meet a drift or a latency."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from snpc.runtime.io.atomic import discard_model
 from snpc.types import TemporaryFolder
 
 
-def apply(
-    plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopwatch | None = None
-) -> PrunedModel:
+def apply(plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopwatch | None = None) -> PrunedModel:
     """Write the pruned model to ``path``, verified before it is renamed into place. None: nothing is left on disk;
     ``PrunedModel.model`` has the result.
 

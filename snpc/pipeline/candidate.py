@@ -1,4 +1,4 @@
-"""Candidates: pruned models that are written under a temporary name and verified, before they are renamed into place."""
+"""Candidates: pruned models written under a temporary name and verified, before they are renamed into place."""
 
 from __future__ import annotations
 

@@ -256,9 +256,7 @@ def complete_plan(
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
     closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
-    return PruningPlan(
-        slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution
-    )
+    return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 
 def load_plan(path: Path | str, model: Model) -> SlicePlan:

@@ -11,8 +11,8 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.apply import apply
+from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
 from snpc.pipeline.token_schedule import macs_share, prepare_evaluator
 from snpc.planning.config import Budget, ResourceTarget
@@ -80,8 +80,8 @@ class SweepResult:
 class SweepBuilder:
     """What every model is built into before it is judged and timed.
 
-    ``build(model, output)`` writes files, the one to run first; ``suffix`` is that of ``output``. ``artifact``: the same
-    for latency targets, which are met by timing what is built.
+    ``build(model, output)`` writes files, the one to run first; ``suffix`` is that of ``output``. ``artifact``:
+    the same for latency targets, which are met by timing what is built.
     """
 
     suffix: str
@@ -94,8 +94,8 @@ class SweepRequest:
     """How every target is planned and judged.
 
     ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced
-    (``pipeline.token_request``), the same for all targets, or "auto": chosen for each. ``evaluation``: the data to judge
-    by; None: the calibration data. ``batch``, ``rounds``: of the timing.
+    (``pipeline.token_request``), the same for all targets, or "auto": chosen for each. ``evaluation``: the data to
+    judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
     """
 
     budget: Budget | None
@@ -133,7 +133,7 @@ def sweep(
         source = analysis.model.path
 
         def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
-            files = (path,)
+            files: tuple[Path, ...] = (path,)
             if builder is not None:
                 files = builder.build(path, staging / path.with_suffix(builder.suffix).name)
             total = sum(file.stat().st_size for file in files)

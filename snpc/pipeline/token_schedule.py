@@ -290,7 +290,9 @@ def split_with_widths(
     _, middle = levels[len(levels) // 2]
     reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(method, middle))
     try:
-        predicted = predict_width_drift(evaluator, reduced, evaluator.drift(method, middle), calibration, widths, budget)
+        predicted = predict_width_drift(
+            evaluator, reduced, evaluator.drift(method, middle), calibration, widths, budget
+        )
     except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
         return analyze_with_steps(evaluator.analysis, evaluator.steps(method, levels[0][1]))
     scored = [

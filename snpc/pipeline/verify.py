@@ -52,7 +52,9 @@ def verification_batches(analysis: Analysis, calibration: Calibration | None) ->
     return batches, f"{samples} samples of {calibration.source}"
 
 
-def run_original(analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution) -> Reference:
+def run_original(
+    analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
+) -> Reference:
     batches, source = verification_batches(analysis, calibration)
     return Reference(batches, run_batches(original, batches, execution), source)
 

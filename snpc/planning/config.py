@@ -137,7 +137,6 @@ class Budget:
             except re.error as error:
                 raise UserError(f"{pattern!r} is not a regular expression ({error})") from None
 
-
     @property
     def is_latency(self) -> bool:
         """Is the target a latency, which has to be measured?"""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +23,7 @@ from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.random_inputs import embedding_rows
 from snpc.runtime.execution.runners import ENGINE_SUFFIXES, open_runner
-from snpc.runtime.io.atomic import check_target
+from snpc.runtime.io.atomic import check_target, staging_folder
 from snpc.runtime.io.load import load, model_files
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino

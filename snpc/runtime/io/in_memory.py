@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -37,10 +37,10 @@ def kind_of(model: object) -> ModelKind:
 def write_in_memory(model: InMemoryModel, path: Path) -> None:
     """Write a copy of ``model`` to ``path``; the model itself is not changed."""
     kind = kind_of(model)
-    if kind == "onnx_ir":
+    if isinstance(model, ir.Model):
         save(model.clone(), path)
         return
-    proto = model if kind == "onnx" else sys.modules["onnx_graphsurgeon"].export_onnx(model)
+    proto: onnx.ModelProto = model if kind == "onnx" else sys.modules["onnx_graphsurgeon"].export_onnx(model)
     outside = next((t.name for t in all_tensors(proto) if is_external(t)), None)
     if outside is not None:
         raise UserError(
@@ -56,7 +56,7 @@ def read_back(path: Path, kind: ModelKind) -> InMemoryModel:
     """The model at ``path`` with all of its weights in memory; of kind "file" as an ``onnx.ModelProto``."""
     if kind == "onnx_ir":
         return ir.external_data.load_to_model(ir.load(path))
-    proto: Any = onnx.load(str(path))
+    proto = onnx.load(str(path))
     if kind == "graphsurgeon":
-        return sys.modules["onnx_graphsurgeon"].import_onnx(proto)  # type: ignore[no-any-return]
-    return proto  # type: ignore[no-any-return]
+        return sys.modules["onnx_graphsurgeon"].import_onnx(proto)
+    return proto

@@ -9,7 +9,7 @@ import torch
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.planning.allocate import groups_to_prune, make_slice_plan
-from snpc.planning.config import Budget, parse_target
+from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, UnitScores
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.finetune import FinetuneTask, loss_output_names
@@ -50,7 +50,7 @@ def learn_masks(
     trained. Raises UserError for other targets, losses with labels, and operators that torch has not.
     """
     training = replace(training or TrainingOptions(lr=MASK_LEARNING_RATE), decay=0.0)
-    target = parse_target(choice.target) if choice.target is not None else None
+    target = choice.target
     if target is None or target.kind != "macs":
         raise UserError("masks are learnt under a budget of MACs: give --target macs=R")
     if training.uses_labels or training.layerwise:

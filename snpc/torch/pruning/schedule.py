@@ -10,9 +10,9 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
+from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import plan
-from snpc.pipeline.prune import apply_slice_plan
-from snpc.planning.config import Budget, parse_target
+from snpc.planning.config import Budget, ResourceTarget, parse_target
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
@@ -171,12 +171,12 @@ class RoundRunner:
         share = min(1.0, left * self.dense.cost.macs / analysis.cost.macs)
         found = plan(
             analysis,
-            Budget(target=f"macs={share!r}"),
-            calibration=self.data,
+            Budget(target=ResourceTarget("macs", share)),
+            self.data,
             method=self.selection.method,
             criterion=self.selection.criterion,
         )
-        apply_slice_plan(found.slices, target, compression=found.closed_forms, calibration=self.data)
+        apply(found, target)
 
 
 def target_macs(source: Path, target: Path, goal: str, rounds: int) -> float:
