@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ def plan_from_flags(
     criterion: str | None,
     load_stats: Sequence[Path],
     save_stats: Path | None,
-    memory_limit: int | None,
-    provider: str,
+    execution: Execution,
     watch: Any,
     batch: int | None,
     shapes: tuple[str, ...],
@@ -84,7 +84,6 @@ def plan_from_flags(
     import snpc
 
     if not choice["roles"]:
-        execution = Execution(provider, memory_limit=memory_limit)
         return plan_without_widths(
             analysis, calibration, execution, {**choice, "load_stats": load_stats, "save_stats": save_stats}
         )
@@ -100,9 +99,7 @@ def plan_from_flags(
             method=method,
             criterion=criterion,
             statistics=statistics,
-            execution=Execution(
-                provider, memory_limit=memory_limit, progress=bars.batch_progress("calibrating", calibration)
-            ),
+            execution=replace(execution, progress=bars.batch_progress("calibrating", calibration)),
             workload=workload_from_flags(batch, shapes, threads, artefact),
         )
     if save_stats is not None and decision.statistics is not None:
@@ -216,8 +213,9 @@ def prune_command(
         analysis = load_and_analyze(model, dims, kv_cache)
     flags, build_flags = builds.split_build_flags(flags, build)
     choice, calib = split_calibration_flags(flags)
+    execution = Execution(provider=provider, memory_limit=choice.pop("memory_limit"))
     artefacts = builds.expected_artifacts(
-        build, target, provider, calib["calib"] is not None, choice["batch"], **build_flags
+        build, target, execution, calib["calib"] is not None, choice["batch"], **build_flags
     )
     written = [] if dry_run else [target, external_data_path(target), *artefacts]
     if dry_run and page is not None:
@@ -228,11 +226,11 @@ def prune_command(
         calibration = calibration_from_flags(analysis, **calib)
     tokens = choice.pop("tokens")
     with watch.stage("tokens"):
-        choice |= resolve_width_multiple(choice, build, provider)
-        analysis = apply_token_flags(analysis, calibration, tokens, choice, provider)
+        choice |= resolve_width_multiple(choice, build, execution)
+        analysis = apply_token_flags(analysis, calibration, tokens, choice, execution)
     latency = choice["target"] is not None and parse_target(choice["target"]).kind == "latency"
-    artefact = builds.timed_artifact_from_flags(build, latency, provider, calibration, choice["batch"], **build_flags)
-    decision = plan_from_flags(analysis, calibration, provider=provider, watch=watch, artefact=artefact, **choice)
+    artefact = builds.timed_artifact_from_flags(build, latency, execution, calibration, choice["batch"], **build_flags)
+    decision = plan_from_flags(analysis, calibration, execution=execution, watch=watch, artefact=artefact, **choice)
     plan = decision.slices
     if plan_path is not None:
         write_text_file(plan_path, snpc.plan_to_json(plan))
@@ -251,7 +249,9 @@ def prune_command(
         snpc.write_report(result, page, decision=decision, calibration=calibration)
     made = None
     if build is not None:
-        made = builds.build_from_flags(target, build, None, calibration, provider, batch=choice["batch"], **build_flags)
+        made = builds.build_from_flags(
+            target, build, None, calibration, execution, batch=choice["batch"], **build_flags
+        )
     present_result(result, json_path, made)
 
 
@@ -285,11 +285,12 @@ def plan_command(model: Path, output: Path | None, provider: str, kv_cache: bool
     target = output or model.with_name(f"{model.stem}.plan.json")
     analysis = load_and_analyze(model, kv_cache=kv_cache)
     choice, calib = split_calibration_flags(flags)
+    execution = Execution(provider=provider, memory_limit=choice.pop("memory_limit"))
     check_output_paths([target, choice["save_stats"]], *model_files(model), calib["calib"], *choice["load_stats"])
     calibration = calibration_from_flags(analysis, **calib)
-    choice |= resolve_width_multiple(choice, None, provider)
-    analysis = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, provider)
-    decision = plan_from_flags(analysis, calibration, provider=provider, watch=Stopwatch(), **choice)
+    choice |= resolve_width_multiple(choice, None, execution)
+    analysis = apply_token_flags(analysis, calibration, choice.pop("tokens"), choice, execution)
+    decision = plan_from_flags(analysis, calibration, execution=execution, watch=Stopwatch(), **choice)
     made = decision.slices
     write_text_file(target, snpc.plan_to_json(made))
     show.note_if_predicted(decision)
@@ -334,12 +335,13 @@ def apply_command(
     read = [*model_files(model), plan_file, calib["calib"], *load_stats]
     check_output_paths([target, external_data_path(target), json_path], *read)
     calibration = calibration_from_flags(analysis, **calib)
+    execution = Execution(provider=provider, memory_limit=memory_limit)
     with watch.stage("closed forms"):
         pruning_plan = snpc.complete_plan(
             plan,
             calibration,
             statistics=statistics_from_files(load_stats),
-            execution=Execution(provider, memory_limit=memory_limit),
+            execution=execution,
         )
     result = snpc.apply(pruning_plan, target, stopwatch=watch)
     present_result(result, json_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from snpc.cli import tables as show
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 
@@ -112,7 +113,7 @@ def split_calibration_flags(flags: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def apply_token_flags(
-    analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], provider: str
+    analysis: Any, calibration: Any, tokens: str | None, choice: dict[str, Any], execution: Execution
 ) -> Any:
     """The analysis with its tokens reduced as --tokens asks."""
     import snpc
@@ -120,23 +121,22 @@ def apply_token_flags(
     from snpc.pipeline.token_request import AUTO_TOKENS
     from snpc.pipeline.token_request import apply_token_request as reduced
     from snpc.planning.config import parse_target
-    from snpc.runtime.execution.execution import Execution
 
     widths = None
     if tokens is not None and tokens.strip() == AUTO_TOKENS and choice["roles"]:
         named = {f.name: choice[f.name] for f in fields(snpc.Budget)}
         widths = PlanRequest(snpc.Budget(**named), choice["method"], choice["criterion"])
     target = parse_target(choice["target"]) if choice["target"] is not None else None
-    return reduced(analysis, calibration, tokens, target=target, widths=widths, execution=Execution(provider))
+    return reduced(analysis, calibration, tokens, target=target, widths=widths, execution=execution)
 
 
-def resolve_width_multiple(choice: dict[str, Any], build: str | None, provider: str) -> dict[str, Any]:
+def resolve_width_multiple(choice: dict[str, Any], build: str | None, execution: Execution) -> dict[str, Any]:
     """What --round-to auto stands for; {} where it was not asked for."""
     import snpc
 
     if choice["round_to"] != "auto":
         return {}
-    liked = snpc.widths_for_target(build, provider)
+    liked = snpc.widths_for_target(build, execution)
     return {"round_to": liked.multiple, "min_width": max(liked.minimum, choice["min_width"])}
 
 

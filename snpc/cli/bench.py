@@ -12,6 +12,7 @@ from snpc.cli import tables as show
 from snpc.cli.arguments import check_output_paths
 from snpc.cli.options import PATH_TYPE, execution_options, json_option
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 
 
 @click.command("bench")
@@ -57,8 +58,7 @@ def bench_command(
     with bars.timing_progress() as heard:
         result = snpc.bench(
             list(models),
-            provider=provider,
-            threads=threads,
+            execution=Execution(provider=provider, threads=threads),
             data=feeds,
             warmup=warmup,
             iterations=iterations,

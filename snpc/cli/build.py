@@ -20,6 +20,7 @@ from snpc.cli.options import (
     parse_target_name,
 )
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 
 BUILD_FLAGS = ("precision", "min_shapes", "opt_shapes", "max_shapes", "sm", "workspace", "timing_cache")
 
@@ -62,7 +63,9 @@ def build_command(
     loaded = snpc.load(model)
     check_output_paths([output, json_path], *model_files(model), calib["calib"])
     calibration = calibration_from_flags(snpc.analyze(loaded) if calib["calib"] else None, **calib)
-    made = build_from_flags(model, target, output, calibration, provider, batch=batch, emit_script=emit_script, **rest)
+    made = build_from_flags(
+        model, target, output, calibration, Execution(provider=provider), batch=batch, emit_script=emit_script, **rest
+    )
     show.emit_json(build_json(made), json_path)
     if str(json_path) != "-":
         show.print_build(made)
@@ -73,7 +76,7 @@ def build_from_flags(
     target: str,
     output: Path | None,
     calibration: Any,
-    provider: str,
+    execution: Execution,
     *,
     batch: int | None,
     **flags: Any,
@@ -81,37 +84,37 @@ def build_from_flags(
     """Build as the flags of ``build_options`` say."""
     import snpc
 
-    asked = build_arguments(provider, calibration, batch or 1, **flags)
+    asked = build_arguments(execution, calibration, batch or 1, **flags)
     return snpc.build(model, target, output, **asked)
 
 
 def expected_artifacts(
-    build: str | None, model: Path, provider: str, calibrated: bool, batch: int | None, **flags: Any
+    build: str | None, model: Path, execution: Execution, calibrated: bool, batch: int | None, **flags: Any
 ) -> list[Path]:
     """What building ``model`` will write, or nothing. UserError: what is asked for cannot be built here."""
     from snpc.targets.build import check_build
 
     if build is None:
         return []
-    asked = build_arguments(provider, None, batch or 1, **flags)
-    return [check_build(model, build, None, asked["precision"], provider, calibrated, asked["options"])]
+    asked = build_arguments(execution, None, batch or 1, **flags)
+    return [check_build(model, build, None, asked["precision"], execution, calibrated, asked["options"])]
 
 
 def timed_artifact_from_flags(
-    build: str | None, latency: bool, provider: str, calibration: Any, batch: int | None, **flags: Any
+    build: str | None, latency: bool, execution: Execution, calibration: Any, batch: int | None, **flags: Any
 ) -> Any:
     """What a latency is measured on: the artefact that will be built, or None for the model itself."""
     import snpc
 
     return (
-        snpc.timed_artifact(build, **build_arguments(provider, calibration, batch or 1, **flags))
+        snpc.timed_artifact(build, **build_arguments(execution, calibration, batch or 1, **flags))
         if build and latency
         else None
     )
 
 
 def build_arguments(
-    provider: str,
+    execution: Execution,
     calibration: Any,
     batch: int,
     *,
@@ -139,7 +142,7 @@ def build_arguments(
     )
     return {
         "precision": precision or "fp32",
-        "provider": provider,
+        "execution": execution,
         "calibration": calibration,
         "batch": batch,
         "options": options,

@@ -27,6 +27,7 @@ from snpc.cli.options import (
     planning_options,
 )
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 
 
 @click.command("sweep")
@@ -71,7 +72,6 @@ def sweep_command(
     from snpc.pipeline.sweep import sweep as run
     from snpc.planning.config import parse_target
     from snpc.report.sweep_plot import sweep_plot
-    from snpc.runtime.execution.execution import Execution
 
     choice, calib = split_calibration_flags(flags)
     method, criterion = choice.pop("method"), choice.pop("criterion")
@@ -87,8 +87,9 @@ def sweep_command(
     if calib["calib"] is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
     tokens = choice.pop("tokens")
-    choice |= resolve_width_multiple(choice, build, provider)
-    names, execution = [parse_target(name) for name in parse_target_list(targets)], Execution(provider)
+    execution = Execution(provider=provider)
+    choice |= resolve_width_multiple(choice, build, execution)
+    names = [parse_target(name) for name in parse_target_list(targets)]
     folder = output or model.with_name(f"{model.stem}-sweep")
     analysis = load_and_analyze(model)
     calibration = calibration_from_flags(analysis, **calib)

@@ -72,7 +72,9 @@ def self_deciding_model(analysis: Analysis) -> ir.Model:
     return model
 
 
-def file_decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution) -> Iterator[Feeds]:
+def file_decisions(
+    path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
+) -> Iterator[Feeds]:
     """What the model at ``path`` decides, batch by batch."""
     model = ir.load(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
@@ -91,7 +93,7 @@ def file_decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], e
 
 
 def check_token_reduction(
-    analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, execution: Execution
+    analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[list[Feeds], str]:
     """(``batches`` with what the file at ``path`` decides for them, what was checked in words).
 

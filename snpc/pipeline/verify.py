@@ -93,7 +93,7 @@ def verify_candidate(
     original = analysis.model.path
     structure = check_structure(original, path, rewritten.sliced_interface())
     tolerance = rounding_tolerance(analysis.model)
-    too_large = too_large_reason(analysis.model) if execution.provider == "cpu" else ""
+    too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if too_large:
         note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
         return Verdict((*structure, note), (), (), "nothing", tolerance)

@@ -163,7 +163,7 @@ def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference
     if not made.runnable:
         return (), ("not run here, so outputs are not compared",)
     try:
-        reference = run_batches(job.model, list(job.feeds), "cpu")
+        reference = run_batches(job.model, list(job.feeds))
     except UserError as error:
         return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
     found: list[tuple[Difference, ...]] = []

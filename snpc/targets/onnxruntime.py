@@ -49,7 +49,7 @@ class GraphCandidate:
 
 
 def build_onnxruntime(job: BuildJob) -> BuildOutput:
-    if job.precision == "fp16" and job.execution.provider == "cpu":
+    if job.precision == "fp16" and job.execution.on_cpu:
         return keep_unoptimized(job)
     folder = job.source.parent
     plain = GraphCandidate("as onnxruntime optimises it", folder / "plain.onnx")
@@ -127,7 +127,7 @@ def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> b
     for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=execution.provider != "cpu")
+        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
     except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
         return False
     if not any(made.get_fused_operator_statistics().values()):
@@ -150,7 +150,7 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
     if len(candidates) == 1:
         return candidates[0]
     clock = time_ratios(job, candidates, time.perf_counter, None)
-    spent = time_ratios(job, candidates, time.process_time, 1) if job.execution.provider == "cpu" else clock
+    spent = time_ratios(job, candidates, time.process_time, 1) if job.execution.on_cpu else clock
     good = [candidates[0]]
     speeds = {candidates[0]: 1.0}
     for candidate in candidates[1:]:
@@ -166,7 +166,7 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
 
 def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
     """Those that a first look does not find clearly slower than the first."""
-    clock = time.process_time if job.execution.provider == "cpu" else time.perf_counter
+    clock = time.process_time if job.execution.on_cpu else time.perf_counter
     found = []
     for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
@@ -214,7 +214,7 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
 def check_onnxruntime(request: BuildRequest) -> None:
     if request.output.suffix not in (".onnx", ".ort"):
         raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
-    if request.precision == "bf16" and request.execution.provider == "cpu":
+    if request.precision == "bf16" and request.execution.on_cpu:
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 

@@ -22,7 +22,7 @@ class PreferredWidths:
 
 def widths_for_target(target: str | None, execution: Execution = DEFAULT_EXECUTION) -> PreferredWidths:
     """By what will run the model: a target of ``snpc build``, or onnxruntime as ``execution`` says."""
-    if target in ("trt", "trt-rtx") or (target in (None, "ort") and execution.provider != "cpu"):
+    if target in ("trt", "trt-rtx") or (target in (None, "ort") and not execution.on_cpu):
         return PreferredWidths(TENSOR_CORE_MULTIPLE, MIN_FUSED_HEAD)
     multiple = vector_width()
     return PreferredWidths(multiple, multiple)

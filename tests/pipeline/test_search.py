@@ -239,7 +239,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     seen: list[Path] = []
 
     def stubbed(
-        analysis: Any, base: Path, other: Path, workload: Workload, provider: str = "cpu"
+        analysis: Any, base: Path, other: Path, workload: Workload, execution: Any = None
     ) -> tuple[float, float]:
         seen.append(other)
         before, after = (snpc.analyze(snpc.load(path)).cost.macs for path in (base, other))

@@ -72,8 +72,8 @@ def fit_layerwise(
 ) -> TracedGraph:
     """The model at its full size with every weight made for the plan, layer after layer.
 
-    Of what crosses the borders of segments, what is more than ``execution.memory_limit`` bytes (None: half of what is free) lies
-    in temporary files.
+    Values at the borders of segments lie in memory up to ``execution.memory_limit`` bytes, the others in temporary
+    files.
 
     Raises stages.NotSequential where the graph cannot be run in segments.
     """

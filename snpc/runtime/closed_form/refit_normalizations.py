@@ -154,7 +154,7 @@ def measure_normalizations(
     norms: Sequence[Normalization],
     dead: RemovedUnits,
     batches: Iterable[Feeds],
-    execution: Execution,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> list[NormalizationSums]:
     """The sums of every norm over the calibration data, in one pass. Padded tokens do not count."""
     padding = find_padding(dense, [(str(norm.output.name), leading_rows) for norm in norms if norm.axis == -1])

@@ -162,7 +162,9 @@ def max_relative(differences: Sequence[Difference]) -> float:
     return max((d.relative for d in differences), default=0.0)
 
 
-def run_batches(path: Path, batches: Sequence[Feeds], execution: Execution) -> list[dict[str, AnyArray]]:
+def run_batches(
+    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
+) -> list[dict[str, AnyArray]]:
     """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
 
     bfloat16 is run in float32 where onnxruntime has no arithmetic in it.

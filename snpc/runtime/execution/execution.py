@@ -25,6 +25,10 @@ class Execution:
     memory_limit: int | None = None
     progress: BatchProgress | None = field(default=None, repr=False)
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.provider.lower() in ("cpu", "cpuexecutionprovider")
+
     def track(self, batches: Iterable[Feeds]) -> Iterable[Feeds]:
         """The same batches, shown by ``progress`` as they go by."""
         return batches if self.progress is None else self.progress(batches)

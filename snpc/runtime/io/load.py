@@ -37,8 +37,8 @@ def load(model: ModelSource) -> Model:
     """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. A model in memory
-    is not changed; a copy of it lies in a temporary file for as long as the returned value lives. External data of a file
-    stays where it is and is read when needed. Raises UserError for anything that is not a readable ONNX model.
+    is not changed; a copy of it lies in a temporary file for as long as the returned value lives. External data of a
+    file stays where it is and is read when needed. Raises UserError for anything that is not a readable ONNX model.
     """
     if isinstance(model, (str, os.PathLike)):
         return load_file(Path(model))

@@ -59,8 +59,8 @@ def measure_loss_curves(
     plan that these curves make, where these are new. A group's measurements see different samples in turn, so that a
     line through them averages over more of them.
 
-    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense
-    model gives, what is more than ``execution.memory_limit`` bytes (None: half of what is free) is kept in temporary files.
+    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Outputs of the
+    dense model lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files.
     Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis

@@ -16,7 +16,7 @@ from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.weights.edits import UnsupportedWeightForm
 from snpc.runtime.closed_form.masked_weights import constant_array
 from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums
-from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import RunFunction, temporary_session
@@ -72,7 +72,7 @@ class SegmentedModel:
 
 @contextmanager
 def open_segmented_model(
-    analysis: Analysis, changed: Mapping[str, Collection[str]], execution: Execution
+    analysis: Analysis, changed: Mapping[str, Collection[str]], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[SegmentedModel]:
     """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
     names of the constants that a change of it touches."""

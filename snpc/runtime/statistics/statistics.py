@@ -87,8 +87,8 @@ def measure_statistics(
     """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
     (with method "select": of all) what ``criterion`` asks for.
 
-    As many groups are measured in one pass over the data as fit in ``execution.memory_limit`` bytes (None: half of what is free);
-    the sums are the same, to rounding. Raises UserError where the limit is too small for a single group.
+    As many groups are measured in one pass over the data as fit in ``execution.memory_limit`` bytes; the sums are the
+    same, to rounding. Raises UserError where the limit is too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     forms = {} if method == "select" else closed_form_kinds(analysis, groups)[0]

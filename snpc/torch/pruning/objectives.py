@@ -80,7 +80,7 @@ class AccuracyDrop:
         return run_fingerprint(self.evaluation.data, self.limit, said)
 
     def accuracy(self, path: Path) -> float:
-        found = top1_accuracy(collect_outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
+        found = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
         assert found is not None
         return found
 

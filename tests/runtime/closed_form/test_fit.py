@@ -552,11 +552,11 @@ def test_half_precision_stays_half_precision(name: str, kind: int, tmp_path: Pat
     assert result.verification.max_abs_diff is not None
     kinds = {w.dtype for w in initializers(result.path).values() if w.dtype.kind in "fV"}
     assert kinds == {HALVES[kind]}
-    dense, outputs = (run_batches(p, [feeds], "cpu")[0].values() for p in (path, result.path))
+    dense, outputs = (run_batches(p, [feeds])[0].values() for p in (path, result.path))
     assert all(np.isfinite(o).all() for o in outputs)
     plain = snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude")
     snpc.apply(plain, tmp_path / "plain.onnx")
-    sliced = run_batches(tmp_path / "plain.onnx", [feeds], "cpu")[0].values()
+    sliced = run_batches(tmp_path / "plain.onnx", [feeds])[0].values()
     assert moved([*dense], [*outputs]) < 0.6 * moved([*dense], [*sliced])
 
 

@@ -428,7 +428,7 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
     second = x + np.maximum(first @ given["up"], 0) @ given["down"]
     batches = [{"ids": IDS["ids"][:4]}, {"ids": IDS["ids"][4:]}]
     for sums, value, number in zip(
-        measure_normalizations(analysis.traced_graph, norms, dead, batches, "cpu"), (x, second), "12", strict=True
+        measure_normalizations(analysis.traced_graph, norms, dead, batches), (x, second), "12", strict=True
     ):
         gain, bias = given[f"g{number}"], given[f"b{number}"]
         y, z = normalise(value, kind, gain, bias), normalise(value[:, stays], kind, gain[stays], bias[stays])

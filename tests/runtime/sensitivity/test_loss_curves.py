@@ -45,7 +45,7 @@ def test_a_chain_says_what_the_whole_model_says(name: str) -> None:
     tried = {g.id: trial_constants(found, scores, g, min(measurable_widths(g))) for g in groups}
     feeds = feeds_of(name)
     expected = run(written(analysis.traced_graph.model.clone()), feeds)
-    with open_segmented_model(analysis, tried, "cpu") as chain:
+    with open_segmented_model(analysis, tried) as chain:
         states = chain.dense_states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], expected)
         for g in groups[:: max(1, len(groups) // 4)]:
@@ -73,7 +73,7 @@ def test_a_chain_has_a_piece_per_layer() -> None:
     analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
     groups = chosen(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}, "cpu") as chain:
+    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}) as chain:
         assert len(chain.segments) >= 2 * len({g.layer for g in groups})
         for g in groups:
             first, last = chain.spans[g.id]
@@ -97,7 +97,7 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.temporary_session", fails_once)
     feeds = feeds_of("vit_timm__ts17")
-    with open_segmented_model(analysis, tried, "cpu") as chain:
+    with open_segmented_model(analysis, tried) as chain:
         assert len(chain.segments) == 1 and len(opened) > 3
         states = chain.dense_states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], run(written(analysis.traced_graph.model.clone()), feeds))

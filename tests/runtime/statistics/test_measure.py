@@ -263,7 +263,7 @@ def test_progress_sees_every_batch() -> None:
             sizes.append(len(feed["image"]))
             yield feed
 
-    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), progress=watch)
+    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), execution=snpc.Execution(progress=watch))
     assert sizes == [6, 6, 6, 2]
 
 

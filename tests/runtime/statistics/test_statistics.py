@@ -17,6 +17,7 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.memory import SpillableStore, free_memory, parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
@@ -36,7 +37,9 @@ def measured(
 ) -> Statistics:
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds, batch)
-    return snpc.measure_statistics(analysis, data, chosen(analysis), method=method, criterion="snp", memory_limit=limit)
+    return snpc.measure_statistics(
+        analysis, data, chosen(analysis), method=method, criterion="snp", execution=Execution(memory_limit=limit)
+    )
 
 
 def close(found: Statistics, expected: Statistics, tolerance: float) -> None:
@@ -166,8 +169,7 @@ def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) 
             chosen(analysis),
             method=method,
             criterion="snp",
-            memory_limit=limit,
-            progress=count,
+            execution=Execution(memory_limit=limit, progress=count),
         )
     (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
     assert one == 1 < many
@@ -206,7 +208,7 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
     found = []
     for limit in (1 << 40, 1):
-        source = fit_layerwise(made.closed_forms, made.slices, data, memory_limit=limit)
+        source = fit_layerwise(made.closed_forms, made.slices, data, Execution(memory_limit=limit))
         found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
