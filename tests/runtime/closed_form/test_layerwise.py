@@ -95,7 +95,7 @@ def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
 def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     """After the last feed-forward layer the gap on the calibration data is smaller than without making up for it: ridge
     regression never does worse than nothing on the rows that it is solved on."""
-    decision, calibration = made(name, "auto", 0.5)
+    decision, _ = made(name, "auto", 0.5)
     assert decision.closed_forms is not None
     analysis = analysis_of(name)
     stage = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)[-1]
