@@ -14,6 +14,7 @@ schedules, adapters and new weights have their rows in ``quality_torch.py``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ import numpy as np
 import onnxruntime as ort
 
 import snpc
+
+with contextlib.suppress(ModuleNotFoundError):
+    import snpc.torch  # registers gradients for the criteria that ask for them
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WAYS = ("auto", "parallel", "mixed", "activation", "magnitude", "snp", "random")

@@ -38,7 +38,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-APPROXIMATE_REASON = "normalisation statistics over it change: `--roles residual` prunes it approximately"
+APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
 
 Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
@@ -127,7 +127,8 @@ class Group:
     """``blocks x size`` units that are sliced at the same sites; every block keeps the same number of units.
 
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
-    half of them). A group with ``pins`` is shown but never cut.
+    half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
+    over the units, so removing some changes the statistics of the others; such a group is cut only on request.
     """
 
     id: str
@@ -142,6 +143,7 @@ class Group:
     macs: int
     params: int
     pins: tuple[Pin, ...] = ()
+    approximate: bool = False
 
     @property
     def prunable(self) -> bool:

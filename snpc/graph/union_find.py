@@ -1,17 +1,23 @@
-"""Union-find: connected components of pairs."""
+"""Union-find: connected components of pairs of integers, or of any hashable members."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
-import onnx_ir as ir
 
 from snpc.types import IntArray
 
+Member = TypeVar("Member", bound=Hashable)
+
 
 def connected_components(count: int, pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
-    """Smallest member of each member's connected component."""
+    """[count]: the smallest member of the connected component that each of ``0 .. count - 1`` belongs to.
+
+    Each element of ``pairs`` connects ``left[i]`` and ``right[i]`` for all i. All edges are processed at once: every
+    root is linked to the smallest root that it is connected to, and paths are compressed until every parent is a root.
+    """
     parent = np.arange(count, dtype=np.int64)
     if not pairs:
         return parent
@@ -24,28 +30,16 @@ def connected_components(count: int, pairs: Sequence[tuple[IntArray, IntArray]])
             return parent
         np.minimum.at(parent, high, low)
         while True:
-            shorter = parent[parent]
-            if bool((shorter == parent).all()):
+            grandparent = parent[parent]
+            if bool((grandparent == parent).all()):
                 break
-            parent = shorter
+            parent = grandparent
 
 
-class DisjointSets:
-    """Disjoint sets of values."""
-
-    def __init__(self) -> None:
-        self.parent: dict[ir.Value, ir.Value] = {}
-        self.numbers: dict[ir.Value, int] = {}
-
-    def root(self, value: ir.Value) -> ir.Value:
-        self.parent.setdefault(value, value)
-        while self.parent[value] is not value:
-            self.parent[value] = self.parent[self.parent[value]]
-            value = self.parent[value]
-        return value
-
-    def join(self, one: ir.Value, other: ir.Value) -> None:
-        self.parent[self.root(one)] = self.root(other)
-
-    def number(self, value: ir.Value) -> int:
-        return self.numbers.setdefault(self.root(value), len(self.numbers))
+def number_components(members: Iterable[Member], pairs: Iterable[tuple[Member, Member]]) -> dict[Member, int]:
+    """The number of each member's connected component. ``members`` lists every member that ``pairs`` connects; two
+    members have the same number exactly if a chain of pairs connects them."""
+    index = {member: position for position, member in enumerate(dict.fromkeys(members))}
+    edges = np.array([(index[a], index[b]) for a, b in pairs], np.int64).reshape(-1, 2)
+    components = connected_components(len(index), [(edges[:, 0], edges[:, 1])])
+    return dict(zip(index, components.tolist(), strict=True))

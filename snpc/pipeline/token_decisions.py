@@ -55,7 +55,7 @@ def with_token_decisions(
 
 
 def model_decisions(
-    model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution
+    model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """What ``model``, which is taken over, decides, batch by batch."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -123,7 +123,7 @@ def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
 
 
 def compare_with_oracle(
-    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution
+    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[Difference, ...]:
     """The open graph at its full width against the model with the same tokens taken out in place."""
     reduction = analysis.reduction

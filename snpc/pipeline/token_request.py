@@ -63,7 +63,7 @@ def measure_offline_scores(
 
 
 def measure_kept_shares(
-    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution
+    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
     """By block the share of the tokens there that stays of a sample on average, leading ones left out; what others in
     its batch keep does not count."""

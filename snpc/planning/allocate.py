@@ -15,7 +15,7 @@ from snpc.planning.config import Budget, ResourceTarget, allowed_widths
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at
 from snpc.planning.plan import SlicePlan, UnitScores, select_units
-from snpc.types import APPROXIMATE_REASON, FloatArray, Group
+from snpc.types import FloatArray, Group
 
 
 def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
@@ -29,7 +29,7 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     ]
     found = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if budget.ratio is None and any(g.freedom_reason == APPROXIMATE_REASON for g in found):
+    if budget.ratio is None and any(g.approximate for g in found):
         raise UserError(
             f"{name}: --target and --max-drift cannot weigh the residual width, since what other normalisation "
             "statistics cost is not measured: cut it with --ratio, or leave out the role residual"

@@ -16,9 +16,11 @@ import os
 from collections.abc import Sequence
 
 from snpc.runtime.io.load import load as load_model
+from snpc.runtime.statistics.gate_gradients import register_gradient_provider
 from snpc.torch.export_safetensors import export_tensors
 from snpc.torch.finetune import FinetuneResult, finetune, finetune_json
 from snpc.torch.module import GraphModule
+from snpc.torch.pruning.gradients import compute_gate_gradients
 from snpc.torch.pruning.learn_masks import MASK_LEARNING_RATE, LearnedPlan, learn_masks
 from snpc.torch.pruning.objectives import AccuracyDrop, DriftLimit
 from snpc.torch.pruning.round_log import PruningRound
@@ -53,6 +55,9 @@ __all__ = [
     "save_graph_module",
     "train",
 ]
+
+
+register_gradient_provider(compute_gate_gradients)
 
 
 def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:

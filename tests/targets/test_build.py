@@ -20,11 +20,12 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets import TARGETS
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput
 from snpc.targets.onnxruntime import ONNXRUNTIME_TARGET as ORT
-from snpc.targets.preferred_widths import vector_width, widths_for_target
+from snpc.targets.preferred_widths import widths_for_target
 from snpc.targets.quantize import find_outliers
 from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
@@ -369,16 +370,11 @@ def test_profiles_come_from_dynamic_axes_or_from_the_user(digits: Path) -> None:
             shape_ranges(path, BuildOptions(min_shapes={"image": (1, 1, 8, 8)}, max_shapes=wrong))
 
 
-def test_auto_widths_follow_what_runs_the_model(tmp_path: Path) -> None:
-    cpu = tmp_path / "cpuinfo"
-    for flags, width in (("fpu avx avx2 avx512f", 16), ("fpu avx avx2", 8), ("fpu", 4)):
-        cpu.write_text(f"model name : x\nflags\t\t: {flags}\n")
-        assert vector_width(cpu) == width
-    assert vector_width(tmp_path / "none") == 4
+def test_auto_widths_follow_what_runs_the_model() -> None:
     assert (
         dataclasses.astuple(widths_for_target("trt-rtx"))
         == (8, 16)
-        == dataclasses.astuple(widths_for_target(None, "cuda"))
+        == dataclasses.astuple(widths_for_target(None, Execution(provider="cuda")))
     )
     assert widths_for_target(None) == widths_for_target("ort") == widths_for_target("openvino")
 

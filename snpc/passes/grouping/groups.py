@@ -55,6 +55,7 @@ def build_groups(
                 macs=macs,
                 params=params,
                 pins=() if is_approximate(draft) else tuple(to_pin(note) for note in draft.pins),
+                approximate=is_approximate(draft),
             )
         )
     return tuple(groups)

@@ -8,7 +8,7 @@ to, and its keys and values are in the stream that it attends to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import is_float
-from snpc.graph.union_find import DisjointSets
+from snpc.graph.union_find import number_components
 from snpc.ops import lookup
 from snpc.ops.attention import ATTENTION_FORMS
 from snpc.ops.spec import SUMMED_OVER
@@ -51,12 +51,12 @@ class TokenStreams:
 def find_token_streams(traced: TracedGraph) -> TokenStreams:
     """Every source whose mask depends on an input of the graph, in the order in which they are computed."""
     masked, scores = masked_attentions(traced)
-    groups = DisjointSets()
-    for node in traced.model.graph:
-        for value in values_with_same_tokens(traced, node, scores):
-            groups.join(value, node.outputs[0])
-    sources = [found for node, product in masked for found in padding_sources_at(traced, node, product, groups)]
-    return TokenStreams(tuple(sources), {str(v.name): groups.number(v) for v in groups.parent})
+    nodes = list(traced.model.graph)
+    pairs = [(value, node.outputs[0]) for node in nodes for value in values_with_same_tokens(traced, node, scores)]
+    values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
+    streams = number_components(values, pairs)
+    sources = [source for node, product in masked for source in padding_sources_at(traced, node, product, streams)]
+    return TokenStreams(tuple(sources), {str(value.name): stream for value, stream in streams.items()})
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ def mask_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def padding_sources_at(
-    traced: TracedGraph, node: ir.Node, product: Contraction | None, groups: DisjointSets
+    traced: TracedGraph, node: ir.Node, product: Contraction | None, streams: Mapping[ir.Value, int]
 ) -> Iterator[PaddingSource]:
     if product is None:
-        yield from fused_padding_sources(traced, node, groups)
+        yield from fused_padding_sources(traced, node, streams)
         return
     weights = attention_weights_of(traced, product)
     values = next(v for v in product.node.inputs if v is not None and v is not weights)
@@ -156,12 +156,12 @@ def padding_sources_at(
     mine, carried = (product.letters.left, product.left) if left else (product.letters.right, product.right)
     summed = [k for k, c in enumerate(mine) if c not in product.letters.out]
     if len(summed) == 1 and len(mine) >= 3 and summed[0] > 0:
-        yield PaddingSource(
-            weights, "weights", len(mine), summed[0], heads_on_first_axis(carried), groups.number(values)
-        )
+        yield PaddingSource(weights, "weights", len(mine), summed[0], heads_on_first_axis(carried), streams[values])
 
 
-def fused_padding_sources(traced: TracedGraph, node: ir.Node, groups: DisjointSets) -> Iterator[PaddingSource]:
+def fused_padding_sources(
+    traced: TracedGraph, node: ir.Node, streams: Mapping[ir.Value, int]
+) -> Iterator[PaddingSource]:
     shape = ATTENTION_FORMS[node.domain, node.op_type]
     given = node.inputs[shape.value] if shape.value < len(node.inputs) else None
     values = node.inputs[shape.query] if given is None else given  # all three in one input
@@ -171,7 +171,7 @@ def fused_padding_sources(traced: TracedGraph, node: ir.Node, groups: DisjointSe
         per_query = is_float(dtype) or dtype == ir.DataType.BOOL
         batched = rank == 4 if per_query else rank in (2, 3)  # [queries, keys] is the same for all
         if values is not None and batched and not is_constant_value(traced, mask):
-            yield PaddingSource(mask, "mask", rank, rank - 1, 0, groups.number(values))
+            yield PaddingSource(mask, "mask", rank, rank - 1, 0, streams[values])
 
 
 def heads_on_first_axis(carried: LabeledValue) -> int:

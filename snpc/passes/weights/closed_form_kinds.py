@@ -16,7 +16,7 @@ from snpc.passes.weights.attention_operands import (
 )
 from snpc.passes.weights.consumers import ConsumerWeight, consumer_uses, single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import APPROXIMATE_REASON, Group
+from snpc.types import Group
 
 MAX_REFIT_COLUMNS = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
 
@@ -78,7 +78,7 @@ def closed_form_kinds(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict
     forms: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for group in groups:
-        if group.freedom_reason == APPROXIMATE_REASON:
+        if group.approximate:
             continue  # fitted when it is known what goes, see runtime.norms
         try:
             forms[group.id] = closed_form_kind(analysis, group)

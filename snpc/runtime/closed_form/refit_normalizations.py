@@ -29,14 +29,14 @@ from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.padding import find_padding, token_mask_runner
-from snpc.types import APPROXIMATE_REASON, Feeds, FloatArray, Group
+from snpc.types import Feeds, FloatArray, Group
 
 CONSTANT_CHANNEL = 1e-6  # of its mean square: a channel that varies less is constant, and is shifted only
 
 
 def approximate_groups(plan: SlicePlan) -> list[Group]:
     """The groups of the plan over which statistics change."""
-    return [g for g in plan.analysis.groups if g.id in plan.keep and g.freedom_reason == APPROXIMATE_REASON]
+    return [g for g in plan.analysis.groups if g.id in plan.keep and g.approximate]
 
 
 def without_groups(plan: SlicePlan, groups: Sequence[Group]) -> SlicePlan:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,17 +16,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
-from snpc.runtime.evaluation.bench import available_cores, bench, cpu_name
+from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
-from snpc.types import APPROXIMATE_REASON, FloatArray, Group, Shape
+from snpc.types import FloatArray, Group, Shape
 
 KEPT_SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
 LATENCY_CACHE_FORMAT = 1
@@ -119,11 +119,7 @@ class LatencyTable:
 
 
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
-    return [
-        g
-        for g in analysis.groups
-        if g.role in roles and g.prunable and g.size > 1 and g.freedom_reason != APPROXIMATE_REASON
-    ]
+    return [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1 and not g.approximate]
 
 
 def latency_table(
@@ -194,9 +190,5 @@ def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, exec
 
 
 def cache_folder() -> Path:
-    """The user's own: ``$XDG_CACHE_HOME/snpc``, or what the system has for it."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "snpc"
-    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "snpc" / "Cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "snpc"
+    """Where the system keeps a user's caches: ``$XDG_CACHE_HOME/snpc`` or ``~/.cache/snpc`` on Linux."""
+    return platformdirs.user_cache_path("snpc", appauthor=False)

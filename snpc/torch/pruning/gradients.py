@@ -1,15 +1,15 @@
-"""Gradients of each sample's loss by the gates of all units: one pass, whatever a criterion makes of them.
+"""Gradients of each sample's loss with respect to unit gates. ``snpc.torch`` registers them for criteria.
 
-Samples are run one by one, so that a gradient is that of one sample for every layout of axes. (Where a graph's batch
-size is fixed, a batch counts as one sample.)
+Samples run one by one, so a gradient belongs to one sample whatever the layout of axes is. Where the graph fixes its
+batch size, a batch counts as one sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from snpc.criteria import Criterion
 from snpc.passes.analyze import Analysis
 from snpc.runtime.calibration.dataset import Calibration
+from snpc.runtime.statistics.gate_gradients import GATE_PREFIX, GateObserver
 from snpc.torch.module import GraphModule
 from snpc.torch.operators.registry import Tensor, to_tensor
 from snpc.torch.operators.relevance import relevance_rules
@@ -24,9 +25,10 @@ from snpc.torch.pruning.gates import Gate, apply_gates, canonical_module, make_g
 from snpc.torch.training.labels import load_labels
 from snpc.torch.training.losses import cross_entropy
 from snpc.torch.training.sampling import one_sample_batches, sample_ids
-from snpc.types import FloatArray, Group, IntArray
+from snpc.types import Feeds, FloatArray, Group
 
-GateObserver = Callable[[str, Mapping[str, FloatArray]], None]
+GateArrays = dict[str, dict[str, FloatArray]]
+"""Group id -> probe -> array."""
 
 
 def compute_gate_gradients(
@@ -35,83 +37,81 @@ def compute_gate_gradients(
     groups: Sequence[Group],
     criterion: Criterion,
     observe: GateObserver,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
 ) -> None:
-    """Call ``observe(group id, measured)`` for every sample and group: arrays whose first axis is one sample.
+    """Call ``observe(group id, arrays)`` for every sample and group. The first axis of each array is one sample.
 
-    "gate:loss" [1, blocks, size] is the derivative of the sample's loss by the unit's gate, "gate:weights" the sum over
-    the unit's weights of (w dL/dw)^2, "gate:relevance" what layer-wise relevance propagation leaves at the unit;
-    "gate:macs" and "gate:memory" [1] what a unit costs. Raises UserError for operators that torch has not.
+    "gate:loss" [1, blocks, size] is the derivative of the sample's loss with respect to the unit's gate.
+    "gate:weights" [1, blocks, size] is the sum of (w dL/dw)^2 over the unit's weights. "gate:relevance" [1, blocks,
+    size] is what layer-wise relevance propagation leaves at the unit. "gate:macs" and "gate:memory" [1] are the costs
+    of a unit. Raises UserError for operators that have no torch implementation.
     """
-    wanted = {g.id: [n for n in criterion.probes(g.role) if n.startswith("gate:")] for g in groups}
-    asked = {name for names in wanted.values() for name in names}
-    source = str(getattr(criterion, "labels", ""))
-    labels = load_labels(Path(source), calibration) if source else None
-    module = canonical_module(analysis)
-    gates = [make_gate(analysis, g) for g in groups]
+    probes = {g.id: [n for n in criterion.probes(g.role) if n.startswith(GATE_PREFIX)] for g in groups}
+    kinds = {name for names in probes.values() for name in names}
+    label_file = str(getattr(criterion, "labels", ""))
+    labels = load_labels(Path(label_file), calibration) if label_file else None
+    model = GatedModel(analysis, canonical_module(analysis), tuple(make_gate(analysis, g) for g in groups))
     costs = {g.id: gate_costs(analysis, g) for g in groups}
-    alone = one_sample_batches(calibration)
-    for ids, feeds in zip(sample_ids(alone), progress(alone.batches()) if progress else alone.batches(), strict=True):
-        given = {name: to_tensor(array) for name, array in feeds.items()}
-        found: dict[str, dict[str, FloatArray]] = {g.id: dict(costs[g.id]) for g in groups}
-        if asked & {"gate:loss", "gate:weights"}:
-            answers = None if labels is None else torch.from_numpy(labels[ids])
-            add_loss_gradients(analysis, module, gates, given, ids, answers, "gate:weights" in asked, found)
-        if "gate:relevance" in asked:
-            add_relevance(analysis, module, gates, given, found)
+    data = one_sample_batches(calibration)
+    batches: Iterable[Feeds] = data.batches()
+    for ids, feeds in zip(sample_ids(data), progress(batches) if progress else batches, strict=True):
+        tensors = {name: to_tensor(array) for name, array in feeds.items()}
+        measured: GateArrays = {g.id: dict(costs[g.id]) for g in groups}
+        if kinds & {"gate:loss", "gate:weights"}:
+            sample_labels = None if labels is None else torch.from_numpy(labels[ids])
+            model.add_loss_gradients(measured, tensors, int(ids[0]), sample_labels, "gate:weights" in kinds)
+        if "gate:relevance" in kinds:
+            model.add_relevance(measured, tensors)
         for group in groups:
-            observe(group.id, {name: found[group.id][name] for name in wanted[group.id]})
+            observe(group.id, {name: measured[group.id][name] for name in probes[group.id]})
+
+
+@dataclass(frozen=True)
+class GatedModel:
+    """A module and the gates that are put on it, all at one."""
+
+    analysis: Analysis
+    module: GraphModule
+    gates: tuple[Gate, ...]
+
+    def add_loss_gradients(
+        self, measured: GateArrays, feeds: Mapping[str, Tensor], sample: int, labels: Tensor | None, with_weights: bool
+    ) -> None:
+        """Add "gate:loss", and "gate:weights" if asked, of one sample: one backward pass for both."""
+        factors = initial_factors(self.gates)
+        weights = dict(self.module.weights()) if with_weights else {}
+        with apply_gates(self.module, self.gates, factors):
+            loss = sample_loss(self.analysis, self.module(feeds), sample, labels)
+        gradients = torch.autograd.grad(loss, [*factors.values(), *weights.values()], allow_unused=True)
+        for gate, gradient in zip(self.gates, gradients, strict=False):
+            measured[gate.group.id]["gate:loss"] = per_unit_array(gradient, gate)
+        if not with_weights:
+            return
+        squares = {
+            name: torch.zeros_like(w) if gradient is None else (w.detach() * gradient).square()
+            for (name, w), gradient in zip(weights.items(), gradients[len(self.gates) :], strict=True)
+        }
+        for gate in self.gates:
+            measured[gate.group.id]["gate:weights"] = sum_per_unit(self.module, gate.group, squares)
+
+    def add_relevance(self, measured: GateArrays, feeds: Mapping[str, Tensor]) -> None:
+        """Add "gate:relevance" of one sample."""
+        factors = initial_factors(self.gates)
+        with apply_gates(self.module, self.gates, factors), relevance_rules(self.module):
+            outputs = self.module(feeds)
+            starts = [output_relevance(name, outputs[name].float()) for name in loss_outputs(self.analysis)]
+        gradients = torch.autograd.grad(torch.stack(starts).sum(), list(factors.values()), allow_unused=True)
+        for gate, gradient in zip(self.gates, gradients, strict=True):
+            measured[gate.group.id]["gate:relevance"] = per_unit_array(gradient, gate)
 
 
 def initial_factors(gates: Sequence[Gate]) -> dict[str, Tensor]:
+    """Group id -> ones [blocks, size]."""
     return {g.group.id: torch.ones(g.group.blocks, g.group.size, requires_grad=True) for g in gates}
 
 
-def add_loss_gradients(
-    analysis: Analysis,
-    module: GraphModule,
-    gates: Sequence[Gate],
-    given: Mapping[str, Tensor],
-    ids: IntArray,
-    labels: Tensor | None,
-    weights: bool,
-    found: dict[str, dict[str, FloatArray]],
-) -> None:
-    factors = initial_factors(gates)
-    tensors = dict(module.weights()) if weights else {}
-    with apply_gates(module, gates, factors):
-        value = sample_loss(analysis, module(given), int(ids[0]), labels)
-    slots = [*factors.values(), *tensors.values()]
-    gradients = torch.autograd.grad(value, slots, allow_unused=True)
-    for gate, gradient in zip(gates, gradients, strict=False):
-        found[gate.group.id]["gate:loss"] = per_unit_array(gradient, gate)
-    if weights:
-        squares = {
-            name: torch.zeros_like(w) if g is None else (w.detach() * g).square()
-            for (name, w), g in zip(tensors.items(), gradients[len(gates) :], strict=True)
-        }
-        for gate in gates:
-            found[gate.group.id]["gate:weights"] = sum_per_unit(module, gate.group, squares)
-
-
-def add_relevance(
-    analysis: Analysis,
-    module: GraphModule,
-    gates: Sequence[Gate],
-    given: Mapping[str, Tensor],
-    found: dict[str, dict[str, FloatArray]],
-) -> None:
-    factors = initial_factors(gates)
-    with apply_gates(module, gates, factors), relevance_rules(module):
-        outputs = module(given)
-        answer = torch.stack([output_relevance(name, outputs[name].float()) for name in loss_outputs(analysis)]).sum()
-    gradients = torch.autograd.grad(answer, list(factors.values()), allow_unused=True)
-    for gate, gradient in zip(gates, gradients, strict=True):
-        found[gate.group.id]["gate:relevance"] = per_unit_array(gradient, gate)
-
-
 def per_unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
-    """[1, blocks, size]."""
+    """[1, blocks, size]; zeros where the loss does not depend on the gate."""
     shape = (1, gate.group.blocks, gate.group.size)
     if gradient is None:
         return np.zeros(shape)
@@ -119,15 +119,15 @@ def per_unit_array(gradient: Tensor | None, gate: Gate) -> FloatArray:
 
 
 def sum_per_unit(module: GraphModule, group: Group, values: Mapping[str, Tensor]) -> FloatArray:
-    """[1, blocks, size]: values of weights, summed over those of each unit."""
+    """[1, blocks, size]: ``values`` (by weight, in the weight's shape), summed over each unit's entries."""
     total = np.zeros(group.blocks * group.size + 1)
     for site in group.sites:
-        owner, turned = module.owner(site.tensor)
+        owner, transposed = module.owner(site.tensor)
         if owner not in values:
             continue
-        array = (values[owner].mT if turned else values[owner]).double().numpy()
-        rest = tuple(k for k in range(array.ndim) if k != site.axis)
-        np.add.at(total, np.asarray(site.units), array.sum(axis=rest))
+        array = (values[owner].mT if transposed else values[owner]).double().numpy()
+        other_axes = tuple(k for k in range(array.ndim) if k != site.axis)
+        np.add.at(total, np.asarray(site.units), array.sum(axis=other_axes))
     return total[:-1].reshape(1, group.blocks, group.size)
 
 
@@ -135,9 +135,9 @@ def sum_per_unit(module: GraphModule, group: Group, values: Mapping[str, Tensor]
 
 
 def loss_outputs(analysis: Analysis) -> list[str]:
-    """Outputs that the loss looks at: the logits, else every float one."""
-    found = [spec.name for spec in analysis.model.outputs if spec.dtype.kind == "f"]
-    return [name for name in found if is_logits(name)] or found
+    """The outputs that the loss is computed from: the logits; every float output where none is called logits."""
+    floats = [spec.name for spec in analysis.model.outputs if spec.dtype.kind == "f"]
+    return [name for name in floats if is_logits(name)] or floats
 
 
 def is_logits(name: str) -> bool:
@@ -145,30 +145,32 @@ def is_logits(name: str) -> bool:
 
 
 def sample_loss(analysis: Analysis, outputs: Mapping[str, Tensor], sample: int, labels: Tensor | None) -> Tensor:
-    """Of one sample: the cross entropy of its labels, or of the classes that the model itself finds likeliest. Outputs
-    that are not called logits are regressed to themselves plus noise that the sample's number seeds, whose expected
-    squared gradient is the Fisher information of a Gaussian."""
-    parts = []
+    """The loss of one sample: the cross entropy of its labels; without labels, of the model's own likeliest classes.
+
+    An output that is not called logits is regressed to itself plus noise, which the sample's number seeds. The expected
+    squared gradient of that loss is the Fisher information of a Gaussian.
+    """
+    terms = []
     for name in loss_outputs(analysis):
         value = outputs[name].float()
         if labels is not None or is_logits(name):
-            truth = value.detach().argmax(-1) if labels is None else labels
-            parts.append(cross_entropy(value, truth).mean())
+            classes = value.detach().argmax(-1) if labels is None else labels
+            terms.append(cross_entropy(value, classes).mean())
         else:
             noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(sample))
-            parts.append((value * noise).sum() / value.numel() ** 0.5)
-    return torch.stack(parts).sum()
+            terms.append((value * noise).sum() / value.numel() ** 0.5)
+    return torch.stack(terms).sum()
 
 
 def output_relevance(name: str, value: Tensor) -> Tensor:
-    """What relevance starts from: the likeliest class's logit at every position, or half the squared output."""
+    """Where relevance starts: the likeliest class's logit at every position; of other outputs, the output itself."""
     if is_logits(name):
         return value.max(-1).values.sum()
     return (value * value.detach()).sum()
 
 
 def gate_costs(analysis: Analysis, group: Group) -> dict[str, FloatArray]:
-    """What one unit takes of a sample's MACs and activations, at the sizes that MACs are quoted at."""
+    """A unit's share of one sample's MACs and activations, at the dimension sizes that MACs are quoted at."""
     shapes = {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
     elements = sum(math.prod(shapes.get(p.tensor) or (0,)) for p in group.probes)
     units = group.blocks * group.size

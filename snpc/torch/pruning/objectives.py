@@ -21,7 +21,7 @@ class PruningObjective(Protocol):
     def limit(self) -> float: ...
 
     @property
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Names all that decides what it says."""
 
     def measure(self, tuned: FinetuneResult) -> float: ...

@@ -27,8 +27,9 @@ from snpc.runtime.closed_form.refit_normalizations import (
     solve_affine,
     solve_consumer_refit,
 )
-from snpc.types import APPROXIMATE_REASON, Group
-from tests.cli.test_cli import CALIB, VIT, invoke, reported
+from snpc.types import Group
+from tests.closed_forms import calibration_of, random_feeds, relative_change
+from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.exports import EXPORTS, export
 from tests.oracle import (
     TOLERANCE,
@@ -47,7 +48,6 @@ from tests.oracle import (
     run,
     written,
 )
-from tests.runtime.closed_form.test_fit import calibration_of, more_data, moved
 
 NAMES = [name for name in EXPORTS if not name.startswith(("bert", "conv", "mlp"))]
 DECODERS = ["gpt2__dyn20_sdpa", "llama__ts17", "qwen3__dyn20", "t5__ts17"]
@@ -66,7 +66,7 @@ def test_it_is_free_but_said_to_be_approximate(name: str) -> None:
     groups = residual(analysis)
     assert groups
     for group in groups:
-        assert (group.freedom, group.freedom_reason) == ("select", APPROXIMATE_REASON)
+        assert (group.freedom, group.approximate) == ("select", True)
         made = {site.tensor for site in group.sites}
         assert not [pin for pin in analysis.pins if pin.tensor in made]
 
@@ -194,7 +194,7 @@ def halved(analysis: Analysis, seed: int = 0) -> Cuts:
 def test_normalisations_however_they_are_spelled(kind: str, tmp_path: Path) -> None:
     analysis = normed(tmp_path, kind)
     (group,) = residual(analysis)
-    assert (group.size, group.freedom_reason) == (D, APPROXIMATE_REASON)
+    assert (group.size, group.approximate) == (D, True)
     pair = cut(analysis, halved(analysis))
     assert relative_error(run(analysis.model.path, IDS), run(pair.masked, IDS)) > 1e-3
     for level in ("off", "all"):
@@ -460,22 +460,22 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
     fitted = snpc.apply(snpc.PruningPlan(plan, made.closed_forms, calibration=data), tmp_path / "a.onnx")
     plain = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(analysis, "", {}, keep), calibration=data), tmp_path / "s.onnx")
     dense = run(analysis.model.path, IDS)
-    assert moved(dense, run(plain.path, IDS)) > 0.2
-    assert moved(dense, run(fitted.path, IDS)) < 0.02
+    assert relative_change(dense, run(plain.path, IDS)) > 0.2
+    assert relative_change(dense, run(fitted.path, IDS)) < 0.02
     assert fitted.closed_forms == {residual(analysis)[0].id: "refit"}
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "vit_hf__dyn20", "swin_timm__ts17", "bart__ts17", *DECODERS])
 def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
-    data, others = calibration_of(analysis, more_data(name, 48), 48), more_data(name, 32, 7)
+    data, others = calibration_of(analysis, random_feeds(name, 48), 48), random_feeds(name, 32, 7)
     moves = {}
     for method in ("auto", "select"):
         made = snpc.plan(
             analysis, snpc.Budget(0.25, ("residual",)), calibration=data, method=method, criterion="activation"
         )
         result = snpc.apply(made, tmp_path / "p.onnx")
-        moves[method] = moved(run(export(name), others), run(result.path, others))
+        moves[method] = relative_change(run(export(name), others), run(result.path, others))
     assert moves["auto"] < 0.9 * moves["select"]
 
 

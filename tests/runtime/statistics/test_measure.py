@@ -18,7 +18,7 @@ from snpc.runtime.statistics.measure import StatisticRequest, measure_batches, s
 from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Probe
-from tests.cli.test_cli import CALIB, VIT
+from tests.command_line import CALIB, VIT
 from tests.models.exports import load_feeds
 from tests.oracle import analysis_of, prunable, require, written
 

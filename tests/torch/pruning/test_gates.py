@@ -254,4 +254,26 @@ main(["plan", {str(VIT)!r}, "--ratio", "0.5", "--criterion", "taylor", "--calib"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "criterion taylor needs gradients, and for them torch, which is not installed: pip install" in done.stderr
+    assert "criterion taylor needs torch, which is not installed: pip install" in done.stderr
+
+
+def test_gradients_are_measured_once_snpc_torch_is_imported() -> None:
+    """Without it, snpc says in one line what to import, and does not import torch itself."""
+    code = f"""
+import sys
+import snpc
+analysis = snpc.analyze(snpc.load({str(VIT)!r}))
+data = snpc.load_calibration({str(CALIB)!r}, analysis.model.inputs, samples=2)
+def scored():
+    return snpc.score(analysis, "taylor", data, roles=("ffn",))
+try:
+    scored()
+except snpc.UserError as error:
+    print(error)
+assert "torch" not in sys.modules
+import snpc.torch
+print(len(scored().values))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message, groups = done.stdout.splitlines()
+    assert message.startswith("criterion taylor needs gradients: import snpc.torch first") and int(groups) > 1
