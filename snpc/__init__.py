@@ -31,9 +31,10 @@ from snpc.planning.plan_file import plan_from_json, plan_to_json
 from snpc.report.page import write_report
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation.bench import BenchResult, bench
+from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.execution.random_inputs import random_calibration
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
@@ -67,11 +68,13 @@ __all__ = [
     "Probe",
     "PrunedModel",
     "PruningPlan",
+    "RandomInputs",
     "ResourceTarget",
     "Site",
     "SlicePlan",
     "SnpcError",
     "Statistics",
+    "TimingProtocol",
     "UnitScores",
     "UserError",
     "Verdict",

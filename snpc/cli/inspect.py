@@ -38,7 +38,7 @@ def inspect_command(
     running: ExecutionArguments,
 ) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
-    analysis = model.load()
+    analysis = model.load(model.dump.load())
     check_output_paths([output.json.json_path], *model.files(), calibration.calib)
     if output.curves != (calibration.calib is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")

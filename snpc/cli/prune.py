@@ -61,7 +61,8 @@ def prune_command(
     execution, stopwatch = running.load(), Stopwatch()
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
-        analysis = model.load()
+        observer = model.dump.load()
+        analysis = model.load(observer)
     artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
@@ -86,8 +87,8 @@ def prune_command(
     if output.plan_path is not None and result.search is not None:
         write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
     if output.page is not None:
-        snpc.write_report(result, output.page, decision=plan, calibration=data)
-    built = build.load(path, execution, data, workload.batch)
+        snpc.write_report(result, output.page, plan=plan, calibration=data)
+    built = build.load(path, execution, data, workload.batch, observer)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
         tables.print_result(result)

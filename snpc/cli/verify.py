@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import click
 
@@ -20,12 +21,17 @@ from snpc.runtime.io.load import model_files
 
 @dataclass(frozen=True)
 class VerifyArguments(ArgumentGroup):
+    section: ClassVar[str] = "Checks"
+
     pruned: Path = argument(type=FILE_PATH)
     plan_path: Path | None = option(
         "--plan", type=FILE_PATH, help="The plan that PRUNED was made by: also check that slicing equals masking."
     )
     calib: str | None = option(
-        "--data", metavar="DATA", help="Inputs to run on (forms as --calib of prune).  [default: random inputs]"
+        "--data",
+        metavar="DATA",
+        section="Inputs",
+        help="Inputs to run on (forms as --calib of prune).  [default: random inputs]",
     )
     max_drift: float | None = option(
         "--max-drift",

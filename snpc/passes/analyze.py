@@ -6,18 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.pass_manager import PassObserver, run_pass
 from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, infer_graph, opset_version, weight_bytes
-from snpc.passes.canonicalization.eliminate_dead_rows import eliminate_dead_rows
+from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
 from snpc.passes.grouping.groups import build_groups
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.propagation.labels import LabelFlag
 from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -55,22 +58,41 @@ class Analysis:
         told = json.dumps(self.reduction.to_json(), sort_keys=True)
         return hashlib.sha256(f"{self.model.digest} {told}".encode()).hexdigest()
 
+    @cached_property
+    def weights(self) -> Mapping[str, GroupWeights]:
+        """Group id -> the weights that produce and consume its units, and its closed form. Computed once per group."""
+        return LazyGroupWeights(self.traced_graph, self.groups)
+
     def group(self, name: str) -> Group:
         return next(g for g in self.groups if g.id == name)
 
 
-def analyze(model: Model, sizes: Mapping[str, int] | None = None, *, prune_kv_cache: bool = False) -> Analysis:
+def analyze(
+    model: Model,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    prune_kv_cache: bool = False,
+    observer: PassObserver | None = None,
+) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
     ``sizes`` binds dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) for the quoted MACs.
     ``prune_kv_cache`` lets caches of keys and values become narrower, past inputs and present outputs alike.
+    ``observer`` is called after each graph pass.
     """
     binding, facts = choose_dim_sizes(model.graph)
     quoted, cost_facts = quoted_facts(model.graph, binding, facts, sizes or {})
     cost = cost_of(model.graph, cost_facts)
     tokens = find_reduction_points(model.graph, facts, binding)
     return analyze_graph(
-        model, model.graph, (binding, facts), (quoted, cost_facts), cost, tokens=tokens, kv_cache=prune_kv_cache
+        model,
+        model.graph,
+        (binding, facts),
+        (quoted, cost_facts),
+        cost,
+        tokens=tokens,
+        kv_cache=prune_kv_cache,
+        observer=observer,
     )
 
 
@@ -85,13 +107,14 @@ def analyze_graph(
     reduction: TokenReduction | None = None,
     extra_macs: int = 0,
     kv_cache: bool = False,
+    observer: PassObserver | None = None,
 ) -> Analysis:
     """The analysis of ``graph``, which is that of ``model`` or what became of it. ``bound`` and ``quoted``: sizes of
     dynamic dimensions with the graph's facts there; ``cost``: the model's; ``extra_macs``: what ``reduction`` adds."""
     (binding, facts), (at, cost_facts) = bound, quoted
-    fewer = eliminate_dead_rows(graph, facts)
-    if fewer is not None:
-        graph, facts, cost_facts = fewer, infer_graph(fewer, binding), infer_graph(fewer, at)
+    narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
+    if narrowed.modified:
+        graph, facts, cost_facts = narrowed.model, infer_graph(narrowed.model, binding), infer_graph(narrowed.model, at)
     found = trace_graph(graph, binding, facts, kv_cache)
     made = draft_groups(found.trace, found.units)
     groups = build_groups(graph, found.trace, found.units, cost_facts, made)

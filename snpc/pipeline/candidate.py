@@ -22,7 +22,7 @@ from snpc.runtime.io.atomic import check_target, external_data_path, rename_into
 from snpc.runtime.io.in_memory import read_back
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
-from snpc.types import Cost, TemporaryFolder, Verdict
+from snpc.types import ClosedFormKind, Cost, TemporaryFolder, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
@@ -72,9 +72,8 @@ class PrunedModel:
     verification: Verdict
     seconds: Mapping[str, float]
     calibration: str = ""
-    closed_forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
-    "coupled" (selected by what the scores lose)."""
+    closed_forms: Mapping[str, ClosedFormKind] = field(default_factory=dict)
+    """Group id -> the closed form with which it was pruned."""
     search: SearchResult | None = None
     """How a drift or a latency was met, where candidates had to be measured for it."""
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
@@ -102,7 +101,7 @@ class CandidateModel:
     path: Path
     after: Cost
     verdict: Verdict
-    closed_forms: Mapping[str, str]
+    closed_forms: Mapping[str, ClosedFormKind]
 
     @property
     def drift(self) -> float:

@@ -11,8 +11,8 @@ from snpc.planning.plan import UnitScores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients
-from snpc.runtime.statistics.measure import statistic_requests
-from snpc.runtime.statistics.moments import CLOSED_FORM_STATISTICS
+from snpc.runtime.statistics.keys import CLOSED_FORM_STATISTICS
+from snpc.runtime.statistics.measure import criterion_keys, statistic_requests
 from snpc.runtime.statistics.statistics import Statistics, check_statistics_match, measure_statistics
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Role
@@ -55,7 +55,7 @@ def score_groups(
     needed = [
         g
         for g in groups
-        if needs_gate_gradients(judge, g) or statistic_requests(analysis, {g.id: judge.probes(g.role)})
+        if needs_gate_gradients(judge, g) or statistic_requests(analysis, {g.id: criterion_keys(judge, g)})
     ]
     if statistics is None and needs_data(judge, [g.role for g in groups]):
         needy = ", ".join(sorted({g.role for g in groups if judge.probes(g.role)}))

@@ -19,10 +19,11 @@ from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
-from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.evaluation.bench import TimingProtocol, bench
 from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
 from snpc.runtime.evaluation.latency import TimedArtifact, Workload
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.io.atomic import check_target, staging_folder
 from snpc.types import Cost
 
@@ -239,8 +240,12 @@ def with_quality(
 
 
 def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution: Execution) -> list[SweepPoint]:
-    files = [point.files[0] for point in points]
-    result = bench(files, execution=execution, batch=request.batch, iterations=request.rounds)
+    result = bench(
+        [point.files[0] for point in points],
+        RandomInputs(batch=request.batch),
+        protocol=TimingProtocol(iterations=request.rounds),
+        execution=execution,
+    )
     found = [replace(points[0], latency=result.timings[0].median)]
     for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
         found.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))

@@ -33,24 +33,29 @@ ROLE_NAMES = {
     "residual": "residual stream",
     "other": "other weights",
 }
-WEIGHT_ORIGINS = {"scores": "rotated", "values": "rotated", "refit": "refitted", "coupled": "selected by scores"}
+WEIGHT_ORIGINS = {
+    "low_rank_qk": "rotated",
+    "low_rank_vo": "rotated",
+    "refit": "refitted",
+    "score_selection": "selected by scores",
+}
 
 
 def write_report(
     result: PrunedModel,
     target: Path,
     *,
-    decision: PruningPlan | None = None,
+    plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
 ) -> ReportData:
     """Write an HTML page about ``result`` to ``target`` and return what it shows.
 
-    ``decision`` (that the plan is of) gives the loss curves, ``calibration`` the pictures for attention maps of vision
-    models, ``bench`` (of the original and the pruned file, in this order) the latency. Raises UserError where
-    ``target`` cannot be written.
+    ``plan`` gives the loss curves, ``calibration`` the pictures for the attention maps of vision models, ``bench`` (of
+    the original and the pruned file, in this order) the latency. Raises UserError where ``target`` cannot be
+    written.
     """
-    report = collect_report_data(result, decision=decision, calibration=calibration, bench=bench)
+    report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench)
     text = render_page(report)
     with atomic_write(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

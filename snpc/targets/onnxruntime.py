@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
-from snpc.passes.fusion.fuse_attention import fuse_attention
-from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
+from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
+from snpc.passes.fusion.fuse_attention import FusionResult
+from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
 from snpc.runtime.evaluation.compare import TOLERANCE, aggregate, max_relative, measure_differences, run_batches
 from snpc.runtime.execution.execution import Execution
@@ -37,9 +37,6 @@ TIMING_SECONDS = 3.0  # small models get more rounds
 SCREENING_ROUNDS = 5  # rounds of a first look at all candidates
 SCREENING_SPEEDUP = 0.95  # times as fast as the plain graph: less is not looked at again
 OUTPUT_TOLERANCE = 10 * TOLERANCE[np.dtype(np.float32)]
-
-
-FusionPass = Callable[[ir.Model], tuple[ir.Model, int]]  # a copy, and how often it fitted
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,15 @@ def keep_unoptimized(job: BuildJob) -> BuildOutput:
 def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     """Models with nodes fused beyond what a session does by itself."""
     folder = job.source.parent
-    plain = fold_shape_arithmetic(load(job.source).graph)
-    inside = apply_fusion("attention in one node", plain, fuse_attention)
-    projected = apply_fusion(
-        "attention with its projections in one node", plain, partial(fuse_attention, projections=True)
-    )
+    observer = job.observer
+    plain = run_pass(FOLD_SHAPE_ARITHMETIC, load(job.source).graph, observer).model
+    inside = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
+    projected = apply_fusion("attention with its projections in one node", plain, FUSE_ATTENTION_PROJECTIONS, observer)
     starts = [("", plain), *inside, *projected]
     biased = [
-        one
-        for name, made in starts
-        for one in apply_fusion(join_names(name, "biases inside products"), made, fuse_gemm_bias)
+        candidate
+        for name, model in starts
+        for candidate in apply_fusion(join_names(name, "biases inside products"), model, FUSE_GEMM_BIAS, observer)
     ]
     found: list[tuple[str, Path]] = []
     for name, made in (*inside, *projected, *biased):
@@ -109,10 +105,13 @@ def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     return found
 
 
-def apply_fusion(name: str, model: ir.Model, rewrite: FusionPass) -> list[tuple[str, ir.Model]]:
-    """What ``rewrite`` makes of it, with how often it fits; nothing where it does not."""
-    made, count = rewrite(model)
-    return [(f"{name} ({count} times)", made)] if count else []
+def apply_fusion(
+    name: str, model: ir.Model, fusion: GraphPass, observer: PassObserver | None
+) -> list[tuple[str, ir.Model]]:
+    """The fused model, with the number of fused nodes in its name; nothing where there is nothing to fuse."""
+    result = run_pass(fusion, model, observer)
+    assert isinstance(result, FusionResult)
+    return [(f"{name} ({result.count} times)", result.model)] if result.modified else []
 
 
 def join_names(*names: str) -> str:

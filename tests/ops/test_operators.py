@@ -106,8 +106,8 @@ def test_a_change_of_basis_alone_changes_nothing(name: str, tmp_path: Path) -> N
         WeightEdits(),
     )
     for group in groups:
-        if fitted.kinds.get(group.id) in ("scores", "values"):
-            apply_basis(edits, fitted, group, fitted.kinds[group.id])
+        if fitted.kinds.get(group.id) in ("low_rank_qk", "low_rank_vo"):
+            apply_basis(edits, fitted, group)
     before = run(tmp_path / "model.onnx", feeds)
     assert relative_error(before, run(written(apply_edits(analysis.traced_graph, edits)), feeds)) < 1e-5
     made = snpc.plan(analysis, snpc.Budget(0.5), calibration=data)

@@ -77,6 +77,7 @@ def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, l
 
 @pytest.mark.parametrize("name, limit", [("vit_timm__ts17", 0.15), ("bert__ts17", 0.05)])
 @pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.slow
 def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, uniform: bool, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     calibration = snpc.load_calibration(feeds_of(name), analysis.model.inputs, batch=3)
@@ -309,6 +310,7 @@ def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> No
     assert result.search is not None and result.search.unit == "of the dense model, built for a copy"
 
 
+@pytest.mark.timing
 def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are noisy: what is stated must hold for the search, and be about what another measurement finds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -316,7 +318,7 @@ def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = reported("prune", VIT, "--target", "latency=0.7", "--batch", 32, "--round-to", 8, "-o", out)
     assert report["search"]["reached"] <= 0.7
     assert report["macs"]["after"] < report["macs"]["before"]
-    found = snpc.bench([VIT, out], batch=32, iterations=30)
+    found = snpc.bench([VIT, out], snpc.RandomInputs(batch=32), protocol=snpc.TimingProtocol(iterations=30))
     assert 1 / found.speedups[0].ratio < 0.95
     assert list((tmp_path / "cache" / "snpc").iterdir())
 

@@ -86,7 +86,7 @@ def pruned(
     decision = snpc.plan(analysis, choice, calibration=calibration, criterion=criterion)
     result = snpc.apply(decision, folder / "pruned.onnx")
     target = folder / "report.html"
-    report = snpc.write_report(result, target, decision=decision, calibration=calibration)
+    report = snpc.write_report(result, target, plan=decision, calibration=calibration)
     return Written(result, decision, report, target.read_text(encoding="utf-8"))
 
 
@@ -166,7 +166,7 @@ def test_without_curves_or_data_there_are_none(tmp_path: Path) -> None:
 
 def test_latency_is_shown_where_it_was_measured(digits: Written, tmp_path: Path) -> None:
     files = [digits.result.plan.analysis.model.path, digits.result.path]
-    timed = snpc.bench(files, warmup=1, iterations=3)
+    timed = snpc.bench(files, protocol=snpc.TimingProtocol(warmup=1, iterations=3))
     report = snpc.write_report(digits.result, tmp_path / "timed.html", bench=timed)
     (latency,) = [pair for pair in report.costs if pair.unit == "ms"]
     assert (latency.before, latency.after) == tuple(t.median for t in timed.timings)

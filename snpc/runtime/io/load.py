@@ -18,6 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import PassObserver
 from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
@@ -33,22 +34,23 @@ if TYPE_CHECKING:
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
-def load(model: ModelSource) -> Model:
+def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
     """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. A model in memory
     is not changed; a copy of it lies in a temporary file for as long as the returned value lives. External data of a
-    file stays where it is and is read when needed. Raises UserError for anything that is not a readable ONNX model.
+    file stays where it is and is read when needed. ``observer`` is called after each graph pass. Raises UserError for
+    anything that is not a readable ONNX model.
     """
     if isinstance(model, (str, os.PathLike)):
-        return load_file(Path(model))
+        return load_file(Path(model), observer)
     kind, folder = kind_of(model), TemporaryFolder()
     path = folder.path / "model.onnx"
     write_in_memory(model, path)
-    return replace(load_file(path), kind=kind, folder=folder)
+    return replace(load_file(path, observer), kind=kind, folder=folder)
 
 
-def load_file(where: Path) -> Model:
+def load_file(where: Path, observer: PassObserver | None) -> Model:
     if not where.is_file():
         raise UserError(
             f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
@@ -66,7 +68,7 @@ def load_file(where: Path) -> Model:
     try:
         graph = ir.from_proto(proto)
         resolve_external_data(graph, where.parent)
-        graph = canonicalize(graph)
+        graph = canonicalize(graph, observer)
         check_producers(graph, where)
         check_serializable(graph)
     except UserError:

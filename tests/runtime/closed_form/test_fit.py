@@ -20,12 +20,12 @@ import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.attention_operands import single_score_product
-from snpc.passes.weights.closed_form_kinds import closed_form_kind
+from snpc.passes.weights.closed_form_kinds import closed_form_weights
 from snpc.passes.weights.consumers import single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, apply_edits
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan
-from snpc.runtime.closed_form.fit import apply_basis
+from snpc.runtime.closed_form.fit import ROTATED, apply_basis
 from snpc.runtime.evaluation.compare import run_batches
 from snpc.runtime.statistics.measure import measure_batches, statistic_requests
 from snpc.runtime.statistics.moments import required_statistics
@@ -84,9 +84,9 @@ def test_every_group_has_a_form_or_a_reason(name: str) -> None:
     for reason in found.skipped.values():
         assert 10 < len(reason) < 200
         assert "\n" not in reason
-    expected = {"qk": "scores", "vo": "values", "ffn": "refit"}
+    expected = {"qk": "low_rank_qk", "vo": "low_rank_vo", "ffn": "refit"}
     for group in groups:
-        form = "coupled" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
+        form = "score_selection" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
         assert found.kinds.get(group.id, form) == form
         if group.freedom != "basis" and group.role == "vo":
             assert group.id in found.skipped
@@ -111,7 +111,7 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
     """Layers of ALBERT share their projections: one fit, on what all of them see."""
     found = closed_forms_of("albert__ts17")
     assert not found.skipped
-    assert sorted(found.kinds.values()) == ["refit", "scores", "values"]
+    assert sorted(found.kinds.values()) == ["low_rank_qk", "low_rank_vo", "refit"]
     ffn = next(g for g in prunable_of(analysis_of("albert__ts17"), "ffn"))
     (seen,) = found.moments[ffn.id].consumers[0]
     tokens = feeds_of("albert__ts17")["input_ids"].size
@@ -125,9 +125,9 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_of_basis_alone_changes_nothing(name: str) -> None:
     found, analysis, edits = closed_forms_of(name), analysis_of(name), WeightEdits()
-    rotated = [g for g in prunable_of(analysis) if found.kinds.get(g.id) in ("scores", "values")]
+    rotated = [g for g in prunable_of(analysis) if found.kinds.get(g.id) in ROTATED]
     for group in rotated:
-        apply_basis(edits, found, group, found.kinds[group.id])
+        apply_basis(edits, found, group)
     model = written(apply_edits(analysis.traced_graph, edits))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
     weights = [
@@ -268,17 +268,13 @@ def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
     analysis, found = analysis_of(name), closed_forms_of(name)
     wanted = statistic_requests(
         analysis,
-        {
-            g.id: required_statistics(analysis, g, found.kinds[g.id])
-            for g in prunable_of(analysis)
-            if g.id in found.kinds
-        },
+        {g.id: required_statistics(analysis.weights[g.id]) for g in prunable_of(analysis) if g.id in found.kinds},
     )
     assert wanted
     sums: dict[str, FloatArray] = {}
     for result in measure_batches(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
         for item in wanted:
-            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.key.removeprefix('0.0')}"
+            key = f"{item.group.id} {str(item.key).removesuffix('#0.0')}"
             sums[key] = sums.get(key, 0.0) + result[item.output]
     return sums
 
@@ -311,8 +307,8 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         tensor = next(p.tensor for p in group.probes if p.kind == kind)
         (rows,) = tensor_values(analyzed_bytes(name), [tensor], feeds)
         split = rows.reshape(-1, group.blocks, group.size)
-        name_of = "apart" if group.role == "vo" else "joint"
-        total = sums[f"{group.id} {name_of} {kind}"].reshape(group.blocks, group.size + 1, group.size + 1)
+        name_of = "gram_per_repeat" if group.role == "vo" else "gram_joint"
+        total = sums[f"{group.id} {name_of}:{kind}"].reshape(group.blocks, group.size + 1, group.size + 1)
         assert agree(total[:, :-1, :-1], np.einsum("rbi,rbj->bij", split, split))
         assert agree(total[:, -1, :-1], split.sum(0))
         assert (total[:, -1, -1] == len(split)).all()
@@ -320,8 +316,8 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         node = single_score_product(analysis.traced_graph, group).node
         query, key = tensor_values(analyzed_bytes(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
-        assert agree(sums[f"{group.id} moment query"], np.einsum("nbti,nbtj->bij", query, query))
-        assert agree(sums[f"{group.id} centred key"], np.einsum("nbit,nbjt->bij", centred, centred))
+        assert agree(sums[f"{group.id} moment:query"], np.einsum("nbti,nbtj->bij", query, query))
+        assert agree(sums[f"{group.id} gram_centered:key"], np.einsum("nbit,nbjt->bij", centred, centred))
 
 
 # -- better than slicing ---------------------------------------------------------------------------------------------
@@ -338,7 +334,7 @@ def test_less_moves_than_by_slicing(name: str) -> None:
         choice = Budget(0.5, (role,))
         auto = relative_change(before, run(pruned_bytes(snpc.plan(analysis, choice, calibration=data)), feeds))
         plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
-        fitted = all(closed_forms_of(name).kinds.get(g.id, "coupled") != "coupled" for g in groups)
+        fitted = all(closed_forms_of(name).kinds.get(g.id, "score_selection") != "score_selection" for g in groups)
         # where nothing can be fitted, activations still choose better than weights do
         assert auto < (0.6 if fitted else 0.95) * relative_change(before, run(pruned_bytes(plain), feeds)), role
 
@@ -659,7 +655,8 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
     assert groups
     for group in groups:
         with pytest.raises(UnsupportedWeightForm, match=words):
-            closed_form_kind(analysis, group)
+            closed_form_weights(analysis.traced_graph, group)
+        assert analysis.weights[group.id].kind is None
     data = calibration_of(analysis, {"x": normal(5, 6, WIDTH, seed=1)}, 5)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     result = snpc.apply(made, tmp_path / "p.onnx")
@@ -669,7 +666,7 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
 def test_plain_attention_is_rotated(tmp_path: Path) -> None:
     """What the odd ones are compared with."""
     analysis = graph(tmp_path, attention(PLAIN_SCORES, PLAIN_VALUES), ATTENTION, ["batch", 6, WIDTH])
-    assert {g.role: closed_form_kind(analysis, g) for g in analysis.groups if g.prunable} == {
-        "qk": "scores",
-        "vo": "values",
+    assert {g.role: analysis.weights[g.id].kind for g in analysis.groups if g.prunable} == {
+        "qk": "low_rank_qk",
+        "vo": "low_rank_vo",
     }

@@ -47,7 +47,7 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
         np.testing.assert_allclose(curve / curve[0], known / known[0], rtol=1e-3, atol=1e-4)
     edits = WeightEdits()
     for group in groups:
-        apply_basis(edits, found, group, found.kinds[group.id])
+        apply_basis(edits, found, group)
     before = run(fused.model.path, feeds)
     assert relative_error(before, run(written(apply_edits(fused.traced_graph, edits)), feeds)) < 1e-4
     outputs = []

@@ -171,7 +171,7 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
 
     def emptied(*args: Any) -> list[FitStage]:
         first, *rest = schedule_stages(*args)
-        return [replace(first, groups=(), forms={}, requests=(), residual_errors=()), *rest]
+        return [replace(first, groups=(), kinds={}, requests=(), residual_errors=()), *rest]
 
     whole = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
     monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", emptied)

@@ -277,7 +277,7 @@ def test_predicted_loss_of_rotary_pairs(name: str) -> None:
     assert group.freedom != "basis"
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 2), [group])
     found = snpc.solve_closed_forms(analysis, statistics, [group])
-    assert found.kinds == {group.id: "coupled"}
+    assert found.kinds == {group.id: "score_selection"}
     curve, (selection,) = found.loss_curve(group), found.elimination_orders[group.id]
     assert curve is not None
     products = score_products(analysis.traced_graph, group)
@@ -315,7 +315,7 @@ def test_padded_tokens_do_not_count_among_rotary_pairs() -> None:
     assert hidden.any()
     other = {**feeds, "input_ids": np.where(hidden, 7, feeds["input_ids"])}
     sums = [
-        snpc.measure_statistics(analysis, calibration_of(analysis, f), [group]).sums[group.id]["coupled:query"]
+        snpc.measure_statistics(analysis, calibration_of(analysis, f), [group]).sums[group.id]["score_loss:query"]
         for f in (feeds, other)
     ]
     assert np.abs(sums[0] - sums[1]).max() < 1e-5 * np.abs(sums[0]).max()
@@ -330,6 +330,6 @@ def test_query_and_key_behind_a_norm_of_each_head_stay_and_the_rest_does_not(nam
     assert said
     assert all("mean" in reason or "statistics" in reason for reason in said)
     groups = [g for role in ("vo", "ffn") for g in groups_of(analysis, role)]  # type: ignore[arg-type]
-    forms, skipped = closed_form_kinds(analysis, groups)
-    assert sorted(set(forms.values())) == ["refit", "values"]
-    assert not skipped
+    kinds = closed_form_kinds(analysis.weights, groups)
+    assert sorted(set(kinds.values())) == ["low_rank_vo", "refit"]
+    assert len(kinds) == len(groups)
