@@ -159,20 +159,20 @@ def _json_source(path: Path, inputs: ModelInputs) -> CalibrationSource:
     feeds = content if isinstance(content, list) else [content]
     parts = []
     for index, feed in enumerate(feeds):
-        where = f"{path}, dict {index}"
+        label = f"{path}, dict {index}"
         if not isinstance(feed, Mapping):
-            raise UserError(f"{where}: it is a {type(feed).__name__}: {advice}")
-        parts.append(part_in_memory(where, _json_arrays(where, feed, inputs)))
+            raise UserError(f"{label}: it is a {type(feed).__name__}: {advice}")
+        parts.append(part_in_memory(label, _json_arrays(label, feed, inputs)))
     return CalibrationSource(str(path), parts, inputs)
 
 
-def _json_arrays(where: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
+def _json_arrays(label: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
     """The model's inputs decoded; other keys are ignored."""
-    require_inputs(where, feed, inputs)
+    require_inputs(label, feed, inputs)
     arrays: dict[str, AnyArray] = {}
     for name in (spec.name for spec in inputs):
         advice = f"input '{name}' should be numbers, or an .npy file in base64 under \"array\""
-        with as_user_error(where, advice, ValueError, TypeError, EOFError, OSError):
+        with as_user_error(label, advice, ValueError, TypeError, EOFError, OSError):
             arrays[name] = _json_array(feed[name])
     return arrays
 

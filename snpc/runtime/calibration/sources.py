@@ -46,10 +46,10 @@ class CalibrationSource:
     unbatched: bool = False
 
 
-def part_in_memory(where: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
+def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
     """A part that is already in memory."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in arrays.items()}
-    return CalibrationPart(where, headers, lambda names: {name: arrays[name] for name in names})
+    return CalibrationPart(label, headers, lambda names: {name: arrays[name] for name in names})
 
 
 def name_list(names: Iterable[str], limit: int = 8) -> str:
@@ -59,29 +59,29 @@ def name_list(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(every[:limit]) + more if every else "nothing"
 
 
-def require_inputs(where: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
+def require_inputs(label: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
     """UserError unless every input has data."""
-    there = list(map(str, present))
-    absent = [spec.name for spec in inputs if spec.name not in there]
-    if absent:
+    present_names = list(map(str, present))
+    missing = [spec.name for spec in inputs if spec.name not in present_names]
+    if missing:
         raise UserError(
-            f"{where}: no data for input {name_list(absent)}; it holds {name_list(there)}: "
+            f"{label}: no data for input {name_list(missing)}; it holds {name_list(present_names)}: "
             "name arrays as the model's inputs"
         )
 
 
 def error_line(error: BaseException) -> str:
     """``ValueError: what it said``, on one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @contextmanager
-def as_user_error(where: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
+def as_user_error(label: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Turn what a reader raises on a broken file into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{where}: {error_line(error)}: {advice}") from error
+        raise UserError(f"{label}: {error_line(error)}: {advice}") from error

@@ -73,63 +73,63 @@ def count_samples(
     return samples
 
 
-def validate_and_convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
+def validate_and_convert(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> AnyArray:
     """``array`` in the model's type, every value usable. ``rows``: its samples' numbers, None if it has none."""
-    _check_finite(array, spec, where, rows)
-    _check_mask(array, spec, where, rows)
-    return _convert(array, spec, where, rows)
+    _check_finite(array, spec, label, rows)
+    _check_mask(array, spec, label, rows)
+    return _convert(array, spec, label, rows)
 
 
-def _sample_shape(where: str, header: ArrayHeader, spec: TensorSpec, lone: bool) -> Shape:
-    _check_type(where, header.dtype, spec)
+def _sample_shape(label: str, header: ArrayHeader, spec: TensorSpec, lone: bool) -> Shape:
+    _check_type(label, header.dtype, spec)
     if len(header.shape) == len(spec.shape):
         return header.shape
     if lone and len(header.shape) == len(spec.shape) - 1 and header.shape != (0,):  # [] is no sample
         return (1, *header.shape)
     raise UserError(
-        f"{where}: input '{spec.name}' has {len(spec.shape)} axes {_shape_text(spec.shape)}, the data "
+        f"{label}: input '{spec.name}' has {len(spec.shape)} axes {_shape_text(spec.shape)}, the data "
         f"{len(header.shape)} {_shape_text(header.shape)}: store it as the model takes it, "
         "samples along the leading axis"
     )
 
 
-def _check_type(where: str, found: np.dtype[Any], spec: TensorSpec) -> None:
-    what = f"{where}: input '{spec.name}' takes {spec.dtype}, the data is {found}"
-    if found.hasobject:
-        raise UserError(f"{what}: arrays of Python objects are pickles, which snpc never loads; save plain numbers")
-    pair = (_type_family(found), _type_family(spec.dtype))
+def _check_type(label: str, data_type: np.dtype[Any], spec: TensorSpec) -> None:
+    subject = f"{label}: input '{spec.name}' takes {spec.dtype}, the data is {data_type}"
+    if data_type.hasobject:
+        raise UserError(f"{subject}: arrays of Python objects are pickles, which snpc never loads; save plain numbers")
+    pair = (_type_family(data_type), _type_family(spec.dtype))
     if pair in SAFE_CASTS:
         return
     if "other" in pair:
-        raise UserError(f"{what}: only booleans, integers and floats can be fed; save it as one of those")
-    raise UserError(f"{what}: rounding would change it; save it as {spec.dtype}")
+        raise UserError(f"{subject}: only booleans, integers and floats can be fed; save it as one of those")
+    raise UserError(f"{subject}: rounding would change it; save it as {spec.dtype}")
 
 
-def _check_sizes(where: str, shape: Shape, spec: TensorSpec, sampled: bool) -> None:
+def _check_sizes(label: str, shape: Shape, spec: TensorSpec, sampled: bool) -> None:
     start = 1 if sampled else 0
-    for want, have in zip(spec.shape[start:], shape[start:], strict=True):
-        if isinstance(want, int) and want != have:
+    for model_size, data_size in zip(spec.shape[start:], shape[start:], strict=True):
+        if isinstance(model_size, int) and model_size != data_size:
             why = "" if sampled else " (fed whole with every batch: its leading axis is not the samples')"
             raise UserError(
-                f"{where}: input '{spec.name}' takes {_shape_text(spec.shape)}{why}, the data is {_shape_text(shape)}: "
+                f"{label}: input '{spec.name}' takes {_shape_text(spec.shape)}{why}, the data is {_shape_text(shape)}: "
                 "resize, pad or cut it to the model's sizes"
             )
 
 
-def _check_finite(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
+def _check_finite(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> None:
     if _type_family(array.dtype) != "float":
         return
     nan, infinite = np.asarray(np.isnan(array)), np.asarray(np.isinf(array))
     if "mask" in spec.name.lower():
         infinite = infinite & (array > 0)  # an additive mask forbids positions with -inf
     if nan.any() or infinite.any():
-        kind, bad = ("NaN", nan) if nan.any() else ("infinity", infinite)
+        what, bad = ("NaN", nan) if nan.any() else ("infinity", infinite)
         raise UserError(
-            f"{where}: input '{spec.name}' holds {kind} in {_sample_text(bad, rows)}: repair it or leave it out"
+            f"{label}: input '{spec.name}' holds {what} in {_sample_text(bad, rows)}: repair it or leave it out"
         )
 
 
-def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
+def _check_mask(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> None:
     """Refuse a mask that hides every token. An additive mask (float, more axes than [B,T]) is zero where open."""
     name = spec.name.lower()
     if rows is None or "global" in name or not ("attention_mask" in name or "input_mask" in name):
@@ -139,12 +139,12 @@ def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | 
     hidden = ~_any_per_sample(array)
     if hidden.any():
         raise UserError(
-            f"{where}: {spec.name} of {_sample_text(hidden, rows)} is all zeros, which hides every token: "
+            f"{label}: {spec.name} of {_sample_text(hidden, rows)} is all zeros, which hides every token: "
             "set it to 1 where there are tokens"
         )
 
 
-def _convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
+def _convert(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> AnyArray:
     if array.dtype == spec.dtype:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
@@ -152,7 +152,7 @@ def _convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | Non
         lost = _changed_values(array, result)
     if lost.any():
         raise UserError(
-            f"{where}: input '{spec.name}' takes {spec.dtype}, which cannot hold {array[lost].flat[0]} in "
+            f"{label}: input '{spec.name}' takes {spec.dtype}, which cannot hold {array[lost].flat[0]} in "
             f"{_sample_text(lost, rows)}: check how the data was made"
         )
     return result

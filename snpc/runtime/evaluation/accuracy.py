@@ -24,17 +24,17 @@ class EvaluationData:
 
 
 def collect_outputs(
-    path: Path, judge: EvaluationData, execution: Execution = DEFAULT_EXECUTION
+    path: Path, evaluation: EvaluationData, execution: Execution = DEFAULT_EXECUTION
 ) -> list[dict[str, AnyArray]]:
     runner = open_runner(path, execution=execution)
-    return [runner.run(feeds) for feeds in judge.data.batches()]
+    return [runner.run(feeds) for feeds in evaluation.data.batches()]
 
 
 def top1_accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
     """Share of ``labels`` that are the largest entry of the first output."""
     if labels is None:
         return None
-    found = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
-    if found.shape != labels.shape:
-        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(found.shape)}")
-    return float((found == labels).mean())
+    predictions = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
+    if predictions.shape != labels.shape:
+        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(predictions.shape)}")
+    return float((predictions == labels).mean())

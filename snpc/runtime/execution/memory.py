@@ -34,8 +34,8 @@ GIB = 1 << 30
 
 def parse_bytes(text: str) -> int:
     """``"2GB"``, ``"1.5 GiB"``, ``"500M"``, ``"1000000"`` -> bytes; GB is 10^9, GiB is 2^30. UserError: no size."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    size = int(float(found[1]) * BYTE_UNITS[found[2] or ""]) if found else 0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    size = int(float(match[1]) * BYTE_UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
     return size
@@ -94,8 +94,8 @@ def spill_to_file(array: AnyArray) -> AnyArray:
 def session_bytes(model: Model) -> int:
     """What a session of ``model`` on the CPU takes: its weights, and those of half precision once more as floats (the
     CPU has no arithmetic for them)."""
-    held = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
-    weights = {id(tensor): tensor for tensor in held}.values()
+    tensors = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
+    weights = {id(tensor): tensor for tensor in tensors}.values()
     return sum(weight_bytes(t) * (3 if t.dtype in HALF_TYPES else 1) for t in weights)
 
 

@@ -153,8 +153,8 @@ class OpenVinoRunner:
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
         request = self.compiled.create_infer_request()
-        held = dict(feeds)
-        return self._refusing(lambda: request.infer(held, share_inputs=True, share_outputs=True))
+        arrays = dict(feeds)
+        return self._refusing(lambda: request.infer(arrays, share_inputs=True, share_outputs=True))
 
     def _refusing(self, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -171,7 +171,7 @@ class OpenVinoRunner:
 def openvino_dtype(port: Any) -> np.dtype[Any]:
     name = port.get_element_type().get_type_name()
     short = {"f32": "float", "f64": "double", "f16": "float16", "bf16": "bfloat16", "boolean": "bool"}
-    long = {f"{kind}{bits}": f"{'u' if kind == 'u' else ''}int{bits}" for kind in "iu" for bits in (8, 16, 32, 64)}
+    long = {f"{sign}{bits}": f"{'u' if sign == 'u' else ''}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
     return ORT_DTYPES[{**short, **long}[name]]
 
 

@@ -69,10 +69,10 @@ def open_session(
     model: Path | bytes,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    optimise: OptimizationLevel = "all",
+    optimization: OptimizationLevel = "all",
     memory: MemoryMode = "own",
-    entries: Mapping[str, str] | None = None,
-    saved: Path | None = None,
+    config_entries: Mapping[str, str] | None = None,
+    optimized_path: Path | None = None,
 ) -> ort.InferenceSession:
     """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
 
@@ -94,20 +94,20 @@ def open_session(
     name = _model_name(model)
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
-    wanted = resolve_provider(execution.provider)
+    provider = resolve_provider(execution.provider)
     ort.set_default_logger_severity(4)
-    _preload_cuda_libraries(wanted)
+    _preload_cuda_libraries(provider)
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _session_options(threads, optimise, memory, entries or {}, saved),
-            providers=_provider_chain(wanted),
+            _session_options(threads, optimization, memory, config_entries or {}, optimized_path),
+            providers=_provider_chain(provider),
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionLoadError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
-    if wanted not in session.get_providers():
-        raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
+    if provider not in session.get_providers():
+        raise UserError(f"{provider} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
 
 
@@ -116,18 +116,18 @@ def save_optimized(
     target: Path,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    form: Literal["ONNX", "ORT"] = "ONNX",
-    external: str = "",
+    file_format: Literal["ONNX", "ORT"] = "ONNX",
+    external_name: str = "",
 ) -> None:
     """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
 
     ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
     """
-    entries: dict[str, str] = {"session.save_model_format": form}
-    if external:
-        entries["session.optimized_model_external_initializers_file_name"] = external
-        entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
-    open_session(model, execution=execution, entries=entries, saved=target)
+    config_entries: dict[str, str] = {"session.save_model_format": file_format}
+    if external_name:
+        config_entries["session.optimized_model_external_initializers_file_name"] = external_name
+        config_entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
+    open_session(model, execution=execution, config_entries=config_entries, optimized_path=target)
 
 
 def resolve_provider(provider: str) -> str:
@@ -135,15 +135,15 @@ def resolve_provider(provider: str) -> str:
     import onnxruntime as ort
 
     available: list[str] = ort.get_available_providers()
-    full = {name.lower(): name for name in available}
-    wanted = PROVIDERS.get(provider.lower(), provider)
-    if wanted.lower() not in full:
+    by_lower_case = {name.lower(): name for name in available}
+    full_name = PROVIDERS.get(provider.lower(), provider)
+    if full_name.lower() not in by_lower_case:
         short = [key for key, name in PROVIDERS.items() if name in available]
         raise UserError(
             f"provider {provider!r} is not in this onnxruntime {ort.__version__}: it has "
             f"{', '.join(available)} (in short: {', '.join(short)})"
         )
-    return full[wanted.lower()]
+    return by_lower_case[full_name.lower()]
 
 
 def session_inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
@@ -184,7 +184,7 @@ def first_lines(error: Exception, count: int = 1) -> str:
 
 
 def _session_options(
-    threads: int, optimise: OptimizationLevel, memory: MemoryMode, entries: Mapping[str, str], saved: Path | None
+    threads: int, optimization: OptimizationLevel, memory: MemoryMode, config_entries: Mapping[str, str], optimized_path: Path | None
 ) -> ort.SessionOptions:
     import onnxruntime as ort
 
@@ -196,7 +196,7 @@ def _session_options(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.graph_optimization_level = levels[optimise]
+    options.graph_optimization_level = levels[optimization]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if memory != "own":
@@ -208,10 +208,10 @@ def _session_options(
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if memory == "least":
         options.add_session_config_entry("session.disable_prepacking", "1")
-    for key, value in entries.items():
+    for key, value in config_entries.items():
         options.add_session_config_entry(key, value)
-    if saved is not None:
-        options.optimized_model_filepath = str(saved)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
     return options
 
 
@@ -220,35 +220,35 @@ def _register_shared_arena() -> None:
     """Memory on the CPU for all sessions that share it. Each session's own would keep the most that it ever needed."""
     import onnxruntime as ort
 
-    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    memory_info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     with contextlib.suppress(Exception):  # there is one already: then that serves
-        ort.create_and_register_allocator(where, None)
+        ort.create_and_register_allocator(memory_info, None)
 
 
-def _preload_cuda_libraries(wanted: str) -> None:
+def _preload_cuda_libraries(provider: str) -> None:
     """CUDA's libraries, when they came as Python packages, are found only if loaded before the session."""
     import onnxruntime as ort
 
-    if wanted in (PROVIDERS["cuda"], PROVIDERS["trt"]) and hasattr(ort, "preload_dlls"):  # onnxruntime 1.21
+    if provider in (PROVIDERS["cuda"], PROVIDERS["trt"]) and hasattr(ort, "preload_dlls"):  # onnxruntime 1.21
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
             ort.preload_dlls()
 
 
-def _provider_chain(wanted: str) -> list[str]:
+def _provider_chain(provider: str) -> list[str]:
     """``wanted`` and what takes the nodes that it does not have."""
     import onnxruntime as ort
 
-    chain = [wanted, PROVIDERS["cpu"]]
-    if wanted == PROVIDERS["trt"]:
+    chain = [provider, PROVIDERS["cpu"]]
+    if provider == PROVIDERS["trt"]:
         chain.insert(1, PROVIDERS["cuda"])
     available = ort.get_available_providers()
     return [name for name in dict.fromkeys(chain) if name in available]
 
 
-def _tensor_spec(kind: str, value: Any) -> TensorSpec:
+def _tensor_spec(direction: str, value: Any) -> TensorSpec:
     element = value.type.removeprefix("tensor(").removesuffix(")")
     if element not in ORT_DTYPES:
-        raise UserError(f"{kind} {value.name!r} is {value.type}: no array holds it, so it cannot be run here")
+        raise UserError(f"{direction} {value.name!r} is {value.type}: no array holds it, so it cannot be run here")
     return TensorSpec(value.name, ORT_DTYPES[element], tuple("" if dim is None else dim for dim in value.shape))
 
 

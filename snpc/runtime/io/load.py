@@ -116,29 +116,29 @@ def with_full_path(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.Ext
 
 def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
     """location -> a tensor that lies there."""
-    found: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for tensor in all_tensors(proto):
         if is_external(tensor):
-            found.setdefault(external_entry(tensor, "location"), tensor.name)
-    return found
+            locations.setdefault(external_entry(tensor, "location"), tensor.name)
+    return locations
 
 
-def check_producers(model: ir.Model, where: Path) -> None:
+def check_producers(model: ir.Model, path: Path) -> None:
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and value.graph is None:
-                raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
+                raise UserError(f"{path}: nothing makes {value.name}, which {node.name} reads; export it again")
 
 
-def file_digest(where: Path, proto: onnx.ModelProto) -> str:
+def file_digest(path: Path, proto: onnx.ModelProto) -> str:
     """sha256 of the file; of external data its name, size and ends (reading 14 GB to name a model is not worth it)."""
     sha = hashlib.sha256()
-    with where.open("rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     for location in sorted(external_data_files(proto)):
-        if location != where.name:
-            data = where.parent / location
+        if location != path.name:
+            data = path.parent / location
             size = data.stat().st_size
             sha.update(f"{location}:{size}".encode())
             with data.open("rb") as file:
@@ -149,7 +149,7 @@ def file_digest(where: Path, proto: onnx.ModelProto) -> str:
 
 
 def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
-    found = []
+    specs = []
     for value in values:
         if value.name in model.graph.initializers:
             continue
@@ -159,8 +159,8 @@ def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
         dims = (
             () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
         )
-        found.append(TensorSpec(str(value.name), dtype, dims))
-    return tuple(found)
+        specs.append(TensorSpec(str(value.name), dtype, dims))
+    return tuple(specs)
 
 
 def file_bytes(path: Path) -> int:

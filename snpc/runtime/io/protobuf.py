@@ -23,12 +23,12 @@ WireField = tuple[int, int, int, int]  # number, start of its tag, start and end
 
 
 def encode_varint(number: int) -> bytes:
-    out = bytearray()
+    encoded = bytearray()
     while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
+        encoded.append(number & 0x7F | 0x80)
         number >>= 7
-    out.append(number)
-    return bytes(out)
+    encoded.append(number)
+    return bytes(encoded)
 
 
 def length_prefix(field: int, length: int) -> bytes:
@@ -54,18 +54,18 @@ def iterate_fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[Wi
     at = start
     while at < end:
         tag, value = decode_varint(data, at)
-        kind = tag & 7
-        if kind == VARINT:
+        wire_type = tag & 7
+        if wire_type == VARINT:
             stop = decode_varint(data, value)[1]
-        elif kind == FIXED64:
+        elif wire_type == FIXED64:
             stop = value + 8
-        elif kind == FIXED32:
+        elif wire_type == FIXED32:
             stop = value + 4
-        elif kind == DELIMITED:
+        elif wire_type == DELIMITED:
             length, value = decode_varint(data, value)
             stop = value + length
         else:
-            raise ValueError(f"wire type {kind} at byte {at}")
+            raise ValueError(f"wire type {wire_type} at byte {at}")
         if stop > end:
             raise ValueError(f"a field at byte {at} runs past the end")
         yield tag >> 3, at, value, stop
@@ -86,12 +86,12 @@ def read_without_weights(path: Path) -> onnx.ModelProto:
 
 
 def parse_without_weights(data: mmap.mmap, name: str) -> onnx.ModelProto:
-    rest = bytearray()
+    fields_kept = bytearray()
     model = onnx.ModelProto()
     tensors: list[onnx.TensorProto] = []
     for number, tag, start, end in iterate_fields(data, 0, len(data)):
         if number != GRAPH:
-            rest += data[tag:end]
+            fields_kept += data[tag:end]
             continue
         graph = bytearray()
         for inner, inner_tag, inner_start, inner_end in iterate_fields(data, start, end):
@@ -99,24 +99,24 @@ def parse_without_weights(data: mmap.mmap, name: str) -> onnx.ModelProto:
                 tensors.append(tensor_without_data(data, inner_start, inner_end, name))
             else:
                 graph += data[inner_tag:inner_end]
-        rest += length_prefix(GRAPH, len(graph)) + graph
-    model.ParseFromString(bytes(rest))
+        fields_kept += length_prefix(GRAPH, len(graph)) + graph
+    model.ParseFromString(bytes(fields_kept))
     model.graph.initializer.extend(tensors)
     return model
 
 
 def tensor_without_data(data: mmap.mmap, start: int, end: int, name: str) -> onnx.TensorProto:
-    kept = bytearray()
-    where: tuple[int, int] | None = None
+    fields_kept = bytearray()
+    data_span: tuple[int, int] | None = None
     for number, tag, value, stop in iterate_fields(data, start, end):
         if number == RAW_DATA and stop - value >= MIN_EXTERNAL_BYTES:
-            where = (value, stop - value)
+            data_span = (value, stop - value)
         else:
-            kept += data[tag:stop]
+            fields_kept += data[tag:stop]
     tensor = onnx.TensorProto()
-    tensor.ParseFromString(bytes(kept))
-    if where is not None:
+    tensor.ParseFromString(bytes(fields_kept))
+    if data_span is not None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (("location", name), ("offset", str(where[0])), ("length", str(where[1]))):
+        for key, text in (("location", name), ("offset", str(data_span[0])), ("length", str(data_span[1]))):
             tensor.external_data.add(key=key, value=text)
     return tensor

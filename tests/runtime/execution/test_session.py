@@ -99,7 +99,7 @@ class TestOpen:
 
     @pytest.mark.parametrize(("level", "name"), [("all", "ENABLE_ALL"), ("basic", "ENABLE_BASIC"), ("off", "DISABLE_")])
     def test_options_reach_the_session(self, level: str, name: str) -> None:
-        session = open_session(model_bytes(IDENTITY), execution=Execution(threads=2), optimise=level)  # type: ignore[arg-type]
+        session = open_session(model_bytes(IDENTITY), execution=Execution(threads=2), optimization=level)  # type: ignore[arg-type]
         options = session.get_session_options()
         assert options.intra_op_num_threads == 2
         assert options.log_severity_level == 4
