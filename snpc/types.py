@@ -8,7 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +51,11 @@ class TensorSpec:
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """For messages: ``(1, "seq", "")`` -> ``[1,seq,?]``."""
+    return "[" + ",".join(str(dim) or "?" for dim in shape) + "]"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,15 @@ def build(
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(
-        files[0], files, build_target.name, precision, seconds, total, (*notes, *written.notes, *remarks), written.weight_bytes, drift
+        path=files[0],
+        files=files,
+        target=build_target.name,
+        precision=precision,
+        seconds=seconds,
+        bytes=total,
+        notes=(*notes, *written.notes, *remarks),
+        weight_bytes=written.weight_bytes,
+        drift=drift,
     )
 
 
@@ -126,7 +134,14 @@ def timed_artifact(
         output = folder / f"model{build_target.suffix}"
         data = calibration if precision == "int8" else None
         return build(
-            model, target, output, precision=precision, execution=execution, calibration=data, batch=batch, options=options_given
+            model,
+            target,
+            output,
+            precision=precision,
+            execution=execution,
+            calibration=data,
+            batch=batch,
+            options=options_given,
         ).path
 
     return TimedArtifact(f"{target} in {precision}", make)

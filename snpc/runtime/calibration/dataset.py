@@ -1,4 +1,4 @@
-"""From parts to batches: choose samples, plan which rows of which part make each batch, then read along the plan."""
+"""Calibration data as batches: samples are chosen, batches planned from rows of parts, and read when they are due."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
-    """Rows of one part that go into one batch. ``first``: where the part's rows begin in the whole source; ``kind``:
-    pieces of the same kind can share a batch."""
+    """Rows of one part that go into one batch.
+
+    ``offset``: number of the part's first row in the whole source. ``batch_key``: selections with equal keys can share
+    a batch.
+    """
 
     part: CalibrationPart
     shapes: Mapping[str, Shape] = field(repr=False)
@@ -36,17 +39,21 @@ class RowSelection:
 
     @property
     def sample_ids(self) -> IntArray:
-        """[rows]: which samples of the source these are."""
+        """[rows]: the numbers of these samples in the source, from 0."""
         return self.offset + self.rows
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data that fits a model; ``batches()`` can be called as often as wanted and gives the same each time.
+    """Calibration data that fits a model; ``batches()`` gives the same batches each time it is called.
 
-    ``samples``: how many are fed. ``batch``: the most in one batch, or the model's own batch size. ``available``: how
-    many the source holds (None: not counted). ``dropped``: chosen, but left over from batches of the model's size.
-    ``plan``, ``held`` (the inputs as stored), ``axes`` and ``whole`` say how to read it.
+    ``samples``: how many are fed. ``batch``: samples per batch at most, or the model's own batch size. ``requested``:
+    how many samples were asked for. ``available``: how many the source holds (None: not counted). ``dropped``:
+    samples that were chosen but do not fill a batch of the model's size.
+
+    How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
+    source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
+    samples, without a sample axis.
     """
 
     source: str
@@ -64,7 +71,7 @@ class Calibration:
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
 
-        Raises UserError for values that no model should be calibrated on.
+        Raises UserError for values that cannot be calibrated on: NaN, infinity, a mask that hides every token.
         """
         open_part: tuple[CalibrationPart, Mapping[str, AnyArray]] | None = None
         for selections in self.batch_plan:
@@ -76,7 +83,7 @@ class Calibration:
             yield self._joined(feeds)
 
     def first_rows(self, rows: int) -> Iterator[dict[str, AnyArray]]:
-        """The first ``rows`` samples of each batch; all of them where the model takes nothing but full batches."""
+        """The first ``rows`` samples of each batch; all samples where the model takes full batches only."""
         for feeds in self.batches():
             yield (
                 feeds
@@ -85,11 +92,11 @@ class Calibration:
             )
 
     def has_sample_axis(self, name: str) -> bool:
-        """Is the first axis of this input the samples'?"""
+        """Whether the first axis of this input is the sample axis."""
         return name in self.sample_axes.inputs
 
     def max_elements(self) -> dict[str, int]:
-        """Input name -> the most elements that a batch has."""
+        """Input name -> number of elements in the largest batch."""
         elements: dict[str, int] = {}
         for selections in self.batch_plan:
             for spec in self.stored_inputs:
@@ -115,7 +122,8 @@ class Calibration:
         for spec in self.stored_inputs:
             sampled = spec.name in self.sample_axes.inputs
             rows = arrays[spec.name][selection.rows] if sampled else arrays[spec.name].copy()
-            feed[spec.name] = validate_and_convert(rows, spec, selection.part.label, selection.rows if sampled else None)
+            numbers = selection.rows if sampled else None
+            feed[spec.name] = validate_and_convert(rows, spec, selection.part.label, numbers)
         return feed
 
     def _joined(self, feeds: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
@@ -128,18 +136,18 @@ class Calibration:
 def calibration_from_source(
     source: CalibrationSource, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int
 ) -> Calibration:
-    """Survey the parts, choose the samples and plan the batches; reads no samples of files."""
+    """Read the headers of all parts, choose the samples and plan the batches; reads no values of files."""
     axes = find_sample_axes(source.inputs)
-    selections = _survey_parts(source, axes, samples)
-    total = sum(map(len, selections))
+    parts = _survey_parts(source, axes, samples)
+    total = sum(map(len, parts))
     if not total:
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
-    selections = _take_first(selections, samples) if source.length_unknown else _draw_samples(selections, samples, seed)
+    chosen = _take_first(parts, samples) if source.length_unknown else _draw_samples(parts, samples, seed)
     size = axes.batch_size or batch
-    plan = pack_batches([replace(piece, batch_key=_batch_key(piece, source.inputs, axes)) for piece in selections], size)
-    if axes.batch_size:  # the model takes nothing but full batches
+    plan = pack_batches([replace(rows, batch_key=_batch_key(rows, source.inputs, axes)) for rows in chosen], size)
+    if axes.batch_size:  # the model takes full batches only
         plan = [selections for selections in plan if sum(map(len, selections)) == size]
-    used = sum(len(piece) for selections in plan for piece in selections)
+    used = sum(len(rows) for selections in plan for rows in selections)
     if not used:
         raise UserError(_too_few_message(source.label, size, min(samples, total), total))
     return Calibration(
@@ -149,7 +157,7 @@ def calibration_from_source(
         batch=size,
         requested=samples,
         available=None if source.length_unknown and total >= samples else total,
-        dropped=sum(map(len, selections)) - used,
+        dropped=sum(map(len, chosen)) - used,
         batch_plan=tuple(tuple(selections) for selections in plan),
         stored_inputs=source.inputs,
         sample_axes=axes,
@@ -158,12 +166,13 @@ def calibration_from_source(
 
 
 def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
-    """Every part with all of its rows; of an endless source, as many parts as hold ``samples``."""
+    """Every part with all of its rows; of a source of unknown length, the first parts that hold ``samples``."""
     selections: list[RowSelection] = []
     total = 0
     for part in source.parts:
         shapes = sample_shapes(part, source.inputs, source.allow_single_sample)
-        selections.append(RowSelection(part, shapes, np.arange(count_samples(part, shapes, source.inputs, axes)), total))
+        rows = np.arange(count_samples(part, shapes, source.inputs, axes))
+        selections.append(RowSelection(part, shapes, rows, total))
         total += len(selections[-1])
         if source.length_unknown and total >= samples:
             break
@@ -185,12 +194,12 @@ def _draw_samples(selections: Sequence[RowSelection], samples: int, seed: int) -
     keep[np.random.default_rng(seed).permutation(total)[:samples]] = True
     ends = np.cumsum([len(selection) for selection in selections])
     kept_by_part = np.split(keep, ends[:-1])
-    drawn = [replace(selection, rows=selection.rows[rows]) for selection, rows in zip(selections, kept_by_part, strict=True)]
+    drawn = [replace(part, rows=part.rows[kept]) for part, kept in zip(selections, kept_by_part, strict=True)]
     return [selection for selection in drawn if len(selection)]
 
 
 def _batch_key(selection: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:
-    """Pieces of the same kind can share a batch: equal sizes behind the sample axis, equal inputs without one."""
+    """Equal for selections that can share a batch: equal sizes behind the sample axis, equal inputs without one."""
     sizes = tuple(selection.shapes[name][1:] for name in sorted(axes.inputs))
     fixed = [spec for spec in inputs if spec.name not in axes.inputs]
     if not fixed:
@@ -200,7 +209,7 @@ def _batch_key(selection: RowSelection, inputs: Sequence[TensorSpec], axes: Samp
 
 
 def pack_batches(selections: Sequence[RowSelection], size: int) -> list[list[RowSelection]]:
-    """Batches of ``size`` in order; a new one begins where the kind changes."""
+    """Batches of ``size`` in order; a new batch begins where the batch key changes."""
     batches: list[list[RowSelection]] = []
     room = 0
     last: Hashable = None
@@ -232,4 +241,4 @@ def _too_few_message(label: str, size: int, drawn: int, total: int) -> str:
         return f"{subject}, but there are only {total} samples: give at least {size}, or export it with a dynamic batch"
     if drawn < size:
         return f"{subject}, but only {drawn} of {total} samples are asked for: --calib-samples {size} or more"
-    return f"{subject}, but no {size} neighbouring samples have the same sizes: store batches of {size} samples"
+    return f"{subject}, but no {size} neighboring samples have the same sizes: store batches of {size} samples"

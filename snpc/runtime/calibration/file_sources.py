@@ -1,4 +1,4 @@
-"""Sources that are files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
+"""Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ACCEPTED_SOURCES = (
 
 
 def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
-    """What lies at ``path``: a folder by what is in it, a file by its suffix."""
+    """The source at ``path``: a folder by its contents, a file by its suffix."""
     if not path.exists():
         raise UserError(f"{path} does not exist: {ACCEPTED_SOURCES}")
     if path.is_dir():
@@ -136,7 +136,7 @@ def _read_npy(path: Path) -> AnyArray:
 
 
 def _read_header(file: IO[bytes]) -> ArrayHeader:
-    """Shape and type of an .npy stream. Object arrays pass: their refusal can name the input, later."""
+    """Shape and type of an .npy stream. Object arrays pass here and are refused later, by the name of their input."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -201,7 +201,7 @@ def _test_set_folders(path: Path) -> list[Path]:
 
 
 def _test_set_part(folder: Path, inputs: ModelInputs) -> CalibrationPart:
-    """Shapes need the tensors to be parsed, but they are let go again: read() parses them once more."""
+    """The tensors are parsed for their shapes and dropped; ``read`` parses them again."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in _read_test_set(folder, inputs)}
 
     def read(names: Sequence[str]) -> dict[str, AnyArray]:

@@ -1,4 +1,4 @@
-"""Pictures as calibration data: short side resized, centre cropped, (value / 255 - mean) / std."""
+"""Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How a picture becomes an input; the defaults are ImageNet's. Raises UserError for values that make no sense.
+    """How a picture becomes an input; the defaults are ImageNet's. Raises UserError for impossible values.
 
     ``size``: (height, width), None takes the model's static sizes. ``mean``, ``std``: one value, or one per channel,
     of pixels scaled to [0, 1]; uint8 inputs get the raw pixels instead. ``layout``: where the channel axis is.
@@ -51,7 +51,7 @@ IMAGENET = ImageOptions()
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What the model takes: [channels, height, width] or [height, width, channels], raw pixels or normalised."""
+    """The image input of a model: [channels, height, width] or [height, width, channels], raw pixels or normalized."""
 
     height: int
     width: int
@@ -114,7 +114,7 @@ def _image_format(spec: TensorSpec, options: ImageOptions) -> ImageFormat:
 
 
 def _channel_count(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
-    """1 is greyscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
+    """1 is grayscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
     if size in (1, 3):
         return int(size)
     if isinstance(size, str) and len(spec.shape) == 4 and other not in (1, 3):
@@ -165,7 +165,7 @@ def _load_image(pillow: Any, frame: ImageFormat, options: ImageOptions, file: Pa
 
 
 def _resize_and_crop(pillow: Any, picture: Any, frame: ImageFormat) -> AnyArray:
-    """Resized (bicubic) until it just covers the frame, then cropped around the centre."""
+    """Resized (bicubic) until it just covers the frame, then cropped around the center."""
     scale = max(frame.height / picture.height, frame.width / picture.width)
     width, height = max(frame.width, round(picture.width * scale)), max(frame.height, round(picture.height * scale))
     if (width, height) != picture.size:

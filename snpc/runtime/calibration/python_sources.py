@@ -1,4 +1,4 @@
-"""Sources that are code: ``file.py:function``, Python iterables and callables, onnxruntime's CalibrationDataReader."""
+"""Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's CalibrationDataReader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from snpc.types import AnyArray, TensorSpec
 
 
 class CalibrationReader(Protocol):
-    """onnxruntime's CalibrationDataReader: one feed per call, then None. A ``rewind()`` is called before."""
+    """onnxruntime's CalibrationDataReader: one feed per call, then None. ``rewind()``, if any, is called first."""
 
     def get_next(self) -> Mapping[str, Any] | None: ...
 
@@ -42,8 +42,8 @@ def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -
         module = _import_script(script)
     loader = getattr(module, function, None)
     if not callable(loader):
-        functions = name_list(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-        raise UserError(f"{label}: {script.name} has no function '{function}'; it has {functions}")
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{label}: {script.name} has no function '{function}'; it has {name_list(public)}")
     return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
 
 
@@ -120,7 +120,7 @@ def _import_script(script: Path) -> Any:
 
 @contextmanager
 def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
-    """Run the user's code: its folder importable, and whatever it raises shown as its failure and not as snpc's."""
+    """Run the user's code with its folder importable; its errors become UserErrors that name the code and the line."""
     folder = str(script.parent.resolve()) if script else ""
     if folder:
         sys.path.insert(0, folder)

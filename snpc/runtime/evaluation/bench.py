@@ -20,10 +20,10 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import RandomInputs, check_feeds, shape_text
+from snpc.runtime.execution.feeds import RandomInputs, check_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.runners import Runner, open_runner
-from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
+from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
 FractionCallback = Callable[[float], object]  # told the share that is done

@@ -43,7 +43,9 @@ def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, SlicedS
         b = [value_signature(v) for v in graph_interface(after, direction)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
-            raise CheckFailed(f"{pruned}: its {direction}s are not the original's: {old or 'none'} became {new or 'none'}")
+            raise CheckFailed(
+                f"{pruned}: its {direction}s are not the original's: {old or 'none'} became {new or 'none'}"
+            )
     checks = ["same inputs and outputs"]
     complaint = checker_error(pruned)
     if complaint is None:

@@ -1,4 +1,4 @@
-"""Inputs for a model: shapes a user writes, and seeded random arrays where there is no data."""
+"""Feeds for a model: shapes as users write them, seeded random arrays, and checks of arrays."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import AnyArray, Feeds, Shape, TensorSpec
+from snpc.types import AnyArray, Feeds, Shape, TensorSpec, shape_text
 
-DEFAULT_DIM_SIZE = 16  # of a dynamic axis nothing is said about
+DEFAULT_DIM_SIZE = 16  # of a dynamic axis without a given size
 DEFAULT_ID_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
 
 MAX_RANDOM_BYTES = 1 << 32  # bytes of one random input, as float64
@@ -92,7 +92,7 @@ def random_feeds(
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, AnyArray]:
-    """``feeds`` cut down to what ``inputs`` name. UserError: an input is missing, or its type or shape does not fit."""
+    """The entries of ``feeds`` for ``inputs``. UserError: an input is missing, or its type or shape does not fit."""
     missing = [spec.name for spec in inputs if spec.name not in feeds]
     if missing:
         raise UserError(f"the data has no {_quoted_names(missing)}; it has {_quoted_names(feeds)}")
@@ -111,11 +111,6 @@ def check_shape(spec: TensorSpec, shape: Shape) -> None:
     )
     if not fits:
         raise UserError(f"input {spec.name!r}: shape {shape_text(shape)} does not fit {shape_text(spec.shape)}")
-
-
-def shape_text(shape: Sequence[int | str]) -> str:
-    """``(1, "seq", "")`` -> ``[1,seq,?]``."""
-    return "[" + ",".join(str(dim) or "?" for dim in shape) + "]"
 
 
 def _without_inner_spaces(text: str) -> str:
@@ -160,7 +155,7 @@ def _check_names(inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> N
 def _bind_dims(
     inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Shape], dim_sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """The size of every axis name: what is asked for first, then the batch, then the defaults."""
+    """The size of every axis name: from ``dim_sizes`` and ``shapes`` first, then the batch, then the defaults."""
     bound = dict(dim_sizes)
     for spec in inputs:
         if spec.name not in shapes:

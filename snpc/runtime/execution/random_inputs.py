@@ -1,4 +1,4 @@
-"""Inputs drawn at random where there is no data: to verify with, and, with less use, to calibrate on."""
+"""Random inputs for an analyzed model: to verify on, and to calibrate on where there is no data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 
-SEED_STRIDE = 1 << 20  # as many batches have a seed of their own
+SEED_STRIDE = 1 << 20  # each of so many batches has its own seed
 
 
 def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
@@ -25,13 +25,14 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
     """
     inputs = analysis.model.inputs
     size = find_sample_axes(inputs).batch_size or max(batch, 1)
-    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + batch_number) for batch_number in range(-(-samples // size))]
+    batches = -(-samples // size)
+    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + number) for number in range(batches)]
     calibration = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
     return replace(calibration, source="random inputs (no data)")
 
 
 def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
-    """Feeds of this many samples (of the model's own batch where that is static)."""
+    """One feed of ``batch`` samples, or of the model's own batch size where that is static."""
     inputs = analysis.model.inputs
     batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
     dim_sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
@@ -43,7 +44,7 @@ def id_limits(analysis: Analysis) -> dict[str, int]:
 
 
 def embedding_rows(model: ir.Model, facts: ShapeFacts) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes, by the input's name."""
+    """Name of an integer input -> rows of the embedding table that it indexes."""
     rows: dict[str, int] = {}
     for value in model.graph.inputs:
         limits = indexed_table_rows(facts, value)
@@ -53,7 +54,7 @@ def embedding_rows(model: ir.Model, facts: ShapeFacts) -> dict[str, int]:
 
 
 def indexed_table_rows(facts: ShapeFacts, value: ir.Value) -> list[int]:
-    """Of every constant that ``value`` indexes, as it is or cast or reshaped."""
+    """Rows of every constant that ``value`` indexes, directly or through casts and reshapes."""
     rows: list[int] = []
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)

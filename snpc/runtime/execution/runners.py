@@ -1,5 +1,4 @@
-"""Whatever runs: ONNX and .ort through onnxruntime, OpenVINO IR, TensorRT engines. One face, so that they can be
-compared on the same inputs."""
+"""Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 
 OPENVINO_SUFFIX = ".xml"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: what it was built for
+PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: the precision that it was built for
 
 
 class Runner(Protocol):
-    """A loaded model. ``device``: what runs it; ``threads``: its setting, 0 where the runtime chose."""
+    """A loaded model. ``device``: the provider or device; ``threads``: its setting, 0 where the runtime chose."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]: ...
@@ -47,7 +46,7 @@ class Runner(Protocol):
         ...
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
-        """A call that runs on ``feeds`` and nothing else: fit to be timed."""
+        """A function that runs on ``feeds``, with no other work in it, to be timed."""
         ...
 
 

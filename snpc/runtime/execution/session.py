@@ -1,4 +1,4 @@
-"""onnxruntime sessions: one way to open and run them, and what goes in and comes out."""
+"""onnxruntime sessions: opening and running them, and the specs of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROVIDERS: dict[str, str] = {
     "trt": "TensorrtExecutionProvider",
 }
 
-# onnxruntime's names of what an array can hold element by element; its int4 and float4 are packed, two to a byte.
+# onnxruntime's names of the types that numpy arrays can hold. int4 and float4 are missing: two values share a byte.
 ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "double": np.dtype(np.float64),
@@ -56,7 +56,7 @@ ORT_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class SessionLoadError(UserError):
-    """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
+    """onnxruntime cannot open a session of a model: an operator that it does not have, types that do not match."""
 
 
 def onnxruntime_version() -> str:
@@ -74,17 +74,17 @@ def open_session(
     config_entries: Mapping[str, str] | None = None,
     optimized_path: Path | None = None,
 ) -> ort.InferenceSession:
-    """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
+    """A session of a file or of a serialized model. It logs nothing; errors are raised.
 
-    ``memory``: "own" as onnxruntime has it, for what is timed; "lean" as fast, but nodes run as soon as they can, so
-    that a statistic does not keep its activations until the end, and no block for a whole run is set aside; "shared"
-    takes what a run needs from one pool with all other such sessions, too, of which dozens may be open; "least" holds
-    each weight once as well: slower, for few runs.
+    ``memory``: "own": onnxruntime's default, for models that are timed. "lean": as fast, but each node runs as soon as
+    its inputs are there, so that statistics do not keep their activations until the end, and no block of memory is
+    reserved for a whole run. "shared": like "lean", and all such sessions allocate from one pool, so that dozens can be
+    open. "least": like "shared", and each weight is held once; slower, for few runs.
 
-    ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
+    ``config_entries``: session configuration entries by name. ``optimized_path``: file for the optimized graph.
 
-    UserError: the provider is not in this
-    onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
+    UserError: the provider is not in this onnxruntime or does not start (a session never falls back to the CPU
+    silently), or the model does not load.
     """
     import onnxruntime as ort
 
@@ -119,9 +119,9 @@ def save_optimized(
     file_format: Literal["ONNX", "ORT"] = "ONNX",
     external_name: str = "",
 ) -> None:
-    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
+    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimizations.
 
-    ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
+    ``external_name``: name of a file beside ``target`` for the weights. UserError: as for open_session.
     """
     config_entries: dict[str, str] = {"session.save_model_format": file_format}
     if external_name:
@@ -147,12 +147,12 @@ def resolve_provider(provider: str) -> str:
 
 
 def session_inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """What must be fed. UserError: an input is no tensor, or of a type no array holds."""
+    """Specs of the inputs. UserError: an input is not a tensor, or has a type that numpy arrays cannot hold."""
     return tuple(_tensor_spec("input", value) for value in session.get_inputs())
 
 
 def session_outputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """What comes out; onnxruntime gives a tensor of unknown rank the shape (). UserError: as for the inputs."""
+    """Specs of the outputs; for a tensor of unknown rank onnxruntime reports (). UserError: as for the inputs."""
     return tuple(_tensor_spec("output", value) for value in session.get_outputs())
 
 
@@ -164,7 +164,7 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
 
 
 def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "model") -> Callable[[], list[Any]]:
-    """A call that runs the session on ``feeds`` and nothing else: fit to be timed. UserError: as for run_session.
+    """A function that runs the session on ``feeds``, with no other work in it, to be timed. UserError: as run_session.
 
     It returns arrays, or OrtValues where an input or output has a type that onnxruntime cannot exchange with numpy.
     """
@@ -178,13 +178,17 @@ def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
 
 
 def first_lines(error: Exception, count: int = 1) -> str:
-    """How onnxruntime's message begins, as one line; what follows is its source files and stack."""
+    """The first lines of onnxruntime's message as one line; source files and a stack follow them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count]) or type(error).__name__
 
 
 def _session_options(
-    threads: int, optimization: OptimizationLevel, memory: MemoryMode, config_entries: Mapping[str, str], optimized_path: Path | None
+    threads: int,
+    optimization: OptimizationLevel,
+    memory: MemoryMode,
+    config_entries: Mapping[str, str],
+    optimized_path: Path | None,
 ) -> ort.SessionOptions:
     import onnxruntime as ort
 
@@ -217,7 +221,7 @@ def _session_options(
 
 @functools.cache
 def _register_shared_arena() -> None:
-    """Memory on the CPU for all sessions that share it. Each session's own would keep the most that it ever needed."""
+    """Register one CPU allocator for all sessions that share it; a session's own one keeps its peak memory."""
     import onnxruntime as ort
 
     memory_info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
@@ -226,7 +230,7 @@ def _register_shared_arena() -> None:
 
 
 def _preload_cuda_libraries(provider: str) -> None:
-    """CUDA's libraries, when they came as Python packages, are found only if loaded before the session."""
+    """Load CUDA's libraries first: those from Python packages are found only when they are loaded already."""
     import onnxruntime as ort
 
     if provider in (PROVIDERS["cuda"], PROVIDERS["trt"]) and hasattr(ort, "preload_dlls"):  # onnxruntime 1.21
@@ -235,7 +239,7 @@ def _preload_cuda_libraries(provider: str) -> None:
 
 
 def _provider_chain(provider: str) -> list[str]:
-    """``wanted`` and what takes the nodes that it does not have."""
+    """The provider, then those that run the nodes it cannot run."""
     import onnxruntime as ort
 
     chain = [provider, PROVIDERS["cpu"]]
@@ -248,7 +252,9 @@ def _provider_chain(provider: str) -> list[str]:
 def _tensor_spec(direction: str, value: Any) -> TensorSpec:
     element = value.type.removeprefix("tensor(").removesuffix(")")
     if element not in ORT_DTYPES:
-        raise UserError(f"{direction} {value.name!r} is {value.type}: no array holds it, so it cannot be run here")
+        raise UserError(
+            f"{direction} {value.name!r} is {value.type}: snpc cannot run it, since numpy arrays cannot hold this type"
+        )
     return TensorSpec(value.name, ORT_DTYPES[element], tuple("" if dim is None else dim for dim in value.shape))
 
 

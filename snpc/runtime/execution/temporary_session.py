@@ -1,4 +1,4 @@
-"""Models that snpc runs to learn from them: written to a temporary, opened, run, and gone."""
+"""Sessions of models in memory: written to a temporary file, run, and deleted."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def temporary_session(
     memory: MemoryMode = "lean",
     external: bool = False,
 ) -> Iterator[RunFunction]:
-    """A call from feeds (what the model does not take is left out) to its outputs by name. Takes ``model`` over.
+    """A function from feeds to outputs by name; feeds that are no inputs are ignored. ``model`` must not be used again.
 
-    bfloat16 is run as float32 where onnxruntime has no arithmetic in it; then outputs are float32 too.
+    bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic; the outputs are then float32 too.
     """
     in_float32 = runs_in_float32(model, execution)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -53,13 +53,16 @@ def temporary_session(
         def run(feeds: Feeds) -> dict[str, AnyArray]:
             model_feeds = {name: array for name, array in feeds.items() if name in names}
             if in_float32:
-                model_feeds = {name: a.astype(np.float32) if a.dtype == BFLOAT16 else a for name, a in model_feeds.items()}
+                model_feeds = {
+                    name: array.astype(np.float32) if array.dtype == BFLOAT16 else array
+                    for name, array in model_feeds.items()
+                }
             return run_session(sessions[0], model_feeds)
 
         try:
             yield run
         finally:
-            sessions.clear()  # whoever still has ``run`` does not keep the session
+            sessions.clear()  # a caller that keeps ``run`` does not keep the session
             release_free_memory()
 
 
@@ -76,8 +79,7 @@ def runs_in_float32(model: ir.Model, execution: Execution) -> bool:
 
 
 def widen_bfloat16(model: ir.Model) -> ir.Model:
-    """The model with float32 in place of bfloat16 everywhere; changed in place, weights are converted as they are
-    read."""
+    """Replace bfloat16 by float32 everywhere, in place; weights are converted when they are read."""
     for graph in model.graphs():
         nodes = list(graph)
         for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs, *node_outputs(nodes)):

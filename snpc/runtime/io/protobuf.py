@@ -1,10 +1,9 @@
-"""ONNX files without their weights: read the graph of an inline model, leaving big tensors where they lie on disk.
+"""Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the file.
 
 An ``.onnx`` file is one protobuf message: ModelProto.graph (field 7) holds GraphProto.initializer (5), a TensorProto
-each, whose bytes are raw_data (9). ``read_without_weights`` walks those lengths, drops the bytes, and writes into
-each tensor that its
-data is external, in this very file, at this offset. So a 10 GB model loads in the time its graph takes, and weights
-are read through the page cache when they are needed.
+each, whose bytes are raw_data (9). ``read_without_weights`` walks those lengths, drops the bytes, and marks
+each tensor as external data at its offset in the same file. So a 10 GB model loads in the time that its graph takes,
+and weights are read through the page cache when they are needed.
 """
 
 from __future__ import annotations

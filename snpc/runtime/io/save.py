@@ -1,4 +1,4 @@
-"""Writing models: inline, or with external data above the size that protobuf takes."""
+"""Writing models: weights inside the file, or in a file beside it. No weight is held in memory twice."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def save_external(model: ir.Model, target: Path) -> None:
 
 
 def is_stored_separately(tensor: ir.TensorProtocol | None) -> bool:
-    """Written apart from the graph. Small ones too where they lie in another file: the message would refer to that."""
+    """Whether a tensor is written after the graph: from 1 kB on, and all external ones, which would stay external."""
     return tensor is not None and (weight_bytes(tensor) >= 1024 or isinstance(tensor, ir.ExternalTensor))
 
 
 def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto:
-    """The model's message without the weights named ``without``."""
+    """The model as protobuf, without the weights named ``without``; ``model`` is unchanged afterwards."""
     values = {name: model.graph.initializers[name] for name in without}
     tensors = {name: value.const_value for name, value in values.items()}
     try:
@@ -72,7 +72,7 @@ def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto
 
 
 def write_inline(model: ir.Model, path: Path) -> None:
-    """One protobuf message, its weights streamed one by one behind the graph's other fields."""
+    """One protobuf message: the graph's other fields first, then its weights one by one."""
     big = {name for name, v in model.graph.initializers.items() if is_stored_separately(v.const_value)}
     order = [name for name in model.graph.initializers if name in big]
     skeleton = proto_without_weights(model, big)

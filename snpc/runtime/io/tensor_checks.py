@@ -1,6 +1,6 @@
-"""What a file must hold before anything is made of it: weights as many bytes as their shapes say, where they may lie.
+"""Checks of the tensors in a model file: types, shapes, numbers of bytes, and where external data may lie.
 
-Nothing here reads a weight. Whatever is refused names the tensor.
+No weight is read. Each error names the tensor.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def external_entry(tensor: TensorProto, key: str) -> str:
-    """One entry of a tensor's external data, "" where there is none; the last counts, as in onnx."""
+    """One entry of a tensor's external data, "" where it is missing; of equal keys the last one counts, as in onnx."""
     return next((e.value for e in reversed(tensor.external_data) if e.key == key), "")
 
 
 def required_bytes(tensor: TensorProto) -> int:
-    """Bytes that the tensor's shape and type need. Raises ValueError where either means nothing."""
+    """Bytes that the tensor's shape and type need. Raises ValueError for an unknown type."""
     dtype = ir.DataType(tensor.data_type)
     if dtype == ir.DataType.UNDEFINED:
         raise ValueError("no type")
@@ -59,7 +59,7 @@ def required_bytes(tensor: TensorProto) -> int:
 
 
 def check_tensors(model: onnx.ModelProto, path: Path) -> None:
-    """Raises UserError for a tensor whose shape, type, bytes or place cannot be."""
+    """Raises UserError for a tensor with an impossible shape, type, number of bytes or location."""
     if model.graph.sparse_initializer:
         name = model.graph.sparse_initializer[0].values.name
         raise UserError(f"{path}: {name} is a sparse weight, which snpc does not read; export it dense")
@@ -86,14 +86,14 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
 
 
 def actual_bytes(tensor: TensorProto, path: Path, file_size: int) -> int:
-    """Bytes that a tensor really has; ``size`` is that of the file its data lies in."""
+    """Bytes that a tensor has; ``file_size`` is the size of the file with its external data."""
     if is_external(tensor):
         return external_length(tensor, path, file_size)
     return len(tensor.raw_data) if tensor.HasField("raw_data") else typed_data_bytes(tensor)
 
 
 def typed_data_bytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor that is written number by number."""
+    """Bytes of a tensor whose values are in a typed field such as ``float_data``."""
     dtype = ir.DataType(tensor.data_type)
     count = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
@@ -102,7 +102,7 @@ def typed_data_bytes(tensor: TensorProto) -> int:
 
 
 def check_external_location(tensor: TensorProto, path: Path, file_sizes: dict[str, int]) -> None:
-    """External data must be a file in the model's folder (or below). Notes its size in ``sizes``."""
+    """Refuse external data outside the model's folder. Adds the file's size to ``file_sizes``."""
     location = external_entry(tensor, "location")
     if location in file_sizes:
         return
@@ -122,7 +122,7 @@ def check_external_location(tensor: TensorProto, path: Path, file_sizes: dict[st
 
 
 def external_length(tensor: TensorProto, path: Path, file_size: int) -> int:
-    """Length of external data that lie within their file of ``size`` bytes."""
+    """Length in bytes of a tensor's external data, which must lie within its file of ``file_size`` bytes."""
     required = required_bytes(tensor)
     try:
         offset = int(external_entry(tensor, "offset") or 0)
