@@ -15,7 +15,7 @@ from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.token_decisions import self_deciding_model
 from snpc.planning.plan import SlicePlan
 from snpc.report.png import PixelArray
