@@ -37,8 +37,10 @@ def group(name: str, role: Role, blocks: int, size: int, *, pinned: bool = False
 def analysis(*groups: Group) -> Analysis:
     """As much of an analysis as planning looks at."""
     model = SimpleNamespace(path=Path("made.onnx"), digest="d" * 64)
-    traced = SimpleNamespace(kv_cache=False)
-    return cast(Analysis, SimpleNamespace(groups=groups, pins=(), model=model, traced=traced, reduction=None))
+    traced_graph = SimpleNamespace(kv_cache=False)
+    return cast(
+        Analysis, SimpleNamespace(groups=groups, pins=(), model=model, traced_graph=traced_graph, reduction=None)
+    )
 
 
 def scores(values: Mapping[str, Array], *groups: Group) -> snpc.UnitScores:
