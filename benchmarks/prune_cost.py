@@ -112,7 +112,7 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     plan = watch.run("plan", lambda: snpc.make_slice_plan(scores, snpc.Budget(ratio)))
     rewritten = watch.run("rewrite", lambda: rewrite_model(analysis.traced, cuts_of(plan)))
     watch.run("write", lambda: snpc.save(finalize(rewritten.model), target))
-    watch.run("verify", lambda: verify_candidate(rewritten, plan, target, None, "cpu"))
+    watch.run("verify", lambda: verify_candidate(rewritten, plan, target, None))
     return watch
 
 

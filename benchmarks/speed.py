@@ -23,6 +23,7 @@ import numpy as np
 
 import snpc
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.runners import open_runner
 
@@ -159,7 +160,7 @@ def main() -> None:
             pruned = list(variants(name, Path(folder), options.multiple or [8, 16]))
             for batch in options.batch or [1, 8]:
                 made = list(built(pruned, batch))
-                runners = [open_runner(path, threads=options.threads) for _, path, _ in made]
+                runners = [open_runner(path, execution=Execution(threads=options.threads)) for _, path, _ in made]
                 feeds = random_feeds(runners[0].inputs, batch=batch)
                 calls = [[runner.prepare(feeds)] for runner in runners]
                 run_rounds(calls, iterations=2)

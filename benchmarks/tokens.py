@@ -23,6 +23,7 @@ from quality import evaluation, quality  # type: ignore[import-not-found]
 
 import snpc
 from snpc.runtime.evaluation.bench import run_rounds
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.runners import open_runner
 
@@ -55,7 +56,7 @@ def deciding(path: Path, batch: int, folder: Path) -> float:
 
 def speeds(dense: Path, pruned: Path, threads: int, clock: str) -> list[float]:
     """Speed-ups by batch."""
-    runners = [open_runner(path, threads=threads) for path in (dense, pruned)]
+    runners = [open_runner(path, execution=Execution(threads=threads)) for path in (dense, pruned)]
     found = []
     for batch in BATCHES:
         feeds = random_feeds(runners[0].inputs, batch=batch)

@@ -28,6 +28,7 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation.bench import BenchResult, bench
 from snpc.runtime.evaluation.latency import Workload
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.random_inputs import random_calibration
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
@@ -52,6 +53,7 @@ __all__ = [
     "ClosedForms",
     "Cost",
     "Difference",
+    "Execution",
     "Group",
     "ImageOptions",
     "Model",

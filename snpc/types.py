@@ -29,6 +29,9 @@ SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden"]
+ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
+"""How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
+refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
 
 IntArray = npt.NDArray[np.int64]
 

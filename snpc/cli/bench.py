@@ -1,71 +1,92 @@
-"""``snpc bench``."""
+"""``snpc bench``: latency of models, side by side."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import click
-
-from snpc.cli import progress as bars
-from snpc.cli import tables as show
-from snpc.cli.arguments import check_output_paths
-from snpc.cli.options import PATH_TYPE, execution_options, json_option
+import snpc
+from snpc.cli import tables
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
+from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
+from snpc.runtime.execution.feeds import parse_shapes
+from snpc.runtime.execution.runners import open_runner
 
 
-@click.command("bench")
-@click.argument("models", nargs=-1, required=True, type=PATH_TYPE)
-@click.option("--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic.")
-@click.option(
-    "--input-shapes", "shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
-)
-@click.option("--data", metavar="DATA", help="Run on these inputs instead of random ones (forms as --calib of prune).")
-@click.option("--warmup", default=5, show_default=True, type=int, help="Rounds that are not counted.")
-@click.option("--iterations", default=50, show_default=True, type=int, help="Rounds that are.")
-@click.option("--duration", type=float, help="Go on until so many seconds have passed.")
-@click.option("--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses.")
-@json_option
-@execution_options
+@dataclass(frozen=True)
+class BenchModels(ArgumentGroup):
+    models: tuple[Path, ...] = argument(nargs=-1, required=True, type=FILE_PATH)
+
+
+@dataclass(frozen=True)
+class BenchInputs(ArgumentGroup):
+    """What the models are run on."""
+
+    section: ClassVar[str] = "Inputs"
+
+    batch: int = option(
+        "--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic."
+    )
+    shapes: tuple[str, ...] = option(
+        "--input-shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
+    )
+    data: str | None = option(
+        "--data", metavar="DATA", help="Run on these inputs (forms as --calib of prune).  [default: random inputs]"
+    )
+
+
+@dataclass(frozen=True)
+class BenchProtocol(ArgumentGroup):
+    """How long is measured, and with how many threads."""
+
+    section: ClassVar[str] = "Running"
+
+    warmup: int = option(
+        "--warmup", default=5, show_default=True, type=int, help="Rounds before those that are counted."
+    )
+    iterations: int = option("--iterations", default=50, show_default=True, type=int, help="Rounds that are counted.")
+    duration: float | None = option("--duration", type=float, help="Go on until this many seconds have passed.")
+    threads: int = option(
+        "--threads", default=0, show_default=True, type=int, help="Threads per model; 0: onnxruntime chooses."
+    )
+
+
+@command("bench")
 def bench_command(
-    models: tuple[Path, ...],
-    batch: int,
-    shapes: tuple[str, ...],
-    data: str | None,
-    warmup: int,
-    iterations: int,
-    duration: float | None,
-    threads: int,
-    json_path: Path | None,
-    provider: str,
+    models: BenchModels,
+    inputs: BenchInputs,
+    protocol: BenchProtocol,
+    json: JsonArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Time MODELS side by side, interleaved, on the same inputs; ratios are to the first.
 
     MODELS are .onnx, .ort and OpenVINO's .xml, in any mix.
     """
-    import snpc
-    from snpc.runtime.execution.feeds import parse_shapes
-    from snpc.runtime.execution.runners import open_runner
-
-    check_output_paths([json_path], *models, data)
-    feeds = None
-    if data is not None:
-        feeds = snpc.load_calibration(data, open_runner(models[0]).inputs, samples=batch * 16, batch=batch).batches()
-    if data is not None and shapes:
+    paths, source, batch = list(models.models), inputs.data, inputs.batch
+    check_output_paths([json.json_path], *paths, source)
+    data = None
+    if source is not None:
+        specs = open_runner(paths[0]).inputs
+        data = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch).batches()
+    if source is not None and inputs.shapes:
         raise UserError("--data brings its own shapes: leave out --input-shapes")
-    drawn: dict[str, Any] = {} if feeds else {"batch": batch, "shapes": parse_shapes(shapes) or None}
-    with bars.timing_progress() as heard:
+    with timing_progress() as on_progress:
         result = snpc.bench(
-            list(models),
-            provider=provider,
-            threads=threads,
-            data=feeds,
-            warmup=warmup,
-            iterations=iterations,
-            duration=duration,
-            heard=heard,
-            **drawn,
+            paths,
+            execution=replace(running.load(), threads=protocol.threads),
+            data=data,
+            warmup=protocol.warmup,
+            iterations=protocol.iterations,
+            duration=protocol.duration,
+            heard=on_progress,
+            batch=batch if data is None else 1,
+            shapes=parse_shapes(inputs.shapes) or None,
         )
-    show.emit_json(result.to_json(), json_path)
-    if str(json_path) != "-":
-        show.print_bench(result)
+    json.write(result.to_json())
+    if not json.replaces_tables:
+        tables.print_bench(result)

@@ -2,129 +2,161 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from snpc.cli import progress as bars
-from snpc.cli import tables as show
-from snpc.cli.arguments import (
-    calibration_from_flags,
-    check_output_paths,
-    evaluation_from_flags,
-    load_and_analyze,
-    resolve_width_multiple,
-    split_calibration_flags,
-    write_text_file,
-)
-from snpc.cli.options import (
-    PATH_TYPE,
-    calibration_options,
-    execution_options,
-    model_argument,
-    parse_target_name,
-    planning_options,
-)
+from snpc.cli import tables
+from snpc.cli.arguments.calibration import CalibrationArguments
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option
+from snpc.cli.arguments.model import ModelArguments
+from snpc.cli.arguments.output import check_output_paths, write_text_file
+from snpc.cli.arguments.parsers import parse_target_name
+from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.progress import step_progress
 from snpc.errors import UserError
+from snpc.pipeline.report_json import write_json
+from snpc.pipeline.sweep import count_sweep_steps, sweep
+from snpc.report.sweep_plot import sweep_plot
+from snpc.targets import PRECISIONS, Precision
 
 
-@click.command("sweep")
-@model_argument
-@click.option("--targets", required=True, metavar="macs=0.9,0.8,params=0.5", help="Sizes to come down to.")
-@click.option("-o", "--output", type=PATH_TYPE, help="Folder for table, plot and models.  [default: MODEL-sweep]")
-@click.option(
-    "--eval", "held_out", metavar="DATA", help="Inputs to judge by (forms as --calib); default: those of --calib."
-)
-@click.option("--labels", metavar="NAME", help="Array of the --eval .npz with the right class of every sample.")
-@click.option(
-    "--build", metavar="TARGET", callback=parse_target_name, help="Build each model for a runtime and time that."
-)
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="Of the built artefacts.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Batch size that is timed.")
-@click.option("--iterations", default=30, show_default=True, type=int, help="Interleaved rounds that are timed.")
-@planning_options
-@calibration_options
-@execution_options
+@dataclass(frozen=True)
+class SweepArguments(ArgumentGroup):
+    """The sizes, and how each is judged and timed."""
+
+    targets: str = option(
+        "--targets",
+        required=True,
+        metavar="macs=0.9,0.8,params=0.5",
+        section="How much",
+        help="Sizes to prune to, as of --target of prune.",
+    )
+    output: Path | None = option(
+        "-o",
+        "--output",
+        type=FILE_PATH,
+        section="Output",
+        help="Folder for table, plot and models.  [default: MODEL-sweep]",
+    )
+    held_out: str | None = option(
+        "--eval",
+        metavar="DATA",
+        section="Evaluation",
+        help="Inputs to evaluate on (forms as --calib).  [default: those of --calib]",
+    )
+    labels: str | None = option(
+        "--labels",
+        metavar="NAME",
+        section="Evaluation",
+        help="Array of the --eval .npz with the right class of every sample.",
+    )
+    build: str | None = option(
+        "--build",
+        metavar="TARGET",
+        callback=parse_target_name,
+        section="Building",
+        help="Build each model for a runtime, and time that.",
+    )
+    precision: Precision | None = option(
+        "--precision", type=click.Choice(PRECISIONS), section="Building", help="Precision of the artifacts."
+    )
+    batch: int = option(
+        "--batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        section="Running",
+        help="Batch size that models are timed at.",
+    )
+    iterations: int = option(
+        "--iterations",
+        default=30,
+        show_default=True,
+        type=int,
+        section="Running",
+        help="Interleaved rounds that are timed.",
+    )
+
+
+@command("sweep")
 def sweep_command(
-    model: Path,
-    targets: str,
-    output: Path | None,
-    held_out: str | None,
-    labels: str | None,
-    build: str | None,
-    precision: str | None,
-    batch: int,
-    iterations: int,
-    provider: str,
-    **flags: Any,
+    model: ModelArguments,
+    arguments: SweepArguments,
+    planning: PlanningArguments,
+    calibration: CalibrationArguments,
+    running: ExecutionArguments,
 ) -> None:
-    """Prune MODEL to several sizes; write a table, a plot and the models that no other one beats.
+    """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
 
-    --tokens auto chooses the tokens for every target of MACs; any other --tokens holds for all targets, and widths are
-    cut for the rest of the way.
+    --tokens auto chooses the tokens for every target of MACs. Any other --tokens is the same for all targets, and
+    widths are cut for the rest of the way.
 
-    Into the folder go sweep.json, sweep.svg (quality against latency) and the models on the Pareto front.
+    The folder gets sweep.json, sweep.svg (quality against latency) and the models that no other one beats.
     """
-    import snpc
-    from snpc.pipeline.sweep import count_sweep_steps
-    from snpc.pipeline.sweep import sweep as run
-    from snpc.report.sweep_plot import sweep_plot
-
-    choice, calib = split_calibration_flags(flags)
-    method, criterion = choice.pop("method"), choice.pop("criterion")
-    for name in ("ratio", "target", "max_drift"):
-        if choice.pop(name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: a sweep goes through --targets; leave it out")
-    if criterion is not None:
-        raise UserError("--criterion: a sweep uses closed forms; leave it out")
-    if precision is not None and build is None:
-        raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
-    if labels and not held_out:
-        raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
-    if calib["calib"] is None:
-        raise UserError("a sweep measures what goes: give --calib DATA")
-    tokens = choice.pop("tokens")
-    choice |= resolve_width_multiple(choice, build, provider)
-    names = parse_target_list(targets)
-    folder = output or model.with_name(f"{model.stem}-sweep")
-    analysis = load_and_analyze(model)
-    calibration = calibration_from_flags(analysis, **calib)
+    check_sweep(arguments, planning, calibration)
+    execution = running.load()
+    planning = planning.with_width_multiple(arguments.build, execution)
+    targets = parse_target_list(arguments.targets)
+    folder = arguments.output or model.sibling("-sweep")
+    analysis = model.load()
+    data = calibration.load(analysis)
+    assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
-    check_output_paths([table, plot], model, calib["calib"], held_out)
-    judge = evaluation_from_flags(analysis, held_out, labels, calib) if held_out else None
-    with bars.step_progress(count_sweep_steps(names)) as step:
-        found = run(
+    check_output_paths([table, plot], model.path, calibration.calib, arguments.held_out)
+    evaluation = None
+    if arguments.held_out is not None:
+        evaluation = calibration.load_evaluation(arguments.held_out, arguments.labels, analysis)
+    with step_progress(count_sweep_steps(targets)) as on_step:
+        result = sweep(
             analysis,
-            names,
+            targets,
             folder,
-            calibration,
-            choice=snpc.Budget(target=names[0], **choice) if choice["roles"] else None,
-            tokens=tokens,
-            evaluation=judge,
-            method=method,
-            target=build,
-            precision=precision or "fp32",  # type: ignore[arg-type]
-            provider=provider,
-            batch=batch,
-            rounds=iterations,
-            step=step,
+            data,
+            choice=planning.budget(targets[0]) if planning.selection.roles else None,
+            tokens=planning.reduction.tokens,
+            evaluation=evaluation,
+            method=planning.selection.method,
+            target=arguments.build,
+            precision=arguments.precision or "fp32",
+            execution=execution,
+            batch=arguments.batch,
+            rounds=arguments.iterations,
+            step=on_step,
         )
-    show.emit_json(found.to_json(), table)
-    write_text_file(plot, sweep_plot(found))
-    show.print_sweep(found)
-    show.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+    write_json(result.to_json(), table)
+    write_text_file(plot, sweep_plot(result))
+    tables.print_sweep(result)
+    tables.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+
+
+def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibration: CalibrationArguments) -> None:
+    """Refuse options of ``prune`` that a sweep sets itself, and options that lack what they need."""
+    amount = planning.amount
+    for flag, value in (("--ratio", amount.ratio), ("--target", amount.target), ("--max-drift", amount.max_drift)):
+        if value is not None:
+            raise UserError(f"{flag}: a sweep goes through --targets; leave it out")
+    if planning.selection.criterion is not None:
+        raise UserError("--criterion: a sweep uses closed forms; leave it out")
+    if arguments.precision is not None and arguments.build is None:
+        raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
+    if arguments.labels and not arguments.held_out:
+        raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
+    if calibration.calib is None:
+        raise UserError("a sweep measures what goes: give --calib DATA")
 
 
 def parse_target_list(text: str) -> list[str]:
     """``macs=0.9,0.8,params=0.5`` -> ``["macs=0.9", "macs=0.8", "params=0.5"]``."""
-    found: list[str] = []
+    targets: list[str] = []
     kind = ""
     for part in text.split(","):
         name, equals, number = part.strip().rpartition("=")
         kind = name if equals else kind
         if not kind:
             raise UserError(f"--targets {text!r}: must look like macs=0.9,0.8")
-        found.append(f"{kind}={number}")
-    return found
+        targets.append(f"{kind}={number}")
+    return targets

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +13,6 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.prune import PrunedModel, SearchResult
-from snpc.pipeline.report_json import write_json
 from snpc.pipeline.sweep import SweepResult
 from snpc.planning.config import is_latency_budget
 from snpc.planning.plan import SlicePlan
@@ -77,15 +74,6 @@ def fitting_columns(room: int, header: Sequence[str], widths: Sequence[int], spa
             break
         left.remove(k)
     return left
-
-
-def emit_json(data: Any, path: Path | None) -> None:
-    if path is None:
-        return
-    if str(path) == "-":
-        print_line(json.dumps(data, indent=1))
-    else:
-        write_json(data, path)
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------

@@ -6,18 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.pass_manager import PassObserver, run_pass
 from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, infer_graph, opset_version, weight_bytes
-from snpc.passes.canonicalization.eliminate_dead_rows import eliminate_dead_rows
+from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
 from snpc.passes.grouping.groups import build_groups, to_pin
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.propagation.labels import LabelFlag
 from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
@@ -55,22 +58,35 @@ class Analysis:
         steps = json.dumps(self.reduction.to_json(), sort_keys=True)
         return hashlib.sha256(f"{self.model.digest} {steps}".encode()).hexdigest()
 
+    @cached_property
+    def weights(self) -> Mapping[str, GroupWeights]:
+        """Group id -> the weights that produce and consume its units, and its closed form. Computed once per group."""
+        return LazyGroupWeights(self.traced_graph, self.groups)
+
     def group(self, name: str) -> Group:
         """The group with this id."""
         return next(g for g in self.groups if g.id == name)
 
 
-def analyze(model: Model, dim_sizes: Mapping[str, int] | None = None, *, prune_kv_cache: bool = False) -> Analysis:
+def analyze(
+    model: Model,
+    dim_sizes: Mapping[str, int] | None = None,
+    *,
+    prune_kv_cache: bool = False,
+    observer: PassObserver | None = None,
+) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
     ``dim_sizes``: sizes of dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) at which MACs are quoted.
     ``prune_kv_cache``: KV caches may be narrowed, past inputs and present outputs together.
+    ``observer`` is called after each graph pass.
     """
     chosen = SizedFacts(*choose_dim_sizes(model.graph))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
     cost = cost_of(model.graph, quoted.facts)
     tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
-    return analyze_graph(model, GraphAtSizes(model.graph, chosen, quoted), cost, tokens=tokens, kv_cache=prune_kv_cache)
+    sized = GraphAtSizes(model.graph, chosen, quoted)
+    return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)
 
 
 @dataclass(frozen=True)
@@ -99,16 +115,18 @@ def analyze_graph(
     reduction: TokenReduction | None = None,
     extra_macs: int = 0,
     kv_cache: bool = False,
+    observer: PassObserver | None = None,
 ) -> Analysis:
     """The analysis of a graph that is that of ``model``, or was derived from it by ``reduction``.
 
     ``cost``: cost of the model; ``extra_macs``: MACs that the reduction adds.
+    ``observer`` is called after each graph pass.
     """
     graph, traced, quoted = sized.graph, sized.traced, sized.quoted
     facts, cost_facts = traced.facts, quoted.facts
-    smaller = eliminate_dead_rows(graph, facts)
-    if smaller is not None:
-        graph = smaller
+    narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
+    if narrowed.modified:
+        graph = narrowed.model
         facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)

@@ -23,9 +23,10 @@ from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation.latency import Workload, groups_to_time, latency_table
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
-from snpc.runtime.statistics.statistics import BatchProgress, Statistics, measure_statistics
+from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 from snpc.runtime.statistics.unit_weights import unit_weight_energies
 from snpc.types import FloatArray, Group
 
@@ -79,9 +80,7 @@ def plan(
     statistics: Statistics | None = None,
     method: PruningMethod | None = None,
     criterion: str | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
-    progress: BatchProgress | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
     workload: Workload | None = None,
     whole: bool = False,
 ) -> PruningPlan:
@@ -93,13 +92,13 @@ def plan(
 
     ``statistics`` that were measured before serve in place of a measurement. On their own they allow "parallel" (the
     default then) and "select", and widths are chosen by the closed forms' own loss, relative to what each group does:
-    how much the outputs mind takes ``calibration``. ``memory_limit``: see ``measure_statistics``.
+    how much the outputs mind takes ``calibration``. ``execution.memory_limit``: see ``measure_statistics``.
 
     ``workload`` says at what sizes a latency is measured. ``whole``: curves are measured all along, for other choices
     than this one as well, not near its plan. Raises UserError where data is needed and missing.
     """
     groups = groups_to_prune(analysis, choice)
-    calibration = with_token_decisions(analysis, calibration, provider)
+    calibration = with_token_decisions(analysis, calibration, execution)
     informed = calibration is not None or statistics is not None
     method = method or default_method(calibration, informed and criterion is None)
     check_refit_data(method, calibration, statistics)
@@ -113,9 +112,7 @@ def plan(
             groups,
             method=method,
             criterion=judge,
-            memory_limit=memory_limit,
-            provider=provider,
-            progress=progress,
+            execution=execution,
         )
     found = ClosedForms.empty(analysis)
     curves = calibration is not None and needs_loss_curves(choice, method)
@@ -123,7 +120,7 @@ def plan(
         assert statistics is not None
         probed = {g.id: measurable_widths(g) for g in groups} if curves else {}
         found = solve_closed_forms(
-            analysis, statistics, groups, probed, SpillableStore(memory_budget(memory_limit) // 2)
+            analysis, statistics, groups, probed, SpillableStore(memory_budget(execution.memory_limit) // 2)
         )
     rest = score_groups(analysis, judge, [g for g in groups if g.id not in found.kinds], statistics)
     scores = with_closed_form_order(rest, found, method)
@@ -131,14 +128,12 @@ def plan(
         scores = replace(scores, energies=unit_weight_energies(analysis, groups))
     if is_latency_budget(choice):
         roles = tuple(dict.fromkeys(g.role for g in groups))
-        table = latency_table(analysis, roles, workload=workload, provider=provider)
+        table = latency_table(analysis, roles, workload=workload, execution=execution)
         scores = replace(scores, latency=table.saved_times(groups_to_time(analysis, roles), groups))
     if curves:
         assert calibration is not None
         near = None if whole else choice
-        measured = measure_loss_curves(
-            found, scores, calibration, groups, near, memory_limit=memory_limit, provider=provider
-        )
+        measured = measure_loss_curves(found, scores, calibration, groups, near, execution=execution)
         scores, found = replace(scores, curves=measured), found.without_refits()
     elif method != "select" and not choice.uniform:
         scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})

@@ -22,10 +22,11 @@ from snpc.runtime.closed_form.refit_normalizations import approximate_groups
 from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
 )
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
 from snpc.runtime.io.load import file_bytes, load, model_files
 from snpc.runtime.io.save import save
-from snpc.types import Cost, Verdict
+from snpc.types import ClosedFormKind, Cost, Verdict
 
 
 @dataclass
@@ -66,9 +67,8 @@ class PrunedModel:
     verification: Verdict
     seconds: Mapping[str, float]
     calibration: str = ""
-    closed_forms: Mapping[str, str] = field(default_factory=dict)
-    """Closed form of each group that was refitted: "scores", "values" (rotated), "refit" (what reads it) or
-    "coupled" (selected by what the scores lose)."""
+    closed_forms: Mapping[str, ClosedFormKind] = field(default_factory=dict)
+    """Group id -> the closed form with which it was pruned."""
     search: SearchResult | None = None
     """How a drift or a latency was met, where the plan had to be found by trying."""
 
@@ -79,20 +79,19 @@ def apply_slice_plan(
     *,
     compression: ClosedForms | None = None,
     calibration: Calibration | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     watch: Stopwatch | None = None,
 ) -> PrunedModel:
     """Rewrite the plan's model, write it to ``target``, and verify the file before it gets that name.
 
     A plan of method "auto" needs the ``compression`` that it was made from, to refit the weights before the cut, and
-    the calibration data. ``memory_limit``: see ``sequential.fit_sequentially``.
+    the calibration data. ``execution.memory_limit``: see ``fit_layerwise``.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the result does not hold (then nothing is
     left at ``target``).
     """
     watch = watch or Stopwatch()
-    means = FitInputs(compression, calibration, memory_limit, provider)
+    means = FitInputs(compression, calibration, execution)
     temporary = temporary_path(target)
     try:
         made = write_candidate(plan, target, temporary, means, watch)
@@ -114,7 +113,7 @@ class CandidateModel:
     path: Path
     after: Cost
     verdict: Verdict
-    closed_forms: Mapping[str, str]
+    closed_forms: Mapping[str, ClosedFormKind]
 
     @property
     def drift(self) -> float:
@@ -142,14 +141,14 @@ def write_candidate(
     with watch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with watch.stage("verify"):
-        verdict = verify_candidate(rewritten, plan, temporary, means.calibration, means.provider)
+        verdict = verify_candidate(rewritten, plan, temporary, means.calibration, means.execution)
         raise_if_unequal(verdict)
     with watch.stage("report"):
         after = cost_of_file(temporary, analysis)
     compression = means.closed_forms
-    forms = {**compression.kinds} if compression is not None and plan.method != "select" else {}
-    forms |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
-    return CandidateModel(plan, temporary, after, verdict, forms)
+    kinds = {**compression.kinds} if compression is not None and plan.method != "select" else {}
+    kinds |= {group.id: "refit" for group in approximate_groups(plan) if plan.method != "select"}
+    return CandidateModel(plan, temporary, after, verdict, kinds)
 
 
 def publish_candidate(

@@ -13,17 +13,17 @@ from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel, in_rotated_o
 from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
 from snpc.runtime.closed_form.stages import NotSegmentable
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What plans are carried out with. ``memory_limit``: see ``sequential.fit_sequentially``."""
+    """What plans are carried out with. ``execution.memory_limit``: see ``fit_layerwise``."""
 
     closed_forms: ClosedForms | None = None
     calibration: Calibration | None = None
-    memory_limit: int | None = None
-    provider: str = "cpu"
+    execution: Execution = DEFAULT_EXECUTION
 
     def describe_data(self) -> str:
         """The data, in words."""
@@ -42,7 +42,7 @@ def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan,
         raise UserError(
             f"this plan refits weights (method {plan.method}): it needs the calibration data that it was made with"
         )
-    calibration = with_token_decisions(plan.analysis, calibration, means.provider)
+    calibration = with_token_decisions(plan.analysis, calibration, means.execution)
     means = replace(means, calibration=calibration)
     plan = in_rotated_order(compression, plan)
     rest = without_groups(plan, normed)
@@ -52,13 +52,13 @@ def with_refitted_weights(plan: SlicePlan, means: FitInputs) -> tuple[SlicePlan,
     if not normed:
         return plan, source
     assert calibration is not None
-    return plan, fit_normalizations(source, plan, calibration, provider=means.provider)
+    return plan, fit_normalizations(source, plan, calibration, execution=means.execution)
 
 
 def refit_weights(compression: ClosedForms, plan: SlicePlan, means: FitInputs) -> TracedGraph:
     if plan.method == "auto" and means.calibration is not None and not plan.analysis.traced_graph.kv_cache:
         try:
-            return fit_layerwise(compression, plan, means.calibration, means.provider, means.memory_limit)
+            return fit_layerwise(compression, plan, means.calibration, means.execution)
         except NotSegmentable:
             pass  # what the dense model gives serves as well
     return fit_parallel(compression, plan)
@@ -79,8 +79,7 @@ def closed_forms_for(
     calibration: Calibration | None,
     *,
     statistics: Statistics | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> ClosedForms | None:
     """The closed forms that a plan read from a file is to be fitted with; None where it slices weights as they are.
 
@@ -95,9 +94,7 @@ def closed_forms_for(
     check_refit_data(plan.method, calibration, statistics)
     groups = [g for g in plan.analysis.groups if g.id in plan.keep]
     if statistics is None:
-        calibration = with_token_decisions(plan.analysis, calibration, provider)
+        calibration = with_token_decisions(plan.analysis, calibration, execution)
         assert calibration is not None
-        statistics = measure_statistics(
-            plan.analysis, calibration, groups, memory_limit=memory_limit, provider=provider
-        )
+        statistics = measure_statistics(plan.analysis, calibration, groups, execution=execution)
     return solve_closed_forms(plan.analysis, statistics, groups)

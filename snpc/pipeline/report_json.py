@@ -17,7 +17,7 @@ from snpc.passes.slicing.slice import Cuts
 from snpc.pipeline.prune import PrunedModel
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.io.atomic import atomic_write
-from snpc.types import FloatArray, Verdict
+from snpc.types import ClosedFormKind, FloatArray, Verdict
 
 
 def json_report(result: PrunedModel) -> dict[str, Any]:
@@ -47,9 +47,18 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
     }
 
 
-def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+FORM_NAMES: Mapping[ClosedFormKind, str] = {
+    "low_rank_qk": "scores",
+    "low_rank_vo": "values",
+    "refit": "refit",
+    "score_selection": "coupled",
+}
+"""Closed forms under the names that reports have for them."""
+
+
+def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = None) -> list[dict[str, Any]]:
     """Groups with their sites. A rotated group has no ``keep``: its units are new ones, ``kept`` per block."""
-    forms = forms or {}
+    kinds = kinds or {}
     graph = plan.analysis.traced_graph.model.graph
     cuts = cuts_in_file(cuts_of(plan), graph)
     found = []
@@ -62,7 +71,7 @@ def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list
             gone = cuts.get((tensor, site.axis))
             if gone is not None:
                 place = {"tensor": tensor, "axis": site.axis}
-                rotated = forms.get(group.id) in ("scores", "values")
+                rotated = kinds.get(group.id) in ("low_rank_qk", "low_rank_vo")
                 sites.append(place if rotated else {**place, "keep": np.flatnonzero(~gone).tolist()})
         found.append(
             {
@@ -72,7 +81,7 @@ def groups_json(plan: SlicePlan, forms: Mapping[str, str] | None = None) -> list
                 "size": group.size,
                 "kept": plan.kept_width(group),
                 "freedom": group.freedom,
-                "form": forms.get(group.id),
+                "form": FORM_NAMES[kinds[group.id]] if group.id in kinds else None,
                 "sites": sites,
             }
         )

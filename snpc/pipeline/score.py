@@ -9,10 +9,11 @@ from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.planning.plan import UnitScores
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients
-from snpc.runtime.statistics.measure import statistic_requests
-from snpc.runtime.statistics.moments import CLOSED_FORM_STATISTICS
-from snpc.runtime.statistics.statistics import BatchProgress, Statistics, check_statistics_match, measure_statistics
+from snpc.runtime.statistics.keys import CLOSED_FORM_STATISTICS
+from snpc.runtime.statistics.measure import criterion_keys, statistic_requests
+from snpc.runtime.statistics.statistics import Statistics, check_statistics_match, measure_statistics
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Role
 
@@ -24,9 +25,7 @@ def score(
     *,
     roles: Sequence[Role] = ("qk", "vo", "ffn"),
     skip: Collection[str] = (),
-    provider: str = "cpu",
-    threads: int = 0,
-    progress: BatchProgress | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> UnitScores:
     """Score the units of every prunable group of ``roles`` but those whose ids are in ``skip``.
 
@@ -42,9 +41,7 @@ def score(
             groups,
             method="select",
             criterion=criterion,
-            provider=provider,
-            threads=threads,
-            progress=progress,
+            execution=execution,
         )
     return score_groups(analysis, criterion, groups, statistics)
 
@@ -58,7 +55,7 @@ def score_groups(
     needed = [
         g
         for g in groups
-        if needs_gate_gradients(judge, g) or statistic_requests(analysis, {g.id: judge.probes(g.role)})
+        if needs_gate_gradients(judge, g) or statistic_requests(analysis, {g.id: criterion_keys(judge, g)})
     ]
     if statistics is None and needs_data(judge, [g.role for g in groups]):
         needy = ", ".join(sorted({g.role for g in groups if judge.probes(g.role)}))

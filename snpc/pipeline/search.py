@@ -30,6 +30,7 @@ from snpc.planning.descent import AllocationPath
 from snpc.planning.plan import UnitScores, select_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import Workload, time_pair
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import discard_model
 from snpc.types import FloatArray
 
@@ -43,8 +44,7 @@ def apply(
     target: Path,
     *,
     calibration: Calibration | None = None,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     watch: Stopwatch | None = None,
 ) -> PrunedModel:
     """Apply a decision, write it to ``target``, verify it. Where it was made for ``max_drift`` or a latency, that is
@@ -64,11 +64,10 @@ def apply(
             target,
             compression=decision.closed_forms,
             calibration=calibration,
-            memory_limit=memory_limit,
-            provider=provider,
+            execution=execution,
             watch=watch,
         )
-    means = FitInputs(decision.closed_forms, calibration, memory_limit, provider)
+    means = FitInputs(decision.closed_forms, calibration, execution)
     trials = PlanSearch(decision, choice, decision.scores, target, means, watch)
     try:
         return meet_latency(trials) if latency else meet_drift(trials)
@@ -162,7 +161,7 @@ def meet_latency_in(folder: Path, trials: PlanSearch) -> PrunedModel:
         made = trials.write(way, last - index)
         with trials.watch.stage("latency"):
             file = workload.timed_file(made.path, folder / "cut")
-            dense, share = time_pair(original, dense_file, file, workload, trials.inputs.provider)
+            dense, share = time_pair(original, dense_file, file, workload, trials.inputs.execution)
         value = share * (dense if target.ms is not None else 1.0)
         return trials.record(made, float(shares[index]) * scale, value, limit) / scale
 

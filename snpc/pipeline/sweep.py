@@ -22,6 +22,7 @@ from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, to
 from snpc.runtime.evaluation.bench import bench
 from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
 from snpc.runtime.evaluation.latency import Workload
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import check_target
 from snpc.targets.base import Precision
 from snpc.targets.build import build, find_target, staging_folder, timed_artifact
@@ -89,7 +90,7 @@ def sweep(
     method: PruningMethod | None = None,
     target: str | None = None,
     precision: Precision = "fp32",
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     batch: int = 1,
     rounds: int = 30,
     step: StepCallback = lambda text: None,
@@ -106,12 +107,17 @@ def sweep(
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
     wishes = [SweepTarget(text, replace(choice, target=text) if choice is not None else None) for text in targets]
-    options: dict[str, Any] = {"precision": precision, "provider": provider, "calibration": calibration, "batch": batch}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "execution": execution,
+        "calibration": calibration,
+        "batch": batch,
+    }
     made_as = timed_artifact(target, **options) if target else None
     workload = Workload(batch=batch, artifact=made_as) if any(w.is_latency for w in wishes) else None
     judge = evaluation or EvaluationData(calibration)
     step("measuring")
-    means = SweepInputs(calibration, method, provider, workload)
+    means = SweepInputs(calibration, method, execution, workload)
     decisions = plan_targets(analysis, wishes, tokens, means)
     with staging_folder(folder / "sweep") as work:
         source = analysis.model.path
@@ -126,11 +132,11 @@ def sweep(
         for text, (decision, fed) in decisions.items():
             step(text)
             path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
-            made = apply(decision, path, calibration=fed, provider=provider)
+            made = apply(decision, path, calibration=fed, execution=execution)
             reduction = decision.slices.analysis.reduction
             points.append(point(text, path, made.after, reduction.spec if reduction is not None else ""))
         step("judging and timing")
-        points = with_timings(with_quality(points, source, judge, provider), provider, batch, rounds)
+        points = with_timings(with_quality(points, source, judge, execution), execution, batch, rounds)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), batch)
 
@@ -153,7 +159,7 @@ class SweepInputs:
 
     calibration: Calibration
     method: PruningMethod | None
-    provider: str
+    execution: Execution
     workload: Workload | None
 
 
@@ -168,7 +174,7 @@ def plan_targets(
         return plan_each_target(analysis, wishes, means)
     if wishes[0].budget is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
-    reduced, fed = apply_token_request(analysis, means.calibration, tokens, provider=means.provider)
+    reduced, fed = apply_token_request(analysis, means.calibration, tokens, execution=means.execution)
     assert fed is not None
     return {text: (decision, fed) for text, decision in plan_from_one_measurement(reduced, wishes, fed, means).items()}
 
@@ -184,7 +190,7 @@ def plan_from_one_measurement(
         first,
         calibration=calibration,
         method=means.method,
-        provider=means.provider,
+        execution=means.execution,
         workload=means.workload,
         whole=True,
     )
@@ -195,7 +201,7 @@ def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: S
     """As many tokens as are best for each target; what was tried for one serves the next."""
     for wish in wishes:
         macs_share(wish.target)
-    trials, found = prepare_evaluator(analysis, means.calibration, means.provider), {}
+    trials, found = prepare_evaluator(analysis, means.calibration, means.execution), {}
     for wish in wishes:
         widths = WidthRequest(wish.budget, means.method) if wish.budget is not None else None
         reduced, fed = apply_token_request(
@@ -204,7 +210,7 @@ def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: S
             AUTO_TOKENS,
             target=wish.target,
             widths=widths,
-            provider=means.provider,
+            execution=means.execution,
             trials=trials,
         )
         assert fed is not None
@@ -224,11 +230,13 @@ def count_sweep_steps(targets: Sequence[str]) -> int:
 # -- judging ---------------------------------------------------------------------------------------------------------
 
 
-def with_quality(points: Sequence[SweepPoint], source: Path, judge: EvaluationData, provider: str) -> list[SweepPoint]:
-    dense = collect_outputs(source, judge, provider)
+def with_quality(
+    points: Sequence[SweepPoint], source: Path, judge: EvaluationData, execution: Execution
+) -> list[SweepPoint]:
+    dense = collect_outputs(source, judge, execution)
     found = []
     for point in points:
-        mine = dense if point.files[0] == source else collect_outputs(point.files[0], judge, provider)
+        mine = dense if point.files[0] == source else collect_outputs(point.files[0], judge, execution)
         moved = aggregate([measure_differences(a, b) for a, b in zip(dense, mine, strict=True)])
         found.append(
             replace(
@@ -241,8 +249,8 @@ def with_quality(points: Sequence[SweepPoint], source: Path, judge: EvaluationDa
     return found
 
 
-def with_timings(points: Sequence[SweepPoint], provider: str, batch: int, rounds: int) -> list[SweepPoint]:
-    result = bench([point.files[0] for point in points], provider=provider, batch=batch, iterations=rounds)
+def with_timings(points: Sequence[SweepPoint], execution: Execution, batch: int, rounds: int) -> list[SweepPoint]:
+    result = bench([point.files[0] for point in points], execution=execution, batch=batch, iterations=rounds)
     found = [replace(points[0], latency=result.timings[0].median)]
     for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
         found.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))

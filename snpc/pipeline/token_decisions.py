@@ -18,6 +18,7 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import aggregate, measure_differences, run_batches
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds
@@ -40,23 +41,27 @@ class CalibrationWithDecisions(Calibration):
 
 
 def with_token_decisions(
-    analysis: Analysis, calibration: Calibration | None, provider: str = "cpu"
+    analysis: Analysis, calibration: Calibration | None, execution: Execution = DEFAULT_EXECUTION
 ) -> Calibration | None:
     """Calibration data as the analysed graph takes it: where its tokens are reduced, with the decisions that the model
     makes before any width is cut."""
     if analysis.reduction is None or calibration is None or isinstance(calibration, CalibrationWithDecisions):
         return calibration
-    decided = tuple(model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, provider))
+    decided = tuple(
+        model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)
+    )
     known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
     return CalibrationWithDecisions(**known, decisions=decided)
 
 
-def model_decisions(model: ir.Model, names: Sequence[str], calibration: Calibration, provider: str) -> Iterator[Feeds]:
+def model_decisions(
+    model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution
+) -> Iterator[Feeds]:
     """What ``model``, which is taken over, decides, batch by batch."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "deciding.onnx"
         save(finalize(model), path)
-        yield from file_decisions(path, names, calibration.batches(), provider)
+        yield from file_decisions(path, names, calibration.batches(), execution)
 
 
 def self_deciding_model(analysis: Analysis) -> ir.Model:
@@ -67,7 +72,9 @@ def self_deciding_model(analysis: Analysis) -> ir.Model:
     return model
 
 
-def file_decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], provider: str) -> Iterator[Feeds]:
+def file_decisions(
+    path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
+) -> Iterator[Feeds]:
     """What the model at ``path`` decides, batch by batch."""
     model = ir.load(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
@@ -79,22 +86,22 @@ def file_decisions(path: Path, names: Sequence[str], batches: Iterable[Feeds], p
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         shown = Path(folder) / "decisions.onnx"
         save(finalize(model), shown)
-        session = open_session(shown, provider=provider, optimise="basic", memory="least")
+        session = open_session(shown, execution=execution, optimise="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         for feeds in batches:
             yield run_session(session, {k: v for k, v in feeds.items() if k in known}, name=path.name)
 
 
 def check_token_reduction(
-    analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, provider: str
+    analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[list[Feeds], str]:
     """(``batches`` with what the file at ``path`` decides for them, what was checked in words).
 
     Raises CheckFailed where the decisions, carried out in place, give something else.
     """
     assert analysis.reduction is not None
-    decided = list(file_decisions(path, analysis.reduction.decisions, batches, provider))
-    found = compare_with_oracle(analysis, batches, decided, provider)
+    decided = list(file_decisions(path, analysis.reduction.decisions, batches, execution))
+    found = compare_with_oracle(analysis, batches, decided, execution)
     for d in found:
         if d.relative > tolerance:
             raise CheckFailed(
@@ -116,7 +123,7 @@ def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
 
 
 def compare_with_oracle(
-    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], provider: str
+    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution
 ) -> tuple[Difference, ...]:
     """The open graph at its full width against the model with the same tokens taken out in place."""
     reduction = analysis.reduction
@@ -132,6 +139,6 @@ def compare_with_oracle(
         for feeds, one in zip(batches, decided, strict=True):
             added = oracle_feeds(reduction.steps, one, count_tokens(graph, reduction.steps[0].point, feeds))
             fed.append({**feeds, **{k: v.astype(kind) for k, v in added.items()}})
-        expected = run_batches(full, fed, provider)
-        found = run_batches(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], provider)
+        expected = run_batches(full, fed, execution)
+        found = run_batches(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], execution)
     return aggregate([measure_differences(a, b) for a, b in zip(expected, found, strict=True)])

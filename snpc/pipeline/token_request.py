@@ -11,6 +11,7 @@ from snpc.passes.analyze import Analysis
 from snpc.pipeline.token_decisions import count_tokens, model_decisions, with_token_decisions
 from snpc.pipeline.token_schedule import ScheduleEvaluator, WidthRequest, choose_token_schedule
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics.token_relevance import measure_token_relevance
 from snpc.tokens.inplace_oracle import replay_decisions
 from snpc.tokens.open import externalize_decisions, stream_dtype
@@ -27,7 +28,7 @@ def apply_token_request(
     *,
     target: str | None = None,
     widths: WidthRequest | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     trials: ScheduleEvaluator | None = None,
 ) -> tuple[Analysis, Calibration | None]:
     """The analysis with its tokens reduced as ``tokens`` asks ("merge:13@1-6", "auto", None: not at all), and
@@ -35,14 +36,14 @@ def apply_token_request(
     if tokens is None:
         return analysis, calibration
     if tokens.strip() == AUTO_TOKENS:
-        analysis = choose_token_schedule(analysis, calibration, target, widths, provider, trials)
+        analysis = choose_token_schedule(analysis, calibration, target, widths, execution, trials)
     else:
-        analysis = reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, provider))
-    return analysis, with_token_decisions(analysis, calibration, provider)
+        analysis = reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, execution))
+    return analysis, with_token_decisions(analysis, calibration, execution)
 
 
 def measure_offline_scores(
-    analysis: Analysis, calibration: Calibration | None, tokens: str, provider: str = "cpu"
+    analysis: Analysis, calibration: Calibration | None, tokens: str, execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
     """By block what the methods that ``tokens`` names need of calibration data: the relevance of every position, or
     which share of the tokens stays on average. Empty without data."""
@@ -51,16 +52,16 @@ def measure_offline_scores(
         return {}
     points, found = analysis.tokens.points, dict[int, tuple[float, ...]]()
     if any(made.needs_offline and not made.input_adaptive for made, _ in wanted.values()):
-        found |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), provider)
+        found |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), execution)
     adaptive = [block for block, (made, much) in wanted.items() if made.input_adaptive and much.share != 1]
     if adaptive:
         found |= dict.fromkeys(adaptive, (1.0,))
-        found |= measure_kept_shares(analysis, steps_for(analysis, wanted, found), calibration, provider)
+        found |= measure_kept_shares(analysis, steps_for(analysis, wanted, found), calibration, execution)
     return found
 
 
 def measure_kept_shares(
-    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, provider: str
+    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution
 ) -> dict[int, tuple[float, ...]]:
     """By block the share of the tokens there that stays of a sample on average, leading ones left out; what others in
     its batch keep does not count."""
@@ -70,7 +71,9 @@ def measure_kept_shares(
     TokenReductionPlan(tuple(steps), dtypes).embed_decisions(model)
     names = [name for step in steps for name in step.names]
     totals = np.zeros((len(steps), 2))
-    for feeds, decided in zip(calibration.batches(), model_decisions(model, names, calibration, provider), strict=True):
+    for feeds, decided in zip(
+        calibration.batches(), model_decisions(model, names, calibration, execution), strict=True
+    ):
         first = count_tokens(analysis.model.graph, steps[0].point, feeds)
         before = np.full(len(next(iter(decided.values()))), first)
         for k, (step, (_, _, sizes)) in enumerate(zip(steps, replay_decisions(steps, decided, first), strict=True)):

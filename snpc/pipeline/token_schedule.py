@@ -31,6 +31,7 @@ from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import fit_parallel, in_rotated_order
 from snpc.runtime.evaluation.compare import run_batches
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.save import save
 from snpc.runtime.sensitivity.loss_curves import mean_relative_change
 from snpc.runtime.statistics.token_relevance import measure_token_relevance
@@ -87,7 +88,7 @@ class ScheduleEvaluator:
     cost: TokenCost
     batches: Sequence[Feeds]
     dense: Sequence[Mapping[str, AnyArray]]
-    provider: str
+    execution: Execution
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     drifts: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ class ScheduleEvaluator:
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
             save(finalize(model), path)
-            moved = run_batches(path, self.batches, self.provider)
+            moved = run_batches(path, self.batches, self.execution)
         return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
     def request_for(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
@@ -153,7 +154,7 @@ def choose_token_schedule(
     calibration: Calibration | None,
     target: str | None,
     widths: WidthRequest | None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     trials: ScheduleEvaluator | None = None,
 ) -> Analysis:
     """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
@@ -164,7 +165,7 @@ def choose_token_schedule(
     share = macs_share(target)
     if calibration is None:
         raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
-    trials = trials or prepare_evaluator(analysis, calibration, provider)
+    trials = trials or prepare_evaluator(analysis, calibration, execution)
     whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
     if budget >= least:
@@ -191,7 +192,7 @@ def macs_share(target: str | None) -> float:
     return wanted.share
 
 
-def prepare_evaluator(analysis: Analysis, calibration: Calibration, provider: str) -> ScheduleEvaluator:
+def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: Execution) -> ScheduleEvaluator:
     """Raises UserError where the tokens of the model cannot be reduced."""
     if not analysis.tokens.points:
         raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{reduction_obstacle(analysis)}")
@@ -201,12 +202,12 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, provider: st
         batches.append(feeds)
         if len(batches) * calibration.batch >= SCHEDULE_SAMPLES:
             break
-    dense = run_batches(analysis.model.path, batches, provider)
+    dense = run_batches(analysis.model.path, batches, execution)
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # without it there are other methods
         if has_fixed_token_count(analysis):
-            offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, provider)
-    return ScheduleEvaluator(analysis, facts, binding, token_cost(analysis, facts), batches, dense, provider, offline)
+            offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
+    return ScheduleEvaluator(analysis, facts, binding, token_cost(analysis, facts), batches, dense, execution, offline)
 
 
 def has_fixed_token_count(analysis: Analysis) -> bool:
@@ -329,7 +330,7 @@ def predict_width_drift(
         calibration=calibration,
         method=widths.method,
         criterion=widths.criterion,
-        provider=trials.provider,
+        execution=trials.execution,
         whole=True,
     )
     scores = UnitScores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)

@@ -19,6 +19,7 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import too_large_reason
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.execution.session import SessionLoadError
@@ -41,19 +42,23 @@ def verification_batches(analysis: Analysis, calibration: Calibration | None) ->
 
 
 def verify_candidate(
-    rewritten: RewrittenModel, plan: SlicePlan, path: Path, calibration: Calibration | None, provider: str
+    rewritten: RewrittenModel,
+    plan: SlicePlan,
+    path: Path,
+    calibration: Calibration | None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
     tolerance = rounding_tolerance(analysis.model)
-    large = too_large_reason(analysis.model) if provider == "cpu" else ""
+    large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if large:
         said = f"outputs were not compared: {large}; compare them on a larger machine with `snpc verify`"
         return Verdict((*structure, said), (), (), "nothing", tolerance)
     batches, compared = verification_batches(analysis, calibration)
     fed: list[Feeds] = batches
     try:
-        dense = run_batches(analysis.model.path, batches, provider)
+        dense = run_batches(analysis.model.path, batches, execution)
     except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         unrun = "the original cannot be run here, so outputs were not compared"
         return Verdict((*structure, f"{unrun} ({error})"), (), (), "nothing", tolerance)
@@ -61,9 +66,9 @@ def verify_candidate(
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     if analysis.reduction is not None:
-        fed, said = check_token_reduction(analysis, path, batches, tolerance, provider)
+        fed, said = check_token_reduction(analysis, path, batches, tolerance, execution)
         structure = (*structure, said)
-    same, moved = compare_models(dense, path, rewritten, batches, provider, fed)
+    same, moved = compare_models(dense, path, rewritten, batches, execution, fed)
     return Verdict(structure, same, moved, compared, tolerance)
 
 
@@ -74,7 +79,7 @@ def verify(
     plan: SlicePlan | None = None,
     calibration: Calibration | None = None,
     statistics: Statistics | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, drift, and sliced-equals-masked where the plan is known.
 
@@ -88,13 +93,13 @@ def verify(
     tokens: tuple[str, ...] = ()
     if plan is not None:
         if analysis.reduction is not None:
-            fed, said = check_token_reduction(analysis, pruned, batches, rounding_tolerance(analysis.model), provider)
+            fed, said = check_token_reduction(analysis, pruned, batches, rounding_tolerance(analysis.model), execution)
             tokens = (said,)
-        compression = closed_forms_for(plan, calibration, statistics=statistics, provider=provider)
-        plan, source = with_refitted_weights(plan, FitInputs(compression, calibration, provider=provider))
+        compression = closed_forms_for(plan, calibration, statistics=statistics, execution=execution)
+        plan, source = with_refitted_weights(plan, FitInputs(compression, calibration, execution=execution))
         rewritten = rewrite_model(source, cuts_of(plan))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    same, moved = compare_models(run_batches(original, batches, provider), pruned, rewritten, batches, provider, fed)
+    same, moved = compare_models(run_batches(original, batches, execution), pruned, rewritten, batches, execution, fed)
     verdict = Verdict((*structure, *tokens), same, moved, compared, rounding_tolerance(analysis.model))
     raise_if_unequal(verdict)
     return verdict

@@ -29,7 +29,7 @@ def describe_method(result: PrunedModel) -> str:
     if not result.closed_forms:
         return f"selected by {result.plan.criterion}"
     forms = list(result.closed_forms.values())
-    coupled = forms.count("coupled")
+    coupled = forms.count("score_selection")
     rotated = len(forms) - coupled - forms.count("refit")
     selected = f", {coupled} selected by what the scores lose" if coupled else ""
     return f"in closed form: {rotated} groups rotated, {forms.count('refit')} refitted{selected}"

@@ -33,7 +33,12 @@ ROLE_NAMES = {
     "residual": "residual stream",
     "other": "other weights",
 }
-WEIGHT_ORIGINS = {"scores": "rotated", "values": "rotated", "refit": "refitted", "coupled": "selected by scores"}
+WEIGHT_ORIGINS = {
+    "low_rank_qk": "rotated",
+    "low_rank_vo": "rotated",
+    "refit": "refitted",
+    "score_selection": "selected by scores",
+}
 
 
 def write_report(

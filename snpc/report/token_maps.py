@@ -84,7 +84,7 @@ def compute_token_maps(
     if where is None:
         raise MapsUnavailable("the tokens are not a grid of patches")
     prefix, grid = where
-    (decided,) = file_decisions(result.path, reduction.decisions, [feeds], "cpu")
+    (decided,) = file_decisions(result.path, reduction.decisions, [feeds])
     stages: list[list[TokenStage]] = [[] for _ in range(min(MAX_PICTURES, len(pictures)))]
     for step, holds in zip(steps, token_membership(steps, decided, steps[0].point.count), strict=True):
         shares = (holds / np.maximum(holds.sum(2, keepdims=True), 1)).max(1)[:, prefix:]

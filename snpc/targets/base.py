@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import PassObserver
+from snpc.runtime.execution.execution import Execution
 from snpc.types import Difference, Feeds, Shape
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -43,7 +45,7 @@ class BuildRequest:
 
     output: Path
     precision: Precision
-    provider: str
+    execution: Execution
     options: BuildOptions
 
 
@@ -51,13 +53,15 @@ class BuildRequest:
 class BuildJob(BuildRequest):
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
-    ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timed`` is what to time on.
+    ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timing_feeds``: one batch to
+    time on. ``observer`` is called after each graph pass that the target runs.
     """
 
     model: Path
     source: Path
     feeds: tuple[Feeds, ...]
     timing_feeds: Feeds
+    observer: PassObserver | None = None
 
 
 @dataclass(frozen=True)

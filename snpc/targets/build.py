@@ -22,6 +22,7 @@ from snpc.runtime.evaluation.compare import (
     run_batches,
 )
 from snpc.runtime.evaluation.latency import TimedArtifact
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.random_inputs import embedding_rows
 from snpc.runtime.execution.runners import ENGINE_SUFFIXES, open_runner
@@ -46,7 +47,7 @@ def build(
     output: Path | None = None,
     *,
     precision: Precision = "fp32",
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     calibration: Calibration | None = None,
     batch: int = 1,
     options: BuildOptions | None = None,
@@ -63,14 +64,14 @@ def build(
     """
     start = time.perf_counter()
     asked = options or BuildOptions()
-    where = check_build(model, target, output, precision, provider, calibration is not None, asked)
+    where = check_build(model, target, output, precision, execution, calibration is not None, asked)
     chosen, loaded = find_target(target), load(model)
     cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
     for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
-    job = BuildJob(where, precision, provider, asked, model, model, feeds, drawn)
+    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn)
     with staging_folder(where) as folder:
         source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
@@ -89,7 +90,7 @@ def check_build(
     target: str,
     output: Path | None,
     precision: Precision,
-    provider: str,
+    execution: Execution,
     calibrated: bool,
     options: BuildOptions,
 ) -> Path:
@@ -100,7 +101,7 @@ def check_build(
         raise UserError("--precision int8 is calibrated: give --calib DATA")
     where = output or default_output(model, chosen, precision, options)
     if chosen.check_request is not None:
-        chosen.check_request(BuildRequest(where, precision, provider, options))
+        chosen.check_request(BuildRequest(where, precision, execution, options))
     return where
 
 
@@ -108,7 +109,7 @@ def timed_artifact(
     target: str,
     *,
     precision: Precision = "fp32",
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     calibration: Calibration | None = None,
     batch: int = 1,
     options: BuildOptions | None = None,
@@ -123,13 +124,13 @@ def timed_artifact(
             f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
             "onnxruntime, and build afterwards"
         )
-    check_build(Path("model.onnx"), target, None, precision, provider, calibration is not None, asked)
+    check_build(Path("model.onnx"), target, None, precision, execution, calibration is not None, asked)
 
     def make(model: Path, folder: Path) -> Path:
         out = folder / f"model{chosen.suffix}"
         data = calibration if precision == "int8" else None
         return build(
-            model, target, out, precision=precision, provider=provider, calibration=data, batch=batch, options=asked
+            model, target, out, precision=precision, execution=execution, calibration=data, batch=batch, options=asked
         ).path
 
     return TimedArtifact(f"{target} in {precision}", make)
@@ -165,12 +166,12 @@ def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference
     if not made.runnable:
         return (), ("not run here, so outputs are not compared",)
     try:
-        reference = run_batches(job.model, list(job.feeds), "cpu")
+        reference = run_batches(job.model, list(job.feeds))
     except UserError as error:
         return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
     found: list[tuple[Difference, ...]] = []
     for file in [f for f in made.files if f.suffix in (".onnx", ".ort", ".xml")]:
-        runner = open_runner(file, provider=job.provider)
+        runner = open_runner(file, execution=job.execution)
         rows = [measure_differences(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
         found.append(aggregate(rows))
         if job.precision == "fp32" and max_relative(found[-1]) > FP32_TOLERANCE:

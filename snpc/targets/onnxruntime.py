@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
-from snpc.passes.fusion.fuse_attention import fuse_attention
-from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
+from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
+from snpc.passes.fusion.fuse_attention import FusionResult
+from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
 from snpc.runtime.evaluation.compare import TOLERANCE, aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimized
 from snpc.runtime.io.atomic import external_data_path
 from snpc.runtime.io.load import file_bytes, load
@@ -38,9 +39,6 @@ SCREENING_SPEEDUP = 0.95  # times as fast as the plain graph: less is not looked
 OUTPUT_TOLERANCE = 10 * TOLERANCE[np.dtype(np.float32)]
 
 
-FusionPass = Callable[[ir.Model], tuple[ir.Model, int]]  # a copy, and how often it fitted
-
-
 @dataclass(frozen=True)
 class GraphCandidate:
     name: str
@@ -48,19 +46,19 @@ class GraphCandidate:
 
 
 def build_onnxruntime(job: BuildJob) -> BuildOutput:
-    if job.precision == "fp16" and job.provider == "cpu":
+    if job.precision == "fp16" and job.execution.on_cpu:
         return keep_unoptimized(job)
     folder = job.source.parent
     plain = GraphCandidate("as onnxruntime optimises it", folder / "plain.onnx")
-    save_optimized(job.source, plain.path, provider=job.provider)
-    reference = run_batches(job.model, job.feeds, job.provider)
+    save_optimized(job.source, plain.path, execution=job.execution)
+    reference = run_batches(job.model, job.feeds, job.execution)
     allowed = OUTPUT_TOLERANCE + 1.25 * output_drift(reference, plain.path, job)
     notes: list[str] = []
     good = [plain]
     for name, source in fusion_candidates(job):
         found = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
-            save_optimized(source, found.path, provider=job.provider)
+            save_optimized(source, found.path, execution=job.execution)
             gap = output_drift(reference, found.path, job)
         except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
             notes.append(f"{name}: not used, {first_lines(error)}")
@@ -85,16 +83,15 @@ def keep_unoptimized(job: BuildJob) -> BuildOutput:
 def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     """Models with nodes fused beyond what a session does by itself."""
     folder = job.source.parent
-    plain = fold_shape_arithmetic(load(job.source).graph)
-    inside = apply_fusion("attention in one node", plain, fuse_attention)
-    projected = apply_fusion(
-        "attention with its projections in one node", plain, partial(fuse_attention, projections=True)
-    )
+    observer = job.observer
+    plain = run_pass(FOLD_SHAPE_ARITHMETIC, load(job.source).graph, observer).model
+    inside = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
+    projected = apply_fusion("attention with its projections in one node", plain, FUSE_ATTENTION_PROJECTIONS, observer)
     starts = [("", plain), *inside, *projected]
     biased = [
-        one
-        for name, made in starts
-        for one in apply_fusion(join_names(name, "biases inside products"), made, fuse_gemm_bias)
+        candidate
+        for name, model in starts
+        for candidate in apply_fusion(join_names(name, "biases inside products"), model, FUSE_GEMM_BIAS, observer)
     ]
     found: list[tuple[str, Path]] = []
     for name, made in (*inside, *projected, *biased):
@@ -103,22 +100,25 @@ def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
         found.append((name, path))
     for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
         out = folder / f"transformers{index}.onnx"
-        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.provider):
+        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.execution):
             found.append((join_names(name, "onnxruntime.transformers' fusions"), out))
     return found
 
 
-def apply_fusion(name: str, model: ir.Model, rewrite: FusionPass) -> list[tuple[str, ir.Model]]:
-    """What ``rewrite`` makes of it, with how often it fits; nothing where it does not."""
-    made, count = rewrite(model)
-    return [(f"{name} ({count} times)", made)] if count else []
+def apply_fusion(
+    name: str, model: ir.Model, fusion: GraphPass, observer: PassObserver | None
+) -> list[tuple[str, ir.Model]]:
+    """The fused model, with the number of fused nodes in its name; nothing where there is nothing to fuse."""
+    result = run_pass(fusion, model, observer)
+    assert isinstance(result, FusionResult)
+    return [(f"{name} ({result.count} times)", result.model)] if result.modified else []
 
 
 def join_names(*names: str) -> str:
     return " and ".join(name for name in names if name)
 
 
-def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
+def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> bool:
     """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
     from onnxruntime.transformers import optimizer
 
@@ -126,7 +126,7 @@ def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
     for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=provider != "cpu")
+        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
     except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
         return False
     if not any(made.get_fused_operator_statistics().values()):
@@ -137,7 +137,7 @@ def apply_transformers_fusions(path: Path, out: Path, provider: str) -> bool:
 
 def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
     """How far the outputs of a session with all optimisations are from the model's."""
-    session = open_session(path, provider=job.provider)
+    session = open_session(path, execution=job.execution)
     found = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
     return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
 
@@ -148,8 +148,8 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
     candidates = screen_candidates(job, candidates, notes)
     if len(candidates) == 1:
         return candidates[0]
-    clock = time_ratios(job, candidates, time.perf_counter, 0)
-    spent = time_ratios(job, candidates, time.process_time, 1) if job.provider == "cpu" else clock
+    clock = time_ratios(job, candidates, time.perf_counter, None)
+    spent = time_ratios(job, candidates, time.process_time, 1) if job.execution.on_cpu else clock
     good = [candidates[0]]
     speeds = {candidates[0]: 1.0}
     for candidate in candidates[1:]:
@@ -165,7 +165,7 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
 
 def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
     """Those that a first look does not find clearly slower than the first."""
-    clock = time.process_time if job.provider == "cpu" else time.perf_counter
+    clock = time.process_time if job.execution.on_cpu else time.perf_counter
     found = []
     for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
@@ -180,12 +180,12 @@ def time_ratios(
     job: BuildJob,
     candidates: Sequence[GraphCandidate],
     clock: Callable[[], float],
-    threads: int,
+    threads: int | None,
     rounds: int = TIMING_ROUNDS,
     seconds: float | None = None,
 ) -> dict[GraphCandidate, FloatArray]:
     """Candidate -> [rounds], how many times as fast as the first it was in each round."""
-    sessions = [open_session(c.path, provider=job.provider, threads=threads) for c in candidates]
+    sessions = [open_session(c.path, execution=replace(job.execution, threads=threads)) for c in candidates]
     calls = [[prepare_run(session, job.timing_feeds)] for session in sessions]
     run_rounds(calls, iterations=2)
     times = run_rounds(calls, iterations=rounds, duration=TIMING_SECONDS if seconds is None else seconds, clock=clock)
@@ -197,13 +197,13 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
     head = job.output.with_suffix(".onnx")
     flat = job.output.with_suffix(".ort")
     big = file_bytes(best.path) > PROTOBUF_LIMIT
-    save_optimized(best.path, head, provider=job.provider, external=external_data_path(head).name if big else "")
+    save_optimized(best.path, head, execution=job.execution, external=external_data_path(head).name if big else "")
     files = [head, *([external_data_path(head)] if big else [])]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
-        save_optimized(best.path, flat, provider=job.provider, form="ORT")
-        open_session(flat, provider=job.provider)
+        save_optimized(best.path, flat, execution=job.execution, form="ORT")
+        open_session(flat, execution=job.execution)
         files.append(flat)
     wanted = flat if job.output.suffix == ".ort" and not big else head
     notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
@@ -213,7 +213,7 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
 def check_onnxruntime(request: BuildRequest) -> None:
     if request.output.suffix not in (".onnx", ".ort"):
         raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
-    if request.precision == "bf16" and request.provider == "cpu":
+    if request.precision == "bf16" and request.execution.on_cpu:
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 

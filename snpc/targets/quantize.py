@@ -52,12 +52,12 @@ def quantize_model(model: Model, calibration: Calibration, path: Path, signed: b
     folder = path.parent
     feeds = list(calibration.batches())
     outliers = find_outliers(model, folder, feeds)
-    reference = run_batches(model.path, feeds[:4], "cpu")
+    reference = run_batches(model.path, feeds[:4])
 
     def attempt(split: Mapping[str, OutlierColumns], to: Path) -> float:
         graph, nodes = prepare_for_quantization(model.graph, split)
         run_quantizer(graph, nodes, calibration, to, signed)
-        found = run_batches(to, feeds[:4], "cpu")
+        found = run_batches(to, feeds[:4])
         return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
 
     plain = attempt({}, path)

@@ -215,14 +215,12 @@ def write_trtexec_script(job: BuildJob) -> BuildOutput:
 def trtexec_command(model: str, ranges: dict[str, ShapeRange], options: BuildOptions, major: int | None) -> str:
     """The command line. TensorRT up to 10 must be told that the graph's types hold; 11 knows no other way."""
 
-    def shapes(part: str) -> str:
-        return ",".join(f"{name}:{'x'.join(map(str, getattr(span, part)))}" for name, span in ranges.items())
+    def shapes(bound: str) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, getattr(span, bound)))}" for name, span in ranges.items())
 
     words = ["trtexec", f"--onnx={model}", f"--saveEngine={Path(model).stem}.engine"]
     if ranges:
-        words += [
-            f"--{flag}Shapes={shapes(part)}" for flag, part in (("min", "least"), ("opt", "best"), ("max", "most"))
-        ]
+        words += [f"--{bound}Shapes={shapes(bound)}" for bound in ("min", "opt", "max")]
     if major is None or major <= 10:
         words.append("--stronglyTyped")
     if options.workspace is not None:

@@ -11,9 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import run_pass
 from snpc.graph.shapes import choose_dim_sizes, infer_graph
-from snpc.passes.analyze import Analysis, analyze_graph, cost_of
-from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
+from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
+from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.tokens import token_method
 from snpc.tokens.close import embed_decisions
@@ -59,7 +60,7 @@ class TokenReductionPlan:
     def finalize(self, model: ir.Model) -> None:
         """As ``close``, for what is written or timed: sizes that are fixed now are not computed any more."""
         self.embed_decisions(model)
-        fold_shape_arithmetic(model)
+        run_pass(FOLD_SHAPE_ARITHMETIC, model)
 
     def name_decision_sizes(self, model: ir.Model) -> None:
         """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
@@ -113,9 +114,9 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     extra = cost_of(closed, infer_graph(closed, quoted)).macs - cost_of(opened, infer_graph(opened, quoted)).macs
     return analyze_graph(
         analysis.model,
-        opened,
-        (binding, infer_graph(opened, binding)),
-        (quoted, infer_graph(opened, quoted)),
+        GraphAtSizes(
+            opened, SizedFacts(binding, infer_graph(opened, binding)), SizedFacts(quoted, infer_graph(opened, quoted))
+        ),
         analysis.cost,
         tokens=analysis.tokens,
         reduction=reduction,

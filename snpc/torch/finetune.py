@@ -303,7 +303,7 @@ def write_verified(task: FinetuneTask, pruned: Path, target: Path) -> tuple[str,
             said = task.module(task.to_tensors(feeds[0]))
         names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
         expected = {name: said[name].float().cpu().numpy() for name in names}
-        found = run_batches(temporary, feeds, "cpu")[0]
+        found = run_batches(temporary, feeds)[0]
         for d in measure_differences(expected, {name: found[name] for name in names}):
             if d.relative > max(
                 rounding_tolerance(task.dense.model), 1e-3 if task.worker.device.type != "cpu" else 0.0
@@ -330,7 +330,7 @@ def measure_drift(
     else:
         batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"
-    said = run_batches(task.dense.model.path, batches, "cpu")
+    said = run_batches(task.dense.model.path, batches)
     (_, before), (_, after) = (compare_models(said, path, None, batches) for path in (pruned, target))
     return before, after, compared
 

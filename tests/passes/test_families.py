@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import snpc
+from tests.closed_forms import calibration_of, pruned_bytes, random_feeds, relative_change
 from tests.models.exports import export
 from tests.models.families import FAMILIES
+from tests.models.group_kinds import Kinds, attention, ffn, kinds_in, without
 from tests.oracle import TOLERANCE, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run
-from tests.passes.grouping.test_groups import Kinds, attention, ffn, found, without
-from tests.runtime.closed_form.test_fit import calibration_of, more_data, moved, shrunk
 
 WIDTHS = ("qk", "vo", "ffn", "conv", "residual")
 RATIOS = {"qk": 0.5, "vo": 0.34, "ffn": 0.6, "conv": 0.4, "residual": 0.25, "head": 0.3}
@@ -98,7 +98,7 @@ def seed_of(name: str) -> int:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_groups_follow_from_the_configuration(name: str) -> None:
     roles = ("qk", "vo", "head", "ffn")
-    kinds = Counter({kind: n for kind, n in found(analysis_of(name)).items() if kind[0] in roles})
+    kinds = Counter({kind: n for kind, n in kinds_in(analysis_of(name)).items() if kind[0] in roles})
     assert kinds == KINDS.get(name, KINDS.get(FAMILIES[name].model))
 
 
@@ -144,9 +144,9 @@ CLOSED = [
 def test_closed_forms_move_outputs_less_than_magnitude(name: str) -> None:
     """Half of every query/key, value/output and feed-forward width, on data that was not calibrated on."""
     analysis, feeds = analysis_of(name), feeds_of(name)
-    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
+    data, before = calibration_of(analysis, random_feeds(name, 24), 8), run(export(name), feeds)
     choice = snpc.Budget(0.5)
-    after = run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds)
+    after = run(pruned_bytes(snpc.plan(analysis, choice, calibration=data)), feeds)
     assert all(np.isfinite(array).all() for array in after)
     plain = snpc.plan(analysis, choice, method="select", criterion="magnitude")
-    assert moved(before, after) < moved(before, run(shrunk(plain), feeds))
+    assert relative_change(before, after) < relative_change(before, run(pruned_bytes(plain), feeds))

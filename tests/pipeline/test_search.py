@@ -25,9 +25,9 @@ from snpc.planning.plan import LatencyCurves, select_units
 from snpc.runtime.evaluation import latency
 from snpc.runtime.evaluation.latency import KEPT_SHARES, LatencyTable, TimedArtifact, Workload, latency_table
 from snpc.types import FloatArray, Group, Role
-from tests.cli.test_cli import CALIB, VIT, invoke, reported
+from tests.command_line import CALIB, VIT, invoke, reported
+from tests.models.groups import make_group
 from tests.oracle import analysis_of, feeds_of
-from tests.planning.test_allocate import group
 
 
 def drift_of(dense: Path, cut: Path, calibration: snpc.Calibration) -> float:
@@ -136,7 +136,7 @@ def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
 
 
 def test_predicted_drift_adds_up_the_curves() -> None:
-    groups = [group("a", "qk", 2, 4), group("b", "ffn", 1, 3)]
+    groups = [make_group("a", "qk", 2, 4), make_group("b", "ffn", 1, 3)]
     curves = {"a": np.array([9.0, 4, 1, 0.5, 0]), "b": np.array([2.0, 1, 0.1, 0])}
     scores = snpc.UnitScores(stub(groups), "made", {}, curves=curves)
     way, _ = allocation_path(groups, scores, Budget(max_drift=1.0))
@@ -190,7 +190,7 @@ def timed(groups: Sequence[Group], ms: dict[str, float], base: float = 10.0) -> 
 
 def test_time_is_the_price() -> None:
     """Of two groups that lose alike, the one that saves more time goes first, and no further than is asked."""
-    groups = [group("slow", "ffn", 1, 20), group("fast", "ffn", 1, 20)]
+    groups = [make_group("slow", "ffn", 1, 20), make_group("fast", "ffn", 1, 20)]
     scores = timed(groups, {"slow": 6.0, "fast": 0.6})
     plan = make_slice_plan(scores, Budget(target="latency=0.7"))
     gone = {g.id: g.size - plan.kept_width(g) for g in groups}
@@ -206,7 +206,7 @@ def test_a_latency_is_a_share_or_milliseconds(text: str, ms: float) -> None:
 
 
 def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() -> None:
-    groups = [group("a", "ffn", 1, 20)]
+    groups = [make_group("a", "ffn", 1, 20)]
     with pytest.raises(snpc.UserError, match=r"latency=0\.2 cannot be reached.* latency=0\.525 \(predicted\)"):
         make_slice_plan(timed(groups, {"a": 5.0}), Budget(target="latency=0.2"))
 
@@ -214,7 +214,7 @@ def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() ->
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 64), st.lists(st.floats(-0.1, 0.3), min_size=len(KEPT_SHARES), max_size=len(KEPT_SHARES)))
 def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float]) -> None:
-    g = group("a", "ffn", 1, size)
+    g = make_group("a", "ffn", 1, size)
     table = LatencyTable(12.0, 10.0, {"ffn": tuple(parts)})
     curve = table.saving_curve(g)
     assert curve.shape == (size + 1,)
@@ -226,7 +226,7 @@ def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float
 
 
 def test_groups_share_by_macs_what_their_role_saves() -> None:
-    groups = [group("a", "ffn", 1, 8), group("b", "ffn", 1, 8), group("c", "qk", 1, 8)]
+    groups = [make_group("a", "ffn", 1, 8), make_group("b", "ffn", 1, 8), make_group("c", "qk", 1, 8)]
     times = LatencyTable(10.0, 10.0, {"ffn": (0.1, 0.2, 0.3), "qk": (0.0, 0.0, 0.0)}).saved_times(groups, groups[:2])
     assert set(times.saved) == {"a", "b"}
     assert times.saved["a"][4] + times.saved["b"][4] == pytest.approx(2.0)
@@ -239,7 +239,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     seen: list[Path] = []
 
     def stubbed(
-        analysis: Any, base: Path, other: Path, workload: Workload, provider: str = "cpu"
+        analysis: Any, base: Path, other: Path, workload: Workload, execution: Any = None
     ) -> tuple[float, float]:
         seen.append(other)
         before, after = (snpc.analyze(snpc.load(path)).cost.macs for path in (base, other))
@@ -330,7 +330,7 @@ SHAPES = st.lists(st.tuples(st.sampled_from(["qk", "vo", "ffn"]), st.integers(1,
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.booleans(), st.sampled_from([1, 4]), st.integers(0, 9))
 def test_every_step_goes_down(shapes: list[tuple[Role, int, int]], uniform: bool, step: int, seed: int) -> None:
-    groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
+    groups = [make_group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
     rng = np.random.default_rng(seed)
     costs: dict[str, FloatArray] = {g.id: rng.random(g.size) for g in groups}
     way = greedy_path(

@@ -28,7 +28,7 @@ from snpc.runtime.evaluation.compare import (
 )
 from snpc.runtime.io.atomic import atomic_write
 from snpc.types import Difference, Verdict
-from tests.cli.test_cli import VIT, arrays, invoke, reported, write_tiny
+from tests.command_line import VIT, arrays, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
 
 Array = npt.NDArray[Any]

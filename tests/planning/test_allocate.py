@@ -21,17 +21,11 @@ from snpc.planning.config import allowed_widths
 from snpc.planning.descent import convex_hull_steps
 from snpc.planning.plan import cuts_of, top_units
 from snpc.planning.plan_file import parse_kept_units
-from snpc.types import Group, Pin, Role, Site
-from tests.cli.test_cli import VIT
+from snpc.types import Group, Role, Site
+from tests.command_line import VIT
+from tests.models.groups import make_group
 
 Array = npt.NDArray[Any]
-
-
-def group(name: str, role: Role, blocks: int, size: int, *, pinned: bool = False) -> Group:
-    units = np.arange(blocks * size)
-    sites = (Site(f"{name}.w", 0, "produce", units), Site(f"{name}.v", 1, "consume", np.append(units, -1)))
-    pins = (Pin(f"{name}.w", 0, size, "it is held", "Hold h"),) if pinned else ()
-    return Group(name, role, 0, blocks, size, sites, (), "select", "", 1, 1, pins)
 
 
 def analysis(*groups: Group) -> Analysis:
@@ -68,7 +62,7 @@ class TestWidths:
     def test_every_option_holds(
         self, shapes: list[tuple[Role, int, int]], ratio: float, step: int, least: int, uniform: bool, seed: int
     ) -> None:
-        groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
+        groups = [make_group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
         roles = tuple(dict.fromkeys(g.role for g in groups))
         made = random_scores(groups, seed)
         plan = snpc.make_slice_plan(made, snpc.Budget(ratio, roles, uniform=uniform, round_to=step, min_width=least))
@@ -101,14 +95,14 @@ class TestWidths:
     )
     def test_as_much_goes_as_fits(self, sizes: list[int], blocks: int, ratio: float, seed: int) -> None:
         """With heads alike, less than one step remains of what may go (unless a group is down to one unit)."""
-        groups = [group(f"g{k}", "qk", blocks, size) for k, size in enumerate(sizes)]
+        groups = [make_group(f"g{k}", "qk", blocks, size) for k, size in enumerate(sizes)]
         plan = snpc.make_slice_plan(random_scores(groups, seed), snpc.Budget(ratio, ("qk",)))
         budget = ratio * sum(blocks * size for size in sizes)
         if all(plan.kept_width(g) > 1 for g in groups):
             assert budget - removed(plan, groups) < blocks
 
     def test_ranking_cuts_where_scores_are_low(self) -> None:
-        flat, steep = group("flat", "ffn", 1, 10), group("steep", "ffn", 1, 10)
+        flat, steep = make_group("flat", "ffn", 1, 10), make_group("steep", "ffn", 1, 10)
         values = {"flat": np.ones((1, 10)), "steep": np.array([[1e-3] * 5 + [2] * 5])}
         plan = snpc.make_slice_plan(scores(values, flat, steep), snpc.Budget(0.25, ("ffn",)))
         assert (plan.kept_width(flat), plan.kept_width(steep)) == (10, 5)
@@ -116,7 +110,7 @@ class TestWidths:
 
     def test_ranking_is_by_share_of_the_group(self) -> None:
         """A layer whose scores are a thousand times larger is not spared for that."""
-        one, other = group("one", "ffn", 1, 20), group("other", "ffn", 1, 20)
+        one, other = make_group("one", "ffn", 1, 20), make_group("other", "ffn", 1, 20)
         values = np.random.default_rng(0).random((1, 20))
         made = scores({"one": values, "other": 1000 * values}, one, other)
         plan = snpc.make_slice_plan(made, snpc.Budget(0.5, ("ffn",)))
@@ -124,13 +118,13 @@ class TestWidths:
         assert plan.kept_width(one) == 10
 
     def test_roles_have_their_own_budget(self) -> None:
-        groups = [group("a", "qk", 2, 10), group("b", "vo", 2, 10), group("c", "ffn", 1, 50)]
+        groups = [make_group("a", "qk", 2, 10), make_group("b", "vo", 2, 10), make_group("c", "ffn", 1, 50)]
         values = {"a": np.full((2, 10), 1e-6), "b": np.full((2, 10), 1e6), "c": np.ones((1, 50))}
         plan = snpc.make_slice_plan(scores(values, *groups), snpc.Budget(0.3))
         assert [plan.kept_width(g) for g in groups] == [7, 7, 35]
 
     def test_blocks_lose_equally_many_but_not_the_same(self) -> None:
-        g = group("a", "qk", 2, 4)
+        g = make_group("a", "qk", 2, 4)
         made = scores({"a": np.array([[1, 2, 3, 4], [4, 3, 2, 1]])}, g)
         assert snpc.make_slice_plan(made, snpc.Budget(0.5, ("qk",))).keep["a"] == ((2, 3), (0, 1))
 
@@ -139,13 +133,13 @@ class TestWidths:
 
     @pytest.mark.parametrize("values", [np.zeros((2, 8)), np.full((2, 8), 5.0)])
     def test_scores_that_say_nothing(self, values: Array) -> None:
-        g = group("a", "qk", 2, 8)
+        g = make_group("a", "qk", 2, 8)
         assert snpc.make_slice_plan(scores({"a": values}, g), snpc.Budget(0.5, ("qk",))).kept_width(g) == 4
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(2, 40), st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 9))
     def test_a_ladder_rises(self, size: int, blocks: int, step: int, seed: int) -> None:
-        g = group("a", "qk", blocks, size)
+        g = make_group("a", "qk", blocks, size)
         rungs = convex_hull_steps(g, removal_costs(random_scores([g], seed), g), snpc.Budget(0.5, round_to=step))
         costs, widths = [c for c, _ in rungs], [w for _, w in rungs]
         assert costs == sorted(costs)
@@ -154,11 +148,11 @@ class TestWidths:
 
 class TestChosen:
     def test_pinned_and_single_units_stay(self) -> None:
-        groups = [group("a", "ffn", 1, 8, pinned=True), group("b", "ffn", 1, 8), group("c", "ffn", 4, 1)]
+        groups = [make_group("a", "ffn", 1, 8, pinned=True), make_group("b", "ffn", 1, 8), make_group("c", "ffn", 4, 1)]
         assert [g.id for g in groups_to_prune(analysis(*groups), snpc.Budget(0.5))] == ["b"]
 
     def test_patterns_are_searched_in_ids(self) -> None:
-        made = analysis(*(group(f"layer.{k}.mlp.ffn", "ffn", 1, 8) for k in (1, 2, 10)))
+        made = analysis(*(make_group(f"layer.{k}.mlp.ffn", "ffn", 1, 8) for k in (1, 2, 10)))
         for include, exclude, expected in (
             (r"\.1\.", None, ["1"]), ("1", None, ["1", "10"]), (None, "1", ["2"]), ("1", "10", ["1"]),
         ):  # fmt: skip
@@ -168,9 +162,9 @@ class TestChosen:
     @pytest.mark.parametrize(
         "groups, options, words",
         [
-            ([group("a", "ffn", 1, 8, pinned=True)], {}, r"a\.w axis 0: it is held \(Hold h\)"),
-            ([group("a", "ffn", 1, 8)], {"roles": ("qk",)}, "nothing to prune in the roles qk"),
-            ([group("a", "ffn", 1, 8)], {"exclude": "a"}, "leave no group"),
+            ([make_group("a", "ffn", 1, 8, pinned=True)], {}, r"a\.w axis 0: it is held \(Hold h\)"),
+            ([make_group("a", "ffn", 1, 8)], {"roles": ("qk",)}, "nothing to prune in the roles qk"),
+            ([make_group("a", "ffn", 1, 8)], {"exclude": "a"}, "leave no group"),
             ([], {}, "nothing to prune"),
         ],
         ids=["pinned", "role", "excluded", "none"],
@@ -181,7 +175,7 @@ class TestChosen:
 
 
 def test_cuts_are_by_constant_and_axis() -> None:
-    g = group("a", "qk", 2, 3)
+    g = make_group("a", "qk", 2, 3)
     plan = snpc.SlicePlan(analysis(g), "made", {}, {"a": ((0, 2), (1, 2))})
     found = cuts_of(plan)
     assert set(found) == {("a.w", 0), ("a.v", 1)}
@@ -202,7 +196,7 @@ class TestFile:
     @settings(max_examples=40, deadline=None)
     @given(GROUPS, st.floats(0, 0.9), st.integers(0, 9))
     def test_there_and_back(self, shapes: list[tuple[Role, int, int]], ratio: float, seed: int) -> None:
-        groups = [group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
+        groups = [make_group(f"g{k}", *shape) for k, shape in enumerate(shapes)]
         roles = tuple(dict.fromkeys(g.role for g in groups))
         plan = snpc.make_slice_plan(random_scores(groups, seed), snpc.Budget(ratio, roles))
         again = snpc.plan_from_json(snpc.plan_to_json(plan), plan.analysis, "p.json")
@@ -222,7 +216,7 @@ class TestFile:
         assert text.count("\n") < 60
 
     def test_order_does_not_matter(self) -> None:
-        assert parse_kept_units([[2, 0], [1, 3]], group("a", "qk", 2, 4), "p") == ((0, 2), (1, 3))
+        assert parse_kept_units([[2, 0], [1, 3]], make_group("a", "qk", 2, 4), "p") == ((0, 2), (1, 3))
 
     def test_the_models_name_does_not_matter_but_its_content_does(self, tmp_path: Path) -> None:
         made = snpc.analyze(snpc.load(VIT))

@@ -24,7 +24,7 @@ LAYERS = (
 FIRST = {"types", "errors"}
 
 HEAVY = ("onnxruntime", "torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "scipy")
-CORE = ("click", "jinja2", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich")
+CORE = ("click", "jinja2", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "platformdirs", "psutil", "rich")
 
 
 def name_of(path: Path) -> str:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from tests.cli.test_cli import invoke
+from tests.command_line import invoke
 from tests.models.mutants import BASES, mutant, trial
 
 COUNT, SHARES = 360, 6

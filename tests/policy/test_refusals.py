@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 import snpc
 from snpc.errors import UserError
-from tests.cli.test_cli import CALIB, VIT, invoke, write_tiny
+from tests.command_line import CALIB, VIT, invoke, write_tiny
 
 Array = npt.NDArray[Any]
 RATIO = ("--ratio", 0.5)

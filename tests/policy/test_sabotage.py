@@ -16,7 +16,7 @@ import pytest
 
 from snpc.passes.slicing import rewrite, slice
 from snpc.passes.slicing.attention_scale import ScalePlan
-from tests.cli.test_cli import VIT, invoke
+from tests.command_line import VIT, invoke
 
 Patch = pytest.MonkeyPatch
 

@@ -20,11 +20,14 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
+from snpc.passes.fusion.fuse_attention import FusionResult
+from snpc.passes.pass_list import FUSE_ATTENTION
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets import TARGETS
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput
 from snpc.targets.onnxruntime import ONNXRUNTIME_TARGET as ORT
-from snpc.targets.preferred_widths import vector_width, widths_for_target
+from snpc.targets.preferred_widths import widths_for_target
 from snpc.targets.quantize import find_outliers
 from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
@@ -114,13 +117,14 @@ def test_the_plain_graph_stays_unless_another_is_faster(
 def test_a_candidate_that_changes_outputs_is_not_used(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, projections: bool = False) -> tuple[Any, int]:
+    def broken(model: Any) -> Any:
         made = model.clone()
         weight = max(made.graph.initializers.values(), key=lambda v: v.const_value.size)
         weight.const_value = onnx_tensor(weight.const_value.numpy() * 1.1, weight.name)
-        return made, 1
+        return FusionResult(made, True, 1)
 
-    monkeypatch.setattr("snpc.targets.onnxruntime.fuse_attention", broken)
+    entry = dataclasses.replace(FUSE_ATTENTION, run=lambda: broken)
+    monkeypatch.setattr("snpc.targets.onnxruntime.FUSE_ATTENTION", entry)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert any("attention in one node" in note and "away from the model's" in note for note in built.notes)
     assert built.drift[0].relative < 1e-5
@@ -369,16 +373,11 @@ def test_profiles_come_from_dynamic_axes_or_from_the_user(digits: Path) -> None:
             shape_ranges(path, BuildOptions(min_shapes={"image": (1, 1, 8, 8)}, max_shapes=wrong))
 
 
-def test_auto_widths_follow_what_runs_the_model(tmp_path: Path) -> None:
-    cpu = tmp_path / "cpuinfo"
-    for flags, width in (("fpu avx avx2 avx512f", 16), ("fpu avx avx2", 8), ("fpu", 4)):
-        cpu.write_text(f"model name : x\nflags\t\t: {flags}\n")
-        assert vector_width(cpu) == width
-    assert vector_width(tmp_path / "none") == 4
+def test_auto_widths_follow_what_runs_the_model() -> None:
     assert (
         dataclasses.astuple(widths_for_target("trt-rtx"))
         == (8, 16)
-        == dataclasses.astuple(widths_for_target(None, "cuda"))
+        == dataclasses.astuple(widths_for_target(None, Execution(provider="cuda")))
     )
     assert widths_for_target(None) == widths_for_target("ort") == widths_for_target("openvino")
 

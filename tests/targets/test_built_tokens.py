@@ -10,7 +10,7 @@ import pytest
 import snpc
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets.base import BuildOptions
-from tests.cli.test_cli import CALIB, VIT, invoke
+from tests.command_line import CALIB, VIT, invoke
 
 WAYS = ["topk:0.7@1,2", "fuse:0.7@1,2", "merge:4@1,2", "guided:4@1,2", "star:0.7@1,2", "adaptive:0.8@1,2"]
 

@@ -55,7 +55,7 @@ def test_text_classifiers_of_any_length(name: str, tmp_path: Path) -> None:
     path = written(reduced, tmp_path)
     batches = [texts(lengths) for lengths in LENGTHS] if name in DYNAMIC else [feeds_of(name)]
     assert reduced.reduction is not None
-    _, said = check_token_reduction(reduced, path, batches, 1e-5, "cpu")
+    _, said = check_token_reduction(reduced, path, batches, 1e-5)
     assert "in place" in said
     for feeds in batches:
         assert np.abs(run(path, feeds)[0] - run(export(name), feeds)[0]).max() > 1e-3, "nothing was reduced"
@@ -74,7 +74,7 @@ def test_what_stays_is_what_the_class_token_attends_to_most_and_no_padding(name:
     save(shown, tmp_path / "shown.onnx")
     for lengths in LENGTHS:
         feeds = texts(lengths)
-        (decided,) = file_decisions(path, ["tokens_1_keep"], [feeds], "cpu")
+        (decided,) = file_decisions(path, ["tokens_1_keep"], [feeds])
         keep = decided["tokens_1_keep"]
         count = math.ceil(0.5 * (max(lengths) - 1))
         assert keep.shape == (len(lengths), count)
@@ -104,7 +104,7 @@ def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> N
     data = snpc.load_calibration(batches[0], found.model.inputs, batch=2)
     reduced = reduce_tokens(found, spec, measure_offline_scores(found, data, spec))
     path = written(reduced, tmp_path)
-    _, said = check_token_reduction(reduced, path, batches, 1e-5, "cpu")
+    _, said = check_token_reduction(reduced, path, batches, 1e-5)
     assert "in place" in said
     for feeds in batches:
         assert np.abs(run(path, feeds)[0] - run(export(name), feeds)[0]).max() > 1e-3, "nothing was reduced"
@@ -115,7 +115,7 @@ def test_means_that_leave_padding_out(name: str, spec: str, tmp_path: Path) -> N
 
 def test_encoders_that_a_decoder_reads(tmp_path: Path) -> None:
     reduced = reduce_tokens(analysis_of("bart__ts17"), "topk:0.5")
-    check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of("bart__ts17")], 1e-5, "cpu")
+    check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of("bart__ts17")], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_schedules_for_inputs_of_any_length_are_shares(name: str, tmp_path: Path
     assert 0.67 < result.after.macs / found.cost.macs <= 0.7
     by_hand = reduce_tokens(found, reduced.reduction.spec)
     assert by_hand.cost.macs == reduced.cost.macs
-    check_token_reduction(reduced, written(reduced, tmp_path), [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
+    check_token_reduction(reduced, written(reduced, tmp_path), [texts(lengths) for lengths in LENGTHS], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert_class__ts17", "bert_class__dyn23_sdpa"])
@@ -193,7 +193,7 @@ def test_each_sample_keeps_what_numpy_keeps(form: str, tmp_path: Path) -> None:
     reduced = adaptive(encoder, spec, tmp_path)
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(5, seed) for seed in (1, 2)]
-    check_token_reduction(reduced, path, batches, 1e-5, "cpu")
+    check_token_reduction(reduced, path, batches, 1e-5)
     for feeds in batches:
         (together,) = run(path, feeds)
         for k in range(5):
@@ -224,7 +224,7 @@ def test_easy_inputs_keep_fewer(tmp_path: Path) -> None:
     assert kept.min() < kept.max() == alive.shape[1] < 24
     assert largest[few].mean() > 1.2 * largest[many].mean()
     for k in (int(kept.argmin()), int(kept.argmax())):  # alone, a sample keeps its own number
-        (alone,) = file_decisions(path, ["tokens_2_keep"], [{"x": feeds["x"][k : k + 1]}], "cpu")
+        (alone,) = file_decisions(path, ["tokens_2_keep"], [{"x": feeds["x"][k : k + 1]}])
         assert alone["tokens_2_keep"].shape == (1, kept[k])
 
 
@@ -235,7 +235,7 @@ def test_texts_of_any_length_keep_what_they_need(name: str, tmp_path: Path) -> N
     data = snpc.load_calibration(texts((11, 9, 4, 11)), found.model.inputs, batch=2)
     reduced = reduce_tokens(found, spec, measure_offline_scores(found, data, spec))
     path = written(reduced, tmp_path)
-    check_token_reduction(reduced, path, [texts(lengths) for lengths in LENGTHS], 1e-5, "cpu")
+    check_token_reduction(reduced, path, [texts(lengths) for lengths in LENGTHS], 1e-5)
     feeds = texts((11, 8, 3))
     (together,) = run(path, feeds)
     for k, length in enumerate((11, 8, 3)):  # neither the others nor the padding matter
@@ -266,7 +266,7 @@ def test_macs_are_those_of_the_mean(tmp_path: Path) -> None:
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
     fixed = reduce_tokens(found, f"topk:{13 - step['after']}@2")
     assert result.after.macs == fixed.cost.macs - fixed.dead_macs
-    (decided,) = file_decisions(result.path, ["tokens_2_alive"], [{"x": encoder.feeds(16)["x"]}], "cpu")
+    (decided,) = file_decisions(result.path, ["tokens_2_alive"], [{"x": encoder.feeds(16)["x"]}])
     assert step["after"] == 1 + round(float(decided["tokens_2_alive"].sum(1).mean()))
 
 
@@ -314,4 +314,4 @@ def test_a_batch_without_a_name(tmp_path: Path) -> None:
         reduced = reduce_tokens(found, spec, {1: (0.75,)})
         result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
         assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.9 * reduced.cost.macs
-        check_token_reduction(reduced, result.path, [encoder.feeds(4)], 1e-5, "cpu")
+        check_token_reduction(reduced, result.path, [encoder.feeds(4)], 1e-5)

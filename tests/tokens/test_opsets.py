@@ -43,7 +43,7 @@ def test_every_opset(opset: int, half: bool, tmp_path: Path) -> None:
         reduced = reduce_tokens(found, spec, SHARES)
         path = valid(reduced, tmp_path)
         feeds = encoder.feeds(3)
-        check_token_reduction(reduced, path, [feeds], 2e-2 if half else 1e-5, "cpu")
+        check_token_reduction(reduced, path, [feeds], 2e-2 if half else 1e-5)
         (tmp_path / "single").mkdir(exist_ok=True)
         same = valid(reduce_tokens(single, spec, SHARES), tmp_path / "single")
         (wanted,) = run(same, {"x": feeds["x"].astype(np.float32)})
@@ -59,7 +59,7 @@ def test_exports_in_newer_opsets(spec: str, opset: int, tmp_path: Path) -> None:
     found = snpc.analyze(snpc.load(tmp_path / "model.onnx"))
     reduced = reduce_tokens(found, spec, SHARES)
     path, feeds = valid(reduced, tmp_path), feeds_of(name)
-    check_token_reduction(reduced, path, [feeds], 1e-4, "cpu")
+    check_token_reduction(reduced, path, [feeds], 1e-4)
     first = reduce_tokens(snpc.analyze(snpc.load(export(name))), spec, SHARES)
     (tmp_path / "first").mkdir()
     assert np.abs(run(path, feeds)[0] - run(valid(first, tmp_path / "first"), feeds)[0]).max() < 1e-4

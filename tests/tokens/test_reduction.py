@@ -74,9 +74,9 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(3, seed) for seed in (1, 2)] + [encoder.feeds(1, 3)]
     assert reduced.reduction is not None
-    decided = list(file_decisions(path, reduced.reduction.decisions, batches, "cpu"))
+    decided = list(file_decisions(path, reduced.reduction.decisions, batches))
     tolerance = 2e-2 if encoder.half else 1e-5
-    for difference in compare_with_oracle(reduced, batches, decided, "cpu"):
+    for difference in compare_with_oracle(reduced, batches, decided):
         assert difference.relative < tolerance
     for feeds in batches:
         plain, fast = run(path, feeds), run(path, feeds, "all")
@@ -92,7 +92,7 @@ def test_masks_lose_what_the_tokens_lose(form: Exit, tmp_path: Path) -> None:
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     path = written(reduced, tmp_path)
     batches = [encoder.feeds(3, seed) for seed in (1, 2)]
-    assert check_token_reduction(reduced, path, batches, 1e-5, "cpu")
+    assert check_token_reduction(reduced, path, batches, 1e-5)
     other = {**batches[0], "mask": np.ones_like(batches[0]["mask"])}
     assert np.abs(run(path, batches[0])[0] - run(path, other)[0]).max() > 1e-2
     with pytest.raises(UserError, match="an entry for each; use topk"):
@@ -112,7 +112,7 @@ def test_what_has_an_entry_for_each_token_loses_what_the_tokens_lose(name: str, 
     found = analysis(encoder, tmp_path)
     assert [bool(point.side_input) for point in found.tokens.points] == meets
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
-    assert check_token_reduction(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5, "cpu")
+    assert check_token_reduction(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5)
     with pytest.raises(UserError, match="an entry for each; use topk"):
         reduce_tokens(found, "merge:2@2")
 
@@ -122,14 +122,14 @@ def test_the_check_sees_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     encoder = Encoder()
     reduced = reduce_tokens(analysis(encoder, tmp_path), "topk:5@2")
     path = written(reduced, tmp_path)
-    assert check_token_reduction(reduced, path, [encoder.feeds()], 1e-5, "cpu")
+    assert check_token_reduction(reduced, path, [encoder.feeds()], 1e-5)
 
     def mixed_up(steps: Sequence[TokenStep], decided: Mapping[str, Array], count: int) -> dict[str, Array]:
         return oracle_feeds(steps, {name: np.roll(array, 1, 0) for name, array in decided.items()}, count)
 
     monkeypatch.setattr("snpc.pipeline.token_decisions.oracle_feeds", mixed_up)
     with pytest.raises(CheckFailed, match="taken out in place"):
-        check_token_reduction(reduced, path, [encoder.feeds()], 1e-5, "cpu")
+        check_token_reduction(reduced, path, [encoder.feeds()], 1e-5)
 
 
 @pytest.mark.parametrize("encoder", [Encoder(), Encoder(exit="mean"), Encoder(fused=True, opset=23)])
@@ -229,7 +229,7 @@ def test_exported_vision_transformers(name: str, tmp_path: Path) -> None:
         if found.tokens.points[0].scores is None and spec != "merge:5":
             continue
         reduced = reduce_tokens(found, spec)
-        _, said = check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of(name)], 1e-4, "cpu")
+        _, said = check_token_reduction(reduced, written(reduced, tmp_path), [feeds_of(name)], 1e-4)
         assert "in place" in said
 
 

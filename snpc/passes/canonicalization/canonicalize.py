@@ -1,13 +1,14 @@
-"""The one normal form that every later stage reads: a private copy of the model in which
+"""The canonical form of a graph, which every later stage reads: a private copy of the model in which
 
-- model-local functions are inlined, branches that always go the same way are what they do, ``Constant`` nodes are
-  initializers, and an initializer has no other name (exporters write ``Identity`` for biases that are equal),
-- a vector shared by several users, and any constant shared by several pointwise users, is one initializer per user
+- model-local functions are inlined, branches that always go the same way are replaced by their body, ``Constant``
+  nodes are initializers, and an initializer has no other name (exporters write ``Identity`` for biases that are equal),
+- a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
-- Einstein sums have two operands,
+- Einsum nodes have two operands,
 - nodes stand in topological order and every node has a name.
 
-The copies share their bytes, and ``emit`` merges those that end equal, so a model that is not cut is written as read.
+The copies share their bytes, and ``finalize`` merges those that end equal, so a model that is not cut is written as it
+was read.
 """
 
 from __future__ import annotations
@@ -15,41 +16,121 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.pass_manager import GraphPass, PassObserver, run_passes
 from snpc.ops.names import IDENTITY
-from snpc.passes.canonicalization.expand_einsum import expand_einsum
-from snpc.passes.canonicalization.inline_branches import inline_branches
-from snpc.passes.canonicalization.shared_constants import fork_shared_constants
+from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
+from snpc.passes.canonicalization.inline_branches import InlineBranches
+from snpc.passes.canonicalization.shared_constants import ForkSharedConstants
 
 
-def canonicalize(model: ir.Model) -> ir.Model:
-    """Bring ``model`` (this object, in place) into the normal form and return it."""
-    if model.functions:
-        common.InlinePass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    model.graph.sort()
-    inline_branches(model)
-    eliminate_initializer_aliases(model.graph)
-    expand_einsum(model.graph, model.graph.opset_imports.get("", 1))
-    name_nodes(model.graph)
-    fork_shared_constants(model.graph)
-    return model
+class InlineFunctions(ir.passes.InPlacePass):
+    """Replace calls of model-local functions by their bodies."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if not model.functions:
+            return ir.passes.PassResult(model, False)
+        return common.InlinePass()(model)
 
 
-def eliminate_initializer_aliases(graph: ir.Graph) -> None:
-    for node in list(graph):
-        if (node.domain, node.op_type) != ("", IDENTITY) or node.outputs[0].is_graph_output():
-            continue
-        value = node.inputs[0]
-        if value is not None and value.is_initializer() and value.graph is graph:
-            node.outputs[0].replace_all_uses_with(value)
-            graph.remove(node, safe=True)
+class LiftConstants(ir.passes.InPlacePass):
+    """Turn every ``Constant`` node into an initializer, of whatever size and type."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
-def name_nodes(graph: ir.Graph) -> None:
-    taken: set[str] = set()
-    for index, node in enumerate(graph):
-        name = node.name or f"{node.op_type}_{index}"
-        while name in taken:
-            name = f"{name}_{index}"
-        node.name = name
-        taken.add(name)
+class EliminateInitializerAliases(ir.passes.InPlacePass):
+    """Remove ``Identity`` nodes that give an initializer a second name."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            if (node.domain, node.op_type) != ("", IDENTITY) or node.outputs[0].is_graph_output():
+                continue
+            value = node.inputs[0]
+            if value is not None and value.is_initializer() and value.graph is graph:
+                node.outputs[0].replace_all_uses_with(value)
+                graph.remove(node, safe=True)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class NameNodes(ir.passes.InPlacePass):
+    """Give every node a name of its own: ``<operator>_<index>`` to those without, the index behind a repeated one."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        taken: set[str] = set()
+        modified = False
+        for index, node in enumerate(model.graph):
+            name = node.name or f"{node.op_type}_{index}"
+            while name in taken:
+                name = f"{name}_{index}"
+            modified = modified or node.name != name
+            node.name = name
+            taken.add(name)
+        return ir.passes.PassResult(model, modified)
+
+
+CANONICALIZATION_PASSES = (
+    GraphPass(
+        "inline-functions",
+        "canonicalize",
+        InlineFunctions,
+        "replaces calls of model-local functions by their bodies",
+        "first: all later passes look at operators only",
+    ),
+    GraphPass(
+        "lift-constants",
+        "canonicalize",
+        LiftConstants,
+        "turns Constant nodes into initializers",
+        "after inlining, as functions hold constants too; before branches, whose conditions are constants",
+    ),
+    GraphPass(
+        "sort-nodes",
+        "canonicalize",
+        common.TopologicalSortPass,
+        "puts nodes into topological order",
+        "shape inference, which the next pass runs, goes through the nodes once",
+    ),
+    GraphPass(
+        "inline-branches",
+        "canonicalize",
+        InlineBranches,
+        "replaces an If whose condition is the same for all inputs by the branch that is taken",
+        "before the passes that look at nodes of the main graph: it adds nodes and initializers to it",
+    ),
+    GraphPass(
+        "eliminate-initializer-aliases",
+        "canonicalize",
+        EliminateInitializerAliases,
+        "removes Identity nodes that give an initializer a second name",
+        "after branches, which leave Identity nodes; before forking, which must see all consumers of a constant",
+    ),
+    GraphPass(
+        "expand-einsum",
+        "canonicalize",
+        ExpandEinsum,
+        "expands Einsum nodes that do not have two operands",
+        "before naming, as it adds nodes",
+    ),
+    GraphPass(
+        "name-nodes",
+        "canonicalize",
+        NameNodes,
+        "gives every node a name of its own",
+        "after the last pass that adds nodes: plans and reports refer to nodes by name",
+    ),
+    GraphPass(
+        "fork-shared-constants",
+        "canonicalize",
+        ForkSharedConstants,
+        "gives each consumer of a shared vector a copy of its own",
+        "last: the copies are named after initializers that stay",
+    ),
+)
+
+
+def canonicalize(model: ir.Model, observer: PassObserver | None = None) -> ir.Model:
+    """Bring ``model`` (this object, in place) into the canonical form and return it."""
+    return run_passes(model, CANONICALIZATION_PASSES, observer).model

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, has_subgraphs, opset_version
+from snpc.graph.builder import add_constant, make_node, replace_value
+from snpc.graph.pass_manager import GraphPass
+from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, has_subgraphs, opset_version
 from snpc.ops import lookup
 from snpc.ops.contraction import letters_of
 from snpc.ops.names import GATHER, RESHAPE, SHAPE, SLICE
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec
-from snpc.types import IntArray
 
 MAX_TRACKED_LENGTH = 1 << 24  # entries of an axis that are looked at one by one
 
@@ -50,14 +51,31 @@ class DemandAnalysis:
         return self.facts.call(node, opset_version(self.model, node.domain))
 
 
-def eliminate_dead_rows(model: ir.Model, facts: ShapeFacts) -> ir.Model | None:
-    """A copy that computes only the rows that outputs depend on; None where that spares no product."""
-    search = DemandAnalysis(model, facts)
-    for node in reversed(list(model.graph)):
-        propagate_demand(search, node)
-    if not any(lookup(node.domain, node.op_type).kind == "contraction" for node in search.narrowed):
-        return None
-    return apply_demands(search)
+class EliminateDeadRows(ir.passes.FunctionalPass):
+    """Compute only the rows that an output depends on. A copy that is not modified where that spares no product.
+
+    ``facts``: shapes and known values of the model, where the caller has them already.
+    """
+
+    def __init__(self, facts: ShapeFacts | None = None) -> None:
+        self.facts = facts
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        analysis = DemandAnalysis(model, self.facts or choose_dim_sizes(model)[1])
+        for node in reversed(list(model.graph)):
+            propagate_demand(analysis, node)
+        if not any(lookup(node.domain, node.op_type).kind == "contraction" for node in analysis.narrowed):
+            return ir.passes.PassResult(model.clone(), False)
+        return ir.passes.PassResult(apply_demands(analysis), True)
+
+
+ELIMINATE_DEAD_ROWS = GraphPass(
+    "eliminate-dead-rows",
+    "analyze",
+    EliminateDeadRows,
+    "computes only the rows that an output depends on",
+    "before labels are propagated: groups are found in the graph that is written",
+)
 
 
 def propagate_demand(search: DemandAnalysis, node: ir.Node) -> None:
@@ -250,22 +268,10 @@ def apply_demands(search: DemandAnalysis) -> ir.Model:
     return copy
 
 
-def add_int64_constant(model: ir.Model, name: str, numbers: IntArray) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        const_value=ir.Tensor(numbers, name=name),
-        shape=ir.Shape(numbers.shape),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
 def insert_row_gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
     name = f"{source.name}__rows_{demand.axis}_{demand.positions[0]}_{len(demand.positions)}"
-    index = add_int64_constant(model, f"{name}_index", np.asarray(demand.positions, np.int64))
-    node = ir.node(GATHER, [source, index], attributes={"axis": demand.axis}, name=name)
-    node.outputs[0].name = f"{name}_out"
+    index = add_constant(model.graph, np.asarray(demand.positions, np.int64), f"{name}_index")
+    node = make_node(GATHER, [source, index], {"axis": demand.axis}, name=name)
     node.outputs[0].type = source.type
     before.prepend(node)
     return node.outputs[0]
@@ -280,24 +286,18 @@ def rebuild_selection(model: ir.Model, search: DemandAnalysis, node: ir.Node, tw
     scalar = len(call.out_shapes[0]) < len(call.shape(0))
     if not scalar and len(places) == 1:  # one position, several times
         places = places.repeat(call.out_shapes[0][demand.axis])
-    index = add_int64_constant(model, f"{twin.outputs[0].name}__index", places.reshape(()) if scalar else places)
-    new = ir.node(GATHER, [twin.inputs[0], index], attributes={"axis": demand.axis}, name=f"{twin.name}__rows")
-    old = twin.outputs[0]
+    index = add_constant(model.graph, places.reshape(()) if scalar else places, f"{twin.outputs[0].name}__index")
+    new = make_node(GATHER, [twin.inputs[0], index], {"axis": demand.axis}, name=f"{twin.name}__rows")
     twin.prepend(new)
-    new.outputs[0].type, new.outputs[0].shape = old.type, old.shape
-    output = old.is_graph_output()
-    old.replace_all_uses_with(new.outputs[0], replace_graph_outputs=output)
-    name = str(old.name)
+    replace_value(twin.outputs[0], new.outputs[0])
     model.graph.remove(twin, safe=True)
-    new.outputs[0].name = name
 
 
 def rebuild_reshape(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node) -> None:
     """All axes as they come, and one for the rest: right for any number of positions."""
     if node.op_type == RESHAPE and not node.domain:
         rank = len(search.call(node).out_shapes[0])
-        shape = add_int64_constant(
-            model, f"{twin.outputs[0].name}__shape", np.asarray([0] * (rank - 1) + [-1], np.int64)
-        )
+        target = np.asarray([0] * (rank - 1) + [-1], np.int64)
+        shape = add_constant(model.graph, target, f"{twin.outputs[0].name}__shape")
         twin.replace_input_with(1, shape)
         twin.attributes.pop("allowzero", None)

@@ -1,20 +1,53 @@
-"""The last clean-up before a model is written."""
+"""The last clean-up before a model is written: no dead nodes, forked constants merged, no stale shapes."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.passes.canonicalization.shared_constants import merge_forks
+from snpc.graph.pass_manager import GraphPass, PassObserver, run_passes
+from snpc.passes.canonicalization.shared_constants import MergeForkedConstants
 
 
-def finalize(model: ir.Model) -> ir.Model:
-    """What is written: no dead nodes, no stale shapes of intermediate values, copies that ended equal merged again."""
-    common.RemoveUnusedNodesPass()(model)
-    merge_forks(model.graph)
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-                value.type = None
-    return model
+class DropStaleShapes(ir.passes.InPlacePass):
+    """Forget the types and shapes of values between nodes: after a cut those in the file no longer hold."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in model.graph.all_nodes():
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    modified = modified or value.shape is not None or value.type is not None
+                    value.shape = None
+                    value.type = None
+        return ir.passes.PassResult(model, modified)
+
+
+FINALIZATION_PASSES = (
+    GraphPass(
+        "remove-unused-nodes",
+        "finalize",
+        common.RemoveUnusedNodesPass,
+        "removes nodes and initializers that no output depends on",
+        "first: what nothing uses need not be compared by the next pass",
+    ),
+    GraphPass(
+        "merge-forked-constants",
+        "finalize",
+        MergeForkedConstants,
+        "merges copies of one constant that ended equal",
+        "after dead nodes are gone, whose copies would keep a second initializer alive",
+    ),
+    GraphPass(
+        "drop-stale-shapes",
+        "finalize",
+        DropStaleShapes,
+        "forgets types and shapes of values between nodes",
+        "last: nothing behind it reads them, and those of before the cut are wrong",
+    ),
+)
+
+
+def finalize(model: ir.Model, observer: PassObserver | None = None) -> ir.Model:
+    """``model`` itself, ready to be written."""
+    return run_passes(model, FINALIZATION_PASSES, observer).model

@@ -1,8 +1,8 @@
-"""graph -> graph: sizes that are the same for every input are written down, instead of computed at every run.
+"""Constant folding of shape arithmetic: sizes that are the same for every input are stored, not computed at every run.
 
-Exporters compute the target of a reshape from the shape of its input, in ten small nodes each. What onnx's own shape
-inference proves to be fixed becomes a constant; of what is left open in a target, an entry that the input has in the
-same place becomes 0, and one more -1.
+Exporters compute the target of a Reshape from the shape of its input, in ten small nodes each. What onnx's own shape
+inference proves to be fixed becomes a constant. Of the symbolic entries that are left in a target, those that the input
+has at the same position become 0, and a last one -1.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.builder import share_int64_constant
+from snpc.graph.pass_manager import GraphPass
 from snpc.graph.shapes import attribute_values, opset_version, run_reference, select_dimensions
 from snpc.ops import lookup
 from snpc.ops.names import RESHAPE, SHAPE
 from snpc.types import IntArray
 
-MAX_FOLD_ROUNDS = 4  # a size that is written down lets more be inferred behind it
-MAX_SIZE_ENTRIES = 64  # entries of a value that still counts as sizes
-SYMBOLIC_BOUND = -(
-    2**40
-)  # entries that depend on the input are this or less: a number for each dimension that has a name
+MAX_FOLD_ROUNDS = 4  # a size that is folded lets more be inferred behind it
+MAX_SIZE_ENTRIES = 64  # values with more entries are not taken for sizes
+SYMBOLIC_BOUND = -(1 << 40)  # entries at or below it stand for dimensions without a fixed size, one number for each
 
 KnownSizes = dict[ir.Value, IntArray]
 
@@ -45,16 +45,29 @@ class SymbolicDims:
         return SYMBOLIC_BOUND - self.numbers.setdefault(name, len(self.numbers))
 
 
-def fold_shape_arithmetic(model: ir.Model) -> ir.Model:
-    """``model`` itself, without the arithmetic on shapes whose outcome no input changes; outputs stay as they were."""
-    for _ in range(MAX_FOLD_ROUNDS):
-        infer_shapes(model)
-        names = SymbolicDims()
-        known = find_known_sizes(model, names)
-        if not sum([replace_known_inputs(node, known, names, model.graph) for node in list(model.graph)]):
-            break
-    common.RemoveUnusedNodesPass()(model)
-    return model
+class FoldShapeArithmetic(ir.passes.InPlacePass):
+    """Replace arithmetic on shapes by its result where no input of the model changes it; outputs stay as they were."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for _ in range(MAX_FOLD_ROUNDS):
+            infer_shapes(model)
+            names = SymbolicDims()
+            known = find_known_sizes(model, names)
+            if not sum([replace_known_inputs(node, known, names, model.graph) for node in list(model.graph)]):
+                break
+            modified = True
+        removed = common.RemoveUnusedNodesPass()(model).modified
+        return ir.passes.PassResult(model, modified or removed)
+
+
+FOLD_SHAPE_ARITHMETIC = GraphPass(
+    "fold-shape-arithmetic",
+    "fuse",
+    FoldShapeArithmetic,
+    "replaces arithmetic on shapes by its result",
+    "before fusion, which needs fixed sizes; also after tokens are reduced to a fixed number",
+)
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -124,7 +137,7 @@ def replace_known_inputs(node: ir.Node, known: KnownSizes, names: SymbolicDims, 
         if index == 1 and node.op_type == RESHAPE and not node.domain:
             sizes = reshape_target(node, sizes, names)
         if not is_symbolic(sizes).any():
-            node.replace_input_with(index, sizes_constant(graph, f"{value.name}__settled", sizes))
+            node.replace_input_with(index, share_int64_constant(graph, sizes, f"{value.name}__settled"))
             count += 1
     return count
 
@@ -141,18 +154,3 @@ def reshape_target(node: ir.Node, sizes: IntArray, names: SymbolicDims) -> IntAr
         sizes = np.where(is_symbolic(sizes) & same, 0, sizes)
     alone = is_symbolic(sizes).sum() == 1 and not (sizes == -1).any()
     return np.where(is_symbolic(sizes), -1, sizes) if alone else sizes
-
-
-def sizes_constant(graph: ir.Graph, name: str, array: IntArray) -> ir.Value:
-    if name in graph.initializers and np.array_equal(graph.initializers[name].const_value.numpy(), array):  # type: ignore[union-attr]
-        return graph.initializers[name]
-    while name in graph.initializers:
-        name += "_"
-    value = ir.Value(
-        name=name,
-        const_value=ir.Tensor(array, name=name),
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    graph.register_initializer(value)
-    return value

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from snpc.graph.builder import make_node, replace_value, unused_name
 from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, has_subgraphs
 from snpc.ops import lookup
 from snpc.ops.names import IDENTITY, SHAPE
 
 
-def inline_branches(model: ir.Model) -> None:
-    """Replace every branch of ``model`` (in place) whose condition only depends on constants and ranks by what it does;
-    also those that this brings to light."""
-    while any(lookup(node.domain, node.op_type).branches for node in model.graph):
-        _, facts = choose_dim_sizes(model)
-        settled = [(node, taken) for node in model.graph if (taken := constant_branch(node, facts)) is not None]
-        if not settled:
-            return
-        for node, taken in settled:
-            splice_branch(model.graph, node, taken)
+class InlineBranches(ir.passes.InPlacePass):
+    """Replace every branch whose condition depends on constants and ranks only, and those that this brings to light."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        while any(lookup(node.domain, node.op_type).branches for node in model.graph):
+            _, facts = choose_dim_sizes(model)
+            branches = [(node, body) for node in model.graph if (body := constant_branch(node, facts)) is not None]
+            if not branches:
+                break
+            for node, body in branches:
+                splice_branch(model.graph, node, body)
+            modified = True
+        return ir.passes.PassResult(model, modified)
 
 
 def constant_branch(node: ir.Node, facts: ShapeFacts) -> ir.Graph | None:
@@ -54,7 +59,7 @@ def splice_branch(graph: ir.Graph, node: ir.Node, taken: ir.Graph) -> None:
     results = list(taken.outputs)
     for value in list(taken.initializers.values()):
         del taken.initializers[str(value.name)]
-        value.name = unused_value_name(str(value.name), names)
+        value.name = claim_name(str(value.name), names)
         graph.register_initializer(value)
     inside = list(taken)
     taken.outputs.clear()
@@ -62,19 +67,16 @@ def splice_branch(graph: ir.Graph, node: ir.Node, taken: ir.Graph) -> None:
     for inner in inside:
         inner.name = None
         for value in inner.outputs:
-            value.name = unused_value_name(str(value.name), names)
+            value.name = claim_name(str(value.name), names)
     graph.insert_before(node, inside)
     for result, out in zip(results, list(node.outputs), strict=True):
-        alias = ir.node(IDENTITY, [result])
-        alias.outputs[0].type, alias.outputs[0].shape = out.type, out.shape
+        alias = make_node(IDENTITY, [result], name=None, outputs=[None])
         graph.insert_before(node, alias)
-        out.replace_all_uses_with(alias.outputs[0], replace_graph_outputs=True)
-        alias.outputs[0].name, out.name = out.name, None
+        replace_value(out, alias.outputs[0])
     graph.remove(node)
 
 
-def unused_value_name(name: str, names: set[str]) -> str:
-    while name in names:
-        name += "_"
+def claim_name(name: str, names: set[str]) -> str:
+    name = unused_name(name, names)
     names.add(name)
     return name

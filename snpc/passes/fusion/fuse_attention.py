@@ -7,6 +7,7 @@ before it, one after it, and scaling, a bias and movement between. That the quer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.builder import Attribute, add_constant, make_node
 from snpc.graph.shapes import ShapeFacts, attribute_values, choose_dim_sizes, opset_version
 from snpc.graph.traversal import scalar_factor_of
 from snpc.ops import lookup
@@ -72,51 +74,59 @@ class FusionBuilder:
         return self.tensor(np.asarray(numbers, np.int64), hint)
 
     def tensor(self, array: AnyArray, hint: str) -> ir.Value:
-        name = self.name(hint)
-        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-        self.model.graph.register_initializer(value)
-        return value
+        return add_constant(self.model.graph, array, self.name(hint))
 
     def node(
         self,
         op: str,
         inputs: list[ir.Value | None],
-        attrs: list[ir.Attr],
+        attributes: Mapping[str, Attribute],
         hint: str,
         *,
         outputs: int = 1,
         domain: str = "",
     ) -> tuple[ir.Value, ...]:
-        made = ir.Node(domain, op, inputs, attrs, num_outputs=outputs, name=self.name(hint))
-        for k, value in enumerate(made.outputs):
-            value.name = f"{made.name}_out{k}"
-        self.model.graph.append(made)
-        return tuple(made.outputs)
+        name = self.name(hint)
+        names = [f"{name}_out{k}" for k in range(outputs)]
+        node = make_node(op, inputs, attributes, name=name, outputs=names, domain=domain)
+        self.model.graph.append(node)
+        return tuple(node.outputs)
 
 
-def fuse_attention(model: ir.Model, *, projections: bool = False) -> tuple[ir.Model, int]:
-    """A copy of a canonical ``model`` with every attention that allows it as one com.microsoft.MultiHeadAttention, and
-    how many those are. Q and V may differ in width; scale and additive bias are carried over as they are.
+@dataclass
+class FusionResult(ir.passes.PassResult):
+    """``count``: how many subgraphs were replaced by a fused node."""
 
-    ``projections``: as one com.microsoft.Attention with the products that make query, key and value, where it is made
-    of these; only such count.
+    count: int
+
+
+class FuseAttention(ir.passes.FunctionalPass):
+    """Replace every attention of a canonical model that allows it by one com.microsoft.MultiHeadAttention.
+
+    Q and V may differ in width; scale and additive bias are carried over as they are. ``projections``: by one
+    com.microsoft.Attention that holds the products of query, key and value as well; only such are counted.
     """
-    copy = model.clone()
-    _, facts = choose_dim_sizes(copy)
-    work = FusionBuilder(copy, facts)
-    count = 0
-    for node in [n for n in copy.graph if n.op_type == SOFTMAX and not n.domain]:
-        try:
-            found = match_attention(node, facts, opset_version(copy))
-        except NotFusable:
-            continue
-        inside = rewrite_attention(found, work, projections)
-        count += inside or not projections
-    if count:
-        copy.graph.opset_imports.setdefault(MICROSOFT, 1)
-        common.RemoveUnusedNodesPass()(copy)
-        copy.graph.sort()
-    return copy, count
+
+    def __init__(self, *, projections: bool = False) -> None:
+        self.projections = projections
+
+    def call(self, model: ir.Model) -> FusionResult:
+        copy = model.clone()
+        _, facts = choose_dim_sizes(copy)
+        builder = FusionBuilder(copy, facts)
+        count = 0
+        for node in [n for n in copy.graph if n.op_type == SOFTMAX and not n.domain]:
+            try:
+                match = match_attention(node, facts, opset_version(copy))
+            except NotFusable:
+                continue
+            projected = rewrite_attention(match, builder, self.projections)
+            count += projected or not self.projections
+        if count:
+            copy.graph.opset_imports.setdefault(MICROSOFT, 1)
+            common.RemoveUnusedNodesPass()(copy)
+            copy.graph.sort()
+        return FusionResult(copy, count > 0, count)
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -242,88 +252,88 @@ def check_score_bias(bias: ir.Value, scores: Shape, facts: ShapeFacts) -> None:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def rewrite_attention(found: AttentionMatch, work: FusionBuilder, projections: bool) -> bool:
+def rewrite_attention(match: AttentionMatch, builder: FusionBuilder, projections: bool) -> bool:
     """Whether the products went in as well."""
     if projections:
         with suppress(NotFusable):
-            rewrite_projected_attention(found, work)
+            rewrite_projected_attention(match, builder)
             return True
-    query, key, value = separate_query_key_value(found, work)
-    attrs = [ir.AttrInt64("num_heads", found.query.heads), ir.AttrFloat32("scale", found.scale)]
+    query, key, value = separate_query_key_value(match, builder)
+    attributes: dict[str, Attribute] = {"num_heads": match.query.heads, "scale": match.scale}
     inputs: list[ir.Value | None] = [query, key, value]
-    if found.bias is not None:
-        inputs += [None, None, expand_bias(found, query, work)]
-    (made,) = work.node(MULTI_HEAD_ATTENTION, inputs, attrs, "attention", domain=MICROSOFT)
-    found.out.replace_all_uses_with(made)
+    if match.bias is not None:
+        inputs += [None, None, expand_bias(match, query, builder)]
+    (output,) = builder.node(MULTI_HEAD_ATTENTION, inputs, attributes, "attention", domain=MICROSOFT)
+    match.out.replace_all_uses_with(output)
     return False
 
 
-def rewrite_projected_attention(found: AttentionMatch, work: FusionBuilder) -> None:
+def rewrite_projected_attention(match: AttentionMatch, builder: FusionBuilder) -> None:
     """Raises Unfit before anything is changed."""
-    places = (found.query, found.key, found.value)
-    packed = pack_projections(places, work.facts)
-    attrs = [
-        ir.AttrInt64("num_heads", found.query.heads),
-        ir.AttrFloat32("scale", found.scale),
-        ir.AttrInt64s("qkv_hidden_sizes", [p.columns for p in places]),
-    ]
-    inputs: list[ir.Value | None] = [packed.source, *(work.tensor(a, "qkv") for a in (packed.weight, packed.bias))]
-    if found.bias is not None:
-        inputs += [None, None, expand_bias(found, packed.source, work)]
-    (made,) = work.node(ATTENTION, inputs, attrs, "attention", domain=MICROSOFT)
-    found.out.replace_all_uses_with(made)
+    places = (match.query, match.key, match.value)
+    packed = pack_projections(places, builder.facts)
+    attributes: dict[str, Attribute] = {
+        "num_heads": match.query.heads,
+        "scale": match.scale,
+        "qkv_hidden_sizes": [p.columns for p in places],
+    }
+    inputs: list[ir.Value | None] = [packed.source, *(builder.tensor(a, "qkv") for a in (packed.weight, packed.bias))]
+    if match.bias is not None:
+        inputs += [None, None, expand_bias(match, packed.source, builder)]
+    (output,) = builder.node(ATTENTION, inputs, attributes, "attention", domain=MICROSOFT)
+    match.out.replace_all_uses_with(output)
 
 
-def separate_query_key_value(found: AttentionMatch, work: FusionBuilder) -> tuple[ir.Value, ir.Value, ir.Value]:
+def separate_query_key_value(match: AttentionMatch, builder: FusionBuilder) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Query, key and value as values of their own: split off together where they fill one value."""
-    places = (found.query, found.key, found.value)
-    shape = work.facts.shape[found.query.value]
+    places = (match.query, match.key, match.value)
+    shape = builder.facts.shape[match.query.value]
     ends = [p.start + p.columns for p in places]
     together = len({p.value for p in places}) == 1 and [p.start for p in places] == [0, *ends[:2]]
-    if together and not found.query.order and shape is not None and ends[2] == shape[2]:
-        q, k, v = split_columns(found.query.value, tuple(p.columns for p in places), work)
+    if together and not match.query.order and shape is not None and ends[2] == shape[2]:
+        q, k, v = split_columns(match.query.value, tuple(p.columns for p in places), builder)
         return q, k, v
-    q, k, v = (take_columns(p, work) for p in places)
+    q, k, v = (take_columns(p, builder) for p in places)
     return q, k, v
 
 
-def split_columns(value: ir.Value, sizes: tuple[int, ...], work: FusionBuilder) -> tuple[ir.Value, ...]:
-    if (value, sizes) not in work.splits:
+def split_columns(value: ir.Value, sizes: tuple[int, ...], builder: FusionBuilder) -> tuple[ir.Value, ...]:
+    if (value, sizes) not in builder.splits:
         inputs: list[ir.Value | None] = [value]
-        attrs: list[ir.Attr] = [ir.AttrInt64("axis", 2)]
-        if opset_version(work.model) >= 13:
-            inputs.append(work.constant(list(sizes), "sizes"))
+        attributes: dict[str, Attribute] = {"axis": 2}
+        if opset_version(builder.model) >= 13:
+            inputs.append(builder.constant(list(sizes), "sizes"))
         else:
-            attrs.append(ir.AttrInt64s("split", sizes))
-        work.splits[value, sizes] = work.node(SPLIT, inputs, attrs, "qkv", outputs=len(sizes))
-    return work.splits[value, sizes]
+            attributes["split"] = sizes
+        builder.splits[value, sizes] = builder.node(SPLIT, inputs, attributes, "qkv", outputs=len(sizes))
+    return builder.splits[value, sizes]
 
 
-def take_columns(where: HeadColumns, work: FusionBuilder) -> ir.Value:
-    shape = work.facts.shape[where.value]
+def take_columns(where: HeadColumns, builder: FusionBuilder) -> ir.Value:
+    shape = builder.facts.shape[where.value]
     assert shape is not None
     if where.order:
-        (turned,) = work.node(TRANSPOSE, [where.value], [ir.AttrInt64s("perm", where.order)], "heads")
-        return work.node(RESHAPE, [turned, work.constant([0, 0, where.columns], "flat")], [], "columns")[0]
+        (turned,) = builder.node(TRANSPOSE, [where.value], {"perm": where.order}, "heads")
+        return builder.node(RESHAPE, [turned, builder.constant([0, 0, where.columns], "flat")], {}, "columns")[0]
     if where.columns == shape[2]:
         return where.value
-    bounds = [work.constant([n], "bound") for n in (where.start, where.start + where.columns, 2)]
-    return work.node(SLICE, [where.value, *bounds], [], "columns")[0]
+    bounds = [builder.constant([n], "bound") for n in (where.start, where.start + where.columns, 2)]
+    return builder.node(SLICE, [where.value, *bounds], {}, "columns")[0]
 
 
-def expand_bias(found: AttentionMatch, query: ir.Value, work: FusionBuilder) -> ir.Value:
+def expand_bias(match: AttentionMatch, query: ir.Value, builder: FusionBuilder) -> ir.Value:
     """MultiHeadAttention broadcasts a bias over batch and heads only: a row for all queries is repeated."""
-    bias = found.bias
+    bias = match.bias
     assert bias is not None
-    shape, length = work.facts.shape[bias], work.facts.shape[found.out]
+    shape, length = builder.facts.shape[bias], builder.facts.shape[match.out]
     assert shape is not None and length is not None
     if shape[2] == length[1]:
         return bias
     key = (bias, length[1])
-    if key not in work.biases:
-        (sizes,) = work.node(SHAPE, [query], [], "sizes")
-        (rows,) = work.node(GATHER, [sizes, work.constant([1], "axis")], [], "length")
-        one, two = work.constant([1], "one"), work.constant([1, 1], "two")
-        (target,) = work.node(CONCAT, [two, rows, one], [ir.AttrInt64("axis", 0)], "target")
-        work.biases[key] = work.node(EXPAND, [bias, target], [], "bias")[0]
-    return work.biases[key]
+    if key not in builder.biases:
+        (sizes,) = builder.node(SHAPE, [query], {}, "sizes")
+        (rows,) = builder.node(GATHER, [sizes, builder.constant([1], "axis")], {}, "length")
+        one, two = builder.constant([1], "one"), builder.constant([1, 1], "two")
+        (target,) = builder.node(CONCAT, [two, rows, one], {"axis": 0}, "target")
+        builder.biases[key] = builder.node(EXPAND, [bias, target], {}, "bias")[0]
+    return builder.biases[key]

@@ -10,38 +10,43 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from snpc.graph.builder import add_constant, make_node
 from snpc.graph.shapes import static_shape
 from snpc.ops.names import GEMM, RESHAPE
 from snpc.passes.canonicalization.fold_shape_arithmetic import infer_shapes
+from snpc.passes.fusion.fuse_attention import FusionResult
 from snpc.passes.fusion.qkv_projection import match_constant_product, separate_bias
 from snpc.types import Shape
 
 
-def fuse_gemm_bias(model: ir.Model) -> tuple[ir.Model, int]:
-    """A copy of ``model`` in which sums of a product [.., N, K] x [K, M] and a bias [M] are one node, and how many
-    these are. All axes but the first must have fixed sizes."""
-    copy = model.clone()
-    infer_shapes(copy)
-    rows: dict[ir.Value, ir.Value] = {}
-    count = 0
-    for node in list(copy.graph):
-        found = match_biased_product(node)
-        if found is None:
-            continue
-        source, weight, bias = found
-        if source not in rows:
-            rows[source] = append_reshape(copy.graph, source, [-1, constant_shape(weight)[0]])
-        made = ir.node(GEMM, [rows[source], weight, bias], name=f"{node.name}__biased")
-        made.outputs[0].name = f"{made.name}_out"
-        copy.graph.append(made)
-        shape = node.outputs[0].shape
-        assert shape is not None
-        laid = append_reshape(copy.graph, made.outputs[0], [-1, *(int(d) for d in shape[1:])])  # type: ignore[arg-type]
-        node.outputs[0].replace_all_uses_with(laid)
-        count += 1
-    common.RemoveUnusedNodesPass()(copy)
-    copy.graph.sort()
-    return copy, count
+class FuseGemmBias(ir.passes.FunctionalPass):
+    """Replace the sum of a product [.., N, K] x [K, M] and a bias [M] by one Gemm, between two Reshapes.
+
+    All axes but the first must have fixed sizes.
+    """
+
+    def call(self, model: ir.Model) -> FusionResult:
+        copy = model.clone()
+        infer_shapes(copy)
+        rows: dict[ir.Value, ir.Value] = {}
+        count = 0
+        for node in list(copy.graph):
+            match = match_biased_product(node)
+            if match is None:
+                continue
+            source, weight, bias = match
+            if source not in rows:
+                rows[source] = append_reshape(copy.graph, source, [-1, constant_shape(weight)[0]])
+            gemm = make_node(GEMM, [rows[source], weight, bias], name=f"{node.name}__biased")
+            copy.graph.append(gemm)
+            shape = node.outputs[0].shape
+            assert shape is not None
+            target = [-1, *(int(d) for d in shape[1:])]  # type: ignore[arg-type]
+            node.outputs[0].replace_all_uses_with(append_reshape(copy.graph, gemm.outputs[0], target))
+            count += 1
+        common.RemoveUnusedNodesPass()(copy)
+        copy.graph.sort()
+        return FusionResult(copy, count > 0, count)
 
 
 def match_biased_product(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
@@ -66,9 +71,7 @@ def constant_shape(constant: ir.Value) -> Shape:
 
 def append_reshape(graph: ir.Graph, value: ir.Value, target: list[int]) -> ir.Value:
     name = f"{value.name}__laid"
-    shape = ir.Value(name=f"{name}_shape", const_value=ir.Tensor(np.asarray(target, np.int64), name=f"{name}_shape"))
-    graph.register_initializer(shape)
-    made = ir.node(RESHAPE, [value, shape], name=name)
-    made.outputs[0].name = f"{name}_out"
-    graph.append(made)
-    return made.outputs[0]
+    shape = add_constant(graph, np.asarray(target, np.int64), f"{name}_shape")
+    node = make_node(RESHAPE, [value, shape], name=name)
+    graph.append(node)
+    return node.outputs[0]

@@ -1,13 +1,14 @@
-"""The whole rewrite: unpack where widths would differ, keep the attention scale, slice, and check what came out."""
+"""The rewrite: split packed projections where widths would differ, slice, keep attention scales, check the result."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
+from snpc.graph.pass_manager import GraphPass, PassObserver
 from snpc.graph.shapes import ShapeFacts
 from snpc.ops.names import MUL
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
@@ -26,10 +27,12 @@ from snpc.passes.slicing.slice import (
 )
 from snpc.passes.slicing.split_packed import non_rectangular_values, split_packed
 
+MAX_SPLITS = 4  # splitting one packed value can leave another that is packed
+
 
 @dataclass(frozen=True)
 class RewrittenModel:
-    """The shrunk model; ``source`` is what was sliced (unpacked where need be), ``dead`` what went from it."""
+    """The sliced model. ``source``: the graph that was sliced, packed projections split where need be."""
 
     model: ir.Model
     source: TracedGraph
@@ -41,30 +44,99 @@ class RewrittenModel:
         return sliced_shapes(self.source.trace, (*graph.inputs, *graph.outputs), self.removed)
 
 
-def rewrite_model(source: TracedGraph, cuts: Cuts) -> RewrittenModel:
+@dataclass(frozen=True)
+class RewriteState:
+    """What the steps of a rewrite hand on: the graph that is sliced, what is removed, and (once sliced) the result."""
+
+    source: TracedGraph
+    cuts: Cuts
+    removed: RemovedUnits
+    scales: ScalePlan | None = None
+    sliced: SlicedModel | None = None
+
+    @property
+    def model(self) -> ir.Model:
+        return self.source.model if self.sliced is None else self.sliced.model
+
+
+def rewrite_model(source: TracedGraph, cuts: Cuts, observer: PassObserver | None = None) -> RewrittenModel:
     """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
-    for _ in range(4):
-        dead = find_removed_units(source.trace, source.units, cuts)
-        ragged = non_rectangular_values(source.trace, dead)
+    state = RewriteState(source, cuts, find_removed_units(source.trace, source.units, cuts))
+    for step in REWRITE_PASSES:
+        state = step.run(state)
+        if observer is not None:
+            observer(step.name, state.model)
+    return RewrittenModel(state.model, state.source, state.removed)
+
+
+def split_packed_projections(state: RewriteState) -> RewriteState:
+    """Split values whose parts would keep different widths, and trace the graph again."""
+    source, removed = state.source, state.removed
+    for _ in range(MAX_SPLITS):
+        ragged = non_rectangular_values(source.trace, removed)
         if not ragged:
-            break
-        unpacked = split_packed(source.model, source.facts, source.trace, ragged, source.dim_sizes)
-        source = trace_graph(unpacked, source.dim_sizes, kv_cache=source.kv_cache)
-    else:
-        raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
-    plan = plan_scales(source.model, source.facts, source.trace, dead)
-    sliced = slice_model(source.model, source.facts, source.trace, dead, source.dim_sizes, plan.multiply)
-    if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
+            return replace(state, source=source, removed=removed)
+        model = split_packed(source.model, source.facts, source.trace, ragged, source.dim_sizes)
+        source = trace_graph(model, source.dim_sizes, kv_cache=source.kv_cache)
+        removed = find_removed_units(source.trace, source.units, state.cuts)
+    raise CheckFailed(f"{ragged[0].name}: its blocks would keep different widths; use --uniform")
+
+
+def slice_units(state: RewriteState) -> RewriteState:
+    """Slice every constant; where a size that changes is divided, the quotient of before the cut may be needed."""
+    source, removed = state.source, state.removed
+    scales = plan_scales(source.model, source.facts, source.trace, removed)
+    for frozen in (False, True):
         sliced = slice_model(
-            source.model, source.facts, source.trace, dead, source.dim_sizes, plan.multiply, frozen=True
+            source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, frozen
         )
-        if not holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
-            raise CheckFailed(
-                "a size that the cut changes is divided, which would be wrong at other sizes of the inputs"
-            )
-    apply_scales(source, sliced, plan)
-    sliced.model.graph.sort()
-    return RewrittenModel(sliced.model, source, dead)
+        if holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
+            return replace(state, scales=scales, sliced=sliced)
+    raise CheckFailed("a size that the cut changes is divided, which would be wrong at other sizes of the inputs")
+
+
+def restore_attention_scales(state: RewriteState) -> RewriteState:
+    """Write the planned scales into the sliced model."""
+    assert state.sliced is not None and state.scales is not None
+    apply_scales(state.source, state.sliced, state.scales)
+    return state
+
+
+def sort_sliced_nodes(state: RewriteState) -> RewriteState:
+    state.model.graph.sort()
+    return state
+
+
+REWRITE_PASSES = (
+    GraphPass(
+        "split-packed-projections",
+        "rewrite",
+        split_packed_projections,
+        "splits a packed projection whose parts would keep different widths",
+        "before slicing: a tensor has one width per axis",
+    ),
+    GraphPass(
+        "slice",
+        "rewrite",
+        slice_units,
+        "removes units from every constant and recomputes the parameters that spell a size",
+        "needs a graph in which every value stays rectangular",
+    ),
+    GraphPass(
+        "restore-attention-scales",
+        "rewrite",
+        restore_attention_scales,
+        "writes the attention scales of the new widths, and restores other numbers that a shape has changed",
+        "after slicing, which tells which numbers have changed",
+    ),
+    GraphPass(
+        "sort-sliced-nodes",
+        "rewrite",
+        sort_sliced_nodes,
+        "puts nodes into topological order",
+        "after the passes that add nodes",
+    ),
+)
 
 
 def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> None:

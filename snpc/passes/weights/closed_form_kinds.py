@@ -1,12 +1,18 @@
-"""Which closed form each group has, or why it has none."""
+"""The weights around each group, and the closed form that they allow.
+
+``group_weights`` derives both from the traced graph, once per group: ``Analysis.weights`` keeps the result, and
+statistics, fitting and sensitivity analysis read it from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from snpc.passes.analyze import Analysis
+from snpc.passes.grouping.traced import TracedGraph
+from snpc.passes.propagation.state import Contraction
 from snpc.passes.weights.attention_operands import (
     operand_weights,
     score_axes,
@@ -14,57 +20,138 @@ from snpc.passes.weights.attention_operands import (
     value_operands,
     value_weights,
 )
-from snpc.passes.weights.consumers import ConsumerWeight, consumer_uses, single_consumer_weight
+from snpc.passes.weights.consumers import (
+    ConsumerUse,
+    ConsumerWeight,
+    consumer_uses,
+    consumer_weights,
+    single_consumer_weight,
+)
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import Group
+from snpc.types import ClosedFormKind, Group, Role
 
-MAX_REFIT_COLUMNS = 6144  # columns that a reader may see and still be refitted: solving takes time with their cube
+MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
+REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
 
 
-def closed_form_kind(analysis: Analysis, group: Group) -> str:
-    """Which closed form fits the group. Raises NoPlace with the reason where none does."""
-    traced = analysis.traced_graph
+@dataclass(frozen=True)
+class GroupWeights:
+    """The weights that produce and consume a group's units, and the closed form that they allow.
+
+    ``kind`` is None where there is no closed form; ``reason`` then says why, and is empty for a group that only
+    approximates normalization statistics (``refit_normalizations`` fits it when it is known which units go).
+    """
+
+    kind: ClosedFormKind | None
+    reason: str = ""
+    consumers: tuple[ConsumerWeight, ...] = field(default=(), repr=False)
+    """Every weight that reads the units; empty where one of them has an unsupported form."""
+    uses: tuple[tuple[ConsumerUse, ...], ...] = field(default=(), repr=False)
+    """[consumer][node]: the nodes that use each consumer ("low_rank_vo" and "refit" only)."""
+    products: tuple[Contraction, ...] = field(default=(), repr=False)
+    """The products in which query and key meet ("low_rank_qk" and "score_selection" only)."""
+    operands: tuple[tuple[WeightSlice, ...], tuple[WeightSlice, ...]] = field(default=((), ()), repr=False)
+    """The weights that produce the queries, and those that produce the keys ("low_rank_qk" only)."""
+    producers: tuple[WeightSlice, ...] = field(default=(), repr=False)
+    """The weights that produce the values ("low_rank_vo" only)."""
+
+
+class LazyGroupWeights(Mapping[str, GroupWeights]):
+    """``GroupWeights`` by group id, each computed when it is first read."""
+
+    def __init__(self, traced_graph: TracedGraph, groups: Sequence[Group]) -> None:
+        self.traced_graph = traced_graph
+        self.groups = {group.id: group for group in groups}
+        self.computed: dict[str, GroupWeights] = {}
+
+    def __getitem__(self, group_id: str) -> GroupWeights:
+        if group_id not in self.computed:
+            self.computed[group_id] = group_weights(self.traced_graph, self.groups[group_id])
+        return self.computed[group_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def group_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
+    """The weights around one group, and its closed form."""
+    if group.approximate:
+        return GroupWeights(None, consumers=supported_consumers(traced_graph, group))
+    try:
+        return closed_form_weights(traced_graph, group)
+    except UnsupportedWeightForm as error:
+        return GroupWeights(None, str(error), supported_consumers(traced_graph, group))
+
+
+def supported_consumers(traced_graph: TracedGraph, group: Group) -> tuple[ConsumerWeight, ...]:
+    """Every weight that reads the group; none where one of them has an unsupported form."""
+    try:
+        return tuple(consumer_weights(traced_graph, group))
+    except UnsupportedWeightForm:
+        return ()
+
+
+def closed_form_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
+    """As ``group_weights``. Raises UnsupportedWeightForm with the reason where no closed form fits the group."""
     if group.role == "qk" and group.freedom == "basis":
-        check_basis_sites(group, [*operand_weights(traced, group, 0), *operand_weights(traced, group, 1)])
-        shown = {p.tensor for p in group.probes}
-        if any({c.left.name, c.right.name} - shown for c in score_products(traced, group)):
-            raise UnsupportedWeightForm("its activations cannot be watched")
-        return "scores"
+        return query_key_weights(traced_graph, group)
     if group.role == "qk":
-        for product in score_products(traced, group):
+        products = tuple(score_products(traced_graph, group))
+        for product in products:
             score_axes(product, group)
-        return "coupled"
+        return GroupWeights("score_selection", products=products)
     if group.role == "vo" and group.freedom == "basis":
-        reader = single_consumer_weight(traced, group)
-        check_basis_sites(group, [*value_weights(traced, group), reader.place])
-        if len(value_operands(traced, group)) != len(reader.nodes) or len(context_tensors(group)) != len(reader.nodes):
-            raise UnsupportedWeightForm("its activations cannot be watched")
-        return "values"
-    if group.role in ("ffn", "conv", "other", "head", "residual") and group.blocks == 1:
-        for use, *_ in consumer_uses(traced, group):
-            check_refit_size(group, use.reader)
-        return "refit"
+        return value_output_weights(traced_graph, group)
+    if group.role in REFIT_ROLES and group.blocks == 1:
+        uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
+        consumers = tuple(nodes[0].reader for nodes in uses)
+        for consumer in consumers:
+            check_refit_size(group, consumer)
+        return GroupWeights("refit", consumers=consumers, uses=uses)
     raise UnsupportedWeightForm(group.freedom_reason or f"no closed form for {group.role}")
 
 
-def context_tensors(group: Group) -> list[str]:
-    return [p.tensor for p in group.probes if p.kind == "context"]
+def query_key_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
+    """Of a qk group whose basis is free."""
+    queries, keys = (tuple(operand_weights(traced_graph, group, side)) for side in (0, 1))
+    check_basis_sites(group, [*queries, *keys])
+    products = tuple(score_products(traced_graph, group))
+    probed = {probe.tensor for probe in group.probes}
+    if any({product.left.name, product.right.name} - probed for product in products):
+        raise UnsupportedWeightForm("its activations cannot be watched")
+    return GroupWeights("low_rank_qk", products=products, operands=(queries, keys))
 
 
-def check_refit_size(group: Group, reader: ConsumerWeight) -> None:
-    columns = reader.columns * group.size
+def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
+    """Of a vo group whose basis is free."""
+    consumer = single_consumer_weight(traced_graph, group)
+    producers = tuple(value_weights(traced_graph, group))
+    check_basis_sites(group, [*producers, consumer.place])
+    contexts = [probe for probe in group.probes if probe.kind == "context"]
+    if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
+        raise UnsupportedWeightForm("its activations cannot be watched")
+    uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
+    return GroupWeights("low_rank_vo", consumers=(consumer,), uses=uses, producers=producers)
+
+
+def check_refit_size(group: Group, consumer: ConsumerWeight) -> None:
+    """Raise UnsupportedWeightForm where the least-squares system of a refit would be too large."""
+    columns = consumer.columns * group.size
     if columns > MAX_REFIT_COLUMNS:
         raise UnsupportedWeightForm(
             f"its reader sees {columns} columns, more than are solved for ({MAX_REFIT_COLUMNS})"
         )
 
 
-def check_basis_sites(group: Group, found: Sequence[WeightSlice]) -> None:
-    """A change of basis reaches every site of the group, once. Raises NoPlace where it would not."""
+def check_basis_sites(group: Group, slices: Sequence[WeightSlice]) -> None:
+    """A change of basis reaches every site of the group, once. Raises UnsupportedWeightForm where it would not."""
     reached = {(site.tensor, site.axis): np.zeros(len(site.units), np.int64) for site in group.sites}
-    for place in found:
-        for index in place.index:
-            np.add.at(reached[place.tensor, place.axis], index.reshape(-1), 1)
+    for weight_slice in slices:
+        for index in weight_slice.index:
+            np.add.at(reached[weight_slice.tensor, weight_slice.axis], index.reshape(-1), 1)
     for site in group.sites:
         count = reached[site.tensor, site.axis]
         if (count > 1).any():
@@ -73,15 +160,12 @@ def check_basis_sites(group: Group, found: Sequence[WeightSlice]) -> None:
             raise UnsupportedWeightForm(f"{site.tensor} acts on it as well")
 
 
-def closed_form_kinds(analysis: Analysis, groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, str]]:
-    """(group id -> closed form, group id -> why there is none)."""
-    forms: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    for group in groups:
-        if group.approximate:
-            continue  # fitted when it is known what goes, see runtime.norms
-        try:
-            forms[group.id] = closed_form_kind(analysis, group)
-        except UnsupportedWeightForm as reason:
-            skipped[group.id] = str(reason)
-    return forms, skipped
+def closed_form_kinds(weights: Mapping[str, GroupWeights], groups: Sequence[Group]) -> dict[str, ClosedFormKind]:
+    """Group id -> closed form, of these groups that have one."""
+    kinds = {group.id: weights[group.id].kind for group in groups}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def refusal_reasons(weights: Mapping[str, GroupWeights], groups: Sequence[Group]) -> dict[str, str]:
+    """Group id -> why it has no closed form, of these groups that have none."""
+    return {group.id: weights[group.id].reason for group in groups if weights[group.id].reason}

@@ -1,4 +1,4 @@
-"""Weights made for a plan: rotated, or refitted, so that cutting to the plan loses least."""
+"""Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little as possible."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.attention_operands import operand_weights, value_weights
-from snpc.passes.weights.closed_form_kinds import closed_form_kinds
-from snpc.passes.weights.consumers import ConsumerWeight, consumer_weights, single_consumer_weight
+from snpc.passes.weights.closed_form_kinds import GroupWeights, closed_form_kinds, refusal_reasons
+from snpc.passes.weights.consumers import ConsumerWeight
 from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits
 from snpc.planning.plan import SlicePlan
 from snpc.runtime.closed_form.algebra import (
@@ -30,71 +29,86 @@ from snpc.runtime.closed_form.algebra import (
     unit_columns,
 )
 from snpc.runtime.execution.memory import SpillableStore
+from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.moments import ConsumerMoments, GroupMoments, LazyMoments, MomentSet, required_statistics
 from snpc.runtime.statistics.packed_symmetric import unpacked_size
 from snpc.runtime.statistics.statistics import Statistics, check_statistics_match
-from snpc.types import FloatArray, Group, IntArray
+from snpc.types import ClosedFormKind, FloatArray, Group, IntArray
+
+ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")
+"""The kinds that change the basis of a group, so that it keeps its first units."""
 
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """Closed forms of a model for one calibration set. ``forms``: group id -> "scores" or "values" (rotated), "refit"
-    (what reads it) or "coupled" (selected by what the scores lose)."""
+    """Closed forms of a model for one calibration set, by group id.
+
+    ``kinds``: groups that have one. ``bases`` (per block): of those that are rotated. ``elimination_orders`` (per
+    block): of those whose units are selected. ``skipped``: why a group has none.
+    """
 
     analysis: Analysis
-    kinds: Mapping[str, str]
+    kinds: Mapping[str, ClosedFormKind]
     moments: Mapping[str, GroupMoments] = field(repr=False)
     bases: Mapping[str, tuple[LowRankBasis, ...]] = field(repr=False)
     elimination_orders: Mapping[str, tuple[EliminationOrder, ...]] = field(repr=False)
     skipped: Mapping[str, str]
     samples: int
     source: str = ""
-    """What it was measured on, in words."""
+    """The calibration data, in words."""
 
     @classmethod
     def empty(cls, analysis: Analysis) -> ClosedForms:
         return cls(analysis, {}, {}, {}, {}, {}, 0)
 
     def without_refits(self) -> ClosedForms:
-        """The same, without the weights that were noted for trials."""
+        """The same without the refitted weights that were kept for trials."""
         bare = {
-            name: tuple(replace(one, refits={}) for one in found) for name, found in self.elimination_orders.items()
+            group_id: tuple(replace(order, refits={}) for order in orders)
+            for group_id, orders in self.elimination_orders.items()
         }
         return replace(self, elimination_orders=bare)
 
     def loss_curve(self, group: Group) -> FloatArray | None:
-        """[size + 1]: squared output error on the calibration data when so many units per block are kept."""
+        """[size + 1]: squared output error on the calibration data by how many units per block are kept; None where
+        the group has no closed form."""
         if group.id in self.bases:
-            total: FloatArray = np.sum([r.loss for r in self.bases[group.id]], axis=0)
+            total: FloatArray = np.sum([basis.loss for basis in self.bases[group.id]], axis=0)
             return total
         if group.id in self.elimination_orders:
-            return np.asarray(np.sum([e.loss for e in self.elimination_orders[group.id]], axis=0))
+            return np.asarray(np.sum([order.loss for order in self.elimination_orders[group.id]], axis=0))
         return None
 
 
+# -- solving ---------------------------------------------------------------------------------------------------------
+
+
 def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: Sequence[Group]) -> MomentSet:
-    """What the closed forms of these groups need, from what was measured. Raises UserError where that is not in it."""
+    """The moments that the closed forms of these groups take. Raises UserError where they were not measured."""
     check_statistics_match(statistics, analysis)
-    forms, skipped = closed_form_kinds(analysis, groups)
+    kinds = closed_form_kinds(analysis.weights, groups)
     for group in groups:
-        found = statistics.sums.get(group.id, {})
-        needed = required_statistics(analysis, group, forms[group.id]) if group.id in forms else ()
-        missing = [name for name in needed if name not in found or not has_expected_shape(group, name, found[name])]
+        sums = statistics.sums.get(group.id, {})
+        missing = [
+            str(key)
+            for key in required_statistics(analysis.weights[group.id])
+            if str(key) not in sums or not has_expected_shape(group, key, sums[str(key)])
+        ]
         if missing:
             raise UserError(
                 f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
                 "again with the same --roles, --include and --exclude, and without --criterion"
             )
-    moments = LazyMoments(forms, statistics.sums)
-    return MomentSet(analysis, forms, moments, skipped, statistics.samples, statistics.describe_sources())
+    moments, skipped = LazyMoments(kinds, statistics.sums), refusal_reasons(analysis.weights, groups)
+    return MomentSet(kinds, moments, skipped, statistics.samples, statistics.describe_sources())
 
 
-def has_expected_shape(group: Group, name: str, sums: FloatArray) -> bool:
-    kind = name.partition(":")[0]
-    if kind == "joint":  # units of any number of columns, and ones
+def has_expected_shape(group: Group, key: StatisticKey, sums: FloatArray) -> bool:
+    """Has the statistic the shape that this group gives?"""
+    if key.kind == "gram_joint":  # any number of columns per unit, and the column of ones
         size = unpacked_size(len(sums)) if sums.ndim == 1 else None
         return size is not None and size % group.size == 1 % group.size
-    if kind == "apart":
+    if key.kind == "gram_per_repeat":
         return sums.shape[1:] == (group.blocks, group.size + 1, group.size + 1)
     return sums.shape in ((group.blocks, group.size, group.size), (group.blocks, group.size + 1))
 
@@ -103,168 +117,192 @@ def solve_closed_forms(
     analysis: Analysis,
     statistics: Statistics,
     groups: Sequence[Group],
-    fits_at: Mapping[str, Collection[int]] | None = None,
-    shelf: SpillableStore | None = None,
+    refit_widths: Mapping[str, Collection[int]] | None = None,
+    store: SpillableStore | None = None,
 ) -> ClosedForms:
     """Solve the closed forms of these groups for every width.
 
-    ``fits_at``: group id -> widths (of ``closed.steps_of``) for which refitted weights are noted on the way, on
-    ``shelf`` if it is given. Raises UserError where ``statistics`` are of another model, or not of these groups.
+    ``refit_widths``: group id -> widths (of ``elimination_widths``) whose refitted weights are kept for trials, in
+    ``store`` if it is given. Raises UserError where ``statistics`` are of another model, or not of these groups.
     """
-    measured = moments_from_statistics(analysis, statistics, groups)
-    eliminations: dict[str, tuple[EliminationOrder, ...]] = {}
+    moment_set = moments_from_statistics(analysis, statistics, groups)
+    orders: dict[str, tuple[EliminationOrder, ...]] = {}
     for group in groups:
-        if measured.forms.get(group.id) in ("refit", "coupled"):
-            form, widths = measured.forms[group.id], (fits_at or {}).get(group.id, ())
-            found = elimination_orders(analysis.traced_graph, group, form, measured.moments[group.id], widths)
-            eliminations[group.id] = found if shelf is None else tuple(spill_fits(one, shelf) for one in found)
-    return replace(solve_bases(measured, groups), elimination_orders=eliminations)
+        if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
+            moments, widths = moment_set.moments[group.id], (refit_widths or {}).get(group.id, ())
+            solved = elimination_orders(analysis, group, moments, widths)
+            orders[group.id] = solved if store is None else tuple(spill_refits(order, store) for order in solved)
+    return replace(solve_bases(analysis, moment_set, groups), elimination_orders=orders)
 
 
 def elimination_orders(
-    source: TracedGraph, group: Group, form: str, moments: GroupMoments, fits_at: Collection[int] = ()
+    analysis: Analysis, group: Group, moments: GroupMoments, refit_widths: Collection[int] = ()
 ) -> tuple[EliminationOrder, ...]:
     """One per block."""
-    if form == "refit":
-        return (eliminate(least_squares_systems(source, group, moments), group.size, fits_at=fits_at),)
-    assert moments.query_or_loss is not None
-    return tuple(eliminate_by_score_loss(losses) for losses in moments.query_or_loss)
+    if moments.score_loss is not None:
+        return tuple(eliminate_by_score_loss(losses) for losses in moments.score_loss)
+    return (eliminate(least_squares_systems(analysis, group, moments), group.size, fits_at=refit_widths),)
 
 
-def spill_fits(found: EliminationOrder, shelf: SpillableStore) -> EliminationOrder:
-    return replace(found, refits={width: tuple(map(shelf.keep, rows)) for width, rows in found.refits.items()})
+def spill_refits(order: EliminationOrder, store: SpillableStore) -> EliminationOrder:
+    """The same with its refitted weights kept in ``store``."""
+    return replace(order, refits={width: tuple(map(store.keep, rows)) for width, rows in order.refits.items()})
 
 
-def least_squares_systems(source: TracedGraph, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
+def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
+    """One per consumer weight."""
     return [
-        LeastSquaresSystem(seen.moment, reader.matrix(source), relative_ridge(len(seen.moment), seen.count))
-        for reader, seen in zip(consumer_weights(source, group), moments.consumers[0], strict=True)
+        LeastSquaresSystem(
+            inputs.moment, consumer.matrix(analysis.traced_graph), relative_ridge(len(inputs.moment), inputs.count)
+        )
+        for consumer, inputs in zip(analysis.weights[group.id].consumers, moments.consumers[0], strict=True)
     ]
 
 
-def solve_bases(measured: MomentSet, groups: Sequence[Group]) -> ClosedForms:
-    """Only what a given plan needs: no order in which units go."""
-    analysis, forms, moments = measured.analysis, measured.forms, measured.moments
-    rebases = {
-        g.id: low_rank_bases(analysis.traced_graph, g, forms[g.id], moments[g.id])
+def solve_bases(analysis: Analysis, moment_set: MomentSet, groups: Sequence[Group]) -> ClosedForms:
+    """The closed forms without elimination orders, which only the choice of units needs."""
+    bases = {
+        g.id: low_rank_bases(analysis.traced_graph, analysis.weights[g.id], moment_set.moments[g.id])
         for g in groups
-        if forms.get(g.id) in ("scores", "values")
+        if moment_set.kinds.get(g.id) in ROTATED
     }
-    return ClosedForms(analysis, forms, moments, rebases, {}, measured.skipped, measured.samples, measured.source)
-
-
-def low_rank_bases(
-    source: TracedGraph, group: Group, form: str, moments: GroupMoments, edits: WeightEdits | None = None
-) -> tuple[LowRankBasis, ...]:
-    """One per block."""
-    if form == "values":
-        reader = single_consumer_weight(source, group)
-        return tuple(block_basis(moments.consumers[b], reader.rows(source, b, edits)) for b in range(group.blocks))
-    assert moments.query_or_loss is not None and moments.key is not None
-    ridges = (relative_ridge(group.size, moments.count), relative_ridge(group.size, moments.second_count))
-    return tuple(solve_low_rank_qk(q, k, ridges) for q, k in zip(moments.query_or_loss, moments.key, strict=True))
-
-
-def block_basis(contexts: Sequence[ConsumerMoments], rows: FloatArray) -> LowRankBasis:
-    """Of values that one query head reads, or several; ``rows`` [repeats, d, D]."""
-    ridge = relative_ridge(rows.shape[1], sum(c.count for c in contexts))
-    found = solve_low_rank_vo(np.sum([c.moment for c in contexts], axis=0), np.concatenate(list(rows), axis=1), ridge)
-    if len(contexts) == 1:
-        return found
-    return replace(found, loss=shared_value_loss([c.moment for c in contexts], list(rows), found.encode, ridge))
-
-
-def in_rotated_order(compression: ClosedForms, plan: SlicePlan) -> SlicePlan:
-    """The plan with rotated groups keeping their first units, which is where the rotation puts what matters most."""
-    keep = dict(plan.keep)
-    for name in compression.bases:
-        if name in keep:
-            keep[name] = tuple(tuple(range(len(row))) for row in keep[name])
-    return replace(plan, keep=keep)
-
-
-def fit_parallel(compression: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model at its full size with every weight made for the plan: then cutting to the plan loses least."""
-    source = compression.analysis.traced_graph
-    return trace_graph(
-        apply_edits(source, closed_form_edits(compression, plan)), source.dim_sizes, kv_cache=source.kv_cache
+    return ClosedForms(
+        analysis,
+        moment_set.kinds,
+        moment_set.moments,
+        bases,
+        {},
+        moment_set.skipped,
+        moment_set.samples,
+        moment_set.source,
     )
 
 
-def closed_form_edits(compression: ClosedForms, plan: SlicePlan) -> WeightEdits:
-    """Every edit that a plan asks for. What reads whole heads is refitted first, since what is left of it decides on
-    the basis of the values."""
+def low_rank_bases(
+    source: TracedGraph, weights: GroupWeights, moments: GroupMoments, edits: WeightEdits | None = None
+) -> tuple[LowRankBasis, ...]:
+    """One per block; ``edits``: what was changed in the weights before."""
+    if moments.scores is None:
+        (consumer,) = weights.consumers
+        return tuple(
+            value_basis(contexts, consumer.rows(source, block, edits))
+            for block, contexts in enumerate(moments.consumers)
+        )
+    scores = moments.scores
+    size = scores.query.shape[1]
+    ridges = (relative_ridge(size, scores.query_count), relative_ridge(size, scores.key_count))
+    return tuple(solve_low_rank_qk(query, key, ridges) for query, key in zip(scores.query, scores.key, strict=True))
+
+
+def value_basis(contexts: Sequence[ConsumerMoments], rows: FloatArray) -> LowRankBasis:
+    """The basis of values that one query head reads, or several; ``rows`` [repeats, d, D]: their output projections."""
+    ridge = relative_ridge(rows.shape[1], sum(context.count for context in contexts))
+    moments = [context.moment for context in contexts]
+    basis = solve_low_rank_vo(np.sum(moments, axis=0), np.concatenate(list(rows), axis=1), ridge)
+    if len(contexts) == 1:
+        return basis
+    return replace(basis, loss=shared_value_loss(moments, list(rows), basis.encode, ridge))
+
+
+# -- the weights of a plan -------------------------------------------------------------------------------------------
+
+
+def in_rotated_order(closed_forms: ClosedForms, plan: SlicePlan) -> SlicePlan:
+    """The plan with rotated groups keeping their first units: the rotation sorts units by importance."""
+    keep = dict(plan.keep)
+    for group_id in closed_forms.bases:
+        if group_id in keep:
+            keep[group_id] = tuple(tuple(range(len(row))) for row in keep[group_id])
+    return replace(plan, keep=keep)
+
+
+def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
+    """The model at full size, every weight fitted for the plan on the activations of the dense model."""
+    source = closed_forms.analysis.traced_graph
+    return trace_graph(
+        apply_edits(source, closed_form_edits(closed_forms, plan)), source.dim_sizes, kv_cache=source.kv_cache
+    )
+
+
+def closed_form_edits(closed_forms: ClosedForms, plan: SlicePlan) -> WeightEdits:
+    """Every edit of the plan. Consumers of whole heads are refitted first: the basis of the values is solved for what
+    is left of them."""
     edits = WeightEdits()
-    groups = [g for g in compression.analysis.groups if g.id in plan.keep and g.id in compression.kinds]
+    groups = [g for g in closed_forms.analysis.groups if g.id in plan.keep and g.id in closed_forms.kinds]
     for group in sorted(groups, key=lambda g: g.role != "head"):
-        rows, form = plan.keep[group.id], compression.kinds[group.id]
-        if form == "refit":
-            refit_consumers(edits, compression, group, np.array(rows[0], np.int64))
-        elif form in ("scores", "values"):
-            apply_basis(edits, compression, group, form, len(rows[0]))
+        rows, kind = plan.keep[group.id], closed_forms.kinds[group.id]
+        if kind == "refit":
+            refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
+        elif kind in ROTATED:
+            apply_basis(edits, closed_forms, group, len(rows[0]))
     return edits
 
 
-def refit_consumers(edits: WeightEdits, compression: ClosedForms, group: Group, keep: IntArray) -> None:
-    """Refit every weight that reads the group; the mean of what goes is added to the bias behind it."""
-    source = compression.analysis.traced_graph
-    (found,) = compression.elimination_orders.get(group.id, (None,))
-    noted = found.refit_for(keep) if found is not None else None
-    contexts = compression.moments[group.id].consumers[0]
-    for number, (reader, seen) in enumerate(zip(consumer_weights(source, group), contexts, strict=True)):
-        weight, columns = reader.matrix(source, edits), unit_columns(keep, reader.columns)
-        if noted is not None:
-            fitted = noted[number]
+def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
+    """Refit every consumer weight; what the removed units contribute on average is added to the bias behind it."""
+    analysis = closed_forms.analysis
+    (order,) = closed_forms.elimination_orders.get(group.id, (None,))
+    refits = order.refit_for(keep) if order is not None else None
+    inputs = closed_forms.moments[group.id].consumers[0]
+    for number, (consumer, moments) in enumerate(zip(analysis.weights[group.id].consumers, inputs, strict=True)):
+        weight, columns = consumer.matrix(analysis.traced_graph, edits), unit_columns(keep, consumer.columns)
+        if refits is not None:
+            fitted = refits[number]
         else:
-            fitted = refit_rows(seen.moment, weight, columns, relative_ridge(len(seen.moment), seen.count))
-        reader.put(edits, keep, fitted)
-        gap = weight.copy()
-        gap[columns] -= fitted
-        compensate_means(edits, reader, seen, gap)
+            fitted = refit_rows(moments.moment, weight, columns, relative_ridge(len(moments.moment), moments.count))
+        consumer.put(edits, keep, fitted)
+        lost = weight.copy()
+        lost[columns] -= fitted
+        compensate_means(edits, consumer, moments, lost)
 
 
-def compensate_means(edits: WeightEdits, reader: ConsumerWeight, seen: ConsumerMoments, gap: FloatArray) -> None:
-    for node, mean in zip(reader.nodes, seen.means, strict=True):
-        edits.add_bias(str(node.name), mean @ gap)
+def compensate_means(edits: WeightEdits, consumer: ConsumerWeight, moments: ConsumerMoments, lost: FloatArray) -> None:
+    """Add the mean output of the ``lost`` [columns, D] part of a consumer weight to the bias behind each use."""
+    for node, mean in zip(consumer.nodes, moments.means, strict=True):
+        edits.add_bias(str(node.name), mean @ lost)
 
 
-def apply_basis(
-    edits: WeightEdits, compression: ClosedForms, group: Group, form: str, width: int | None = None
-) -> None:
-    """Turn the group so that its first ``width`` units (default: all) say most."""
-    source, width = compression.analysis.traced_graph, group.size if width is None else width
-    parts = compression.bases[group.id]
-    if form == "scores":
-        for side in (0, 1):
-            for place in operand_weights(source, group, side):
-                for block, part in enumerate(parts):
-                    edits.mix(place, block, part.encode if side == 0 else part.decode.T)
+def apply_basis(edits: WeightEdits, closed_forms: ClosedForms, group: Group, width: int | None = None) -> None:
+    """Rotate the group so that its first ``width`` units (default: all) carry most."""
+    source, weights = closed_forms.analysis.traced_graph, closed_forms.analysis.weights[group.id]
+    width = group.size if width is None else width
+    bases = closed_forms.bases[group.id]
+    if weights.kind == "low_rank_qk":
+        for side, slices in enumerate(weights.operands):
+            for weight_slice in slices:
+                for block, basis in enumerate(bases):
+                    edits.mix(weight_slice, block, basis.encode if side == 0 else basis.decode.T)
         return
-    reader, moments = single_consumer_weight(source, group), compression.moments[group.id]
-    if reader.place.tensor in edits.changes:
-        parts = low_rank_bases(source, group, form, moments, edits)
-    for place in value_weights(source, group):
-        for block, part in enumerate(parts):
-            edits.mix(place, block, part.encode)
-    refit_output_projection(edits, source, reader, moments, [part.encode[:, :width] for part in parts])
+    (consumer,), moments = weights.consumers, closed_forms.moments[group.id]
+    if consumer.place.tensor in edits.changes:
+        bases = low_rank_bases(source, weights, moments, edits)
+    for weight_slice in weights.producers:
+        for block, basis in enumerate(bases):
+            edits.mix(weight_slice, block, basis.encode)
+    refit_output_projection(edits, source, consumer, moments, [basis.encode[:, :width] for basis in bases])
 
 
 def refit_output_projection(
-    edits: WeightEdits, source: TracedGraph, reader: ConsumerWeight, moments: GroupMoments, makes: Sequence[FloatArray]
+    edits: WeightEdits,
+    source: TracedGraph,
+    consumer: ConsumerWeight,
+    moments: GroupMoments,
+    encoders: Sequence[FloatArray],
 ) -> None:
-    """Rows of the output projection for values in the bases ``makes``, head by head; what the cut takes from the mean
-    of the contexts goes into the bias."""
-    for block, (make, contexts) in enumerate(zip(makes, moments.consumers, strict=True)):
-        ridge = relative_ridge(len(make), sum(c.count for c in contexts))
-        weights = reader.rows(source, block, edits)
-        for index, seen, weight in zip(reader.place.index, contexts, weights, strict=True):
-            fitted = refit_decoder(seen.moment, make, weight, ridge)
-            write_rows(edits, reader, index[block], fitted)
-            compensate_means(edits, reader, seen, weight - make @ fitted)
+    """Refit the rows of the output projection, head by head, to values in the bases ``encoders``; what the context
+    loses on average is added to the bias."""
+    for block, (encode, contexts) in enumerate(zip(encoders, moments.consumers, strict=True)):
+        ridge = relative_ridge(len(encode), sum(context.count for context in contexts))
+        projections = consumer.rows(source, block, edits)
+        for index, context, projection in zip(consumer.place.index, contexts, projections, strict=True):
+            fitted = refit_decoder(context.moment, encode, projection, ridge)
+            write_rows(edits, consumer, index[block], fitted)
+            compensate_means(edits, consumer, context, projection - encode @ fitted)
 
 
-def write_rows(edits: WeightEdits, reader: ConsumerWeight, where: IntArray, rows: FloatArray) -> None:
-    """Write the first rows of these positions; the others become zero."""
-    whole = np.zeros((len(where), rows.shape[1]))
-    whole[: len(rows)] = rows
-    edits.put(WeightSlice(reader.place.tensor, reader.place.axis, (where[None],)), 0, np.arange(len(where)), whole)
+def write_rows(edits: WeightEdits, consumer: ConsumerWeight, positions: IntArray, rows: FloatArray) -> None:
+    """Write ``rows`` at the first of these positions; the others become zero."""
+    padded = np.zeros((len(positions), rows.shape[1]))
+    padded[: len(rows)] = rows
+    target = WeightSlice(consumer.place.tensor, consumer.place.axis, (positions[None],))
+    edits.put(target, 0, np.arange(len(positions)), padded)

@@ -20,7 +20,6 @@ import onnx_ir as ir
 from snpc.graph.subgraph import Segment, extract_segment
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.consumers import single_consumer_weight
 from snpc.passes.weights.edits import WeightEdits
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
@@ -28,10 +27,12 @@ from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, solve_bases
 from snpc.runtime.closed_form.masked_weights import edited_constants, trial_weights
 from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, ResidualError, add_missing_biases, schedule_stages
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.measure import accumulate
 from snpc.runtime.statistics.moments import GroupMoments, MomentSet, group_moments
 from snpc.runtime.statistics.padding import (
@@ -67,13 +68,12 @@ def fit_layerwise(
     compression: ClosedForms,
     plan: SlicePlan,
     calibration: Calibration,
-    provider: str = "cpu",
-    memory_limit: int | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> TracedGraph:
     """The model at its full size with every weight made for the plan, layer after layer.
 
-    Of what crosses the borders of segments, what is more than ``memory_limit`` bytes (None: half of what is free) lies
-    in temporary files.
+    Values at the borders of segments lie in memory up to ``execution.memory_limit`` bytes, the others in temporary
+    files.
 
     Raises stages.NotSequential where the graph cannot be run in segments.
     """
@@ -84,14 +84,14 @@ def fit_layerwise(
     contents = edited_constants(base, closed_form_edits(compression, before))
     probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.requests)
     padding = find_padding(compression.analysis.traced_graph, probe_row_counters(probes))
-    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(memory_limit)))
-    with token_mask_runner(compression.analysis.traced_graph, padding, provider) as masks:
+    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(execution.memory_limit)))
+    with token_mask_runner(compression.analysis.traced_graph, padding, execution) as masks:
         for feeds in calibration.batches():
             carry.masks.append(masks(feeds))
             carry.dense.append(carry.keep(feeds))
             carry.pruned.append(dict(carry.dense[-1]))
     for stage in stages:
-        contents |= fit_stage(LayerwiseFit(base, plan, before, provider, padding), stage, contents, carry)
+        contents |= fit_stage(LayerwiseFit(base, plan, before, execution, padding), stage, contents, carry)
     return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
 
 
@@ -111,7 +111,7 @@ class LayerwiseFit:
     base: TracedGraph
     plan: SlicePlan
     earlier_plan: SlicePlan
-    provider: str
+    execution: Execution
     padding: PaddingMasks
 
     def model(
@@ -126,7 +126,7 @@ class LayerwiseFit:
         """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
         may need what lies before)."""
         try:
-            with temporary_session(model, provider=self.provider, memory="shared") as run:
+            with temporary_session(model, execution=self.execution, memory="shared") as run:
                 for values in feeds:
                     yield run(values)
         except SessionLoadError as error:
@@ -185,21 +185,24 @@ def solve_stage(
             if name not in sums:
                 sums[name] = np.zeros(array.shape)
             accumulate(sums[name], array)
-    measured = stage_moments(stage, sums, fitting)
+    measured = stage_moments(stage, sums)
     mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    edits = closed_form_edits(solve_bases(measured, stage.groups), replace(fitting.plan, keep=mine))
+    edits = closed_form_edits(
+        solve_bases(fitting.plan.analysis, measured, stage.groups), replace(fitting.plan, keep=mine)
+    )
     for gap in stage.residual_errors:
         compensate_residual_error(edits, fitting, measured.moments[gap.group.id], gap, sums)
     return edits
 
 
-def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray], fitting: LayerwiseFit) -> MomentSet:
-    found: dict[str, dict[str, FloatArray]] = {}
-    for item in stage.requests:
-        mine = found.setdefault(item.group.id, {})
-        mine[item.name] = mine.get(item.name, 0.0) + sums[item.output]
-    moments = {name: group_moments(stage.forms[name], arrays) for name, arrays in found.items()}
-    return MomentSet(fitting.plan.analysis, stage.forms, moments, {})
+def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray]) -> MomentSet:
+    """The moments of the stage's groups, from the sums by output of the instrumented model."""
+    by_group: dict[str, dict[StatisticKey, FloatArray]] = {}
+    for request in stage.requests:
+        arrays = by_group.setdefault(request.group.id, {})
+        arrays[request.key] = arrays.get(request.key, 0.0) + sums[request.output]
+    moments = {group_id: group_moments(stage.kinds[group_id], arrays) for group_id, arrays in by_group.items()}
+    return MomentSet(stage.kinds, moments, {})
 
 
 def dense_input_name(gap: ResidualError) -> str:
@@ -210,7 +213,7 @@ def compensate_residual_error(
     edits: WeightEdits, fitting: LayerwiseFit, moments: GroupMoments, gap: ResidualError, sums: Mapping[str, FloatArray]
 ) -> None:
     """Add to the reader what explains most of the gap behind it from the kept hidden units."""
-    reader = single_consumer_weight(fitting.base, gap.group)
+    (reader,) = fitting.plan.analysis.weights[gap.group.id].consumers
     rows = fitting.plan.keep.get(gap.group.id)
     keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
     (seen,) = moments.consumers[0]

@@ -25,6 +25,7 @@ from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
 from snpc.passes.weights.normalizations import Normalization, affected_normalizations, normalization_consumers
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.padding import find_padding, token_mask_runner
@@ -45,7 +46,7 @@ def without_groups(plan: SlicePlan, groups: Sequence[Group]) -> SlicePlan:
 
 
 def fit_normalizations(
-    source: TracedGraph, plan: SlicePlan, calibration: Calibration, *, provider: str = "cpu"
+    source: TracedGraph, plan: SlicePlan, calibration: Calibration, *, execution: Execution = DEFAULT_EXECUTION
 ) -> TracedGraph:
     """``source`` with the normalisations over what ``plan`` cuts, and what reads them, fitted to the kept channels.
 
@@ -58,7 +59,7 @@ def fit_normalizations(
     norms = affected_normalizations(dense, dead)
     edits = WeightEdits()
     for norm, sums in zip(
-        norms, measure_normalizations(dense, norms, dead, calibration.batches(), provider), strict=True
+        norms, measure_normalizations(dense, norms, dead, calibration.batches(), execution), strict=True
     ):
         gain = fold_affine(edits, norm, sums)
         for reader in normalization_consumers(dense, norm, groups):
@@ -149,7 +150,11 @@ def solve_consumer_refit(
 
 
 def measure_normalizations(
-    dense: TracedGraph, norms: Sequence[Normalization], dead: RemovedUnits, batches: Iterable[Feeds], provider: str
+    dense: TracedGraph,
+    norms: Sequence[Normalization],
+    dead: RemovedUnits,
+    batches: Iterable[Feeds],
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> list[NormalizationSums]:
     """The sums of every norm over the calibration data, in one pass. Padded tokens do not count."""
     padding = find_padding(dense, [(str(norm.output.name), leading_rows) for norm in norms if norm.axis == -1])
@@ -159,8 +164,8 @@ def measure_normalizations(
     names = [f"snpc_{what}_{index}" for index in range(len(norms)) for what in ("zz", "zy")]
     total: list[FloatArray] = []
     with (
-        token_mask_runner(dense, padding, provider) as masks,
-        temporary_session(instrument.model, provider=provider) as run,
+        token_mask_runner(dense, padding, execution) as masks,
+        temporary_session(instrument.model, execution=execution) as run,
     ):
         for feeds in batches:
             found = run({**feeds, **masks(feeds)})

@@ -12,15 +12,13 @@ from snpc.graph.subgraph import Segment, split_into_segments
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.closed_form_kinds import closed_form_kinds
-from snpc.passes.weights.consumers import consumer_weights
 from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
 from snpc.planning.plan import SlicePlan
 from snpc.runtime.closed_form.fit import ClosedForms
 from snpc.runtime.statistics.measure import StatisticRequest, statistic_requests
 from snpc.runtime.statistics.moments import required_statistics
-from snpc.types import Group
+from snpc.types import ClosedFormKind, Group
 
 
 class NotSegmentable(Exception):
@@ -52,34 +50,36 @@ class FitStage:
 
     segment: Segment
     groups: tuple[Group, ...]
-    forms: dict[str, str]
+    kinds: dict[str, ClosedFormKind]
     requests: tuple[StatisticRequest, ...]
     residual_errors: tuple[ResidualError, ...]
 
 
-def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dict[str, str]]:
-    """Groups of the plan that have a closed form, and the feed-forward groups that are not cut but can make up."""
-    wanted = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
-    forms, _ = closed_form_kinds(analysis, wanted)
-    found = [
+def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dict[str, ClosedFormKind]]:
+    """(groups, group id -> closed form) that change weights: those of the plan, and the feed-forward groups that the
+    plan leaves whole but that can compensate for the loss before them."""
+    candidates = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
+    kinds = closed_form_kinds(analysis.weights, candidates)
+    groups = [
         g
-        for g in wanted
-        if forms.get(g.id) not in (None, "coupled")
-        and (g.id in plan.keep or consumers_have_bias(analysis.traced_graph, g))
+        for g in candidates
+        if kinds.get(g.id) not in (None, "score_selection") and (g.id in plan.keep or consumers_have_bias(analysis, g))
     ]
-    return found, {g.id: forms[g.id] for g in found}
+    return groups, {g.id: kinds[g.id] for g in groups}
 
 
-def consumers_have_bias(source: TracedGraph, group: Group) -> bool:
-    return all(existing_bias(node, r.width) is not None for r in consumer_weights(source, group) for node in r.nodes)
+def consumers_have_bias(analysis: Analysis, group: Group) -> bool:
+    """Is a bias added behind every node that reads the group?"""
+    consumers = analysis.weights[group.id].consumers
+    return all(existing_bias(node, consumer.width) is not None for consumer in consumers for node in consumer.nodes)
 
 
-def add_missing_biases(compression: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model in which every reader that will be fitted has a bias (of zeros, if it had none)."""
-    source = compression.analysis.traced_graph
-    groups, forms = groups_to_fit(compression.analysis, plan)
-    readers = [reader for g in groups if forms[g.id] != "scores" for reader in consumer_weights(source, g)]
-    nodes = [(node, reader.width) for reader in readers for node in reader.nodes]
+def add_missing_biases(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
+    """The model in which every consumer weight that will be fitted has a bias (of zeros, if it had none)."""
+    analysis, source = closed_forms.analysis, closed_forms.analysis.traced_graph
+    groups, kinds = groups_to_fit(analysis, plan)
+    consumers = [c for g in groups if kinds[g.id] != "low_rank_qk" for c in analysis.weights[g.id].consumers]
+    nodes = [(node, consumer.width) for consumer in consumers for node in consumer.nodes]
     missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
     if not missing:
         return source
@@ -91,28 +91,33 @@ def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> l
 
     Raises NotSequential where a value that crosses a border cannot be handed from one segment to the next.
     """
-    groups, forms = groups_to_fit(analysis, plan)
+    groups, kinds = groups_to_fit(analysis, plan)
     position = {str(node.name): k for k, node in enumerate(base.model.graph)}
     nodes = list(base.model.graph)
     meets: dict[str, ir.Value] = {}
     ends: dict[str, int] = {}
     for group in groups:
-        if forms[group.id] != "scores":
-            last = max(position[str(n.name)] for r in consumer_weights(analysis.traced_graph, group) for n in r.nodes)
+        if kinds[group.id] != "low_rank_qk":
+            last = max(position[str(n.name)] for c in analysis.weights[group.id].consumers for n in c.nodes)
             value = residual_sum_after(base, nodes[last].outputs[0])
             meets[group.id] = value
             ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
     for group in groups:
-        if forms[group.id] == "scores":
-            closed = max(position[str(c.node.name)] for c in score_products(analysis.traced_graph, group)) + 1
+        if kinds[group.id] == "low_rank_qk":
+            closed = max(position[str(p.node.name)] for p in analysis.weights[group.id].products) + 1
             ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
     found = []
     for segment in split_into_segments(base.model, sorted(set(ends.values()))):
         mine = [g for g in groups if ends[g.id] == segment.last]
-        wanted = statistic_requests(analysis, {g.id: required_statistics(analysis, g, forms[g.id]) for g in mine})
+        wanted = statistic_requests(analysis, {g.id: required_statistics(analysis.weights[g.id]) for g in mine})
         inside = [g for g in mine if is_inside_segment(base, segment, position, g, [w for w in wanted if w.group is g])]
-        gaps = [gap for g in inside if forms[g.id] == "refit" for gap in residual_errors(base, g, meets[g.id], wanted)]
-        chosen = {g.id: forms[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
+        gaps = [
+            gap
+            for g in inside
+            if kinds[g.id] == "refit"
+            for gap in residual_errors(analysis, base, g, meets[g.id], wanted)
+        ]
+        chosen = {g.id: kinds[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
         kept = tuple(g for g in inside if g.id in chosen)
         found.append(FitStage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
     while found and not found[-1].groups:
@@ -145,21 +150,21 @@ def residual_sum_after(base: TracedGraph, value: ir.Value) -> ir.Value:
             return value
 
 
-def residual_sums(base: TracedGraph, group: Group) -> list[ir.Value]:
-    """Where what the group does has joined the other activations, for every use of every weight that reads it. Raises
-    NoPlace where one has not the form that can be refitted."""
-    nodes = [node for reader in consumer_weights(base, group) for node in reader.nodes]
-    return [residual_sum_after(base, node.outputs[0]) for node in nodes]
+def residual_sums(analysis: Analysis, group: Group) -> list[ir.Value]:
+    """The values in which the group's contribution has joined the other activations, one per node that reads the group.
+    None where one of its consumer weights has an unsupported form."""
+    nodes = [node for consumer in analysis.weights[group.id].consumers for node in consumer.nodes]
+    return [residual_sum_after(analysis.traced_graph, node.outputs[0]) for node in nodes]
 
 
 def residual_values(analysis: Analysis) -> tuple[str, ...]:
     """Names of the values behind each attention and feed-forward layer, where it has joined the residual stream; in the
     order of the graph. A pruned file has them under the same names, and as wide unless the stream itself was cut."""
     base = analysis.traced_graph
-    forms, _ = closed_form_kinds(analysis, [g for g in analysis.groups if g.prunable])
-    fitted = [g for g in analysis.groups if forms.get(g.id, "scores") not in ("scores", "coupled")]
-    found = {str(value.name) for g in fitted for value in residual_sums(base, g)}
-    return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in found)
+    kinds = closed_form_kinds(analysis.weights, [g for g in analysis.groups if g.prunable])
+    groups = [g for g in analysis.groups if kinds.get(g.id) in ("low_rank_vo", "refit")]
+    names = {str(value.name) for g in groups for value in residual_sums(analysis, g)}
+    return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in names)
 
 
 def is_inside_segment(
@@ -176,14 +181,14 @@ def is_inside_segment(
 
 
 def residual_errors(
-    base: TracedGraph, group: Group, value: ir.Value, wanted: Sequence[StatisticRequest]
+    analysis: Analysis, base: TracedGraph, group: Group, value: ir.Value, wanted: Sequence[StatisticRequest]
 ) -> list[ResidualError]:
     """The group's gap, where its rows are those of the hidden units; else nothing."""
-    probe = next((w for w in wanted if w.group is group and w.kind == "joint"), None)
-    found = consumer_weights(base, group)
-    if len(found) != 1 or found[0].columns != 1 or len(found[0].nodes) != 1:
+    probe = next((w for w in wanted if w.group is group and w.key.kind == "gram_joint"), None)
+    consumers = analysis.weights[group.id].consumers
+    if len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
         return []
-    width = found[0].width
+    width = consumers[0].width
     shapes = {str(v.name): shape for v, shape in base.facts.shape.items()}
     behind, hidden = shapes.get(str(value.name)), shapes.get(probe.probe.tensor) if probe else None
     if probe is None or not behind or not hidden or behind[:-1] != hidden[:-1] or behind[-1] != width:

@@ -10,6 +10,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.types import AnyArray
 
@@ -22,8 +23,10 @@ class EvaluationData:
     labels: AnyArray | None = None
 
 
-def collect_outputs(path: Path, judge: EvaluationData, provider: str) -> list[dict[str, AnyArray]]:
-    runner = open_runner(path, provider=provider)
+def collect_outputs(
+    path: Path, judge: EvaluationData, execution: Execution = DEFAULT_EXECUTION
+) -> list[dict[str, AnyArray]]:
+    runner = open_runner(path, execution=execution)
     return [runner.run(feeds) for feeds in judge.data.batches()]
 
 

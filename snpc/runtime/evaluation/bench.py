@@ -8,8 +8,6 @@ round. What slows the machine down for a while then slows them all; a speed-up i
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import check_feeds, random_feeds, shape_text
+from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.runners import Runner, open_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
 
@@ -134,8 +134,7 @@ class BenchResult:
 def bench(
     paths: Sequence[Path],
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
     batch: int = 1,
     shapes: Mapping[str, Shape] | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -158,7 +157,7 @@ def bench(
     """
     _check_request(paths, warmup, iterations, duration, percentiles)
     labels = _model_labels(paths)
-    runners = [open_runner(path, provider=provider, threads=threads) for path in paths]
+    runners = [open_runner(path, execution=execution) for path in paths]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
     if data is None:
         _check_axis_options(inputs, batch, sizes or {})
@@ -364,19 +363,6 @@ def _describe_machine(runners: Sequence[Runner]) -> Machine:
         cores=available_cores(),
         runtime=", ".join(dict.fromkeys(runner.version for runner in runners)),
     )
-
-
-def available_cores() -> int:
-    """How many this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux knows it, else as Python does (often only the architecture)."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(named), "") or platform.processor() or platform.machine()
 
 
 def _timing_cells(timing: Timing, shown: Sequence[float]) -> tuple[str, ...]:

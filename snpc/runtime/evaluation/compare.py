@@ -17,6 +17,7 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.propagation.removal import SlicedShape
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import RewrittenModel
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import release_free_memory
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.execution.temporary_session import runs_in_float32, temporary_session
@@ -161,16 +162,18 @@ def max_relative(differences: Sequence[Difference]) -> float:
     return max((d.relative for d in differences), default=0.0)
 
 
-def run_batches(path: Path, batches: Sequence[Feeds], provider: str) -> list[dict[str, AnyArray]]:
+def run_batches(
+    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
+) -> list[dict[str, AnyArray]]:
     """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
 
     bfloat16 is run in float32 where onnxruntime has no arithmetic in it.
     """
     model = ir.load(path)
-    if runs_in_float32(model, provider):
-        with temporary_session(model, provider=provider, optimise="basic", memory="least") as run:
+    if runs_in_float32(model, execution):
+        with temporary_session(model, execution=execution, optimise="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
-    session = open_session(path, provider=provider, optimise="basic", memory="least")
+    session = open_session(path, execution=execution, optimise="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
     mine = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
     found = [run_session(session, feeds, name=path.name) for feeds in mine]
@@ -184,7 +187,7 @@ def compare_models(
     pruned: Path,
     rewritten: RewrittenModel | None,
     batches: Sequence[Feeds],
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
     fed: Sequence[Feeds] | None = None,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
     """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
@@ -195,7 +198,7 @@ def compare_models(
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
-        narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], provider)
+        narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     moved = aggregate([measure_differences(narrow_caches(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
@@ -205,7 +208,7 @@ def compare_models(
         path = Path(folder) / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
-        masked = run_batches(path, fed or batches, provider)
+        masked = run_batches(path, fed or batches, execution)
     return aggregate(
         [measure_differences(narrow_caches(a, cut), b) for a, b in zip(masked, narrow, strict=True)]
     ), moved

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,12 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
-from snpc.runtime.evaluation.bench import available_cores, bench, cpu_name
+from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
@@ -71,7 +72,7 @@ class Workload:
 
 
 def time_pair(
-    analysis: Analysis, base: Path, other: Path, workload: Workload, provider: str = "cpu"
+    analysis: Analysis, base: Path, other: Path, workload: Workload, execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[float, float]:
     """(ms of ``base``, time of ``other`` as a share of it): medians of interleaved rounds.
 
@@ -79,8 +80,7 @@ def time_pair(
     """
     found = bench(
         [base, other],
-        provider=provider,
-        threads=workload.threads,
+        execution=replace(execution, threads=workload.threads or execution.threads),
         batch=workload.batch,
         shapes=workload.shapes,
         sizes=workload.dim_sizes(analysis),
@@ -123,15 +123,19 @@ def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
 
 
 def latency_table(
-    analysis: Analysis, roles: Sequence[str], *, workload: Workload | None = None, provider: str = "cpu"
+    analysis: Analysis,
+    roles: Sequence[str],
+    *,
+    workload: Workload | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> LatencyTable:
     """The table of these roles: from the cache, or measured and cached. Raises UserError as ``time_pair``."""
     workload = workload or Workload()
-    file = cache_folder() / f"latency-{cache_key(analysis, roles, workload, provider)}.json"
+    file = cache_folder() / f"latency-{cache_key(analysis, roles, workload, execution)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is measured again
         data = json.loads(file.read_text())
         return LatencyTable(float(data["dense"]), float(data["base"]), {r: tuple(data["roles"][r]) for r in roles})
-    table = measure_table(analysis, roles, workload, provider)
+    table = measure_table(analysis, roles, workload, execution)
     with suppress(OSError):  # a home that cannot be written to costs time only
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as temporary:
@@ -139,19 +143,19 @@ def latency_table(
     return table
 
 
-def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> LatencyTable:
+def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> LatencyTable:
     with tempfile.TemporaryDirectory(prefix="snpc-") as name:
         folder = Path(name)
         original = workload.timed_file(analysis.model.path, folder / "dense")
         base = workload.timed_file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
-        dense, ratio = time_pair(analysis, original, base, workload, provider)
+        dense, ratio = time_pair(analysis, original, base, workload, execution)
         saved = {}
         for role in roles:
             parts = []
             for share in KEPT_SHARES:
                 narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
                 other = workload.timed_file(narrow, folder / "narrow")
-                parts.append(1 - time_pair(analysis, base, other, workload, provider)[1])
+                parts.append(1 - time_pair(analysis, base, other, workload, execution)[1])
             saved[role] = tuple(parts)
     return LatencyTable(dense, dense * ratio, saved)
 
@@ -167,11 +171,11 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
     return path
 
 
-def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, provider: str) -> str:
+def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> str:
     """A name for all that times depend on."""
     import onnxruntime as ort
 
-    machine = [cpu_name(), available_cores(), ort.__version__, provider]
+    machine = [cpu_name(), available_cores(), ort.__version__, execution.provider]
     made = workload.artifact.name if workload.artifact else ""
     run = asdict(replace(workload, artifact=None))
     what = [
@@ -186,9 +190,5 @@ def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, prov
 
 
 def cache_folder() -> Path:
-    """The user's own: ``$XDG_CACHE_HOME/snpc``, or what the system has for it."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "snpc"
-    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "snpc" / "Cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "snpc"
+    """Where the system keeps a user's caches: ``$XDG_CACHE_HOME/snpc`` or ``~/.cache/snpc`` on Linux."""
+    return platformdirs.user_cache_path("snpc", appauthor=False)

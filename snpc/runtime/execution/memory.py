@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import tempfile
 import weakref
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.graph.shapes import weight_bytes
+from snpc.runtime.execution.machine import free_memory
 from snpc.types import AnyArray, Model
 
 BYTE_UNITS = {
@@ -28,8 +27,6 @@ BYTE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-FALLBACK_FREE_BYTES = 2 * 2**30  # taken for free where the system does not say
-
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 GIB = 1 << 30
@@ -42,29 +39,6 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
     return size
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping: the machine's, or what is left to this process's container."""
-    found = [n for n in (machine_free_bytes(), container_free_bytes()) if n is not None]
-    return max(min(found, default=FALLBACK_FREE_BYTES), 0)
-
-
-def machine_free_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        return told[0] if told else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):  # another system
-        return None
-
-
-def container_free_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    try:
-        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        return most - used
-    except (OSError, ValueError):  # no such limit ("max"), or another system
-        return None
 
 
 def release_free_memory() -> None:

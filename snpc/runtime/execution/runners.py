@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.session import (
     ORT_DTYPES,
     first_lines,
@@ -50,16 +51,16 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(path: Path, *, provider: str = "cpu", threads: int = 0) -> Runner:
+def open_runner(path: Path, *, execution: Execution = DEFAULT_EXECUTION) -> Runner:
     """Load ``path`` by its suffix: .xml is an OpenVINO IR, .engine, .plan and .trt are TensorRT's, the rest is
     onnxruntime's. UserError: it does not load, or the machine or package that it needs is missing."""
     if path.suffix in (OPENVINO_SUFFIX, *ENGINE_SUFFIXES) and not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == OPENVINO_SUFFIX:
-        return open_openvino(path, threads)
+        return open_openvino(path, execution.threads or 0)
     if path.suffix in ENGINE_SUFFIXES:
         raise UserError(f"{path}: engines are not run by this version; time it with trtexec --loadEngine")
-    return OnnxRuntimeRunner(path.name, open_session(path, provider=provider, threads=threads))
+    return OnnxRuntimeRunner(path.name, open_session(path, execution=execution))
 
 
 @dataclass(frozen=True)

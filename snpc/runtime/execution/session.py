@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.types import AnyArray, Feeds, TensorSpec
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class SessionLoadError(UserError):
 def open_session(
     model: Path | bytes,
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
     optimise: OptimizationLevel = "all",
     memory: MemoryMode = "own",
     entries: Mapping[str, str] | None = None,
@@ -77,17 +77,18 @@ def open_session(
 
     ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
 
-    ``threads``: intra-op threads, 0 leaves the number to onnxruntime. UserError: the provider is not in this
+    UserError: the provider is not in this
     onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
     """
     import onnxruntime as ort
 
+    threads = execution.threads or 0
     if threads < 0:
         raise UserError(f"threads {threads} is negative; 0 lets onnxruntime choose")
     name = _model_name(model)
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
-    wanted = resolve_provider(provider)
+    wanted = resolve_provider(execution.provider)
     ort.set_default_logger_severity(4)
     _preload_cuda_libraries(wanted)
     try:
@@ -105,7 +106,12 @@ def open_session(
 
 
 def save_optimized(
-    model: Path, target: Path, *, provider: str = "cpu", form: Literal["ONNX", "ORT"] = "ONNX", external: str = ""
+    model: Path,
+    target: Path,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+    form: Literal["ONNX", "ORT"] = "ONNX",
+    external: str = "",
 ) -> None:
     """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
 
@@ -115,7 +121,7 @@ def save_optimized(
     if external:
         entries["session.optimized_model_external_initializers_file_name"] = external
         entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
-    open_session(model, provider=provider, entries=entries, saved=target)
+    open_session(model, execution=execution, entries=entries, saved=target)
 
 
 def resolve_provider(provider: str) -> str:

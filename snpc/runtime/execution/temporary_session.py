@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from snpc.ops.names import TYPE_ATTRIBUTES
 from snpc.passes.canonicalization.finalize import finalize
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import release_free_memory
 from snpc.runtime.execution.session import (
     PROVIDERS,
@@ -33,8 +34,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def temporary_session(
     model: ir.Model,
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
     optimise: OptimizationLevel = "all",
     memory: MemoryMode = "lean",
     external: bool = False,
@@ -43,11 +43,11 @@ def temporary_session(
 
     bfloat16 is run as float32 where onnxruntime has no arithmetic in it; then outputs are float32 too.
     """
-    wide = runs_in_float32(model, provider)
+    wide = runs_in_float32(model, execution)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "model.onnx"
         save(widen_bfloat16(finalize(model)) if wide else finalize(model), path, external)
-        held = [open_session(path, provider=provider, threads=threads, optimise=optimise, memory=memory)]
+        held = [open_session(path, execution=execution, optimise=optimise, memory=memory)]
         names = {i.name for i in held[0].get_inputs()}
 
         def run(feeds: Feeds) -> dict[str, AnyArray]:
@@ -66,10 +66,10 @@ def temporary_session(
 # -- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
-def runs_in_float32(model: ir.Model, provider: str) -> bool:
+def runs_in_float32(model: ir.Model, execution: Execution) -> bool:
     """Does ``temporary_session`` run this model in float32? onnxruntime's CPU provider has no arithmetic in
     bfloat16."""
-    if resolve_provider(provider) != PROVIDERS["cpu"]:
+    if resolve_provider(execution.provider) != PROVIDERS["cpu"]:
         return False
     values = [*model.graph.initializers.values(), *model.graph.inputs]
     return any(value.dtype == ir.DataType.BFLOAT16 for value in values)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
+from snpc.graph.pass_manager import PassObserver
 from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
@@ -26,9 +27,10 @@ from snpc.types import Model, TensorSpec
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
-def load(path: str | os.PathLike[str]) -> Model:
-    """Read an ONNX file and bring it into the normal form (see ``passes.canonicalise``).
+def load(path: str | os.PathLike[str], observer: PassObserver | None = None) -> Model:
+    """Read an ONNX file and bring it into the canonical form (see ``passes.canonicalization``).
 
+    ``observer`` is called after each graph pass.
     External data stays where it is and is read when needed. Raises UserError for anything that is not a readable
     ONNX model.
     """
@@ -50,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     try:
         graph = ir.from_proto(proto)
         resolve_external_data(graph, where.parent)
-        graph = canonicalize(graph)
+        graph = canonicalize(graph, observer)
         check_producers(graph, where)
         check_serializable(graph)
     except UserError:

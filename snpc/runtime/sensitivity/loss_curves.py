@@ -18,6 +18,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import elimination_widths
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
 from snpc.runtime.closed_form.masked_weights import changed_constants, edited_constants, trial_weights
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
@@ -48,8 +49,7 @@ def measure_loss_curves(
     groups: Sequence[Group],
     choice: Budget | None = None,
     *,
-    memory_limit: int | None = None,
-    provider: str = "cpu",
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> dict[str, FloatArray]:
     """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
 
@@ -59,8 +59,8 @@ def measure_loss_curves(
     plan that these curves make, where these are new. A group's measurements see different samples in turn, so that a
     line through them averages over more of them.
 
-    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Of what the dense
-    model gives, what is more than ``memory_limit`` bytes (None: half of what is free) is kept in temporary files.
+    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Outputs of the
+    dense model lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files.
     Raises UserError where the target of ``choice`` is out of reach.
     """
     analysis = compression.analysis
@@ -74,10 +74,10 @@ def measure_loss_curves(
     }
     padding = find_padding(analysis.traced_graph, [(spec.name, leading_axes) for spec in analysis.model.outputs])
     with (
-        token_mask_runner(analysis.traced_graph, padding, provider) as masks,
-        open_segmented_model(analysis, touched, provider) as chain,
+        token_mask_runner(analysis.traced_graph, padding, execution) as masks,
+        open_segmented_model(analysis, touched, execution) as chain,
     ):
-        shelf = SpillableStore(memory_budget(memory_limit))
+        shelf = SpillableStore(memory_budget(execution.memory_limit))
         pools = [
             [
                 TrialBatch(chain.dense_states(feeds, shelf), output_token_masks(masks(feeds), padding))

@@ -13,9 +13,9 @@ from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.weights.edits import UnsupportedWeightForm
 from snpc.runtime.closed_form.masked_weights import constant_array
 from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import RunFunction, temporary_session
@@ -71,7 +71,7 @@ class SegmentedModel:
 
 @contextmanager
 def open_segmented_model(
-    analysis: Analysis, changed: Mapping[str, Collection[str]], provider: str
+    analysis: Analysis, changed: Mapping[str, Collection[str]], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[SegmentedModel]:
     """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
     names of the constants that a change of it touches."""
@@ -82,9 +82,9 @@ def open_segmented_model(
         try:
             found = split_into_segments(source.model, sorted(set(ends)))
             check_boundary_types(source, found)
-            pieces = open_segments(source, found, names, provider, stack)
+            pieces = open_segments(source, found, names, execution, stack)
         except (NotSegmentable, SessionLoadError):  # then in one piece
-            pieces = open_segments(source, split_into_segments(source.model, []), names, provider, stack)
+            pieces = open_segments(source, split_into_segments(source.model, []), names, execution, stack)
         spans = {}
         for name, mine in changed.items():
             used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(mine)]
@@ -93,28 +93,28 @@ def open_segmented_model(
 
 
 def open_segments(
-    source: TracedGraph, found: Sequence[Segment], names: set[str], provider: str, stack: ExitStack
+    source: TracedGraph, found: Sequence[Segment], names: set[str], execution: Execution, stack: ExitStack
 ) -> tuple[SegmentSession, ...]:
     """What is open is closed with ``stack``, but for where one piece does not load: then none stays open."""
     with ExitStack() as mine:
-        pieces = tuple(open_segment(source, segment, names, provider, mine) for segment in found)
+        pieces = tuple(open_segment(source, segment, names, execution, mine) for segment in found)
         stack.push(mine.pop_all())
     return pieces
 
 
 def open_segment(
-    source: TracedGraph, segment: Segment, names: set[str], provider: str, stack: ExitStack
+    source: TracedGraph, segment: Segment, names: set[str], execution: Execution, stack: ExitStack
 ) -> SegmentSession:
     model = extract_segment(source.model, segment, source.facts)
     weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
     fixed = stack.enter_context(
-        temporary_session(finalize(model.clone() if weights else model), provider=provider, memory="shared")
+        temporary_session(finalize(model.clone() if weights else model), execution=execution, memory="shared")
     )
     if not weights:
         return SegmentSession(segment, fixed, fixed, weights)
     # opened before it is cleaned: constants that are equal now need not be so once they are changed
     opened = stack.enter_context(
-        temporary_session(finalize(weights_to_inputs(model, names)), provider=provider, memory="shared")
+        temporary_session(finalize(weights_to_inputs(model, names)), execution=execution, memory="shared")
     )
     return SegmentSession(segment, fixed, opened, weights)
 
@@ -122,10 +122,7 @@ def open_segment(
 def segment_ends(analysis: Analysis, group: Group) -> list[int]:
     """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
     is clear."""
-    try:
-        producers = [value.producer() for value in residual_sums(analysis.traced_graph, group)]
-    except UnsupportedWeightForm:
-        return []
+    producers = [value.producer() for value in residual_sums(analysis, group)]
     position = {n: k for k, n in enumerate(analysis.traced_graph.model.graph)}
     return [position[p] + 1 for p in producers if p is not None]
 

@@ -206,9 +206,9 @@ class Instrument:
             "energy": self.energy,
             "gram": self.gram,
             "moment": self.moment,
-            "centred": self.gram_centered,
-            "sums": self.row_sums,
-            "apart": self.gram_per_repeat,
+            "gram_centered": self.gram_centered,
+            "row_sums": self.row_sums,
+            "gram_per_repeat": self.gram_per_repeat,
         }
         self.add_output(kinds[kind](probe, blocks, size), output)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.criteria import Criterion
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.passes.propagation.state import Contraction
-from snpc.passes.weights.attention_operands import score_products
-from snpc.passes.weights.consumers import consumer_uses
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
+from snpc.runtime.statistics.gate_gradients import GATE_PREFIX
 from snpc.runtime.statistics.instrument import Instrument
+from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import packed_length
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters, token_mask_runner
 from snpc.runtime.statistics.score_loss import score_loss_matrix
@@ -30,67 +32,62 @@ STATISTIC_BYTES = 4 + 8  # bytes of a statistic's element: as it comes, and in t
 
 @dataclass(frozen=True)
 class StatisticRequest:
-    """One statistic of one group: ``kind`` is a method of ``Instrument`` (energy, gram, moment, centred, sums, apart,
-    joint), or "coupled"; ``output`` names the instrumented model's output. ``use`` is named "0.1" where it is what the
-    second node sees that uses the first reader; ``product`` that in which ``probe`` meets its ``partner``."""
+    """One statistic to measure for a group, as ``output`` of the instrumented model.
+
+    ``probe``: the activation. ``window``: the convolution through which it is read, if any. ``columns``: how many
+    columns show one unit. ``product``: for "score_loss", the product in which ``probe`` meets ``partner``.
+    """
 
     group: Group
     probe: Probe
-    kind: str
+    key: StatisticKey
     output: str
-    key: str = ""
     window: ir.Node | None = None
     columns: int = 1
     product: Contraction | None = None
     partner: Probe | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.kind}:{self.probe.kind}{'#' if self.key else ''}{self.key}"
-
     def add_to(self, instrument: Instrument) -> None:
-        """As a new output of the instrumented model."""
-        if self.kind == "joint":
+        """Add the statistic to the instrumented model, as a new output."""
+        if self.key.kind == "gram_joint":
             instrument.add_output(instrument.gram_joint(self.probe, self.group.size, self.window), self.output)
         elif self.product is not None:
             instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
         else:
-            instrument.add_statistic(self.kind, self.probe, self.group.blocks, self.group.size, self.output)
+            instrument.add_statistic(self.key.kind, self.probe, self.group.blocks, self.group.size, self.output)
 
 
-def statistic_requests(analysis: Analysis, names: Mapping[str, Sequence[str]]) -> list[StatisticRequest]:
-    """Statistics to measure: group id -> names such as "gram:query"."""
-    found: list[StatisticRequest] = []
+def criterion_keys(criterion: Criterion, group: Group) -> list[StatisticKey]:
+    """The statistics that a criterion asks for; what it asks of gates is measured by ``gate_gradients``."""
+    return [StatisticKey.parse(name) for name in criterion.probes(group.role) if not name.startswith(GATE_PREFIX)]
+
+
+def statistic_requests(analysis: Analysis, keys: Mapping[str, Sequence[StatisticKey]]) -> list[StatisticRequest]:
+    """One request per statistic and activation; ``keys``: group id -> statistics to measure."""
+    requests: list[StatisticRequest] = []
     for group in analysis.groups:
-        for name in names.get(group.id, ()):
-            kind, _, rest = name.partition(":")
-            probe_kind, sharp, use = rest.partition("#")
-            if kind == "coupled":
-                products = score_products(analysis.traced_graph, group)
-                found += [score_loss_request(group, c, f"snpc_stat_{len(found) + k}") for k, c in enumerate(products)]
-                continue
-            if sharp:
-                found.append(consumer_request(analysis, group, kind, use, f"snpc_stat_{len(found)}"))
-                continue
-            for probe in group.probes:
-                if probe.kind == probe_kind:
-                    found.append(StatisticRequest(group, probe, kind, f"snpc_stat_{len(found)}"))
-    return found
+        for key in keys.get(group.id, ()):
+            for request in requests_of_key(analysis, group, key):
+                requests.append(replace(request, output=f"snpc_stat_{len(requests)}"))
+    return requests
 
 
-def score_loss_request(group: Group, product: Contraction, output: str) -> StatisticRequest:
-    """What the scores of one product lose."""
-    probes = {p.tensor: p for p in group.probes}
-    query, key = probes[product.left.name], probes[product.right.name]
-    return StatisticRequest(group, query, "coupled", output, product=product, partner=key)
+def requests_of_key(analysis: Analysis, group: Group, key: StatisticKey) -> list[StatisticRequest]:
+    """The requests of one statistic, outputs without a name yet."""
+    if key.kind == "score_loss":
+        return [score_loss_request(group, key, product) for product in analysis.weights[group.id].products]
+    if key.consumer is not None and key.use is not None:
+        use = analysis.weights[group.id].uses[key.consumer][key.use]
+        window = use.node if use.reader.taps > 1 else None
+        return [StatisticRequest(group, use.probe, key, "", window, use.reader.columns)]
+    return [StatisticRequest(group, probe, key, "") for probe in group.probes if probe.kind == key.probe]
 
 
-def consumer_request(analysis: Analysis, group: Group, kind: str, use: str, output: str) -> StatisticRequest:
-    """A statistic of what one node sees that uses a reader."""
-    reader, _, node = use.partition(".")
-    seen = consumer_uses(analysis.traced_graph, group)[int(reader)][int(node)]
-    window = seen.node if seen.reader.taps > 1 else None
-    return StatisticRequest(group, seen.probe, kind, output, use, window, seen.reader.columns)
+def score_loss_request(group: Group, key: StatisticKey, product: Contraction) -> StatisticRequest:
+    """The error of the scores of one product."""
+    probes = {probe.tensor: probe for probe in group.probes}
+    query, partner = probes[product.left.name], probes[product.right.name]
+    return StatisticRequest(group, query, key, "", product=product, partner=partner)
 
 
 def split_by_memory(
@@ -137,12 +134,13 @@ def measurement_bytes(wanted: Sequence[StatisticRequest], elements: Mapping[str,
 
 def statistic_elements(item: StatisticRequest, batch: int) -> int:
     blocks, size = item.group.blocks, item.group.size
-    if item.kind == "joint":
+    kind = item.key.kind
+    if kind == "gram_joint":
         return packed_length(size * item.columns + 1)
-    if item.kind == "apart":
+    if kind == "gram_per_repeat":
         return item.columns * blocks * (size + 1) ** 2
-    square = item.kind in ("gram", "moment", "centred", "coupled")
-    per_sample = item.kind in ("gram", "energy")
+    square = kind in ("gram", "moment", "gram_centered", "score_loss")
+    per_sample = kind in ("gram", "energy")
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
 
 
@@ -151,8 +149,7 @@ def measure_batches(
     wanted: Sequence[StatisticRequest],
     batches: Iterable[Feeds],
     *,
-    provider: str = "cpu",
-    threads: int = 0,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[dict[str, AnyArray]]:
     """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
     are for the caller, in float64). Padded tokens do not count.
@@ -164,8 +161,8 @@ def measure_batches(
     for item in wanted:
         item.add_to(instrument)
     with (
-        token_mask_runner(source, padding, provider, threads) as masks,
-        temporary_session(instrument.model, provider=provider, threads=threads) as run,
+        token_mask_runner(source, padding, execution) as masks,
+        temporary_session(instrument.model, execution=execution) as run,
     ):
         for feeds in batches:
             yield run({**feeds, **masks(feeds)})

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snpc.passes.analyze import Analysis
-from snpc.passes.weights.closed_form_kinds import context_tensors
-from snpc.passes.weights.consumers import consumer_uses
+from snpc.passes.weights.closed_form_kinds import GroupWeights
+from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
-from snpc.types import FloatArray, Group
+from snpc.types import ClosedFormKind, FloatArray
 
-CLOSED_FORM_STATISTICS = frozenset(
-    {"moment", "centred", "sums", "apart", "joint", "coupled"}
-)  # of the statistics that closed forms take
 CHUNK_ROWS = 64  # rows
 ROUNDING_ERROR = (
     1e-6  # of the square of a mean: what rounding leaves of it, times the root of how many columns there are
@@ -34,63 +30,81 @@ class ConsumerMoments:
 
 
 @dataclass(frozen=True)
-class GroupMoments:
-    """Second moments of a group's activations, as its form needs them.
+class ScoreMoments:
+    """For "low_rank_qk": ``query`` [blocks, d, d], the second moment of the queries over ``query_count`` rows, and
+    ``key`` [blocks, d, d], that of the centered keys over ``key_count`` rows."""
 
-    "scores": ``first`` (queries) and ``second`` (centred keys) [blocks, d, d], over ``count`` and ``second_count``
-    rows. "coupled": ``first``, what the scores lose [blocks, size, size]. "values": ``context_tensors``
-    [blocks][repeats].
-    "refit": ``context_tensors`` [1][readers].
+    query: FloatArray
+    key: FloatArray
+    query_count: float
+    key_count: float
+
+
+@dataclass(frozen=True)
+class GroupMoments:
+    """Second moments of a group's activations. Its closed form fills one of the fields.
+
+    ``scores``: "low_rank_qk". ``score_loss`` [blocks, size, size]: "score_selection", see ``score_loss.py``.
+    ``consumers``: [blocks][repeats] of "low_rank_vo", [1][consumers] of "refit".
     """
 
-    query_or_loss: FloatArray | None = None
-    key: FloatArray | None = None
-    count: float = 0.0
-    second_count: float = 0.0
+    scores: ScoreMoments | None = None
+    score_loss: FloatArray | None = None
     consumers: tuple[tuple[ConsumerMoments, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class MomentSet:
-    """Moments of the groups that have a closed form. ``forms``: group id -> "scores", "coupled", "values" or "refit";
-    ``skipped``: group id -> why it has none; ``samples`` calibration samples were used, of ``source``."""
+    """Moments by group id, of the groups that have a closed form (``kinds``). ``skipped``: group id -> why it has none;
+    ``samples`` calibration samples were used, of ``source``."""
 
-    analysis: Analysis
-    forms: Mapping[str, str]
+    kinds: Mapping[str, ClosedFormKind]
     moments: Mapping[str, GroupMoments]
     skipped: Mapping[str, str]
     samples: int = 0
     source: str = ""
 
 
-def required_statistics(analysis: Analysis, group: Group, form: str) -> tuple[str, ...]:
-    """Names of the statistics that a form takes. Those with "#" are of one activation: "joint:hidden#0.1" of the second
-    node that uses the first reader."""
-    if form == "scores":
-        return ("moment:query", "centred:key", "sums:query", "sums:key")
-    if form == "coupled":
-        return ("coupled:query",)
-    if form == "values":
-        return tuple(f"apart:context#0.{k}" for k in range(len(context_tensors(group))))
-    uses = consumer_uses(analysis.traced_graph, group)
-    return tuple(f"joint:{use.probe.kind}#{r}.{k}" for r, mine in enumerate(uses) for k, use in enumerate(mine))
+def required_statistics(weights: GroupWeights) -> tuple[StatisticKey, ...]:
+    """The statistics that the group's closed form takes."""
+    match weights.kind:
+        case "low_rank_qk":
+            return (
+                StatisticKey("moment", "query"),
+                StatisticKey("gram_centered", "key"),
+                StatisticKey("row_sums", "query"),
+                StatisticKey("row_sums", "key"),
+            )
+        case "score_selection":
+            return (StatisticKey("score_loss", "query"),)
+        case "low_rank_vo":
+            return tuple(StatisticKey("gram_per_repeat", "context", 0, k) for k in range(len(weights.uses[0])))
+        case "refit":
+            return tuple(
+                StatisticKey("gram_joint", use.probe.kind, consumer, k)
+                for consumer, uses in enumerate(weights.uses)
+                for k, use in enumerate(uses)
+            )
+        case None:
+            return ()
 
 
-def group_moments(form: str, arrays: Mapping[str, FloatArray]) -> GroupMoments:
-    """``arrays``: what ``required_statistics`` names, under these names."""
-    if form == "scores":
-        queries, keys = (float(arrays[f"sums:{kind}"][0, -1]) for kind in ("query", "key"))
-        return GroupMoments(arrays["moment:query"], arrays["centred:key"], queries, keys)
-    if form == "coupled":
-        return GroupMoments(arrays["coupled:query"])
-    readers: dict[int, dict[int, FloatArray]] = defaultdict(dict)
-    for name, array in arrays.items():
-        reader, use = name.partition("#")[2].split(".")
-        readers[int(reader)][int(use)] = array
-    uses = [[mine[k] for k in sorted(mine)] for _, mine in sorted(readers.items())]
-    if form == "refit":
+def group_moments(kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray]) -> GroupMoments:
+    """From the sums that ``required_statistics`` names."""
+    if kind == "low_rank_qk":
+        counts = [float(sums[StatisticKey("row_sums", probe)][0, -1]) for probe in ("query", "key")]
+        query, key = sums[StatisticKey("moment", "query")], sums[StatisticKey("gram_centered", "key")]
+        return GroupMoments(scores=ScoreMoments(query, key, *counts))
+    if kind == "score_selection":
+        return GroupMoments(score_loss=sums[StatisticKey("score_loss", "query")])
+    by_consumer: dict[int, dict[int, FloatArray]] = defaultdict(dict)
+    for name, array in sums.items():
+        assert name.consumer is not None and name.use is not None
+        by_consumer[name.consumer][name.use] = array
+    uses = [[arrays[k] for k in sorted(arrays)] for _, arrays in sorted(by_consumer.items())]
+    if kind == "refit":
         return GroupMoments(
-            consumers=(tuple(consumer_moments([unpack_symmetric(sums) for sums in mine]) for mine in uses),)
+            consumers=(tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in uses),)
         )
     repeats, blocks = uses[0][0].shape[:2]
     return GroupMoments(
@@ -121,20 +135,21 @@ def consumer_moments(sums: Sequence[FloatArray]) -> ConsumerMoments:
 
 
 class LazyMoments(Mapping[str, GroupMoments]):
-    """Moments by group id, made from its sums when they are asked for: those may lie in files, and are big."""
+    """Moments by group id, computed from their sums when they are read: sums are big, and may lie in files."""
 
-    def __init__(self, forms: Mapping[str, str], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
-        self.forms = forms
+    def __init__(self, kinds: Mapping[str, ClosedFormKind], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
+        self.kinds = kinds
         self.sums = sums
-        self.last: tuple[str, GroupMoments] | None = None  # asked for again, for the next width
+        self.last: tuple[str, GroupMoments] | None = None  # read again for the next width
 
-    def __getitem__(self, group: str) -> GroupMoments:
-        if self.last is None or self.last[0] != group:
-            self.last = (group, group_moments(self.forms[group], self.sums[group]))
+    def __getitem__(self, group_id: str) -> GroupMoments:
+        if self.last is None or self.last[0] != group_id:
+            sums = {StatisticKey.parse(name): array for name, array in self.sums[group_id].items()}
+            self.last = (group_id, group_moments(self.kinds[group_id], sums))
         return self.last[1]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.forms)
+        return iter(self.kinds)
 
     def __len__(self) -> int:
-        return len(self.forms)
+        return len(self.kinds)

@@ -20,6 +20,7 @@ from snpc.graph.shapes import ShapeFacts, infer_graph
 from snpc.ops.attention import ATTENTION_FORMS
 from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.token_analysis.padding_sources import PaddingSource, TokenStreams, find_token_streams
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.probe_layout import RowMask, RowOrder, infer_probe_layout, samples_and_rows
@@ -121,7 +122,7 @@ def row_order(source: PaddingSource, rows: RowCounter, shape: Shape | None, fact
 
 @contextmanager
 def token_mask_runner(
-    traced: TracedGraph, padding: PaddingMasks, provider: str = "cpu", threads: int = 0
+    traced: TracedGraph, padding: PaddingMasks, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Callable[[Feeds], TokenMasks]]:
     """A call from feeds to bool [batch, tokens] per input that ``padding`` names: does the token count?"""
     if not padding.sources:
@@ -134,7 +135,7 @@ def token_mask_runner(
         else:
             dtype = traced.facts.dtype[source.value]
             instrument.add_output(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
-    with temporary_session(instrument.model, provider=provider, threads=threads) as run:
+    with temporary_session(instrument.model, execution=execution) as run:
         yield lambda feeds: {
             name: valid_tokens(array, padding.sources[name].kind == "weights") for name, array in run(feeds).items()
         }

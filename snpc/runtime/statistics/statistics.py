@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,21 +16,22 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.weights.closed_form_kinds import closed_form_kinds
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
     accumulate,
+    criterion_keys,
     measure_batches,
     split_by_memory,
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
-from snpc.types import AnyArray, Feeds, FloatArray, Group
+from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 2  # 1 held whole squares
-BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]
+STATISTICS_FORMAT = 3  # 1 held whole squares, 2 had other names for the statistics of closed forms
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -82,32 +83,26 @@ def measure_statistics(
     *,
     method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
-    memory_limit: int | None = None,
-    provider: str = "cpu",
-    threads: int = 0,
-    progress: BatchProgress | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
     """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
     (with method "select": of all) what ``criterion`` asks for.
 
-    As many groups are measured in one pass over the data as fit in ``memory_limit`` bytes (None: half of what is free);
-    the sums are the same, to rounding. Raises UserError where the limit is too small for a single group.
+    As many groups are measured in one pass over the data as fit in ``execution.memory_limit`` bytes; the sums are the
+    same, to rounding. Raises UserError where the limit is too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
-    forms = {} if method == "select" else closed_form_kinds(analysis, groups)[0]
-    names = {
-        g.id: required_statistics(analysis, g, forms[g.id]) if g.id in forms else judge.probes(g.role) for g in groups
+    kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
+    keys = {
+        g.id: required_statistics(analysis.weights[g.id]) if g.id in kinds else criterion_keys(judge, g) for g in groups
     }
-    wanted = statistic_requests(analysis, names)
-    budget = memory_budget(memory_limit)
-    totals = StatisticAccumulator(forms, judge, SpillableStore(budget // 2))
+    wanted = statistic_requests(analysis, keys)
+    budget = memory_budget(execution.memory_limit)
+    totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     for part in split_by_memory(analysis, calibration, wanted, budget // 2):
-        batches: Iterable[Feeds] = calibration.batches()
-        for result in measure_batches(
-            analysis, part, progress(batches) if progress else batches, provider=provider, threads=threads
-        ):
+        for result in measure_batches(analysis, part, execution.track(calibration.batches()), execution=execution):
             totals.add(part, result)
-    gates = [g for g in groups if g.id not in forms and needs_gate_gradients(judge, g)]
+    gates = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gates:
         roles = {g.id: g.role for g in gates}
         observe_gate_gradients(
@@ -116,7 +111,7 @@ def measure_statistics(
             gates,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
-            progress,
+            execution.progress,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if wanted or gates else 0
@@ -124,23 +119,26 @@ def measure_statistics(
 
 
 class StatisticAccumulator:
-    """Sums over batches, of groups without a closed form as ``judge`` reduces them."""
+    """Sums over batches. Of groups that are not in ``closed`` it sums what ``criterion`` observes."""
 
-    def __init__(self, forms: Mapping[str, str], judge: Criterion, shelf: SpillableStore) -> None:
-        self.forms = forms
-        self.criterion = judge
-        self.store = shelf
+    def __init__(self, closed: Collection[str], criterion: Criterion, store: SpillableStore) -> None:
+        self.closed = closed
+        self.criterion = criterion
+        self.store = store
         self.sums: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, wanted: Sequence[StatisticRequest], result: Mapping[str, AnyArray]) -> None:
+    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray]) -> None:
+        """Add one batch; ``outputs``: what the instrumented model gave."""
         batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
-        groups = {item.group.id: item.group for item in wanted}
-        for item in wanted:
-            array, mine = result[item.output], batch[item.group.id]
-            both = same_shape(mine.get(item.name), array)
-            mine[item.name] = np.add(mine[item.name], array, dtype=np.float64) if both else array
-        for name, arrays in batch.items():
-            self.add_observation(name, arrays if name in self.forms else self.observe(groups[name], arrays))
+        groups = {request.group.id: request.group for request in requests}
+        for request in requests:
+            name, array, arrays = str(request.key), outputs[request.output], batch[request.group.id]
+            several = same_shape(arrays.get(name), array)
+            arrays[name] = np.add(arrays[name], array, dtype=np.float64) if several else array
+        for group_id, arrays in batch.items():
+            self.add_observation(
+                group_id, arrays if group_id in self.closed else self.observe(groups[group_id], arrays)
+            )
 
     def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
         return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})

@@ -22,6 +22,7 @@ from snpc.ops import lookup
 from snpc.ops.attention import attention_form, head_counts
 from snpc.ops.spec import Blocked, OpCall, OpSpec
 from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.types import AnyArray, Feeds, FloatArray
 
@@ -31,7 +32,7 @@ RELEVANCE_DIGITS = 6  # of the scores that are kept: they stand in plans
 
 
 def measure_token_relevance(
-    model: ir.Model, points: Sequence[TokenPoint], batches: Iterable[Feeds], provider: str = "cpu"
+    model: ir.Model, points: Sequence[TokenPoint], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
     """block -> [tokens]: the share of the outputs' relevance that each position of the stream has behind that block,
     averaged over the samples of ``batches``; of every output the largest entry of each sample is asked about.
@@ -50,7 +51,7 @@ def measure_token_relevance(
     shown.graph.outputs.extend(values[name] for name in names)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with temporary_session(shown, provider=provider, optimise="basic", memory="least") as run:
+    with temporary_session(shown, execution=execution, optimise="basic", memory="least") as run:
         for feeds in itertools.islice(single_samples(model, batches), RELEVANCE_SAMPLES):
             facts = infer_graph(model, feed_dim_sizes(model, feeds))
             held = dict(zip(watched, run(feeds).values(), strict=True))

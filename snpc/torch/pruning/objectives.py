@@ -21,7 +21,7 @@ class PruningObjective(Protocol):
     def limit(self) -> float: ...
 
     @property
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Names all that decides what it says."""
 
     def measure(self, tuned: FinetuneResult) -> float: ...
@@ -80,7 +80,7 @@ class AccuracyDrop:
         return run_fingerprint(self.evaluation.data, self.limit, said)
 
     def accuracy(self, path: Path) -> float:
-        found = top1_accuracy(collect_outputs(path, self.evaluation, "cpu"), self.evaluation.labels)
+        found = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
         assert found is not None
         return found
 

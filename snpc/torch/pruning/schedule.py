@@ -112,7 +112,7 @@ def round_runner(
     heard: RoundCallback | None,
 ) -> Iterator[RoundRunner]:
     dense = analyze(load(source))
-    key = None if objective is None else objective.key
+    key = None if objective is None else objective.fingerprint
     run = run_fingerprint(data, dense.model.digest, way, training, schedule, key)
     with open_round_log(saved, run) as notes:
         yield RoundRunner(dense, data, way, training, objective, notes, heard or (lambda found: None))

@@ -18,6 +18,7 @@ import torch
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration.dataset import Calibration
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.torch.module import GraphModule
@@ -58,7 +59,7 @@ def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunct
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "teacher.onnx"
         save(finalize(model), path)
-        session = open_session(path, threads=torch.get_num_threads())
+        session = open_session(path, execution=Execution(threads=torch.get_num_threads()))
     taken = {value.name for value in session.get_inputs()}
 
     def ask(feeds: Feeds) -> TeacherOutputs:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 import snpc
 from snpc.graph.shapes import choose_dim_sizes, infer_graph
 from snpc.passes.analyze import cost_of
-from snpc.passes.canonicalization.eliminate_dead_rows import eliminate_dead_rows
+from snpc.passes.canonicalization.eliminate_dead_rows import EliminateDeadRows
 from tests.models.exports import EXPORTS
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
 
@@ -75,9 +75,10 @@ PICKS = {
 def compared(model: ir.Model) -> tuple[float, bool]:
     """(share of MACs left, whether there was something to drop), after comparing outputs."""
     binding, facts = choose_dim_sizes(model)
-    less = eliminate_dead_rows(model, facts)
-    if less is None:
+    result = EliminateDeadRows(facts)(model)
+    if not result.modified:
         return 1.0, False
+    less = result.model
     feeds = {"x": RNG.standard_normal((2, 6, 4)).astype(np.float32)}
     share = cost_of(less, infer_graph(less, binding)).macs / cost_of(model, facts).macs
     for a, b in zip(run(ir.to_proto(model).SerializeToString(), feeds), run(written(less), feeds), strict=True):

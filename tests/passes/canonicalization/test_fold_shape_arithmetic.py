@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import snpc
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
+from snpc.passes.canonicalization.fold_shape_arithmetic import FoldShapeArithmetic
 from snpc.runtime.io.save import save
 from tests.models.exports import EXPORTS, export
 from tests.oracle import feeds_of, require, run
@@ -20,7 +20,7 @@ from tests.oracle import feeds_of, require, run
 
 def settled(model: ir.Model, folder: Path) -> Path:
     path = folder / "settled.onnx"
-    save(finalize(fold_shape_arithmetic(model)), path)
+    save(finalize(FoldShapeArithmetic()(model).model), path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     return path
 

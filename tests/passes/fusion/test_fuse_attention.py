@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.canonicalization.fold_shape_arithmetic import fold_shape_arithmetic
-from snpc.passes.fusion.fuse_attention import fuse_attention
-from snpc.passes.fusion.fuse_gemm_bias import fuse_gemm_bias
+from snpc.passes.canonicalization.fold_shape_arithmetic import FoldShapeArithmetic
+from snpc.passes.fusion.fuse_attention import FuseAttention
+from snpc.passes.fusion.fuse_gemm_bias import FuseGemmBias
 from snpc.runtime.execution.session import open_session, run_session
 from snpc.runtime.io.load import load
 from snpc.runtime.io.save import save
@@ -22,7 +22,8 @@ FUSED = "MultiHeadAttention"
 
 
 def fused(path: Path, tmp_path: Path) -> tuple[Path, int]:
-    model, count = fuse_attention(load(path).graph)
+    fused = FuseAttention()(load(path).graph)
+    model, count = fused.model, fused.count
     out = tmp_path / "fused.onnx"
     save(finalize(model), out)
     assert [n.op_type for n in onnx.load(out).graph.node].count(FUSED) == count
@@ -74,7 +75,8 @@ def test_projections_inside_say_what_they_said_outside(
 ) -> None:
     require(name)
     path = export(name)
-    model, count = fuse_attention(load(path).graph, projections=True)
+    fused = FuseAttention(projections=True)(load(path).graph)
+    model, count = fused.model, fused.count
     out = tmp_path / "fused.onnx"
     save(finalize(model), out)
     kinds = [n.op_type for n in onnx.load(out).graph.node]
@@ -97,7 +99,8 @@ def test_projections_inside_say_what_they_said_outside(
 def test_biases_inside_products_say_what_they_said_outside(name: str, inside: int, tmp_path: Path) -> None:
     require(name)
     path = export(name)
-    model, count = fuse_gemm_bias(fold_shape_arithmetic(load(path).graph.clone()))
+    fused = FuseGemmBias()(FoldShapeArithmetic()(load(path).graph.clone()))
+    model, count = fused.model, fused.count
     out = tmp_path / "biased.onnx"
     save(finalize(model), out)
     onnx.checker.check_model(onnx.load(out), full_check=True)
@@ -192,7 +195,8 @@ def test_parts_of_one_product_go_in_as_its_columns(tmp_path: Path) -> None:
         array = rng.normal(size=shape).astype(np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     onnx.save(model, tmp_path / "block.onnx")
-    fused_model, count = fuse_attention(load(tmp_path / "block.onnx").graph, projections=True)
+    result = FuseAttention(projections=True)(load(tmp_path / "block.onnx").graph)
+    fused_model, count = result.model, result.count
     save(finalize(fused_model), tmp_path / "out.onnx")
     kinds = [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]
     assert count == 1 and "MatMul" not in kinds and "Split" not in kinds

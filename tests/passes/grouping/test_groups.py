@@ -14,23 +14,10 @@ from onnx import helper, numpy_helper, parser
 from snpc.passes.analyze import Analysis, analyze
 from snpc.runtime.io.load import load
 from tests.models.exports import EXPORTS, export
+from tests.models.group_kinds import Kinds, attention, ffn, kinds_in, without
 from tests.oracle import analysis_at, analysis_of, prunable
 
 NAMES = list(EXPORTS)
-Kinds = Counter[tuple[str, int, int]]
-
-
-def attention(heads: int, size: int, count: int, *, kv_heads: int | None = None) -> Kinds:
-    """Plain multi-head attention: widths of Q and K per head, of V per head, and the heads themselves."""
-    return Counter({("qk", heads, size): count, ("vo", kv_heads or heads, size): count, ("head", 1, heads): count})
-
-
-def without(kinds: Kinds, *roles: str) -> Kinds:
-    return Counter({kind: count for kind, count in kinds.items() if kind[0] not in roles})
-
-
-def ffn(size: int, count: int) -> Kinds:
-    return Counter({("ffn", 1, size): count})
 
 
 def expected(name: str) -> Kinds:
@@ -90,13 +77,9 @@ def residual(name: str) -> Kinds:
     return Counter(("residual", 1, width) for width in widths)
 
 
-def found(analysis: Analysis) -> Kinds:
-    return Counter((g.role, g.blocks, g.size) for g in analysis.groups if g.prunable)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_follow_from_the_configuration(name: str) -> None:
-    assert found(analysis_of(name)) == expected(name) + residual(name)
+    assert kinds_in(analysis_of(name)) == expected(name) + residual(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

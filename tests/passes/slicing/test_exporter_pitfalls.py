@@ -405,7 +405,7 @@ def test_f10_widths_of_a_packed_projection_come_apart(tmp_path: Path, order: str
 @pytest.mark.parametrize(("name", "step"), [("grouped_query_attention", 8), ("..._packed_rotary", 16)])
 def test_f11_grouped_query_attention_takes_multiples(tmp_path: Path, name: str, step: int) -> None:
     """onnxruntime's kernel refuses other widths: what goes of a head goes in such steps, of keys and values alike."""
-    from tests.ops.test_operators import CASES, build, feeds_for
+    from tests.models.operators import CASES, build, feeds_for
 
     case = CASES[name.replace("...", "grouped_query_attention")]
     analysis, feeds = analysis_at(tmp_path / "model.onnx", build(case)), feeds_for(case)
@@ -418,7 +418,7 @@ def test_f11_grouped_query_attention_takes_multiples(tmp_path: Path, name: str, 
 
 def cut_width(folder: Path, case: object, lost: int) -> bool:
     """Does onnxruntime refuse the node where every head is narrower by ``lost``?"""
-    from tests.ops.test_operators import Case, build, feeds_for
+    from tests.models.operators import Case, build, feeds_for
 
     assert isinstance(case, Case)
     narrow = {

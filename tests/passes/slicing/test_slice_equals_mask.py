@@ -6,7 +6,6 @@ By default one group of each kind (role, width, freedom) of an export is cut alo
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import pytest
 from snpc.passes.analyze import Analysis
 from snpc.types import Group
 from tests.models.exports import EXPORTS, export
+from tests.models.fused import fuse_attention_of
 from tests.oracle import (
     TOLERANCE,
     Array,
@@ -173,24 +173,6 @@ FUSED = [
 ]
 
 
-def fuse(model: bytes, name: str, folder: Path, head_size: int) -> onnx.ModelProto:
-    """The model after onnxruntime.transformers.optimizer, which is told the width of all query heads together."""
-    pytest.importorskip("sympy")  # its symbolic shape inference
-    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
-    path = folder / "model.onnx"
-    path.write_bytes(model)
-    kind = name.partition("_")[0].replace("albert", "bert")
-    heads = 3 if "timm" in name else 4
-    logging.disable(logging.WARNING)
-    try:
-        fused: onnx.ModelProto = optimizer.optimize_model(
-            str(path), model_type=kind, num_heads=heads, hidden_size=heads * head_size, opt_level=0
-        ).model
-    finally:
-        logging.disable(logging.NOTSET)
-    return fused
-
-
 def fused_attentions(model: onnx.ModelProto) -> int:
     return sum(n.domain == "com.microsoft" and "Attention" in n.op_type for n in model.graph.node)
 
@@ -206,7 +188,7 @@ def test_survives_the_transformers_optimizer(name: str, tmp_path: Path) -> None:
     groups = prunable(analysis.groups, "qk", "vo", "ffn")
     pair = cut(analysis, random_cuts(groups, seed_of(name), RATIOS))
     width = kept(next(g for g in groups if g.role == "qk"))
-    fused = fuse(pair.sliced, name, tmp_path, width)
+    fused = fuse_attention_of(pair.sliced, name, tmp_path, width)
     assert any(n.domain == "com.microsoft" for n in fused.graph.node)
     assert relative_error(run(pair.masked, feeds), run(fused.SerializeToString(), feeds)) < TOLERANCE
 
@@ -217,10 +199,10 @@ def test_attention_still_fuses(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     groups = prunable(analysis.groups, "qk", "vo", "ffn")
     qk, vo = (next(g for g in groups if g.role == role) for role in ("qk", "vo"))
-    expected = fused_attentions(fuse(export(name).read_bytes(), name, tmp_path, qk.size))
+    expected = fused_attentions(fuse_attention_of(export(name).read_bytes(), name, tmp_path, qk.size))
     assert expected > 0
     pair = cut(analysis, random_cuts(groups, 0, RATIOS))
-    fused = fuse(pair.sliced, name, tmp_path, kept(qk))
+    fused = fuse_attention_of(pair.sliced, name, tmp_path, kept(qk))
     assert fused_attentions(fused) == expected
     widths = {
         tuple(attribute.ints)

@@ -6,7 +6,6 @@ from an earlier run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,22 +19,35 @@ from onnx import TensorProto, helper, numpy_helper
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.weights.attention_operands import single_score_product
-from snpc.passes.weights.closed_form_kinds import closed_form_kind
+from snpc.passes.weights.closed_form_kinds import closed_form_weights
 from snpc.passes.weights.consumers import single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, apply_edits
 from snpc.pipeline.refit import closed_forms_for
 from snpc.planning.config import Budget
-from snpc.planning.plan import SlicePlan, cuts_of
-from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import ClosedForms, apply_basis, fit_parallel, in_rotated_order
+from snpc.planning.plan import SlicePlan
+from snpc.runtime.closed_form.fit import ROTATED, apply_basis
 from snpc.runtime.evaluation.compare import run_batches
 from snpc.runtime.statistics.measure import measure_batches, statistic_requests
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import FloatArray, Group, Role
-from tests.cli.test_cli import invoke
-from tests.models.exports import VOCABULARY, export
+from tests.closed_forms import (
+    ROLES,
+    Feeds,
+    analyzed_bytes,
+    calibration_of,
+    closed_forms_of,
+    closed_forms_on,
+    initializers,
+    prunable_of,
+    pruned_bytes,
+    random_feeds,
+    relative_change,
+    tensor_values,
+    unpadded_feeds,
+)
+from tests.command_line import invoke
+from tests.models.exports import export
 from tests.oracle import Array, analysis_at, analysis_of, feeds_of, relative_error, run, written
 
 NAMES = (
@@ -54,76 +66,6 @@ NAMES = (
     "linear_attention__ts17",
 )
 MEASURED = ("vit_timm__ts17", "bert__ts17", "gpt2__ts17")
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
-Feeds = dict[str, Array]
-
-
-def calibration_of(analysis: Analysis, feeds: Feeds, batch: int = 3) -> Calibration:
-    return snpc.load_calibration(feeds, analysis.model.inputs, batch=batch)
-
-
-def chosen(analysis: Analysis, *roles: Role) -> list[Group]:
-    return [g for g in analysis.groups if g.role in (roles or ROLES) and g.prunable]
-
-
-def compressed_on(name: str, feeds: Feeds, groups: Sequence[Group], batch: int = 3) -> ClosedForms:
-    analysis = analysis_of(name)
-    statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, batch), groups)
-    return snpc.solve_closed_forms(analysis, statistics, groups)
-
-
-def unpadded_feeds(name: str) -> Feeds:
-    """The export's feeds with every token attended to."""
-    return {key: np.ones_like(a) if "mask" in key else a for key, a in feeds_of(name).items()}
-
-
-@functools.cache
-def compressed(name: str) -> ClosedForms:
-    """All groups of an export, measured on its feeds, without padding."""
-    return compressed_on(name, unpadded_feeds(name), chosen(analysis_of(name)))
-
-
-def more_data(name: str, samples: int, seed: int = 0) -> Feeds:
-    """Other inputs of the kind that the export's feeds are."""
-    rng = np.random.default_rng(seed)
-    made: Feeds = {}
-    for key, value in feeds_of(name).items():
-        shape = (samples, *value.shape[1:])
-        if value.dtype.kind == "f":
-            made[key] = rng.normal(size=shape).astype(value.dtype)
-        elif "mask" in key:
-            made[key] = np.ones(shape, value.dtype)
-        else:
-            made[key] = rng.integers(0, VOCABULARY if value.max() > 1 else 2, shape).astype(value.dtype)
-    return made
-
-
-def shrunk(decision: snpc.PruningPlan) -> bytes:
-    """What ``apply_plan`` writes, without verifying it."""
-    plan, found = decision.slices, decision.closed_forms
-    if found is None:
-        return written(rewrite_model(plan.analysis.traced_graph, cuts_of(plan)).model)
-    plan = in_rotated_order(found, plan)
-    return written(rewrite_model(fit_parallel(found, plan), cuts_of(plan)).model)
-
-
-def moved(before: Sequence[Array], after: Sequence[Array]) -> float:
-    """Root mean square of what changed, relative to what there was."""
-    gap = sum(float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in zip(before, after, strict=True))
-    return float((gap / sum(float(np.sum(a.astype(np.float64) ** 2)) for a in before)) ** 0.5)
-
-
-def whole(name: str) -> bytes:
-    """The model as it is analysed: rows that no output depends on are gone from it already."""
-    return written(analysis_of(name).traced_graph.model.clone())
-
-
-def watched(model: bytes, names: Sequence[str], feeds: Feeds) -> list[FloatArray]:
-    """The values of inner tensors."""
-    proto = onnx.load_from_string(model)
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return [a.astype(np.float64) for a in run(proto.SerializeToString(), feeds)]
 
 
 def only(analysis: Analysis, group: Group, kept: int) -> SlicePlan:
@@ -137,15 +79,15 @@ def only(analysis: Analysis, group: Group, kept: int) -> SlicePlan:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_group_has_a_form_or_a_reason(name: str) -> None:
-    found, groups = compressed(name), chosen(analysis_of(name))
+    found, groups = closed_forms_of(name), prunable_of(analysis_of(name))
     assert set(found.kinds) | set(found.skipped) == {g.id for g in groups}
     assert not set(found.kinds) & set(found.skipped)
     for reason in found.skipped.values():
         assert 10 < len(reason) < 200
         assert "\n" not in reason
-    expected = {"qk": "scores", "vo": "values", "ffn": "refit"}
+    expected = {"qk": "low_rank_qk", "vo": "low_rank_vo", "ffn": "refit"}
     for group in groups:
-        form = "coupled" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
+        form = "score_selection" if group.role == "qk" and group.freedom != "basis" else expected[group.role]
         assert found.kinds.get(group.id, form) == form
         if group.freedom != "basis" and group.role == "vo":
             assert group.id in found.skipped
@@ -161,17 +103,17 @@ def test_every_group_has_a_form_or_a_reason(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("linear_attention")])
 def test_attention_without_rotary_tables_is_rotated(name: str) -> None:
     """A packed QKV, a key that is looked at for its shape and a bias that is sliced in the graph are no obstacle."""
-    found = compressed(name)
-    missing = {g.id for g in chosen(analysis_of(name)) if g.freedom == "basis" and g.id in found.skipped}
+    found = closed_forms_of(name)
+    missing = {g.id for g in prunable_of(analysis_of(name)) if g.freedom == "basis" and g.id in found.skipped}
     assert not missing
 
 
 def test_shared_weights_are_fitted_to_all_layers() -> None:
     """Layers of ALBERT share their projections: one fit, on what all of them see."""
-    found = compressed("albert__ts17")
+    found = closed_forms_of("albert__ts17")
     assert not found.skipped
-    assert sorted(found.kinds.values()) == ["refit", "scores", "values"]
-    ffn = next(g for g in chosen(analysis_of("albert__ts17"), "ffn"))
+    assert sorted(found.kinds.values()) == ["low_rank_qk", "low_rank_vo", "refit"]
+    ffn = next(g for g in prunable_of(analysis_of("albert__ts17"), "ffn"))
     (seen,) = found.moments[ffn.id].consumers[0]
     tokens = feeds_of("albert__ts17")["input_ids"].size
     assert seen.count == 3 * tokens
@@ -183,10 +125,10 @@ def test_shared_weights_are_fitted_to_all_layers() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_change_of_basis_alone_changes_nothing(name: str) -> None:
-    found, analysis, edits = compressed(name), analysis_of(name), WeightEdits()
-    rotated = [g for g in chosen(analysis) if found.kinds.get(g.id) in ("scores", "values")]
+    found, analysis, edits = closed_forms_of(name), analysis_of(name), WeightEdits()
+    rotated = [g for g in prunable_of(analysis) if found.kinds.get(g.id) in ROTATED]
     for group in rotated:
-        apply_basis(edits, found, group, found.kinds[group.id])
+        apply_basis(edits, found, group)
     model = written(apply_edits(analysis.traced_graph, edits))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
     weights = [
@@ -200,9 +142,9 @@ def test_a_change_of_basis_alone_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_that_keeps_everything_changes_nothing(name: str) -> None:
     """All rotated, all refitted, nothing cut; and means that go into biases are nil."""
-    found, analysis = compressed(name), analysis_of(name)
-    keep = {g.id: tuple(tuple(range(g.size)) for _ in range(g.blocks)) for g in chosen(analysis)}
-    model = shrunk(snpc.PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "auto"), found))
+    found, analysis = closed_forms_of(name), analysis_of(name)
+    keep = {g.id: tuple(tuple(range(g.size)) for _ in range(g.blocks)) for g in prunable_of(analysis)}
+    model = pruned_bytes(snpc.PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "auto"), found))
     assert relative_error(run(export(name), feeds_of(name)), run(model, feeds_of(name))) < 1e-4
 
 
@@ -213,18 +155,18 @@ def test_a_plan_that_keeps_everything_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_predicted_loss_of_scores(name: str, share: float) -> None:
     """On one sample, since keys are paired with the queries of all samples. Softmax ignores each query's mean."""
-    analysis, feeds = analysis_of(name), more_data(name, 1)
-    for group in chosen(analysis, "qk"):
-        found = compressed_on(name, feeds, [group])
+    analysis, feeds = analysis_of(name), random_feeds(name, 1)
+    for group in prunable_of(analysis, "qk"):
+        found = closed_forms_on(name, feeds, [group])
         kept = round(group.size * share)
-        model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
+        model = pruned_bytes(snpc.PruningPlan(only(analysis, group, kept), found))
         scores = single_score_product(analysis.traced_graph, group).node.outputs[0]
         after, scale = next(iter(scores.consumers())), 1.0
         if after.op_type == "Mul":  # by 1/sqrt(head width), which the cut changes
             constant = next(v.const_value for v in after.inputs if v is not None and v.const_value is not None)
             scores, scale = after.outputs[0], float(constant.numpy().reshape(-1)[0])
-        (before,) = watched(whole(name), [str(scores.name)], feeds)
-        (now,) = watched(model, [str(scores.name)], feeds)
+        (before,) = tensor_values(analyzed_bytes(name), [str(scores.name)], feeds)
+        (now,) = tensor_values(model, [str(scores.name)], feeds)
         gap = now - before
         measured = float(np.sum((gap - gap.mean(-1, keepdims=True)) ** 2)) / scale**2
         curve = found.loss_curve(group)
@@ -237,16 +179,16 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_predicted_loss_of_values(name: str, share: float) -> None:
     """Head by head, as it is minimised: what a head adds to the output, less what the bias makes up for."""
-    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), compressed(name)
-    for group in chosen(analysis, "vo")[:2]:
+    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), closed_forms_of(name)
+    for group in prunable_of(analysis, "vo")[:2]:
         kept = round(group.size * share)
-        model = shrunk(snpc.PruningPlan(only(analysis, group, kept), found))
+        model = pruned_bytes(snpc.PruningPlan(only(analysis, group, kept), found))
         reader = single_consumer_weight(analysis.traced_graph, group)
         context = next(p.tensor for p in group.probes if p.kind == "context")
         sums = []
-        for proto, width in ((whole(name), group.size), (model, kept)):
+        for proto, width in ((analyzed_bytes(name), group.size), (model, kept)):
             weights = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(proto).graph.initializer}
-            (rows,) = watched(proto, [context], feeds)
+            (rows,) = tensor_values(proto, [context], feeds)
             split = rows.reshape(-1, group.blocks, width)
             weight = np.moveaxis(weights[reader.place.tensor].astype(np.float64), reader.place.axis, 0)
             sums.append(np.einsum("rbd,bde->rbe", split, weight.reshape(group.blocks, width, -1)))
@@ -262,15 +204,15 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
 @pytest.mark.parametrize("kept", [4, 12, 40])
 def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     """More rows than units, else nothing is lost that damping does not hide."""
-    analysis, feeds = analysis_of(name), more_data(name, 48)
-    for group in chosen(analysis, "ffn"):
-        found = compressed_on(name, feeds, [group], 16)
+    analysis, feeds = analysis_of(name), random_feeds(name, 48)
+    for group in prunable_of(analysis, "ffn"):
+        found = closed_forms_on(name, feeds, [group], 16)
         keep = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up
         outputs = biased_output(analysis, group)
-        (before,) = watched(whole(name), [outputs], feeds)
-        (now,) = watched(shrunk(snpc.PruningPlan(plan, found)), [outputs], feeds)
+        (before,) = tensor_values(analyzed_bytes(name), [outputs], feeds)
+        (now,) = tensor_values(pruned_bytes(snpc.PruningPlan(plan, found)), [outputs], feeds)
         measured = float(np.sum((now - before) ** 2))
         curve = found.loss_curve(group)
         assert curve is not None
@@ -297,22 +239,22 @@ def biased_output(analysis: Analysis, group: Group) -> str:
 @pytest.mark.parametrize("role", ["vo", "ffn"])
 def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
     """What is cut loses its mean, and a bias takes it up: an own one, or a new one where there was none."""
-    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), compressed(name)
-    group = chosen(analysis, role)[0]
+    analysis, feeds, found = analysis_of(name), unpadded_feeds(name), closed_forms_of(name)
+    group = prunable_of(analysis, role)[0]
     kept = group.size // 4
     plan = only(analysis, group, kept)
     if role == "ffn":
         keep = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(plan, keep={group.id: (keep,)})
-    model = shrunk(snpc.PruningPlan(plan, found))
+    model = pruned_bytes(snpc.PruningPlan(plan, found))
     output = biased_output(analysis, group)
-    (before,) = watched(whole(name), [output], feeds)
+    (before,) = tensor_values(analyzed_bytes(name), [output], feeds)
     new = f"{output}__biased"
     names = {o for n in onnx.load_from_string(model).graph.node for o in n.output}
     assert (new in names) == (name in ("llama__ts17", "t5_gated__ts17"))
-    (now,) = watched(model, [new if new in names else output], feeds)
-    sliced = shrunk(snpc.PruningPlan(replace(plan, method="select")))
-    (plain,) = watched(sliced, [output], feeds)
+    (now,) = tensor_values(model, [new if new in names else output], feeds)
+    sliced = pruned_bytes(snpc.PruningPlan(replace(plan, method="select")))
+    (plain,) = tensor_values(sliced, [output], feeds)
     axes = tuple(range(before.ndim - 1))
     spread = float(np.sqrt(np.mean(before**2)))
     off, sliced_off = (np.abs(before.mean(axes) - other.mean(axes)).max() for other in (now, plain))
@@ -324,16 +266,16 @@ def test_the_mean_of_the_output_stays(name: str, role: Role) -> None:
 
 
 def statistics(name: str, feeds: Feeds, batch: int) -> dict[str, FloatArray]:
-    analysis, found = analysis_of(name), compressed(name)
+    analysis, found = analysis_of(name), closed_forms_of(name)
     wanted = statistic_requests(
         analysis,
-        {g.id: required_statistics(analysis, g, found.kinds[g.id]) for g in chosen(analysis) if g.id in found.kinds},
+        {g.id: required_statistics(analysis.weights[g.id]) for g in prunable_of(analysis) if g.id in found.kinds},
     )
     assert wanted
     sums: dict[str, FloatArray] = {}
     for result in measure_batches(analysis, wanted, calibration_of(analysis, feeds, batch).batches()):
         for item in wanted:
-            key = f"{item.group.id} {item.kind} {item.probe.kind}{item.key.removeprefix('0.0')}"
+            key = f"{item.group.id} {str(item.key).removesuffix('#0.0')}"
             sums[key] = sums.get(key, 0.0) + result[item.output]
     return sums
 
@@ -361,22 +303,22 @@ def test_statistics_do_not_depend_on_batches(name: str) -> None:
 def test_moments_are_those_of_the_activations(name: str) -> None:
     analysis, feeds = analysis_of(name), unpadded_feeds(name)
     sums = statistics(name, feeds, 3)
-    for group in chosen(analysis, "vo", "ffn"):
+    for group in prunable_of(analysis, "vo", "ffn"):
         kind = "context" if group.role == "vo" else "hidden"
         tensor = next(p.tensor for p in group.probes if p.kind == kind)
-        (rows,) = watched(whole(name), [tensor], feeds)
+        (rows,) = tensor_values(analyzed_bytes(name), [tensor], feeds)
         split = rows.reshape(-1, group.blocks, group.size)
-        name_of = "apart" if group.role == "vo" else "joint"
-        total = sums[f"{group.id} {name_of} {kind}"].reshape(group.blocks, group.size + 1, group.size + 1)
+        name_of = "gram_per_repeat" if group.role == "vo" else "gram_joint"
+        total = sums[f"{group.id} {name_of}:{kind}"].reshape(group.blocks, group.size + 1, group.size + 1)
         assert agree(total[:, :-1, :-1], np.einsum("rbi,rbj->bij", split, split))
         assert agree(total[:, -1, :-1], split.sum(0))
         assert (total[:, -1, -1] == len(split)).all()
-    for group in chosen(analysis, "qk"):
+    for group in prunable_of(analysis, "qk"):
         node = single_score_product(analysis.traced_graph, group).node
-        query, key = watched(whole(name), [str(v.name) for v in node.inputs if v is not None], feeds)
+        query, key = tensor_values(analyzed_bytes(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
-        assert agree(sums[f"{group.id} moment query"], np.einsum("nbti,nbtj->bij", query, query))
-        assert agree(sums[f"{group.id} centred key"], np.einsum("nbit,nbjt->bij", centred, centred))
+        assert agree(sums[f"{group.id} moment:query"], np.einsum("nbti,nbtj->bij", query, query))
+        assert agree(sums[f"{group.id} gram_centered:key"], np.einsum("nbit,nbjt->bij", centred, centred))
 
 
 # -- better than slicing ---------------------------------------------------------------------------------------------
@@ -387,26 +329,26 @@ def test_less_moves_than_by_slicing(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
     data, before = calibration_of(analysis, feeds), run(export(name), feeds)
     for role in ROLES:
-        groups = chosen(analysis, role)
+        groups = prunable_of(analysis, role)
         if not groups:
             continue
         choice = Budget(0.5, (role,))
-        auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
+        auto = relative_change(before, run(pruned_bytes(snpc.plan(analysis, choice, calibration=data)), feeds))
         plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
-        fitted = all(compressed(name).kinds.get(g.id, "coupled") != "coupled" for g in groups)
+        fitted = all(closed_forms_of(name).kinds.get(g.id, "score_selection") != "score_selection" for g in groups)
         # where nothing can be fitted, activations still choose better than weights do
-        assert auto < (0.6 if fitted else 0.95) * moved(before, run(shrunk(plain), feeds)), role
+        assert auto < (0.6 if fitted else 0.95) * relative_change(before, run(pruned_bytes(plain), feeds)), role
 
 
 @pytest.mark.parametrize("name", ["vit_timm__dyn20_sdpa", "bert__ts17", "gpt2__ts17", "llama__ts17"])
 def test_less_moves_on_data_not_seen_before(name: str) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
-    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
-    for role in {g.role for g in chosen(analysis) if g.id in compressed(name).kinds}:
+    data, before = calibration_of(analysis, random_feeds(name, 24), 8), run(export(name), feeds)
+    for role in {g.role for g in prunable_of(analysis) if g.id in closed_forms_of(name).kinds}:
         choice = Budget(0.5, (role,))
-        auto = moved(before, run(shrunk(snpc.plan(analysis, choice, calibration=data)), feeds))
+        auto = relative_change(before, run(pruned_bytes(snpc.plan(analysis, choice, calibration=data)), feeds))
         plain = snpc.plan(analysis, choice, calibration=data, method="select", criterion="magnitude")
-        assert auto < moved(before, run(shrunk(plain), feeds)), role
+        assert auto < relative_change(before, run(pruned_bytes(plain), feeds)), role
 
 
 # -- from end to end -------------------------------------------------------------------------------------------------
@@ -432,7 +374,7 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     assert result.after.params < result.before.params
     assert result.after.macs < result.before.macs
     assert result.plan.method == "auto"
-    assert dict(result.closed_forms) == dict(compressed(name).kinds)
+    assert dict(result.closed_forms) == dict(closed_forms_of(name).kinds)
     added = [n for n in nodes_of(target) if n.name.endswith("__bias")]
     biasless = {"llama__ts17": 4, "t5_gated__ts17": 10}
     assert len(added) == biasless.get(name, 0)
@@ -441,9 +383,9 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     for entry in report["groups"]:
         rotated = entry["form"] in ("scores", "values")
         assert not (rotated and any("keep" in site for site in entry["sites"]))
-    plain = shrunk(snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude"))
+    plain = pruned_bytes(snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude"))
     before, feeds = run(export(name), feeds_of(name)), feeds_of(name)
-    assert 0 < moved(before, run(target, feeds)) < 0.7 * moved(before, run(plain, feeds))
+    assert 0 < relative_change(before, run(target, feeds)) < 0.7 * relative_change(before, run(plain, feeds))
 
 
 def test_pruned_twice(tmp_path: Path) -> None:
@@ -458,14 +400,6 @@ def test_pruned_twice(tmp_path: Path) -> None:
         snpc.apply_slice_plan(made.slices, path, compression=made.closed_forms, calibration=data)
         counts.append(sum(n.name.endswith("__bias") for n in nodes_of(path)))
     assert counts == [4, 4]
-
-
-def initializers(path: Path) -> dict[str, Array]:
-    return initializers_of(path.read_bytes())
-
-
-def initializers_of(model: bytes) -> dict[str, Array]:
-    return {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(model).graph.initializer}
 
 
 @pytest.mark.parametrize("name", ["vit_timm__dyn20_sdpa", "bert__ts17", "llama__ts17"])
@@ -548,19 +482,19 @@ def test_half_precision_stays_half_precision(name: str, kind: int, tmp_path: Pat
     data = calibration_of(analysis, feeds)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     assert made.closed_forms is not None
-    assert dict(made.closed_forms.kinds) == dict(compressed(name).kinds)
+    assert dict(made.closed_forms.kinds) == dict(closed_forms_of(name).kinds)
     result = snpc.apply_slice_plan(
         made.slices, tmp_path / "pruned.onnx", compression=made.closed_forms, calibration=data
     )
     assert result.verification.max_abs_diff is not None
     kinds = {w.dtype for w in initializers(result.path).values() if w.dtype.kind in "fV"}
     assert kinds == {HALVES[kind]}
-    dense, outputs = (run_batches(p, [feeds], "cpu")[0].values() for p in (path, result.path))
+    dense, outputs = (run_batches(p, [feeds])[0].values() for p in (path, result.path))
     assert all(np.isfinite(o).all() for o in outputs)
     plain = snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude")
     snpc.apply_slice_plan(plain.slices, tmp_path / "plain.onnx")
-    sliced = run_batches(tmp_path / "plain.onnx", [feeds], "cpu")[0].values()
-    assert moved([*dense], [*outputs]) < 0.6 * moved([*dense], [*sliced])
+    sliced = run_batches(tmp_path / "plain.onnx", [feeds])[0].values()
+    assert relative_change([*dense], [*outputs]) < 0.6 * relative_change([*dense], [*sliced])
 
 
 # -- forms that a graph can have and an export seldom has ------------------------------------------------------------
@@ -724,7 +658,8 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
     assert groups
     for group in groups:
         with pytest.raises(UnsupportedWeightForm, match=words):
-            closed_form_kind(analysis, group)
+            closed_form_weights(analysis.traced_graph, group)
+        assert analysis.weights[group.id].kind is None
     data = calibration_of(analysis, {"x": normal(5, 6, WIDTH, seed=1)}, 5)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
@@ -734,7 +669,7 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
 def test_plain_attention_is_rotated(tmp_path: Path) -> None:
     """What the odd ones are compared with."""
     analysis = graph(tmp_path, attention(PLAIN_SCORES, PLAIN_VALUES), ATTENTION, ["batch", 6, WIDTH])
-    assert {g.role: closed_form_kind(analysis, g) for g in analysis.groups if g.prunable} == {
-        "qk": "scores",
-        "vo": "values",
+    assert {g.role: analysis.weights[g.id].kind for g in analysis.groups if g.prunable} == {
+        "qk": "low_rank_qk",
+        "vo": "low_rank_vo",
     }

@@ -15,10 +15,10 @@ from snpc.passes.weights.edits import WeightEdits, apply_edits
 from snpc.planning.config import Budget
 from snpc.runtime.closed_form.fit import ClosedForms, apply_basis
 from snpc.types import Group
+from tests.closed_forms import Feeds, calibration_of, random_feeds
 from tests.models.exports import export
+from tests.models.fused import fuse_attention_of
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
-from tests.passes.slicing.test_slice_equals_mask import fuse
-from tests.runtime.closed_form.test_fit import Feeds, calibration_of, more_data
 
 ROLES = ("qk", "vo")
 
@@ -47,7 +47,7 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
         np.testing.assert_allclose(curve / curve[0], known / known[0], rtol=1e-3, atol=1e-4)
     edits = WeightEdits()
     for group in groups:
-        apply_basis(edits, found, group, found.kinds[group.id])
+        apply_basis(edits, found, group)
     before = run(fused.model.path, feeds)
     assert relative_error(before, run(written(apply_edits(fused.traced_graph, edits)), feeds)) < 1e-4
     outputs = []
@@ -63,23 +63,23 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
 def test_weights_inside_the_node(tmp_path: Path) -> None:
     """com.microsoft.Attention, as onnxruntime's optimiser writes it."""
     name = "bert__ts17"
-    onnx.save(fuse(export(name).read_bytes(), name, tmp_path, 12), tmp_path / "fused.onnx")
+    onnx.save(fuse_attention_of(export(name).read_bytes(), name, tmp_path, 12), tmp_path / "fused.onnx")
     fused = snpc.analyze(snpc.load(tmp_path / "fused.onnx"))
     assert sum(n.op_type == "Attention" for n in fused.traced_graph.model.graph) == 2
-    check_same(fused, analysis_of(name), more_data(name, 16), tmp_path)
+    check_same(fused, analysis_of(name), random_feeds(name, 16), tmp_path)
 
 
 def test_attention_of_the_standard(tmp_path: Path) -> None:
     names = ("bert__dyn23_sdpa", "bert__dyn20_sdpa")
-    check_same(analysis_of(names[0]), analysis_of(names[1]), more_data(names[1], 16), tmp_path)
+    check_same(analysis_of(names[0]), analysis_of(names[1]), random_feeds(names[1], 16), tmp_path)
 
 
 def test_layer_after_layer(tmp_path: Path) -> None:
     """A node that mixes int32 lengths with its activations crosses a border between segments."""
     name = "bert__ts17"
-    onnx.save(fuse(export(name).read_bytes(), name, tmp_path, 12), tmp_path / "fused.onnx")
+    onnx.save(fuse_attention_of(export(name).read_bytes(), name, tmp_path, 12), tmp_path / "fused.onnx")
     analysis = snpc.analyze(snpc.load(tmp_path / "fused.onnx"))
-    data, feeds = calibration_of(analysis, more_data(name, 16), 8), feeds_of(name)
+    data, feeds = calibration_of(analysis, random_feeds(name, 16), 8), feeds_of(name)
     outputs = []
     for method, criterion in (("auto", None), ("select", "mixed")):
         made = snpc.plan(analysis, Budget(0.5, ROLES), calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, add_missing_biases, groups_to_fit, schedule_stages
 from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
+from tests.closed_forms import calibration_of, prunable_of
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
-from tests.runtime.closed_form.test_fit import calibration_of, chosen
 
 NAMES = (
     "vit_timm__ts17",
@@ -87,7 +87,7 @@ def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
     staged = [g.id for stage in stages for g in stage.groups]
     assert sorted(staged) == sorted(g.id for g in groups)
     ffn = [k for k, stage in enumerate(stages) for g in stage.groups if g.role == "ffn"]
-    assert len(set(ffn)) == len(ffn) == len(chosen(analysis, "ffn"))
+    assert len(set(ffn)) == len(ffn) == len(prunable_of(analysis, "ffn"))
     assert sum(len(stage.residual_errors) for stage in stages) == len(ffn)
 
 
@@ -171,7 +171,7 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
 
     def emptied(*args: Any) -> list[FitStage]:
         first, *rest = schedule_stages(*args)
-        return [replace(first, groups=(), forms={}, requests=(), residual_errors=()), *rest]
+        return [replace(first, groups=(), kinds={}, requests=(), residual_errors=()), *rest]
 
     whole = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
     monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", emptied)

@@ -28,7 +28,8 @@ from snpc.runtime.closed_form.refit_normalizations import (
     solve_consumer_refit,
 )
 from snpc.types import Group
-from tests.cli.test_cli import CALIB, VIT, invoke, reported
+from tests.closed_forms import calibration_of, random_feeds, relative_change
+from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.exports import EXPORTS, export
 from tests.oracle import (
     TOLERANCE,
@@ -47,7 +48,6 @@ from tests.oracle import (
     run,
     written,
 )
-from tests.runtime.closed_form.test_fit import calibration_of, more_data, moved
 
 NAMES = [name for name in EXPORTS if not name.startswith(("bert", "conv", "mlp"))]
 DECODERS = ["gpt2__dyn20_sdpa", "llama__ts17", "qwen3__dyn20", "t5__ts17"]
@@ -255,7 +255,9 @@ def test_a_mean_that_is_an_output_keeps_what_it_is_of(tmp_path: Path) -> None:
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items())
     analysis = analysis_at(tmp_path / "m.onnx", model)
     assert not residual(analysis)
-    assert any(pin.reason == "its mean is used outside the normalization, by the graph output n1" for pin in analysis.pins)
+    assert any(
+        pin.reason == "its mean is used outside the normalization, by the graph output n1" for pin in analysis.pins
+    )
 
 
 def test_statistics_over_several_heads_keep_the_heads(tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def test_both_outputs_are_watched_on_the_dense_stream(kind: str, tmp_path: Path)
     second = x + np.maximum(first @ given["up"], 0) @ given["down"]
     batches = [{"ids": IDS["ids"][:4]}, {"ids": IDS["ids"][4:]}]
     for sums, value, number in zip(
-        measure_normalizations(analysis.traced_graph, norms, dead, batches, "cpu"), (x, second), "12", strict=True
+        measure_normalizations(analysis.traced_graph, norms, dead, batches), (x, second), "12", strict=True
     ):
         gain, bias = given[f"g{number}"], given[f"b{number}"]
         y, z = normalise(value, kind, gain, bias), normalise(value[:, stays], kind, gain[stays], bias[stays])
@@ -460,15 +462,15 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
     fitted = snpc.apply_slice_plan(plan, tmp_path / "a.onnx", compression=made.closed_forms, calibration=data)
     plain = snpc.apply_slice_plan(snpc.SlicePlan(analysis, "", {}, keep), tmp_path / "s.onnx", calibration=data)
     dense = run(analysis.model.path, IDS)
-    assert moved(dense, run(plain.path, IDS)) > 0.2
-    assert moved(dense, run(fitted.path, IDS)) < 0.02
+    assert relative_change(dense, run(plain.path, IDS)) > 0.2
+    assert relative_change(dense, run(fitted.path, IDS)) < 0.02
     assert fitted.closed_forms == {residual(analysis)[0].id: "refit"}
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "vit_hf__dyn20", "swin_timm__ts17", "bart__ts17", *DECODERS])
 def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
-    data, others = calibration_of(analysis, more_data(name, 48), 48), more_data(name, 32, 7)
+    data, others = calibration_of(analysis, random_feeds(name, 48), 48), random_feeds(name, 32, 7)
     moves = {}
     for method in ("auto", "select"):
         made = snpc.plan(
@@ -480,7 +482,7 @@ def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
             compression=made.closed_forms,
             calibration=data if made.closed_forms else None,
         )
-        moves[method] = moved(run(export(name), others), run(result.path, others))
+        moves[method] = relative_change(run(export(name), others), run(result.path, others))
     assert moves["auto"] < 0.9 * moves["select"]
 
 

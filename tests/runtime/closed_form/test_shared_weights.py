@@ -22,9 +22,17 @@ from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan
 from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel
 from snpc.types import FloatArray, Group, Role
+from tests.closed_forms import (
+    Feeds,
+    analyzed_bytes,
+    calibration_of,
+    pruned_bytes,
+    random_feeds,
+    relative_change,
+    tensor_values,
+)
 from tests.models.exports import export
 from tests.oracle import analysis_of, feeds_of, relative_error, run, written
-from tests.runtime.closed_form.test_fit import Feeds, calibration_of, more_data, moved, shrunk, watched, whole
 
 SAMPLES = 48  # more rows than any group here has columns, else nothing is lost that damping does not hide
 CASES: tuple[tuple[str, Role], ...] = (
@@ -50,7 +58,7 @@ def groups_of(analysis: Analysis, role: Role) -> list[Group]:
 @functools.cache
 def found_for(name: str, role: Role) -> tuple[ClosedForms, Feeds]:
     """The closed forms of a role, measured on more data than the export came with."""
-    analysis, feeds = analysis_of(name), more_data(name, SAMPLES)
+    analysis, feeds = analysis_of(name), random_feeds(name, SAMPLES)
     groups = groups_of(analysis, role)
     assert groups
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), groups)
@@ -89,9 +97,11 @@ def test_predicted_loss_is_the_measured_one(name: str, role: Role) -> None:
             if len([node for r in consumer_weights(analysis.traced_graph, group) for node in r.nodes]) > 1:
                 measured = lost_by_layers(found, plan, group, feeds)
             else:
-                model = shrunk(PruningPlan(plan, found))
-                (before,) = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
-                (after,) = watched(model, outputs_of(model, analysis, group), feeds)
+                model = pruned_bytes(PruningPlan(plan, found))
+                (before,) = tensor_values(
+                    analyzed_bytes(name), outputs_of(analyzed_bytes(name), analysis, group), feeds
+                )
+                (after,) = tensor_values(model, outputs_of(model, analysis, group), feeds)
                 measured = float(np.sum((after - before) ** 2))
             curve = found.loss_curve(group)
             assert curve is not None
@@ -109,7 +119,7 @@ def lost_by_layers(found: ClosedForms, plan: SlicePlan, group: Group, feeds: Fee
         reader = uses[0].reader
         change = reader.matrix(fitted) - reader.matrix(source)
         for use in uses:
-            (seen,) = watched(written(source.model.clone()), [use.probe.tensor], feeds)
+            (seen,) = tensor_values(written(source.model.clone()), [use.probe.tensor], feeds)
             columns = rows(seen)[:, np.argsort(use.probe.units.reshape(-1), kind="stable")]
             shift = bias_at(fitted.model, str(use.node.name), reader.width)
             shift = shift - bias_at(source.model, str(use.node.name), reader.width)
@@ -135,14 +145,14 @@ def test_keeping_everything_changes_nothing(name: str, role: Role) -> None:
     found, _ = found_for(name, role)
     analysis, feeds = analysis_of(name), feeds_of(name)
     keep = {g.id: (tuple(range(g.size)),) for g in groups_of(analysis, role)}
-    model = shrunk(PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "parallel"), found))
+    model = pruned_bytes(PruningPlan(SlicePlan(analysis, "by hand", {}, keep, "parallel"), found))
     assert relative_error(run(export(name), feeds), run(model, feeds)) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "role"), [*CASES, ("convnet__ts17", "residual"), ("albert__ts17", "qk")])
 def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> None:
     analysis, feeds = analysis_of(name), feeds_of(name)
-    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
+    data, before = calibration_of(analysis, random_feeds(name, 24), 8), run(export(name), feeds)
     choice = Budget(0.5, (role,))
     drifts = []
     for method, criterion in (("auto", None), ("select", "magnitude"), ("select", "mixed")):
@@ -150,7 +160,7 @@ def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> 
         result = snpc.apply_slice_plan(
             made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
         )
-        drifts.append(moved(before, run(result.path, feeds)))
+        drifts.append(relative_change(before, run(result.path, feeds)))
     assert drifts[0] < 0.98 * min(drifts[1:])
 
 
@@ -158,7 +168,7 @@ def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> 
 def test_heads_and_widths_go_together(name: str, tmp_path: Path) -> None:
     """The basis of the values is that of what is left of the heads."""
     analysis, feeds = analysis_of(name), feeds_of(name)
-    data, before = calibration_of(analysis, more_data(name, 24), 8), run(export(name), feeds)
+    data, before = calibration_of(analysis, random_feeds(name, 24), 8), run(export(name), feeds)
     drifts = []
     for method, criterion in (("auto", None), ("parallel", None), ("select", "mixed")):
         choice = Budget(0.4, ("head", "vo", "qk"), uniform=True)
@@ -167,7 +177,7 @@ def test_heads_and_widths_go_together(name: str, tmp_path: Path) -> None:
         result = snpc.apply_slice_plan(
             made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
         )
-        drifts.append(moved(before, run(result.path, feeds)))
+        drifts.append(relative_change(before, run(result.path, feeds)))
     assert drifts[1] < 0.98 * drifts[2]
     assert drifts[0] < 1.1 * drifts[2]
 
@@ -189,7 +199,7 @@ def test_predicted_loss_of_shared_values(name: str, share: float) -> None:
     assert len(reader.place.index) > 1 or len(reader.nodes) > 1
     measured = 0.0
     for tensor in (p.tensor for p in group.probes if p.kind == "context"):
-        context = rows(watched(whole(name), [tensor], feeds)[0])
+        context = rows(tensor_values(analyzed_bytes(name), [tensor], feeds)[0])
         for block, part in enumerate(found.bases[group.id]):
             before, after = reader.rows(analysis.traced_graph, block), reader.rows(fitted, block)
             assert not after[:, kept:].any()
@@ -210,9 +220,9 @@ def test_every_layer_of_shared_weights_keeps_its_own_mean() -> None:
     (group,) = groups_of(analysis, "ffn")
     (reader,) = consumer_weights(analysis.traced_graph, group)
     assert len(reader.nodes) == 3
-    model = shrunk(PruningPlan(keeping(analysis, found, group, 24), found))
-    before = watched(whole(name), outputs_of(whole(name), analysis, group), feeds)
-    after = watched(model, outputs_of(model, analysis, group), feeds)
+    model = pruned_bytes(PruningPlan(keeping(analysis, found, group, 24), found))
+    before = tensor_values(analyzed_bytes(name), outputs_of(analyzed_bytes(name), analysis, group), feeds)
+    after = tensor_values(model, outputs_of(model, analysis, group), feeds)
     # the first layer sees what it saw before; the later ones see what the cut ones give them
     assert np.abs(rows(before[0]).mean(0) - rows(after[0]).mean(0)).max() < 1e-5 * np.abs(before[0]).max()
 
@@ -227,7 +237,7 @@ def test_kernels_are_refitted_at_every_offset(name: str, tmp_path: Path) -> None
     groups = groups_of(analysis, "conv")
     readers = {r.taps: r for g in groups for r in consumer_weights(analysis.traced_graph, g)}
     assert set(readers) == {1, 9}
-    data = calibration_of(analysis, more_data(name, 24), 8)
+    data = calibration_of(analysis, random_feeds(name, 24), 8)
     made = snpc.plan(analysis, Budget(0.5, ("conv",)), calibration=data)
     assert made.closed_forms is not None
     assert set(made.closed_forms.kinds.values()) == {"refit"}
@@ -248,7 +258,7 @@ def test_statistics_of_kernels_are_those_of_patches() -> None:
     for group in groups_of(analysis, "conv"):
         (reader,) = consumer_weights(analysis.traced_graph, group)
         (seen,) = found.moments[group.id].consumers[0]
-        (output,) = watched(whole(name), [str(reader.node.outputs[0].name)], feeds)
+        (output,) = tensor_values(analyzed_bytes(name), [str(reader.node.outputs[0].name)], feeds)
         flat = np.moveaxis(output, 1, -1).reshape(-1, reader.width)
         assert seen.count == len(flat)
         weight = reader.matrix(analysis.traced_graph)
@@ -266,19 +276,19 @@ def test_statistics_of_kernels_are_those_of_patches() -> None:
 @pytest.mark.parametrize("name", ["llama__ts17", "llama__dyn20_sdpa"])
 def test_predicted_loss_of_rotary_pairs(name: str) -> None:
     """What all heads of all layers lose in their scores when pairs go, sample by sample."""
-    analysis, feeds = analysis_of(name), more_data(name, 5)
+    analysis, feeds = analysis_of(name), random_feeds(name, 5)
     (group,) = groups_of(analysis, "qk")
     assert group.freedom != "basis"
     statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 2), [group])
     found = snpc.solve_closed_forms(analysis, statistics, [group])
-    assert found.kinds == {group.id: "coupled"}
+    assert found.kinds == {group.id: "score_selection"}
     curve, (selection,) = found.loss_curve(group), found.elimination_orders[group.id]
     assert curve is not None
     products = score_products(analysis.traced_graph, group)
     assert len(products) == 2
     parts = []
     for product in products:
-        query, key = watched(whole(name), [product.left.name, product.right.name], feeds)
+        query, key = tensor_values(analyzed_bytes(name), [product.left.name, product.right.name], feeds)
         units = next(p.units for p in group.probes if p.tensor == product.left.name).reshape(-1)[: query.shape[-1]]
         parts.append((query, key, units))
     for kept in range(group.size):
@@ -309,7 +319,7 @@ def test_padded_tokens_do_not_count_among_rotary_pairs() -> None:
     assert hidden.any()
     other = {**feeds, "input_ids": np.where(hidden, 7, feeds["input_ids"])}
     sums = [
-        snpc.measure_statistics(analysis, calibration_of(analysis, f), [group]).sums[group.id]["coupled:query"]
+        snpc.measure_statistics(analysis, calibration_of(analysis, f), [group]).sums[group.id]["score_loss:query"]
         for f in (feeds, other)
     ]
     assert np.abs(sums[0] - sums[1]).max() < 1e-5 * np.abs(sums[0]).max()
@@ -324,6 +334,6 @@ def test_query_and_key_behind_a_norm_of_each_head_stay_and_the_rest_does_not(nam
     assert said
     assert all("mean" in reason or "statistics" in reason for reason in said)
     groups = [g for role in ("vo", "ffn") for g in groups_of(analysis, role)]  # type: ignore[arg-type]
-    forms, skipped = closed_form_kinds(analysis, groups)
-    assert sorted(set(forms.values())) == ["refit", "values"]
-    assert not skipped
+    kinds = closed_form_kinds(analysis.weights, groups)
+    assert sorted(set(kinds.values())) == ["low_rank_vo", "refit"]
+    assert len(kinds) == len(groups)

@@ -26,6 +26,7 @@ from snpc.runtime.evaluation.bench import (
     summarize_ratios,
     summarize_times,
 )
+from snpc.runtime.execution.execution import Execution
 from snpc.types import Feeds, TensorSpec
 
 
@@ -239,7 +240,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     folder = tmp_path_factory.mktemp("models")
     big = chain(folder / "big.onnx", width=128, layers=6, hidden=1024)
     small = chain(folder / "small.onnx", width=128, layers=6, hidden=64)
-    return bench([big, small, big], threads=1, batch=32, iterations=30, warmup=3, seed=5)
+    return bench([big, small, big], execution=Execution(threads=1), batch=32, iterations=30, warmup=3, seed=5)
 
 
 class TestBench:
@@ -339,7 +340,7 @@ class TestRefusals:
             ({"data": []}, "the data is empty"),
             ({"data": {"x": np.zeros((1, 8))}}, "the data is float64, the model takes float32"),
             ({"data": {"x": np.zeros((1, 8), np.float32)}, "batch": 2}, "data was given, so leave them out"),
-            ({"provider": "abacus"}, "provider 'abacus' is not in this onnxruntime"),
+            ({"execution": Execution(provider="abacus")}, "provider 'abacus' is not in this onnxruntime"),
         ],
     )
     def test_requests(self, model: Path, options: dict[str, object], words: str) -> None:

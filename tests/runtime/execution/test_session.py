@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from snpc.errors import UserError
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import check_feeds, parse_shapes, random_feeds
 from snpc.runtime.execution.session import (
     ORT_DTYPES,
@@ -98,7 +99,7 @@ class TestOpen:
 
     @pytest.mark.parametrize(("level", "name"), [("all", "ENABLE_ALL"), ("basic", "ENABLE_BASIC"), ("off", "DISABLE_")])
     def test_options_reach_the_session(self, level: str, name: str) -> None:
-        session = open_session(model_bytes(IDENTITY), threads=2, optimise=level)  # type: ignore[arg-type]
+        session = open_session(model_bytes(IDENTITY), execution=Execution(threads=2), optimise=level)  # type: ignore[arg-type]
         options = session.get_session_options()
         assert options.intra_op_num_threads == 2
         assert options.log_severity_level == 4
@@ -126,7 +127,7 @@ class TestOpen:
 
     def test_negative_threads_are_refused(self) -> None:
         with pytest.raises(UserError, match="threads -1 is negative"):
-            open_session(model_bytes(IDENTITY), threads=-1)
+            open_session(model_bytes(IDENTITY), execution=Execution(threads=-1))
 
     def test_the_first_lines_of_a_message(self) -> None:
         assert first_lines(RuntimeError("\n  what \n where")) == "what"
@@ -138,12 +139,14 @@ class TestProvider:
     @pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "cpuexecutionprovider"])
     def test_short_and_full_names(self, name: str) -> None:
         assert resolve_provider(name) == "CPUExecutionProvider"
-        assert open_session(model_bytes(IDENTITY), provider=name).get_providers() == ["CPUExecutionProvider"]
+        assert open_session(model_bytes(IDENTITY), execution=Execution(provider=name)).get_providers() == [
+            "CPUExecutionProvider"
+        ]
 
     def test_an_absent_one_is_refused_with_those_there_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
         with pytest.raises(UserError, match=r"'cuda' is not in .*: it has CPUExecutionProvider \(in short: cpu\)"):
-            open_session(model_bytes(IDENTITY), provider="cuda")
+            open_session(model_bytes(IDENTITY), execution=Execution(provider="cuda"))
 
     def test_an_unknown_one_is_refused(self) -> None:
         with pytest.raises(UserError, match="'abacus' is not in this onnxruntime"):
@@ -160,7 +163,7 @@ class TestProvider:
         monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)
         monkeypatch.setattr("onnxruntime.InferenceSession", OnCpu)
         with pytest.raises(UserError, match="TensorrtExecutionProvider did not start"):
-            open_session(b"", provider="trt")
+            open_session(b"", execution=Execution(provider="trt"))
 
 
 class TestTypes:

@@ -15,7 +15,7 @@ import snpc
 from snpc.runtime.execution import memory
 from snpc.runtime.io import load as model_io
 from snpc.runtime.statistics import unit_weights as numbers
-from tests.cli.test_cli import invoke
+from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama
 
 SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
@@ -101,12 +101,3 @@ def test_what_does_not_fit_is_not_run_and_that_is_said(
     monkeypatch.setattr(memory, "free_memory", lambda: 3 * needed)
     verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
     assert verdict["max_abs_diff"] is not None
-
-
-def test_free_memory_of_a_container(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("100\n")
-    assert memory.container_free_bytes(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.container_free_bytes(tmp_path) == 900
-    assert memory.container_free_bytes(tmp_path / "none") is None

@@ -32,21 +32,21 @@ from snpc.runtime.sensitivity.loss_curves import (
 )
 from snpc.runtime.sensitivity.segmented_model import open_segmented_model
 from snpc.types import AnyArray, Group
+from tests.closed_forms import calibration_of, closed_forms_of, prunable_of
+from tests.models.groups import make_group
 from tests.oracle import Array, analysis_of, feeds_of, run, written
-from tests.planning.test_allocate import group
-from tests.runtime.closed_form.test_fit import calibration_of, chosen, compressed
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "bart__ts17", "albert__ts17", "swin_timm__ts17"])
 def test_a_chain_says_what_the_whole_model_says(name: str) -> None:
     """Also with changed weights: then against the model in which they are changed."""
-    analysis, found = analysis_of(name), compressed(name)
-    groups = chosen(analysis)
+    analysis, found = analysis_of(name), closed_forms_of(name)
+    groups = prunable_of(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     tried = {g.id: trial_constants(found, scores, g, min(measurable_widths(g))) for g in groups}
     feeds = feeds_of(name)
     expected = run(written(analysis.traced_graph.model.clone()), feeds)
-    with open_segmented_model(analysis, tried, "cpu") as chain:
+    with open_segmented_model(analysis, tried) as chain:
         states = chain.dense_states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], expected)
         for g in groups[:: max(1, len(groups) // 4)]:
@@ -71,10 +71,10 @@ def tensor(array: AnyArray, name: str) -> object:
 
 def test_a_chain_has_a_piece_per_layer() -> None:
     """Else every trial would run the whole model."""
-    analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
-    groups = chosen(analysis)
+    analysis, found = analysis_of("vit_timm__ts17"), closed_forms_of("vit_timm__ts17")
+    groups = prunable_of(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}, "cpu") as chain:
+    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}) as chain:
         assert len(chain.segments) >= 2 * len({g.layer for g in groups})
         for g in groups:
             first, last = chain.spans[g.id]
@@ -84,8 +84,8 @@ def test_a_chain_has_a_piece_per_layer() -> None:
 
 
 def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    analysis, found = analysis_of("vit_timm__ts17"), compressed("vit_timm__ts17")
-    groups = chosen(analysis)
+    analysis, found = analysis_of("vit_timm__ts17"), closed_forms_of("vit_timm__ts17")
+    groups = prunable_of(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     tried = {g.id: trial_constants(found, scores, g, 1) for g in groups}
     opened = []
@@ -98,7 +98,7 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.temporary_session", fails_once)
     feeds = feeds_of("vit_timm__ts17")
-    with open_segmented_model(analysis, tried, "cpu") as chain:
+    with open_segmented_model(analysis, tried) as chain:
         assert len(chain.segments) == 1 and len(opened) > 3
         states = chain.dense_states(feeds, SpillableStore(0))
         same([states[-1][output] for output in chain.outputs], run(written(analysis.traced_graph.model.clone()), feeds))
@@ -107,9 +107,9 @@ def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
 def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
     """Else a chain would not have these weights open, or run pieces that nothing changes."""
-    analysis, found = analysis_of(name), compressed(name)
+    analysis, found = analysis_of(name), closed_forms_of(name)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    for g in chosen(analysis):
+    for g in prunable_of(analysis):
         width = min(measurable_widths(g))
         touched = changed_constants(analysis.traced_graph, *trial_edits(found, scores, g, width))
         assert touched and touched == set(trial_constants(found, scores, g, width))
@@ -136,8 +136,8 @@ def test_curves_are_measured_near_the_plan_that_they_make(
 ) -> None:
     monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.MIN_GROUPS_PER_ROLE", many)
     name = "vit_timm__ts17"
-    analysis, found = analysis_of(name), compressed(name)
-    groups = chosen(analysis)
+    analysis, found = analysis_of(name), closed_forms_of(name)
+    groups = prunable_of(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     calibration = calibration_of(analysis, feeds_of(name))
     spy = Spy(monkeypatch)
@@ -156,8 +156,8 @@ def test_curves_are_measured_near_the_plan_that_they_make(
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_timm__ts17"
-    analysis, found = analysis_of(name), compressed(name)
-    groups = chosen(analysis)
+    analysis, found = analysis_of(name), closed_forms_of(name)
+    groups = prunable_of(analysis)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
@@ -175,11 +175,11 @@ def test_curves_for_all_choices_do_not_depend_on_one() -> None:
 
 @pytest.mark.parametrize("choice", [None, Budget(target="macs=0.7")], ids=str)
 def test_curves_fall_with_the_width(choice: Budget | None) -> None:
-    analysis, found = analysis_of("bert__ts17"), compressed("bert__ts17")
+    analysis, found = analysis_of("bert__ts17"), closed_forms_of("bert__ts17")
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     calibration = calibration_of(analysis, feeds_of("bert__ts17"))
-    curves = measure_loss_curves(found, scores, calibration, chosen(analysis), choice)
-    for g in chosen(analysis):
+    curves = measure_loss_curves(found, scores, calibration, prunable_of(analysis), choice)
+    for g in prunable_of(analysis):
         curve = curves[g.id]
         assert curve.shape == (g.size + 1,)
         assert (np.diff(curve) <= 0).all()
@@ -191,7 +191,7 @@ def test_curves_fall_with_the_width(choice: Budget | None) -> None:
 @given(st.integers(0, 99), st.integers(2, 4), st.floats(0.2, 3))
 def test_what_samples_do_to_all_groups_is_taken_off(seed: int, pools: int, spread: float) -> None:
     rng = np.random.default_rng(seed)
-    groups = [group(f"g{k}", "ffn", 1, 60) for k in range(12)]
+    groups = [make_group(f"g{k}", "ffn", 1, 60) for k in range(12)]
     shapes = {g.id: np.linspace(1, 0, 61) ** 2 for g in groups}
     truth = {g.id: shapes[g.id] * np.exp(rng.normal() + 0.2 * rng.normal() * np.arange(61) / 60) for g in groups}
     effect = spread * rng.normal(size=pools)
@@ -208,7 +208,7 @@ def test_what_samples_do_to_all_groups_is_taken_off(seed: int, pools: int, sprea
 
 
 def changes_of(shape: AnyArray, factors: dict[int, float], name: str = "g") -> list[OutputChange]:
-    g = group(name, "ffn", 1, len(shape) - 1)
+    g = make_group(name, "ffn", 1, len(shape) - 1)
     return [OutputChange(g, width, 0, float(shape[width] * factor)) for width, factor in factors.items()]
 
 

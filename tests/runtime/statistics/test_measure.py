@@ -14,11 +14,12 @@ import onnxruntime as ort
 import pytest
 
 import snpc
+from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.measure import StatisticRequest, measure_batches, statistic_requests
 from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Probe
-from tests.cli.test_cli import CALIB, VIT
+from tests.command_line import CALIB, VIT
 from tests.models.exports import load_feeds
 from tests.oracle import analysis_of, prunable, require, written
 
@@ -62,9 +63,9 @@ def wanted(name: str) -> tuple[StatisticRequest, ...]:
     names = {}
     for group in prunable(analysis_of(name).groups):
         kinds = dict.fromkeys(p.kind for p in group.probes)
-        names[group.id] = [f"energy:{k}" for k in kinds]
+        names[group.id] = [StatisticKey("energy", kind) for kind in kinds]
         if group.size <= LARGEST_GRAM and group.role != "head":
-            names[group.id] += [f"gram:{k}" for k in kinds]
+            names[group.id] += [StatisticKey("gram", kind) for kind in kinds]
     return tuple(statistic_requests(analysis_of(name), names))
 
 
@@ -134,9 +135,9 @@ def test_energies_and_grams_are_numpys(name: str) -> None:
     values, found = activations(name), measured(name, 8)
     assert {w.kind for w in wanted(name)} == {"energy", "gram"}
     for item in wanted(name):
-        make = gram if item.kind == "gram" else energy
+        make = gram if item.key.kind == "gram" else energy
         expected = make(values[item.probe.tensor], item.probe, item.group)
-        where = f"{item.group.id} {item.kind}:{item.probe.kind} of {item.probe.tensor}"
+        where = f"{item.group.id} {item.key} of {item.probe.tensor}"
         assert found[item.output].shape == expected.shape, where
         scale = np.abs(expected).max()
         assert scale > 0, where
@@ -263,7 +264,7 @@ def test_progress_sees_every_batch() -> None:
             sizes.append(len(feed["image"]))
             yield feed
 
-    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), progress=watch)
+    snpc.score(snpc.analyze(model), "snp", data, roles=("qk",), execution=snpc.Execution(progress=watch))
     assert sizes == [6, 6, 6, 2]
 
 

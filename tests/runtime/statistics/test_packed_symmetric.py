@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from snpc.runtime.statistics import packed_symmetric as triangle
 from snpc.runtime.statistics.packed_symmetric import packed_length, row_strips, unpack_symmetric, unpacked_size
+from tests.closed_forms import prunable_of, random_feeds, statistics_of
 from tests.oracle import analysis_of
-from tests.runtime.closed_form.test_fit import chosen, more_data
-from tests.runtime.statistics.test_statistics import measured
 
 
 @given(st.integers(1, 1300))
@@ -28,13 +27,13 @@ def test_other_lengths_are_of_nothing() -> None:
 @pytest.mark.parametrize("strip", [1, 4, 5, 100])
 def test_strips_of_any_height_hold_the_whole(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured in the graph in several strips, and in one."""
-    group = next(g for g in chosen(analysis_of("vit_timm__ts17")) if g.role == "ffn")
-    feeds = more_data("vit_timm__ts17", 3)
-    (one,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
+    group = next(g for g in prunable_of(analysis_of("vit_timm__ts17")) if g.role == "ffn")
+    feeds = random_feeds("vit_timm__ts17", 3)
+    (one,) = statistics_of("vit_timm__ts17", feeds, 3).sums[group.id].values()
     whole = unpack_symmetric(one)
     assert whole.shape == (group.size + 1,) * 2
     monkeypatch.setattr(triangle, "STRIP_ROWS", strip)
-    (found,) = measured("vit_timm__ts17", feeds, 3).sums[group.id].values()
+    (found,) = statistics_of("vit_timm__ts17", feeds, 3).sums[group.id].values()
     assert len(found) == packed_length(group.size + 1) and (strip == 100 or len(found) < len(one))
     np.testing.assert_allclose(unpack_symmetric(found), whole, rtol=1e-5, atol=1e-6 * np.abs(whole).max())
     np.testing.assert_array_equal(unpack_symmetric(found), unpack_symmetric(found).T)

@@ -18,9 +18,9 @@ from snpc.planning.plan import SlicePlan, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.refit_normalizations import fit_normalizations
 from snpc.runtime.statistics.statistics import Statistics
+from tests.closed_forms import initializers_of, prunable_of
 from tests.models.exports import VOCABULARY
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
-from tests.runtime.closed_form.test_fit import chosen, initializers_of
 
 Feeds = dict[str, Array]
 LENGTH, LENGTHS = 9, (9, 4, 6, 7)
@@ -73,7 +73,7 @@ def measured(name: str, garbage: int | None, method: str = "auto") -> Statistics
     return snpc.measure_statistics(
         analysis,
         calibration(name, garbage),
-        chosen(analysis),
+        prunable_of(analysis),
         method=method,  # type: ignore[arg-type]
         criterion="snp",
     )
@@ -103,7 +103,7 @@ def test_the_mask_matters(name: str) -> None:
     analysis, feeds = analysis_of(name), padded(name, 0)
     feeds = {key: np.ones_like(a) if "mask" in key else a for key, a in feeds.items()}
     data = snpc.load_calibration(feeds, analysis.model.inputs, batch=len(LENGTHS))
-    statistics = snpc.measure_statistics(analysis, data, chosen(analysis), criterion="snp")
+    statistics = snpc.measure_statistics(analysis, data, prunable_of(analysis), criterion="snp")
     assert gap(statistics, measured(name, None)) > 1e-2
 
 

@@ -17,26 +17,19 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.closed_form.layerwise import fit_layerwise
-from snpc.runtime.execution.memory import SpillableStore, free_memory, parse_bytes, spill_to_file
+from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.memory import parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import Feeds
-from tests.cli.test_cli import invoke
+from tests.closed_forms import calibration_of, initializers, initializers_of, prunable_of, random_feeds, statistics_of
+from tests.command_line import invoke
 from tests.models.exports import export
 from tests.oracle import Array, analysis_of, written
-from tests.runtime.closed_form.test_fit import calibration_of, chosen, initializers, initializers_of, more_data
 
 NAME = "vit_timm__ts17"
 NAMES = (NAME, "bert__ts17", "llama__ts17")
 METHODS: tuple[PruningMethod, ...] = ("auto", "select")
-
-
-def measured(
-    name: str, feeds: dict[str, Array], batch: int, method: PruningMethod = "auto", limit: int | None = None
-) -> Statistics:
-    analysis = analysis_of(name)
-    data = calibration_of(analysis, feeds, batch)
-    return snpc.measure_statistics(analysis, data, chosen(analysis), method=method, criterion="snp", memory_limit=limit)
 
 
 def close(found: Statistics, expected: Statistics, tolerance: float) -> None:
@@ -55,9 +48,11 @@ def close(found: Statistics, expected: Statistics, tolerance: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_halves_are_the_whole(name: str, method: PruningMethod, tmp_path: Path) -> None:
     """To rounding in float64; also by way of files."""
-    feeds = more_data(name, 8)
-    halves = [measured(name, {k: v[part] for k, v in feeds.items()}, 2, method) for part in (slice(4), slice(4, 8))]
-    whole = measured(name, feeds, 2, method)
+    feeds = random_feeds(name, 8)
+    halves = [
+        statistics_of(name, {k: v[part] for k, v in feeds.items()}, 2, method) for part in (slice(4), slice(4, 8))
+    ]
+    whole = statistics_of(name, feeds, 2, method)
     for half, path in zip(halves, ("a.npz", "b.npz"), strict=True):
         snpc.save_statistics(half, tmp_path / path)
     loaded = snpc.load_statistics(tmp_path / "a.npz", tmp_path / "b.npz")
@@ -71,12 +66,12 @@ def test_two_halves_are_the_whole(name: str, method: PruningMethod, tmp_path: Pa
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_batch_size_does_not_matter(name: str, method: PruningMethod) -> None:
-    feeds = more_data(name, 6)
-    close(measured(name, feeds, 1, method), measured(name, feeds, 6, method), 1e-5)
+    feeds = random_feeds(name, 6)
+    close(statistics_of(name, feeds, 1, method), statistics_of(name, feeds, 6, method), 1e-5)
 
 
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
-    statistics = measured(NAME, more_data(NAME, 3), 3)
+    statistics = statistics_of(NAME, random_feeds(NAME, 3), 3)
     snpc.save_statistics(statistics, tmp_path / "s.npz")
     again = snpc.load_statistics(tmp_path / "s.npz")
     assert replace(again, sums={}) == replace(statistics, sums={})
@@ -87,7 +82,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
 
 
 def test_what_does_not_add_up_is_refused() -> None:
-    vit, bert = (measured(name, more_data(name, 2), 2) for name in NAMES[:2])
+    vit, bert = (statistics_of(name, random_feeds(name, 2), 2) for name in NAMES[:2])
     with pytest.raises(UserError, match="of one model"):
         vit + bert
     group = next(iter(vit.sums))
@@ -100,8 +95,8 @@ def test_what_does_not_add_up_is_refused() -> None:
 @pytest.mark.parametrize("method", ["parallel", "select"])
 def test_statistics_of_something_else_are_refused(method: PruningMethod) -> None:
     analysis = analysis_of(NAME)
-    groups = chosen(analysis)
-    statistics = measured(NAME, more_data(NAME, 2), 2, "auto" if method == "parallel" else "select")
+    groups = prunable_of(analysis)
+    statistics = statistics_of(NAME, random_feeds(NAME, 2), 2, "auto" if method == "parallel" else "select")
     with pytest.raises(UserError, match="of another model"):
         snpc.plan(analysis, Budget(0.5), statistics=replace(statistics, digest="0" * 64), method=method)
     short = replace(statistics, sums={k: v for k, v in statistics.sums.items() if k != groups[0].id})
@@ -116,7 +111,7 @@ def test_statistics_of_something_else_are_refused(method: PruningMethod) -> None
 
 def test_broken_files_are_refused(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
-    snpc.save_statistics(measured(NAME, more_data(NAME, 2), 2), good)
+    snpc.save_statistics(statistics_of(NAME, random_feeds(NAME, 2), 2), good)
     whole = good.read_bytes()
     header = json.loads(str(np.load(good)["header"]))
     arrays = {k: v for k, v in np.load(good).items() if k != "header"}
@@ -150,7 +145,7 @@ def refused(path: Path) -> None:
     [(name, method) for name in NAMES for method in METHODS if (name, method) != ("llama__ts17", "select")],
 )  # llama's select measures one group only, since all layers share the rotary tables
 def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) -> None:
-    analysis, feeds = analysis_of(name), more_data(name, 4)
+    analysis, feeds = analysis_of(name), random_feeds(name, 4)
     passes = {}
     found = {}
     for limit in (1 << 40, smallest_limit(name, feeds, method)):
@@ -163,11 +158,10 @@ def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) 
         found[limit] = snpc.measure_statistics(
             analysis,
             calibration_of(analysis, feeds, 2),
-            chosen(analysis),
+            prunable_of(analysis),
             method=method,
             criterion="snp",
-            memory_limit=limit,
-            progress=count,
+            execution=Execution(memory_limit=limit, progress=count),
         )
     (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
     assert one == 1 < many
@@ -179,7 +173,7 @@ def smallest_limit(name: str, feeds: dict[str, Array], method: PruningMethod) ->
     limit = 1
     for _ in range(50):
         try:
-            measured(name, feeds, 2, method, limit)
+            statistics_of(name, feeds, 2, method, limit)
         except UserError as error:
             limit = parse_bytes(str(error).partition("--memory-limit ")[2].split()[0])
         else:
@@ -189,12 +183,12 @@ def smallest_limit(name: str, feeds: dict[str, Array], method: PruningMethod) ->
 
 def test_a_limit_that_is_too_small_is_refused() -> None:
     with pytest.raises(UserError, match=r"--memory-limit .* or a smaller --calib-batch"):
-        measured(NAME, more_data(NAME, 2), 2, limit=1000)
+        statistics_of(NAME, random_feeds(NAME, 2), 2, limit=1000)
 
 
 def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analysis_of(NAME)
-    data = calibration_of(analysis, more_data(NAME, 6), 2)
+    data = calibration_of(analysis, random_feeds(NAME, 6), 2)
     made = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data, method="auto")
     assert made.closed_forms is not None
     files: list[int] = []
@@ -206,36 +200,11 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
     found = []
     for limit in (1 << 40, 1):
-        source = fit_layerwise(made.closed_forms, made.slices, data, memory_limit=limit)
+        source = fit_layerwise(made.closed_forms, made.slices, data, Execution(memory_limit=limit))
         found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
         np.testing.assert_array_equal(found[1][key], array)
-
-
-def test_a_shelf_counts_what_it_holds() -> None:
-    shelf = SpillableStore(100)
-    first = shelf.keep(np.zeros(10))
-    second = shelf.keep(np.arange(10.0))
-    assert (shelf.bytes_in_memory, shelf.bytes_in_files) == (80, 80)
-    assert not isinstance(first, np.memmap)
-    assert isinstance(second, np.memmap)
-    np.testing.assert_array_equal(second, np.arange(10.0))
-    second += 1
-    np.testing.assert_array_equal(second, np.arange(1.0, 11.0))
-    del first
-    assert shelf.bytes_in_memory == 0
-
-
-def test_sizes() -> None:
-    assert parse_bytes("2GB") == 2 * 10**9
-    assert parse_bytes(" 1.5 GiB ") == 3 * 2**29
-    assert parse_bytes("500m") == 5 * 10**8
-    assert parse_bytes("1000") == 1000
-    for text in ("", "two", "-1GB", "0", "1XB", "GB", "1e9"):
-        with pytest.raises(UserError, match="no size"):
-            parse_bytes(text)
-    assert free_memory() > 10**6
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -243,7 +212,7 @@ def test_sizes() -> None:
 
 def test_prune_from_files(tmp_path: Path) -> None:
     """The same weights as from the data, and the data are not needed."""
-    model, feeds = str(export(NAME)), more_data(NAME, 8)
+    model, feeds = str(export(NAME)), random_feeds(NAME, 8)
     np.savez(tmp_path / "all.npz", **feeds)
     for k in range(2):
         np.savez(tmp_path / f"{k}.npz", **{name: a[4 * k : 4 * k + 4] for name, a in feeds.items()})
@@ -269,7 +238,7 @@ def test_prune_from_files(tmp_path: Path) -> None:
 def test_flags_that_say_nothing_are_refused(tmp_path: Path) -> None:
     model = str(export(NAME))
     statistics = tmp_path / "s.npz"
-    snpc.save_statistics(measured(NAME, more_data(NAME, 2), 2), statistics)
+    snpc.save_statistics(statistics_of(NAME, random_feeds(NAME, 2), 2), statistics)
     for flags, said in (
         (("--save-stats", tmp_path / "new.npz"), "--save-stats"),
         (("--load-stats", statistics, "--method", "auto"), "--method auto"),

@@ -125,7 +125,7 @@ def test_star_drops_what_numpy_drops(encoder: Encoder, tmp_path: Path) -> None:
         feeds = encoder.feeds(4, seed)
         expected = forward(encoder, feeds["x"], {1: 3, 2: 1, 3: 2}, tables, ONLINE_WEIGHT)
         assert np.abs(run(path, feeds)[0] - expected).max() < 1e-4
-        assert check_token_reduction(reduced, path, [feeds], 1e-5, "cpu")
+        assert check_token_reduction(reduced, path, [feeds], 1e-5)
 
 
 def test_star_without_differences_is_topk(tmp_path: Path) -> None:

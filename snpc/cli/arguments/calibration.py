@@ -1,0 +1,157 @@
+"""Calibration data, evaluation data and statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import click
+import numpy as np
+
+import snpc
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
+from snpc.cli.arguments.parsers import parse_numbers
+from snpc.cli.tables import print_note
+from snpc.errors import UserError
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.evaluation.accuracy import EvaluationData
+
+RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
+ALL_SAMPLES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ImageArguments(ArgumentGroup):
+    """How pictures become inputs."""
+
+    section: ClassVar[str] = "Calibration"
+
+    image_size: str | None = option(
+        "--image-size", metavar="H,W", help="Size of calibration images.  [default: the model's input size]"
+    )
+    image_mean: str | None = option(
+        "--image-mean", metavar="R,G,B", help="Mean of each channel, of pixels in 0..1.  [default: ImageNet's]"
+    )
+    image_std: str | None = option(
+        "--image-std", metavar="R,G,B", help="Standard deviation of each channel.  [default: ImageNet's]"
+    )
+    image_layout: Literal["nchw", "nhwc"] | None = option(
+        "--image-layout", type=click.Choice(["nchw", "nhwc"]), help="Axis order of the model's image input."
+    )
+
+    def is_given(self) -> bool:
+        return (self.image_size, self.image_mean, self.image_std, self.image_layout) != (None,) * 4
+
+    def load(self) -> snpc.ImageOptions:
+        """The options as ``load_calibration`` takes them; what is not given is ImageNet's."""
+        images = snpc.ImageOptions()
+        size = parse_numbers(self.image_size, "--image-size", int, (2,))
+        mean = parse_numbers(self.image_mean, "--image-mean", float, (1, 3, 4))
+        std = parse_numbers(self.image_std, "--image-std", float, (1, 3, 4))
+        return snpc.ImageOptions(
+            size=(size[0], size[1]) if size is not None else images.size,
+            mean=mean if mean is not None else images.mean,
+            std=std if std is not None else images.std,
+            layout=self.image_layout or images.layout,
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationArguments(ArgumentGroup):
+    """Unlabeled inputs to measure on."""
+
+    section: ClassVar[str] = "Calibration"
+
+    calib: str | None = option(
+        "--calib",
+        "--calibration-data",
+        metavar="DATA",
+        help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, Polygraphy "
+        "JSON, test_data_set_*/input_N.pb, or file.py:function (runs that code). random: noise, where there is no "
+        "data.",
+    )
+    calib_samples: int = option(
+        "--calib-samples", default=128, show_default=True, type=int, help="Number of samples to use."
+    )
+    calib_batch: int = option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run.")
+    images: ImageArguments = subgroup()
+    seed: int = option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for drawing samples of larger data."
+    )
+
+    def check(self) -> None:
+        """Refuse image options that no calibration data can use."""
+        if self.calib is None and self.images.is_given():
+            raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
+
+    def load(self, analysis: snpc.Analysis) -> Calibration | None:
+        """The data as the flags describe it, noise for ``--calib random``, None without --calib."""
+        self.check()
+        return self.load_data(self.calib, analysis) if self.calib is not None else None
+
+    def load_data(self, source: str, analysis: snpc.Analysis) -> Calibration:
+        """``source`` in place of --calib, prepared in the same way."""
+        images = self.images.load()
+        if source == RANDOM_CALIBRATION and not self.images.is_given():
+            print_note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
+            return snpc.random_calibration(analysis, samples=self.calib_samples, batch=self.calib_batch, seed=self.seed)
+        if self.images.is_given() and not Path(source).is_dir():
+            raise UserError(
+                f"{source}: --image-size, -mean, -std and -layout are for a folder of images; leave them out"
+            )
+        return snpc.load_calibration(
+            source,
+            analysis.model.inputs,
+            samples=self.calib_samples,
+            batch=self.calib_batch,
+            images=images,
+            seed=self.seed,
+        )
+
+    def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:
+        """All samples of ``source``, prepared in the same way, with the array ``labels`` of it as their classes."""
+        inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis)
+        if labels is None:
+            return EvaluationData(inputs)
+        if not source.endswith(".npz"):
+            raise UserError(f"{source}: --labels names an array of an .npz")
+        with np.load(source) as arrays:
+            if labels not in arrays:
+                raise UserError(f"{source}: holds no {labels!r}; it has {', '.join(arrays)}")
+            return EvaluationData(inputs, arrays[labels])
+
+
+@dataclass(frozen=True)
+class StatisticsArguments(ArgumentGroup):
+    """Statistics of the calibration data in files."""
+
+    section: ClassVar[str] = "Calibration"
+
+    load_stats: tuple[Path, ...] = option(
+        "--load-stats",
+        multiple=True,
+        type=FILE_PATH,
+        metavar="FILE",
+        help="Read statistics that --save-stats wrote, instead of measuring them; repeat to add several up. Without "
+        "--calib, for --method parallel and select only.",
+    )
+
+    def load(self) -> snpc.Statistics | None:
+        """The files added up, None without --load-stats."""
+        return snpc.load_statistics(*self.load_stats) if self.load_stats else None
+
+
+@dataclass(frozen=True)
+class SavedStatisticsArguments(StatisticsArguments):
+    """Statistics that are read, and written."""
+
+    save_stats: Path | None = option(
+        "--save-stats", type=FILE_PATH, metavar="FILE", help="Write the measured statistics here, for --load-stats."
+    )
+
+    def check_no_widths(self) -> None:
+        """Refuse, with --roles none, the statistics that only widths need."""
+        for flag, value in (("--load-stats", self.load_stats), ("--save-stats", self.save_stats)):
+            if value not in (None, ()):
+                raise UserError(f"--roles none cuts no widths: leave out {flag}")

@@ -1,0 +1,133 @@
+"""What an argument group is, and commands made of groups.
+
+A command is a function whose parameters are groups:
+
+    @command("bench")
+    def bench_command(models: BenchModels, execution: ExecutionArguments) -> None: ...
+
+``command`` collects the options of the groups, lists them in ``--help`` by section, and builds the groups from the
+parsed values. Most groups have a ``load`` method that turns the flags into the value that they describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast, get_type_hints
+
+import click
+
+FILE_PATH = click.Path(path_type=Path)
+GroupT = TypeVar("GroupT", bound="ArgumentGroup")
+
+SECTIONS = (
+    "What to cut", "How much", "Inputs", "Calibration", "Tokens", "Training", "Evaluation", "Pruning", "Output",
+    "Building", "Running",
+)  # fmt: skip
+"""Sections of ``--help``, in this order; any other comes last."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """How click parses a field. ``section``: None for the one of its group."""
+
+    kind: type[click.Parameter]
+    flags: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    section: str | None = None
+
+
+class SectionOption(click.Option):
+    """An option that ``--help`` lists under ``section``."""
+
+    section: str = "Options"
+
+
+def option(*flags: str, section: str | None = None, **attributes: Any) -> Any:
+    """A field that is an option. ``attributes``: as of ``click.option``."""
+    return field(metadata={"parameter": ParameterSpec(SectionOption, flags, attributes, section)})
+
+
+def argument(**attributes: Any) -> Any:
+    """A field that is a positional argument. ``attributes``: as of ``click.argument``."""
+    return field(metadata={"parameter": ParameterSpec(click.Argument, (), attributes)})
+
+
+def subgroup() -> Any:
+    """A field that is a group itself."""
+    return field()
+
+
+@dataclass(frozen=True)
+class ArgumentGroup:
+    """A group of options. Each field is made by ``option``, ``argument`` or ``subgroup``."""
+
+    section: ClassVar[str] = "Options"
+
+    @classmethod
+    def options(cls) -> list[click.Parameter]:
+        """The click parameters of this group and of the groups inside it."""
+        parameters: list[click.Parameter] = []
+        for name, spec, inner in parameter_fields(cls):
+            if spec is None:
+                parameters += inner.options()
+                continue
+            parameter = spec.kind([*spec.flags, name], **spec.attributes)
+            if isinstance(parameter, SectionOption):
+                parameter.section = spec.section or cls.section
+            parameters.append(parameter)
+        return parameters
+
+    @classmethod
+    def from_flags(cls: type[GroupT], flags: Mapping[str, object]) -> GroupT:
+        """The group with the values that click parsed, by parameter name."""
+        values = {
+            name: flags[name] if spec is not None else inner.from_flags(flags)
+            for name, spec, inner in parameter_fields(cls)
+        }
+        return cast("Callable[..., GroupT]", cls)(**values)
+
+
+def parameter_fields(group: type[ArgumentGroup]) -> Iterator[tuple[str, ParameterSpec | None, type[ArgumentGroup]]]:
+    """(name, how it is parsed, type) of each field. A field that is not parsed is a group."""
+    types = get_type_hints(group)
+    for item in fields(group):
+        yield item.name, item.metadata.get("parameter"), types[item.name]
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+class SectionedCommand(click.Command):
+    """A command whose ``--help`` lists options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):  # arguments are in the usage line
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], SectionedCommand]:
+    """Make a command of a function whose parameters are argument groups. Its docstring is the help text."""
+
+    def decorate(function: Callable[..., None]) -> SectionedCommand:
+        groups: dict[str, type[ArgumentGroup]] = get_type_hints(function)
+        groups.pop("return")
+        parameters = [parameter for group in groups.values() for parameter in group.options()]
+        names = [parameter.name for parameter in parameters]
+        if len(set(names)) != len(names):
+            raise ValueError(f"{name}: two parameters have the same name, of {names}")
+
+        def run(**flags: object) -> None:
+            function(**{key: group.from_flags(flags) for key, group in groups.items()})
+
+        return SectionedCommand(name, callback=run, params=parameters, help=function.__doc__)
+
+    return decorate

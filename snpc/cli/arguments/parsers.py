@@ -1,0 +1,87 @@
+"""Texts of options to values. Each parser refuses a text that it cannot read, and says what it must look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import click
+
+from snpc.errors import UserError
+from snpc.types import ROLES, Role
+
+Number = TypeVar("Number", int, float)
+
+
+def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
+    """``qk,ffn`` -> ("qk", "ffn"); ``none`` -> ()."""
+    if text.strip() == "none":
+        return ()
+    roles: dict[str, Role] = {role: role for role in ROLES}
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in roles]
+    if unknown or not names:
+        raise click.BadParameter(
+            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas"
+        )
+    return tuple(roles[name] for name in names)
+
+
+def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    """Refuse at once a provider that this onnxruntime does not have; the CPU is always there."""
+    if name != "cpu":
+        from snpc.runtime.execution.session import resolve_provider
+
+        resolve_provider(name)
+    return name
+
+
+def parse_width_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
+    """A number, or ``auto``."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text}: a number, or auto") from None
+
+
+def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    if name is not None:
+        from snpc.targets import find_target
+
+        find_target(name)
+    return name
+
+
+def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """``2GB`` or ``512MiB`` -> bytes."""
+    from snpc.runtime.execution.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
+
+
+def parse_dim_sizes(texts: Sequence[str]) -> dict[str, int]:
+    """``["batch=1"]`` -> ``{"batch": 1}``."""
+    sizes = {}
+    for text in texts:
+        name, equals, size = text.rpartition("=")
+        if not equals or not size.isdigit() or not int(size):
+            raise UserError(f"--dim-param {text!r}: must look like batch=1")
+        sizes[name] = int(size)
+    return sizes
+
+
+def parse_numbers(
+    text: str | None, flag: str, kind: Callable[[str], Number], counts: Sequence[int]
+) -> tuple[Number, ...] | None:
+    """The numbers in ``text``, separated by commas, as many as one of ``counts``; None where the option is absent."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(kind(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in counts:
+        raise UserError(f"{flag} {text!r}: {' or '.join(map(str, counts))} numbers separated by commas are needed")
+    return numbers

@@ -1,0 +1,181 @@
+"""What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import click
+
+import snpc
+from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
+from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
+from snpc.errors import UserError
+from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
+from snpc.pipeline.token_schedule import WidthRequest
+from snpc.planning.config import Allocator, is_latency_target
+from snpc.planning.plan import PruningMethod
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import Execution
+from snpc.types import Role
+
+
+@dataclass(frozen=True)
+class SelectionArguments(ArgumentGroup):
+    """Which groups may lose units, and how these units are chosen."""
+
+    section: ClassVar[str] = "What to cut"
+
+    roles: tuple[Role, ...] = option(
+        "--roles",
+        default="qk,vo,ffn",
+        show_default=True,
+        metavar="ROLE,...",
+        callback=parse_roles,
+        help="Roles of the groups to prune: qk, vo, ffn, head, conv, residual, other; or none.",
+    )
+    include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
+    exclude: str | None = option("--exclude", metavar="REGEX", help="Do not prune groups whose id matches.")
+    method: PruningMethod | None = option(
+        "--method",
+        type=click.Choice(["auto", "parallel", "select"]),
+        help="auto: rotate, slice and refit the weights in closed form, layer by layer (needs --calib). parallel: the "
+        "same, all layers at once. select: remove the units that --criterion scores lowest, change no other weight.  "
+        "[default: auto with --calib and no --criterion; parallel with --load-stats alone; else select]",
+    )
+    criterion: str | None = option(
+        "--criterion",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="How units are scored, see `snpc criteria`.  [default: mixed with --calib, else magnitude]",
+    )
+    round_to: int | str = option(
+        "--round-to",
+        "--align",
+        default="1",
+        show_default=True,
+        metavar="N|auto",
+        callback=parse_width_multiple,
+        help="Make widths multiples of N; auto: of the multiple that is fast where the model will run.",
+    )
+    min_width: int = option(
+        "--min-width", default=1, show_default=True, type=int, help="Keep at least this many units per block."
+    )
+    max_ratio: str | None = option(
+        "--max-ratio", metavar="R|ROLE=R,...", help="Remove at most this fraction of the units of any group."
+    )
+
+
+@dataclass(frozen=True)
+class BudgetArguments(ArgumentGroup):
+    """How far to prune, and how that is distributed over the groups."""
+
+    section: ClassVar[str] = "How much"
+
+    ratio: float | None = option(
+        "--ratio", type=float, help="Remove this fraction of the units of every role in --roles, in [0, 1)."
+    )
+    target: str | None = option(
+        "--target",
+        metavar="macs=R|params=R|bytes=R|latency=R|latency=Xms",
+        help="Prune until this fraction of the dense model is left, cutting first where the predicted loss is "
+        "smallest. A latency is measured with --provider, --batch, --input-shapes and --threads, on the artifact of "
+        "--build if given.",
+    )
+    max_drift: float | None = option(
+        "--max-drift",
+        type=float,
+        help="Prune as far as possible while outputs change by at most this (relative RMS), measured on the written "
+        "model (needs --calib).",
+    )
+    uniform: bool = option(
+        "--uniform", is_flag=True, help="Remove the same fraction of every group, instead of ranking across groups."
+    )
+    allocator: Allocator = option(
+        "--allocator",
+        type=click.Choice(["loss", "dimap"]),
+        default="loss",
+        show_default=True,
+        help="What decides how much each group loses. loss: the predicted loss. dimap: the relative energy of the "
+        "weights alone.",
+    )
+
+    @property
+    def wants_latency(self) -> bool:
+        return is_latency_target(self.target)
+
+
+@dataclass(frozen=True)
+class TokenArguments(ArgumentGroup):
+    """How tokens get fewer."""
+
+    section: ClassVar[str] = "Tokens"
+
+    tokens: str | None = option(
+        "--tokens",
+        metavar="METHOD:N[@BLOCKS]|auto",
+        help="Also drop or merge tokens. merge:13: 13 fewer at every block. topk:0.7@3,6,9: keep 70 % after these "
+        "blocks. Other methods: star, fuse, guided, adaptive:0.9 (per input, as many as carry 90 % of the attention). "
+        "Join several with +. auto: choose the method and the counts for --target macs=R. star, adaptive and auto need "
+        "--calib.",
+    )
+
+    @property
+    def auto(self) -> bool:
+        return self.tokens is not None and self.tokens.strip() == AUTO_TOKENS
+
+
+@dataclass(frozen=True)
+class PlanningArguments(ArgumentGroup):
+    """What to cut, how much, and the tokens."""
+
+    selection: SelectionArguments = subgroup()
+    amount: BudgetArguments = subgroup()
+    reduction: TokenArguments = subgroup()
+
+    def with_width_multiple(self, target: str | None, execution: Execution) -> PlanningArguments:
+        """The same with --round-to auto replaced by the widths that run well on ``target``."""
+        if self.selection.round_to != "auto":
+            return self
+        preferred = snpc.widths_for_target(target, execution)
+        least = max(preferred.minimum, self.selection.min_width)
+        return replace(self, selection=replace(self.selection, round_to=preferred.multiple, min_width=least))
+
+    def budget(self, target: str | None = None) -> snpc.Budget:
+        """The budget that the flags describe; ``target`` in place of --target. UserError for flags that contradict
+        each other."""
+        selection, amount = self.selection, self.amount
+        return snpc.Budget(
+            ratio=amount.ratio,
+            roles=selection.roles,
+            target=target or amount.target,
+            uniform=amount.uniform,
+            round_to=int(selection.round_to),
+            min_width=selection.min_width,
+            include=selection.include,
+            exclude=selection.exclude,
+            max_ratio=selection.max_ratio,
+            max_drift=amount.max_drift,
+            allocator=amount.allocator,
+        )
+
+    def check_no_widths(self) -> None:
+        """Refuse, with --roles none, the options that say how much of the widths goes."""
+        for flag, value in (("--ratio", self.amount.ratio), ("--max-drift", self.amount.max_drift)):
+            if value is not None:
+                raise UserError(f"--roles none cuts no widths: leave out {flag}")
+
+    def reduce_tokens(
+        self, analysis: snpc.Analysis, calibration: Calibration | None, execution: Execution
+    ) -> tuple[snpc.Analysis, Calibration | None]:
+        """The analysis with its tokens reduced as --tokens says, and calibration data with the token decisions."""
+        widths = None
+        if self.reduction.auto and self.selection.roles:
+            widths = WidthRequest(self.budget(), self.selection.method, self.selection.criterion)
+        return apply_token_request(
+            analysis,
+            calibration,
+            self.reduction.tokens,
+            target=self.amount.target,
+            widths=widths,
+            execution=execution,
+        )

@@ -1,0 +1,78 @@
+"""How models are run, and the workload of a latency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import click
+
+import snpc
+from snpc.cli.arguments.group import ArgumentGroup, option
+from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.runtime.evaluation.latency import TimedArtifact
+from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.feeds import parse_shapes
+
+
+@dataclass(frozen=True)
+class ExecutionArguments(ArgumentGroup):
+    section: ClassVar[str] = "Running"
+
+    provider: str = option(
+        "--provider",
+        default="cpu",
+        show_default=True,
+        callback=parse_provider,
+        help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
+    )
+
+    def load(self) -> Execution:
+        return Execution(provider=self.provider)
+
+
+@dataclass(frozen=True)
+class LimitedExecutionArguments(ExecutionArguments):
+    memory_limit: int | None = option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=parse_memory_size,
+        help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
+        "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
+    )
+
+    def load(self) -> Execution:
+        return Execution(provider=self.provider, memory_limit=self.memory_limit)
+
+
+@dataclass(frozen=True)
+class WorkloadArguments(ArgumentGroup):
+    """What is run to measure a latency."""
+
+    section: ClassVar[str] = "Running"
+
+    batch: int | None = option(
+        "--batch", type=click.IntRange(1), help="Size of the batch axis for latency measurements.  [default: 1]"
+    )
+    shapes: tuple[str, ...] = option(
+        "--input-shapes",
+        multiple=True,
+        metavar="NAME:1,3,224,224",
+        help="Shape of an input for latency measurements; repeatable.",
+    )
+    threads: int | None = option(
+        "--threads",
+        type=click.IntRange(0),
+        help="Threads for latency measurements; 0: onnxruntime chooses.  [default: 0]",
+    )
+
+    def load(self, artifact: TimedArtifact | None = None) -> snpc.Workload | None:
+        """What is timed, in place of the model the ``artifact`` made of it; None where no flag says anything."""
+        if self.batch is None and not self.shapes and self.threads is None and artifact is None:
+            return None
+        return snpc.Workload(
+            batch=self.batch or 1,
+            shapes=parse_shapes(self.shapes) or None,
+            threads=self.threads or 0,
+            artifact=artifact,
+        )

@@ -1,0 +1,56 @@
+"""``snpc inspect``: what a model can lose, and why not the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import snpc
+from snpc.cli import tables
+from snpc.cli.arguments.calibration import CalibrationArguments
+from snpc.cli.arguments.group import ArgumentGroup, command, option, subgroup
+from snpc.cli.arguments.model import SizedModelArguments
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
+from snpc.cli.arguments.running import ExecutionArguments
+from snpc.errors import UserError
+from snpc.pipeline.report_json import analysis_json
+
+
+@dataclass(frozen=True)
+class InspectArguments(ArgumentGroup):
+    section: ClassVar[str] = "Output"
+
+    pins: bool = option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")
+    curves: bool = option(
+        "--curves",
+        is_flag=True,
+        help="Measure how much the outputs change with the width of each group (needs --calib).",
+    )
+    json: JsonArguments = subgroup()
+
+
+@command("inspect")
+def inspect_command(
+    model: SizedModelArguments,
+    output: InspectArguments,
+    calibration: CalibrationArguments,
+    running: ExecutionArguments,
+) -> None:
+    """Show what can be made narrower in MODEL, and why the rest cannot."""
+    analysis = model.load()
+    check_output_paths([output.json.json_path], *model.files(), calibration.calib)
+    if output.curves != (calibration.calib is not None):
+        raise UserError("--curves and --calib go together: curves are measured on calibration data")
+    data = calibration.load(analysis)
+    curves = {}
+    if output.curves:
+        plan = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=data, execution=running.load(), whole=True)
+        curves = dict(plan.curves)
+    output.json.write(analysis_json(analysis, curves))
+    if output.json.replaces_tables:
+        return
+    tables.print_groups(analysis)
+    if output.curves:
+        tables.print_loss_curves(analysis, curves)
+    if output.pins:
+        tables.print_pins(analysis)

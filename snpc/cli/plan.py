@@ -1,0 +1,168 @@
+"""``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and edited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import snpc
+from snpc.cli import tables
+from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
+from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, load_and_analyze
+from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.progress import batch_progress
+from snpc.cli.torch_package import import_gradient_provider
+from snpc.errors import UserError
+from snpc.pipeline.planner import PruningPlan, plan_without_cuts
+from snpc.pipeline.prune import Stopwatch
+from snpc.pipeline.refit import closed_forms_for
+from snpc.planning.plan_file import prunes_kv_cache, token_reduction_in
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import Execution
+from snpc.runtime.io.atomic import external_data_path
+from snpc.tokens.reduction import reduce_tokens
+
+
+@dataclass(frozen=True)
+class PlanOutput(ArgumentGroup):
+    section: ClassVar[str] = "Output"
+
+    output: Path | None = option(
+        "-o", "--output", type=FILE_PATH, help="The plan to write.  [default: MODEL.plan.json]"
+    )
+
+
+@command("plan")
+def plan_command(
+    model: PrunableModelArguments,
+    planning: PlanningArguments,
+    calibration: CalibrationArguments,
+    statistics: SavedStatisticsArguments,
+    output: PlanOutput,
+    workload: WorkloadArguments,
+    running: LimitedExecutionArguments,
+) -> None:
+    """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
+    execution, path = running.load(), output.output or model.sibling(".plan.json")
+    analysis = model.load()
+    check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
+    data = calibration.load(analysis)
+    planning = planning.with_width_multiple(None, execution)
+    analysis, data = planning.reduce_tokens(analysis, data, execution)
+    plan = plan_from_arguments(analysis, data, planning, statistics, workload.load(), execution, Stopwatch())
+    write_text_file(path, snpc.plan_to_json(plan.slices))
+    tables.note_if_predicted(plan)
+    tables.print_plan(plan.slices)
+    tables.print_line(f"plan written to {path}")
+
+
+def plan_from_arguments(
+    analysis: snpc.Analysis,
+    calibration: Calibration | None,
+    planning: PlanningArguments,
+    statistics: SavedStatisticsArguments,
+    workload: snpc.Workload | None,
+    execution: Execution,
+    stopwatch: Stopwatch,
+) -> PruningPlan:
+    """Score and plan; write the statistics where that is asked for, and note what the plan does without."""
+    if not planning.selection.roles:
+        planning.check_no_widths()
+        statistics.check_no_widths()
+        return plan_without_cuts(analysis)
+    budget, measured = planning.budget(), statistics.load()
+    criterion = planning.selection.criterion
+    if statistics.save_stats is not None and calibration is None and measured is None:
+        raise UserError("--save-stats has nothing to write: give --calib, or --load-stats to add up")
+    if calibration is not None:
+        import_gradient_provider(criterion)
+    with stopwatch.stage("score and plan"):
+        plan = snpc.plan(
+            analysis,
+            budget,
+            calibration=calibration,
+            statistics=measured,
+            method=planning.selection.method,
+            criterion=criterion,
+            execution=replace(execution, progress=batch_progress("calibrating", calibration)),
+            workload=workload,
+        )
+    if statistics.save_stats is not None and plan.statistics is not None:
+        snpc.save_statistics(plan.statistics, statistics.save_stats)
+    if calibration is None and measured is None and criterion is None:
+        tables.print_note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
+    tables.print_skipped_groups(plan.closed_forms)
+    return plan
+
+
+# -- apply -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanFileArguments(ArgumentGroup):
+    plan_file: Path = argument(type=FILE_PATH)
+
+
+@dataclass(frozen=True)
+class ApplyOutput(ArgumentGroup):
+    section: ClassVar[str] = "Output"
+
+    output: Path | None = option(
+        "-o", "--output", type=FILE_PATH, help="The pruned model to write.  [default: MODEL-pruned.onnx]"
+    )
+    json: JsonArguments = subgroup()
+
+
+@command("apply")
+def apply_command(
+    model: ModelArguments,
+    plan: PlanFileArguments,
+    calibration: CalibrationArguments,
+    statistics: StatisticsArguments,
+    output: ApplyOutput,
+    running: LimitedExecutionArguments,
+) -> None:
+    """Apply PLAN_FILE to MODEL, write the result and verify it.
+
+    A plan of --method auto needs --calib, the data that it was made with; one of --method parallel needs that or
+    --load-stats. Other plans use --calib for verification only.
+    """
+    execution, stopwatch = running.load(), Stopwatch()
+    with stopwatch.stage("analyze"):
+        slices = read_plan_file(plan.plan_file, model.path)
+    path = output.output or model.sibling("-pruned.onnx")
+    inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
+    check_output_paths([path, external_data_path(path), output.json.json_path], *inputs)
+    data = calibration.load(slices.analysis)
+    with stopwatch.stage("closed forms"):
+        closed_forms = closed_forms_for(
+            slices,
+            data,
+            statistics=statistics.load(),
+            execution=execution,
+        )
+    result = snpc.apply_slice_plan(
+        slices,
+        path,
+        compression=closed_forms,
+        calibration=data,
+        execution=execution,
+        watch=stopwatch,
+    )
+    output.json.write(snpc.json_report(result))
+    if not output.json.replaces_tables:
+        tables.print_result(result)
+
+
+def read_plan_file(path: Path, model: Path) -> snpc.SlicePlan:
+    """The plan in ``path``, for ``model`` analyzed as it was then: with fewer tokens where the file says so."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    analysis, reduction = load_and_analyze(model, kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
+    return snpc.plan_from_json(text, reduce_tokens(analysis, *reduction) if reduction else analysis, str(path))

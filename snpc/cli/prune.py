@@ -1,0 +1,109 @@
+"""``snpc prune``: score, plan, write and verify in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import snpc
+from snpc.cli import tables
+from snpc.cli.arguments.building import PruneBuildArguments
+from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option, subgroup
+from snpc.cli.arguments.model import SizedModelArguments
+from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.build import build_json
+from snpc.cli.plan import plan_from_arguments
+from snpc.errors import UserError
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.prune import Stopwatch
+from snpc.pipeline.report_json import groups_json
+from snpc.runtime.io.atomic import external_data_path
+
+
+@dataclass(frozen=True)
+class PruneOutput(ArgumentGroup):
+    section: ClassVar[str] = "Output"
+
+    output: Path | None = option(
+        "-o", "--output", type=FILE_PATH, help="The pruned model to write.  [default: MODEL-pruned.onnx]"
+    )
+    plan_path: Path | None = option("--plan", type=FILE_PATH, help="Also write the plan.")
+    json: JsonArguments = subgroup()
+    page: Path | None = option(
+        "--report", type=FILE_PATH, metavar="HTML", help="Also write a page with charts: one file that loads nothing."
+    )
+    dry_run: bool = option(
+        "--dry-run", is_flag=True, help="Score and plan only: show what would be kept, write no model."
+    )
+
+    def paths(self, model: Path, artifacts: list[Path]) -> list[Path | None]:
+        """What will be written, apart from statistics. ``model``: where the pruned model goes."""
+        written = [] if self.dry_run else [model, external_data_path(model), *artifacts]
+        return [*written, self.plan_path, self.json.json_path, self.page]
+
+
+@command("prune")
+def prune_command(
+    model: SizedModelArguments,
+    planning: PlanningArguments,
+    calibration: CalibrationArguments,
+    statistics: SavedStatisticsArguments,
+    output: PruneOutput,
+    build: PruneBuildArguments,
+    workload: WorkloadArguments,
+    running: LimitedExecutionArguments,
+) -> None:
+    """Prune MODEL, write the result, verify what was written, and show before and after."""
+    execution, stopwatch = running.load(), Stopwatch()
+    path = output.output or model.sibling("-pruned.onnx")
+    with stopwatch.stage("analyze"):
+        analysis = model.load()
+    artifacts = build.check(path, execution, calibration.calib is not None)
+    if output.dry_run and output.page is not None:
+        raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
+    inputs = [*model.files(), calibration.calib, *statistics.load_stats]
+    check_output_paths([*output.paths(path, artifacts), statistics.save_stats], *inputs)
+    with stopwatch.stage("calibration"):
+        data = calibration.load(analysis)
+    with stopwatch.stage("tokens"):
+        planning = planning.with_width_multiple(build.build, execution)
+        analysis, data = planning.reduce_tokens(analysis, data, execution)
+    artifact = None
+    if planning.amount.wants_latency:
+        artifact = build.timed_artifact(execution, data, workload.batch)
+    timed = workload.load(artifact)
+    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
+    if output.plan_path is not None:
+        write_text_file(output.plan_path, snpc.plan_to_json(plan.slices))
+    if output.dry_run:
+        show_plan(plan, output.json)
+        return
+    result = snpc.apply(
+        plan,
+        path,
+        calibration=data,
+        execution=execution,
+        watch=stopwatch,
+    )
+    if output.plan_path is not None and result.search is not None:
+        write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
+    if output.page is not None:
+        snpc.write_report(result, output.page, decision=plan, calibration=data)
+    built = build.load(path, execution, data, workload.batch)
+    output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
+    if not output.json.replaces_tables:
+        tables.print_result(result)
+        if built:
+            tables.print_build(built)
+
+
+def show_plan(plan: PruningPlan, json: JsonArguments) -> None:
+    """What --dry-run shows in place of a result."""
+    tables.note_if_predicted(plan)
+    json.write({"dry_run": True, "groups": groups_json(plan.slices), "options": dict(plan.slices.options)})
+    if not json.replaces_tables:
+        tables.print_plan(plan.slices)

@@ -1,0 +1,55 @@
+"""``snpc verify``: a pruned file against its original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+import snpc
+from snpc.cli import tables
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option
+from snpc.cli.arguments.model import ModelArguments
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
+from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.plan import read_plan_file
+from snpc.errors import CheckFailed
+from snpc.pipeline.report_json import verdict_json
+from snpc.runtime.io.load import model_files
+
+
+@dataclass(frozen=True)
+class VerifyArguments(ArgumentGroup):
+    pruned: Path = argument(type=FILE_PATH)
+    plan_path: Path | None = option(
+        "--plan", type=FILE_PATH, help="The plan that PRUNED was made by: also check that slicing equals masking."
+    )
+    calib: str | None = option(
+        "--data", metavar="DATA", help="Inputs to run on (forms as --calib of prune).  [default: random inputs]"
+    )
+    max_drift: float | None = option(
+        "--max-drift",
+        type=click.FloatRange(0),
+        help="Fail if an output changes by more than this (relative RMS).",
+    )
+
+
+@command("verify")
+def verify_command(
+    model: ModelArguments, arguments: VerifyArguments, json: JsonArguments, running: ExecutionArguments
+) -> None:
+    """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
+    pruned, data = arguments.pruned, arguments.calib
+    plan = read_plan_file(arguments.plan_path, model.path) if arguments.plan_path else None
+    analysis = plan.analysis if plan else model.load()
+    snpc.load(pruned)
+    check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
+    calibration = snpc.load_calibration(data, analysis.model.inputs) if data else None
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=running.load())
+    json.write(verdict_json(verdict))
+    if not json.replaces_tables:
+        tables.print_verdict(verdict)
+    drift = max((d.relative for d in verdict.drift), default=0.0)
+    if arguments.max_drift is not None and not drift <= arguments.max_drift:
+        raise CheckFailed(f"{pruned}: outputs moved by {drift:.3g}, more than --max-drift {arguments.max_drift:g}")

@@ -1,0 +1,37 @@
+"""How models are run: one value in place of a provider, a number of threads and a memory limit beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from snpc.types import Feeds
+
+BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # passes batches on, and shows how many went by
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What every function that runs a model is told about running.
+
+    ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``trt``) or by its full name.
+    ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes for statistics and
+    activations, what is more lies in temporary files; None: half of what is free. ``progress`` wraps the batches of
+    each pass over calibration data.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    memory_limit: int | None = None
+    progress: BatchProgress | None = field(default=None, repr=False)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.provider.lower() in ("cpu", "cpuexecutionprovider")
+
+    def track(self, batches: Iterable[Feeds]) -> Iterable[Feeds]:
+        """The same batches, shown by ``progress`` as they go by."""
+        return batches if self.progress is None else self.progress(batches)
+
+
+DEFAULT_EXECUTION = Execution()

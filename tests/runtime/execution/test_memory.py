@@ -1,0 +1,113 @@
+"""Memory limits as users write them, arrays beyond a limit in files, and what running a model takes."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import snpc
+from snpc.errors import UserError
+from snpc.runtime.execution import memory
+from snpc.runtime.execution.memory import (
+    SpillableStore,
+    memory_budget,
+    parse_bytes,
+    session_bytes,
+    spill_to_file,
+    too_large_reason,
+)
+from snpc.types import Model
+
+
+def test_sizes_in_bytes() -> None:
+    assert parse_bytes("2GB") == 2 * 10**9
+    assert parse_bytes(" 1.5 GiB ") == 3 * 2**29
+    assert parse_bytes("500m") == 5 * 10**8
+    assert parse_bytes("1000") == 1000
+    for text in ("", "two", "-1GB", "0", "1XB", "GB", "1e9"):
+        with pytest.raises(UserError, match="no size"):
+            parse_bytes(text)
+
+
+def test_without_a_limit_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1001)
+    assert memory_budget(None) == 500
+    assert memory_budget(7) == 7
+
+
+def test_a_store_keeps_within_its_limit() -> None:
+    store = SpillableStore(100)
+    first = store.keep(np.zeros(10))
+    second = store.keep(np.arange(10.0))
+    assert (store.bytes_in_memory, store.bytes_in_files) == (80, 80)
+    assert not isinstance(first, np.memmap)
+    assert isinstance(second, np.memmap)
+    np.testing.assert_array_equal(second, np.arange(10.0))
+    second += 1
+    np.testing.assert_array_equal(second, np.arange(1.0, 11.0))
+    del first
+    gc.collect()
+    assert store.bytes_in_memory == 0
+    assert not isinstance(store.keep(np.zeros(10)), np.memmap)  # there is room again
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_arrays_of_any_shape_are_spilled(shape: tuple[int, ...]) -> None:
+    array = np.full(shape, 3.0, np.float32)
+    if array.nbytes:
+        array = spill_to_file(array)
+        assert isinstance(array, np.memmap)
+    assert array.shape == shape
+    assert (array == 3).all()
+    store = SpillableStore(0)
+    assert store.keep(np.full(shape, 3.0)).shape == shape
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory.np, "memmap", full)
+    with pytest.raises(UserError, match=r"No space left on device.*TMPDIR"):
+        spill_to_file(np.zeros(3))
+
+
+def model_of(*tensors: ir.TensorProtocol) -> Model:
+    """A model with these weights, the same one more than once where it is named more than once."""
+    values = [ir.Value(name=f"w{k}", const_value=tensor) for k, tensor in enumerate(tensors)]
+    graph = ir.Graph([], [], nodes=[], initializers=values, name="g")
+    return Model(Path("model.onnx"), ir.Model(graph, ir_version=10), "", (), ())
+
+
+def test_half_precision_runs_as_single() -> None:
+    single = ir.Tensor(np.zeros((10, 10), np.float32))
+    half = ir.Tensor(np.zeros((10, 10), np.float16))
+    assert session_bytes(model_of(single)) == 400
+    assert session_bytes(model_of(half)) == 600  # 200 as they are and 400 as floats
+    assert session_bytes(model_of(single, single, half)) == 1000  # a shared tensor counts once
+
+
+def test_a_model_may_take_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(ir.Tensor(np.zeros(1 << 20, np.float32)))
+    monkeypatch.setattr(memory, "free_memory", lambda: 2 << 22)
+    assert too_large_reason(model) == ""
+    monkeypatch.setattr(memory, "free_memory", lambda: (2 << 22) - 2)
+    assert "takes about 0.0 GiB of memory, 0.0 GiB are free" in too_large_reason(model)
+
+
+def test_execution_tracks_batches_by_its_progress() -> None:
+    seen: list[int] = []
+
+    def progress(batches: object) -> list[object]:
+        found = list(batches)  # type: ignore[call-overload]
+        seen.append(len(found))
+        return found
+
+    batches = [{"x": np.zeros(1)}, {"x": np.ones(1)}]
+    assert snpc.Execution().track(batches) is batches
+    assert snpc.Execution(progress=progress).track(batches) == batches  # type: ignore[arg-type]
+    assert seen == [2]
