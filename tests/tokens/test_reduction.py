@@ -25,6 +25,7 @@ from snpc.pipeline.token_decisions import (
     file_decisions,
     self_deciding_model,
 )
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.io.save import save
 from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import token_cost
@@ -76,7 +77,7 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
     assert reduced.reduction is not None
     decided = list(file_decisions(path, reduced.reduction.decisions, batches))
     tolerance = 2e-2 if encoder.half else 1e-5
-    for difference in compare_with_oracle(reduced, batches, decided):
+    for difference in compare_with_oracle(reduced, batches, decided, Execution()):
         assert difference.relative < tolerance
     for feeds in batches:
         plain, fast = run(path, feeds), run(path, feeds, "all")

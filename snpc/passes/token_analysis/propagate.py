@@ -1,7 +1,7 @@
 """Token propagation: follows a token axis from one value through all nodes that depend on it.
 
-Every value that is reached gets its token axes. Operators that work per token, and attention over all tokens, accept any
-number of tokens. Other operators raise TokenPin with the reason.
+Every value that is reached gets its token axes. Operators that work per token, and attention over all tokens, accept
+any number of tokens. Other operators raise TokenPin with the reason.
 """
 
 from __future__ import annotations

@@ -230,10 +230,11 @@ PINNED = {
     "a length in one node": ("n = LpNormalization <axis = -1> (x)", "its length is taken over this axis"),
     "a maximum": ("t = ReduceMax <axes = [-1]> (x) n = Sub(x, t)", "it is reduced over"),
     "a mean that is data": (
-        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)", "its mean is used outside the normalization, by MatMul"
+        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)",
+        "its mean is used outside the normalization, by MatMul",
     ),
     "a softmax": ("n = Softmax <axis = -1> (x)", "it is summed over"),
-    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "is read alone"),
+    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "a single index of it is selected"),
 }  # fmt: skip
 
 
