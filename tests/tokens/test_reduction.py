@@ -247,7 +247,7 @@ def test_costs_by_schedule_are_those_of_the_file(form: str, spec: str, tmp_path:
     count, settings = plain.tokens.points[0].count, []
     for point in plain.tokens.points:
         settings.append(steps.get(point.block, StepSettings(count, point.leading, 0)))
-        count -= settings[-1].gone
+        count -= settings[-1].removed
     found = cost.macs(settings, TOKEN_METHODS[spec.partition(":")[0]])
     result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
     assert found == result.after.macs == reduced.cost.macs - reduced.dead_macs < plain.cost.macs
