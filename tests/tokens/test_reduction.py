@@ -242,7 +242,7 @@ def test_exported_vision_transformers(name: str, tmp_path: Path) -> None:
 def test_costs_by_schedule_are_those_of_the_file(form: str, spec: str, tmp_path: Path) -> None:
     plain = analysis(FORMS[form], tmp_path)
     reduced = reduce_tokens(plain, spec)
-    steps = {s.point.block: s.setting for s in reduced.reduction.steps}  # type: ignore[union-attr]
+    steps = {s.point.block: s.settings for s in reduced.reduction.steps}  # type: ignore[union-attr]
     cost = token_cost(plain, choose_dim_sizes(plain.model.graph)[1])
     count, settings = plain.tokens.points[0].count, []
     for point in plain.tokens.points:

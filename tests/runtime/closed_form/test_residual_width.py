@@ -234,7 +234,7 @@ PINNED = {
         "its mean is used outside the normalization, by MatMul",
     ),
     "a softmax": ("n = Softmax <axis = -1> (x)", "it is summed over"),
-    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "a single index of it"),
+    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "a single index"),
 }  # fmt: skip
 
 
