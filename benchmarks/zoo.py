@@ -57,9 +57,7 @@ def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
     decision = snpc.plan(analysis, choice, calibration=calibration, **how)
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
-        result = snpc.apply_slice_plan(
-            decision.slices, target, compression=decision.closed_forms, calibration=calibration
-        )
+        result = snpc.apply(decision, target)
         row["runs"] = runs(target, model.inputs, calibration)
     row["params"] = result.after.params / max(result.before.params, 1)
     row["macs"] = result.after.macs / max(result.before.macs, 1)

@@ -8,6 +8,9 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,10 +56,22 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
+
+
+class TemporaryFolder:
+    """A folder that is deleted with this object, or at exit."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="snpc-"))
+        self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
-    ``external`` says that its weights lie in other files."""
+    ``external`` says that its weights lie in other files. ``kind``: what it was loaded from; of a model in memory,
+    ``path`` is a copy of it in ``folder``."""
 
     path: Path
     graph: ir.Model
@@ -64,6 +79,8 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     external: bool = False
+    kind: ModelKind = "file"
+    folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from snpc.cli.bench import bench_command
 from snpc.cli.build import build_command
 from snpc.cli.finetune import export_torch_command, finetune_command
 from snpc.cli.inspect import inspect_command
-from snpc.cli.listings import criteria_command, example_command
+from snpc.cli.listings import criteria_command, example_command, passes_command
 from snpc.cli.plan import apply_command, plan_command
 from snpc.cli.prune import prune_command
 from snpc.cli.sweep import sweep_command
@@ -57,5 +57,6 @@ for _command in (
     export_torch_command,
     example_command,
     criteria_command,
+    passes_command,
 ):
     main.add_command(_command)

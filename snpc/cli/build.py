@@ -14,19 +14,20 @@ from snpc.cli.arguments.building import BuildArguments
 from snpc.cli.arguments.calibration import CalibrationArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
+from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.running import ExecutionArguments
 
 
 @dataclass(frozen=True)
-class BuildOutput(ArgumentGroup):
+class BuildOutputArguments(ArgumentGroup):
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
         "-o", "--output", type=FILE_PATH, help="The artifact to write.  [default: MODEL-TARGET and the target's suffix]"
     )
     json: JsonArguments = subgroup()
+    dump: DumpArguments = subgroup()
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def build_command(
     target: BuildTargetArguments,
     arguments: BuildArguments,
     calibration: CalibrationArguments,
-    output: BuildOutput,
+    output: BuildOutputArguments,
     running: ExecutionArguments,
 ) -> None:
     """Make MODEL into what a runtime loads fastest; load it again and compare its outputs.
@@ -78,7 +79,7 @@ def build_command(
         execution=running.load(),
         calibration=data,
         batch=target.batch,
-        options=arguments.load(emit_script=target.emit_script),
+        options=arguments.load(emit_script=target.emit_script, observer=output.dump.load()),
     )
     output.json.write(build_json(result))
     if not output.json.replaces_tables:

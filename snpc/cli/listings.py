@@ -1,4 +1,4 @@
-"""``snpc criteria`` and ``snpc example``: what ships with snpc."""
+"""``snpc passes``, ``snpc criteria`` and ``snpc example``: what ships with snpc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import snpc
 from snpc.cli import tables
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
+from snpc.cli.arguments.output import JsonArguments
 from snpc.criteria import describe
+from snpc.passes.pass_list import PASSES
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ def example_command(example: ExampleArguments) -> None:
     """Write a shipped example into FOLDER: NAME is `digits`, a trained ViT with calibration and evaluation data."""
     for path in snpc.write_example(example.name, example.folder):
         tables.print_line(str(path))
+
+
+@command("passes")
+def passes_command(json: JsonArguments) -> None:
+    """List the graph passes in the order in which they run."""
+    rows = [{"name": p.name, "stage": p.stage, "what": p.what, "why_here": p.why_here} for p in PASSES]
+    json.write({"snpc_passes": 1, "passes": rows})
+    if not json.replaces_tables:
+        header = ("pass", "stage", "what it does", "why here")
+        tables.print_table("graph passes", header, [tuple(row.values()) for row in rows])
 
 
 @command("criteria")

@@ -1,4 +1,4 @@
-"""What is under way: bars on a terminal, on stderr; in a pipe nothing, or a line now and then."""
+"""Progress on stderr: bars on a terminal; in a pipe nothing, or a line every few seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these need torch
 
 
 def batch_progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
-    """A bar over calibration batches where there is a terminal to show it on."""
+    """A wrapper of calibration batches that shows a bar; None without a terminal."""
     if calibration is None or not sys.stderr.isatty():
         return None
 
@@ -36,34 +36,37 @@ def batch_progress(what: str, calibration: Calibration | None) -> Callable[[Iter
 
 @contextmanager
 def step_progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Called with what begins, ``total`` times: a bar with the time left where there is a terminal to show it on."""
+    """A function to call with the name of each of ``total`` steps when it begins; on a terminal it moves a bar."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
     with remaining_time_bar("", total) as update:
-        begun = iter(range(total))
-        yield lambda text: update(description=text, completed=next(begun))
+        completed = iter(range(total))
+        yield lambda text: update(description=text, completed=next(completed))
 
 
 @contextmanager
 def timing_progress() -> Iterator[Callable[[float], None] | None]:
-    """Called with the share that is done. The bar is drawn in these calls only: nothing runs while models are timed."""
+    """A function to call with the fraction that is done; None without a terminal.
+
+    The bar is drawn in these calls only, so that nothing else runs while models are timed.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     with remaining_time_bar("timing", 1.0, auto_refresh=False) as update:
-        yield lambda share: update(completed=share, refresh=True)
+        yield lambda fraction: update(completed=fraction, refresh=True)
 
 
 @contextmanager
 def remaining_time_bar(text: str, total: float, auto_refresh: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar with the time left; called with what changes of it."""
+    """A bar with the remaining time; yields the function that updates it (rich's ``Progress.update``)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=auto_refresh) as shown:
-        yield partial(shown.update, shown.add_task(text, total=total))
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=auto_refresh) as progress:
+        yield partial(progress.update, progress.add_task(text, total=total))
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ LINE_INTERVAL = 10.0  # seconds between lines in a pipe
 
 @contextmanager
 def training_progress() -> Iterator[TrainingCallback]:
-    """Shows a run as it goes, on stderr: a bar on a terminal, lines in a pipe."""
+    """A callback that shows each training step: a bar on a terminal, lines in a pipe."""
     with training_bar() if sys.stderr.isatty() else nullcontext(training_lines()) as report:
         yield report
 
@@ -84,18 +87,18 @@ def training_bar() -> Iterator[TrainingCallback]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda now: shown.update(task, completed=now.step, total=now.steps, description=training_status(now))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda now: progress.update(task, completed=now.step, total=now.steps, description=training_status(now))
 
 
 def training_lines() -> TrainingCallback:
-    last = -LINE_INTERVAL
+    last_time = -LINE_INTERVAL
 
     def report(now: TrainingProgress) -> None:
-        nonlocal last
-        if now.step == now.steps or time.monotonic() - last >= LINE_INTERVAL:
-            last = time.monotonic()
+        nonlocal last_time
+        if now.step == now.steps or time.monotonic() - last_time >= LINE_INTERVAL:
+            last_time = time.monotonic()
             click.echo(training_status(now), err=True)
 
     return report
@@ -107,7 +110,8 @@ def training_status(now: TrainingProgress) -> str:
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
 
 
-def print_round(found: PruningRound) -> None:
-    said = "" if found.kept else ": taken back"
-    lost = "" if found.lost is None else f", {100 * found.lost:.1f} points of accuracy lost"
-    click.echo(f"{100 * found.macs:.1f} % of the MACs: drift {found.drift:.4f} after training{lost}{said}", err=True)
+def print_round(result: PruningRound) -> None:
+    undone = "" if result.kept else ": undone"
+    lost = "" if result.lost is None else f", {100 * result.lost:.1f} points of accuracy lost"
+    drift = f"drift {result.drift:.4f} after training"
+    click.echo(f"{100 * result.macs:.1f} % of the MACs: {drift}{lost}{undone}", err=True)

@@ -1,20 +1,20 @@
-"""What people see: rich tables and progress bars on a terminal, plain aligned lines in a pipe."""
+"""Results as text: rich tables on a terminal, plain aligned lines in a pipe."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from snpc.criteria import Description
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.pipeline.candidate import PrunedModel, SearchResult
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel, SearchResult
 from snpc.pipeline.sweep import SweepResult
-from snpc.planning.config import is_latency_budget
 from snpc.planning.plan import SlicePlan
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.runtime.closed_form.fit import ClosedForms
@@ -31,7 +31,7 @@ def print_line(text: str) -> None:
 
 
 def print_note(text: str) -> None:
-    """A remark that is no result: to stderr, so that pipes stay clean."""
+    """Print a remark to stderr, so that pipes get results only."""
     click.echo(f"snpc: note: {text}", err=True)
 
 
@@ -42,8 +42,11 @@ def print_table(
     right: Sequence[int] = (),
     spare: Sequence[str] = (),
 ) -> None:
-    """``right``: columns of numbers. ``spare``: columns that a terminal too narrow for all goes without, first ones
-    first; a pipe gets them all."""
+    """Print rows of cells under a header.
+
+    ``right``: indices of the columns of numbers. ``spare``: names of the columns that a narrow terminal leaves out, the
+    first ones first; a pipe gets all columns.
+    """
     widths = [max(len(str(r[k])) for r in (header, *rows)) for k in range(len(header))]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -51,14 +54,14 @@ def print_table(
 
         console = Console()
         shown = [header[k] for k in fitting_columns(console.width, header, widths, spare)]
-        made = Table(title=title, title_justify="left")
+        drawn = Table(title=title, title_justify="left")
         for k, name in enumerate(header):
             if name in shown:
                 number = k in right
-                made.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+                drawn.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
         for row in rows:
-            made.add_row(*(cell for name, cell in zip(header, row, strict=True) if name in shown))
-        console.print(made)
+            drawn.add_row(*(cell for name, cell in zip(header, row, strict=True) if name in shown))
+        console.print(drawn)
         return
     print_line(title)
     for row in (header, *rows):
@@ -66,20 +69,21 @@ def print_table(
         print_line("  " + "  ".join(cells).rstrip())
 
 
-def fitting_columns(room: int, header: Sequence[str], widths: Sequence[int], spare: Sequence[str]) -> list[int]:
-    """Columns that fit into ``room`` characters with their borders, as far as those may be left out that are spare."""
-    left = list(range(len(header)))
+def fitting_columns(line_width: int, header: Sequence[str], widths: Sequence[int], spare: Sequence[str]) -> list[int]:
+    """Indices of the columns to show in ``line_width`` characters, borders included. Only ``spare`` columns are left
+    out, in their order, until the rest fits."""
+    columns = list(range(len(header)))
     for k in (k for name in spare for k in range(len(header)) if header[k] == name):
-        if sum(widths[k] + 3 for k in left) + 1 <= room:
+        if sum(widths[k] + 3 for k in columns) + 1 <= line_width:
             break
-        left.remove(k)
-    return left
+        columns.remove(k)
+    return columns
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def group_row(group: Group, cost: Cost) -> tuple[str, ...]:
+def group_cost_row(group: Group, cost: Cost) -> tuple[str, ...]:
     freedom = group.freedom if not group.pins else "pinned"
     return (
         group.id,
@@ -105,13 +109,13 @@ def print_groups(analysis: Analysis) -> None:
             f"rows that no output depends on: {format_share(analysis.dead_macs, cost.macs)} of the MACs, "
             "dropped without loss"
         )
-    rows = [group_row(g, cost) for g in analysis.groups]
+    rows = [group_cost_row(g, cost) for g in analysis.groups]
     if rows:
         print_table(
             "groups", ("group", "role", "layer", "blocks x size", "freedom", "MACs", "params"), rows, right=(2, 5, 6)
         )
-    less = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
-    for (freedom, reason), number in less.items():
+    restricted = Counter((g.freedom, g.freedom_reason) for g in analysis.groups if g.freedom != "basis" and not g.pins)
+    for (freedom, reason), number in restricted.items():
         print_line(f"  {freedom} ({number} group{'s' if number > 1 else ''}): {reason}")
     print_token_points(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
@@ -119,52 +123,54 @@ def print_groups(analysis: Analysis) -> None:
 
 
 def print_token_points(analysis: Analysis) -> None:
-    """Behind which blocks tokens can get fewer, and why not behind the others."""
-    found = analysis.tokens
-    for tokens_now, leading, points in token_spans(analysis):
+    """After which blocks tokens can be dropped or merged, and why not after the others."""
+    for count, leading, points in token_spans(analysis):
         first, last = points[0], points[-1]
-        stay = f"the first {leading} stay" if leading else "none has to stay"
-        where = f"behind blocks {first.block} to {last.block} of {found.blocks}"
-        many = tokens_now if first.fixed_length else "as many as the input has"
-        print_line(f"tokens: {many}, can get fewer {where} ({stay}; {methods_at(first)})")
-    for pin in found.pins:
-        print_line(f"tokens: they stay as many where {pin.reason} ({pin.operator})")
+        kept = f"the first {leading} are always kept" if leading else "none is always kept"
+        where = f"after blocks {first.block} to {last.block} of {analysis.tokens.blocks}"
+        number = count if first.fixed_length else "as many as the input has"
+        print_line(f"tokens: {number}, reducible {where} ({kept}; {methods_at(first)})")
+    for pin in analysis.tokens.pins:
+        print_line(f"tokens: not reducible where {pin.reason} ({pin.operator})")
 
 
 def methods_at(point: TokenPoint) -> str:
-    """Methods that serve there, for ``inspect``."""
+    """The token methods that can be used there."""
     if point.scores is None:
-        return "merge" if point.fixed_length and not point.side_input else "none: no attention weights to go by"
+        return "merge" if point.fixed_length and not point.side_input else "none: no attention weights"
     if not point.fixed_length or point.side_input:
         return "topk, adaptive"
     return "topk, fuse, merge, adaptive"
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
-    """(tokens, leading ones that stay, points) of every run of blocks that are alike."""
+    """(token count, leading tokens that are kept, points) of every run of consecutive blocks with the same values."""
     spans: list[tuple[int, int, list[TokenPoint]]] = []
     for point in analysis.tokens.points:
         last = spans[-1][2][-1] if spans else None
-        alike = last is not None and (last.block + 1, last.count, last.leading, methods_at(last)) == (
+        same = last is not None and (last.block + 1, last.count, last.leading, methods_at(last)) == (
             point.block,
             point.count,
             point.leading,
             methods_at(point),
         )
-        if alike:
+        if same:
             spans[-1][2].append(point)
         else:
             spans.append((point.count, point.leading, [point]))
     return spans
 
 
-def print_loss_curves(analysis: Analysis, found: Mapping[str, FloatArray]) -> None:
-    """Root mean square change of the outputs, relative, when a share of a group's units is kept and all else is."""
+def print_loss_curves(analysis: Analysis, curves: Mapping[str, FloatArray]) -> None:
+    """Change of the outputs (relative RMS) when one group keeps a share of its units and all others keep theirs.
+
+    ``curves``: group id -> [size + 1], relative squared change by units kept per block.
+    """
     shares = (0.9, 0.75, 0.5, 0.25)
     rows = [
-        (g.id, *(f"{100 * float(found[g.id][max(1, round(g.size * s))]) ** 0.5:.1f} %" for s in shares))
+        (g.id, *(f"{100 * float(curves[g.id][max(1, round(g.size * s))]) ** 0.5:.1f} %" for s in shares))
         for g in analysis.groups
-        if g.id in found
+        if g.id in curves
     ]
     header = ("group", *(f"{100 * s:.0f} % kept" for s in shares))
     print_table("change of the outputs, one group at a time", header, rows, right=(1, 2, 3, 4))
@@ -176,13 +182,14 @@ def print_pins(analysis: Analysis) -> None:
         print_table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
 
 
-def print_skipped_groups(compression: ClosedForms | None) -> None:
-    """Groups that a closed form could not serve, by reason."""
-    if compression is not None and compression.skipped:
-        reasons = Counter(compression.skipped.values())
+def print_skipped_groups(closed_forms: ClosedForms | None) -> None:
+    """Note the groups that no closed form fits, by reason."""
+    if closed_forms is not None and closed_forms.skipped:
+        reasons = Counter(closed_forms.skipped.values())
         text = "; ".join(f"{number}: {reason}" for reason, number in reasons.items())
-        many = len(compression.skipped)
-        print_note(f"{many} {'group is' if many == 1 else 'groups are'} selected and sliced without refitting ({text})")
+        count = len(closed_forms.skipped)
+        groups = "group is" if count == 1 else "groups are"
+        print_note(f"{count} {groups} selected and sliced without refitting ({text})")
 
 
 # -- plan and result -------------------------------------------------------------------------------------------------
@@ -216,15 +223,15 @@ def print_result(result: PrunedModel) -> None:
         )
     ]
     print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
-    by_role = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
+    removed = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:
-        if g.role in by_role and g.prunable:
-            by_role[g.role] += g.blocks * (g.size - result.plan.kept_width(g))
+        if g.role in removed and g.prunable:
+            removed[g.role] += g.blocks * (g.size - result.plan.kept_width(g))
             total[g.role] += g.blocks * g.size
     print_line(
         "removed: "
-        + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in by_role.items()) or "nothing")
+        + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     reduction = result.plan.analysis.reduction
@@ -242,17 +249,17 @@ def print_result(result: PrunedModel) -> None:
     print_line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
 
 
-def note_if_predicted(decision: PruningPlan) -> None:
-    """That a plan was made from predictions, where it was."""
-    choice = decision.budget
-    if choice is not None and (choice.max_drift is not None or is_latency_budget(choice)):
-        what = "drift" if choice.max_drift is not None else "latency"
+def note_if_predicted(plan: PruningPlan) -> None:
+    """Note that a drift or a latency is predicted, not measured."""
+    budget = plan.budget
+    if budget is not None and (budget.max_drift is not None or budget.is_latency):
+        what = "drift" if budget.max_drift is not None else "latency"
         print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
 
 
 def search_text(search: SearchResult) -> str:
-    tried = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
-    return f"{search.kind}: {search.reached:.3g} {search.unit}, asked for at most {search.limit:g} ({tried})"
+    plans = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
+    return f"{search.kind}: {search.reached:.3g} {search.unit}, limit {search.limit:g} ({plans})"
 
 
 def print_verdict(verdict: Verdict) -> None:
@@ -277,46 +284,47 @@ def print_finetuned(result: FinetuneResult) -> None:
     if trained.losses:
         print_line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
     print_line(f"verified: {'; '.join(result.structure)}")
-    for what, found in (("before", result.before), ("after", result.after)):
-        for d in found:
-            print_line(f"  {d.output} {what}: {drift_text(d)} ({result.compared})")
+    for when, differences in (("before", result.before), ("after", result.after)):
+        for d in differences:
+            print_line(f"  {d.output} {when}: {drift_text(d)} ({result.compared})")
 
 
 # -- build -----------------------------------------------------------------------------------------------------------
 
 
-def print_build(made: BuildResult) -> None:
-    sizes = [f"{file if file == made.path else file.name} {format_count(file.stat().st_size)}B" for file in made.files]
-    print_line(f"{', '.join(sizes)}: {made.target}, {made.precision}, {made.seconds:.1f} s")
-    for note in made.notes:
+def print_build(result: BuildResult) -> None:
+    files = [(file if file == result.path else file.name, file.stat().st_size) for file in result.files]
+    sizes = ", ".join(f"{name} {format_count(size)}B" for name, size in files)
+    print_line(f"{sizes}: {result.target}, {result.precision}, {result.seconds:.1f} s")
+    for note in result.notes:
         print_line(f"  {note}")
-    for d in made.drift:
+    for d in result.drift:
         print_line(f"  {d.output}: {drift_text(d)}")
 
 
-def print_sweep(found: SweepResult) -> None:
-    known = found.points[0].accuracy is not None
-    fewer = any(p.tokens for p in found.points)
-    rows = []
-    for p in found.points:
-        same = f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-"
-        rows.append(
-            (
-                p.name,
-                *((p.tokens or "-",) if fewer else ()),
-                format_share(p.macs, found.points[0].macs),
-                format_share(p.params, found.points[0].params),
-                f"{p.latency:.3g}",
-                f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not found.points[0] else "1.00x",
-                *((f"{100 * (p.accuracy or 0):.1f} %",) if known else ()),
-                f"{p.drift:.3g}",
-                same,
-                "front" if p.front else "",
-            )
+def print_sweep(result: SweepResult) -> None:
+    dense = result.points[0]
+    has_accuracy = dense.accuracy is not None
+    has_tokens = any(p.tokens for p in result.points)
+    first = ("target", *(("tokens",) if has_tokens else ()))
+    last = ("MACs", "params", "ms", "speed-up", *(("accuracy",) if has_accuracy else ()), "drift", "same top", "")
+    rows = [
+        (
+            p.name,
+            *((p.tokens or "-",) if has_tokens else ()),
+            format_share(p.macs, dense.macs),
+            format_share(p.params, dense.params),
+            f"{p.latency:.3g}",
+            f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not dense else "1.00x",
+            *((f"{100 * (p.accuracy or 0):.1f} %",) if has_accuracy else ()),
+            f"{p.drift:.3g}",
+            f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-",
+            "front" if p.front else "",
         )
-    first = ("target", *(("tokens",) if fewer else ()))
-    header = (*first, "MACs", "params", "ms", "speed-up", *(("accuracy",) if known else ()), "drift", "same top", "")
-    print_table(f"{found.model.name}, batch {found.batch}", header, rows, right=range(len(first), len(header) - 1))
+        for p in result.points
+    ]
+    header = (*first, *last)
+    print_table(f"{result.model.name}, batch {result.batch}", header, rows, right=range(len(first), len(header) - 1))
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------
@@ -336,8 +344,8 @@ def print_bench(result: BenchResult) -> None:
     )
 
 
-def print_criteria(described: Sequence[Any]) -> None:
-    for item in described:
-        print_line(f"{item.name}: {item.summary}")
-        for option, what in item.options:
-            print_line(f"    {option}: {what}")
+def print_criteria(criteria: Sequence[Description]) -> None:
+    for criterion in criteria:
+        print_line(f"{criterion.name}: {criterion.summary}")
+        for option, meaning in criterion.options:
+            print_line(f"    {option}: {meaning}")

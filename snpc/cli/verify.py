@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import click
 
@@ -13,7 +14,6 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
 from snpc.cli.arguments.model import ModelArguments
 from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.running import ExecutionArguments
-from snpc.cli.plan import read_plan_file
 from snpc.errors import CheckFailed
 from snpc.pipeline.report_json import verdict_json
 from snpc.runtime.io.load import model_files
@@ -21,12 +21,17 @@ from snpc.runtime.io.load import model_files
 
 @dataclass(frozen=True)
 class VerifyArguments(ArgumentGroup):
+    section: ClassVar[str] = "Checks"
+
     pruned: Path = argument(type=FILE_PATH)
     plan_path: Path | None = option(
         "--plan", type=FILE_PATH, help="The plan that PRUNED was made by: also check that slicing equals masking."
     )
     calib: str | None = option(
-        "--data", metavar="DATA", help="Inputs to run on (forms as --calib of prune).  [default: random inputs]"
+        "--data",
+        metavar="DATA",
+        section="Inputs",
+        help="Inputs to run on (forms as --calib of prune).  [default: random inputs]",
     )
     max_drift: float | None = option(
         "--max-drift",
@@ -41,12 +46,14 @@ def verify_command(
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     pruned, data = arguments.pruned, arguments.calib
-    plan = read_plan_file(arguments.plan_path, model.path) if arguments.plan_path else None
-    analysis = plan.analysis if plan else model.load()
+    slices = snpc.load_plan(arguments.plan_path, snpc.load(model.path)) if arguments.plan_path else None
+    analysis = slices.analysis if slices else model.load()
     snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
     calibration = snpc.load_calibration(data, analysis.model.inputs) if data else None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=running.load())
+    execution = running.load()
+    plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=execution)
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

@@ -1,0 +1,1 @@
+"""What works on the graph: canonicalization, label propagation, grouping, weight edits, slicing, fusion."""

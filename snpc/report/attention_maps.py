@@ -1,4 +1,4 @@
-"""Where the heads of a vision model look, before and after: attention weights over the patches of a few pictures."""
+"""Attention maps: the attention weights of a vision model over the patches of a few pictures, before and after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.token_decisions import self_deciding_model
 from snpc.planning.plan import SlicePlan
 from snpc.report.png import PixelArray
@@ -26,17 +26,17 @@ from snpc.runtime.io.save import save
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 MAX_PICTURES = 2
-MAX_LAYERS = 3  # shown: the first, the last, and what lies between
-MAX_HEADS = 3  # of each
+MAX_LAYERS = 3  # the first, the last, and evenly spaced ones between
+MAX_HEADS = 3  # per layer
 PREFIX_TOKEN_COUNTS = range(9)  # class tokens and registers before the patches
-MAX_PICTURE_SIDE = 112  # of a shown picture, in pixels
+MAX_PICTURE_SIDE = 112  # pixels
 
 PatchGrid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Attention of one head over the patches, rows of a grid; each map adds up to 1."""
+    """Attention of one head over the grid of patches, as rows. Each map sums to 1."""
 
     group: str
     head: int
@@ -45,13 +45,13 @@ class HeadMap:
 
     @property
     def overlap(self) -> float:
-        """Share of the attention that stays on its patches, in 0..1."""
+        """Fraction of the attention that is on the same patches before and after, in 0..1."""
         return float(np.minimum(self.before, self.after).sum())
 
 
 @dataclass(frozen=True)
 class AttentionPicture:
-    """A calibration picture [height, width] of (red, green, blue) in 0..255, stretched to the full range."""
+    """A calibration picture [height, width] of (red, green, blue), stretched to 0..255, and the maps on it."""
 
     pixels: tuple[tuple[tuple[int, int, int], ...], ...]
     maps: tuple[HeadMap, ...]
@@ -59,7 +59,7 @@ class AttentionPicture:
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """``pictures`` is empty where there are no maps, and ``reason`` then says why. ``seen_from``: whose attention."""
+    """``pictures`` is empty without maps, and ``reason`` says why. ``seen_from``: which queries the attention is of."""
 
     pictures: tuple[AttentionPicture, ...] = ()
     seen_from: str = ""
@@ -67,11 +67,11 @@ class AttentionMaps:
 
 
 class MapsUnavailable(Exception):
-    """Says why there are none."""
+    """Says why there are no maps."""
 
 
 def attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
-    """Run both models on the first calibration pictures and read the attention weights of a few heads."""
+    """Run both models on the first calibration pictures, and compare the attention weights of a few heads."""
     try:
         return compute_attention_maps(result, calibration)
     except (MapsUnavailable, UserError) as error:
@@ -85,55 +85,55 @@ def compute_attention_maps(result: PrunedModel, calibration: Calibration | None)
     feeds = first_samples(plan.analysis, calibration)
     pictures = find_pictures(feeds)
     values = select_layers(find_attention_weights(plan.analysis))
-    kinds = plan.analysis.traced_graph.facts.dtype
-    types = {str(value.name): kinds.get(value) or ir.DataType.FLOAT for _, value in values}
+    known_types = plan.analysis.traced_graph.facts.dtype
+    types = {str(value.name): known_types.get(value) or ir.DataType.FLOAT for _, value in values}
     before = evaluate_values(self_deciding_model(plan.analysis), types, feeds)
     after = evaluate_values(load(result.path).graph, types, feeds)
     count = min(MAX_PICTURES, len(pictures))
     maps: list[list[HeadMap]] = [[] for _ in range(count)]
-    seen = set()
+    queries = set()
     for group, value in values:
-        pair = [attention_per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
-        heads = match_heads(plan, group, pair)
-        where = patch_grid(pair[0].shape[-1], pictures.shape[1:3])
-        if where is None or heads is None or has_fewer_tokens(plan.analysis, pair[0].shape[-1]):
+        weights = [attention_per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
+        heads = match_heads(plan, group, weights)
+        layout = patch_grid(weights[0].shape[-1], pictures.shape[1:3])
+        if layout is None or heads is None or has_fewer_tokens(plan.analysis, weights[0].shape[-1]):
             continue
-        prefix, grid = where
-        seen.add(describe_queries(pair[0], prefix))
+        prefix, grid = layout
+        queries.add(describe_queries(weights[0], prefix))
         for picture in range(count):
             for old, new in heads[:MAX_HEADS]:
-                spread = [
-                    attention_on_patches(w[picture, h], prefix, grid) for w, h in zip(pair, (old, new), strict=True)
+                grids = [
+                    attention_on_patches(w[picture, h], prefix, grid) for w, h in zip(weights, (old, new), strict=True)
                 ]
-                maps[picture].append(HeadMap(group.id, old, *(tuple(map(tuple, s.tolist())) for s in spread)))
+                maps[picture].append(HeadMap(group.id, old, *(tuple(map(tuple, g.tolist())) for g in grids)))
     if not any(maps):
         raise MapsUnavailable("no attention weights over the patches of a picture were found")
-    shown = (AttentionPicture(to_pixels(picture), tuple(own)) for picture, own in zip(pictures, maps, strict=False))
-    return AttentionMaps(tuple(shown), " or ".join(sorted(seen)))
+    shown = (AttentionPicture(to_pixels(p), tuple(heads)) for p, heads in zip(pictures, maps, strict=False))
+    return AttentionMaps(tuple(shown), " or ".join(sorted(queries)))
 
 
-# -- what goes in ----------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def first_samples(analysis: Analysis, calibration: Calibration) -> Feeds:
-    """The first pictures, or a whole batch where the model takes no other size."""
+    """The first samples; a whole batch where the model takes no other size."""
     feeds = next(calibration.batches())
-    free = {spec.name for spec in analysis.model.inputs if spec.shape and not isinstance(spec.shape[0], int)}
-    return {name: array[:MAX_PICTURES] if name in free else array for name, array in feeds.items()}
+    dynamic = {spec.name for spec in analysis.model.inputs if spec.shape and not isinstance(spec.shape[0], int)}
+    return {name: array[:MAX_PICTURES] if name in dynamic else array for name, array in feeds.items()}
 
 
 def find_pictures(feeds: Feeds) -> FloatArray:
-    """[pictures, height, width, channels] of the one input that looks like pictures."""
-    floats = [a for a in feeds.values() if a.ndim == 4 and not np.issubdtype(a.dtype, np.integer)]
-    last = [a.transpose(0, 2, 3, 1) if a.shape[1] in (1, 3) else a for a in floats]
-    found = [a for a in last if a.shape[3] in (1, 3)]
-    if len(found) != 1:
+    """[pictures, height, width, channels] of the one input that looks like pictures. MapsUnavailable: there is none."""
+    images = [a for a in feeds.values() if a.ndim == 4 and not np.issubdtype(a.dtype, np.integer)]
+    channels_last = [a.transpose(0, 2, 3, 1) if a.shape[1] in (1, 3) else a for a in images]
+    pictures = [a for a in channels_last if a.shape[3] in (1, 3)]
+    if len(pictures) != 1:
         raise MapsUnavailable("the model takes no pictures")
-    return np.asarray(found[0], np.float64)
+    return np.asarray(pictures[0], np.float64)
 
 
 def to_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    """Made small by averaging, and stretched to 0..255: how the values were normalised is not known."""
+    """Average pooled to a small size and stretched to 0..255, as the normalization of the values is not known."""
     height, width, channels = picture.shape
     step = max(1, math.ceil(max(height, width) / MAX_PICTURE_SIDE))
     rows, columns = height // step, width // step
@@ -144,25 +144,25 @@ def to_pixels(picture: FloatArray) -> tuple[tuple[tuple[int, int, int], ...], ..
     return tuple(tuple((int(r), int(g), int(b)) for r, g, b in row) for row in full.tolist())
 
 
-# -- what comes out --------------------------------------------------------------------------------------------------
+# -- attention weights-------------------------------------------------------------------------------------------------
 
 
 def find_attention_weights(analysis: Analysis) -> list[tuple[Group, ir.Value]]:
-    """Groups of query and key, with the attention weights that come of them."""
+    """The query/key groups, each with the attention weights that are computed from it."""
     values = {str(v.name): v for node in analysis.traced_graph.model.graph for v in node.outputs}
-    found = []
+    pairs = []
     for group in analysis.groups:
         starts = [values[p.tensor] for p in group.probes if p.kind == "query" and p.tensor in values]
         weights = first_attention_weights(starts[0]) if group.role == "qk" and starts else None
         if weights is not None:
-            found.append((group, weights))
-    if not found:
+            pairs.append((group, weights))
+    if not pairs:
         raise MapsUnavailable("no attention weights are values of the graph (inside fused nodes they cannot be seen)")
-    return found
+    return pairs
 
 
 def first_attention_weights(start: ir.Value) -> ir.Value | None:
-    """The first attention weights that are made of a value, breadth first."""
+    """The nearest attention weights that are computed from a value, breadth first."""
     front, seen = [start], {start}
     while front:
         nodes = [use.node for value in front for use in value.uses()]
@@ -174,12 +174,12 @@ def first_attention_weights(start: ir.Value) -> ir.Value | None:
     return None
 
 
-def select_layers(found: Sequence[tuple[Group, ir.Value]]) -> list[tuple[Group, ir.Value]]:
-    return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, MAX_LAYERS).round().astype(int))]
+def select_layers(pairs: Sequence[tuple[Group, ir.Value]]) -> list[tuple[Group, ir.Value]]:
+    return [pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, MAX_LAYERS).round().astype(int))]
 
 
 def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Feeds) -> dict[str, AnyArray]:
-    """These values of a model on these inputs."""
+    """The values that ``types`` names, computed by a model on ``feeds``."""
     copy = model.clone()
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     missing = [name for name in types if name not in values]
@@ -189,8 +189,8 @@ def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Fe
     for name in types:
         copy.graph.outputs.append(values[name])
     finalize(copy)
-    for name, kind in types.items():
-        values[name].dtype = kind
+    for name, dtype in types.items():
+        values[name].dtype = dtype
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "exposed.onnx"
         save(copy, path)
@@ -204,7 +204,7 @@ def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Fe
 
 
 def attention_per_head(weights: AnyArray, samples: int) -> FloatArray:
-    """[samples, heads, queries, keys]; heads may be merged with the samples."""
+    """Attention weights as [samples, heads, queries, keys]. The file may merge heads into the samples."""
     if weights.ndim == 3 and weights.shape[0] % samples == 0:
         weights = weights.reshape(samples, -1, *weights.shape[1:])
     if weights.ndim != 4 or weights.shape[0] != samples:
@@ -212,9 +212,9 @@ def attention_per_head(weights: AnyArray, samples: int) -> FloatArray:
     return np.asarray(weights, np.float64)
 
 
-def match_heads(plan: SlicePlan, group: Group, pair: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
-    """(head before, the same head after); None where they cannot be told."""
-    old, new = (w.shape[1] for w in pair)
+def match_heads(plan: SlicePlan, group: Group, weights: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
+    """(head before, the same head after) of all heads that are left; None where they cannot be matched."""
+    old, new = (w.shape[1] for w in weights)
     if old == new:
         return [(k, k) for k in range(old)]
     for heads in plan.analysis.groups:
@@ -225,7 +225,7 @@ def match_heads(plan: SlicePlan, group: Group, pair: Sequence[FloatArray]) -> li
 
 
 def patch_grid(tokens: int, picture: Sequence[int]) -> tuple[int, PatchGrid] | None:
-    """(tokens before the patches, rows and columns of patches) for a picture of this height and width."""
+    """(tokens before the patches, (rows, columns) of patches) for ``picture``, (height, width)."""
     height, width = picture
     for prefix in PREFIX_TOKEN_COUNTS:
         rows = math.isqrt(max(tokens - prefix, 0) * height // width)
@@ -236,7 +236,7 @@ def patch_grid(tokens: int, picture: Sequence[int]) -> tuple[int, PatchGrid] | N
 
 
 def has_fewer_tokens(analysis: Analysis, keys: int) -> bool:
-    """Are these tokens that are left of the patches, and no grid any more?"""
+    """Were patches dropped or merged before these keys, so that they form no grid?"""
     return analysis.reduction is not None and keys != analysis.tokens.points[0].count
 
 
@@ -245,8 +245,8 @@ def describe_queries(weights: FloatArray, prefix: int) -> str:
 
 
 def attention_on_patches(weights: FloatArray, prefix: int, grid: PatchGrid) -> FloatArray:
-    """Attention [queries, keys] of the first token, where there is one before the patches, else the mean of all; over
-    the patches only, adding up to 1."""
+    """Attention to the patches, normalized to sum 1: of the first token where one precedes the patches, else the mean
+    over all queries. ``weights``: [queries, keys]."""
     row = weights[0] if prefix or len(weights) == 1 else weights.mean(0)
     patches = row[prefix:].reshape(grid)
     total = float(patches.sum())

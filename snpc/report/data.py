@@ -1,4 +1,4 @@
-"""Everything that a report shows, as one value."""
+"""Everything that the report shows, as one value."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
 from snpc.report.token_maps import TokenMaps, token_maps
@@ -24,7 +24,7 @@ from snpc.types import Difference, FloatArray, Pin
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """One number before and after. ``name`` says what it is, ``unit`` what it is counted in."""
+    """A number before and after pruning, with its name and unit."""
 
     name: str
     unit: str
@@ -36,8 +36,8 @@ class BeforeAfter:
 class GroupWidth:
     """One group of the plan: ``blocks`` x ``size`` units before, ``blocks`` x ``kept`` after.
 
-    ``curve`` [size + 1], where measured: root mean square change of the outputs, relative, when so many units per
-    block are kept and all other groups are as they were.
+    ``curve`` [size + 1], where measured: change of the outputs (relative RMS) by units kept per block, while all other
+    groups keep theirs. ``form``: the closed form that made the weights, "" without one.
     """
 
     id: str
@@ -52,8 +52,11 @@ class GroupWidth:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows. ``mac_pairs``: by role, each product once. ``drift`` and ``equals_mask``: of the written
-    file."""
+    """What the page shows.
+
+    ``request``: what was asked for and how it was done. ``macs``: by role, each product counted once. ``drift`` and
+    ``equals_mask``: what verification measured on the written file.
+    """
 
     model: str
     output: str
@@ -82,21 +85,21 @@ class ReportData:
 def collect_report_data(
     result: PrunedModel,
     *,
-    decision: PruningPlan | None = None,
+    plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
 ) -> ReportData:
-    """Read the written file once more for what the result does not hold: MACs by role and attention maps."""
-    plan, analysis, verdict = result.plan, result.plan.analysis, result.verification
+    """Collect the data of the page. The written file is read once more for MACs by role, attention and token maps."""
+    slices, analysis, verdict = result.plan, result.plan.analysis, result.verification
     attention = attention_maps(result, calibration)
     return ReportData(
         model=str(analysis.model.path),
         output=str(result.path),
         digest=analysis.model.digest,
         request=describe_request(result),
-        options=dict(plan.options),
+        options=dict(slices.options),
         costs=(*cost_pairs(result), *latency_pairs(bench)),
-        widths=group_widths(result, decision.curves if decision else {}),
+        widths=group_widths(result, plan.loss_curves if plan else {}),
         macs=mac_pairs(result),
         macs_at=dict(analysis.dim_sizes),
         compared=verdict.compared,
@@ -105,14 +108,14 @@ def collect_report_data(
         structure=verdict.structure,
         attention=attention,
         token_maps=token_maps(result, calibration),
-        warnings=collect_warnings(result, decision),
+        warnings=collect_warnings(result, plan),
         pins=analysis.pins,
         seconds=dict(result.seconds),
     )
 
 
 def describe_request(result: PrunedModel) -> str:
-    """What was asked for, and how it was done, in one line."""
+    """What was asked for and how it was done, in one line."""
     options = result.plan.options
     goal = f"target {options['target']}" if "target" in options else f"ratio {options.get('ratio', 'by hand')}"
     reduction = result.plan.analysis.reduction
@@ -134,7 +137,7 @@ def cost_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
 
 
 def latency_pairs(bench: BenchResult | None) -> tuple[BeforeAfter, ...]:
-    """Of a benchmark of the original and the pruned model, in this order."""
+    """``bench``: of the original and the pruned model, in this order."""
     if bench is None:
         return ()
     before, after = bench.timings[0], bench.timings[1]
@@ -169,20 +172,20 @@ def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
     )
 
 
-def collect_warnings(result: PrunedModel, decision: PruningPlan | None) -> tuple[str, ...]:
-    found = []
+def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str, ...]:
+    warnings = []
     if not result.calibration:
-        found.append("No calibration data: drift was measured on random inputs and may be another on real ones.")
+        warnings.append("No calibration data: drift was measured on random inputs and may differ on real ones.")
     if not result.verification.drift:
-        found.append("Outputs were not compared: the original cannot be run here.")
-    compression = decision.closed_forms if decision else None
-    if compression is not None and compression.skipped:
-        for reason, number in Counter(compression.skipped.values()).items():
-            found.append(f"{number} {plural('group', number)} selected and sliced without refitting: {reason}.")
-    dead = result.plan.analysis.dead_macs
-    if dead and result.plan.analysis.reduction is None:
-        found.append(f"{dead:,} MACs went with rows that no output depends on; that changes no output.")
-    return tuple(found)
+        warnings.append("Outputs were not compared: the original cannot be run here.")
+    closed_forms = plan.closed_forms if plan else None
+    if closed_forms is not None and closed_forms.skipped:
+        for reason, number in Counter(closed_forms.skipped.values()).items():
+            warnings.append(f"{number} {plural('group', number)} selected and sliced without refitting: {reason}.")
+    dead_macs = result.plan.analysis.dead_macs
+    if dead_macs and result.plan.analysis.reduction is None:
+        warnings.append(f"{dead_macs:,} MACs were removed with rows that no output depends on; that changes no output.")
+    return tuple(warnings)
 
 
 def plural(word: str, number: int) -> str:
@@ -190,7 +193,7 @@ def plural(word: str, number: int) -> str:
 
 
 def widths_by_role(items: Sequence[GroupWidth]) -> dict[str, list[GroupWidth]]:
-    found: dict[str, list[GroupWidth]] = {}
+    by_role: dict[str, list[GroupWidth]] = {}
     for item in items:
-        found.setdefault(item.role, []).append(item)
-    return found
+        by_role.setdefault(item.role, []).append(item)
+    return by_role

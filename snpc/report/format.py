@@ -1,12 +1,12 @@
-"""Numbers and results in the words that the terminal and the report share."""
+"""Numbers and methods as text, the same on the terminal and in the report."""
 
 from __future__ import annotations
 
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 
 
 def format_count(number: float) -> str:
-    """Three digits: 5.03 M."""
+    """Three significant digits with a prefix: 5.03 M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
@@ -18,12 +18,12 @@ def format_share(part: float, whole: float) -> str:
 
 
 def format_percent(ratio: float) -> str:
-    """Three digits, and no more zeros than a reader can take in."""
+    """Three significant digits; a tiny ratio is "under 0.0001 %"."""
     return f"{100 * ratio:.3g} %" if ratio == 0 or ratio >= 1e-6 else "under 0.0001 %"
 
 
 def describe_method(result: PrunedModel) -> str:
-    """How units were chosen and weights made, in words."""
+    """How units were chosen and weights were made, in a few words."""
     if not result.plan.keep:
         return "no widths cut"
     if not result.closed_forms:
@@ -31,5 +31,5 @@ def describe_method(result: PrunedModel) -> str:
     forms = list(result.closed_forms.values())
     coupled = forms.count("score_selection")
     rotated = len(forms) - coupled - forms.count("refit")
-    selected = f", {coupled} selected by what the scores lose" if coupled else ""
+    selected = f", {coupled} selected by the loss of attention scores" if coupled else ""
     return f"in closed form: {rotated} groups rotated, {forms.count('refit')} refitted{selected}"

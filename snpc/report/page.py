@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel
 from snpc.report.attention_maps import AttentionPicture, HeadMap
 from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
@@ -45,17 +45,17 @@ def write_report(
     result: PrunedModel,
     target: Path,
     *,
-    decision: PruningPlan | None = None,
+    plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
 ) -> ReportData:
     """Write an HTML page about ``result`` to ``target`` and return what it shows.
 
-    ``decision`` (that the plan is of) gives the loss curves, ``calibration`` the pictures for attention maps of vision
-    models, ``bench`` (of the original and the pruned file, in this order) the latency. Raises UserError where
-    ``target`` cannot be written.
+    ``plan`` gives the loss curves, ``calibration`` the pictures for the attention maps of vision models, ``bench`` (of
+    the original and the pruned file, in this order) the latency. Raises UserError where ``target`` cannot be
+    written.
     """
-    report = collect_report_data(result, decision=decision, calibration=calibration, bench=bench)
+    report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench)
     text = render_page(report)
     with atomic_write(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which patches of a picture are left at each stage of a token reduction."""
+"""Token maps: which patches of a picture are left after each step of a token reduction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snpc.errors import SnpcError
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.token_decisions import file_decisions
 from snpc.report.attention_maps import (
     MAX_PICTURES,
@@ -22,13 +22,13 @@ from snpc.runtime.calibration import Calibration
 from snpc.tokens.inplace_oracle import token_membership
 from snpc.tokens.reduction import TokenReductionPlan
 
-DROPPED_BRIGHTNESS = 0.12  # brightness of a patch that is gone
+DROPPED_BRIGHTNESS = 0.12  # brightness of a patch that was dropped
 
 
 @dataclass(frozen=True)
 class TokenStage:
-    """Behind ``block`` there are ``left`` tokens. ``shares``, rows of the grid of patches: 0 where the patch was
-    dropped, 1/k where it is one of k in the same token."""
+    """The tokens after ``block``. ``shares``, rows of the grid of patches: 0 where the patch was dropped, 1/k where it
+    is one of k patches in the same token."""
 
     block: int
     tokens_left: int
@@ -43,17 +43,17 @@ class TokenPicture:
     stages: tuple[TokenStage, ...]
 
     def shade_dropped_patches(self, stage: TokenStage) -> PixelArray:
-        """[height, width, 3]: the picture, the darker the less of a patch is left."""
+        """[height, width, 3]: the picture, a patch the darker the less of it is left."""
         pixels, shares = np.array(self.pixels, np.float64), np.array(stage.shares)
         rows, columns = (np.arange(n) * m // n for n, m in zip(pixels.shape[:2], shares.shape, strict=True))
         light = DROPPED_BRIGHTNESS + (1 - DROPPED_BRIGHTNESS) * np.sqrt(shares[np.ix_(rows, columns)])
-        found: PixelArray = np.round(pixels * light[:, :, None]).astype(np.uint8)
-        return found
+        shaded: PixelArray = np.round(pixels * light[:, :, None]).astype(np.uint8)
+        return shaded
 
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """``pictures`` is empty where there is nothing to show, and ``reason`` then says why ("": tokens are as before)."""
+    """``pictures`` is empty where there is nothing to show, and ``reason`` says why ("": no tokens were reduced)."""
 
     tokens: int = 0
     pictures: tuple[TokenPicture, ...] = ()
@@ -61,7 +61,7 @@ class TokenMaps:
 
 
 def token_maps(result: PrunedModel, calibration: Calibration | None) -> TokenMaps:
-    """What the written file decides for the first calibration pictures."""
+    """The token decisions of the written file for the first calibration pictures."""
     reduction = result.plan.analysis.reduction
     if not isinstance(reduction, TokenReductionPlan):
         return TokenMaps()
@@ -80,15 +80,15 @@ def compute_token_maps(
     feeds = first_samples(result.plan.analysis, calibration)
     pictures = find_pictures(feeds)
     steps = reduction.steps
-    where = patch_grid(steps[0].point.count, pictures.shape[1:3])
-    if where is None:
+    layout = patch_grid(steps[0].point.count, pictures.shape[1:3])
+    if layout is None:
         raise MapsUnavailable("the tokens are not a grid of patches")
-    prefix, grid = where
-    (decided,) = file_decisions(result.path, reduction.decisions, [feeds])
+    prefix, grid = layout
+    (decisions,) = file_decisions(result.path, reduction.decisions, [feeds])
     stages: list[list[TokenStage]] = [[] for _ in range(min(MAX_PICTURES, len(pictures)))]
-    for step, holds in zip(steps, token_membership(steps, decided, steps[0].point.count), strict=True):
-        shares = (holds / np.maximum(holds.sum(2, keepdims=True), 1)).max(1)[:, prefix:]
-        for k, mine in enumerate(stages):
+    for step, members in zip(steps, token_membership(steps, decisions, steps[0].point.count), strict=True):
+        shares = (members / np.maximum(members.sum(2, keepdims=True), 1)).max(1)[:, prefix:]
+        for k, own in enumerate(stages):
             rows = shares[k].reshape(grid).tolist()
-            mine.append(TokenStage(step.point.block, step.remaining, tuple(map(tuple, rows))))
+            own.append(TokenStage(step.point.block, step.remaining, tuple(map(tuple, rows))))
     return tuple(TokenPicture(to_pixels(p), tuple(own)) for p, own in zip(pictures, stages, strict=False))

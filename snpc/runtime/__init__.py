@@ -1,0 +1,1 @@
+"""What runs models or reads and writes files: calibration, statistics, closed forms, sensitivity, evaluation."""

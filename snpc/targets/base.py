@@ -23,7 +23,7 @@ class BuildOptions:
     ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name, the range an engine serves and what it is
     tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics may use.
     ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write what builds the engine
-    elsewhere, instead of building it.
+    elsewhere, instead of building it. ``observer``: called after each graph pass, whatever the target.
     """
 
     min_shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -33,10 +33,11 @@ class BuildOptions:
     workspace: int | None = None
     timing_cache: Path | None = None
     emit_script: bool = False
+    observer: PassObserver | None = field(default=None, repr=False, compare=False)
 
     def given(self) -> list[str]:
         """Names of the options that are set, as on the command line."""
-        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name)]
+        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.compare and getattr(self, f.name)]
 
 
 @dataclass(frozen=True)

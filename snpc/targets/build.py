@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +22,7 @@ from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.random_inputs import embedding_rows
 from snpc.runtime.execution.runners import ENGINE_SUFFIXES, open_runner
-from snpc.runtime.io.atomic import check_target
+from snpc.runtime.io.atomic import check_target, move_into_place, staging_folder
 from snpc.runtime.io.load import load, model_files
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
@@ -65,13 +61,13 @@ def build(
     start = time.perf_counter()
     asked = options or BuildOptions()
     where = check_build(model, target, output, precision, execution, calibration is not None, asked)
-    chosen, loaded = find_target(target), load(model)
+    chosen, loaded = find_target(target), load(model, asked.observer)
     cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
     for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
-    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn)
+    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn, asked.observer)
     with staging_folder(where) as folder:
         source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
         job = replace(job, source=source, output=folder / where.name)
@@ -151,7 +147,10 @@ def default_output(model: Path, target: BuildTarget, precision: Precision, optio
 def default_feeds(model: Model, batch: int) -> Feeds:
     sizes, facts = choose_dim_sizes(model.graph)
     return random_feeds(
-        model.inputs, batch=batch, sizes=without_batch_dims(model, sizes), limits=embedding_rows(model.graph, facts)
+        model.inputs,
+        batch=batch,
+        dim_sizes=without_batch_dims(model, sizes),
+        id_limits=embedding_rows(model.graph, facts),
     )
 
 
@@ -180,26 +179,3 @@ def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference
                 f"more than {FP32_TOLERANCE:g}"
             )
     return max(found, key=max_relative), ()
-
-
-@contextmanager
-def staging_folder(where: Path) -> Iterator[Path]:
-    """A temporary folder beside ``where``, gone afterwards, with a folder ``work`` for what is not kept."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
-    except OSError as error:
-        raise UserError(f"{where}: cannot write there ({error.strerror})") from None
-    try:
-        (folder / "work").mkdir()
-        yield folder
-    except OSError as error:
-        raise UserError(f"{where}: cannot write it ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def move_into_place(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
-    """Move finished files into place, what the first one refers to before it."""
-    for file in reversed(files):
-        file.replace(folder / file.name)
-    return tuple(folder / file.name for file in files)

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.builder import Attribute, add_constant, make_node, redirect_uses, replace_graph_output
 from snpc.graph.shapes import opset_version
 from snpc.ops import lookup
 from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
@@ -167,10 +168,11 @@ def insert_product_input(
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.clip_limit)
-    limits = [add_constant(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
-    index = add_constant(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
-    clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")
-    return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
+    low = add_constant(model.graph, np.asarray(-bound), f"{data.name}_low", typed=False)
+    high = add_constant(model.graph, np.asarray(bound), f"{data.name}_high", typed=False)
+    index = add_constant(model.graph, outliers.columns.astype(np.int64), f"{data.name}_outliers", typed=False)
+    clipped = insert_node_before(node, CLIP, [data, low, high], f"{data.name}_int8")
+    return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", {"axis": -1})
 
 
 def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
@@ -178,36 +180,25 @@ def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
-    outer = add_constant(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    outer = add_constant(model.graph, np.ascontiguousarray(array[index]), f"{node.name}_outer", typed=False)
     array[index] = 0
-    node.replace_input_with(1, add_constant(model, array, f"{node.name}_inner"))
+    node.replace_input_with(1, add_constant(model.graph, array, f"{node.name}_inner", typed=False))
     out = node.outputs[0]
     users, listed = list(out.uses()), out.is_graph_output()
-    product = ir.Node("", MATMUL, [columns, outer], num_outputs=1, name=f"{node.name}_float")
-    total = ir.Node("", ADD, [out, product.outputs[0]], num_outputs=1, name=f"{node.name}_sum")
-    for made in (product, total):
-        made.outputs[0].name = f"{made.name}_out"
+    product = make_node(MATMUL, [columns, outer], name=f"{node.name}_float")
+    total = make_node(ADD, [out, product.outputs[0]], name=f"{node.name}_sum")
     node.append([product, total])
-    for user, position in users:
-        user.replace_input_with(position, total.outputs[0])
+    redirect_uses(users, total.outputs[0])
     if listed:
-        total.outputs[0].name, out.name = out.name, f"{out.name}_inner"
-        model.graph.outputs[model.graph.outputs.index(out)] = total.outputs[0]
+        replace_graph_output(model.graph, out, total.outputs[0], f"{out.name}_inner")
 
 
 def insert_node_before(
-    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None
+    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attributes: Mapping[str, Attribute] | None = None
 ) -> ir.Value:
-    made = ir.Node("", op, inputs, attrs or [], num_outputs=1, name=name)
-    made.outputs[0].name = name
-    before.prepend(made)
-    return made.outputs[0]
-
-
-def add_constant(model: ir.Model, array: Any, name: str) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-    model.graph.register_initializer(value)
-    return value
+    node = make_node(op, inputs, attributes, name=name, outputs=[name])
+    before.prepend(node)
+    return node.outputs[0]
 
 
 def run_quantizer(model: ir.Model, nodes: list[str], calibration: Calibration, path: Path, signed: bool) -> None:

@@ -1,35 +1,68 @@
-"""The rules that keep the parts apart: who imports whom, who knows operators, and what `import snpc` costs."""
+"""The rules of the architecture: who imports whom, who knows operators and runtimes, one name for one thing.
+
+Each rule is a function from a source tree to its violations. It is applied to snpc, where it must give none, and to a
+small package that breaks it, where it must give one: a rule that cannot fail is no rule.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx.defs
 import pytest
 
 import snpc
+from tests.policy.source_tree import SourceTree
 
 ROOT = Path(snpc.__file__).parent
-MODULES = sorted(ROOT.rglob("*.py"))
+SNPC = SourceTree(ROOT)
+MODULES = list(SNPC.modules.values())
+name_of = SNPC.name_of
 
 # Each may import those before it, and itself.
 LAYERS = (
     "types", "errors", "ops", "graph", "criteria", "passes", "planning", "tokens", "runtime", "targets",
     "pipeline", "report", "torch", "cli",
 )  # fmt: skip
-FIRST = {"types", "errors"}
+
+# The same inside two of them: members of a row may import what stands in the rows before it, and themselves. Rows are
+# levels, members of one row do not know each other.
+INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "passes": (
+        ("canonicalization", "propagation"),
+        ("grouping", "fusion"),
+        ("weights", "token_analysis"),
+        ("slicing", "analyze"),
+        ("mac_breakdown", "pass_list"),
+    ),
+    "runtime": (
+        ("io", "calibration"),
+        ("execution",),
+        ("statistics", "evaluation"),
+        ("closed_form",),
+        ("sensitivity",),
+    ),
+}
+
+# Where a runtime is called. All others go through snpc.runtime.execution.
+CALLS_ONNXRUNTIME = ("snpc.runtime.execution", "snpc.targets")
+
+MOST_FILES = 14  # in a package, beside its __init__
+
+# Names that several modules define, and why.
+DEFINED_TWICE: Mapping[str, str] = {"__all__": "the names that a package exports"}
+
+# Names are imported from packages, not from their files, and packages say in __all__ what that is.
+FACES = False
 
 HEAVY = ("onnxruntime", "torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "scipy")
-CORE = ("click", "jinja2", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "platformdirs", "psutil", "rich")
+CORE = ("click", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich")
 
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+Rule = Callable[[SourceTree], Iterator[str]]
 
 
 def layer_of(module: str) -> str | None:
@@ -38,53 +71,209 @@ def layer_of(module: str) -> str | None:
     return parts[1] if len(parts) > 1 else None
 
 
-def only_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
-def walk(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, but for those in `if TYPE_CHECKING:`."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        if not only_for_types(child):
-            yield from walk(child)
+def imports_of(tree: SourceTree) -> Iterator[tuple[str, str, str]]:
+    """(module, target, "module:line imports target") of every import of the package's own modules."""
+    for module in tree.modules:
+        for found in tree.imports(module):
+            if is_in(found.target, tree.root.name):
+                yield module, found.target, f"{module}:{found.line} imports {found.target}"
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module) of everything that a file imports at run time, at the top or in functions."""
-    module = name_of(path).split(".")
-    package = module if path.name == "__init__.py" else module[:-1]
-    for node in walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            # `from snpc import cost` imports a submodule, `from snpc.types import Group` does not.
-            yield from ((node.lineno, f"{source}.{alias.name}" if source == "snpc" else source) for alias in node.names)
+# -- who imports whom ------------------------------------------------------------------------------------------------
 
 
-def test_every_module_belongs_to_a_layer() -> None:
-    tops = {layer_of(name_of(path)) for path in MODULES} - {None, "__main__"}
-    assert tops <= set(LAYERS), "say in LAYERS where the new part stands"
-    assert {"types", "errors", "ops", "passes", "criteria", "runtime"} <= tops
+def imports_of_later_layers(tree: SourceTree) -> Iterator[str]:
+    """A layer imports the layers before it. The command line also imports the public verbs, from snpc itself."""
+    for module, target, says in imports_of(tree):
+        layer, other = layer_of(module), layer_of(target)
+        if layer in (None, "__main__") or (layer == "cli" and (other is None or other in snpc.__all__)):
+            continue
+        if layer not in LAYERS:
+            yield f"{module}: say in LAYERS where it stands"
+        elif other not in LAYERS[: LAYERS.index(layer) + 1] or (layer == "types" and other != "types"):
+            yield says
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_run_one_way(path: Path) -> None:
-    layer = layer_of(name_of(path))
-    if layer in (None, "__main__"):
-        return
-    assert layer is not None
-    allowed = set(LAYERS[: LAYERS.index(layer) + 1]) - (FIRST - {layer} if layer == "types" else set())
-    if layer == "cli":  # it calls the public verbs
-        allowed |= {None, *snpc.__all__}
-    wrong = [
-        f"{path.relative_to(ROOT.parent)}:{line} imports {target}"
-        for line, target in imports(path)
-        if target.split(".")[0] == "snpc" and layer_of(target) not in allowed
-    ]
-    assert not wrong, "\n".join(wrong)
+def imports_of_later_parts(tree: SourceTree) -> Iterator[str]:
+    """The order of INSIDE holds inside passes and inside runtime."""
+    for module, target, says in imports_of(tree):
+        layer, part, other = layer_of(module), *(".".join(name.split(".")[2:3]) for name in (module, target))
+        if layer not in INSIDE or layer_of(target) != layer or not part or not other or part == other:
+            continue
+        levels = {name: level for level, row in enumerate(INSIDE[layer]) for name in row}
+        if part not in levels:
+            yield f"{module}: say in INSIDE where it stands"
+        elif levels.get(other, len(levels)) >= levels[part]:
+            yield says
+
+
+def imports_of_criteria(tree: SourceTree) -> Iterator[str]:
+    """Criteria are plug-ins: they know what they are given, and nothing of snpc else."""
+    for module, target, says in imports_of(tree):
+        if layer_of(module) == "criteria" and layer_of(target) not in ("criteria", "types", "errors"):
+            yield says
+
+
+def imports_of_onnxruntime(tree: SourceTree) -> Iterator[str]:
+    """One place makes sessions, and one builds artifacts; all others say what to run and get arrays."""
+    for module in tree.modules:
+        for found in tree.imports(module):
+            if is_in(found.target, "onnxruntime") and not any(is_in(module, place) for place in CALLS_ONNXRUNTIME):
+                yield f"{module}:{found.line} imports onnxruntime"
+
+
+def imports_past_faces(tree: SourceTree) -> Iterator[str]:
+    """What is in another package is imported from the package, not from a file of it.
+
+    ``snpc.types`` and ``snpc.errors`` are files without a package. A package may import files of the packages that it
+    is in, as its own.
+    """
+    for module, target, says in imports_of(tree):
+        owner = tree.package_of(target)
+        if target not in tree.packages and owner != tree.root.name and not is_in(module, owner):
+            yield says
+
+
+RULES: dict[Rule, dict[str, str]] = {
+    imports_of_later_layers: {"graph/walk.py": "from snpc.passes import analyze", "passes/__init__.py": ""},
+    imports_of_later_parts: {
+        "passes/grouping/units.py": "def units():\n    from snpc.passes.slicing import cut\n",
+        "passes/slicing/__init__.py": "cut = 1",
+    },
+    imports_of_criteria: {"criteria/taylor.py": "import snpc.graph", "graph/__init__.py": ""},
+    imports_of_onnxruntime: {"pipeline/prune.py": "import onnxruntime as ort"},
+    imports_past_faces: {"planning/plan.py": "from snpc.graph.walk import step", "graph/walk.py": "step = 1"},
+}
+
+
+def small_package(folder: Path, files: Mapping[str, str]) -> SourceTree:
+    """A package named snpc with these files, and an ``__init__.py`` in every folder."""
+    root = folder / "snpc"
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for path in [root, *(inner for inner in root.rglob("*") if inner.is_dir())]:
+        (path / "__init__.py").touch()
+    return SourceTree(root)
+
+
+def rule_name(rule: Rule) -> str:
+    return rule.__name__
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_imports(rule: Rule) -> None:
+    if rule is imports_past_faces and not FACES:
+        pytest.skip("packages do not say yet what they export")
+    violations = list(rule(SNPC))
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_the_rules_of_imports_can_fail(rule: Rule, tmp_path: Path) -> None:
+    (violation,) = rule(small_package(tmp_path, RULES[rule]))
+    assert "imports" in violation
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "import snpc.torch",
+        "from snpc import torch",
+        "from ..torch import gradients",
+        "import importlib\nimportlib.import_module('snpc.torch.gradients')",
+        "from importlib import import_module\nimport_module(f'snpc.torch.{name}')",
+        "def late():\n    __import__('snpc.torch')",
+    ],
+)
+def test_an_import_is_seen_however_it_is_written(written: str, tmp_path: Path) -> None:
+    files = {"runtime/measure.py": written, "torch/gradients.py": ""}
+    assert list(imports_of_later_layers(small_package(tmp_path, files)))
+
+
+def test_imports_for_types_alone_do_not_count(tmp_path: Path) -> None:
+    written = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from snpc.torch import gradients\n"
+    tree = small_package(tmp_path, {"runtime/measure.py": written, "torch/gradients.py": ""})
+    assert not list(imports_of_later_layers(tree))
+
+
+def test_every_layer_is_there() -> None:
+    assert {layer_of(name) for name in SNPC.modules} - {None, "__main__"} == set(LAYERS)
+    for layer, rows in INSIDE.items():
+        parts = {name.split(".")[2] for name in SNPC.modules if name.startswith(f"snpc.{layer}.")}
+        assert parts <= {part for row in rows for part in row}, layer
+
+
+# -- packages and names ----------------------------------------------------------------------------------------------
+
+
+def packages_without_a_word(tree: SourceTree) -> Iterator[str]:
+    """Every package says what it holds."""
+    for name in tree.packages:
+        if not ast.get_docstring(tree.tree(name)):
+            yield f"{name}: no docstring"
+
+
+def packages_without_exports(tree: SourceTree) -> Iterator[str]:
+    """Every package lists what it exports."""
+    for name in tree.packages:
+        if "__all__" not in tree.definitions(name):
+            yield f"{name}: no __all__"
+
+
+def crowded_packages(tree: SourceTree) -> Iterator[str]:
+    for name, path in tree.packages.items():
+        count = len(list(path.parent.glob("*.py"))) - 1
+        if count > MOST_FILES:
+            yield f"{name}: {count} files, at most {MOST_FILES}: make packages of what belongs together"
+
+
+def names_defined_twice(tree: SourceTree) -> Iterator[str]:
+    for name, modules in tree.defined_in().items():
+        if len(modules) > 1 and name not in DEFINED_TWICE:
+            yield f"{name}: {', '.join(sorted(modules))}"
+
+
+STRUCTURE: dict[Rule, dict[str, str]] = {
+    packages_without_a_word: {"__init__.py": '"""Prunes."""', "ops/__init__.py": "__all__ = []"},
+    packages_without_exports: {"__init__.py": "__all__ = []", "ops/__init__.py": '"""Operators."""'},
+    crowded_packages: {f"ops/file{number}.py": "" for number in range(MOST_FILES + 1)},
+    names_defined_twice: {"ops/one.py": "def build(): ...", "graph/two.py": "build: int = 1"},
+}
+
+
+@pytest.mark.parametrize("rule", STRUCTURE, ids=rule_name)
+def test_structure(rule: Rule) -> None:
+    if rule is packages_without_exports and not FACES:
+        pytest.skip("packages do not say yet what they export")
+    violations = list(rule(SNPC))
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("rule", STRUCTURE, ids=rule_name)
+def test_the_rules_of_structure_can_fail(rule: Rule, tmp_path: Path) -> None:
+    (violation,) = rule(small_package(tmp_path, STRUCTURE[rule]))
+    assert violation
+
+
+def test_exported_names_exist() -> None:
+    """Names in ``__all__`` are defined or imported there."""
+    for name in SNPC.packages:
+        if "__all__" in SNPC.definitions(name):
+            module = __import__(name, fromlist=["__all__"])
+            assert [missing for missing in module.__all__ if not hasattr(module, missing)] == [], name
+
+
+def test_names_that_may_be_defined_twice_are() -> None:
+    defined = SNPC.defined_in()
+    for name, reason in DEFINED_TWICE.items():
+        assert reason
+        assert len(defined[name]) > 1, f"{name} is defined once: drop the exception"
 
 
 # -- only snpc.ops knows operators -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ COUNT, SHARES = 360, 6
 
 
 @pytest.mark.parametrize("base", range(len(BASES)))
+@pytest.mark.slow
 def test_whole_models_are_pruned(base: int, tmp_path: Path) -> None:
     """Otherwise the damaged ones would prove little."""
     path = tmp_path / "model.onnx"
@@ -23,6 +24,7 @@ def test_whole_models_are_pruned(base: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", range(SHARES))
+@pytest.mark.slow
 def test_damaged_models(first: int, tmp_path: Path) -> None:
     complaints = []
     for seed in range(first, COUNT, SHARES):

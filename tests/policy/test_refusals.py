@@ -171,7 +171,7 @@ class TestExternalData:
         refused(r"o\.onnx\.data: is the input itself", "prune", model, *RATIO, "-o", model.parent / "o.onnx")
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(model))), snpc.Budget(0.5))
         with pytest.raises(UserError, match="input itself"):
-            snpc.apply_slice_plan(plan, model.parent / "o.onnx")
+            snpc.apply(snpc.PruningPlan(plan), model.parent / "o.onnx")
 
 
 # -- nothing to prune, and what is pinned ----------------------------------------------------------------------------

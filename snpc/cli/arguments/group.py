@@ -22,8 +22,8 @@ FILE_PATH = click.Path(path_type=Path)
 GroupT = TypeVar("GroupT", bound="ArgumentGroup")
 
 SECTIONS = (
-    "What to cut", "How much", "Inputs", "Calibration", "Tokens", "Training", "Evaluation", "Pruning", "Output",
-    "Building", "Running",
+    "What to cut", "How much", "Inputs", "Calibration", "Tokens", "Training", "Evaluation", "Pruning", "Checks",
+    "Output", "Building", "Running",
 )  # fmt: skip
 """Sections of ``--help``, in this order; any other comes last."""
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import snpc
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option, subgroup
+from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.errors import UserError
+from snpc.graph.pass_manager import PassObserver
 from snpc.runtime.io.load import model_files
 
 
@@ -52,19 +54,26 @@ class SizedModelArguments(PrunableModelArguments):
         help="Size of a dynamic dimension, at which MACs are counted; repeatable.",
     )
 
-    def load(self) -> snpc.Analysis:
-        return load_and_analyze(self.path, parse_dim_sizes(self.dims), kv_cache=self.kv_cache)
+    dump: DumpArguments = subgroup()
+
+    def load(self, observer: PassObserver | None = None) -> snpc.Analysis:
+        """``observer``: called after each graph pass."""
+        return load_and_analyze(self.path, parse_dim_sizes(self.dims), kv_cache=self.kv_cache, observer=observer)
 
 
 def load_and_analyze(
-    path: Path, dim_sizes: Mapping[str, int] | None = None, *, kv_cache: bool = False
+    path: Path,
+    dim_sizes: Mapping[str, int] | None = None,
+    *,
+    kv_cache: bool = False,
+    observer: PassObserver | None = None,
 ) -> snpc.Analysis:
     """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
-    model = snpc.load(path)
+    model = snpc.load(path, observer)
     names = {dim for spec in model.inputs for dim in spec.shape if isinstance(dim, str)}
     unknown = sorted(set(dim_sizes or {}) - names)
     if unknown:
         raise UserError(
             f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(names)) or 'none'}"
         )
-    return snpc.analyze(model, dim_sizes or {}, prune_kv_cache=kv_cache)
+    return snpc.analyze(model, dim_sizes or {}, prune_kv_cache=kv_cache, observer=observer)

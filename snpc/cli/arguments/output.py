@@ -11,6 +11,7 @@ from typing import ClassVar
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
 from snpc.cli.tables import print_line
 from snpc.errors import UserError
+from snpc.passes.pass_list import DumpAfter
 from snpc.pipeline.report_json import write_json
 from snpc.runtime.io.atomic import atomic_write, check_target
 
@@ -39,6 +40,25 @@ class JsonArguments(ArgumentGroup):
             print_line(json.dumps(data, indent=1))
         elif self.json_path is not None:
             write_json(data, self.json_path)
+
+
+@dataclass(frozen=True)
+class DumpArguments(ArgumentGroup):
+    """Graphs between passes."""
+
+    section: ClassVar[str] = "Output"
+
+    dump_after: tuple[str, Path] | None = option(
+        "--dump-after",
+        type=(str, FILE_PATH),
+        metavar="PASS DIR",
+        help="Write the graph as ONNX text into DIR after each run of PASS, without large weights. `snpc passes` lists "
+        "the passes; all: after every pass.",
+    )
+
+    def load(self) -> DumpAfter | None:
+        """The observer that writes the graphs. It counts its files, so make one for a command."""
+        return DumpAfter(*self.dump_after) if self.dump_after is not None else None
 
 
 def check_output_paths(outputs: Sequence[Path | None], *inputs: Path | str | None) -> None:

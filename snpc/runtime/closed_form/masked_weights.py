@@ -1,4 +1,4 @@
-"""Cuts tried without changing a shape: constants with their edits, and zero where units are gone."""
+"""Trial weights: edits applied and removed units zeroed; shapes unchanged."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from snpc.types import AnyArray, FloatArray
 
 
 def constant_array(value: ir.Value) -> AnyArray:
+    """The contents of a constant."""
     assert value.const_value is not None
     return value.const_value.numpy()
 
 
 def fold_bias_edits(source: TracedGraph, edits: WeightEdits) -> WeightEdits:
-    """The edits with what goes into biases as changes of the constants that are added there already; a bias that would
+    """The edits with additions to biases as changes of the constants that are added there already. A bias that would
     need a new node is left out."""
-    nodes = {n.name: n for n in source.model.graph}
-    changes = {name: list(todo) for name, todo in edits.changes.items()}
-    for node, vector in edits.biases.items():
-        bias = existing_bias(nodes[node], len(vector))
+    nodes = {node.name: node for node in source.model.graph}
+    changes = {name: list(functions) for name, functions in edits.changes.items()}
+    for node_name, vector in edits.biases.items():
+        bias = existing_bias(nodes[node_name], len(vector))
         if bias is not None:
             changes.setdefault(str(bias.name), []).append(add_vector(vector))
     return WeightEdits(changes)
@@ -36,33 +37,34 @@ def add_vector(vector: FloatArray) -> Callable[[FloatArray], FloatArray]:
 
 
 def edited_constants(
-    source: TracedGraph, edits: WeightEdits, held: Mapping[str, AnyArray] | None = None
+    source: TracedGraph, edits: WeightEdits, earlier: Mapping[str, AnyArray] | None = None
 ) -> dict[str, AnyArray]:
-    """New contents, by name, of the constants that edits change, in their own types; ``held``: contents of those that
-    have been changed before."""
-    found: dict[str, AnyArray] = {}
+    """New contents, by name and in their own types, of the constants that edits change; ``earlier``: the contents of
+    those that were changed before."""
+    contents: dict[str, AnyArray] = {}
     for name, changes in fold_bias_edits(source, edits).changes.items():
-        before = (held or {}).get(name)
+        before = (earlier or {}).get(name)
         if before is None:
             before = constant_array(source.model.graph.initializers[name])
         array = before.astype(np.float64)
         for change in changes:
             array = change(array)
-        found[name] = array.astype(before.dtype)
-    return found
+        contents[name] = array.astype(before.dtype)
+    return contents
 
 
 def trial_weights(
-    source: TracedGraph, held: Mapping[str, AnyArray], cuts: Cuts, names: Container[str] | None = None
+    source: TracedGraph, edited: Mapping[str, AnyArray], cuts: Cuts, names: Container[str] | None = None
 ) -> dict[str, AnyArray]:
-    """Contents, by name, of the constants (of ``names``, where given) of which ``held`` has new ones or that ``cuts``
-    make silent."""
-    dead = find_removed_units(source.trace, source.units, cuts)
-    kept = {name: array for name, array in held.items() if names is None or name in names}
-    return kept | mask_constants(source.trace, dead, held, names)
+    """Contents, by name, of the constants that are ``edited`` or that ``cuts`` remove units of, with removed units
+    zeroed; ``names``: only these constants."""
+    removed = find_removed_units(source.trace, source.units, cuts)
+    selected = {name: array for name, array in edited.items() if names is None or name in names}
+    return selected | mask_constants(source.trace, removed, edited, names)
 
 
 def changed_constants(source: TracedGraph, edits: WeightEdits, cuts: Cuts) -> frozenset[str]:
-    """Names of the constants that edits change or cuts make silent."""
-    dead = find_removed_units(source.trace, source.units, cuts)
-    return frozenset(fold_bias_edits(source, edits).changes).union(n for n, *_ in zeroed_positions(source.trace, dead))
+    """Names of the constants that edits change or cuts zero units of."""
+    removed = find_removed_units(source.trace, source.units, cuts)
+    zeroed = {name for name, *_ in zeroed_positions(source.trace, removed)}
+    return frozenset(fold_bias_edits(source, edits).changes) | zeroed

@@ -20,7 +20,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import check_feeds, random_feeds, shape_text
+from snpc.runtime.execution.feeds import RandomInputs, check_feeds, shape_text
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.runners import Runner, open_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
@@ -131,47 +131,60 @@ class BenchResult:
         return [(*header, *compared), *(row[: len(header) + len(compared)] for row in rows)]
 
 
+@dataclass(frozen=True)
+class TimingProtocol:
+    """How long is measured.
+
+    ``warmup``: rounds that do not count. ``iterations``: rounds that count, and more until ``duration`` seconds have
+    passed. ``percentiles``: those of a model's times that are told. Raises UserError for what cannot be measured.
+    """
+
+    warmup: int = 5
+    iterations: int = 50
+    duration: float | None = None
+    percentiles: tuple[float, ...] = (50, 90, 99)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.warmup < 0 or (self.duration is not None and self.duration < 0):
+            raise UserError(
+                f"iterations {self.iterations}, warmup {self.warmup}, duration {self.duration}: at least 1 round, "
+                "none of them negative"
+            )
+        for percent in self.percentiles:
+            if not 0 <= percent <= 100:
+                raise UserError(f"percentile {percent:g} is not in [0, 100]")
+
+
+ONE_RANDOM_SAMPLE = RandomInputs()
+DEFAULT_PROTOCOL = TimingProtocol()
+
+
 def bench(
     paths: Sequence[Path],
+    data: RandomInputs | Feeds | Iterable[Feeds] = ONE_RANDOM_SAMPLE,
     *,
+    protocol: TimingProtocol = DEFAULT_PROTOCOL,
     execution: Execution = DEFAULT_EXECUTION,
-    batch: int = 1,
-    shapes: Mapping[str, Shape] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    limits: Mapping[str, int] | None = None,
-    data: Feeds | Iterable[Feeds] | None = None,
-    warmup: int = 5,
-    iterations: int = 50,
-    duration: float | None = None,
-    percentiles: Sequence[float] = (50, 90, 99),
-    seed: int = 0,
-    heard: FractionCallback | None = None,
+    on_progress: FractionCallback | None = None,
 ) -> BenchResult:
-    """Times the models in turn and compares each with the first.
+    """Time the models in turn and compare each with the first.
 
-    ``data``: one feed or several (the first 16 are used); without it random feeds are made from ``batch``, ``shapes``,
-    ``sizes``, ``limits`` and ``seed`` (see random_feeds). ``warmup``: rounds that do not count. ``iterations``: rounds
-    that count, and more until ``duration`` seconds have passed; ``heard`` is told the share that is done. Before them
-    all, each model runs once on the first feed, for the outputs that are compared. UserError: a model that does not
-    load or run, models with different inputs, or a request that no input can meet.
+    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). ``on_progress`` is called with
+    the fraction that is done. First, each model runs once on the first feed, for the outputs that are compared.
+    UserError: a model that does not load or run, models with different inputs, or sizes that no input can have.
     """
-    _check_request(paths, warmup, iterations, duration, percentiles)
+    if not paths:
+        raise UserError("no model to time: name at least one ONNX file")
     labels = _model_labels(paths)
     runners = [open_runner(path, execution=execution) for path in paths]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
-    if data is None:
-        _check_axis_options(inputs, batch, sizes or {})
-        feeds = [random_feeds(inputs, batch=batch, shapes=shapes, sizes=sizes, seed=seed, limits=limits)]
-    elif shapes or sizes or limits or batch != 1:
-        raise UserError("batch, shapes, sizes and limits make random inputs; data was given, so leave them out")
-    else:
-        feeds = _read_feeds(inputs, data)
+    feeds, seed = _read_feeds(inputs, data), data.seed if isinstance(data, RandomInputs) else 0
     outputs = [runner.run(feeds[0]) for runner in runners]
     calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
-    run_rounds(calls, iterations=warmup)
-    times = run_rounds(calls, iterations=iterations, duration=duration, heard=heard) * 1e3
+    run_rounds(calls, iterations=protocol.warmup)
+    times = run_rounds(calls, iterations=protocol.iterations, duration=protocol.duration, on_progress=on_progress) * 1e3
     return BenchResult(
-        timings=tuple(summarize_times(label, times[:, m], percentiles) for m, label in enumerate(labels)),
+        timings=tuple(summarize_times(label, times[:, m], protocol.percentiles) for m, label in enumerate(labels)),
         speedups=tuple(
             summarize_ratios(
                 labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed
@@ -181,7 +194,7 @@ def bench(
         machine=_describe_machine(runners),
         shapes={name: tuple(array.shape) for name, array in feeds[0].items()},
         feeds=len(feeds),
-        warmup=warmup,
+        warmup=protocol.warmup,
         rounds=len(times),
         seed=seed,
     )
@@ -193,10 +206,12 @@ def run_rounds(
     iterations: int,
     duration: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    heard: FractionCallback | None = None,
+    on_progress: FractionCallback | None = None,
 ) -> FloatArray:
-    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed. ``heard``
-    is called between rounds."""
+    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed.
+
+    ``on_progress`` is called between rounds.
+    """
     models = len(calls)
     times: list[list[float]] = []
     began = clock()
@@ -211,9 +226,9 @@ def run_rounds(
             spent[model] = clock() - start
             del output  # freed here: not within the next model's time
         times.append(spent)
-        if heard is not None:
+        if on_progress is not None:
             shares = [len(times) / max(iterations, 1), *([(clock() - began) / duration] if duration else [])]
-            heard(min(1.0, *shares))
+            on_progress(min(1.0, *shares))
     return np.array(times, dtype=np.float64).reshape(-1, models)
 
 
@@ -300,34 +315,25 @@ def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str,
     return replace(spec, shape=tuple(shape))
 
 
-def _check_request(
-    paths: Sequence[Path], warmup: int, iterations: int, duration: float | None, percentiles: Sequence[float]
-) -> None:
-    if not paths:
-        raise UserError("no model to time: name at least one ONNX file")
-    if iterations < 1 or warmup < 0 or (duration is not None and duration < 0):
-        raise UserError(
-            f"iterations {iterations}, warmup {warmup}, duration {duration}: at least 1 round, none of them negative"
-        )
-    for percent in percentiles:
-        if not 0 <= percent <= 100:
-            raise UserError(f"percentile {percent:g} is not in [0, 100]")
-
-
-def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, sizes: Mapping[str, int]) -> None:
-    """An option without effect would be read as one with effect."""
+def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, dim_sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that no input can use."""
     shown = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
     fixed = [spec.shape[0] for spec in inputs if spec.shape]
     if batch != 1 and batch not in fixed and all(isinstance(dim, int) for dim in fixed):
         raise UserError(f"batch {batch}: no input has a dynamic first axis: {shown}")
     text = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     terms = {term.strip() for dim in text for term in (dim, *dim.split("+"))}
-    for name in sizes:
+    for name in dim_sizes:
         if name not in terms:
             raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {shown}")
 
 
-def _read_feeds(inputs: Sequence[TensorSpec], data: Feeds | Iterable[Feeds]) -> list[dict[str, AnyArray]]:
+def _read_feeds(
+    inputs: Sequence[TensorSpec], data: RandomInputs | Feeds | Iterable[Feeds]
+) -> list[dict[str, AnyArray]]:
+    if isinstance(data, RandomInputs):
+        _check_axis_options(inputs, data.batch, data.dim_sizes or {})
+        return [data.draw(inputs)]
     several = [data] if isinstance(data, Mapping) else data
     feeds = [check_feeds(inputs, feed) for feed in islice(several, MAX_FEEDS)]
     if not feeds:

@@ -22,10 +22,12 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
-from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.evaluation.bench import TimingProtocol, bench
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
+from snpc.runtime.execution.session import onnxruntime_version
 from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
 from snpc.types import FloatArray, Group, Shape
@@ -78,18 +80,19 @@ def time_pair(
 
     Raises UserError where a model does not run, or ``workload`` does not fit its inputs.
     """
-    found = bench(
-        [base, other],
-        execution=replace(execution, threads=workload.threads or execution.threads),
+    inputs = RandomInputs(
         batch=workload.batch,
         shapes=workload.shapes,
-        sizes=workload.dim_sizes(analysis),
-        limits=id_limits(analysis),
-        warmup=workload.warmup,
-        iterations=workload.rounds,
-        duration=workload.seconds,
+        dim_sizes=workload.dim_sizes(analysis),
+        id_limits=id_limits(analysis),
     )
-    return found.timings[0].median, 1 / found.speedups[0].ratio
+    result = bench(
+        [base, other],
+        inputs,
+        protocol=TimingProtocol(workload.warmup, workload.rounds, workload.seconds),
+        execution=replace(execution, threads=workload.threads or execution.threads),
+    )
+    return result.timings[0].median, 1 / result.speedups[0].ratio
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,7 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
 
 def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> str:
     """A name for all that times depend on."""
-    import onnxruntime as ort
-
-    machine = [cpu_name(), available_cores(), ort.__version__, execution.provider]
+    machine = [cpu_name(), available_cores(), onnxruntime_version(), execution.provider]
     made = workload.artifact.name if workload.artifact else ""
     run = asdict(replace(workload, artifact=None))
     what = [

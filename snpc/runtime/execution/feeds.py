@@ -6,6 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +19,28 @@ DEFAULT_DIM_SIZE = 16  # of a dynamic axis nothing is said about
 DEFAULT_ID_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
 
 MAX_RANDOM_BYTES = 1 << 32  # bytes of one random input, as float64
+
+
+@dataclass(frozen=True)
+class RandomInputs:
+    """Inputs to draw where there is no data; the fields are those of ``random_feeds``."""
+
+    batch: int = 1
+    shapes: Mapping[str, Shape] | None = None
+    dim_sizes: Mapping[str, int] | None = None
+    id_limits: Mapping[str, int] | None = None
+    seed: int = 0
+
+    def draw(self, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+        """One feed for these inputs. UserError: as for ``random_feeds``."""
+        return random_feeds(
+            inputs,
+            batch=self.batch,
+            shapes=self.shapes,
+            dim_sizes=self.dim_sizes,
+            seed=self.seed,
+            id_limits=self.id_limits,
+        )
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -41,27 +64,28 @@ def random_feeds(
     *,
     batch: int = 1,
     shapes: Mapping[str, Shape] | None = None,
-    sizes: Mapping[str, int] | None = None,
+    dim_sizes: Mapping[str, int] | None = None,
     seed: int = 0,
-    limits: Mapping[str, int] | None = None,
+    id_limits: Mapping[str, int] | None = None,
 ) -> dict[str, AnyArray]:
     """Seeded arrays for ``inputs``: floats standard normal, ids uniform in [0, limit), masks and bools ones.
 
-    A dynamic first axis is the batch; other dynamic axes take ``sizes`` by name (names no input has are ignored), else
-    0 where only past keys/values have them, else 16. Equal names get equal sizes, also those a shape in ``shapes``
-    binds, and a name such as "past + new" is the sum of its terms. An input's values depend on seed and name alone,
-    not on the other inputs. UserError: a shape that does not fit its input, or a type without random values.
+    A dynamic first axis is the batch. Other dynamic axes take their size from ``dim_sizes`` (names that no input has
+    are ignored); without one it is 0 where only past keys and values have the axis, else 16. Equal names get equal
+    sizes, also those that a shape in ``shapes`` binds; a name such as "past + new" is the sum of its terms. Ids of an
+    input are below its entry in ``id_limits``, else below 2. Its values depend on ``seed`` and its name alone.
+    UserError: a shape that does not fit its input, or a type without random values.
     """
-    shapes, limits = shapes or {}, limits or {}
-    _check_counts(batch, seed, sizes or {}, limits)
+    shapes, dim_sizes, id_limits = shapes or {}, dim_sizes or {}, id_limits or {}
+    _check_counts(batch, seed, dim_sizes, id_limits)
     _check_names(inputs, shapes)
-    bound = _bind_dims(inputs, batch, shapes, sizes or {})
+    bound = _bind_dims(inputs, batch, shapes, dim_sizes)
     return {
         spec.name: _random_array(
             spec,
             shapes[spec.name] if spec.name in shapes else _resolve_shape(spec, bound, batch),
             np.random.default_rng([seed, zlib.crc32(spec.name.encode())]),
-            limits.get(spec.name, DEFAULT_ID_LIMIT),
+            id_limits.get(spec.name, DEFAULT_ID_LIMIT),
         )
         for spec in inputs
     }

@@ -35,7 +35,7 @@ def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, Any
     inputs = analysis.model.inputs
     batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
     sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
-    return random_feeds(inputs, batch=batch, sizes=sizes, seed=seed, limits=id_limits(analysis))
+    return random_feeds(inputs, batch=batch, dim_sizes=sizes, seed=seed, id_limits=id_limits(analysis))
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:

@@ -59,6 +59,12 @@ class SessionLoadError(UserError):
     """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
 
 
+def onnxruntime_version() -> str:
+    import onnxruntime as ort
+
+    return str(ort.__version__)
+
+
 def open_session(
     model: Path | bytes,
     *,

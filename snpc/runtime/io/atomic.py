@@ -1,10 +1,16 @@
-"""Atomic writes: a temporary file beside the target, renamed into place when it is complete."""
+"""Atomic writes: under a temporary name beside the target, renamed into place when complete.
+
+One file: ``atomic_write``. A model with external data, under a name of its own while it is verified:
+``rename_into_place`` or ``discard_model``. Several files that belong together: ``staging_folder`` and
+``move_into_place``.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +47,7 @@ def current_umask() -> int:
 
 
 def external_data_path(target: Path) -> Path:
-    """Where weights go that do not fit into ``target``, or that were external before."""
+    """The file beside ``target`` for weights that do not fit into it, or that were external before."""
     return target.parent / f"{target.name}.data"
 
 
@@ -59,7 +65,7 @@ def check_target(target: Path, *sources: Path) -> None:
 
 
 def rename_into_place(temporary: Path, target: Path) -> None:
-    """Give a verified model its name, and its external data the name that goes with it."""
+    """Rename a model that was written to ``temporary``, and its external data to the name that goes with ``target``."""
     data = external_data_path(temporary)
     with atomic_write(target) as final:
         if data.is_file():
@@ -73,5 +79,29 @@ def rename_into_place(temporary: Path, target: Path) -> None:
 
 
 def discard_model(path: Path) -> None:
+    """Delete a model and its external data, where they are."""
     path.unlink(missing_ok=True)
     external_data_path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target``, deleted afterwards; its folder ``work`` is for files that are not kept."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target}: cannot write there ({error.strerror})") from None
+    try:
+        (folder / "work").mkdir()
+        yield folder
+    except OSError as error:
+        raise UserError(f"{target}: cannot write it ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """Move finished files into ``folder``, the first one last: it refers to the others."""
+    for file in reversed(files):
+        file.replace(folder / file.name)
+    return tuple(folder / file.name for file in files)

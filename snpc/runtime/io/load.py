@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -19,22 +20,37 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph.pass_manager import PassObserver
 from snpc.passes.canonicalization.canonicalize import canonicalize
+from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
 from snpc.runtime.io.tensor_checks import all_tensors, check_tensors, external_entry, is_external
-from snpc.types import Model, TensorSpec
+from snpc.types import Model, TemporaryFolder, TensorSpec
+
+if TYPE_CHECKING:
+    from snpc.runtime.io.in_memory import InMemoryModel
+
+    ModelSource: TypeAlias = str | os.PathLike[str] | InMemoryModel
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
-def load(path: str | os.PathLike[str], observer: PassObserver | None = None) -> Model:
-    """Read an ONNX file and bring it into the canonical form (see ``passes.canonicalization``).
+def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
+    """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
-    ``observer`` is called after each graph pass.
-    External data stays where it is and is read when needed. Raises UserError for anything that is not a readable
-    ONNX model.
+    ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. A model in memory
+    is not changed; a copy of it lies in a temporary file for as long as the returned value lives. External data of a
+    file stays where it is and is read when needed. ``observer`` is called after each graph pass. Raises UserError for
+    anything that is not a readable ONNX model.
     """
-    where = Path(path)
+    if isinstance(model, (str, os.PathLike)):
+        return load_file(Path(model), observer)
+    kind, folder = kind_of(model), TemporaryFolder()
+    path = folder.path / "model.onnx"
+    write_in_memory(model, path)
+    return replace(load_file(path, observer), kind=kind, folder=folder)
+
+
+def load_file(where: Path, observer: PassObserver | None) -> Model:
     if not where.is_file():
         raise UserError(
             f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"

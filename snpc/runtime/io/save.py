@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.external_data import convert_tensors_to_external
 
 from snpc.graph.shapes import weight_bytes
 from snpc.runtime.io.atomic import atomic_write, external_data_path
 from snpc.runtime.io.protobuf import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
+PAGE = 4096  # bytes: runtimes map weights into memory page by page
 
 
 def save(model: ir.Model, target: Path, external: bool = False) -> None:
@@ -28,29 +29,25 @@ def save(model: ir.Model, target: Path, external: bool = False) -> None:
 
 
 def save_external(model: ir.Model, target: Path) -> None:
+    """Write the graph to ``target`` and its weights to the file beside it, each at a multiple of ``PAGE`` bytes.
+
+    Not by ``onnx_ir.save``: it refuses weights of strings, and describes every weight once more as a value.
+    """
     data = external_data_path(target)
-    held = {name: v.const_value for name, v in model.graph.initializers.items()}
-    big = {name: tensor for name, tensor in held.items() if tensor is not None and is_stored_separately(tensor)}
-    offsets: dict[str, tuple[int, int]] = {}
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    weights = {name: tensor for name, tensor in held.items() if tensor is not None and is_stored_separately(tensor)}
     with atomic_write(data) as temporary:
-        with temporary.open("wb") as file:
-            for name, tensor in big.items():
-                file.seek(-file.tell() % 4096, os.SEEK_CUR)
-                start = file.tell()
-                file.write(tensor.tobytes())
-                offsets[name] = (start, file.tell() - start)
-        skeleton = proto_without_weights(model, set(big))
-        for name, (offset, length) in offsets.items():
-            tensor_proto = skeleton.graph.initializer.add(
-                name=name,
-                data_type=int(big[name].dtype),
-                dims=[int(d) for d in big[name].shape],  # type: ignore[arg-type]
-                data_location=onnx.TensorProto.EXTERNAL,
-            )
-            for key, value in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
-                tensor_proto.external_data.add(key=key, value=value)
+        stored = convert_tensors_to_external(
+            list(weights.values()), temporary.parent, temporary.name, alignment=PAGE, align_threshold=0
+        )
+        proto = proto_without_weights(model, set(weights))
+        for name, tensor in zip(weights, stored, strict=True):
+            message = ir.to_proto(tensor)
+            message.name = name
+            next(entry for entry in message.external_data if entry.key == "location").value = data.name
+            proto.graph.initializer.append(message)
         with atomic_write(target) as head:
-            head.write_bytes(skeleton.SerializeToString())
+            head.write_bytes(proto.SerializeToString())
 
 
 def is_stored_separately(tensor: ir.TensorProtocol | None) -> bool:
@@ -87,19 +84,17 @@ def write_inline(model: ir.Model, path: Path) -> None:
         file.write(skeleton.SerializeToString())
         file.write(length_prefix(GRAPH, total) + graph)
         for name in order:
-            message = tensor_message(name, model.graph.initializers[name].const_value)
-            file.write(length_prefix(INITIALIZER, sizes[name]))
-            for piece in message:
-                file.write(piece)
+            tensor: Any = model.graph.initializers[name].const_value
+            file.write(length_prefix(INITIALIZER, sizes[name]) + tensor_message_head(name, tensor))
+            tensor.tofile(file)
 
 
-def tensor_message(name: str, tensor: Any) -> tuple[bytes, bytes]:
-    """A TensorProto as (fields but the data, data): raw_data is field 9, last and length-delimited."""
+def tensor_message_head(name: str, tensor: Any) -> bytes:
+    """A TensorProto up to its data: raw_data is field 9, last and length-delimited."""
     head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
-    data = tensor.tobytes()
-    return head.SerializeToString() + length_prefix(RAW_DATA, len(data)), data
+    fields: bytes = head.SerializeToString()
+    return fields + length_prefix(RAW_DATA, tensor.nbytes)
 
 
 def tensor_message_length(name: str, tensor: Any) -> int:
-    head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
-    return int(head.ByteSize() + len(length_prefix(RAW_DATA, tensor.nbytes)) + tensor.nbytes)
+    return len(tensor_message_head(name, tensor)) + int(tensor.nbytes)

@@ -1,4 +1,4 @@
-"""How much the model's outputs mind the width of each group: measured at a few widths, one group at a time."""
+"""Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at a time."""
 
 from __future__ import annotations
 
@@ -25,126 +25,117 @@ from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStat
 from snpc.runtime.statistics.padding import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
-SHARE_GRID = (
-    0.92,
-    0.83,
-    0.75,
-    0.58,
-    0.5,
-    0.42,
-    0.25,
-)  # kept of a group's units where it is seen how much the outputs move
-CURVE_SHARES = (0.92, 0.75, 0.5, 0.25)  # those of them that tell of every width
-FIRST_SHARES = (0.75, 0.42)  # one for each group of a role, in turn, from which a first plan is made
-MIN_GROUPS_PER_ROLE = 8  # groups of a role, from which on they tell enough about each other for that
-REFINEMENT_ROUNDS = 2  # plans that are made on the way to the final one
-SAMPLES_PER_WIDTH = 4  # per width
-SAMPLE_POOLS = 2  # that many times other samples, in turn
+# shares of a group's units that are kept in trials
+SHARE_GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)
+CURVE_SHARES = (0.92, 0.75, 0.5, 0.25)  # those that give a curve over all widths
+FIRST_SHARES = (0.75, 0.42)  # those that the groups of a role take in turn, one each, before a first plan is made
+MIN_GROUPS_PER_ROLE = 8  # from which on one trial per group is enough, since groups of a role share their shape
+REFINEMENT_ROUNDS = 2  # further trials at the widths that the curves so far lead to
+SAMPLES_PER_WIDTH = 4
+SAMPLE_POOLS = 2  # sets of so many samples, which the trials of a group take in turn
 
 
 def measure_loss_curves(
-    compression: ClosedForms,
+    closed_forms: ClosedForms,
     scores: UnitScores,
     calibration: Calibration,
     groups: Sequence[Group],
-    choice: Budget | None = None,
+    budget: Budget | None = None,
     *,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> dict[str, FloatArray]:
-    """group id -> [size + 1]: relative squared change of the model's outputs when so many units per block are kept.
+    """Group id -> [size + 1]: relative squared change of the model's outputs by how many units per block are kept.
 
-    Measured at a few widths, one group at a time, with silenced weights instead of sliced ones, from where the group
-    lies on; in between, the closed-form loss gives the shape (``curve_fit``). With a ``choice`` that is near what it
-    comes to: once for each group (four times where they are few, or much is to go), then twice at the widths of the
-    plan that these curves make, where these are new. A group's measurements see different samples in turn, so that a
-    line through them averages over more of them.
+    Every trial changes the weights of one group, in closed form where it has one, and runs the model from that group
+    on. The closed-form loss gives the shape of the curve between the trials (``curve_fit``). With a ``budget`` the
+    trials are near its plan: one per group (four where groups are few, or where most units go), then two rounds at the
+    widths that the curves so far lead to. The trials of a group see different samples in turn, so that a curve through
+    them averages over more samples.
 
-    ``scores`` say which units go first. Padded tokens of an output [batch, tokens, ..] do not count. Outputs of the
-    dense model lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files.
-    Raises UserError where the target of ``choice`` is out of reach.
+    ``scores`` order the units. Padded tokens of an output [batch, tokens, ..] do not count. Values of the dense model
+    lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files. Raises UserError where the
+    target of ``budget`` is out of reach.
     """
-    analysis = compression.analysis
-    few = choice is not None and keeps_most_units(groups, scores, choice)
-    first = list(initial_widths(compression, groups)) if few else [(g, nearest_widths(g, CURVE_SHARES)) for g in groups]
-    touched = {
-        g.id: changed_constants(
-            analysis.traced_graph, *trial_edits(compression, scores, g, widths[0] if widths else g.size)
-        )
-        for g, widths in first
+    analysis = closed_forms.analysis
+    source = analysis.traced_graph
+    if budget is not None and keeps_most_units(groups, scores, budget):
+        trials = list(initial_widths(closed_forms, groups))
+    else:
+        trials = [(group, nearest_widths(group, CURVE_SHARES)) for group in groups]
+    changed = {
+        group.id: changed_constants(source, *trial_edits(closed_forms, scores, group, (widths or [group.size])[0]))
+        for group, widths in trials
     }
-    padding = find_padding(analysis.traced_graph, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
     with (
-        token_mask_runner(analysis.traced_graph, padding, execution) as masks,
-        open_segmented_model(analysis, touched, execution) as chain,
+        token_mask_runner(source, padding, execution) as masks,
+        open_segmented_model(analysis, changed, execution) as model,
     ):
-        shelf = SpillableStore(memory_budget(execution.memory_limit))
+        store = SpillableStore(memory_budget(execution.memory_limit))
         pools = [
-            [
-                TrialBatch(chain.dense_states(feeds, shelf), output_token_masks(masks(feeds), padding))
-                for feeds in batches
-            ]
-            for batches in sample_pools(calibration)
+            [TrialBatch(model.dense_states(feeds, store), output_token_masks(masks(feeds), padding)) for feeds in pool]
+            for pool in sample_pools(calibration)
         ]
-        probing = CurveMeasurement(compression, scores, chain, pools, groups)
-        probing.measure(first)
-        for _ in range(REFINEMENT_ROUNDS if choice is not None else 0):
-            assert choice is not None
-            planned = allocate_widths(groups, replace(scores, curves=probing.curves()), choice)
-            probing.measure((g, nearest_widths(g, [planned[g.id] / g.size])) for g in groups)
-        return probing.curves()
+        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups)
+        measurement.measure(trials)
+        for _ in range(REFINEMENT_ROUNDS if budget is not None else 0):
+            assert budget is not None
+            planned = allocate_widths(groups, replace(scores, curves=measurement.curves()), budget)
+            measurement.measure((group, nearest_widths(group, [planned[group.id] / group.size])) for group in groups)
+        return measurement.curves()
 
 
-def keeps_most_units(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> bool:
-    """Would groups keep half of their units or more, were all cut alike? Further down, a plan that is made from trials
-    near itself may be one that no trial further off has put right."""
-    if choice.max_drift is not None:
+def keeps_most_units(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> bool:
+    """Would groups keep at least half of their units on average, were all pruned alike? Below that, trials near the
+    plan only may lead to a plan that trials further off would have corrected."""
+    if budget.max_drift is not None:
         return False
-    alike = allocate_widths(groups, scores, replace(choice, uniform=True))
-    return float(np.mean([alike[g.id] / g.size for g in groups])) >= 0.5
+    widths = allocate_widths(groups, scores, replace(budget, uniform=True))
+    return float(np.mean([widths[group.id] / group.size for group in groups])) >= 0.5
 
 
-def initial_widths(compression: ClosedForms, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
-    """``FIRST_SHARES`` in turn for the groups of a role; ``CURVE_SHARES`` where they are few, or no closed form gives
-    the shape."""
+def initial_widths(closed_forms: ClosedForms, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
+    """``FIRST_SHARES`` in turn for the groups of a role; ``CURVE_SHARES`` where they are few, or where no closed form
+    gives the shape."""
     counts = Counter(group.role for group in groups)
-    turns: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST_SHARES))
+    shares: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST_SHARES))
     for group in groups:
-        known = counts[group.role] >= MIN_GROUPS_PER_ROLE and compression.loss_curve(group) is not None
-        yield group, nearest_widths(group, [next(turns[group.role])] if known else CURVE_SHARES)
+        one_is_enough = counts[group.role] >= MIN_GROUPS_PER_ROLE and closed_forms.loss_curve(group) is not None
+        yield group, nearest_widths(group, [next(shares[group.role])] if one_is_enough else CURVE_SHARES)
 
 
 class CurveMeasurement:
-    """Trials of widths so far, and the curves through them."""
+    """The trials so far, and the curves through them."""
 
     def __init__(
         self,
-        compression: ClosedForms,
+        closed_forms: ClosedForms,
         scores: UnitScores,
-        chain: SegmentedModel,
+        model: SegmentedModel,
         pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
     ) -> None:
-        self.compression, self.scores, self.chain, self.pools = compression, scores, chain, pools
-        self.shapes = {g.id: prior_curve(compression, g) for g in groups}
-        self.turns = {g.id: turn for turn, g in enumerate(groups)}
+        self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
+        self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
+        self.next_pool = {group.id: index for index, group in enumerate(groups)}
         self.changes: dict[tuple[str, int], OutputChange] = {}
 
-    def measure(self, wanted: Iterable[tuple[Group, Sequence[int]]]) -> None:
-        """Try these widths, but for those that have been."""
-        for group, widths in wanted:
+    def measure(self, trials: Iterable[tuple[Group, Sequence[int]]]) -> None:
+        """Try these widths, except those that were tried before."""
+        for group, widths in trials:
             for width in widths:
                 if (group.id, width) not in self.changes:
                     self.changes[group.id, width] = self.measure_width(group, width)
 
     def measure_width(self, group: Group, width: int) -> OutputChange:
-        number = self.turns[group.id] % len(self.pools)
-        self.turns[group.id] += 1
-        arrays = trial_constants(self.compression, self.scores, group, width)
-        gaps = [one.change(self.chain.outputs_with(one.states, group.id, arrays)) for one in self.pools[number]]
-        return OutputChange(group, width, number, float(np.mean(gaps)))
+        pool = self.next_pool[group.id] % len(self.pools)
+        self.next_pool[group.id] += 1
+        arrays = trial_constants(self.closed_forms, self.scores, group, width)
+        changes = [batch.change(self.model.outputs_with(batch.states, group.id, arrays)) for batch in self.pools[pool]]
+        return OutputChange(group, width, pool, float(np.mean(changes)))
 
     def curves(self) -> dict[str, FloatArray]:
-        return fit_curves(self.shapes, list(self.changes.values()))
+        return fit_curves(self.priors, list(self.changes.values()))
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
@@ -154,74 +145,80 @@ def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
 
 def output_token_masks(masks: TokenMasks, padding: PaddingMasks) -> dict[str, TokenMask]:
     """Output -> bool [batch, tokens]: does the token count?"""
-    return {name: masks[told.name] for name, told in padding.row_masks.items() if told.order == "plain"}
+    return {name: masks[mask.name] for name, mask in padding.row_masks.items() if mask.order == "plain"}
 
 
 @dataclass(frozen=True)
 class TrialBatch:
-    """One batch that weights are tried on: what the dense model makes of it, and which tokens of its outputs count."""
+    """One batch that trials run on: the dense model's values, and which tokens of its outputs count."""
 
     states: SegmentStates
-    counts: Mapping[str, TokenMask]
+    token_masks: Mapping[str, TokenMask]
 
-    def change(self, moved: Mapping[str, AnyArray]) -> float:
-        return mean_relative_change(self.states[-1], moved, self.counts)
+    def change(self, outputs: Mapping[str, AnyArray]) -> float:
+        return mean_relative_change(self.states[-1], outputs, self.token_masks)
 
 
 def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
-    """``SAMPLE_POOLS`` times ``SAMPLES_PER_WIDTH``, from the first batches."""
+    """``SAMPLE_POOLS`` sets of ``SAMPLES_PER_WIDTH`` samples, from the first batches."""
     count = -(-SAMPLES_PER_WIDTH // calibration.batch)
     batches: list[Feeds] = list(itertools.islice(calibration.first_rows(SAMPLES_PER_WIDTH), count * SAMPLE_POOLS))
     return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 
 def measurable_widths(group: Group) -> list[int]:
-    """Every width that may be tried: the elimination of the group's units knows what is left of its reader there."""
+    """Every width that may be tried. The elimination keeps the refitted consumer weights of these."""
     return nearest_widths(group, SHARE_GRID)
 
 
 def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
     """The nearest of ``measurable_widths`` to these shares of a group's units."""
-    known = elimination_widths(group.size)[:-1]
-    grid = sorted({min(known, key=lambda width: abs(width - group.size * share)) for share in SHARE_GRID if known})
+    steps = elimination_widths(group.size)[:-1]
+    grid = sorted({min(steps, key=lambda width: abs(width - group.size * share)) for share in SHARE_GRID if steps})
     return sorted({min(grid, key=lambda width: abs(width - group.size * share)) for share in shares if grid})
 
 
-def prior_curve(compression: ClosedForms, group: Group) -> FloatArray:
-    """The closed-form loss, or where there is none a parabola: changes that add up evenly."""
-    curve = compression.loss_curve(group)
+def prior_curve(closed_forms: ClosedForms, group: Group) -> FloatArray:
+    """[size + 1]: the closed-form loss. Where there is none, a parabola: equal changes per unit, which add up."""
+    curve = closed_forms.loss_curve(group)
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
 
 
 def mean_relative_change(
-    dense: Mapping[str, AnyArray], moved: Mapping[str, AnyArray], counts: Mapping[str, TokenMask] | None = None
+    dense: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], token_masks: Mapping[str, TokenMask] | None = None
 ) -> float:
-    """Mean over outputs of |moved - dense|^2 / |dense|^2; ``counts``: the tokens that count, by output."""
-    counts = counts or {}
-    each = [relative_change(dense[k], a, counts.get(k)) for k, a in moved.items() if a.dtype.kind not in "biuO"]
-    return float(np.mean(each)) if each else 0.0
+    """Mean over float outputs of |output - dense|^2 / |dense|^2; ``token_masks``: the tokens that count, by output."""
+    masks = token_masks or {}
+    changes = [
+        relative_change(dense[name], array, masks.get(name))
+        for name, array in outputs.items()
+        if array.dtype.kind not in "biuO"
+    ]
+    return float(np.mean(changes)) if changes else 0.0
 
 
-def relative_change(dense: AnyArray, moved: AnyArray, counts: TokenMask | None = None) -> float:
-    """|moved - dense|^2 / |dense|^2, in float64, over the tokens that count."""
-    dense, moved = np.atleast_1d(dense), np.atleast_1d(moved)
-    gap = size = 0.0
-    for k in range(len(dense)):  # sample by sample, since logits over a vocabulary are big
-        a, b = (np.asarray(array[k] if counts is None else array[k][counts[k]], np.float64) for array in (dense, moved))
-        gap += float(np.sum((a - b) ** 2))
-        size += float(np.sum(a**2))
-    return gap / max(size, 1e-300)
+def relative_change(dense: AnyArray, output: AnyArray, token_mask: TokenMask | None = None) -> float:
+    """|output - dense|^2 / |dense|^2, in float64, over the tokens that count."""
+    arrays = (np.atleast_1d(dense), np.atleast_1d(output))
+    error = norm = 0.0
+    for k in range(len(arrays[0])):  # sample by sample, since logits over a vocabulary are big
+        before, after = (
+            np.asarray(array[k] if token_mask is None else array[k][token_mask[k]], np.float64) for array in arrays
+        )
+        error += float(np.sum((before - after) ** 2))
+        norm += float(np.sum(before**2))
+    return error / max(norm, 1e-300)
 
 
-def trial_edits(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
-    """What cutting this group to ``width`` does to constants, in closed form if it has one."""
-    plan = SlicePlan(compression.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
-    edits = closed_form_edits(compression, plan) if group.id in compression.kinds else WeightEdits()
+def trial_edits(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
+    """The edits and cuts that prune this group to ``width``, in closed form if it has one."""
+    plan = SlicePlan(closed_forms.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
+    edits = closed_form_edits(closed_forms, plan) if group.id in closed_forms.kinds else WeightEdits()
     return edits, cuts_of(plan)
 
 
-def trial_constants(compression: ClosedForms, scores: UnitScores, group: Group, width: int) -> dict[str, AnyArray]:
-    """Weights with this group cut to ``width``, and what was cut silent."""
-    source = compression.analysis.traced_graph
-    edits, cuts = trial_edits(compression, scores, group, width)
+def trial_constants(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> dict[str, AnyArray]:
+    """New contents, by name, of the constants that pruning this group to ``width`` changes; removed units are zero."""
+    source = closed_forms.analysis.traced_graph
+    edits, cuts = trial_edits(closed_forms, scores, group, width)
     return trial_weights(source, edited_constants(source, edits), cuts)

@@ -1,5 +1,8 @@
-"""A model in pieces whose weights are inputs: a change of a few weights is run from where they are used, not from the
-start, on what the dense model hands over there."""
+"""A model in segments whose weights are inputs, so that a trial of changed weights runs only from their segment on.
+
+The dense model runs once per batch; what crosses each border is kept. A trial of one group starts from the kept values
+in front of the first segment that uses the group's weights, not from the inputs of the model.
+"""
 
 from __future__ import annotations
 
@@ -21,51 +24,53 @@ from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import RunFunction, temporary_session
 from snpc.types import AnyArray, Feeds, Group
 
-SegmentStates = list[dict[str, AnyArray]]  # what enters each piece, and what the last one leaves
+SegmentStates = list[dict[str, AnyArray]]  # the values that enter each segment, and those that leave the last
 
 
 @dataclass(frozen=True)
 class SegmentSession:
-    """A segment twice: ``fixed``, as it is, and ``open``, with those ``weights`` as inputs that are to be changed (the
-    same where there are none). Fixed weights run faster, and most pieces of a run are fixed."""
+    """A segment in two sessions: ``session`` with constant weights, ``with_weight_inputs`` with those of its
+    ``weights`` as inputs that a trial may change (the same session where there are none). Constant weights run faster,
+    and most segments of a trial are unchanged."""
 
     segment: Segment
     session: RunFunction
     with_weight_inputs: RunFunction
     weights: Mapping[str, AnyArray]
 
-    def run(self, state: Mapping[str, AnyArray], arrays: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
-        """The state behind the piece; ``arrays``: contents of weights that differ."""
-        if arrays is None:
-            made = self.session(state)
+    def run(self, state: Mapping[str, AnyArray], changed: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
+        """The live values behind the segment; ``changed``: new contents of weights, by name."""
+        if changed is None:
+            outputs = self.session(state)
         else:
-            made = self.with_weight_inputs({**state, **{k: arrays.get(k, v) for k, v in self.weights.items()}})
-        return {k: v for k, v in {**state, **made}.items() if k in self.segment.live_values}
+            weights = {name: changed.get(name, array) for name, array in self.weights.items()}
+            outputs = self.with_weight_inputs({**state, **weights})
+        return {name: array for name, array in {**state, **outputs}.items() if name in self.segment.live_values}
 
 
 @dataclass(frozen=True)
 class SegmentedModel:
-    """``spans``: group id -> the first and the last piece in which its weights are used."""
+    """``spans``: group id -> the first and the last segment in which its weights are used."""
 
     segments: tuple[SegmentSession, ...]
     spans: Mapping[str, tuple[int, int]]
     outputs: tuple[str, ...]
 
-    def dense_states(self, feeds: Feeds, shelf: SpillableStore) -> SegmentStates:
-        """What the dense model gives, kept on ``shelf``."""
-        found = [dict(feeds)]
-        for piece in self.segments:
-            held = found[-1]
-            made = piece.run(held)
-            found.append({k: held[k] if k in held else shelf.keep(v) for k, v in made.items()})
-        return found
+    def dense_states(self, feeds: Feeds, store: SpillableStore) -> SegmentStates:
+        """The dense model's values at every border, kept in ``store``."""
+        states = [dict(feeds)]
+        for segment in self.segments:
+            before = states[-1]
+            after = segment.run(before)
+            states.append({name: before[name] if name in before else store.keep(a) for name, a in after.items()})
+        return states
 
-    def outputs_with(self, dense: SegmentStates, group: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def outputs_with(self, dense: SegmentStates, group_id: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The model's outputs where the group's weights are ``arrays``."""
-        first, last = self.spans[group]
+        first, last = self.spans[group_id]
         state = dense[first]
-        for number, piece in enumerate(self.segments[first:], start=first):
-            state = piece.run(state, arrays if number <= last else None)
+        for index, segment in enumerate(self.segments[first:], start=first):
+            state = segment.run(state, arrays if index <= last else None)
         return {name: state[name] for name in self.outputs}
 
 
@@ -73,62 +78,71 @@ class SegmentedModel:
 def open_segmented_model(
     analysis: Analysis, changed: Mapping[str, Collection[str]], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[SegmentedModel]:
-    """The analysed model in pieces that end where what groups do meets the residual stream. ``changed``: group id ->
-    names of the constants that a change of it touches."""
+    """The analyzed model in segments that end where a group's contribution joins the residual stream.
+
+    ``changed``: group id -> names of the constants that its trials change. Where a segment cannot be run on its own,
+    the model is one segment.
+    """
     source = analysis.traced_graph
-    ends = [end for g in analysis.groups if g.id in changed for end in segment_ends(analysis, g)]
-    names = {name for mine in changed.values() for name in mine}
+    ends = [end for group in analysis.groups if group.id in changed for end in segment_ends(analysis, group)]
+    names = {name for constants in changed.values() for name in constants}
     with ExitStack() as stack:
         try:
-            found = split_into_segments(source.model, sorted(set(ends)))
-            check_boundary_types(source, found)
-            pieces = open_segments(source, found, names, execution, stack)
-        except (NotSegmentable, SessionLoadError):  # then in one piece
-            pieces = open_segments(source, split_into_segments(source.model, []), names, execution, stack)
-        spans = {}
-        for name, mine in changed.items():
-            used = [k for k, piece in enumerate(pieces) if not piece.weights.keys().isdisjoint(mine)]
-            spans[name] = (min(used, default=0), max(used, default=len(pieces) - 1))
-        yield SegmentedModel(pieces, spans, tuple(str(v.name) for v in source.model.graph.outputs))
+            segments = split_into_segments(source.model, sorted(set(ends)))
+            check_boundary_types(source, segments)
+            sessions = open_segments(source, segments, names, execution, stack)
+        except (NotSegmentable, SessionLoadError):
+            sessions = open_segments(source, split_into_segments(source.model, []), names, execution, stack)
+        spans = {group_id: span_of(sessions, constants) for group_id, constants in changed.items()}
+        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in source.model.graph.outputs))
+
+
+def span_of(sessions: Sequence[SegmentSession], constants: Collection[str]) -> tuple[int, int]:
+    """The first and the last segment that uses one of these constants; all segments where none does."""
+    used = [index for index, session in enumerate(sessions) if not session.weights.keys().isdisjoint(constants)]
+    return min(used, default=0), max(used, default=len(sessions) - 1)
 
 
 def open_segments(
-    source: TracedGraph, found: Sequence[Segment], names: set[str], execution: Execution, stack: ExitStack
+    source: TracedGraph, segments: Sequence[Segment], names: set[str], execution: Execution, stack: ExitStack
 ) -> tuple[SegmentSession, ...]:
-    """What is open is closed with ``stack``, but for where one piece does not load: then none stays open."""
-    with ExitStack() as mine:
-        pieces = tuple(open_segment(source, segment, names, execution, mine) for segment in found)
-        stack.push(mine.pop_all())
-    return pieces
+    """Sessions that ``stack`` closes. Where one of them does not load, none stays open."""
+    with ExitStack() as opened:
+        sessions = tuple(open_segment(source, segment, names, execution, opened) for segment in segments)
+        stack.push(opened.pop_all())
+    return sessions
 
 
 def open_segment(
     source: TracedGraph, segment: Segment, names: set[str], execution: Execution, stack: ExitStack
 ) -> SegmentSession:
+    """The two sessions of one segment; ``names``: constants that trials change."""
     model = extract_segment(source.model, segment, source.facts)
-    weights = {k: constant_array(source.model.graph.initializers[k]) for k in model.graph.initializers if k in names}
-    fixed = stack.enter_context(
-        temporary_session(finalize(model.clone() if weights else model), execution=execution, memory="shared")
-    )
+    weights = {
+        name: constant_array(source.model.graph.initializers[name])
+        for name in model.graph.initializers
+        if name in names
+    }
+    fixed = finalize(model.clone() if weights else model)
+    session = stack.enter_context(temporary_session(fixed, execution=execution, memory="shared"))
     if not weights:
-        return SegmentSession(segment, fixed, fixed, weights)
-    # opened before it is cleaned: constants that are equal now need not be so once they are changed
-    opened = stack.enter_context(
-        temporary_session(finalize(weights_to_inputs(model, names)), execution=execution, memory="shared")
-    )
-    return SegmentSession(segment, fixed, opened, weights)
+        return SegmentSession(segment, session, session, weights)
+    # weights become inputs before the model is finalized: constants that are equal now may differ in a trial
+    variable = finalize(weights_to_inputs(model, names))
+    with_weight_inputs = stack.enter_context(temporary_session(variable, execution=execution, memory="shared"))
+    return SegmentSession(segment, session, with_weight_inputs, weights)
 
 
 def segment_ends(analysis: Analysis, group: Group) -> list[int]:
-    """The place (an index into the nodes) behind which what the group does has joined the other activations, where it
-    is clear."""
+    """Indices (into the nodes) behind which the group's contribution has joined the other activations; none where that
+    is not clear."""
     producers = [value.producer() for value in residual_sums(analysis, group)]
-    position = {n: k for k, n in enumerate(analysis.traced_graph.model.graph)}
-    return [position[p] + 1 for p in producers if p is not None]
+    position = {node: index for index, node in enumerate(analysis.traced_graph.model.graph)}
+    return [position[node] + 1 for node in producers if node is not None]
 
 
 def weights_to_inputs(model: ir.Model, names: set[str]) -> ir.Model:
-    """``model`` with these constants as inputs."""
+    """``model`` with these constants as inputs; changed in place."""
     for name in names & set(model.graph.initializers):
         value = model.graph.initializers.pop(name)
         value.const_value = None

@@ -13,7 +13,7 @@ import pytest
 
 import snpc
 from snpc.runtime.execution import memory
-from snpc.runtime.io import load as model_io
+from snpc.runtime.io import save as model_io
 from snpc.runtime.statistics import unit_weights as numbers
 from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama

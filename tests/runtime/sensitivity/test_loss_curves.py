@@ -10,16 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import snpc
 from snpc.errors import UserError
-from snpc.pipeline.planner import with_closed_form_order
+from snpc.pipeline.planner import PlanRequest, make_plan, with_closed_form_order
 from snpc.pipeline.score import score
 from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget
 from snpc.runtime.closed_form.masked_weights import changed_constants
-from snpc.runtime.execution.memory import SpillableStore
-from snpc.runtime.execution.session import SessionLoadError
-from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SHARES,
@@ -30,83 +26,15 @@ from snpc.runtime.sensitivity.loss_curves import (
     trial_constants,
     trial_edits,
 )
-from snpc.runtime.sensitivity.segmented_model import open_segmented_model
 from snpc.types import AnyArray, Group
 from tests.closed_forms import calibration_of, closed_forms_of, prunable_of
 from tests.models.groups import make_group
-from tests.oracle import Array, analysis_of, feeds_of, run, written
-
-
-@pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "bart__ts17", "albert__ts17", "swin_timm__ts17"])
-def test_a_chain_says_what_the_whole_model_says(name: str) -> None:
-    """Also with changed weights: then against the model in which they are changed."""
-    analysis, found = analysis_of(name), closed_forms_of(name)
-    groups = prunable_of(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    tried = {g.id: trial_constants(found, scores, g, min(measurable_widths(g))) for g in groups}
-    feeds = feeds_of(name)
-    expected = run(written(analysis.traced_graph.model.clone()), feeds)
-    with open_segmented_model(analysis, tried) as chain:
-        states = chain.dense_states(feeds, SpillableStore(0))
-        same([states[-1][output] for output in chain.outputs], expected)
-        for g in groups[:: max(1, len(groups) // 4)]:
-            model = analysis.traced_graph.model.clone()
-            for key, array in tried[g.id].items():
-                model.graph.initializers[key].const_value = tensor(array, key)
-            moved = run(written(model), feeds)
-            same(list(chain.outputs_with(states, g.id, tried[g.id]).values()), moved)
-            assert any(not np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(moved, expected, strict=True))
-
-
-def same(found: list[AnyArray], expected: list[Array]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()))
-
-
-def tensor(array: AnyArray, name: str) -> object:
-    import onnx_ir as ir
-
-    return ir.Tensor(array, name=name)
-
-
-def test_a_chain_has_a_piece_per_layer() -> None:
-    """Else every trial would run the whole model."""
-    analysis, found = analysis_of("vit_timm__ts17"), closed_forms_of("vit_timm__ts17")
-    groups = prunable_of(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    with open_segmented_model(analysis, {g.id: trial_constants(found, scores, g, 1) for g in groups}) as chain:
-        assert len(chain.segments) >= 2 * len({g.layer for g in groups})
-        for g in groups:
-            first, last = chain.spans[g.id]
-            assert first == last
-        starts = {g.layer: chain.spans[g.id][0] for g in groups if g.role == "ffn"}
-        assert len(set(starts.values())) == len(starts)
-
-
-def test_a_chain_is_one_piece_where_a_piece_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    analysis, found = analysis_of("vit_timm__ts17"), closed_forms_of("vit_timm__ts17")
-    groups = prunable_of(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
-    tried = {g.id: trial_constants(found, scores, g, 1) for g in groups}
-    opened = []
-
-    def fails_once(*args: Any, **options: Any) -> Any:
-        opened.append(args)
-        if len(opened) == 3:
-            raise SessionLoadError("sizes that are not known")
-        return temporary_session(*args, **options)
-
-    monkeypatch.setattr("snpc.runtime.sensitivity.segmented_model.temporary_session", fails_once)
-    feeds = feeds_of("vit_timm__ts17")
-    with open_segmented_model(analysis, tried) as chain:
-        assert len(chain.segments) == 1 and len(opened) > 3
-        states = chain.dense_states(feeds, SpillableStore(0))
-        same([states[-1][output] for output in chain.outputs], run(written(analysis.traced_graph.model.clone()), feeds))
+from tests.oracle import analysis_of, feeds_of
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
 def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
-    """Else a chain would not have these weights open, or run pieces that nothing changes."""
+    """Else the segmented model would not have these weights as inputs, or run segments that nothing changes."""
     analysis, found = analysis_of(name), closed_forms_of(name)
     scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
     for g in prunable_of(analysis):
@@ -169,7 +97,8 @@ def test_curves_for_all_choices_do_not_depend_on_one() -> None:
     analysis = analysis_of("vit_timm__ts17")
     calibration = calibration_of(analysis, feeds_of("vit_timm__ts17"))
     choices = (Budget(target="macs=0.7"), Budget(0.0))
-    first, second = (snpc.plan(analysis, choice, calibration=calibration, whole=True).curves for choice in choices)
+    requests = [PlanRequest(choice, full_curves=True) for choice in choices]
+    first, second = (make_plan(analysis, request, calibration).loss_curves for request in requests)
     assert all(np.array_equal(first[name], curve) for name, curve in second.items())
 
 
