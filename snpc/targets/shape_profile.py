@@ -8,7 +8,7 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.graph.shapes import choose_dim_sizes
-from snpc.passes.analyze import quoted_facts
+from snpc.passes.analyze import SizedFacts, quoted_facts
 from snpc.runtime.execution.feeds import check_shape
 from snpc.runtime.io.load import load
 from snpc.targets.base import BuildOptions
@@ -46,8 +46,7 @@ def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
                 f"{path.name}: no input has a dynamic axis: leave out --min-shapes, --opt-shapes, --max-shapes"
             )
         return {}
-    dim_sizes, facts = choose_dim_sizes(model.graph)
-    quoted, _ = quoted_facts(model.graph, dim_sizes, facts, {})
+    quoted = quoted_facts(model.graph, SizedFacts(*choose_dim_sizes(model.graph)), {}).dim_sizes
     return {spec.name: range_from_options(spec, options) or default_range(spec, quoted) for spec in dynamic}
 
 
