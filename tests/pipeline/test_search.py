@@ -83,7 +83,7 @@ def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, unif
     calibration = snpc.load_calibration(feeds_of(name), analysis.model.inputs, batch=3)
     choice = Budget(max_drift=limit, uniform=uniform)
     decision = snpc.plan(analysis, choice, calibration=calibration)
-    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
+    result = snpc.apply(decision, tmp_path / "cut.onnx")
     measured = drift_of(analysis.model.path, result.path, calibration)
     assert result.search is not None
     assert measured == pytest.approx(result.search.reached, rel=1e-3)
@@ -97,8 +97,8 @@ def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, unif
     larger = min(steps + max(1, len(way.steps) // 10), len(way.steps))
     if measured < 0.8 * limit and larger > steps:  # not near: then going on would have gone over
         plan = select_units(decision.scores, choice, way.widths_after(larger))
-        over = snpc.apply_slice_plan(
-            plan, tmp_path / "over.onnx", compression=decision.closed_forms, calibration=calibration
+        over = snpc.apply(
+            snpc.PruningPlan(plan, decision.closed_forms, calibration=calibration), tmp_path / "over.onnx"
         )
         assert drift_of(analysis.model.path, over.path, calibration) > limit
 
@@ -131,7 +131,7 @@ def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     calibration = snpc.load_calibration(CALIB, analysis.model.inputs, samples=32)
     decision = snpc.plan(analysis, Budget(max_drift=0.1), calibration=calibration, method="select")
-    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
+    result = snpc.apply(decision, tmp_path / "cut.onnx")
     assert drift_of(VIT, result.path, calibration) <= 0.1
     assert result.after.macs < result.before.macs
 

@@ -42,7 +42,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     snpc.write_example("digits", folder)
     decision = snpc.plan(snpc.analyze(snpc.load(folder / "digits_vit.onnx")), snpc.Budget(ratio=0.5))
-    snpc.apply_slice_plan(decision.slices, folder / "half.onnx")
+    snpc.apply(decision, folder / "half.onnx")
     return folder
 
 
@@ -251,7 +251,7 @@ def pruned(name: str, tmp_path: Path) -> tuple[Path, Path]:
     require(name)
     dense = export(name)
     decision = snpc.plan(snpc.analyze(snpc.load(dense)), snpc.Budget(ratio=0.5))
-    snpc.apply_slice_plan(decision.slices, tmp_path / "pruned.onnx")
+    snpc.apply(decision, tmp_path / "pruned.onnx")
     return dense, tmp_path / "pruned.onnx"
 
 

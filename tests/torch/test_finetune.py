@@ -39,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("pruned") / "half.onnx"
     analysis = snpc.analyze(snpc.load(VIT))
     scores = snpc.score(analysis, "magnitude")
-    snpc.apply_slice_plan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5)), target)
+    snpc.apply(snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5))), target)
     return target
 
 
