@@ -18,8 +18,8 @@ from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArgume
 from snpc.cli.build import build_json
 from snpc.cli.plan import plan_from_arguments
 from snpc.errors import UserError
+from snpc.pipeline.candidate import Stopwatch
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import Stopwatch
 from snpc.pipeline.report_json import groups_json
 from snpc.runtime.io.atomic import external_data_path
 
@@ -72,7 +72,7 @@ def prune_command(
         data = calibration.load(analysis)
     with stopwatch.stage("tokens"):
         planning = planning.with_width_multiple(build.build, execution)
-        analysis, data = planning.reduce_tokens(analysis, data, execution)
+        analysis = planning.reduce_tokens(analysis, data, execution)
     artifact = None
     if planning.amount.wants_latency:
         artifact = build.timed_artifact(execution, data, workload.batch)
@@ -83,13 +83,7 @@ def prune_command(
     if output.dry_run:
         show_plan(plan, output.json)
         return
-    result = snpc.apply(
-        plan,
-        path,
-        calibration=data,
-        execution=execution,
-        watch=stopwatch,
-    )
+    result = snpc.apply(plan, path, stopwatch=stopwatch)
     if output.plan_path is not None and result.search is not None:
         write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
     if output.page is not None:

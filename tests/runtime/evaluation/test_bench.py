@@ -252,12 +252,14 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
 
 
 class TestBench:
+    @pytest.mark.timing
     def test_the_smaller_model_is_faster(self, result: BenchResult) -> None:
         """Of 16 times fewer MACs little is asked for: the machine is shared."""
         assert [timing.model.rpartition("/")[2] for timing in result.timings] == ["big.onnx", "small.onnx", "big.onnx"]
         assert result.speedups[0].ratio > 1.5
         assert result.timings[0].median > result.timings[1].median
 
+    @pytest.mark.timing
     def test_a_model_is_as_fast_as_itself(self, result: BenchResult) -> None:
         assert 0.5 < result.speedups[1].ratio < 2.0
         assert result.speedups[1].largest_difference == OutputDiff("y", 0.0)
