@@ -230,10 +230,11 @@ PINNED = {
     "a length in one node": ("n = LpNormalization <axis = -1> (x)", "its length is taken over this axis"),
     "a maximum": ("t = ReduceMax <axes = [-1]> (x) n = Sub(x, t)", "it is reduced over"),
     "a mean that is data": (
-        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)", "its mean is read by MatMul"
+        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)",
+        "its mean is used outside the normalization, by MatMul",
     ),
     "a softmax": ("n = Softmax <axis = -1> (x)", "it is summed over"),
-    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "is read alone"),
+    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "a single index"),
 }  # fmt: skip
 
 
@@ -255,7 +256,9 @@ def test_a_mean_that_is_an_output_keeps_what_it_is_of(tmp_path: Path) -> None:
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items())
     analysis = analysis_at(tmp_path / "m.onnx", model)
     assert not residual(analysis)
-    assert any(pin.reason == "its mean is read by the output n1" for pin in analysis.pins)
+    assert any(
+        pin.reason == "its mean is used outside the normalization, by the graph output n1" for pin in analysis.pins
+    )
 
 
 def test_statistics_over_several_heads_keep_the_heads(tmp_path: Path) -> None:
