@@ -31,8 +31,8 @@ SELECTED = ("random", "magnitude", "mixed", "taylor", "lm", "qm", "fisher", "gro
 METHODS: tuple[PruningMethod, PruningMethod] = ("select", "auto")
 SCORED = 64  # samples that units are chosen with: gradients are taken one by one
 STEPS = (0, 8, 16, 32, 64, 128, 256)
-KINDS = ("vib", "psp", "apma")
-WAY = snpc.torch.UnitSelection("select", "magnitude")  # of schedules
+MASK_METHODS = ("vib", "psp", "apma")
+METHOD, CRITERION = "select", "magnitude"  # of schedules
 ROUNDS, LIMIT = 4, snpc.torch.DriftLimit(0.15)  # of schedules
 
 Row = tuple[str, ...]
@@ -60,7 +60,7 @@ class Bench:
         choice, method = snpc.Budget(target=self.target), METHODS[criterion is None]
         found = snpc.plan(self.analysis, choice, calibration=self.some, method=method, criterion=criterion)
         path = self.folder / "cut.onnx"
-        snpc.apply_slice_plan(found.slices, path, compression=found.closed_forms, calibration=self.some)
+        snpc.apply(found, path)
         return path
 
     def tuned(self, path: Path, training: TrainingOptions) -> float:
@@ -78,19 +78,19 @@ class Bench:
         choice, training = snpc.Budget(target=self.target), replace(self.training, lr=snpc.torch.MASK_LEARNING_RATE)
         found = snpc.torch.learn_masks(self.analysis, self.data, kind, choice, training=training)
         path = self.folder / "cut.onnx"
-        snpc.apply_slice_plan(found.plan, path, calibration=self.data)
+        snpc.apply(snpc.PruningPlan(found.plan, calibration=self.data), path)
         return path
 
     def rounds(self, adaptive: bool) -> Row:
         """The steps are shared between the rounds, so that all rows train equally long."""
         start, path = time.monotonic(), self.folder / "rounds.onnx"
         training = replace(self.training, steps=max(1, self.training.steps // ROUNDS))
-        options = {"goal": self.target, "rounds": ROUNDS, "way": WAY, "training": training}
+        schedule = snpc.torch.Rounds(self.target, ROUNDS, METHOD, CRITERION, training)
         if adaptive:
-            found = snpc.torch.prune_adaptively(MODEL, self.data, path, objective=LIMIT, **options)  # type: ignore[arg-type]
+            rounds = snpc.torch.prune_adaptively(MODEL, self.data, path, schedule, LIMIT)
         else:
-            found = snpc.torch.prune_in_rounds(MODEL, self.data, path, **options)  # type: ignore[arg-type]
-        reached = f"macs={min(r.macs for r in found if r.kept):.2f}"
+            rounds = snpc.torch.prune_in_rounds(MODEL, self.data, path, schedule)
+        reached = f"macs={min(r.macs for r in rounds if r.kept):.2f}"
         return reached, f"{accuracy(path):.1f}", f"{time.monotonic() - start:.0f}"
 
 
@@ -102,12 +102,12 @@ def criteria(bench: Bench) -> Rows:
 
 
 def masks(bench: Bench) -> Rows:
-    return {kind: lambda kind=kind: bench.row(lambda: bench.masked(kind)) for kind in KINDS}  # type: ignore[misc]
+    return {kind: lambda kind=kind: bench.row(lambda: bench.masked(kind)) for kind in MASK_METHODS}  # type: ignore[misc]
 
 
 def schedules(bench: Bench) -> Rows:
     return {
-        "one shot": lambda: bench.row(lambda: bench.cut(WAY.criterion)),
+        "one shot": lambda: bench.row(lambda: bench.cut(CRITERION)),
         "cubic": lambda: bench.rounds(adaptive=False),
         "adaptive": lambda: bench.rounds(adaptive=True),
     }

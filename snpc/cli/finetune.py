@@ -20,6 +20,7 @@ from snpc.cli.arguments.training import (
 from snpc.cli.progress import print_round, training_progress
 from snpc.cli.torch_package import import_torch_package
 from snpc.errors import UserError
+from snpc.planning.config import parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import EvaluationData
 from snpc.runtime.io.atomic import external_data_path
@@ -122,8 +123,8 @@ def finetune_only(run: FinetuneRun, labels: str | None, json: JsonArguments) -> 
             run.target,
             training=run.training,
             labels=Path(labels) if labels else None,
-            saved=run.checkpoint,
-            report=report,
+            checkpoints=run.checkpoint,
+            on_progress=report,
         )
     if result is None:
         return  # one of several processes, and not the one that writes
@@ -157,23 +158,19 @@ def check_schedule(
 def prune_on_schedule(
     run: FinetuneRun, pruning: ScheduleArguments, evaluation: EvaluationData | None, json: JsonArguments
 ) -> None:
-    from snpc.torch import AccuracyDrop, DriftLimit, UnitSelection, prune_adaptively, prune_in_rounds
+    from snpc.torch import AccuracyDrop, DriftLimit, Rounds, prune_adaptively, prune_in_rounds
 
-    selection = UnitSelection("select" if pruning.criterion else None, pruning.criterion)
-    goal, count = pruning.target or "macs", pruning.rounds or 4
-    source, saved = run.models.pruned, run.checkpoint
+    schedule = Rounds(
+        target=pruning.target or "macs",
+        count=pruning.rounds or 4,
+        method="select" if pruning.criterion else None,
+        criterion=pruning.criterion,
+        training=run.training,
+        checkpoints=run.checkpoint,
+    )
+    source = run.models.pruned
     if pruning.schedule == "cubic":
-        rounds = prune_in_rounds(
-            source,
-            run.data,
-            run.target,
-            goal=goal,
-            rounds=count,
-            way=selection,
-            training=run.training,
-            saved=saved,
-            heard=print_round,
-        )
+        rounds = prune_in_rounds(source, run.data, run.target, schedule, on_round=print_round)
     else:
         objective: DriftLimit | AccuracyDrop
         if evaluation is not None and pruning.max_drop is not None:
@@ -181,18 +178,7 @@ def prune_on_schedule(
         else:
             assert pruning.max_drift is not None  # check_schedule
             objective = DriftLimit(pruning.max_drift)
-        rounds = prune_adaptively(
-            source,
-            run.data,
-            run.target,
-            goal=goal,
-            objective=objective,
-            rounds=count,
-            way=selection,
-            training=run.training,
-            saved=saved,
-            heard=print_round,
-        )
+        rounds = prune_adaptively(source, run.data, run.target, schedule, objective, on_round=print_round)
     json.write({"snpc_rounds": 1, "output": str(run.target), "rounds": [asdict(r) for r in rounds]})
 
 
@@ -211,7 +197,7 @@ def learn_masks_and_prune(
     """Train masks, plan by them, and write the pruned model, as `snpc prune` writes and shows it."""
     from snpc.torch import learn_masks
 
-    budget = snpc.Budget(target=pruning.target or "macs")
+    budget = snpc.Budget(target=parse_target(pruning.target or "macs"))
     with training_progress() as report:
         learned = learn_masks(
             analysis,
@@ -219,12 +205,12 @@ def learn_masks_and_prune(
             str(pruning.masks),
             budget,
             training=run.training,
-            saved=run.checkpoint,
-            report=report,
+            checkpoints=run.checkpoint,
+            on_progress=report,
         )
     if output.plan_path is not None:
         write_text_file(output.plan_path, snpc.plan_to_json(learned.plan))
-    result = snpc.apply_slice_plan(learned.plan, run.target, calibration=run.data)
+    result = snpc.apply(snpc.PruningPlan(learned.plan, calibration=run.data), run.target)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:
         tables.print_result(result)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel
 from snpc.report.attention_maps import AttentionPicture, HeadMap
 from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role

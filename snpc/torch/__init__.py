@@ -1,8 +1,8 @@
 """The torch bridge: a graph as a module, trained, and its weights handed back to the same graph.
 
-    module = snpc.torch.load_graph_module("pruned.onnx")
+    module = snpc.torch.load("pruned.onnx")
     logits = module(images)
-    snpc.torch.save_graph_module(module, "pruned.onnx", "tuned.onnx")
+    snpc.torch.save(module, "pruned.onnx", "tuned.onnx")
 
 or, with the dense model as the teacher:
 
@@ -12,24 +12,21 @@ or, with the dense model as the teacher:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-
-from snpc.runtime.io.load import load as load_model
 from snpc.runtime.statistics.gate_gradients import register_gradient_provider
 from snpc.torch.export_safetensors import export_tensors
 from snpc.torch.finetune import FinetuneResult, finetune, finetune_json
 from snpc.torch.module import GraphModule
+from snpc.torch.module import load_graph_module as load
 from snpc.torch.pruning.gradients import compute_gate_gradients
 from snpc.torch.pruning.learn_masks import MASK_LEARNING_RATE, LearnedPlan, learn_masks
 from snpc.torch.pruning.objectives import AccuracyDrop, DriftLimit
 from snpc.torch.pruning.round_log import PruningRound
-from snpc.torch.pruning.schedule import UnitSelection, prune_adaptively, prune_in_rounds
+from snpc.torch.pruning.schedule import Rounds, prune_adaptively, prune_in_rounds
 from snpc.torch.training.checkpoints import CheckpointOptions
-from snpc.torch.training.loop import TrainingResult, train
+from snpc.torch.training.loop import TrainingHooks, TrainingResult, train
 from snpc.torch.training.losses import Batch
 from snpc.torch.training.options import TrainingOptions, TrainingProgress
-from snpc.torch.write_back import save_graph_module
+from snpc.torch.write_back import save_graph_module as save
 
 __all__ = [
     "MASK_LEARNING_RATE",
@@ -41,26 +38,21 @@ __all__ = [
     "GraphModule",
     "LearnedPlan",
     "PruningRound",
+    "Rounds",
+    "TrainingHooks",
     "TrainingOptions",
     "TrainingProgress",
     "TrainingResult",
-    "UnitSelection",
     "export_tensors",
     "finetune",
     "finetune_json",
     "learn_masks",
-    "load_graph_module",
+    "load",
     "prune_adaptively",
     "prune_in_rounds",
-    "save_graph_module",
+    "save",
     "train",
 ]
 
 
 register_gradient_provider(compute_gate_gradients)
-
-
-def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
-    """The model in an ONNX file as a module whose weights train. Raises UserError where it has an operator that cannot
-    be run in torch."""
-    return GraphModule(load_model(path), watch=watch)

@@ -1,4 +1,6 @@
-"""Finetune a pruned graph against the dense one that it came from, and write it under the same names."""
+"""Finetuning: the weights of a pruned model are trained towards the outputs of the dense model that it came from.
+
+The result is written as the same graph under the same names, with other numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from snpc.torch.training.checkpoints import CheckpointFile, CheckpointOptions, o
 from snpc.torch.training.distributed import Worker, distributed_worker, wait_for_workers
 from snpc.torch.training.fsdp import copy_gathered_weights
 from snpc.torch.training.labels import load_labels
-from snpc.torch.training.loop import TrainingResult, train
+from snpc.torch.training.loop import TrainingHooks, TrainingResult, train
 from snpc.torch.training.losses import Batch, distillation_loss
 from snpc.torch.training.options import TrainingCallback, TrainingOptions
 from snpc.torch.training.reinitialize import reinitialize
@@ -41,13 +43,18 @@ from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, r
 from snpc.torch.write_back import save_graph_module
 from snpc.types import AnyArray, Difference, Feeds, IntArray, Model
 
-HELD_OUT_FRACTION = 0.1  # share of the data that early stopping holds out
+HELD_OUT_FRACTION = 0.1  # share of the data that early stopping holds out of training
+GPU_TOLERANCE = 1e-3  # relative difference of outputs that is rounding, between a GPU and onnxruntime on a CPU
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A written file. ``before`` and ``after``: the pruned and the tuned file against the teacher, run by onnxruntime
-    on ``compared``; ``hidden``: the values of the residual stream that the loss looked at."""
+    """A written file, and how far it is from the teacher.
+
+    ``before`` and ``after``: differences of the pruned and of the finetuned file from the teacher, all run by
+    onnxruntime on the data that ``compared`` describes. ``structure``: what was checked of the written file.
+    ``hidden``: values of the residual stream that were part of the loss.
+    """
 
     path: Path
     trained: TrainingResult
@@ -64,44 +71,46 @@ def finetune(
     pruned: Path,
     teacher: Path,
     data: Calibration,
-    target: Path,
+    output: Path,
     *,
     training: TrainingOptions | None = None,
     labels: Path | AnyArray | None = None,
-    saved: CheckpointOptions | None = None,
-    report: TrainingCallback | None = None,
+    checkpoints: CheckpointOptions | None = None,
+    on_progress: TrainingCallback | None = None,
 ) -> FinetuneResult | None:
-    """Train the weights of ``pruned`` on ``data`` towards what ``teacher`` says, and write them to ``target``.
+    """Train the weights of ``pruned`` on ``data`` towards the outputs of ``teacher``, and write them to ``output``.
 
-    ``teacher`` is the dense file that ``pruned`` was made from; ``labels``, one per sample of the data's source, are
-    for the losses with "ce" only. Under torchrun every process calls this; the first writes and returns, the others
-    return None. Raises UserError for what cannot be trained, CheckFailed where the file is not what was trained.
+    ``teacher`` is the dense file that ``pruned`` was made from. ``labels``, one per sample of the data's source, are
+    for the losses with "ce" only. Under torchrun every process calls this: the main one writes and returns the result,
+    the others return None. Raises UserError for a model that cannot be trained, CheckFailed where the written file
+    differs from the trained module.
     """
     training = training or TrainingOptions()
     start = time.perf_counter()
-    for path in (target, external_data_path(target)):
+    for path in (output, external_data_path(output)):
         check_target(path, *model_files(pruned), *model_files(teacher))
     student, dense = load(pruned), analyze(load(teacher))
     check_same_interface(student, dense.model)
-    known = task_labels(training, labels, data)
-    with distributed_worker() as place:
-        check_worker(place, data, training)
-        task = prepare_task(student, dense, data, training, known, place)
-        checkpoints = None
-        if saved is not None:
-            said = None if known is None else hashlib.sha256(known.tobytes()).hexdigest()
-            run = run_fingerprint(data, student.digest, dense.model.digest, training, said, place.world_size)
-            checkpoints = open_checkpoint(saved, run)
-            wait_for_workers(place)
-        trained = run_training(task, checkpoints, report)
+    classes = task_labels(training, labels, data)
+    with distributed_worker() as worker:
+        check_worker(worker, data, training)
+        task = prepare_task(student, dense, data, training, classes, worker)
+        checkpoint_file = None
+        if checkpoints is not None:
+            label_digest = None if classes is None else hashlib.sha256(classes.tobytes()).hexdigest()
+            digests = (student.digest, dense.model.digest)
+            run_id = run_fingerprint(data, *digests, training, label_digest, worker.world_size)
+            checkpoint_file = open_checkpoint(checkpoints, run_id)
+            wait_for_workers(worker)
+        trained = run_training(task, checkpoint_file, on_progress)
         if training.sharded:
             task = gather_task(task, student)
-        if not place.is_main:
+        if not worker.is_main:
             return None
-        structure = write_verified(task, pruned, target)
-    before, after, compared = measure_drift(task, pruned, target)
+        structure = write_verified(task, pruned, output)
+    before, after, compared = measure_drift(task, pruned, output)
     seconds = time.perf_counter() - start
-    return FinetuneResult(target, trained, before, after, compared, structure, task.hidden, training, seconds)
+    return FinetuneResult(output, trained, before, after, compared, structure, task.hidden, training, seconds)
 
 
 # -- what is trained -------------------------------------------------------------------------------------------------
@@ -109,7 +118,11 @@ def finetune(
 
 @dataclass(frozen=True)
 class FinetuneTask:
-    """A run made ready. ``held``: data that nothing is trained on, None without early stopping."""
+    """All that a training run needs; also its source of batches.
+
+    ``held_out``: data that is not trained on, None without early stopping. ``outputs`` and ``hidden``: names of the
+    values that the loss compares. ``scales``: mean square of each of them in the teacher.
+    """
 
     module: GraphModule
     teacher: Teacher
@@ -128,11 +141,16 @@ class FinetuneTask:
         plan = shuffle_samples(self.data, (self.training.seed, 0), self.training.batch).batch_plan
         return sum(sum(map(len, pieces)) >= self.worker.world_size for pieces in plan)
 
+    @property
+    def steps(self) -> int:
+        return self.training.steps or self.training.epochs * self.steps_per_epoch
+
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
-        order = shuffle_samples(self.data, (self.training.seed, number), self.training.batch)
-        mine, weights = shard_batches(order, self.worker.rank, self.worker.world_size)
-        mine = skip_batches(mine, first)
-        for ids, feeds, weight in zip(sample_ids(mine), mine.batches(), weights[first:], strict=True):
+        """This process's part of every batch of epoch ``number``, from batch ``first`` on."""
+        shuffled = shuffle_samples(self.data, (self.training.seed, number), self.training.batch)
+        shard, weights = shard_batches(shuffled, self.worker.rank, self.worker.world_size)
+        shard = skip_batches(shard, first)
+        for ids, feeds, weight in zip(sample_ids(shard), shard.batches(), weights[first:], strict=True):
             targets = self.teacher(ids, feeds) if self.training.uses_teacher else {}
             labels = None if self.labels is None else torch.from_numpy(self.labels[ids])
             yield Batch(self.to_tensors(feeds), targets, labels, weight)
@@ -147,68 +165,73 @@ def prepare_task(
     data: Calibration,
     training: TrainingOptions,
     labels: IntArray | None,
-    place: Worker,
+    worker: Worker,
 ) -> FinetuneTask:
     outputs = loss_output_names(student, training)
-    wanted = hidden_state_names(student, dense) if training.layerwise else ()
-    module = GraphModule(student, watch=wanted).to(place.device)
-    half = sorted({str(w.dtype).removeprefix("torch.") for _, w in module.weights() if w.dtype != torch.float32})
-    if half:
-        raise UserError(f"{student.path}: it has weights in {', '.join(half)}: prune and train a float32 export")
-    teacher = Teacher(teacher_function(dense, (*outputs, *wanted), place.device), place.device)
+    hidden_candidates = hidden_state_names(student, dense) if training.layerwise else ()
+    module = GraphModule(student, watch=hidden_candidates).to(worker.device)
+    check_float32(module, student)
+    teacher = Teacher(teacher_function(dense, (*outputs, *hidden_candidates), worker.device), worker.device)
     feeds = next(data.batches())
-    said = teacher.run(feeds)
+    expected = teacher.run(feeds)
     with torch.no_grad():
-        found = module({name: to_tensor(array).to(place.device) for name, array in feeds.items()})
-    hidden = tuple(name for name in wanted if found[name].shape == said[name].shape)
+        values = module({name: to_tensor(array).to(worker.device) for name, array in feeds.items()})
+    hidden = tuple(name for name in hidden_candidates if values[name].shape == expected[name].shape)
     if training.layerwise and not hidden:
         raise UserError(
             f"{student.path}: no value of the residual stream is as wide as the teacher's: leave out --layerwise"
         )
-    if set(hidden) != set(wanted):
-        module = GraphModule(student, watch=hidden).to(place.device)
-        teacher = Teacher(teacher_function(dense, (*outputs, *hidden), place.device), place.device)
-    train_on, held = data, None
-    if training.early_stop:
-        train_on, held = hold_out(
-            data, max(data.sample_axes.batch_size or 1, round(HELD_OUT_FRACTION * data.samples)), training.seed
-        )
+    if set(hidden) != set(hidden_candidates):
+        module = GraphModule(student, watch=hidden).to(worker.device)
+        teacher = Teacher(teacher_function(dense, (*outputs, *hidden), worker.device), worker.device)
+    train_on, held_out = split_held_out(data, training)
     if training.reinit != "none":
         reinitialize(module, student, training.seed)
-        module.to(place.device)
-    task = FinetuneTask(
-        module, teacher, dense, train_on, held, training, labels, outputs, hidden, mean_squares(said), place
-    )
+        module.to(worker.device)
+    scales = mean_squares(expected)
+    task = FinetuneTask(module, teacher, dense, train_on, held_out, training, labels, outputs, hidden, scales, worker)
     if training.reinit == "budget":
-        longer = dense.cost.macs / analyze(student, dense.dim_sizes).cost.macs
-        steps = round((training.steps or training.epochs * task.steps_per_epoch) * longer)
-        training = replace(training, steps=steps)
-        task = replace(task, training=training)
-    visits = (training.steps or training.epochs * task.steps_per_epoch) * training.batch
-    if training.uses_teacher and visits > data.samples:
+        macs_ratio = dense.cost.macs / analyze(student, dense.dim_sizes).cost.macs
+        task = replace(task, training=replace(training, steps=round(task.steps * macs_ratio)))
+    if task.training.uses_teacher and task.steps * training.batch > data.samples:
         teacher.fill_cache(data)
     return task
 
 
+def split_held_out(data: Calibration, training: TrainingOptions) -> tuple[Calibration, Calibration | None]:
+    """(data to train on, data to evaluate on); all of it to train on without early stopping."""
+    if not training.early_stop:
+        return data, None
+    samples = max(data.sample_axes.batch_size or 1, round(HELD_OUT_FRACTION * data.samples))
+    return hold_out(data, samples, training.seed)
+
+
+def check_float32(module: GraphModule, student: Model) -> None:
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for _, w in module.weights() if w.dtype != torch.float32})
+    if dtypes:
+        raise UserError(f"{student.path}: it has weights in {', '.join(dtypes)}: prune and train a float32 export")
+
+
 def loss_output_names(student: Model, training: TrainingOptions) -> tuple[str, ...]:
-    """The outputs that the loss looks at: those named, else the logits, for "mse" every float one."""
+    """The outputs that the loss compares: those named in the options, else the logits; for "mse" every float output."""
     floats = [spec.name for spec in student.outputs if spec.dtype.kind == "f"]
     unknown = [name for name in training.outputs if name not in floats]
     if unknown:
         raise UserError(f"{student.path}: it has no float output {unknown[0]}; there is {', '.join(floats)}")
     logits = [name for name in floats if "logit" in name.lower()]
-    found = training.outputs or (floats if training.loss == "mse" or len(floats) == 1 else logits)
-    if not found:
+    names = training.outputs or (floats if training.loss == "mse" or len(floats) == 1 else logits)
+    if not names:
         raise UserError(
-            f"{student.path}: which of {', '.join(floats) or 'no float outputs'} are logits? Name them (--output), or "
-            "give --loss mse"
+            f"{student.path}: which of {', '.join(floats) or 'no float outputs'} are logits? Name them "
+            "(--output-name), or give --loss mse"
         )
-    return tuple(found)
+    return tuple(names)
 
 
 def hidden_state_names(student: Model, dense: Analysis) -> tuple[str, ...]:
-    made = {str(v.name) for node in student.graph.graph for v in node.outputs}
-    return tuple(name for name in residual_values(dense) if name in made)
+    """Values of the residual stream that both models have."""
+    student_values = {str(v.name) for node in student.graph.graph for v in node.outputs}
+    return tuple(name for name in residual_values(dense) if name in student_values)
 
 
 def task_labels(training: TrainingOptions, labels: Path | AnyArray | None, data: Calibration) -> IntArray | None:
@@ -218,19 +241,20 @@ def task_labels(training: TrainingOptions, labels: Path | AnyArray | None, data:
 
 
 def check_same_interface(student: Model, dense: Model) -> None:
-    for what in ("inputs", "outputs"):
-        ours, theirs = ([spec.name for spec in getattr(model, what)] for model in (student, dense))
-        if ours != theirs:
+    """Raises UserError where inputs or outputs differ in name."""
+    for side in ("inputs", "outputs"):
+        names, dense_names = ([spec.name for spec in getattr(model, side)] for model in (student, dense))
+        if names != dense_names:
             raise UserError(
-                f"{student.path}: its {what} are {', '.join(ours)}, those of {dense.path} {', '.join(theirs)}: the "
-                "teacher is the model that was pruned"
+                f"{student.path}: its {side} are {', '.join(names)}, those of {dense.path} {', '.join(dense_names)}: "
+                "the teacher is the model that was pruned"
             )
 
 
-def check_worker(place: Worker, data: Calibration, training: TrainingOptions) -> None:
-    if training.sharded and place.world_size == 1:
+def check_worker(worker: Worker, data: Calibration, training: TrainingOptions) -> None:
+    if training.sharded and worker.world_size == 1:
         raise UserError("weights are sharded between processes, and this is one: start several with torchrun")
-    if place.world_size > 1 and data.sample_axes.batch_size:
+    if worker.world_size > 1 and data.sample_axes.batch_size:
         raise UserError(
             f"{data.source}: a model whose batch size is fixed at {data.sample_axes.batch_size} cannot share batches "
             "between processes: export it with a dynamic batch, or run one process"
@@ -241,25 +265,23 @@ def check_worker(place: Worker, data: Calibration, training: TrainingOptions) ->
 
 
 def run_training(
-    task: FinetuneTask, checkpoints: CheckpointFile | None, report: TrainingCallback | None
+    task: FinetuneTask, checkpoint_file: CheckpointFile | None, on_progress: TrainingCallback | None
 ) -> TrainingResult:
-    loss = distillation_loss(task.training, task.outputs, task.hidden, task.scales)
+    """Train the task's module in place: all of its weights, or adapters that are merged into them at the end."""
+    training = task.training
     evaluate = None
     if task.held_out is not None:
         expected = [select_outputs(task, task.teacher.run(feeds)) for feeds in task.held_out.batches()]
         evaluate = HeldOutDrift(task, expected)
-    training = task.training
     adapters = add_adapters(task.module, training.adapters, training.seed) if training.adapters else None
     trained = train(
         task.module,
-        loss,
+        distillation_loss(training, task.outputs, task.hidden, task.scales),
         task,
         training,
-        place=task.worker,
+        worker=task.worker,
         parameters=list(adapters.parameters()) if adapters is not None else None,
-        evaluate=evaluate,
-        checkpoints=checkpoints,
-        report=report,
+        hooks=TrainingHooks(evaluate, checkpoint_file, on_progress),
     )
     if adapters is not None:
         merge_adapters(task.module, adapters)
@@ -267,7 +289,7 @@ def run_training(
 
 
 def gather_task(task: FinetuneTask, student: Model) -> FinetuneTask:
-    """The task with a module that has all weights."""
+    """The task with a module that holds whole weights, gathered from all processes."""
     module = GraphModule(student, watch=task.hidden).to(task.worker.device)
     copy_gathered_weights(task.module, module)
     return replace(task, module=module)
@@ -275,68 +297,74 @@ def gather_task(task: FinetuneTask, student: Model) -> FinetuneTask:
 
 @dataclass(frozen=True)
 class HeldOutDrift:
-    """How far the outputs on the held-out data are from the teacher's."""
+    """Relative difference of a module's outputs from the teacher's on the held-out data."""
 
     task: FinetuneTask
     expected: Sequence[TeacherOutputs]
 
     def __call__(self, module: torch.nn.Module) -> float:
-        assert self.task.held_out is not None
-        found = [
-            select_outputs(self.task, module(self.task.to_tensors(feeds))) for feeds in self.task.held_out.batches()
-        ]
-        return relative_drift(found, self.expected)
+        task = self.task
+        assert task.held_out is not None
+        outputs = [select_outputs(task, module(task.to_tensors(feeds))) for feeds in task.held_out.batches()]
+        return relative_drift(outputs, self.expected)
 
 
-def select_outputs(task: FinetuneTask, found: TeacherOutputs) -> TeacherOutputs:
-    return {name: found[name] for name in task.outputs}
+def select_outputs(task: FinetuneTask, values: TeacherOutputs) -> TeacherOutputs:
+    return {name: values[name] for name in task.outputs}
 
 
-def write_verified(task: FinetuneTask, pruned: Path, target: Path) -> tuple[str, ...]:
-    """Write the weights; the file gets its name when onnxruntime says of it what the module says."""
-    temporary = target.with_name(f".{target.name}.unverified.onnx")
+def write_verified(task: FinetuneTask, pruned: Path, output: Path) -> tuple[str, ...]:
+    """Write the weights to a temporary file, and rename it into place once onnxruntime computes from it what the module
+    computes. Returns what was checked. Raises CheckFailed where they differ."""
+    temporary = output.with_name(f".{output.name}.unverified.onnx")
     try:
         save_graph_module(task.module, pruned, temporary)
         structure = check_structure(pruned, temporary)
-        feeds = [next((task.held_out or task.data).batches())]
-        with torch.no_grad():
-            said = task.module(task.to_tensors(feeds[0]))
-        names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
-        expected = {name: said[name].float().cpu().numpy() for name in names}
-        found = run_batches(temporary, feeds)[0]
-        for d in measure_differences(expected, {name: found[name] for name in names}):
-            if d.relative > max(
-                rounding_tolerance(task.dense.model), 1e-3 if task.worker.device.type != "cpu" else 0.0
-            ):
-                raise CheckFailed(
-                    f"output {d.output}: the written file differs from what was trained by {d.relative:.1e}"
-                )
-        rename_into_place(temporary, target)
+        check_outputs(task, temporary)
+        rename_into_place(temporary, output)
     finally:
         discard_model(temporary)
-    return (*structure, "the written file says what was trained")
+    return (*structure, "the written file computes what the trained module computes")
+
+
+def check_outputs(task: FinetuneTask, path: Path) -> None:
+    """Compare a file with the module on one batch."""
+    feeds = next((task.held_out or task.data).batches())
+    with torch.no_grad():
+        outputs = task.module(task.to_tensors(feeds))
+    names = [spec.name for spec in task.dense.model.outputs if spec.dtype.kind == "f"]
+    expected = {name: outputs[name].float().cpu().numpy() for name in names}
+    written = run_batches(path, [feeds])[0]
+    tolerance = rounding_tolerance(task.dense.model)
+    if task.worker.device.type != "cpu":
+        tolerance = max(tolerance, GPU_TOLERANCE)
+    for difference in measure_differences(expected, {name: written[name] for name in names}):
+        if difference.relative > tolerance:
+            raise CheckFailed(
+                f"output {difference.output}: the written file differs from the trained module by "
+                f"{difference.relative:.1e}"
+            )
 
 
 def measure_drift(
-    task: FinetuneTask, pruned: Path, target: Path
+    task: FinetuneTask, pruned: Path, output: Path
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
-    """The pruned and the tuned file against the teacher, on held-out data where there are any."""
+    """Differences of the pruned and of the finetuned file from the teacher, and what data they are measured on: the
+    held-out data where there is any."""
     batches: list[Feeds]
     if task.held_out is not None:
-        batches, compared = (
-            list(task.held_out.batches()),
-            f"{task.held_out.samples} samples of {task.held_out.source}, held out",
-        )
+        batches = list(task.held_out.batches())
+        compared = f"{task.held_out.samples} samples of {task.held_out.source}, held out"
     else:
         batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"
-    said = run_batches(task.dense.model.path, batches)
-    (_, before), (_, after) = (compare_models(said, path, None, batches) for path in (pruned, target))
+    expected = run_batches(task.dense.model.path, batches)
+    (_, before), (_, after) = (compare_models(expected, path, None, batches) for path in (pruned, output))
     return before, after, compared
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:
-    """What ``--json`` writes: an interface."""
+    """The content of ``--json``. Its keys are an interface."""
     trained = result.trained
     return {
         "snpc_finetune": 1,

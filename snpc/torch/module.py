@@ -7,6 +7,7 @@ of input shapes and kept, so that a step of training runs the layers only.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from snpc.errors import UserError
 from snpc.graph.shapes import attribute_values, opset_version
 from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.runtime.io.load import load
 from snpc.torch.operators import Implementation, OperatorCall, find_implementation
 from snpc.torch.operators.registry import Result, Tensor, to_tensor
 from snpc.torch.trainable_weights import find_ties, trainable_names
@@ -242,6 +244,12 @@ class GraphModule(torch.nn.Module):
             if name in fixed:
                 known[name] = self.value(name, values).detach()
         return Program(tuple(steps), known, integers)
+
+
+def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
+    """An ONNX file as a module with trainable weights. Raises UserError for an operator without a torch
+    implementation."""
+    return GraphModule(load(path), watch=watch)
 
 
 class ParameterNamespace(torch.nn.Module):

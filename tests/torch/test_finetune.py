@@ -25,7 +25,7 @@ import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
 from snpc.runtime.closed_form.stages import residual_values  # noqa: E402
-from snpc.torch import Batch, TrainingOptions  # noqa: E402
+from snpc.torch import Batch, TrainingHooks, TrainingOptions  # noqa: E402
 from snpc.torch.training.losses import cross_entropy, kl_divergence, relative_squared_error  # noqa: E402
 from snpc.torch.training.sampling import hold_out, sample_ids, shard_batches, shuffle_samples, skip_batches  # noqa: E402
 
@@ -39,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("pruned") / "half.onnx"
     analysis = snpc.analyze(snpc.load(VIT))
     scores = snpc.score(analysis, "magnitude")
-    snpc.apply_slice_plan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5)), target)
+    snpc.apply(snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5))), target)
     return target
 
 
@@ -166,7 +166,7 @@ def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
     assert len(names) == 8  # four layers, attention and feed-forward
     images = torch.from_numpy(np.load(CALIB)["image"][:2])
     for path in (VIT, pruned):
-        found = snpc.torch.load_graph_module(path, watch=names)({"image": images})
+        found = snpc.torch.load(path, watch=names)({"image": images})
         assert len({found[name].shape[-1] for name in names}) == 1
 
 
@@ -176,10 +176,10 @@ def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
 class Line:
     """y = 3 x + 1, in batches of four."""
 
-    per_epoch = 8
+    steps_per_epoch = 8
 
     def epoch(self, number: int, first: int) -> Any:
-        for k in range(first, self.per_epoch):
+        for k in range(first, self.steps_per_epoch):
             x = torch.randn(4, 1, generator=torch.Generator().manual_seed(100 * number + k))
             yield Batch({"x": x}, {"y": 3 * x + 1})
 
@@ -192,7 +192,7 @@ def test_the_loop_trains_any_module(tmp_path: Path) -> None:
     heard: list[snpc.torch.TrainingProgress] = []
     module = torch.nn.Linear(1, 1)
     training = TrainingOptions(steps=300, lr=0.1, decay=0.0)
-    trained = snpc.torch.train(module, gap, Line(), training, report=heard.append)
+    trained = snpc.torch.train(module, gap, Line(), training, hooks=TrainingHooks(on_progress=heard.append))
     assert module.weight.item() == pytest.approx(3, abs=1e-2) and module.bias.item() == pytest.approx(1, abs=1e-2)
     assert trained.steps == 300 == heard[-1].step and heard[-1].seconds_left == 0 and heard[0].seconds_left > 0
     assert heard[0].lr < max(h.lr for h in heard) == pytest.approx(0.1) and heard[-1].lr < 1e-3
@@ -209,7 +209,7 @@ def test_early_stopping_keeps_the_best_weights() -> None:
         return next(drifts)
 
     trained = snpc.torch.train(
-        module, gap, Line(), TrainingOptions(steps=50, early_stop=2, evaluate=5), evaluate=evaluate
+        module, gap, Line(), TrainingOptions(steps=50, early_stop=2, evaluate=5), hooks=TrainingHooks(evaluate=evaluate)
     )
     assert trained.steps == 15 and trained.drift == 3.0
     assert (seen[0] == first).all() and (module.weight == seen[1]).all() and not (seen[3] == seen[1]).all()
@@ -279,7 +279,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_path: Path, rng: random.Random) -> None:
     whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
     run("snpc.cli", *arguments(pruned, whole))
     more = ("--checkpoint", folder, "--checkpoint-every", 3, "--resume")
@@ -288,7 +289,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_pat
         while not (folder / "checkpoint.pt").is_file():
             assert victim.poll() is None
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.3))
         victim.send_signal(signal.SIGKILL)
     assert not resumed.exists() or victim.returncode == 0
     run("snpc.cli", *arguments(pruned, resumed, *more))
@@ -299,21 +300,22 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_pat
 def test_a_checkpoint_of_another_run_is_refused(pruned: Path, tmp_path: Path) -> None:
     saved = snpc.torch.CheckpointOptions(tmp_path / "state", every=1)
     training = TrainingOptions(steps=2, batch=16)
-    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training, saved=saved)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training, checkpoints=saved)
     with pytest.raises(UserError, match="--resume, or remove it"):
-        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, checkpoints=saved)
     again = snpc.torch.CheckpointOptions(tmp_path / "state", every=1, resume=True)
     with pytest.raises(UserError, match="other models, data or options"):
         snpc.torch.finetune(
-            pruned, VIT, data(), tmp_path / "b.onnx", training=TrainingOptions(steps=3, batch=16), saved=again
+            pruned, VIT, data(), tmp_path / "b.onnx", training=TrainingOptions(steps=3, batch=16), checkpoints=again
         )
-    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=again)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, checkpoints=again)
     assert same_weights(tmp_path / "a.onnx", tmp_path / "b.onnx")
     (tmp_path / "state" / "checkpoint.pt").write_bytes(b"no")
     with pytest.raises(UserError, match="not a checkpoint"):
-        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, saved=again)
+        snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, checkpoints=again)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
     run("snpc.cli", *arguments(pruned, one, "--batch", 15))
@@ -325,7 +327,8 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     assert moved > 0 and apart < 1e-3 * moved
 
 
-def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_path: Path, rng: random.Random) -> None:
     """With clipping, averages and early stopping; then once more, ended in the middle and taken up again."""
     one, two, again, state = (tmp_path / name for name in ("one.onnx", "two.onnx", "again.onnx", "state"))
     more = ("--early-stop", 9, "--evaluate", 3, "--lr", 1e-3, "--warmup", 2)
@@ -341,10 +344,10 @@ def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_pat
         while not (state / "checkpoint.pt").is_file():
             assert victim.poll() is None
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.3))
         victim.terminate()  # ends both processes with it
     held = torch.load(state / "checkpoint.pt", weights_only=True)["weights"]
-    assert [tuple(w.shape) for w in held] == [tuple(w.shape) for w in snpc.torch.load_graph_module(pruned).parameters()]
+    assert [tuple(w.shape) for w in held] == [tuple(w.shape) for w in snpc.torch.load(pruned).parameters()]
     run(*torchrun, *words)
     assert same_weights(two, again)
 
@@ -470,8 +473,8 @@ def test_adapters_begin_at_the_weights_and_resume(pruned: Path, tmp_path: Path) 
     saved = snpc.torch.CheckpointOptions(tmp_path / "state", every=2, resume=True)
     training = TrainingOptions(steps=4, batch=16, adapters=4)
     snpc.torch.finetune(pruned, VIT, data(), tmp_path / "a.onnx", training=training)
-    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, saved=saved)
-    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, saved=saved)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "b.onnx", training=training, checkpoints=saved)
+    snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, checkpoints=saved)
     assert same_weights(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert same_weights(tmp_path / "a.onnx", tmp_path / "c.onnx")
 

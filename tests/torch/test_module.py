@@ -41,7 +41,7 @@ def test_a_module_says_what_onnxruntime_says(name: str) -> None:
     taken = {i.name for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
     expected = dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in taken}), strict=True))
-    module = snpc.torch.load_graph_module(path)
+    module = snpc.torch.load(path)
     half = any(w.dtype == torch.float16 for _, w in module.weights())
     for _ in range(2):  # as it is recorded, and from what was kept
         found = module(feeds_of(name))
@@ -52,7 +52,7 @@ def test_a_module_says_what_onnxruntime_says(name: str) -> None:
 
 
 def test_other_sizes_are_other_programs() -> None:
-    module = snpc.torch.load_graph_module(export("bert__ts17"))
+    module = snpc.torch.load(export("bert__ts17"))
     feeds = feeds_of("bert__ts17")
     one = {k: v[:1, :5] for k, v in feeds.items()}
     session = ort.InferenceSession(export("bert__ts17"))
@@ -67,7 +67,7 @@ def test_other_sizes_are_other_programs() -> None:
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "t5_gated__ts17", "swin_timm__ts17"])
 def test_gradients_are_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TORCH_DTYPES, 1, torch.float64)  # a Cast to float stays as exact as the rest
-    module = snpc.torch.load_graph_module(export(name)).double()
+    module = snpc.torch.load(export(name)).double()
     feeds = {k: v.double() if v.is_floating_point() else v for k, v in feeds_of(name).items()}
     generator = torch.Generator().manual_seed(0)
     shapes = {k: v.shape for k, v in module(feeds).items() if v.is_floating_point()}
@@ -93,11 +93,11 @@ def test_gradients_are_finite_differences(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bert__dyn20", TIED])
 def test_weights_go_back_into_the_same_graph(name: str, tmp_path: Path) -> None:
     source, target = export(name), tmp_path / "tuned.onnx"
-    module = snpc.torch.load_graph_module(source)
+    module = snpc.torch.load(source)
     with torch.no_grad():
         for _, weight in module.weights():
             weight += 0.01 * torch.randn_like(weight)
-    snpc.torch.save_graph_module(module, source, target)
+    snpc.torch.save(module, source, target)
     before, after = onnx.load(source).graph, onnx.load(target).graph
     assert [n.SerializeToString() for n in before.node if n.op_type != "Constant"] == [
         n.SerializeToString() for n in after.node if n.op_type != "Constant"
@@ -115,7 +115,7 @@ def test_weights_go_back_into_the_same_graph(name: str, tmp_path: Path) -> None:
 
 def test_a_module_that_was_not_trained_writes_the_same_weights(tmp_path: Path) -> None:
     source, target = export("vit_timm__ts17"), tmp_path / "same.onnx"
-    snpc.torch.save_graph_module(snpc.torch.load_graph_module(source), source, target)
+    snpc.torch.save(snpc.torch.load(source), source, target)
     before = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(source).graph.initializer}
     after = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
     assert before.keys() == after.keys()
@@ -144,12 +144,12 @@ def tied_model(path: Path) -> Path:
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     source, target = tied_model(tmp_path / "tied.onnx"), tmp_path / "tuned.onnx"
-    module = snpc.torch.load_graph_module(source)
+    module = snpc.torch.load(source)
     assert [name for name, _ in module.weights()] == ["table"]
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
     module(torch.tensor([[1, 2, 3]])).square().mean().backward()
     optimiser.step()
-    snpc.torch.save_graph_module(module, source, target)
+    snpc.torch.save(module, source, target)
     found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
     old = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(source).graph.initializer}
     assert (found["table"] == found["head"].T).all()
@@ -157,7 +157,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 def test_parameters_have_the_names_of_the_file() -> None:
-    module = snpc.torch.load_graph_module(export("vit_timm__ts17"))
+    module = snpc.torch.load(export("vit_timm__ts17"))
     held = {t.name for t in onnx.load(export("vit_timm__ts17")).graph.initializer}
     names = {name for name, _ in module.named_parameters()}
     assert "blocks.0.norm1.weight" in names or names & held
@@ -167,7 +167,7 @@ def test_parameters_have_the_names_of_the_file() -> None:
 def test_masks_and_rotary_tables_do_not_train() -> None:
     model = onnx.load(export("llama__ts17"))
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    for name, weight in snpc.torch.load_graph_module(export("llama__ts17")).weights():
+    for name, weight in snpc.torch.load(export("llama__ts17")).weights():
         assert tuple(weight.shape) == shapes[name]
         assert weight.numel() > 1 and weight.detach().abs().max() < 1e3
 
@@ -183,7 +183,7 @@ def test_an_operator_without_an_implementation_is_named(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(model, tmp_path / "d.onnx")
     with pytest.raises(UserError, match=r"the_det: .*Det"):
-        snpc.torch.load_graph_module(tmp_path / "d.onnx")
+        snpc.torch.load(tmp_path / "d.onnx")
 
 
 # -- operators -------------------------------------------------------------------------------------------------------
@@ -263,9 +263,7 @@ def test_operators_that_no_export_has(case: Any, tmp_path: Path) -> None:
     (tmp_path / "node.onnx").write_bytes(node_model(op, inputs, outputs, opset, attrs))
     fed = {name: array for name, array in inputs.items() if array.size}
     expected = ort.InferenceSession(tmp_path / "node.onnx").run(None, fed)
-    found = snpc.torch.load_graph_module(tmp_path / "node.onnx")(
-        {name: torch.tensor(array) for name, array in fed.items()}
-    )
+    found = snpc.torch.load(tmp_path / "node.onnx")({name: torch.tensor(array) for name, array in fed.items()})
     rows = [slice(None)] * 2 if op != "ms.GroupQueryAttention" else [slice(0, 5), slice(0, 3)]  # past them: padding
     for value, array in zip(found.values(), expected, strict=True):
         for k, part in enumerate(rows if op == "ms.GroupQueryAttention" else [slice(None)]):
@@ -280,7 +278,7 @@ def test_operators_that_no_export_has(case: Any, tmp_path: Path) -> None:
 def test_a_compiled_module_says_the_same() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
-    module, feeds = snpc.torch.load_graph_module(export("vit_timm__ts17")), feeds_of("vit_timm__ts17")
+    module, feeds = snpc.torch.load(export("vit_timm__ts17")), feeds_of("vit_timm__ts17")
     expected = module(feeds)
     expected_loss = sum(v.square().mean() for v in expected.values())
     expected_loss.backward()
@@ -294,10 +292,10 @@ def test_a_compiled_module_says_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bert__dyn20", "t5_gated__ts17"])
 def test_bfloat16_stays_close(name: str) -> None:
-    module, feeds = snpc.torch.load_graph_module(export(name)), feeds_of(name)
+    module, feeds = snpc.torch.load(export(name)), feeds_of(name)
     expected = module(feeds)
     with torch.autocast("cpu", torch.bfloat16):
-        fresh = snpc.torch.load_graph_module(export(name))
+        fresh = snpc.torch.load(export(name))
         for found in (module(feeds), fresh(feeds), fresh(feeds)):  # what is kept must not be rounded either
             for key, value in expected.items():
                 gap = (found[key].float() - value).square().mean().sqrt() / value.square().mean().sqrt()
@@ -308,7 +306,7 @@ def test_bfloat16_stays_close(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bert__dyn20", "swin_timm__ts17"])
 def test_a_gpu_says_the_same(name: str) -> None:
-    module, feeds = snpc.torch.load_graph_module(export(name)), feeds_of(name)
+    module, feeds = snpc.torch.load(export(name)), feeds_of(name)
     expected = module(feeds)
     module.to("cuda")
     for _ in range(2):

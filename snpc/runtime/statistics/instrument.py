@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.builder import add_constant, copy_node, make_node
 from snpc.graph.shapes import attribute_values
 from snpc.ops import names as op
 from snpc.ops.attention import ATTENTION_FORMS, AttentionForm
@@ -42,19 +43,13 @@ class Instrument:
 
     def node(self, name: str, inputs: Sequence[ir.Value], **attrs: int | list[int]) -> ir.Value:
         self.count += 1
-        node = ir.node(name, inputs, attributes=attrs or None, name=f"snpc_measure_{self.count}")
-        value: ir.Value = node.outputs[0]
-        value.name = f"snpc_measure_{self.count}_out"
+        node = make_node(name, inputs, attrs, name=f"snpc_measure_{self.count}")
         self.model.graph.append(node)
-        return value
+        return node.outputs[0]
 
     def constant(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
         self.count += 1
-        name = f"snpc_measure_{self.count}"
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
-        self.model.graph.register_initializer(value)
-        return value
+        return add_constant(self.model.graph, array, f"snpc_measure_{self.count}")
 
     def ints(self, numbers: Iterable[int]) -> ir.Value:
         return self.constant(np.asarray(list(numbers), np.int64))
@@ -291,17 +286,11 @@ class Instrument:
             op.GATHER, [self.cast_float32(self.activation(probe.tensor)), self.ints(order.tolist())], axis=1
         )
         picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
-        kept = [a for a in window.attributes.values() if a.name != "group"]
         self.count += 1
-        node = ir.Node(
-            window.domain,
-            window.op_type,
-            [value, self.constant(picks)],
-            [*kept, ir.AttrInt64("group", len(order))],
-            num_outputs=1,
-            name=f"snpc_measure_{self.count}",
-        )
-        node.outputs[0].name = f"{node.name}_out"
+        inputs = [value, self.constant(picks)]
+        name = f"snpc_measure_{self.count}"
+        node = copy_node(window, inputs, name=name, outputs=[f"{name}_out"])
+        node.attributes["group"] = ir.AttrInt64("group", len(order))
         self.model.graph.append(node)
         flat = self.reshape(node.outputs[0], 0, len(order) * taps, -1)
         return self.transpose(flat, 0, 2, 1)

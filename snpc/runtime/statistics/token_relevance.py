@@ -50,7 +50,7 @@ def measure_token_relevance(
     probed.graph.outputs.extend(values[str(value.name)] for value in downstream)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with temporary_session(probed, execution=execution, optimise="basic", memory="least") as run:
+    with temporary_session(probed, execution=execution, optimization="basic", memory="least") as run:
         for feeds in itertools.islice(single_samples(model, batches), RELEVANCE_SAMPLES):
             facts = infer_graph(model, feed_dim_sizes(model, feeds))
             contents = dict(zip(downstream, run(feeds).values(), strict=True))

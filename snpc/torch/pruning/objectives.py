@@ -1,4 +1,4 @@
-"""What an adaptive schedule keeps: how far the outputs may drift, or how many right answers may be lost."""
+"""Objectives of an adaptive schedule: how far the outputs may drift, or how many correct answers may be lost."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from snpc.torch.training.checkpoints import run_fingerprint
 
 
 class PruningObjective(Protocol):
-    """Something that grows as a model gets worse, and how far it may."""
+    """A value that grows as a model gets worse, and its limit."""
 
     @property
     def limit(self) -> float: ...
 
     @property
     def fingerprint(self) -> str:
-        """Names all that decides what it says."""
+        """Identifies all that decides the value."""
 
-    def measure(self, tuned: FinetuneResult) -> float: ...
+    def measure(self, result: FinetuneResult) -> float: ...
 
     def __str__(self) -> str:
         """Completes "no cut keeps ..."."""
@@ -44,8 +44,8 @@ class DriftLimit:
     def fingerprint(self) -> str:
         return f"drift {self.limit!r}"
 
-    def measure(self, tuned: FinetuneResult) -> float:
-        return max_output_drift(tuned)
+    def measure(self, result: FinetuneResult) -> float:
+        return max_output_drift(result)
 
     def __str__(self) -> str:
         return f"the drift within {self.limit:g}"
@@ -53,7 +53,7 @@ class DriftLimit:
 
 @dataclass(frozen=True)
 class AccuracyDrop:
-    """Of the labels of ``evaluation``, a share of at most ``limit`` is lost against ``dense``, as `snpc sweep` judges.
+    """The accuracy on ``evaluation`` stays within ``limit`` of that of ``dense``, measured as `snpc sweep` does.
 
     Raises UserError for less than 0, and without labels.
     """
@@ -76,21 +76,22 @@ class AccuracyDrop:
     def fingerprint(self) -> str:
         labels = self.evaluation.labels
         assert labels is not None
-        said = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
-        return run_fingerprint(self.evaluation.data, self.limit, said)
+        label_digest = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
+        return run_fingerprint(self.evaluation.data, self.limit, label_digest)
 
     def accuracy(self, path: Path) -> float:
-        found = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
-        assert found is not None
-        return found
+        """The share of correct answers of a file."""
+        accuracy = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
+        assert accuracy is not None
+        return accuracy
 
-    def measure(self, tuned: FinetuneResult) -> float:
-        return self.dense_accuracy - self.accuracy(tuned.path)
+    def measure(self, result: FinetuneResult) -> float:
+        return self.dense_accuracy - self.accuracy(result.path)
 
     def __str__(self) -> str:
         return f"the accuracy within {self.limit:g} of the dense model's {self.dense_accuracy:.4g}"
 
 
-def max_output_drift(tuned: FinetuneResult) -> float:
-    """The largest of the outputs, relative."""
-    return max(d.relative for d in tuned.after)
+def max_output_drift(result: FinetuneResult) -> float:
+    """The largest relative difference of an output from the dense model's, after training."""
+    return max(difference.relative for difference in result.after)

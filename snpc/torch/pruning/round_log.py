@@ -1,4 +1,4 @@
-"""The rounds of a schedule, kept in a folder together with what they made, so that a run that was killed goes on."""
+"""The log of a schedule's rounds, in a folder beside the models that they made, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from snpc.torch.training.checkpoints import (
 ROUND_LOG_FILE = "rounds.json"
 
 
+NO_CHECKPOINTS = 1 << 30  # steps between checkpoints, of a run that is not resumed
+
+
 @dataclass(frozen=True)
 class PruningRound:
-    """``macs``: share of the dense MACs that was cut to; ``drift``: of the outputs after training, relative; ``kept``:
-    did the objective hold, so that the next round went on from here? ``lost``: accuracy lost, as a share of the
-    samples, where that is the objective."""
+    """``macs``: the share of the dense MACs that the round pruned to. ``drift``: largest relative difference of the
+    outputs after training. ``kept``: whether the objective held, so that the next round began with this model.
+    ``lost``: accuracy lost, as a share of the samples, where that is the objective."""
 
     macs: float
     drift: float
@@ -36,65 +39,67 @@ class PruningRound:
 
 @dataclass
 class RoundLog:
-    """``rounds`` that are done, of the run that ``run`` names. Each has a cut model, a tuned one, and while it lasts
-    the state of its training."""
+    """The ``rounds`` that are done, of the run that ``run_id`` names. A round has a pruned and a finetuned model, and
+    checkpoints while it trains."""
 
     folder: Path
     run_id: str
     checkpoint_every: int
     rounds: list[PruningRound] = field(default_factory=list)
 
-    def pruned_model(self, turn: int) -> Path:
-        return self.folder / f"cut{turn}.onnx"
+    def pruned_model(self, number: int) -> Path:
+        return self.folder / f"cut{number}.onnx"
 
-    def finetuned_model(self, turn: int) -> Path:
-        return self.folder / f"tuned{turn}.onnx"
+    def finetuned_model(self, number: int) -> Path:
+        return self.folder / f"tuned{number}.onnx"
 
-    def checkpoint_options(self, turn: int) -> CheckpointOptions:
-        return CheckpointOptions(self.folder / f"training{turn}", self.checkpoint_every, resume=True)
+    def checkpoint_options(self, number: int) -> CheckpointOptions:
+        return CheckpointOptions(self.folder / f"training{number}", self.checkpoint_every, resume=True)
 
     def write(self) -> None:
         with atomic_write(self.folder / ROUND_LOG_FILE) as temporary:
             temporary.write_text(json.dumps({"run": self.run_id, "rounds": [asdict(r) for r in self.rounds]}))
 
-    def add(self, found: PruningRound) -> None:
-        """Note a round, then remove what nothing needs any more."""
-        before = max((k for k, r in enumerate(self.rounds, 1) if r.kept), default=None)
-        self.rounds.append(found)
-        turn = len(self.rounds)
+    def add(self, pruning_round: PruningRound) -> None:
+        """Log a round, then remove the files that no later round needs."""
+        last_kept = max((k for k, r in enumerate(self.rounds, 1) if r.kept), default=None)
+        self.rounds.append(pruning_round)
+        number = len(self.rounds)
         self.write()
-        discard_model(self.pruned_model(turn))
-        shutil.rmtree(self.checkpoint_options(turn).folder, ignore_errors=True)
-        if not found.kept:
-            discard_model(self.finetuned_model(turn))
-        elif before is not None:
-            discard_model(self.finetuned_model(before))
+        discard_model(self.pruned_model(number))
+        shutil.rmtree(self.checkpoint_options(number).folder, ignore_errors=True)
+        if not pruning_round.kept:
+            discard_model(self.finetuned_model(number))
+        elif last_kept is not None:
+            discard_model(self.finetuned_model(last_kept))
 
 
 @contextmanager
-def open_round_log(saved: CheckpointOptions | None, run: str) -> Iterator[RoundLog]:
-    """The journal of a run in its folder, or in one that goes when the block ends. Raises UserError for one that is
-    there and was not asked for, or of another run."""
-    if saved is None:
+def open_round_log(options: CheckpointOptions | None, run_id: str) -> Iterator[RoundLog]:
+    """The log of a run in its checkpoint folder; without options, in a folder that is removed when the block ends.
+
+    Raises UserError for a log that exists and ``resume`` is not set, and for that of another run.
+    """
+    if options is None:
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            yield RoundLog(Path(folder), run, 1 << 30)
+            yield RoundLog(Path(folder), run_id, NO_CHECKPOINTS)
         return
-    make_checkpoint_folder(saved)
-    path = saved.folder / ROUND_LOG_FILE
-    noted = read_rounds(path, run, saved.resume) if path.is_file() else []
-    found = RoundLog(saved.folder, run, saved.every, noted)
-    found.write()  # before the first round, so that another run is refused from the start
-    yield found
+    make_checkpoint_folder(options)
+    path = options.folder / ROUND_LOG_FILE
+    rounds = read_rounds(path, run_id, options.resume) if path.is_file() else []
+    log = RoundLog(options.folder, run_id, options.every, rounds)
+    log.write()  # before the first round, so that another run is refused from the start
+    yield log
 
 
-def read_rounds(path: Path, run: str, resume: bool) -> list[PruningRound]:
+def read_rounds(path: Path, run_id: str, resume: bool) -> list[PruningRound]:
     if not resume:
         raise unexpected_checkpoint_error(path)
     try:
-        found = json.loads(path.read_text())
-        rounds = [PruningRound(**r) for r in found["rounds"]]
+        content = json.loads(path.read_text())
+        rounds = [PruningRound(**r) for r in content["rounds"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise invalid_checkpoint_error(path, error) from None
-    if found.get("run") != run:
+    if content.get("run") != run_id:
         raise other_run_error(path)
     return rounds

@@ -1,4 +1,4 @@
-"""Prune in rounds with training between them: by a fixed schedule, or as far as an objective holds."""
+"""Pruning in rounds with training between them: along a fixed schedule, or for as long as an objective holds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
+from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import plan
-from snpc.pipeline.prune import apply_slice_plan
-from snpc.planning.config import Budget, parse_target
+from snpc.planning.config import Budget, ResourceTarget, parse_target
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
@@ -23,180 +23,194 @@ from snpc.torch.pruning.round_log import PruningRound, RoundLog, open_round_log
 from snpc.torch.training.checkpoints import CheckpointOptions, run_fingerprint
 from snpc.torch.training.options import TrainingOptions
 
-MIN_STEP_DIVISOR = 8  # an adaptive step is halved down to this part of the first one
+DEFAULT_TRAINING = TrainingOptions()
+MIN_STEP_DIVISOR = 8  # an adaptive step is halved at most down to the first step divided by this
 
 RoundCallback = Callable[[PruningRound], None]
 
 
 @dataclass(frozen=True)
-class UnitSelection:
-    """How units are chosen in every round: see ``plan``."""
+class Rounds:
+    """How a model is pruned in ``count`` rounds, with ``training`` after each.
 
+    ``target``: the share of the dense MACs to reach, "macs=R" or parsed. ``method`` and ``criterion``: how every round
+    selects units, see ``snpc.plan``. ``checkpoints``: where the state is kept, so that a run that was killed can be
+    resumed. Raises UserError for other targets, and for fewer than one round.
+    """
+
+    target: ResourceTarget | str
+    count: int = 4
     method: PruningMethod | None = None
     criterion: str | None = None
+    training: TrainingOptions = DEFAULT_TRAINING
+    checkpoints: CheckpointOptions | None = None
+
+    def __post_init__(self) -> None:
+        target = parse_target(self.target) if isinstance(self.target, str) else self.target
+        object.__setattr__(self, "target", target)
+        if target.kind != "macs":
+            raise UserError(f"schedules prune MACs, not {target.kind}: give macs=R")
+        if self.count < 1:
+            raise UserError(f"rounds {self.count}: must be at least 1")
+
+    @property
+    def macs_share(self) -> float:
+        """The share of the dense MACs to reach."""
+        assert isinstance(self.target, ResourceTarget)  # __post_init__ has parsed it
+        return self.target.share
+
+    def fingerprint_parts(self) -> tuple[object, ...]:
+        """All of it that decides the result."""
+        return (self.target, self.count, self.method, self.criterion, self.training)
 
 
 def cubic_schedule(share: float, rounds: int) -> list[float]:
-    """What is left of the MACs after each round: s_t = s_f + (s_i - s_f) (1 - t / n)^3 with s the share that is gone,
-    from none (Zhu and Gupta 2017, arXiv 1710.01878, eq. 1)."""
+    """The share of the MACs that is left after each round: s_t = s_f + (s_i - s_f) (1 - t / n)^3 with s the share that
+    is removed, none at first (Zhu and Gupta 2017, arXiv 1710.01878, eq. 1)."""
     return [1 - (1 - share) * (1 - (1 - t / rounds) ** 3) for t in range(1, rounds + 1)]
 
 
 def prune_in_rounds(
     source: Path,
     data: Calibration,
-    target: Path,
+    output: Path,
+    rounds: Rounds,
     *,
-    goal: str,
-    rounds: int = 4,
-    way: UnitSelection | None = None,
-    training: TrainingOptions | None = None,
-    saved: CheckpointOptions | None = None,
-    heard: RoundCallback | None = None,
+    on_round: RoundCallback | None = None,
 ) -> list[PruningRound]:
-    """Cut to ``goal`` ("macs=R") along the cubic schedule, ``training`` after each round, and write the last model."""
-    share = target_macs(source, target, goal, rounds)
-    options = (source, data, way or UnitSelection(), training or TrainingOptions())
-    with round_runner(*options, None, saved, ("cubic", goal, rounds), heard) as work:
-        for left in cubic_schedule(share, rounds):
-            work.run_round(left)
-        copy_into_place(work.current_model, target)
-        return work.log.rounds
+    """Prune ``source`` to ``rounds.target`` along the cubic schedule, and write the model of the last round."""
+    check_output(source, output)
+    with open_runner(source, data, rounds, None, "cubic") as runner:
+        for macs_share in cubic_schedule(rounds.macs_share, rounds.count):
+            report_round(on_round, runner.run_round(macs_share))
+        copy_into_place(runner.current_model, output)
+        return runner.log.rounds
 
 
 def prune_adaptively(
     source: Path,
     data: Calibration,
-    target: Path,
-    *,
-    goal: str,
+    output: Path,
+    rounds: Rounds,
     objective: PruningObjective,
-    rounds: int = 4,
-    way: UnitSelection | None = None,
-    training: TrainingOptions | None = None,
-    saved: CheckpointOptions | None = None,
-    heard: RoundCallback | None = None,
+    *,
+    on_round: RoundCallback | None = None,
 ) -> list[PruningRound]:
-    """Cut by equal steps towards ``goal`` ("macs=R") for as long as ``objective`` holds after training; where it does
-    not, go back to the model before and take half the step, down to an eighth (after AAP, Zhao et al. 2022, arXiv
-    2201.10520: prune, test, roll back and tighten).
+    """Prune by equal steps towards ``rounds.target`` for as long as ``objective`` holds after training. Where it does
+    not, go back to the model before and halve the step, down to an eighth of the first (after AAP, Zhao et al. 2022,
+    arXiv 2201.10520: prune, test, roll back and tighten).
 
-    Writes the narrowest model that held. Raises UserError where not even the smallest step did.
+    ``rounds.count`` steps would reach the target. Writes the smallest model that held. Raises UserError where not even
+    the smallest step did.
     """
-    share = target_macs(source, target, goal, rounds)
-    options = (source, data, way or UnitSelection(), training or TrainingOptions())
-    with round_runner(*options, objective, saved, ("adaptive", goal, rounds), heard) as work:
-        left, step = 1.0, (1 - share) / rounds
-        smallest = step / MIN_STEP_DIVISOR
-        while left > share + 1e-9 and step >= smallest * (1 - 1e-9):
-            aim = max(share, left - step)
-            if work.run_round(aim).kept:
-                left = aim
+    check_output(source, output)
+    with open_runner(source, data, rounds, objective, "adaptive") as runner:
+        macs_share, step = 1.0, (1 - rounds.macs_share) / rounds.count
+        min_step = step / MIN_STEP_DIVISOR
+        while macs_share > rounds.macs_share + 1e-9 and step >= min_step * (1 - 1e-9):
+            attempted = max(rounds.macs_share, macs_share - step)
+            pruning_round = runner.run_round(attempted)
+            report_round(on_round, pruning_round)
+            if pruning_round.kept:
+                macs_share = attempted
             else:
                 step /= 2
-        if work.current_model == source:
+        if runner.current_model == source:
             raise UserError(f"{source}: no cut keeps {objective}: allow more, or train longer")
-        copy_into_place(work.current_model, target)
-        return work.log.rounds
+        copy_into_place(runner.current_model, output)
+        return runner.log.rounds
+
+
+def report_round(on_round: RoundCallback | None, pruning_round: PruningRound) -> None:
+    if on_round is not None:
+        on_round(pruning_round)
 
 
 @contextmanager
-def round_runner(
-    source: Path,
-    data: Calibration,
-    way: UnitSelection,
-    training: TrainingOptions,
-    objective: PruningObjective | None,
-    saved: CheckpointOptions | None,
-    schedule: tuple[object, ...],
-    heard: RoundCallback | None,
+def open_runner(
+    source: Path, data: Calibration, rounds: Rounds, objective: PruningObjective | None, schedule: str
 ) -> Iterator[RoundRunner]:
+    """A runner whose log is that of this run: of the same model, data, rounds, objective and schedule."""
     dense = analyze(load(source))
-    key = None if objective is None else objective.fingerprint
-    run = run_fingerprint(data, dense.model.digest, way, training, schedule, key)
-    with open_round_log(saved, run) as notes:
-        yield RoundRunner(dense, data, way, training, objective, notes, heard or (lambda found: None))
+    objective_fingerprint = None if objective is None else objective.fingerprint
+    run_id = run_fingerprint(data, dense.model.digest, *rounds.fingerprint_parts(), schedule, objective_fingerprint)
+    with open_round_log(rounds.checkpoints, run_id) as log:
+        yield RoundRunner(dense, data, rounds, objective, log)
 
 
 @dataclass
 class RoundRunner:
-    """The model so far (``here``) and what rounds are made with. Rounds that the journal has are not made again."""
+    """Runs rounds one after the other, each from the model of the last one that was kept (``current_model``). Rounds
+    that the log has already are not run again."""
 
     dense: Analysis
     data: Calibration
-    selection: UnitSelection
-    training: TrainingOptions
+    rounds: Rounds
     objective: PruningObjective | None
     log: RoundLog
-    on_round: RoundCallback
     number: int = 0
 
     def __post_init__(self) -> None:
         self.current_model = self.dense.model.path
 
-    def run_round(self, left: float) -> PruningRound:
-        """Cut ``here`` to ``left`` of the dense MACs, train, and go on from there if the objective holds."""
+    def run_round(self, macs_share: float) -> PruningRound:
+        """Prune to ``macs_share`` of the dense MACs, train, and keep the result if the objective holds."""
         self.number += 1
         if self.number > len(self.log.rounds):
-            self.log.add(self.prune_and_train(left))
-        found = self.log.rounds[self.number - 1]
-        if found.kept:
+            self.log.add(self.prune_and_train(macs_share))
+        pruning_round = self.log.rounds[self.number - 1]
+        if pruning_round.kept:
             self.current_model = self.log.finetuned_model(self.number)
-        self.on_round(found)
-        return found
+        return pruning_round
 
-    def prune_and_train(self, left: float) -> PruningRound:
-        cut = self.log.pruned_model(self.number)
-        if not cut.is_file():
-            self.prune(left, cut)
-        saved = self.log.checkpoint_options(self.number)
-        tuned = finetune(
-            cut,
+    def prune_and_train(self, macs_share: float) -> PruningRound:
+        pruned = self.log.pruned_model(self.number)
+        if not pruned.is_file():
+            self.prune(macs_share, pruned)
+        result = finetune(
+            pruned,
             self.dense.model.path,
             self.data,
             self.log.finetuned_model(self.number),
-            training=self.training,
-            saved=saved,
+            training=self.rounds.training,
+            checkpoints=self.log.checkpoint_options(self.number),
         )
-        if tuned is None:
+        if result is None:
             raise UserError("pruning in rounds takes one process")
+        drift = max_output_drift(result)
         if self.objective is None:
-            return PruningRound(left, max_output_drift(tuned), kept=True)
-        value = self.objective.measure(tuned)
-        lost = value if isinstance(self.objective, AccuracyDrop) else None
-        return PruningRound(left, max_output_drift(tuned), value <= self.objective.limit, lost)
+            return PruningRound(macs_share, drift, kept=True)
+        value = self.objective.measure(result)
+        accuracy_drop = value if isinstance(self.objective, AccuracyDrop) else None
+        return PruningRound(macs_share, drift, value <= self.objective.limit, accuracy_drop)
 
-    def prune(self, left: float, target: Path) -> None:
+    def prune(self, macs_share: float, output: Path) -> None:
+        """Prune ``current_model`` to ``macs_share`` of the dense MACs."""
         analysis = analyze(load(self.current_model), self.dense.dim_sizes)
-        share = min(1.0, left * self.dense.cost.macs / analysis.cost.macs)
-        found = plan(
+        share = min(1.0, macs_share * self.dense.cost.macs / analysis.cost.macs)
+        pruning_plan = plan(
             analysis,
-            Budget(target=f"macs={share!r}"),
-            calibration=self.data,
-            method=self.selection.method,
-            criterion=self.selection.criterion,
+            Budget(target=ResourceTarget("macs", share)),
+            self.data,
+            method=self.rounds.method,
+            criterion=self.rounds.criterion,
         )
-        apply_slice_plan(found.slices, target, compression=found.closed_forms, calibration=self.data)
+        apply(pruning_plan, output)
 
 
-def target_macs(source: Path, target: Path, goal: str, rounds: int) -> float:
-    for path in (target, external_data_path(target)):
+def check_output(source: Path, output: Path) -> None:
+    """Raises UserError where the output cannot be written, or would overwrite the source."""
+    for path in (output, external_data_path(output)):
         check_target(path, *model_files(source))
-    parsed = parse_target(goal)
-    if parsed.kind != "macs":
-        raise UserError(f"target {goal!r}: schedules cut MACs: give macs=R")
-    if rounds < 1:
-        raise UserError(f"rounds {rounds}: must be at least 1")
-    return parsed.share
 
 
-def copy_into_place(path: Path, target: Path) -> None:
-    """Copy to beside the target, and give the copy its name."""
-    temporary = target.with_name(f".{target.name}.unverified.onnx")
+def copy_into_place(model: Path, output: Path) -> None:
+    """Copy a model beside ``output``, then rename the copy into place."""
+    temporary = output.with_name(f".{output.name}.unverified.onnx")
     try:
-        shutil.copyfile(path, temporary)
-        if external_data_path(path).is_file():
-            shutil.copyfile(external_data_path(path), external_data_path(temporary))
-        rename_into_place(temporary, target)
+        shutil.copyfile(model, temporary)
+        if external_data_path(model).is_file():
+            shutil.copyfile(external_data_path(model), external_data_path(temporary))
+        rename_into_place(temporary, output)
     finally:
         discard_model(temporary)

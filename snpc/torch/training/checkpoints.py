@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run in one file, replaced in one go, so that a kill at any moment leaves a whole one."""
+"""Checkpoints: the state of a run in one file, replaced atomically, so that a kill leaves a whole one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CHECKPOINT_FILE = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Where checkpoints go, one ``every`` so many steps: ``resume`` goes on from the one in ``folder``, if there is
-    one."""
+    """Write a checkpoint into ``folder`` after every ``every`` steps; ``resume``: begin with the one that is there, if
+    there is one."""
 
     folder: Path
     every: int = 50
@@ -31,8 +31,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """Checkpoints in ``folder``, one ``every`` so many steps. ``run`` names all that decides the result: a checkpoint
-    of another run is refused."""
+    """The checkpoint in ``folder``, written after every ``every`` steps. ``run_id`` is the fingerprint of all that
+    decides the result: a checkpoint of another run is refused."""
 
     folder: Path
     run_id: str
@@ -47,38 +47,38 @@ class CheckpointFile:
             torch.save({"run": self.run_id, **state}, temporary)
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
-        """What was saved, None if nothing was. Raises UserError for a file that is broken or of another run."""
+        """The saved state, None if there is none. Raises UserError for a file that is broken or of another run."""
         if not self.path.is_file():
             return None
         try:
-            found: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise invalid_checkpoint_error(self.path, error) from None
-        if found.get("run") != self.run_id:
+        if state.get("run") != self.run_id:
             raise other_run_error(self.path)
-        return found
+        return state
 
 
-def open_checkpoint(saved: CheckpointOptions, run: str) -> CheckpointFile:
-    """Checkpoints in a folder, which is made. Raises UserError where one is there that was not asked for."""
-    make_checkpoint_folder(saved)
-    found = CheckpointFile(saved.folder, run, saved.every)
-    if found.path.is_file() and not saved.resume:
-        raise unexpected_checkpoint_error(found.path)
-    return found
+def open_checkpoint(options: CheckpointOptions, run_id: str) -> CheckpointFile:
+    """The checkpoint file of a run; its folder is made. Raises UserError where one exists and ``resume`` is not set."""
+    make_checkpoint_folder(options)
+    file = CheckpointFile(options.folder, run_id, options.every)
+    if file.path.is_file() and not options.resume:
+        raise unexpected_checkpoint_error(file.path)
+    return file
 
 
-def make_checkpoint_folder(saved: CheckpointOptions) -> None:
-    if saved.every < 1:
-        raise UserError(f"checkpoint every {saved.every} steps: must be at least 1")
+def make_checkpoint_folder(options: CheckpointOptions) -> None:
+    if options.every < 1:
+        raise UserError(f"checkpoint every {options.every} steps: must be at least 1")
     try:
-        saved.folder.mkdir(parents=True, exist_ok=True)
+        options.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{saved.folder}: cannot make this folder for checkpoints ({error.strerror})") from None
+        raise UserError(f"{options.folder}: cannot make this folder for checkpoints ({error.strerror})") from None
 
 
 def run_fingerprint(data: Calibration, *parts: object) -> str:
-    """Names a run by all that decides its result: which samples of ``data``, and ``parts``, which say what they are."""
+    """A digest of all that decides a run's result: which samples of ``data``, and ``parts`` by their repr."""
     ids = np.concatenate(sample_ids(data))
     return hashlib.sha256(repr((data.source, *parts)).encode() + ids.tobytes()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Where a run computes: one process, or several started by torchrun, which share each batch (torch's DDP)."""
+"""The process that a run computes in: a single one, or one of several that torchrun started (torch's DDP)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Worker:
-    """A process's device, its number and how many there are. Number 0 writes and reports."""
+    """A process: its device, its rank and how many processes there are. The one of rank 0 writes and reports."""
 
     device: torch.device
     rank: int = 0
@@ -26,28 +26,30 @@ class Worker:
 
 @contextmanager
 def distributed_worker() -> Iterator[Worker]:
-    """The place of this process: a GPU of its own where there are any, else the CPU. Under torchrun (it sets
-    WORLD_SIZE) the processes find each other, by NCCL on GPUs and gloo on CPUs; a group that is there already is used
-    as it is."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    """This process as a worker, on a GPU of its own where there are any, else on the CPU.
+
+    Under torchrun (it sets WORLD_SIZE) the processes form a group, with NCCL on GPUs and gloo on CPUs. A group that
+    exists already is used and left as it is.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if world == 1:
+    if world_size == 1:
         yield Worker(device)
         return
-    ours = not dist.is_initialized()
-    if ours:
+    creates_group = not dist.is_initialized()
+    if creates_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Worker(device, rank, world)
+        yield Worker(device, rank, world_size)
     finally:
-        if ours:
+        if creates_group:
             dist.destroy_process_group()
 
 
-def wait_for_workers(place: Worker) -> None:
-    """Wait until every process is here."""
-    if place.world_size > 1:
+def wait_for_workers(worker: Worker) -> None:
+    """Return once every process has called this."""
+    if worker.world_size > 1:
         dist.barrier()

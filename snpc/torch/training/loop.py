@@ -1,7 +1,7 @@
 """The training loop: a module, a loss, batches and a number of steps. It knows nothing of pruning or teachers.
 
-Every step is a function of the weights, the optimiser's state, the step's number and the seed, so that a run that was
-killed goes on from its last checkpoint to the same weights, bit for bit (on a CPU; GPUs add in varying order).
+Every step is a function of the weights, the optimizer's state, the step's number and the seed. A run that was killed
+therefore resumes from its last checkpoint to the same weights, bit for bit on a CPU (GPUs add in varying order).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from snpc.torch.training.fsdp import gather_tensors, local_shard, shard_module, 
 from snpc.torch.training.losses import Batch, LossFunction
 from snpc.torch.training.options import TrainingCallback, TrainingOptions, TrainingProgress
 
-LOSS_SMOOTHING = 0.9  # of the loss that is shown
+LOSS_SMOOTHING = 0.9  # decay of the moving average that progress shows
 
 
 class BatchSource(Protocol):
-    """A training set. ``epoch`` gives the same batches for the same number each time, from batch ``first`` on."""
+    """A training set. ``epoch`` gives the batches of epoch ``number`` from batch ``first`` on, always the same ones."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -37,8 +37,11 @@ class BatchSource(Protocol):
 
 @dataclass
 class TrainingState:
-    """The state of a run between two steps, all that a checkpoint holds. ``average`` and ``best``: tensors beside the
-    parameters, in their order; empty where there are none."""
+    """The state of a run between two steps: all that a checkpoint holds.
+
+    ``ema_weights`` (the moving average) and ``best_weights`` are in the order of ``parameters``, and empty where the
+    run keeps none. ``best_drift`` is the lowest value of the evaluations.
+    """
 
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -47,10 +50,9 @@ class TrainingState:
     best_weights: list[torch.Tensor] = field(default_factory=list)
     best_drift: float = math.inf
     evaluations_since_best: int = 0
-    """Evaluations since the best one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Of whole tensors, however many processes share them: all of them have to ask."""
+        """Whole tensors, gathered from all processes: every process has to call this. The keys are a file format."""
         return {
             "step": self.step,
             "weights": gather_tensors([p.detach() for p in self.parameters]),
@@ -75,7 +77,7 @@ class TrainingState:
 
 
 class LossModule(torch.nn.Module):
-    """A module together with its loss: what DistributedDataParallel wraps, so that it sees what the gradient is of."""
+    """A module together with its loss: DistributedDataParallel wraps it, and sees the value to differentiate."""
 
     def __init__(self, module: torch.nn.Module, loss: LossFunction) -> None:
         super().__init__()
@@ -95,74 +97,120 @@ class TrainingResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrainingHooks:
+    """What is called while training.
+
+    ``evaluate``: what early stopping watches, lower is better; every process calls it. ``checkpoints``: where the state
+    is written, and resumed from. ``on_progress``: called after every step by the main process.
+    """
+
+    evaluate: Callable[[torch.nn.Module], float] | None = None
+    checkpoints: CheckpointFile | None = None
+    on_progress: TrainingCallback | None = None
+
+
+NO_HOOKS = TrainingHooks()
+
+
 def train(
     module: torch.nn.Module,
     loss: LossFunction,
     batches: BatchSource,
     training: TrainingOptions,
     *,
-    place: Worker | None = None,
+    worker: Worker | None = None,
     parameters: Sequence[torch.nn.Parameter] | None = None,
-    evaluate: Callable[[torch.nn.Module], float] | None = None,
-    checkpoints: CheckpointFile | None = None,
-    report: TrainingCallback | None = None,
+    hooks: TrainingHooks = NO_HOOKS,
 ) -> TrainingResult:
-    """Train ``parameters`` (default: all) of ``module`` in place for ``training.steps`` steps or ``epochs``.
+    """Train ``parameters`` (default: all) of ``module`` in place for ``training.steps`` steps, or else ``epochs``.
 
-    With ``training.sharded`` the module is left in parts: see ``gathered``.
-    ``evaluate``: what early stopping watches, lower is better; called on every process. Raises UserError where the loss
+    With ``training.sharded`` the module is left sharded: see ``copy_gathered_weights``. Raises UserError where the loss
     is no longer finite.
     """
-    place = place or Worker(torch.device("cpu"))
+    worker = worker or Worker(torch.device("cpu"))
     if training.sharded:
-        shard_module(module, place)
+        shard_module(module, worker)
     trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
+    state = initial_state(trained, training, hooks.checkpoints, worker)
+    loss_module = distributed_module(LossModule(module, loss), training, worker)
     steps = training.steps or training.epochs * batches.steps_per_epoch
-    run = TrainingState(trained, make_optimizer(trained, training))
-    if training.ema:
-        run.ema_weights = [p.detach().clone() for p in trained]
-    saved = checkpoints.read(place.device) if checkpoints else None
-    if saved is not None:
-        run.load_state_dict(saved)
-    objective = LossModule(module, loss)
-    runner: torch.nn.Module = objective
-    if place.world_size > 1 and not training.sharded:
-        ids = [place.device] if place.device.type == "cuda" else None
-        runner = torch.nn.parallel.DistributedDataParallel(
-            objective, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
-        )
-    every = training.evaluate or max(1, min(batches.steps_per_epoch, steps // 20))
+    evaluate_every = training.evaluate or max(1, min(batches.steps_per_epoch, steps // 20))
+    evaluate = hooks.evaluate if training.early_stop else None
     losses: list[float] = []
-    shown = None
-    start, first = time.perf_counter(), run.step
-    if training.early_stop and evaluate is not None and not run.step:
-        evaluate_and_keep_best(run, module, evaluate)  # what was given may be the best
-    stream = batches_from(batches, run.step)
-    while run.step < steps and not (training.early_stop and run.evaluations_since_best >= training.early_stop):
-        rate = learning_rate(training, run.step, steps)
-        value = train_step(runner, next(stream), run, training, place, rate)
-        losses.append(value)
-        shown = value if shown is None else LOSS_SMOOTHING * shown + (1 - LOSS_SMOOTHING) * value
-        if training.early_stop and evaluate is not None and (run.step % every == 0 or run.step == steps):
-            evaluate_and_keep_best(run, module, evaluate)
-        if checkpoints and (run.step % checkpoints.every == 0 or run.step == steps):
-            state = run.state_dict() if training.sharded or place.is_main else {}
-            if place.is_main:
-                checkpoints.write(state)
-        if report and place.is_main:
-            left = (time.perf_counter() - start) / (run.step - first) * (steps - run.step)
-            report(
-                TrainingProgress(
-                    run.step, steps, shown, rate, left, run.best_drift if math.isfinite(run.best_drift) else None
-                )
-            )
-    load_final_weights(run)
-    drift = run.best_drift if run.best_weights else None
-    return TrainingResult(run.step, losses, drift, time.perf_counter() - start)
+    monitor = ProgressMonitor(steps, state.step)
+    if evaluate is not None and not state.step:
+        evaluate_and_keep_best(state, module, evaluate)  # the initial weights may be the best
+    stream = batches_from(batches, state.step)
+    while state.step < steps and not (training.early_stop and state.evaluations_since_best >= training.early_stop):
+        rate = learning_rate(training, state.step, steps)
+        losses.append(train_step(loss_module, next(stream), state, training, worker, rate))
+        if evaluate is not None and (state.step % evaluate_every == 0 or state.step == steps):
+            evaluate_and_keep_best(state, module, evaluate)
+        if hooks.checkpoints and (state.step % hooks.checkpoints.every == 0 or state.step == steps):
+            write_checkpoint(hooks.checkpoints, state, training, worker)
+        progress = monitor.progress(state, losses[-1], rate)
+        if hooks.on_progress and worker.is_main:
+            hooks.on_progress(progress)
+    load_final_weights(state)
+    drift = state.best_drift if state.best_weights else None
+    return TrainingResult(state.step, losses, drift, monitor.seconds())
+
+
+def initial_state(
+    parameters: list[torch.nn.Parameter], training: TrainingOptions, checkpoints: CheckpointFile | None, worker: Worker
+) -> TrainingState:
+    """The state before the first step, or that of the checkpoint, if there is one."""
+    state = TrainingState(parameters, make_optimizer(parameters, training))
+    if training.ema:
+        state.ema_weights = [p.detach().clone() for p in parameters]
+    saved = checkpoints.read(worker.device) if checkpoints else None
+    if saved is not None:
+        state.load_state_dict(saved)
+    return state
+
+
+def distributed_module(module: LossModule, training: TrainingOptions, worker: Worker) -> torch.nn.Module:
+    """The module, with its gradients averaged over processes where there are several (FSDP averages by itself)."""
+    if worker.world_size == 1 or training.sharded:
+        return module
+    devices = [worker.device] if worker.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(
+        module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+    )
+
+
+def write_checkpoint(
+    checkpoints: CheckpointFile, state: TrainingState, training: TrainingOptions, worker: Worker
+) -> None:
+    """Sharded tensors are gathered by every process; the main process writes."""
+    content = state.state_dict() if training.sharded or worker.is_main else {}
+    if worker.is_main:
+        checkpoints.write(content)
+
+
+@dataclass
+class ProgressMonitor:
+    """A smoothed loss, and the time that is left, of a run of ``steps`` steps that began at step ``first``."""
+
+    steps: int
+    first: int
+    smoothed: float | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def progress(self, state: TrainingState, loss: float, rate: float) -> TrainingProgress:
+        smoothed = loss if self.smoothed is None else LOSS_SMOOTHING * self.smoothed + (1 - LOSS_SMOOTHING) * loss
+        self.smoothed = smoothed
+        seconds_left = self.seconds() / (state.step - self.first) * (self.steps - state.step)
+        drift = state.best_drift if math.isfinite(state.best_drift) else None
+        return TrainingProgress(state.step, self.steps, smoothed, rate, seconds_left, drift)
 
 
 def batches_from(batches: BatchSource, step: int) -> Iterator[Batch]:
-    """Batches from step ``step`` on."""
+    """The batches of step ``step`` and all later ones, epoch after epoch without end."""
     number, first = divmod(step, batches.steps_per_epoch)
     while True:
         yield from batches.epoch(number, first)
@@ -170,32 +218,37 @@ def batches_from(batches: BatchSource, step: int) -> Iterator[Batch]:
 
 
 def train_step(
-    runner: torch.nn.Module, batch: Batch, run: TrainingState, training: TrainingOptions, place: Worker, rate: float
+    loss_module: torch.nn.Module,
+    batch: Batch,
+    state: TrainingState,
+    training: TrainingOptions,
+    worker: Worker,
+    rate: float,
 ) -> float:
-    """One step; returns the loss, averaged over processes."""
-    torch.manual_seed(hash((training.seed, run.step, place.rank)) % 2**63)  # for losses that draw random numbers
-    for group in run.optimizer.param_groups:
+    """One step with learning rate ``rate``. Returns the loss, averaged over processes."""
+    torch.manual_seed(hash((training.seed, state.step, worker.rank)) % 2**63)  # for losses that draw random numbers
+    for group in state.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(place.device.type, torch.bfloat16, enabled=uses_bfloat16(training, place.device)):
-        value = runner(batch)
-    value.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(worker.device.type, torch.bfloat16, enabled=uses_bfloat16(training, worker.device)):
+        loss = loss_module(batch)
+    loss.backward()
     if training.clip:
-        torch.nn.utils.clip_grad_norm_(run.parameters, training.clip)
-    run.optimizer.step()
-    run.step += 1
+        torch.nn.utils.clip_grad_norm_(state.parameters, training.clip)
+    state.optimizer.step()
+    state.step += 1
     if training.ema:
-        decay = min(training.ema, (1 + run.step) / (10 + run.step))  # at first the weights move, and so does this
+        decay = min(training.ema, (1 + state.step) / (10 + state.step))  # early weights change fast: average fewer
         with torch.no_grad():
-            torch._foreach_lerp_(run.ema_weights, [p.detach() for p in run.parameters], 1 - decay)
-    shown = value.detach()
-    if place.world_size > 1:
-        dist.all_reduce(shown)
-        shown = shown / place.world_size
-    found = float(shown)
-    if not math.isfinite(found):
-        raise UserError(f"step {run.step}: the loss is {found}: a smaller --lr, or --precision fp32, may help")
-    return found
+            torch._foreach_lerp_(state.ema_weights, [p.detach() for p in state.parameters], 1 - decay)
+    mean = loss.detach()
+    if worker.world_size > 1:
+        dist.all_reduce(mean)
+        mean = mean / worker.world_size
+    value = float(mean)
+    if not math.isfinite(value):
+        raise UserError(f"step {state.step}: the loss is {value}: a smaller --lr, or --precision fp32, may help")
+    return value
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], training: TrainingOptions) -> torch.optim.Optimizer:
@@ -223,33 +276,33 @@ def uses_bfloat16(training: TrainingOptions, device: torch.device) -> bool:
 
 
 def evaluate_and_keep_best(
-    run: TrainingState, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]
+    state: TrainingState, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]
 ) -> None:
-    """Evaluate what would be written now, and keep it if it is the best so far."""
-    with temporary_weights(run.parameters, run.ema_weights), torch.no_grad():
+    """Evaluate the weights that would be written now, and keep them if they are the best so far."""
+    with temporary_weights(state.parameters, state.ema_weights), torch.no_grad():
         drift = evaluate(module)
-        better = drift < run.best_drift
-        if better:
-            run.best_weights = [p.detach().clone() for p in run.parameters]
-    run.best_drift, run.evaluations_since_best = (
-        (drift, 0) if better else (run.best_drift, run.evaluations_since_best + 1)
-    )
+        if drift < state.best_drift:
+            state.best_weights = [p.detach().clone() for p in state.parameters]
+            state.best_drift, state.evaluations_since_best = drift, 0
+        else:
+            state.evaluations_since_best += 1
 
 
-def load_final_weights(run: TrainingState) -> None:
-    """Leave in the module what is to be written: the best weights, else their average, else the last."""
+def load_final_weights(state: TrainingState) -> None:
+    """Leave in the module the weights to be written: the best, else their moving average, else the last."""
+    final = state.best_weights or state.ema_weights or state.parameters
     with torch.no_grad():
-        for parameter, value in zip(run.parameters, run.best_weights or run.ema_weights or run.parameters, strict=True):
+        for parameter, value in zip(state.parameters, final, strict=True):
             parameter.copy_(value)
 
 
 @contextmanager
 def temporary_weights(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """The parameters hold ``values`` (where there are any) while the block runs."""
+    """The parameters hold ``values`` (where there are any) while the block runs, then their own values again."""
     if not values:
         yield
         return
-    held = [p.detach().clone() for p in parameters]
+    own_values = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
@@ -257,5 +310,5 @@ def temporary_weights(parameters: Sequence[torch.nn.Parameter], values: Sequence
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(parameters, held, strict=True):
+            for parameter, value in zip(parameters, own_values, strict=True):
                 parameter.copy_(value)

@@ -1,7 +1,7 @@
-"""The samples of calibration data in another order, split, or shared between processes: for training.
+"""Calibration data as training data: shuffled, split, or sharded over processes.
 
-Each function gives ``Calibration`` again, so everything is still streamed: parts (files) are read one after the other
-in random order, with their rows mixed. A file of many samples is thus read once per epoch, and mixed in itself only.
+Each function returns ``Calibration`` again, so everything is still streamed. Parts (files) are read one after the other
+in random order, with their rows shuffled: a file of many samples is read once per epoch, and shuffled within itself.
 """
 
 from __future__ import annotations
@@ -15,106 +15,98 @@ from snpc.errors import UserError
 from snpc.runtime.calibration.dataset import Calibration, RowSelection, pack_batches
 from snpc.types import IntArray
 
-SHUFFLE_STREAM, SPLIT_STREAM = (
-    1,
-    2,
-)  # what else numbers are drawn for with a seed; it also says which samples of a source are taken
+SHUFFLE_STREAM, SPLIT_STREAM = 1, 2  # beside a seed, so that shuffling and splitting draw different numbers
 
 
 def sample_ids(data: Calibration) -> list[IntArray]:
-    """Per batch, [samples]: their places in the whole source, from 0."""
-    return [np.concatenate([piece.sample_ids for piece in pieces]) for pieces in data.batch_plan]
+    """Per batch, [samples]: their positions in the whole source, from 0."""
+    return [np.concatenate([rows.sample_ids for rows in batch]) for batch in data.batch_plan]
 
 
 def shuffle_samples(data: Calibration, seed: Sequence[int], batch: int) -> Calibration:
-    """In an order that ``seed`` decides, in batches of at most ``batch`` and nearly equal sizes."""
+    """In an order that ``seed`` decides, in batches of at most ``batch`` samples and of nearly equal sizes."""
     rng = np.random.default_rng((*seed, SHUFFLE_STREAM))
-    lines = _rows_by_part(data)
-    kinds: dict[Hashable, list[RowSelection]] = {}
-    for k in rng.permutation(len(lines)):
-        mixed = replace(lines[k], rows=rng.permutation(lines[k].rows))
-        kinds.setdefault(mixed.kind, []).append(mixed)
-    plan = [pieces for alike in kinds.values() for pieces in _equal_batches(data, alike, batch)]
-    if len(kinds) > 1:
+    parts = _rows_by_part(data)
+    by_key: dict[Hashable, list[RowSelection]] = {}
+    for k in rng.permutation(len(parts)):
+        part: RowSelection = parts[k]
+        by_key.setdefault(part.batch_key, []).append(replace(part, rows=rng.permutation(part.rows)))
+    plan = [batch_rows for parts in by_key.values() for batch_rows in _equal_batches(data, parts, batch)]
+    if len(by_key) > 1:
         plan = [plan[k] for k in rng.permutation(len(plan))]
     return _with_batches(data, plan)
 
 
-def hold_out(data: Calibration, held: int, seed: int) -> tuple[Calibration, Calibration]:
-    """(all but ``held`` samples, those), drawn by ``seed``. Raises UserError where one of the two would be empty."""
-    lines = _rows_by_part(data)
-    total = sum(map(len, lines))
-    chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng((seed, SPLIT_STREAM)).permutation(total)[:held]] = True
-    parts = np.split(chosen, np.cumsum([len(line) for line in lines])[:-1])
-    found = []
-    for wanted in (False, True):
-        kept = [replace(line, rows=line.rows[part == wanted]) for line, part in zip(lines, parts, strict=True)]
-        plan = pack_batches([line for line in kept if len(line)], data.batch)
-        found.append(
-            _with_batches(
-                data,
-                [pieces for pieces in plan if not data.sample_axes.batch_size or _count_rows(pieces) == data.batch],
-            )
-        )
-    if not all(part.samples for part in found):
+def hold_out(data: Calibration, samples: int, seed: int) -> tuple[Calibration, Calibration]:
+    """(all but ``samples`` samples, those samples), drawn by ``seed``. Raises UserError where one would be empty."""
+    parts = _rows_by_part(data)
+    total = sum(map(len, parts))
+    held_out = np.zeros(total, bool)
+    held_out[np.random.default_rng((seed, SPLIT_STREAM)).permutation(total)[:samples]] = True
+    flags_by_part = np.split(held_out, np.cumsum([len(part) for part in parts])[:-1])
+    size = data.sample_axes.batch_size
+    halves = []
+    for side in (False, True):
+        selections = [replace(p, rows=p.rows[flags == side]) for p, flags in zip(parts, flags_by_part, strict=True)]
+        plan = pack_batches([selection for selection in selections if len(selection)], data.batch)
+        halves.append(_with_batches(data, [batch for batch in plan if not size or _count_rows(batch) == data.batch]))
+    training, evaluation = halves
+    if not (training.samples and evaluation.samples):
         raise UserError(f"{data.source}: {total} samples are too few to hold some of them out")
-    return found[0], found[1]
+    return training, evaluation
 
 
-def shard_batches(data: Calibration, rank: int, world: int) -> tuple[Calibration, list[float]]:
-    """What process ``rank`` of ``world`` takes of every batch, and what each of its batches counts in an average over
-    processes. Batches with fewer samples than processes are left out."""
+def shard_batches(data: Calibration, rank: int, world_size: int) -> tuple[Calibration, list[float]]:
+    """(the rows of every batch that process ``rank`` takes, the weight of each such batch in an average over
+    processes). Batches with fewer samples than processes are left out."""
     plan, weights = [], []
-    for pieces in data.batch_plan:
-        count = _count_rows(pieces)
-        if count < world:
+    for batch in data.batch_plan:
+        count = _count_rows(batch)
+        if count < world_size:
             continue
-        mine: list[RowSelection] = []
+        shard: list[RowSelection] = []
         start = 0
-        for piece in pieces:
-            rows = piece.rows[(rank - start) % world :: world]
-            start += len(piece)
+        for selection in batch:
+            rows = selection.rows[(rank - start) % world_size :: world_size]
+            start += len(selection)
             if len(rows):
-                mine.append(replace(piece, rows=rows))
-        plan.append(mine)
-        weights.append(_count_rows(mine) * world / count)
+                shard.append(replace(selection, rows=rows))
+        plan.append(shard)
+        weights.append(_count_rows(shard) * world_size / count)
     return _with_batches(data, plan), weights
 
 
 def one_sample_batches(data: Calibration) -> Calibration:
-    """As they are stored, one sample per batch, or as few as the model takes."""
+    """In stored order, one sample per batch, or the batch size that the model fixes."""
     if data.unbatched:
         return data
     return _with_batches(data, pack_batches(_rows_by_part(data), data.sample_axes.batch_size or 1))
 
 
-def skip_batches(data: Calibration, first: int) -> Calibration:
-    """Without the first ``first`` batches."""
-    return replace(data, batch_plan=data.batch_plan[first:])
+def skip_batches(data: Calibration, count: int) -> Calibration:
+    """Without the first ``count`` batches."""
+    return replace(data, batch_plan=data.batch_plan[count:])
 
 
 def _rows_by_part(data: Calibration) -> list[RowSelection]:
-    """One piece per part, with all of its rows that are in use."""
-    found: dict[int, list[RowSelection]] = {}
-    for piece in (piece for pieces in data.batch_plan for piece in pieces):
-        found.setdefault(id(piece.part), []).append(piece)
-    return [replace(pieces[0], rows=np.concatenate([p.rows for p in pieces])) for pieces in found.values()]
+    """One selection per part, of all its rows that are in use."""
+    by_part: dict[int, list[RowSelection]] = {}
+    for selection in (selection for batch in data.batch_plan for selection in batch):
+        by_part.setdefault(id(selection.part), []).append(selection)
+    return [replace(parts[0], rows=np.concatenate([p.rows for p in parts])) for parts in by_part.values()]
 
 
-def _equal_batches(data: Calibration, pieces: Sequence[RowSelection], batch: int) -> list[list[RowSelection]]:
-    if data.sample_axes.batch_size:
-        return [
-            made
-            for made in pack_batches(pieces, data.sample_axes.batch_size)
-            if _count_rows(made) == data.sample_axes.batch_size
-        ]
-    total = _count_rows(pieces)
-    return pack_batches(pieces, -(-total // -(-total // batch)))
+def _equal_batches(data: Calibration, parts: Sequence[RowSelection], batch: int) -> list[list[RowSelection]]:
+    """Batches of nearly equal sizes up to ``batch``; where the model fixes its batch size, the full ones of that."""
+    size = data.sample_axes.batch_size
+    if size:
+        return [rows for rows in pack_batches(parts, size) if _count_rows(rows) == size]
+    total = _count_rows(parts)
+    return pack_batches(parts, -(-total // -(-total // batch)))
 
 
-def _count_rows(pieces: Sequence[RowSelection]) -> int:
-    return sum(map(len, pieces))
+def _count_rows(selections: Sequence[RowSelection]) -> int:
+    return sum(map(len, selections))
 
 
 def _with_batches(data: Calibration, plan: Sequence[Sequence[RowSelection]]) -> Calibration:

@@ -30,17 +30,20 @@ import snpc.torch
 from snpc.cli import main
 from snpc.errors import UserError
 from snpc.runtime.evaluation.accuracy import EvaluationData
-from snpc.torch import AccuracyDrop, DriftLimit, TrainingOptions, UnitSelection
+from snpc.torch import AccuracyDrop, DriftLimit, Rounds, TrainingOptions
 from snpc.torch.pruning.schedule import cubic_schedule
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
 QUICK = TrainingOptions(steps=6, batch=16)
-SELECT = UnitSelection("select", "magnitude")
 
 
 def data() -> snpc.Calibration:
     return snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32, batch=16)
+
+
+def by_magnitude(target: str, count: int) -> Rounds:
+    return Rounds(target, count, "select", "magnitude", QUICK)
 
 
 def macs(path: Path) -> int:
@@ -67,13 +70,11 @@ def test_rounds_come_down_to_the_goal(tmp_path: Path) -> None:
 
 def test_what_does_not_hold_is_taken_back(tmp_path: Path) -> None:
     target, limit = tmp_path / "cut.onnx", 0.1
-    found = snpc.torch.prune_adaptively(
-        VIT, data(), target, goal="macs=0.2", objective=DriftLimit(limit), rounds=2, way=SELECT, training=QUICK
-    )
-    assert not found[-1].kept or found[-1].macs == pytest.approx(0.2)
-    assert {r.kept for r in found} == {True, False}
+    rounds = snpc.torch.prune_adaptively(VIT, data(), target, by_magnitude("macs=0.2", 2), DriftLimit(limit))
+    assert not rounds[-1].kept or rounds[-1].macs == pytest.approx(0.2)
+    assert {r.kept for r in rounds} == {True, False}
     reached, step = 1.0, 0.4
-    for one in found:
+    for one in rounds:
         assert one.macs == pytest.approx(max(0.2, reached - step)) and one.kept == (one.drift <= limit)
         reached, step = (one.macs, step) if one.kept else (reached, step / 2)
     assert macs(target) / macs(VIT) == pytest.approx(reached, abs=0.02)
@@ -81,24 +82,16 @@ def test_what_does_not_hold_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_goals_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    run = snpc.torch.prune_adaptively
     with pytest.raises(UserError, match="no cut keeps the drift within 1e-09"):
-        run(
-            VIT,
-            data(),
-            tmp_path / "c.onnx",
-            goal="macs=0.5",
-            objective=DriftLimit(1e-9),
-            rounds=1,
-            way=SELECT,
-            training=QUICK,
-        )
+        snpc.torch.prune_adaptively(VIT, data(), tmp_path / "c.onnx", by_magnitude("macs=0.5", 1), DriftLimit(1e-9))
     with pytest.raises(UserError, match="drift limit 0: must be more"):
         DriftLimit(0)
     with pytest.raises(UserError, match="accuracy is measured with labels"):
         AccuracyDrop(0.1, VIT, EvaluationData(data()))
-    with pytest.raises(UserError, match="schedules cut MACs"):
-        snpc.torch.prune_in_rounds(VIT, data(), tmp_path / "c.onnx", goal="params=0.5")
+    with pytest.raises(UserError, match="schedules prune MACs, not params"):
+        Rounds("params=0.5")
+    with pytest.raises(UserError, match="rounds 0: must be at least 1"):
+        Rounds("macs=0.5", 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -170,7 +163,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(name: str, tmp_path: Path, rng: random.Random) -> None:
     """Killed at a random moment, and started again."""
     whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
     start = time.perf_counter()
@@ -183,7 +177,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(name: str, tmp_path: Pat
             while not (folder.is_dir() and any(folder.iterdir())) and victim.poll() is None:
                 time.sleep(0.01)
             try:
-                victim.wait(random.uniform(0, share * lasts))
+                victim.wait(rng.uniform(0, share * lasts))
             except subprocess.TimeoutExpired:
                 victim.send_signal(signal.SIGKILL)
                 break
@@ -221,12 +215,12 @@ def test_the_first_to_go_is_the_unit_that_nothing_reads(schedule: str, tmp_path:
     onnx.save(model, tmp_path / "planted.onnx")
     makes = next(s for s in group.sites if s.kind == "produce")
     before = np.moveaxis(onnx.numpy_helper.to_array(tensors[makes.tensor]), makes.axis, 0)
-    options: dict[str, Any] = {"goal": "macs=0.8", "rounds": 2, "way": UnitSelection("select", "taylor")}
-    options["training"] = TrainingOptions(steps=1, lr=1e-12, batch=16)
-    run = snpc.torch.prune_in_rounds
+    rounds = Rounds("macs=0.8", 2, "select", "taylor", TrainingOptions(steps=1, lr=1e-12, batch=16))
+    paths = (tmp_path / "planted.onnx", data(), tmp_path / "cut.onnx")
     if schedule == "adaptive":
-        run, options["objective"] = snpc.torch.prune_adaptively, DriftLimit(0.5)
-    run(tmp_path / "planted.onnx", data(), tmp_path / "cut.onnx", **options)
+        snpc.torch.prune_adaptively(*paths, rounds, DriftLimit(0.5))
+    else:
+        snpc.torch.prune_in_rounds(*paths, rounds)
     after = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "cut.onnx").graph.initializer}
     left = np.moveaxis(after[makes.tensor], makes.axis, 0)
     gaps = np.abs(before[:, None] - left[None]).max(-1).min(1)
