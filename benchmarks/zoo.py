@@ -78,7 +78,7 @@ def runs(path: Path, inputs: Any, calibration: Any) -> bool:
     from snpc.runtime.execution.feeds import random_feeds
     from snpc.runtime.execution.session import open_session, run_session
 
-    session = open_session(path, optimise="all")
+    session = open_session(path, optimization="all")
     feeds = next(iter(calibration.batches())) if calibration is not None else random_feeds(inputs, batch=2)
     names = {i.name for i in session.get_inputs()}
     return bool(run_session(session, {k: v for k, v in feeds.items() if k in names}))

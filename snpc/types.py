@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +54,11 @@ class TensorSpec:
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """For messages: ``(1, "seq", "")`` -> ``[1,seq,?]``."""
+    return "[" + ",".join(str(dim) or "?" for dim in shape) + "]"
 
 
 ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]

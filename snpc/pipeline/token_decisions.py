@@ -86,7 +86,7 @@ def file_decisions(
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         shown = Path(folder) / "decisions.onnx"
         save(finalize(model), shown)
-        session = open_session(shown, execution=execution, optimise="basic", memory="least")
+        session = open_session(shown, execution=execution, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         for feeds in batches:
             yield run_session(session, {k: v for k, v in feeds.items() if k in known}, name=path.name)

@@ -194,7 +194,7 @@ def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Fe
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "exposed.onnx"
         save(copy, path)
-        session = open_session(path, optimise="basic", memory="least")
+        session = open_session(path, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         results = session.run(list(types), {k: v for k, v in feeds.items() if k in known})
     return dict(zip(types, results, strict=True))

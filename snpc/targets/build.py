@@ -59,25 +59,33 @@ def build(
     (what was built does not hold); what was at ``output`` before stays in both cases.
     """
     start = time.perf_counter()
-    asked = options or BuildOptions()
-    where = check_build(model, target, output, precision, execution, calibration is not None, asked)
-    chosen, loaded = find_target(target), load(model, asked.observer)
-    cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
-    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
+    options_given = options or BuildOptions()
+    output_path = check_build(model, target, output, precision, execution, calibration is not None, options_given)
+    build_target, loaded = find_target(target), load(model, options_given.observer)
+    cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
+    for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
-    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn, asked.observer)
-    with staging_folder(where) as folder:
-        source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
-        job = replace(job, source=source, output=folder / where.name)
-        made = chosen.build(job)
-        drift, said = compare_artifact(job, made)
-        files = move_into_place(made.files, where.parent)
+    job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn, options_given.observer)
+    with staging_folder(output_path) as folder:
+        source, notes = cast_model(loaded, build_target, precision, calibration, folder / "work")
+        job = replace(job, source=source, output=folder / output_path.name)
+        written = build_target.build(job)
+        drift, remarks = compare_artifact(job, written)
+        files = move_into_place(written.files, output_path.parent)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(
-        files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weight_bytes, drift
+        path=files[0],
+        files=files,
+        target=build_target.name,
+        precision=precision,
+        seconds=seconds,
+        bytes=total,
+        notes=(*notes, *written.notes, *remarks),
+        weight_bytes=written.weight_bytes,
+        drift=drift,
     )
 
 
@@ -91,14 +99,14 @@ def check_build(
     options: BuildOptions,
 ) -> Path:
     """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
-    chosen = find_target(target)
-    chosen.check_supported(precision, options)
+    build_target = find_target(target)
+    build_target.check_supported(precision, options)
     if precision == "int8" and not calibrated:
         raise UserError("--precision int8 is calibrated: give --calib DATA")
-    where = output or default_output(model, chosen, precision, options)
-    if chosen.check_request is not None:
-        chosen.check_request(BuildRequest(where, precision, execution, options))
-    return where
+    output_path = output or default_output(model, build_target, precision, options)
+    if build_target.check_request is not None:
+        build_target.check_request(BuildRequest(output_path, precision, execution, options))
+    return output_path
 
 
 def timed_artifact(
@@ -114,19 +122,26 @@ def timed_artifact(
 
     Raises UserError for a target whose artefacts this machine cannot time.
     """
-    chosen, asked = find_target(target), options or BuildOptions()
-    if chosen.suffix in ENGINE_SUFFIXES:
+    build_target, options_given = find_target(target), options or BuildOptions()
+    if build_target.suffix in ENGINE_SUFFIXES:
         raise UserError(
             f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
             "onnxruntime, and build afterwards"
         )
-    check_build(Path("model.onnx"), target, None, precision, execution, calibration is not None, asked)
+    check_build(Path("model.onnx"), target, None, precision, execution, calibration is not None, options_given)
 
     def make(model: Path, folder: Path) -> Path:
-        out = folder / f"model{chosen.suffix}"
+        output = folder / f"model{build_target.suffix}"
         data = calibration if precision == "int8" else None
         return build(
-            model, target, out, precision=precision, execution=execution, calibration=data, batch=batch, options=asked
+            model,
+            target,
+            output,
+            precision=precision,
+            execution=execution,
+            calibration=data,
+            batch=batch,
+            options=options_given,
         ).path
 
     return TimedArtifact(f"{target} in {precision}", make)
@@ -154,28 +169,28 @@ def default_feeds(model: Model, batch: int) -> Feeds:
     )
 
 
-def without_batch_dims(model: Model, sizes: dict[str, int]) -> dict[str, int]:
+def without_batch_dims(model: Model, dim_sizes: dict[str, int]) -> dict[str, int]:
     """``sizes`` without those of first axes, which are the batch."""
     leading = {spec.shape[0] for spec in model.inputs if spec.shape}
-    return {name: size for name, size in sizes.items() if name not in leading}
+    return {name: size for name, size in dim_sizes.items() if name not in leading}
 
 
-def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
     """Outputs of every loadable file against onnxruntime on the model. Raises CheckFailed where fp32 does not hold."""
-    if not made.runnable:
+    if not written.runnable:
         return (), ("not run here, so outputs are not compared",)
     try:
         reference = run_batches(job.model, list(job.feeds))
     except UserError as error:
         return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
-    found: list[tuple[Difference, ...]] = []
-    for file in [f for f in made.files if f.suffix in (".onnx", ".ort", ".xml")]:
+    differences: list[tuple[Difference, ...]] = []
+    for file in [f for f in written.files if f.suffix in (".onnx", ".ort", ".xml")]:
         runner = open_runner(file, execution=job.execution)
         rows = [measure_differences(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
-        found.append(aggregate(rows))
-        if job.precision == "fp32" and max_relative(found[-1]) > FP32_TOLERANCE:
+        differences.append(aggregate(rows))
+        if job.precision == "fp32" and max_relative(differences[-1]) > FP32_TOLERANCE:
             raise CheckFailed(
-                f"{file.name}: its outputs differ from the model's by {max_relative(found[-1]):.1e} relative, "
+                f"{file.name}: its outputs differ from the model's by {max_relative(differences[-1]):.1e} relative, "
                 f"more than {FP32_TOLERANCE:g}"
             )
-    return max(found, key=max_relative), ()
+    return max(differences, key=max_relative), ()

@@ -50,18 +50,18 @@ def convert_to_float16(model: Model, folder: Path) -> onnx.ModelProto:
         raise UserError(f"{model.path}: over 2 GB: converting it to half precision is not supported")
     try:
         with silence_logging():
-            made: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
+            converted: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
     except Exception as error:  # the converter has no exceptions of its own
         raise UserError(f"{model.path}: cannot be converted to fp16: {first_lines(error)}") from None
-    return made
+    return converted
 
 
 def float32_weights(model: Model) -> dict[str, AnyArray]:
-    found = {}
+    weights = {}
     for name, value in model.graph.graph.initializers.items():
         if value.const_value is not None and int(value.const_value.dtype) == onnx.TensorProto.FLOAT:
-            found[name] = value.const_value.numpy()
-    return found
+            weights[name] = value.const_value.numpy()
+    return weights
 
 
 def float16_to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:

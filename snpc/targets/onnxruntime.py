@@ -56,17 +56,17 @@ def build_onnxruntime(job: BuildJob) -> BuildOutput:
     notes: list[str] = []
     good = [plain]
     for name, source in fusion_candidates(job):
-        found = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
+        candidate = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
-            save_optimized(source, found.path, execution=job.execution)
-            gap = output_drift(reference, found.path, job)
+            save_optimized(source, candidate.path, execution=job.execution)
+            drift = output_drift(reference, candidate.path, job)
         except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
             notes.append(f"{name}: not used, {first_lines(error)}")
             continue
-        if gap > allowed:
-            notes.append(f"{name}: not used, outputs are {gap:.1e} away from the model's")
+        if drift > allowed:
+            notes.append(f"{name}: not used, outputs are {drift:.1e} away from the model's")
         else:
-            good.append(found)
+            good.append(candidate)
     best = select_fastest(job, good, notes) if len(good) > 1 else plain
     notes.append(f"written: {best.name}")
     return write_artifact(job, best, notes)
@@ -85,24 +85,24 @@ def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     folder = job.source.parent
     observer = job.observer
     plain = run_pass(FOLD_SHAPE_ARITHMETIC, load(job.source).graph, observer).model
-    inside = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
+    attention_fused = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
     projected = apply_fusion("attention with its projections in one node", plain, FUSE_ATTENTION_PROJECTIONS, observer)
-    starts = [("", plain), *inside, *projected]
+    starts = [("", plain), *attention_fused, *projected]
     biased = [
         candidate
         for name, model in starts
         for candidate in apply_fusion(join_names(name, "biases inside products"), model, FUSE_GEMM_BIAS, observer)
     ]
-    found: list[tuple[str, Path]] = []
-    for name, made in (*inside, *projected, *biased):
-        path = folder / f"rewritten{len(found)}.onnx"
-        save(finalize(made), path)
-        found.append((name, path))
-    for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
-        out = folder / f"transformers{index}.onnx"
-        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.execution):
-            found.append((join_names(name, "onnxruntime.transformers' fusions"), out))
-    return found
+    sources: list[tuple[str, Path]] = []
+    for name, fused in (*attention_fused, *projected, *biased):
+        path = folder / f"rewritten{len(sources)}.onnx"
+        save(finalize(fused), path)
+        sources.append((name, path))
+    for index, (name, path) in enumerate([("", job.source), *sources[: len(attention_fused)]]):
+        output = folder / f"transformers{index}.onnx"
+        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, output, job.execution):
+            sources.append((join_names(name, "onnxruntime.transformers' fusions"), output))
+    return sources
 
 
 def apply_fusion(
@@ -118,7 +118,7 @@ def join_names(*names: str) -> str:
     return " and ".join(name for name in names if name)
 
 
-def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> bool:
+def apply_transformers_fusions(path: Path, output: Path, execution: Execution) -> bool:
     """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
     from onnxruntime.transformers import optimizer
 
@@ -126,20 +126,20 @@ def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> b
     for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
+        optimized: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
     except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
         return False
-    if not any(made.get_fused_operator_statistics().values()):
+    if not any(optimized.get_fused_operator_statistics().values()):
         return False
-    made.save_model_to_file(str(out))
+    optimized.save_model_to_file(str(output))
     return True
 
 
 def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
     """How far the outputs of a session with all optimisations are from the model's."""
     session = open_session(path, execution=job.execution)
-    found = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
-    return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
+    outputs = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
+    return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, outputs, strict=True)]))
 
 
 def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> GraphCandidate:
@@ -166,14 +166,14 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
 def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
     """Those that a first look does not find clearly slower than the first."""
     clock = time.process_time if job.execution.on_cpu else time.perf_counter
-    found = []
+    candidates_kept = []
     for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
         if candidate is candidates[0] or speed >= SCREENING_SPEEDUP:
-            found.append(candidate)
+            candidates_kept.append(candidate)
         else:
             notes.append(f"{candidate.name}: {speed:.2f}x in processor time")
-    return found
+    return candidates_kept
 
 
 def time_ratios(
@@ -195,19 +195,19 @@ def time_ratios(
 def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> BuildOutput:
     """The candidate as ONNX and in onnxruntime's own format, under the output's name."""
     head = job.output.with_suffix(".onnx")
-    flat = job.output.with_suffix(".ort")
+    ort_file = job.output.with_suffix(".ort")
     big = file_bytes(best.path) > PROTOBUF_LIMIT
-    save_optimized(best.path, head, execution=job.execution, external=external_data_path(head).name if big else "")
+    save_optimized(best.path, head, execution=job.execution, external_name=external_data_path(head).name if big else "")
     files = [head, *([external_data_path(head)] if big else [])]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
-        save_optimized(best.path, flat, execution=job.execution, form="ORT")
-        open_session(flat, execution=job.execution)
-        files.append(flat)
-    wanted = flat if job.output.suffix == ".ort" and not big else head
+        save_optimized(best.path, ort_file, execution=job.execution, file_format="ORT")
+        open_session(ort_file, execution=job.execution)
+        files.append(ort_file)
+    primary = ort_file if job.output.suffix == ".ort" and not big else head
     notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
-    return BuildOutput((wanted, *(f for f in files if f != wanted)), tuple(notes))
+    return BuildOutput((primary, *(f for f in files if f != primary)), tuple(notes))
 
 
 def check_onnxruntime(request: BuildRequest) -> None:

@@ -58,37 +58,37 @@ def quantize_model(model: Model, calibration: Calibration, path: Path, signed: b
     def attempt(split: Mapping[str, OutlierColumns], to: Path) -> float:
         graph, nodes = prepare_for_quantization(model.graph, split)
         run_quantizer(graph, nodes, calibration, to, signed)
-        found = run_batches(to, feeds[:4])
-        return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
+        outputs = run_batches(to, feeds[:4])
+        return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, outputs, strict=True)]))
 
     plain = attempt({}, path)
     if not outliers:
         return (f"int8: drift {plain:.3g} on calibration data; no activation has outlier columns",)
     mixed = folder / "mixed.onnx"
     drift = attempt(outliers, mixed)
-    kept = drift < SPLIT_GAIN * plain
-    if kept:
+    split_is_closer = drift < SPLIT_GAIN * plain
+    if split_is_closer:
         mixed.replace(path)
-    many = sum(len(o.columns) for o in outliers.values())
-    did = "kept" if kept else "not kept"
+    columns = sum(len(o.columns) for o in outliers.values())
+    decision = "kept" if split_is_closer else "not kept"
     return (
-        f"int8: {many} outlier columns of {len(outliers)} activations in float: drift {drift:.3g} instead of "
-        f"{plain:.3g} on calibration data, {did}",
+        f"int8: {columns} outlier columns of {len(outliers)} activations in float: drift {drift:.3g} instead of "
+        f"{plain:.3g} on calibration data, {decision}",
     )
 
 
 def weight_products(model: ir.Model) -> list[ir.Node]:
     """Products of an activation (first) with a constant weight (second)."""
-    found = []
+    products = []
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
         if spec.kind != "contraction" or node.domain or spec.operands != (0, 1):
             continue
         data, weight = node.inputs[:2]
-        made = data is not None and data.const_value is None
-        if made and weight is not None and weight.const_value is not None and weight.const_value.size >= 256:
-            found.append(node)
-    return found
+        computed = data is not None and data.const_value is None
+        if computed and weight is not None and weight.const_value is not None and weight.const_value.size >= 256:
+            products.append(node)
+    return products
 
 
 def is_weight_matmul(node: ir.Node) -> bool:
@@ -101,40 +101,40 @@ def is_weight_matmul(node: ir.Node) -> bool:
 
 def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, OutlierColumns]:
     """Activation -> its outlier columns, for those that have some."""
-    found = {}
-    for name, sizes in column_maxima(model, folder, feeds).items():
-        limit = OUTLIER_FACTOR * float(np.median(sizes))
-        columns = np.flatnonzero(sizes > limit)
-        most = max(1, len(sizes) // COLUMNS_PER_OUTLIER)
-        columns = np.sort(columns[np.argsort(-sizes[columns])][:most])
+    outliers = {}
+    for name, maxima in column_maxima(model, folder, feeds).items():
+        limit = OUTLIER_FACTOR * float(np.median(maxima))
+        columns = np.flatnonzero(maxima > limit)
+        limit_count = max(1, len(maxima) // COLUMNS_PER_OUTLIER)
+        columns = np.sort(columns[np.argsort(-maxima[columns])][:limit_count])
         if len(columns) and limit > 0:
-            found[name] = OutlierColumns(columns, float(np.delete(sizes, columns).max()))
-    return found
+            outliers[name] = OutlierColumns(columns, float(np.delete(maxima, columns).max()))
+    return outliers
 
 
 def column_maxima(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
     """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
     copy = model.graph.clone()
     watched = {node.inputs[0] for node in weight_products(copy) if is_weight_matmul(node)}
-    kind = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
+    dtype = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
     for value in watched:
         if value is not None and not value.is_graph_output() and not value.is_graph_input():
-            value.dtype = value.dtype or kind
+            value.dtype = value.dtype or dtype
             copy.graph.outputs.append(value)
     path = folder / "watched.onnx"
-    own = [str(value.name) for value in copy.graph.outputs]
+    graph_outputs = [str(value.name) for value in copy.graph.outputs]
     for value in copy.graph.outputs:
         value.dtype = value.dtype or ir.DataType.FLOAT
     save(copy, path)
-    session = open_session(path, optimise="basic", memory="least")
-    found: dict[str, FloatArray] = {}
-    names = {str(v.name) for v in watched if v is not None} & set(own)
+    session = open_session(path, optimization="basic", memory="least")
+    maxima: dict[str, FloatArray] = {}
+    names = {str(v.name) for v in watched if v is not None} & set(graph_outputs)
     for batch in feeds:
         outputs = run_session(session, batch, name=path.name)
         for name in names:
             array = np.abs(outputs[name].astype(np.float64))
-            found[name] = np.maximum(found.get(name, 0.0), array.reshape(-1, array.shape[-1]).max(0))
-    return found
+            maxima[name] = np.maximum(maxima.get(name, 0.0), array.reshape(-1, array.shape[-1]).max(0))
+    return maxima
 
 
 # -- the graph that is quantised -------------------------------------------------------------------------------------

@@ -34,14 +34,14 @@ def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
     """
     model = load(path)
     dynamic = [spec for spec in model.inputs if any(isinstance(dim, str) for dim in spec.shape)]
-    given = {**options.min_shapes, **options.opt_shapes, **options.max_shapes}
-    unknown = sorted(set(given) - {spec.name for spec in model.inputs})
+    requested = {**options.min_shapes, **options.opt_shapes, **options.max_shapes}
+    unknown = sorted(set(requested) - {spec.name for spec in model.inputs})
     if unknown:
         raise UserError(
             f"a shape is given for {unknown[0]!r}: the inputs are {', '.join(s.name for s in model.inputs)}"
         )
     if not dynamic:
-        if given:
+        if requested:
             raise UserError(
                 f"{path.name}: no input has a dynamic axis: leave out --min-shapes, --opt-shapes, --max-shapes"
             )
@@ -51,16 +51,16 @@ def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
 
 
 def range_from_options(spec: TensorSpec, options: BuildOptions) -> ShapeRange | None:
-    least, best, most = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
-    best = best or most or least
-    if best is None:
+    minimum, optimum, maximum = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
+    optimum = optimum or maximum or minimum
+    if optimum is None:
         return None
-    found = ShapeRange(least or best, best, most or best)
-    for shape in (found.min, found.opt, found.max):
+    shape_range = ShapeRange(minimum or optimum, optimum, maximum or optimum)
+    for shape in (shape_range.min, shape_range.opt, shape_range.max):
         check_shape(spec, shape)
-    if any(not a <= b <= c for a, b, c in zip(found.min, found.opt, found.max, strict=True)):
+    if any(not a <= b <= c for a, b, c in zip(shape_range.min, shape_range.opt, shape_range.max, strict=True)):
         raise UserError(f"input {spec.name!r}: shapes must grow from --min-shapes over --opt-shapes to --max-shapes")
-    return found
+    return shape_range
 
 
 def default_range(spec: TensorSpec, quoted: Mapping[str, int]) -> ShapeRange:

@@ -38,9 +38,9 @@ class BuilderLog:
     def record(self, severity: Any, message: str, worst: Any) -> None:
         if severity <= worst:
             self.errors.append(message)
-        found = WEIGHT_MEMORY.search(message)
-        if found:
-            self.weights = int(found.group(1))
+        match = WEIGHT_MEMORY.search(message)
+        if match:
+            self.weights = int(match.group(1))
 
     def cause(self) -> str:
         return first_lines(Exception(self.errors[-1])) if self.errors else "it gives no reason"
@@ -70,12 +70,12 @@ def import_tensorrt(name: str, missing: str) -> Any:
 def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
     """Parse ``job.source``, build, write the engine. UserError: what TensorRT refuses, in its words."""
     log = BuilderLog()
-    told = make_logger(trt, log)
+    logger = make_logger(trt, log)
     try:
-        builder = trt.Builder(told)
+        builder = trt.Builder(logger)
     except TypeError:  # pybind11: the factory gave nothing
         raise UserError(f"{trt.__name__} does not start here ({log.cause()}): it builds on the GPU it is for") from None
-    network = parse_network(trt, builder, told, job)
+    network = parse_network(trt, builder, logger, job)
     config = builder_config(trt, builder, network, job)
     cache = read_timing_cache(config, job.options.timing_cache)
     plan = builder.build_serialized_network(network, config)
@@ -89,21 +89,21 @@ def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
     notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
     if log.weights is not None:
         notes.append(f"weight memory {log.weights} bytes")
-    runs = can_deserialize(trt, told, job.output)
+    runs = can_deserialize(trt, logger, job.output)
     if not runs:
         notes.append("not loaded: an engine is loaded on a GPU it was built for, and there is none here")
     return BuildOutput((job.output,), tuple(notes), runs, log.weights)
 
 
-def parse_network(trt: Any, builder: Any, told: Any, job: BuildJob) -> Any:
+def parse_network(trt: Any, builder: Any, logger: Any, job: BuildJob) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
-    parser = trt.OnnxParser(network, told)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(job.source)):
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
-        told_of = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
-        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {told_of}")
+        reasons = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
+        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {reasons}")
     return network
 
 
@@ -148,8 +148,8 @@ def read_timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def can_deserialize(trt: Any, told: Any, path: Path) -> bool:
-    runtime = trt.Runtime(told)
+def can_deserialize(trt: Any, logger: Any, path: Path) -> bool:
+    runtime = trt.Runtime(logger)
     return runtime is not None and runtime.deserialize_cuda_engine(path.read_bytes()) is not None
 
 

@@ -63,7 +63,7 @@ def test_a_name_with_a_line_break_stays_one_line(tmp_path: Path) -> None:
     def broken(model: onnx.ModelProto) -> None:
         model.graph.node[0].input[0] = "x\ny"
 
-    assert "nothing makes x y" in refusal(saved(tmp_path / "m.onnx", broken))
+    assert "reads x y, which no node produces" in refusal(saved(tmp_path / "m.onnx", broken))
 
 
 def test_data_outside_the_folder_of_a_constant_node(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import RandomInputs, check_feeds, shape_text
+from snpc.runtime.execution.feeds import RandomInputs, check_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.runners import Runner, open_runner
-from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
+from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
 FractionCallback = Callable[[float], object]  # told the share that is done
@@ -120,12 +120,12 @@ class BenchResult:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table as text: the header, then one row per model. Without p50, which is the median."""
-        shown = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
-        header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in shown))
+        percents = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
+        header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in percents))
         compared = ("speed-up", f"{CONFIDENCE_PERCENT} %", "quartiles", "max |diff|") if self.speedups else ()
         by_position = [None, *self.speedups]
         rows = [
-            (*_timing_cells(timing, shown), *_speedup_cells(speedup))
+            (*_timing_cells(timing, percents), *_speedup_cells(speedup))
             for timing, speedup in zip(self.timings, by_position, strict=True)
         ]
         return [(*header, *compared), *(row[: len(header) + len(compared)] for row in rows)]
@@ -216,11 +216,11 @@ def run_rounds(
     times: list[list[float]] = []
     began = clock()
     while len(times) < iterations or (duration is not None and clock() - began < duration):
-        turn = len(times)
+        round_number = len(times)
         spent = [0.0] * models
-        for model in round_order(models, turn):
+        for model in round_order(models, round_number):
             # The feed changes once per full rotation, so that every feed meets every order.
-            call = calls[model][turn // models % len(calls[model])]
+            call = calls[model][round_number // models % len(calls[model])]
             start = clock()
             output = call()
             spent[model] = clock() - start
@@ -232,9 +232,9 @@ def run_rounds(
     return np.array(times, dtype=np.float64).reshape(-1, models)
 
 
-def round_order(models: int, turn: int) -> list[int]:
+def round_order(models: int, round_number: int) -> list[int]:
     """``round_order(3, 1)`` -> [1, 2, 0]: every model is first, last and in between equally often."""
-    return [(turn + position) % models for position in range(models)]
+    return [(round_number + position) % models for position in range(models)]
 
 
 def summarize_times(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
@@ -292,24 +292,24 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
             _check_compatible(labels[0], spec, label, named[name])
         # A name is one size: where the other model fixes it in one input, it is fixed in all.
         pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
-        sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
-        merged = {name: _with_fixed_sizes(spec, named[name], sizes) for name, spec in merged.items()}
+        fixed_sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
+        merged = {name: _with_fixed_sizes(spec, named[name], fixed_sizes) for name, spec in merged.items()}
     return tuple(merged.values())
 
 
 def _check_compatible(first: str, spec: TensorSpec, other: str, against: TensorSpec) -> None:
-    both = f"input {spec.name!r} of {first} and {other}"
+    subject = f"input {spec.name!r} of {first} and {other}"
     if spec.dtype != against.dtype:
-        raise UserError(f"{both}: the types differ, {spec.dtype} and {against.dtype}")
+        raise UserError(f"{subject}: the types differ, {spec.dtype} and {against.dtype}")
     if len(spec.shape) != len(against.shape) or any(
         isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(spec.shape, against.shape, strict=True)
     ):
-        raise UserError(f"{both}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
+        raise UserError(f"{subject}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
 
 
-def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
+def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, fixed_sizes: Mapping[str, int]) -> TensorSpec:
     shape = (
-        b if isinstance(b, int) else sizes.get(a, a) if isinstance(a, str) else a
+        b if isinstance(b, int) else fixed_sizes.get(a, a) if isinstance(a, str) else a
         for a, b in zip(spec.shape, against.shape, strict=True)
     )
     return replace(spec, shape=tuple(shape))
@@ -317,15 +317,15 @@ def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str,
 
 def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, dim_sizes: Mapping[str, int]) -> None:
     """Refuse sizes that no input can use."""
-    shown = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
+    described = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
     fixed = [spec.shape[0] for spec in inputs if spec.shape]
     if batch != 1 and batch not in fixed and all(isinstance(dim, int) for dim in fixed):
-        raise UserError(f"batch {batch}: no input has a dynamic first axis: {shown}")
+        raise UserError(f"batch {batch}: no input has a dynamic first axis: {described}")
     text = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     terms = {term.strip() for dim in text for term in (dim, *dim.split("+"))}
     for name in dim_sizes:
         if name not in terms:
-            raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {shown}")
+            raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {described}")
 
 
 def _read_feeds(
@@ -371,9 +371,9 @@ def _describe_machine(runners: Sequence[Runner]) -> Machine:
     )
 
 
-def _timing_cells(timing: Timing, shown: Sequence[float]) -> tuple[str, ...]:
+def _timing_cells(timing: Timing, percents: Sequence[float]) -> tuple[str, ...]:
     at = dict(timing.percentiles)
-    numbers = (timing.median, timing.mean, timing.min, *(at[percent] for percent in shown))
+    numbers = (timing.median, timing.mean, timing.min, *(at[percent] for percent in percents))
     return (timing.model, *(f"{ms:.3f}" for ms in numbers))
 
 

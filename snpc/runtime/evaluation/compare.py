@@ -38,26 +38,28 @@ def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, SlicedS
     inference must accept the file if they accept the original (custom operators can make both impossible).
     """
     before, after = read_without_weights(original), read_without_weights(pruned)
-    for what in ("input", "output"):
-        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, what)]
-        b = [value_signature(v) for v in graph_interface(after, what)]
+    for direction in ("input", "output"):
+        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, direction)]
+        b = [value_signature(v) for v in graph_interface(after, direction)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
-            raise CheckFailed(f"{pruned}: its {what}s are not the original's: {old or 'none'} became {new or 'none'}")
-    done = ["same inputs and outputs"]
+            raise CheckFailed(
+                f"{pruned}: its {direction}s are not the original's: {old or 'none'} became {new or 'none'}"
+            )
+    checks = ["same inputs and outputs"]
     complaint = checker_error(pruned)
     if complaint is None:
-        done.append("onnx.checker and strict shape inference")
+        checks.append("onnx.checker and strict shape inference")
     elif checker_error(original) is None:
         raise CheckFailed(f"{pruned}: onnx.checker refuses it: {complaint}")
     else:
-        done.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
-    return tuple(done)
+        checks.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
+    return tuple(checks)
 
 
-def graph_interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
+def graph_interface(model: onnx.ModelProto, direction: str) -> list[onnx.ValueInfoProto]:
     weights = {t.name for t in model.graph.initializer}
-    return [v for v in getattr(model.graph, what) if v.name not in weights]
+    return [v for v in getattr(model.graph, direction) if v.name not in weights]
 
 
 ValueSignature = tuple[str, int, tuple[object, ...]]
@@ -68,14 +70,14 @@ def value_signature(value: onnx.ValueInfoProto) -> ValueSignature:
     return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
 
 
-def narrowed_signature(given: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
-    name, kind, dims = given
+def narrowed_signature(original: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
+    name, elem_type, dims = original
     packed = narrowed.get(name)
     if packed is None:
-        return given
+        return original
     return (
         name,
-        kind,
+        elem_type,
         tuple(b if a != b else d for d, a, b in zip(dims, packed.old_shape, packed.new_shape, strict=True)),
     )
 
@@ -100,7 +102,7 @@ def checker_error(path: Path) -> str | None:
 
 
 def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
-    found = []
+    differences = []
     for name, a in reference.items():
         b = other[name]
         if a.shape != b.shape:
@@ -116,7 +118,7 @@ def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, A
         flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
         scale = (float(np.sqrt(np.mean(flat[0] ** 2))) if gap.size else 0.0) or 1.0
         norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
-        found.append(
+        differences.append(
             Difference(
                 name,
                 float(np.abs(gap).max(initial=0.0)),
@@ -125,7 +127,7 @@ def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, A
                 argmax_agreement(x, y),
             )
         )
-    return found
+    return differences
 
 
 def argmax_agreement(
@@ -142,19 +144,19 @@ def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     for row in rows:
         for d in row:
             by_name.setdefault(d.output, []).append(d)
-    found = []
-    for name, items in by_name.items():
-        rates = [d.agreement for d in items if d.agreement is not None]
-        found.append(
+    differences = []
+    for name, of_output in by_name.items():
+        rates = [d.agreement for d in of_output if d.agreement is not None]
+        differences.append(
             Difference(
                 name,
-                max(d.max_abs_diff for d in items),
-                float(np.mean([d.relative for d in items])),
-                float(np.mean([d.cosine for d in items])),
+                max(d.max_abs_diff for d in of_output),
+                float(np.mean([d.relative for d in of_output])),
+                float(np.mean([d.cosine for d in of_output])),
                 float(np.mean(rates)) if rates else None,
             )
         )
-    return tuple(found)
+    return tuple(differences)
 
 
 def max_relative(differences: Sequence[Difference]) -> float:
@@ -171,15 +173,15 @@ def run_batches(
     """
     model = ir.load(path)
     if runs_in_float32(model, execution):
-        with temporary_session(model, execution=execution, optimise="basic", memory="least") as run:
+        with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
-    session = open_session(path, execution=execution, optimise="basic", memory="least")
+    session = open_session(path, execution=execution, optimization="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
-    mine = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
-    found = [run_session(session, feeds, name=path.name) for feeds in mine]
+    model_feeds = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
+    outputs = [run_session(session, feeds, name=path.name) for feeds in model_feeds]
     del session
     release_free_memory()
-    return found
+    return outputs
 
 
 def compare_models(

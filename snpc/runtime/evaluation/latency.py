@@ -67,10 +67,10 @@ class Workload:
     def dim_sizes(self, analysis: Analysis) -> dict[str, int]:
         """Of dynamic axes that are no batch: those at which MACs are quoted, unless a shape is given."""
         inputs = analysis.model.inputs
-        given = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
+        dims_of_shapes = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
         leading = {spec.shape[0] for spec in inputs if spec.shape}
         inner = {dim for spec in inputs for dim in spec.shape[1:]}
-        return {k: v for k, v in analysis.dim_sizes.items() if k in inner - leading - given}
+        return {k: v for k, v in analysis.dim_sizes.items() if k in inner - leading - dims_of_shapes}
 
 
 def time_pair(
@@ -104,10 +104,10 @@ class LatencyTable:
     base: float
     roles: Mapping[str, tuple[float, ...]]
 
-    def saved_times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> LatencyCurves:
+    def saved_times(self, groups: Sequence[Group], selected: Sequence[Group]) -> LatencyCurves:
         """Of the groups ``chosen``, where ``groups`` are all that were narrowed for the table."""
         macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
-        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
+        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in selected}
         return LatencyCurves(self.dense, self.base, saved)
 
     def saving_curve(self, group: Group) -> FloatArray:
@@ -117,8 +117,8 @@ class LatencyTable:
         shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
         rising = np.maximum.accumulate(np.maximum(saved, 0.0))
         kept = np.arange(group.size + 1) / group.size
-        found: FloatArray = self.base * np.interp(kept, shares[::-1], rising[::-1])
-        return found
+        curve: FloatArray = self.base * np.interp(kept, shares[::-1], rising[::-1])
+        return curve
 
 
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
@@ -154,12 +154,12 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
         dense, ratio = time_pair(analysis, original, base, workload, execution)
         saved = {}
         for role in roles:
-            parts = []
+            shares = []
             for share in KEPT_SHARES:
                 narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
-                other = workload.timed_file(narrow, folder / "narrow")
-                parts.append(1 - time_pair(analysis, base, other, workload, execution)[1])
-            saved[role] = tuple(parts)
+                artifact = workload.timed_file(narrow, folder / "narrow")
+                shares.append(1 - time_pair(analysis, base, artifact, workload, execution)[1])
+            saved[role] = tuple(shares)
     return LatencyTable(dense, dense * ratio, saved)
 
 
@@ -177,17 +177,17 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
 def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> str:
     """A name for all that times depend on."""
     machine = [cpu_name(), available_cores(), onnxruntime_version(), execution.provider]
-    made = workload.artifact.name if workload.artifact else ""
+    artifact = workload.artifact.name if workload.artifact else ""
     run = asdict(replace(workload, artifact=None))
-    what = [
+    measured = [
         LATENCY_CACHE_FORMAT,
         analysis.digest,
         sorted(roles),
         sorted(workload.dim_sizes(analysis).items()),
         run,
-        made,
+        artifact,
     ]
-    return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([machine, measured], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def cache_folder() -> Path:

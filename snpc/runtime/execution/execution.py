@@ -1,4 +1,4 @@
-"""How models are run: one value in place of a provider, a number of threads and a memory limit beside each other."""
+"""The settings of everything that runs a model, as one value."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # passes batches o
 
 @dataclass(frozen=True)
 class Execution:
-    """What every function that runs a model is told about running.
+    """How models are run.
 
     ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``trt``) or by its full name.
-    ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes for statistics and
-    activations, what is more lies in temporary files; None: half of what is free. ``progress`` wraps the batches of
-    each pass over calibration data.
+    ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
+    activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` wraps the
+    batches of each pass over calibration data.
     """
 
     provider: str = "cpu"

@@ -51,7 +51,7 @@ def measure_token_relevance(
     shown.graph.outputs.extend(values[name] for name in names)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with temporary_session(shown, execution=execution, optimise="basic", memory="least") as run:
+    with temporary_session(shown, execution=execution, optimization="basic", memory="least") as run:
         for feeds in itertools.islice(single_samples(model, batches), RELEVANCE_SAMPLES):
             facts = infer_graph(model, feed_dim_sizes(model, feeds))
             held = dict(zip(watched, run(feeds).values(), strict=True))

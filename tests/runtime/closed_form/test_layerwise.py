@@ -44,7 +44,7 @@ def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -
     held: dict[str, Array] = dict(feeds)
     for segment in split_into_segments(model, [count // 4, count // 3, count // 2, count - 3]):
         save(finalize(extract_segment(model, segment, facts)), tmp_path / "part.onnx")
-        session = open_session(tmp_path / "part.onnx", optimise="off")
+        session = open_session(tmp_path / "part.onnx", optimization="off")
         names = [o.name for o in session.get_outputs()]
         assert set(names) == set(segment.outputs)
         if names:
