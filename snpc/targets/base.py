@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
 from snpc.runtime.execution.execution import Execution
 from snpc.types import Difference, Feeds, Shape
 
@@ -23,7 +22,7 @@ class BuildOptions:
     ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name, the range an engine serves and what it is
     tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics may use.
     ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write what builds the engine
-    elsewhere, instead of building it. ``observer``: called after each graph pass, whatever the target.
+    elsewhere, instead of building it.
     """
 
     min_shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -33,11 +32,10 @@ class BuildOptions:
     workspace: int | None = None
     timing_cache: Path | None = None
     emit_script: bool = False
-    observer: PassObserver | None = field(default=None, repr=False, compare=False)
 
     def given(self) -> list[str]:
         """Names of the options that are set, as on the command line."""
-        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.compare and getattr(self, f.name)]
+        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name)]
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,13 @@ class BuildJob(BuildRequest):
     """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
 
     ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timing_feeds``: one batch to
-    time on. ``observer`` is called after each graph pass that the target runs.
+    time on.
     """
 
     model: Path
     source: Path
     feeds: tuple[Feeds, ...]
     timing_feeds: Feeds
-    observer: PassObserver | None = None
 
 
 @dataclass(frozen=True)
