@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -58,10 +58,10 @@ def prune_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    execution, stopwatch = running.load(), Stopwatch()
+    observer, stopwatch = model.dump.load(), Stopwatch()
+    execution = replace(running.load(), observer=observer)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
-        observer = model.dump.load()
         analysis = model.load(observer)
     artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
@@ -88,7 +88,7 @@ def prune_command(
         write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
     if output.page is not None:
         snpc.write_report(result, output.page, plan=plan, calibration=data)
-    built = build.load(path, execution, data, workload.batch, observer)
+    built = build.load(path, execution, data, workload.batch)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
         tables.print_result(result)

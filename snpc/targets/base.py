@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
 from snpc.runtime.execution.execution import Execution
 from snpc.types import Difference, Feeds, Precision, Shape
 
@@ -19,8 +18,7 @@ class BuildOptions:
     ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name: the range that an engine serves, and the
     shapes that it is tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics
     may use. ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write a model and a
-    script that builds the engine on another machine, instead of building it. ``observer``: called after each graph
-    pass, whatever the target.
+    script that builds the engine on another machine, instead of building it.
     """
 
     min_shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -30,11 +28,10 @@ class BuildOptions:
     workspace: int | None = None
     timing_cache: Path | None = None
     emit_script: bool = False
-    observer: PassObserver | None = field(default=None, repr=False, compare=False)
 
     def given(self) -> list[str]:
         """Names of the options that are set, as on the command line."""
-        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.compare and getattr(self, f.name)]
+        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name)]
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,6 @@ class BuildRequest:
     precision: Precision
     execution: Execution
     options: BuildOptions
-
-    @property
-    def observer(self) -> PassObserver | None:
-        return self.options.observer
 
 
 @dataclass(frozen=True)

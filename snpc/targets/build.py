@@ -60,7 +60,7 @@ def build(
     start = time.perf_counter()
     options_given = options or BuildOptions()
     output_path = check_build(model, target, output, precision, execution, calibration is not None, options_given)
-    build_target, loaded = find_target(target), load(model, options_given.observer)
+    build_target, loaded = find_target(target), load(model, execution.observer)
     cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
     for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))

@@ -84,7 +84,7 @@ def keep_unoptimized(job: BuildJob) -> BuildOutput:
 def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
     """Models with fusions that a session does not do by itself, by name."""
     folder = job.source.parent
-    observer = job.observer
+    observer = job.execution.observer
     plain = run_pass(FOLD_SHAPE_ARITHMETIC, load(job.source).graph, observer).model
     attention_fused = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
     projected = apply_fusion("attention with its projections in one node", plain, FUSE_ATTENTION_PROJECTIONS, observer)

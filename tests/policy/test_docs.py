@@ -63,6 +63,10 @@ def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_page(ROOT / "docs" / "finetuning.md", {})
 
 
+def test_the_documented_pass_works_as_printed() -> None:
+    run_page(ROOT / "docs" / "adding-a-pass.md", {})
+
+
 @pytest.fixture
 def fresh_table() -> Iterator[dict[tuple[str, str], object]]:
     """The operator table, put back afterwards."""
