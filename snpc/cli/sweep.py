@@ -24,7 +24,7 @@ from snpc.planning.config import parse_target
 from snpc.report.sweep_plot import write_sweep_plot
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import Execution
-from snpc.targets import PRECISIONS, Precision
+from snpc.types import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
