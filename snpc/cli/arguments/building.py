@@ -16,8 +16,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import TimedArtifact
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import parse_shapes
-from snpc.targets import PRECISIONS, Precision
 from snpc.targets.build import check_build
+from snpc.types import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from snpc.graph.pass_manager import PassObserver
 from snpc.types import Feeds
 
-BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # passes batches on, and shows how many went by
+BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read
 
 
 @dataclass(frozen=True)
