@@ -86,9 +86,9 @@ def slice_units(state: RewriteState) -> RewriteState:
     """Slice every constant; where a size that changes is divided, the quotient of before the cut may be needed."""
     source, removed = state.source, state.removed
     scales = plan_scales(source.model, source.facts, source.trace, removed)
-    for frozen in (False, True):
+    for freeze_dividends in (False, True):
         sliced = slice_model(
-            source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, frozen
+            source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, freeze_dividends
         )
         if holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
             return replace(state, scales=scales, sliced=sliced)
