@@ -10,7 +10,7 @@ import snpc
 from snpc.cli import tables
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments, load_and_analyze
-from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.training import (
     CheckpointArguments,
     ScheduleArguments,
@@ -209,7 +209,7 @@ def learn_masks_and_prune(
             on_progress=report,
         )
     if output.plan_path is not None:
-        write_text_file(output.plan_path, snpc.plan_to_json(learned.plan))
+        snpc.save_plan(learned.plan, output.plan_path)
     result = snpc.apply(snpc.PruningPlan(learned.plan, calibration=run.data), run.target)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:

@@ -127,7 +127,7 @@ def test_a_candidate_that_changes_outputs_is_not_used(
     entry = dataclasses.replace(FUSE_ATTENTION, run=lambda: broken)
     monkeypatch.setattr("snpc.targets.onnxruntime.FUSE_ATTENTION", entry)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
-    assert any("attention in one node" in note and "away from the model's" in note for note in built.notes)
+    assert any("attention in one node" in note and "from the model's" in note for note in built.notes)
     assert built.drift[0].relative < 1e-5
 
 

@@ -347,7 +347,10 @@ def reproduces_labels(step: MovementRewrite) -> bool:
             return False
         narrow = sliced_labels.shape != labels.shape
         outputs = zip(step.expected, expected_labels, actual_labels, has_labels, strict=False)
-        for sliced, expected, actual, matters in outputs:
+        for sliced, expected, actual, is_labeled in outputs:
+            # One selected position has no label array of its own, but must still be the same position.
+            is_single = expected.size == 1 < labels.size and not step.removed.affects(expected)
+            matters = is_labeled or is_single
             if sliced is not None and matters and not equal_labels(sliced.slice_labels(expected), actual, narrow):
                 return False
     return True
