@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
 
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+
 Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other"]
 ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other")
 

@@ -11,7 +11,7 @@ from snpc.cli import tables
 from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.progress import batch_progress
@@ -26,6 +26,8 @@ from snpc.runtime.io.atomic import external_data_path
 
 @dataclass(frozen=True)
 class PlanOutput(ArgumentGroup):
+    """Where the plan goes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
@@ -51,7 +53,7 @@ def plan_command(
     planning = planning.with_width_multiple(None, execution)
     analysis = planning.reduce_tokens(analysis, data, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, workload.load(), execution, Stopwatch())
-    write_text_file(path, snpc.plan_to_json(plan.slices))
+    snpc.save_plan(plan, path)
     tables.note_if_predicted(plan)
     tables.print_plan(plan.slices)
     tables.print_line(f"plan written to {path}")
@@ -101,11 +103,15 @@ def plan_from_arguments(
 
 @dataclass(frozen=True)
 class PlanFileArguments(ArgumentGroup):
+    """The plan to apply."""
+
     plan_file: Path = argument(type=FILE_PATH)
 
 
 @dataclass(frozen=True)
 class ApplyOutput(ArgumentGroup):
+    """What an apply writes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(

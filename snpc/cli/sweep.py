@@ -12,7 +12,7 @@ from snpc.cli import tables
 from snpc.cli.arguments.calibration import CalibrationArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option
 from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import check_output_paths, write_text_file
+from snpc.cli.arguments.output import check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import ExecutionArguments
@@ -21,10 +21,10 @@ from snpc.errors import UserError
 from snpc.pipeline.report_json import write_json
 from snpc.pipeline.sweep import SweepBuilder, SweepRequest, count_sweep_steps, sweep
 from snpc.planning.config import parse_target
-from snpc.report.sweep_plot import sweep_plot
+from snpc.report.sweep_plot import write_sweep_plot
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import Execution
-from snpc.targets import PRECISIONS, Precision
+from snpc.types import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def sweep_command(
             on_step=on_step,
         )
     write_json(result.to_json(), table)
-    write_text_file(plot, sweep_plot(result))
+    write_sweep_plot(result, plot)
     tables.print_sweep(result)
     tables.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
 

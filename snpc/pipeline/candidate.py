@@ -122,10 +122,10 @@ def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch:
         with stopwatch.stage("refit"):
             slices, source = with_refitted_weights(plan)
     with stopwatch.stage("rewrite"):
-        rewritten = rewrite_model(source, cuts_of(slices))
+        rewritten = rewrite_model(source, cuts_of(slices), plan.execution.observer)
         if analysis.reduction is not None:
             analysis.reduction.finalize(rewritten.model)
-        finalize(rewritten.model)
+        finalize(rewritten.model, plan.execution.observer)
     with stopwatch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with stopwatch.stage("verify"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from snpc.pipeline.sweep import SweepPoint, SweepResult
 from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
 from snpc.report.render import render_template
+from snpc.runtime.io.atomic import atomic_write
 
 PLOT_WIDTH, PLOT_HEIGHT = 640.0, 400.0
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 70.0, 90.0, 36.0, 48.0
@@ -17,7 +19,14 @@ def sweep_plot(sweep: SweepResult) -> str:
     return render_template("sweep_plot.svg.j2", chart=sweep_chart(sweep))
 
 
+def write_sweep_plot(sweep: SweepResult, path: Path) -> None:
+    """Write the plot to ``path``. Raises UserError where that cannot be written."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(sweep_plot(sweep), encoding="utf-8")
+
+
 def sweep_chart(sweep: SweepResult) -> Chart:
+    """Quality over latency, with grid, axes and a point for each size."""
     points = sweep.points
     qualities = [quality_of(point) for point in points]
     latencies = [0.0, *(p.latency for p in points)]
@@ -41,10 +50,12 @@ def sweep_chart(sweep: SweepResult) -> Chart:
 
 
 def quality_of(point: SweepPoint) -> float:
+    """Accuracy where it is known, else how close the outputs are to the original."""
     return point.accuracy if point.accuracy is not None else max(0.0, 1.0 - point.drift)
 
 
 def plot_point(point: SweepPoint, x: float, y: float) -> tuple[ChartShape, ...]:
+    """A dot with a tooltip, and its label."""
     name = f"{point.name}, tokens {point.tokens}" if point.tokens else point.name
     tooltip = f"{name}: {100 * quality_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
     return Dot(x, y, 5, "front" if point.front else "beaten", tooltip), Label(x + 9, y + 4, point.name)

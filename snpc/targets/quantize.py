@@ -1,9 +1,9 @@
-"""int8: weights and what they are multiplied with in 8 bits, spelled as QuantizeLinear and DequantizeLinear.
+"""Quantization to int8: weights and the activations they multiply, as QuantizeLinear and DequantizeLinear nodes.
 
-Ranges come from calibration data through onnxruntime.quantization. Activations with a few columns far larger than the
-others lose the others to rounding; the product is then split as in LLM.int8 (Dettmers et al. 2022, section 3.2): those
-columns stay in float, the rest is clipped to its own range and quantised. The split is kept where it is closer to the
-float model on the calibration data.
+Ranges come from calibration data through onnxruntime.quantization. Where a few columns of an activation are far larger
+than the others, rounding would destroy the others; the product is then split as in LLM.int8 (Dettmers et al. 2022,
+section 3.2): those columns stay in float, the rest is clipped to its own range and quantized. The split is kept where
+it is closer to the float model on the calibration data.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from snpc.ops import lookup
 from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.evaluation.compare import batch_differences, max_relative, run_batches
 from snpc.runtime.execution.session import first_lines, open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.types import Feeds, FloatArray, IntArray, Model
 
-OUTLIER_FACTOR = 4.0  # times the median column's largest value: that is an outlier column
-COLUMNS_PER_OUTLIER = 16  # at most one column in so many is one
-SPLIT_GAIN = 0.9  # the split product is kept if it comes this much closer
-MIN_OPSET = 13  # opset: from here on scales may differ by channel
+OUTLIER_FACTOR = 4.0  # a column whose maximum is this many times the median one is an outlier
+COLUMNS_PER_OUTLIER = 16  # at most one outlier among so many columns
+SPLIT_GAIN = 0.9  # the split is kept if its drift is below this fraction of the plain one
+MIN_OPSET = 13  # the first opset with one scale per channel
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class OutlierColumns:
 
 
 def quantize_model(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
-    """Write ``model`` in int8 to ``path``; what was done, in words. ``signed``: activations symmetric around zero."""
+    """Write ``model`` in int8 to ``path``; returns notes for the user. ``signed``: activations symmetric around
+    zero."""
     if opset_version(model.graph) < MIN_OPSET:
         raise UserError(
             f"{model.path}: int8 needs opset {MIN_OPSET} or newer, this is {opset_version(model.graph)}: "
@@ -59,7 +60,7 @@ def quantize_model(model: Model, calibration: Calibration, path: Path, signed: b
         graph, nodes = prepare_for_quantization(model.graph, split)
         run_quantizer(graph, nodes, calibration, to, signed)
         outputs = run_batches(to, feeds[:4])
-        return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, outputs, strict=True)]))
+        return max_relative(batch_differences(reference, outputs))
 
     plain = attempt({}, path)
     if not outliers:
@@ -100,13 +101,13 @@ def is_weight_matmul(node: ir.Node) -> bool:
 
 
 def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, OutlierColumns]:
-    """Activation -> its outlier columns, for those that have some."""
+    """Activation -> its outlier columns, for activations that have some."""
     outliers = {}
     for name, maxima in column_maxima(model, folder, feeds).items():
         limit = OUTLIER_FACTOR * float(np.median(maxima))
         columns = np.flatnonzero(maxima > limit)
-        limit_count = max(1, len(maxima) // COLUMNS_PER_OUTLIER)
-        columns = np.sort(columns[np.argsort(-maxima[columns])][:limit_count])
+        most = max(1, len(maxima) // COLUMNS_PER_OUTLIER)
+        columns = np.sort(columns[np.argsort(-maxima[columns])][:most])
         if len(columns) and limit > 0:
             outliers[name] = OutlierColumns(columns, float(np.delete(maxima, columns).max()))
     return outliers
@@ -137,7 +138,7 @@ def column_maxima(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[st
     return maxima
 
 
-# -- the graph that is quantised -------------------------------------------------------------------------------------
+# -- the graph to quantize -------------------------------------------------------------------------------------------
 
 
 def prepare_for_quantization(source: ir.Model, split: Mapping[str, OutlierColumns]) -> tuple[ir.Model, list[str]]:

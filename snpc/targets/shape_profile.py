@@ -1,4 +1,4 @@
-"""The shapes that an engine serves: given by the user, or derived from the dynamic axes."""
+"""Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from snpc.runtime.io.load import load
 from snpc.targets.base import BuildOptions
 from snpc.types import Shape, TensorSpec
 
-MAX_DERIVED_BATCH = 16  # that a derived profile serves
+MAX_DERIVED_BATCH = 16  # of a derived range
 
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Shapes of one input: least, the one that is tuned for, and most."""
+    """Smallest shape of one input, the shape that is tuned for, and the largest, as in TensorRT."""
 
     min: Shape
     opt: Shape

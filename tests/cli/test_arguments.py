@@ -78,14 +78,14 @@ def test_two_options_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_a_section_and_says_what_it_does(name: str) -> None:
-    found = main.commands[name]
-    assert isinstance(found, SectionedCommand)
-    for parameter in found.params:
+    listed = main.commands[name]
+    assert isinstance(listed, SectionedCommand)
+    for parameter in listed.params:
         if isinstance(parameter, SectionOption):
             assert parameter.help and parameter.help[0] != " ", parameter.name
             assert parameter.section != "Options", f"{name} {parameter.opts}: name a section"
     text = CliRunner().invoke(main, [name, "--help"]).output
-    assert all(option.opts[0] in text for option in found.params if isinstance(option, click.Option))
+    assert all(option.opts[0] in text for option in listed.params if isinstance(option, click.Option))
 
 
 def test_prune_plan_and_sweep_share_the_planning_options() -> None:
@@ -122,6 +122,15 @@ def test_graphs_are_written_after_a_pass(tmp_path: Path) -> None:
     assert written.output[0].name == "logits"
     wrong = CliRunner().invoke(main, ["inspect", str(model), "--dump-after", "eliminate-dead-row", str(folder)])
     assert wrong.exit_code == 2 and "did you mean eliminate-dead-rows" in wrong.stderr
+
+
+def test_graphs_are_written_from_loading_to_building(tmp_path: Path) -> None:
+    model = Path(snpc.__file__).parent / "data" / "digits" / "digits_vit.onnx"
+    flags = ["--ratio", "0.5", "--build", "ort", "-o", str(tmp_path / "half.onnx"), "--dump-after", "all"]
+    done = CliRunner().invoke(main, ["prune", str(model), *flags, str(tmp_path / "graphs")])
+    assert done.exit_code == 0, done.output
+    written = {path.stem[3:] for path in (tmp_path / "graphs").iterdir()}
+    assert set(PASS_NAMES) - written <= {"fuse-attention-projections", "fuse-gemm-bias"}  # where nothing fits
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:

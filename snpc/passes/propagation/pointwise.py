@@ -75,5 +75,5 @@ def pin_partly_labeled(context: NodeContext, operand: LabeledValue, left: Labels
         context.pin(
             operand,
             np.concatenate([a[half_labeled], b[half_labeled]]),
-            "combined element-wise with entries that no weight produces",
+            "combined with entries that no weight produces",
         )

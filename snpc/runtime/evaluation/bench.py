@@ -1,7 +1,7 @@
-"""How fast are these models, side by side?
+"""Latency of models, measured side by side.
 
 Models are timed in rounds: every model runs once in a round, on the same inputs, and the order rotates from round to
-round. What slows the machine down for a while then slows them all; a speed-up is the median over rounds of
+round. A load on the machine then slows all of them; a speed-up is the median over rounds of
 
     ratio = time of the first model / time of the other model,  both in the same round.
 """
@@ -26,9 +26,9 @@ from snpc.runtime.execution.runners import Runner, open_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
-FractionCallback = Callable[[float], object]  # told the share that is done
+FractionCallback = Callable[[float], object]  # called with the fraction that is done
 
-MAX_FEEDS = 16  # kept in memory from the data; rounds go through them in turn
+MAX_FEEDS = 16  # kept in memory; rounds use them in turn
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE_PERCENT = 95  # per cent, of the bootstrap interval
 
@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class OutputDiff:
-    """Largest absolute difference of an output on the first feed; None where there is none to give, and why."""
+    """Largest absolute difference of an output on the first feed; None with a ``reason`` where it is undefined."""
 
     name: str
     max_abs: float | None
@@ -58,8 +58,8 @@ class Speedup:
     """How many times faster ``model`` is than ``base``, the first model.
 
     ``ratio`` is the median of the rounds' ratios, ``q1``/``q3`` their quartiles (the spread of one round), and
-    ``low``/``high`` the bootstrap 95 % interval of the median. It takes rounds for independent: on a machine whose load
-    comes and goes over many rounds it is too narrow.
+    ``low``/``high`` the bootstrap 95 % interval of the median. The interval assumes independent rounds: it is too
+    narrow on a machine whose load changes slowly.
     """
 
     model: str
@@ -77,15 +77,15 @@ class Speedup:
 
     @property
     def largest_difference(self) -> OutputDiff | None:
-        """The output that differs most, of those that can be compared."""
+        """The comparable output that differs most."""
         known = [diff for diff in self.outputs if diff.max_abs is not None]
         return max(known, key=lambda diff: diff.max_abs or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. ``provider``: what ran the models, ``runtime``: its name and version; several of either
-    are joined. ``threads``: their setting, 0: the runtime chose."""
+    """The machine and runtimes of a measurement. ``provider``: providers or devices, ``runtime``: names and versions,
+    both joined by commas. ``threads``: the setting, 0: the runtime chose."""
 
     provider: str
     threads: int
@@ -96,7 +96,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured. ``shapes``: of the first feed; ``feeds``: how many different ones the rounds went through."""
+    """A measurement. ``shapes``: of the first feed; ``feeds``: number of feeds that the rounds used in turn."""
 
     timings: tuple[Timing, ...]
     speedups: tuple[Speedup, ...]
@@ -238,7 +238,7 @@ def round_order(models: int, round_number: int) -> list[int]:
 
 
 def summarize_times(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
-    """[rounds] ms -> its summary; percentiles interpolate linearly between neighbours."""
+    """[rounds] ms -> its summary; percentiles interpolate linearly between neighbors."""
     return Timing(
         model=model,
         median=float(np.median(times)),
@@ -270,7 +270,7 @@ def median_interval(values: FloatArray, *, seed: int = 0) -> tuple[float, float]
 
 
 def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
-    """One entry per output name of either model, those of the first in its order. Stated, not judged."""
+    """One entry per output name of either model, in the order of the first. Nothing is refused here."""
     return tuple(
         _output_diff(name, first[name], other[name])
         if name in first and name in other
@@ -280,7 +280,7 @@ def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
 
 
 def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
-    """The first model's inputs, with every size that any model fixes. UserError: what differs between two models."""
+    """Inputs of the first model, with every size that any model fixes. UserError: two models with different inputs."""
     merged = {spec.name: spec for spec in inputs[0]}
     for label, specs in zip(labels[1:], inputs[1:], strict=True):
         named = {spec.name: spec for spec in specs}

@@ -19,7 +19,7 @@ SEED_STRIDE = 1 << 20  # each of so many batches has its own seed
 
 def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
     """Calibration data for a model of which there is none: floats standard normal, ids uniform over the embedding that
-    they index, masks of ones, dynamic axes as analysed.
+    they index, masks of ones, dynamic axes as analyzed.
 
     No real input looks like this, and a model calibrated on it keeps what matters for noise.
     """
