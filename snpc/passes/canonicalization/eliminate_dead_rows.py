@@ -167,7 +167,7 @@ def input_demands(search: DemandAnalysis, node: ir.Node, wanted: Demand) -> Mapp
     call = search.call(node)
     rule = {
         "pointwise": demand_pointwise,
-        "normalise": demand_normalization,
+        "normalize": demand_normalization,
         "contraction": demand_contraction,
         "movement": demand_movement,
     }.get(spec.kind)
