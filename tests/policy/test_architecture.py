@@ -53,6 +53,10 @@ CALLS_ONNXRUNTIME = ("snpc.runtime.execution", "snpc.targets")
 
 MOST_FILES = 14  # in a package, beside its __init__
 
+MOST_PARAMETERS = 8  # of a function, beside self
+# Their parameters are the inputs of an ONNX operator, in its order.
+TAKES_OPERATOR_INPUTS = "snpc.torch.operators"
+
 # Names that several modules define, and why.
 DEFINED_TWICE: Mapping[str, str] = {"__all__": "the names that a package exports"}
 
@@ -239,10 +243,22 @@ def names_defined_twice(tree: SourceTree) -> Iterator[str]:
             yield f"{name}: {', '.join(sorted(modules))}"
 
 
+def long_signatures(tree: SourceTree) -> Iterator[str]:
+    """What travels together through several functions is a value of its own."""
+    for module in tree.modules:
+        for node in ast.walk(tree.tree(module)):
+            if isinstance(node, ast.FunctionDef) and not is_in(module, TAKES_OPERATOR_INPUTS):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len(names) - (names[:1] in (["self"], ["cls"]))
+                if count > MOST_PARAMETERS:
+                    yield f"{module}:{node.lineno} {node.name} has {count} parameters, at most {MOST_PARAMETERS}"
+
+
 STRUCTURE: dict[Rule, dict[str, str]] = {
     packages_without_a_word: {"__init__.py": '"""Prunes."""', "ops/__init__.py": "__all__ = []"},
     packages_without_exports: {"__init__.py": "__all__ = []", "ops/__init__.py": '"""Operators."""'},
     crowded_packages: {f"ops/file{number}.py": "" for number in range(MOST_FILES + 1)},
+    long_signatures: {"ops/one.py": "class A:\n    def run(self, a, b, c, d, e, f, g, *, h, i): ..."},
     names_defined_twice: {"ops/one.py": "def build(): ...", "graph/two.py": "build: int = 1"},
 }
 
@@ -395,3 +411,33 @@ def test_every_module_imports_with_the_core_dependencies_alone() -> None:
 def test_the_lower_layers_never_load_onnxruntime(module: str) -> None:
     loaded = fresh(f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])")
     assert loaded == "[]"
+
+
+# -- the tests -------------------------------------------------------------------------------------------------------
+
+TESTS = SourceTree(Path(__file__).resolve().parents[1])
+OF_THEIR_OWN = {"models", "policy"}  # folders of tests that no package of snpc has
+
+
+def imports_of_test_files(tree: SourceTree) -> Iterator[str]:
+    """What several test files use is in a helper: a test file can be moved or deleted without breaking another."""
+    for module, target, says in imports_of(tree):
+        if target.rpartition(".")[2].startswith("test_") and target != module:
+            yield says
+
+
+def test_no_test_file_is_imported() -> None:
+    assert not list(imports_of_test_files(TESTS))
+
+
+def test_an_import_of_a_test_file_is_seen(tmp_path: Path) -> None:
+    tree = small_package(
+        tmp_path, {"ops/test_one.py": "from snpc.graph.test_two import helper", "graph/test_two.py": ""}
+    )
+    assert list(imports_of_test_files(tree))
+
+
+def test_folders_of_tests_are_those_of_the_package() -> None:
+    folders = {name.removeprefix("tests").lstrip(".") for name in TESTS.packages} - {""}
+    packages = {name.removeprefix("snpc.") for name in SNPC.packages}
+    assert {name for name in folders if name.partition(".")[0] not in OF_THEIR_OWN} <= packages
