@@ -220,5 +220,5 @@ def compensate_residual_error(
     (mean,), total = seen.means, sums[gap.total].reshape(-1)
     cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
     more = solve_ridge(seen.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
-    edits.add(reader.place, 0, keep, more)
+    edits.add(reader.weight_slice, 0, keep, more)
     edits.add_bias(str(reader.node.name), total / seen.count - mean[keep] @ more)

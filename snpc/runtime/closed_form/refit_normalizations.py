@@ -68,7 +68,7 @@ def fit_normalizations(
             weight = reader.rows(source, 0)[0]
             centred = existing_bias(node, reader.width) is not None
             rows, shift = solve_consumer_refit(sums, gain, weight, norm, centred)
-            edits.put(reader.place, 0, np.flatnonzero(norm.stays), rows)
+            edits.put(reader.weight_slice, 0, np.flatnonzero(norm.stays), rows)
             if centred:
                 edits.add_bias(str(node.name), shift)
     return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
