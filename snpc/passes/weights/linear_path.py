@@ -75,7 +75,7 @@ def trace_linear_path(
         trace_linear_path(path, linear[0], group_labels, trace, facts, model)
     elif spec.kind == "contraction" and not spec.has_activation:
         mark_projection(path, node, group_labels, trace)
-    elif spec.kind == "normalise" and spec.per_axis:
+    elif spec.kind == "normalize" and spec.per_axis:
         for index in spec.per_axis:
             if 0 < index < len(node.inputs) and node.inputs[index] is not None:
                 mark_aligned_constant(path, node, node.inputs[index], group_labels, trace)  # type: ignore[arg-type]

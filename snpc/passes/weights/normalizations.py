@@ -103,7 +103,7 @@ def reads_labeled_constant(node: ir.Node, traced_graph: TracedGraph) -> bool:
 
 def feeds_statistic(first: StatisticPath, second: StatisticPath) -> bool:
     """Is the second statistic, or what it normalizes, computed from the output of the first normalization step?"""
-    if "normalise" in (first[0].context.spec.kind, second[0].context.spec.kind):
+    if "normalize" in (first[0].context.spec.kind, second[0].context.spec.kind):
         return first[0].context.node is second[0].context.node
     written = {value for node in first[2] for value in node.outputs}
     used = {value for node in (*second[1], *second[2]) for value in node.inputs}

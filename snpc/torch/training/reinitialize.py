@@ -37,5 +37,5 @@ def draw_weight(weight: torch.Tensor, uses: list[tuple[object, int]], generator:
             return noise.mul(TABLE_DEVIATION)
         taps = weight.shape[2:].numel() if weight.ndim > 2 else 1
         return noise.mul((2 / (taps * (weight.shape[0] + weight.shape[1]))) ** 0.5)
-    gain = (kind == "normalise" and index == (getattr(spec, "affine", ()) or (1,))[0]) or effect == "scale"
+    gain = (kind == "normalize" and index == (getattr(spec, "affine", ()) or (1,))[0]) or effect == "scale"
     return torch.ones_like(weight) if gain else torch.zeros_like(weight)

@@ -625,7 +625,7 @@ ODD: dict[str, tuple[list[onnx.NodeProto], Callable[[Group], bool], str]] = {
             ],
         ),
         lambda g: g.role == "vo",
-        "acts on it as well",
+        "applies to it as well",
     ),
     "values of two tokens only": (
         [
