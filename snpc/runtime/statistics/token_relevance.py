@@ -4,6 +4,7 @@ Layer-wise relevance propagation: what an output is made of is handed back to it
 node by node, so that none is lost. Linear maps hand back by positive contributions (the z+ rule; Montavon et al. 2017,
 arXiv 1512.02479, eq. 17), sums by magnitude, what works on single positions and normalisations as it is; attention
 weights count as given, so that contexts hand back to the values (Ali et al. 2022, arXiv 2202.07304).
+``snpc.torch.operators.relevance`` is another implementation, as gradient times input, for units; tests compare the two.
 """
 
 from __future__ import annotations
