@@ -1,7 +1,8 @@
-"""Check all of snpc: python3 check.py [arguments of pytest]
+"""Check all of snpc: python3 check.py [--fast] [arguments of pytest]
 
-Sets up an environment in .venv, then runs ruff, mypy --strict and the whole test suite. Without arguments this is what
-.ci/run runs. Exits with 1 if any of the three fails.
+Sets up an environment in .venv, then runs ruff, mypy --strict and the test suite. Without arguments this is what
+.ci/run runs: everything. --fast leaves out what is slow, what needs torch and what compares times: for the loop
+between two edits. Other arguments go to pytest in place of its usual ones. Exits with 1 if any of the checks fails.
 """
 
 import subprocess
@@ -20,17 +21,30 @@ STEPS = [
     # timm's image models are used, not its data pipeline: torchvision, which only that needs, stays away.
     ("installing timm", ["--no-deps", "timm>=1.0.20"]),
 ]
-CHECKS = [
-    ("ruff", ["-m", "ruff", "check", "."]),
-    ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc"]),
-    # One worker per core; files stay together, as their tests share models.
-    ("pytest", ["-m", "pytest", *(sys.argv[1:] or ["-n", "auto", "--dist", "loadfile"])]),
-]
+SOURCES = ["snpc", "tests", "benchmarks", "examples", "scripts", "check.py", "demo.py"]
+HELPERS = ["-p", "tests.models", "-m", "tests.oracle", "-m", "tests.command_line", "-m", "tests.closed_forms"]
+# One worker per core. Tests of one export stay together, and so do the others of a file: see tests/conftest.py.
+PARALLEL = ["-n", "auto", "--dist", "loadgroup"]
+FAST = "--fast"
+FAST_TESTS = ["-m", "not slow and not torch and not timing"]
+
+
+def checks(arguments):
+    """(name, arguments of python) of every check."""
+    fast = [*PARALLEL, *FAST_TESTS] if FAST in arguments else []
+    given = [word for word in arguments if word != FAST]
+    return [
+        ("ruff", ["-m", "ruff", "check", "."]),
+        ("ruff format", ["-m", "ruff", "format", "--check", *SOURCES]),
+        ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS]),
+        ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
+    ]
+
 
 if __name__ == "__main__":
     python = environment.prepare("check", STEPS)
     rows = []
-    for name, arguments in CHECKS:
+    for name, arguments in checks(sys.argv[1:]):
         print("\n== " + name, flush=True)
         start = time.monotonic()
         code = subprocess.call([str(python), *arguments], cwd=str(environment.ROOT))

@@ -110,9 +110,9 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     analysis = watch.run("analyze", lambda: snpc.analyze(loaded))
     scores = watch.run("score (magnitude)", lambda: snpc.score(analysis, "magnitude"))
     plan = watch.run("plan", lambda: snpc.make_slice_plan(scores, snpc.Budget(ratio)))
-    rewritten = watch.run("rewrite", lambda: rewrite_model(analysis.traced, cuts_of(plan)))
+    rewritten = watch.run("rewrite", lambda: rewrite_model(analysis.traced_graph, cuts_of(plan)))
     watch.run("write", lambda: snpc.save(finalize(rewritten.model), target))
-    watch.run("verify", lambda: verify_candidate(rewritten, plan, target, None))
+    watch.run("verify", lambda: verify_candidate(analysis, target, rewritten, None))
     return watch
 
 

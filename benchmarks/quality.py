@@ -121,7 +121,7 @@ def main() -> None:
             for _, choice in cells:
                 target = Path(folder) / "cut.onnx"
                 found = decided(analysis, calibration, way, choice)
-                snpc.apply_slice_plan(found.slices, target, compression=found.closed_forms, calibration=calibration)
+                snpc.apply(found, target)
                 print(f" {quality(target, options.metric, feeds, labels):.1f} |", end="", flush=True)
             print(flush=True)
 

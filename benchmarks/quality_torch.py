@@ -60,7 +60,7 @@ class Bench:
         choice, method = snpc.Budget(target=self.target), METHODS[criterion is None]
         found = snpc.plan(self.analysis, choice, calibration=self.some, method=method, criterion=criterion)
         path = self.folder / "cut.onnx"
-        snpc.apply_slice_plan(found.slices, path, compression=found.closed_forms, calibration=self.some)
+        snpc.apply(found, path)
         return path
 
     def tuned(self, path: Path, training: TrainingOptions) -> float:
@@ -78,7 +78,7 @@ class Bench:
         choice, training = snpc.Budget(target=self.target), replace(self.training, lr=snpc.torch.MASK_LEARNING_RATE)
         found = snpc.torch.learn_masks(self.analysis, self.data, kind, choice, training=training)
         path = self.folder / "cut.onnx"
-        snpc.apply_slice_plan(found.plan, path, calibration=self.data)
+        snpc.apply(snpc.PruningPlan(found.plan, calibration=self.data), path)
         return path
 
     def rounds(self, adaptive: bool) -> Row:

@@ -121,7 +121,7 @@ def cut(analysis: snpc.Analysis, widths: Widths, path: Path) -> float:
         if rows and group.prunable and rows[group.layer] < group.size:
             picks = [np.sort(rng.permutation(group.size)[: rows[group.layer]]) for _ in range(group.blocks)]
             keep[group.id] = tuple(tuple(int(k) for k in pick) for pick in picks)
-    made = snpc.apply_slice_plan(snpc.SlicePlan(analysis, "random", {}, keep), path)
+    made = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(analysis, "random", {}, keep)), path)
     return made.before.macs / made.after.macs
 
 

@@ -57,9 +57,7 @@ def examine(path: Path, ratio: float, closed: bool) -> dict[str, Any]:
     decision = snpc.plan(analysis, choice, calibration=calibration, **how)
     with tempfile.TemporaryDirectory(prefix="snpc-zoo-") as folder:
         target = Path(folder) / "pruned.onnx"
-        result = snpc.apply_slice_plan(
-            decision.slices, target, compression=decision.closed_forms, calibration=calibration
-        )
+        result = snpc.apply(decision, target)
         row["runs"] = runs(target, model.inputs, calibration)
     row["params"] = result.after.params / max(result.before.params, 1)
     row["macs"] = result.after.macs / max(result.before.macs, 1)
@@ -80,7 +78,7 @@ def runs(path: Path, inputs: Any, calibration: Any) -> bool:
     from snpc.runtime.execution.feeds import random_feeds
     from snpc.runtime.execution.session import open_session, run_session
 
-    session = open_session(path, optimise="all")
+    session = open_session(path, optimization="all")
     feeds = next(iter(calibration.batches())) if calibration is not None else random_feeds(inputs, batch=2)
     names = {i.name for i in session.get_inputs()}
     return bool(run_session(session, {k: v for k, v in feeds.items() if k in names}))

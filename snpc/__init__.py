@@ -1,34 +1,40 @@
 """snpc: make exported attention models small and fast.
 
+    snpc.prune("vit.onnx", "vit-half.onnx", ratio=0.5, calibration="calib.npz")
+
+In steps, each of which takes what the one before returned:
+
     model = snpc.load("vit.onnx")
     analysis = snpc.analyze(model)
     calibration = snpc.load_calibration("calib.npz", model.inputs)
-    decision = snpc.plan(analysis, snpc.Budget(ratio=0.5), calibration=calibration)
-    result = snpc.apply(decision, Path("vit-half.onnx"), calibration=calibration)
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.5), calibration)
+    pruned = snpc.apply(plan, "vit-half.onnx")
 
-Each verb takes the value that the one before returned. ``import snpc`` loads numpy, onnx and onnx-ir only.
+``import snpc`` loads numpy, onnx and onnx-ir only.
 """
 
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
 from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.planner import PruningPlan, plan
-from snpc.pipeline.prune import PrunedModel, apply_slice_plan
+from snpc.pipeline.apply import apply
+from snpc.pipeline.candidate import PrunedModel
+from snpc.pipeline.planner import PruningPlan, complete_plan, load_plan, plan, save_plan
+from snpc.pipeline.prune import prune
 from snpc.pipeline.report_json import json_report
 from snpc.pipeline.score import score
-from snpc.pipeline.search import apply
 from snpc.pipeline.verify import verify
 from snpc.planning.allocate import make_slice_plan
-from snpc.planning.config import Budget
+from snpc.planning.config import Budget, ResourceTarget, parse_target
 from snpc.planning.plan import SlicePlan, UnitScores
 from snpc.planning.plan_file import plan_from_json, plan_to_json
 from snpc.report.page import write_report
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation.bench import BenchResult, bench
+from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench
 from snpc.runtime.evaluation.latency import Workload
 from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.execution.random_inputs import random_calibration
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.load import load
@@ -62,10 +68,13 @@ __all__ = [
     "Probe",
     "PrunedModel",
     "PruningPlan",
+    "RandomInputs",
+    "ResourceTarget",
     "Site",
     "SlicePlan",
     "SnpcError",
     "Statistics",
+    "TimingProtocol",
     "UnitScores",
     "UserError",
     "Verdict",
@@ -73,21 +82,25 @@ __all__ = [
     "__version__",
     "analyze",
     "apply",
-    "apply_slice_plan",
     "bench",
     "build",
+    "complete_plan",
     "json_report",
     "load",
     "load_calibration",
+    "load_plan",
     "load_statistics",
     "make_slice_plan",
     "measure_statistics",
+    "parse_target",
     "plan",
     "plan_from_json",
     "plan_to_json",
+    "prune",
     "random_calibration",
     "reduce_tokens",
     "save",
+    "save_plan",
     "save_statistics",
     "score",
     "solve_closed_forms",

@@ -8,7 +8,10 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 AnyArray = npt.NDArray[Any]
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other"]
 ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other")
@@ -53,10 +59,27 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+def shape_text(shape: Sequence[int | str]) -> str:
+    """For messages: ``(1, "seq", "")`` -> ``[1,seq,?]``."""
+    return "[" + ",".join(str(dim) or "?" for dim in shape) + "]"
+
+
+ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
+
+
+class TemporaryFolder:
+    """A folder that is deleted with this object, or at exit."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="snpc-"))
+        self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
-    ``external`` says that its weights lie in other files."""
+    ``external`` says that its weights lie in other files. ``kind``: what it was loaded from; of a model in memory,
+    ``path`` is a copy of it in ``folder``."""
 
     path: Path
     graph: ir.Model
@@ -64,6 +87,8 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     external: bool = False
+    kind: ModelKind = "file"
+    folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

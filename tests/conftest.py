@@ -1,4 +1,4 @@
-"""Options of the suite."""
+"""Options of the suite, what is slow, and which tests share a process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,56 @@ import os
 # Two libraries that each start a thread per core slow each other down many times over; set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
+
+from tests.models import classifiers, exports, families
+
+pytest.register_assert_rewrite("tests.oracle", "tests.closed_forms", "tests.command_line")
+
+# One or two exports of each kind of architecture. Tests of the others are marked slow: they find what is particular to
+# an exporter or a model, and that seldom breaks alone.
+REPRESENTATIVE = frozenset(
+    {
+        "vit_timm__ts17",  # packed projections
+        "vit_timm__dyn20_sdpa",
+        "swin_timm__ts17",  # windows
+        "convchain__ts17",
+        "mlp__ts17",
+        "bert__ts17",  # padding masks
+        "bert_class__ts17",
+        "gpt2__dyn20",
+        "llama__ts17",  # rotary positions, grouped heads
+        "t5__ts17",  # cross attention
+        "encdec__dyn20",
+    }
+)
+EXPORTS = {**exports.EXPORTS, **families.FAMILIES, **classifiers.CLASSIFIERS, **classifiers.SENTENCES}
+TORCH = Path(__file__).parent / "torch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="rewrite tests/passes/slicing/golden from what comes out now"
-    )
+    parser.addoption("--update-golden", action="store_true", help="rewrite golden files from what comes out now")
     parser.addoption(
         "--exhaustive", action="store_true", help="cut every group of every export alone, not one of each kind"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        export = export_of(item)
+        if export is not None and export not in REPRESENTATIVE:
+            item.add_marker(pytest.mark.slow)
+        if TORCH in item.path.parents:
+            item.add_marker(pytest.mark.torch)
+        # With --dist loadgroup a process analyzes an export once for the tests of all files; other tests stay together
+        # with those of their file, whose fixtures they share.
+        item.add_marker(pytest.mark.xdist_group(export or str(item.path)))
+
+
+def export_of(item: pytest.Item) -> str | None:
+    """The export that a test is for, if it is a parameter."""
+    call = getattr(item, "callspec", None)
+    names = [value for value in call.params.values() if isinstance(value, str)] if call else []
+    return next((name for name in names if name in EXPORTS), None)

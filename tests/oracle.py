@@ -105,14 +105,28 @@ def random_cuts(groups: Iterable[Group], seed: int, ratios: Mapping[str, float] 
 # -- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(model: bytes | Path, feeds: Feeds, level: Level = "off") -> list[Array]:
+def open_session(model: bytes | Path, level: Level) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     source = model if isinstance(model, bytes) else str(model)
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run_in(session: ort.InferenceSession, feeds: Feeds) -> list[Array]:
     return list(session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()}))
+
+
+def run(model: bytes | Path, feeds: Feeds, level: Level = "off") -> list[Array]:
+    """The outputs of a model for these inputs, in a session of its own."""
+    return run_in(open_session(model, level), feeds)
+
+
+@functools.cache
+def outputs_of(name: str) -> list[Array]:
+    """What an export gives for its feeds, run once per process."""
+    return run(export(name), feeds_of(name))
 
 
 def relative_error(expected: Sequence[Array], found: Sequence[Array]) -> float:
@@ -140,9 +154,18 @@ class Pair:
     sliced: bytes
     masked: bytes
 
+    @functools.cached_property
+    def masked_session(self) -> ort.InferenceSession:
+        """The masked original always runs without optimization; its session serves every comparison."""
+        return open_session(self.masked, "off")
+
+    def expected(self, feeds: Feeds) -> list[Array]:
+        """The outputs of the masked original."""
+        return run_in(self.masked_session, feeds)
+
     def error(self, feeds: Feeds, level: Level = "off") -> float:
-        """How far the cut model is from the masked original (which always runs without optimisation)."""
-        return relative_error(run(self.masked, feeds), run(self.sliced, feeds, level))
+        """How far the cut model is from the masked original."""
+        return relative_error(self.expected(feeds), run(self.sliced, feeds, level))
 
 
 def cut(analysis: Analysis, cuts: Cuts) -> Pair:

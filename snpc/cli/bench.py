@@ -13,7 +13,8 @@ from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.running import ExecutionArguments
 from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
-from snpc.runtime.execution.feeds import parse_shapes
+from snpc.runtime.evaluation.bench import TimingProtocol
+from snpc.runtime.execution.feeds import RandomInputs, parse_shapes
 from snpc.runtime.execution.runners import open_runner
 
 
@@ -78,14 +79,10 @@ def bench_command(
     with timing_progress() as on_progress:
         result = snpc.bench(
             paths,
+            RandomInputs(batch, parse_shapes(inputs.shapes) or None) if data is None else data,
+            protocol=TimingProtocol(protocol.warmup, protocol.iterations, protocol.duration),
             execution=replace(running.load(), threads=protocol.threads),
-            data=data,
-            warmup=protocol.warmup,
-            iterations=protocol.iterations,
-            duration=protocol.duration,
-            heard=on_progress,
-            batch=batch if data is None else 1,
-            shapes=parse_shapes(inputs.shapes) or None,
+            on_progress=on_progress,
         )
     json.write(result.to_json())
     if not json.replaces_tables:

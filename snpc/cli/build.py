@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,10 +76,10 @@ def build_command(
         target.target,
         output.output,
         precision=arguments.precision or "fp32",
-        execution=running.load(),
+        execution=replace(running.load(), observer=output.dump.load()),
         calibration=data,
         batch=target.batch,
-        options=arguments.load(emit_script=target.emit_script, observer=output.dump.load()),
+        options=arguments.load(emit_script=target.emit_script),
     )
     output.json.write(build_json(result))
     if not output.json.replaces_tables:

@@ -10,7 +10,7 @@ import snpc
 from snpc.cli import tables
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments, load_and_analyze
-from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.training import (
     CheckpointArguments,
     ScheduleArguments,
@@ -20,6 +20,7 @@ from snpc.cli.arguments.training import (
 from snpc.cli.progress import print_round, training_progress
 from snpc.cli.torch_package import import_torch_package
 from snpc.errors import UserError
+from snpc.planning.config import parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import EvaluationData
 from snpc.runtime.io.atomic import external_data_path
@@ -196,7 +197,7 @@ def learn_masks_and_prune(
     """Train masks, plan by them, and write the pruned model, as `snpc prune` writes and shows it."""
     from snpc.torch import learn_masks
 
-    budget = snpc.Budget(target=pruning.target or "macs")
+    budget = snpc.Budget(target=parse_target(pruning.target or "macs"))
     with training_progress() as report:
         learned = learn_masks(
             analysis,
@@ -208,8 +209,8 @@ def learn_masks_and_prune(
             on_progress=report,
         )
     if output.plan_path is not None:
-        write_text_file(output.plan_path, snpc.plan_to_json(learned.plan))
-    result = snpc.apply_slice_plan(learned.plan, run.target, calibration=run.data)
+        snpc.save_plan(learned.plan, output.plan_path)
+    result = snpc.apply(snpc.PruningPlan(learned.plan, calibration=run.data), run.target)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:
         tables.print_result(result)

@@ -13,6 +13,7 @@ from snpc.cli.arguments.model import SizedModelArguments
 from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.running import ExecutionArguments
 from snpc.errors import UserError
+from snpc.pipeline.planner import PlanRequest, make_plan
 from snpc.pipeline.report_json import analysis_json
 
 
@@ -44,8 +45,8 @@ def inspect_command(
     data = calibration.load(analysis)
     curves = {}
     if output.curves:
-        plan = snpc.plan(analysis, snpc.Budget(ratio=0), calibration=data, execution=running.load(), whole=True)
-        curves = dict(plan.curves)
+        request = PlanRequest(snpc.Budget(ratio=0), full_curves=True)
+        curves = dict(make_plan(analysis, request, data, execution=running.load()).loss_curves)
     output.json.write(analysis_json(analysis, curves))
     if output.json.replaces_tables:
         return

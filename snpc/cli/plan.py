@@ -10,21 +10,18 @@ import snpc
 from snpc.cli import tables
 from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
-from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, load_and_analyze
-from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.progress import batch_progress
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
-from snpc.pipeline.planner import PruningPlan, plan_without_cuts
-from snpc.pipeline.prune import Stopwatch
-from snpc.pipeline.refit import closed_forms_for
-from snpc.planning.plan_file import prunes_kv_cache, token_reduction_in
+from snpc.pipeline.candidate import Stopwatch
+from snpc.pipeline.planner import PruningPlan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.io.atomic import external_data_path
-from snpc.tokens.reduction import reduce_tokens
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,9 @@ def plan_command(
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)
     planning = planning.with_width_multiple(None, execution)
-    analysis, data = planning.reduce_tokens(analysis, data, execution)
+    analysis = planning.reduce_tokens(analysis, data, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, workload.load(), execution, Stopwatch())
-    write_text_file(path, snpc.plan_to_json(plan.slices))
+    snpc.save_plan(plan, path)
     tables.note_if_predicted(plan)
     tables.print_plan(plan.slices)
     tables.print_line(f"plan written to {path}")
@@ -73,7 +70,7 @@ def plan_from_arguments(
     if not planning.selection.roles:
         planning.check_no_widths()
         statistics.check_no_widths()
-        return plan_without_cuts(analysis)
+        return snpc.plan(analysis, None, calibration, execution=execution)
     budget, measured = planning.budget(), statistics.load()
     criterion = planning.selection.criterion
     if statistics.save_stats is not None and calibration is None and measured is None:
@@ -84,7 +81,7 @@ def plan_from_arguments(
         plan = snpc.plan(
             analysis,
             budget,
-            calibration=calibration,
+            calibration,
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
@@ -133,36 +130,14 @@ def apply_command(
     """
     execution, stopwatch = running.load(), Stopwatch()
     with stopwatch.stage("analyze"):
-        slices = read_plan_file(plan.plan_file, model.path)
+        slices = snpc.load_plan(plan.plan_file, snpc.load(model.path))
     path = output.output or model.sibling("-pruned.onnx")
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
     check_output_paths([path, external_data_path(path), output.json.json_path], *inputs)
     data = calibration.load(slices.analysis)
     with stopwatch.stage("closed forms"):
-        closed_forms = closed_forms_for(
-            slices,
-            data,
-            statistics=statistics.load(),
-            execution=execution,
-        )
-    result = snpc.apply_slice_plan(
-        slices,
-        path,
-        compression=closed_forms,
-        calibration=data,
-        execution=execution,
-        watch=stopwatch,
-    )
+        completed = snpc.complete_plan(slices, data, statistics=statistics.load(), execution=execution)
+    result = snpc.apply(completed, path, stopwatch=stopwatch)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:
         tables.print_result(result)
-
-
-def read_plan_file(path: Path, model: Path) -> snpc.SlicePlan:
-    """The plan in ``path``, for ``model`` analyzed as it was then: with fewer tokens where the file says so."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    analysis, reduction = load_and_analyze(model, kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
-    return snpc.plan_from_json(text, reduce_tokens(analysis, *reduction) if reduction else analysis, str(path))

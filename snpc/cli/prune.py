@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,14 +12,14 @@ from snpc.cli.arguments.building import PruneBuildArguments
 from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option, subgroup
 from snpc.cli.arguments.model import SizedModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths, write_text_file
+from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.build import build_json
 from snpc.cli.plan import plan_from_arguments
 from snpc.errors import UserError
+from snpc.pipeline.candidate import Stopwatch
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import Stopwatch
 from snpc.pipeline.report_json import groups_json
 from snpc.runtime.io.atomic import external_data_path
 
@@ -58,10 +58,10 @@ def prune_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    execution, stopwatch = running.load(), Stopwatch()
+    observer, stopwatch = model.dump.load(), Stopwatch()
+    execution = replace(running.load(), observer=observer)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
-        observer = model.dump.load()
         analysis = model.load(observer)
     artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
@@ -72,29 +72,23 @@ def prune_command(
         data = calibration.load(analysis)
     with stopwatch.stage("tokens"):
         planning = planning.with_width_multiple(build.build, execution)
-        analysis, data = planning.reduce_tokens(analysis, data, execution)
+        analysis = planning.reduce_tokens(analysis, data, execution)
     artifact = None
     if planning.amount.wants_latency:
         artifact = build.timed_artifact(execution, data, workload.batch)
     timed = workload.load(artifact)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
-        write_text_file(output.plan_path, snpc.plan_to_json(plan.slices))
+        snpc.save_plan(plan, output.plan_path)
     if output.dry_run:
         show_plan(plan, output.json)
         return
-    result = snpc.apply(
-        plan,
-        path,
-        calibration=data,
-        execution=execution,
-        watch=stopwatch,
-    )
+    result = snpc.apply(plan, path, stopwatch=stopwatch)
     if output.plan_path is not None and result.search is not None:
-        write_text_file(output.plan_path, snpc.plan_to_json(result.plan))
+        snpc.save_plan(result.plan, output.plan_path)
     if output.page is not None:
-        snpc.write_report(result, output.page, plan=plan, calibration=data)
-    built = build.load(path, execution, data, workload.batch, observer)
+        snpc.write_report(result, output.page, plan=plan)
+    built = build.load(path, execution, data, workload.batch)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
         tables.print_result(result)

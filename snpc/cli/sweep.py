@@ -7,20 +7,24 @@ from pathlib import Path
 
 import click
 
+import snpc
 from snpc.cli import tables
 from snpc.cli.arguments.calibration import CalibrationArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option
 from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import check_output_paths, write_text_file
+from snpc.cli.arguments.output import check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import ExecutionArguments
 from snpc.cli.progress import step_progress
 from snpc.errors import UserError
 from snpc.pipeline.report_json import write_json
-from snpc.pipeline.sweep import count_sweep_steps, sweep
-from snpc.report.sweep_plot import sweep_plot
-from snpc.targets import PRECISIONS, Precision
+from snpc.pipeline.sweep import SweepBuilder, SweepRequest, count_sweep_steps, sweep
+from snpc.planning.config import parse_target
+from snpc.report.sweep_plot import write_sweep_plot
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution.execution import Execution
+from snpc.types import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def sweep_command(
     check_sweep(arguments, planning, calibration)
     execution = running.load()
     planning = planning.with_width_multiple(arguments.build, execution)
-    targets = parse_target_list(arguments.targets)
+    targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
     analysis = model.load()
     data = calibration.load(analysis)
@@ -116,21 +120,40 @@ def sweep_command(
             targets,
             folder,
             data,
-            choice=planning.budget(targets[0]) if planning.selection.roles else None,
-            tokens=planning.reduction.tokens,
-            evaluation=evaluation,
-            method=planning.selection.method,
-            target=arguments.build,
-            precision=arguments.precision or "fp32",
+            SweepRequest(
+                planning.budget(targets[0]) if planning.selection.roles else None,
+                planning.reduction.tokens,
+                planning.selection.method,
+                evaluation,
+                arguments.batch,
+                arguments.iterations,
+            ),
+            builder=sweep_builder(arguments, data, execution),
             execution=execution,
-            batch=arguments.batch,
-            rounds=arguments.iterations,
-            step=on_step,
+            on_step=on_step,
         )
     write_json(result.to_json(), table)
-    write_text_file(plot, sweep_plot(result))
+    write_sweep_plot(result, plot)
     tables.print_sweep(result)
     tables.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+
+
+def sweep_builder(arguments: SweepArguments, calibration: Calibration, execution: Execution) -> SweepBuilder | None:
+    """What every model is built into, with --build. UserError: what is built cannot be timed here."""
+    target = arguments.build
+    if target is None:
+        return None
+    precision, batch = arguments.precision or "fp32", arguments.batch
+
+    def build(model: Path, output: Path) -> tuple[Path, ...]:
+        return snpc.build(
+            model, target, output, precision=precision, execution=execution, calibration=calibration, batch=batch
+        ).files
+
+    artifact = snpc.timed_artifact(
+        target, precision=precision, execution=execution, calibration=calibration, batch=batch
+    )
+    return SweepBuilder(snpc.TARGETS[target].suffix, build, artifact)
 
 
 def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibration: CalibrationArguments) -> None:

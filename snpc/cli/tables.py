@@ -12,10 +12,9 @@ import click
 from snpc.criteria import Description
 from snpc.passes.analyze import Analysis
 from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.pipeline.candidate import PrunedModel, SearchResult
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel, SearchResult
 from snpc.pipeline.sweep import SweepResult
-from snpc.planning.config import is_latency_budget
 from snpc.planning.plan import SlicePlan
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.runtime.closed_form.fit import ClosedForms
@@ -253,7 +252,7 @@ def print_result(result: PrunedModel) -> None:
 def note_if_predicted(plan: PruningPlan) -> None:
     """Note that a drift or a latency is predicted, not measured."""
     budget = plan.budget
-    if budget is not None and (budget.max_drift is not None or is_latency_budget(budget)):
+    if budget is not None and (budget.max_drift is not None or budget.is_latency):
         what = "drift" if budget.max_drift is not None else "latency"
         print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
 

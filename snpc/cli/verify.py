@@ -14,7 +14,6 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
 from snpc.cli.arguments.model import ModelArguments
 from snpc.cli.arguments.output import JsonArguments, check_output_paths
 from snpc.cli.arguments.running import ExecutionArguments
-from snpc.cli.plan import read_plan_file
 from snpc.errors import CheckFailed
 from snpc.pipeline.report_json import verdict_json
 from snpc.runtime.io.load import model_files
@@ -47,12 +46,14 @@ def verify_command(
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     pruned, data = arguments.pruned, arguments.calib
-    plan = read_plan_file(arguments.plan_path, model.path) if arguments.plan_path else None
-    analysis = plan.analysis if plan else model.load()
+    slices = snpc.load_plan(arguments.plan_path, snpc.load(model.path)) if arguments.plan_path else None
+    analysis = slices.analysis if slices else model.load()
     snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
     calibration = snpc.load_calibration(data, analysis.model.inputs) if data else None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=running.load())
+    execution = running.load()
+    plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=execution)
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

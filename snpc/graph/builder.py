@@ -24,9 +24,20 @@ def unused_name(name: str, taken: Container[str]) -> str:
     return name
 
 
-def add_constant(graph: ir.Graph, array: AnyArray, name: str, dtype: ir.DataType | None = None) -> ir.Value:
-    """A new initializer that holds ``array``. ``name`` must be free; ``dtype``: where numpy has no such type."""
-    return ir.tape.Tape(graph).initializer(ir.Tensor(array, dtype=dtype, name=name), name)
+def add_constant(
+    graph: ir.Graph, array: AnyArray, name: str, dtype: ir.DataType | None = None, *, typed: bool = True
+) -> ir.Value:
+    """A new initializer that holds ``array``. ``name`` must be free; ``dtype``: where numpy has no such type.
+
+    ``typed``: whether the value says its type and shape besides its tensor. A model file repeats them in
+    ``value_info``, and so do engines that read and write it; where no pass asks for them, they are left out.
+    """
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
+    if typed:
+        return ir.tape.Tape(graph).initializer(tensor, name)
+    value = ir.Value(name=name, const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def share_int64_constant(graph: ir.Graph, array: IntArray, name: str) -> ir.Value:

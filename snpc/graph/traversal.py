@@ -22,6 +22,25 @@ def used_values(node: ir.Node) -> Iterator[ir.Value]:
                 yield from used_values(inner)
 
 
+def movement_behind(value: ir.Value) -> Iterator[ir.Node]:
+    """Nodes that only move positions, from the producer of ``value`` upstream, as far as one follows another."""
+    while (node := value.producer()) is not None and node.inputs:
+        source = node.inputs[0]
+        if lookup(node.domain, node.op_type).kind != "movement" or source is None:
+            return
+        yield node
+        value = source
+
+
+def movement_root(value: ir.Value) -> ir.Value:
+    """What ``value`` is a movement of: the first value upstream that another kind of node makes, or none."""
+    for node in movement_behind(value):
+        source = node.inputs[0]
+        assert source is not None
+        value = source
+    return value
+
+
 def ancestor_nodes(value: ir.Value) -> set[ir.Node]:
     """The nodes that ``value`` is made by."""
     found: set[ir.Node] = set()
@@ -84,6 +103,14 @@ def scalar_factor_of(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | N
             number = float(array.reshape(-1)[0])
             return ScalarFactor(node, index, 1.0 / number if divides else number, divides), False
     return None, False
+
+
+def step_upstream(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | None, ir.Value | None]:
+    """(the number this node multiplies by, the input it multiplies or moves); (None, None) for any other node."""
+    scalar, moves = scalar_factor_of(node, facts)
+    if scalar is not None:
+        return scalar, node.inputs[1 - scalar.index]
+    return None, node.inputs[0] if moves else None
 
 
 def reads_only_shape(node: ir.Node) -> bool:

@@ -1,159 +1,195 @@
-"""Closed-form compression: from statistics, measured once, loss curves; from these a plan.
+"""Plans: what the closed forms and the criterion say of each unit, the width of each group, and the units that stay.
 
-Groups whose freedom is ``basis`` are rotated before they are cut; of groups that are selected, what reads them is
-refitted. Where a group's weights do not have the form that this needs, its units are selected by a criterion and left
-as they are; ``Compression.skipped`` says why.
+``plan`` measures statistics and solves the closed forms for every width. From these come the order of the units within
+each group and the loss curves, which say how the outputs react to each group's width; ``snpc.planning`` makes the
+widths of them. Groups of which the closed forms have none are scored by a criterion, and their weights stay as they
+are; ``ClosedForms.skipped`` says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.pipeline.refit import check_refit_data
+from snpc.passes.analyze import Analysis, analyze
 from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
 from snpc.planning.allocate import groups_to_prune, make_slice_plan
-from snpc.planning.config import Budget, is_latency_budget
+from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores
+from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation.latency import Workload, groups_to_time, latency_table
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
 from snpc.runtime.statistics.statistics import Statistics, measure_statistics
 from snpc.runtime.statistics.unit_weights import unit_weight_energies
-from snpc.types import FloatArray, Group
+from snpc.tokens.reduction import reduce_tokens
+from snpc.types import FloatArray, Group, Model
 
 
-def with_closed_form_order(scores: UnitScores, compression: ClosedForms, method: PruningMethod) -> UnitScores:
-    """Scores in which the closed forms set the order of units within their groups."""
-    values: dict[str, FloatArray] = dict(scores.values)
-    for name, found in compression.elimination_orders.items():
-        values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
-    for name, parts in compression.bases.items():
-        size = len(parts[0].loss) - 1
-        values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
-    samples = max(scores.samples, compression.samples)
-    return replace(scores, values=values, method=method, samples=samples)
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked for.
+
+    ``method``: how weights are adapted to the cut ("auto": refitted, one layer after the other; "parallel": refitted,
+    all at once; "select": sliced as they are); None: "auto" where there is calibration data and no ``criterion`` is
+    named. ``criterion`` scores the groups that have no closed form; None: "mixed" with data, "magnitude" without.
+    ``workload``: what is run to measure a latency. ``full_curves``: loss curves are measured over all widths, so that
+    ``PruningPlan.for_budget`` can serve other budgets, and not only near the widths of this one.
+    """
+
+    budget: Budget
+    method: PruningMethod | None = None
+    criterion: str | None = None
+    workload: Workload | None = None
+    full_curves: bool = False
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """A plan, and the closed forms that it is to be fitted with (None: slice the weights as they are).
+    """All that ``apply`` needs: which units stay, the closed forms that refit the weights, the data and how to run.
 
-    ``choice``, ``groups``, ``scores`` and ``workload`` are what other plans for the same wish are made from.
+    ``closed_forms``: None where weights are sliced as they are. ``calibration``: with the token decisions of the dense
+    model where tokens are reduced. ``budget``, ``groups``, ``scores``, ``workload``, ``statistics``: what the plan was
+    made from; plans for other budgets are made from them.
     """
 
     slices: SlicePlan
     closed_forms: ClosedForms | None = None
-    curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Group id -> [size + 1]: relative squared change of the outputs when so many units per block are kept."""
+    loss_curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
+    """Group id -> [size + 1]: relative squared change of the outputs, by units per block that are kept."""
     budget: Budget | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
     scores: UnitScores | None = field(default=None, repr=False)
     workload: Workload | None = None
     statistics: Statistics | None = field(default=None, repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
+    execution: Execution = DEFAULT_EXECUTION
 
-    def for_budget(self, choice: Budget) -> PruningPlan:
-        """The same for another target: what was measured serves again (for one far off, ``plan`` with ``whole``).
-        ``choice`` differs in its target only, and that is a latency only if this one's is."""
+    @property
+    def analysis(self) -> Analysis:
+        return self.slices.analysis
+
+    @property
+    def data_source(self) -> str:
+        """The data that weights are fitted to, in words."""
+        if self.calibration is not None:
+            return self.calibration.describe()
+        return self.closed_forms.source if self.closed_forms is not None else ""
+
+    def for_budget(self, budget: Budget) -> PruningPlan:
+        """The plan for another target, from the same measurements (``PlanRequest.full_curves`` for one far off).
+
+        ``budget`` differs in its target only, and that is a latency only if this one's is.
+        """
         assert self.scores is not None
-        return replace(self, slices=make_slice_plan(self.scores, choice), budget=choice)
-
-
-def plan_without_cuts(analysis: Analysis) -> PruningPlan:
-    """The decision to cut no width, as where only tokens go."""
-    return PruningPlan(SlicePlan(analysis, "none", {"roles": ()}, {}, "select"))
+        return replace(self, slices=make_slice_plan(self.scores, budget), budget=budget)
 
 
 def plan(
     analysis: Analysis,
-    choice: Budget,
-    *,
+    budget: Budget | None,
     calibration: Calibration | None = None,
-    statistics: Statistics | None = None,
+    *,
     method: PruningMethod | None = None,
     criterion: str | None = None,
-    execution: Execution = DEFAULT_EXECUTION,
+    statistics: Statistics | None = None,
     workload: Workload | None = None,
-    whole: bool = False,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> PruningPlan:
-    """Score and plan in one step.
+    """Score the units, allocate the widths and choose the units that stay. Nothing is rewritten yet.
 
-    ``method`` "auto" needs calibration data and uses closed forms, with ``criterion`` (default "mixed") for the groups
-    that have none, one layer after the other ("parallel": all at once); "select" scores by ``criterion`` only (default
-    "mixed" with data, "magnitude" without). Left out, it is "auto" where there is data and no criterion was named.
+    ``budget`` None cuts no width, for a model whose tokens alone are reduced. ``method``, ``criterion`` and
+    ``workload``: see ``PlanRequest``.
 
-    ``statistics`` that were measured before serve in place of a measurement. On their own they allow "parallel" (the
-    default then) and "select", and widths are chosen by the closed forms' own loss, relative to what each group does:
-    how much the outputs mind takes ``calibration``. ``execution.memory_limit``: see ``measure_statistics``.
-
-    ``workload`` says at what sizes a latency is measured. ``whole``: curves are measured all along, for other choices
-    than this one as well, not near its plan. Raises UserError where data is needed and missing.
+    ``statistics`` that were measured before replace a measurement. Without ``calibration`` they allow "parallel" (then
+    the default) and "select", and widths are allocated by the closed forms' own loss, relative to each group's output,
+    because loss curves are measured on data. Raises UserError where data is needed and missing.
     """
-    groups = groups_to_prune(analysis, choice)
+    if budget is None:
+        calibration = with_token_decisions(analysis, calibration, execution)
+        unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "select")
+        return PruningPlan(unchanged, calibration=calibration, execution=execution)
+    return make_plan(analysis, PlanRequest(budget, method, criterion, workload), calibration, statistics, execution)
+
+
+def make_plan(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> PruningPlan:
+    """``plan``, by a request."""
+    budget = request.budget
+    groups = groups_to_prune(analysis, budget)
     calibration = with_token_decisions(analysis, calibration, execution)
-    informed = calibration is not None or statistics is not None
-    method = method or default_method(calibration, informed and criterion is None)
+    has_data = calibration is not None or statistics is not None
+    method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
-    check_plan_inputs(choice, calibration, workload)
-    usual = statistics.criterion if statistics else "mixed" if informed else "magnitude"
-    judge = usual if criterion is None else criterion
+    check_request(request, calibration)
+    default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
+    criterion = default_criterion if request.criterion is None else request.criterion
     if statistics is None and calibration is not None:
         statistics = measure_statistics(
-            analysis,
-            calibration,
-            groups,
-            method=method,
-            criterion=judge,
-            execution=execution,
+            analysis, calibration, groups, method=method, criterion=criterion, execution=execution
         )
-    found = ClosedForms.empty(analysis)
-    curves = calibration is not None and needs_loss_curves(choice, method)
+    measures_curves = calibration is not None and needs_loss_curves(budget, method)
+    closed_forms = ClosedForms.empty(analysis)
     if method != "select":
         assert statistics is not None
-        probed = {g.id: measurable_widths(g) for g in groups} if curves else {}
-        found = solve_closed_forms(
-            analysis, statistics, groups, probed, SpillableStore(memory_budget(execution.memory_limit) // 2)
-        )
-    rest = score_groups(analysis, judge, [g for g in groups if g.id not in found.kinds], statistics)
-    scores = with_closed_form_order(rest, found, method)
-    if choice.allocator == "dimap":
+        refit_widths = {g.id: measurable_widths(g) for g in groups} if measures_curves else {}
+        store = SpillableStore(memory_budget(execution.memory_limit) // 2)
+        closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
+    rest = [g for g in groups if g.id not in closed_forms.kinds]
+    scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
+    if budget.allocator == "dimap":
         scores = replace(scores, energies=unit_weight_energies(analysis, groups))
-    if is_latency_budget(choice):
+    if budget.is_latency:
         roles = tuple(dict.fromkeys(g.role for g in groups))
-        table = latency_table(analysis, roles, workload=workload, execution=execution)
+        table = latency_table(analysis, roles, workload=request.workload, execution=execution)
         scores = replace(scores, latency=table.saved_times(groups_to_time(analysis, roles), groups))
-    if curves:
+    if measures_curves:
         assert calibration is not None
-        near = None if whole else choice
-        measured = measure_loss_curves(found, scores, calibration, groups, near, execution=execution)
-        scores, found = replace(scores, curves=measured), found.without_refits()
-    elif method != "select" and not choice.uniform:
-        scores = replace(scores, curves={g.id: relative_loss(found, scores, g) for g in groups})
-    plan = make_slice_plan(scores, choice)
-    closed = found if method != "select" else None
-    return PruningPlan(plan, closed, scores.curves, choice, tuple(groups), scores, workload, statistics)
+        near = None if request.full_curves else budget
+        curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
+        scores, closed_forms = replace(scores, curves=curves), closed_forms.without_refits()
+    elif method != "select" and not budget.uniform:
+        scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
+    return PruningPlan(
+        make_slice_plan(scores, budget),
+        closed_forms if method != "select" else None,
+        scores.curves,
+        budget,
+        tuple(groups),
+        scores,
+        request.workload,
+        statistics,
+        calibration,
+        execution,
+    )
 
 
-def check_plan_inputs(choice: Budget, calibration: Calibration | None, workload: Workload | None) -> None:
-    if choice.max_drift is not None and calibration is None:
+def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
+    if request.budget.max_drift is not None and calibration is None:
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    if workload is not None and not is_latency_budget(choice):
+    if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
 
 
-def needs_loss_curves(choice: Budget, method: PruningMethod) -> bool:
+def needs_loss_curves(budget: Budget, method: PruningMethod) -> bool:
     """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
-    if choice.uniform or choice.allocator == "dimap":
-        return choice.max_drift is not None
-    return method != "select" or choice.ratio is None
+    if budget.uniform or budget.allocator == "dimap":
+        return budget.max_drift is not None
+    return method != "select" or budget.ratio is None
 
 
 def default_method(calibration: Calibration | None, closed: bool) -> PruningMethod:
@@ -162,10 +198,84 @@ def default_method(calibration: Calibration | None, closed: bool) -> PruningMeth
     return "auto" if calibration is not None else "parallel"
 
 
-def relative_loss(compression: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
+def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
-    curve = compression.loss_curve(group)
+    curve = closed_forms.loss_curve(group)
     if curve is None:
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
         curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]
     return curve / max(float(curve[0]), 1e-300)
+
+
+def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:
+    """Scores in which the closed forms set the order of units within their groups."""
+    values: dict[str, FloatArray] = dict(scores.values)
+    for name, found in closed_forms.elimination_orders.items():
+        values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
+    for name, parts in closed_forms.bases.items():
+        size = len(parts[0].loss) - 1
+        values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
+    samples = max(scores.samples, closed_forms.samples)
+    return replace(scores, values=values, method=method, samples=samples)
+
+
+def check_refit_data(method: PruningMethod, calibration: Calibration | None, statistics: Statistics | None) -> None:
+    if method == "auto" and calibration is None and statistics is not None:
+        raise UserError(
+            "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
+            "as well, or --method parallel"
+        )
+    if method != "select" and calibration is None and statistics is None:
+        raise UserError(f"--method {method} refits weights from calibration data: give --calib, or --method select")
+
+
+# -- plans made before: from a file, or by hand ----------------------------------------------------------------------
+
+
+def complete_plan(
+    slices: SlicePlan,
+    calibration: Calibration | None = None,
+    *,
+    statistics: Statistics | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> PruningPlan:
+    """A plan that was read from a file or made by hand, with the closed forms that its method needs.
+
+    Raises UserError where the plan refits weights and there is no data.
+    """
+    calibration = with_token_decisions(slices.analysis, calibration, execution)
+    if slices.method == "select":
+        return PruningPlan(slices, calibration=calibration, execution=execution)
+    if calibration is None and statistics is None:
+        raise UserError(
+            f"this plan refits weights (method {slices.method}): give --calib, the data that it was made with"
+        )
+    check_refit_data(slices.method, calibration, statistics)
+    groups = [g for g in slices.analysis.groups if g.id in slices.keep]
+    if statistics is None:
+        assert calibration is not None
+        statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
+    closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
+    return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
+
+
+def load_plan(path: Path | str, model: Model) -> SlicePlan:
+    """Read a plan file for ``model``, which is analyzed as it was for the plan: with fewer tokens where it says so.
+
+    Raises UserError where the file is no plan, or one of another model.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    analysis, reduction = analyze(model, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
+    if reduction is not None:
+        analysis = reduce_tokens(analysis, *reduction)
+    return plan_from_json(text, analysis, str(path))
+
+
+def save_plan(plan: PruningPlan | SlicePlan, path: Path | str) -> None:
+    """Write a plan as JSON that can be read, edited and applied."""
+    slices = plan.slices if isinstance(plan, PruningPlan) else plan
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(plan_to_json(slices))

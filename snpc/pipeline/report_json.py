@@ -14,7 +14,7 @@ import onnx_ir as ir
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.shared_constants import original_name
 from snpc.passes.slicing.slice import Cuts
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.io.atomic import atomic_write
 from snpc.types import ClosedFormKind, FloatArray, Verdict

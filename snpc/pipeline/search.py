@@ -1,36 +1,31 @@
-"""Decisions carried out. What is only predicted (drift, latency) is measured on the written model, and the plan moves
-up or down the planner's steps until it holds."""
+"""Search for a plan that meets a drift or a latency: candidates along the allocation path are written and measured."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
-from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import (
+from snpc.pipeline.candidate import (
     CandidateModel,
     PrunedModel,
     SearchResult,
     Stopwatch,
-    apply_slice_plan,
     publish_candidate,
     temporary_path,
     write_candidate,
 )
-from snpc.pipeline.refit import FitInputs
+from snpc.pipeline.planner import PruningPlan
 from snpc.planning.allocate import allocation_path, predicted_drift
-from snpc.planning.config import Budget, is_latency_budget, parse_target
+from snpc.planning.config import Budget
 from snpc.planning.descent import AllocationPath
 from snpc.planning.plan import UnitScores, select_units
-from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import Workload, time_pair
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io.atomic import discard_model
 from snpc.types import FloatArray
 
@@ -39,148 +34,122 @@ DRIFT_LOG_MARGIN = math.log(1.1)  # a drift is met when it is at most this below
 LATENCY_MARGIN = 0.03  # a latency when it is at most this share of the dense model's below
 
 
-def apply(
-    decision: PruningPlan,
-    target: Path,
-    *,
-    calibration: Calibration | None = None,
-    execution: Execution = DEFAULT_EXECUTION,
-    watch: Stopwatch | None = None,
+def search_plans(
+    plan: PruningPlan, budget: Budget, scores: UnitScores, target: Path, stopwatch: Stopwatch
 ) -> PrunedModel:
-    """Apply a decision, write it to ``target``, verify it. Where it was made for ``max_drift`` or a latency, that is
-    measured on the written file before it gets its name, and another plan is tried while it does not hold or could cut
-    (or, for a latency, keep) clearly more: at most ``SEARCH_ROUNDS`` plans.
-
-    Raises as ``apply_slice_plan``; CheckFailed also where the smallest cut moves the outputs by more than
-    ``max_drift``,
-    UserError where a latency cannot be reached.
-    """
-    watch = watch or Stopwatch()
-    choice = decision.budget
-    latency = choice is not None and is_latency_budget(choice)
-    if choice is None or decision.scores is None or not (latency or choice.max_drift is not None):
-        return apply_slice_plan(
-            decision.slices,
-            target,
-            compression=decision.closed_forms,
-            calibration=calibration,
-            execution=execution,
-            watch=watch,
-        )
-    means = FitInputs(decision.closed_forms, calibration, execution)
-    trials = PlanSearch(decision, choice, decision.scores, target, means, watch)
+    """Write the narrowest model within ``budget.max_drift``, or the widest within the latency. See ``apply``."""
+    search = PlanSearch(plan, budget, scores, target, stopwatch)
     try:
-        return meet_latency(trials) if latency else meet_drift(trials)
+        return meet_latency(search) if budget.is_latency else meet_drift(search)
     finally:
-        trials.discard_best()
+        search.discard_best()
 
 
 @dataclass
 class PlanSearch:
-    """Plans along the way down that were built and measured. ``best`` is the best that holds."""
+    """Candidates along the allocation path that were written and measured. ``best``: the nearest within the limit."""
 
     plan: PruningPlan
     budget: Budget
     scores: UnitScores
     target: Path
-    inputs: FitInputs
-    watch: Stopwatch
+    stopwatch: Stopwatch
     best: CandidateModel | None = None
     measured: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
 
-    def write(self, way: AllocationPath, steps: int) -> CandidateModel:
+    def write(self, path: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
-        plan = select_units(self.scores, self.budget, way.widths_after(steps))
-        path = temporary_path(self.target, len(self.tried) + 1)
+        slices = select_units(self.scores, self.budget, path.widths_after(steps))
+        temporary = temporary_path(self.target, len(self.tried) + 1)
         try:
-            return write_candidate(plan, self.target, path, self.inputs, self.watch)
+            return write_candidate(replace(self.plan, slices=slices), self.target, temporary, self.stopwatch)
         except BaseException:
-            discard_model(path)
+            discard_model(temporary)
             raise
 
-    def record(self, made: CandidateModel, predicted: float, measured: float, limit: float) -> float:
-        """Keep what holds (a later one is nearer to the limit), drop the rest."""
+    def record(self, candidate: CandidateModel, predicted: float, measured: float, limit: float) -> float:
+        """Keep a candidate within the limit (a later one is nearer to it), delete any other."""
         self.tried.append((predicted, measured))
         if measured <= limit:
             self.discard_best()
-            self.best, self.measured = made, measured
+            self.best, self.measured = candidate, measured
         else:
-            discard_model(made.path)
+            discard_model(candidate.path)
         return measured
 
     def discard_best(self) -> None:
         if self.best is not None:
             discard_model(self.best.path)
 
-    def publish(self, search: SearchResult) -> PrunedModel:
+    def publish(self, result: SearchResult) -> PrunedModel:
         assert self.best is not None
-        return publish_candidate(self.best, self.target, self.inputs, self.watch, search)
+        return publish_candidate(self.best, self.plan, self.target, self.stopwatch, result)
 
 
-def meet_drift(trials: PlanSearch) -> PrunedModel:
+def meet_drift(search: PlanSearch) -> PrunedModel:
     """Cut as much as keeps the drift that verification states within the limit."""
-    limit, way = trials.budget.max_drift, search_path(trials)
+    limit, path = search.budget.max_drift, search_path(search)
     assert limit is not None
-    predicted = predicted_drift(way, trials.scores)[1:]
+    predicted = predicted_drift(path, search.scores)[1:]
 
     def measure(index: int) -> float:
-        made = trials.write(way, index + 1)
-        if not made.verdict.drift:
+        candidate = search.write(path, index + 1)
+        if not candidate.verdict.drift:
             raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
-        return math.log(max(trials.record(made, float(predicted[index]), made.drift, limit), 1e-300))
+        return math.log(max(search.record(candidate, float(predicted[index]), candidate.drift, limit), 1e-300))
 
     bisect_on_prediction(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, DRIFT_LOG_MARGIN)
-    if trials.best is None:
-        least = min(value for _, value in trials.tried)
+    if search.best is None:
+        least = min(value for _, value in search.tried)
         raise CheckFailed(
-            f"{trials.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
+            f"{search.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
             "nothing was written"
         )
-    return trials.publish(SearchResult("drift", "relative", limit, trials.measured, tuple(trials.tried)))
+    return search.publish(SearchResult("drift", "relative", limit, search.measured, tuple(search.tried)))
 
 
-def meet_latency(trials: PlanSearch) -> PrunedModel:
+def meet_latency(search: PlanSearch) -> PrunedModel:
     """Cut as little as brings the latency down to the target."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        return meet_latency_in(Path(folder), trials)
+        return meet_latency_in(Path(folder), search)
 
 
-def meet_latency_in(folder: Path, trials: PlanSearch) -> PrunedModel:
-    times, way = trials.scores.latency, search_path(trials)
-    assert times is not None and trials.budget.target is not None
-    target, original = parse_target(trials.budget.target), trials.plan.slices.analysis
+def meet_latency_in(folder: Path, search: PlanSearch) -> PrunedModel:
+    times, path = search.scores.latency, search_path(search)
+    assert times is not None and search.budget.target is not None
+    target, original = search.budget.target, search.plan.analysis
     scale = times.dense if target.ms is not None else 1.0
     limit = target.ms if target.ms is not None else target.share
-    workload = trials.plan.workload or Workload()
-    shares = ((times.base - way.cumulative(times.saved)) / times.dense)[::-1]  # rising, the whole way down first
+    workload = search.plan.workload or Workload()
+    shares = ((times.base - path.cumulative(times.saved)) / times.dense)[::-1]  # rising, the whole path down first
     last = len(shares) - 1
     dense_file = workload.timed_file(original.model.path, folder / "dense")
 
     def measure(index: int) -> float:
-        made = trials.write(way, last - index)
-        with trials.watch.stage("latency"):
-            file = workload.timed_file(made.path, folder / "cut")
-            dense, share = time_pair(original, dense_file, file, workload, trials.inputs.execution)
+        candidate = search.write(path, last - index)
+        with search.stopwatch.stage("latency"):
+            file = workload.timed_file(candidate.path, folder / "cut")
+            dense, share = time_pair(original, dense_file, file, workload, search.plan.execution)
         value = share * (dense if target.ms is not None else 1.0)
-        return trials.record(made, float(shares[index]) * scale, value, limit) / scale
+        return search.record(candidate, float(shares[index]) * scale, value, limit) / scale
 
     bisect_on_prediction(shares, limit / scale, measure, LATENCY_MARGIN)
     unit = "ms" if target.ms is not None else ""
-    if trials.best is None:
-        least = min(value for _, value in trials.tried)
+    if search.best is None:
+        least = min(value for _, value in search.tried)
         raise UserError(
-            f"target {trials.budget.target} cannot be reached: with these roles and widths the least measured is "
+            f"target {search.budget.target} cannot be reached: with these roles and widths the least measured is "
             f"latency={least:.3g}{unit}; allow more roles, or narrower groups"
         )
     built = f", built for {workload.artifact.name}" if workload.artifact else ""
     unit = (unit or "of the dense model") + built
-    return trials.publish(SearchResult("latency", unit, limit, trials.measured, tuple(trials.tried)))
+    return search.publish(SearchResult("latency", unit, limit, search.measured, tuple(search.tried)))
 
 
-def search_path(trials: PlanSearch) -> AllocationPath:
-    groups = trials.plan.groups
-    return allocation_path(groups, trials.scores, trials.budget)[0]
+def search_path(search: PlanSearch) -> AllocationPath:
+    groups = search.plan.groups
+    return allocation_path(groups, search.scores, search.budget)[0]
 
 
 def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:

@@ -11,21 +11,20 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.pipeline.planner import PruningPlan, plan, plan_without_cuts
-from snpc.pipeline.search import apply
+from snpc.pipeline.apply import apply
+from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.pipeline.token_schedule import WidthRequest, macs_share, prepare_evaluator
-from snpc.planning.config import Budget, is_latency_budget
+from snpc.pipeline.token_schedule import macs_share, prepare_evaluator
+from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
-from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.evaluation.bench import TimingProtocol, bench
 from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
-from snpc.runtime.evaluation.latency import Workload
+from snpc.runtime.evaluation.latency import TimedArtifact, Workload
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.io.atomic import check_target, staging_folder
-from snpc.targets.base import Precision
-from snpc.targets.build import build, find_target, timed_artifact
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -78,152 +77,143 @@ class SweepResult:
         return {"snpc_sweep": 1, "model": str(self.model), "batch": self.batch, "latency_unit": "ms", "points": rows}
 
 
+@dataclass(frozen=True)
+class SweepBuilder:
+    """What every model is built into before it is judged and timed.
+
+    ``build(model, output)`` writes files, the one to run first; ``suffix`` is that of ``output``. ``artifact``:
+    the same for latency targets, which are met by timing what is built.
+    """
+
+    suffix: str
+    build: Callable[[Path, Path], tuple[Path, ...]]
+    artifact: TimedArtifact
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """How every target is planned and judged.
+
+    ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced
+    (``pipeline.token_request``), the same for all targets, or "auto": chosen for each. ``evaluation``: the data to
+    judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
+    """
+
+    budget: Budget | None
+    tokens: str | None = None
+    method: PruningMethod | None = None
+    evaluation: EvaluationData | None = None
+    batch: int = 1
+    rounds: int = 30
+
+
 def sweep(
     analysis: Analysis,
-    targets: Sequence[str],
+    targets: Sequence[ResourceTarget],
     folder: Path,
     calibration: Calibration,
+    request: SweepRequest,
     *,
-    choice: Budget | None,
-    tokens: str | None = None,
-    evaluation: EvaluationData | None = None,
-    method: PruningMethod | None = None,
-    target: str | None = None,
-    precision: Precision = "fp32",
+    builder: SweepBuilder | None = None,
     execution: Execution = DEFAULT_EXECUTION,
-    batch: int = 1,
-    rounds: int = 30,
-    step: StepCallback = lambda text: None,
+    on_step: StepCallback = lambda text: None,
 ) -> SweepResult:
-    """Prune to each of ``targets`` ("macs=0.8"), build these and the original for ``target`` if one is named, judge and
-    time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
+    """Prune to each of ``targets``, build these models and the original (``builder`` None: the ONNX files themselves),
+    judge and time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
-    ``choice``: everything but the target (None: widths stay as they are). ``tokens``: how they get fewer
-    (``runtime.token_request``), the same for all targets, or "auto": as is best for each. What is measured on
-    ``calibration`` is measured once, or once for every number of tokens. ``step`` is told what comes next,
-    ``steps(targets)`` times. Raises UserError for a target that cannot be reached, before anything is written.
+    What is measured on ``calibration`` is measured once, or once for every number of tokens. ``on_step`` is told what
+    comes next, ``count_sweep_steps(targets)`` times. Raises UserError for a target that cannot be reached, before
+    anything is written.
     """
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
-    wishes = [SweepTarget(text, replace(choice, target=text) if choice is not None else None) for text in targets]
-    options: dict[str, Any] = {
-        "precision": precision,
-        "execution": execution,
-        "calibration": calibration,
-        "batch": batch,
-    }
-    made_as = timed_artifact(target, **options) if target else None
-    workload = Workload(batch=batch, artifact=made_as) if any(w.is_latency for w in wishes) else None
-    judge = evaluation or EvaluationData(calibration)
-    step("measuring")
-    means = SweepInputs(calibration, method, execution, workload)
-    decisions = plan_targets(analysis, wishes, tokens, means)
-    with staging_folder(folder / "sweep") as work:
+    on_step("measuring")
+    plans = plan_targets(analysis, targets, calibration, request, builder, execution)
+    with staging_folder(folder / "sweep") as staging:
         source = analysis.model.path
 
         def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
-            out = work / path.with_suffix(find_target(target).suffix).name if target else None
-            files = build(path, target, out, **options).files if target else (path,)
+            files: tuple[Path, ...] = (path,)
+            if builder is not None:
+                files = builder.build(path, staging / path.with_suffix(builder.suffix).name)
             total = sum(file.stat().st_size for file in files)
             return SweepPoint(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
 
         points = [point(ORIGINAL_NAME, source, analysis.cost)]
-        for text, (decision, fed) in decisions.items():
-            step(text)
-            path = work / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', text)}.onnx"
-            made = apply(decision, path, calibration=fed, execution=execution)
-            reduction = decision.slices.analysis.reduction
-            points.append(point(text, path, made.after, reduction.spec if reduction is not None else ""))
-        step("judging and timing")
-        points = with_timings(with_quality(points, source, judge, execution), execution, batch, rounds)
+        for target, pruning_plan in plans.items():
+            on_step(str(target))
+            path = staging / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', str(target))}.onnx"
+            pruned = apply(pruning_plan, path)
+            reduction = pruning_plan.analysis.reduction
+            points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
+        on_step("judging and timing")
+        evaluation = request.evaluation or EvaluationData(calibration)
+        points = with_timings(with_quality(points, source, evaluation, execution), request, execution)
         points = mark_pareto_front(points)
-        return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), batch)
-
-
-@dataclass(frozen=True)
-class SweepTarget:
-    """One target, and the widths to cut for it (None: none)."""
-
-    target: str
-    budget: Budget | None
-
-    @property
-    def is_latency(self) -> bool:
-        return self.budget is not None and is_latency_budget(self.budget)
-
-
-@dataclass(frozen=True)
-class SweepInputs:
-    """What is measured, and how."""
-
-    calibration: Calibration
-    method: PruningMethod | None
-    execution: Execution
-    workload: Workload | None
-
-
-PlanAndData = tuple[PruningPlan, Calibration]
+        return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
 
 
 def plan_targets(
-    analysis: Analysis, wishes: Sequence[SweepTarget], tokens: str | None, means: SweepInputs
-) -> dict[str, PlanAndData]:
-    """For each target a decision, and the data that it is carried out with."""
-    if tokens is not None and tokens.strip() == AUTO_TOKENS:
-        return plan_each_target(analysis, wishes, means)
-    if wishes[0].budget is None:
+    analysis: Analysis,
+    targets: Sequence[ResourceTarget],
+    calibration: Calibration,
+    request: SweepRequest,
+    builder: SweepBuilder | None,
+    execution: Execution,
+) -> dict[ResourceTarget, PruningPlan]:
+    """A plan for each target."""
+    if request.tokens is not None and request.tokens.strip() == AUTO_TOKENS:
+        return plan_each_target(analysis, targets, calibration, request, execution)
+    if request.budget is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
-    reduced, fed = apply_token_request(analysis, means.calibration, tokens, execution=means.execution)
-    assert fed is not None
-    return {text: (decision, fed) for text, decision in plan_from_one_measurement(reduced, wishes, fed, means).items()}
-
-
-def plan_from_one_measurement(
-    analysis: Analysis, wishes: Sequence[SweepTarget], calibration: Calibration, means: SweepInputs
-) -> dict[str, PruningPlan]:
-    """Measured for one target (a latency if there is one), planned for each."""
-    choices = {wish.target: wish.budget for wish in wishes if wish.budget is not None}
-    first = max(choices.values(), key=is_latency_budget)
-    made = plan(
+    analysis = apply_token_request(analysis, calibration, request.tokens, execution=execution)
+    # A latency table is measured only for a latency: where there is such a target, it is planned first.
+    first = max(targets, key=lambda target: target.kind == "latency")
+    artifact = builder.artifact if builder is not None else None
+    workload = Workload(batch=request.batch, artifact=artifact) if first.kind == "latency" else None
+    budgets = {target: replace(request.budget, target=target) for target in targets}
+    measured = make_plan(
         analysis,
-        first,
-        calibration=calibration,
-        method=means.method,
-        execution=means.execution,
-        workload=means.workload,
-        whole=True,
+        PlanRequest(budgets[first], request.method, workload=workload, full_curves=True),
+        calibration,
+        execution=execution,
     )
-    return {text: made.for_budget(choice) for text, choice in choices.items()}
+    return {target: measured.for_budget(budget) for target, budget in budgets.items()}
 
 
-def plan_each_target(analysis: Analysis, wishes: Sequence[SweepTarget], means: SweepInputs) -> dict[str, PlanAndData]:
-    """As many tokens as are best for each target; what was tried for one serves the next."""
-    for wish in wishes:
-        macs_share(wish.target)
-    trials, found = prepare_evaluator(analysis, means.calibration, means.execution), {}
-    for wish in wishes:
-        widths = WidthRequest(wish.budget, means.method) if wish.budget is not None else None
-        reduced, fed = apply_token_request(
+def plan_each_target(
+    analysis: Analysis,
+    targets: Sequence[ResourceTarget],
+    calibration: Calibration,
+    request: SweepRequest,
+    execution: Execution,
+) -> dict[ResourceTarget, PruningPlan]:
+    """A plan for each target with the number of tokens that is best for it; what was tried for one serves the next."""
+    for target in targets:
+        macs_share(target)
+    evaluator = prepare_evaluator(analysis, calibration, execution)
+    plans = {}
+    for target in targets:
+        budget = replace(request.budget, target=target) if request.budget is not None else None
+        widths = PlanRequest(budget, request.method, full_curves=True) if budget is not None else None
+        reduced = apply_token_request(
             analysis,
-            means.calibration,
+            calibration,
             AUTO_TOKENS,
-            target=wish.target,
+            target=target,
             widths=widths,
-            execution=means.execution,
-            trials=trials,
+            execution=execution,
+            evaluator=evaluator,
         )
-        assert fed is not None
-        made = (
-            plan_from_one_measurement(reduced, [wish], fed, means)[wish.target]
-            if widths is not None
-            else plan_without_cuts(reduced)
-        )
-        found[wish.target] = made, fed
-    return found
+        if widths is None:
+            plans[target] = plan(reduced, None, calibration, execution=execution)
+        else:
+            plans[target] = make_plan(reduced, widths, calibration, execution=execution)
+    return plans
 
 
-def count_sweep_steps(targets: Sequence[str]) -> int:
+def count_sweep_steps(targets: Sequence[ResourceTarget]) -> int:
     return len(targets) + 2
 
 
@@ -231,26 +221,31 @@ def count_sweep_steps(targets: Sequence[str]) -> int:
 
 
 def with_quality(
-    points: Sequence[SweepPoint], source: Path, judge: EvaluationData, execution: Execution
+    points: Sequence[SweepPoint], source: Path, evaluation: EvaluationData, execution: Execution
 ) -> list[SweepPoint]:
-    dense = collect_outputs(source, judge, execution)
+    dense = collect_outputs(source, evaluation, execution)
     found = []
     for point in points:
-        mine = dense if point.files[0] == source else collect_outputs(point.files[0], judge, execution)
-        moved = aggregate([measure_differences(a, b) for a, b in zip(dense, mine, strict=True)])
+        outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)
+        moved = aggregate([measure_differences(a, b) for a, b in zip(dense, outputs, strict=True)])
         found.append(
             replace(
                 point,
                 drift=max_relative(moved),
                 agreement=moved[0].agreement,
-                accuracy=top1_accuracy(mine, judge.labels),
+                accuracy=top1_accuracy(outputs, evaluation.labels),
             )
         )
     return found
 
 
-def with_timings(points: Sequence[SweepPoint], execution: Execution, batch: int, rounds: int) -> list[SweepPoint]:
-    result = bench([point.files[0] for point in points], execution=execution, batch=batch, iterations=rounds)
+def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution: Execution) -> list[SweepPoint]:
+    result = bench(
+        [point.files[0] for point in points],
+        RandomInputs(batch=request.batch),
+        protocol=TimingProtocol(iterations=request.rounds),
+        execution=execution,
+    )
     found = [replace(points[0], latency=result.timings[0].median)]
     for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
         found.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))

@@ -45,7 +45,7 @@ def with_token_decisions(
 ) -> Calibration | None:
     """Calibration data as the analysed graph takes it: where its tokens are reduced, with the decisions that the model
     makes before any width is cut."""
-    if analysis.reduction is None or calibration is None or isinstance(calibration, CalibrationWithDecisions):
+    if analysis.reduction is None or calibration is None:
         return calibration
     decided = tuple(
         model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)
@@ -55,7 +55,7 @@ def with_token_decisions(
 
 
 def model_decisions(
-    model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution
+    model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """What ``model``, which is taken over, decides, batch by batch."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -86,7 +86,7 @@ def file_decisions(
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         shown = Path(folder) / "decisions.onnx"
         save(finalize(model), shown)
-        session = open_session(shown, execution=execution, optimise="basic", memory="least")
+        session = open_session(shown, execution=execution, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         for feeds in batches:
             yield run_session(session, {k: v for k, v in feeds.items() if k in known}, name=path.name)
@@ -123,7 +123,7 @@ def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
 
 
 def compare_with_oracle(
-    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution
+    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[Difference, ...]:
     """The open graph at its full width against the model with the same tokens taken out in place."""
     reduction = analysis.reduction

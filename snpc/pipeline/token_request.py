@@ -8,8 +8,10 @@ import numpy as np
 
 from snpc.graph.shapes import choose_dim_sizes
 from snpc.passes.analyze import Analysis
-from snpc.pipeline.token_decisions import count_tokens, model_decisions, with_token_decisions
-from snpc.pipeline.token_schedule import ScheduleEvaluator, WidthRequest, choose_token_schedule
+from snpc.pipeline.planner import PlanRequest
+from snpc.pipeline.token_decisions import count_tokens, model_decisions
+from snpc.pipeline.token_schedule import ScheduleEvaluator, choose_token_schedule
+from snpc.planning.config import ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics.token_relevance import measure_token_relevance
@@ -26,20 +28,20 @@ def apply_token_request(
     calibration: Calibration | None,
     tokens: str | None,
     *,
-    target: str | None = None,
-    widths: WidthRequest | None = None,
+    target: ResourceTarget | None = None,
+    widths: PlanRequest | None = None,
     execution: Execution = DEFAULT_EXECUTION,
-    trials: ScheduleEvaluator | None = None,
-) -> tuple[Analysis, Calibration | None]:
-    """The analysis with its tokens reduced as ``tokens`` asks ("merge:13@1-6", "auto", None: not at all), and
-    calibration data as it takes them. ``target``, ``widths`` and ``trials``: see ``choose_token_schedule``."""
+    evaluator: ScheduleEvaluator | None = None,
+) -> Analysis:
+    """The analysis of the model with its tokens reduced as ``tokens`` asks: "merge:13@1-6", "auto", or None.
+
+    ``target``, ``widths`` and ``evaluator`` serve "auto": see ``choose_token_schedule``.
+    """
     if tokens is None:
-        return analysis, calibration
+        return analysis
     if tokens.strip() == AUTO_TOKENS:
-        analysis = choose_token_schedule(analysis, calibration, target, widths, execution, trials)
-    else:
-        analysis = reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, execution))
-    return analysis, with_token_decisions(analysis, calibration, execution)
+        return choose_token_schedule(analysis, calibration, target, widths, execution, evaluator)
+    return reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, execution))
 
 
 def measure_offline_scores(
@@ -61,7 +63,7 @@ def measure_offline_scores(
 
 
 def measure_kept_shares(
-    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution
+    analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
     """By block the share of the tokens there that stays of a sample on average, leading ones left out; what others in
     its batch keep does not count."""

@@ -24,10 +24,10 @@ from snpc.graph.shapes import ShapeFacts, choose_dim_sizes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.pipeline.planner import PruningPlan, plan
+from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan
 from snpc.planning.allocate import make_slice_plan
-from snpc.planning.config import Budget, parse_target
-from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores, cuts_of
+from snpc.planning.config import Budget, ResourceTarget
+from snpc.planning.plan import SlicePlan, UnitScores, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.fit import fit_parallel, in_rotated_order
 from snpc.runtime.evaluation.compare import run_batches
@@ -37,7 +37,7 @@ from snpc.runtime.sensitivity.loss_curves import mean_relative_change
 from snpc.runtime.statistics.token_relevance import measure_token_relevance
 from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import TokenCost, token_cost
-from snpc.tokens.methods import TokenMethod as TokenMethod
+from snpc.tokens.methods import TokenMethod
 from snpc.tokens.open import externalize_decisions, stream_dtype
 from snpc.tokens.reduction import (
     TokenAmount,
@@ -67,15 +67,6 @@ TOKEN_SAVING_SHARES = (
 
 TokenSchedule = tuple[int, ...]
 DepthProfile = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class WidthRequest:
-    """How widths are cut after the tokens: what ``plan`` is asked."""
-
-    budget: Budget
-    method: PruningMethod | None = None
-    criterion: str | None = None
 
 
 @dataclass
@@ -152,44 +143,43 @@ class ScheduleEvaluator:
 def choose_token_schedule(
     analysis: Analysis,
     calibration: Calibration | None,
-    target: str | None,
-    widths: WidthRequest | None,
+    target: ResourceTarget | None,
+    widths: PlanRequest | None,
     execution: Execution = DEFAULT_EXECUTION,
-    trials: ScheduleEvaluator | None = None,
+    evaluator: ScheduleEvaluator | None = None,
 ) -> Analysis:
     """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
-    are cut as well. ``trials``: what was tried for other targets.
+    are cut as well. ``evaluator``: what was tried for other targets.
 
     Raises UserError where there is nothing to decide by, or where the target cannot be reached.
     """
     share = macs_share(target)
     if calibration is None:
         raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
-    trials = trials or prepare_evaluator(analysis, calibration, execution)
+    evaluator = evaluator or prepare_evaluator(analysis, calibration, execution)
     whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
     if budget >= least:
         return analysis
     levels = [least - share * (least - budget) for share in (TOKEN_SAVING_SHARES if widths is not None else (1.0,))]
-    best = least_drift_method(trials, levels[len(levels) // 2])
+    best = least_drift_method(evaluator, levels[len(levels) // 2])
     if best is None and widths is None:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if best is None:
         return analysis
-    reachable = schedules_at_levels(trials, best, levels)
+    reachable = schedules_at_levels(evaluator, best, levels)
     if not reachable:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if widths is None:
-        return analyze_with_steps(analysis, trials.steps(best, reachable[0][1]))
-    return split_with_widths(trials, best, reachable, calibration, widths, budget)
+        return analyze_with_steps(analysis, evaluator.steps(best, reachable[0][1]))
+    return split_with_widths(evaluator, best, reachable, calibration, widths, budget)
 
 
-def macs_share(target: str | None) -> float:
+def macs_share(target: ResourceTarget | None) -> float:
     """R of "macs=R". Raises UserError for any other target."""
-    wanted = parse_target(target) if target is not None else None
-    if wanted is None or wanted.kind != "macs":
+    if target is None or target.kind != "macs":
         raise UserError(f"--tokens auto spares MACs: give macs=R and --calib{f', not {target}' if target else ''}")
-    return wanted.share
+    return target.share
 
 
 def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: Execution) -> ScheduleEvaluator:
@@ -215,21 +205,21 @@ def has_fixed_token_count(analysis: Analysis) -> bool:
     return all(point.fixed_length for point in analysis.tokens.points)
 
 
-def least_drift_method(trials: ScheduleEvaluator, macs: float) -> TokenMethod | None:
+def least_drift_method(evaluator: ScheduleEvaluator, macs: float) -> TokenMethod | None:
     """The method that moves the outputs least when every block loses as many tokens."""
     found: list[tuple[float, str]] = []
-    fixed = has_fixed_token_count(trials.analysis)
+    fixed = has_fixed_token_count(evaluator.analysis)
     for made in TOKEN_METHODS.values():
-        if made.input_adaptive or (made.needs_offline and not trials.offline) or not (fixed or made.computes_count):
+        if made.input_adaptive or (made.needs_offline and not evaluator.offline) or not (fixed or made.computes_count):
             continue
         try:
-            for point in trials.analysis.tokens.points:
-                check_method(trials.analysis, point.block, made)
+            for point in evaluator.analysis.tokens.points:
+                check_method(evaluator.analysis, point.block, made)
         except UserError:
             continue
-        schedule = trials.scale_to_macs(made, [1.0] * len(trials.analysis.tokens.points), macs)
+        schedule = evaluator.scale_to_macs(made, [1.0] * len(evaluator.analysis.tokens.points), macs)
         if schedule is not None:
-            found.append((trials.drift(made, schedule), made.name))
+            found.append((evaluator.drift(made, schedule), made.name))
     return TOKEN_METHODS[min(found)[1]] if found else None
 
 
@@ -255,15 +245,15 @@ def strided_profiles(shape: DepthProfile) -> list[DepthProfile]:
 
 
 def best_profile(
-    trials: ScheduleEvaluator, method: TokenMethod, macs: float, shapes: Sequence[DepthProfile]
+    evaluator: ScheduleEvaluator, method: TokenMethod, macs: float, shapes: Sequence[DepthProfile]
 ) -> tuple[DepthProfile, TokenSchedule] | None:
     """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``; of those that are as good the
     one with the fewest steps, since each step takes time beside its MACs."""
     found: list[tuple[float, DepthProfile, TokenSchedule]] = []
     for shape in shapes:
-        schedule = trials.scale_to_macs(method, shape, macs)
+        schedule = evaluator.scale_to_macs(method, shape, macs)
         if schedule is not None:
-            found.append((trials.drift(method, schedule), shape, schedule))
+            found.append((evaluator.drift(method, schedule), shape, schedule))
     if not found:
         return None
     near = [one for one in found if one[0] <= DRIFT_TIE_RATIO * min(found)[0]]
@@ -271,94 +261,94 @@ def best_profile(
 
 
 def schedules_at_levels(
-    trials: ScheduleEvaluator, method: TokenMethod, levels: Sequence[float]
+    evaluator: ScheduleEvaluator, method: TokenMethod, levels: Sequence[float]
 ) -> list[tuple[float, TokenSchedule]]:
     """(MACs, schedule) of every level that can be reached: all stretches are tried at the middle one, at the others the
     best of them and the whole depth."""
-    whole = window_profiles(len(trials.analysis.tokens.points))
-    middle = best_profile(trials, method, levels[len(levels) // 2], whole)
+    whole = window_profiles(len(evaluator.analysis.tokens.points))
+    middle = best_profile(evaluator, method, levels[len(levels) // 2], whole)
     shapes = whole[:]
     if middle is not None:
         shapes = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
     found = []
     for level in levels:
-        best = best_profile(trials, method, level, shapes) or best_profile(trials, method, level, whole)
+        best = best_profile(evaluator, method, level, shapes) or best_profile(evaluator, method, level, whole)
         if best is not None:
             found.append((level, best[1]))
     return found
 
 
 def split_with_widths(
-    trials: ScheduleEvaluator,
+    evaluator: ScheduleEvaluator,
     method: TokenMethod,
     levels: Sequence[tuple[float, TokenSchedule]],
     calibration: Calibration,
-    widths: WidthRequest,
+    widths: PlanRequest,
     budget: float,
 ) -> Analysis:
     """The level at which tokens and widths together are predicted to move the outputs least."""
     _, middle = levels[len(levels) // 2]
-    reduced = analyze_with_steps(trials.analysis, trials.steps(method, middle))
+    reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(method, middle))
     try:
-        predicted = predict_width_drift(trials, reduced, trials.drift(method, middle), calibration, widths, budget)
+        predicted = predict_width_drift(
+            evaluator, reduced, evaluator.drift(method, middle), calibration, widths, budget
+        )
     except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
-        return analyze_with_steps(trials.analysis, trials.steps(method, levels[0][1]))
+        return analyze_with_steps(evaluator.analysis, evaluator.steps(method, levels[0][1]))
     scored = [
-        (trials.drift(method, schedule) + predicted(budget / trials.macs(method, schedule)), schedule)
+        (evaluator.drift(method, schedule) + predicted(budget / evaluator.macs(method, schedule)), schedule)
         for _, schedule in levels
     ]
-    return analyze_with_steps(trials.analysis, trials.steps(method, min(scored)[1]))
+    return analyze_with_steps(evaluator.analysis, evaluator.steps(method, min(scored)[1]))
 
 
 def predict_width_drift(
-    trials: ScheduleEvaluator,
+    evaluator: ScheduleEvaluator,
     reduced: Analysis,
-    by_tokens: float,
+    token_drift: float,
     calibration: Calibration,
-    widths: WidthRequest,
-    budget: float,
+    widths: PlanRequest,
+    macs: float,
 ) -> Callable[[float], float]:
     """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach).
 
-    Curves are of one group at a time. What they add up to is scaled by how much more the outputs move when all groups
-    are cut together, which is measured once. Raises UserError where ``budget`` is out of reach.
+    Curves are of one group at a time. Their sum is scaled by how much more the outputs change when all groups are cut
+    together, which is measured once. Raises UserError where ``macs`` is out of reach.
     """
     base = 1 - reduced.dead_macs / reduced.cost.macs
-    found = plan(
-        reduced,
-        replace(widths.budget, target=f"macs={budget / reduced.cost.macs:.9f}"),
-        calibration=calibration,
-        method=widths.method,
-        criterion=widths.criterion,
-        execution=trials.execution,
-        whole=True,
-    )
-    scores = UnitScores(reduced, "", {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}, curves=found.curves)
 
-    def summed(plan: SlicePlan) -> float:
-        return sum(float(found.curves[g.id][plan.kept_width(g)]) for g in reduced.groups if g.id in plan.keep)
+    def at_macs(share: float) -> Budget:
+        return replace(widths.budget, target=ResourceTarget("macs", round(share, 9)))
 
-    together = max(trials.output_change(one_shot_pruned_model(found)) - by_tokens, 0.0)
-    scale = max(1.0, together / max(summed(found.slices), 1e-12))
+    request = replace(widths, budget=at_macs(macs / reduced.cost.macs), full_curves=True)
+    plan = make_plan(reduced, request, calibration, execution=evaluator.execution)
+    values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
+    scores = UnitScores(reduced, "", values, curves=plan.loss_curves)
+
+    def summed(slices: SlicePlan) -> float:
+        return sum(float(plan.loss_curves[g.id][slices.kept_width(g)]) for g in reduced.groups if g.id in slices.keep)
+
+    together = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
+    scale = max(1.0, together / max(summed(plan.slices), 1e-12))
 
     def predicted(share: float) -> float:
         if share >= 1:
             return 0.0
         try:
-            return scale * summed(make_slice_plan(scores, replace(widths.budget, target=f"macs={share * base:.9f}")))
+            return scale * summed(make_slice_plan(scores, at_macs(share * base)))
         except UserError:
             return float("inf")
 
     return predicted
 
 
-def one_shot_pruned_model(decision: PruningPlan) -> ir.Model:
-    """The plan's model, all layers fitted to the dense one."""
-    plan, source = decision.slices, decision.slices.analysis.traced_graph
-    if decision.closed_forms is not None:
-        plan = in_rotated_order(decision.closed_forms, plan)
-        source = fit_parallel(decision.closed_forms, plan)
-    model = rewrite_model(source, cuts_of(plan)).model
+def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:
+    """The plan's model, all layers fitted to the dense one at once."""
+    slices, source = plan.slices, plan.analysis.traced_graph
+    if plan.closed_forms is not None:
+        slices = in_rotated_order(plan.closed_forms, slices)
+        source = fit_parallel(plan.closed_forms, slices)
+    model = rewrite_model(source, cuts_of(slices)).model
     assert plan.analysis.reduction is not None
     plan.analysis.reduction.embed_decisions(model)
     return model

@@ -11,25 +11,25 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.planning.config import Budget, ResourceTarget, allowed_widths, parse_target
+from snpc.planning.config import Budget, ResourceTarget, allowed_widths
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at
 from snpc.planning.plan import SlicePlan, UnitScores, select_units
 from snpc.types import FloatArray, Group
 
 
-def groups_to_prune(analysis: Analysis, choice: Budget) -> list[Group]:
-    """Groups that the choice is about. Raises UserError where there are none, saying why."""
-    mine = [g for g in analysis.groups if g.role in choice.roles]
+def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
+    """Groups that the budget is about. Raises UserError where there are none, saying why."""
+    mine = [g for g in analysis.groups if g.role in budget.roles]
     named = [
         g
         for g in mine
-        if (not choice.include or re.search(choice.include, g.id))
-        and not (choice.exclude and re.search(choice.exclude, g.id))
+        if (not budget.include or re.search(budget.include, g.id))
+        and not (budget.exclude and re.search(budget.exclude, g.id))
     ]
     found = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if choice.ratio is None and any(g.approximate for g in found):
+    if budget.ratio is None and any(g.approximate for g in found):
         raise UserError(
             f"{name}: --target and --max-drift cannot weigh the residual width, since what other normalisation "
             "statistics cost is not measured: cut it with --ratio, or leave out the role residual"
@@ -40,96 +40,96 @@ def groups_to_prune(analysis: Analysis, choice: Budget) -> list[Group]:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
     pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind == "norm") or list(analysis.pins)
     why = f", for example {pins[0].tensor} axis {pins[0].axis}: {pins[0].reason} ({pins[0].operator})" if pins else ""
-    roles = Counter(g.role for g in analysis.groups if g.prunable and g.size > 1 and g.role not in choice.roles)
+    roles = Counter(g.role for g in analysis.groups if g.prunable and g.size > 1 and g.role not in budget.roles)
     others = f"; there are {' and '.join(f'{n} of {role}' for role, n in roles.items())} (--roles)" if roles else ""
     raise UserError(
-        f"{name}: nothing to prune in the roles {', '.join(choice.roles)}{why}{others}; `snpc inspect` lists every pin"
+        f"{name}: nothing to prune in the roles {', '.join(budget.roles)}{why}{others}; `snpc inspect` lists every pin"
     )
 
 
-def make_slice_plan(scores: UnitScores, choice: Budget) -> SlicePlan:
+def make_slice_plan(scores: UnitScores, budget: Budget) -> SlicePlan:
     """Decide which units stay."""
-    groups = groups_to_prune(scores.analysis, choice)
-    return select_units(scores, choice, allocate_widths(groups, scores, choice))
+    groups = groups_to_prune(scores.analysis, budget)
+    return select_units(scores, budget, allocate_widths(groups, scores, budget))
 
 
-def allocate_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
-    if choice.allocator == "dimap":
-        return dimap_widths(groups, scores, choice)
-    if choice.target is not None:
-        return target_widths(groups, scores, choice)
-    if choice.max_drift is not None:
-        return drift_widths(groups, scores, choice)
-    if choice.uniform:
-        return uniform_widths(groups, choice)
-    by_role = ([g for g in groups if g.role == role] for role in choice.roles)
-    return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, choice).items()}
+def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
+    if budget.allocator == "dimap":
+        return dimap_widths(groups, scores, budget)
+    if budget.target is not None:
+        return target_widths(groups, scores, budget)
+    if budget.max_drift is not None:
+        return drift_widths(groups, scores, budget)
+    if budget.uniform:
+        return uniform_widths(groups, budget)
+    by_role = ([g for g in groups if g.role == role] for role in budget.roles)
+    return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, budget).items()}
 
 
-def uniform_widths(groups: Sequence[Group], choice: Budget) -> dict[str, int]:
+def uniform_widths(groups: Sequence[Group], budget: Budget) -> dict[str, int]:
     """Every group keeps the share 1 - ratio, to the nearest width it may have."""
-    assert choice.ratio is not None
-    share = 1 - choice.ratio
-    return {g.id: min(allowed_widths(g, choice), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
+    assert budget.ratio is not None
+    share = 1 - budget.ratio
+    return {g.id: min(allowed_widths(g, budget), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
 
 
-def ranked_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
+def ranked_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
     """Remove the share ``ratio`` of the units of one role, where it costs least."""
-    assert choice.ratio is not None
+    assert budget.ratio is not None
     blocks = {g.id: float(g.blocks) for g in groups}
-    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, choice)
-    budget = choice.ratio * sum(g.blocks * g.size for g in groups)
-    return widths_within(found, lambda name, before, after: blocks[name] * (before - after), budget)
+    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, budget)
+    removable = budget.ratio * sum(g.blocks * g.size for g in groups)
+    return widths_within(found, lambda name, before, after: blocks[name] * (before - after), removable)
 
 
-def dimap_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
+def dimap_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
     """One threshold per role on the relative energy of units; for a target, at the ratio of all roles that reaches it.
 
     Raises UserError where the target is out of reach.
     """
     if any(g.id not in scores.energies for g in groups):
         raise UserError("allocator dimap needs the energies of weights: plan with snpc.plan")
-    if choice.target is None:
-        assert choice.ratio is not None
-        return dimap_widths_at(groups, scores.energies, choice, choice.ratio)
-    target = parse_target(choice.target)
+    if budget.target is None:
+        assert budget.ratio is not None
+        return dimap_widths_at(groups, scores.energies, budget, budget.ratio)
+    target = budget.target
 
     def saved(widths: Mapping[str, int]) -> float:
         return sum(float(savings_by_width(scores, g, target)[widths[g.id]]) for g in groups)
 
-    most = dimap_widths_at(groups, scores.energies, choice, 1.0)
-    budget, reachable, slack = required_savings(scores, target, saved(most))
-    check_reachable(choice, budget, saved(most) + slack, reachable)
+    most = dimap_widths_at(groups, scores.energies, budget, 1.0)
+    required, reachable, slack = required_savings(scores, target, saved(most))
+    check_reachable(budget, required, saved(most) + slack, reachable)
     low, high = 0.0, 1.0
     while (high - low) * sum(g.blocks * g.size for g in groups) > 0.5:
         middle = (low + high) / 2
-        enough = saved(dimap_widths_at(groups, scores.energies, choice, middle)) >= budget * (1 - 1e-12)
+        enough = saved(dimap_widths_at(groups, scores.energies, budget, middle)) >= required * (1 - 1e-12)
         low, high = (low, middle) if enough else (middle, high)
-    return dimap_widths_at(groups, scores.energies, choice, high)
+    return dimap_widths_at(groups, scores.energies, budget, high)
 
 
-def check_reachable(choice: Budget, budget: float, most: float, reachable: str) -> None:
-    if budget > most * (1 + 1e-12):
+def check_reachable(budget: Budget, required: float, most: float, reachable: str) -> None:
+    if required > most * (1 + 1e-12):
         raise UserError(
-            f"target {choice.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
+            f"target {budget.target} cannot be reached: with these roles and widths the least is {reachable}; allow "
             "more roles, or narrower groups"
         )
 
 
-def allocation_path(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> tuple[AllocationPath, FloatArray]:
-    """Every step towards the choice's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
+def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> tuple[AllocationPath, FloatArray]:
+    """Every step towards the budget's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
     or ms. With ``max_drift`` MACs are what is to be saved."""
-    target = parse_target(choice.target) if choice.target is not None else ResourceTarget("macs", 0.0)
+    target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
     worth = {g.id: savings_by_width(scores, g, target) for g in groups}
     prices = {
-        g.id: float(worth[g.id][smallest_width(g, choice)]) / max(g.size - smallest_width(g, choice), 1) for g in groups
+        g.id: float(worth[g.id][smallest_width(g, budget)]) / max(g.size - smallest_width(g, budget), 1) for g in groups
     }
-    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, prices, choice)
+    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, prices, budget)
     return found, found.cumulative(worth)
 
 
-def smallest_width(group: Group, choice: Budget) -> int:
-    return min(allowed_widths(group, choice))
+def smallest_width(group: Group, budget: Budget) -> int:
+    return min(allowed_widths(group, budget))
 
 
 def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:
@@ -141,13 +141,13 @@ def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -
     return resource_use(scores.analysis, group, target) * gone
 
 
-def target_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
+def target_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
     """Reach the target, taking it from all roles where it costs least. For a latency: as it is predicted."""
-    assert choice.target is not None
-    found, saved = allocation_path(groups, scores, choice)
-    budget, reachable, slack = required_savings(scores, parse_target(choice.target), float(saved[-1]))
-    check_reachable(choice, budget, float(saved[-1]) + slack, reachable)
-    return found.widths_after(int(np.argmax(saved >= min(budget, float(saved[-1])) * (1 - 1e-12))))
+    assert budget.target is not None
+    found, saved = allocation_path(groups, scores, budget)
+    required, reachable, slack = required_savings(scores, budget.target, float(saved[-1]))
+    check_reachable(budget, required, float(saved[-1]) + slack, reachable)
+    return found.widths_after(int(np.argmax(saved >= min(required, float(saved[-1])) * (1 - 1e-12))))
 
 
 def required_savings(scores: UnitScores, target: ResourceTarget, most: float) -> tuple[float, str, float]:
@@ -163,11 +163,11 @@ def required_savings(scores: UnitScores, target: ResourceTarget, most: float) ->
     return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
 
 
-def drift_widths(groups: Sequence[Group], scores: UnitScores, choice: Budget) -> dict[str, int]:
+def drift_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
     """The furthest down at which the drift that the curves predict is within ``max_drift``."""
-    found, _ = allocation_path(groups, scores, choice)
-    assert choice.max_drift is not None
-    return found.widths_after(int(np.flatnonzero(predicted_drift(found, scores) <= choice.max_drift)[-1]))
+    found, _ = allocation_path(groups, scores, budget)
+    assert budget.max_drift is not None
+    return found.widths_after(int(np.flatnonzero(predicted_drift(found, scores) <= budget.max_drift)[-1]))
 
 
 def predicted_drift(found: AllocationPath, scores: UnitScores) -> FloatArray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from snpc.errors import UserError
 from snpc.types import ROLES, Group, Role
@@ -24,13 +25,12 @@ class ResourceTarget:
     share: float
     ms: float | None = None
 
+    def __str__(self) -> str:
+        return f"{self.kind}={self.share:.12g}" if self.ms is None else f"{self.kind}={self.ms:.12g}ms"
+
     def milliseconds(self, dense: float) -> float:
         """The latency to reach, where the dense model takes ``dense`` ms."""
         return self.ms if self.ms is not None else self.share * dense
-
-
-def is_latency_target(target: str | None) -> bool:
-    return target is not None and parse_target(target).kind == "latency"
 
 
 def parse_target(text: str) -> ResourceTarget:
@@ -67,28 +67,33 @@ def parse_max_ratios(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Budget:
-    """What to cut. ``ratio``: fraction of the units of every role in ``roles`` that goes, in [0, 1); or ``target``:
-    the share of the MACs, parameters, bytes or latency to come down to ("macs=0.6"), taken from all roles where it
-    costs least; or ``max_drift``: as much as keeps the outputs within this root mean square change, relative, of the
-    dense model's (the largest of the outputs' on the samples that verification compares).
+    """How much to cut, and where.
 
-    ``uniform`` takes the same share of every group; otherwise units are ranked across groups by the loss they bring
-    (for a ratio: across those of a role, by score relative to their group's mean where no loss is known).
-    Widths are multiples of ``round_to`` and at least ``min_width`` (where the group has that many); no group loses more
-    than ``max_ratio`` ("0.5", or by role "ffn=0.5,vo=0.3"). ``include``/``exclude``: regular expressions searched in
-    group ids. ``allocator`` "dimap": how much of each group goes is read off its weights alone, one threshold per role
-    on the relative energy of units (``passes.energy``).
+    One of three says how much. ``ratio``: the fraction of the units of every role that is removed, in [0, 1).
+    ``target``: the share of the dense model's MACs, parameters, bytes or latency that is left, cut first where the
+    predicted loss is smallest. ``max_drift``: the largest relative root mean square change of an output; as much is cut
+    as stays within it.
+
+    ``roles``, ``include`` and ``exclude`` (regular expressions searched in group ids) choose the groups. Widths are
+    multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``max_ratio``: role -> the
+    largest fraction of a group's units that is removed. ``uniform`` removes the same fraction of every group;
+    otherwise units are ranked across groups by the loss that their removal causes.
+
+    ``allocator`` "dimap" derives the widths from the weights alone (``planning.dimap``).
+
+    ``target`` and ``max_ratio`` may be given as text ("macs=0.6", "latency=12ms"; "0.5", "ffn=0.5,vo=0.3"); they are
+    parsed here, and never again. Raises UserError for contradictory or malformed values.
     """
 
     ratio: float | None = None
     roles: tuple[Role, ...] = DEFAULT_ROLES
-    target: str | None = None
+    target: ResourceTarget | None = None
     uniform: bool = False
     round_to: int = 1
     min_width: int = 1
     include: str | None = None
     exclude: str | None = None
-    max_ratio: str | None = None
+    max_ratio: Mapping[str, float] | None = None
     max_drift: float | None = None
     allocator: Allocator = "loss"
 
@@ -98,10 +103,13 @@ class Budget:
                 "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X, one "
                 "of the three"
             )
-        if self.target is not None:
-            parse_target(self.target)
-        by_time = self.target is not None and parse_target(self.target).kind == "latency"
-        if self.allocator == "dimap" and (self.uniform or self.max_drift is not None or by_time):
+        if isinstance(self.target, str):
+            object.__setattr__(self, "target", parse_target(self.target))
+        if isinstance(self.max_ratio, str):
+            object.__setattr__(self, "max_ratio", parse_max_ratios(self.max_ratio))
+        if self.target is not None and self.target.ms is None and not 0 < self.target.share <= 1:
+            raise UserError(f"target {self.target}: is not a share of the dense model, in (0, 1]")
+        if self.allocator == "dimap" and (self.uniform or self.max_drift is not None or self.is_latency):
             raise UserError(
                 "--allocator dimap sets widths by weights alone: give --ratio, or --target macs=R, params=R or "
                 "bytes=R, without --uniform"
@@ -123,28 +131,43 @@ class Budget:
             raise UserError(
                 f"unknown role {', '.join(map(repr, unknown)) or '(none given)'}: choose from {', '.join(ROLES)}"
             )
-        if self.max_ratio is not None:
-            parse_max_ratios(self.max_ratio)
         for pattern in (self.include, self.exclude):
             try:
                 re.compile(pattern or "")
             except re.error as error:
                 raise UserError(f"{pattern!r} is not a regular expression ({error})") from None
 
+    @property
+    def is_latency(self) -> bool:
+        """Is the target a latency, which has to be measured?"""
+        return self.target is not None and self.target.kind == "latency"
 
-def minimum_width(group: Group, choice: Budget) -> int:
-    """The least width the options allow."""
-    cap = parse_max_ratios(choice.max_ratio).get(group.role, 1.0) if choice.max_ratio is not None else 1.0
+    def to_options(self) -> dict[str, Any]:
+        """The options that are set, as plan files and reports write them: targets and ratios as text."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if self.target is not None:
+            options["target"] = str(self.target)
+        if self.max_ratio is not None:
+            options["max_ratio"] = max_ratios_text(self.max_ratio)
+        return options
+
+
+def max_ratios_text(ratios: Mapping[str, float]) -> str:
+    """Text that ``parse_max_ratios`` reads back."""
+    if set(ratios) == set(ROLES) and len(set(ratios.values())) == 1:
+        return f"{next(iter(ratios.values())):.12g}"
+    return ",".join(f"{role}={ratio:.12g}" for role, ratio in ratios.items())
+
+
+def minimum_width(group: Group, budget: Budget) -> int:
+    """The smallest width that the budget allows."""
+    cap = budget.max_ratio.get(group.role, 1.0) if budget.max_ratio is not None else 1.0
     capped = math.ceil(group.size * (1 - cap) - 1e-9)
-    return min(group.size, max(choice.min_width, choice.round_to, capped))
+    return min(group.size, max(budget.min_width, budget.round_to, capped))
 
 
-def allowed_widths(group: Group, choice: Budget) -> list[int]:
+def allowed_widths(group: Group, budget: Budget) -> list[int]:
     """Widths a group may have, descending; its own width first."""
-    least = minimum_width(group, choice)
-    multiples = range(group.size - group.size % choice.round_to, 0, -choice.round_to)
+    least = minimum_width(group, budget)
+    multiples = range(group.size - group.size % budget.round_to, 0, -budget.round_to)
     return [group.size, *(w for w in multiples if least <= w < group.size)]
-
-
-def is_latency_budget(choice: Budget) -> bool:
-    return is_latency_target(choice.target)

@@ -1,4 +1,4 @@
-"""How widths come down: every step that a choice allows, in the order in which they are taken."""
+"""How widths come down: every step that a budget allows, in the order in which they are taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WidthStep = tuple[str, int]  # group id, the width that it comes down to
 
 @dataclass(frozen=True)
 class AllocationPath:
-    """``steps[k]``: what the k-th step narrows, several groups at once where a choice is uniform."""
+    """``steps[k]``: what the k-th step narrows, several groups at once where a budget is uniform."""
 
     groups: tuple[Group, ...]
     steps: tuple[tuple[WidthStep, ...], ...] = field(repr=False)
@@ -43,37 +43,37 @@ def greedy_path(
     groups: Sequence[Group],
     costs: Mapping[str, FloatArray],
     prices: Mapping[str, float],
-    choice: Budget,
+    budget: Budget,
 ) -> AllocationPath:
-    """The least loss per price first; with ``choice.uniform`` the same share of every group.
+    """The least loss per price first; with ``budget.uniform`` the same share of every group.
 
     ``costs``: group id -> [size], what removing one unit of every block loses, in the order in which they go;
     ``prices``: what that unit is worth.
     """
-    if choice.uniform:
-        return AllocationPath(tuple(groups), uniform_steps(groups, choice))
+    if budget.uniform:
+        return AllocationPath(tuple(groups), uniform_steps(groups, budget))
     ladders = [
-        [(cost / max(prices[g.id], 1e-300), g.id, width) for cost, width in convex_hull_steps(g, costs[g.id], choice)]
+        [(cost / max(prices[g.id], 1e-300), g.id, width) for cost, width in convex_hull_steps(g, costs[g.id], budget)]
         for g in groups
     ]
     order = heapq.merge(*ladders, key=lambda rung: rung[:2])
     return AllocationPath(tuple(groups), tuple(((name, width),) for _, name, width in order))
 
 
-def uniform_steps(groups: Sequence[Group], choice: Budget) -> tuple[tuple[WidthStep, ...], ...]:
+def uniform_steps(groups: Sequence[Group], budget: Budget) -> tuple[tuple[WidthStep, ...], ...]:
     """A group takes a width when the share to keep comes nearer to it than to the width above."""
     found = []
     for group in groups:
-        widths = allowed_widths(group, choice)
+        widths = allowed_widths(group, budget)
         found += [((a + b) / 2 / group.size, group.id, b) for a, b in pairwise(widths)]
     found.sort(key=lambda step: -step[0])
     return tuple(tuple(step[1:] for step in alike) for _, alike in groupby(found, key=lambda step: round(step[0], 9)))
 
 
-def convex_hull_steps(group: Group, ordered: FloatArray, choice: Budget) -> list[tuple[float, int]]:
+def convex_hull_steps(group: Group, ordered: FloatArray, budget: Budget) -> list[tuple[float, int]]:
     """(cost per unit, width) of each step down, on the lower convex hull of the loss: a dear step with cheap ones
     behind it is averaged with them, since they cannot be taken before it."""
-    widths = np.array(allowed_widths(group, choice))
+    widths = np.array(allowed_widths(group, budget))
     loss = np.concatenate([[0.0], np.cumsum(ordered)])
     gone = loss[group.size - widths]
     rungs: list[tuple[float, int]] = []

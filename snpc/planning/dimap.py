@@ -28,15 +28,15 @@ def relative_energy(energies: FloatArray) -> FloatArray:
 
 
 def dimap_widths_at(
-    groups: Sequence[Group], energies: Mapping[str, FloatArray], choice: Budget, ratio: float
+    groups: Sequence[Group], energies: Mapping[str, FloatArray], budget: Budget, ratio: float
 ) -> dict[str, int]:
     """Widths at which the share ``ratio`` of the units of every role is gone, those of least relative energy."""
     found: dict[str, int] = {}
     for role in dict.fromkeys(g.role for g in groups):
         mine = [g for g in groups if g.role == role]
         costs = {g.id: relative_energy(energies[g.id]) for g in mine}
-        way = greedy_path(mine, costs, dict.fromkeys(costs, 1.0), choice)
+        way = greedy_path(mine, costs, dict.fromkeys(costs, 1.0), budget)
         gone = way.cumulative({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
-        budget = ratio * sum(g.blocks * g.size for g in mine)
-        found |= way.widths_after(int(np.flatnonzero(gone <= budget + 1e-9)[-1]))
+        removable = ratio * sum(g.blocks * g.size for g in mine)
+        found |= way.widths_after(int(np.flatnonzero(gone <= removable + 1e-9)[-1]))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -62,12 +62,11 @@ class SlicePlan:
         return len(rows[0]) if rows else group.size
 
 
-def select_units(scores: UnitScores, choice: Budget, widths: Mapping[str, int]) -> SlicePlan:
+def select_units(scores: UnitScores, budget: Budget, widths: Mapping[str, int]) -> SlicePlan:
     """The best units of each group, as many as ``widths`` (group id -> width) say."""
     groups = [g for g in scores.analysis.groups if widths.get(g.id, g.size) < g.size]
     keep = {g.id: top_units(scores.values[g.id], widths[g.id]) for g in groups}
-    options = {k: v for k, v in asdict(choice).items() if v is not None}
-    return SlicePlan(scores.analysis, scores.criterion, options, keep, scores.method)
+    return SlicePlan(scores.analysis, scores.criterion, budget.to_options(), keep, scores.method)
 
 
 def top_units(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:

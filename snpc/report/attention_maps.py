@@ -15,7 +15,7 @@ from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.token_decisions import self_deciding_model
 from snpc.planning.plan import SlicePlan
 from snpc.report.png import PixelArray
@@ -194,7 +194,7 @@ def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Fe
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "exposed.onnx"
         save(copy, path)
-        session = open_session(path, optimise="basic", memory="least")
+        session = open_session(path, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
         results = session.run(list(types), {k: v for k, v in feeds.items() if k in known})
     return dict(zip(types, results, strict=True))

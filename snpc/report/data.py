@@ -11,8 +11,8 @@ import numpy as np
 
 from snpc.passes.analyze import analyze
 from snpc.passes.mac_breakdown import macs_by_role
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
 from snpc.report.token_maps import TokenMaps, token_maps
@@ -99,7 +99,7 @@ def collect_report_data(
         request=describe_request(result),
         options=dict(slices.options),
         costs=(*cost_pairs(result), *latency_pairs(bench)),
-        widths=group_widths(result, plan.curves if plan else {}),
+        widths=group_widths(result, plan.loss_curves if plan else {}),
         macs=mac_pairs(result),
         macs_at=dict(analysis.dim_sizes),
         compared=verdict.compared,

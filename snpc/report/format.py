@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 
 
 def format_count(number: float) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.prune import PrunedModel
 from snpc.report.attention_maps import AttentionPicture, HeadMap
 from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
@@ -43,21 +43,23 @@ WEIGHT_ORIGINS = {
 
 def write_report(
     result: PrunedModel,
-    target: Path,
+    path: Path,
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
 ) -> ReportData:
-    """Write an HTML page about ``result`` to ``target`` and return what it shows.
+    """Write an HTML page about ``result`` to ``path``, and return what it shows.
 
-    ``plan`` gives the loss curves, ``calibration`` the pictures for the attention maps of vision models, ``bench`` (of
-    the original and the pruned file, in this order) the latency. Raises UserError where ``target`` cannot be
-    written.
+    ``plan`` gives the loss curves, ``calibration`` (default: the plan's) the pictures for the attention maps of vision
+    models, ``bench`` (of the original and the pruned file, in this order) the latency. Raises UserError where ``path``
+    cannot be written.
     """
+    if calibration is None and plan is not None:
+        calibration = plan.calibration
     report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench)
     text = render_page(report)
-    with atomic_write(target) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return report
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from snpc.pipeline.sweep import SweepPoint, SweepResult
 from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
 from snpc.report.render import render_template
+from snpc.runtime.io.atomic import atomic_write
 
 PLOT_WIDTH, PLOT_HEIGHT = 640.0, 400.0
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 70.0, 90.0, 36.0, 48.0
@@ -15,6 +17,12 @@ MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 70.0, 90.0, 36.0, 48.0
 def sweep_plot(sweep: SweepResult) -> str:
     """An SVG document: points on the Pareto front are filled and joined, the others are rings."""
     return render_template("sweep_plot.svg.j2", chart=sweep_chart(sweep))
+
+
+def write_sweep_plot(sweep: SweepResult, path: Path) -> None:
+    """Write the plot to ``path``. Raises UserError where that cannot be written."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(sweep_plot(sweep), encoding="utf-8")
 
 
 def sweep_chart(sweep: SweepResult) -> Chart:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snpc.errors import SnpcError
-from snpc.pipeline.prune import PrunedModel
+from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.token_decisions import file_decisions
 from snpc.report.attention_maps import (
     MAX_PICTURES,

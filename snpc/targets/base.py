@@ -1,29 +1,24 @@
-"""What a target is, what it is asked, and what comes out."""
+"""Build targets: what one is, requests for a build, and its result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
 from snpc.runtime.execution.execution import Execution
-from snpc.types import Difference, Feeds, Shape
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+from snpc.types import Difference, Feeds, Precision, Shape
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What only some targets understand; a target that does not refuses it.
+    """Options of single targets; a target refuses those that it does not have.
 
-    ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name, the range an engine serves and what it is
-    tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics may use.
-    ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write what builds the engine
-    elsewhere, instead of building it. ``observer``: called after each graph pass, whatever the target.
+    ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name: the range that an engine serves, and the
+    shapes that it is tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics
+    may use. ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write a model and a
+    script that builds the engine on another machine, instead of building it.
     """
 
     min_shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -33,16 +28,15 @@ class BuildOptions:
     workspace: int | None = None
     timing_cache: Path | None = None
     emit_script: bool = False
-    observer: PassObserver | None = field(default=None, repr=False, compare=False)
 
     def given(self) -> list[str]:
         """Names of the options that are set, as on the command line."""
-        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if f.compare and getattr(self, f.name)]
+        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name)]
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is asked of a target, whatever the model."""
+    """A request for a build, without the model: enough to see what cannot be built on this machine."""
 
     output: Path
     precision: Precision
@@ -52,23 +46,25 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildJob(BuildRequest):
-    """One build: ``source`` is the model at the wanted precision, ``output`` where the target must write.
+    """One build: the target reads ``source``, the model at the requested precision, and writes ``output``.
 
-    ``model`` is what the user named, and what outputs are compared with on ``feeds``; ``timing_feeds``: one batch to
-    time on. ``observer`` is called after each graph pass that the target runs.
+    ``model`` is the file that the user named; outputs are compared with its outputs on ``feeds``. ``timing_feeds``: one
+    batch to time on.
     """
 
     model: Path
     source: Path
     feeds: tuple[Feeds, ...]
     timing_feeds: Feeds
-    observer: PassObserver | None = None
 
 
 @dataclass(frozen=True)
 class BuildOutput:
-    """What a target wrote: ``files`` beside each other, the one that is loaded comes first. ``runs``: whether this
-    machine can run it; ``weights``: bytes of weight memory, where the runtime reports them."""
+    """What a target wrote: ``files`` in one folder, first the one to load. ``runnable``: whether this machine can run
+    it.
+
+    ``weight_bytes``: bytes of weight memory, where the runtime reports them.
+    """
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
@@ -78,9 +74,10 @@ class BuildOutput:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A built artefact, loaded and compared where this machine can run it.
+    """A built artifact. Where this machine can run it, it was loaded and compared.
 
-    ``drift``: its outputs against onnxruntime on the model it was built from; empty where it cannot run here.
+    ``seconds``: duration of the build. ``bytes``: size of all files. ``drift``: its outputs against those of the model
+    it was built from, in onnxruntime; empty where this machine cannot run it.
     """
 
     path: Path
@@ -96,9 +93,13 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class BuildTarget:
-    """One runtime. ``make`` writes ``job.output`` (and files beside it); ``in_graph``: precisions that it wants spelled
-    out in the graph, others it makes itself; ``signed``: whether it wants int8 activations symmetric around zero;
-    ``options`` are those of Options that it understands; ``beside``: suffixes of what is written beside the output."""
+    """One runtime to build for.
+
+    ``build`` writes ``job.output`` and files beside it, whose suffixes are ``extra_suffixes``. ``graph_precisions``:
+    the graph must be cast or quantized to these beforehand; the runtime makes the others of ``precisions`` itself.
+    ``symmetric_activations``: int8 activations must be symmetric around zero. ``options``: flags of the BuildOptions
+    that it has.
+    """
 
     name: str
     summary: str
@@ -110,9 +111,10 @@ class BuildTarget:
     options: frozenset[str] = frozenset()
     extra_suffixes: tuple[str, ...] = ()
     check_request: Callable[[BuildRequest], None] | None = None
-    """Refuse at once what cannot be built here: called before anything is computed."""
+    """Raises UserError for a request that this machine cannot build; called before anything is computed."""
 
     def check_supported(self, precision: Precision, options: BuildOptions) -> None:
+        """Raises UserError for a precision or an option that the target does not have."""
         if precision not in self.precisions:
             raise UserError(f"--precision {precision}: {self.name} takes {', '.join(self.precisions)}")
         for name in options.given():

@@ -1,4 +1,4 @@
-"""model -> artefact: at the wanted precision, by a target, loaded again, compared, and only then given its name."""
+"""Building artifacts: cast or quantize a model, build it for a target, load the result and compare its outputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from snpc.graph.shapes import choose_dim_sizes
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.compare import (
     VERIFICATION_BATCHES,
-    aggregate,
+    batch_differences,
     max_relative,
-    measure_differences,
     run_batches,
 )
 from snpc.runtime.evaluation.latency import TimedArtifact
@@ -27,14 +26,14 @@ from snpc.runtime.io.load import load, model_files
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt
-from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildResult, BuildTarget, Precision
+from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildResult, BuildTarget
 from snpc.targets.cast import cast_model
-from snpc.types import Difference, Feeds, Model
+from snpc.types import Difference, Feeds, Model, Precision
 
 TARGETS: dict[str, BuildTarget] = {
     t.name: t for t in (ort.ONNXRUNTIME_TARGET, trt.TENSORRT_TARGET, trt.TENSORRT_RTX_TARGET, openvino.OPENVINO_TARGET)
 }
-FP32_TOLERANCE = 1e-3  # relative: what another runtime's fp32 may differ by
+FP32_TOLERANCE = 1e-3  # relative difference of outputs that another runtime may have in fp32
 
 
 def build(
@@ -48,36 +47,44 @@ def build(
     batch: int = 1,
     options: BuildOptions | None = None,
 ) -> BuildResult:
-    """Make ``model`` into what ``target`` (a name in TARGETS) loads fastest, at ``precision``.
+    """Build ``model`` for ``target`` (a name in TARGETS) at ``precision``.
 
-    ``calibration``: inputs to compare on, and what int8 is calibrated with; without it random inputs. ``batch``: how
-    many samples the artefact is timed on, where a target chooses by time. ``output`` default: beside the model, named
-    after it and the target.
+    ``calibration``: inputs to compare on and to calibrate int8 with; without it random inputs. ``batch``: samples in
+    the batch that is timed, where a target chooses by time. ``output``: by default beside the model, named after it and
+    the target.
 
-    Everything is written into a temporary folder beside ``output``, loaded again, run where this machine can, and
-    compared with onnxruntime on ``model``; then it takes its name. Raises UserError (nothing can be built), CheckFailed
-    (what was built does not hold); what was at ``output`` before stays in both cases.
+    The artifact is written into a temporary folder beside ``output``, loaded, run where this machine can run it, and
+    compared with ``model`` in onnxruntime; then it is renamed into place. Raises UserError (it cannot be built) or
+    CheckFailed (its outputs are wrong); a file that was at ``output`` stays in both cases.
     """
     start = time.perf_counter()
-    asked = options or BuildOptions()
-    where = check_build(model, target, output, precision, execution, calibration is not None, asked)
-    chosen, loaded = find_target(target), load(model, asked.observer)
-    cache = (asked.timing_cache,) if asked.timing_cache is not None else ()
-    for path in (where, *(where.with_suffix(suffix) for suffix in chosen.extra_suffixes), *cache):
+    options_given = options or BuildOptions()
+    output_path = check_build(model, target, output, precision, execution, calibration is not None, options_given)
+    build_target, loaded = find_target(target), load(model, execution.observer)
+    cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
+    for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
-    job = BuildJob(where, precision, execution, asked, model, model, feeds, drawn, asked.observer)
-    with staging_folder(where) as folder:
-        source, notes = cast_model(loaded, chosen, precision, calibration, folder / "work")
-        job = replace(job, source=source, output=folder / where.name)
-        made = chosen.build(job)
-        drift, said = compare_artifact(job, made)
-        files = move_into_place(made.files, where.parent)
+    job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn)
+    with staging_folder(output_path) as folder:
+        source, notes = cast_model(loaded, build_target, precision, calibration, folder / "work")
+        job = replace(job, source=source, output=folder / output_path.name)
+        written = build_target.build(job)
+        drift, remarks = compare_artifact(job, written)
+        files = move_into_place(written.files, output_path.parent)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(
-        files[0], files, chosen.name, precision, seconds, total, (*notes, *made.notes, *said), made.weight_bytes, drift
+        path=files[0],
+        files=files,
+        target=build_target.name,
+        precision=precision,
+        seconds=seconds,
+        bytes=total,
+        notes=(*notes, *written.notes, *remarks),
+        weight_bytes=written.weight_bytes,
+        drift=drift,
     )
 
 
@@ -90,15 +97,15 @@ def check_build(
     calibrated: bool,
     options: BuildOptions,
 ) -> Path:
-    """Where the artefact goes. UserError for what cannot be built here, as far as that shows without the model."""
-    chosen = find_target(target)
-    chosen.check_supported(precision, options)
+    """The path of the artifact. UserError for a request that this machine cannot build, whatever the model."""
+    build_target = find_target(target)
+    build_target.check_supported(precision, options)
     if precision == "int8" and not calibrated:
         raise UserError("--precision int8 is calibrated: give --calib DATA")
-    where = output or default_output(model, chosen, precision, options)
-    if chosen.check_request is not None:
-        chosen.check_request(BuildRequest(where, precision, execution, options))
-    return where
+    output_path = output or default_output(model, build_target, precision, options)
+    if build_target.check_request is not None:
+        build_target.check_request(BuildRequest(output_path, precision, execution, options))
+    return output_path
 
 
 def timed_artifact(
@@ -110,23 +117,30 @@ def timed_artifact(
     batch: int = 1,
     options: BuildOptions | None = None,
 ) -> TimedArtifact:
-    """What a latency is measured on (``Workload.artefact``) when a model is to be built like this.
+    """The artifact to measure a latency on (``Workload.artifact``) where a model is built afterwards.
 
-    Raises UserError for a target whose artefacts this machine cannot time.
+    Raises UserError for a target whose artifacts snpc cannot time.
     """
-    chosen, asked = find_target(target), options or BuildOptions()
-    if chosen.suffix in ENGINE_SUFFIXES:
+    build_target, options_given = find_target(target), options or BuildOptions()
+    if build_target.suffix in ENGINE_SUFFIXES:
         raise UserError(
-            f"snpc does not run engines, so what is built for {target} cannot be timed: leave out --build to time "
+            f"snpc does not run engines, so it cannot time what it builds for {target}: leave out --build to time "
             "onnxruntime, and build afterwards"
         )
-    check_build(Path("model.onnx"), target, None, precision, execution, calibration is not None, asked)
+    check_build(Path("model.onnx"), target, None, precision, execution, calibration is not None, options_given)
 
     def make(model: Path, folder: Path) -> Path:
-        out = folder / f"model{chosen.suffix}"
+        output = folder / f"model{build_target.suffix}"
         data = calibration if precision == "int8" else None
         return build(
-            model, target, out, precision=precision, execution=execution, calibration=data, batch=batch, options=asked
+            model,
+            target,
+            output,
+            precision=precision,
+            execution=execution,
+            calibration=data,
+            batch=batch,
+            options=options_given,
         ).path
 
     return TimedArtifact(f"{target} in {precision}", make)
@@ -145,34 +159,40 @@ def default_output(model: Path, target: BuildTarget, precision: Precision, optio
 
 
 def default_feeds(model: Model, batch: int) -> Feeds:
-    sizes, facts = choose_dim_sizes(model.graph)
+    """Random inputs of ``batch`` samples at the sizes that MACs are quoted at."""
+    dim_sizes, facts = choose_dim_sizes(model.graph)
     return random_feeds(
-        model.inputs, batch=batch, sizes=without_batch_dims(model, sizes), limits=embedding_rows(model.graph, facts)
+        model.inputs,
+        batch=batch,
+        dim_sizes=without_batch_dims(model, dim_sizes),
+        id_limits=embedding_rows(model.graph, facts),
     )
 
 
-def without_batch_dims(model: Model, sizes: dict[str, int]) -> dict[str, int]:
-    """``sizes`` without those of first axes, which are the batch."""
+def without_batch_dims(model: Model, dim_sizes: dict[str, int]) -> dict[str, int]:
+    """``dim_sizes`` without those of first axes, which are the batch."""
     leading = {spec.shape[0] for spec in model.inputs if spec.shape}
-    return {name: size for name, size in sizes.items() if name not in leading}
+    return {name: size for name, size in dim_sizes.items() if name not in leading}
 
 
-def compare_artifact(job: BuildJob, made: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """Outputs of every loadable file against onnxruntime on the model. Raises CheckFailed where fp32 does not hold."""
-    if not made.runnable:
-        return (), ("not run here, so outputs are not compared",)
+def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """The largest differences of a built file from the model in onnxruntime, and notes where nothing was compared.
+
+    Raises CheckFailed where the outputs in fp32 differ by more than ``FP32_TOLERANCE``.
+    """
+    if not written.runnable:
+        return (), ("this machine cannot run it, so outputs are not compared",)
     try:
         reference = run_batches(job.model, list(job.feeds))
     except UserError as error:
-        return (), (f"the model itself does not run here, so outputs are not compared ({error})",)
-    found: list[tuple[Difference, ...]] = []
-    for file in [f for f in made.files if f.suffix in (".onnx", ".ort", ".xml")]:
+        return (), (f"the model itself does not run on this machine, so outputs are not compared ({error})",)
+    differences: list[tuple[Difference, ...]] = []
+    for file in [f for f in written.files if f.suffix in (".onnx", ".ort", ".xml")]:
         runner = open_runner(file, execution=job.execution)
-        rows = [measure_differences(a, runner.run(feeds)) for a, feeds in zip(reference, job.feeds, strict=True)]
-        found.append(aggregate(rows))
-        if job.precision == "fp32" and max_relative(found[-1]) > FP32_TOLERANCE:
+        differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds]))
+        if job.precision == "fp32" and max_relative(differences[-1]) > FP32_TOLERANCE:
             raise CheckFailed(
-                f"{file.name}: its outputs differ from the model's by {max_relative(found[-1]):.1e} relative, "
+                f"{file.name}: its outputs differ from the model's by {max_relative(differences[-1]):.1e} relative, "
                 f"more than {FP32_TOLERANCE:g}"
             )
-    return max(found, key=max_relative), ()
+    return max(differences, key=max_relative), ()

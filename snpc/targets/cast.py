@@ -1,4 +1,4 @@
-"""The same graph in fp16, bf16 or int8, with float32 inputs and outputs."""
+"""Casting a model to fp16 or bf16, with float32 inputs and outputs; int8 goes to ``quantize``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.save import PROTOBUF_LIMIT, save
-from snpc.targets.base import BuildTarget, Precision
+from snpc.targets.base import BuildTarget
 from snpc.targets.quantize import quantize_model
-from snpc.types import AnyArray, Model
+from snpc.types import AnyArray, Model, Precision
 
 
 def cast_model(
     model: Model, target: BuildTarget, precision: Precision, calibration: Calibration | None, folder: Path
 ) -> tuple[Path, tuple[str, ...]]:
-    """(a file in ``folder``, what was done). In fp32, and where the target makes the precision itself: the model."""
+    """(the model at ``precision`` as a file in ``folder``, notes). Unchanged in fp32, and for precisions that the
+    target makes itself."""
     path = folder / "source.onnx"
     if precision == "fp32" or precision not in target.graph_precisions:
         save(finalize(model.graph.clone()), path)
@@ -41,7 +42,7 @@ def cast_model(
 
 
 def convert_to_float16(model: Model, folder: Path) -> onnx.ModelProto:
-    """The model in fp16 by onnxruntime's converter, which keeps operators that fp16 does not serve in fp32."""
+    """The model in fp16 by onnxruntime's converter; operators without fp16 stay in fp32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     whole = folder / "float.onnx"
@@ -50,22 +51,22 @@ def convert_to_float16(model: Model, folder: Path) -> onnx.ModelProto:
         raise UserError(f"{model.path}: over 2 GB: converting it to half precision is not supported")
     try:
         with silence_logging():
-            made: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
+            converted: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
     except Exception as error:  # the converter has no exceptions of its own
         raise UserError(f"{model.path}: cannot be converted to fp16: {first_lines(error)}") from None
-    return made
+    return converted
 
 
 def float32_weights(model: Model) -> dict[str, AnyArray]:
-    found = {}
+    weights = {}
     for name, value in model.graph.graph.initializers.items():
         if value.const_value is not None and int(value.const_value.dtype) == onnx.TensorProto.FLOAT:
-            found[name] = value.const_value.numpy()
-    return found
+            weights[name] = value.const_value.numpy()
+    return weights
 
 
 def float16_to_bfloat16(proto: onnx.ModelProto, weights: dict[str, AnyArray]) -> None:
-    """bfloat16 wherever fp16 is; weights are rounded from the float32 ones."""
+    """Replace fp16 by bfloat16 everywhere; weights are rounded from the float32 ``weights``."""
 
     def tensor(old: onnx.TensorProto) -> None:
         if old.data_type == onnx.TensorProto.FLOAT16:
@@ -96,7 +97,7 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 @contextmanager
 def silence_logging() -> Iterator[None]:
-    """Without the remarks that onnxruntime's tools log for developers."""
+    """Suppress the log messages and numpy warnings of onnxruntime's tools."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

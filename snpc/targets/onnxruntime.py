@@ -1,7 +1,8 @@
-"""onnxruntime: the graph as its own optimiser leaves it, saved; with fusions where they pay.
+"""Build target onnxruntime: the graph after its own optimizations, with further fusions where they are faster.
 
-Each candidate must give what the model gives, and is timed in interleaved rounds against the plain optimised graph,
-which is what a session of the model runs. That one stays unless another is faster beyond what the rounds scatter.
+The outputs of each candidate must equal those of the model. Candidates are timed in interleaved rounds against the
+plain optimized graph, which is what a session of the model runs; a candidate replaces it only if it is faster beyond
+the scatter of the rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHM
 from snpc.passes.fusion.fuse_attention import FusionResult
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS
 from snpc.runtime.evaluation.bench import median_interval, run_rounds
-from snpc.runtime.evaluation.compare import TOLERANCE, aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.evaluation.compare import TOLERANCE, batch_differences, max_relative, run_batches
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimized
 from snpc.runtime.io.atomic import external_data_path
@@ -33,9 +34,9 @@ from snpc.targets.base import BuildJob, BuildOutput, BuildRequest, BuildTarget
 from snpc.types import Feeds, FloatArray
 
 TIMING_ROUNDS = 20
-TIMING_SECONDS = 3.0  # small models get more rounds
-SCREENING_ROUNDS = 5  # rounds of a first look at all candidates
-SCREENING_SPEEDUP = 0.95  # times as fast as the plain graph: less is not looked at again
+TIMING_SECONDS = 3.0  # small models run more rounds
+SCREENING_ROUNDS = 5  # rounds in which all candidates are timed first
+SCREENING_SPEEDUP = 0.95  # speed relative to the plain graph: slower candidates are dropped
 OUTPUT_TOLERANCE = 10 * TOLERANCE[np.dtype(np.float32)]
 
 
@@ -49,31 +50,31 @@ def build_onnxruntime(job: BuildJob) -> BuildOutput:
     if job.precision == "fp16" and job.execution.on_cpu:
         return keep_unoptimized(job)
     folder = job.source.parent
-    plain = GraphCandidate("as onnxruntime optimises it", folder / "plain.onnx")
+    plain = GraphCandidate("as onnxruntime optimizes it", folder / "plain.onnx")
     save_optimized(job.source, plain.path, execution=job.execution)
     reference = run_batches(job.model, job.feeds, job.execution)
     allowed = OUTPUT_TOLERANCE + 1.25 * output_drift(reference, plain.path, job)
     notes: list[str] = []
     good = [plain]
     for name, source in fusion_candidates(job):
-        found = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
+        candidate = GraphCandidate(name, folder / f"candidate{len(good)}-{len(notes)}.onnx")
         try:
-            save_optimized(source, found.path, execution=job.execution)
-            gap = output_drift(reference, found.path, job)
-        except Exception as error:  # a fusion that onnxruntime cannot run is no candidate
+            save_optimized(source, candidate.path, execution=job.execution)
+            drift = output_drift(reference, candidate.path, job)
+        except Exception as error:  # onnxruntime cannot run the fused graph
             notes.append(f"{name}: not used, {first_lines(error)}")
             continue
-        if gap > allowed:
-            notes.append(f"{name}: not used, outputs are {gap:.1e} away from the model's")
+        if drift > allowed:
+            notes.append(f"{name}: not used, outputs differ by {drift:.1e} from the model's")
         else:
-            good.append(found)
+            good.append(candidate)
     best = select_fastest(job, good, notes) if len(good) > 1 else plain
     notes.append(f"written: {best.name}")
     return write_artifact(job, best, notes)
 
 
 def keep_unoptimized(job: BuildJob) -> BuildOutput:
-    """fp16 for a provider without fp16 kernels: optimising would write the weights back in fp32."""
+    """fp16 for a provider without fp16 kernels: its optimizations would convert the weights back to fp32."""
     head = job.output.with_suffix(".onnx")
     job.source.replace(head)
     note = "onnxruntime's CPU kernels compute in fp32: half the bytes, no speed; no .ort is written"
@@ -81,28 +82,28 @@ def keep_unoptimized(job: BuildJob) -> BuildOutput:
 
 
 def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
-    """Models with nodes fused beyond what a session does by itself."""
+    """Models with fusions that a session does not do by itself, by name."""
     folder = job.source.parent
-    observer = job.observer
+    observer = job.execution.observer
     plain = run_pass(FOLD_SHAPE_ARITHMETIC, load(job.source).graph, observer).model
-    inside = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
+    attention_fused = apply_fusion("attention in one node", plain, FUSE_ATTENTION, observer)
     projected = apply_fusion("attention with its projections in one node", plain, FUSE_ATTENTION_PROJECTIONS, observer)
-    starts = [("", plain), *inside, *projected]
+    starts = [("", plain), *attention_fused, *projected]
     biased = [
         candidate
         for name, model in starts
         for candidate in apply_fusion(join_names(name, "biases inside products"), model, FUSE_GEMM_BIAS, observer)
     ]
-    found: list[tuple[str, Path]] = []
-    for name, made in (*inside, *projected, *biased):
-        path = folder / f"rewritten{len(found)}.onnx"
-        save(finalize(made), path)
-        found.append((name, path))
-    for index, (name, path) in enumerate([("", job.source), *found[: len(inside)]]):
-        out = folder / f"transformers{index}.onnx"
-        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, out, job.execution):
-            found.append((join_names(name, "onnxruntime.transformers' fusions"), out))
-    return found
+    sources: list[tuple[str, Path]] = []
+    for name, fused in (*attention_fused, *projected, *biased):
+        path = folder / f"rewritten{len(sources)}.onnx"
+        save(finalize(fused), path)
+        sources.append((name, path))
+    for index, (name, path) in enumerate([("", job.source), *sources[: len(attention_fused)]]):
+        output = folder / f"transformers{index}.onnx"
+        if file_bytes(path) < PROTOBUF_LIMIT and apply_transformers_fusions(path, output, job.execution):
+            sources.append((join_names(name, "onnxruntime.transformers' fusions"), output))
+    return sources
 
 
 def apply_fusion(
@@ -118,33 +119,33 @@ def join_names(*names: str) -> str:
     return " and ".join(name for name in names if name)
 
 
-def apply_transformers_fusions(path: Path, out: Path, execution: Execution) -> bool:
-    """Write what ``onnxruntime.transformers.optimizer`` makes of a model; False where it fuses nothing."""
+def apply_transformers_fusions(path: Path, output: Path, execution: Execution) -> bool:
+    """Write the model as ``onnxruntime.transformers.optimizer`` fuses it; False where it fuses nothing."""
     from onnxruntime.transformers import optimizer
 
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
     for name in [n for n in logging.root.manager.loggerDict if n.startswith(("fusion_", "onnx_model"))]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        made: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
-    except Exception:  # it fails in many ways on graphs that it does not expect: then there is nothing to try
+        optimized: Any = optimizer.optimize_model(str(path), "bert", opt_level=0, use_gpu=not execution.on_cpu)
+    except Exception:  # it fails in many ways on graphs that it does not expect: no candidate
         return False
-    if not any(made.get_fused_operator_statistics().values()):
+    if not any(optimized.get_fused_operator_statistics().values()):
         return False
-    made.save_model_to_file(str(out))
+    optimized.save_model_to_file(str(output))
     return True
 
 
 def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
-    """How far the outputs of a session with all optimisations are from the model's."""
+    """Largest relative difference of a session with all optimizations from ``reference``."""
     session = open_session(path, execution=job.execution)
-    found = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
-    return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
+    outputs = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
+    return max_relative(batch_differences(reference, outputs))
 
 
 def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> GraphCandidate:
-    """The candidate that takes least processor time on one thread, which other load on the machine does not blur; of
-    those that are not slower by the clock, on as many threads as onnxruntime takes. On a GPU the clock decides."""
+    """The candidate with the least processor time on one thread, which other load on the machine does not change, among
+    those that are not slower in wall time on the default number of threads. On a GPU wall time decides."""
     candidates = screen_candidates(job, candidates, notes)
     if len(candidates) == 1:
         return candidates[0]
@@ -157,23 +158,23 @@ def select_fastest(job: BuildJob, candidates: Sequence[GraphCandidate], notes: l
         _, high = median_interval(clock[candidate])
         speeds[candidate] = float(np.median(spent[candidate]))
         by_clock = float(np.median(clock[candidate]))
-        notes.append(f"{candidate.name}: {speeds[candidate]:.2f}x in processor time, {by_clock:.2f}x by the clock")
+        notes.append(f"{candidate.name}: {speeds[candidate]:.2f}x in processor time, {by_clock:.2f}x in wall time")
         if low > 1.0 and high >= 1.0:
             good.append(candidate)
     return max(good, key=lambda candidate: speeds[candidate])
 
 
 def screen_candidates(job: BuildJob, candidates: Sequence[GraphCandidate], notes: list[str]) -> list[GraphCandidate]:
-    """Those that a first look does not find clearly slower than the first."""
+    """Candidates that are not clearly slower than the first one in a few rounds."""
     clock = time.process_time if job.execution.on_cpu else time.perf_counter
-    found = []
+    kept = []
     for candidate, speeds in time_ratios(job, candidates, clock, 1, SCREENING_ROUNDS, 0.0).items():
         speed = float(np.median(speeds))
         if candidate is candidates[0] or speed >= SCREENING_SPEEDUP:
-            found.append(candidate)
+            kept.append(candidate)
         else:
             notes.append(f"{candidate.name}: {speed:.2f}x in processor time")
-    return found
+    return kept
 
 
 def time_ratios(
@@ -184,7 +185,7 @@ def time_ratios(
     rounds: int = TIMING_ROUNDS,
     seconds: float | None = None,
 ) -> dict[GraphCandidate, FloatArray]:
-    """Candidate -> [rounds], how many times as fast as the first it was in each round."""
+    """Candidate -> [rounds]: time of the first candidate divided by its own, per round."""
     sessions = [open_session(c.path, execution=replace(job.execution, threads=threads)) for c in candidates]
     calls = [[prepare_run(session, job.timing_feeds)] for session in sessions]
     run_rounds(calls, iterations=2)
@@ -193,21 +194,21 @@ def time_ratios(
 
 
 def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> BuildOutput:
-    """The candidate as ONNX and in onnxruntime's own format, under the output's name."""
+    """Write the candidate as ONNX and in onnxruntime's own format, under the output's name."""
     head = job.output.with_suffix(".onnx")
-    flat = job.output.with_suffix(".ort")
+    ort_file = job.output.with_suffix(".ort")
     big = file_bytes(best.path) > PROTOBUF_LIMIT
-    save_optimized(best.path, head, execution=job.execution, external=external_data_path(head).name if big else "")
+    save_optimized(best.path, head, execution=job.execution, external_name=external_data_path(head).name if big else "")
     files = [head, *([external_data_path(head)] if big else [])]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
-        save_optimized(best.path, flat, execution=job.execution, form="ORT")
-        open_session(flat, execution=job.execution)
-        files.append(flat)
-    wanted = flat if job.output.suffix == ".ort" and not big else head
-    notes.append("optimised for this machine's processor: build it on the kind of machine that runs it")
-    return BuildOutput((wanted, *(f for f in files if f != wanted)), tuple(notes))
+        save_optimized(best.path, ort_file, execution=job.execution, file_format="ORT")
+        open_session(ort_file, execution=job.execution)
+        files.append(ort_file)
+    primary = ort_file if job.output.suffix == ".ort" and not big else head
+    notes.append("optimized for the processor of this machine: build on the kind of machine that will run it")
+    return BuildOutput((primary, *(f for f in files if f != primary)), tuple(notes))
 
 
 def check_onnxruntime(request: BuildRequest) -> None:
@@ -219,7 +220,7 @@ def check_onnxruntime(request: BuildRequest) -> None:
 
 ONNXRUNTIME_TARGET = BuildTarget(
     "ort",
-    "onnxruntime: its optimised graph, saved as .onnx and .ort, with attention fused where that is faster",
+    "onnxruntime: its optimized graph, saved as .onnx and .ort, with attention fused where that is faster",
     ".onnx",
     build_onnxruntime,
     ("fp32", "fp16", "bf16", "int8"),

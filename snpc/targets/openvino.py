@@ -1,4 +1,4 @@
-"""OpenVINO: an IR, which is an .xml and a .bin."""
+"""Build target OpenVINO: an IR (.xml and .bin)."""
 
 from __future__ import annotations
 

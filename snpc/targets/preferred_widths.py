@@ -1,4 +1,4 @@
-"""Widths that a runtime likes: what ``--round-to auto`` stands for. docs/building.md has the measurements."""
+"""Widths at which a runtime is fast, for ``--round-to auto``. docs/building.md has the measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PreferredWidths:
 
 
 def widths_for_target(target: str | None, execution: Execution = DEFAULT_EXECUTION) -> PreferredWidths:
-    """By what will run the model: a target of ``snpc build``, or onnxruntime as ``execution`` says."""
+    """Widths for a target of ``snpc build``, or for onnxruntime with this ``execution``."""
     if target in ("trt", "trt-rtx") or (target in (None, "ort") and not execution.on_cpu):
         return PreferredWidths(TENSOR_CORE_MULTIPLE, MIN_FUSED_HEAD)
     multiple = vector_width()

@@ -1,9 +1,9 @@
-"""int8: weights and what they are multiplied with in 8 bits, spelled as QuantizeLinear and DequantizeLinear.
+"""Quantization to int8: weights and the activations they multiply, as QuantizeLinear and DequantizeLinear nodes.
 
-Ranges come from calibration data through onnxruntime.quantization. Activations with a few columns far larger than the
-others lose the others to rounding; the product is then split as in LLM.int8 (Dettmers et al. 2022, section 3.2): those
-columns stay in float, the rest is clipped to its own range and quantised. The split is kept where it is closer to the
-float model on the calibration data.
+Ranges come from calibration data through onnxruntime.quantization. Where a few columns of an activation are far larger
+than the others, rounding would destroy the others; the product is then split as in LLM.int8 (Dettmers et al. 2022,
+section 3.2): those columns stay in float, the rest is clipped to its own range and quantized. The split is kept where
+it is closer to the float model on the calibration data.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
+from snpc.graph.builder import Attribute, add_constant, make_node, redirect_uses, replace_graph_output
 from snpc.graph.shapes import opset_version
 from snpc.ops import lookup
 from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences, run_batches
+from snpc.runtime.evaluation.compare import batch_differences, max_relative, run_batches
 from snpc.runtime.execution.session import first_lines, open_session, run_session
 from snpc.runtime.io.save import save
 from snpc.types import Feeds, FloatArray, IntArray, Model
 
-OUTLIER_FACTOR = 4.0  # times the median column's largest value: that is an outlier column
-COLUMNS_PER_OUTLIER = 16  # at most one column in so many is one
-SPLIT_GAIN = 0.9  # the split product is kept if it comes this much closer
-MIN_OPSET = 13  # opset: from here on scales may differ by channel
+OUTLIER_FACTOR = 4.0  # a column whose maximum is this many times the median one is an outlier
+COLUMNS_PER_OUTLIER = 16  # at most one outlier among so many columns
+SPLIT_GAIN = 0.9  # the split is kept if its drift is below this fraction of the plain one
+MIN_OPSET = 13  # the first opset with one scale per channel
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class OutlierColumns:
 
 
 def quantize_model(model: Model, calibration: Calibration, path: Path, signed: bool) -> tuple[str, ...]:
-    """Write ``model`` in int8 to ``path``; what was done, in words. ``signed``: activations symmetric around zero."""
+    """Write ``model`` in int8 to ``path``; returns notes for the user. ``signed``: activations symmetric around
+    zero."""
     if opset_version(model.graph) < MIN_OPSET:
         raise UserError(
             f"{model.path}: int8 needs opset {MIN_OPSET} or newer, this is {opset_version(model.graph)}: "
@@ -57,37 +59,37 @@ def quantize_model(model: Model, calibration: Calibration, path: Path, signed: b
     def attempt(split: Mapping[str, OutlierColumns], to: Path) -> float:
         graph, nodes = prepare_for_quantization(model.graph, split)
         run_quantizer(graph, nodes, calibration, to, signed)
-        found = run_batches(to, feeds[:4])
-        return max_relative(aggregate([measure_differences(a, b) for a, b in zip(reference, found, strict=True)]))
+        outputs = run_batches(to, feeds[:4])
+        return max_relative(batch_differences(reference, outputs))
 
     plain = attempt({}, path)
     if not outliers:
         return (f"int8: drift {plain:.3g} on calibration data; no activation has outlier columns",)
     mixed = folder / "mixed.onnx"
     drift = attempt(outliers, mixed)
-    kept = drift < SPLIT_GAIN * plain
-    if kept:
+    split_is_closer = drift < SPLIT_GAIN * plain
+    if split_is_closer:
         mixed.replace(path)
-    many = sum(len(o.columns) for o in outliers.values())
-    did = "kept" if kept else "not kept"
+    columns = sum(len(o.columns) for o in outliers.values())
+    decision = "kept" if split_is_closer else "not kept"
     return (
-        f"int8: {many} outlier columns of {len(outliers)} activations in float: drift {drift:.3g} instead of "
-        f"{plain:.3g} on calibration data, {did}",
+        f"int8: {columns} outlier columns of {len(outliers)} activations in float: drift {drift:.3g} instead of "
+        f"{plain:.3g} on calibration data, {decision}",
     )
 
 
 def weight_products(model: ir.Model) -> list[ir.Node]:
     """Products of an activation (first) with a constant weight (second)."""
-    found = []
+    products = []
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
         if spec.kind != "contraction" or node.domain or spec.operands != (0, 1):
             continue
         data, weight = node.inputs[:2]
-        made = data is not None and data.const_value is None
-        if made and weight is not None and weight.const_value is not None and weight.const_value.size >= 256:
-            found.append(node)
-    return found
+        computed = data is not None and data.const_value is None
+        if computed and weight is not None and weight.const_value is not None and weight.const_value.size >= 256:
+            products.append(node)
+    return products
 
 
 def is_weight_matmul(node: ir.Node) -> bool:
@@ -99,44 +101,44 @@ def is_weight_matmul(node: ir.Node) -> bool:
 
 
 def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, OutlierColumns]:
-    """Activation -> its outlier columns, for those that have some."""
-    found = {}
-    for name, sizes in column_maxima(model, folder, feeds).items():
-        limit = OUTLIER_FACTOR * float(np.median(sizes))
-        columns = np.flatnonzero(sizes > limit)
-        most = max(1, len(sizes) // COLUMNS_PER_OUTLIER)
-        columns = np.sort(columns[np.argsort(-sizes[columns])][:most])
+    """Activation -> its outlier columns, for activations that have some."""
+    outliers = {}
+    for name, maxima in column_maxima(model, folder, feeds).items():
+        limit = OUTLIER_FACTOR * float(np.median(maxima))
+        columns = np.flatnonzero(maxima > limit)
+        most = max(1, len(maxima) // COLUMNS_PER_OUTLIER)
+        columns = np.sort(columns[np.argsort(-maxima[columns])][:most])
         if len(columns) and limit > 0:
-            found[name] = OutlierColumns(columns, float(np.delete(sizes, columns).max()))
-    return found
+            outliers[name] = OutlierColumns(columns, float(np.delete(maxima, columns).max()))
+    return outliers
 
 
 def column_maxima(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
     """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
     copy = model.graph.clone()
     watched = {node.inputs[0] for node in weight_products(copy) if is_weight_matmul(node)}
-    kind = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
+    dtype = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
     for value in watched:
         if value is not None and not value.is_graph_output() and not value.is_graph_input():
-            value.dtype = value.dtype or kind
+            value.dtype = value.dtype or dtype
             copy.graph.outputs.append(value)
     path = folder / "watched.onnx"
-    own = [str(value.name) for value in copy.graph.outputs]
+    graph_outputs = [str(value.name) for value in copy.graph.outputs]
     for value in copy.graph.outputs:
         value.dtype = value.dtype or ir.DataType.FLOAT
     save(copy, path)
-    session = open_session(path, optimise="basic", memory="least")
-    found: dict[str, FloatArray] = {}
-    names = {str(v.name) for v in watched if v is not None} & set(own)
+    session = open_session(path, optimization="basic", memory="least")
+    maxima: dict[str, FloatArray] = {}
+    names = {str(v.name) for v in watched if v is not None} & set(graph_outputs)
     for batch in feeds:
         outputs = run_session(session, batch, name=path.name)
         for name in names:
             array = np.abs(outputs[name].astype(np.float64))
-            found[name] = np.maximum(found.get(name, 0.0), array.reshape(-1, array.shape[-1]).max(0))
-    return found
+            maxima[name] = np.maximum(maxima.get(name, 0.0), array.reshape(-1, array.shape[-1]).max(0))
+    return maxima
 
 
-# -- the graph that is quantised -------------------------------------------------------------------------------------
+# -- the graph to quantize -------------------------------------------------------------------------------------------
 
 
 def prepare_for_quantization(source: ir.Model, split: Mapping[str, OutlierColumns]) -> tuple[ir.Model, list[str]]:
@@ -167,10 +169,11 @@ def insert_product_input(
     if outliers is None:
         return insert_node_before(node, IDENTITY, [data], f"{data.name}_int8"), None
     bound = np.float32(outliers.clip_limit)
-    limits = [add_initializer(model, np.asarray(b), f"{data.name}_{n}") for b, n in ((-bound, "low"), (bound, "high"))]
-    index = add_initializer(model, outliers.columns.astype(np.int64), f"{data.name}_outliers")
-    clipped = insert_node_before(node, CLIP, [data, *limits], f"{data.name}_int8")
-    return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", [ir.AttrInt64("axis", -1)])
+    low = add_constant(model.graph, np.asarray(-bound), f"{data.name}_low", typed=False)
+    high = add_constant(model.graph, np.asarray(bound), f"{data.name}_high", typed=False)
+    index = add_constant(model.graph, outliers.columns.astype(np.int64), f"{data.name}_outliers", typed=False)
+    clipped = insert_node_before(node, CLIP, [data, low, high], f"{data.name}_int8")
+    return clipped, insert_node_before(node, GATHER, [data, index], f"{data.name}_float", {"axis": -1})
 
 
 def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index: IntArray) -> None:
@@ -178,36 +181,25 @@ def add_outlier_product(model: ir.Model, node: ir.Node, columns: ir.Value, index
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     array = np.array(weight.const_value.numpy())
-    outer = add_initializer(model, np.ascontiguousarray(array[index]), f"{node.name}_outer")
+    outer = add_constant(model.graph, np.ascontiguousarray(array[index]), f"{node.name}_outer", typed=False)
     array[index] = 0
-    node.replace_input_with(1, add_initializer(model, array, f"{node.name}_inner"))
+    node.replace_input_with(1, add_constant(model.graph, array, f"{node.name}_inner", typed=False))
     out = node.outputs[0]
     users, listed = list(out.uses()), out.is_graph_output()
-    product = ir.Node("", MATMUL, [columns, outer], num_outputs=1, name=f"{node.name}_float")
-    total = ir.Node("", ADD, [out, product.outputs[0]], num_outputs=1, name=f"{node.name}_sum")
-    for made in (product, total):
-        made.outputs[0].name = f"{made.name}_out"
+    product = make_node(MATMUL, [columns, outer], name=f"{node.name}_float")
+    total = make_node(ADD, [out, product.outputs[0]], name=f"{node.name}_sum")
     node.append([product, total])
-    for user, position in users:
-        user.replace_input_with(position, total.outputs[0])
+    redirect_uses(users, total.outputs[0])
     if listed:
-        total.outputs[0].name, out.name = out.name, f"{out.name}_inner"
-        model.graph.outputs[model.graph.outputs.index(out)] = total.outputs[0]
+        replace_graph_output(model.graph, out, total.outputs[0], f"{out.name}_inner")
 
 
 def insert_node_before(
-    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attrs: list[ir.Attr] | None = None
+    before: ir.Node, op: str, inputs: list[ir.Value], name: str, attributes: Mapping[str, Attribute] | None = None
 ) -> ir.Value:
-    made = ir.Node("", op, inputs, attrs or [], num_outputs=1, name=name)
-    made.outputs[0].name = name
-    before.prepend(made)
-    return made.outputs[0]
-
-
-def add_initializer(model: ir.Model, array: Any, name: str) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-    model.graph.register_initializer(value)
-    return value
+    node = make_node(op, inputs, attributes, name=name, outputs=[name])
+    before.prepend(node)
+    return node.outputs[0]
 
 
 def run_quantizer(model: ir.Model, nodes: list[str], calibration: Calibration, path: Path, signed: bool) -> None:

@@ -1,4 +1,4 @@
-"""The shapes that an engine serves: given by the user, or derived from the dynamic axes."""
+"""Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.graph.shapes import choose_dim_sizes
-from snpc.passes.analyze import quoted_facts
+from snpc.passes.analyze import SizedFacts, quoted_facts
 from snpc.runtime.execution.feeds import check_shape
 from snpc.runtime.io.load import load
 from snpc.targets.base import BuildOptions
 from snpc.types import Shape, TensorSpec
 
-MAX_DERIVED_BATCH = 16  # that a derived profile serves
+MAX_DERIVED_BATCH = 16  # of a derived range
 
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Shapes of one input: least, the one that is tuned for, and most."""
+    """Smallest shape of one input, the shape that is tuned for, and the largest, as in TensorRT."""
 
     min: Shape
     opt: Shape
@@ -34,34 +34,33 @@ def shape_ranges(path: Path, options: BuildOptions) -> dict[str, ShapeRange]:
     """
     model = load(path)
     dynamic = [spec for spec in model.inputs if any(isinstance(dim, str) for dim in spec.shape)]
-    given = {**options.min_shapes, **options.opt_shapes, **options.max_shapes}
-    unknown = sorted(set(given) - {spec.name for spec in model.inputs})
+    requested = {**options.min_shapes, **options.opt_shapes, **options.max_shapes}
+    unknown = sorted(set(requested) - {spec.name for spec in model.inputs})
     if unknown:
         raise UserError(
             f"a shape is given for {unknown[0]!r}: the inputs are {', '.join(s.name for s in model.inputs)}"
         )
     if not dynamic:
-        if given:
+        if requested:
             raise UserError(
                 f"{path.name}: no input has a dynamic axis: leave out --min-shapes, --opt-shapes, --max-shapes"
             )
         return {}
-    sizes, facts = choose_dim_sizes(model.graph)
-    quoted, _ = quoted_facts(model.graph, sizes, facts, {})
+    quoted = quoted_facts(model.graph, SizedFacts(*choose_dim_sizes(model.graph)), {}).dim_sizes
     return {spec.name: range_from_options(spec, options) or default_range(spec, quoted) for spec in dynamic}
 
 
 def range_from_options(spec: TensorSpec, options: BuildOptions) -> ShapeRange | None:
-    least, best, most = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
-    best = best or most or least
-    if best is None:
+    minimum, optimum, maximum = (m.get(spec.name) for m in (options.min_shapes, options.opt_shapes, options.max_shapes))
+    optimum = optimum or maximum or minimum
+    if optimum is None:
         return None
-    found = ShapeRange(least or best, best, most or best)
-    for shape in (found.min, found.opt, found.max):
+    shape_range = ShapeRange(minimum or optimum, optimum, maximum or optimum)
+    for shape in (shape_range.min, shape_range.opt, shape_range.max):
         check_shape(spec, shape)
-    if any(not a <= b <= c for a, b, c in zip(found.min, found.opt, found.max, strict=True)):
+    if any(not a <= b <= c for a, b, c in zip(shape_range.min, shape_range.opt, shape_range.max, strict=True)):
         raise UserError(f"input {spec.name!r}: shapes must grow from --min-shapes over --opt-shapes to --max-shapes")
-    return found
+    return shape_range
 
 
 def default_range(spec: TensorSpec, quoted: Mapping[str, int]) -> ShapeRange:

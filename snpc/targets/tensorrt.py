@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX: one way to an engine, since their Python interfaces are the same.
+"""Build targets TensorRT and TensorRT for RTX, whose Python interfaces are the same.
 
-Networks are strongly typed: the graph says which precision is used where, for TensorRT 10 as for 11, which knows
-nothing else. TensorRT for RTX builds without a GPU, for the compute capabilities that are named.
+Networks are strongly typed: the graph says which precision is used where (TensorRT 11 has no other way). TensorRT for
+RTX builds without a GPU, for the compute capabilities that are named.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from snpc.errors import UserError
 from snpc.runtime.execution.session import first_lines
 from snpc.runtime.io.atomic import atomic_write, external_data_path, rename_into_place
-from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget, Precision
+from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget
 from snpc.targets.shape_profile import ShapeRange, shape_ranges
+from snpc.types import PRECISIONS
 
 WEIGHT_MEMORY = re.compile(r"Total Weights Memory: (\d+) bytes")
 SHAPE_OPTIONS = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
-TENSORRT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 MISSING_TENSORRT = (
     "TensorRT is not installed: pip install 'snpc[trt]' on a machine with an NVIDIA GPU; --target trt-rtx builds "
     "without a GPU, --emit-script writes a model and a trtexec line for elsewhere"
@@ -30,7 +30,7 @@ MISSING_TENSORRT_RTX = "TensorRT for RTX is not installed: pip install 'snpc[trt
 
 @dataclass
 class BuilderLog:
-    """What the builder said: errors, and numbers that it tells nobody else."""
+    """Messages of the builder: errors, and the weight memory, which it reports nowhere else."""
 
     errors: list[str] = field(default_factory=list)
     weights: int | None = None
@@ -38,9 +38,9 @@ class BuilderLog:
     def record(self, severity: Any, message: str, worst: Any) -> None:
         if severity <= worst:
             self.errors.append(message)
-        found = WEIGHT_MEMORY.search(message)
-        if found:
-            self.weights = int(found.group(1))
+        match = WEIGHT_MEMORY.search(message)
+        if match:
+            self.weights = int(match.group(1))
 
     def cause(self) -> str:
         return first_lines(Exception(self.errors[-1])) if self.errors else "it gives no reason"
@@ -68,14 +68,15 @@ def import_tensorrt(name: str, missing: str) -> Any:
 
 
 def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
-    """Parse ``job.source``, build, write the engine. UserError: what TensorRT refuses, in its words."""
+    """Parse ``job.source``, build and write the engine. UserError: TensorRT's own message where it refuses the
+    model."""
     log = BuilderLog()
-    told = make_logger(trt, log)
+    logger = make_logger(trt, log)
     try:
-        builder = trt.Builder(told)
+        builder = trt.Builder(logger)
     except TypeError:  # pybind11: the factory gave nothing
         raise UserError(f"{trt.__name__} does not start here ({log.cause()}): it builds on the GPU it is for") from None
-    network = parse_network(trt, builder, told, job)
+    network = parse_network(trt, builder, logger, job)
     config = builder_config(trt, builder, network, job)
     cache = read_timing_cache(config, job.options.timing_cache)
     plan = builder.build_serialized_network(network, config)
@@ -89,21 +90,21 @@ def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
     notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
     if log.weights is not None:
         notes.append(f"weight memory {log.weights} bytes")
-    runs = can_deserialize(trt, told, job.output)
+    runs = can_deserialize(trt, logger, job.output)
     if not runs:
-        notes.append("not loaded: an engine is loaded on a GPU it was built for, and there is none here")
+        notes.append("not loaded: this machine has no GPU that the engine was built for")
     return BuildOutput((job.output,), tuple(notes), runs, log.weights)
 
 
-def parse_network(trt: Any, builder: Any, told: Any, job: BuildJob) -> Any:
+def parse_network(trt: Any, builder: Any, logger: Any, job: BuildJob) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
-    parser = trt.OnnxParser(network, told)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(job.source)):
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
-        told_of = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
-        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {told_of}")
+        reasons = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
+        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {reasons}")
     return network
 
 
@@ -148,8 +149,8 @@ def read_timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def can_deserialize(trt: Any, told: Any, path: Path) -> bool:
-    runtime = trt.Runtime(told)
+def can_deserialize(trt: Any, logger: Any, path: Path) -> bool:
+    runtime = trt.Runtime(logger)
     return runtime is not None and runtime.deserialize_cuda_engine(path.read_bytes()) is not None
 
 
@@ -195,7 +196,7 @@ def check_engine_suffix(request: BuildRequest) -> None:
 
 
 def write_trtexec_script(job: BuildJob) -> BuildOutput:
-    """A model that is ready for TensorRT, and the trtexec line that builds it."""
+    """Write the model for TensorRT, and a script with the trtexec command that builds the engine."""
     rename_into_place(job.source, job.output)
     data = external_data_path(job.output)
     shell = job.output.with_suffix(".sh")
@@ -213,7 +214,7 @@ def write_trtexec_script(job: BuildJob) -> BuildOutput:
 
 
 def trtexec_command(model: str, ranges: dict[str, ShapeRange], options: BuildOptions, major: int | None) -> str:
-    """The command line. TensorRT up to 10 must be told that the graph's types hold; 11 knows no other way."""
+    """The trtexec command. TensorRT up to 10 needs a flag to keep the types of the graph; 11 always keeps them."""
 
     def shapes(bound: str) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, getattr(span, bound)))}" for name, span in ranges.items())
@@ -235,7 +236,7 @@ TENSORRT_TARGET = BuildTarget(
     "TensorRT: an engine for the GPU of this machine, or with --emit-script what builds it elsewhere",
     ".engine",
     build_tensorrt,
-    TENSORRT_PRECISIONS,
+    PRECISIONS,
     symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--timing-cache", "--emit-script"},
     extra_suffixes=(".sh", ".onnx.data"),
@@ -246,7 +247,7 @@ TENSORRT_RTX_TARGET = BuildTarget(
     "TensorRT for RTX: an engine for the compute capabilities named by --sm, built without a GPU",
     ".engine",
     build_tensorrt_rtx,
-    TENSORRT_PRECISIONS,
+    PRECISIONS,
     symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--sm"},
     check_request=check_tensorrt_rtx,

@@ -57,9 +57,9 @@ def kept_count(method: TokenMethod, others: int, share: float) -> int:
 
 def insert_token_count(repairs: ShapeParameterEditor, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
     """The number of tokens of ``stream``, [1], computed in front of ``before``."""
-    shape = repairs.insert(before, SHAPE, [stream], repairs.unused_name(f"{prefix}_sizes"))
+    shape = repairs.insert(before, SHAPE, [stream], repairs.unused_node_name(f"{prefix}_sizes"))
     axis = repairs.constant(np.asarray([TOKEN_AXIS], np.int64), f"{prefix}_axis")
-    return repairs.insert(before, GATHER, [shape, axis], repairs.unused_name(f"{prefix}_length"))
+    return repairs.insert(before, GATHER, [shape, axis], repairs.unused_node_name(f"{prefix}_length"))
 
 
 def replace_token_counts(
@@ -85,10 +85,10 @@ def replace_token_counts(
     out = leading.pop()
     if out:
         less = repairs.constant(np.asarray([out], np.int64), name)
-        length = repairs.insert(node, SUB, [length, less], repairs.unused_name(f"{name}__length"))
+        length = repairs.insert(node, SUB, [length, less], repairs.unused_node_name(f"{name}__length"))
     which = repairs.constant(wrong, f"{name}_which")
     repairs.replace_input(
-        node, index, repairs.insert(node, WHERE, [which, length, current], repairs.unused_name(f"{name}__shape"))
+        node, index, repairs.insert(node, WHERE, [which, length, current], repairs.unused_node_name(f"{name}__shape"))
     )
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from snpc.errors import UserError
 from snpc.graph.pass_manager import run_pass
 from snpc.graph.shapes import choose_dim_sizes, infer_graph
-from snpc.passes.analyze import Analysis, analyze_graph, cost_of
+from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis.reduction_points import TokenPoint
 from snpc.tokens import token_method
@@ -114,9 +114,9 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     extra = cost_of(closed, infer_graph(closed, quoted)).macs - cost_of(opened, infer_graph(opened, quoted)).macs
     return analyze_graph(
         analysis.model,
-        opened,
-        (binding, infer_graph(opened, binding)),
-        (quoted, infer_graph(opened, quoted)),
+        GraphAtSizes(
+            opened, SizedFacts(binding, infer_graph(opened, binding)), SizedFacts(quoted, infer_graph(opened, quoted))
+        ),
         analysis.cost,
         tokens=analysis.tokens,
         reduction=reduction,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.builder import add_constant, make_node
 from snpc.ops.names import (
     CAST,
     CONCAT,
@@ -48,23 +49,16 @@ class TokenGraphBuilder:
 
     def ops(self, op: str, *inputs: ir.Value, outputs: int = 1, **attributes: int | Sequence[int]) -> list[ir.Value]:
         name = self.name()
-        node = ir.node(op, list(inputs), attributes=attributes or None, num_outputs=outputs, name=name)
-        for index, value in enumerate(node.outputs):
-            value.name = f"{name}_out" + (f"_{index}" if index else "")
+        names = [f"{name}_out" + (f"_{index}" if index else "") for index in range(outputs)]
+        return self.append(make_node(op, inputs, attributes, name=name, outputs=names))
+
+    def append(self, node: ir.Node) -> list[ir.Value]:
         self.graph.append(node)
         self.nodes.append(node)
         return list(node.outputs)
 
     def constant(self, array: AnyArray) -> ir.Value:
-        name = f"{self.name()}_constant"
-        value = ir.Value(
-            name=name,
-            const_value=ir.Tensor(array, name=name),
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_constant(self.graph, array, f"{self.name()}_constant")
 
     def ints(self, *numbers: int) -> ir.Value:
         return self.constant(np.asarray(numbers, np.int64))
@@ -136,13 +130,5 @@ class TokenGraphBuilder:
     def ones(self, value: ir.Value) -> ir.Value:
         """[B, N, D] -> ones [B, N, 1]."""
         shape = self.concat(0, self.sizes(value, 0, 1), self.ints(1))
-        node = ir.node(
-            CONSTANT_OF_SHAPE,
-            [shape],
-            attributes={"value": ir.Tensor(np.ones(1, self.dtype.numpy()))},
-            name=self.name(),
-        )
-        node.outputs[0].name = f"{node.name}_out"
-        self.graph.append(node)
-        self.nodes.append(node)
-        return node.outputs[0]
+        one = ir.Tensor(np.ones(1, self.dtype.numpy()))
+        return self.append(make_node(CONSTANT_OF_SHAPE, [shape], {"value": one}, name=self.name()))[0]

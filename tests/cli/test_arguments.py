@@ -124,6 +124,15 @@ def test_graphs_are_written_after_a_pass(tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "did you mean eliminate-dead-rows" in wrong.stderr
 
 
+def test_graphs_are_written_from_loading_to_building(tmp_path: Path) -> None:
+    model = Path(snpc.__file__).parent / "data" / "digits" / "digits_vit.onnx"
+    flags = ["--ratio", "0.5", "--build", "ort", "-o", str(tmp_path / "half.onnx"), "--dump-after", "all"]
+    done = CliRunner().invoke(main, ["prune", str(model), *flags, str(tmp_path / "graphs")])
+    assert done.exit_code == 0, done.output
+    written = {path.stem[3:] for path in (tmp_path / "graphs").iterdir()}
+    assert set(PASS_NAMES) - written <= {"fuse-attention-projections", "fuse-gemm-bias"}  # where nothing fits
+
+
 def functions() -> list[tuple[str, ast.FunctionDef]]:
     root = Path(snpc.cli.__file__).parent
     return [

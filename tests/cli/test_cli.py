@@ -591,7 +591,7 @@ class TestInspect:
         assert re.search(r"blocks\.0\.attn\.qk +qk +0 +4 x 24", text)
         assert re.search("prunable: .*4 qk", text)
         assert re.search(r"rows that no output depends on: 17\.8 %", text)
-        assert "select (4 groups): a nonlinear operator on the way" in text
+        assert "select (4 groups): a nonlinear operator between producer and consumer" in text
         assert "it is a graph output" in text
         assert "graph output" not in invoke("inspect", VIT, "--no-pins").stdout
         invoke("inspect", VIT, "--json", tmp_path / "i.json")

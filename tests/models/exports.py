@@ -767,6 +767,8 @@ def _build_encdec(attention: str) -> Model:
     torch.backends.mha.set_fastpath_enabled(False)
 
     class EncoderDecoder(nn.Module):
+        causal: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(VOCABULARY, WIDTH)

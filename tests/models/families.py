@@ -202,8 +202,19 @@ def _vision(attention: str, config: str, model: str, output: str, size: int = 32
 @_register("ts17_sdpa", "transformers")
 def _build_segformer(attention: str) -> Model:
     """Depthwise convolutions within the MLP, keys and values from strided convolutions, a convolutional decoder."""
-    sizes = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_attention_heads": [1, 2], "sr_ratios": [4, 2]}
-    more = {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "num_labels": 5}
+    sizes: dict[str, Any] = {
+        "depths": [1, 1],
+        "hidden_sizes": [16, 32],
+        "num_attention_heads": [1, 2],
+        "sr_ratios": [4, 2],
+    }
+    more: dict[str, Any] = {
+        "num_encoder_blocks": 2,
+        "patch_sizes": [7, 3],
+        "strides": [4, 2],
+        "mlp_ratios": [2, 2],
+        "num_labels": 5,
+    }
     return _vision(
         attention,
         "SegformerConfig",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -47,9 +48,9 @@ class Graph:
     def integers(self, *numbers: int) -> str:
         return self.constant(np.asarray(numbers, np.int64))
 
-    def constant(self, array: np.ndarray[Any, Any]) -> str:
+    def constant(self, array: npt.ArrayLike) -> str:
         name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(array, name))
+        self.constants.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
     def node(self, op: str, inputs: Sequence[str], shape: Shape | None, outputs: int = 1, **attrs: Any) -> str:
@@ -287,9 +288,9 @@ def gather(g: Graph) -> None:
         return
     name, shape = found
     axis = g.pick(range(len(shape)))
+    inner: Shape = ()
     if g.flag():
-        index = g.pick([0, -1, shape[axis] - 1])
-        array, inner = np.asarray(index, np.int64), ()
+        array = np.asarray(g.pick([0, -1, shape[axis] - 1]), np.int64)
     else:
         count = g.size(8)
         array = np.asarray(g.draw(st.lists(st.integers(0, shape[axis] - 1), min_size=count, max_size=count)), np.int64)

@@ -314,7 +314,7 @@ def reattributed(model: onnx.ModelProto, rng: random.Random) -> None:
         return
     attribute = rng.choice(node.attribute)
     if how == 1:
-        attribute.type = rng.randrange(15)  # type: ignore[assignment]
+        attribute.type = rng.randrange(15)
     elif how == 2 and len(attribute.ints):
         attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(NUMBERS)
     elif how == 2:

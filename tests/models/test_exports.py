@@ -26,7 +26,7 @@ def _run(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, feeds)
+    output: np.ndarray = session.run(None, feeds)[0]
     return output
 
 

@@ -111,7 +111,7 @@ def test_a_change_of_basis_alone_changes_nothing(name: str, tmp_path: Path) -> N
     before = run(tmp_path / "model.onnx", feeds)
     assert relative_error(before, run(written(apply_edits(analysis.traced_graph, edits)), feeds)) < 1e-5
     made = snpc.plan(analysis, snpc.Budget(0.5), calibration=data)
-    snpc.apply_slice_plan(made.slices, tmp_path / "half.onnx", compression=made.closed_forms, calibration=data)
+    snpc.apply(made, tmp_path / "half.onnx")
 
 
 class PackedMultiHeadAttention(OpRun):

@@ -77,12 +77,13 @@ def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, l
 
 @pytest.mark.parametrize("name, limit", [("vit_timm__ts17", 0.15), ("bert__ts17", 0.05)])
 @pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.slow
 def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, uniform: bool, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     calibration = snpc.load_calibration(feeds_of(name), analysis.model.inputs, batch=3)
     choice = Budget(max_drift=limit, uniform=uniform)
     decision = snpc.plan(analysis, choice, calibration=calibration)
-    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
+    result = snpc.apply(decision, tmp_path / "cut.onnx")
     measured = drift_of(analysis.model.path, result.path, calibration)
     assert result.search is not None
     assert measured == pytest.approx(result.search.reached, rel=1e-3)
@@ -96,8 +97,8 @@ def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, unif
     larger = min(steps + max(1, len(way.steps) // 10), len(way.steps))
     if measured < 0.8 * limit and larger > steps:  # not near: then going on would have gone over
         plan = select_units(decision.scores, choice, way.widths_after(larger))
-        over = snpc.apply_slice_plan(
-            plan, tmp_path / "over.onnx", compression=decision.closed_forms, calibration=calibration
+        over = snpc.apply(
+            snpc.PruningPlan(plan, decision.closed_forms, calibration=calibration), tmp_path / "over.onnx"
         )
         assert drift_of(analysis.model.path, over.path, calibration) > limit
 
@@ -130,7 +131,7 @@ def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     calibration = snpc.load_calibration(CALIB, analysis.model.inputs, samples=32)
     decision = snpc.plan(analysis, Budget(max_drift=0.1), calibration=calibration, method="select")
-    result = snpc.apply(decision, tmp_path / "cut.onnx", calibration=calibration)
+    result = snpc.apply(decision, tmp_path / "cut.onnx")
     assert drift_of(VIT, result.path, calibration) <= 0.1
     assert result.after.macs < result.before.macs
 
@@ -309,6 +310,7 @@ def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> No
     assert result.search is not None and result.search.unit == "of the dense model, built for a copy"
 
 
+@pytest.mark.timing
 def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines are noisy: what is stated must hold for the search, and be about what another measurement finds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -316,7 +318,7 @@ def test_a_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = reported("prune", VIT, "--target", "latency=0.7", "--batch", 32, "--round-to", 8, "-o", out)
     assert report["search"]["reached"] <= 0.7
     assert report["macs"]["after"] < report["macs"]["before"]
-    found = snpc.bench([VIT, out], batch=32, iterations=30)
+    found = snpc.bench([VIT, out], snpc.RandomInputs(batch=32), protocol=snpc.TimingProtocol(iterations=30))
     assert 1 / found.speedups[0].ratio < 0.95
     assert list((tmp_path / "cache" / "snpc").iterdir())
 

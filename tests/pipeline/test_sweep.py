@@ -65,6 +65,7 @@ def swept(folder: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["sweep", str(folder / "digits_vit.onnx"), *data, *arguments])
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
     snpc.write_example("digits", tmp_path)
     out = tmp_path / "sizes"
@@ -90,6 +91,7 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "roles"), [("auto", "none"), ("auto", "ffn"), ("merge:2@1,2", "qk,vo,ffn")], ids=["auto", "both", "hand"]
 )
+@pytest.mark.slow
 def test_a_sweep_with_fewer_tokens(tokens: str, roles: str, tmp_path: Path) -> None:
     snpc.write_example("digits", tmp_path)
     out = tmp_path / "sizes"

@@ -159,12 +159,12 @@ class TestVerify:
     def test_in_python(self, tiny: Path, pruned: Path) -> None:
         analysis = snpc.analyze(snpc.load(tiny))
         plan = snpc.plan_from_json(tiny.with_name("plan.json").read_text(), analysis, "plan.json")
-        verdict = snpc.verify(tiny, pruned, plan=plan)
+        verdict = snpc.verify(tiny, pruned, plan=snpc.PruningPlan(plan))
         assert verdict.max_abs_diff is not None
         assert verdict.max_abs_diff < 1e-5
         edit(pruned, change_weight("fc2.bias", lambda a: a + 1))
         with pytest.raises(snpc.CheckFailed, match="output y"):
-            snpc.verify(tiny, pruned, plan=plan)
+            snpc.verify(tiny, pruned, plan=snpc.PruningPlan(plan))
 
 
 # -- its parts -------------------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ def test_the_whole_way_in_python(name: str, tmp_path: Path) -> None:
     analysis = snpc.analyze(model)
     data = snpc.load_calibration(load_feeds(name), model.inputs)
     scores = snpc.score(analysis, "mixed", data)
-    result = snpc.apply_slice_plan(
-        snpc.make_slice_plan(scores, snpc.Budget(0.3)), tmp_path / "out.onnx", calibration=data
+    result = snpc.apply(
+        snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(0.3)), calibration=data), tmp_path / "out.onnx"
     )
     assert result.verification.max_abs_diff is not None
     assert result.verification.max_abs_diff < 1e-3
@@ -306,7 +306,11 @@ class TestNothingHalfWritten:
 
     @pytest.mark.parametrize(
         "where",
-        ["runtime.io.save.write_inline", "pipeline.prune.verify_candidate", "pipeline.prune.rename_into_place"],
+        [
+            "snpc.runtime.io.save.write_inline",
+            "snpc.pipeline.candidate.verify_candidate",
+            "snpc.pipeline.candidate.rename_into_place",
+        ],
     )
     @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, snpc.CheckFailed])
     def test_a_crash(
@@ -316,15 +320,15 @@ class TestNothingHalfWritten:
             raise error("now")
 
         before = snapshot(tiny.parent)
-        monkeypatch.setattr(f"snpc.{where}", crash)
+        monkeypatch.setattr(where, crash)
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(tiny))), snpc.Budget(0.5))
         with pytest.raises(error, match="now"):
-            snpc.apply_slice_plan(plan, earlier)
+            snpc.apply(snpc.PruningPlan(plan), earlier)
         assert snapshot(tiny.parent) == before
 
     def test_a_result_that_does_not_hold(self, tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Verification runs on the written file, before it gets its name."""
-        import snpc.pipeline.prune as stage
+        import snpc.pipeline.candidate as stage
 
         save = stage.save
 

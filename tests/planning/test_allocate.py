@@ -256,6 +256,6 @@ def test_caps_that_mean_nothing_are_refused(text: str) -> None:
 def test_bytes_come_down_to_the_target(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     plan = snpc.make_slice_plan(snpc.score(analysis, "magnitude"), snpc.Budget(target="bytes=0.6"))
-    result = snpc.apply_slice_plan(plan, tmp_path / "cut.onnx")
+    result = snpc.apply(snpc.PruningPlan(plan), tmp_path / "cut.onnx")
     weights = snpc.analyze(snpc.load(result.path)).cost.bytes
     assert 0.55 < weights / analysis.cost.bytes <= 0.6

@@ -43,7 +43,7 @@ def test_one_threshold_per_module(name: str, options: dict[str, float], tmp_path
             gone += ranks[:cut].tolist()
             left += ranks[cut:-1].tolist()  # the last unit always stays
         assert gone and max(gone) <= min(left) + 1e-12
-    result = snpc.apply_slice_plan(decision.slices, tmp_path / "out.onnx")
+    result = snpc.apply(decision, tmp_path / "out.onnx")
     assert result.verification.equals_mask
     if "ratio" in options:
         for role in ("qk", "vo", "ffn"):

@@ -45,6 +45,7 @@ def run_page(page: Path, given: dict[str, object], skip: int = 0) -> None:
             assert [line.rstrip() for line in printed.getvalue().splitlines()] == expected.splitlines()
 
 
+@pytest.mark.slow
 def test_how_it_works_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "docs" / "how-it-works.md", {})
@@ -55,10 +56,15 @@ def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_page(ROOT / "README.md", {})
 
 
+@pytest.mark.slow
 def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "docs" / "finetuning.md", {})
+
+
+def test_the_documented_pass_works_as_printed() -> None:
+    run_page(ROOT / "docs" / "adding-a-pass.md", {})
 
 
 @pytest.fixture

@@ -84,9 +84,7 @@ def pruned(
     if data is not None:
         calibration = snpc.load_calibration(data, analysis.model.inputs, samples=16)  # type: ignore[arg-type]
     decision = snpc.plan(analysis, choice, calibration=calibration, criterion=criterion)
-    result = snpc.apply_slice_plan(
-        decision.slices, folder / "pruned.onnx", compression=decision.closed_forms, calibration=calibration
-    )
+    result = snpc.apply(decision, folder / "pruned.onnx")
     target = folder / "report.html"
     report = snpc.write_report(result, target, plan=decision, calibration=calibration)
     return Written(result, decision, report, target.read_text(encoding="utf-8"))
@@ -149,7 +147,7 @@ def test_numbers_are_those_of_the_result(digits: Written) -> None:
 
 
 def test_curves_are_drawn_with_the_chosen_point(digits: Written) -> None:
-    curves = digits.decision.curves
+    curves = digits.decision.loss_curves
     found = Parsed(digits.text)
     assert found.of_class("curve") == found.of_class("drop") == len(curves) > 0
     for width in digits.report.widths:
@@ -168,7 +166,7 @@ def test_without_curves_or_data_there_are_none(tmp_path: Path) -> None:
 
 def test_latency_is_shown_where_it_was_measured(digits: Written, tmp_path: Path) -> None:
     files = [digits.result.plan.analysis.model.path, digits.result.path]
-    timed = snpc.bench(files, warmup=1, iterations=3)
+    timed = snpc.bench(files, protocol=snpc.TimingProtocol(warmup=1, iterations=3))
     report = snpc.write_report(digits.result, tmp_path / "timed.html", bench=timed)
     (latency,) = [pair for pair in report.costs if pair.unit == "ms"]
     assert (latency.before, latency.after) == tuple(t.median for t in timed.timings)
@@ -393,8 +391,8 @@ def test_patches_that_are_left_are_shown(spec: str, tmp_path: Path) -> None:
     model = snpc.load(DATA / "digits_vit.onnx")
     calibration = snpc.load_calibration(str(DATA / "calib.npz"), model.inputs, samples=8)
     reduced = snpc.reduce_tokens(snpc.analyze(model), spec)
-    result = snpc.apply_slice_plan(
-        snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx", calibration=calibration
+    result = snpc.apply(
+        snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {}), calibration=calibration), tmp_path / "out.onnx"
     )
     report = snpc.write_report(result, tmp_path / "page.html", calibration=calibration)
     assert reduced.reduction is not None

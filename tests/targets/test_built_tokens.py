@@ -22,6 +22,7 @@ def reduced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return target
 
 
+@pytest.mark.slow
 def test_openvino_says_what_onnxruntime_says(reduced: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'snpc[openvino]'")
     built = snpc.build(reduced, "openvino", tmp_path / "out.xml")
@@ -33,6 +34,7 @@ def test_openvino_says_what_onnxruntime_says(reduced: Path, tmp_path: Path) -> N
     assert np.sort(apart)[:20].max() < 1e-3
 
 
+@pytest.mark.slow
 def test_an_engine_is_built(reduced: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'snpc[trt-rtx]'")
     built = snpc.build(reduced, "trt-rtx", tmp_path / "out.engine", options=BuildOptions(sm=(86,)))

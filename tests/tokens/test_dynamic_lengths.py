@@ -149,9 +149,9 @@ def test_schedules_for_inputs_of_any_length_are_shares(name: str, tmp_path: Path
     parts = [texts((12, 9, 4, 12), seed) for seed in range(4)]
     arrays = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     data = snpc.load_calibration(arrays, found.model.inputs, batch=4)
-    reduced, _ = apply_token_request(found, data, "auto", target="macs=0.7")
+    reduced = apply_token_request(found, data, "auto", target=snpc.parse_target("macs=0.7"))
     assert reduced.reduction is not None and set(reduced.reduction.spec) >= set("topk:0.@")
-    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx")
     assert 0.67 < result.after.macs / found.cost.macs <= 0.7
     by_hand = reduce_tokens(found, reduced.reduction.spec)
     assert by_hand.cost.macs == reduced.cost.macs
@@ -161,7 +161,7 @@ def test_schedules_for_inputs_of_any_length_are_shares(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["bert_class__ts17", "bert_class__dyn23_sdpa"])
 def test_macs_are_those_of_the_file(name: str, tmp_path: Path) -> None:
     reduced = reduce_tokens(analysis_of(name), "topk:0.5")
-    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx")
     assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.75 * reduced.cost.macs
     assert result.after.macs == snpc.analyze(snpc.load(result.path)).cost.macs
 
@@ -248,10 +248,10 @@ def test_the_whole_share_keeps_all(share: str, tmp_path: Path) -> None:
     encoder = Encoder()
     reduced = adaptive(encoder, f"adaptive:{share}", tmp_path)
     feeds = encoder.feeds()
-    dense = snpc.apply_slice_plan(
-        snpc.SlicePlan(snpc.analyze(reduced.model), "none", {}, {}), tmp_path / "dense.onnx"
+    dense = snpc.apply(
+        snpc.PruningPlan(snpc.SlicePlan(snpc.analyze(reduced.model), "none", {}, {})), tmp_path / "dense.onnx"
     ).path
-    fewer = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
+    fewer = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx").path
     gap = np.abs(run(fewer, feeds)[0] - run(dense, feeds)[0]).max()
     assert gap == 0 if share == "1.0" else gap < 1e-5
 
@@ -262,7 +262,7 @@ def test_macs_are_those_of_the_mean(tmp_path: Path) -> None:
     assert reduced.reduction is not None
     (step,) = reduced.reduction.to_json()["steps"]
     assert step["on_average"] and 1 < step["after"] < 13
-    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx")
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
     fixed = reduce_tokens(found, f"topk:{13 - step['after']}@2")
     assert result.after.macs == fixed.cost.macs - fixed.dead_macs
@@ -312,6 +312,6 @@ def test_a_batch_without_a_name(tmp_path: Path) -> None:
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx"))
     for spec in ("topk:3@1", "adaptive:0.8@1"):
         reduced = reduce_tokens(found, spec, {1: (0.75,)})
-        result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+        result = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx")
         assert result.after.macs == reduced.cost.macs - reduced.dead_macs < 0.9 * reduced.cost.macs
         check_token_reduction(reduced, result.path, [encoder.feeds(4)], 1e-5)

@@ -25,6 +25,7 @@ from snpc.pipeline.token_decisions import (
     file_decisions,
     self_deciding_model,
 )
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.io.save import save
 from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import token_cost
@@ -76,7 +77,7 @@ def test_fewer_tokens_are_the_same_tokens_taken_out_in_place(form: str, spec: st
     assert reduced.reduction is not None
     decided = list(file_decisions(path, reduced.reduction.decisions, batches))
     tolerance = 2e-2 if encoder.half else 1e-5
-    for difference in compare_with_oracle(reduced, batches, decided):
+    for difference in compare_with_oracle(reduced, batches, decided, Execution()):
         assert difference.relative < tolerance
     for feeds in batches:
         plain, fast = run(path, feeds), run(path, feeds, "all")
@@ -149,8 +150,8 @@ def test_no_tokens_less_is_the_same_to_the_bit(spec: str, tmp_path: Path) -> Non
     plain = analysis(encoder, tmp_path)
     reduced = reduce_tokens(plain, spec)
     feeds = encoder.feeds()
-    out = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx").path
-    dense = snpc.apply_slice_plan(snpc.SlicePlan(plain, "none", {}, {}), tmp_path / "dense.onnx").path
+    out = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx").path
+    dense = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(plain, "none", {}, {})), tmp_path / "dense.onnx").path
     assert np.array_equal(run(out, feeds)[0], run(dense, feeds)[0])
 
 
@@ -196,7 +197,7 @@ def test_merging_conserves_the_weighted_mean_in_the_graph(tmp_path: Path) -> Non
 
 PINNED = {
     "it keeps all tokens": (Encoder(exit="all"), "has all tokens"),
-    "it reads the last token": (Encoder(exit="last"), "is read by number"),
+    "it reads the last token": (Encoder(exit="last"), "is read at a fixed position"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
     "the largest of all": (Encoder(exit="max"), "it is reduced over"),
 }
@@ -241,14 +242,14 @@ def test_exported_vision_transformers(name: str, tmp_path: Path) -> None:
 def test_costs_by_schedule_are_those_of_the_file(form: str, spec: str, tmp_path: Path) -> None:
     plain = analysis(FORMS[form], tmp_path)
     reduced = reduce_tokens(plain, spec)
-    steps = {s.point.block: s.setting for s in reduced.reduction.steps}  # type: ignore[union-attr]
+    steps = {s.point.block: s.settings for s in reduced.reduction.steps}  # type: ignore[union-attr]
     cost = token_cost(plain, choose_dim_sizes(plain.model.graph)[1])
     count, settings = plain.tokens.points[0].count, []
     for point in plain.tokens.points:
         settings.append(steps.get(point.block, StepSettings(count, point.leading, 0)))
-        count -= settings[-1].gone
+        count -= settings[-1].removed
     found = cost.macs(settings, TOKEN_METHODS[spec.partition(":")[0]])
-    result = snpc.apply_slice_plan(snpc.SlicePlan(reduced, "none", {}, {}), tmp_path / "out.onnx")
+    result = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(reduced, "none", {}, {})), tmp_path / "out.onnx")
     assert found == result.after.macs == reduced.cost.macs - reduced.dead_macs < plain.cost.macs
 
 
@@ -258,19 +259,18 @@ def test_widths_are_cut_on_the_reduced_graph(tmp_path: Path) -> None:
     data = snpc.load_calibration({"x": encoder.feeds(24)["x"]}, found.model.inputs, batch=8)
     reduced = reduce_tokens(found, "merge:2")
     decision = snpc.plan(reduced, snpc.Budget(target="macs=0.5"), calibration=data)
-    result = snpc.apply_slice_plan(
-        decision.slices, tmp_path / "out.onnx", compression=decision.closed_forms, calibration=data
-    )
+    result = snpc.apply(decision, tmp_path / "out.onnx")
     assert result.after.macs <= 0.5 * result.before.macs
     assert result.verification.equals_mask and all(d.relative < 1e-4 for d in result.verification.equals_mask)
     assert any("in place" in said for said in result.verification.structure)
     text = snpc.plan_to_json(decision.slices)
     again = snpc.plan_from_json(text, reduced, "plan")
-    snpc.verify(found.model.path, result.path, plan=again, calibration=data)
+    completed = snpc.complete_plan(again, data)
+    snpc.verify(found.model.path, result.path, plan=completed)
     with pytest.raises(UserError, match="reduce them first"):
         snpc.plan_from_json(text, found, "plan")
     with pytest.raises(CheckFailed):  # the dense model decides nothing
-        snpc.verify(found.model.path, found.model.path, plan=again, calibration=data)
+        snpc.verify(found.model.path, found.model.path, plan=completed)
 
 
 def command(*arguments: str) -> tuple[int, str]:

@@ -39,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("pruned") / "half.onnx"
     analysis = snpc.analyze(snpc.load(VIT))
     scores = snpc.score(analysis, "magnitude")
-    snpc.apply_slice_plan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5)), target)
+    snpc.apply(snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5))), target)
     return target
 
 
@@ -279,6 +279,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_path: Path, rng: random.Random) -> None:
     whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
     run("snpc.cli", *arguments(pruned, whole))
@@ -314,6 +315,7 @@ def test_a_checkpoint_of_another_run_is_refused(pruned: Path, tmp_path: Path) ->
         snpc.torch.finetune(pruned, VIT, data(), tmp_path / "c.onnx", training=training, checkpoints=again)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
     run("snpc.cli", *arguments(pruned, one, "--batch", 15))
@@ -325,6 +327,7 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     assert moved > 0 and apart < 1e-3 * moved
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_path: Path, rng: random.Random) -> None:
     """With clipping, averages and early stopping; then once more, ended in the middle and taken up again."""
     one, two, again, state = (tmp_path / name for name in ("one.onnx", "two.onnx", "again.onnx", "state"))

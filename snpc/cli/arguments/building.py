@@ -12,13 +12,12 @@ import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_numbers, parse_target_name
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.latency import TimedArtifact
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import parse_shapes
-from snpc.targets import PRECISIONS, Precision
 from snpc.targets.build import check_build
+from snpc.types import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class BuildArguments(ArgumentGroup):
         "--timing-cache", type=FILE_PATH, help="trt: measured times of tactics; read if it is there, and written."
     )
 
-    def load(self, *, emit_script: bool = False, observer: PassObserver | None = None) -> snpc.BuildOptions:
-        """The options as ``snpc.build`` takes them. ``observer``: called after each graph pass."""
+    def load(self, *, emit_script: bool = False) -> snpc.BuildOptions:
+        """The options as ``snpc.build`` takes them."""
         return snpc.BuildOptions(
             min_shapes=parse_shapes(self.min_shapes),
             opt_shapes=parse_shapes(self.opt_shapes),
@@ -59,7 +58,6 @@ class BuildArguments(ArgumentGroup):
             workspace=self.workspace,
             timing_cache=self.timing_cache,
             emit_script=emit_script,
-            observer=observer,
         )
 
     def check_unused(self) -> None:
@@ -108,14 +106,9 @@ class PruneBuildArguments(ArgumentGroup):
         )
 
     def load(
-        self,
-        model: Path,
-        execution: Execution,
-        calibration: Calibration | None,
-        batch: int | None,
-        observer: PassObserver | None,
+        self, model: Path, execution: Execution, calibration: Calibration | None, batch: int | None
     ) -> snpc.BuildResult | None:
-        """Build ``model``, where --build says so. ``observer``: called after each graph pass."""
+        """Build ``model``, where --build says so."""
         if self.build is None:
             return None
         return snpc.build(
@@ -125,5 +118,5 @@ class PruneBuildArguments(ArgumentGroup):
             execution=execution,
             calibration=calibration,
             batch=batch or 1,
-            options=self.options_of_build.load(observer=observer),
+            options=self.options_of_build.load(),
         )

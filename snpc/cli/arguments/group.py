@@ -38,6 +38,13 @@ class ParameterSpec:
     section: str | None = None
 
 
+@dataclass(frozen=True)
+class SubgroupSpec:
+    """A field that is a group. ``section``: None for its own."""
+
+    section: str | None = None
+
+
 class SectionOption(click.Option):
     """An option that ``--help`` lists under ``section``."""
 
@@ -46,17 +53,17 @@ class SectionOption(click.Option):
 
 def option(*flags: str, section: str | None = None, **attributes: Any) -> Any:
     """A field that is an option. ``attributes``: as of ``click.option``."""
-    return field(metadata={"parameter": ParameterSpec(SectionOption, flags, attributes, section)})
+    return field(metadata={"spec": ParameterSpec(SectionOption, flags, attributes, section)})
 
 
 def argument(**attributes: Any) -> Any:
     """A field that is a positional argument. ``attributes``: as of ``click.argument``."""
-    return field(metadata={"parameter": ParameterSpec(click.Argument, (), attributes)})
+    return field(metadata={"spec": ParameterSpec(click.Argument, (), attributes)})
 
 
-def subgroup() -> Any:
-    """A field that is a group itself."""
-    return field()
+def subgroup(section: str | None = None) -> Any:
+    """A field that is a group itself. ``section``: in place of its own."""
+    return field(metadata={"spec": SubgroupSpec(section)})
 
 
 @dataclass(frozen=True)
@@ -66,16 +73,16 @@ class ArgumentGroup:
     section: ClassVar[str] = "Options"
 
     @classmethod
-    def options(cls) -> list[click.Parameter]:
-        """The click parameters of this group and of the groups inside it."""
+    def options(cls, section: str | None = None) -> list[click.Parameter]:
+        """The click parameters of this group and of the groups inside it. ``section``: in place of the group's own."""
         parameters: list[click.Parameter] = []
         for name, spec, inner in parameter_fields(cls):
-            if spec is None:
-                parameters += inner.options()
+            if isinstance(spec, SubgroupSpec):
+                parameters += inner.options(spec.section)
                 continue
             parameter = spec.kind([*spec.flags, name], **spec.attributes)
             if isinstance(parameter, SectionOption):
-                parameter.section = spec.section or cls.section
+                parameter.section = spec.section or section or cls.section
             parameters.append(parameter)
         return parameters
 
@@ -83,17 +90,19 @@ class ArgumentGroup:
     def from_flags(cls: type[GroupT], flags: Mapping[str, object]) -> GroupT:
         """The group with the values that click parsed, by parameter name."""
         values = {
-            name: flags[name] if spec is not None else inner.from_flags(flags)
+            name: inner.from_flags(flags) if isinstance(spec, SubgroupSpec) else flags[name]
             for name, spec, inner in parameter_fields(cls)
         }
         return cast("Callable[..., GroupT]", cls)(**values)
 
 
-def parameter_fields(group: type[ArgumentGroup]) -> Iterator[tuple[str, ParameterSpec | None, type[ArgumentGroup]]]:
-    """(name, how it is parsed, type) of each field. A field that is not parsed is a group."""
+def parameter_fields(
+    group: type[ArgumentGroup],
+) -> Iterator[tuple[str, ParameterSpec | SubgroupSpec, type[ArgumentGroup]]]:
+    """(name, specification, type) of each field."""
     types = get_type_hints(group)
     for item in fields(group):
-        yield item.name, item.metadata.get("parameter"), types[item.name]
+        yield item.name, item.metadata["spec"], types[item.name]
 
 
 # -- commands --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from snpc.cli.tables import print_line
 from snpc.errors import UserError
 from snpc.passes.pass_list import DumpAfter
 from snpc.pipeline.report_json import write_json
-from snpc.runtime.io.atomic import atomic_write, check_target
+from snpc.runtime.io.atomic import check_target
 
 STDOUT = "-"
 
@@ -68,8 +68,3 @@ def check_output_paths(outputs: Sequence[Path | None], *inputs: Path | str | Non
         check_target(path, *(Path(source) for source in inputs if source is not None))
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise UserError(f"{path}: is the name of two outputs; give each its own")
-
-
-def write_text_file(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)

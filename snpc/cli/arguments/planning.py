@@ -11,9 +11,9 @@ import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.errors import UserError
+from snpc.pipeline.planner import PlanRequest
 from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.pipeline.token_schedule import WidthRequest
-from snpc.planning.config import Allocator, is_latency_target
+from snpc.planning.config import Allocator, ResourceTarget, parse_max_ratios, parse_target
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution.execution import Execution
@@ -100,8 +100,13 @@ class BudgetArguments(ArgumentGroup):
     )
 
     @property
+    def resource_target(self) -> ResourceTarget | None:
+        return parse_target(self.target) if self.target is not None else None
+
+    @property
     def wants_latency(self) -> bool:
-        return is_latency_target(self.target)
+        target = self.resource_target
+        return target is not None and target.kind == "latency"
 
 
 @dataclass(frozen=True)
@@ -140,20 +145,20 @@ class PlanningArguments(ArgumentGroup):
         least = max(preferred.minimum, self.selection.min_width)
         return replace(self, selection=replace(self.selection, round_to=preferred.multiple, min_width=least))
 
-    def budget(self, target: str | None = None) -> snpc.Budget:
+    def budget(self, target: ResourceTarget | None = None) -> snpc.Budget:
         """The budget that the flags describe; ``target`` in place of --target. UserError for flags that contradict
         each other."""
         selection, amount = self.selection, self.amount
         return snpc.Budget(
             ratio=amount.ratio,
             roles=selection.roles,
-            target=target or amount.target,
+            target=target or amount.resource_target,
             uniform=amount.uniform,
             round_to=int(selection.round_to),
             min_width=selection.min_width,
             include=selection.include,
             exclude=selection.exclude,
-            max_ratio=selection.max_ratio,
+            max_ratio=parse_max_ratios(selection.max_ratio) if selection.max_ratio is not None else None,
             max_drift=amount.max_drift,
             allocator=amount.allocator,
         )
@@ -166,16 +171,16 @@ class PlanningArguments(ArgumentGroup):
 
     def reduce_tokens(
         self, analysis: snpc.Analysis, calibration: Calibration | None, execution: Execution
-    ) -> tuple[snpc.Analysis, Calibration | None]:
-        """The analysis with its tokens reduced as --tokens says, and calibration data with the token decisions."""
+    ) -> snpc.Analysis:
+        """The analysis with its tokens reduced as --tokens says."""
         widths = None
         if self.reduction.auto and self.selection.roles:
-            widths = WidthRequest(self.budget(), self.selection.method, self.selection.criterion)
+            widths = PlanRequest(self.budget(), self.selection.method, self.selection.criterion)
         return apply_token_request(
             analysis,
             calibration,
             self.reduction.tokens,
-            target=self.amount.target,
+            target=self.amount.resource_target,
             widths=widths,
             execution=execution,
         )

@@ -98,7 +98,7 @@ class TrainingDataArguments(ArgumentGroup):
         help="A class per sample, for ce: .npy, .npz or text. With --eval: the array of that .npz with the right "
         "classes.",
     )
-    images: ImageArguments = subgroup()
+    images: ImageArguments = subgroup(section="Inputs")
     seed: int = option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for the order of the data."
     )

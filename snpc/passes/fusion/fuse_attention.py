@@ -74,7 +74,7 @@ class FusionBuilder:
         return self.tensor(np.asarray(numbers, np.int64), hint)
 
     def tensor(self, array: AnyArray, hint: str) -> ir.Value:
-        return add_constant(self.model.graph, array, self.name(hint))
+        return add_constant(self.model.graph, array, self.name(hint), typed=False)
 
     def node(
         self,

@@ -71,7 +71,7 @@ def constant_shape(constant: ir.Value) -> Shape:
 
 def append_reshape(graph: ir.Graph, value: ir.Value, target: list[int]) -> ir.Value:
     name = f"{value.name}__laid"
-    shape = add_constant(graph, np.asarray(target, np.int64), f"{name}_shape")
+    shape = add_constant(graph, np.asarray(target, np.int64), f"{name}_shape", typed=False)
     node = make_node(RESHAPE, [value, shape], name=name)
     graph.append(node)
     return node.outputs[0]

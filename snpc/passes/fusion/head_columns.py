@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts
-from snpc.graph.traversal import scalar_factor_of
+from snpc.graph.traversal import step_upstream
 from snpc.ops import lookup
 from snpc.ops.spec import Blocked, Labels
 from snpc.types import Shape
@@ -55,16 +55,14 @@ def movement_sources(value: ir.Value, facts: ShapeFacts) -> Iterator[tuple[ir.Va
         node = value.producer()
         if node is None:
             return
-        scalar, passes = scalar_factor_of(node, facts)
+        scalar, source = step_upstream(node, facts)
+        if source is None:
+            return
         if scalar is not None:
             factor *= scalar.factor
-            source = node.inputs[1 - scalar.index]
-        elif passes and lookup(node.domain, node.op_type).kind == "movement":
+        elif lookup(node.domain, node.op_type).kind == "movement":
             steps = ((node, value.index() or 0), *steps)
-            source = node.inputs[0]
         else:
-            return
-        if source is None:
             return
         value = source
 

@@ -1,4 +1,4 @@
-"""Units with the same sites, before they are groups: their role, their pins, their grid."""
+"""Group drafts: units with the same sites, with role, pins and [blocks, size] grid, before they get names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from snpc.types import IntArray, Role
 
 @dataclass(frozen=True)
 class GroupDraft:
-    """A group before it has a name: ``units[block, position]`` are unit numbers (see ``resolve.Units``)."""
+    """A group before it has a name.
+
+    ``units``: [blocks, size] unit numbers (see ``Units``). ``children``: of heads, the indices of the drafts they
+    cover.
+    """
 
     units: IntArray
     role: Role
@@ -28,66 +32,70 @@ class GroupDraft:
 
 
 def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
+    """[units]: the flags of all labels of each unit, combined."""
     flags = np.zeros(trace.table.count, np.int32)
     np.bitwise_or.at(flags, units.unit_of_label, trace.table.flags[: trace.table.count])
     return flags
 
 
 def site_signatures(trace: Trace, units: Units) -> npt.NDArray[np.uint64]:
-    """A hash of the set of constant axes that each unit lives on."""
+    """[units]: a hash of the set of constant axes that each unit occurs on."""
     rng = np.random.default_rng(0)
-    found = np.zeros(trace.table.count, np.uint64)
+    signatures = np.zeros(trace.table.count, np.uint64)
     for axis in trace.table.axes:
-        mine = np.unique(units.unit_of_label[axis.first_label : axis.first_label + axis.size])
-        found[mine] += rng.integers(1, 1 << 63, dtype=np.uint64)
-    return found
+        axis_units = np.unique(units.unit_of_label[axis.first_label : axis.first_label + axis.size])
+        signatures[axis_units] += rng.integers(1, 1 << 63, dtype=np.uint64)
+    return signatures
 
 
 def pins_by_unit(trace: Trace, units: Units) -> dict[int, list[LabelPin]]:
-    found: dict[int, list[LabelPin]] = defaultdict(list)
-    for note in trace.table.pins:
-        for unit in np.unique(units.unit_of_label[note.labels]):
-            found[int(unit)].append(note)
-    return found
+    """unit -> pins of its labels."""
+    pins: dict[int, list[LabelPin]] = defaultdict(list)
+    for pin in trace.table.pins:
+        for unit in np.unique(units.unit_of_label[pin.labels]):
+            pins[int(unit)].append(pin)
+    return pins
 
 
 def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
+    """All groups of units that some weight produces, and the groups of whole heads."""
     flags = flags_by_unit(trace, units)
     signature = site_signatures(trace, units)
-    pinned = pins_by_unit(trace, units)
+    pins_of = pins_by_unit(trace, units)
     heads = np.unique(units.head_of_block[units.head_of_block >= 0])
-    made = np.setdiff1d(np.flatnonzero(flags & int(LabelFlag.PRODUCED)), heads)
+    produced = np.setdiff1d(np.flatnonzero(flags & int(LabelFlag.PRODUCED)), heads)
     bundles: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
-    for unit in made:
+    for unit in produced:
         blocked = units.block_of_unit[unit] >= 0
-        bundles[int(signature[unit]), int(unit) in pinned, bool(blocked)].append(int(unit))
-    lying = values_by_unit(trace, units)
-    found: list[GroupDraft] = []
-    for (_, is_pinned, _), members in bundles.items():
-        notes = unique_pins(pinned, members) if is_pinned else ()
-        for grid in block_grids(np.array(members), units.block_of_unit):
-            merged = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
-            found.append(GroupDraft(grid, role_of(merged, notes), merged, notes))
-    found = [pin_if_infeasible(trace, units, draft, lying) for draft in found]
-    found += draft_head_groups(found, heads, units, pinned, flags)
-    return sorted(found, key=lambda d: (int(d.units.min()), d.role == "head"))
+        bundles[int(signature[unit]), int(unit) in pins_of, bool(blocked)].append(int(unit))
+    values = values_by_unit(trace, units)
+    drafts: list[GroupDraft] = []
+    for (_, is_pinned, _), bundle in bundles.items():
+        pins = unique_pins(pins_of, bundle) if is_pinned else ()
+        for grid in block_grids(np.array(bundle), units.block_of_unit):
+            merged_flags = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
+            drafts.append(GroupDraft(grid, role_of(merged_flags, pins), merged_flags, pins))
+    drafts = [pin_if_infeasible(trace, units, draft, values) for draft in drafts]
+    drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
+    return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
 
 
-def pin_if_infeasible(trace: Trace, units: Units, draft: GroupDraft, lying: ValuesByUnit) -> GroupDraft:
-    note = infeasible_cut_pin(trace, units, draft.units, lying) if not draft.pins else None
-    return draft if note is None else replace(draft, pins=(note,))
+def pin_if_infeasible(trace: Trace, units: Units, draft: GroupDraft, values: ValuesByUnit) -> GroupDraft:
+    pin = infeasible_cut_pin(trace, units, draft.units, values) if not draft.pins else None
+    return draft if pin is None else replace(draft, pins=(pin,))
 
 
-def unique_pins(pinned: Mapping[int, list[LabelPin]], members: list[int]) -> tuple[LabelPin, ...]:
-    notes: dict[int, LabelPin] = {}
+def unique_pins(pins_of: Mapping[int, list[LabelPin]], members: list[int]) -> tuple[LabelPin, ...]:
+    """The pins of several units, each once."""
+    unique: dict[int, LabelPin] = {}
     for unit in members:
-        for note in pinned.get(unit, ()):
-            notes[id(note)] = note
-    return tuple(notes.values())
+        for pin in pins_of.get(unit, ()):
+            unique[id(pin)] = pin
+    return tuple(unique.values())
 
 
 def block_grids(members: IntArray, block: IntArray) -> list[IntArray]:
-    """[blocks, size] arrays of units; blocks of different sizes are different groups."""
+    """[blocks, size] arrays of units. Blocks of different sizes are different groups."""
     names = block[members]
     if (names < 0).all():
         return [np.sort(members)[None, :]]
@@ -98,14 +106,15 @@ def block_grids(members: IntArray, block: IntArray) -> list[IntArray]:
     return [np.array(sorted(row.tolist() for row in same), np.int64) for same in rows.values()]
 
 
-def role_of(flags: LabelFlag, notes: tuple[LabelPin, ...]) -> Role:
+def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
+    """The role of a group, from what operators did to its labels."""
     if flags & LabelFlag.SCORED:
         return "qk"
-    if flags & LabelFlag.BATCHED:  # heads on an axis of their own in every weight
+    if flags & LabelFlag.BATCHED:  # heads that have their own axis in every weight
         return "head"
     if flags & LabelFlag.PASSED_THROUGH:
         return "vo"
-    if flags & LabelFlag.ADDED or any(note.kind in ("norm", "sum") for note in notes):
+    if flags & LabelFlag.ADDED or any(pin.kind in ("norm", "sum") for pin in pins):
         return "residual"
     if flags & LabelFlag.CONVOLVED:
         return "conv"
@@ -113,15 +122,15 @@ def role_of(flags: LabelFlag, notes: tuple[LabelPin, ...]) -> Role:
 
 
 def draft_head_groups(
-    found: list[GroupDraft],
+    drafts: list[GroupDraft],
     heads: IntArray,
     units: Units,
-    pinned: Mapping[int, list[LabelPin]],
+    pins_of: Mapping[int, list[LabelPin]],
     flags: npt.NDArray[np.int32],
 ) -> list[GroupDraft]:
-    """Whole blocks as units: one draft per set of groups whose blocks the same heads cover."""
+    """Groups whose units are whole heads: one draft per set of groups that the same heads cover."""
     owners: dict[int, list[int]] = defaultdict(list)
-    for index, draft in enumerate(found):
+    for index, draft in enumerate(drafts):
         if draft.role not in ("qk", "vo"):
             continue
         for row in draft.units:
@@ -131,38 +140,40 @@ def draft_head_groups(
     bundles: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for head, indices in owners.items():
         bundles[tuple(sorted(set(indices)))].append(head)
-    made = []
-    for children, members in bundles.items():
-        if len(members) < 2 or not any(found[k].flags & LabelFlag.PASSED_THROUGH for k in children):
+    head_groups = []
+    for children, group_heads in bundles.items():
+        if len(group_heads) < 2 or not any(drafts[k].flags & LabelFlag.PASSED_THROUGH for k in children):
             continue
-        torn = [h for h in members if h in set(units.partial_heads.tolist())]
-        notes = unique_pins(pinned, members)
+        partial = [h for h in group_heads if h in set(units.partial_heads.tolist())]
+        pins = unique_pins(pins_of, group_heads)
         for child in children:
-            hard = tuple(n for n in found[child].pins if n.kind == "hard" or spans_several_heads(n, units))
-            notes = tuple(dict.fromkeys((*notes, *hard)))
-        if torn:
-            notes = (
-                *notes,
-                LabelPin(np.array(torn), "", 0, len(torn), "something is shared by part of its heads", "", "hard"),
+            hard = tuple(n for n in drafts[child].pins if n.kind == "hard" or spans_several_heads(n, units))
+            pins = tuple(dict.fromkeys((*pins, *hard)))
+        if partial:
+            pins = (
+                *pins,
+                LabelPin(
+                    np.array(partial), "", 0, len(partial), "a tensor is shared by only some of its heads", "", "hard"
+                ),
             )
-        made.append(
+        head_groups.append(
             GroupDraft(
-                np.array(sorted(members))[None, :],
+                np.array(sorted(group_heads))[None, :],
                 "head",
-                LabelFlag(int(np.bitwise_or.reduce(flags[members]))),
-                notes,
+                LabelFlag(int(np.bitwise_or.reduce(flags[group_heads]))),
+                pins,
                 children,
             )
         )
-    return made
+    return head_groups
 
 
-def spans_several_heads(note: LabelPin, units: Units) -> bool:
-    """Is a statistic taken over more than one head?"""
-    return len(np.unique(units.block_of_unit[units.unit_of_label[note.labels]])) > 1
+def spans_several_heads(pin: LabelPin, units: Units) -> bool:
+    """Whether a pin is due to a statistic over more than one head."""
+    return len(np.unique(units.block_of_unit[units.unit_of_label[pin.labels]])) > 1
 
 
 def is_approximate(draft: GroupDraft) -> bool:
-    """Nothing but normalisations keeps its width: it can be cut where that is asked for."""
+    """Whether only normalization statistics pin the group: it is cut on request, with an approximate result."""
     mine = draft.role == "residual" and len(draft.units) == 1
-    return mine and bool(draft.pins) and all(note.kind == "norm" for note in draft.pins)
+    return mine and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

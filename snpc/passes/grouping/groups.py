@@ -1,4 +1,4 @@
-"""From units to groups: what is sliced together, where, in which role, and what it accounts for."""
+"""From drafts to groups: names, sites, probes, freedom, and the cost that each group accounts for."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from snpc.passes.propagation.labels import LabeledAxis, LabelFlag, LabelPin
 from snpc.passes.propagation.state import Contraction, LabeledValue, Trace
 from snpc.types import APPROXIMATE_REASON, Freedom, Group, IntArray, Pin, Probe, ProbeKind, Site, SiteKind
 
-# -- finished groups -------------------------------------------------------------------------------------------------
-
 
 def build_groups(
-    model: ir.Model, trace: Trace, units: Units, cost_facts: ShapeFacts, made: list[GroupDraft]
+    model: ir.Model, trace: Trace, units: Units, cost_facts: ShapeFacts, drafts: list[GroupDraft]
 ) -> tuple[Group, ...]:
-    usage = GroupBuilder(model, trace, units, cost_facts)
-    wanted: list[str] = []
+    """One group per draft, in order. ``cost_facts``: the shapes at which MACs are counted."""
+    builder = GroupBuilder(model, trace, units, cost_facts)
+    names: list[str] = []
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
-    for draft in made:
-        covered = usage.unit_numbers(draft, made)
+    for draft in drafts:
+        numbers = builder.unit_numbers(draft, drafts)
         counters[draft.role] += 1
         layers.append(counters[draft.role] - 1)
-        path = usage.path(covered)
-        wanted.append(".".join((*path, draft.role)) if path else f"{draft.role}.{layers[-1]}")
+        path = builder.path(numbers)
+        names.append(".".join((*path, draft.role)) if path else f"{draft.role}.{layers[-1]}")
     groups = []
-    for draft, name, layer in zip(made, unique_names(wanted), layers, strict=True):
-        numbers = usage.unit_numbers(draft, made)
-        freedom, why = freedom_and_reason(draft)
-        macs, params = usage.count_macs_and_params(numbers)
+    for draft, name, layer in zip(drafts, unique_names(names), layers, strict=True):
+        numbers = builder.unit_numbers(draft, drafts)
+        freedom, freedom_reason = freedom_and_reason(draft)
+        macs, params = builder.count_macs_and_params(numbers)
         groups.append(
             Group(
                 id=name,
@@ -48,41 +47,45 @@ def build_groups(
                 layer=layer,
                 blocks=draft.units.shape[0],
                 size=draft.units.shape[1],
-                sites=usage.sites(numbers),
-                probes=usage.probes(draft, numbers, made),
+                sites=builder.sites(numbers),
+                probes=builder.probes(draft, numbers, drafts),
                 freedom=freedom,
-                freedom_reason=why,
+                freedom_reason=freedom_reason,
                 macs=macs,
                 params=params,
-                pins=() if is_approximate(draft) else tuple(to_pin(note) for note in draft.pins),
+                pins=() if is_approximate(draft) else tuple(to_pin(pin) for pin in draft.pins),
                 approximate=is_approximate(draft),
             )
         )
     return tuple(groups)
 
 
-def to_pin(note: LabelPin) -> Pin:
-    return Pin(note.tensor, note.axis, note.size, note.reason, note.operator, note.kind)
+def to_pin(pin: LabelPin) -> Pin:
+    return Pin(pin.tensor, pin.axis, pin.size, pin.reason, pin.operator, pin.kind)
 
 
 def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
+    """How the units of a group may be transformed before they are cut, and why not more freely."""
     if is_approximate(draft):
         return "select", APPROXIMATE_REASON
     if draft.role not in ("qk", "vo"):
-        return "select", "whole heads" if draft.role == "head" else "a nonlinear operator on the way"
+        return "select", "whole heads" if draft.role == "head" else "a nonlinear operator between producer and consumer"
     if draft.flags & LabelFlag.CACHED:
-        return "select", "it lies in a cache of keys and values"
+        return "select", "stored in a KV cache"
     if draft.flags & LabelFlag.NONLINEAR:
-        return "select", "a nonlinear operator or a normalisation on the way"
+        return "select", "a nonlinear operator or a normalization between producer and consumer"
     if draft.flags & LabelFlag.GATED:
-        return "pairs", "multiplied by another activation on the way (rotary position)"
+        return "pairs", "multiplied by another activation (rotary position embedding)"
     if draft.flags & LabelFlag.SCALED:
         return "pairs", "multiplied by constants that differ between positions (rotary table or gain)"
     return "basis", ""
 
 
 class GroupBuilder:
-    """Where the units of a group occur in constants and in contractions."""
+    """Finds where the units of a group occur in constants and in contractions.
+
+    ``numbers`` of a group: unit -> index within the group (``block * size + position``).
+    """
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: ShapeFacts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
@@ -100,15 +103,15 @@ class GroupBuilder:
                     self.operand_units.append(((contraction, side, letters, index), mine))
 
     def unit_mask(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
-        """[units]: whether a unit is one of ``numbers``."""
+        """[units]: whether each unit is one of ``numbers``."""
         found = np.zeros(self.trace.table.count, bool)
         found[np.fromiter(numbers, np.int64, len(numbers))] = True
         return found
 
-    def unit_numbers(self, draft: GroupDraft, made: list[GroupDraft]) -> dict[int, int]:
-        """unit -> index within the group; the units of a head's blocks count as that head."""
+    def unit_numbers(self, draft: GroupDraft, drafts: list[GroupDraft]) -> dict[int, int]:
+        """unit -> index within the group. The units in the blocks of a head have the index of that head."""
         numbers = {int(unit): k for k, unit in enumerate(draft.units.reshape(-1))}
-        for other in made if draft.role == "head" else ():
+        for other in drafts if draft.role == "head" else ():
             for row in other.units if other.role in ("qk", "vo") else ():
                 block = self.units.block_of_unit[row[0]]
                 head = int(self.units.head_of_block[block]) if block >= 0 else -1
@@ -117,18 +120,18 @@ class GroupBuilder:
         return numbers
 
     def number_labels(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
-        """Unit indices for an array of labels, -1 where the group has none."""
+        """The index within the group of each label's unit, -1 for units of other groups; shape of ``labels``."""
         table = np.full(self.trace.table.count + 1, -1, np.int64)
         keys = np.fromiter(numbers, np.int64)
         table[keys] = np.fromiter(numbers.values(), np.int64)
         return np.where(labels >= 0, table[self.units.unit_of_label[labels]], -1)
 
     def axes_of(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
-        wanted = self.unit_mask(numbers)
-        return [axis for axis, units in self.axes if wanted[units].any()]
+        names = self.unit_mask(numbers)
+        return [axis for axis, units in self.axes if names[units].any()]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
-        made = []
+        drafts = []
         for axis in self.axes_of(numbers):
             labels = np.arange(axis.first_label, axis.first_label + axis.size, dtype=np.int32)
             flags = LabelFlag(int(np.bitwise_or.reduce(self.trace.table.flags[labels])))
@@ -139,12 +142,12 @@ class GroupBuilder:
                 if flags & LabelFlag.PRODUCED
                 else ("norm" if flags & LabelFlag.NORM_PARAMETER else "pointwise")
             )
-            made.append(Site(str(axis.constant.name), axis.axis, kind, self.number_labels(labels, numbers)))
-        return tuple(made)
+            drafts.append(Site(str(axis.constant.name), axis.axis, kind, self.number_labels(labels, numbers)))
+        return tuple(drafts)
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
-        wanted = self.unit_mask(numbers)
-        return [use for use, units in self.operand_units if wanted[units].any()]
+        names = self.unit_mask(numbers)
+        return [use for use, units in self.operand_units if names[units].any()]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         paths = []
@@ -157,7 +160,7 @@ class GroupBuilder:
         return common_module_path(paths)
 
     def count_macs_and_params(self, numbers: Mapping[int, int]) -> tuple[int, int]:
-        """(MACs, parameters) that grow with the group's size."""
+        """(MACs, parameters) that are proportional to the group's size."""
         shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
         for contraction, side, letters, index in self.contractions(numbers):
             labels = side.factors[index]
@@ -181,7 +184,7 @@ class GroupBuilder:
         call = self.facts.call(node, opset_version(self.model, node.domain))
         return sum(count_macs(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
 
-    def probes(self, draft: GroupDraft, numbers: Mapping[int, int], made: list[GroupDraft]) -> tuple[Probe, ...]:
+    def probes(self, draft: GroupDraft, numbers: Mapping[int, int], drafts: list[GroupDraft]) -> tuple[Probe, ...]:
         found: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
@@ -212,14 +215,14 @@ class GroupBuilder:
         labels: npt.NDArray[np.int32],
         numbers: Mapping[int, int],
     ) -> Probe | None:
-        """The activation itself, or the input of a fused node that holds it."""
+        """The probe of an operand: the activation itself, or the input of a fused node that contains it."""
         by_name = {v.name: v for v in contraction.node.inputs if v is not None}
         value = by_name.get(side.name)
         if value is None:
             return self.probe_inside_fused_node(kind, side, contraction, labels, numbers)
-        carried = self.trace.values[value]
-        if carried.shape != side.shape:  # a fused node splits heads inside: watch its input as it is
-            for own in carried.factors:
+        labeled_value = self.trace.values[value]
+        if labeled_value.shape != side.shape:  # heads are split inside a fused node: the probe is its input
+            for own in labeled_value.factors:
                 mine = self.number_labels(own, numbers)
                 if (mine >= 0).any():
                     return Probe(kind, side.name, mine)
@@ -234,7 +237,7 @@ class GroupBuilder:
         labels: npt.NDArray[np.int32],
         numbers: Mapping[int, int],
     ) -> Probe | None:
-        """What a fused node makes inside of its input, its weight and its bias: [batch, tokens, heads * width]."""
+        """The probe of a projection inside a fused node: [batch, tokens, heads * width]."""
         node = contraction.node
         if lookup(node.domain, node.op_type).kind != "attention" or len(side.shape) != 4:
             return None

@@ -1,4 +1,4 @@
-"""A graph with its labels and units."""
+"""A graph with its labels and units: the result of label propagation that all later stages read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from snpc.passes.propagation.state import Trace
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """A canonical model with everything that the trace found in it."""
+    """A canonical model at ``dim_sizes``, with its shapes, labels and units. ``kv_cache``: KV caches are labeled
+    too."""
 
     model: ir.Model
     dim_sizes: Mapping[str, int]
@@ -27,9 +28,12 @@ class TracedGraph:
 
 
 def trace_graph(
-    model: ir.Model, sizes: Mapping[str, int], facts: ShapeFacts | None = None, kv_cache: bool = False
+    model: ir.Model, dim_sizes: Mapping[str, int], facts: ShapeFacts | None = None, kv_cache: bool = False
 ) -> TracedGraph:
-    """``kv_cache``: caches of keys and values among the inputs and outputs may become narrower too."""
-    facts = facts or infer_graph(model, sizes)
+    """Propagate labels through ``model`` and resolve them to units.
+
+    ``dim_sizes``: sizes of the dynamic dimensions. ``kv_cache``: KV cache inputs and outputs may be narrowed too.
+    """
+    facts = facts or infer_graph(model, dim_sizes)
     trace = propagate_labels(model, facts, kv_cache)
-    return TracedGraph(model, sizes, facts, trace, find_units(trace), kv_cache)
+    return TracedGraph(model, dim_sizes, facts, trace, find_units(trace), kv_cache)

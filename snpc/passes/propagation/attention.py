@@ -1,4 +1,4 @@
-"""Fused attention nodes, spelled out with the same rules as the separate nodes that they stand for."""
+"""Label propagation through fused attention nodes, by the rules of the separate nodes that they replace."""
 
 from __future__ import annotations
 
@@ -23,59 +23,62 @@ from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext, pr
 QueryKeyValue = tuple[LabeledValue, LabeledValue, LabeledValue]
 
 
-def propagate_attention(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    """Scores, softmax, context, spelled out with the same rules as their separate nodes."""
-    shape, sizes = attention_form(here.call, here.node.domain), attention_geometry(here.call, here.node.domain)
-    extra = [inputs[k] for k in shape.others(here.call) if k < len(inputs)]
+def propagate_attention(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Factors of the output and of the present keys and values: projection, scores, softmax, context."""
+    form, head_geometry = (
+        attention_form(context.call, context.node.domain),
+        attention_geometry(context.call, context.node.domain),
+    )
+    extra = [inputs[k] for k in form.others(context.call) if k < len(inputs)]
     if any(c is not None and c.factors for c in extra):
-        here.pin_all(extra, "an input of a fused attention that snpc does not follow")
-    if sizes is None:
-        return here.refuse(inputs, "a fused attention with packed queries, keys and values")
-    if any(o.uses() or o.is_graph_output() for o in here.node.outputs[1 + len(shape.present) :]):
-        return here.refuse(inputs, "a fused attention that hands out its scores")
-    flat = len(here.call.shape(shape.query)) < 4
-    query, key, value = query_key_value(here, inputs, shape, sizes)
-    tables = [optional_input(inputs, k) for k in shape.rotary]
-    query, key = propagate_inner_rotary(here, query, key, [t for t in tables if t is not None])
-    past = [optional_input(inputs, k) for k in shape.past]
-    keeps = any(o.uses() or o.is_graph_output() for o in here.node.outputs[1:])
-    if shape.equal or (len(shape.past) == 1 and (past[0] is not None or keeps)):
-        unify_keys_and_values(here, key, value, shape, tables)
-    key, value = prepend_past(here, key, value, past)
-    presents = [key.factors, value.factors] if len(shape.present) == 2 else [stack_present(key, value)]
+        context.pin_all(extra, "an unsupported input of a fused attention node")
+    if head_geometry is None:
+        return context.refuse(inputs, "a fused attention node with an unsupported packed layout")
+    if any(o.uses() or o.is_graph_output() for o in context.node.outputs[1 + len(form.present) :]):
+        return context.refuse(inputs, "a fused attention node that outputs its scores")
+    flat = len(context.call.shape(form.query)) < 4
+    query, key, value = query_key_value(context, inputs, form, head_geometry)
+    tables = [optional_input(inputs, k) for k in form.rotary]
+    query, key = propagate_inner_rotary(context, query, key, [t for t in tables if t is not None])
+    past = [optional_input(inputs, k) for k in form.past]
+    present_is_used = any(o.uses() or o.is_graph_output() for o in context.node.outputs[1:])
+    if form.equal or (len(form.past) == 1 and (past[0] is not None or present_is_used)):
+        unify_keys_and_values(context, key, value, form, tables)
+    key, value = prepend_past(context, key, value, past)
+    presents = [key.factors, value.factors] if len(form.present) == 2 else [stack_present(key, value)]
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = repeat_head_labels(key, repeats), repeat_head_labels(value, repeats)
-    bias = optional_input(inputs, shape.scores)
-    context = propagate_scores_and_context(here, query, key, value, bias)
-    return [drop_batch_axis(here, merge_head_labels(context)) if flat else context.factors, *presents]
+    bias = optional_input(inputs, form.scores)
+    attended = propagate_scores_and_context(context, query, key, value, bias)
+    return [drop_batch_axis(context, merge_head_labels(attended)) if flat else attended.factors, *presents]
 
 
 def optional_input(inputs: Sequence[LabeledValue | None], index: int | None) -> LabeledValue | None:
     return inputs[index] if index is not None and index < len(inputs) else None
 
 
-def drop_batch_axis(here: NodeContext, merged: LabeledValue) -> Factors:
-    """Packed tokens of all samples have no batch axis."""
-    rank = len(here.call.out_shapes[0])
+def drop_batch_axis(context: NodeContext, merged: LabeledValue) -> Factors:
+    """Factors of the output, which has no batch axis where the tokens of all samples are packed into one row."""
+    rank = len(context.call.out_shapes[0])
     return tuple(f.reshape(f.shape[-rank:]) for f in merged.factors)
 
 
 def query_key_value(
-    here: NodeContext, inputs: Sequence[LabeledValue | None], shape: AttentionForm, sizes: AttentionGeometry
+    context: NodeContext, inputs: Sequence[LabeledValue | None], shape: AttentionForm, sizes: AttentionGeometry
 ) -> QueryKeyValue:
-    """Q, K and V as [B,H,N,D]."""
+    """Queries, keys and values, each [batch, heads, tokens, head width]."""
     if shape.packed == "weight":
-        query, key, value = propagate_packed_projection(here, inputs, sizes.columns)
+        query, key, value = propagate_packed_projection(context, inputs, sizes.columns)
     elif shape.packed == "columns":
         whole = inputs[shape.query]
         assert whole is not None
-        query, key, value = split_packed_columns(here, whole, sizes.columns)
+        query, key, value = split_packed_columns(context, whole, sizes.columns)
     else:
         query, key, value = (add_batch_axis(inputs[k]) for k in (shape.query, shape.key, shape.value))
     bias = optional_input(inputs, shape.bias)
     if bias is not None and not shape.packed:
-        query, key, value = unify_with_packed_bias(here, [query, key, value], bias, sizes.columns)
+        query, key, value = unify_with_packed_bias(context, [query, key, value], bias, sizes.columns)
     return (
         split_head_labels(query, sizes.heads),
         split_head_labels(key, sizes.kv_heads),
@@ -83,49 +86,52 @@ def query_key_value(
     )
 
 
-def add_batch_axis(carried: LabeledValue | None) -> LabeledValue:
-    """With a batch axis in front, where tokens of all samples lie in one row."""
-    assert carried is not None
-    if len(carried.shape) > 2:
-        return carried
-    return LabeledValue(carried.name, (1, *carried.shape), tuple(f[None] for f in carried.factors), carried.constant)
+def add_batch_axis(operand: LabeledValue | None) -> LabeledValue:
+    """``operand`` with a batch axis in front, where the tokens of all samples are packed into one row."""
+    assert operand is not None
+    if len(operand.shape) > 2:
+        return operand
+    return LabeledValue(operand.name, (1, *operand.shape), tuple(f[None] for f in operand.factors), operand.constant)
 
 
 def propagate_inner_rotary(
-    here: NodeContext, query: LabeledValue, key: LabeledValue, tables: Sequence[LabeledValue]
+    context: NodeContext, query: LabeledValue, key: LabeledValue, tables: Sequence[LabeledValue]
 ) -> tuple[LabeledValue, LabeledValue]:
-    """Rotary positions inside the node."""
-    if len(tables) < 2 or not here.call.attrs.get("do_rotary", 0):
+    """Queries and keys after the rotary position embedding inside the node."""
+    if len(tables) < 2 or not context.call.attrs.get("do_rotary", 0):
         return query, key
-    rotary = RotaryForm(0, 0, 0, 2 * tables[0].shape[-1], bool(here.call.attrs.get("rotary_interleaved", 0)))
-    return unify_rotated_pairs(here, query, tables, rotary), unify_rotated_pairs(here, key, tables, rotary)
+    rotary = RotaryForm(0, 0, 0, 2 * tables[0].shape[-1], bool(context.call.attrs.get("rotary_interleaved", 0)))
+    return unify_rotated_pairs(context, query, tables, rotary), unify_rotated_pairs(context, key, tables, rotary)
 
 
 def unify_keys_and_values(
-    here: NodeContext,
+    context: NodeContext,
     key: LabeledValue,
     value: LabeledValue,
     shape: AttentionForm,
     tables: Sequence[LabeledValue | None],
 ) -> None:
-    """Keys and values share one tensor or one width: their positions go together, in steps that kernels take."""
-    for labels in unify_factors(here, [key, value]):
-        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
+    """Unify channels of keys and values, which share one tensor or one width, in steps that kernels support."""
+    for labels in unify_factors(context, [key, value]):
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
     if shape.multiple == 1:
         return
     width = key.shape[3]
-    rotary = 2 * tables[0].shape[-1] if here.call.attrs.get("do_rotary", 0) and tables[0] is not None else 0
+    rotary_width = 2 * tables[0].shape[-1] if context.call.attrs.get("do_rotary", 0) and tables[0] is not None else 0
     for labels in key.factors:
         if labels.shape[3] > 1:
             steps = kernel_step_starts(
-                width, rotary, shape.multiple, bool(here.call.attrs.get("rotary_interleaved", 0))
+                width, rotary_width, shape.multiple, bool(context.call.attrs.get("rotary_interleaved", 0))
             )
-            here.trace.table.unify(labels, labels[..., steps])
+            context.trace.table.unify(labels, labels[..., steps])
 
 
 def kernel_step_starts(width: int, rotary: int, multiple: int, interleaved: bool) -> list[int]:
-    """[width]: the first channel of the step that each belongs to. A step of turned channels holds ``multiple`` pairs,
-    which is twice as many channels, and so do the others beside it."""
+    """[width]: the first channel of the step that each channel belongs to.
+
+    A step of rotated channels holds ``multiple`` pairs, which is twice as many channels. Beside rotated channels, the
+    steps of other channels are as wide.
+    """
     wide = multiple * (2 if rotary else 1)
     half = rotary // 2
     return [
@@ -134,9 +140,9 @@ def kernel_step_starts(width: int, rotary: int, multiple: int, interleaved: bool
 
 
 def prepend_past(
-    here: NodeContext, key: LabeledValue, value: LabeledValue, past: Sequence[LabeledValue | None]
+    context: NodeContext, key: LabeledValue, value: LabeledValue, past: Sequence[LabeledValue | None]
 ) -> tuple[LabeledValue, LabeledValue]:
-    """Keys and values with those of earlier steps in front."""
+    """Keys and values with the past ones concatenated in front."""
     if not past or past[0] is None:
         return key, value
     if len(past) == 1:
@@ -150,24 +156,24 @@ def prepend_past(
     longer = []
     for before, now in zip(earlier, (key, value), strict=True):
         shape = (*now.shape[:2], before.shape[2] + now.shape[2], now.shape[3])
-        longer.append(LabeledValue(now.name, shape, concat_labels(here, [before, now], 2), now.constant))
+        longer.append(LabeledValue(now.name, shape, concat_labels(context, [before, now], 2), now.constant))
     return longer[0], longer[1]
 
 
 def stack_present(key: LabeledValue, value: LabeledValue) -> Factors:
-    """Keys and values in one tensor [2,B,H,N,D]."""
+    """Factors of keys and values stacked into one tensor [2, batch, heads, tokens, head width]."""
     both = zip(key.factors, value.factors, strict=False)
     return tuple(np.stack([a, b]) for a, b in both if a.shape == b.shape)
 
 
 def propagate_scores_and_context(
-    here: NodeContext, query: LabeledValue, key: LabeledValue, value: LabeledValue, bias: LabeledValue | None
+    context: NodeContext, query: LabeledValue, key: LabeledValue, value: LabeledValue, bias: LabeledValue | None
 ) -> LabeledValue:
     product = matmul_letters(4, 4)
     flipped = Letters(product.left, product.right[:-2] + product.right[-1] + product.right[-2], product.out)
     scores_shape = (*query.shape[:3], key.shape[2])
     scores = LabeledValue(
-        f"{here.node.name}.scores", scores_shape, contract_labels(here, query, key, flipped, "scores")
+        f"{context.node.name}.scores", scores_shape, contract_labels(context, query, key, flipped, "scores")
     )
     parts = [scores]
     if bias is not None:
@@ -180,57 +186,57 @@ def propagate_scores_and_context(
                 bias.constant,
             )
         )
-    factors = unify_factors(here, parts)
+    factors = unify_factors(context, parts)
     for labels in factors:
         if 3 in varying_axes(labels):
-            here.pin_statistics(scores, labels, frozenset({3}), SUMMED_OVER, "sum")
-    weights = LabeledValue(f"{here.node.name}.weights", scores_shape, factors)
+            context.pin_statistics(scores, labels, frozenset({3}), SUMMED_OVER, "sum")
+    weights = LabeledValue(f"{context.node.name}.weights", scores_shape, factors)
     context_shape = (*query.shape[:3], value.shape[3])
-    for name, carried in (("query", query), ("key", key), ("value", value)):
-        here.trace.inner_values[(here.node, name)] = carried
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        context.trace.inner_values[(context.node, name)] = operand
     return LabeledValue(
-        f"{here.node.name}.context", context_shape, contract_labels(here, weights, value, product, "context")
+        f"{context.node.name}.context", context_shape, contract_labels(context, weights, value, product, "context")
     )
 
 
 def propagate_packed_projection(
-    here: NodeContext, inputs: Sequence[LabeledValue | None], sizes: tuple[int, int, int]
+    context: NodeContext, inputs: Sequence[LabeledValue | None], sizes: tuple[int, int, int]
 ) -> QueryKeyValue:
-    """com.microsoft.Attention projects inside: x @ W + b, then Q, K and V are thirds of the columns."""
+    """Queries, keys and values of com.microsoft.Attention, which projects inside: column ranges of x @ W + b."""
     data, weight = inputs[0], inputs[1]
     bias = inputs[2] if len(inputs) > 2 else None
     assert data is not None and weight is not None
     shape = (*data.shape[:2], weight.shape[1])
-    factors = contract_labels(here, data, weight, matmul_letters(len(data.shape), 2), "projection")
-    parts = [LabeledValue(f"{here.node.name}.qkv", shape, factors)]
+    factors = contract_labels(context, data, weight, matmul_letters(len(data.shape), 2), "projection")
+    parts = [LabeledValue(f"{context.node.name}.qkv", shape, factors)]
     if bias is not None:
         parts.append(
             LabeledValue(bias.name, (1, 1, *bias.shape), tuple(prepend_axes(f, 3) for f in bias.factors), bias.constant)
         )
-    return split_packed_columns(here, LabeledValue(parts[0].name, shape, unify_factors(here, parts)), sizes)
+    return split_packed_columns(context, LabeledValue(parts[0].name, shape, unify_factors(context, parts)), sizes)
 
 
 def unify_with_packed_bias(
-    here: NodeContext, parts: Sequence[LabeledValue], bias: LabeledValue, sizes: tuple[int, int, int]
+    context: NodeContext, parts: Sequence[LabeledValue], bias: LabeledValue, sizes: tuple[int, int, int]
 ) -> QueryKeyValue:
-    """One vector holds the biases of Q, K and V; what is [B,H,N,D] already was biased where it was made."""
+    """Add the packed bias of queries, keys and values; operands that are split into heads already have theirs."""
     spread = LabeledValue(bias.name, (1, 1, sum(sizes)), tuple(prepend_axes(f, 3) for f in bias.factors), True)
     q, k, v = (
         LabeledValue(
-            part.name, c.shape, unify_factors(here, [c, LabeledValue(bias.name, part.shape, part.factors, True)])
+            part.name, c.shape, unify_factors(context, [c, LabeledValue(bias.name, part.shape, part.factors, True)])
         )
         if len(c.shape) == 3
         else c
-        for c, part in zip(parts, split_packed_columns(here, spread, sizes), strict=True)
+        for c, part in zip(parts, split_packed_columns(context, spread, sizes), strict=True)
     )
     return q, k, v
 
 
-def split_packed_columns(here: NodeContext, whole: LabeledValue, sizes: tuple[int, int, int]) -> QueryKeyValue:
+def split_packed_columns(context: NodeContext, whole: LabeledValue, sizes: tuple[int, int, int]) -> QueryKeyValue:
     ends = np.cumsum(sizes)[:2]
     q, k, v = (
         LabeledValue(
-            f"{here.node.name}.{'qkv'[index]}",
+            f"{context.node.name}.{'qkv'[index]}",
             (*whole.shape[:-1], size),
             tuple(select_columns(f, index, ends) for f in whole.factors),
         )

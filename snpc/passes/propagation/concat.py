@@ -1,4 +1,4 @@
-"""Tensors laid end to end: along the axis labels follow each other, on the others what meets is one."""
+"""Label propagation through Concat: concatenated along the axis, unified on all others."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 
 
-def concat_labels(here: NodeContext, parts: Sequence[LabeledValue], axis: int) -> Factors:
-    """Factors of ``parts`` laid end to end along ``axis``. On other axes the parts must agree, so what meets there is
-    joined."""
+def concat_labels(context: NodeContext, parts: Sequence[LabeledValue], axis: int) -> Factors:
+    """Factors of the concatenation of ``parts`` along ``axis``. On all other axes the labels of the parts are
+    unified."""
     parts = [c for c in parts if c.shape[axis] > 0]
     along: list[Labels] = []
     across: dict[frozenset[int], Labels] = {}
     patterns = list(dict.fromkeys(varying_axes(f) - {axis} for c in parts for f in c.factors))
     for pattern in patterns:
-        mine = [[f for f in c.factors if varying_axes(f) - {axis} == pattern] for c in parts]
-        if any(axis in varying_axes(f) for fs in mine for f in fs) or not pattern:
-            along += [concat_factor(here, parts, mine, axis, pattern)]
+        factors_by_part = [[f for f in c.factors if varying_axes(f) - {axis} == pattern] for c in parts]
+        if any(axis in varying_axes(f) for part_factors in factors_by_part for f in part_factors) or not pattern:
+            along += [concat_factor(context, parts, factors_by_part, axis, pattern)]
             continue
-        for carried, fs in zip(parts, mine, strict=True):
-            if not fs and all(carried.shape[k] > 1 for k in pattern):
+        for operand, part_factors in zip(parts, factors_by_part, strict=True):
+            if not part_factors and all(operand.shape[k] > 1 for k in pattern):
                 finer = [
-                    f for f in carried.factors if varying_axes(f) - {axis} > pattern and axis not in varying_axes(f)
+                    f for f in operand.factors if varying_axes(f) - {axis} > pattern and axis not in varying_axes(f)
                 ]
-                for other, gs in zip(parts, mine, strict=True):
-                    for labels in gs:
+                for other, other_factors in zip(parts, factors_by_part, strict=True):
+                    for labels in other_factors:
                         for fine in finer:
-                            here.trace.table.cover(labels, fine, "meet")
+                            context.trace.table.cover(labels, fine, "meet")
                         if not finer:
-                            here.pin(other, labels, f"it is laid beside {here.describe_unlabeled(carried)}")
-            for labels in fs:
+                            context.pin(other, labels, f"concatenated with {context.describe_unlabeled(operand)}")
+            for labels in part_factors:
                 if pattern in across:
-                    here.trace.table.unify(across[pattern], labels)
+                    context.trace.table.unify(across[pattern], labels)
                 else:
                     across[pattern] = labels
     return tuple(f for f in (*along, *across.values()) if f.size)
 
 
 def concat_factor(
-    here: NodeContext,
+    context: NodeContext,
     parts: Sequence[LabeledValue],
-    mine: Sequence[Sequence[Labels]],
+    factors_by_part: Sequence[Sequence[Labels]],
     axis: int,
     pattern: frozenset[int],
 ) -> Labels:
     rows = []
     shape = [
-        max((f.shape[k] for fs in mine for f in fs), default=1) if k in pattern else 1
+        max((f.shape[k] for part_factors in factors_by_part for f in part_factors), default=1) if k in pattern else 1
         for k in range(len(parts[0].shape))
     ]
-    for carried, fs in zip(parts, mine, strict=True):
+    for operand, part_factors in zip(parts, factors_by_part, strict=True):
         target = [*shape]
-        target[axis] = carried.shape[axis]
-        if not fs:
+        target[axis] = operand.shape[axis]
+        if not part_factors:
             rows.append(np.full(target, -1, np.int32))
             continue
-        for extra in fs[1:]:
-            here.trace.table.unify(fs[0], extra)
-        rows.append(np.broadcast_to(fs[0], target))
+        for extra in part_factors[1:]:
+            context.trace.table.unify(part_factors[0], extra)
+        rows.append(np.broadcast_to(part_factors[0], target))
     return collapse_constant_axes(np.concatenate(rows, axis))

@@ -1,4 +1,7 @@
-"""Sums of products: the algebra of labels under contractions. That Q and K belong together is said here, once."""
+"""Label propagation through contractions (sums of products), in Einstein notation.
+
+Summed axes of both operands are unified. This is what makes queries and keys one group.
+"""
 
 from __future__ import annotations
 
@@ -9,68 +12,79 @@ from snpc.passes.propagation.state import Contraction, Factors, LabeledValue, No
 
 
 def contract_labels(
-    here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, part: str = ""
+    context: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, part: str = ""
 ) -> Factors:
-    """Sum over the letters that do not reach the output. ``part`` names the step of a fused node."""
-    book = here.trace.table
+    """Factors of the sum of products over the letters that do not occur in the output.
+
+    ``part`` names a product inside a fused node. The contraction is recorded in the trace.
+    """
+    table = context.trace.table
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     weights = which_are_weights(left, right)
     constant = any(weights)
-    here.trace.contractions.append(Contraction(here.node, letters, left, right, constant, part))
+    context.trace.contractions.append(Contraction(context.node, letters, left, right, constant, part))
     sides = ((left, letters.left, weights), (right, letters.right, weights[::-1]))
     out: list[tuple[LabeledValue, Labels]] = []
     covered: list[Labels] = []
-    unify_summed_axes(here, left, right, letters, summed)
-    for mine, my_letters, (is_weight, other_is) in sides:
-        for labels in mine.factors:
-            on = {my_letters[k] for k in varying_axes(labels)}
-            windowed = on & set(letters.windowed) if mine is left else set()
+    unify_summed_axes(context, left, right, letters, summed)
+    for operand, operand_letters, (is_weight, other_is_weight) in sides:
+        for labels in operand.factors:
+            varying_letters = {operand_letters[k] for k in varying_axes(labels)}
+            windowed = varying_letters & set(letters.windowed) if operand is left else set()
             if windowed:
-                here.pin(mine, labels, "it is seen through a window", my_letters.index(min(windowed)))
+                context.pin(operand, labels, "a spatial axis of a convolution", operand_letters.index(min(windowed)))
                 continue
-            if on - summed - set(letters.out):
-                here.pin(mine, labels, SUMMED_OVER, my_letters.index(min(on - summed - set(letters.out))))
+            if varying_letters - summed - set(letters.out):
+                context.pin(
+                    operand,
+                    labels,
+                    SUMMED_OVER,
+                    operand_letters.index(min(varying_letters - summed - set(letters.out))),
+                )
                 continue
             if is_weight:
-                book.flag(labels, LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT if on & summed else LabelFlag.PRODUCED)
-                if not on & summed and letters.windowed:
-                    book.flag(labels, LabelFlag.CONVOLVED)
-            elif other_is and on & summed:
-                book.flag(labels, LabelFlag.CONSUMED)
+                table.flag(
+                    labels,
+                    LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT if varying_letters & summed else LabelFlag.PRODUCED,
+                )
+                if not varying_letters & summed and letters.windowed:
+                    table.flag(labels, LabelFlag.CONVOLVED)
+            elif other_is_weight and varying_letters & summed:
+                table.flag(labels, LabelFlag.CONSUMED)
             elif not constant:
                 batched = (
                     LabelFlag.BATCHED
-                    if on and on <= set(letters.left) & set(letters.right)
+                    if varying_letters and varying_letters <= set(letters.left) & set(letters.right)
                     else LabelFlag.PASSED_THROUGH
                 )
-                book.flag(labels, LabelFlag.SCORED if on & summed else batched | LabelFlag.PASSED_THROUGH)
-            rest = frozenset(k for k in varying_axes(labels) if my_letters[k] in letters.out)
-            if on & summed:
+                table.flag(labels, LabelFlag.SCORED if varying_letters & summed else batched | LabelFlag.PASSED_THROUGH)
+            rest = frozenset(k for k in varying_axes(labels) if operand_letters[k] in letters.out)
+            if varying_letters & summed:
                 if not rest:
                     continue
-                labels = cover_remaining_axes(here, labels, rest)
+                labels = cover_remaining_axes(context, labels, rest)
                 moved = broadcast_to_letters(
-                    squeeze_to_letters(labels, my_letters, letters.out),
-                    output_letters(my_letters, letters.out),
+                    squeeze_to_letters(labels, operand_letters, letters.out),
+                    output_letters(operand_letters, letters.out),
                     letters.out,
                 )
                 if any(m.shape == moved.shape for m in covered):
-                    book.unify(next(m for m in covered if m.shape == moved.shape), moved)
+                    table.unify(next(m for m in covered if m.shape == moved.shape), moved)
                     continue
                 covered.append(moved)
             else:
                 moved = broadcast_to_letters(
-                    squeeze_to_letters(labels, my_letters, letters.out),
-                    output_letters(my_letters, letters.out),
+                    squeeze_to_letters(labels, operand_letters, letters.out),
+                    output_letters(operand_letters, letters.out),
                     letters.out,
                 )
-            out.append((mine, moved))
-    return unify_batch_axes(here, out, left, right, letters)
+            out.append((operand, moved))
+    return unify_batch_axes(context, out, left, right, letters)
 
 
 def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bool]:
-    """Which operand of a product is the weight. Of two constants it is the right one, unless products made both: then
-    these are activations that happen to be the same on every run."""
+    """Which operands (left, right) are weights. Of two constants the right one is, unless both are results of products:
+    these are activations that do not depend on the input."""
     if left.constant and right.constant:
         both = left.projected and right.projected
         swapped = right.projected and not left.projected
@@ -78,96 +92,102 @@ def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bo
     return left.constant and not left.projected, right.constant
 
 
-def output_letters(mine: str, out: str) -> str:
-    return "".join(c for c in mine if c in out)
+def output_letters(operand_letters: str, out: str) -> str:
+    return "".join(c for c in operand_letters if c in out)
 
 
-def squeeze_to_letters(labels: Labels, mine: str, out: str) -> Labels:
-    return labels.reshape([n for k, n in enumerate(labels.shape) if mine[k] in out])
+def squeeze_to_letters(labels: Labels, operand_letters: str, out: str) -> Labels:
+    return labels.reshape([n for k, n in enumerate(labels.shape) if operand_letters[k] in out])
 
 
 def unify_summed_axes(
-    here: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, summed: set[str]
+    context: NodeContext, left: LabeledValue, right: LabeledValue, letters: Letters, summed: set[str]
 ) -> None:
-    """Labels on both sides of a sum are one unit; labels on one side only are pinned."""
-    book = here.trace.table
+    """Unify the labels of both operands along summed axes; pin them where only one operand has labels."""
+    table = context.trace.table
     for letter in sorted(summed):
         i, j = letters.left.index(letter), letters.right.index(letter)
-        mine = [f for f in left.factors if i in varying_axes(f)]
-        theirs = [f for f in right.factors if j in varying_axes(f)]
-        for present, absent, axis, other_axis in ((mine, right, i, j), (theirs, left, j, i)):
-            counterpart = theirs if present is mine else mine
+        left_factors = [f for f in left.factors if i in varying_axes(f)]
+        right_factors = [f for f in right.factors if j in varying_axes(f)]
+        for present, absent, axis, other_axis in ((left_factors, right, i, j), (right_factors, left, j, i)):
+            counterpart = right_factors if present is left_factors else left_factors
             if present and not counterpart and absent.shape[other_axis] > 1:
-                owner = left if present is mine else right
+                owner = left if present is left_factors else right
                 for labels in present:
-                    here.pin(owner, labels, f"it is summed against {here.describe_unlabeled(absent)}", axis)
-        for f in mine:
-            for g in theirs:
+                    context.pin(owner, labels, f"contracted with {context.describe_unlabeled(absent)}", axis)
+        for f in left_factors:
+            for g in right_factors:
                 a, b = transpose_to_letters(f, letters.left, letters), transpose_to_letters(g, letters.right, letters)
                 if varying_axes(a) == varying_axes(b):
-                    book.unify_or_cover(a, b)
-                    pin_partly_labeled(here, left, a, b)
+                    table.unify_or_cover(a, b)
+                    pin_partly_labeled(context, left, a, b)
                 elif varying_axes(a) < varying_axes(b):
-                    book.cover(a, b, "meet")
+                    table.cover(a, b, "meet")
                 elif varying_axes(b) < varying_axes(a):
-                    book.cover(b, a, "meet")
+                    table.cover(b, a, "meet")
                 else:
-                    book.cover_in_common(a, b, "meet")
+                    table.cover_in_common(a, b, "meet")
 
 
-def transpose_to_letters(labels: Labels, mine: str, letters: Letters) -> Labels:
+def transpose_to_letters(labels: Labels, operand_letters: str, letters: Letters) -> Labels:
     every = sorted(set(letters.left) | set(letters.right))
-    return labels.transpose(sorted(range(len(mine)), key=lambda k: every.index(mine[k]))).reshape(
-        [labels.shape[mine.index(c)] if c in mine else 1 for c in every]
+    return labels.transpose(sorted(range(len(operand_letters)), key=lambda k: every.index(operand_letters[k]))).reshape(
+        [labels.shape[operand_letters.index(c)] if c in operand_letters else 1 for c in every]
     )
 
 
 def unify_batch_axes(
-    here: NodeContext, out: list[tuple[LabeledValue, Labels]], left: LabeledValue, right: LabeledValue, letters: Letters
+    context: NodeContext,
+    out: list[tuple[LabeledValue, Labels]],
+    left: LabeledValue,
+    right: LabeledValue,
+    letters: Letters,
 ) -> Factors:
-    """Factors of both operands that share output axes: heads of the scores over heads of the values."""
-    book = here.trace.table
-    batch = {c for c in letters.out if c in letters.left and c in letters.right}
+    """Output factors, related where both operands vary on the same output axes (heads of scores and of values)."""
+    table = context.trace.table
+    shared_letters = {c for c in letters.out if c in letters.left and c in letters.right}
     kept: list[tuple[LabeledValue, Labels]] = []
-    for mine, labels in out:
-        on = {letters.out[k] for k in varying_axes(labels)} & batch
+    for operand, labels in out:
+        batch_letters = {letters.out[k] for k in varying_axes(labels)} & shared_letters
         absorbed = False
         for other, existing in kept:
-            if other is mine or not (varying_axes(labels) & varying_axes(existing)):
+            if other is operand or not (varying_axes(labels) & varying_axes(existing)):
                 continue
             if varying_axes(labels) == varying_axes(existing):
-                book.unify(labels, existing)
+                table.unify(labels, existing)
                 absorbed = True
             elif varying_axes(labels) < varying_axes(existing):
-                book.cover(labels, existing, "batch")
+                table.cover(labels, existing, "batch")
             elif varying_axes(existing) < varying_axes(labels):
-                book.cover(existing, labels, "batch")
+                table.cover(existing, labels, "batch")
             else:
-                book.cover_in_common(labels, existing, "batch")
-        partner, partner_letters = (right, letters.right) if mine is left else (left, letters.left)
-        for letter in on:
+                table.cover_in_common(labels, existing, "batch")
+        partner, partner_letters = (right, letters.right) if operand is left else (left, letters.left)
+        for letter in batch_letters:
             axis = partner_letters.index(letter)
             if partner.shape[axis] > 1 and not any(axis in varying_axes(f) for f in partner.factors):
-                pin_batch_axis(here, mine, labels, frozenset({letters.out.index(letter)}), partner)
-                absorbed |= on == {letter} and len(varying_axes(labels)) == 1  # pinned: nothing more to learn from it
+                pin_batch_axis(context, operand, labels, frozenset({letters.out.index(letter)}), partner)
+                absorbed |= (
+                    batch_letters == {letter} and len(varying_axes(labels)) == 1
+                )  # pinned, so the factor is not needed any further
         if not absorbed:
-            kept.append((mine, labels))
+            kept.append((operand, labels))
     return tuple(labels for _, labels in kept)
 
 
 def pin_batch_axis(
-    here: NodeContext, carried: LabeledValue, labels: Labels, axes: frozenset[int], partner: LabeledValue
+    context: NodeContext, operand: LabeledValue, labels: Labels, axes: frozenset[int], partner: LabeledValue
 ) -> None:
-    """The other operand has this batch axis without labels: whole blocks stay, the width within them is free."""
+    """Pin a batch axis on which ``partner`` has no labels: whole blocks stay, the width within blocks is free."""
     if varying_axes(labels) == axes:
-        here.pin(carried, labels, f"it meets {here.describe_unlabeled(partner)}")
+        context.pin(operand, labels, f"a batch axis of a product with {context.describe_unlabeled(partner)}")
         return
-    coarse = cover_remaining_axes(here, labels, axes)
-    here.pin(partner, coarse, "no weight makes this axis", min(axes))
+    coarse = cover_remaining_axes(context, labels, axes)
+    context.pin(partner, coarse, "no weight produces this axis", min(axes))
 
 
-def unify_with_bias(here: NodeContext, factors: Factors, bias: LabeledValue, out: str, letters: str) -> Factors:
-    shape = here.call.out_shapes[0]
+def unify_with_bias(context: NodeContext, factors: Factors, bias: LabeledValue, out: str, letters: str) -> Factors:
+    shape = context.call.out_shapes[0]
     if len(letters) != len(bias.shape):
         raise Blocked(0, SHAPE_MISMATCH)
     sizes = dict(zip(letters, bias.shape, strict=False))
@@ -175,7 +195,7 @@ def unify_with_bias(here: NodeContext, factors: Factors, bias: LabeledValue, out
     spread = LabeledValue(
         bias.name, view, tuple(broadcast_to_letters(f, letters, out) for f in bias.factors), bias.constant
     )
-    return unify_factors(here, [LabeledValue(str(here.node.outputs[0].name), shape, factors), spread])
+    return unify_factors(context, [LabeledValue(str(context.node.outputs[0].name), shape, factors), spread])
 
 
 def broadcast_to_letters(labels: Labels, letters: str, out: str) -> Labels:

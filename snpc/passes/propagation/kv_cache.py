@@ -1,8 +1,9 @@
-"""Caches of keys and values: graph inputs that are laid in front of what a step makes, and outputs that hand it on.
+"""KV caches: past inputs that are concatenated in front of new keys and values, and the present outputs.
 
-Nothing goes by names. An input is a cache where, moved at most, it is concatenated with something else, or is the past
-of a fused attention; the axis along which it grows is its length. Where asked for, its other axes get labels like those
-of a weight, which makes it as narrow as the keys and values that it meets, and the output beside it too.
+Caches are found by structure, not by name. An input is a cache if it is concatenated with another tensor, directly or
+after movement, or if it is the past of a fused attention node. The concatenated axis is its length. With
+``--prune-kv-cache`` the other axes get labels, as those of a weight do, so that the past, the keys and values of the
+step and the present output are narrowed together.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.state import LabeledValue, Trace
 from snpc.types import IntArray
 
-KV_CACHE_ADVICE = "a cache: --prune-kv-cache narrows past and present together"
-MAX_CACHE_LENGTH = 1 << 20  # what is longer is no cache
-NO_PRESENT_OUTPUT = "no output hands this cache on, so what fills it would not know that it is narrower"
+KV_CACHE_ADVICE = "a KV cache: --prune-kv-cache narrows past inputs and present outputs together"
+MAX_CACHE_LENGTH = 1 << 20  # a longer axis is not the length of a cache
+NO_PRESENT_OUTPUT = "no output returns this cache, so its width is fixed by the caller"
 
 
 def find_kv_caches(model: ir.Model, facts: ShapeFacts) -> dict[ir.Value, int]:
-    """Inputs that are caches, and the axis along which they grow."""
-    found = {}
+    """Inputs that are caches, each with the axis of its length."""
+    length_axes = {}
     for value in model.graph.inputs:
         shape = facts.shape.get(value)
         if shape is None or len(shape) < 3 or value.is_initializer() or not is_float(value.dtype):
@@ -37,48 +38,48 @@ def find_kv_caches(model: ir.Model, facts: ShapeFacts) -> dict[ir.Value, int]:
         for axis in [k for k in range(1, len(shape)) if 1 < shape[k] <= MAX_CACHE_LENGTH]:
             view = [1] * len(shape)
             view[axis] = shape[axis]
-            marks = np.arange(shape[axis], dtype=np.int32).reshape(view)
-            if is_concatenated_along(model, facts, value, marks):
-                found[value] = axis
-    return found
+            positions = np.arange(shape[axis], dtype=np.int32).reshape(view)
+            if is_concatenated_along(model, facts, value, positions):
+                length_axes[value] = axis
+    return length_axes
 
 
-def is_concatenated_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, marks: Labels) -> bool:
-    """Is something laid behind ``value`` along the axis that ``marks`` vary on?"""
+def is_concatenated_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, positions: Labels) -> bool:
+    """Whether another tensor is concatenated with ``value`` along the axis that ``positions`` vary on."""
     for node in value.consumers():
         spec = lookup(node.domain, node.op_type)
         call = facts.call(node, opset_version(model, node.domain))
         if spec.kind == "concat" and call.out_shapes[0]:
-            if len(node.inputs) == 1:  # moves nothing
-                if is_concatenated_along(model, facts, node.outputs[0], marks):
+            if len(node.inputs) == 1:  # Concat of one tensor is the identity
+                if is_concatenated_along(model, facts, node.outputs[0], positions):
                     return True
-            elif varying_axes(marks) == {concat_axis(call)}:
+            elif varying_axes(positions) == {concat_axis(call)}:
                 return True
         elif spec.kind == "attention":
             past = ATTENTION_FORMS[node.domain, node.op_type].past
-            if varying_axes(marks) == {marks.ndim - 2} and any(
+            if varying_axes(positions) == {positions.ndim - 2} and any(
                 node.inputs[k] is value for k in past if k < len(node.inputs)
             ):
                 return True
         elif spec.kind == "movement" and spec.move is not None and node.inputs[0] is value:
             try:
-                moved = spec.move(call, marks)
+                moved = spec.move(call, positions)
             except (Blocked, AssertionError):
                 continue
             if any(
-                varying_axes(m) and is_concatenated_along(model, facts, out, m)
-                for out, m in zip(node.outputs, moved, strict=False)
+                varying_axes(moved_positions) and is_concatenated_along(model, facts, out, moved_positions)
+                for out, moved_positions in zip(node.outputs, moved, strict=False)
             ):
                 return True
     return False
 
 
 def label_kv_cache(trace: Trace, value: ir.Value, facts: ShapeFacts, length: int) -> LabeledValue:
-    """Labels on every axis but the length and the batch."""
+    """Label every axis of a cache but its length and batch axes."""
     shape = facts.shape[value]
     assert shape is not None and value.shape is not None
-    fixed = [isinstance(d, int) and k != length and (k > 0 or len(shape) > 4) for k, d in enumerate(value.shape)]
-    view = [n if ok else 1 for n, ok in zip(shape, fixed, strict=True)]
+    is_labeled = [isinstance(d, int) and k != length and (k > 0 or len(shape) > 4) for k, d in enumerate(value.shape)]
+    view = [n if labeled else 1 for n, labeled in zip(shape, is_labeled, strict=True)]
     labels = trace.table.allocate(int(np.prod(view))).reshape(view)
     trace.table.flag(labels, LabelFlag.CACHED)
     trace.caches[value] = labels
@@ -86,25 +87,25 @@ def label_kv_cache(trace: Trace, value: ir.Value, facts: ShapeFacts, length: int
 
 
 def present_outputs(trace: Trace, outputs: list[ir.Value]) -> Iterator[ir.Value]:
-    """Outputs that hold what a cache holds, position for position; a cache without one is pinned."""
+    """Outputs with the labels of a cache at every position. A cache without such an output is pinned."""
     unit = connected_components(trace.table.count, trace.table.pairs)
     for value, labels in trace.caches.items():
-        twins = [out for out in outputs if has_cache_labels(trace.values.get(out), labels, unit)]
-        if not twins:
+        presents = [out for out in outputs if has_cache_labels(trace.values.get(out), labels, unit)]
+        if not presents:
             axes = sorted(varying_axes(labels)) or [0]
             size = labels.shape[axes[0]]
             trace.table.pin(labels, str(value.name), axes[0], size, NO_PRESENT_OUTPUT, f"input {value.name}")
-        yield from twins
+        yield from presents
 
 
-def has_cache_labels(carried: LabeledValue | None, labels: Labels, unit: IntArray) -> bool:
-    return carried is not None and any(
-        f.shape == labels.shape and bool((unit[f] == unit[labels]).all()) for f in carried.factors
+def has_cache_labels(labeled_value: LabeledValue | None, labels: Labels, unit: IntArray) -> bool:
+    return labeled_value is not None and any(
+        f.shape == labels.shape and bool((unit[f] == unit[labels]).all()) for f in labeled_value.factors
     )
 
 
 def resize_interface(model: ir.Model, changes: Mapping[str, Mapping[int, int]]) -> None:
-    """Declare the inputs and outputs of a shrunk model at their new sizes."""
+    """Set the declared shapes of inputs and outputs of a sliced model. ``changes``: name -> axis -> new size."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         sizes = changes.get(str(value.name))
         if sizes and value.shape is not None:

@@ -1,4 +1,4 @@
-"""Positions that meet: the algebra of labels under pointwise operators."""
+"""Label propagation through element-wise operators: labels at the same position are unified, covered or pinned."""
 
 from __future__ import annotations
 
@@ -12,59 +12,68 @@ from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 
 
 def have_labels_in_common(left: LabeledValue, right: LabeledValue) -> bool:
-    """Two tensors made of one (x and its cube, in a polynomial activation) carry the same labels."""
-    mine = {labels.tobytes() for labels in left.factors}
-    return any(labels.tobytes() in mine for labels in right.factors)
+    """Whether two operands share a factor, as x and its cube in a polynomial activation do."""
+    left_labels = {labels.tobytes() for labels in left.factors}
+    return any(labels.tobytes() in left_labels for labels in right.factors)
 
 
-def unify_factors(here: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
-    """Factors of several tensors at the same positions: same axes join, coarser covers finer, the rest is pinned."""
+def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factors:
+    """Factors of an element-wise combination of ``parts``, which broadcast against each other.
+
+    Factors on the same axes are unified, coarser ones cover finer ones, and labels that are combined with an unlabeled
+    operand are pinned.
+    """
     if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
-        here.refuse(parts, SHAPE_MISMATCH)
+        context.refuse(parts, SHAPE_MISMATCH)
         return ()
-    book = here.trace.table
+    table = context.trace.table
     kept: list[tuple[int, Labels]] = []
-    for index, carried in enumerate(parts):
-        for labels in carried.factors:
-            stranger = unlabeled_partner(parts, index, labels)
-            if stranger is not None:
-                here.pin(carried, labels, f"it meets {here.describe_unlabeled(stranger)}")
-                if carried.constant:
+    for index, operand in enumerate(parts):
+        for labels in operand.factors:
+            partner = unlabeled_partner(parts, index, labels)
+            if partner is not None:
+                context.pin(operand, labels, f"combined element-wise with {context.describe_unlabeled(partner)}")
+                if operand.constant:
                     continue
             joined = False
-            for k, (owner, other) in enumerate(kept):
-                if owner == index or not (varying_axes(labels) & varying_axes(other)):
+            for k, (owner, kept_labels) in enumerate(kept):
+                if owner == index or not (varying_axes(labels) & varying_axes(kept_labels)):
                     continue
-                if varying_axes(labels) == varying_axes(other):
-                    book.unify_or_cover(labels, other)
-                    pin_partly_labeled(here, carried, labels, other)
-                    if parts[owner].constant and not carried.constant:
+                if varying_axes(labels) == varying_axes(kept_labels):
+                    table.unify_or_cover(labels, kept_labels)
+                    pin_partly_labeled(context, operand, labels, kept_labels)
+                    if parts[owner].constant and not operand.constant:
                         kept[k] = (owner, labels)
                     joined = True
-                elif varying_axes(labels) < varying_axes(other):
-                    book.cover(labels, other, "meet")
-                elif varying_axes(labels) > varying_axes(other):
-                    book.cover(other, labels, "meet")
+                elif varying_axes(labels) < varying_axes(kept_labels):
+                    table.cover(labels, kept_labels, "meet")
+                elif varying_axes(labels) > varying_axes(kept_labels):
+                    table.cover(kept_labels, labels, "meet")
                 else:
-                    book.cover_in_common(labels, other, "meet")
+                    table.cover_in_common(labels, kept_labels, "meet")
             if not joined:
                 kept.append((index, labels))
     return tuple(labels for _, labels in kept)
 
 
 def unlabeled_partner(parts: Sequence[LabeledValue], index: int, labels: Labels) -> LabeledValue | None:
-    """Another tensor that has entries along an axis of ``labels`` but no labels of its own there."""
-    for other, carried in enumerate(parts):
+    """Another operand that has entries, but no labels, along an axis of ``labels``."""
+    for other, operand in enumerate(parts):
         if other == index:
             continue
         for axis in varying_axes(labels):
-            if carried.shape[axis] > 1 and not any(axis in varying_axes(f) for f in carried.factors):
-                return carried
+            if operand.shape[axis] > 1 and not any(axis in varying_axes(f) for f in operand.factors):
+                return operand
     return None
 
 
-def pin_partly_labeled(here: NodeContext, carried: LabeledValue, left: Labels, right: Labels) -> None:
+def pin_partly_labeled(context: NodeContext, operand: LabeledValue, left: Labels, right: Labels) -> None:
+    """Pin labels at positions where only one of the two factors has a label."""
     a, b = np.broadcast_arrays(left, right)
-    odd = (a >= 0) != (b >= 0)
-    if odd.any():
-        here.pin(carried, np.concatenate([a[odd], b[odd]]), "it meets positions that no weight makes")
+    half_labeled = (a >= 0) != (b >= 0)
+    if half_labeled.any():
+        context.pin(
+            operand,
+            np.concatenate([a[half_labeled], b[half_labeled]]),
+            "combined with entries that no weight produces",
+        )

@@ -43,7 +43,10 @@ __all__ = ["Contraction", "LabeledValue", "Trace", "propagate_labels"]
 
 
 def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False) -> Trace:
-    """Run the labels through the main graph of a canonical model; caches have labels where ``kv_cache`` asks for it."""
+    """Labels of every value in the main graph of a canonical model.
+
+    ``kv_cache``: KV cache inputs get labels too, so that they can be narrowed.
+    """
     trace = Trace()
     caches = find_kv_caches(model, facts)
     for value in model.graph.inputs:
@@ -58,19 +61,21 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
     for statistic in trace.statistics:
         reader = non_normalizing_consumer(statistic, trace)
         if reader is not None:
-            statistic.context.pin(statistic.data, statistic.labels, f"its mean is read by {reader}")
-    free = set(present_outputs(trace, list(model.graph.outputs)))
+            statistic.context.pin(
+                statistic.data, statistic.labels, f"its mean is used outside the normalization, by {reader}"
+            )
+    presents = set(present_outputs(trace, list(model.graph.outputs)))
     for value in model.graph.outputs:
-        carried = trace.values.get(value)
-        if carried is None or value in free:
+        operand = trace.values.get(value)
+        if operand is None or value in presents:
             continue
-        for labels in carried.factors:
+        for labels in operand.factors:
             axis = min(varying_axes(labels), default=0)
             trace.table.pin(
                 labels,
                 str(value.name),
                 axis,
-                carried.shape[axis],
+                operand.shape[axis],
                 "it is a graph output",
                 f"output {value.name}",
             )
@@ -99,29 +104,30 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
 
 def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.Node) -> None:
     version = opset_version(model, node.domain)
-    here = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
+    context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
-    missing = [v for v, c in zip(node.inputs, inputs, strict=True) if v is not None and c is None]
-    known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
+    missing = [v for v, operand in zip(node.inputs, inputs, strict=True) if v is not None and operand is None]
+    shape_is_known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
     if has_subgraphs(node):
         captured = [trace.values.get(v) for v in captured_values(node)]
-        here.pin_all([*inputs, *captured], SUBGRAPH)
+        context.pin_all([*inputs, *captured], SUBGRAPH)
         outputs: list[Factors] = []
-    elif missing or not known:
-        what = str(missing[0].name) if missing else str(node.outputs[0].name)
-        for c in inputs if here.spec.kind == "contraction" else ():
-            for labels in c.factors if c is not None and c.constant else ():
-                trace.table.flag(labels, LabelFlag.PRODUCED)  # so that the weight is listed, with its pin
-        here.pin_all(inputs, here.spec.reason or f"the shape of {what} cannot be worked out")
+    elif missing or not shape_is_known:
+        unknown = str(missing[0].name) if missing else str(node.outputs[0].name)
+        for operand in inputs if context.spec.kind == "contraction" else ():
+            for labels in operand.factors if operand is not None and operand.constant else ():
+                trace.table.flag(labels, LabelFlag.PRODUCED)  # lists the weight together with its pin
+        context.pin_all(inputs, context.spec.reason or f"the shape of {unknown} cannot be inferred")
         outputs = []
     else:
-        outputs = PROPAGATION_RULES[here.spec.kind](here, inputs)
+        outputs = PROPAGATION_RULES[context.spec.kind](context, inputs)
     constant = bool(inputs) and all(
-        v is None or v in facts.value or (c is not None and c.constant)
-        for v, c in zip(node.inputs, inputs, strict=True)
+        v is None or v in facts.value or (operand is not None and operand.constant)
+        for v, operand in zip(node.inputs, inputs, strict=True)
     )
     projected = constant and (
-        here.spec.kind in ("contraction", "attention") or any(c is not None and c.projected for c in inputs)
+        context.spec.kind in ("contraction", "attention")
+        or any(operand is not None and operand.projected for operand in inputs)
     )
     for index, value in enumerate(node.outputs):
         shape = facts.shape.get(value)
@@ -130,75 +136,75 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         factors = outputs[index] if index < len(outputs) else ()
         usable = drop_determined_factors(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
         trace.values[value] = LabeledValue(
-            str(value.name), shape, usable, constant, why_unlabeled(here, inputs, usable), projected
+            str(value.name), shape, usable, constant, why_unlabeled(context, inputs, usable), projected
         )
 
 
-def why_unlabeled(here: NodeContext, inputs: Sequence[LabeledValue | None], factors: Factors) -> str:
-    """Why an unlabelled value is unlabelled, where that is an operator's doing; it moves along with the value."""
+def why_unlabeled(context: NodeContext, inputs: Sequence[LabeledValue | None], factors: Factors) -> str:
+    """Why a value has no labels, where an operator is the reason. Movement operators pass the reason on."""
     if factors:
         return ""
-    if here.spec.kind == "opaque":
-        return f"{here.node.op_type}: {here.spec.reason}"
+    if context.spec.kind == "opaque":
+        return f"{context.node.op_type}: {context.spec.reason}"
     first = inputs[0] if inputs else None
-    moved = here.spec.kind == "movement" or (here.spec.kind == "concat" and len(here.node.inputs) == 1)
+    moved = context.spec.kind == "movement" or (context.spec.kind == "concat" and len(context.node.inputs) == 1)
     return first.unlabeled_reason if first is not None and moved else ""
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:
     """Values of the enclosing graph that a node's subgraphs read."""
     graphs = [a.value for a in node.attributes.values() if isinstance(a, ir.Attr) and a.type == ir.AttributeType.GRAPH]
-    inner = [n for g in graphs for n in ir.traversal.RecursiveGraphIterator(g)]
-    made = {v for n in inner for v in n.outputs} | {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
-    read = {v for n in inner for v in n.inputs if v is not None} | {v for g in graphs for v in g.outputs}
-    return [v for v in read if v not in made]
+    nodes = [n for g in graphs for n in ir.traversal.RecursiveGraphIterator(g)]
+    defined = {v for n in nodes for v in n.outputs} | {v for g in graphs for v in (*g.inputs, *g.initializers.values())}
+    used = {v for n in nodes for v in n.inputs if v is not None} | {v for g in graphs for v in g.outputs}
+    return [v for v in used if v not in defined]
 
 
 # -- one rule per kind -----------------------------------------------------------------------------------------------
 
 
-def propagate_opaque(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    here.pin_all(inputs, here.spec.reason)
+def propagate_opaque(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    context.pin_all(inputs, context.spec.reason)
     return []
 
 
-def propagate_shape_only(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+def propagate_shape_only(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     return []
 
 
-def propagate_movement(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     data = inputs[0]
-    assert data is not None and here.spec.move is not None
-    outputs: list[list[Labels]] = [[] for _ in here.call.out_shapes]
+    assert data is not None and context.spec.move is not None
+    outputs: list[list[Labels]] = [[] for _ in context.call.out_shapes]
     for labels in data.factors:
         try:
-            moved = here.spec.move(here.call, labels)
+            moved = context.spec.move(context.call, labels)
         except Blocked as block:
-            here.pin(data, labels, block.reason, block.axis)
+            context.pin(data, labels, block.reason, block.axis)
             continue
-        for out, part, value in zip(outputs, moved, here.node.outputs, strict=False):
-            if varying_axes(part) or not varying_axes(labels):
-                out.append(part)
+        for out, moved_labels, value in zip(outputs, moved, context.node.outputs, strict=False):
+            if varying_axes(moved_labels) or not varying_axes(labels):
+                out.append(moved_labels)
             elif not is_only_shape_read(value):
-                here.pin(data, part, "one position of it is read alone", min(varying_axes(labels)))
+                context.pin(data, moved_labels, "a single index of it is selected", min(varying_axes(labels)))
     if data.constant and any(
-        c is not None and v is None for c, v in zip(inputs[1:], here.call.values[1:], strict=True)
+        c is not None and v is None for c, v in zip(inputs[1:], context.call.values[1:], strict=True)
     ):
         for labels in outputs[0]:
-            here.trace.table.flag(labels, LabelFlag.PRODUCED)
-    if here.spec.expands:
-        outputs[0] += labels_of_expanded_axes(here, data)
+            context.trace.table.flag(labels, LabelFlag.PRODUCED)
+    if context.spec.expands:
+        outputs[0] += labels_of_expanded_axes(context, data)
     return [tuple(out) for out in outputs]
 
 
-def labels_of_expanded_axes(here: NodeContext, data: LabeledValue) -> list[Labels]:
-    """Labels along the axes that repeat to the size of another tensor's: they follow that tensor."""
-    other = here.trace.values.get(shape_source(here.node.inputs[1]))  # type: ignore[arg-type]
-    if other is None or other.shape != here.call.out_shapes[0]:
+def labels_of_expanded_axes(context: NodeContext, data: LabeledValue) -> list[Labels]:
+    """Factors of Expand along the axes that it repeats to the size of another tensor: those of that tensor."""
+    other = context.trace.values.get(shape_source(context.node.inputs[1]))  # type: ignore[arg-type]
+    if other is None or other.shape != context.call.out_shapes[0]:
         return []
     shape = (1,) * (len(other.shape) - len(data.shape)) + data.shape
-    grown = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
-    return [labels for labels in other.factors if varying_axes(labels) & grown]
+    expanded_axes = {k for k, size in enumerate(shape) if size == 1 < other.shape[k]}
+    return [labels for labels in other.factors if varying_axes(labels) & expanded_axes]
 
 
 def is_only_shape_read(value: ir.Value) -> bool:
@@ -206,12 +212,12 @@ def is_only_shape_read(value: ir.Value) -> bool:
     return kinds <= {"shape"} and not value.is_graph_output()
 
 
-def propagate_concat(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    return [concat_labels(here, [c for c in inputs if c is not None], concat_axis(here.call))]
+def propagate_concat(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    return [concat_labels(context, [c for c in inputs if c is not None], concat_axis(context.call))]
 
 
-def propagate_pointwise(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    rank = len(here.call.out_shapes[0])
+def propagate_pointwise(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    rank = len(context.call.out_shapes[0])
     parts = [
         LabeledValue(
             c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
@@ -219,14 +225,14 @@ def propagate_pointwise(here: NodeContext, inputs: Sequence[LabeledValue | None]
         for c in inputs
         if c is not None and len(c.shape) <= rank
     ]
-    factors = unify_factors(here, parts)
-    flag_effect(here, parts, factors)
-    return [factors] * len(here.call.out_shapes)
+    factors = unify_factors(context, parts)
+    flag_effect(context, parts, factors)
+    return [factors] * len(context.call.out_shapes)
 
 
-def flag_effect(here: NodeContext, parts: Sequence[LabeledValue], factors: Factors) -> None:
-    book = here.trace.table
-    effect = here.spec.effect
+def flag_effect(context: NodeContext, parts: Sequence[LabeledValue], factors: Factors) -> None:
+    book = context.trace.table
+    effect = context.spec.effect
     active = [c for c in parts if c.factors and not c.constant]
     flag = LabelFlag(0)
     if effect == "nonlinear":
@@ -243,157 +249,159 @@ def flag_effect(here: NodeContext, parts: Sequence[LabeledValue], factors: Facto
             book.flag(labels, flag)
 
 
-def propagate_normalization(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    spec = here.spec
-    rank = len(here.call.out_shapes[0]) if spec.tables else len(here.call.shape((spec.data or (0,))[0]))
+def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    spec = context.spec
+    rank = len(context.call.out_shapes[0]) if spec.tables else len(context.call.shape((spec.data or (0,))[0]))
     data = [
-        propagate_table_lookup(here, inputs[k], rank) if k in spec.tables else inputs[k]
+        propagate_table_lookup(context, inputs[k], rank) if k in spec.tables else inputs[k]
         for k in spec.data or (0,)
         if k < len(inputs)
     ]
-    channels = here.call.out_shapes[0][1] if rank > 1 else 1
+    channels = context.call.out_shapes[0][1] if rank > 1 else 1
     per_axis = [
         broadcast_per_channel(inputs[abs(k)], rank, channels) if k < 0 else inputs[k]
         for k in spec.per_axis
         if abs(k) < len(inputs)
     ]
-    spread = [
+    operands = [
         LabeledValue(
             c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
         )
         for c in (*data, *per_axis)
         if c is not None
     ]
-    first = spread[0]
+    first = operands[0]
     for c in per_axis:
         for labels in c.factors if c is not None else ():
-            here.trace.table.flag(labels, LabelFlag.NORM_PARAMETER)
-    factors = unify_factors(here, spread)
-    axes = set(spec.axes(here.call)) if spec.axes else set()
+            context.trace.table.flag(labels, LabelFlag.NORM_PARAMETER)
+    factors = unify_factors(context, operands)
+    axes = set(spec.axes(context.call)) if spec.axes else set()
     for labels in factors:
         crossed = varying_axes(labels) & axes
-        if crossed and not unify_statistic_parts(here, labels, axes):
+        if crossed and not unify_statistic_parts(context, labels, axes):
             reason = spec.reason or "its statistics are taken over this axis"
-            here.pin_statistics(first, labels, crossed, reason)
-        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
-    return [factors if not k or k in spec.sum_outputs else () for k in range(len(here.call.out_shapes))]
+            context.pin_statistics(first, labels, crossed, reason)
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
+    return [factors if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]
 
 
-def unify_statistic_parts(here: NodeContext, labels: Labels, axes: set[int]) -> bool:
-    """Do statistics of several parts of the channels let each part go as a whole? Then it is one unit."""
-    parts = here.spec.statistic_parts(here.call) if here.spec.statistic_parts is not None else 1
+def unify_statistic_parts(context: NodeContext, labels: Labels, axes: set[int]) -> bool:
+    """Unify each part of the channels that a statistic of its own is taken over, if the operator allows to remove a
+    part as a whole. Returns whether it does."""
+    parts = context.spec.statistic_parts(context.call) if context.spec.statistic_parts is not None else 1
     if parts == 1 or labels.shape[0] > 1 or labels.shape[1] == 1 or (1 in axes and varying_axes(labels) != {1}):
         return False
     rows = labels.reshape(parts, -1)
-    here.trace.table.unify(rows, rows[:, :1])
+    context.trace.table.unify(rows, rows[:, :1])
     return True
 
 
-def propagate_table_lookup(here: NodeContext, table: LabeledValue | None, rank: int) -> LabeledValue | None:
-    """Rows of a table: its columns lie along the last axis; which rows are read depends on the data."""
+def propagate_table_lookup(context: NodeContext, table: LabeledValue | None, rank: int) -> LabeledValue | None:
+    """Rows of a table that are looked up by index: labels of the table's columns, on the last axis."""
     if table is None:
         return None
-    free = []
+    factors = []
     for labels in table.factors:
         if varying_axes(labels) == {1}:
-            here.trace.table.flag(labels, LabelFlag.PRODUCED)
-            free.append(prepend_axes(labels, rank))
+            context.trace.table.flag(labels, LabelFlag.PRODUCED)
+            factors.append(prepend_axes(labels, rank))
         else:
-            here.pin(table, labels, "which entries are read depends on the data")
-    return LabeledValue(str(here.node.outputs[0].name), (1,) * (rank - 1) + table.shape[1:], tuple(free))
+            context.pin(table, labels, "which entries are read depends on the data")
+    return LabeledValue(str(context.node.outputs[0].name), (1,) * (rank - 1) + table.shape[1:], tuple(factors))
 
 
-def broadcast_per_channel(carried: LabeledValue | None, rank: int, channels: int) -> LabeledValue | None:
-    """A vector per channel (axis 1), or per group of channels, laid out so that it broadcasts."""
-    if carried is None or len(carried.shape) != 1 or rank < 2:
-        return carried
+def broadcast_per_channel(operand: LabeledValue | None, rank: int, channels: int) -> LabeledValue | None:
+    """A vector with an entry per channel (axis 1) or per group of channels, reshaped so that it broadcasts."""
+    if operand is None or len(operand.shape) != 1 or rank < 2:
+        return operand
     shape = (1, channels) + (1,) * (rank - 2)
-    times = channels // carried.shape[0]
-    factors = tuple(f.repeat(times).reshape(shape) for f in carried.factors if f.size > 1)
-    return LabeledValue(carried.name, shape, factors, carried.constant)
+    repeats = channels // operand.shape[0]
+    factors = tuple(f.repeat(repeats).reshape(shape) for f in operand.factors if f.size > 1)
+    return LabeledValue(operand.name, shape, factors, operand.constant)
 
 
-def propagate_reduction(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+def propagate_reduction(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
     data = inputs[0]
-    assert data is not None and here.spec.axes is not None
-    axes = set(here.spec.axes(here.call))
+    assert data is not None and context.spec.axes is not None
+    axes = set(context.spec.axes(context.call))
     rank = len(data.shape)
-    dropped = axes if len(here.call.out_shapes[0]) < rank else set()
+    dropped = axes if len(context.call.out_shapes[0]) < rank else set()
     out: list[Labels] = []
     for labels in data.factors:
         crossed = varying_axes(labels) & axes
         if crossed:
-            here.pin_statistics(data, labels, crossed, here.spec.reason)
+            context.pin_statistics(data, labels, crossed, context.spec.reason)
             rest = varying_axes(labels) - axes
             if not rest:
                 continue
-            labels = cover_remaining_axes(here, labels, rest)
-        here.trace.table.flag(labels, LabelFlag.NONLINEAR)
+            labels = cover_remaining_axes(context, labels, rest)
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
         out.append(labels.reshape([n for k, n in enumerate(labels.shape) if k not in dropped]))
     return [tuple(out)]
 
 
-def propagate_contraction(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    spec = here.spec
+def propagate_contraction(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    spec = context.spec
     left, right = (inputs[k] if k < len(inputs) else None for k in spec.operands)
     assert spec.letters is not None
     if left is None or right is None:
-        return here.refuse(inputs, "a product of other than two tensors")
+        return context.refuse(inputs, "a product of other than two tensors")
     try:
-        letters = letters_of(spec, here.call)
+        letters = letters_of(spec, context.call)
     except Blocked as block:
-        return here.refuse(inputs, block.reason)
+        return context.refuse(inputs, block.reason)
     for weight, term in ((left, letters.left), (right, letters.right)):
         if weight.constant and weight.unlabeled_reason and not weight.factors:
             axis = next((k for k, c in enumerate(term) if c in letters.out), 0)
-            here.trace.table.pin_unlabeled(
-                weight.name, axis, weight.shape[axis], weight.unlabeled_reason, here.operator
+            context.trace.table.pin_unlabeled(
+                weight.name, axis, weight.shape[axis], weight.unlabeled_reason, context.operator
             )
-    groups = int(here.call.attrs.get("group", 1)) if letters.windowed else 1
+    groups = int(context.call.attrs.get("group", 1)) if letters.windowed else 1
     if groups < 1 or (groups > 1 and any(n % groups for n in (*left.shape[1:2], *right.shape[:1]))):
-        return here.refuse(inputs, "its groups do not divide its channels")
+        return context.refuse(inputs, "the number of groups does not divide the number of channels")
     factors = (
-        contract_labels(here, left, right, letters)
+        contract_labels(context, left, right, letters)
         if groups == 1
-        else propagate_grouped_convolution(here, left, right, letters, groups)
+        else propagate_grouped_convolution(context, left, right, letters, groups)
     )
     bias = inputs[spec.bias] if spec.bias is not None and spec.bias < len(inputs) else None
     if bias is not None and spec.bias_letters is not None and bias.factors:
         try:
-            factors = unify_with_bias(here, factors, bias, letters.out, spec.bias_letters(here.call))
+            factors = unify_with_bias(context, factors, bias, letters.out, spec.bias_letters(context.call))
         except Blocked as block:
-            return here.refuse(inputs, block.reason)
+            return context.refuse(inputs, block.reason)
     added = inputs[spec.summand] if spec.summand is not None and spec.summand < len(inputs) else None
     if added is not None:
-        made = LabeledValue(str(here.node.outputs[0].name), here.call.out_shapes[0], factors)
-        factors = unify_factors(here, [made, added])
+        product = LabeledValue(str(context.node.outputs[0].name), context.call.out_shapes[0], factors)
+        factors = unify_factors(context, [product, added])
         for labels in factors:
-            here.trace.table.flag(labels, LabelFlag.ADDED)
+            context.trace.table.flag(labels, LabelFlag.ADDED)
     if spec.has_activation:
         for labels in factors:
-            here.trace.table.flag(labels, LabelFlag.NONLINEAR)
+            context.trace.table.flag(labels, LabelFlag.NONLINEAR)
     return [factors]
 
 
-def propagate_scatter(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    """Parts of a tensor written over. On the axes that are addressed everything stays; behind them both agree."""
-    data, updates = (inputs[k] for k in here.spec.data or (0, 2))
-    assert data is not None and updates is not None and here.spec.axes is not None
+def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Factors of a tensor with some entries overwritten. Indexed axes are pinned; later axes are unified with the
+    updates."""
+    data, updates = (inputs[k] for k in context.spec.data or (0, 2))
+    assert data is not None and updates is not None and context.spec.axes is not None
     rank = len(data.shape)
-    addressed = set(here.spec.axes(here.call))
+    addressed = set(context.spec.axes(context.call))
     behind = max(addressed, default=-1) + 1
     parts = []
-    for carried in (data, updates):
-        front = len(carried.shape) - (rank - behind)
-        free = []
-        for labels in carried.factors:
+    for operand in (data, updates):
+        front = len(operand.shape) - (rank - behind)
+        kept = []
+        for labels in operand.factors:
             if any(k < front for k in varying_axes(labels)):
-                here.pin(carried, labels, here.spec.reason, min(varying_axes(labels)))
+                context.pin(operand, labels, context.spec.reason, min(varying_axes(labels)))
             else:
-                free.append(labels.reshape((1,) * behind + labels.shape[front:]))
-        shape = (1,) * behind + carried.shape[front:]
-        parts.append(LabeledValue(carried.name, shape, tuple(free), carried.constant))
-    return [unify_factors(here, parts)]
+                kept.append(labels.reshape((1,) * behind + labels.shape[front:]))
+        shape = (1,) * behind + operand.shape[front:]
+        parts.append(LabeledValue(operand.name, shape, tuple(kept), operand.constant))
+    return [unify_factors(context, parts)]
 
 
 PROPAGATION_RULES = {

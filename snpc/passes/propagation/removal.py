@@ -1,4 +1,4 @@
-"""Which positions of a tensor stay, from its label arrays: axis by axis, or ragged where blocks differ."""
+"""Removed units and the sliced shape of a tensor: positions that stay, axis by axis or block by block."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ from snpc.types import AnyArray, BoolArray, IntArray, Shape
 
 @dataclass(frozen=True)
 class RemovedUnits:
-    """What is removed: ``units[u]`` is true where unit u goes; ``unit`` and ``block`` as in ``resolve.Units``."""
+    """Units that are removed: ``removed[u]`` is true for unit u. ``unit_of_label`` and ``block_of_unit`` as in
+    ``Units``."""
 
     unit_of_label: IntArray
     block_of_unit: IntArray
     removed: BoolArray
 
     def kept_mask(self, labels: Labels) -> BoolArray:
-        """Positions that stay."""
+        """True at positions that stay; shape of ``labels``."""
         return np.where(labels >= 0, ~self.removed[self.unit_of_label[labels]], True)
 
     def affects(self, labels: Labels) -> bool:
+        """Whether any of the positions is removed."""
         return not bool(self.kept_mask(labels).all())
 
 
 class NotRectangular(Exception):
-    """The positions that stay do not form a box: blocks that share a tensor keep different numbers."""
+    """The positions that stay form no rectangular tensor: blocks that share a tensor keep different numbers of
+    units."""
 
 
 @dataclass(frozen=True)
 class SlicedShape:
-    """How one tensor shrinks. ``keep[axis]``: positions that stay; ``along``: the axis on which blocks keep different
-    positions, with ``mask`` over the varying axes (after ``keep``) saying which."""
+    """How one tensor is sliced.
+
+    ``keep[axis]``: positions that stay along an axis that is sliced the same way everywhere. ``ragged_axis``: the axis
+    along which blocks keep different positions; ``mask`` says which, over the varying axes after ``keep`` is applied.
+    """
 
     old_shape: Shape
     new_shape: Shape
@@ -46,21 +52,21 @@ class SlicedShape:
     mask: BoolArray | None = None
 
     def slice_labels(self, labels: Labels) -> Labels:
-        """The label array of the shrunk tensor."""
+        """The label array of the sliced tensor."""
         for axis, kept in self.keep.items():
             if labels.shape[axis] > 1:
                 labels = labels.take(kept, axis)
-        if self.ragged_axis is None or self.mask is None or not varying_axes(labels) & varying_mask_axes(self.mask):
+        if self.ragged_axis is None or self.mask is None or not varying_axes(labels) & varying_axes(self.mask):
             return collapse_constant_axes(labels)
         shape = np.broadcast_shapes(labels.shape, self.mask.shape)
         full, mask = np.broadcast_to(labels, shape), np.broadcast_to(self.mask, shape)
         moved = np.moveaxis(full, self.ragged_axis, -1)
         kept_mask = np.moveaxis(mask, self.ragged_axis, -1)
-        packed = moved[kept_mask].reshape(*moved.shape[:-1], -1)
-        return collapse_constant_axes(np.moveaxis(packed, -1, self.ragged_axis))
+        sliced = moved[kept_mask].reshape(*moved.shape[:-1], -1)
+        return collapse_constant_axes(np.moveaxis(sliced, -1, self.ragged_axis))
 
     def slice_array(self, array: AnyArray) -> AnyArray:
-        """The part of a tensor of these axes that stays; axes on which nothing goes may have any size."""
+        """The part of ``array`` that stays. Axes along which nothing is removed may have any size."""
         for axis, kept in self.keep.items():
             array = array.take(kept, axis)
         if self.ragged_axis is None or self.mask is None:
@@ -72,13 +78,13 @@ class SlicedShape:
         )
 
     def kept_positions(self, axis: int) -> IntArray | None:
-        """Old positions that stay along ``axis``; None where blocks differ."""
+        """Old positions that stay along ``axis``; None where blocks keep different ones."""
         if axis == self.ragged_axis:
             return None
         return self.keep.get(axis, np.arange(self.old_shape[axis]))
 
     def kept_before(self, axis: int, position: int) -> int | None:
-        """How many entries stay before ``position``; None where blocks differ in that."""
+        """How many entries stay before ``position`` along ``axis``; None where this differs between blocks."""
         if axis == self.ragged_axis and self.mask is not None:
             if axis in self.keep:
                 position = int((self.keep[axis] < position).sum())
@@ -88,81 +94,81 @@ class SlicedShape:
         return position if kept is None else int((kept < position).sum())
 
 
-def varying_mask_axes(mask: BoolArray) -> frozenset[int]:
-    return frozenset(k for k, n in enumerate(mask.shape) if n > 1)
-
-
-def slice_shape(shape: Shape, factors: Sequence[Labels], dead: RemovedUnits) -> SlicedShape:
-    """How a tensor with these factors shrinks. Raises ``NotRectangular`` where it cannot stay a box."""
-    cut = [f for f in factors if dead.affects(f)]
-    if not cut:
+def slice_shape(shape: Shape, factors: Sequence[Labels], removed: RemovedUnits) -> SlicedShape:
+    """How a tensor with these factors is sliced. Raises NotRectangular where the result is no rectangular tensor."""
+    affected = [f for f in factors if removed.affects(f)]
+    if not affected:
         return SlicedShape(shape, shape, {})
-    mask = dead.kept_mask(cut[0])
-    for labels in cut[1:]:
-        mask = mask & dead.kept_mask(labels)
+    mask = removed.kept_mask(affected[0])
+    for labels in affected[1:]:
+        mask = mask & removed.kept_mask(labels)
     keep: dict[int, IntArray] = {}
-    for axis in sorted(varying_mask_axes(mask)):
+    for axis in sorted(varying_axes(mask)):
         others = tuple(k for k in range(mask.ndim) if k != axis)
-        stays = np.flatnonzero(mask.any(axis=others))
-        if len(stays) < mask.shape[axis]:
-            keep[axis] = stays
-    for axis, stays in keep.items():
-        mask = mask.take(stays, axis)
+        kept = np.flatnonzero(mask.any(axis=others))
+        if len(kept) < mask.shape[axis]:
+            keep[axis] = kept
+    for axis, kept in keep.items():
+        mask = mask.take(kept, axis)
     sizes = list(shape)
-    for axis, stays in keep.items():
-        sizes[axis] = len(stays)
+    for axis, kept in keep.items():
+        sizes[axis] = len(kept)
     if bool(mask.all()):
         return SlicedShape(shape, tuple(sizes), keep)
-    along = find_ragged_axis(mask, [take_kept(f, keep) for f in cut], dead)
+    along = find_ragged_axis(mask, [take_kept(f, keep) for f in affected], removed)
     sizes[along] = int(np.moveaxis(mask, along, -1).sum(-1).flat[0])
     return SlicedShape(shape, tuple(sizes), keep, along, mask)
 
 
 def take_kept(labels: Labels, keep: dict[int, IntArray]) -> Labels:
-    for axis, stays in keep.items():
+    for axis, kept in keep.items():
         if labels.shape[axis] > 1:
-            labels = labels.take(stays, axis)
+            labels = labels.take(kept, axis)
     return labels
 
 
-def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], dead: RemovedUnits) -> int:
-    """The axis along which every row keeps the same number; the one within blocks where that is known."""
+def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], removed: RemovedUnits) -> int:
+    """The axis along which every row keeps the same number of positions, preferably one that varies within blocks.
+
+    Raises NotRectangular if there is none.
+    """
     candidates = []
-    for axis in sorted(varying_mask_axes(mask), reverse=True):
+    for axis in sorted(varying_axes(mask), reverse=True):
         counts = mask.sum(axis)
         if bool((counts == counts.flat[0]).all()):
             candidates.append(axis)
     for axis in candidates:
-        if any(axis in varying_axes(f) and varies_within_block(f, axis, dead) for f in factors):
+        if any(axis in varying_axes(f) and varies_within_block(f, axis, removed) for f in factors):
             return axis
     if candidates:
         return candidates[0]
     raise NotRectangular
 
 
-def varies_within_block(labels: Labels, axis: int, dead: RemovedUnits) -> bool:
-    block = dead.block_of_unit[dead.unit_of_label[np.maximum(labels, 0)]]
+def varies_within_block(labels: Labels, axis: int, removed: RemovedUnits) -> bool:
+    block = removed.block_of_unit[removed.unit_of_label[np.maximum(labels, 0)]]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
 
 
-def to_cut(packed: SlicedShape) -> TensorCut:
-    return TensorCut(packed.old_shape, packed.new_shape, packed.kept_before, packed.kept_positions)
+def to_cut(sliced: SlicedShape) -> TensorCut:
+    return TensorCut(sliced.old_shape, sliced.new_shape, sliced.kept_before, sliced.kept_positions)
 
 
-def affected_statistics(trace: Trace, dead: RemovedUnits) -> Iterator[NormalizationStatistic]:
-    """The statistics that lose something."""
+def affected_statistics(trace: Trace, removed: RemovedUnits) -> Iterator[NormalizationStatistic]:
+    """Normalization statistics over positions of which some are removed."""
     for statistic in trace.statistics:
-        if dead.affects(statistic.labels):
+        if removed.affects(statistic.labels):
             yield statistic
 
 
 def removed_along(
-    carried: LabeledValue | None, axes: Sequence[int], dead: RemovedUnits
+    labeled_value: LabeledValue | None, axes: Sequence[int], removed: RemovedUnits
 ) -> Iterator[tuple[int, BoolArray]]:
-    """(axis counted from the right, which positions stay) of the axes along which a value loses something."""
-    for labels in carried.factors if carried is not None else ():
-        on = {k - labels.ndim for k in varying_axes(labels)}
-        if on <= set(axes) and dead.affects(labels):
-            (axis,) = on
-            yield axis, dead.kept_mask(labels).reshape(-1)
+    """(axis counted from the right, mask of the positions that stay) for each of ``axes`` along which a value is
+    sliced."""
+    for labels in labeled_value.factors if labeled_value is not None else ():
+        varying = {k - labels.ndim for k in varying_axes(labels)}
+        if varying <= set(axes) and removed.affects(labels):
+            (axis,) = varying
+            yield axis, removed.kept_mask(labels).reshape(-1)

@@ -1,4 +1,4 @@
-"""Rotary positions in one node: the two channels of a pair, and the column of the tables that turns them, are one."""
+"""Label propagation through RotaryEmbedding: both channels of a pair and their table column are unified."""
 
 from __future__ import annotations
 
@@ -13,48 +13,55 @@ from snpc.passes.propagation.pointwise import unify_factors
 from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 
 
-def propagate_rotary(here: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    """RotaryEmbedding of [B,H,N,D], or of [B,N,H*D] with the number of heads in an attribute."""
-    shape = rotary_form(here.call, here.node.domain)
-    data, cosine, sine = (inputs[k] for k in (0, shape.cosine, shape.sine))
+def propagate_rotary(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Factors of RotaryEmbedding over [batch, heads, tokens, width], or [batch, tokens, heads * width] with the number
+    of heads in an attribute."""
+    form = rotary_form(context.call, context.node.domain)
+    data, cosine, sine = (inputs[k] for k in (0, form.cosine, form.sine))
     assert data is not None and cosine is not None and sine is not None
-    whole = split_head_labels(data, shape.heads) if shape.heads else data
-    here.trace.inner_values[here.node, "rotated"] = whole
-    turned = unify_rotated_pairs(here, whole, [cosine, sine], shape)
-    return [merge_head_labels(turned).factors if shape.heads else turned.factors]
+    whole = split_head_labels(data, form.heads) if form.heads else data
+    context.trace.inner_values[context.node, "rotated"] = whole
+    rotated = unify_rotated_pairs(context, whole, [cosine, sine], form)
+    return [merge_head_labels(rotated).factors if form.heads else rotated.factors]
 
 
 def unify_rotated_pairs(
-    here: NodeContext, data: LabeledValue, tables: Sequence[LabeledValue], shape: RotaryForm
+    context: NodeContext, data: LabeledValue, tables: Sequence[LabeledValue], form: RotaryForm
 ) -> LabeledValue:
-    """``data``: [B,H,N,D], of which the first ``shape.width`` channels turn; tables: [..., width/2]."""
-    places = rotated_pairs(shape)
+    """``data`` after the rotation of its first ``form.width`` channels: [batch, heads, tokens, width].
+
+    ``tables``: cosines and sines, [..., form.width / 2].
+    """
+    pair_columns = rotated_pairs(form)
     columns = [
-        LabeledValue(t.name, (1, 1, 1, len(places)), table_column_labels(here, t, places), t.constant) for t in tables
+        LabeledValue(t.name, (1, 1, 1, len(pair_columns)), table_column_labels(context, t, pair_columns), t.constant)
+        for t in tables
     ]
     parts = [
         LabeledValue(
             data.name,
-            (*data.shape[:3], len(places)),
-            tuple(f[..., : len(places)] if f.shape[3] > 1 else f for f in data.factors),
+            (*data.shape[:3], len(pair_columns)),
+            tuple(f[..., : len(pair_columns)] if f.shape[3] > 1 else f for f in data.factors),
             data.constant,
         ),
         *columns,
     ]
-    factors = unify_factors(here, parts)
+    factors = unify_factors(context, parts)
     for labels in factors:
-        here.trace.table.flag(labels, LabelFlag.GATED)
-    if len(places) == data.shape[3]:
+        context.trace.table.flag(labels, LabelFlag.GATED)
+    if len(pair_columns) == data.shape[3]:
         return LabeledValue(data.name, data.shape, factors, data.constant)
-    return data  # its labels are those of the rotated part and of the rest, as they were
+    return data  # the rotated channels and the others keep their labels
 
 
-def table_column_labels(here: NodeContext, table: LabeledValue, places: np.typing.NDArray[np.int64]) -> Factors:
-    """Labels of a table's columns, for every channel that they turn; its rows are read by position."""
-    found = []
+def table_column_labels(
+    context: NodeContext, table: LabeledValue, pair_columns: np.typing.NDArray[np.int64]
+) -> Factors:
+    """[1, 1, 1, channels]: the label of the table column that rotates each channel. Rows are indexed by position."""
+    factors = []
     for labels in table.factors:
         if varying_axes(labels) == {labels.ndim - 1}:
-            found.append(labels.reshape(-1)[places].reshape(1, 1, 1, -1))
+            factors.append(labels.reshape(-1)[pair_columns].reshape(1, 1, 1, -1))
         else:
-            here.pin(table, labels, "which entries are read depends on the positions")
-    return tuple(found)
+            context.pin(table, labels, "the rows that are read depend on the position ids")
+    return tuple(factors)

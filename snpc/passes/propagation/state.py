@@ -1,4 +1,4 @@
-"""What the trace carries from value to value, and where it writes what it learns."""
+"""State of label propagation: the labels on each value, the node being visited, and everything recorded so far."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ Factors = tuple[Labels, ...]
 
 @dataclass(frozen=True)
 class LabeledValue:
-    """What the trace knows of one value: its shape, the labels on it, and whether it is made of constants only."""
+    """Labels of one value of the graph.
+
+    ``factors``: label arrays that broadcast to ``shape``, each of the value's rank (size 1 on axes that its labels do
+    not vary on) with -1 where a position has no label. ``constant``: computed from constants only.
+    """
 
     name: str
     shape: Shape
     factors: Factors = ()
     constant: bool = False
     unlabeled_reason: str = ""
-    """Why nothing is known of it, where an operator that snpc does not look through made it."""
+    """Why the value has no labels, where an unsupported operator produced it."""
     projected: bool = False
-    """Constant, but a product made it: a decoder's learnt queries, times a weight."""
+    """Constant, but the result of a product, such as learned queries of a decoder times a weight."""
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """One sum of products, as the cost, the scale and the probes need it."""
+    """One sum of products over two operands, as cost, attention scale and probes read it.
+
+    ``part`` names the product inside a fused node ("projection", "scores", "context"); it is "" otherwise.
+    """
 
     node: ir.Node
     letters: Letters
@@ -44,7 +51,11 @@ class Contraction:
 
 @dataclass
 class Trace:
-    """Labels of every value of the main graph, and the book of what they mean."""
+    """Result of label propagation over the main graph.
+
+    ``table``: all labels and what is known of them; ``inner_values``: values inside fused nodes, by node and name;
+    ``caches``: labels of KV cache inputs.
+    """
 
     table: LabelTable = field(default_factory=LabelTable)
     values: dict[ir.Value, LabeledValue] = field(default_factory=dict)
@@ -56,7 +67,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class NormalizationStatistic:
-    """Means are taken over ``labels`` of ``data``, along ``axes`` counted from the right."""
+    """A mean over the positions with ``labels`` of ``data``, along ``axes`` (negative: counted from the right)."""
 
     context: NodeContext
     data: LabeledValue
@@ -66,7 +77,7 @@ class NormalizationStatistic:
 
 @dataclass(frozen=True)
 class NodeContext:
-    """The node that is being traced, for pins."""
+    """The node that is being visited, with its operator's entry, and the trace that its pins are written to."""
 
     node: ir.Node
     call: OpCall
@@ -78,58 +89,61 @@ class NodeContext:
         return f"{self.node.op_type} {self.node.name}"
 
     def pin(
-        self, carried: LabeledValue, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
+        self, operand: LabeledValue, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
     ) -> None:
         axes = sorted(varying_axes(labels)) or [0]
         at = axes[0] if axis is None else axis
-        size = carried.shape[at] if at < len(carried.shape) else 1
-        self.trace.table.pin(labels, carried.name, at, size, reason, self.operator, kind)
+        size = operand.shape[at] if at < len(operand.shape) else 1
+        self.trace.table.pin(labels, operand.name, at, size, reason, self.operator, kind)
 
     def pin_statistics(
-        self, carried: LabeledValue, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
+        self, operand: LabeledValue, labels: Labels, axes: frozenset[int], reason: str, kind: PinKind | None = None
     ) -> None:
-        """Statistics are taken along ``axes``: one pin for what goes into each, so that a statistic of one head can be
-        told from one of all heads."""
+        """Pin labels over which statistics are taken along ``axes``.
+
+        Each statistic gets its own pin, so that statistics of single heads differ from one of all heads."""
         kind = kind or self.spec.pins
-        if kind == "norm" and carried.constant:
+        if kind == "norm" and operand.constant:
             kind = "hard"
         elif kind == "norm" and len(varying_axes(labels)) > 1:
             kind = "sum"  # one of several statistics, each over its own part of the positions
         if kind == "norm":
-            statistic = NormalizationStatistic(self, carried, labels, tuple(k - labels.ndim for k in sorted(axes)))
+            statistic = NormalizationStatistic(self, operand, labels, tuple(k - labels.ndim for k in sorted(axes)))
             self.trace.statistics.append(statistic)
         rest = [k for k in range(labels.ndim) if k not in axes]
         rows = labels.transpose([*rest, *sorted(axes)]).reshape(-1, int(np.prod([labels.shape[k] for k in axes])))
         for row in np.unique(rows, axis=0):
-            self.trace.table.pin(row, carried.name, min(axes), carried.shape[min(axes)], reason, self.operator, kind)
+            self.trace.table.pin(row, operand.name, min(axes), operand.shape[min(axes)], reason, self.operator, kind)
 
     def pin_all(self, inputs: Sequence[LabeledValue | None], reason: str) -> None:
-        for carried in inputs:
-            if carried is not None:
-                for labels in carried.factors:
-                    self.pin(carried, labels, reason)
+        for operand in inputs:
+            if operand is not None:
+                for labels in operand.factors:
+                    self.pin(operand, labels, reason)
 
     @staticmethod
-    def describe_unlabeled(carried: LabeledValue) -> str:
-        """An unlabelled tensor, in words."""
-        return f"{carried.name}, which no float weight makes" + (
-            f" ({carried.unlabeled_reason})" if carried.unlabeled_reason else ""
+    def describe_unlabeled(operand: LabeledValue) -> str:
+        """Names an unlabeled operand in a pin's reason."""
+        return f"`{operand.name}`, which no float weight produces" + (
+            f" ({operand.unlabeled_reason})" if operand.unlabeled_reason else ""
         )
 
     def refuse(self, inputs: Sequence[LabeledValue | None], reason: str) -> list[Factors]:
-        """Pin everything that enters; nothing comes out labelled."""
+        """Pin all labels of the inputs; the outputs have none."""
         self.pin_all(inputs, reason)
         return []
 
 
 def prepend_axes(labels: Labels, rank: int) -> Labels:
+    """``labels`` with axes of size 1 in front, up to ``rank`` axes."""
     return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
 
 
 def drop_determined_factors(factors: Factors) -> Factors:
-    """Without the factors that a finer one on the same axes determines (heads beneath heads x width, flattened).
+    """``factors`` without those that a finer factor on the same axes determines (heads, beside heads x width
+    flattened).
 
-    Nothing is lost: what the coarser labels cover was written down where the two first met.
+    The label table already says which fine labels each coarse label covers, from where the two were first combined.
     """
     kept: list[Labels] = []
     for labels in sorted(factors, key=lambda f: -len(np.unique(f))):
@@ -139,21 +153,23 @@ def drop_determined_factors(factors: Factors) -> Factors:
 
 
 def determines(fine: Labels, coarse: Labels) -> bool:
+    """Whether positions with equal ``fine`` labels always have equal ``coarse`` labels."""
     a, b = np.broadcast_arrays(fine, coarse)
     return len(np.unique(np.stack([a.reshape(-1), b.reshape(-1)]), axis=1).T) == len(np.unique(a))
 
 
-def cover_remaining_axes(here: NodeContext, labels: Labels, rest: frozenset[int]) -> Labels:
-    """Fresh labels for what remains of ``labels`` when the other axes are summed: one per head, say.
+def cover_remaining_axes(context: NodeContext, labels: Labels, rest: frozenset[int]) -> Labels:
+    """New labels on the axes ``rest`` after all other axes of ``labels`` are summed (one label per head, for example).
 
-    Positions that sum over the same labels get the same one (an axis may hold batch x heads).
+    Each new label covers the labels that are summed at its position. Positions that sum over the same labels share a
+    new label, because one axis may hold batch x heads.
     """
     order = [*sorted(rest), *(k for k in range(labels.ndim) if k not in rest)]
     count = int(np.prod([labels.shape[k] for k in rest], dtype=np.int64))
     rows = np.sort(labels.transpose(order).reshape(count, -1), axis=1)
     _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    turn = np.argsort(np.argsort(first))[inverse.reshape(-1)]  # numbered as they occur
+    order_of_row = np.argsort(np.argsort(first))[inverse.reshape(-1)]  # in order of first occurrence
     shape = [n if k in rest else 1 for k, n in enumerate(labels.shape)]
-    coarse = here.trace.table.allocate(len(first))[turn].reshape(shape)
-    here.trace.table.cover(coarse, labels, "batch")
+    coarse = context.trace.table.allocate(len(first))[order_of_row].reshape(shape)
+    context.trace.table.cover(coarse, labels, "batch")
     return coarse

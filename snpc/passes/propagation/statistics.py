@@ -1,4 +1,4 @@
-"""Normalisations: where means over a group's units go, one node or spelled out in several."""
+"""Consumers of normalization statistics: where a mean over units is used, in one node or in several."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from snpc.passes.propagation.state import LabeledValue, NormalizationStatistic, 
 
 @dataclass(frozen=True)
 class StatisticPaths:
-    """Where one mean goes: the nodes that compute on it alone, those at which it meets the positions that it is of
-    again, and the first that does something else with it."""
+    """Where one statistic is used.
+
+    ``statistic_nodes``: nodes that compute on the statistic only; ``rejoin_nodes``: element-wise nodes that combine it
+    with the positions it was taken over; ``non_normalizing_consumer``: the first other consumer, if there is one.
+    """
 
     statistic_nodes: tuple[ir.Node, ...]
     rejoin_nodes: tuple[ir.Node, ...]
@@ -22,39 +25,42 @@ class StatisticPaths:
 
 
 def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> StatisticPaths:
-    """Follow a mean through pointwise operators and movement until it meets positions on the axes that it is taken
-    over. A normalisation in one node is its own path."""
+    """Follow a statistic through element-wise operators and movement until it is combined with positions on its axes.
+
+    A normalization in one node is its own path.
+    """
     start = statistic.context.node
     if statistic.context.spec.kind == "normalise":
         return StatisticPaths((), (start,), None)
-    alone: dict[ir.Node, None] = {start: None}
-    meets: dict[ir.Node, None] = {}
-    stray: str | None = None
-    todo = list(start.outputs)
-    while todo:
-        value = todo.pop(0)
+    on_path: dict[ir.Node, None] = {start: None}
+    rejoining: dict[ir.Node, None] = {}
+    other_consumer: str | None = None
+    pending = list(start.outputs)
+    while pending:
+        value = pending.pop(0)
         if value.is_graph_output():
-            stray = stray or f"the output {value.name}"
+            other_consumer = other_consumer or f"the graph output {value.name}"
         for node in value.consumers():
             kind = lookup(node.domain, node.op_type).kind
-            if kind == "shape" or node in alone or node in meets:
+            if kind == "shape" or node in on_path or node in rejoining:
                 continue
             if kind == "pointwise" and varies_along(trace.values.get(node.outputs[0]), statistic.axes):
-                meets[node] = None
+                rejoining[node] = None
             elif kind in ("pointwise", "movement") and node.graph is start.graph:
-                alone[node] = None
-                todo += node.outputs
+                on_path[node] = None
+                pending += node.outputs
             else:
-                stray = stray or f"{node.op_type} {node.name}"
-    return StatisticPaths(tuple(alone), tuple(meets), stray)
+                other_consumer = other_consumer or f"{node.op_type} {node.name}"
+    return StatisticPaths(tuple(on_path), tuple(rejoining), other_consumer)
 
 
-def varies_along(carried: LabeledValue | None, axes: tuple[int, ...]) -> bool:
-    return carried is not None and any(
-        labels.ndim + axis in varying_axes(labels) for labels in carried.factors for axis in axes
+def varies_along(labeled_value: LabeledValue | None, axes: tuple[int, ...]) -> bool:
+    """Whether the value has labels along one of ``axes`` (counted from the right)."""
+    return labeled_value is not None and any(
+        labels.ndim + axis in varying_axes(labels) for labels in labeled_value.factors for axis in axes
     )
 
 
 def non_normalizing_consumer(statistic: NormalizationStatistic, trace: Trace) -> str | None:
-    """What reads a mean for anything else than to normalise the positions that it is of; None where nothing does."""
+    """The first consumer that uses the statistic for anything but normalizing its positions; None if there is none."""
     return statistic_paths(statistic, trace).non_normalizing_consumer

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version
-from snpc.graph.traversal import ScalarFactor, reads_only_shape, scalar_factor_of
+from snpc.graph.traversal import ScalarFactor, reads_only_shape, scalar_factor_of, step_upstream
 from snpc.ops import lookup
 from snpc.ops.attention import AttentionForm, attention_form
 from snpc.passes.propagation.labels import varying_axes
@@ -158,13 +158,6 @@ def scalar_factors_around(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFa
         elif not follows:
             return
         value = users[0].outputs[0]
-
-
-def step_upstream(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | None, ir.Value | None]:
-    scalar, follows = scalar_factor_of(node, facts)
-    if scalar is not None:
-        return scalar, node.inputs[1 - scalar.index]
-    return None, node.inputs[0] if follows else None
 
 
 # -- folding a factor into what makes Q ------------------------------------------------------------------------------

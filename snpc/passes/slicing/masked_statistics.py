@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.graph.builder import add_constant, make_node, redirect_uses, unused_name
 from snpc.ops.names import CONCAT, GATHER, SUB
 from snpc.passes.propagation.removal import RemovedUnits, removed_along
 from snpc.passes.propagation.state import NormalizationStatistic, Trace
-from snpc.types import BoolArray
+from snpc.types import BoolArray, IntArray
 
 
 def mask_statistic(
@@ -43,9 +44,9 @@ class KeptPositionsWriter:
     def take(self, value: ir.Value | None, positions: npt.NDArray[np.int64], axis: int) -> ir.Value:
         """``value`` with these positions of an axis, ahead of the node."""
         assert value is not None
-        made = self.op(GATHER, [value, self.constant(positions)], axis)
-        self.node.prepend(made)
-        return made.outputs[0]
+        gather = self.op(GATHER, [value, self.constant(positions)], axis)
+        self.node.prepend(gather)
+        return gather.outputs[0]
 
     def scatter_output(self, output: ir.Value, stays: BoolArray, axis: int) -> None:
         """What reads ``output`` of the node reads it at its old size, with zeros where positions do not stay."""
@@ -56,25 +57,14 @@ class KeptPositionsWriter:
         where = np.where(stays, np.cumsum(stays) - 1, stays.sum())
         whole = self.op(GATHER, [padded.outputs[0], self.constant(where)], axis)
         self.node.append([first, zero, padded, whole])
-        for user, index in users:
-            user.replace_input_with(index, whole.outputs[0])
+        redirect_uses(users, whole.outputs[0])
 
-    def op(self, name: str, inputs: list[ir.Value], axis: int | None = None) -> ir.Node:
-        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        made = ir.Node("", name, inputs, attributes, num_outputs=1, name=self.fresh())
-        made.outputs[0].name = f"{made.name}_out"
-        return made
+    def op(self, op: str, inputs: list[ir.Value], axis: int | None = None) -> ir.Node:
+        return make_node(op, inputs, {} if axis is None else {"axis": axis}, name=self.name())
 
-    def constant(self, array: npt.NDArray[np.int64]) -> ir.Value:
-        name = self.fresh()
-        tensor = ir.Tensor(np.asarray(array, np.int64), name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
-        self.graph.register_initializer(value)
-        return value
+    def constant(self, array: IntArray) -> ir.Value:
+        return add_constant(self.graph, np.asarray(array, np.int64), self.name())
 
-    def fresh(self) -> str:
+    def name(self) -> str:
         self.count += 1
-        name = f"{self.node.name}__kept{self.count}"
-        while name in self.graph.initializers:
-            name += "_"
-        return name
+        return unused_name(f"{self.node.name}__kept{self.count}", self.graph.initializers)

@@ -159,7 +159,7 @@ def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> N
         assert kind is not None
         scale = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")
         node.replace_input_with(
-            index, repairs.insert(node, MUL, [value, scale], repairs.unused_name(f"{name}_rescale"))
+            index, repairs.insert(node, MUL, [value, scale], repairs.unused_node_name(f"{name}_rescale"))
         )
 
 

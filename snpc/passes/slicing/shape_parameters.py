@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.graph.binding import alternative_dim_sizes
+from snpc.graph.builder import Attribute, add_constant, make_node, unused_name
 from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, record_constant
 from snpc.ops import lookup
 from snpc.ops.names import CONCAT, DIV, MUL, WHERE
@@ -28,13 +29,8 @@ class ShapeParameterEditor:
     def constant(self, array: AnyArray, hint: str) -> ir.Value:
         key = (array.tobytes(), str(array.dtype), array.shape)
         if key not in self.constants:
-            name = f"{hint}__cut"
-            while name in self.copy.graph.initializers or any(v.name == name for v in self.copy.graph.inputs):
-                name += "_"
-            value = ir.Value(name=name, const_value=ir.Tensor(array.copy(order="C"), name=name))
-            value.shape = ir.Shape(array.shape)
-            value.dtype = ir.DataType.from_numpy(array.dtype)
-            self.copy.graph.register_initializer(value)
+            taken = {*self.copy.graph.initializers, *(value.name for value in self.copy.graph.inputs)}
+            value = add_constant(self.copy.graph, array.copy(order="C"), unused_name(f"{hint}__cut", taken))
             record_constant(self.after, value)
             self.constants[key] = value
         return self.constants[key]
@@ -86,12 +82,19 @@ class ShapeParameterEditor:
             node.resize_inputs(len(node.inputs) + 1)
         node.replace_input_with(index, value)
 
-    def insert(self, before: ir.Node, op: str, inputs: list[ir.Value], name: str) -> ir.Value:
-        made = ir.Node("", op, inputs, num_outputs=1, name=name)
-        made.outputs[0].name = name
-        before.prepend(made)
-        infer_node(self.after, made, self.copy, self.sizes)
-        return made.outputs[0]
+    def insert(
+        self,
+        before: ir.Node,
+        op: str,
+        inputs: list[ir.Value],
+        name: str,
+        attributes: Mapping[str, Attribute] | None = None,
+    ) -> ir.Value:
+        """The output of a new node ahead of ``before``; both have ``name``."""
+        node = make_node(op, inputs, attributes, name=name, outputs=[name])
+        before.prepend(node)
+        infer_node(self.after, node, self.copy, self.sizes)
+        return node.outputs[0]
 
     def overwrite_entries(
         self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str
@@ -112,15 +115,10 @@ class ShapeParameterEditor:
                 position += size
             whole_pieces = position == wanted.size and self.splits_between_pieces(producer, wrong)
             if whole_pieces:
-                name = self.unused_name(f"{hint}__shape")
-                made = ir.Node("", CONCAT, pieces, [ir.AttrInt64("axis", 0)], num_outputs=1, name=name)
-                made.outputs[0].name = name
-                node.prepend(made)
-                infer_node(self.after, made, self.copy, self.sizes)
-                return made.outputs[0]
+                return self.insert(node, CONCAT, pieces, self.unused_node_name(f"{hint}__shape"), {"axis": 0})
         mask = self.constant(wrong, f"{hint}_which")
         values = self.constant(np.where(wrong, wanted, 0).astype(kind), f"{hint}_what")
-        return self.insert(node, WHERE, [mask, values, current], self.unused_name(f"{hint}__shape"))
+        return self.insert(node, WHERE, [mask, values, current], self.unused_node_name(f"{hint}__shape"))
 
     def splits_between_pieces(self, producer: ir.Node, wrong: AnyArray) -> bool:
         """No piece mixes an entry that changed with one that must stay computed."""
@@ -141,11 +139,8 @@ class ShapeParameterEditor:
         down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
         times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
         up = self.constant(times, f"{hint}_times")
-        product = self.insert(node, MUL, [current, up], self.unused_name(f"{hint}__times"))
-        return self.insert(node, DIV, [product, down], self.unused_name(f"{hint}__shape"))
+        product = self.insert(node, MUL, [current, up], self.unused_node_name(f"{hint}__times"))
+        return self.insert(node, DIV, [product, down], self.unused_node_name(f"{hint}__shape"))
 
-    def unused_name(self, wanted: str) -> str:
-        taken = {n.name for n in self.copy.graph}
-        while wanted in taken:
-            wanted += "_"
-        return wanted
+    def unused_node_name(self, name: str) -> str:
+        return unused_name(name, {str(node.name) for node in self.copy.graph})

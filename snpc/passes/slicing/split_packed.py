@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.errors import CheckFailed
+from snpc.graph.builder import Attribute, copy_node, make_node
 from snpc.graph.shapes import ShapeFacts, infer_node, opset_version
 from snpc.ops import lookup
 from snpc.ops.names import GATHER, SPLIT, SQUEEZE
@@ -165,21 +166,22 @@ def split_flat_projection(
     name = f"{root.name}__parts"
     if runs:
         sizes = [len(part) for part in order]
-        made = make_named_node(work, SPLIT, [source], {"axis": axis}, name, len(order))
+        inputs = [source]
+        attributes: dict[str, Attribute] = {"axis": axis}
         if opset_version(work.copy) >= 13:
-            made.resize_inputs(2)
-            made.replace_input_with(1, work.repairs.constant(np.asarray(sizes, np.int64), name))
+            inputs.append(work.repairs.constant(np.asarray(sizes, np.int64), name))
         else:
-            made.attributes["split"] = ir.AttrInt64s("split", sizes)
-        producer.append(made)
-        values = dict(zip(order, made.outputs, strict=True))
+            attributes["split"] = sizes
+        split = make_split_node(work, SPLIT, inputs, attributes, name, len(order))
+        producer.append(split)
+        values = dict(zip(order, split.outputs, strict=True))
     else:
         values = {}
         for k, part in enumerate(parts):
             index = work.repairs.constant(np.asarray(part, np.int64), f"{name}_{k}")
-            made = make_named_node(work, GATHER, [source, index], {"axis": axis}, f"{name}_{k}", 1)
-            producer.append(made)
-            values[part] = made.outputs[0]
+            gather = make_split_node(work, GATHER, [source, index], {"axis": axis}, f"{name}_{k}")
+            producer.append(gather)
+            values[part] = gather.outputs[0]
     for part in parts:
         shape = list(work.before.shape[root] or ())
         shape[axis] = len(part)
@@ -188,20 +190,16 @@ def split_flat_projection(
     return [values[part] for part in parts]
 
 
-def make_named_node(
-    work: SplitContext, op: str, inputs: list[ir.Value], attrs: Mapping[str, int], name: str, outputs: int
+def make_split_node(
+    work: SplitContext,
+    op: str,
+    inputs: list[ir.Value],
+    attributes: Mapping[str, Attribute],
+    name: str,
+    outputs: int = 1,
 ) -> ir.Node:
-    node = ir.Node(
-        "",
-        op,
-        inputs,
-        [ir.AttrInt64(k, v) for k, v in attrs.items()],
-        num_outputs=outputs,
-        name=work.repairs.unused_name(name),
-    )
-    for k, value in enumerate(node.outputs):
-        value.name = f"{node.name}_out{k}"
-    return node
+    name = work.repairs.unused_node_name(name)
+    return make_node(op, inputs, attributes, name=name, outputs=[f"{name}_out{k}" for k in range(outputs)])
 
 
 def replay_movements(work: SplitContext, leaf: PackedPart, value: ir.Value, only: RemovedUnits) -> ir.Value:
@@ -252,21 +250,13 @@ def clone_movement(
         ]
         axes = work.repairs.constant(np.asarray(dropped, np.int64), f"{name}_axes")
         inputs = [value, axes] if version >= 13 else [value]
-        node = make_named_node(work, SQUEEZE, inputs, {}, f"{name}_{old.op_type}", 1)
-        if version < 13:
-            node.attributes["axes"] = ir.AttrInt64s("axes", dropped)
+        attributes = {} if version >= 13 else {"axes": dropped}
+        node = make_split_node(work, SQUEEZE, inputs, attributes, f"{name}_{old.op_type}")
         anchor.append(node)
     else:
         rest = [work.twins[old.name].inputs[k] for k in range(1, len(old.inputs))]
-        node = ir.Node(
-            old.domain,
-            old.op_type,
-            [value, *rest],
-            list(work.twins[old.name].attributes.values()),
-            num_outputs=1,
-            name=work.repairs.unused_name(f"{name}_{old.op_type}"),
-        )
-        node.outputs[0].name = f"{node.name}_out"
+        name = work.repairs.unused_node_name(f"{name}_{old.op_type}")
+        node = copy_node(work.twins[old.name], [value, *rest], name=name, outputs=[f"{name}_out"])
         anchor.append(node)
         if spec.recompute is not None:
             repair = spec.recompute(work.before.call(old, version), to_cut(packed_in), [to_cut(packed_out)])

@@ -1,7 +1,7 @@
-"""Where tokens go: a token axis followed forwards from one value, through everything that is made of it.
+"""Token propagation: follows a token axis from one value through all nodes that depend on it.
 
-Every value behind gets the axes along which it has the tokens. What works per token, and attention over all of them,
-goes on with fewer tokens as with many; what does not raises ``TokenPin`` with the reason.
+Every value that is reached gets its token axes. Operators that work per token, and attention over all tokens, accept
+any number of tokens. Other operators raise TokenPin with the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from snpc.graph.shapes import ShapeFacts, has_subgraphs
 from snpc.graph.traversal import ancestor_nodes, dependent_values, used_values
 from snpc.ops.attention import attention_form
+from snpc.ops.opaque import SUBGRAPH
 from snpc.ops.spec import SUMMED_OVER, Blocked, OpCall
 from snpc.passes.token_analysis.side_inputs import check_side_input, side_input_error
 from snpc.passes.token_analysis.state import (
@@ -30,278 +31,299 @@ MAX_FOLLOWED_TOKENS = 1 << 20
 
 
 def follow_tokens(model: ir.Model, facts: ShapeFacts, value: ir.Value, axis: int) -> TokenFlow:
-    """Follow the tokens of ``value`` as far as they can be followed; ``Flow.stuck`` says what ended it."""
-    starts = {value: TokenAxes({axis: 0})}
-    tried: list[TokenFlow] = []
+    """Follow the tokens along ``axis`` of ``value``. ``TokenFlow.pin`` says what stopped them, None if nothing did."""
+    origins = {value: TokenAxes({axis: 0})}
+    attempts: list[TokenFlow] = []
     while True:
-        tried.append(TokenFlow(value, frozenset(starts), dict(starts)))
+        attempts.append(TokenFlow(value, frozenset(origins), dict(origins)))
         try:
-            propagate_tokens(model, facts, tried[-1])
-            return tried[-1]
-        except NeedsSideInput as entered:
-            tried[-1].pin = entered
-            starts |= entered.side_inputs
-        except TokenPin as stuck:
-            tried[-1].pin = stuck
-            return tried[0]
+            propagate_tokens(model, facts, attempts[-1])
+            return attempts[-1]
+        except NeedsSideInput as needs:
+            attempts[-1].pin = needs
+            origins |= needs.side_inputs
+        except TokenPin as pin:
+            attempts[-1].pin = pin
+            return attempts[0]
 
 
 def propagate_tokens(model: ir.Model, facts: ShapeFacts, flow: TokenFlow) -> None:
-    """Follow everything that ``flow`` starts from; of what goes with the stream only what does not lie in front."""
+    """Follow all origins of ``flow``. Ancestors of the stream are skipped. Raises TokenPin, or NeedsSideInput."""
     value = flow.stream
     if value.is_graph_output():
-        raise TokenPin(None, str(value.name), f"output {value.name} has all tokens")
-    entered = flow.origins - {value}
-    before = ancestor_nodes(value) if entered else set()
+        raise TokenPin(None, str(value.name), f"graph output {value.name} has all tokens")
+    side_origins = flow.origins - {value}
+    stream_ancestors = ancestor_nodes(value) if side_origins else set()
     for node in model.graph:
-        if node in before or not any(v in flow.axes for v in used_values(node)):
+        if node in stream_ancestors or not any(v in flow.axes for v in used_values(node)):
             continue
         flow.nodes.append(node)
-        for index, given in enumerate(node.inputs):
-            if given in entered:
-                flow.side_inputs.append(SideInput(node, index, flow.axes[given].axes, False, str(given.name)))
+        for index, operand in enumerate(node.inputs):
+            if operand in side_origins:
+                flow.side_inputs.append(SideInput(node, index, flow.axes[operand].axes, False, str(operand.name)))
         propagate_token_node(TokenNodeContext(model, facts, flow, node))
-    alone = dependent_values(model, entered, before) - dependent_values(model, [value]) if entered else ()
+    from_side_inputs_only = (
+        dependent_values(model, side_origins, stream_ancestors) - dependent_values(model, [value])
+        if side_origins
+        else ()
+    )
     for output in model.graph.outputs:
-        if output in alone:
+        if output in from_side_inputs_only:
             raise TokenPin(
-                output.producer(), str(output.name), f"output {output.name} is made of all entries of a mask"
+                output.producer(),
+                str(output.name),
+                f"graph output {output.name} is computed from all entries of a mask",
             )
 
 
-def propagate_token_node(step: TokenNodeContext) -> None:
-    """Mark the outputs of one node."""
-    node = step.node
+def propagate_token_node(context: TokenNodeContext) -> None:
+    """Set the token axes of the outputs of one node. Raises TokenPin where tokens cannot be removed."""
+    node = context.node
     if has_subgraphs(node):
-        raise TokenPin(node, str(node.name), "control flow: its body is not analysed")
+        raise TokenPin(node, str(node.name), SUBGRAPH)
     values = [v for v in (*node.inputs, *node.outputs[:1]) if v is not None]
-    if step.spec.kind != "shape" and any(step.facts.shape.get(v) is None for v in values):
-        raise TokenPin(node, str(node.outputs[0].name), "its shape cannot be worked out")
-    found = TOKEN_RULES[step.spec.kind](step)
-    for value, marks in zip(node.outputs, found, strict=False):
-        if marks is None or not marks.axes:
+    if context.spec.kind != "shape" and any(context.facts.shape.get(v) is None for v in values):
+        raise TokenPin(node, str(node.outputs[0].name), "its shape cannot be inferred")
+    output_axes = TOKEN_RULES[context.spec.kind](context)
+    for value, axes in zip(node.outputs, output_axes, strict=False):
+        if axes is None or not axes.axes:
             continue
         if value.is_graph_output():
-            raise TokenPin(node, str(value.name), f"output {value.name} has all tokens")
-        step.flow.axes[value] = marks
+            raise TokenPin(node, str(value.name), f"graph output {value.name} has all tokens")
+        context.flow.axes[value] = axes
 
 
 OutputTokenAxes = Sequence[TokenAxes | None]
 
 
-def shift_token_axes(marks: TokenAxes, shift: int) -> TokenAxes:
-    return TokenAxes({axis + shift: k for axis, k in marks.axes.items()}, frozenset(a + shift for a in marks.weighted))
+def shift_token_axes(token_axes: TokenAxes, shift: int) -> TokenAxes:
+    """``token_axes`` of a value that gets ``shift`` axes in front."""
+    return TokenAxes(
+        {axis + shift: k for axis, k in token_axes.axes.items()}, frozenset(a + shift for a in token_axes.weighted)
+    )
 
 
-def unify_token_axes(step: TokenNodeContext, parts: Sequence[tuple[int, TokenAxes]]) -> TokenAxes:
+def unify_token_axes(context: TokenNodeContext, parts: Sequence[tuple[int, TokenAxes]]) -> TokenAxes:
+    """Token axes of several inputs (index, axes) combined. Raises TokenPin if they leave out different tokens."""
     axes: dict[int, int] = {}
-    weighed: frozenset[int] = frozenset()
-    for index, marks in parts:
-        for axis, leading in marks.axes.items():
-            if axes.setdefault(axis, leading) != leading:
-                raise step.pin(index, "tokens meet others than themselves")
-        weighed |= marks.weighted
-    return TokenAxes(axes, weighed)
+    weighted: frozenset[int] = frozenset()
+    for index, token_axes in parts:
+        for axis, offset in token_axes.axes.items():
+            if axes.setdefault(axis, offset) != offset:
+                raise context.pin(index, "token streams of different origin are combined")
+        weighted |= token_axes.weighted
+    return TokenAxes(axes, weighted)
 
 
-def token_pointwise(step: TokenNodeContext) -> OutputTokenAxes:
-    rank = len(step.call.out_shapes[0])
+def token_pointwise(context: TokenNodeContext) -> OutputTokenAxes:
+    rank = len(context.call.out_shapes[0])
     parts = []
-    for index in range(len(step.node.inputs)):
-        marks = step.axes(index)
-        if marks is not None:
-            parts.append((index, shift_token_axes(marks, rank - len(step.call.shape(index)))))
-    whole = unify_token_axes(step, parts)
-    for index in range(len(step.node.inputs)):
-        if not step.call.has(index):
+    for index in range(len(context.node.inputs)):
+        token_axes = context.axes(index)
+        if token_axes is not None:
+            parts.append((index, shift_token_axes(token_axes, rank - len(context.call.shape(index)))))
+    combined = unify_token_axes(context, parts)
+    for index in range(len(context.node.inputs)):
+        if not context.call.has(index):
             continue
-        shape = step.call.shape(index)
-        mine = dict(parts).get(index, TokenAxes({})).axes
-        own = {axis - rank + len(shape): whole.axes[axis] for axis in whole.axes.keys() - mine.keys()}
-        own = {axis: leading for axis, leading in own.items() if axis >= 0 and shape[axis] > 1}
-        if own:
-            check_side_input(step, index, own, len(whole.axes) > 1)
-    return [whole] * len(step.node.outputs)
+        shape = context.call.shape(index)
+        own_axes = dict(parts).get(index, TokenAxes({})).axes
+        missing = {axis - rank + len(shape): combined.axes[axis] for axis in combined.axes.keys() - own_axes.keys()}
+        missing = {axis: offset for axis, offset in missing.items() if axis >= 0 and shape[axis] > 1}
+        if missing:
+            check_side_input(context, index, missing, len(combined.axes) > 1)
+    return [combined] * len(context.node.outputs)
 
 
-def token_normalization(step: TokenNodeContext) -> OutputTokenAxes:
-    spec, call = step.spec, step.call
+def token_normalization(context: TokenNodeContext) -> OutputTokenAxes:
+    spec, call = context.spec, context.call
     data = spec.data or (0,)
-    if step.axes(data[0]) is None or any(step.axes(k) is not None for k in range(len(call.shapes)) if k not in data):
-        raise step.pin(0, "a parameter of it has tokens")
-    whole = unify_token_axes(step, [(k, m) for k in data if (m := step.axes(k)) is not None])
-    if any(step.axes(k) is None for k in data):
-        raise step.pin(data[-1], "tokens meet others than themselves")
+    if context.axes(data[0]) is None or any(
+        context.axes(k) is not None for k in range(len(call.shapes)) if k not in data
+    ):
+        raise context.pin(0, "a parameter of the normalization depends on tokens")
+    combined = unify_token_axes(context, [(k, m) for k in data if (m := context.axes(k)) is not None])
+    if any(context.axes(k) is None for k in data):
+        raise context.pin(data[-1], "token streams of different origin are combined")
     axes = set(spec.axes(call) if spec.axes is not None else ())
-    over = axes & whole.axes.keys()
-    if over and spec.reason != SUMMED_OVER:
-        raise step.pin(0, spec.reason or "statistics are taken over all tokens")
-    if over and len(axes) > 1:
-        raise step.pin(0, "it sums over more than the tokens")
-    for axis in over:
-        step.flow.softmaxes.append(TokenReduce(step.node, 0, axis, whole.axes[axis]))
-    whole = TokenAxes(whole.axes, whole.weighted | over)
-    return [whole if call.out_shapes[k] == call.out_shapes[0] else None for k in range(len(call.out_shapes))]
+    normalized_tokens = axes & combined.axes.keys()
+    if normalized_tokens and spec.reason != SUMMED_OVER:
+        raise context.pin(0, spec.reason or "its statistics are taken over all tokens")
+    if normalized_tokens and len(axes) > 1:
+        raise context.pin(0, "it normalizes over tokens and another axis together")
+    for axis in normalized_tokens:
+        context.flow.softmaxes.append(TokenReduce(context.node, 0, axis, combined.axes[axis]))
+    combined = TokenAxes(combined.axes, combined.weighted | normalized_tokens)
+    return [combined if call.out_shapes[k] == call.out_shapes[0] else None for k in range(len(call.out_shapes))]
 
 
-def token_reduction(step: TokenNodeContext) -> OutputTokenAxes:
-    marks, call = step.axes(0), step.call
-    if marks is None or step.spec.axes is None:
-        raise step.pin(0, "an axis that depends on tokens")
-    axes = set(step.spec.axes(call))
-    over = axes & marks.axes.keys()
-    for axis in over - marks.weighted:
-        if step.spec.pins != "norm" and not step.spec.adds_up:
-            raise step.pin(0, step.spec.reason)
-        noted = step.flow.means if step.spec.pins == "norm" else step.flow.sums
-        noted.append(TokenReduce(step.node, 0, axis, marks.axes[axis]))
+def token_reduction(context: TokenNodeContext) -> OutputTokenAxes:
+    token_axes, call = context.axes(0), context.call
+    if token_axes is None or context.spec.axes is None:
+        raise context.pin(0, "the reduced axes depend on tokens")
+    axes = set(context.spec.axes(call))
+    reduced_tokens = axes & token_axes.axes.keys()
+    for axis in reduced_tokens - token_axes.weighted:
+        if context.spec.pins != "norm" and not context.spec.adds_up:
+            raise context.pin(0, context.spec.reason)
+        reductions = context.flow.means if context.spec.pins == "norm" else context.flow.sums
+        reductions.append(TokenReduce(context.node, 0, axis, token_axes.axes[axis]))
     kept = len(call.out_shapes[0]) == len(call.shape(0))
-    left = {axis: k for axis, k in marks.axes.items() if axis not in over}
-    place = {a: a if kept else a - sum(gone < a for gone in axes) for a in left}
-    return [TokenAxes({place[a]: k for a, k in left.items()}, frozenset(place[a] for a in marks.weighted - over))]
+    remaining = {axis: k for axis, k in token_axes.axes.items() if axis not in reduced_tokens}
+    new_axis = {a: a if kept else a - sum(reduced < a for reduced in axes) for a in remaining}
+    return [
+        TokenAxes(
+            {new_axis[a]: k for a, k in remaining.items()},
+            frozenset(new_axis[a] for a in token_axes.weighted - reduced_tokens),
+        )
+    ]
 
 
-def token_contraction(step: TokenNodeContext) -> OutputTokenAxes:
-    spec, call = step.spec, step.call
+def token_contraction(context: TokenNodeContext) -> OutputTokenAxes:
+    spec, call = context.spec, context.call
     assert spec.letters is not None
     try:
         letters = spec.letters(call)
     except Blocked as block:
-        raise step.pin(0, block.reason) from None
+        raise context.pin(0, block.reason) from None
     terms = dict(zip(spec.operands, (letters.left, letters.right), strict=True))
-    if any(step.axes(k) is not None for k in range(len(call.shapes)) if k not in terms):
-        raise step.pin(spec.bias or 0, "its bias has tokens")
-    marked = {k: {t[a]: n for a, n in m.axes.items()} for k, t in terms.items() if (m := step.axes(k)) is not None}
-    weighed = {t[a] for k, t in terms.items() if (m := step.axes(k)) is not None for a in m.weighted}
+    if any(context.axes(k) is not None for k in range(len(call.shapes)) if k not in terms):
+        raise context.pin(spec.bias or 0, "the bias depends on tokens")
+    letters_by_operand = {
+        k: {t[a]: n for a, n in m.axes.items()} for k, t in terms.items() if (m := context.axes(k)) is not None
+    }
+    weighted = {t[a] for k, t in terms.items() if (m := context.axes(k)) is not None for a in m.weighted}
     axes: dict[int, int] = {}
-    for index, here in marked.items():
+    for index, operand_letters in letters_by_operand.items():
         other = next(k for k in terms if k != index)
-        for letter, leading in here.items():
+        for letter, offset in operand_letters.items():
             if letter in letters.windowed:
-                raise step.pin(index, "tokens are seen through a window")
-            twin = letter in terms[other] and call.shape(other)[terms[other].index(letter)] > 1
-            if twin and marked.get(other, {}).get(letter) != leading:
+                raise context.pin(index, "a window spans several tokens")
+            in_other_operand = letter in terms[other] and call.shape(other)[terms[other].index(letter)] > 1
+            if in_other_operand and letters_by_operand.get(other, {}).get(letter) != offset:
                 raise side_input_error(
-                    step, other, {terms[other].index(letter): leading}, "it mixes tokens by position"
+                    context, other, {terms[other].index(letter): offset}, "a weight mixes tokens by position"
                 )
             if letter in letters.out:
-                axes[letters.out.index(letter)] = leading
-            elif not twin:
-                raise step.pin(index, SUMMED_OVER)
-            elif letter not in weighed and index == min(marked):
-                step.flow.sums.append(TokenReduce(step.node, index, terms[index].index(letter), leading))
+                axes[letters.out.index(letter)] = offset
+            elif not in_other_operand:
+                raise context.pin(index, SUMMED_OVER)
+            elif letter not in weighted and index == min(letters_by_operand):
+                context.flow.sums.append(TokenReduce(context.node, index, terms[index].index(letter), offset))
     if spec.bias is not None and spec.bias_letters is not None and call.has(spec.bias):
-        wide = [c for c, n in zip(spec.bias_letters(call), call.shape(spec.bias), strict=False) if n > 1]
-        if any(letters.out.index(c) in axes for c in wide):
-            raise step.pin(spec.bias, "it holds a number for positions")
-    return [TokenAxes(axes, frozenset(letters.out.index(c) for c in weighed if c in letters.out))]
+        bias_letters = [c for c, n in zip(spec.bias_letters(call), call.shape(spec.bias), strict=False) if n > 1]
+        if any(letters.out.index(c) in axes for c in bias_letters):
+            raise context.pin(spec.bias, "the bias has an entry for every position")
+    return [TokenAxes(axes, frozenset(letters.out.index(c) for c in weighted if c in letters.out))]
 
 
-def token_movement(step: TokenNodeContext) -> OutputTokenAxes:
-    marks, call = step.axes(0), step.call
-    if marks is None or any(step.axes(k) is not None for k in range(1, len(call.shapes))):
-        raise step.pin(0, "where values go depends on tokens")
-    found: list[dict[int, int]] = [{} for _ in step.node.outputs]
-    weighed: list[set[int]] = [set() for _ in step.node.outputs]
-    for axis, leading in marks.axes.items():
-        for index, place in enumerate(moved_token_axes(step, call, axis, leading)):
-            if place is not None:
-                found[index][place[0]] = place[1]
-                weighed[index] |= {place[0]} if axis in marks.weighted else set()
-    return [TokenAxes(axes, frozenset(w)) for axes, w in zip(found, weighed, strict=True)]
+def token_movement(context: TokenNodeContext) -> OutputTokenAxes:
+    token_axes, call = context.axes(0), context.call
+    if token_axes is None or any(context.axes(k) is not None for k in range(1, len(call.shapes))):
+        raise context.pin(0, "where it moves values depends on tokens")
+    output_axes: list[dict[int, int]] = [{} for _ in context.node.outputs]
+    weighted: list[set[int]] = [set() for _ in context.node.outputs]
+    for axis, offset in token_axes.axes.items():
+        for index, moved in enumerate(moved_token_axes(context, call, axis, offset)):
+            if moved is not None:
+                output_axes[index][moved[0]] = moved[1]
+                weighted[index] |= {moved[0]} if axis in token_axes.weighted else set()
+    return [TokenAxes(axes, frozenset(w)) for axes, w in zip(output_axes, weighted, strict=True)]
 
 
-def moved_token_axes(step: TokenNodeContext, call: OpCall, axis: int, leading: int) -> list[tuple[int, int] | None]:
-    """Of every output: the axis that holds the tokens now, and how many leading ones are left out; None where it holds
-    a few that are read by number."""
+def moved_token_axes(context: TokenNodeContext, call: OpCall, axis: int, offset: int) -> list[tuple[int, int] | None]:
+    """For each output: its token axis and the number of leading tokens that it leaves out; None where it has only some
+    tokens at fixed positions, which are recorded."""
     size = call.shape(0)[axis]
     if size > MAX_FOLLOWED_TOKENS:
-        raise step.pin(0, f"{size} positions are too many to follow one by one")
+        raise context.pin(0, f"the token axis has {size} entries, at most {MAX_FOLLOWED_TOKENS} are supported")
     view = [1] * len(call.shape(0))
     view[axis] = size
-    assert step.spec.move is not None
+    assert context.spec.move is not None
     try:
-        moved = step.spec.move(call, np.arange(size, dtype=np.int32).reshape(view))
+        moved = context.spec.move(call, np.arange(size, dtype=np.int32).reshape(view))
     except Blocked as block:
-        raise step.pin(0, block.reason) from None
-    found: list[tuple[int, int] | None] = []
+        raise context.pin(0, block.reason) from None
+    moved_axes: list[tuple[int, int] | None] = []
     for labels in moved:
         axes = [k for k, n in enumerate(labels.shape) if n > 1]
         flat = labels.reshape(-1)
         if len(axes) == 1 and 2 * len(flat) > size:
             if (np.diff(flat) != 1).any() or flat[-1] != size - 1:
-                raise step.pin(0, "tokens are laid out in another order, or together with something else")
-            found.append((axes[0], leading + int(flat[0])))
+                raise context.pin(0, "tokens are reordered, or merged with another axis")
+            moved_axes.append((axes[0], offset + int(flat[0])))
         elif len(axes) <= 1:
-            step.flow.read_positions |= {leading + int(k) for k in flat}
-            found.append(None)
+            context.flow.read_positions |= {offset + int(k) for k in flat}
+            moved_axes.append(None)
         else:
-            raise step.pin(0, "tokens are laid out on several axes")
-    return found
+            raise context.pin(0, "the token axis is split into several axes")
+    return moved_axes
 
 
-def token_concat(step: TokenNodeContext) -> OutputTokenAxes:
-    call = step.call
+def token_concat(context: TokenNodeContext) -> OutputTokenAxes:
+    call = context.call
     axis = int(call.attrs["axis"]) % len(call.out_shapes[0])
-    parts = [(k, m) for k in range(len(call.shapes)) if (m := step.axes(k)) is not None]
-    whole = unify_token_axes(step, parts)
-    if axis in whole.axes:
-        raise step.pin(parts[0][0], "tokens are laid beside others")
+    parts = [(k, m) for k in range(len(call.shapes)) if (m := context.axes(k)) is not None]
+    combined = unify_token_axes(context, parts)
+    if axis in combined.axes:
+        raise context.pin(parts[0][0], "tokens are concatenated with other tokens")
     for index in range(len(call.shapes)):
-        mine = step.axes(index)
-        if mine is None or mine.axes != whole.axes:
-            raise step.pin(index, "tokens are laid beside what is made for all positions")
-    return [whole]
+        operand_axes = context.axes(index)
+        if operand_axes is None or operand_axes.axes != combined.axes:
+            raise context.pin(index, "tokens are concatenated with a tensor that has an entry for every position")
+    return [combined]
 
 
-def token_attention(step: TokenNodeContext) -> OutputTokenAxes:
-    node, call = step.node, step.call
+def token_attention(context: TokenNodeContext) -> OutputTokenAxes:
+    node, call = context.node, context.call
     shape = attention_form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
-        raise step.pin(shape.query, "which tokens see each other depends on their order")
-    mask = fused_mask_input(step)
-    entering = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
-    if any(k is not None and k != mask and call.has(k) for k in entering):
-        raise step.pin(shape.query, "a mask, a cache or a table for all positions enters it")
+        raise context.pin(shape.query, "causal attention: which tokens attend to each other depends on their order")
+    mask = fused_mask_input(context)
+    position_inputs = (*shape.others(call), *shape.past, *shape.rotary, shape.scores)
+    if any(k is not None and k != mask and call.has(k) for k in position_inputs):
+        raise context.pin(
+            shape.query, "the fused attention node has a mask, a KV cache or a table with an entry for every position"
+        )
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        raise step.pin(shape.query, "it hands out the keys and values of all positions")
-    query, key, value = (step.axes(k) for k in (shape.query, shape.key, shape.value))
+        raise context.pin(shape.query, "the fused attention node outputs the keys and values of all positions")
+    query, key, value = (context.axes(k) for k in (shape.query, shape.key, shape.value))
     if shape.packed:
         key = value = query
     if key is not None and value is not None and key.axes == value.axes:
-        step.flow.softmaxes.append(TokenReduce(node, shape.key, -1, next(iter(key.axes.values()))))
+        context.flow.softmaxes.append(TokenReduce(node, shape.key, -1, next(iter(key.axes.values()))))
     elif key is not None or value is not None:
-        raise step.pin(shape.key, "tokens meet others than themselves")
+        raise context.pin(shape.key, "token streams of different origin are combined")
     if mask is not None:
-        sides = {2: query, 3: key}
-        axes = {a: 0 for a, marks in sides.items() if marks is not None and call.shape(mask)[a] > 1}
-        if any(marks is not None and any(marks.axes.values()) for marks in sides.values()):
-            raise step.pin(mask, "some of the tokens only meet a mask")
+        axes_of_mask = {2: query, 3: key}
+        axes = {a: 0 for a, token_axes in axes_of_mask.items() if token_axes is not None and call.shape(mask)[a] > 1}
+        if any(token_axes is not None and any(token_axes.axes.values()) for token_axes in axes_of_mask.values()):
+            raise context.pin(mask, "the mask covers only some of the tokens")
         if axes:
-            check_side_input(step, mask, axes, len(axes) > 1)
+            check_side_input(context, mask, axes, len(axes) > 1)
     return [query]
 
 
-def fused_mask_input(step: TokenNodeContext) -> int | None:
-    """The input that holds a mask [batch or 1, heads or 1, queries, keys], if there is one."""
-    call = step.call
-    index = attention_form(call, step.node.domain).scores
-    one = index is not None and index in attention_form(call, step.node.domain).masks and call.has(index)
-    return index if one and len(call.shape(index or 0)) == 4 else None
+def fused_mask_input(context: TokenNodeContext) -> int | None:
+    """Index of the mask input, [batch or 1, heads or 1, queries, keys]; None if there is none."""
+    call = context.call
+    index = attention_form(call, context.node.domain).scores
+    is_mask = index is not None and index in attention_form(call, context.node.domain).masks and call.has(index)
+    return index if is_mask and len(call.shape(index or 0)) == 4 else None
 
 
-def token_shape_only(step: TokenNodeContext) -> OutputTokenAxes:
+def token_shape_only(context: TokenNodeContext) -> OutputTokenAxes:
     return []
 
 
-def token_by_position(step: TokenNodeContext) -> OutputTokenAxes:
-    index = next((k for k in range(len(step.node.inputs)) if step.axes(k) is not None), 0)
-    raise step.pin(index, "what it does to tokens depends on their positions")
+def token_by_position(context: TokenNodeContext) -> OutputTokenAxes:
+    index = next((k for k in range(len(context.node.inputs)) if context.axes(k) is not None), 0)
+    raise context.pin(index, "its effect on tokens depends on their positions")
 
 
-def token_opaque(step: TokenNodeContext) -> OutputTokenAxes:
-    index = next((k for k in range(len(step.node.inputs)) if step.axes(k) is not None), 0)
-    raise step.pin(index, step.spec.reason)
+def token_opaque(context: TokenNodeContext) -> OutputTokenAxes:
+    index = next((k for k in range(len(context.node.inputs)) if context.axes(k) is not None), 0)
+    raise context.pin(index, context.spec.reason)
 
 
 TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {

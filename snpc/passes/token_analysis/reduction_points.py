@@ -1,8 +1,8 @@
-"""Where tokens can be dropped or merged: after which blocks, and why not after the others.
+"""Reduction points: the blocks after which tokens can be dropped or merged, and why not after the others.
 
-A block ends its attention with a sum into the residual stream, [batch, tokens, width]. There the tokens can get fewer
-if everything that is made of them works per token or attends to all of them, and what leaves is read at fixed leading
-positions (a class token), is a mean or a sum over tokens, or nothing (``passes.flow``).
+A block adds its attention to the residual stream, [batch, tokens, width]. There the number of tokens can be reduced if
+every operator that depends on them works per token or attends to all of them (``token_analysis.propagate``), and the
+graph outputs read fixed leading positions (a class token), or a mean or sum over tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from snpc.passes.token_analysis.state import TokenFlow, TokenPin
 from snpc.types import Pin
 
 MIN_TOKEN_OPSET = 13
-MAX_LEADING_SHARE = 0.25  # of the tokens: more that are read by number are no class tokens
+MAX_LEADING_SHARE = 0.25  # of all tokens; if more are read at fixed positions, they are no class tokens
 TOKEN_AXIS = 1
 
 
 @dataclass(frozen=True)
 class AttentionScores:
-    """Attention weights of the block in front of a point: ``tensor``, with queries along this axis (-1 or -2) and keys
-    along the other one. Of a fused node (``fused`` names it) they are inside; its heads are ``width`` wide, and
-    it may have a mask that is true where keys count ("tells") or that is added ("added"). ``apart``: heads have an axis
-    of their own, the second one; ``masked``: tokens meet a mask in front of them."""
+    """Attention weights of the block in front of a reduction point.
+
+    ``tensor``: the value that holds them, with queries along ``query_axis`` (-1 or -2) and keys along the other of the
+    two axes. In a fused node (``fused`` is its name) they are computed inside, with heads of ``head_width`` channels;
+    its ``mask`` is boolean ("tells") or added to the scores ("added"). ``heads_on_own_axis``: heads are the second
+    axis. ``masked``: a mask applies to the scores.
+    """
 
     tensor: str
     query_axis: int
@@ -48,12 +51,12 @@ class AttentionScores:
 
 @dataclass(frozen=True)
 class TokenPoint:
-    """A value of the residual stream, [batch, ``count``, width], whose tokens can get fewer.
+    """A value of the residual stream, [batch, ``count``, width], whose tokens can be reduced.
 
-    ``block``: number of the attention in front of it, from 1. ``leading``: class, register and other tokens in front
-    that always stay. ``reads``: how many of these are read in the end; ``pooled``: a mean is taken over tokens.
-    ``fixed``: there are as many for all inputs (else ``count`` is what the facts' binding makes it).
-    ``sided``: what tokens meet behind it that has an entry for each of them (a mask), "" if nothing.
+    ``block``: number of the attention in front of it, from 1. ``leading``: number of class, register and other tokens
+    in front that always stay; ``leading_reads``: how many of these the outputs read. ``pooled``: a mean is taken over
+    tokens. ``fixed_length``: all inputs have ``count`` tokens (otherwise ``count`` is for the sizes of the analysis).
+    ``side_input``: name of a tensor with an entry per token that later nodes read (a mask), "" if there is none.
     """
 
     block: int
@@ -71,7 +74,7 @@ class TokenPoint:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What is known about the tokens of a model. ``blocks``: how many attentions there are."""
+    """Reduction points of a model, and pins of the blocks that have none. ``blocks``: number of attentions."""
 
     points: tuple[TokenPoint, ...]
     pins: tuple[Pin, ...]
@@ -85,7 +88,7 @@ NO_TOKENS = TokenFacts((), (), 0)
 
 
 class TokenReduction(Protocol):
-    """What an analysis needs to know of a reduction (``snpc.tokens.reduction`` makes them)."""
+    """What an analysis needs to know of a token reduction (implemented in ``snpc.tokens.reduction``)."""
 
     @property
     def spec(self) -> str:
@@ -94,26 +97,26 @@ class TokenReduction(Protocol):
 
     @property
     def decisions(self) -> tuple[str, ...]:
-        """Names of the tensors that say which tokens go: inputs of the open graph, values of the closed one."""
+        """Names of the tensors that say which tokens are removed: graph inputs until decisions are embedded."""
         ...
 
     def embed_decisions(self, model: ir.Model) -> None:
-        """Make this open graph, in place, decide itself."""
+        """Add the nodes that compute the decisions, in place of graph inputs."""
         ...
 
     def finalize(self, model: ir.Model) -> None:
-        """As ``embed_decisions``, for what is written or timed."""
+        """As ``embed_decisions``, for a model that is written or timed."""
         ...
 
     def name_decision_sizes(self, model: ir.Model) -> None:
-        """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
+        """Set the shapes of embedded decisions, with names for the sizes that are computed."""
         ...
 
     def to_json(self) -> dict[str, Any]: ...
 
 
-def find_reduction_points(model: ir.Model, facts: ShapeFacts, sizes: Mapping[str, int]) -> TokenFacts:
-    """Every point, and of every block that has none the reason. ``sizes``: the binding of ``facts``."""
+def find_reduction_points(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping[str, int]) -> TokenFacts:
+    """All reduction points, and the reason for each block without one. ``dim_sizes``: those of ``facts``."""
     nodes = list(model.graph)
     sites = [k for k, node in enumerate(nodes) if is_attention_site(facts, node)]
     if not sites:
@@ -124,48 +127,46 @@ def find_reduction_points(model: ir.Model, facts: ShapeFacts, sizes: Mapping[str
             "convert the model"
         )
         return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
-    search = PointSearch(model, facts, data_dependent_values(model), fixed_length_test(model, sizes))
+    search = PointSearch(model, facts, data_dependent_values(model), fixed_length_test(model, dim_sizes))
     points: list[TokenPoint] = []
     pins: dict[str, Pin] = {}
     for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
-        found = find_point_after(search, block, nodes[start], nodes[start + 1 : end])
-        if isinstance(found, TokenPin):
-            count = token_count_of(facts, found.tensor)
-            pins.setdefault(found.reason, Pin(found.tensor, TOKEN_AXIS, count, found.reason, found.operator))
-        elif found is not None:
-            points.append(found)
+        point = find_point_after(search, block, nodes[start], nodes[start + 1 : end])
+        if isinstance(point, TokenPin):
+            count = token_count_of(facts, point.tensor)
+            pins.setdefault(point.reason, Pin(point.tensor, TOKEN_AXIS, count, point.reason, point.operator))
+        elif point is not None:
+            points.append(point)
     return TokenFacts(tuple(points), tuple(pins.values()), len(sites))
 
 
 @dataclass(frozen=True)
 class PointSearch:
-    """What is looked at for every block. ``made``: values made from the contents of inputs; ``fixed`` says whether the
-    number of tokens of a value is the same for all inputs."""
+    """What the search for points reads. ``data_dependent``: values that depend on the contents of inputs; ``fixed``:
+    whether a value has the same number of tokens for all inputs."""
 
     model: ir.Model
     facts: ShapeFacts
-    made: frozenset[ir.Value]
+    data_dependent: frozenset[ir.Value]
     fixed: Callable[[ir.Value], bool]
 
 
 def find_point_after(
     search: PointSearch, block: int, site: ir.Node, after: Sequence[ir.Node]
 ) -> TokenPoint | TokenPin | None:
-    """The first sum behind attention ``site`` where tokens can get fewer, or why there is none; None where that would
-    be no use."""
-    first: TokenPin | None = None
+    """The first residual sum after attention ``site`` where tokens can be reduced, or the pin that says why there is
+    none; None where a reduction would save nothing."""
+    first_pin: TokenPin | None = None
     for node in after:
-        if not is_residual_sum(search.facts, search.made, node):
+        if not is_residual_sum(search.facts, search.data_dependent, node):
             continue
         try:
             return reduction_point_at(search, block, site, node)
-        except TokenPin as stuck:
-            first = first or stuck
+        except TokenPin as pin:
+            first_pin = first_pin or pin
         except NothingToSave:
             return None
-    return first or TokenPin(
-        site, str(site.outputs[0].name), "behind it no two streams [batch, tokens, width] are added"
-    )
+    return first_pin or TokenPin(site, str(site.outputs[0].name), "no residual sum [batch, tokens, width] follows it")
 
 
 def token_count_of(facts: ShapeFacts, tensor: str) -> int:
@@ -173,25 +174,26 @@ def token_count_of(facts: ShapeFacts, tensor: str) -> int:
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
 
 
-def fixed_length_test(model: ir.Model, sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
-    """Whether a value has as many tokens however the dynamic axes (but for the batch) are bound."""
+def fixed_length_test(model: ir.Model, dim_sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
+    """A test whether a value has the same number of tokens for all sizes of dynamic axes other than the batch."""
     if all(axis == 0 for _, _, axis, _ in dynamic_axes(model.graph)):
         return lambda value: True
-    here, there = infer_graph(model, sizes), infer_graph(model, alternative_dim_sizes(sizes))
+    shapes, other_shapes = infer_graph(model, dim_sizes), infer_graph(model, alternative_dim_sizes(dim_sizes))
 
     def fixed(value: ir.Value) -> bool:
-        a, b = here.shape.get(value), there.shape.get(value)
+        a, b = shapes.shape.get(value), other_shapes.shape.get(value)
         return a is not None and b is not None and a[TOKEN_AXIS] == b[TOKEN_AXIS]
 
     return fixed
 
 
 class NothingToSave(Exception):
-    """No attention, no mean and no sum follows: fewer tokens would spare nothing that dead rows do not."""
+    """No attention, mean or sum over tokens follows: a reduction would save nothing that dead-row elimination does
+    not."""
 
 
 def is_attention_site(facts: ShapeFacts, node: ir.Node) -> bool:
-    """A softmax over the last of at least three axes, or a fused node."""
+    """Whether ``node`` is a softmax over a tensor of at least three axes, or a fused attention node."""
     spec = lookup(node.domain, node.op_type)
     shape = facts.shape.get(node.outputs[0]) or ()
     if spec.kind == "attention":
@@ -199,20 +201,21 @@ def is_attention_site(facts: ShapeFacts, node: ir.Node) -> bool:
     return spec.kind == "normalise" and spec.reason == SUMMED_OVER and len(shape) >= 3
 
 
-def is_residual_sum(facts: ShapeFacts, made: frozenset[ir.Value], node: ir.Node) -> bool:
-    """Two activations of one shape [batch, tokens, width] added."""
+def is_residual_sum(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> bool:
+    """Whether ``node`` adds two activations of one shape [batch, tokens, width]."""
     spec = lookup(node.domain, node.op_type)
     out = node.outputs[0]
     shape = facts.shape.get(out)
     if spec.effect != "add" or spec.kind != "pointwise" or spec.subtracts or shape is None or len(shape) != 3:
         return False
-    same = [v for v in node.inputs if v is not None and facts.shape.get(v) == shape and v in made]
+    same = [v for v in node.inputs if v is not None and facts.shape.get(v) == shape and v in data_dependent]
     return len(same) > 1 and is_float(facts.dtype.get(out))
 
 
 def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
-    """Raises Stuck where the tokens behind cannot get fewer, NothingBehind where that is no use."""
-    model, facts, made = search.model, search.facts, search.made
+    """The reduction point at the residual sum ``node``. Raises TokenPin if its tokens cannot be reduced, NothingToSave
+    if that would save nothing."""
+    model, facts, data_dependent = search.model, search.facts, search.data_dependent
     value = node.outputs[0]
     shape = facts.shape[value]
     assert shape is not None
@@ -222,10 +225,12 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
     if not flow.softmaxes and not flow.means and not flow.sums:
         raise NothingToSave
     if shape[0] != input_batch_size(model, facts):
-        raise TokenPin(node, str(value.name), "its first axis is not the batch of the inputs")
-    leading = max([count_constant_tokens(facts, made, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.read_positions)])
+        raise TokenPin(node, str(value.name), "its first axis is not the batch axis of the inputs")
+    leading = max(
+        [count_constant_tokens(facts, data_dependent, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.read_positions)]
+    )
     if leading > max(1, MAX_LEADING_SHARE * shape[TOKEN_AXIS]):
-        raise TokenPin(node, str(value.name), f"token {leading - 1} is read by number")
+        raise TokenPin(node, str(value.name), f"token {leading - 1} is read at a fixed position")
     return TokenPoint(
         block,
         str(value.name),
@@ -242,13 +247,13 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
 
 
 def input_batch_size(model: ir.Model, facts: ShapeFacts) -> int | None:
-    """The first axis of the first input."""
+    """Size of the first axis of the first input."""
     shapes = [facts.shape.get(value) for value in model.graph.inputs if not value.is_initializer()]
     return shapes[0][0] if shapes and shapes[0] else None
 
 
-def count_constant_tokens(facts: ShapeFacts, made: frozenset[ir.Value], model: ir.Model, count: int) -> int:
-    """How many leading tokens are no data: class and register tokens laid before the others."""
+def count_constant_tokens(facts: ShapeFacts, data_dependent: frozenset[ir.Value], model: ir.Model, count: int) -> int:
+    """Number of leading tokens that do not depend on the input: class and register tokens concatenated in front."""
     most = 0
     for node in model.graph:
         shape = facts.shape.get(node.outputs[0]) or ()
@@ -256,39 +261,39 @@ def count_constant_tokens(facts: ShapeFacts, made: frozenset[ir.Value], model: i
             continue
         axis = int(node.attributes["axis"].value) % 3
         if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
-            most = max(most, sum(leading_constant_lengths(facts, made, node)))
+            most = max(most, sum(leading_constant_lengths(facts, data_dependent, node)))
     return most
 
 
-def leading_constant_lengths(facts: ShapeFacts, made: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+def leading_constant_lengths(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
     for value in node.inputs:
-        if value is None or value in made:
+        if value is None or value in data_dependent:
             return
         yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
 
 
 def attention_scores_of(model: ir.Model, facts: ShapeFacts, site: ir.Node, node: ir.Node) -> AttentionScores | None:
-    """The weights of attention ``site``, if they are over the same tokens that the sum ``node`` gives."""
+    """The weights of attention ``site``, if they are over the tokens of the residual sum ``node``; None otherwise."""
     out = node.outputs[0]
-    for before in node.inputs:
-        if before is None or facts.shape.get(before) != facts.shape.get(out):
+    for operand in node.inputs:
+        if operand is None or facts.shape.get(operand) != facts.shape.get(out):
             continue
-        flow = follow_tokens(model, facts, before, TOKEN_AXIS)
+        flow = follow_tokens(model, facts, operand, TOKEN_AXIS)
         if out in flow.axes:
             batch = (facts.shape[out] or (1,))[0]
             fused = lookup(site.domain, site.op_type).kind == "attention"
-            found = (
+            scores = (
                 fused_attention_scores(facts, flow, site, opset_version(model))
                 if fused
                 else unfused_attention_scores(facts, flow, site, batch)
             )
-            if found is not None:
-                return found
+            if scores is not None:
+                return scores
     return None
 
 
 def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, batch: int) -> AttentionScores | None:
-    """[batch, heads, queries, keys], with batch and heads in one axis or more."""
+    """Attention weights of a softmax node: [batch, heads, queries, keys], with batch and heads on one axis or more."""
     out = site.outputs[0]
     marks, shape = flow.axes.get(out), facts.shape.get(out) or ()
     keys = {w.axis for w in flow.softmaxes if w.node is site}
@@ -298,13 +303,13 @@ def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, 
     heads = math.prod(shape[:-2])
     if heads % batch:
         return None
-    apart = last == 3 and shape[0] == batch
+    heads_on_own_axis = last == 3 and shape[0] == batch
     masked = any(not side.uniform for side in flow.side_inputs)
     return AttentionScores(
         str(out.name),
         (marks.axes.keys() - keys).pop() - len(shape),
         heads // batch,
-        heads_on_own_axis=apart,
+        heads_on_own_axis=heads_on_own_axis,
         masked=masked,
     )
 
@@ -315,17 +320,17 @@ def fused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, ve
     if shape.packed or any(site.inputs[k] not in flow.axes for k in (shape.query, shape.key)):
         return None
     if call.has(shape.bias) if shape.bias is not None else False:
-        return None  # it is added inside
+        return None  # the bias of the projection is added inside the node
     mask: Literal["", "tells", "added"] = ""
-    given = site.inputs[shape.scores] if shape.scores is not None and call.has(shape.scores) else None
-    if given is not None:
-        mask = "tells" if facts.dtype.get(given) == ir.DataType.BOOL else "added"
-    heads, others = head_counts(call)
-    sizes, keys = call.shape(shape.query), call.shape(shape.key)
-    by_head = not heads
-    if by_head:
-        heads, others = sizes[1], keys[1]
-    if heads != others or not (by_head or len(sizes) == 3):
+    mask_value = site.inputs[shape.scores] if shape.scores is not None and call.has(shape.scores) else None
+    if mask_value is not None:
+        mask = "tells" if facts.dtype.get(mask_value) == ir.DataType.BOOL else "added"
+    heads, kv_heads = head_counts(call)
+    query_shape, key_shape = call.shape(shape.query), call.shape(shape.key)
+    split_into_heads = not heads
+    if split_into_heads:
+        heads, kv_heads = query_shape[1], key_shape[1]
+    if heads != kv_heads or not (split_into_heads or len(query_shape) == 3):
         return None
-    width = sizes[-1] if by_head else sizes[-1] // heads
+    width = query_shape[-1] if split_into_heads else query_shape[-1] // heads
     return AttentionScores("", -2, heads, width, str(site.name), mask, heads_on_own_axis=True, masked=bool(mask))

@@ -1,4 +1,4 @@
-"""What following tokens through a graph notes down."""
+"""State of token analysis: token axes of values, and what was recorded while the tokens were followed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from snpc.ops.spec import OpCall, OpSpec
 
 
 class TokenPin(Exception):
-    """The tokens cannot be followed through ``node`` with another number of them."""
+    """Tokens cannot be removed in front of ``node`` (None: the model as a whole): ``tensor`` is its input that says
+    so."""
 
     def __init__(self, node: ir.Node | None, tensor: str, reason: str) -> None:
         super().__init__(reason)
@@ -25,17 +26,17 @@ class TokenPin(Exception):
 
 
 class NeedsSideInput(TokenPin):
-    """The tokens get no further, unless ``found`` go with them: these values have an entry for each token too."""
+    """Tokens can be followed further only if ``side_inputs``, which have an entry per token, are reduced with them."""
 
-    def __init__(self, stuck: TokenPin, found: Mapping[ir.Value, TokenAxes]) -> None:
-        super().__init__(stuck.node, stuck.tensor, stuck.reason)
-        self.side_inputs = found
+    def __init__(self, pin: TokenPin, side_inputs: Mapping[ir.Value, TokenAxes]) -> None:
+        super().__init__(pin.node, pin.tensor, pin.reason)
+        self.side_inputs = side_inputs
 
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """The axes of a value that hold the tokens: axis -> how many leading ones are left out. ``weighed``: those of them
-    along which the entries are weights already (a softmax made them)."""
+    """The token axes of a value: axis -> number of leading tokens that it leaves out. ``weighted``: the axes along
+    which its entries are results of a softmax."""
 
     axes: dict[int, int]
     weighted: frozenset[int] = frozenset()
@@ -43,8 +44,10 @@ class TokenAxes:
 
 @dataclass(frozen=True)
 class TokenReduce:
-    """Input ``index`` of ``node`` has tokens along ``axis`` (``leading`` left out) that are weighed or added up there:
-    scores before their softmax (inside a fused node, where ``axis`` is -1), or what a mean or a sum is taken of."""
+    """A softmax, mean or sum over tokens: input ``index`` of ``node``, along ``axis``.
+
+    ``offset``: number of leading tokens that are left out. ``axis`` is -1 for the scores inside a fused node.
+    """
 
     node: ir.Node
     index: int
@@ -54,8 +57,10 @@ class TokenReduce:
 
 @dataclass(frozen=True)
 class SideInput:
-    """Input ``index`` of ``node``, made without the tokens, has an entry for each of them along ``axes`` (axis -> how
-    many leading ones are left out). ``even``: all entries along them are the same, so one serves."""
+    """Input ``index`` of ``node`` has an entry per token along ``axes``, but is not computed from the token stream.
+
+    ``axes``: axis -> number of leading tokens that are left out. ``uniform``: all entries along them are equal.
+    """
 
     node: ir.Node
     index: int
@@ -66,12 +71,13 @@ class SideInput:
 
 @dataclass
 class TokenFlow:
-    """What was met on the way.
+    """The tokens of one value, followed through the graph.
 
-    ``stream``: whose tokens get fewer; ``starts``: the values that are followed, it and what else is picked from as its
-    tokens are (a mask that a mean leaves padding out by). ``reads``: positions that are read by number; ``weighings``:
-    softmaxes over tokens; ``pools``: means over tokens; ``sums``: other sums over tokens, in which none has a weight;
-    ``sides``: what has an entry for each of them.
+    ``stream``: the value whose tokens are reduced. ``origins``: all values that are followed: the stream, and side
+    inputs that are gathered as its tokens are (the mask of a mean over unpadded tokens). ``axes``: token axes of every
+    value that was reached; ``nodes``: the nodes that were passed. ``read_positions``: fixed positions that are read;
+    ``softmaxes``, ``means``, ``sums``: reductions over tokens (``sums``: all that are unweighted). ``pin``: what
+    stopped the flow, None if it reached the outputs.
     """
 
     stream: ir.Value
@@ -88,7 +94,7 @@ class TokenFlow:
 
 @dataclass(frozen=True)
 class TokenNodeContext:
-    """One node on the way."""
+    """The node that is being visited while tokens are followed."""
 
     model: ir.Model
     facts: ShapeFacts

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import attribute_values
+from snpc.graph.traversal import movement_root
 from snpc.ops import lookup
 from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.propagation.labels import varying_axes
@@ -148,14 +149,7 @@ def is_moved_constant(contraction: Contraction, side: LabeledValue, constant: ir
     """Is ``side`` this constant, directly or through movement?"""
     for value in contraction.node.inputs:
         if value is not None and value.name == side.name:
-            root = value
-            while root.producer() is not None and root.producer().inputs:  # type: ignore[union-attr]
-                producer = root.producer()
-                assert producer is not None
-                if lookup(producer.domain, producer.op_type).kind != "movement" or producer.inputs[0] is None:
-                    return False
-                root = producer.inputs[0]
-            return root is constant
+            return movement_root(value) is constant
     return False
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.builder import add_constant, make_node, redirect_uses, replace_graph_output
 from snpc.graph.shapes import static_shape
-from snpc.graph.traversal import is_stored_constant
+from snpc.graph.traversal import is_stored_constant, movement_root
 from snpc.ops import lookup
 from snpc.ops.names import ADD
 from snpc.passes.grouping.traced import TracedGraph
@@ -135,23 +136,19 @@ def write_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Weigh
     dtype = next(d for d in (weight_dtype(v) for v in node.inputs) if d is not None)
     if spec.windowed and spec.bias is not None and len(node.inputs) > spec.bias:  # taken by one that is shared
         vector = vector.reshape(-1, *[1] * (weight_rank(node) - 2))
-    tensor = ir.Tensor(vector.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(vector.shape), type=ir.TensorType(dtype))
-    model.graph.register_initializer(value)
+    value = add_constant(model.graph, vector.astype(dtype.numpy()), name, dtype)
     if spec.windowed and spec.bias is not None and len(node.inputs) == spec.bias:
         node.resize_inputs(spec.bias + 1)
         node.replace_input_with(spec.bias, value)
         return
     users = list(output.uses())
-    made = ir.Node("", ADD, [output, value], num_outputs=1, name=f"{node_name}__bias")
-    made.outputs[0].name = f"{output.name}__biased"
-    made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
-    node.append(made)
-    for user, index in users:
-        user.replace_input_with(index, made.outputs[0])
+    add = make_node(ADD, [output, value], name=f"{node_name}__bias", outputs=[f"{output.name}__biased"])
+    biased = add.outputs[0]
+    biased.type, biased.shape = output.type, output.shape
+    node.append(add)
+    redirect_uses(users, biased)
     if output.is_graph_output():
-        model.graph.outputs[model.graph.outputs.index(output)] = made.outputs[0]
-        made.outputs[0].name, output.name = output.name, f"{output.name}__unbiased"
+        replace_graph_output(model.graph, output, biased, f"{output.name}__unbiased")
 
 
 def weight_rank(node: ir.Node) -> int:
@@ -161,13 +158,9 @@ def weight_rank(node: ir.Node) -> int:
 
 
 def weight_dtype(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a constant, seen directly or through movement."""
-    while value is not None and value.const_value is None:
-        node = value.producer()
-        if node is None or lookup(node.domain, node.op_type).kind != "movement":
-            return None
-        value = node.inputs[0]
-    return None if value is None else value.dtype
+    """The type of a constant, read directly or through movement."""
+    root = None if value is None else movement_root(value)
+    return None if root is None or root.const_value is None else root.dtype
 
 
 def existing_bias(node: ir.Node, width: int) -> ir.Value | None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts
-from snpc.graph.traversal import is_stored_constant
+from snpc.graph.traversal import is_stored_constant, movement_behind, movement_root
 from snpc.ops import lookup
 from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import LabeledValue, Trace
@@ -164,16 +164,15 @@ def mark_moved_constant(fold: LinearPath, node: ir.Node, part: ir.Value, wanted:
     mark_constant(fold, root, labeled_positions(trace.values.get(root), frozenset(mine.reshape(-1)[hit].tolist())))
 
 
-def constant_behind_movement(fold: LinearPath, value: ir.Value) -> ir.Value:
-    """The constant that only movement lies behind, all of which is marked as passed."""
-    fold.values.add(value)
-    while (node := value.producer()) is not None:
-        if lookup(node.domain, node.op_type).kind != "movement" or node.inputs[0] is None:
-            raise NotLinear
-        fold.nodes.add(node)
-        value = node.inputs[0]
-        fold.values.add(value)
-    return value
+def constant_behind_movement(path: LinearPath, value: ir.Value) -> ir.Value:
+    """The value that only movement lies before ``value``; all that is passed becomes part of the path."""
+    nodes = list(movement_behind(value))
+    root = movement_root(value)
+    if root.producer() is not None:
+        raise NotLinear
+    path.nodes.update(nodes)
+    path.values.update((value, root, *(node.inputs[0] for node in nodes if node.inputs[0] is not None)))
+    return root
 
 
 def mark_projection(fold: LinearPath, node: ir.Node, wanted: frozenset[int], trace: Trace) -> None:

@@ -1,6 +1,6 @@
-"""Calibration data as users have it, served as batches that fit the model.
+"""Calibration data: from the forms that users have it in to batches that fit the model.
 
-    source -open-> parts (shapes known, nothing read) -choose, plan-> Calibration -batches()-> feeds
+    source -open-> parts (shapes known, no values read) -choose samples, plan batches-> Calibration -batches()-> feeds
 
 | source | one part is |
 |---|---|

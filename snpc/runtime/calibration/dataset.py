@@ -1,4 +1,4 @@
-"""From parts to batches: choose samples, plan which rows of which part make each batch, then read along the plan."""
+"""Calibration data as batches: samples are chosen, batches planned from rows of parts, and read when they are due."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
-    """Rows of one part that go into one batch. ``first``: where the part's rows begin in the whole source; ``kind``:
-    pieces of the same kind can share a batch."""
+    """Rows of one part that go into one batch.
+
+    ``offset``: number of the part's first row in the whole source. ``batch_key``: selections with equal keys can share
+    a batch.
+    """
 
     part: CalibrationPart
     shapes: Mapping[str, Shape] = field(repr=False)
@@ -36,17 +39,21 @@ class RowSelection:
 
     @property
     def sample_ids(self) -> IntArray:
-        """[rows]: which samples of the source these are."""
+        """[rows]: the numbers of these samples in the source, from 0."""
         return self.offset + self.rows
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data that fits a model; ``batches()`` can be called as often as wanted and gives the same each time.
+    """Calibration data that fits a model; ``batches()`` gives the same batches each time it is called.
 
-    ``samples``: how many are fed. ``batch``: the most in one batch, or the model's own batch size. ``available``: how
-    many the source holds (None: not counted). ``dropped``: chosen, but left over from batches of the model's size.
-    ``plan``, ``held`` (the inputs as stored), ``axes`` and ``whole`` say how to read it.
+    ``samples``: how many are fed. ``batch``: samples per batch at most, or the model's own batch size. ``requested``:
+    how many samples were asked for. ``available``: how many the source holds (None: not counted). ``dropped``:
+    samples that were chosen but do not fill a batch of the model's size.
+
+    How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
+    source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
+    samples, without a sample axis.
     """
 
     source: str
@@ -64,19 +71,19 @@ class Calibration:
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
 
-        Raises UserError for values that no model should be calibrated on.
+        Raises UserError for values that cannot be calibrated on: NaN, infinity, a mask that hides every token.
         """
-        opened: tuple[CalibrationPart, Mapping[str, AnyArray]] | None = None
-        for pieces in self.batch_plan:
-            taken = []
-            for piece in pieces:
-                if opened is None or opened[0] is not piece.part:
-                    opened = (piece.part, _read_part(piece, self.stored_inputs))
-                taken.append(self._take(piece, opened[1]))
-            yield self._joined(taken)
+        open_part: tuple[CalibrationPart, Mapping[str, AnyArray]] | None = None
+        for selections in self.batch_plan:
+            feeds = []
+            for selection in selections:
+                if open_part is None or open_part[0] is not selection.part:
+                    open_part = (selection.part, _read_part(selection, self.stored_inputs))
+                feeds.append(self._take(selection, open_part[1]))
+            yield self._joined(feeds)
 
     def first_rows(self, rows: int) -> Iterator[dict[str, AnyArray]]:
-        """The first ``rows`` samples of each batch; all of them where the model takes nothing but full batches."""
+        """The first ``rows`` samples of each batch; all samples where the model takes full batches only."""
         for feeds in self.batches():
             yield (
                 feeds
@@ -85,18 +92,18 @@ class Calibration:
             )
 
     def has_sample_axis(self, name: str) -> bool:
-        """Is the first axis of this input the samples'?"""
+        """Whether the first axis of this input is the sample axis."""
         return name in self.sample_axes.inputs
 
     def max_elements(self) -> dict[str, int]:
-        """Input name -> the most elements that a batch has."""
-        found: dict[str, int] = {}
-        for pieces in self.batch_plan:
+        """Input name -> number of elements in the largest batch."""
+        elements: dict[str, int] = {}
+        for selections in self.batch_plan:
             for spec in self.stored_inputs:
-                rows = sum(map(len, pieces)) if spec.name in self.sample_axes.inputs else 1
-                each = pieces[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
-                found[spec.name] = max(found.get(spec.name, 0), rows * math.prod(each))
-        return found
+                rows = sum(map(len, selections)) if spec.name in self.sample_axes.inputs else 1
+                each = selections[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
+                elements[spec.name] = max(elements.get(spec.name, 0), rows * math.prod(each))
+        return elements
 
     def describe(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
@@ -110,36 +117,37 @@ class Calibration:
             text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
 
-    def _take(self, piece: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def _take(self, selection: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         feed = {}
         for spec in self.stored_inputs:
             sampled = spec.name in self.sample_axes.inputs
-            rows = arrays[spec.name][piece.rows] if sampled else arrays[spec.name].copy()
-            feed[spec.name] = validate_and_convert(rows, spec, piece.part.label, piece.rows if sampled else None)
+            rows = arrays[spec.name][selection.rows] if sampled else arrays[spec.name].copy()
+            numbers = selection.rows if sampled else None
+            feed[spec.name] = validate_and_convert(rows, spec, selection.part.label, numbers)
         return feed
 
-    def _joined(self, taken: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
-        feed = dict(taken[0])
-        for name in self.sample_axes.inputs if len(taken) > 1 else ():
-            feed[name] = np.concatenate([one[name] for one in taken])
+    def _joined(self, feeds: Sequence[dict[str, AnyArray]]) -> dict[str, AnyArray]:
+        feed = dict(feeds[0])
+        for name in self.sample_axes.inputs if len(feeds) > 1 else ():
+            feed[name] = np.concatenate([feed_part[name] for feed_part in feeds])
         return {name: array[0] for name, array in feed.items()} if self.unbatched else feed
 
 
 def calibration_from_source(
     source: CalibrationSource, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int
 ) -> Calibration:
-    """Survey the parts, choose the samples and plan the batches; reads no samples of files."""
+    """Read the headers of all parts, choose the samples and plan the batches; reads no values of files."""
     axes = find_sample_axes(source.inputs)
-    pieces = _survey_parts(source, axes, samples)
-    total = sum(map(len, pieces))
+    parts = _survey_parts(source, axes, samples)
+    total = sum(map(len, parts))
     if not total:
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
-    chosen = _take_first(pieces, samples) if source.length_unknown else _draw_samples(pieces, samples, seed)
+    chosen = _take_first(parts, samples) if source.length_unknown else _draw_samples(parts, samples, seed)
     size = axes.batch_size or batch
-    plan = pack_batches([replace(piece, batch_key=_batch_key(piece, source.inputs, axes)) for piece in chosen], size)
-    if axes.batch_size:  # the model takes nothing but full batches
-        plan = [pieces for pieces in plan if sum(map(len, pieces)) == size]
-    used = sum(len(piece) for pieces in plan for piece in pieces)
+    plan = pack_batches([replace(rows, batch_key=_batch_key(rows, source.inputs, axes)) for rows in chosen], size)
+    if axes.batch_size:  # the model takes full batches only
+        plan = [selections for selections in plan if sum(map(len, selections)) == size]
+    used = sum(len(rows) for selections in plan for rows in selections)
     if not used:
         raise UserError(_too_few_message(source.label, size, min(samples, total), total))
     return Calibration(
@@ -150,7 +158,7 @@ def calibration_from_source(
         requested=samples,
         available=None if source.length_unknown and total >= samples else total,
         dropped=sum(map(len, chosen)) - used,
-        batch_plan=tuple(tuple(pieces) for pieces in plan),
+        batch_plan=tuple(tuple(selections) for selections in plan),
         stored_inputs=source.inputs,
         sample_axes=axes,
         unbatched=source.unbatched,
@@ -158,78 +166,79 @@ def calibration_from_source(
 
 
 def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
-    """Every part with all of its rows; of an endless source, as many parts as hold ``samples``."""
-    pieces: list[RowSelection] = []
+    """Every part with all of its rows; of a source of unknown length, the first parts that hold ``samples``."""
+    selections: list[RowSelection] = []
     total = 0
     for part in source.parts:
         shapes = sample_shapes(part, source.inputs, source.allow_single_sample)
-        pieces.append(RowSelection(part, shapes, np.arange(count_samples(part, shapes, source.inputs, axes)), total))
-        total += len(pieces[-1])
+        rows = np.arange(count_samples(part, shapes, source.inputs, axes))
+        selections.append(RowSelection(part, shapes, rows, total))
+        total += len(selections[-1])
         if source.length_unknown and total >= samples:
             break
-    return pieces
+    return selections
 
 
-def _take_first(pieces: Sequence[RowSelection], samples: int) -> list[RowSelection]:
-    chosen = []
-    for piece in pieces:
-        chosen.append(replace(piece, rows=piece.rows[:samples]))
-        samples -= len(chosen[-1])
-    return [piece for piece in chosen if len(piece)]
+def _take_first(selections: Sequence[RowSelection], samples: int) -> list[RowSelection]:
+    first = []
+    for selection in selections:
+        first.append(replace(selection, rows=selection.rows[:samples]))
+        samples -= len(first[-1])
+    return [selection for selection in first if len(selection)]
 
 
-def _draw_samples(pieces: Sequence[RowSelection], samples: int, seed: int) -> list[RowSelection]:
+def _draw_samples(selections: Sequence[RowSelection], samples: int, seed: int) -> list[RowSelection]:
     """``samples`` rows drawn without replacement over all parts, left in the order they are stored."""
-    total = sum(map(len, pieces))
+    total = sum(map(len, selections))
     keep = np.zeros(total, bool)
     keep[np.random.default_rng(seed).permutation(total)[:samples]] = True
-    ends = np.cumsum([len(piece) for piece in pieces])
-    kept = np.split(keep, ends[:-1])
-    chosen = [replace(piece, rows=piece.rows[rows]) for piece, rows in zip(pieces, kept, strict=True)]
-    return [piece for piece in chosen if len(piece)]
+    ends = np.cumsum([len(selection) for selection in selections])
+    kept_by_part = np.split(keep, ends[:-1])
+    drawn = [replace(part, rows=part.rows[kept]) for part, kept in zip(selections, kept_by_part, strict=True)]
+    return [selection for selection in drawn if len(selection)]
 
 
-def _batch_key(piece: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:
-    """Pieces of the same kind can share a batch: equal sizes behind the sample axis, equal inputs without one."""
-    sizes = tuple(piece.shapes[name][1:] for name in sorted(axes.inputs))
+def _batch_key(selection: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:
+    """Equal for selections that can share a batch: equal sizes behind the sample axis, equal inputs without one."""
+    sizes = tuple(selection.shapes[name][1:] for name in sorted(axes.inputs))
     fixed = [spec for spec in inputs if spec.name not in axes.inputs]
     if not fixed:
         return sizes
-    arrays = _read_part(piece, fixed)
+    arrays = _read_part(selection, fixed)
     return sizes, tuple(arrays[spec.name].tobytes() for spec in fixed)
 
 
-def pack_batches(chosen: Sequence[RowSelection], size: int) -> list[list[RowSelection]]:
-    """Batches of ``size`` in order; a new one begins where the kind changes."""
+def pack_batches(selections: Sequence[RowSelection], size: int) -> list[list[RowSelection]]:
+    """Batches of ``size`` in order; a new batch begins where the batch key changes."""
     batches: list[list[RowSelection]] = []
     room = 0
     last: Hashable = None
-    for piece in chosen:
-        rows = piece.rows
+    for selection in selections:
+        rows = selection.rows
         while len(rows):
-            if not room or piece.batch_key != last:
+            if not room or selection.batch_key != last:
                 batches.append([])
-                room, last = size, piece.batch_key
-            batches[-1].append(replace(piece, rows=rows[:room]))
+                room, last = size, selection.batch_key
+            batches[-1].append(replace(selection, rows=rows[:room]))
             rows = rows[room:]
             room -= len(batches[-1][-1])
     return batches
 
 
-def _read_part(piece: RowSelection, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+def _read_part(selection: RowSelection, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
     """The part's arrays with their leading axes; files may have changed since the survey."""
-    arrays = piece.part.read([spec.name for spec in inputs])
+    arrays = selection.part.read([spec.name for spec in inputs])
     for spec in inputs:
         shape = arrays[spec.name].shape
-        if piece.shapes[spec.name] not in (shape, (1, *shape)):
-            raise UserError(f"{piece.part.label}: input '{spec.name}' changed while it was in use: run again")
-    return {spec.name: arrays[spec.name].reshape(piece.shapes[spec.name]) for spec in inputs}
+        if selection.shapes[spec.name] not in (shape, (1, *shape)):
+            raise UserError(f"{selection.part.label}: input '{spec.name}' changed while it was in use: run again")
+    return {spec.name: arrays[spec.name].reshape(selection.shapes[spec.name]) for spec in inputs}
 
 
-def _too_few_message(label: str, size: int, chosen: int, total: int) -> str:
-    what = f"{label}: the model's batch is {size}"
+def _too_few_message(label: str, size: int, drawn: int, total: int) -> str:
+    subject = f"{label}: the model's batch is {size}"
     if total < size:
-        return f"{what}, but there are only {total} samples: give at least {size}, or export it with a dynamic batch"
-    if chosen < size:
-        return f"{what}, but only {chosen} of {total} samples are asked for: --calib-samples {size} or more"
-    return f"{what}, but no {size} neighbouring samples have the same sizes: store batches of {size} samples"
+        return f"{subject}, but there are only {total} samples: give at least {size}, or export it with a dynamic batch"
+    if drawn < size:
+        return f"{subject}, but only {drawn} of {total} samples are asked for: --calib-samples {size} or more"
+    return f"{subject}, but no {size} neighboring samples have the same sizes: store batches of {size} samples"

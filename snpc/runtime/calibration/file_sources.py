@@ -1,4 +1,4 @@
-"""Sources that are files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
+"""Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ACCEPTED_SOURCES = (
 
 
 def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
-    """What lies at ``path``: a folder by what is in it, a file by its suffix."""
+    """The source at ``path``: a folder by its contents, a file by its suffix."""
     if not path.exists():
         raise UserError(f"{path} does not exist: {ACCEPTED_SOURCES}")
     if path.is_dir():
@@ -136,7 +136,7 @@ def _read_npy(path: Path) -> AnyArray:
 
 
 def _read_header(file: IO[bytes]) -> ArrayHeader:
-    """Shape and type of an .npy stream. Object arrays pass: their refusal can name the input, later."""
+    """Shape and type of an .npy stream. Object arrays pass here and are refused later, by the name of their input."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -159,20 +159,20 @@ def _json_source(path: Path, inputs: ModelInputs) -> CalibrationSource:
     feeds = content if isinstance(content, list) else [content]
     parts = []
     for index, feed in enumerate(feeds):
-        where = f"{path}, dict {index}"
+        label = f"{path}, dict {index}"
         if not isinstance(feed, Mapping):
-            raise UserError(f"{where}: it is a {type(feed).__name__}: {advice}")
-        parts.append(part_in_memory(where, _json_arrays(where, feed, inputs)))
+            raise UserError(f"{label}: it is a {type(feed).__name__}: {advice}")
+        parts.append(part_in_memory(label, _json_arrays(label, feed, inputs)))
     return CalibrationSource(str(path), parts, inputs)
 
 
-def _json_arrays(where: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
+def _json_arrays(label: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
     """The model's inputs decoded; other keys are ignored."""
-    require_inputs(where, feed, inputs)
+    require_inputs(label, feed, inputs)
     arrays: dict[str, AnyArray] = {}
     for name in (spec.name for spec in inputs):
         advice = f"input '{name}' should be numbers, or an .npy file in base64 under \"array\""
-        with as_user_error(where, advice, ValueError, TypeError, EOFError, OSError):
+        with as_user_error(label, advice, ValueError, TypeError, EOFError, OSError):
             arrays[name] = _json_array(feed[name])
     return arrays
 
@@ -201,7 +201,7 @@ def _test_set_folders(path: Path) -> list[Path]:
 
 
 def _test_set_part(folder: Path, inputs: ModelInputs) -> CalibrationPart:
-    """Shapes need the tensors to be parsed, but they are let go again: read() parses them once more."""
+    """The tensors are parsed for their shapes and dropped; ``read`` parses them again."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in _read_test_set(folder, inputs)}
 
     def read(names: Sequence[str]) -> dict[str, AnyArray]:

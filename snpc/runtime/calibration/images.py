@@ -1,4 +1,4 @@
-"""Pictures as calibration data: short side resized, centre cropped, (value / 255 - mean) / std."""
+"""Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How a picture becomes an input; the defaults are ImageNet's. Raises UserError for values that make no sense.
+    """How a picture becomes an input; the defaults are ImageNet's. Raises UserError for impossible values.
 
     ``size``: (height, width), None takes the model's static sizes. ``mean``, ``std``: one value, or one per channel,
     of pixels scaled to [0, 1]; uint8 inputs get the raw pixels instead. ``layout``: where the channel axis is.
@@ -51,7 +51,7 @@ IMAGENET = ImageOptions()
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What the model takes: [channels, height, width] or [height, width, channels], raw pixels or normalised."""
+    """The image input of a model: [channels, height, width] or [height, width, channels], raw pixels or normalized."""
 
     height: int
     width: int
@@ -68,8 +68,8 @@ def image_source(
     pixels = (frame.channels, frame.height, frame.width)
     shape = (1, *pixels) if options.layout == "nchw" else (1, *pixels[1:], pixels[0])
     header = ArrayHeader(shape, np.dtype(np.uint8 if frame.raw else np.float32))
-    whole = len(spec.shape) == 3  # a model for a single picture: no sample axis
-    held = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if whole else spec
+    unbatched = len(spec.shape) == 3  # a model for a single picture: no sample axis
+    stored_input = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if unbatched else spec
     load = _image_loader(frame, options)
 
     def part(file: Path) -> CalibrationPart:
@@ -78,7 +78,7 @@ def image_source(
 
         return CalibrationPart(str(file), {spec.name: header}, read)
 
-    return CalibrationSource(str(folder), (part(file) for file in files), (held,), unbatched=whole)
+    return CalibrationSource(str(folder), (part(file) for file in files), (stored_input,), unbatched=unbatched)
 
 
 def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
@@ -97,10 +97,10 @@ def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
 
 
 def _image_format(spec: TensorSpec, options: ImageOptions) -> ImageFormat:
-    sizes = spec.shape[-3:]
+    dims = spec.shape[-3:]
     first = options.layout == "nchw"
-    channels = _channel_count(spec, sizes[0] if first else sizes[2], sizes[2] if first else sizes[0], options)
-    height, width = _image_size(spec, sizes[1:] if first else sizes[:2], options)
+    channels = _channel_count(spec, dims[0] if first else dims[2], dims[2] if first else dims[0], options)
+    height, width = _image_size(spec, dims[1:] if first else dims[:2], options)
     raw = spec.dtype == np.uint8
     if not raw and spec.dtype.kind == "u":
         raise UserError(f"input '{spec.name}' takes {spec.dtype}: pictures are fed as uint8 or floats; save an .npz")
@@ -114,25 +114,25 @@ def _image_format(spec: TensorSpec, options: ImageOptions) -> ImageFormat:
 
 
 def _channel_count(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
-    """1 is greyscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
+    """1 is grayscale, 3 is RGB; a dynamic channel axis of a batched input is RGB."""
     if size in (1, 3):
         return int(size)
     if isinstance(size, str) and len(spec.shape) == 4 and other not in (1, 3):
         return 3
-    what = f"input '{spec.name}' takes {list(spec.shape)}, as {options.layout} not a picture of 1 or 3 channels"
+    subject = f"input '{spec.name}' takes {list(spec.shape)}, as {options.layout} not a picture of 1 or 3 channels"
     if other in (1, 3):
-        raise UserError(f"{what}: it looks like {'nhwc' if options.layout == 'nchw' else 'nchw'} (--image-layout)")
-    raise UserError(f"{what}: save what it takes as an .npz")
+        raise UserError(f"{subject}: it looks like {'nhwc' if options.layout == 'nchw' else 'nchw'} (--image-layout)")
+    raise UserError(f"{subject}: save what it takes as an .npz")
 
 
-def _image_size(spec: TensorSpec, sizes: Sequence[int | str], options: ImageOptions) -> tuple[int, int]:
-    height, width = sizes
+def _image_size(spec: TensorSpec, dims: Sequence[int | str], options: ImageOptions) -> tuple[int, int]:
+    height, width = dims
     if options.size is None:
         if isinstance(height, int) and isinstance(width, int):
             return height, width
         raise UserError(f"input '{spec.name}' takes pictures of any size {list(spec.shape)}: choose one (--image-size)")
-    for want, have in zip(sizes, options.size, strict=True):
-        if isinstance(want, int) and want != have:
+    for model_size, image_size in zip(dims, options.size, strict=True):
+        if isinstance(model_size, int) and model_size != image_size:
             raise UserError(
                 f"image size {options.size[0]}x{options.size[1]}, but input '{spec.name}' takes {height}x{width}: "
                 "leave --image-size out"
@@ -165,7 +165,7 @@ def _load_image(pillow: Any, frame: ImageFormat, options: ImageOptions, file: Pa
 
 
 def _resize_and_crop(pillow: Any, picture: Any, frame: ImageFormat) -> AnyArray:
-    """Resized (bicubic) until it just covers the frame, then cropped around the centre."""
+    """Resized (bicubic) until it just covers the frame, then cropped around the center."""
     scale = max(frame.height / picture.height, frame.width / picture.width)
     width, height = max(frame.width, round(picture.width * scale)), max(frame.height, round(picture.height * scale))
     if (width, height) != picture.size:

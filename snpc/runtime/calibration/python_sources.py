@@ -1,4 +1,4 @@
-"""Sources that are code: ``file.py:function``, Python iterables and callables, onnxruntime's CalibrationDataReader."""
+"""Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's CalibrationDataReader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from snpc.types import AnyArray, TensorSpec
 
 
 class CalibrationReader(Protocol):
-    """onnxruntime's CalibrationDataReader: one feed per call, then None. A ``rewind()`` is called before."""
+    """onnxruntime's CalibrationDataReader: one feed per call, then None. ``rewind()``, if any, is called first."""
 
     def get_next(self) -> Mapping[str, Any] | None: ...
 
@@ -42,8 +42,8 @@ def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -
         module = _import_script(script)
     loader = getattr(module, function, None)
     if not callable(loader):
-        there = name_list(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-        raise UserError(f"{label}: {script.name} has no function '{function}'; it has {there}")
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{label}: {script.name} has no function '{function}'; it has {name_list(public)}")
     return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
 
 
@@ -74,10 +74,10 @@ def _iterate_parts(
             feed = next(iterator, end)
         if feed is end:
             return
-        where = f"{label}, dict {index}"
+        part_label = f"{label}, dict {index}"
         if not isinstance(feed, Mapping):
-            raise UserError(f"{where}: it gave a {type(feed).__name__}, not a dict of input name -> array")
-        yield part_in_memory(where, _copy_arrays(feed, where, inputs))
+            raise UserError(f"{part_label}: it gave a {type(feed).__name__}, not a dict of input name -> array")
+        yield part_in_memory(part_label, _copy_arrays(feed, part_label, inputs))
         index += 1
 
 
@@ -96,15 +96,15 @@ def _open_iterator(value: Any, label: str) -> Iterator[Any]:
     raise UserError(f"{label}: it gave a {type(value).__name__}, not something that yields dicts of arrays")
 
 
-def _copy_arrays(feed: Mapping[str, Any], where: str, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
+def _copy_arrays(feed: Mapping[str, Any], label: str, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
     """Copies of what the model takes (a generator may fill the same buffer again); other keys are not touched."""
-    require_inputs(where, feed, inputs)
+    require_inputs(label, feed, inputs)
     arrays = {}
     for spec in inputs:
         try:
             arrays[spec.name] = np.array(feed[spec.name])
         except Exception as error:  # whatever the value's own conversion raises: a tensor on a GPU, ragged lists
-            raise UserError(f"{where}: input '{spec.name}' is not an array ({error_line(error)})") from error
+            raise UserError(f"{label}: input '{spec.name}' is not an array ({error_line(error)})") from error
     return arrays
 
 
@@ -120,7 +120,7 @@ def _import_script(script: Path) -> Any:
 
 @contextmanager
 def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
-    """Run the user's code: its folder importable, and whatever it raises shown as its failure and not as snpc's."""
+    """Run the user's code with its folder importable; its errors become UserErrors that name the code and the line."""
     folder = str(script.parent.resolve()) if script else ""
     if folder:
         sys.path.insert(0, folder)
@@ -129,8 +129,8 @@ def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        said = error_line(error) + _failing_line(error, script)
-        raise UserError(f"{label} raised {said}: it should yield dicts of input name -> array") from error
+        message = error_line(error) + _failing_line(error, script)
+        raise UserError(f"{label} raised {message}: it should yield dicts of input name -> array") from error
     finally:
         if folder in sys.path:  # the script may have changed the path; what it added stays
             sys.path.remove(folder)

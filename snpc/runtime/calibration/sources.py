@@ -1,4 +1,4 @@
-"""What every source of calibration data is turned into: parts, whose shapes are known before they are read."""
+"""The form of every source of calibration data: parts, whose shapes are known before their values are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snpc.types import AnyArray, TensorSpec
 
 
 class ArrayHeader(NamedTuple):
-    """What is known of an array without its values."""
+    """Shape and type of an array that has not been read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -22,7 +22,7 @@ class ArrayHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationPart:
-    """A file, picture or dict. ``where`` is what messages call it; ``read(names)`` gives those arrays, as stored."""
+    """A file, picture or dict. ``label`` names it in messages; ``read(names)`` gives these arrays as stored."""
 
     label: str
     headers: Mapping[str, ArrayHeader]
@@ -31,11 +31,11 @@ class CalibrationPart:
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """An opened source.
+    """An opened source of calibration data.
 
-    ``inputs``: the model's inputs as the parts hold them. ``lone``: an array may be one sample without a leading axis.
-    ``beginning``: the length is unknown, so the first samples are taken and iteration stops there. ``whole``: the model
-    has no sample axis; ``inputs`` carry an extra leading 1, which is taken off again when a batch is fed.
+    ``inputs``: the model's inputs as the parts hold them. ``allow_single_sample``: an array may be one sample without a
+    leading axis. ``length_unknown``: the first samples are taken and iteration stops there. ``unbatched``: the model
+    has no sample axis; ``inputs`` have an extra leading 1, which is removed again when a batch is fed.
     """
 
     label: str
@@ -46,42 +46,42 @@ class CalibrationSource:
     unbatched: bool = False
 
 
-def part_in_memory(where: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
-    """A part that is already in memory."""
+def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
+    """A part whose arrays are in memory."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in arrays.items()}
-    return CalibrationPart(where, headers, lambda names: {name: arrays[name] for name in names})
+    return CalibrationPart(label, headers, lambda names: {name: arrays[name] for name in names})
 
 
 def name_list(names: Iterable[str], limit: int = 8) -> str:
-    """Names for a message; a decoder with a cache has far too many to print."""
+    """Names for a message, at most ``limit`` of them: a decoder with a cache has hundreds of inputs."""
     every = list(names)
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more if every else "nothing"
 
 
-def require_inputs(where: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
+def require_inputs(label: str, present: Iterable[str], inputs: Sequence[TensorSpec]) -> None:
     """UserError unless every input has data."""
-    there = list(map(str, present))
-    absent = [spec.name for spec in inputs if spec.name not in there]
-    if absent:
+    present_names = list(map(str, present))
+    missing = [spec.name for spec in inputs if spec.name not in present_names]
+    if missing:
         raise UserError(
-            f"{where}: no data for input {name_list(absent)}; it holds {name_list(there)}: "
+            f"{label}: no data for input {name_list(missing)}; it holds {name_list(present_names)}: "
             "name arrays as the model's inputs"
         )
 
 
 def error_line(error: BaseException) -> str:
-    """``ValueError: what it said``, on one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """``ValueError: its message``, on one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @contextmanager
-def as_user_error(where: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
+def as_user_error(label: str, advice: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Turn what a reader raises on a broken file into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{where}: {error_line(error)}: {advice}") from error
+        raise UserError(f"{label}: {error_line(error)}: {advice}") from error

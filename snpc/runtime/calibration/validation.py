@@ -1,4 +1,4 @@
-"""Does an array fit an input? Headers (names, type, rank, static sizes) are checked at once, values as they stream."""
+"""Checks that arrays fit the model's inputs: names, types, ranks and sizes when opened, values when they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.sources import ArrayHeader, CalibrationPart, name_list, require_inputs
-from snpc.types import AnyArray, IntArray, Shape, TensorSpec
+from snpc.types import AnyArray, IntArray, Shape, TensorSpec, shape_text
 
 TypeFamily = Literal["bool", "int", "float", "other"]
 
@@ -25,14 +25,17 @@ SAFE_CASTS: frozenset[tuple[TypeFamily, TypeFamily]] = frozenset(
 
 @dataclass(frozen=True)
 class SampleAxes:
-    """``sampled``: inputs whose leading axis is samples; the others are fed as they are. ``size``: a static batch."""
+    """``inputs``: names of inputs whose leading axis is the sample axis; the others are fed as they are.
+
+    ``batch_size``: the static size of that axis, None where it is dynamic.
+    """
 
     inputs: frozenset[str]
     batch_size: int | None
 
 
 def find_sample_axes(inputs: Sequence[TensorSpec]) -> SampleAxes:
-    """Which inputs have a sample axis: the dynamic leading ones, or else those with the commonest leading size.
+    """Inputs with a sample axis: those whose leading axis is dynamic, or else has the most common static size.
 
     A static leading axis next to dynamic ones (``use_cache_branch [1]``, a table of positions) cannot be the batch. Of
     equally common static sizes the first input's wins.
@@ -51,10 +54,10 @@ def find_sample_axes(inputs: Sequence[TensorSpec]) -> SampleAxes:
     return SampleAxes(frozenset(name for name, lead in leads.items() if lead == size), size)
 
 
-def sample_shapes(part: CalibrationPart, inputs: Sequence[TensorSpec], lone: bool) -> dict[str, Shape]:
-    """[sample, ...] shape per input once names, types and ranks fit; a lone sample gets its leading axis here."""
+def sample_shapes(part: CalibrationPart, inputs: Sequence[TensorSpec], allow_single: bool) -> dict[str, Shape]:
+    """[sample, ...] shape per input once names, types and ranks fit; a single sample gets its leading axis here."""
     require_inputs(part.label, part.headers, inputs)
-    return {spec.name: _sample_shape(part.label, part.headers[spec.name], spec, lone) for spec in inputs}
+    return {spec.name: _sample_shape(part.label, part.headers[spec.name], spec, allow_single) for spec in inputs}
 
 
 def count_samples(
@@ -73,64 +76,67 @@ def count_samples(
     return samples
 
 
-def validate_and_convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
-    """``array`` in the model's type, every value usable. ``rows``: its samples' numbers, None if it has none."""
-    _check_finite(array, spec, where, rows)
-    _check_mask(array, spec, where, rows)
-    return _convert(array, spec, where, rows)
+def validate_and_convert(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> AnyArray:
+    """``array`` in the model's type. ``rows``: numbers of its samples for messages, None without a sample axis.
+
+    Raises UserError for NaN, infinity, a mask that hides every token, and values that the type cannot hold.
+    """
+    _check_finite(array, spec, label, rows)
+    _check_mask(array, spec, label, rows)
+    return _convert(array, spec, label, rows)
 
 
-def _sample_shape(where: str, header: ArrayHeader, spec: TensorSpec, lone: bool) -> Shape:
-    _check_type(where, header.dtype, spec)
+def _sample_shape(label: str, header: ArrayHeader, spec: TensorSpec, allow_single: bool) -> Shape:
+    _check_type(label, header.dtype, spec)
     if len(header.shape) == len(spec.shape):
         return header.shape
-    if lone and len(header.shape) == len(spec.shape) - 1 and header.shape != (0,):  # [] is no sample
+    if allow_single and len(header.shape) == len(spec.shape) - 1 and header.shape != (0,):  # [] is no sample
         return (1, *header.shape)
     raise UserError(
-        f"{where}: input '{spec.name}' has {len(spec.shape)} axes {_shape_text(spec.shape)}, the data "
-        f"{len(header.shape)} {_shape_text(header.shape)}: store it as the model takes it, "
+        f"{label}: input '{spec.name}' has {len(spec.shape)} axes {shape_text(spec.shape)}, the data "
+        f"{len(header.shape)} {shape_text(header.shape)}: store it as the model takes it, "
         "samples along the leading axis"
     )
 
 
-def _check_type(where: str, found: np.dtype[Any], spec: TensorSpec) -> None:
-    what = f"{where}: input '{spec.name}' takes {spec.dtype}, the data is {found}"
-    if found.hasobject:
-        raise UserError(f"{what}: arrays of Python objects are pickles, which snpc never loads; save plain numbers")
-    pair = (_type_family(found), _type_family(spec.dtype))
+def _check_type(label: str, data_type: np.dtype[Any], spec: TensorSpec) -> None:
+    subject = f"{label}: input '{spec.name}' takes {spec.dtype}, the data is {data_type}"
+    if data_type.hasobject:
+        raise UserError(f"{subject}: arrays of Python objects are pickles, which snpc never loads; save plain numbers")
+    pair = (_type_family(data_type), _type_family(spec.dtype))
     if pair in SAFE_CASTS:
         return
     if "other" in pair:
-        raise UserError(f"{what}: only booleans, integers and floats can be fed; save it as one of those")
-    raise UserError(f"{what}: rounding would change it; save it as {spec.dtype}")
+        raise UserError(f"{subject}: only booleans, integers and floats can be fed; save it as one of those")
+    raise UserError(f"{subject}: rounding would change it; save it as {spec.dtype}")
 
 
-def _check_sizes(where: str, shape: Shape, spec: TensorSpec, sampled: bool) -> None:
+def _check_sizes(label: str, shape: Shape, spec: TensorSpec, sampled: bool) -> None:
     start = 1 if sampled else 0
-    for want, have in zip(spec.shape[start:], shape[start:], strict=True):
-        if isinstance(want, int) and want != have:
+    for model_size, data_size in zip(spec.shape[start:], shape[start:], strict=True):
+        if isinstance(model_size, int) and model_size != data_size:
             why = "" if sampled else " (fed whole with every batch: its leading axis is not the samples')"
             raise UserError(
-                f"{where}: input '{spec.name}' takes {_shape_text(spec.shape)}{why}, the data is {_shape_text(shape)}: "
+                f"{label}: input '{spec.name}' takes {shape_text(spec.shape)}{why}, the data is {shape_text(shape)}: "
                 "resize, pad or cut it to the model's sizes"
             )
 
 
-def _check_finite(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
+def _check_finite(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> None:
     if _type_family(array.dtype) != "float":
         return
     nan, infinite = np.asarray(np.isnan(array)), np.asarray(np.isinf(array))
     if "mask" in spec.name.lower():
         infinite = infinite & (array > 0)  # an additive mask forbids positions with -inf
     if nan.any() or infinite.any():
-        kind, bad = ("NaN", nan) if nan.any() else ("infinity", infinite)
+        what, bad = ("NaN", nan) if nan.any() else ("infinity", infinite)
         raise UserError(
-            f"{where}: input '{spec.name}' holds {kind} in {_sample_text(bad, rows)}: repair it or leave it out"
+            f"{label}: input '{spec.name}' holds {what} in {_sample_text(bad, rows)}: repair it or leave it out"
         )
 
 
-def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> None:
-    """Refuse a mask that hides every token. An additive mask (float, more axes than [B,T]) is zero where open."""
+def _check_mask(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> None:
+    """Refuse a mask that hides every token. An additive mask (float, more axes than [B,T]) is 0 for visible tokens."""
     name = spec.name.lower()
     if rows is None or "global" in name or not ("attention_mask" in name or "input_mask" in name):
         return
@@ -139,12 +145,12 @@ def _check_mask(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | 
     hidden = ~_any_per_sample(array)
     if hidden.any():
         raise UserError(
-            f"{where}: {spec.name} of {_sample_text(hidden, rows)} is all zeros, which hides every token: "
+            f"{label}: {spec.name} of {_sample_text(hidden, rows)} is all zeros, which hides every token: "
             "set it to 1 where there are tokens"
         )
 
 
-def _convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | None) -> AnyArray:
+def _convert(array: AnyArray, spec: TensorSpec, label: str, rows: IntArray | None) -> AnyArray:
     if array.dtype == spec.dtype:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
@@ -152,14 +158,14 @@ def _convert(array: AnyArray, spec: TensorSpec, where: str, rows: IntArray | Non
         lost = _changed_values(array, result)
     if lost.any():
         raise UserError(
-            f"{where}: input '{spec.name}' takes {spec.dtype}, which cannot hold {array[lost].flat[0]} in "
+            f"{label}: input '{spec.name}' takes {spec.dtype}, which cannot hold {array[lost].flat[0]} in "
             f"{_sample_text(lost, rows)}: check how the data was made"
         )
     return result
 
 
 def _changed_values(array: AnyArray, result: AnyArray) -> AnyArray:
-    """Where a conversion did more than round: floats out of range, integers and booleans changed at all."""
+    """Where a conversion did more than round: floats out of range, any change of integers and booleans."""
     if _type_family(array.dtype) == "float":
         return np.asarray(np.isfinite(array) & ~np.isfinite(result))
     # -1 survives the way to uint64 and back, hence the signs
@@ -173,7 +179,7 @@ def _sample_text(bad: AnyArray, rows: IntArray | None) -> str:
 
 
 def _any_per_sample(array: AnyArray) -> AnyArray:
-    """[samples, ...] -> [samples]: is anything in it true?"""
+    """[samples, ...] -> [samples]: whether any entry is true."""
     return np.asarray(array.any(axis=tuple(range(1, array.ndim))))
 
 
@@ -182,7 +188,3 @@ def _type_family(dtype: np.dtype[Any]) -> TypeFamily:
         return "float"
     families: dict[str, TypeFamily] = {"b": "bool", "i": "int", "u": "int"}
     return families.get(dtype.kind, "other")
-
-
-def _shape_text(shape: Sequence[int | str]) -> str:
-    return "[" + ",".join(str(size or "?") if isinstance(size, str) else str(size) for size in shape) + "]"

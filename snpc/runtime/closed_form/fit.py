@@ -15,11 +15,7 @@ from snpc.passes.weights.consumers import ConsumerWeight
 from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits
 from snpc.planning.plan import SlicePlan
 from snpc.runtime.closed_form.algebra import (
-    EliminationOrder,
-    LeastSquaresSystem,
     LowRankBasis,
-    eliminate,
-    eliminate_by_score_loss,
     refit_decoder,
     refit_rows,
     relative_ridge,
@@ -27,6 +23,12 @@ from snpc.runtime.closed_form.algebra import (
     solve_low_rank_qk,
     solve_low_rank_vo,
     unit_columns,
+)
+from snpc.runtime.closed_form.elimination import (
+    EliminationOrder,
+    LeastSquaresSystem,
+    eliminate,
+    eliminate_by_score_loss,
 )
 from snpc.runtime.execution.memory import SpillableStore
 from snpc.runtime.statistics.keys import StatisticKey
@@ -141,7 +143,7 @@ def elimination_orders(
     """One per block."""
     if moments.score_loss is not None:
         return tuple(eliminate_by_score_loss(losses) for losses in moments.score_loss)
-    return (eliminate(least_squares_systems(analysis, group, moments), group.size, fits_at=refit_widths),)
+    return (eliminate(least_squares_systems(analysis, group, moments), group.size, refit_at=refit_widths),)
 
 
 def spill_refits(order: EliminationOrder, store: SpillableStore) -> EliminationOrder:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.builder import copy_node
 from snpc.ops import names as op
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.propagation.removal import RemovedUnits
@@ -214,17 +215,9 @@ def restricted_output(instrument: Instrument, dense: TracedGraph, norm: Normaliz
     nodes: dict[ir.Node, ir.Node] = {}
     for node in norm.nodes:
         inputs = [None if v is None else twins.get(v) or instrument.values[str(v.name)] for v in node.inputs]
-        twin = ir.Node(
-            node.domain,
-            node.op_type,
-            inputs,
-            node.attributes.values(),
-            num_outputs=len(node.outputs),
-            name=f"{node.name}__twin",
-        )
-        for old, new in zip(node.outputs, twin.outputs, strict=True):
-            new.name = f"{old.name}__twin" if old.name else ""
-            twins[old] = new
+        names = [f"{value.name}__twin" if value.name else "" for value in node.outputs]
+        twin = copy_node(node, inputs, name=f"{node.name}__twin", outputs=names)
+        twins.update(zip(node.outputs, twin.outputs, strict=True))
         graph.append(twin)
         nodes[node] = twin
     narrow = instrument.node(

@@ -1,4 +1,4 @@
-"""Accuracy of a model file on labelled inputs."""
+"""Accuracy of a model file on labeled inputs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from snpc.types import AnyArray
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Inputs to judge by (any data that can be calibrated with), and their labels [samples, ...] if there are some."""
+    """Inputs to evaluate on, in any form of calibration data, and labels [samples, ...] where there are some."""
 
     data: Calibration
     labels: AnyArray | None = None
 
 
 def collect_outputs(
-    path: Path, judge: EvaluationData, execution: Execution = DEFAULT_EXECUTION
+    path: Path, evaluation: EvaluationData, execution: Execution = DEFAULT_EXECUTION
 ) -> list[dict[str, AnyArray]]:
+    """Outputs of a model or artifact by name, a dict per batch."""
     runner = open_runner(path, execution=execution)
-    return [runner.run(feeds) for feeds in judge.data.batches()]
+    return [runner.run(feeds) for feeds in evaluation.data.batches()]
 
 
 def top1_accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:
-    """Share of ``labels`` that are the largest entry of the first output."""
+    """Share of ``labels`` that are the largest entry of the first output; None without labels."""
     if labels is None:
         return None
-    found = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
-    if found.shape != labels.shape:
-        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(found.shape)}")
-    return float((found == labels).mean())
+    predictions = np.concatenate([next(iter(batch.values())).argmax(-1) for batch in batches])
+    if predictions.shape != labels.shape:
+        raise UserError(
+            f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(predictions.shape)}"
+        )
+    return float((predictions == labels).mean())

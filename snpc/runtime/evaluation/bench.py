@@ -1,7 +1,7 @@
-"""How fast are these models, side by side?
+"""Latency of models, measured side by side.
 
 Models are timed in rounds: every model runs once in a round, on the same inputs, and the order rotates from round to
-round. What slows the machine down for a while then slows them all; a speed-up is the median over rounds of
+round. A load on the machine then slows all of them; a speed-up is the median over rounds of
 
     ratio = time of the first model / time of the other model,  both in the same round.
 """
@@ -20,15 +20,15 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import check_feeds, random_feeds, shape_text
+from snpc.runtime.execution.feeds import RandomInputs, check_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.runners import Runner, open_runner
-from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec
+from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
-FractionCallback = Callable[[float], object]  # told the share that is done
+FractionCallback = Callable[[float], object]  # called with the fraction that is done
 
-MAX_FEEDS = 16  # kept in memory from the data; rounds go through them in turn
+MAX_FEEDS = 16  # kept in memory; rounds use them in turn
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE_PERCENT = 95  # per cent, of the bootstrap interval
 
@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class OutputDiff:
-    """Largest absolute difference of an output on the first feed; None where there is none to give, and why."""
+    """Largest absolute difference of an output on the first feed; None with a ``reason`` where it is undefined."""
 
     name: str
     max_abs: float | None
@@ -58,8 +58,8 @@ class Speedup:
     """How many times faster ``model`` is than ``base``, the first model.
 
     ``ratio`` is the median of the rounds' ratios, ``q1``/``q3`` their quartiles (the spread of one round), and
-    ``low``/``high`` the bootstrap 95 % interval of the median. It takes rounds for independent: on a machine whose load
-    comes and goes over many rounds it is too narrow.
+    ``low``/``high`` the bootstrap 95 % interval of the median. The interval assumes independent rounds: it is too
+    narrow on a machine whose load changes slowly.
     """
 
     model: str
@@ -77,15 +77,15 @@ class Speedup:
 
     @property
     def largest_difference(self) -> OutputDiff | None:
-        """The output that differs most, of those that can be compared."""
+        """The comparable output that differs most."""
         known = [diff for diff in self.outputs if diff.max_abs is not None]
         return max(known, key=lambda diff: diff.max_abs or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. ``provider``: what ran the models, ``runtime``: its name and version; several of either
-    are joined. ``threads``: their setting, 0: the runtime chose."""
+    """The machine and runtimes of a measurement. ``provider``: providers or devices, ``runtime``: names and versions,
+    both joined by commas. ``threads``: the setting, 0: the runtime chose."""
 
     provider: str
     threads: int
@@ -96,7 +96,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured. ``shapes``: of the first feed; ``feeds``: how many different ones the rounds went through."""
+    """A measurement. ``shapes``: of the first feed; ``feeds``: number of feeds that the rounds used in turn."""
 
     timings: tuple[Timing, ...]
     speedups: tuple[Speedup, ...]
@@ -120,58 +120,71 @@ class BenchResult:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table as text: the header, then one row per model. Without p50, which is the median."""
-        shown = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
-        header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in shown))
+        percents = [percent for percent, _ in self.timings[0].percentiles if percent != 50]
+        header = ("model", "median ms", "mean", "min", *(f"p{percent:g}" for percent in percents))
         compared = ("speed-up", f"{CONFIDENCE_PERCENT} %", "quartiles", "max |diff|") if self.speedups else ()
         by_position = [None, *self.speedups]
         rows = [
-            (*_timing_cells(timing, shown), *_speedup_cells(speedup))
+            (*_timing_cells(timing, percents), *_speedup_cells(speedup))
             for timing, speedup in zip(self.timings, by_position, strict=True)
         ]
         return [(*header, *compared), *(row[: len(header) + len(compared)] for row in rows)]
 
 
+@dataclass(frozen=True)
+class TimingProtocol:
+    """How long is measured.
+
+    ``warmup``: rounds that do not count. ``iterations``: rounds that count, and more until ``duration`` seconds have
+    passed. ``percentiles``: those of a model's times that are told. Raises UserError for what cannot be measured.
+    """
+
+    warmup: int = 5
+    iterations: int = 50
+    duration: float | None = None
+    percentiles: tuple[float, ...] = (50, 90, 99)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.warmup < 0 or (self.duration is not None and self.duration < 0):
+            raise UserError(
+                f"iterations {self.iterations}, warmup {self.warmup}, duration {self.duration}: at least 1 round, "
+                "none of them negative"
+            )
+        for percent in self.percentiles:
+            if not 0 <= percent <= 100:
+                raise UserError(f"percentile {percent:g} is not in [0, 100]")
+
+
+ONE_RANDOM_SAMPLE = RandomInputs()
+DEFAULT_PROTOCOL = TimingProtocol()
+
+
 def bench(
     paths: Sequence[Path],
+    data: RandomInputs | Feeds | Iterable[Feeds] = ONE_RANDOM_SAMPLE,
     *,
+    protocol: TimingProtocol = DEFAULT_PROTOCOL,
     execution: Execution = DEFAULT_EXECUTION,
-    batch: int = 1,
-    shapes: Mapping[str, Shape] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    limits: Mapping[str, int] | None = None,
-    data: Feeds | Iterable[Feeds] | None = None,
-    warmup: int = 5,
-    iterations: int = 50,
-    duration: float | None = None,
-    percentiles: Sequence[float] = (50, 90, 99),
-    seed: int = 0,
-    heard: FractionCallback | None = None,
+    on_progress: FractionCallback | None = None,
 ) -> BenchResult:
-    """Times the models in turn and compares each with the first.
+    """Time the models in turn and compare each with the first.
 
-    ``data``: one feed or several (the first 16 are used); without it random feeds are made from ``batch``, ``shapes``,
-    ``sizes``, ``limits`` and ``seed`` (see random_feeds). ``warmup``: rounds that do not count. ``iterations``: rounds
-    that count, and more until ``duration`` seconds have passed; ``heard`` is told the share that is done. Before them
-    all, each model runs once on the first feed, for the outputs that are compared. UserError: a model that does not
-    load or run, models with different inputs, or a request that no input can meet.
+    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). ``on_progress`` is called with
+    the fraction that is done. First, each model runs once on the first feed, for the outputs that are compared.
+    UserError: a model that does not load or run, models with different inputs, or sizes that no input can have.
     """
-    _check_request(paths, warmup, iterations, duration, percentiles)
+    if not paths:
+        raise UserError("no model to time: name at least one ONNX file")
     labels = _model_labels(paths)
     runners = [open_runner(path, execution=execution) for path in paths]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
-    if data is None:
-        _check_axis_options(inputs, batch, sizes or {})
-        feeds = [random_feeds(inputs, batch=batch, shapes=shapes, sizes=sizes, seed=seed, limits=limits)]
-    elif shapes or sizes or limits or batch != 1:
-        raise UserError("batch, shapes, sizes and limits make random inputs; data was given, so leave them out")
-    else:
-        feeds = _read_feeds(inputs, data)
+    feeds, seed = _read_feeds(inputs, data), data.seed if isinstance(data, RandomInputs) else 0
     outputs = [runner.run(feeds[0]) for runner in runners]
     calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
-    run_rounds(calls, iterations=warmup)
-    times = run_rounds(calls, iterations=iterations, duration=duration, heard=heard) * 1e3
+    run_rounds(calls, iterations=protocol.warmup)
+    times = run_rounds(calls, iterations=protocol.iterations, duration=protocol.duration, on_progress=on_progress) * 1e3
     return BenchResult(
-        timings=tuple(summarize_times(label, times[:, m], percentiles) for m, label in enumerate(labels)),
+        timings=tuple(summarize_times(label, times[:, m], protocol.percentiles) for m, label in enumerate(labels)),
         speedups=tuple(
             summarize_ratios(
                 labels[m], labels[0], times[:, 0] / times[:, m], compare_outputs(outputs[0], outputs[m]), seed=seed
@@ -181,7 +194,7 @@ def bench(
         machine=_describe_machine(runners),
         shapes={name: tuple(array.shape) for name, array in feeds[0].items()},
         feeds=len(feeds),
-        warmup=warmup,
+        warmup=protocol.warmup,
         rounds=len(times),
         seed=seed,
     )
@@ -193,37 +206,39 @@ def run_rounds(
     iterations: int,
     duration: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    heard: FractionCallback | None = None,
+    on_progress: FractionCallback | None = None,
 ) -> FloatArray:
-    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed. ``heard``
-    is called between rounds."""
+    """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed.
+
+    ``on_progress`` is called between rounds.
+    """
     models = len(calls)
     times: list[list[float]] = []
     began = clock()
     while len(times) < iterations or (duration is not None and clock() - began < duration):
-        turn = len(times)
+        round_number = len(times)
         spent = [0.0] * models
-        for model in round_order(models, turn):
+        for model in round_order(models, round_number):
             # The feed changes once per full rotation, so that every feed meets every order.
-            call = calls[model][turn // models % len(calls[model])]
+            call = calls[model][round_number // models % len(calls[model])]
             start = clock()
             output = call()
             spent[model] = clock() - start
             del output  # freed here: not within the next model's time
         times.append(spent)
-        if heard is not None:
+        if on_progress is not None:
             shares = [len(times) / max(iterations, 1), *([(clock() - began) / duration] if duration else [])]
-            heard(min(1.0, *shares))
+            on_progress(min(1.0, *shares))
     return np.array(times, dtype=np.float64).reshape(-1, models)
 
 
-def round_order(models: int, turn: int) -> list[int]:
+def round_order(models: int, round_number: int) -> list[int]:
     """``round_order(3, 1)`` -> [1, 2, 0]: every model is first, last and in between equally often."""
-    return [(turn + position) % models for position in range(models)]
+    return [(round_number + position) % models for position in range(models)]
 
 
 def summarize_times(model: str, times: FloatArray, percentiles: Sequence[float]) -> Timing:
-    """[rounds] ms -> its summary; percentiles interpolate linearly between neighbours."""
+    """[rounds] ms -> its summary; percentiles interpolate linearly between neighbors."""
     return Timing(
         model=model,
         median=float(np.median(times)),
@@ -255,7 +270,7 @@ def median_interval(values: FloatArray, *, seed: int = 0) -> tuple[float, float]
 
 
 def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
-    """One entry per output name of either model, those of the first in its order. Stated, not judged."""
+    """One entry per output name of either model, in the order of the first. Nothing is refused here."""
     return tuple(
         _output_diff(name, first[name], other[name])
         if name in first and name in other
@@ -265,7 +280,7 @@ def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
 
 
 def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
-    """The first model's inputs, with every size that any model fixes. UserError: what differs between two models."""
+    """Inputs of the first model, with every size that any model fixes. UserError: two models with different inputs."""
     merged = {spec.name: spec for spec in inputs[0]}
     for label, specs in zip(labels[1:], inputs[1:], strict=True):
         named = {spec.name: spec for spec in specs}
@@ -277,57 +292,48 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
             _check_compatible(labels[0], spec, label, named[name])
         # A name is one size: where the other model fixes it in one input, it is fixed in all.
         pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
-        sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
-        merged = {name: _with_fixed_sizes(spec, named[name], sizes) for name, spec in merged.items()}
+        fixed_sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
+        merged = {name: _with_fixed_sizes(spec, named[name], fixed_sizes) for name, spec in merged.items()}
     return tuple(merged.values())
 
 
 def _check_compatible(first: str, spec: TensorSpec, other: str, against: TensorSpec) -> None:
-    both = f"input {spec.name!r} of {first} and {other}"
+    subject = f"input {spec.name!r} of {first} and {other}"
     if spec.dtype != against.dtype:
-        raise UserError(f"{both}: the types differ, {spec.dtype} and {against.dtype}")
+        raise UserError(f"{subject}: the types differ, {spec.dtype} and {against.dtype}")
     if len(spec.shape) != len(against.shape) or any(
         isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(spec.shape, against.shape, strict=True)
     ):
-        raise UserError(f"{both}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
+        raise UserError(f"{subject}: the shapes differ, {shape_text(spec.shape)} and {shape_text(against.shape)}")
 
 
-def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
+def _with_fixed_sizes(spec: TensorSpec, against: TensorSpec, fixed_sizes: Mapping[str, int]) -> TensorSpec:
     shape = (
-        b if isinstance(b, int) else sizes.get(a, a) if isinstance(a, str) else a
+        b if isinstance(b, int) else fixed_sizes.get(a, a) if isinstance(a, str) else a
         for a, b in zip(spec.shape, against.shape, strict=True)
     )
     return replace(spec, shape=tuple(shape))
 
 
-def _check_request(
-    paths: Sequence[Path], warmup: int, iterations: int, duration: float | None, percentiles: Sequence[float]
-) -> None:
-    if not paths:
-        raise UserError("no model to time: name at least one ONNX file")
-    if iterations < 1 or warmup < 0 or (duration is not None and duration < 0):
-        raise UserError(
-            f"iterations {iterations}, warmup {warmup}, duration {duration}: at least 1 round, none of them negative"
-        )
-    for percent in percentiles:
-        if not 0 <= percent <= 100:
-            raise UserError(f"percentile {percent:g} is not in [0, 100]")
-
-
-def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, sizes: Mapping[str, int]) -> None:
-    """An option without effect would be read as one with effect."""
-    shown = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
+def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, dim_sizes: Mapping[str, int]) -> None:
+    """Refuse sizes that no input can use."""
+    described = ", ".join(f"{spec.name} {shape_text(spec.shape)}" for spec in inputs)
     fixed = [spec.shape[0] for spec in inputs if spec.shape]
     if batch != 1 and batch not in fixed and all(isinstance(dim, int) for dim in fixed):
-        raise UserError(f"batch {batch}: no input has a dynamic first axis: {shown}")
+        raise UserError(f"batch {batch}: no input has a dynamic first axis: {described}")
     text = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     terms = {term.strip() for dim in text for term in (dim, *dim.split("+"))}
-    for name in sizes:
+    for name in dim_sizes:
         if name not in terms:
-            raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {shown}")
+            raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {described}")
 
 
-def _read_feeds(inputs: Sequence[TensorSpec], data: Feeds | Iterable[Feeds]) -> list[dict[str, AnyArray]]:
+def _read_feeds(
+    inputs: Sequence[TensorSpec], data: RandomInputs | Feeds | Iterable[Feeds]
+) -> list[dict[str, AnyArray]]:
+    if isinstance(data, RandomInputs):
+        _check_axis_options(inputs, data.batch, data.dim_sizes or {})
+        return [data.draw(inputs)]
     several = [data] if isinstance(data, Mapping) else data
     feeds = [check_feeds(inputs, feed) for feed in islice(several, MAX_FEEDS)]
     if not feeds:
@@ -365,9 +371,9 @@ def _describe_machine(runners: Sequence[Runner]) -> Machine:
     )
 
 
-def _timing_cells(timing: Timing, shown: Sequence[float]) -> tuple[str, ...]:
+def _timing_cells(timing: Timing, percents: Sequence[float]) -> tuple[str, ...]:
     at = dict(timing.percentiles)
-    numbers = (timing.median, timing.mean, timing.min, *(at[percent] for percent in shown))
+    numbers = (timing.median, timing.mean, timing.min, *(at[percent] for percent in percents))
     return (timing.model, *(f"{ms:.3f}" for ms in numbers))
 
 

@@ -1,4 +1,4 @@
-"""Does the written file hold? Structure, sliced equals masked, and how far the outputs moved."""
+"""Checks of a written model: its structure, sliced against masked outputs, and drift from the original."""
 
 from __future__ import annotations
 
@@ -32,32 +32,35 @@ VERIFICATION_BATCHES = 2
 
 
 def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, SlicedShape] | None = None) -> tuple[str, ...]:
-    """What was checked of ``pruned``. Raises CheckFailed with onnx's own words where a check fails.
+    """Check inputs, outputs and graph of ``pruned``; returns the checks that were done, for the report.
 
-    Inputs and outputs must be those of ``original``, but for caches that are ``narrowed``; the checker and strict shape
-    inference must accept the file if they accept the original (custom operators can make both impossible).
+    Inputs and outputs must be those of ``original``, except caches that are ``narrowed``. onnx's checker and strict
+    shape inference must accept the file if they accept the original; with custom operators they accept neither. Raises
+    CheckFailed with onnx's message.
     """
     before, after = read_without_weights(original), read_without_weights(pruned)
-    for what in ("input", "output"):
-        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, what)]
-        b = [value_signature(v) for v in graph_interface(after, what)]
+    for direction in ("input", "output"):
+        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, direction)]
+        b = [value_signature(v) for v in graph_interface(after, direction)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
-            raise CheckFailed(f"{pruned}: its {what}s are not the original's: {old or 'none'} became {new or 'none'}")
-    done = ["same inputs and outputs"]
+            raise CheckFailed(
+                f"{pruned}: its {direction}s are not the original's: {old or 'none'} became {new or 'none'}"
+            )
+    checks = ["same inputs and outputs"]
     complaint = checker_error(pruned)
     if complaint is None:
-        done.append("onnx.checker and strict shape inference")
+        checks.append("onnx.checker and strict shape inference")
     elif checker_error(original) is None:
         raise CheckFailed(f"{pruned}: onnx.checker refuses it: {complaint}")
     else:
-        done.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
-    return tuple(done)
+        checks.append("onnx.checker refuses the original as well, so it says nothing about the pruned model")
+    return tuple(checks)
 
 
-def graph_interface(model: onnx.ModelProto, what: str) -> list[onnx.ValueInfoProto]:
+def graph_interface(model: onnx.ModelProto, direction: str) -> list[onnx.ValueInfoProto]:
     weights = {t.name for t in model.graph.initializer}
-    return [v for v in getattr(model.graph, what) if v.name not in weights]
+    return [v for v in getattr(model.graph, direction) if v.name not in weights]
 
 
 ValueSignature = tuple[str, int, tuple[object, ...]]
@@ -68,23 +71,23 @@ def value_signature(value: onnx.ValueInfoProto) -> ValueSignature:
     return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
 
 
-def narrowed_signature(given: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
-    name, kind, dims = given
+def narrowed_signature(original: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
+    name, elem_type, dims = original
     packed = narrowed.get(name)
     if packed is None:
-        return given
+        return original
     return (
         name,
-        kind,
+        elem_type,
         tuple(b if a != b else d for d, a, b in zip(dims, packed.old_shape, packed.new_shape, strict=True)),
     )
 
 
 def checker_error(path: Path) -> str | None:
-    """The first line of what onnx's checker or strict shape inference says against a file; None if nothing.
+    """The first line of the error of onnx's checker or strict shape inference; None if both accept the file.
 
-    Both look at the graph with its big weights declared as inputs of the same shape: what they say does not depend on
-    the numbers, and a model of any size fits.
+    Big weights are declared as inputs of the same shape: neither check depends on their values, and so a model of any
+    size can be checked.
     """
     model = read_without_weights(path)
     for tensor in [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]:
@@ -100,7 +103,12 @@ def checker_error(path: Path) -> str | None:
 
 
 def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
-    found = []
+    """One Difference per output of one batch; entries that are not finite in both do not count.
+
+    Raises CheckFailed for other shapes, for NaN or infinity that the reference does not have, and where the reference
+    has no finite entry.
+    """
+    differences = []
     for name, a in reference.items():
         b = other[name]
         if a.shape != b.shape:
@@ -108,7 +116,7 @@ def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, A
         x, y = a.astype(np.float64), b.astype(np.float64)
         if x.size and not np.isfinite(x).any():
             raise CheckFailed(
-                f"output {name}: the original gives no finite number on these inputs, nothing is verified"
+                f"output {name}: the original has no finite value on these inputs, so nothing can be verified"
             )
         if not np.isfinite(y).all() and np.isfinite(x).all():
             raise CheckFailed(f"output {name}: holds NaN or infinity, the original does not")
@@ -116,7 +124,7 @@ def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, A
         flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
         scale = (float(np.sqrt(np.mean(flat[0] ** 2))) if gap.size else 0.0) or 1.0
         norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
-        found.append(
+        differences.append(
             Difference(
                 name,
                 float(np.abs(gap).max(initial=0.0)),
@@ -125,12 +133,13 @@ def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, A
                 argmax_agreement(x, y),
             )
         )
-    return found
+    return differences
 
 
 def argmax_agreement(
     x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 ) -> float | None:
+    """Share of rows whose largest entry is the same; None for outputs without rows of at least two entries."""
     if x.ndim < 2 or x.shape[-1] < 2 or x.size == 0:
         return None
     return float((x.argmax(-1) == y.argmax(-1)).mean())
@@ -142,19 +151,26 @@ def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
     for row in rows:
         for d in row:
             by_name.setdefault(d.output, []).append(d)
-    found = []
-    for name, items in by_name.items():
-        rates = [d.agreement for d in items if d.agreement is not None]
-        found.append(
+    differences = []
+    for name, of_output in by_name.items():
+        rates = [d.agreement for d in of_output if d.agreement is not None]
+        differences.append(
             Difference(
                 name,
-                max(d.max_abs_diff for d in items),
-                float(np.mean([d.relative for d in items])),
-                float(np.mean([d.cosine for d in items])),
+                max(d.max_abs_diff for d in of_output),
+                float(np.mean([d.relative for d in of_output])),
+                float(np.mean([d.cosine for d in of_output])),
                 float(np.mean(rates)) if rates else None,
             )
         )
-    return tuple(found)
+    return tuple(differences)
+
+
+def batch_differences(
+    reference: Sequence[Mapping[str, AnyArray]], other: Sequence[Mapping[str, AnyArray]]
+) -> tuple[Difference, ...]:
+    """One Difference per output over all batches; raises CheckFailed as ``measure_differences``."""
+    return aggregate([measure_differences(a, b) for a, b in zip(reference, other, strict=True)])
 
 
 def max_relative(differences: Sequence[Difference]) -> float:
@@ -165,21 +181,21 @@ def max_relative(differences: Sequence[Difference]) -> float:
 def run_batches(
     path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> list[dict[str, AnyArray]]:
-    """Outputs per batch. Optimised, but without fusions: a fusion that misreads a model is not what is checked here.
+    """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
-    bfloat16 is run in float32 where onnxruntime has no arithmetic in it.
+    bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
     model = ir.load(path)
     if runs_in_float32(model, execution):
-        with temporary_session(model, execution=execution, optimise="basic", memory="least") as run:
+        with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
-    session = open_session(path, execution=execution, optimise="basic", memory="least")
+    session = open_session(path, execution=execution, optimization="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
-    mine = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
-    found = [run_session(session, feeds, name=path.name) for feeds in mine]
+    model_feeds = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
+    outputs = [run_session(session, feeds, name=path.name) for feeds in model_feeds]
     del session
     release_free_memory()
-    return found
+    return outputs
 
 
 def compare_models(
@@ -188,48 +204,46 @@ def compare_models(
     rewritten: RewrittenModel | None,
     batches: Sequence[Feeds],
     execution: Execution = DEFAULT_EXECUTION,
-    fed: Sequence[Feeds] | None = None,
+    masked_feeds: Sequence[Feeds] | None = None,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
     """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
 
-    Sliced against masked: the written model, and the original at its full size with the removed units silenced (for
-    refitted weights: with those). Empty where ``rewritten`` is None. ``fed``: what the masked original is run on, where
-    it takes more inputs (``runtime.tokens``).
+    Sliced against masked: the written model against the original at its full size with the removed units set to zero,
+    and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
+    original where it has more inputs (token decisions).
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
         narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    moved = aggregate([measure_differences(narrow_caches(a, cut), b) for a, b in zip(dense, narrow, strict=True)])
+    drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow)
     if rewritten is None:
-        return (), moved
+        return (), drift
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
-        masked = run_batches(path, fed or batches, execution)
-    return aggregate(
-        [measure_differences(narrow_caches(a, cut), b) for a, b in zip(masked, narrow, strict=True)]
-    ), moved
+        masked = run_batches(path, masked_feeds or batches, execution)
+    return batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow), drift
 
 
 def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:
-    """Inputs or outputs of the original as the pruned model has them: caches may be narrower."""
+    """Inputs or outputs of the original in the pruned model's shapes: caches may be narrower."""
     return {name: cut[name].slice_array(array) if name in cut else array for name, array in arrays.items()}
 
 
 def rounding_tolerance(model: Model) -> float:
-    """Largest relative difference that rounding explains, by the type of most weights."""
-    kinds = [
+    """Largest relative difference that rounding explains, by the most common type of the weights."""
+    dtypes = [
         v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()
     ]
-    common = max(set(kinds), key=kinds.count) if kinds else None
+    common = max(set(dtypes), key=dtypes.count) if dtypes else None
     return TOLERANCE.get(common.numpy(), HALF_PRECISION_TOLERANCE) if common is not None else 1e-4
 
 
 def raise_if_unequal(verdict: Verdict) -> None:
-    """Raise CheckFailed where sliced and masked disagree by more than rounding."""
+    """Raise CheckFailed where sliced and masked outputs differ by more than rounding."""
     for d in verdict.equals_mask:
         if d.relative > verdict.tolerance:
             raise CheckFailed(

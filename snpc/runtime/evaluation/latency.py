@@ -1,8 +1,8 @@
-"""How much time narrower groups save: whole models of a few widths, timed side by side with the dense one.
+"""Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
 
-Times of single products do not add up to that of a model that is fused and run by a runtime; so every role is narrowed
-in the whole model, to a few widths, and what that saves is shared among its groups by their MACs. The table is kept in
-the user's cache directory, by machine, provider, model and sizes.
+Times of single products do not add up to the time of a whole model, whose operators a runtime fuses. So all groups of a
+role are narrowed in the whole model, to a few widths, and the time saved is divided among the groups by their MACs. The
+table is kept in the user's cache directory, by machine, provider, model and sizes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
-from snpc.runtime.evaluation.bench import bench
+from snpc.runtime.evaluation.bench import TimingProtocol, bench
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.runtime.execution.machine import available_cores, cpu_name
 from snpc.runtime.execution.random_inputs import id_limits
 from snpc.runtime.execution.session import onnxruntime_version
@@ -31,13 +32,13 @@ from snpc.runtime.io.atomic import atomic_write
 from snpc.runtime.io.save import save
 from snpc.types import FloatArray, Group, Shape
 
-KEPT_SHARES = (0.75, 0.5, 0.25)  # of the units of a role's groups, kept
+KEPT_SHARES = (0.75, 0.5, 0.25)  # fractions of units kept, for all groups of a role
 LATENCY_CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class TimedArtifact:
-    """What is timed in place of a model: ``make`` writes it for a model into a folder. ``name`` says all of how."""
+    """An artifact to time in place of a model: ``build`` writes it into a folder. ``name`` identifies the build."""
 
     name: str
     build: Callable[[Path, Path], Path]
@@ -45,8 +46,8 @@ class TimedArtifact:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run to measure a latency, as ``bench`` takes it. ``rounds`` and ``seconds``: at least so many for each
-    pair of models. ``artefact``: both are made into this first (see ``snpc.timed_artifact``), and that is timed."""
+    """How a latency is measured: inputs, threads and rounds. ``rounds`` and ``seconds`` are minima for each pair of
+    models. ``artifact``: both models are built into this first (see ``snpc.timed_artifact``), and that is timed."""
 
     batch: int = 1
     shapes: Mapping[str, Shape] | None = None
@@ -57,55 +58,56 @@ class Workload:
     artifact: TimedArtifact | None = None
 
     def timed_file(self, model: Path, folder: Path) -> Path:
-        """What is timed for ``model``. Where it has to be made, it goes into ``folder``."""
+        """The file that is timed for ``model``: the model itself, or its artifact in ``folder``."""
         if self.artifact is None:
             return model
         folder.mkdir(exist_ok=True)
         return self.artifact.build(model, folder)
 
     def dim_sizes(self, analysis: Analysis) -> dict[str, int]:
-        """Of dynamic axes that are no batch: those at which MACs are quoted, unless a shape is given."""
+        """Sizes of dynamic axes, without the batch and those of ``shapes``: the sizes at which MACs are quoted."""
         inputs = analysis.model.inputs
-        given = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
+        dims_of_shapes = {dim for spec in inputs if spec.name in (self.shapes or {}) for dim in spec.shape}
         leading = {spec.shape[0] for spec in inputs if spec.shape}
         inner = {dim for spec in inputs for dim in spec.shape[1:]}
-        return {k: v for k, v in analysis.dim_sizes.items() if k in inner - leading - given}
+        return {k: v for k, v in analysis.dim_sizes.items() if k in inner - leading - dims_of_shapes}
 
 
 def time_pair(
     analysis: Analysis, base: Path, other: Path, workload: Workload, execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[float, float]:
-    """(ms of ``base``, time of ``other`` as a share of it): medians of interleaved rounds.
+    """(ms of ``base``, time of ``other`` relative to it): medians of interleaved rounds.
 
     Raises UserError where a model does not run, or ``workload`` does not fit its inputs.
     """
-    found = bench(
-        [base, other],
-        execution=replace(execution, threads=workload.threads or execution.threads),
+    inputs = RandomInputs(
         batch=workload.batch,
         shapes=workload.shapes,
-        sizes=workload.dim_sizes(analysis),
-        limits=id_limits(analysis),
-        warmup=workload.warmup,
-        iterations=workload.rounds,
-        duration=workload.seconds,
+        dim_sizes=workload.dim_sizes(analysis),
+        id_limits=id_limits(analysis),
     )
-    return found.timings[0].median, 1 / found.speedups[0].ratio
+    result = bench(
+        [base, other],
+        inputs,
+        protocol=TimingProtocol(workload.warmup, workload.rounds, workload.seconds),
+        execution=replace(execution, threads=workload.threads or execution.threads),
+    )
+    return result.timings[0].median, 1 / result.speedups[0].ratio
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """``dense`` ms of the original, ``base`` ms of the model as it is analysed (without rows that nobody reads), and
+    """``dense`` ms of the original, ``base`` ms of the model as it is analyzed (without unused rows), and
     per role the share of ``base`` that is saved when the shares ``KEPT_SHARES`` of its units are kept."""
 
     dense: float
     base: float
     roles: Mapping[str, tuple[float, ...]]
 
-    def saved_times(self, groups: Sequence[Group], chosen: Sequence[Group]) -> LatencyCurves:
-        """Of the groups ``chosen``, where ``groups`` are all that were narrowed for the table."""
+    def saved_times(self, groups: Sequence[Group], selected: Sequence[Group]) -> LatencyCurves:
+        """Times of the groups ``selected``; ``groups`` are all groups that were narrowed for the table."""
         macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
-        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in chosen}
+        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in selected}
         return LatencyCurves(self.dense, self.base, saved)
 
     def saving_curve(self, group: Group) -> FloatArray:
@@ -115,8 +117,8 @@ class LatencyTable:
         shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
         rising = np.maximum.accumulate(np.maximum(saved, 0.0))
         kept = np.arange(group.size + 1) / group.size
-        found: FloatArray = self.base * np.interp(kept, shares[::-1], rising[::-1])
-        return found
+        curve: FloatArray = self.base * np.interp(kept, shares[::-1], rising[::-1])
+        return curve
 
 
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
@@ -133,11 +135,11 @@ def latency_table(
     """The table of these roles: from the cache, or measured and cached. Raises UserError as ``time_pair``."""
     workload = workload or Workload()
     file = cache_folder() / f"latency-{cache_key(analysis, roles, workload, execution)}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is measured again
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a broken file is measured again
         data = json.loads(file.read_text())
         return LatencyTable(float(data["dense"]), float(data["base"]), {r: tuple(data["roles"][r]) for r in roles})
     table = measure_table(analysis, roles, workload, execution)
-    with suppress(OSError):  # a home that cannot be written to costs time only
+    with suppress(OSError):  # without a writable cache it is measured each time
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")
@@ -152,12 +154,12 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
         dense, ratio = time_pair(analysis, original, base, workload, execution)
         saved = {}
         for role in roles:
-            parts = []
+            shares = []
             for share in KEPT_SHARES:
                 narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
-                other = workload.timed_file(narrow, folder / "narrow")
-                parts.append(1 - time_pair(analysis, base, other, workload, execution)[1])
-            saved[role] = tuple(parts)
+                artifact = workload.timed_file(narrow, folder / "narrow")
+                shares.append(1 - time_pair(analysis, base, artifact, workload, execution)[1])
+            saved[role] = tuple(shares)
     return LatencyTable(dense, dense * ratio, saved)
 
 
@@ -173,19 +175,19 @@ def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, pa
 
 
 def cache_key(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> str:
-    """A name for all that times depend on."""
+    """A digest of everything that the times depend on."""
     machine = [cpu_name(), available_cores(), onnxruntime_version(), execution.provider]
-    made = workload.artifact.name if workload.artifact else ""
+    artifact = workload.artifact.name if workload.artifact else ""
     run = asdict(replace(workload, artifact=None))
-    what = [
+    measured = [
         LATENCY_CACHE_FORMAT,
         analysis.digest,
         sorted(roles),
         sorted(workload.dim_sizes(analysis).items()),
         run,
-        made,
+        artifact,
     ]
-    return hashlib.sha256(json.dumps([machine, what], sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([machine, measured], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def cache_folder() -> Path:

@@ -1,29 +1,32 @@
-"""How models are run: one value in place of a provider, a number of threads and a memory limit beside each other."""
+"""The settings of everything that runs a model, as one value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from snpc.graph.pass_manager import PassObserver
 from snpc.types import Feeds
 
-BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # passes batches on, and shows how many went by
+BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What every function that runs a model is told about running.
+    """How models are run.
 
     ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``trt``) or by its full name.
-    ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes for statistics and
-    activations, what is more lies in temporary files; None: half of what is free. ``progress`` wraps the batches of
-    each pass over calibration data.
+    ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
+    activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` wraps the
+    batches of each pass over calibration data. ``observer`` is called after each graph pass over a model that is
+    written or built.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     memory_limit: int | None = None
     progress: BatchProgress | None = field(default=None, repr=False)
+    observer: PassObserver | None = field(default=None, repr=False)
 
     @property
     def on_cpu(self) -> bool:

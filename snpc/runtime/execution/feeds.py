@@ -1,4 +1,4 @@
-"""Inputs for a model: shapes a user writes, and seeded random arrays where there is no data."""
+"""Feeds for a model: shapes as users write them, seeded random arrays, and checks of arrays."""
 
 from __future__ import annotations
 
@@ -6,18 +6,41 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import AnyArray, Feeds, Shape, TensorSpec
+from snpc.types import AnyArray, Feeds, Shape, TensorSpec, shape_text
 
-DEFAULT_DIM_SIZE = 16  # of a dynamic axis nothing is said about
+DEFAULT_DIM_SIZE = 16  # of a dynamic axis without a given size
 DEFAULT_ID_LIMIT = 2  # random ids are 0 or 1: inside every embedding table
 
 MAX_RANDOM_BYTES = 1 << 32  # bytes of one random input, as float64
+
+
+@dataclass(frozen=True)
+class RandomInputs:
+    """Inputs to draw where there is no data; the fields are those of ``random_feeds``."""
+
+    batch: int = 1
+    shapes: Mapping[str, Shape] | None = None
+    dim_sizes: Mapping[str, int] | None = None
+    id_limits: Mapping[str, int] | None = None
+    seed: int = 0
+
+    def draw(self, inputs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+        """One feed for these inputs. UserError: as for ``random_feeds``."""
+        return random_feeds(
+            inputs,
+            batch=self.batch,
+            shapes=self.shapes,
+            dim_sizes=self.dim_sizes,
+            seed=self.seed,
+            id_limits=self.id_limits,
+        )
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, Shape]:
@@ -41,34 +64,35 @@ def random_feeds(
     *,
     batch: int = 1,
     shapes: Mapping[str, Shape] | None = None,
-    sizes: Mapping[str, int] | None = None,
+    dim_sizes: Mapping[str, int] | None = None,
     seed: int = 0,
-    limits: Mapping[str, int] | None = None,
+    id_limits: Mapping[str, int] | None = None,
 ) -> dict[str, AnyArray]:
     """Seeded arrays for ``inputs``: floats standard normal, ids uniform in [0, limit), masks and bools ones.
 
-    A dynamic first axis is the batch; other dynamic axes take ``sizes`` by name (names no input has are ignored), else
-    0 where only past keys/values have them, else 16. Equal names get equal sizes, also those a shape in ``shapes``
-    binds, and a name such as "past + new" is the sum of its terms. An input's values depend on seed and name alone,
-    not on the other inputs. UserError: a shape that does not fit its input, or a type without random values.
+    A dynamic first axis is the batch. Other dynamic axes take their size from ``dim_sizes`` (names that no input has
+    are ignored); without one it is 0 where only past keys and values have the axis, else 16. Equal names get equal
+    sizes, also those that a shape in ``shapes`` binds; a name such as "past + new" is the sum of its terms. Ids of an
+    input are below its entry in ``id_limits``, else below 2. Its values depend on ``seed`` and its name alone.
+    UserError: a shape that does not fit its input, or a type without random values.
     """
-    shapes, limits = shapes or {}, limits or {}
-    _check_counts(batch, seed, sizes or {}, limits)
+    shapes, dim_sizes, id_limits = shapes or {}, dim_sizes or {}, id_limits or {}
+    _check_counts(batch, seed, dim_sizes, id_limits)
     _check_names(inputs, shapes)
-    bound = _bind_dims(inputs, batch, shapes, sizes or {})
+    bound = _bind_dims(inputs, batch, shapes, dim_sizes)
     return {
         spec.name: _random_array(
             spec,
             shapes[spec.name] if spec.name in shapes else _resolve_shape(spec, bound, batch),
             np.random.default_rng([seed, zlib.crc32(spec.name.encode())]),
-            limits.get(spec.name, DEFAULT_ID_LIMIT),
+            id_limits.get(spec.name, DEFAULT_ID_LIMIT),
         )
         for spec in inputs
     }
 
 
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, AnyArray]:
-    """``feeds`` cut down to what ``inputs`` name. UserError: an input is missing, or its type or shape does not fit."""
+    """The entries of ``feeds`` for ``inputs``. UserError: an input is missing, or its type or shape does not fit."""
     missing = [spec.name for spec in inputs if spec.name not in feeds]
     if missing:
         raise UserError(f"the data has no {_quoted_names(missing)}; it has {_quoted_names(feeds)}")
@@ -87,11 +111,6 @@ def check_shape(spec: TensorSpec, shape: Shape) -> None:
     )
     if not fits:
         raise UserError(f"input {spec.name!r}: shape {shape_text(shape)} does not fit {shape_text(spec.shape)}")
-
-
-def shape_text(shape: Sequence[int | str]) -> str:
-    """``(1, "seq", "")`` -> ``[1,seq,?]``."""
-    return "[" + ",".join(str(dim) or "?" for dim in shape) + "]"
 
 
 def _without_inner_spaces(text: str) -> str:
@@ -113,15 +132,15 @@ def _parse_shape(word: str) -> tuple[str, Shape]:
     return name, tuple(int(size) for size in sizes)
 
 
-def _check_counts(batch: int, seed: int, sizes: Mapping[str, int], limits: Mapping[str, int]) -> None:
+def _check_counts(batch: int, seed: int, dim_sizes: Mapping[str, int], id_limits: Mapping[str, int]) -> None:
     if batch < 1:
         raise UserError(f"batch {batch} is not positive")
     if seed < 0:
         raise UserError(f"seed {seed} is negative")
-    for name, size in sizes.items():
+    for name, size in dim_sizes.items():
         if size < 0:
             raise UserError(f"size {size} of dynamic axis {name!r} is negative")
-    for name, limit in limits.items():
+    for name, limit in id_limits.items():
         if limit < 1:
             raise UserError(f"input {name!r}: no id is in [0, {limit})")
 
@@ -134,10 +153,10 @@ def _check_names(inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> N
 
 
 def _bind_dims(
-    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Shape], sizes: Mapping[str, int]
+    inputs: Sequence[TensorSpec], batch: int, shapes: Mapping[str, Shape], dim_sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """The size of every axis name: what is asked for first, then the batch, then the defaults."""
-    bound = dict(sizes)
+    """The size of every axis name: from ``dim_sizes`` and ``shapes`` first, then the batch, then the defaults."""
+    bound = dict(dim_sizes)
     for spec in inputs:
         if spec.name not in shapes:
             continue
@@ -200,18 +219,18 @@ def _is_past(spec: TensorSpec) -> bool:
 
 def _random_array(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:
     # By name, since numpy calls bfloat16, float8 and int4 all "void" (they are ml_dtypes').
-    kind = spec.dtype.name
+    type_name = spec.dtype.name
     if any(n < 0 for n in shape):
         raise UserError(f"input {spec.name!r} would be {list(shape)}: no array has that shape; export the model again")
     if math.prod(shape) * 8 > MAX_RANDOM_BYTES:
         raise UserError(f"input {spec.name!r} would be {list(shape)}: too large for random values; give data for it")
-    if kind == "bool" or ("mask" in spec.name.lower() and ("int" in kind or "float" in kind)):
+    if type_name == "bool" or ("mask" in spec.name.lower() and ("int" in type_name or "float" in type_name)):
         return np.ones(shape, spec.dtype)
-    if "float" in kind:
+    if "float" in type_name:
         return rng.standard_normal(shape).astype(spec.dtype)
-    if "int" in kind:
+    if "int" in type_name:
         return rng.integers(0, min(limit, _max_value(spec.dtype)), shape).astype(spec.dtype)
-    raise UserError(f"input {spec.name!r} is {kind}, which has no random values; give data for it")
+    raise UserError(f"input {spec.name!r} is {type_name}, which has no random values; give data for it")
 
 
 def _max_value(dtype: np.dtype[Any]) -> int:

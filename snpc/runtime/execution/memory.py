@@ -1,4 +1,4 @@
-"""How much memory may be used: what a user writes, what is free, and arrays kept within it or in temporary files."""
+"""Memory limits: sizes as users write them, arrays kept within a limit or in files, and the memory a model needs."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ GIB = 1 << 30
 
 def parse_bytes(text: str) -> int:
     """``"2GB"``, ``"1.5 GiB"``, ``"500M"``, ``"1000000"`` -> bytes; GB is 10^9, GiB is 2^30. UserError: no size."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    size = int(float(found[1]) * BYTE_UNITS[found[2] or ""]) if found else 0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    size = int(float(match[1]) * BYTE_UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
     return size
 
 
 def release_free_memory() -> None:
-    """Hand back to the system what was freed. The C library keeps it otherwise, in pieces, after a large session more
-    than a gigabyte; where it knows no such call (not glibc), nothing happens."""
+    """Return freed memory to the system: glibc keeps it otherwise, more than a gigabyte after a large session. With
+    other C libraries nothing happens."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_budget(limit: int | None) -> int:
-    """``limit``, or where there is none half of what is free."""
+    """``limit`` in bytes; for None half of the free memory."""
     return free_memory() // 2 if limit is None else limit
 
 
 class SpillableStore:
-    """Keeps arrays: up to ``limit`` bytes of them in memory, what is more in temporary memory-mapped files.
+    """Keeps arrays: up to ``limit`` bytes in memory, the others in temporary memory-mapped files.
 
-    The files lie where the system keeps temporaries (TMPDIR) and are gone when their arrays are.
+    The files lie in the system's temporary folder (TMPDIR) and are deleted with their arrays.
     """
 
     def __init__(self, limit: int) -> None:
@@ -65,7 +65,7 @@ class SpillableStore:
         self.bytes_in_files = 0
 
     def keep(self, array: AnyArray) -> AnyArray:
-        """The array, or a copy of it in a file."""
+        """The array itself, or a copy of it in a file."""
         if self.bytes_in_memory + array.nbytes > self.limit and array.nbytes:
             self.bytes_in_files += array.nbytes
             return spill_to_file(array)
@@ -92,15 +92,15 @@ def spill_to_file(array: AnyArray) -> AnyArray:
 
 
 def session_bytes(model: Model) -> int:
-    """What a session of ``model`` on the CPU takes: its weights, and those of half precision once more as floats (the
-    CPU has no arithmetic for them)."""
-    held = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
-    weights = {id(tensor): tensor for tensor in held}.values()
+    """Bytes that a CPU session of ``model`` needs: its weights, and those of half precision once more as float32, in
+    which the CPU computes."""
+    tensors = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
+    weights = {id(tensor): tensor for tensor in tensors}.values()
     return sum(weight_bytes(t) * (3 if t.dtype in HALF_TYPES else 1) for t in weights)
 
 
 def too_large_reason(model: Model) -> str:
-    """In words, why the model cannot be run here; "" where it can."""
+    """Why the model is too large to run on this machine, for a message; "" where it is not."""
     needed, free = session_bytes(model), free_memory()
     if needed <= free // 2:  # the masked original is run as well, and others use the machine
         return ""

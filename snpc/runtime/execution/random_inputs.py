@@ -1,4 +1,4 @@
-"""Inputs drawn at random where there is no data: to verify with, and, with less use, to calibrate on."""
+"""Random inputs for an analyzed model: to verify on, and to calibrate on where there is no data."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 
-SEED_STRIDE = 1 << 20  # as many batches have a seed of their own
+SEED_STRIDE = 1 << 20  # each of so many batches has its own seed
 
 
 def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
     """Calibration data for a model of which there is none: floats standard normal, ids uniform over the embedding that
-    they index, masks of ones, dynamic axes as analysed.
+    they index, masks of ones, dynamic axes as analyzed.
 
     No real input looks like this, and a model calibrated on it keeps what matters for noise.
     """
     inputs = analysis.model.inputs
     size = find_sample_axes(inputs).batch_size or max(batch, 1)
-    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + turn) for turn in range(-(-samples // size))]
-    made = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
-    return replace(made, source="random inputs (no data)")
+    batches = -(-samples // size)
+    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + number) for number in range(batches)]
+    calibration = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
+    return replace(calibration, source="random inputs (no data)")
 
 
 def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
-    """Feeds of this many samples (of the model's own batch where that is static)."""
+    """One feed of ``batch`` samples, or of the model's own batch size where that is static."""
     inputs = analysis.model.inputs
     batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
-    sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
-    return random_feeds(inputs, batch=batch, sizes=sizes, seed=seed, limits=id_limits(analysis))
+    dim_sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
+    return random_feeds(inputs, batch=batch, dim_sizes=dim_sizes, seed=seed, id_limits=id_limits(analysis))
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:
@@ -43,25 +44,25 @@ def id_limits(analysis: Analysis) -> dict[str, int]:
 
 
 def embedding_rows(model: ir.Model, facts: ShapeFacts) -> dict[str, int]:
-    """How many rows the table has that an integer input indexes, by the input's name."""
-    found: dict[str, int] = {}
+    """Name of an integer input -> rows of the embedding table that it indexes."""
+    rows: dict[str, int] = {}
     for value in model.graph.inputs:
         limits = indexed_table_rows(facts, value)
         if limits:
-            found[str(value.name)] = min(limits)
-    return found
+            rows[str(value.name)] = min(limits)
+    return rows
 
 
 def indexed_table_rows(facts: ShapeFacts, value: ir.Value) -> list[int]:
-    """Of every constant that ``value`` indexes, as it is or cast or reshaped."""
-    found: list[int] = []
+    """Rows of every constant that ``value`` indexes, directly or through casts and reshapes."""
+    rows: list[int] = []
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)
         if index == 0 and (spec.kind == "movement" or (spec.kind == "pointwise" and len(node.inputs) == 1)):
-            found += indexed_table_rows(facts, node.outputs[0])
+            rows += indexed_table_rows(facts, node.outputs[0])
         table = node.inputs[0] if index == 1 else None
         shape = facts.shape.get(table) if table is not None else None
         if shape and table is not None and table.const_value is not None:
             axis = int(node.attributes["axis"].value) if "axis" in node.attributes else 0
-            found.append(int(shape[axis]))
-    return found
+            rows.append(int(shape[axis]))
+    return rows

@@ -1,5 +1,4 @@
-"""Whatever runs: ONNX and .ort through onnxruntime, OpenVINO IR, TensorRT engines. One face, so that they can be
-compared on the same inputs."""
+"""Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 
 OPENVINO_SUFFIX = ".xml"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: what it was built for
+PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: the precision that it was built for
 
 
 class Runner(Protocol):
-    """A loaded model. ``device``: what runs it; ``threads``: its setting, 0 where the runtime chose."""
+    """A loaded model. ``device``: the provider or device; ``threads``: its setting, 0 where the runtime chose."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]: ...
@@ -47,7 +46,7 @@ class Runner(Protocol):
         ...
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
-        """A call that runs on ``feeds`` and nothing else: fit to be timed."""
+        """A function that runs on ``feeds``, with no other work in it, to be timed."""
         ...
 
 
@@ -153,8 +152,8 @@ class OpenVinoRunner:
 
     def prepare(self, feeds: Feeds) -> Callable[[], object]:
         request = self.compiled.create_infer_request()
-        held = dict(feeds)
-        return self._refusing(lambda: request.infer(held, share_inputs=True, share_outputs=True))
+        arrays = dict(feeds)
+        return self._refusing(lambda: request.infer(arrays, share_inputs=True, share_outputs=True))
 
     def _refusing(self, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -171,7 +170,7 @@ class OpenVinoRunner:
 def openvino_dtype(port: Any) -> np.dtype[Any]:
     name = port.get_element_type().get_type_name()
     short = {"f32": "float", "f64": "double", "f16": "float16", "bf16": "bfloat16", "boolean": "bool"}
-    long = {f"{kind}{bits}": f"{'u' if kind == 'u' else ''}int{bits}" for kind in "iu" for bits in (8, 16, 32, 64)}
+    long = {f"{sign}{bits}": f"{'u' if sign == 'u' else ''}int{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
     return ORT_DTYPES[{**short, **long}[name]]
 
 

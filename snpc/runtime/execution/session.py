@@ -1,4 +1,4 @@
-"""onnxruntime sessions: one way to open and run them, and what goes in and comes out."""
+"""onnxruntime sessions: opening and running them, and the specs of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROVIDERS: dict[str, str] = {
     "trt": "TensorrtExecutionProvider",
 }
 
-# onnxruntime's names of what an array can hold element by element; its int4 and float4 are packed, two to a byte.
+# onnxruntime's names of the types that numpy arrays can hold. int4 and float4 are missing: two values share a byte.
 ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "double": np.dtype(np.float64),
@@ -56,7 +56,7 @@ ORT_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class SessionLoadError(UserError):
-    """onnxruntime makes no session of a model: an operator that it does not have, types that do not fit."""
+    """onnxruntime cannot open a session of a model: an operator that it does not have, types that do not match."""
 
 
 def onnxruntime_version() -> str:
@@ -69,22 +69,22 @@ def open_session(
     model: Path | bytes,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    optimise: OptimizationLevel = "all",
+    optimization: OptimizationLevel = "all",
     memory: MemoryMode = "own",
-    entries: Mapping[str, str] | None = None,
-    saved: Path | None = None,
+    config_entries: Mapping[str, str] | None = None,
+    optimized_path: Path | None = None,
 ) -> ort.InferenceSession:
-    """A session of a file or of a serialised model, that logs nothing but crashes (errors are raised).
+    """A session of a file or of a serialized model. It logs nothing; errors are raised.
 
-    ``memory``: "own" as onnxruntime has it, for what is timed; "lean" as fast, but nodes run as soon as they can, so
-    that a statistic does not keep its activations until the end, and no block for a whole run is set aside; "shared"
-    takes what a run needs from one pool with all other such sessions, too, of which dozens may be open; "least" holds
-    each weight once as well: slower, for few runs.
+    ``memory``: "own": onnxruntime's default, for models that are timed. "lean": as fast, but each node runs as soon as
+    its inputs are there, so that statistics do not keep their activations until the end, and no block of memory is
+    reserved for a whole run. "shared": like "lean", and all such sessions allocate from one pool, so that dozens can be
+    open. "least": like "shared", and each weight is held once; slower, for few runs.
 
-    ``entries``: settings of the session's configuration by name; ``saved``: where to write the optimised graph.
+    ``config_entries``: session configuration entries by name. ``optimized_path``: file for the optimized graph.
 
-    UserError: the provider is not in this
-    onnxruntime or does not start (a session never falls back to the CPU unsaid), or the model does not load.
+    UserError: the provider is not in this onnxruntime or does not start (a session never falls back to the CPU
+    silently), or the model does not load.
     """
     import onnxruntime as ort
 
@@ -94,20 +94,20 @@ def open_session(
     name = _model_name(model)
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
-    wanted = resolve_provider(execution.provider)
+    provider = resolve_provider(execution.provider)
     ort.set_default_logger_severity(4)
-    _preload_cuda_libraries(wanted)
+    _preload_cuda_libraries(provider)
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _session_options(threads, optimise, memory, entries or {}, saved),
-            providers=_provider_chain(wanted),
+            _session_options(threads, optimization, memory, config_entries or {}, optimized_path),
+            providers=_provider_chain(provider),
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionLoadError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
-    if wanted not in session.get_providers():
-        raise UserError(f"{wanted} did not start: onnxruntime has it, but not a library or device that it needs")
+    if provider not in session.get_providers():
+        raise UserError(f"{provider} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
 
 
@@ -116,18 +116,18 @@ def save_optimized(
     target: Path,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    form: Literal["ONNX", "ORT"] = "ONNX",
-    external: str = "",
+    file_format: Literal["ONNX", "ORT"] = "ONNX",
+    external_name: str = "",
 ) -> None:
-    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimisations.
+    """Write the graph that a session of ``model`` runs after all of onnxruntime's optimizations.
 
-    ``external``: name of a file beside ``target`` for the weights. UserError: as for open_session.
+    ``external_name``: name of a file beside ``target`` for the weights. UserError: as for open_session.
     """
-    entries: dict[str, str] = {"session.save_model_format": form}
-    if external:
-        entries["session.optimized_model_external_initializers_file_name"] = external
-        entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
-    open_session(model, execution=execution, entries=entries, saved=target)
+    config_entries: dict[str, str] = {"session.save_model_format": file_format}
+    if external_name:
+        config_entries["session.optimized_model_external_initializers_file_name"] = external_name
+        config_entries["session.optimized_model_external_initializers_min_size_in_bytes"] = "1024"
+    open_session(model, execution=execution, config_entries=config_entries, optimized_path=target)
 
 
 def resolve_provider(provider: str) -> str:
@@ -135,24 +135,24 @@ def resolve_provider(provider: str) -> str:
     import onnxruntime as ort
 
     available: list[str] = ort.get_available_providers()
-    full = {name.lower(): name for name in available}
-    wanted = PROVIDERS.get(provider.lower(), provider)
-    if wanted.lower() not in full:
+    by_lower_case = {name.lower(): name for name in available}
+    full_name = PROVIDERS.get(provider.lower(), provider)
+    if full_name.lower() not in by_lower_case:
         short = [key for key, name in PROVIDERS.items() if name in available]
         raise UserError(
             f"provider {provider!r} is not in this onnxruntime {ort.__version__}: it has "
             f"{', '.join(available)} (in short: {', '.join(short)})"
         )
-    return full[wanted.lower()]
+    return by_lower_case[full_name.lower()]
 
 
 def session_inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """What must be fed. UserError: an input is no tensor, or of a type no array holds."""
+    """Specs of the inputs. UserError: an input is not a tensor, or has a type that numpy arrays cannot hold."""
     return tuple(_tensor_spec("input", value) for value in session.get_inputs())
 
 
 def session_outputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
-    """What comes out; onnxruntime gives a tensor of unknown rank the shape (). UserError: as for the inputs."""
+    """Specs of the outputs; for a tensor of unknown rank onnxruntime reports (). UserError: as for the inputs."""
     return tuple(_tensor_spec("output", value) for value in session.get_outputs())
 
 
@@ -164,7 +164,7 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
 
 
 def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "model") -> Callable[[], list[Any]]:
-    """A call that runs the session on ``feeds`` and nothing else: fit to be timed. UserError: as for run_session.
+    """A function that runs the session on ``feeds``, with no other work in it, to be timed. UserError: as run_session.
 
     It returns arrays, or OrtValues where an input or output has a type that onnxruntime cannot exchange with numpy.
     """
@@ -178,13 +178,17 @@ def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
 
 
 def first_lines(error: Exception, count: int = 1) -> str:
-    """How onnxruntime's message begins, as one line; what follows is its source files and stack."""
+    """The first lines of onnxruntime's message as one line; source files and a stack follow them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count]) or type(error).__name__
 
 
 def _session_options(
-    threads: int, optimise: OptimizationLevel, memory: MemoryMode, entries: Mapping[str, str], saved: Path | None
+    threads: int,
+    optimization: OptimizationLevel,
+    memory: MemoryMode,
+    config_entries: Mapping[str, str],
+    optimized_path: Path | None,
 ) -> ort.SessionOptions:
     import onnxruntime as ort
 
@@ -196,7 +200,7 @@ def _session_options(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.graph_optimization_level = levels[optimise]
+    options.graph_optimization_level = levels[optimization]
     # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if memory != "own":
@@ -208,47 +212,49 @@ def _session_options(
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if memory == "least":
         options.add_session_config_entry("session.disable_prepacking", "1")
-    for key, value in entries.items():
+    for key, value in config_entries.items():
         options.add_session_config_entry(key, value)
-    if saved is not None:
-        options.optimized_model_filepath = str(saved)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
     return options
 
 
 @functools.cache
 def _register_shared_arena() -> None:
-    """Memory on the CPU for all sessions that share it. Each session's own would keep the most that it ever needed."""
+    """Register one CPU allocator for all sessions that share it; a session's own one keeps its peak memory."""
     import onnxruntime as ort
 
-    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    memory_info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     with contextlib.suppress(Exception):  # there is one already: then that serves
-        ort.create_and_register_allocator(where, None)
+        ort.create_and_register_allocator(memory_info, None)
 
 
-def _preload_cuda_libraries(wanted: str) -> None:
-    """CUDA's libraries, when they came as Python packages, are found only if loaded before the session."""
+def _preload_cuda_libraries(provider: str) -> None:
+    """Load CUDA's libraries first: those from Python packages are found only when they are loaded already."""
     import onnxruntime as ort
 
-    if wanted in (PROVIDERS["cuda"], PROVIDERS["trt"]) and hasattr(ort, "preload_dlls"):  # onnxruntime 1.21
+    if provider in (PROVIDERS["cuda"], PROVIDERS["trt"]) and hasattr(ort, "preload_dlls"):  # onnxruntime 1.21
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
             ort.preload_dlls()
 
 
-def _provider_chain(wanted: str) -> list[str]:
-    """``wanted`` and what takes the nodes that it does not have."""
+def _provider_chain(provider: str) -> list[str]:
+    """The provider, then those that run the nodes it cannot run."""
     import onnxruntime as ort
 
-    chain = [wanted, PROVIDERS["cpu"]]
-    if wanted == PROVIDERS["trt"]:
+    chain = [provider, PROVIDERS["cpu"]]
+    if provider == PROVIDERS["trt"]:
         chain.insert(1, PROVIDERS["cuda"])
     available = ort.get_available_providers()
     return [name for name in dict.fromkeys(chain) if name in available]
 
 
-def _tensor_spec(kind: str, value: Any) -> TensorSpec:
+def _tensor_spec(direction: str, value: Any) -> TensorSpec:
     element = value.type.removeprefix("tensor(").removesuffix(")")
     if element not in ORT_DTYPES:
-        raise UserError(f"{kind} {value.name!r} is {value.type}: no array holds it, so it cannot be run here")
+        raise UserError(
+            f"{direction} {value.name!r} is {value.type}: snpc cannot run it, since numpy arrays cannot hold this type"
+        )
     return TensorSpec(value.name, ORT_DTYPES[element], tuple("" if dim is None else dim for dim in value.shape))
 
 

@@ -1,4 +1,4 @@
-"""Models that snpc runs to learn from them: written to a temporary, opened, run, and gone."""
+"""Sessions of models in memory: written to a temporary file, run, and deleted."""
 
 from __future__ import annotations
 
@@ -35,31 +35,34 @@ def temporary_session(
     model: ir.Model,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    optimise: OptimizationLevel = "all",
+    optimization: OptimizationLevel = "all",
     memory: MemoryMode = "lean",
     external: bool = False,
 ) -> Iterator[RunFunction]:
-    """A call from feeds (what the model does not take is left out) to its outputs by name. Takes ``model`` over.
+    """A function from feeds to outputs by name; feeds that are no inputs are ignored. ``model`` must not be used again.
 
-    bfloat16 is run as float32 where onnxruntime has no arithmetic in it; then outputs are float32 too.
+    bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic; the outputs are then float32 too.
     """
-    wide = runs_in_float32(model, execution)
+    in_float32 = runs_in_float32(model, execution)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "model.onnx"
-        save(widen_bfloat16(finalize(model)) if wide else finalize(model), path, external)
-        held = [open_session(path, execution=execution, optimise=optimise, memory=memory)]
-        names = {i.name for i in held[0].get_inputs()}
+        save(widen_bfloat16(finalize(model)) if in_float32 else finalize(model), path, external)
+        sessions = [open_session(path, execution=execution, optimization=optimization, memory=memory)]
+        names = {i.name for i in sessions[0].get_inputs()}
 
         def run(feeds: Feeds) -> dict[str, AnyArray]:
-            mine = {name: array for name, array in feeds.items() if name in names}
-            if wide:
-                mine = {name: a.astype(np.float32) if a.dtype == BFLOAT16 else a for name, a in mine.items()}
-            return run_session(held[0], mine)
+            model_feeds = {name: array for name, array in feeds.items() if name in names}
+            if in_float32:
+                model_feeds = {
+                    name: array.astype(np.float32) if array.dtype == BFLOAT16 else array
+                    for name, array in model_feeds.items()
+                }
+            return run_session(sessions[0], model_feeds)
 
         try:
             yield run
         finally:
-            held.clear()  # whoever still has ``run`` does not keep the session
+            sessions.clear()  # a caller that keeps ``run`` does not keep the session
             release_free_memory()
 
 
@@ -76,8 +79,7 @@ def runs_in_float32(model: ir.Model, execution: Execution) -> bool:
 
 
 def widen_bfloat16(model: ir.Model) -> ir.Model:
-    """The model with float32 in place of bfloat16 everywhere; changed in place, weights are converted as they are
-    read."""
+    """Replace bfloat16 by float32 everywhere, in place; weights are converted when they are read."""
     for graph in model.graphs():
         nodes = list(graph)
         for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs, *node_outputs(nodes)):
@@ -87,11 +89,11 @@ def widen_bfloat16(model: ir.Model) -> ir.Model:
                 value.const_value = widen_tensor(value.const_value)
         for node in nodes:
             for name, attribute in list(node.attributes.items()):
-                found = attribute.value
-                if name in TYPE_ATTRIBUTES and found == int(ir.DataType.BFLOAT16):
+                content = attribute.value
+                if name in TYPE_ATTRIBUTES and content == int(ir.DataType.BFLOAT16):
                     node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-                elif isinstance(found, ir.TensorProtocol):
-                    node.attributes[name] = ir.AttrTensor(name, widen_tensor(found))
+                elif isinstance(content, ir.TensorProtocol):
+                    node.attributes[name] = ir.AttrTensor(name, widen_tensor(content))
     return model
 
 

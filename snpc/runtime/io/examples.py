@@ -18,8 +18,8 @@ def write_example(name: str, folder: Path) -> tuple[Path, ...]:
 
     Returned are the paths written. For ``"digits"``, a Vision Transformer trained on 8x8 images of handwritten digits:
 
-    - ``digits_vit.onnx``: input ``image`` [N, 1, 8, 8] float32, grey levels in [0, 1]; output ``logits`` [N, 10]
-      float32, unnormalised log-probabilities.
+    - ``digits_vit.onnx``: input ``image`` [N, 1, 8, 8] float32, gray levels in [0, 1]; output ``logits`` [N, 10]
+      float32, unnormalized log-probabilities.
     - ``calib.npz``: ``image`` [256, 1, 8, 8] as above, training images without labels, to calibrate with.
     - ``eval.npz``: ``image`` [500, 1, 8, 8] and ``labels`` [500] int64 in 0..9, images the model was not trained on.
 

@@ -1,15 +1,13 @@
-"""Files in, files out: load a model as it is, write one without ever holding its bytes twice.
-
-Writing goes to a temporary file beside the target and is renamed, so a crash or a full disk leaves what was there.
-"""
+"""Loading models: tensors checked, external data found, the graph in canonical form. Weights are not read."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -19,22 +17,37 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph.pass_manager import PassObserver
 from snpc.passes.canonicalization.canonicalize import canonicalize
+from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
 from snpc.runtime.io.tensor_checks import all_tensors, check_tensors, external_entry, is_external
-from snpc.types import Model, TensorSpec
+from snpc.types import Model, TemporaryFolder, TensorSpec
+
+if TYPE_CHECKING:
+    from snpc.runtime.io.in_memory import InMemoryModel
+
+    ModelSource: TypeAlias = str | os.PathLike[str] | InMemoryModel
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
-def load(path: str | os.PathLike[str], observer: PassObserver | None = None) -> Model:
-    """Read an ONNX file and bring it into the canonical form (see ``passes.canonicalization``).
+def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
+    """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
-    ``observer`` is called after each graph pass.
-    External data stays where it is and is read when needed. Raises UserError for anything that is not a readable
-    ONNX model.
+    ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. A model in memory
+    is not changed; a copy of it lies in a temporary file for as long as the returned value lives. Weights of a
+    file stay there and are read when they are needed. ``observer`` is called after each graph pass. Raises UserError
+    for anything that is not a readable ONNX model.
     """
-    where = Path(path)
+    if isinstance(model, (str, os.PathLike)):
+        return load_file(Path(model), observer)
+    kind, folder = kind_of(model), TemporaryFolder()
+    path = folder.path / "model.onnx"
+    write_in_memory(model, path)
+    return replace(load_file(path, observer), kind=kind, folder=folder)
+
+
+def load_file(where: Path, observer: PassObserver | None) -> Model:
     if not where.is_file():
         raise UserError(
             f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
@@ -72,13 +85,13 @@ def load(path: str | os.PathLike[str], observer: PassObserver | None = None) -> 
 
 
 def check_serializable(model: ir.Model) -> None:
-    """Copy it and spell it as a message, weights left out: what cannot be written later is better refused now."""
+    """Convert a copy to protobuf, without its weights: a model that cannot be written is refused when it is loaded."""
     copy = model.clone()
     proto_without_weights(copy, set(copy.graph.initializers))
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """onnx-ir wraps an error once per level of the message, each with its whole content."""
+    """The first error in a chain: onnx-ir wraps an error once per level of the message, each with the whole content."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -90,7 +103,7 @@ def error_summary(error: BaseException) -> str:
 
 
 def resolve_external_data(model: ir.Model, folder: Path) -> None:
-    """Tie weights to their files by full paths: onnx-ir reads no links below a base, and caches of models are links."""
+    """Give external weights full paths: onnx-ir follows no links below a base folder, and model caches are links."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -115,30 +128,30 @@ def with_full_path(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.Ext
 
 
 def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
-    """location -> a tensor that lies there."""
-    found: dict[str, str] = {}
+    """Location of external data -> name of one tensor in it."""
+    locations: dict[str, str] = {}
     for tensor in all_tensors(proto):
         if is_external(tensor):
-            found.setdefault(external_entry(tensor, "location"), tensor.name)
-    return found
+            locations.setdefault(external_entry(tensor, "location"), tensor.name)
+    return locations
 
 
-def check_producers(model: ir.Model, where: Path) -> None:
+def check_producers(model: ir.Model, path: Path) -> None:
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and value.graph is None:
-                raise UserError(f"{where}: nothing makes {value.name}, which {node.name} reads; export it again")
+                raise UserError(f"{path}: {node.name} reads {value.name}, which no node produces; export it again")
 
 
-def file_digest(where: Path, proto: onnx.ModelProto) -> str:
-    """sha256 of the file; of external data its name, size and ends (reading 14 GB to name a model is not worth it)."""
+def file_digest(path: Path, proto: onnx.ModelProto) -> str:
+    """sha256 of the file, and of the name, size and three samples of each external file (not of all its bytes)."""
     sha = hashlib.sha256()
-    with where.open("rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     for location in sorted(external_data_files(proto)):
-        if location != where.name:
-            data = where.parent / location
+        if location != path.name:
+            data = path.parent / location
             size = data.stat().st_size
             sha.update(f"{location}:{size}".encode())
             with data.open("rb") as file:
@@ -149,7 +162,7 @@ def file_digest(where: Path, proto: onnx.ModelProto) -> str:
 
 
 def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
-    found = []
+    specs = []
     for value in values:
         if value.name in model.graph.initializers:
             continue
@@ -159,17 +172,17 @@ def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
         dims = (
             () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value or "") for d in value.shape)
         )
-        found.append(TensorSpec(str(value.name), dtype, dims))
-    return tuple(found)
+        specs.append(TensorSpec(str(value.name), dtype, dims))
+    return tuple(specs)
 
 
 def file_bytes(path: Path) -> int:
-    """Size on disk of a model with the external data it names."""
+    """Size on disk of a model with its external data."""
     return sum(file.stat().st_size for file in model_files(path) if file.is_file())
 
 
 def model_files(path: Path) -> set[Path]:
-    """A model and the external data it names."""
+    """The model file and the files of its external data."""
     return {path, *(path.parent / name for name in external_data_files(read_without_weights(path)))}
 
 

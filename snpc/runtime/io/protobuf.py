@@ -1,10 +1,9 @@
-"""ONNX files without their weights: read the graph of an inline model, leaving big tensors where they lie on disk.
+"""Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the file.
 
 An ``.onnx`` file is one protobuf message: ModelProto.graph (field 7) holds GraphProto.initializer (5), a TensorProto
-each, whose bytes are raw_data (9). ``read_without_weights`` walks those lengths, drops the bytes, and writes into
-each tensor that its
-data is external, in this very file, at this offset. So a 10 GB model loads in the time its graph takes, and weights
-are read through the page cache when they are needed.
+each, whose bytes are raw_data (9). ``read_without_weights`` walks those lengths, drops the bytes, and marks
+each tensor as external data at its offset in the same file. So a 10 GB model loads in the time that its graph takes,
+and weights are read through the page cache when they are needed.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ WireField = tuple[int, int, int, int]  # number, start of its tag, start and end
 
 
 def encode_varint(number: int) -> bytes:
-    out = bytearray()
+    encoded = bytearray()
     while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
+        encoded.append(number & 0x7F | 0x80)
         number >>= 7
-    out.append(number)
-    return bytes(out)
+    encoded.append(number)
+    return bytes(encoded)
 
 
 def length_prefix(field: int, length: int) -> bytes:
@@ -54,18 +53,18 @@ def iterate_fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[Wi
     at = start
     while at < end:
         tag, value = decode_varint(data, at)
-        kind = tag & 7
-        if kind == VARINT:
+        wire_type = tag & 7
+        if wire_type == VARINT:
             stop = decode_varint(data, value)[1]
-        elif kind == FIXED64:
+        elif wire_type == FIXED64:
             stop = value + 8
-        elif kind == FIXED32:
+        elif wire_type == FIXED32:
             stop = value + 4
-        elif kind == DELIMITED:
+        elif wire_type == DELIMITED:
             length, value = decode_varint(data, value)
             stop = value + length
         else:
-            raise ValueError(f"wire type {kind} at byte {at}")
+            raise ValueError(f"wire type {wire_type} at byte {at}")
         if stop > end:
             raise ValueError(f"a field at byte {at} runs past the end")
         yield tag >> 3, at, value, stop
@@ -86,12 +85,12 @@ def read_without_weights(path: Path) -> onnx.ModelProto:
 
 
 def parse_without_weights(data: mmap.mmap, name: str) -> onnx.ModelProto:
-    rest = bytearray()
+    fields_kept = bytearray()
     model = onnx.ModelProto()
     tensors: list[onnx.TensorProto] = []
     for number, tag, start, end in iterate_fields(data, 0, len(data)):
         if number != GRAPH:
-            rest += data[tag:end]
+            fields_kept += data[tag:end]
             continue
         graph = bytearray()
         for inner, inner_tag, inner_start, inner_end in iterate_fields(data, start, end):
@@ -99,24 +98,24 @@ def parse_without_weights(data: mmap.mmap, name: str) -> onnx.ModelProto:
                 tensors.append(tensor_without_data(data, inner_start, inner_end, name))
             else:
                 graph += data[inner_tag:inner_end]
-        rest += length_prefix(GRAPH, len(graph)) + graph
-    model.ParseFromString(bytes(rest))
+        fields_kept += length_prefix(GRAPH, len(graph)) + graph
+    model.ParseFromString(bytes(fields_kept))
     model.graph.initializer.extend(tensors)
     return model
 
 
 def tensor_without_data(data: mmap.mmap, start: int, end: int, name: str) -> onnx.TensorProto:
-    kept = bytearray()
-    where: tuple[int, int] | None = None
+    fields_kept = bytearray()
+    data_span: tuple[int, int] | None = None
     for number, tag, value, stop in iterate_fields(data, start, end):
         if number == RAW_DATA and stop - value >= MIN_EXTERNAL_BYTES:
-            where = (value, stop - value)
+            data_span = (value, stop - value)
         else:
-            kept += data[tag:stop]
+            fields_kept += data[tag:stop]
     tensor = onnx.TensorProto()
-    tensor.ParseFromString(bytes(kept))
-    if where is not None:
+    tensor.ParseFromString(bytes(fields_kept))
+    if data_span is not None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (("location", name), ("offset", str(where[0])), ("length", str(where[1]))):
+        for key, text in (("location", name), ("offset", str(data_span[0])), ("length", str(data_span[1]))):
             tensor.external_data.add(key=key, value=text)
     return tensor

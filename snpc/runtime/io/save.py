@@ -1,4 +1,4 @@
-"""Writing models: inline, or with external data above the size that protobuf takes."""
+"""Writing models: weights inside the file, or in a file beside it. No weight is held in memory twice."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def save_external(model: ir.Model, target: Path) -> None:
     Not by ``onnx_ir.save``: it refuses weights of strings, and describes every weight once more as a value.
     """
     data = external_data_path(target)
-    held = {name: value.const_value for name, value in model.graph.initializers.items()}
-    weights = {name: tensor for name, tensor in held.items() if tensor is not None and is_stored_separately(tensor)}
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    weights = {name: tensor for name, tensor in tensors.items() if tensor is not None and is_stored_separately(tensor)}
     with atomic_write(data) as temporary:
         stored = convert_tensors_to_external(
             list(weights.values()), temporary.parent, temporary.name, alignment=PAGE, align_threshold=0
@@ -51,41 +51,41 @@ def save_external(model: ir.Model, target: Path) -> None:
 
 
 def is_stored_separately(tensor: ir.TensorProtocol | None) -> bool:
-    """Written apart from the graph. Small ones too where they lie in another file: the message would refer to that."""
+    """Whether a tensor is written after the graph: from 1 kB on, and all external ones, which would stay external."""
     return tensor is not None and (weight_bytes(tensor) >= 1024 or isinstance(tensor, ir.ExternalTensor))
 
 
 def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto:
-    """The model's message without the weights named ``without``."""
-    held = {name: model.graph.initializers[name] for name in without}
-    kept = {name: value.const_value for name, value in held.items()}
+    """The model as protobuf, without the weights named ``without``; ``model`` is unchanged afterwards."""
+    values = {name: model.graph.initializers[name] for name in without}
+    tensors = {name: value.const_value for name, value in values.items()}
     try:
-        for value in held.values():
+        for value in values.values():
             value.const_value = None
         for name in without:
             del model.graph.initializers[name]
         return ir.to_proto(model)
     finally:
-        for name, value in held.items():
-            value.const_value = kept[name]
+        for name, value in values.items():
+            value.const_value = tensors[name]
             model.graph.initializers[name] = value
 
 
 def write_inline(model: ir.Model, path: Path) -> None:
-    """One protobuf message, its weights streamed one by one behind the graph's other fields."""
+    """One protobuf message: the graph's other fields first, then its weights one by one."""
     big = {name for name, v in model.graph.initializers.items() if is_stored_separately(v.const_value)}
     order = [name for name in model.graph.initializers if name in big]
     skeleton = proto_without_weights(model, big)
     graph = skeleton.graph.SerializeToString()
     skeleton.ClearField("graph")
-    sizes = {name: tensor_message_length(name, model.graph.initializers[name].const_value) for name in order}
-    total = len(graph) + sum(len(length_prefix(INITIALIZER, size)) + size for size in sizes.values())
+    lengths = {name: tensor_message_length(name, model.graph.initializers[name].const_value) for name in order}
+    total = len(graph) + sum(len(length_prefix(INITIALIZER, size)) + size for size in lengths.values())
     with path.open("wb") as file:
         file.write(skeleton.SerializeToString())
         file.write(length_prefix(GRAPH, total) + graph)
         for name in order:
             tensor: Any = model.graph.initializers[name].const_value
-            file.write(length_prefix(INITIALIZER, sizes[name]) + tensor_message_head(name, tensor))
+            file.write(length_prefix(INITIALIZER, lengths[name]) + tensor_message_head(name, tensor))
             tensor.tofile(file)
 
 

@@ -15,7 +15,7 @@ from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, UnitScores, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.algebra import elimination_widths
+from snpc.runtime.closed_form.elimination import elimination_widths
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
 from snpc.runtime.closed_form.masked_weights import changed_constants, edited_constants, trial_weights
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
@@ -145,7 +145,7 @@ def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
 
 def output_token_masks(masks: TokenMasks, padding: PaddingMasks) -> dict[str, TokenMask]:
     """Output -> bool [batch, tokens]: does the token count?"""
-    return {name: masks[mask.name] for name, mask in padding.row_masks.items() if mask.order == "plain"}
+    return {name: masks[mask.name] for name, mask in padding.row_masks.items() if mask.order == "batch_first"}
 
 
 @dataclass(frozen=True)

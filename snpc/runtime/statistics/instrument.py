@@ -1,4 +1,4 @@
-"""Statistics inside the graph: sums that onnxruntime computes beside the model, so that activations are never held."""
+"""Statistics as nodes of the graph: the runtime sums them along with the model, so that no activation is kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph.builder import add_constant, copy_node, make_node
 from snpc.graph.shapes import attribute_values
 from snpc.ops import names as op
 from snpc.ops.attention import ATTENTION_FORMS, AttentionForm
@@ -16,19 +17,22 @@ from snpc.runtime.statistics.packed_symmetric import row_strips
 from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
 from snpc.types import Probe
 
-SLICE_END = 1 << 30  # behind the last axis
+SLICE_END = 1 << 30  # larger than any rank
 
 
 class Instrument:
-    """Appends statistics to a copy of a model. ``told``: tensor -> where it stands which of its rows count (of others,
-    all do); what it names becomes an input of the copy when it is needed."""
+    """Appends statistics to a copy of a model, as new outputs in place of its own.
 
-    def __init__(self, model: ir.Model, told: Mapping[str, RowMask] | None = None) -> None:
+    ``row_masks``: tensor -> the input that says which of its rows count (all rows of other tensors do). Such an input
+    is added to the copy when a statistic first needs it. Methods that return a value document its shape.
+    """
+
+    def __init__(self, model: ir.Model, row_masks: Mapping[str, RowMask] | None = None) -> None:
         self.model = model.clone()
         self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
         self.values |= {str(v.name): v for v in self.model.graph.inputs}
         self.values |= dict(self.model.graph.initializers)
-        self.row_masks = told or {}
+        self.row_masks = row_masks or {}
         self.mask_inputs: dict[str, ir.Value] = {}
         self.rows_cache: dict[tuple[str, bytes, int], ir.Value] = {}
         self.count = 0
@@ -39,19 +43,13 @@ class Instrument:
 
     def node(self, name: str, inputs: Sequence[ir.Value], **attrs: int | list[int]) -> ir.Value:
         self.count += 1
-        node = ir.node(name, inputs, attributes=attrs or None, name=f"snpc_measure_{self.count}")
-        value: ir.Value = node.outputs[0]
-        value.name = f"snpc_measure_{self.count}_out"
+        node = make_node(name, inputs, attrs, name=f"snpc_measure_{self.count}")
         self.model.graph.append(node)
-        return value
+        return node.outputs[0]
 
     def constant(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
         self.count += 1
-        name = f"snpc_measure_{self.count}"
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
-        self.model.graph.register_initializer(value)
-        return value
+        return add_constant(self.model.graph, array, f"snpc_measure_{self.count}")
 
     def ints(self, numbers: Iterable[int]) -> ir.Value:
         return self.constant(np.asarray(list(numbers), np.int64))
@@ -87,78 +85,78 @@ class Instrument:
         self.model.graph.outputs.append(value)
 
     def activation(self, name: str) -> ir.Value:
-        """A value of the model, or what a fused node makes inside ("node.q")."""
+        """A value of the model, or the query, key or value inside a fused attention node ("node.q")."""
         if name not in self.values:
-            inside, _, part = name.rpartition(".")
-            node = next(n for n in self.model.graph if n.name == inside)
+            node_name, _, part = name.rpartition(".")
+            node = next(n for n in self.model.graph if n.name == node_name)
             self.values[name] = self.fused_projection(node, "qkv".index(part))
         return self.values[name]
 
     def fused_projection(self, node: ir.Node, part: int) -> ir.Value:
-        """Query, key or value [batch, tokens, heads * width] of a fused node, from its input, weight and bias."""
-        fused = ATTENTION_FORMS[node.domain, node.op_type]
-        held = [*node.inputs, *[None] * 12]
-        query, bias = held[fused.query], None if fused.bias is None else held[fused.bias]
+        """[batch, tokens, heads * width]: query (``part`` 0), key or value of a fused node."""
+        form = ATTENTION_FORMS[node.domain, node.op_type]
+        inputs = [*node.inputs, *[None] * 12]
+        query, bias = inputs[form.query], None if form.bias is None else inputs[form.bias]
         assert query is not None
-        if fused.packed == "weight":
-            weight = held[1]
+        if form.packed == "weight":
+            weight = inputs[1]
             assert weight is not None and weight.shape is not None
             sizes = attribute_values(node).get("qkv_hidden_sizes") or [int(weight.shape[1]) // 3] * 3  # type: ignore[arg-type]
             ends = [self.ints([int(n)]) for n in np.cumsum([0, *sizes])]
             merged = self.node(op.MATMUL, [query, weight])
             merged = merged if bias is None else self.node(op.ADD, [merged, bias])
             return self.node(op.SLICE, [merged, ends[part], ends[part + 1], self.ints([2])])
-        if held[fused.key] is None:
+        if inputs[form.key] is None:
             ends = self.packed_ends(node, query)
             return self.node(op.SLICE, [query, ends[part], ends[part + 1], self.ints([2])])
-        return self.biased_operand(fused, held, part)
+        return self.biased_operand(form, inputs, part)
 
-    def packed_ends(self, node: ir.Node, whole: ir.Value) -> list[ir.Value]:
+    def packed_ends(self, node: ir.Node, packed: ir.Value) -> list[ir.Value]:
         """Where query, key and value begin and end in an input that holds the heads of all three."""
         heads = int(attribute_values(node)["num_heads"])
         kv_heads = int(attribute_values(node).get("kv_num_heads", heads))
-        width = self.node(op.DIV, [self.shape_slice(whole, 2, 3), self.ints([heads + 2 * kv_heads])])
+        width = self.node(op.DIV, [self.shape_slice(packed, 2, 3), self.ints([heads + 2 * kv_heads])])
         counts = np.cumsum([0, heads, kv_heads, kv_heads]).tolist()
         return [self.node(op.MUL, [width, self.ints([n])]) for n in counts]
 
-    def biased_operand(self, fused: AttentionForm, held: Sequence[ir.Value | None], part: int) -> ir.Value:
-        """An input with its part of the bias that the node adds to query, key and value."""
-        bias = None if fused.bias is None else held[fused.bias]
+    def biased_operand(self, form: AttentionForm, inputs: Sequence[ir.Value | None], part: int) -> ir.Value:
+        """An input plus its part of the bias that the node adds to query, key and value."""
+        bias = None if form.bias is None else inputs[form.bias]
         assert bias is not None
         ends = [self.ints([0])]
-        axis = 1 if fused.one_row else 2
-        for index in (fused.query, fused.key, fused.value):
-            value = held[index]
+        axis = 1 if form.one_row else 2
+        for index in (form.query, form.key, form.value):
+            value = inputs[index]
             assert value is not None
             ends.append(self.node(op.ADD, [ends[-1], self.shape_slice(value, axis, axis + 1)]))
-        mine = held[(fused.query, fused.key, fused.value)[part]]
-        assert mine is not None
-        found = self.node(op.ADD, [mine, self.node(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
-        if not fused.one_row:
-            return found
-        batched = self.node(op.CONCAT, [self.ints([1]), self.node(op.SHAPE, [found])], axis=0)
-        return self.node(op.RESHAPE, [found, batched])
+        operand = inputs[(form.query, form.key, form.value)[part]]
+        assert operand is not None
+        biased = self.node(op.ADD, [operand, self.node(op.SLICE, [bias, ends[part], ends[part + 1], self.ints([0])])])
+        if not form.one_row:
+            return biased
+        batched = self.node(op.CONCAT, [self.ints([1]), self.node(op.SHAPE, [biased])], axis=0)
+        return self.node(op.RESHAPE, [biased, batched])
 
     # -- rows
 
     def row_mask(self, tensor: str) -> ir.Value | None:
-        """[samples, rows, 1] bool, the rows of a tensor that count; None where all do."""
-        told = self.row_masks.get(tensor)
-        if told is None:
+        """[samples, rows, 1] bool: which rows of a tensor count; None where all do."""
+        row_mask = self.row_masks.get(tensor)
+        if row_mask is None:
             return None
-        if told.name not in self.mask_inputs:
-            self.mask_inputs[told.name] = self.add_input(told.name, ir.DataType.BOOL)
-        value = self.mask_inputs[told.name]
-        if told.order == "merged":
+        if row_mask.name not in self.mask_inputs:
+            self.mask_inputs[row_mask.name] = self.add_input(row_mask.name, ir.DataType.BOOL)
+        value = self.mask_inputs[row_mask.name]
+        if row_mask.order == "merged":
             return self.reshape(value, -1, 1, 1)
-        value = self.transpose(value, 1, 0) if told.order == "turned" else value
+        value = self.transpose(value, 1, 0) if row_mask.order == "tokens_first" else value
         return self.reshape(value, 0, -1, 1)
 
-    def zero_masked(self, value: ir.Value, counts: ir.Value | None) -> ir.Value:
-        """The rows that count, zero for the others."""
-        return (
-            value if counts is None else self.node(op.WHERE, [counts, value, self.constant(np.zeros((), np.float32))])
-        )
+    def zero_masked(self, value: ir.Value, mask: ir.Value | None) -> ir.Value:
+        """``value`` with zeros in the rows that do not count."""
+        if mask is None:
+            return value
+        return self.node(op.WHERE, [mask, value, self.constant(np.zeros((), np.float32))])
 
     def rows(self, probe: Probe, units: int) -> ir.Value:
         """[samples, rows, repeats * units] in float32, zero in rows that do not count."""
@@ -178,7 +176,7 @@ class Instrument:
         return self.rows_cache[key]
 
     def block_rows(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[samples, rows, blocks, size]; what several columns show of a unit become rows."""
+        """[samples, rows, blocks, size]; several columns of one unit become several rows."""
         return self.reshape(self.rows(probe, blocks * size), 0, -1, blocks, size)
 
     def rows_by_block(self, probe: Probe, blocks: int, size: int) -> ir.Value:
@@ -186,17 +184,17 @@ class Instrument:
         return self.transpose(self.block_rows(probe, blocks, size), 2, 0, 1, 3)
 
     def block_row_mask(self, probe: Probe, units: int) -> ir.Value | None:
-        """[samples, rows, 1] bool: the rows of ``by_block`` that count; None where all do."""
-        counts = self.row_mask(probe.tensor)
+        """[samples, rows, 1] bool: which rows of ``rows_by_block`` count; None where all do."""
+        mask = self.row_mask(probe.tensor)
         repeats = infer_probe_layout(probe, units).repeats
-        if counts is None or repeats == 1:
-            return counts
-        return self.reshape(self.node(op.CONCAT, [counts] * repeats, axis=2), 0, -1, 1)
+        if mask is None or repeats == 1:
+            return mask
+        return self.reshape(self.node(op.CONCAT, [mask] * repeats, axis=2), 0, -1, 1)
 
-    def ones_column(self, rows: ir.Value, counts: ir.Value | None) -> ir.Value:
-        """For ``rows`` [.., samples, rows, size] as many ones [.., 1], zeros for those that do not count."""
-        one = self.node(op.GATHER, [rows, self.ints([0])], axis=-1)
-        return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [one, one])]), counts)
+    def ones_column(self, rows: ir.Value, mask: ir.Value | None) -> ir.Value:
+        """[.., samples, rows, 1]: for ``rows`` [.., samples, rows, size] ones, and zeros where a row does not count."""
+        first = self.node(op.GATHER, [rows, self.ints([0])], axis=-1)
+        return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [first, first])]), mask)
 
     # -- statistics, one method per kind
 
@@ -227,103 +225,98 @@ class Instrument:
         return self.block_gram(self.rows_by_block(probe, blocks, size), blocks, size)
 
     def gram_centered(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """As ``moment``, of rows less the mean of their own sample."""
-        value, counts = self.rows_by_block(probe, blocks, size), self.block_row_mask(probe, blocks * size)
-        sums = [self.reduce(op.REDUCE_SUM, v, [2], keep=True) for v in (value, self.ones_column(value, counts))]
-        centred = self.node(op.SUB, [value, self.node(op.DIV, sums)])
-        return self.block_gram(self.zero_masked(centred, counts), blocks, size)
+        """[blocks, size, size]: X'X over samples and rows, each row less the mean of its sample."""
+        rows, mask = self.rows_by_block(probe, blocks, size), self.block_row_mask(probe, blocks * size)
+        sums = [self.reduce(op.REDUCE_SUM, value, [2], keep=True) for value in (rows, self.ones_column(rows, mask))]
+        centered = self.node(op.SUB, [rows, self.node(op.DIV, sums)])
+        return self.block_gram(self.zero_masked(centered, mask), blocks, size)
 
     def row_sums(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[blocks, size + 1]: the sum of the rows, and how many they are."""
-        value = self.rows_by_block(probe, blocks, size)
-        both = self.node(op.CONCAT, [value, self.ones_column(value, self.block_row_mask(probe, blocks * size))], axis=3)
-        return self.reduce(op.REDUCE_SUM, both, [1, 2])
+        """[blocks, size + 1]: the sum of the rows, and their number."""
+        rows = self.rows_by_block(probe, blocks, size)
+        ones = self.ones_column(rows, self.block_row_mask(probe, blocks * size))
+        return self.reduce(op.REDUCE_SUM, self.node(op.CONCAT, [rows, ones], axis=3), [1, 2])
 
     def gram_per_repeat(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with ones behind the units; what several
-        columns show of a unit (query heads that share their values) is kept apart."""
+        """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with a column of ones behind the units.
+        Several columns of one unit (query heads that share their values) give one matrix each."""
         repeats = infer_probe_layout(probe, blocks * size).repeats
         split = self.reshape(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
         split = self.transpose(split, 2, 3, 0, 1, 4)
-        both = self.node(op.CONCAT, [split, self.ones_column(split, self.row_mask(probe.tensor))], axis=4)
-        flat = self.reshape(both, repeats, blocks, -1, size + 1)
+        extended = self.node(op.CONCAT, [split, self.ones_column(split, self.row_mask(probe.tensor))], axis=4)
+        flat = self.reshape(extended, repeats, blocks, -1, size + 1)
         return self.node(op.MATMUL, [self.transpose(flat, 0, 1, 3, 2), flat])
 
     def gram_joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
-        """X'X [units * columns + 1] squared, packed, over samples and rows, with ones behind; the columns that show a
-        unit (the width of a head, the offsets at which ``window`` reads a channel) next to each other."""
+        """X'X [units * columns + 1, the same] over samples and rows, packed, with a column of ones behind the units.
+        The columns of one unit (the width of a head, the offsets at which ``window`` reads a channel) are adjacent."""
         if window is None:
             repeats = infer_probe_layout(probe, units).repeats
             rows = self.rows(probe, units)
             if repeats > 1:
                 rows = self.transpose(self.reshape(rows, 0, -1, repeats, units), 0, 1, 3, 2)
                 rows = self.reshape(rows, 0, -1, units * repeats)
-            counts = self.row_mask(probe.tensor)
+            mask, columns = self.row_mask(probe.tensor), repeats
         else:
-            rows, counts = self.convolution_patches(probe, window), None
-        both = self.node(op.CONCAT, [rows, self.ones_column(rows, counts)], axis=2)
-        shown = infer_probe_layout(probe, units).repeats if window is None else math.prod(kernel_shape(window))
-        return self.packed_gram(both, units * shown + 1)
+            rows, mask, columns = self.convolution_patches(probe, window), None, math.prod(kernel_shape(window))
+        extended = self.node(op.CONCAT, [rows, self.ones_column(rows, mask)], axis=2)
+        return self.packed_gram(extended, units * columns + 1)
 
     def packed_gram(self, rows: ir.Value, size: int) -> ir.Value:
-        """X'X of all rows [.., size], packed as in ``runtime.triangle``."""
+        """X'X of all rows [.., size], packed as in ``packed_symmetric``."""
         flat = self.reshape(rows, -1, size)
-        turned, parts = self.transpose(flat, 1, 0), []
+        transposed, parts = self.transpose(flat, 1, 0), []
         for start, stop in row_strips(size):
-            left, right = turned, flat
+            left, right = transposed, flat
             if (start, stop) != (0, size):
-                left = self.node(op.SLICE, [turned, self.ints([start]), self.ints([stop]), self.ints([0])])
+                left = self.node(op.SLICE, [transposed, self.ints([start]), self.ints([stop]), self.ints([0])])
                 right = self.node(op.SLICE, [flat, self.ints([start]), self.ints([size]), self.ints([1])])
             parts.append(self.reshape(self.node(op.MATMUL, [left, right]), -1))
         return parts[0] if len(parts) == 1 else self.node(op.CONCAT, parts, axis=0)
 
     def convolution_patches(self, probe: Probe, window: ir.Node) -> ir.Value:
-        """[samples, rows, units * offsets]: what a convolution reads, by one that only picks."""
-        seen = probe.units.reshape(-1)
+        """[samples, rows, units * offsets]: what the convolution ``window`` reads at each position, by a depthwise
+        convolution with one-hot kernels."""
+        units = probe.units.reshape(-1)
         kernel = kernel_shape(window)
         taps = math.prod(kernel)
-        order = np.argsort(seen, kind="stable")
-        order = order[seen[order] >= 0]
+        order = np.argsort(units, kind="stable")
+        order = order[units[order] >= 0]
         value = self.node(
             op.GATHER, [self.cast_float32(self.activation(probe.tensor)), self.ints(order.tolist())], axis=1
         )
         picks = np.tile(np.eye(taps, dtype=np.float32), (len(order), 1)).reshape(-1, 1, *kernel)
-        kept = [a for a in window.attributes.values() if a.name != "group"]
         self.count += 1
-        node = ir.Node(
-            window.domain,
-            window.op_type,
-            [value, self.constant(picks)],
-            [*kept, ir.AttrInt64("group", len(order))],
-            num_outputs=1,
-            name=f"snpc_measure_{self.count}",
-        )
-        node.outputs[0].name = f"{node.name}_out"
+        inputs = [value, self.constant(picks)]
+        name = f"snpc_measure_{self.count}"
+        node = copy_node(window, inputs, name=name, outputs=[f"{name}_out"])
+        node.attributes["group"] = ir.AttrInt64("group", len(order))
         self.model.graph.append(node)
         flat = self.reshape(node.outputs[0], 0, len(order) * taps, -1)
         return self.transpose(flat, 0, 2, 1)
 
     def block_gram(self, value: ir.Value, blocks: int, size: int) -> ir.Value:
+        """[blocks, size, size]: X'X of each block of ``value`` [blocks, .., size]."""
         flat = self.reshape(value, blocks, -1, size)
         return self.node(op.MATMUL, [self.transpose(flat, 0, 2, 1), flat])
 
     def residual_error_sums(
         self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """(sum of unit' gap [1, size, D], sum of gap [1, D]), gap = dense - value, over the rows of a probe that shows
-        every unit once, along its last axis; ``dense`` is a new input of the type and shape of ``value``."""
-        both = [self.cast_float32(v) for v in (self.add_input(dense, dtype), self.values[value])]
-        gap = self.node(op.SUB, both)
+        """(sum of unit' error [1, size, D], sum of error [1, D]), error = dense - value, over the rows of a probe that
+        shows every unit once, along its last axis. ``dense`` names a new input of the type and shape of ``value``."""
+        operands = [self.cast_float32(v) for v in (self.add_input(dense, dtype), self.values[value])]
+        error = self.node(op.SUB, operands)
         flat = self.node(
-            op.RESHAPE, [gap, self.node(op.CONCAT, [self.ints([1, -1]), self.shape_slice(gap, -1)], axis=0)]
+            op.RESHAPE, [error, self.node(op.CONCAT, [self.ints([1, -1]), self.shape_slice(error, -1)], axis=0)]
         )
-        counts = self.row_mask(probe.tensor)
-        flat = self.zero_masked(flat, None if counts is None else self.reshape(counts, 1, -1, 1))
+        mask = self.row_mask(probe.tensor)
+        flat = self.zero_masked(flat, None if mask is None else self.reshape(mask, 1, -1, 1))
         units = self.reshape(self.rows_by_block(probe, 1, size), 1, -1, size)
         return self.node(op.MATMUL, [self.transpose(units, 0, 2, 1), flat]), self.reduce(op.REDUCE_SUM, flat, [1])
 
     def max_attention(self, source: PaddingSource) -> ir.Value:
-        """[batch, keys]: the largest weight that any query of any head gives to each key."""
+        """[batch, keys]: the largest attention weight of each key, over queries and heads."""
         value = self.cast_float32(self.values[str(source.value.name)])
         axis, rank = source.key_axis, source.rank
         if source.heads_on_axis:
@@ -334,13 +327,14 @@ class Instrument:
 
 
 def kernel_shape(window: ir.Node) -> list[int]:
+    """Sizes of a convolution's kernel."""
     weight = window.inputs[1]
     assert weight is not None and weight.shape is not None
     return [int(n) for n in weight.shape][2:]  # type: ignore[arg-type]
 
 
 def probed_axis_size(probe: Probe, layout: ProbeLayout, axis: int) -> int:
-    """Of the tensor with its first axis split as ``layout`` says; the units' axes have known sizes."""
+    """The size of an axis that units vary on, after ``layout`` has split axis 0."""
     if layout.period:
         return layout.period if axis == 1 else int(probe.units.shape[axis - 1])
     return int(probe.units.shape[axis])

@@ -1,4 +1,4 @@
-"""Which statistics are wanted of which activations, and a pass over the data that gives them."""
+"""Requests for statistics of activations, and a pass over the calibration data that measures them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from snpc.runtime.statistics.padding import find_padding, probe_row_counters, to
 from snpc.runtime.statistics.score_loss import score_loss_matrix
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 
-ACTIVATION_BYTES = (
-    4 * 3
-)  # bytes of an activation's element while it is measured: float32, as it is, turned, and in rows
-STATISTIC_BYTES = 4 + 8  # bytes of a statistic's element: as it comes, and in the sum
+ACTIVATION_BYTES = 4 * 3  # per element of a measured activation: float32 as it is, transposed, and as rows
+STATISTIC_BYTES = 4 + 8  # per element of a statistic: float32 of a batch, and the sum in float64
 
 
 @dataclass(frozen=True)
@@ -91,31 +89,31 @@ def score_loss_request(group: Group, key: StatisticKey, product: Contraction) ->
 
 
 def split_by_memory(
-    analysis: Analysis, calibration: Calibration, wanted: Sequence[StatisticRequest], limit: int
+    analysis: Analysis, calibration: Calibration, requests: Sequence[StatisticRequest], limit: int
 ) -> Iterator[tuple[StatisticRequest, ...]]:
-    """``wanted`` in parts that take about ``limit`` bytes each to measure, beside the model itself; what is wanted of a
-    group stays together. Raises UserError where one group takes more."""
+    """The requests in parts that take about ``limit`` bytes each to measure, the model itself not counted. The requests
+    of a group stay together. Raises UserError where one group takes more."""
     elements = activation_elements(analysis, calibration)
     part: list[StatisticRequest] = []
-    for group in {item.group.id: item.group for item in wanted}.values():
-        mine = [item for item in wanted if item.group is group]
-        alone = measurement_bytes(mine, elements, calibration.batch)
+    for group in {request.group.id: request.group for request in requests}.values():
+        of_group = [request for request in requests if request.group is group]
+        alone = measurement_bytes(of_group, elements, calibration.batch)
         if alone > limit:
             needed = f"{2 * alone // 1000 + 1}kB" if alone < 10**6 else f"{2 * alone // 10**6 + 1}MB"
             raise UserError(
                 f"statistics of {group.id} take about {needed}, more than there is for them: give --memory-limit "
                 f"{needed} or more, or a smaller --calib-batch"
             )
-        if part and measurement_bytes([*part, *mine], elements, calibration.batch) > limit:
+        if part and measurement_bytes([*part, *of_group], elements, calibration.batch) > limit:
             yield tuple(part)
             part = []
-        part += mine
+        part += of_group
     if part:
         yield tuple(part)
 
 
 def activation_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
-    """Tensor -> about how many elements it has in the largest batch: what it has as analysed, scaled as the inputs."""
+    """Tensor -> its estimated number of elements in the largest batch: that of the analysis, scaled like the inputs."""
     facts = analysis.traced_graph.facts
     sizes = {str(v.name): math.prod(shape) for v, shape in facts.shape.items() if shape is not None}
     growth = max(
@@ -124,21 +122,22 @@ def activation_elements(analysis: Analysis, calibration: Calibration) -> dict[st
     return {name: size * growth for name, size in sizes.items()}
 
 
-def measurement_bytes(wanted: Sequence[StatisticRequest], elements: Mapping[str, float], batch: int) -> int:
-    """About how much measuring these takes at once."""
-    windows = {item.probe.tensor: item.columns if item.window is not None else 1 for item in wanted}
-    windows |= {item.partner.tensor: 1 for item in wanted if item.partner is not None}
-    held = sum(elements.get(tensor, 0) * taps for tensor, taps in windows.items()) * ACTIVATION_BYTES
-    return int(held + STATISTIC_BYTES * sum(statistic_elements(item, batch) for item in wanted))
+def measurement_bytes(requests: Sequence[StatisticRequest], elements: Mapping[str, float], batch: int) -> int:
+    """Estimated memory that measuring these at once takes."""
+    offsets = {request.probe.tensor: request.columns if request.window is not None else 1 for request in requests}
+    offsets |= {request.partner.tensor: 1 for request in requests if request.partner is not None}
+    activations = sum(elements.get(tensor, 0) * count for tensor, count in offsets.items())
+    statistics = sum(statistic_elements(request, batch) for request in requests)
+    return int(activations * ACTIVATION_BYTES + STATISTIC_BYTES * statistics)
 
 
-def statistic_elements(item: StatisticRequest, batch: int) -> int:
-    blocks, size = item.group.blocks, item.group.size
-    kind = item.key.kind
+def statistic_elements(request: StatisticRequest, batch: int) -> int:
+    """Number of elements of one statistic of one batch."""
+    blocks, size, kind = request.group.blocks, request.group.size, request.key.kind
     if kind == "gram_joint":
-        return packed_length(size * item.columns + 1)
+        return packed_length(size * request.columns + 1)
     if kind == "gram_per_repeat":
-        return item.columns * blocks * (size + 1) ** 2
+        return request.columns * blocks * (size + 1) ** 2
     square = kind in ("gram", "moment", "gram_centered", "score_loss")
     per_sample = kind in ("gram", "energy")
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
@@ -146,20 +145,24 @@ def statistic_elements(item: StatisticRequest, batch: int) -> int:
 
 def measure_batches(
     analysis: Analysis,
-    wanted: Sequence[StatisticRequest],
+    requests: Sequence[StatisticRequest],
     batches: Iterable[Feeds],
     *,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[dict[str, AnyArray]]:
-    """Run the instrumented model over ``batches``; per batch: output name -> statistic, in float32 (sums over batches
-    are for the caller, in float64). Padded tokens do not count.
-    """
+    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32; the caller
+    sums over batches in float64. Padded tokens do not count."""
     source = analysis.traced_graph
-    probes = [(p, w.group.blocks * w.group.size) for w in wanted for p in (w.probe, w.partner) if p is not None]
+    probes = [
+        (probe, request.group.blocks * request.group.size)
+        for request in requests
+        for probe in (request.probe, request.partner)
+        if probe is not None
+    ]
     padding = find_padding(source, probe_row_counters(probes))
     instrument = Instrument(source.model, padding.row_masks)
-    for item in wanted:
-        item.add_to(instrument)
+    for request in requests:
+        request.add_to(instrument)
     with (
         token_mask_runner(source, padding, execution) as masks,
         temporary_session(instrument.model, execution=execution) as run,
@@ -169,5 +172,5 @@ def measure_batches(
 
 
 def accumulate(total: FloatArray, part: AnyArray) -> None:
-    """Add to a sum in float64, in place and without a copy of the part in float64."""
+    """Add to a sum in float64, in place and without a float64 copy of ``part``."""
     np.add(total, part, out=total)

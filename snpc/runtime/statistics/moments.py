@@ -1,4 +1,4 @@
-"""Second moments of activations, per group, as its closed form needs them."""
+"""Second moments of a group's activations, as its closed form takes them; computed from measured statistics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.types import ClosedFormKind, FloatArray
 
-CHUNK_ROWS = 64  # rows
-ROUNDING_ERROR = (
-    1e-6  # of the square of a mean: what rounding leaves of it, times the root of how many columns there are
-)
+CHUNK_ROWS = 64  # rows that stay in the cache
+ROUNDING_ERROR = 1e-6  # relative to the square of a mean, per root of the number of columns
 
 
 @dataclass(frozen=True)
 class ConsumerMoments:
-    """What one weight reads of a group: the second moment [n, n] of its columns about their mean at each node that uses
-    it, summed over these nodes; the means [n] there; how many rows."""
+    """What one consumer weight reads, in n columns. ``moment`` [n, n]: the second moment about the mean, summed over
+    the nodes that use the weight. ``means``: [n] at each of these nodes. ``count``: number of rows."""
 
     moment: FloatArray
     means: tuple[FloatArray, ...]
@@ -115,21 +113,21 @@ def group_moments(kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray])
 
 
 def consumer_moments(sums: Sequence[FloatArray]) -> ConsumerMoments:
-    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others; taken over.
+    """From X'X [n + 1, n + 1] per use, with a column of ones behind the others. The arrays are overwritten.
 
-    X'X was summed in float32, so where a column hardly varies about its mean what is left without the mean is rounding,
-    and may be negative: that much of the mean stays on the diagonal.
+    X'X was summed in float32. Where a column hardly varies about its mean, subtracting the mean leaves rounding errors,
+    which may be negative; the diagonal keeps as much of the mean as these errors can be.
     """
     counts = [max(float(s[-1, -1]), 1.0) for s in sums]
     means = tuple(s[-1, :-1] / n for s, n in zip(sums, counts, strict=True))
     moment: FloatArray | None = None
     for total, count, mean in zip(sums, counts, means, strict=True):
-        centred = total[:-1, :-1]
-        for start in range(0, len(mean), CHUNK_ROWS):  # in pieces that stay in the cache
-            piece = slice(start, start + CHUNK_ROWS)
-            centred[piece] -= np.outer(count * mean[piece], mean)
-        centred.flat[:: len(mean) + 1] += ROUNDING_ERROR * np.sqrt(len(mean)) * count * mean**2
-        moment = centred if moment is None else moment + centred
+        centered = total[:-1, :-1]
+        for start in range(0, len(mean), CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            centered[chunk] -= np.outer(count * mean[chunk], mean)
+        centered.flat[:: len(mean) + 1] += ROUNDING_ERROR * np.sqrt(len(mean)) * count * mean**2
+        moment = centered if moment is None else moment + centered
     assert moment is not None
     return ConsumerMoments(moment, means, sum(counts))
 

@@ -1,4 +1,4 @@
-"""Symmetric sums without their lower half: strips of rows, each from its diagonal on, one behind the other."""
+"""Symmetric matrices packed without their lower half: strips of rows, each from its diagonal on, concatenated."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 from snpc.types import FloatArray
 
-STRIP_ROWS = 512  # rows; narrower ones save more arithmetic, but products of few rows are slow
+STRIP_ROWS = 512  # fewer rows save more arithmetic, but make slower matrix products
 
 
 def row_strips(size: int) -> Iterator[tuple[int, int]]:
-    """First and last (not included) row of each."""
+    """(first row, end) of each strip."""
     return ((start, min(start + STRIP_ROWS, size)) for start in range(0, size, STRIP_ROWS))
 
 
 def packed_length(size: int) -> int:
-    """Entries that are kept of [size, size]."""
+    """Number of packed entries of a [size, size] matrix."""
     return sum((stop - start) * (size - start) for start, stop in row_strips(size))
 
 
 def unpacked_size(length: int) -> int | None:
-    """Rows of the matrix of which so many entries are kept; None where there is no such matrix."""
+    """Number of rows of the matrix that has so many packed entries; None where there is no such matrix."""
     size = bisect_left(range(length + 1), length, key=packed_length)
     return size if packed_length(size) == length else None
 

@@ -1,13 +1,13 @@
-"""Padded tokens do not count: which rows of a probe are tokens that nobody attends to, as the graph itself says.
+"""Padded tokens do not count in statistics: finds the rows of a probe that belong to tokens which nothing attends to.
 
-Where a mask that depends on the inputs goes into an attention, a key that has no weight for any query of any head is
-padded, and so is the row of that token in every probe of the same stream (``passes.streams``). Where it cannot be told
-whose tokens the rows of a probe are, all of them count.
+Where an attention takes a mask that depends on the inputs, a key without weight for any query of any head is padding,
+and so is the row of that token in every probe of the same token stream (``token_analysis.padding_sources``). Where the
+tokens of a probe's rows are unknown, all rows count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,8 +26,8 @@ from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.probe_layout import RowMask, RowOrder, infer_probe_layout, samples_and_rows
 from snpc.types import AnyArray, Feeds, Probe, Shape
 
-MIN_ATTENTION_WEIGHT = 1e-9  # a weight that is more than nothing
-MASKED_SCORE = -1e3  # what a mask adds to hide a key is less
+MIN_ATTENTION_WEIGHT = 1e-9  # weights above it are not zero
+MASKED_SCORE = -1e3  # what a mask adds to the score of a hidden key is below it
 
 TokenMask = npt.NDArray[np.bool_]
 TokenMasks = Mapping[str, TokenMask]
@@ -37,53 +37,67 @@ RowCounter = Callable[[Shape], tuple[int, int]]
 
 @dataclass(frozen=True)
 class PaddingMasks:
-    """``told``: tensor -> where it stands which of its rows count; ``sources``: what tells it, by input name."""
+    """``row_masks``: tensor -> which input masks its rows; ``sources``: input name -> the value that it is computed
+    from."""
 
     row_masks: Mapping[str, RowMask] = field(default_factory=dict)
     sources: Mapping[str, PaddingSource] = field(default_factory=dict)
 
 
-def find_padding(traced: TracedGraph, tensors: Iterable[tuple[str, RowCounter]]) -> PaddingMasks:
-    """Where padding shows for each of these (tensor, how its rows are counted)."""
-    streams = find_token_streams(traced)
+def find_padding(traced_graph: TracedGraph, tensors: Iterable[tuple[str, RowCounter]]) -> PaddingMasks:
+    """The masks of these (tensor, how its rows are counted), for tensors whose padding the graph shows."""
+    streams = find_token_streams(traced_graph)
     if not streams.sources:
         return PaddingMasks()
-    sizes = alternative_dim_sizes(traced.dim_sizes)
-    known = [traced.facts, *([infer_graph(traced.model, sizes)] if sizes != traced.dim_sizes else [])]
-    views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in known]
-    told: dict[str, RowMask | None] = {}
-    outside = fused_operand_inputs(traced)
+    dim_sizes = alternative_dim_sizes(traced_graph.dim_sizes)
+    facts_at_sizes = [traced_graph.facts]
+    if dim_sizes != traced_graph.dim_sizes:  # orders that agree at one binding only would be a coincidence
+        facts_at_sizes.append(infer_graph(traced_graph.model, dim_sizes))
+    views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in facts_at_sizes]
+    inside = fused_operand_inputs(traced_graph)
+    masks: dict[str, RowMask | None] = {}
     for tensor, rows in tensors:
-        mine: RowMask | None = None
-        tokens = outside.get(tensor, tensor)
-        for index, source in enumerate(streams.sources):
-            if streams.stream_of.get(tokens) != source.stream:
-                continue
-            order, *others = {row_order(source, rows, shapes.get(tokens), facts) for facts, shapes in views}
-            if order is None or others:
-                continue
-            if order == "merged" and any(has_tokens_first(streams, source, facts) for facts, _ in views):
-                continue  # which of the two axes was merged into the other is not known
-            mine = RowMask(f"snpc_counts_{index}", order)
-            break
-        told[tensor] = mine if told.get(tensor, mine) == mine else None
-    found = {tensor: mine for tensor, mine in told.items() if mine is not None}
-    names = sorted({mine.name for mine in found.values()})
-    return PaddingMasks(found, {name: streams.sources[int(name.rpartition("_")[2])] for name in names})
+        mask = find_row_mask(streams, inside.get(tensor, tensor), rows, views)
+        masks[tensor] = mask if masks.get(tensor, mask) == mask else None
+    row_masks = {tensor: mask for tensor, mask in masks.items() if mask is not None}
+    used = {mask.name for mask in row_masks.values()}
+    sources = {mask_name(k): source for k, source in enumerate(streams.sources) if mask_name(k) in used}
+    return PaddingMasks(row_masks, dict(sorted(sources.items())))
 
 
-def fused_operand_inputs(traced: TracedGraph) -> dict[str, str]:
-    """What a fused node makes inside ("node.q") -> the input that has the same tokens."""
-    found: dict[str, str] = {}
-    for node in traced.model.graph:
+def mask_name(index: int) -> str:
+    """The input that masks the tokens of padding source number ``index``."""
+    return f"snpc_counts_{index}"
+
+
+def find_row_mask(
+    streams: TokenStreams, tensor: str, rows: RowCounter, views: Sequence[tuple[ShapeFacts, Mapping[str, Shape | None]]]
+) -> RowMask | None:
+    """The mask of the rows of one tensor; ``views``: facts and shapes at several sizes of the dynamic dimensions."""
+    for index, source in enumerate(streams.sources):
+        if streams.stream_of.get(tensor) != source.stream:
+            continue
+        order, *others = {row_order(source, rows, shapes.get(tensor), facts) for facts, shapes in views}
+        if order is None or others:
+            continue
+        if order == "merged" and any(has_tokens_first(streams, source, facts) for facts, _ in views):
+            continue  # which of the two axes was merged into the other is unknown
+        return RowMask(mask_name(index), order)
+    return None
+
+
+def fused_operand_inputs(traced_graph: TracedGraph) -> dict[str, str]:
+    """Query, key or value inside a fused node ("node.q") -> the node's input that has the same tokens."""
+    inputs: dict[str, str] = {}
+    for node in traced_graph.model.graph:
         if (node.domain, node.op_type) in ATTENTION_FORMS:
-            fused = ATTENTION_FORMS[node.domain, node.op_type]
-            for part, index in zip("qkv", (fused.query, fused.key, fused.value), strict=True):
-                given = node.inputs[index] if index < len(node.inputs) else None
-                given = node.inputs[fused.query] if given is None else given  # all three in one input
-                if given is not None:
-                    found[f"{node.name}.{part}"] = str(given.name)
-    return found
+            form = ATTENTION_FORMS[node.domain, node.op_type]
+            for part, index in zip("qkv", (form.query, form.key, form.value), strict=True):
+                value = node.inputs[index] if index < len(node.inputs) else None
+                value = node.inputs[form.query] if value is None else value  # one input holds all three
+                if value is not None:
+                    inputs[f"{node.name}.{part}"] = str(value.name)
+    return inputs
 
 
 def probe_row_counters(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[str, RowCounter]]:
@@ -100,7 +114,7 @@ def source_sizes(source: PaddingSource, facts: ShapeFacts) -> tuple[int, int] | 
 
 
 def has_tokens_first(streams: TokenStreams, source: PaddingSource, facts: ShapeFacts) -> bool:
-    """Does any tensor of the source's stream have its tokens ahead of its batch?"""
+    """Has any tensor of the source's stream its tokens in front of its batch?"""
     batch, tokens = source_sizes(source, facts) or (1, 1)
     return batch != tokens and any(
         shape is not None and len(shape) > 2 and shape[:2] == (tokens, batch)
@@ -110,30 +124,30 @@ def has_tokens_first(streams: TokenStreams, source: PaddingSource, facts: ShapeF
 
 
 def row_order(source: PaddingSource, rows: RowCounter, shape: Shape | None, facts: ShapeFacts) -> RowOrder | None:
-    """How the rows of a tensor of this shape are the source's tokens; None where they are not."""
+    """How the source's tokens are arranged in the rows of a tensor of this shape; None where rows are not tokens."""
     sizes = source_sizes(source, facts)
     if sizes is None or shape is None:
         return None
     batch, tokens = sizes
     orders: dict[tuple[int, int], RowOrder]
-    orders = {(tokens, batch): "turned", (batch * tokens, 1): "merged", (batch, tokens): "plain"}
+    orders = {(tokens, batch): "tokens_first", (batch * tokens, 1): "merged", (batch, tokens): "batch_first"}
     return orders.get(rows(shape))
 
 
 @contextmanager
 def token_mask_runner(
-    traced: TracedGraph, padding: PaddingMasks, execution: Execution = DEFAULT_EXECUTION
+    traced_graph: TracedGraph, padding: PaddingMasks, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Callable[[Feeds], TokenMasks]]:
-    """A call from feeds to bool [batch, tokens] per input that ``padding`` names: does the token count?"""
+    """A function from feeds to the masks that ``padding`` names, bool [batch, tokens]: does the token count?"""
     if not padding.sources:
         yield lambda feeds: {}
         return
-    instrument = Instrument(traced.model)
+    instrument = Instrument(traced_graph.model)
     for name, source in padding.sources.items():
         if source.kind == "weights":
             instrument.add_output(instrument.max_attention(source), name)
         else:
-            dtype = traced.facts.dtype[source.value]
+            dtype = traced_graph.facts.dtype[source.value]
             instrument.add_output(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
     with temporary_session(instrument.model, execution=execution) as run:
         yield lambda feeds: {
@@ -142,11 +156,9 @@ def token_mask_runner(
 
 
 def valid_tokens(array: AnyArray, weights: bool) -> TokenMask:
-    """[batch, tokens]: of the most that each key gets (``weights``), or of a mask [batch, .., keys].
-
-    Where no token of a sample counts, nothing is known, and all do.
-    """
-    least = MIN_ATTENTION_WEIGHT if weights else MASKED_SCORE if array.dtype.kind in "fV" else 0
-    counts: TokenMask = np.any(array > least, axis=tuple(range(1, array.ndim - 1)))
-    counts[~counts.any(axis=1)] = True
-    return counts
+    """[batch, tokens]: the tokens that count, from the largest attention weight of each key (``weights``) or from a
+    mask [batch, .., keys]. All tokens of a sample count where none would."""
+    threshold = MIN_ATTENTION_WEIGHT if weights else MASKED_SCORE if array.dtype.kind in "fV" else 0
+    valid: TokenMask = np.any(array > threshold, axis=tuple(range(1, array.ndim - 1)))
+    valid[~valid.any(axis=1)] = True
+    return valid

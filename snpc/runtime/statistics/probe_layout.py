@@ -1,4 +1,4 @@
-"""How a probed tensor is read as rows of units."""
+"""How a probed tensor is read as rows of units (usually one row per token)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from snpc.errors import CheckFailed
 from snpc.passes.token_analysis.padding_sources import shortest_period
 from snpc.types import IntArray, Probe, Shape
 
-RowOrder = Literal["plain", "merged", "turned"]
+RowOrder = Literal["batch_first", "merged", "tokens_first"]
+"""Of rows that are tokens: [batch, tokens], [batch * tokens, 1], or [tokens, batch]."""
 
 
 @dataclass(frozen=True)
 class ProbeLayout:
-    """How a probed tensor is turned into rows x units: a leading split of axis 0 where it merges batch and blocks,
-    then row axes before unit axes, then a gather of columns (several columns may show one unit)."""
+    """How a probed tensor becomes [rows, units]: axis 0 is split where it merges batch and blocks (``period``: blocks,
+    0 for no split), ``row_axes`` are moved in front of ``unit_axes``, and ``columns`` are gathered. ``repeats``: how
+    many columns show one unit."""
 
     period: int
     rank: int
@@ -28,15 +30,16 @@ class ProbeLayout:
 
 
 def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
-    numbers = probe.units
+    """The layout of a probe that shows so many units. Raises CheckFailed where it shows some of them more often."""
+    unit_at = probe.units
     period = 0
-    if numbers.shape[0] > 1:
-        period = shortest_period(np.moveaxis(numbers, 0, -1).reshape(-1, numbers.shape[0]))
-        numbers = numbers[None, :period]
-    rank = numbers.ndim
-    unit_axes = tuple(k for k in range(1, rank) if numbers.shape[k] > 1) or (rank - 1,)
+    if unit_at.shape[0] > 1:
+        period = shortest_period(np.moveaxis(unit_at, 0, -1).reshape(-1, unit_at.shape[0]))
+        unit_at = unit_at[None, :period]
+    rank = unit_at.ndim
+    unit_axes = tuple(k for k in range(1, rank) if unit_at.shape[k] > 1) or (rank - 1,)
     row_axes = tuple(k for k in range(1, rank) if k not in unit_axes)
-    flat = numbers.transpose(0, *row_axes, *unit_axes).reshape(-1)
+    flat = unit_at.transpose(0, *row_axes, *unit_axes).reshape(-1)
     counts = np.bincount(flat[flat >= 0], minlength=units)
     repeats = int(counts.min())
     if not repeats or counts.max() != repeats or len(counts) > units:
@@ -54,8 +57,8 @@ def samples_and_rows(layout: ProbeLayout, shape: Shape) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RowMask:
-    """Which rows of a tensor are tokens that count is told by input ``name``, bool [batch, tokens]. ``order`` of the
-    rows: as there, all on the batch axis ("merged": [batch * tokens, 1]), or tokens first ("turned")."""
+    """Which rows of a tensor count: those where the input ``name``, bool [batch, tokens], is true. ``order``: how the
+    tensor's rows are arranged."""
 
     name: str
     order: RowOrder

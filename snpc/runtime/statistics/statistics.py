@@ -1,4 +1,4 @@
-"""What was measured of a model on calibration data: sums in float64 that add up over halves of the data."""
+"""Statistics of a model on calibration data: float64 sums, which add up over parts of the data; and their file."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 @dataclass(frozen=True)
 class Statistics:
-    """``sums``: group id -> name of a statistic -> what it came to over ``samples`` calibration samples.
+    """``sums``: group id -> name of a statistic -> its sum over ``samples`` calibration samples.
 
-    Of groups with a closed form, "moment:query" and the like as ``moments.needs`` names them, [blocks, d, d]; of the
-    others, what ``criterion`` observes. ``digest`` and ``model`` say of which model, ``sources`` on which data. Two of
-    them add up, if the same was measured of the same model.
+    Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
+    ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
+    ``sources`` the data. Two values add up if the same was measured of the same model, else ``+`` raises UserError.
     """
 
     model: str
@@ -63,17 +63,19 @@ class Statistics:
                 "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
         sums = {
-            group: {name: array + other.sums[group][name] for name, array in mine.items()}
-            for group, mine in self.sums.items()
+            group: {name: array + other.sums[group][name] for name, array in arrays.items()}
+            for group, arrays in self.sums.items()
         }
         return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
 
     def describe_sources(self) -> str:
+        """The calibration data, in words."""
         return " and ".join(self.sources)
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
-    return {(group, name): a.shape for group, mine in statistics.sums.items() for name, a in mine.items()}
+    """(group id, name of a statistic) -> shape of its sum."""
+    return {(group, name): a.shape for group, arrays in statistics.sums.items() for name, a in arrays.items()}
 
 
 def measure_statistics(
@@ -85,36 +87,36 @@ def measure_statistics(
     criterion: str | Criterion = "mixed",
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
-    """Measure what compressing these groups needs: the closed forms' sums of those that have one, and of the others
-    (with method "select": of all) what ``criterion`` asks for.
+    """Measure what pruning these groups takes: the sums of the closed forms, and for groups without one (with method
+    "select": for all) what ``criterion`` asks for.
 
-    As many groups are measured in one pass over the data as fit in ``execution.memory_limit`` bytes; the sums are the
-    same, to rounding. Raises UserError where the limit is too small for a single group.
+    One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
+    by rounding only. Raises UserError where it is too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
     keys = {
         g.id: required_statistics(analysis.weights[g.id]) if g.id in kinds else criterion_keys(judge, g) for g in groups
     }
-    wanted = statistic_requests(analysis, keys)
+    requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    for part in split_by_memory(analysis, calibration, wanted, budget // 2):
+    for part in split_by_memory(analysis, calibration, requests, budget // 2):
         for result in measure_batches(analysis, part, execution.track(calibration.batches()), execution=execution):
             totals.add(part, result)
-    gates = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
-    if gates:
-        roles = {g.id: g.role for g in gates}
+    gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
+    if gated:
+        roles = {g.id: g.role for g in gated}
         observe_gate_gradients(
             analysis,
             calibration,
-            gates,
+            gated,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
             execution.progress,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
-    samples = calibration.samples if wanted or gates else 0
+    samples = calibration.samples if requests or gated else 0
     return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.describe(),), totals.sums)
 
 
@@ -160,9 +162,9 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """One .npz: ``header`` is JSON, and names the other entries, "0", "1" and so on, by group and statistic. Written
-    whole or not at all."""
-    entries = [(group, name) for group, mine in statistics.sums.items() for name in mine]
+    """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
+    sums that the header names by group and statistic."""
+    entries = [(group, name) for group, arrays in statistics.sums.items() for name in arrays]
     header = {
         "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
@@ -178,22 +180,23 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def load_statistics(path: Path, *more: Path) -> Statistics:
-    """The statistics in a file that ``save_statistics`` wrote; of several files, their sum.
+    """Read a file that ``save_statistics`` wrote; of several files, the sum.
 
-    Raises UserError where a file does not hold statistics, or they do not add up.
+    Raises UserError where a file holds no statistics, or where they do not add up.
     """
-    found = read_statistics(path)
+    statistics = read_statistics(path)
     for other in more:
-        found = found + read_statistics(other)
-    return found
+        statistics = statistics + read_statistics(other)
+    return statistics
 
 
 def read_statistics(path: Path) -> Statistics:
+    """The statistics of one file. Raises UserError where it holds none."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
             if header["snpc_statistics"] != STATISTICS_FORMAT:
-                raise ValueError("another version of snpc wrote it")
+                raise ValueError("another version of snpc wrote it; measure again")
             sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
             for k, (group, name) in enumerate(header["entries"]):
                 sums[str(group)][str(name)] = check_finite(archive[str(k)])
@@ -205,12 +208,13 @@ def read_statistics(path: Path) -> Statistics:
             tuple(map(str, header["sources"])),
             dict(sums),
         )
-    except Exception as error:  # a broken file fails in many ways inside zipfile, numpy and json; all mean the same
-        said = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
-        raise UserError(f"{path}: holds no statistics ({said}): give a file that --save-stats wrote") from None
+    except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
+        raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
 
 
 def check_finite(array: AnyArray) -> FloatArray:
+    """The array. Raises ValueError where it is not made of finite float64 numbers."""
     if array.dtype != np.float64 or not np.isfinite(array).all():
         raise ValueError("its sums are not all finite float64 numbers")
     return array

@@ -1,10 +1,11 @@
-"""How much each token matters for the outputs, from calibration data: relevance propagated backwards through the graph.
+"""Relevance of each token for the outputs, by layer-wise relevance propagation (LRP) on calibration data.
 
-Layer-wise relevance propagation: what an output is made of is handed back to its inputs in proportion to their share,
-node by node, so that none is lost. Linear maps hand back by positive contributions (the z+ rule; Montavon et al. 2017,
-arXiv 1512.02479, eq. 17), sums by magnitude, what works on single positions and normalisations as it is; attention
-weights count as given, so that contexts hand back to the values (Ali et al. 2022, arXiv 2202.07304).
-``snpc.torch.operators.relevance`` is another implementation, as gradient times input, for units; tests compare the two.
+LRP walks from the outputs back through the graph and distributes the relevance of each node's output over its inputs,
+so that the total stays the same. Rules: linear maps by positive contributions (z+; Montavon et al. 2017,
+arXiv 1512.02479, eq. 17); sums by magnitude; functions of single positions and normalizations pass it on unchanged.
+Attention weights are constants, so that contexts pass their relevance to the values (Ali et al. 2022,
+arXiv 2202.07304). ``snpc.torch.operators.relevance`` is another implementation, of units and by gradient times input;
+tests compare the two where their rules are the same.
 """
 
 from __future__ import annotations
@@ -29,36 +30,34 @@ from snpc.types import AnyArray, Feeds, FloatArray
 
 RELEVANCE_EPSILON = 1e-12
 RELEVANCE_SAMPLES = 16
-RELEVANCE_DIGITS = 6  # of the scores that are kept: they stand in plans
+RELEVANCE_DIGITS = 6  # significant digits of the scores, which are written to plans
 
 
 def measure_token_relevance(
     model: ir.Model, points: Sequence[TokenPoint], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
-    """block -> [tokens]: the share of the outputs' relevance that each position of the stream has behind that block,
-    averaged over the samples of ``batches``; of every output the largest entry of each sample is asked about.
+    """Block -> [tokens]: the share of the outputs' relevance at each position of the token stream behind that block,
+    averaged over up to ``RELEVANCE_SAMPLES`` samples. Relevance starts at the largest entry of every output.
 
-    Raises UserError where an operator on the way back has no rule.
+    Raises UserError where an operator between the stream and the outputs has no rule.
     """
     if not points:
         return {}
-    watched = downstream_values(model, points[0].value)
-    shown = model.clone()
-    names = [str(v.name) for v in watched]
-    values = {str(v.name): v for node in shown.graph for v in node.outputs} | {
-        str(v.name): v for v in shown.graph.inputs
-    }
-    shown.graph.outputs.clear()
-    shown.graph.outputs.extend(values[name] for name in names)
+    downstream = downstream_values(model, points[0].value)
+    probed = model.clone()
+    values = {str(v.name): v for node in probed.graph for v in node.outputs}
+    values |= {str(v.name): v for v in probed.graph.inputs}
+    probed.graph.outputs.clear()
+    probed.graph.outputs.extend(values[str(value.name)] for value in downstream)
     sums = {point.block: np.zeros(point.count) for point in points}
     count = 0
-    with temporary_session(shown, execution=execution, optimise="basic", memory="least") as run:
+    with temporary_session(probed, execution=execution, optimization="basic", memory="least") as run:
         for feeds in itertools.islice(single_samples(model, batches), RELEVANCE_SAMPLES):
             facts = infer_graph(model, feed_dim_sizes(model, feeds))
-            held = dict(zip(watched, run(feeds).values(), strict=True))
-            found = RelevancePropagation(model, facts, held, {p.value for p in points}).run()
+            contents = dict(zip(downstream, run(feeds).values(), strict=True))
+            relevance = RelevancePropagation(model, facts, contents, {point.value for point in points}).run()
             for point in points:
-                total = found[point.value].sum(-1)
+                total = relevance[point.value].sum(-1)
                 sums[point.block] += (total / np.maximum(total.sum(1, keepdims=True), RELEVANCE_EPSILON)).sum(0)
             count += len(next(iter(feeds.values())))
     return {block: round_scores(total / count) for block, total in sums.items()}
@@ -69,7 +68,7 @@ def round_scores(scores: FloatArray) -> tuple[float, ...]:
 
 
 def single_samples(model: ir.Model, batches: Iterable[Feeds]) -> Iterator[Feeds]:
-    """Sample by sample where the batch is dynamic, to hold fewer activations."""
+    """Batches of one sample where the batch size is dynamic, so that fewer activations are in memory."""
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
     if any(v.shape is None or not len(v.shape) or isinstance(v.shape[0], int) for v in inputs):
         yield from batches
@@ -80,66 +79,75 @@ def single_samples(model: ir.Model, batches: Iterable[Feeds]) -> Iterator[Feeds]
 
 
 def feed_dim_sizes(model: ir.Model, feeds: Feeds) -> dict[str, int]:
+    """Sizes of the dynamic dimensions in these feeds."""
     return {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
 
 
 def downstream_values(model: ir.Model, value: str) -> list[ir.Value]:
-    """Floats that are read or made between ``value`` and the outputs, but for constants."""
-    found: dict[ir.Value, None] = {}
+    """Values that nodes behind ``value`` read or produce, except constants; in the order of the graph."""
+    values: dict[ir.Value, None] = {}
     behind = {next(v for node in model.graph for v in node.outputs if v.name == value)}
     for node in model.graph:
         if any(v in behind for v in used_values(node)):
             behind.update(node.outputs)
-            found |= {v: None for v in (*used_values(node), *node.outputs) if v.const_value is None and v.name}
-    return list(found)
+            values |= {v: None for v in (*used_values(node), *node.outputs) if v.const_value is None and v.name}
+    return list(values)
 
 
 class RelevancePropagation:
-    """One pass from the outputs back to ``wanted`` values. ``held``: contents of values."""
+    """One pass from the outputs back to the values named ``targets``.
 
-    def __init__(self, model: ir.Model, facts: ShapeFacts, held: Mapping[ir.Value, AnyArray], wanted: set[str]) -> None:
-        self.model, self.facts, self.held, self.wanted = model, facts, held, wanted
-        self.left: dict[ir.Value, FloatArray] = {}
-        self.shares = attention_weight_values(model)
+    ``contents``: the arrays of the values on the way. ``pending``: relevance of values whose producer comes next.
+    """
+
+    def __init__(
+        self, model: ir.Model, facts: ShapeFacts, contents: Mapping[ir.Value, AnyArray], targets: set[str]
+    ) -> None:
+        self.model, self.facts, self.contents, self.targets = model, facts, contents, targets
+        self.pending: dict[ir.Value, FloatArray] = {}
+        self.attention_weights = attention_weight_values(model)
 
     def run(self) -> dict[str, FloatArray]:
-        found: dict[str, FloatArray] = {}
+        """Target -> relevance in the shape of the target."""
+        reached: dict[str, FloatArray] = {}
         for value in self.model.graph.outputs:
-            if value in self.held and is_float(self.facts.dtype.get(value)):
-                self.give(value, seed_relevance(self.array(value)))
-        behind = set(self.held)
+            if value in self.contents and is_float(self.facts.dtype.get(value)):
+                self.add(value, seed_relevance(self.array(value)))
         for node in reversed(list(self.model.graph)):
-            relevance = [self.left.pop(v, None) for v in node.outputs]
-            for value, mine in zip(node.outputs, relevance, strict=True):
-                if mine is not None and value.name in self.wanted:
-                    found[str(value.name)] = mine
-            if len(found) == len(self.wanted):
+            relevance = [self.pending.pop(value, None) for value in node.outputs]
+            for value, array in zip(node.outputs, relevance, strict=True):
+                if array is not None and value.name in self.targets:
+                    reached[str(value.name)] = array
+            if len(reached) == len(self.targets):
                 break
-            if all(mine is None for mine in relevance) or not any(v in behind for v in used_values(node)):
+            if all(array is None for array in relevance) or self.contents.keys().isdisjoint(used_values(node)):
                 continue
             if has_subgraphs(node):
                 raise no_relevance_rule(node, "control flow")
-            self.hand_back(node, relevance)
-        return {name: found.get(name, np.zeros(self.shape(name))) for name in self.wanted}
+            self.propagate_node(node, relevance)
+        return {name: reached.get(name, np.zeros(self.shape(name))) for name in self.targets}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return next(a.shape for v, a in self.held.items() if v.name == name)
+        return next(array.shape for value, array in self.contents.items() if value.name == name)
 
     def array(self, value: ir.Value | None) -> FloatArray:
+        """The contents of a value or constant, in float64."""
         assert value is not None
-        found = self.held[value] if value in self.held else value.const_value.numpy()  # type: ignore[union-attr]
-        return np.asarray(found, np.float64)
+        contents = self.contents[value] if value in self.contents else value.const_value.numpy()  # type: ignore[union-attr]
+        return np.asarray(contents, np.float64)
 
-    def give(self, value: ir.Value | None, relevance: FloatArray) -> None:
-        if value is None or value not in self.held:
+    def add(self, value: ir.Value | None, relevance: FloatArray) -> None:
+        """Add relevance to a value; what goes to constants is dropped."""
+        if value is None or value not in self.contents:
             return
-        self.left[value] = self.left[value] + relevance if value in self.left else relevance
+        self.pending[value] = self.pending[value] + relevance if value in self.pending else relevance
 
-    def hand_back(self, node: ir.Node, relevance: Sequence[FloatArray | None]) -> None:
+    def propagate_node(self, node: ir.Node, relevance: Sequence[FloatArray | None]) -> None:
+        """Distribute the relevance of a node's outputs over its inputs, by the rule of its operator kind."""
         spec = lookup(node.domain, node.op_type)
         call = self.facts.call(node, opset_version(self.model, node.domain))
-        given = [np.zeros(call.out_shapes[k]) if r is None else r for k, r in enumerate(relevance)]
-        RELEVANCE_RULES[spec.kind](self, node, spec, call, given)
+        arrays = [np.zeros(call.out_shapes[k]) if array is None else array for k, array in enumerate(relevance)]
+        RELEVANCE_RULES[spec.kind](self, node, spec, call, arrays)
 
 
 def seed_relevance(output: FloatArray) -> FloatArray:
@@ -149,14 +157,14 @@ def seed_relevance(output: FloatArray) -> FloatArray:
 
 
 def attention_weight_values(model: ir.Model) -> set[ir.Value]:
-    """Attention weights: shares that add up to 1, wherever they were moved to."""
-    found: set[ir.Value] = set()
+    """Attention weights: the outputs of softmax, also behind movement."""
+    weights: set[ir.Value] = set()
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
-        carried = spec.kind == "movement" or (spec.kind == "pointwise" and spec.effect == "same")
-        if spec.makes_shares or (carried and node.inputs and node.inputs[0] in found):
-            found.add(node.outputs[0])
-    return found
+        passes_on = spec.kind == "movement" or (spec.kind == "pointwise" and spec.effect == "same")
+        if spec.makes_shares or (passes_on and node.inputs and node.inputs[0] in weights):
+            weights.add(node.outputs[0])
+    return weights
 
 
 def no_relevance_rule(node: ir.Node, reason: str) -> UserError:
@@ -167,81 +175,91 @@ def no_relevance_rule(node: ir.Node, reason: str) -> UserError:
 
 
 def relevance_pointwise(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
-    """To the operands that vary as the output does: biases, gains and statistics count as given."""
-    total = given[0]
-    full = [
-        v for k, v in enumerate(node.inputs) if v is not None and v in back.held and call.shape(k) == call.out_shapes[0]
+    """To the operands that have the shape of the output; biases, gains and statistics count as constants."""
+    operands = [
+        value
+        for k, value in enumerate(node.inputs)
+        if value is not None
+        and value in propagation.contents
+        and call.shape(k) == call.out_shapes[0]
+        and is_float(propagation.facts.dtype.get(value))
     ]
-    full = [v for v in full if is_float(back.facts.dtype.get(v))]
     if spec.divides:
-        full = full[:1]
+        operands = operands[:1]
     if spec.effect == "add":
-        share_by_magnitude(back, full, total)
+        share_by_magnitude(propagation, operands, relevance[0])
         return
-    for value in full:
-        back.give(value, total / len(full))
+    for value in operands:
+        propagation.add(value, relevance[0] / len(operands))
 
 
-def share_by_magnitude(back: RelevancePropagation, values: Sequence[ir.Value], total: FloatArray) -> None:
+def share_by_magnitude(propagation: RelevancePropagation, values: Sequence[ir.Value], total: FloatArray) -> None:
+    """Distribute relevance over the terms of a sum, entry by entry in proportion to their magnitude."""
     if len(values) == 1:
-        back.give(values[0], total)
+        propagation.add(values[0], total)
         return
-    sizes = [np.abs(back.array(v)) for v in values]
-    whole = np.maximum(sum(sizes[1:], sizes[0]), RELEVANCE_EPSILON)
-    for value, size in zip(values, sizes, strict=True):
-        back.give(value, total * size / whole)
+    magnitudes = [np.abs(propagation.array(value)) for value in values]
+    sum_of_magnitudes = np.maximum(sum(magnitudes[1:], magnitudes[0]), RELEVANCE_EPSILON)
+    for value, magnitude in zip(values, magnitudes, strict=True):
+        propagation.add(value, total * magnitude / sum_of_magnitudes)
 
 
 def relevance_normalize(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
-    total = given[0] + sum((given[k] for k in spec.sum_outputs if k < len(given)), np.zeros(()))
-    share_by_magnitude(back, [v for k in spec.data or (0,) if (v := node.inputs[k]) is not None], total)
+    """To the data; for the sum that a fused node also gives, its relevance is added."""
+    total = relevance[0] + sum((relevance[k] for k in spec.sum_outputs if k < len(relevance)), np.zeros(()))
+    share_by_magnitude(propagation, [v for k in spec.data or (0,) if (v := node.inputs[k]) is not None], total)
 
 
 def relevance_reduce(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
+    """To the entries that are reduced, in proportion to their magnitude."""
     assert spec.axes is not None
     axes = spec.axes(call)
-    total = given[0]
+    total = relevance[0]
     if len(call.out_shapes[0]) != len(call.shape(0)):
         total = np.expand_dims(total, axes)
-    size = np.abs(back.array(node.inputs[0]))
-    back.give(node.inputs[0], total * size / np.maximum(size.sum(axes, keepdims=True), RELEVANCE_EPSILON))
+    magnitude = np.abs(propagation.array(node.inputs[0]))
+    total_magnitude = np.maximum(magnitude.sum(axes, keepdims=True), RELEVANCE_EPSILON)
+    propagation.add(node.inputs[0], total * magnitude / total_magnitude)
 
 
 def relevance_movement(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
+    """Back to the positions that the entries came from."""
     assert spec.move is not None
     shape = call.shape(0)
     size = int(np.prod(shape, dtype=np.int64))
     try:
-        places = spec.move(call, np.arange(size, dtype=np.int32).reshape(shape))
+        sources = spec.move(call, np.arange(size, dtype=np.int32).reshape(shape))
     except Blocked as block:
         raise no_relevance_rule(node, block.reason) from None
     total = np.zeros(size)
-    for place, mine in zip(places, given, strict=False):
-        at, flat = np.broadcast_to(place, mine.shape).reshape(-1), mine.reshape(-1)
-        total += np.bincount(at[at >= 0], flat[at >= 0], size)
-    back.give(node.inputs[0], total.reshape(shape))
+    for source, array in zip(sources, relevance, strict=False):
+        position, flat = np.broadcast_to(source, array.shape).reshape(-1), array.reshape(-1)
+        total += np.bincount(position[position >= 0], flat[position >= 0], size)
+    propagation.add(node.inputs[0], total.reshape(shape))
 
 
 def relevance_concat(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
+    """Each input gets its part."""
     axis = int(call.attrs["axis"]) % len(call.out_shapes[0])
     ends = np.cumsum([call.shape(k)[axis] for k in range(len(call.shapes))])[:-1]
-    for value, part in zip(node.inputs, np.split(given[0], ends, axis), strict=True):
-        back.give(value, part)
+    for value, part in zip(node.inputs, np.split(relevance[0], ends, axis), strict=True):
+        propagation.add(value, part)
 
 
 def relevance_contraction(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
+    """To the one operand that is an activation and no attention weight, by the z+ rule."""
     assert spec.letters is not None
     try:
         letters = spec.letters(call)
@@ -250,84 +268,90 @@ def relevance_contraction(
     if letters.windowed:
         raise no_relevance_rule(node, "it sees tokens through a window")
     values = [node.inputs[k] for k in spec.operands]
-    made = [v in back.held and v not in back.shares for v in values]
-    if sum(made) != 1:
+    is_activation = [v in propagation.contents and v not in propagation.attention_weights for v in values]
+    if sum(is_activation) != 1:
         raise no_relevance_rule(node, "a product of two activations that is no attention")
-    one = made.index(True)
-    mine, other = (letters.left, letters.right) if one == 0 else (letters.right, letters.left)
-    back.give(
-        values[one], z_plus(back.array(values[one]), back.array(values[1 - one]), mine, other, letters.out, given[0])
-    )
+    activation, weight = (0, 1) if is_activation[0] else (1, 0)
+    arrays, terms = [propagation.array(value) for value in values], (letters.left, letters.right)
+    equation = (terms[activation], terms[weight], letters.out)
+    propagation.add(values[activation], z_plus(arrays[activation], arrays[weight], equation, relevance[0]))
 
 
-def z_plus(x: FloatArray, w: FloatArray, mine: str, other: str, out: str, total: FloatArray) -> FloatArray:
-    """Of each output its relevance, shared among the positive products x * w that it is a sum of; by size among all of
-    them where none is positive."""
+def z_plus(x: FloatArray, w: FloatArray, equation: tuple[str, str, str], total: FloatArray) -> FloatArray:
+    """Relevance of ``x``, in its shape. Each output, of relevance ``total``, is a sum of products x * w; its relevance
+    is shared by the positive ones, or by magnitude among all where none is positive.
+
+    ``equation``: the einsum terms of x, of w and of the output.
+    """
     shape = x.shape
-    (x, mine), (w, other), (total, out) = squeeze_term(x, mine), squeeze_term(w, other), squeeze_term(total, out)
-    forward, backward = f"{mine},{other}->{out}", f"{out},{other}->{mine}"
+    (x, x_term), (w, w_term), (total, out_term) = map(squeeze_term, (x, w, total), equation)
+    forward, backward = f"{x_term},{w_term}->{out_term}", f"{out_term},{w_term}->{x_term}"
 
-    def made(a: FloatArray, b: FloatArray) -> FloatArray:
+    def product(a: FloatArray, b: FloatArray) -> FloatArray:
         return np.asarray(np.einsum(forward, a, b, optimize=True))
 
-    def shared(a: FloatArray, b: FloatArray, share: FloatArray) -> FloatArray:
-        return np.asarray(a * np.einsum(backward, share, b, optimize=True))
+    def share_of(a: FloatArray, b: FloatArray, ratio: FloatArray) -> FloatArray:
+        return np.asarray(a * np.einsum(backward, ratio, b, optimize=True))
 
-    up, down = (np.maximum(x, 0), np.maximum(w, 0)), (np.minimum(x, 0), np.minimum(w, 0))
-    positive = made(*up) + made(*down)
-    none = positive <= RELEVANCE_EPSILON
-    share = np.where(none, 0.0, total / np.maximum(positive, RELEVANCE_EPSILON))
-    found = shared(*up, share) + shared(*down, share)
-    if none.any():
-        size = np.abs(x), np.abs(w)
-        found = found + shared(*size, np.where(none, total / np.maximum(made(*size), RELEVANCE_EPSILON), 0.0))
-    return found.reshape(shape)
+    above, below = (np.maximum(x, 0), np.maximum(w, 0)), (np.minimum(x, 0), np.minimum(w, 0))
+    positive = product(*above) + product(*below)
+    no_positive = positive <= RELEVANCE_EPSILON
+    ratio = np.where(no_positive, 0.0, total / np.maximum(positive, RELEVANCE_EPSILON))
+    relevance = share_of(*above, ratio) + share_of(*below, ratio)
+    if no_positive.any():
+        magnitudes = np.abs(x), np.abs(w)
+        ratio = np.where(no_positive, total / np.maximum(product(*magnitudes), RELEVANCE_EPSILON), 0.0)
+        relevance = relevance + share_of(*magnitudes, ratio)
+    return relevance.reshape(shape)
 
 
 def squeeze_term(array: FloatArray, term: str) -> tuple[FloatArray, str]:
-    """Without axes of size 1, which may meet longer ones."""
+    """The array and its einsum term without axes of size 1, which other operands may have longer."""
     keep = "".join(letter for letter, size in zip(term, array.shape, strict=True) if size > 1)
     return np.squeeze(array), keep
 
 
 def relevance_attention(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
-    """Of a fused node the weights are computed again."""
-    shape = attention_form(call, node.domain)
-    extras = [k for k in (shape.scores, *shape.past, *shape.rotary, *shape.others(call)) if k is not None]
-    if shape.packed or any(call.has(k) for k in extras):
+    """To the values; the attention weights of the fused node are computed again."""
+    form = attention_form(call, node.domain)
+    extras = [k for k in (form.scores, *form.past, *form.rotary, *form.others(call)) if k is not None]
+    if form.packed or any(call.has(k) for k in extras):
         raise no_relevance_rule(node, "it holds its projections, or takes a mask or a cache")
     if call.attrs.get("is_causal") or call.attrs.get("unidirectional"):
         raise no_relevance_rule(node, "it hides later tokens")
-    if shape.bias is not None and call.has(shape.bias):
+    if form.bias is not None and call.has(form.bias):
         raise no_relevance_rule(node, "it adds a bias inside")
     heads, _ = head_counts(call)
-    query, key, value = (back.array(node.inputs[k]) for k in (shape.query, shape.key, shape.value))
+    query, key, value = (propagation.array(node.inputs[k]) for k in (form.query, form.key, form.value))
 
     def split(x: FloatArray) -> FloatArray:
         return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3) if heads else x
 
-    q, k, v, total = (split(x) for x in (query, key, value, given[0]))
+    q, k, v, total = (split(x) for x in (query, key, value, relevance[0]))
     if k.shape[1] != q.shape[1]:
         raise no_relevance_rule(node, "heads share keys")
     scale = float(call.attrs.get("scale") or 0) or q.shape[-1] ** -0.5
     scores = scale * q @ k.swapaxes(2, 3)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    found = z_plus(v, weights, "bhkd", "bhqk", "bhqd", total)
-    back.give(node.inputs[shape.value], found.transpose(0, 2, 1, 3).reshape(value.shape) if heads else found)
+    of_values = z_plus(v, weights, ("bhkd", "bhqk", "bhqd"), total)
+    if heads:
+        of_values = of_values.transpose(0, 2, 1, 3).reshape(value.shape)
+    propagation.add(node.inputs[form.value], of_values)
 
 
 def relevance_shape(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
-    """Shapes are no matter of relevance."""
+    """Shapes carry no relevance."""
 
 
 def relevance_opaque(
-    back: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, given: Sequence[FloatArray]
+    propagation: RelevancePropagation, node: ir.Node, spec: OpSpec, call: OpCall, relevance: Sequence[FloatArray]
 ) -> None:
+    """Unknown operators have no rule."""
     raise no_relevance_rule(node, spec.reason)
 
 

@@ -9,7 +9,7 @@ import torch
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
 from snpc.planning.allocate import groups_to_prune, make_slice_plan
-from snpc.planning.config import Budget, parse_target
+from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, UnitScores
 from snpc.runtime.calibration.dataset import Calibration
 from snpc.torch.finetune import FinetuneTask, loss_output_names
@@ -51,7 +51,7 @@ def learn_masks(
     implementation.
     """
     training = replace(training or TrainingOptions(lr=MASK_LEARNING_RATE), decay=0.0)
-    target = parse_target(budget.target) if budget.target is not None else None
+    target = budget.target
     if target is None or target.kind != "macs":
         raise UserError("masks are learned under a budget of MACs: give --target macs=R")
     if training.uses_labels or training.layerwise:

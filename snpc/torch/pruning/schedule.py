@@ -10,8 +10,8 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis, analyze
+from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import plan
-from snpc.pipeline.prune import apply_slice_plan
 from snpc.planning.config import Budget, ResourceTarget, parse_target
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.calibration.dataset import Calibration
@@ -190,12 +190,12 @@ class RoundRunner:
         share = min(1.0, macs_share * self.dense.cost.macs / analysis.cost.macs)
         pruning_plan = plan(
             analysis,
-            Budget(target=f"macs={share!r}"),
-            calibration=self.data,
+            Budget(target=ResourceTarget("macs", share)),
+            self.data,
             method=self.rounds.method,
             criterion=self.rounds.criterion,
         )
-        apply_slice_plan(pruning_plan.slices, output, compression=pruning_plan.closed_forms, calibration=self.data)
+        apply(pruning_plan, output)
 
 
 def check_output(source: Path, output: Path) -> None:

@@ -31,7 +31,7 @@ def fused(path: Path, tmp_path: Path) -> tuple[Path, int]:
 
 
 def gap(a: Path, b: Path, feeds: dict[str, np.ndarray]) -> float:
-    left, right = (run_session(open_session(path, optimise="off"), feeds) for path in (a, b))
+    left, right = (run_session(open_session(path, optimization="off"), feeds) for path in (a, b))
     return max(float(np.abs(left[k] - right[k]).max() / np.abs(left[k]).max()) for k in left)
 
 

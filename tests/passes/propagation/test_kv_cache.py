@@ -148,7 +148,7 @@ def test_a_cache_that_no_output_hands_on_stays(tmp_path: Path) -> None:
     onnx.save(model, path)
     analysis = analysed(path)
     assert not prunable(analysis.groups, "qk", "vo")
-    assert any("no output hands this cache on" in pin.reason for pin in analysis.pins)
+    assert any("no output returns this cache" in pin.reason for pin in analysis.pins)
 
 
 def test_the_command_line_narrows_caches_where_asked(tmp_path: Path) -> None:

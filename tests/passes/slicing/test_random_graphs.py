@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ def some_cuts(analysis: Analysis, data: st.DataObject) -> Cuts:
     suppress_health_check=list(HealthCheck),
 )
 @given(model=graphs(), data=st.data())
+@pytest.mark.slow
 def test_slicing_is_masking(model: onnx.ModelProto, data: st.DataObject) -> None:
     assume(model.graph.node)
     onnx.checker.check_model(model)

@@ -6,6 +6,7 @@ By default one group of each kind (role, width, freedom) of an export is cut alo
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -24,9 +25,11 @@ from tests.oracle import (
     Array,
     Cuts,
     Feeds,
+    Pair,
     analysis_of,
     cut,
     feeds_of,
+    outputs_of,
     prunable,
     random_cuts,
     relative_error,
@@ -63,6 +66,12 @@ def width_cuts(name: str) -> Cuts:
     return random_cuts(prunable(analysis_of(name).groups, *WIDTHS), seed_of(name), RATIOS)
 
 
+@functools.lru_cache(maxsize=4)
+def cut_widths(name: str) -> Pair:
+    """An export with all widths cut: the tests of one export follow each other and share it."""
+    return cut(analysis_of(name), width_cuts(name))
+
+
 def cuts_everything(analysis: Analysis, cuts: Cuts) -> bool:
     return all(cuts[site.tensor, site.axis].any() for group in prunable(analysis.groups) for site in group.sites)
 
@@ -74,7 +83,7 @@ def test_each_group_alone(name: str, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--exhaustive"):
         groups = one_of_each_kind(groups, seed_of(name))
     assert groups
-    original = run(export(name), feeds)
+    original = outputs_of(name)
     wrong = []
     for group in groups:
         pair = cut(analysis, random_cuts([group], seed_of(name + group.id)))
@@ -91,10 +100,9 @@ def test_each_group_alone(name: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_widths_at_once(name: str) -> None:
-    analysis, feeds = analysis_of(name), feeds_of(name)
-    pair = cut(analysis, width_cuts(name))
-    masked = run(pair.masked, feeds)
-    assert silences(run(export(name), feeds), masked)
+    feeds, pair = feeds_of(name), cut_widths(name)
+    masked = pair.expected(feeds)
+    assert silences(outputs_of(name), masked)
     for level in ("off", "all"):
         assert relative_error(masked, run(pair.sliced, feeds, level)) < TOLERANCE, f"optimisation {level}"
 
@@ -129,7 +137,7 @@ def test_heads_and_widths_at_once(name: str) -> None:
 def test_any_batch(name: str) -> None:
     """The trace binds a batch of 2, the exports' feeds have 3."""
     feeds = feeds_of(name)
-    pair = cut(analysis_of(name), width_cuts(name))
+    pair = cut_widths(name)
     for size in (1, 5):
         batch: Feeds = {key: value[np.arange(size) % len(value)] for key, value in feeds.items()}
         assert pair.error(batch, "all") < TOLERANCE, f"batch {size}"

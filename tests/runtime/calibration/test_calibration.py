@@ -720,7 +720,7 @@ def test_requests_that_cannot_be_served(inputs: list[TensorSpec], options: dict[
 
 def test_a_static_batch_of_different_lengths_is_refused() -> None:
     feeds = [{"ids": [[1] * (index + 1)]} for index in range(6)]
-    with pytest.raises(UserError, match="no 2 neighbouring samples have the same sizes"):
+    with pytest.raises(UserError, match="no 2 neighboring samples have the same sizes"):
         load_calibration(feeds, [spec("ids", np.int64, 2, "seq")])
 
 

@@ -9,23 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snpc.runtime.closed_form import algebra as closed
+from snpc.runtime.closed_form import elimination
 from snpc.runtime.closed_form.algebra import (
     DEFAULT_RIDGE,
-    EliminationOrder,
-    LeastSquaresSystem,
-    ObsState,
     add_ridge,
-    cheapest_units,
-    elimination_widths,
-    invert_positive_definite,
     refit_loss,
     refit_rows,
     solve_low_rank_qk,
     solve_low_rank_vo,
     unit_columns,
 )
-from snpc.runtime.closed_form.algebra import eliminate as eliminate_all
+from snpc.runtime.closed_form.elimination import (
+    EliminationOrder,
+    LeastSquaresSystem,
+    ObsState,
+    cheapest_units,
+    elimination_widths,
+    invert_positive_definite,
+)
+from snpc.runtime.closed_form.elimination import eliminate as eliminate_all
 from snpc.runtime.statistics.moments import consumer_moments
 from snpc.types import FloatArray, IntArray
 
@@ -300,7 +302,7 @@ def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, col
     found = [centre(data(seed + k, size * columns, rows=5 * size * columns)) for k in range(2)]
     systems = [LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
     widths = [width for width in elimination_widths(size, steps) if width]
-    gone = eliminate_all(systems, size, steps, fits_at=widths)
+    gone = eliminate_all(systems, size, steps, refit_at=widths)
     assert set(gone.refits) == set(widths)
     for width in widths:
         keep = np.sort(gone.order[size - width :])
@@ -360,7 +362,7 @@ def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytes
     size = 24
     systems = [LeastSquaresSystem(x.T @ x, x[:6].T) for x in (data(seed, size * columns, rows=300) for seed in (1, 2))]
     whole = eliminate_all(systems, size)
-    monkeypatch.setattr(closed, "BLOCK_ROWS", much)
+    monkeypatch.setattr(elimination, "BLOCK_ROWS", much)
     found = eliminate_all(systems, size)
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])

@@ -23,7 +23,6 @@ from snpc.passes.weights.attention_operands import single_score_product
 from snpc.passes.weights.closed_form_kinds import closed_form_weights
 from snpc.passes.weights.consumers import single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, apply_edits
-from snpc.pipeline.refit import closed_forms_for
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan
 from snpc.runtime.closed_form.fit import ROTATED, apply_basis
@@ -368,7 +367,7 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     data = calibration_of(analysis, feeds_of(name))
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     target = tmp_path / "pruned.onnx"
-    result = snpc.apply_slice_plan(made.slices, target, compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, target)
     assert result.verification.max_abs_diff is not None  # sliced was compared with masked, of the refitted weights
     assert len(result.verification.structure) == 2
     assert result.after.params < result.before.params
@@ -397,7 +396,7 @@ def test_pruned_twice(tmp_path: Path) -> None:
         data = calibration_of(analysis, feeds)
         made = snpc.plan(analysis, Budget(0.5, ("vo", "ffn")), calibration=data)
         path = tmp_path / f"{turn}.onnx"
-        snpc.apply_slice_plan(made.slices, path, compression=made.closed_forms, calibration=data)
+        snpc.apply(made, path)
         counts.append(sum(n.name.endswith("__bias") for n in nodes_of(path)))
     assert counts == [4, 4]
 
@@ -407,14 +406,14 @@ def test_a_plan_from_a_file_makes_the_same_weights(name: str, tmp_path: Path) ->
     analysis = analysis_of(name)
     data = calibration_of(analysis, feeds_of(name))
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
-    snpc.apply_slice_plan(made.slices, tmp_path / "at-once.onnx", compression=made.closed_forms, calibration=data)
+    snpc.apply(made, tmp_path / "at-once.onnx")
 
     read = snpc.plan_from_json(snpc.plan_to_json(made.slices), analysis, "the plan")
     assert read.method == "auto"
     assert dict(read.keep) == dict(made.slices.keep)
-    again = closed_forms_for(read, data)
-    assert again is not None
-    snpc.apply_slice_plan(read, tmp_path / "later.onnx", compression=again, calibration=data)
+    again = snpc.complete_plan(read, data)
+    assert again.closed_forms is not None
+    snpc.apply(again, tmp_path / "later.onnx")
     one, two = initializers(tmp_path / "at-once.onnx"), initializers(tmp_path / "later.onnx")
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -426,9 +425,9 @@ def test_a_plan_that_refits_needs_its_data(tmp_path: Path) -> None:
     analysis = analysis_of(name)
     made = snpc.plan(analysis, Budget(0.5), calibration=calibration_of(analysis, feeds_of(name)))
     with pytest.raises(UserError, match="--calib"):
-        closed_forms_for(made.slices, None)
+        snpc.complete_plan(made.slices)
     with pytest.raises(UserError, match="calibration data"):
-        snpc.apply_slice_plan(made.slices, tmp_path / "pruned.onnx")
+        snpc.apply(snpc.PruningPlan(made.slices), tmp_path / "pruned.onnx")
     with pytest.raises(UserError, match="--calib"):
         snpc.plan(analysis, Budget(0.5), method="auto")
     plan = tmp_path / "plan.json"
@@ -438,7 +437,7 @@ def test_a_plan_that_refits_needs_its_data(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     select = snpc.plan(analysis, Budget(0.5)).slices
     assert select.method == "select"
-    assert closed_forms_for(select, None) is None
+    assert snpc.complete_plan(select).closed_forms is None
 
 
 HALVES = {TensorProto.FLOAT16: np.dtype(np.float16), TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
@@ -483,16 +482,14 @@ def test_half_precision_stays_half_precision(name: str, kind: int, tmp_path: Pat
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
     assert made.closed_forms is not None
     assert dict(made.closed_forms.kinds) == dict(closed_forms_of(name).kinds)
-    result = snpc.apply_slice_plan(
-        made.slices, tmp_path / "pruned.onnx", compression=made.closed_forms, calibration=data
-    )
+    result = snpc.apply(made, tmp_path / "pruned.onnx")
     assert result.verification.max_abs_diff is not None
     kinds = {w.dtype for w in initializers(result.path).values() if w.dtype.kind in "fV"}
     assert kinds == {HALVES[kind]}
     dense, outputs = (run_batches(p, [feeds])[0].values() for p in (path, result.path))
     assert all(np.isfinite(o).all() for o in outputs)
     plain = snpc.plan(analysis, Budget(0.5), calibration=data, method="select", criterion="magnitude")
-    snpc.apply_slice_plan(plain.slices, tmp_path / "plain.onnx")
+    snpc.apply(plain, tmp_path / "plain.onnx")
     sliced = run_batches(tmp_path / "plain.onnx", [feeds])[0].values()
     assert relative_change([*dense], [*outputs]) < 0.6 * relative_change([*dense], [*sliced])
 
@@ -550,7 +547,7 @@ def test_means_find_their_way_into_any_bias(kind: str, tmp_path: Path) -> None:
     made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
     assert made.closed_forms is not None
     assert list(made.closed_forms.kinds.values()) == ["refit"]
-    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, tmp_path / "p.onnx")
     assert len(nodes_of(result.path)) - len(nodes) == added
     (before,), (now,) = run(analysis.model.path, feeds), run(result.path, feeds)
     assert np.abs(before.mean((0, 1)) - now.mean((0, 1))).max() < 1e-5 * np.abs(before).max()
@@ -584,7 +581,7 @@ def test_readers_that_are_left_as_they_are(kind: str, tmp_path: Path) -> None:
     assert made.closed_forms is not None
     assert not made.closed_forms.kinds
     assert all("its reader" in reason for reason in made.closed_forms.skipped.values())
-    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, tmp_path / "p.onnx")
     assert result.after.params < result.before.params
 
 
@@ -662,7 +659,7 @@ def test_attention_that_cannot_be_rotated(kind: str, tmp_path: Path) -> None:
         assert analysis.weights[group.id].kind is None
     data = calibration_of(analysis, {"x": normal(5, 6, WIDTH, seed=1)}, 5)
     made = snpc.plan(analysis, Budget(0.5), calibration=data)
-    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, tmp_path / "p.onnx")
     assert result.after.params < result.before.params
 
 

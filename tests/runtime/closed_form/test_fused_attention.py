@@ -54,7 +54,7 @@ def check_same(fused: Analysis, plain: Analysis, feeds: Feeds, folder: Path) -> 
     for analysis in (fused, plain):
         data = calibration_of(analysis, feeds, 8)
         made = snpc.plan(analysis, Budget(0.5, ROLES, uniform=True), calibration=data, method="parallel")
-        result = snpc.apply_slice_plan(made.slices, folder / "p.onnx", compression=made.closed_forms, calibration=data)
+        result = snpc.apply(made, folder / "p.onnx")
         outputs.append(run(result.path, feeds))
     assert relative_error(before, outputs[0]) > 1e-2
     assert relative_error(outputs[1], outputs[0]) < 2e-2
@@ -83,9 +83,7 @@ def test_layer_after_layer(tmp_path: Path) -> None:
     outputs = []
     for method, criterion in (("auto", None), ("select", "mixed")):
         made = snpc.plan(analysis, Budget(0.5, ROLES), calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_slice_plan(
-            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
-        )
+        result = snpc.apply(made, tmp_path / "p.onnx")
         outputs.append(relative_error(run(analysis.model.path, feeds), run(result.path, feeds)))
     assert outputs[0] < 0.8 * outputs[1]
 

@@ -14,7 +14,7 @@ import snpc
 from snpc.graph.subgraph import extract_segment, split_into_segments
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.pipeline.refit import FitInputs, with_refitted_weights
+from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.closed_form.layerwise import fit_layerwise
@@ -44,7 +44,7 @@ def test_segments_one_after_the_other_are_the_graph(name: str, tmp_path: Path) -
     held: dict[str, Array] = dict(feeds)
     for segment in split_into_segments(model, [count // 4, count // 3, count // 2, count - 3]):
         save(finalize(extract_segment(model, segment, facts)), tmp_path / "part.onnx")
-        session = open_session(tmp_path / "part.onnx", optimise="off")
+        session = open_session(tmp_path / "part.onnx", optimization="off")
         names = [o.name for o in session.get_outputs()]
         assert set(names) == set(segment.outputs)
         if names:
@@ -95,7 +95,7 @@ def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
 def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     """After the last feed-forward layer the gap on the calibration data is smaller than without making up for it: ridge
     regression never does worse than nothing on the rows that it is solved on."""
-    decision, calibration = made(name, "auto", 0.5)
+    decision, _ = made(name, "auto", 0.5)
     assert decision.closed_forms is not None
     analysis = analysis_of(name)
     stage = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)[-1]
@@ -103,8 +103,8 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     dense = stream(analysis.traced_graph.model, gap.value, name)
     found = {}
     for method in ("auto", "parallel"):
-        plan = replace(decision.slices, method=method)  # type: ignore[arg-type]
-        plan, source = with_refitted_weights(plan, FitInputs(decision.closed_forms, calibration))  # type: ignore[arg-type]
+        slices = replace(decision.slices, method=method)  # type: ignore[arg-type]
+        plan, source = with_refitted_weights(replace(decision, slices=slices))
         cut = rewrite_model(source, cuts_of(plan)).model
         found[method] = float(np.sum((stream(cut, gap.value, name) - dense) ** 2))
     assert found["auto"] < found["parallel"]
@@ -126,10 +126,10 @@ def stream(model: object, value: str, name: str) -> Array:
 def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
     decision, calibration = made(name, "auto", 0.5)
     target = tmp_path / "cut.onnx"
-    result = snpc.apply_slice_plan(decision.slices, target, compression=decision.closed_forms, calibration=calibration)  # type: ignore[arg-type]
+    result = snpc.apply(decision, target)
     assert result.verification.max_abs_diff is not None and result.verification.max_abs_diff < 1e-4
     plan: SlicePlan = snpc.plan_from_json(snpc.plan_to_json(decision.slices), analysis_of(name), "plan")
-    again = snpc.verify(analysis_of(name).model.path, target, plan=plan, calibration=calibration)  # type: ignore[arg-type]
+    again = snpc.verify(analysis_of(name).model.path, target, plan=snpc.complete_plan(plan, calibration))
     assert again.max_abs_diff is not None and again.max_abs_diff < 1e-4
 
 
@@ -184,10 +184,8 @@ def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 def assert_fitted_all_at_once(name: str, decision: snpc.PruningPlan, calibration: object) -> None:
-    plan, source = with_refitted_weights(decision.slices, FitInputs(decision.closed_forms, calibration))  # type: ignore[arg-type]
-    parallel = with_refitted_weights(
-        replace(decision.slices, method="parallel"), FitInputs(decision.closed_forms, calibration)
-    )[1]  # type: ignore[arg-type]
+    plan, source = with_refitted_weights(decision)
+    parallel = with_refitted_weights(replace(decision, slices=replace(decision.slices, method="parallel")))[1]
     for a, b in zip(
         run(written(rewrite_model(source, cuts_of(plan)).model), feeds_of(name)),
         run(written(rewrite_model(parallel, cuts_of(plan)).model), feeds_of(name)),

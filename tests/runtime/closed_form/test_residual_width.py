@@ -230,10 +230,11 @@ PINNED = {
     "a length in one node": ("n = LpNormalization <axis = -1> (x)", "its length is taken over this axis"),
     "a maximum": ("t = ReduceMax <axes = [-1]> (x) n = Sub(x, t)", "it is reduced over"),
     "a mean that is data": (
-        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)", "its mean is read by MatMul"
+        "t = ReduceMean <axes = [-1]> (x) k = MatMul(t, wide) n = Add(x, k)",
+        "its mean is used outside the normalization, by MatMul",
     ),
     "a softmax": ("n = Softmax <axis = -1> (x)", "it is summed over"),
-    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "is read alone"),
+    "a channel of its own": ("t = Gather <axis = -1> (x, at) k = Unsqueeze(t, last) n = Add(x, k)", "a single index"),
 }  # fmt: skip
 
 
@@ -255,7 +256,9 @@ def test_a_mean_that_is_an_output_keeps_what_it_is_of(tmp_path: Path) -> None:
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items())
     analysis = analysis_at(tmp_path / "m.onnx", model)
     assert not residual(analysis)
-    assert any(pin.reason == "its mean is read by the output n1" for pin in analysis.pins)
+    assert any(
+        pin.reason == "its mean is used outside the normalization, by the graph output n1" for pin in analysis.pins
+    )
 
 
 def test_statistics_over_several_heads_keep_the_heads(tmp_path: Path) -> None:
@@ -457,8 +460,8 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
     keep = {residual(analysis)[0].id: (tuple(range(D // 2)),)}
     plan = snpc.SlicePlan(analysis, "", {}, keep, "auto")
     data = calibration_of(analysis, feeds, 64)
-    fitted = snpc.apply_slice_plan(plan, tmp_path / "a.onnx", compression=made.closed_forms, calibration=data)
-    plain = snpc.apply_slice_plan(snpc.SlicePlan(analysis, "", {}, keep), tmp_path / "s.onnx", calibration=data)
+    fitted = snpc.apply(snpc.PruningPlan(plan, made.closed_forms, calibration=data), tmp_path / "a.onnx")
+    plain = snpc.apply(snpc.PruningPlan(snpc.SlicePlan(analysis, "", {}, keep), calibration=data), tmp_path / "s.onnx")
     dense = run(analysis.model.path, IDS)
     assert relative_change(dense, run(plain.path, IDS)) > 0.2
     assert relative_change(dense, run(fitted.path, IDS)) < 0.02
@@ -474,12 +477,7 @@ def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
         made = snpc.plan(
             analysis, snpc.Budget(0.25, ("residual",)), calibration=data, method=method, criterion="activation"
         )
-        result = snpc.apply_slice_plan(
-            made.slices,
-            tmp_path / "p.onnx",
-            compression=made.closed_forms,
-            calibration=data if made.closed_forms else None,
-        )
+        result = snpc.apply(made, tmp_path / "p.onnx")
         moves[method] = relative_change(run(export(name), others), run(result.path, others))
     assert moves["auto"] < 0.9 * moves["select"]
 
@@ -503,8 +501,7 @@ def test_a_table_that_is_the_last_layer_too_is_not_refitted(tmp_path: Path) -> N
         [],
     ]
     made = decided(analysis, IDS, 6, 0.5)
-    data = calibration_of(analysis, IDS, 6)
-    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, tmp_path / "p.onnx")
     tables = [numpy_helper.to_array(t) for t in onnx.load(result.path).graph.initializer if t.name == "table"]
     kept = list(made.slices.keep[group.id][0])
     np.testing.assert_array_equal(tables[0], weights()["table"][:, kept])

@@ -157,9 +157,7 @@ def test_less_moves_than_by_selection(name: str, role: Role, tmp_path: Path) -> 
     drifts = []
     for method, criterion in (("auto", None), ("select", "magnitude"), ("select", "mixed")):
         made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
-        result = snpc.apply_slice_plan(
-            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
-        )
+        result = snpc.apply(made, tmp_path / "p.onnx")
         drifts.append(relative_change(before, run(result.path, feeds)))
     assert drifts[0] < 0.98 * min(drifts[1:])
 
@@ -174,9 +172,7 @@ def test_heads_and_widths_go_together(name: str, tmp_path: Path) -> None:
         choice = Budget(0.4, ("head", "vo", "qk"), uniform=True)
         made = snpc.plan(analysis, choice, calibration=data, method=method, criterion=criterion)  # type: ignore[arg-type]
         assert {g.role for g in analysis.groups if g.id in made.slices.keep} >= {"head", "vo"}
-        result = snpc.apply_slice_plan(
-            made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data
-        )
+        result = snpc.apply(made, tmp_path / "p.onnx")
         drifts.append(relative_change(before, run(result.path, feeds)))
     assert drifts[1] < 0.98 * drifts[2]
     assert drifts[0] < 1.1 * drifts[2]
@@ -241,7 +237,7 @@ def test_kernels_are_refitted_at_every_offset(name: str, tmp_path: Path) -> None
     made = snpc.plan(analysis, Budget(0.5, ("conv",)), calibration=data)
     assert made.closed_forms is not None
     assert set(made.closed_forms.kinds.values()) == {"refit"}
-    result = snpc.apply_slice_plan(made.slices, tmp_path / "p.onnx", compression=made.closed_forms, calibration=data)
+    result = snpc.apply(made, tmp_path / "p.onnx")
     nodes = {n.name: n for n in onnx.load(result.path).graph.node}
     for reader in readers.values():
         if existing_bias(reader.node, reader.width) is None:

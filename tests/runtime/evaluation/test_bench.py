@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from snpc.errors import UserError
 from snpc.runtime.evaluation.bench import (
     BenchResult,
     OutputDiff,
+    TimingProtocol,
     bench,
     common_inputs,
     compare_outputs,
@@ -27,6 +29,7 @@ from snpc.runtime.evaluation.bench import (
     summarize_times,
 )
 from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.feeds import RandomInputs
 from snpc.types import Feeds, TensorSpec
 
 
@@ -104,10 +107,10 @@ class TestRounds:
 
     def test_what_is_done_is_told_between_rounds(self) -> None:
         clock, told = FakeClock({"a": 1.0, "b": 1.0}), []
-        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, heard=told.append)
+        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, on_progress=told.append)
         assert told == [0.25, 0.5, 0.75, 1.0]
         told.clear()
-        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, heard=told.append)
+        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, on_progress=told.append)
         assert told == [0.25, 0.5, 0.75, 1.0]
 
     def test_no_rounds(self) -> None:
@@ -240,16 +243,23 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     folder = tmp_path_factory.mktemp("models")
     big = chain(folder / "big.onnx", width=128, layers=6, hidden=1024)
     small = chain(folder / "small.onnx", width=128, layers=6, hidden=64)
-    return bench([big, small, big], execution=Execution(threads=1), batch=32, iterations=30, warmup=3, seed=5)
+    return bench(
+        [big, small, big],
+        RandomInputs(batch=32, seed=5),
+        protocol=TimingProtocol(iterations=30, warmup=3),
+        execution=Execution(threads=1),
+    )
 
 
 class TestBench:
+    @pytest.mark.timing
     def test_the_smaller_model_is_faster(self, result: BenchResult) -> None:
         """Of 16 times fewer MACs little is asked for: the machine is shared."""
         assert [timing.model.rpartition("/")[2] for timing in result.timings] == ["big.onnx", "small.onnx", "big.onnx"]
         assert result.speedups[0].ratio > 1.5
         assert result.timings[0].median > result.timings[1].median
 
+    @pytest.mark.timing
     def test_a_model_is_as_fast_as_itself(self, result: BenchResult) -> None:
         assert 0.5 < result.speedups[1].ratio < 2.0
         assert result.speedups[1].largest_difference == OutputDiff("y", 0.0)
@@ -302,7 +312,7 @@ class TestBench:
         assert rows[2][9] == "0 (y)"
 
     def test_one_model_alone(self, tmp_path: Path) -> None:
-        result = bench([chain(tmp_path / "m.onnx", width=8, layers=1)], iterations=3, warmup=0)
+        result = bench([chain(tmp_path / "m.onnx", width=8, layers=1)], protocol=TimingProtocol(iterations=3, warmup=0))
         assert result.speedups == ()
         assert result.rows()[0] == ("model", "median ms", "mean", "min", "p90", "p99")
         assert [len(row) for row in result.rows()] == [6, 6]
@@ -313,13 +323,14 @@ class TestBench:
                 yield {"x": np.ones((2, 8), np.float32), "label": np.zeros(1)}
 
         path = chain(tmp_path / "m.onnx", width=8, layers=1)
-        assert bench([path], data=endless(), iterations=1, warmup=0).feeds == 16
-        single = bench([path], data=next(endless()), iterations=1, warmup=0)
+        once = TimingProtocol(iterations=1, warmup=0)
+        assert bench([path], endless(), protocol=once).feeds == 16
+        single = bench([path], next(endless()), protocol=once)
         assert (single.feeds, single.shapes) == (1, {"x": (2, 8)})
 
     def test_bfloat16_models_can_be_timed(self, tmp_path: Path) -> None:
         path = write(tmp_path / "m.onnx", "(bfloat16[n, 4] x) => (bfloat16[n, 4] y)", "y = Identity(x)")
-        result = bench([path, path], iterations=2, warmup=0)
+        result = bench([path, path], protocol=TimingProtocol(iterations=2, warmup=0))
         assert result.speedups[0].outputs == (OutputDiff("y", 0.0),)
 
 
@@ -331,21 +342,32 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"iterations": 0}, "iterations 0, .*at least 1 round"),
-            ({"warmup": -1}, "warmup -1"),
-            ({"duration": -0.5}, r"duration -0\.5"),
-            ({"percentiles": (50, 101)}, r"percentile 101 is not in \[0, 100\]"),
-            ({"shapes": {"x": (1, 9)}}, r"input 'x': shape \[1,9\] does not fit \[n,8\]"),
-            ({"sizes": {"m": 3}}, r"size of axis 'm': no input has a dynamic axis of that name: x \[n,8\]"),
+            ({"data": RandomInputs(shapes={"x": (1, 9)})}, r"input 'x': shape \[1,9\] does not fit \[n,8\]"),
+            (
+                {"data": RandomInputs(dim_sizes={"m": 3})},
+                r"axis 'm': no input has a dynamic axis of that name: x \[n,8\]",
+            ),
             ({"data": []}, "the data is empty"),
             ({"data": {"x": np.zeros((1, 8))}}, "the data is float64, the model takes float32"),
-            ({"data": {"x": np.zeros((1, 8), np.float32)}, "batch": 2}, "data was given, so leave them out"),
             ({"execution": Execution(provider="abacus")}, "provider 'abacus' is not in this onnxruntime"),
         ],
     )
     def test_requests(self, model: Path, options: dict[str, object], words: str) -> None:
         with pytest.raises(UserError, match=words):
             bench([model], **options)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            ({"iterations": 0}, "iterations 0, .*at least 1 round"),
+            ({"warmup": -1}, "warmup -1"),
+            ({"duration": -0.5}, r"duration -0\.5"),
+            ({"percentiles": (50, 101)}, r"percentile 101 is not in \[0, 100\]"),
+        ],
+    )
+    def test_protocols(self, fields: dict[str, Any], words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            TimingProtocol(**fields)
 
     def test_no_model(self) -> None:
         with pytest.raises(UserError, match="no model to time"):
@@ -369,12 +391,12 @@ class TestRefusals:
     def test_a_batch_no_input_can_have(self, tmp_path: Path) -> None:
         path = write(tmp_path / "m.onnx", "(float[1, 4] x) => (float[1, 4] y)", "y = Identity(x)")
         with pytest.raises(UserError, match=r"batch 4: no input has a dynamic first axis: x \[1,4\]"):
-            bench([path], batch=4)
+            bench([path], RandomInputs(batch=4))
 
     def test_a_model_that_fails_when_it_runs(self, tmp_path: Path) -> None:
         path = write(tmp_path / "m.onnx", "(float[a] x, float[b] z) => (float[c] y)", "y = Add(x, z)")
         with pytest.raises(UserError, match=r"^m\.onnx: onnxruntime does not run it on these inputs: "):
-            bench([path], shapes={"x": (3,), "z": (2,)})
+            bench([path], RandomInputs(shapes={"x": (3,), "z": (2,)}))
 
 
 @pytest.mark.parametrize(("room", "left"), [(100, "abcd"), (29, "abcd"), (28, "acd"), (20, "ad"), (3, "ad")])

@@ -99,7 +99,7 @@ class TestOpen:
 
     @pytest.mark.parametrize(("level", "name"), [("all", "ENABLE_ALL"), ("basic", "ENABLE_BASIC"), ("off", "DISABLE_")])
     def test_options_reach_the_session(self, level: str, name: str) -> None:
-        session = open_session(model_bytes(IDENTITY), execution=Execution(threads=2), optimise=level)  # type: ignore[arg-type]
+        session = open_session(model_bytes(IDENTITY), execution=Execution(threads=2), optimization=level)  # type: ignore[arg-type]
         options = session.get_session_options()
         assert options.intra_op_num_threads == 2
         assert options.log_severity_level == 4
@@ -190,7 +190,7 @@ class TestTypes:
             '<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (seq(float[2]) y) { y = SequenceConstruct(x) }'
         )
         session = open_session(model_bytes(text))
-        with pytest.raises(UserError, match=r"output 'y' is seq\(tensor\(float\)\): no array holds it"):
+        with pytest.raises(UserError, match=r"output 'y' is seq\(tensor\(float\)\): snpc cannot run it"):
             session_outputs(session)
 
 
@@ -264,7 +264,7 @@ class TestRandomFeeds:
             spec("Mask2", np.float16, "n"),
             spec("flag", np.bool_),
         ]
-        feeds = random_feeds(inputs, batch=4, sizes={"seq": 200}, limits={"ids": 1000})
+        feeds = random_feeds(inputs, batch=4, dim_sizes={"seq": 200}, id_limits={"ids": 1000})
         assert {name: array.dtype for name, array in feeds.items()} == {i.name: i.dtype for i in inputs}
         assert feeds["pixels"].shape == (4, 3, 64, 64)
         assert abs(float(feeds["pixels"].mean())) < 0.05
@@ -290,7 +290,7 @@ class TestRandomFeeds:
 
     @pytest.mark.parametrize("element", ["int8", "uint8", "uint64"])
     def test_ids_stay_inside_their_type(self, element: str) -> None:
-        ids = random_feeds([spec("ids", element, 500)], limits={"ids": 10**30})["ids"]
+        ids = random_feeds([spec("ids", element, 500)], id_limits={"ids": 10**30})["ids"]
         assert ids.min() >= 0
         assert ids.dtype == element
 
@@ -309,7 +309,7 @@ class TestRandomFeeds:
 
         assert shapes(batch=2) == [(2, 16), (2, 16), (16,), (2, 8, 0, 64), (2, 8, 0, 64)]
         sizes = {"sequence_length": 4, "past_sequence_length": 6}
-        assert shapes(sizes=sizes) == [(1, 4), (1, 10), (4,), (1, 8, 6, 64), (1, 8, 0, 64)]
+        assert shapes(dim_sizes=sizes) == [(1, 4), (1, 10), (4,), (1, 8, 6, 64), (1, 8, 0, 64)]
         given = {"input_ids": (3, 5)}
         assert shapes(shapes=given) == [(3, 5), (3, 5), (5,), (3, 8, 0, 64), (3, 8, 0, 64)]
 
@@ -328,9 +328,9 @@ class TestRandomFeeds:
             ({"shapes": {"x": (1, 4)}}, r"input 'x': shape \[1,4\] does not fit \[n,3\]"),
             ({"shapes": {"x": (1, 3, 1)}}, "does not fit"),
             ({"shapes": {"x": (1, 3), "y": (2,)}}, "axis 'n' is 2 here and 1 elsewhere"),
-            ({"shapes": {"x": (1, 3)}, "sizes": {"n": 2}}, "axis 'n' is 1 here and 2 elsewhere"),
-            ({"sizes": {"n": -1}}, "size -1 of dynamic axis 'n' is negative"),
-            ({"limits": {"y": 0}}, r"input 'y': no id is in \[0, 0\)"),
+            ({"shapes": {"x": (1, 3)}, "dim_sizes": {"n": 2}}, "axis 'n' is 1 here and 2 elsewhere"),
+            ({"dim_sizes": {"n": -1}}, "size -1 of dynamic axis 'n' is negative"),
+            ({"id_limits": {"y": 0}}, r"input 'y': no id is in \[0, 0\)"),
             ({"batch": 0}, "batch 0 is not positive"),
             ({"seed": -1}, "seed -1 is negative"),
         ],

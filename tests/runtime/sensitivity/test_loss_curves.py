@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import snpc
 from snpc.errors import UserError
-from snpc.pipeline.planner import with_closed_form_order
+from snpc.pipeline.planner import PlanRequest, make_plan, with_closed_form_order
 from snpc.pipeline.score import score
 from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget
@@ -98,7 +97,8 @@ def test_curves_for_all_choices_do_not_depend_on_one() -> None:
     analysis = analysis_of("vit_timm__ts17")
     calibration = calibration_of(analysis, feeds_of("vit_timm__ts17"))
     choices = (Budget(target="macs=0.7"), Budget(0.0))
-    first, second = (snpc.plan(analysis, choice, calibration=calibration, whole=True).curves for choice in choices)
+    requests = [PlanRequest(choice, full_curves=True) for choice in choices]
+    first, second = (make_plan(analysis, request, calibration).loss_curves for request in requests)
     assert all(np.array_equal(first[name], curve) for name, curve in second.items())
 
 

@@ -133,7 +133,7 @@ def gram(array: Array, probe: Probe, group: Group) -> Array:
 @pytest.mark.parametrize("name", NAMES)
 def test_energies_and_grams_are_numpys(name: str) -> None:
     values, found = activations(name), measured(name, 8)
-    assert {w.kind for w in wanted(name)} == {"energy", "gram"}
+    assert {request.key.kind for request in wanted(name)} == {"energy", "gram"}
     for item in wanted(name):
         make = gram if item.key.kind == "gram" else energy
         expected = make(values[item.probe.tensor], item.probe, item.group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.passes.token_analysis.padding_sources import find_token_streams
-from snpc.pipeline.refit import FitInputs, with_refitted_weights
+from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
@@ -130,7 +131,7 @@ def test_layers_are_fitted_without_padded_tokens(name: str) -> None:
     data = [calibration(name, garbage) for garbage in (0, 1, None)]
     decision = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data[0], method="auto")
     assert decision.closed_forms is not None
-    found = [with_refitted_weights(decision.slices, FitInputs(decision.closed_forms, d)) for d in data]
+    found = [with_refitted_weights(replace(decision, calibration=d)) for d in data]
     cut = [written(rewrite_model(source, cuts_of(plan)).model) for plan, source in found]
     garbage, again, unpadded = (run(model, feeds_of(name)) for model in cut)  # a rotation is free in its signs
     assert relative_error(garbage, again) < 1e-3
@@ -164,7 +165,7 @@ def test_curves_leave_padded_tokens_out(name: str) -> None:
             statistics=statistics,
             criterion="snp",
             method="auto",
-        ).curves
+        ).loss_curves
         for k in (0, 1)
     ]
     assert found[0]

@@ -68,7 +68,7 @@ def handed_back(found: Analysis, feeds: dict[str, Array]) -> dict[str, Array]:
     }
     shown.graph.outputs.clear()
     shown.graph.outputs.extend(values[str(v.name)] for v in watched)
-    with temporary_session(shown, optimise="basic") as call:
+    with temporary_session(shown, optimization="basic") as call:
         held = dict(zip(watched, call(feeds).values(), strict=True))
     return RelevancePropagation(
         model, infer_graph(model, feed_dim_sizes(model, feeds)), held, {p.value for p in found.tokens.points}

@@ -45,7 +45,7 @@ def cut_groups(plan: snpc.SlicePlan) -> list[Group]:
 def test_closed_gates_are_the_pruned_model(name: str, tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(export(name)))
     plan = snpc.make_slice_plan(snpc.score(analysis, "random"), snpc.Budget(ratio=0.5, uniform=True))
-    snpc.apply_slice_plan(plan, tmp_path / "cut.onnx")
+    snpc.apply(snpc.PruningPlan(plan), tmp_path / "cut.onnx")
     feeds = load_feeds(name)
     session = ort.InferenceSession(tmp_path / "cut.onnx")
     taken = {i.name for i in session.get_inputs()}

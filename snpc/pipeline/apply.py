@@ -1,0 +1,40 @@
+"""Apply a plan: write the pruned model and verify it; search where the plan has to meet a drift or a latency."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, temporary_path, write_candidate
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.search import search_plans
+from snpc.runtime.io.atomic import discard_model
+from snpc.types import TemporaryFolder
+
+
+def apply(plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopwatch | None = None) -> PrunedModel:
+    """Write the pruned model to ``path``, verified before it is renamed into place. None: nothing is left on disk;
+    ``PrunedModel.model`` has the result.
+
+    Of a budget for a drift or a latency, the limit is measured on written candidates, and wider or narrower plans are
+    tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``.
+
+    Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
+    model differs from the masked one, or where the smallest cut exceeds the drift. Then nothing is left at ``path``.
+    """
+    stopwatch = stopwatch or Stopwatch()
+    if path is not None:
+        return apply_to_file(plan, Path(path), stopwatch)
+    folder = TemporaryFolder()
+    return replace(apply_to_file(plan, folder.path / plan.analysis.model.path.name, stopwatch), folder=folder)
+
+
+def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch) -> PrunedModel:
+    budget = plan.budget
+    if budget is not None and plan.scores is not None and (budget.is_latency or budget.max_drift is not None):
+        return search_plans(plan, budget, plan.scores, target, stopwatch)
+    temporary = temporary_path(target)
+    try:
+        return publish_candidate(write_candidate(plan, target, temporary, stopwatch), plan, target, stopwatch)
+    finally:
+        discard_model(temporary)

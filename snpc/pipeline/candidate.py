@@ -1,0 +1,170 @@
+"""Candidates: pruned models written under a temporary name and verified, before they are renamed into place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from snpc.graph.shapes import infer_graph
+from snpc.passes.analyze import Analysis, cost_of
+from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.refit import with_refitted_weights
+from snpc.pipeline.verify import verify_candidate
+from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.runtime.closed_form.refit_normalizations import approximate_groups
+from snpc.runtime.io.atomic import check_target, external_data_path, rename_into_place
+from snpc.runtime.io.in_memory import read_back
+from snpc.runtime.io.load import file_bytes, load, model_files
+from snpc.runtime.io.save import save
+from snpc.types import ClosedFormKind, Cost, TemporaryFolder, Verdict
+
+if TYPE_CHECKING:
+    from snpc.runtime.io.in_memory import InMemoryModel
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per stage, in the order in which they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Plans that were written and measured on the way to a limit.
+
+    ``kind`` "drift": relative root mean square change of the outputs; "latency": share of the dense model's time, or
+    ms. ``tried``: (predicted, measured) of each plan, in order.
+    """
+
+    kind: Literal["drift", "latency"]
+    unit: str
+    limit: float
+    reached: float
+    tried: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned model that was verified: costs read from the two files, and the differences of their outputs.
+
+    ``path``: the written file; of a model that was not to be written, a temporary file that is deleted with this value.
+    """
+
+    plan: SlicePlan
+    path: Path
+    before: Cost
+    after: Cost
+    verification: Verdict
+    seconds: Mapping[str, float]
+    calibration: str = ""
+    closed_forms: Mapping[str, ClosedFormKind] = field(default_factory=dict)
+    """Group id -> the closed form with which it was pruned."""
+    search: SearchResult | None = None
+    """How a drift or a latency was met, where candidates had to be measured for it."""
+    folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def model(self) -> Path | InMemoryModel:
+        """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
+        onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""
+        kind = self.plan.analysis.model.kind
+        if kind == "file" and self.folder is None:
+            return self.path
+        return read_back(self.path, kind)
+
+
+def temporary_path(target: Path, turn: int = 0) -> Path:
+    """The name of a candidate until it is verified."""
+    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
+
+
+@dataclass(frozen=True)
+class CandidateModel:
+    """A verified model under a temporary name."""
+
+    slices: SlicePlan
+    path: Path
+    after: Cost
+    verdict: Verdict
+    closed_forms: Mapping[str, ClosedFormKind]
+
+    @property
+    def drift(self) -> float:
+        """The largest relative root mean square change of an output."""
+        return max((d.relative for d in self.verdict.drift), default=0.0)
+
+
+def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
+    """Refit, slice and write the model to ``temporary``, and verify that file.
+
+    Raises UserError where ``target`` cannot be written, CheckFailed where the file does not hold.
+    """
+    analysis, refits = plan.analysis, plan.slices.method != "select"
+    for path in (target, external_data_path(target)):
+        check_target(path, *model_files(analysis.model.path))
+    slices, source = plan.slices, analysis.traced_graph
+    if refits:
+        with stopwatch.stage("refit"):
+            slices, source = with_refitted_weights(plan)
+    with stopwatch.stage("rewrite"):
+        rewritten = rewrite_model(source, cuts_of(slices), plan.execution.observer)
+        if analysis.reduction is not None:
+            analysis.reduction.finalize(rewritten.model)
+        finalize(rewritten.model, plan.execution.observer)
+    with stopwatch.stage("write"):
+        save(rewritten.model, temporary, analysis.model.external)
+    with stopwatch.stage("verify"):
+        verdict = verify_candidate(analysis, temporary, rewritten, plan.calibration, plan.execution)
+    with stopwatch.stage("report"):
+        after = cost_of_file(temporary, analysis)
+    kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
+    kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
+    return CandidateModel(slices, temporary, after, verdict, kinds)
+
+
+def publish_candidate(
+    candidate: CandidateModel,
+    plan: PruningPlan,
+    target: Path,
+    stopwatch: Stopwatch,
+    search: SearchResult | None = None,
+) -> PrunedModel:
+    """Rename the verified file to ``target``."""
+    analysis = plan.analysis
+    with stopwatch.stage("write"):
+        rename_into_place(candidate.path, target)
+    return PrunedModel(
+        candidate.slices,
+        target,
+        replace(analysis.cost, bytes=file_bytes(analysis.model.path)),
+        replace(candidate.after, bytes=file_bytes(target)),
+        candidate.verdict,
+        dict(stopwatch.seconds),
+        plan.data_source,
+        candidate.closed_forms,
+        search,
+    )
+
+
+def cost_of_file(path: Path, analysis: Analysis) -> Cost:
+    """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
+    model = load(path)
+    if analysis.reduction is not None:
+        analysis.reduction.name_decision_sizes(model.graph)
+    cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
+    return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)

@@ -1,0 +1,270 @@
+"""The order in which units are removed: structured optimal brain surgeon (OBS), and greedy selection by score loss.
+
+OBS removes, again and again, the unit whose removal costs least after all others are refitted (ZipLM,
+arXiv 2302.04089). One pass gives the units to keep, their loss and the refitted weights for every width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
+from snpc.types import AnyArray, FloatArray, IntArray
+
+Entries = TypeVar("Entries", FloatArray, IntArray)
+
+ELIMINATION_STEPS = 48  # times that the costs of all remaining units are computed
+BLOCK_ROWS = 256  # rows from which on matrix products pay
+MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tried
+
+
+@dataclass(frozen=True)
+class EliminationOrder:
+    """``order``: units in the order of their removal. ``loss`` [units + 1]: squared output error by units kept.
+
+    ``refits``: for some numbers of units kept, the refitted weights (per system, [kept, D] in float32).
+    """
+
+    order: IntArray
+    loss: FloatArray
+    refits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
+
+    def refit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
+        """The refitted weights for exactly these units (ascending), where they were kept."""
+        last = np.sort(self.order[len(self.order) - len(keep) :])
+        return self.refits.get(len(keep)) if np.array_equal(last, keep) else None
+
+
+@dataclass(frozen=True)
+class LeastSquaresSystem:
+    """What one consumer weight reads. ``moment`` [units * m, units * m]: second moment of the centered columns;
+    ``weight`` [units * m, D]. A unit has m adjacent columns (the width of a head, the offsets of a kernel)."""
+
+    moment: FloatArray
+    weight: FloatArray
+    ridge: float = DEFAULT_RIDGE
+
+
+def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
+    """How many of ``size`` units are left after each step of an elimination."""
+    batch = max(1, -(-size // steps))
+    return [*range(size - batch, 0, -batch), 0]
+
+
+def eliminate(
+    systems: Sequence[LeastSquaresSystem], size: int, steps: int = ELIMINATION_STEPS, refit_at: Collection[int] = ()
+) -> EliminationOrder:
+    """Structured OBS over all consumer weights of a group.
+
+    Removing unit i costs tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems; w and H^-1 are updated after every
+    removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly.
+    ``loss`` is the error on the moments themselves, without the ridge. ``refit_at``: the numbers of units (of
+    ``elimination_widths``) whose refitted weights are kept. Where rounding leaves a moment with its ridge not positive
+    definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
+    """
+    try:
+        return run_elimination(systems, size, steps, refit_at)
+    except np.linalg.LinAlgError:
+        if max(system.ridge for system in systems) > MAX_RIDGE:
+            raise
+        larger = [replace(system, ridge=10 * max(system.ridge, DEFAULT_RIDGE)) for system in systems]
+        return eliminate(larger, size, steps, refit_at)
+
+
+def run_elimination(
+    systems: Sequence[LeastSquaresSystem], size: int, steps: int, refit_at: Collection[int]
+) -> EliminationOrder:
+    """``eliminate`` with the ridges as they are. Raises LinAlgError where a moment is not positive definite."""
+    states = [ObsState(system, size) for system in systems]
+    kept = np.arange(size)
+    loss = np.zeros(size + 1)
+    widths, ridge_losses = [size], [0.0]
+    order: list[int] = []
+    refits = {}
+    for width in elimination_widths(size, steps):
+        removed, costs = cheapest_units(states, len(kept), len(kept) - width)
+        loss[width : len(kept)] = loss[len(kept)] + np.cumsum(costs)[::-1]
+        order += kept[removed].tolist()
+        for state in states:
+            state.remove(removed)
+        kept = compact_rows(kept, removed)
+        if width in refit_at:
+            refits[width] = tuple(state.unit_rows(np.argsort(kept)) for state in states)
+        widths.append(width)
+        ridge_losses.append(sum(state.ridge_loss for state in states))
+    loss = np.maximum(loss - np.interp(np.arange(size + 1), widths[::-1], ridge_losses[::-1]), 0.0)
+    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], refits)
+
+
+class ObsState:
+    """One system during an elimination: the inverse Hessian of the remaining rows, their refitted weights ``current``,
+    and their weights before, ``weight``."""
+
+    def __init__(self, system: LeastSquaresSystem, size: int) -> None:
+        self.columns = len(system.moment) // size
+        self.ridge = absolute_ridge(system.moment, system.ridge)
+        self.inverse = InverseHessian(invert_positive_definite(add_ridge(system.moment, system.ridge)))
+        self.current: FloatArray = system.weight.astype(np.float64)
+        self.weight = self.current.copy()
+        self.removed_norm = 0.0
+
+    def costs(self) -> FloatArray:
+        """[units]: tr(w_i' ((H^-1)_ii)^-1 w_i)."""
+        pivots = self.inverse.blocks(self.columns)
+        rows = self.current.reshape(len(pivots), self.columns, -1)
+        return unit_costs(pivots, np.einsum("iaj,ibj->iab", rows, rows))
+
+    def subset(self, units: IntArray) -> ObsSubset:
+        """The state of these units (positions among the remaining ones)."""
+        rows = unit_columns(units, self.columns)
+        return ObsSubset(self.inverse.submatrix(rows), self.current[rows] @ self.current[rows].T, self.columns)
+
+    def remove(self, units: IntArray) -> None:
+        """Remove these units (positions among the remaining ones) and refit the others."""
+        removed = unit_columns(units, self.columns)
+        self.removed_norm += float(np.sum(self.weight[removed] ** 2))
+        lost = self.current[removed]
+        self.current, self.weight = compact_rows(self.current, removed), compact_rows(self.weight, removed)
+        factor, half = self.inverse.remove(removed)
+        self.current -= factor @ (half @ lost)
+
+    def unit_rows(self, units: IntArray) -> AnyArray:
+        """The refitted weights of these units, in float32."""
+        return self.current[unit_columns(units, self.columns)].astype(np.float32)
+
+    @property
+    def ridge_loss(self) -> float:
+        """The part of the loss that is due to the ridge."""
+        change = self.weight - self.current
+        return self.ridge * (self.removed_norm + float(np.vdot(change, change)))
+
+
+class InverseHessian:
+    """H^-1 of the remaining rows, as ``base`` - ``update`` update'.
+
+    Removing rows subtracts a product of low rank (a Schur complement). Products are collected in ``update`` and
+    subtracted from the large base when there are ``BLOCK_ROWS`` columns of them.
+    """
+
+    def __init__(self, base: FloatArray) -> None:
+        self.base = base
+        self.update = np.empty((len(base), 0))
+
+    def submatrix(self, rows: IntArray) -> FloatArray:
+        """[rows, rows] of H^-1."""
+        return np.asarray(self.base[np.ix_(rows, rows)] - self.update[rows] @ self.update[rows].T)
+
+    def blocks(self, columns: int) -> FloatArray:
+        """[units, columns, columns]: the blocks on the diagonal."""
+        update = self.update.reshape(len(self.update) // columns, columns, self.update.shape[1])
+        return np.asarray(diagonal_blocks(self.base, columns) - np.einsum("iak,ibk->iab", update, update))
+
+    def remove(self, removed: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Remove rows. Returns F and L with F L = (H^-1)_rest,removed ((H^-1)_removed,removed)^-1, the rest in the
+        order of ``compact_rows``."""
+        cross = self.base[removed].T - self.update @ self.update[removed].T
+        half = np.linalg.inv(np.linalg.cholesky(cross[removed])).astype(np.float64)
+        factor = compact_rows(cross @ half.T, removed)
+        self.base = compact_rows(compact_rows(self.base, removed).T, removed).T
+        self.update = np.concatenate([compact_rows(self.update, removed), factor], axis=1)
+        if self.update.shape[1] >= BLOCK_ROWS:
+            for start in range(0, len(self.base), BLOCK_ROWS):  # a product that stays in the cache
+                self.base[start : start + BLOCK_ROWS] -= self.update[start : start + BLOCK_ROWS] @ self.update.T
+            self.update = self.update[:, :0]
+        return factor, half
+
+
+def invert_positive_definite(matrix: FloatArray) -> FloatArray:
+    """The inverse of a symmetric positive definite matrix, by halves: half the arithmetic of a general inverse."""
+    half = len(matrix) // 2
+    if half < BLOCK_ROWS:
+        return np.linalg.inv(matrix).astype(np.float64)
+    inverse = np.empty(matrix.shape)
+    first, cross = invert_positive_definite(matrix[:half, :half]), matrix[:half, half:]
+    solved = first @ cross
+    second = invert_positive_definite(matrix[half:, half:] - cross.T @ solved)
+    inverse[half:, half:] = second
+    inverse[:half, half:] = -solved @ second
+    inverse[half:, :half] = inverse[:half, half:].T
+    inverse[:half, :half] = first - inverse[:half, half:] @ solved.T
+    return inverse
+
+
+def compact_rows(array: Entries, removed: IntArray) -> Entries:
+    """Remove entries of the first axis, in place: the last entries move into the gaps, and a view is returned."""
+    remaining = len(array) - len(removed)
+    array[removed[removed < remaining]] = array[np.setdiff1d(np.arange(remaining, len(array)), removed)]
+    return array[:remaining]
+
+
+def cheapest_units(states: Sequence[ObsState], units: int, count: int) -> tuple[IntArray, list[float]]:
+    """The next ``count`` of ``units`` to remove, and the cost of each. Between them the costs of the cheapest
+    ``2 * count`` are updated exactly."""
+    score = np.sum([state.costs() for state in states], axis=0)
+    candidates = np.argsort(score, kind="stable")[: min(units, 2 * count)]
+    subsets = [state.subset(candidates) for state in states]
+    removed: list[int] = []
+    costs: list[float] = []
+    for _ in range(count):
+        cost = np.sum([subset.costs() for subset in subsets], axis=0)
+        cost[removed] = np.inf
+        removed.append(int(np.argmin(cost)))
+        costs.append(float(cost[removed[-1]]))
+        for subset in subsets:
+            subset.remove(removed[-1])
+    return candidates[removed], costs
+
+
+class ObsSubset:
+    """Some units of a system while others of them are removed: their H^-1, and ``gram`` = w w' of their weights, which
+    is all that costs depend on. Removed rows stay, decoupled from the others."""
+
+    def __init__(self, inverse: FloatArray, gram: FloatArray, columns: int) -> None:
+        self.inverse, self.gram, self.columns = inverse, gram, columns
+
+    def costs(self) -> FloatArray:
+        """[units]: tr(((H^-1)_ii)^-1 w_i w_i')."""
+        return unit_costs(diagonal_blocks(self.inverse, self.columns), diagonal_blocks(self.gram, self.columns))
+
+    def remove(self, unit: int) -> None:
+        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the unit's rows."""
+        rows = slice(unit * self.columns, (unit + 1) * self.columns)
+        cross, cross_gram = self.inverse[:, rows], self.gram[:, rows]
+        factor = cross / cross[rows] if self.columns == 1 else np.linalg.solve(cross[rows], cross.T).T
+        half = factor @ (cross_gram - factor @ (cross_gram[rows] / 2)).T
+        self.inverse -= factor @ cross.T
+        self.gram -= half + half.T
+        self.inverse[rows] = self.inverse[:, rows] = self.gram[rows] = self.gram[:, rows] = 0.0
+        self.inverse[rows, rows] = np.eye(self.columns)
+
+
+def unit_costs(pivots: FloatArray, grams: FloatArray) -> FloatArray:
+    """[units]: tr(P_i^-1 G_i) of [units, columns, columns] each."""
+    if pivots.shape[1] == 1:
+        return np.asarray((grams / pivots)[:, 0, 0])
+    return np.asarray(np.einsum("iaa->i", np.linalg.solve(pivots, grams)))
+
+
+def diagonal_blocks(matrix: FloatArray, columns: int) -> FloatArray:
+    """[units, columns, columns]: the blocks on the diagonal."""
+    units = len(matrix) // columns
+    return np.asarray(np.einsum("iaib->iab", matrix.reshape(units, columns, units, columns)))
+
+
+def eliminate_by_score_loss(losses: FloatArray) -> EliminationOrder:
+    """Greedy order of units where removing a set P costs ``sum_{u, v in P} losses[u, v]`` [size, size], without a
+    refit."""
+    kept = np.arange(len(losses))
+    order: list[int] = []
+    totals = [0.0]
+    while len(kept):
+        costs = np.diag(losses)[kept] + 2 * losses[np.ix_(kept, np.array(order, np.int64))].sum(axis=1)
+        cheapest = int(np.argmin(costs))
+        order.append(int(kept[cheapest]))
+        totals.append(totals[-1] + float(costs[cheapest]))
+        kept = np.delete(kept, cheapest)
+    return EliminationOrder(np.array(order, np.int64), np.maximum(np.array(totals)[::-1], 0.0))
