@@ -20,6 +20,8 @@ from snpc.runtime.execution.runners import open_runner
 
 @dataclass(frozen=True)
 class BenchModels(ArgumentGroup):
+    """The models to time, in any mix of formats."""
+
     models: tuple[Path, ...] = argument(nargs=-1, required=True, type=FILE_PATH)
 
 

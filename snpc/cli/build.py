@@ -21,6 +21,8 @@ from snpc.cli.arguments.running import ExecutionArguments
 
 @dataclass(frozen=True)
 class BuildOutputArguments(ArgumentGroup):
+    """What a build writes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
@@ -32,6 +34,8 @@ class BuildOutputArguments(ArgumentGroup):
 
 @dataclass(frozen=True)
 class BuildTargetArguments(ArgumentGroup):
+    """The runtime to build for."""
+
     section: ClassVar[str] = "Building"
 
     target: str = option(

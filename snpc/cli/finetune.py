@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # these need torch
 
 @dataclass(frozen=True)
 class FinetuneModels(ArgumentGroup):
+    """The model to train, and its teacher."""
+
     pruned: Path = argument(type=FILE_PATH)
     teacher: Path = option(
         "--teacher", type=FILE_PATH, required=True, section="Inputs", help="The dense model that PRUNED was made from."
@@ -45,6 +47,8 @@ class FinetuneModels(ArgumentGroup):
 
 @dataclass(frozen=True)
 class FinetuneOutput(ArgumentGroup):
+    """What a finetuning writes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
@@ -113,6 +117,7 @@ def finetune_command(
 
 
 def finetune_only(run: FinetuneRun, labels: str | None, json: JsonArguments) -> None:
+    """Train the weights as they are cut."""
     from snpc.torch import finetune, finetune_json
 
     with training_progress() as report:
@@ -158,6 +163,7 @@ def check_schedule(
 def prune_on_schedule(
     run: FinetuneRun, pruning: ScheduleArguments, evaluation: EvaluationData | None, json: JsonArguments
 ) -> None:
+    """Prune and train in rounds."""
     from snpc.torch import AccuracyDrop, DriftLimit, Rounds, prune_adaptively, prune_in_rounds
 
     schedule = Rounds(
@@ -186,6 +192,7 @@ def prune_on_schedule(
 
 
 def with_mask_learning_rate(training: TrainingOptions) -> TrainingOptions:
+    """The same options with the learning rate of masks, which is higher than that of weights."""
     from snpc.torch import MASK_LEARNING_RATE
 
     return replace(training, lr=MASK_LEARNING_RATE)
@@ -221,6 +228,8 @@ def learn_masks_and_prune(
 
 @dataclass(frozen=True)
 class ExportOutput(ArgumentGroup):
+    """Where the exported files go."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(

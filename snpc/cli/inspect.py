@@ -19,6 +19,8 @@ from snpc.pipeline.report_json import analysis_json
 
 @dataclass(frozen=True)
 class InspectArguments(ArgumentGroup):
+    """What is listed beside the groups."""
+
     section: ClassVar[str] = "Output"
 
     pins: bool = option("--pins/--no-pins", default=True, help="List what cannot be pruned and why.")

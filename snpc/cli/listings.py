@@ -15,6 +15,8 @@ from snpc.passes.pass_list import PASSES
 
 @dataclass(frozen=True)
 class ExampleArguments(ArgumentGroup):
+    """Which example, and where it goes."""
+
     name: str = argument()
     folder: Path = argument(type=FILE_PATH)
 

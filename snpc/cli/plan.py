@@ -26,6 +26,8 @@ from snpc.runtime.io.atomic import external_data_path
 
 @dataclass(frozen=True)
 class PlanOutput(ArgumentGroup):
+    """Where the plan goes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
@@ -101,11 +103,15 @@ def plan_from_arguments(
 
 @dataclass(frozen=True)
 class PlanFileArguments(ArgumentGroup):
+    """The plan to apply."""
+
     plan_file: Path = argument(type=FILE_PATH)
 
 
 @dataclass(frozen=True)
 class ApplyOutput(ArgumentGroup):
+    """What an apply writes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(

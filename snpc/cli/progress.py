@@ -83,6 +83,7 @@ def training_progress() -> Iterator[TrainingCallback]:
 
 @contextmanager
 def training_bar() -> Iterator[TrainingCallback]:
+    """A bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -93,6 +94,7 @@ def training_bar() -> Iterator[TrainingCallback]:
 
 
 def training_lines() -> TrainingCallback:
+    """A line every ``LINE_INTERVAL`` seconds, and one for the last step."""
     last_time = -LINE_INTERVAL
 
     def report(now: TrainingProgress) -> None:
@@ -105,12 +107,14 @@ def training_lines() -> TrainingCallback:
 
 
 def training_status(now: TrainingProgress) -> str:
+    """A training step in one line."""
     drift = "" if now.drift is None else f", held-out drift {now.drift:.4f}"
     minutes, seconds = divmod(round(now.seconds_left), 60)
     return f"step {now.step} of {now.steps}: loss {now.loss:.4g}, lr {now.lr:.1e}{drift}, {minutes}:{seconds:02d} left"
 
 
 def print_round(result: PruningRound) -> None:
+    """One round of pruning and training, in a line on stderr."""
     undone = "" if result.kept else ": undone"
     lost = "" if result.lost is None else f", {100 * result.lost:.1f} points of accuracy lost"
     drift = f"drift {result.drift:.4f} after training"

@@ -26,6 +26,8 @@ from snpc.runtime.io.atomic import external_data_path
 
 @dataclass(frozen=True)
 class PruneOutput(ArgumentGroup):
+    """What a prune writes."""
+
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(

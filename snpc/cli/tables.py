@@ -97,6 +97,7 @@ def group_cost_row(group: Group, cost: Cost) -> tuple[str, ...]:
 
 
 def print_groups(analysis: Analysis) -> None:
+    """The costs of the model, its groups, and what can be pruned."""
     cost = analysis.cost
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.dim_sizes.items())
     at = f" at {sizes}" if sizes else ""
@@ -177,6 +178,7 @@ def print_loss_curves(analysis: Analysis, curves: Mapping[str, FloatArray]) -> N
 
 
 def print_pins(analysis: Analysis) -> None:
+    """The axes that keep their size, with reasons."""
     if analysis.pins:
         rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
         print_table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
@@ -196,6 +198,7 @@ def print_skipped_groups(closed_forms: ClosedForms | None) -> None:
 
 
 def print_plan(plan: SlicePlan) -> None:
+    """The width of each group of a plan, before and after."""
     rows = []
     for g in plan.analysis.groups:
         if g.id in plan.keep:
@@ -212,6 +215,7 @@ def print_plan(plan: SlicePlan) -> None:
 
 
 def print_result(result: PrunedModel) -> None:
+    """Costs before and after, what was removed, what was verified, and the time of each stage."""
     before, after = result.before, result.after
     rows = [
         (name, format_count(a), format_count(b), format_share(b, a))
@@ -258,11 +262,13 @@ def note_if_predicted(plan: PruningPlan) -> None:
 
 
 def search_text(search: SearchResult) -> str:
+    """How a drift or a latency was met."""
     plans = f"{len(search.tried)} plan{'s' if len(search.tried) > 1 else ''} measured"
     return f"{search.kind}: {search.reached:.3g} {search.unit}, limit {search.limit:g} ({plans})"
 
 
 def print_verdict(verdict: Verdict) -> None:
+    """What verification compared, and by how much outputs differ."""
     print_line(f"verified: {'; '.join(verdict.structure)}")
     for d in verdict.equals_mask:
         print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
@@ -271,6 +277,7 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def drift_text(d: Difference) -> str:
+    """The change of one output, in a few words."""
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
     return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
 
@@ -279,6 +286,7 @@ def drift_text(d: Difference) -> str:
 
 
 def print_finetuned(result: FinetuneResult) -> None:
+    """Steps and loss of a training run, and the drift before and after it."""
     trained = result.trained
     print_line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
     if trained.losses:
@@ -293,6 +301,7 @@ def print_finetuned(result: FinetuneResult) -> None:
 
 
 def print_build(result: BuildResult) -> None:
+    """The files of a build, its notes, and the drift of its outputs."""
     files = [(file if file == result.path else file.name, file.stat().st_size) for file in result.files]
     sizes = ", ".join(f"{name} {format_count(size)}B" for name, size in files)
     print_line(f"{sizes}: {result.target}, {result.precision}, {result.seconds:.1f} s")
@@ -303,6 +312,7 @@ def print_build(result: BuildResult) -> None:
 
 
 def print_sweep(result: SweepResult) -> None:
+    """A row for each size, the original first."""
     dense = result.points[0]
     has_accuracy = dense.accuracy is not None
     has_tokens = any(p.tokens for p in result.points)
@@ -331,6 +341,7 @@ def print_sweep(result: SweepResult) -> None:
 
 
 def print_bench(result: BenchResult) -> None:
+    """A row for each model, after a title that says what was measured where."""
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "the runtime's choice of"
@@ -345,6 +356,7 @@ def print_bench(result: BenchResult) -> None:
 
 
 def print_criteria(criteria: Sequence[Description]) -> None:
+    """Each criterion with its summary and options."""
     for criterion in criteria:
         print_line(f"{criterion.name}: {criterion.summary}")
         for option, meaning in criterion.options:

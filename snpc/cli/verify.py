@@ -21,6 +21,8 @@ from snpc.runtime.io.load import model_files
 
 @dataclass(frozen=True)
 class VerifyArguments(ArgumentGroup):
+    """The pruned file, and what is checked beside its structure."""
+
     section: ClassVar[str] = "Checks"
 
     pruned: Path = argument(type=FILE_PATH)

@@ -210,8 +210,8 @@ def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -
 def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:
     """Scores in which the closed forms set the order of units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
-    for name, found in closed_forms.elimination_orders.items():
-        values[name] = np.stack([np.argsort(one.order) for one in found]).astype(np.float64)
+    for name, orders in closed_forms.elimination_orders.items():
+        values[name] = np.stack([np.argsort(order.order) for order in orders]).astype(np.float64)
     for name, parts in closed_forms.bases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))

@@ -61,19 +61,19 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
     kinds = kinds or {}
     graph = plan.analysis.traced_graph.model.graph
     cuts = cuts_in_file(cuts_of(plan), graph)
-    found = []
+    entries = []
     for group in plan.analysis.groups:
         if group.pins:
             continue
         sites = []
         for site in group.sites:
             tensor = original_name(graph.initializers[site.tensor])
-            gone = cuts.get((tensor, site.axis))
-            if gone is not None:
+            removed = cuts.get((tensor, site.axis))
+            if removed is not None:
                 place = {"tensor": tensor, "axis": site.axis}
                 rotated = kinds.get(group.id) in ("low_rank_qk", "low_rank_vo")
-                sites.append(place if rotated else {**place, "keep": np.flatnonzero(~gone).tolist()})
-        found.append(
+                sites.append(place if rotated else {**place, "keep": np.flatnonzero(~removed).tolist()})
+        entries.append(
             {
                 "id": group.id,
                 "role": group.role,
@@ -85,7 +85,7 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
                 "sites": sites,
             }
         )
-    return found
+    return entries
 
 
 def cuts_in_file(cuts: Cuts, graph: ir.Graph) -> Cuts:
@@ -94,12 +94,12 @@ def cuts_in_file(cuts: Cuts, graph: ir.Graph) -> Cuts:
     copies: dict[str, list[str]] = {}
     for name, value in graph.initializers.items():
         copies.setdefault(original_name(value), []).append(str(name))
-    found = {}
-    for (tensor, axis), gone in cuts.items():
+    merged = {}
+    for (tensor, axis), removed in cuts.items():
         name = original_name(graph.initializers[tensor])
-        nothing = np.zeros_like(gone)
-        found[name, axis] = np.logical_and.reduce([cuts.get((copy, axis), nothing) for copy in copies[name]])
-    return found
+        nothing = np.zeros_like(removed)
+        merged[name, axis] = np.logical_and.reduce([cuts.get((copy, axis), nothing) for copy in copies[name]])
+    return merged
 
 
 def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
@@ -124,9 +124,9 @@ def write_json(data: Any, path: Path) -> None:
 
 
 def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[str, Any]:
-    found = []
+    groups = []
     for g in analysis.groups:
-        found.append(
+        groups.append(
             {
                 "id": g.id,
                 "role": g.role,
@@ -151,7 +151,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "macs": analysis.cost.macs,
         "nodes": analysis.cost.nodes,
         "macs_at": dict(analysis.dim_sizes),
-        "groups": found,
+        "groups": groups,
         "pins": pins_json(analysis),
         "tokens": tokens_json(analysis),
     }

@@ -224,19 +224,19 @@ def with_quality(
     points: Sequence[SweepPoint], source: Path, evaluation: EvaluationData, execution: Execution
 ) -> list[SweepPoint]:
     dense = collect_outputs(source, evaluation, execution)
-    found = []
+    judged = []
     for point in points:
         outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)
-        moved = aggregate([measure_differences(a, b) for a, b in zip(dense, outputs, strict=True)])
-        found.append(
+        differences = aggregate([measure_differences(a, b) for a, b in zip(dense, outputs, strict=True)])
+        judged.append(
             replace(
                 point,
-                drift=max_relative(moved),
-                agreement=moved[0].agreement,
+                drift=max_relative(differences),
+                agreement=differences[0].agreement,
                 accuracy=top1_accuracy(outputs, evaluation.labels),
             )
         )
-    return found
+    return judged
 
 
 def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution: Execution) -> list[SweepPoint]:
@@ -246,10 +246,10 @@ def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution:
         protocol=TimingProtocol(iterations=request.rounds),
         execution=execution,
     )
-    found = [replace(points[0], latency=result.timings[0].median)]
+    timed = [replace(points[0], latency=result.timings[0].median)]
     for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
-        found.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
-    return found
+        timed.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
+    return timed
 
 
 def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
@@ -265,12 +265,12 @@ def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -> list[SweepPoint]:
     """Move the files of the front into ``folder``; those of the others go with the temporary folder, and so does what
     was built of the original."""
-    found = []
+    placed = []
     for point in points:
         if point.name == ORIGINAL_NAME:
             point = replace(point, files=(source,))
         elif point.front:
             moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
             point = replace(point, files=tuple(reversed(moved)))
-        found.append(point)
-    return found
+        placed.append(point)
+    return placed

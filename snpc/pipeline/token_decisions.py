@@ -1,5 +1,8 @@
-"""Which tokens go, as numbers: decisions of a graph for given inputs, and whether fewer tokens are the same as the same
-tokens taken out in place."""
+"""Token decisions as arrays: computed for given inputs, replayed as graph inputs, and checked against the oracle.
+
+During calibration and fitting the decisions of the dense model are fed as inputs, so that no decision flips because a
+weight changed in its last digit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from snpc.types import AnyArray, Difference, Feeds
 
 @dataclass(frozen=True)
 class CalibrationWithDecisions(Calibration):
-    """Calibration data with the decisions that go with each batch: what an open graph is fed."""
+    """Calibration data with the token decisions of each batch, as a graph with external decisions takes them."""
 
     decisions: tuple[Feeds, ...]
 
@@ -43,21 +46,21 @@ class CalibrationWithDecisions(Calibration):
 def with_token_decisions(
     analysis: Analysis, calibration: Calibration | None, execution: Execution = DEFAULT_EXECUTION
 ) -> Calibration | None:
-    """Calibration data as the analysed graph takes it: where its tokens are reduced, with the decisions that the model
-    makes before any width is cut."""
+    """Calibration data as the analyzed graph takes it: where tokens are reduced, with the decisions of the model at
+    full width, which is run once over the data for them."""
     if analysis.reduction is None or calibration is None:
         return calibration
-    decided = tuple(
+    decisions = tuple(
         model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)
     )
     known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
-    return CalibrationWithDecisions(**known, decisions=decided)
+    return CalibrationWithDecisions(**known, decisions=decisions)
 
 
 def model_decisions(
     model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
-    """What ``model``, which is taken over, decides, batch by batch."""
+    """The decisions of ``model``, batch by batch. The model is changed."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "deciding.onnx"
         save(finalize(model), path)
@@ -65,7 +68,7 @@ def model_decisions(
 
 
 def self_deciding_model(analysis: Analysis) -> ir.Model:
-    """The analysed model at its full width, deciding itself."""
+    """A copy of the analyzed model at full width, with its decisions embedded."""
     model = analysis.traced_graph.model.clone()
     if analysis.reduction is not None:
         analysis.reduction.embed_decisions(model)
@@ -75,12 +78,12 @@ def self_deciding_model(analysis: Analysis) -> ir.Model:
 def file_decisions(
     path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
-    """What the model at ``path`` decides, batch by batch."""
+    """The decisions of the model at ``path``, batch by batch. Raises CheckFailed where it computes none."""
     model = ir.load(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     missing = [name for name in names if name not in values]
     if missing:
-        raise CheckFailed(f"{path}: nothing decides {missing[0]}; is it the model that this plan made?")
+        raise CheckFailed(f"{path}: computes no {missing[0]}; is it the model that this plan made?")
     model.graph.outputs.clear()
     model.graph.outputs.extend(values[name] for name in names)
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
@@ -95,37 +98,38 @@ def file_decisions(
 def check_token_reduction(
     analysis: Analysis, path: Path, batches: Sequence[Feeds], tolerance: float, execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[list[Feeds], str]:
-    """(``batches`` with what the file at ``path`` decides for them, what was checked in words).
+    """(``batches`` with the decisions of the file at ``path``, the check in words).
 
-    Raises CheckFailed where the decisions, carried out in place, give something else.
+    Raises CheckFailed where the same decisions, applied in place at full length, give other outputs.
     """
     assert analysis.reduction is not None
-    decided = list(file_decisions(path, analysis.reduction.decisions, batches, execution))
-    found = compare_with_oracle(analysis, batches, decided, execution)
-    for d in found:
-        if d.relative > tolerance:
+    decisions = list(file_decisions(path, analysis.reduction.decisions, batches, execution))
+    differences = compare_with_oracle(analysis, batches, decisions, execution)
+    for difference in differences:
+        if difference.relative > tolerance:
             raise CheckFailed(
-                f"output {d.output}: fewer tokens differ from the same tokens taken out in place by {d.relative:.1e} "
-                f"relative, more than {tolerance:.0e}"
+                f"output {difference.output}: fewer tokens differ from the same tokens taken out in place by "
+                f"{difference.relative:.1e} relative, more than {tolerance:.0e}"
             )
-    said = f"fewer tokens equal the same tokens taken out in place to {max(d.relative for d in found):.1e}"
-    return [{**feeds, **one} for feeds, one in zip(batches, decided, strict=True)], said
+    largest = max(difference.relative for difference in differences)
+    note = f"fewer tokens equal the same tokens taken out in place to {largest:.1e}"
+    return [{**feeds, **batch_decisions} for feeds, batch_decisions in zip(batches, decisions, strict=True)], note
 
 
 def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
-    """How many tokens these inputs have at ``point``."""
+    """The number of tokens of these inputs at ``point``."""
     if point.fixed_length:
         return point.count
-    sizes = {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
-    shape = infer_graph(model, sizes).shape[point.stream]
+    dim_sizes = {dim: feeds[name].shape[axis] for dim, name, axis, _ in dynamic_axes(model.graph) if name in feeds}
+    shape = infer_graph(model, dim_sizes).shape[point.stream]
     assert shape is not None
     return shape[TOKEN_AXIS]
 
 
 def compare_with_oracle(
-    analysis: Analysis, batches: Sequence[Feeds], decided: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
+    analysis: Analysis, batches: Sequence[Feeds], decisions: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[Difference, ...]:
-    """The open graph at its full width against the model with the same tokens taken out in place."""
+    """Differences between the reduced graph at full width and the oracle, which takes the same tokens out in place."""
     reduction = analysis.reduction
     assert isinstance(reduction, TokenReductionPlan)
     graph = analysis.model.graph
@@ -134,11 +138,11 @@ def compare_with_oracle(
         short, full = Path(folder) / "fewer.onnx", Path(folder) / "in-place.onnx"
         save(finalize(analysis.traced_graph.model.clone()), short)
         save(finalize(full_length_oracle(graph, facts, reduction.steps)), full)
-        kind = reduction.dtypes[reduction.steps[0].point.value].numpy()
-        fed = []
-        for feeds, one in zip(batches, decided, strict=True):
-            added = oracle_feeds(reduction.steps, one, count_tokens(graph, reduction.steps[0].point, feeds))
-            fed.append({**feeds, **{k: v.astype(kind) for k, v in added.items()}})
-        expected = run_batches(full, fed, execution)
-        found = run_batches(short, [{**a, **b} for a, b in zip(batches, decided, strict=True)], execution)
-    return aggregate([measure_differences(a, b) for a, b in zip(expected, found, strict=True)])
+        dtype = reduction.dtypes[reduction.steps[0].point.value].numpy()
+        oracle_batches = []
+        for feeds, batch_decisions in zip(batches, decisions, strict=True):
+            added = oracle_feeds(reduction.steps, batch_decisions, count_tokens(graph, reduction.steps[0].point, feeds))
+            oracle_batches.append({**feeds, **{k: v.astype(dtype) for k, v in added.items()}})
+        expected = run_batches(full, oracle_batches, execution)
+        outputs = run_batches(short, [{**a, **b} for a, b in zip(batches, decisions, strict=True)], execution)
+    return aggregate([measure_differences(a, b) for a, b in zip(expected, outputs, strict=True)])

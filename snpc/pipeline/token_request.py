@@ -1,4 +1,4 @@
-"""What --tokens asks for, carried out: by hand or chosen."""
+"""Token requests (--tokens): reduce tokens by a specification, or by a schedule that is chosen."""
 
 from __future__ import annotations
 
@@ -47,28 +47,30 @@ def apply_token_request(
 def measure_offline_scores(
     analysis: Analysis, calibration: Calibration | None, tokens: str, execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
-    """By block what the methods that ``tokens`` names need of calibration data: the relevance of every position, or
-    which share of the tokens stays on average. Empty without data."""
-    wanted = parse_token_request(analysis, tokens)
+    """Block -> the scores that its method in ``tokens`` needs from calibration data. Empty without data.
+
+    Those are the relevance of every position, or the average share of tokens that stay.
+    """
+    request = parse_token_request(analysis, tokens)
     if calibration is None:
         return {}
-    points, found = analysis.tokens.points, dict[int, tuple[float, ...]]()
-    if any(made.needs_offline and not made.input_adaptive for made, _ in wanted.values()):
-        found |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), execution)
-    adaptive = [block for block, (made, much) in wanted.items() if made.input_adaptive and much.share != 1]
+    points, scores = analysis.tokens.points, dict[int, tuple[float, ...]]()
+    if any(method.needs_offline and not method.input_adaptive for method, _ in request.values()):
+        scores |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), execution)
+    adaptive = [block for block, (method, amount) in request.items() if method.input_adaptive and amount.share != 1]
     if adaptive:
-        found |= dict.fromkeys(adaptive, (1.0,))
-        found |= measure_kept_shares(analysis, steps_for(analysis, wanted, found), calibration, execution)
-    return found
+        scores |= dict.fromkeys(adaptive, (1.0,))
+        scores |= measure_kept_shares(analysis, steps_for(analysis, request, scores), calibration, execution)
+    return scores
 
 
 def measure_kept_shares(
     analysis: Analysis, steps: Sequence[TokenStep], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> dict[int, tuple[float, ...]]:
-    """By block the share of the tokens there that stays of a sample on average, leading ones left out; what others in
-    its batch keep does not count."""
-    binding, facts = choose_dim_sizes(analysis.model.graph)
-    model = externalize_decisions(analysis.model.graph, facts, binding, steps)
+    """Block -> the average share of a sample's tokens that stay, without leading ones. Tokens that are kept only for
+    another sample of the batch do not count."""
+    dim_sizes, facts = choose_dim_sizes(analysis.model.graph)
+    model = externalize_decisions(analysis.model.graph, facts, dim_sizes, steps)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
     TokenReductionPlan(tuple(steps), dtypes).embed_decisions(model)
     names = [name for step in steps for name in step.names]

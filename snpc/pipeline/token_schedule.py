@@ -1,11 +1,12 @@
-"""--tokens auto: where tokens go and how many, by how much the outputs move on a few calibration samples.
+"""Token schedules (--tokens auto): which method removes how many tokens where, for a target in MACs.
 
-A schedule says how many tokens go behind each block, of as many as there are where MACs are quoted; of inputs of any
-length the same shares go. Schedules of the same cost are compared by building and running
-the model: first the methods, then over which stretch of blocks to spread the tokens that go, how evenly, and in how
-many steps.
-Where widths are cut too, several costs are tried, and the one is taken at which the change by tokens and the change
-that the widths' curves predict for the rest of the way is least.
+A schedule has the number of tokens that are removed after each block, at the length at which MACs are quoted; for
+inputs of other lengths the same shares are removed. Schedules of the same cost are built and run on a few calibration
+samples, and the one that changes the outputs least is taken. First the methods are compared, then the stretch of
+blocks, the distribution over it, and the number of steps.
+
+Where widths are cut too, several costs are tried. The one is taken at which the measured change by tokens and the
+change that the loss curves predict for the widths are smallest together.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ from snpc.types import AnyArray, Feeds
 SCHEDULE_SAMPLES = 32
 SHARE_DIGITS = 3
 WINDOW_STARTS, WINDOW_ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # shares of the depth between which tokens go
-TAPER_RATIOS = (0.5, 2.0)  # of the first block's tokens over the last one's, tried behind the even ones
+TAPER_RATIOS = (0.5, 2.0)  # tokens removed at the first block over those at the last one; tried after the even ones
 STRIDES = (2, 3)
-DRIFT_TIE_RATIO = 1.15  # drifts on so few samples that differ by less are as good
+DRIFT_TIE_RATIO = 1.15  # drifts within this ratio count as equal on so few samples
 TOKEN_SAVING_SHARES = (
     1.0,
     0.85,
@@ -71,7 +72,7 @@ DepthProfile = tuple[float, ...]
 
 @dataclass
 class ScheduleEvaluator:
-    """Builds and runs reduced models, each once. ``dense``: the outputs of the model on ``batches``."""
+    """Builds and runs reduced models, each once. ``dense``: the dense model's outputs for ``batches``."""
 
     analysis: Analysis
     facts: ShapeFacts
@@ -97,7 +98,7 @@ class ScheduleEvaluator:
         return self.drifts[key]
 
     def output_change(self, model: ir.Model) -> float:
-        """Relative squared change of the outputs by ``model``, which is taken over."""
+        """Relative squared change of the outputs by ``model``. The model is changed."""
         with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
             path = Path(folder) / "tried.onnx"
             save(finalize(model), path)
@@ -105,31 +106,31 @@ class ScheduleEvaluator:
         return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
     def request_for(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
-        found: dict[int, tuple[TokenMethod, TokenAmount]] = {}
+        request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
         count = self.cost.count
-        for point, gone in zip(self.analysis.tokens.points, schedule, strict=True):
+        for point, removed in zip(self.analysis.tokens.points, schedule, strict=True):
             others = count - point.leading
-            gone = max(0, min(gone, method.max_removed(others)))
+            removed = max(0, min(removed, method.max_removed(others)))
             if point.fixed_length:
-                found[point.block] = (method, TokenAmount(gone))
-            elif gone:
-                found[point.block] = (method, TokenAmount(0, round((others - gone) / others, SHARE_DIGITS)))
-            count -= gone
-        return found
+                request[point.block] = (method, TokenAmount(removed))
+            elif removed:
+                request[point.block] = (method, TokenAmount(0, round((others - removed) / others, SHARE_DIGITS)))
+            count -= removed
+        return request
 
     def steps(self, method: TokenMethod, schedule: TokenSchedule) -> list[TokenStep]:
         return steps_for(self.analysis, self.request_for(method, schedule), self.offline)
 
     def macs(self, method: TokenMethod, schedule: TokenSchedule) -> float:
-        wanted = self.request_for(method, schedule)
-        return self.cost.macs(settings_for(self.analysis.tokens.points, wanted, count=self.cost.count), method)
+        request = self.request_for(method, schedule)
+        return self.cost.macs(settings_for(self.analysis.tokens.points, request, count=self.cost.count), method)
 
-    def scale_to_macs(self, method: TokenMethod, shape: Sequence[float], macs: float) -> TokenSchedule | None:
-        """The least multiple of ``shape`` that comes down to ``macs``; None where none does."""
+    def scale_to_macs(self, method: TokenMethod, profile: Sequence[float], macs: float) -> TokenSchedule | None:
+        """The smallest multiple of ``profile`` that needs at most ``macs``; None where none does."""
         low, high = 0.0, float(self.cost.count)
 
         def at(scale: float) -> TokenSchedule:
-            behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(shape)])]
+            behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(profile)])]
             return tuple(int(n) for n in np.diff(behind))
 
         if self.macs(method, at(high)) > macs:
@@ -148,14 +149,16 @@ def choose_token_schedule(
     execution: Execution = DEFAULT_EXECUTION,
     evaluator: ScheduleEvaluator | None = None,
 ) -> Analysis:
-    """The analysis of the model with as few tokens as ``target`` ("macs=0.7") asks for, or as is best where ``widths``
-    are cut as well. ``evaluator``: what was tried for other targets.
+    """The analysis of the model with its tokens reduced to ``target``, or in part where ``widths`` are cut as well.
 
-    Raises UserError where there is nothing to decide by, or where the target cannot be reached.
+    ``evaluator``: schedules that were evaluated for other targets. Raises UserError where calibration data is missing
+    or the target cannot be reached.
     """
     share = macs_share(target)
     if calibration is None:
-        raise UserError("--tokens auto chooses by measured change what MACs to spare: give --calib")
+        raise UserError(
+            "--tokens auto compares schedules by the change of the outputs, which is measured: give --calib"
+        )
     evaluator = evaluator or prepare_evaluator(analysis, calibration, execution)
     whole, budget = float(analysis.cost.macs), share * analysis.cost.macs
     least = whole - analysis.dead_macs
@@ -178,15 +181,18 @@ def choose_token_schedule(
 def macs_share(target: ResourceTarget | None) -> float:
     """R of "macs=R". Raises UserError for any other target."""
     if target is None or target.kind != "macs":
-        raise UserError(f"--tokens auto spares MACs: give macs=R and --calib{f', not {target}' if target else ''}")
+        raise UserError(
+            "--tokens auto needs a target in MACs: give --target macs=R and --calib"
+            + (f", not {target}" if target is not None else "")
+        )
     return target.share
 
 
 def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: Execution) -> ScheduleEvaluator:
-    """Raises UserError where the tokens of the model cannot be reduced."""
+    """An evaluator on the first calibration samples. Raises UserError where the tokens cannot be reduced."""
     if not analysis.tokens.points:
         raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{reduction_obstacle(analysis)}")
-    binding, facts = choose_dim_sizes(analysis.model.graph)
+    dim_sizes, facts = choose_dim_sizes(analysis.model.graph)
     batches: list[Feeds] = []
     for feeds in calibration.batches():
         batches.append(feeds)
@@ -194,88 +200,94 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
             break
     dense = run_batches(analysis.model.path, batches, execution)
     offline: Mapping[int, tuple[float, ...]] = {}
-    with suppress(UserError):  # without it there are other methods
+    with suppress(UserError):  # other methods work without it
         if has_fixed_token_count(analysis):
             offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
-    return ScheduleEvaluator(analysis, facts, binding, token_cost(analysis, facts), batches, dense, execution, offline)
+    return ScheduleEvaluator(
+        analysis, facts, dim_sizes, token_cost(analysis, facts), batches, dense, execution, offline
+    )
 
 
 def has_fixed_token_count(analysis: Analysis) -> bool:
-    """Have all inputs as many tokens?"""
+    """Do all inputs have the same number of tokens?"""
     return all(point.fixed_length for point in analysis.tokens.points)
 
 
 def least_drift_method(evaluator: ScheduleEvaluator, macs: float) -> TokenMethod | None:
-    """The method that moves the outputs least when every block loses as many tokens."""
-    found: list[tuple[float, str]] = []
+    """The method that changes the outputs least when every block removes the same number of tokens."""
+    drifts: list[tuple[float, str]] = []
     fixed = has_fixed_token_count(evaluator.analysis)
-    for made in TOKEN_METHODS.values():
-        if made.input_adaptive or (made.needs_offline and not evaluator.offline) or not (fixed or made.computes_count):
+    for method in TOKEN_METHODS.values():
+        if (
+            method.input_adaptive
+            or (method.needs_offline and not evaluator.offline)
+            or not (fixed or method.computes_count)
+        ):
             continue
         try:
             for point in evaluator.analysis.tokens.points:
-                check_method(evaluator.analysis, point.block, made)
+                check_method(evaluator.analysis, point.block, method)
         except UserError:
             continue
-        schedule = evaluator.scale_to_macs(made, [1.0] * len(evaluator.analysis.tokens.points), macs)
+        schedule = evaluator.scale_to_macs(method, [1.0] * len(evaluator.analysis.tokens.points), macs)
         if schedule is not None:
-            found.append((evaluator.drift(made, schedule), made.name))
-    return TOKEN_METHODS[min(found)[1]] if found else None
+            drifts.append((evaluator.drift(method, schedule), method.name))
+    return TOKEN_METHODS[min(drifts)[1]] if drifts else None
 
 
 def window_profiles(count: int) -> list[DepthProfile]:
-    """As many tokens at every block of a stretch."""
+    """Stretches of blocks that remove the same number of tokens each."""
     spans = sorted({(round(s * count), round(e * count)) for s in WINDOW_STARTS for e in WINDOW_ENDS})
     return [tuple(float(first <= k < last) for k in range(count)) for first, last in spans if first < last]
 
 
-def tapered_profiles(shape: DepthProfile) -> list[DepthProfile]:
-    """The stretch with more tokens at its first blocks than at its last ones, and the other way round."""
-    inside = [k for k, share in enumerate(shape) if share]
+def tapered_profiles(profile: DepthProfile) -> list[DepthProfile]:
+    """The stretch with more tokens removed at its first blocks than at its last ones, and the reverse."""
+    inside = [k for k, share in enumerate(profile) if share]
     slopes = [np.geomspace(ratio, 1, len(inside)) for ratio in TAPER_RATIOS] if len(inside) > 1 else []
-    return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(shape))) for slope in slopes]
+    return [tuple(float(slope[k - inside[0]]) if k in inside else 0.0 for k in range(len(profile))) for slope in slopes]
 
 
-def strided_profiles(shape: DepthProfile) -> list[DepthProfile]:
-    """Every second and every third block of the stretch: as many tokens in fewer steps."""
-    inside = [k for k, share in enumerate(shape) if share]
+def strided_profiles(profile: DepthProfile) -> list[DepthProfile]:
+    """Every second and every third block of the stretch: the same tokens in fewer steps."""
+    inside = [k for k, share in enumerate(profile) if share]
     return [
-        tuple(float(k in inside[::stride]) for k in range(len(shape))) for stride in STRIDES if len(inside) > stride
+        tuple(float(k in inside[::stride]) for k in range(len(profile))) for stride in STRIDES if len(inside) > stride
     ]
 
 
 def best_profile(
-    evaluator: ScheduleEvaluator, method: TokenMethod, macs: float, shapes: Sequence[DepthProfile]
+    evaluator: ScheduleEvaluator, method: TokenMethod, macs: float, profiles: Sequence[DepthProfile]
 ) -> tuple[DepthProfile, TokenSchedule] | None:
-    """The one of ``shapes`` that moves the outputs least when it comes down to ``macs``; of those that are as good the
-    one with the fewest steps, since each step takes time beside its MACs."""
-    found: list[tuple[float, DepthProfile, TokenSchedule]] = []
-    for shape in shapes:
-        schedule = evaluator.scale_to_macs(method, shape, macs)
+    """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
+    step takes time beside its MACs."""
+    candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
+    for profile in profiles:
+        schedule = evaluator.scale_to_macs(method, profile, macs)
         if schedule is not None:
-            found.append((evaluator.drift(method, schedule), shape, schedule))
-    if not found:
+            candidates.append((evaluator.drift(method, schedule), profile, schedule))
+    if not candidates:
         return None
-    near = [one for one in found if one[0] <= DRIFT_TIE_RATIO * min(found)[0]]
-    return min(near, key=lambda one: (sum(n > 0 for n in one[2]), one[0]))[1:]
+    near = [candidate for candidate in candidates if candidate[0] <= DRIFT_TIE_RATIO * min(candidates)[0]]
+    return min(near, key=lambda candidate: (sum(n > 0 for n in candidate[2]), candidate[0]))[1:]
 
 
 def schedules_at_levels(
     evaluator: ScheduleEvaluator, method: TokenMethod, levels: Sequence[float]
 ) -> list[tuple[float, TokenSchedule]]:
-    """(MACs, schedule) of every level that can be reached: all stretches are tried at the middle one, at the others the
-    best of them and the whole depth."""
+    """(MACs, schedule) of every level that can be reached. All stretches are tried at the middle level; at the others,
+    variants of the best of them."""
     whole = window_profiles(len(evaluator.analysis.tokens.points))
     middle = best_profile(evaluator, method, levels[len(levels) // 2], whole)
-    shapes = whole[:]
+    profiles = whole[:]
     if middle is not None:
-        shapes = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
-    found = []
+        profiles = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
+    reached = []
     for level in levels:
-        best = best_profile(evaluator, method, level, shapes) or best_profile(evaluator, method, level, whole)
+        best = best_profile(evaluator, method, level, profiles) or best_profile(evaluator, method, level, whole)
         if best is not None:
-            found.append((level, best[1]))
-    return found
+            reached.append((level, best[1]))
+    return reached
 
 
 def split_with_widths(
@@ -284,19 +296,17 @@ def split_with_widths(
     levels: Sequence[tuple[float, TokenSchedule]],
     calibration: Calibration,
     widths: PlanRequest,
-    budget: float,
+    macs: float,
 ) -> Analysis:
-    """The level at which tokens and widths together are predicted to move the outputs least."""
+    """The level at which tokens and widths together are predicted to change the outputs least."""
     _, middle = levels[len(levels) // 2]
     reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(method, middle))
     try:
-        predicted = predict_width_drift(
-            evaluator, reduced, evaluator.drift(method, middle), calibration, widths, budget
-        )
-    except UserError:  # widths cannot make up for the rest: as few tokens as the target asks for
+        predicted = predict_width_drift(evaluator, reduced, evaluator.drift(method, middle), calibration, widths, macs)
+    except UserError:  # widths cannot reach the rest: tokens alone
         return analyze_with_steps(evaluator.analysis, evaluator.steps(method, levels[0][1]))
     scored = [
-        (evaluator.drift(method, schedule) + predicted(budget / evaluator.macs(method, schedule)), schedule)
+        (evaluator.drift(method, schedule) + predicted(macs / evaluator.macs(method, schedule)), schedule)
         for _, schedule in levels
     ]
     return analyze_with_steps(evaluator.analysis, evaluator.steps(method, min(scored)[1]))

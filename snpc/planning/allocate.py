@@ -19,24 +19,24 @@ from snpc.types import FloatArray, Group
 
 
 def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
-    """Groups that the budget is about. Raises UserError where there are none, saying why."""
-    mine = [g for g in analysis.groups if g.role in budget.roles]
+    """The prunable groups that the budget selects. Raises UserError where there are none, with the reason."""
+    of_roles = [g for g in analysis.groups if g.role in budget.roles]
     named = [
         g
-        for g in mine
+        for g in of_roles
         if (not budget.include or re.search(budget.include, g.id))
         and not (budget.exclude and re.search(budget.exclude, g.id))
     ]
-    found = [g for g in named if g.prunable and g.size > 1]
+    prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if budget.ratio is None and any(g.approximate for g in found):
+    if budget.ratio is None and any(g.approximate for g in prunable):
         raise UserError(
-            f"{name}: --target and --max-drift cannot weigh the residual width, since what other normalisation "
-            "statistics cost is not measured: cut it with --ratio, or leave out the role residual"
+            f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
+            "normalization statistics is not measured: cut it with --ratio, or leave out the role residual"
         )
-    if found:
-        return found
-    if mine and not named:
+    if prunable:
+        return prunable
+    if of_roles and not named:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
     pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind == "norm") or list(analysis.pins)
     why = f", for example {pins[0].tensor} axis {pins[0].axis}: {pins[0].reason} ({pins[0].operator})" if pins else ""
@@ -48,12 +48,13 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
 
 
 def make_slice_plan(scores: UnitScores, budget: Budget) -> SlicePlan:
-    """Decide which units stay."""
+    """Allocate the widths, and choose the units that stay."""
     groups = groups_to_prune(scores.analysis, budget)
     return select_units(scores, budget, allocate_widths(groups, scores, budget))
 
 
 def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
+    """Group id -> units per block to keep. Raises UserError where the target is out of reach."""
     if budget.allocator == "dimap":
         return dimap_widths(groups, scores, budget)
     if budget.target is not None:
@@ -63,23 +64,23 @@ def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget)
     if budget.uniform:
         return uniform_widths(groups, budget)
     by_role = ([g for g in groups if g.role == role] for role in budget.roles)
-    return {k: v for mine in by_role for k, v in ranked_widths(mine, scores, budget).items()}
+    return {k: v for members in by_role for k, v in ranked_widths(members, scores, budget).items()}
 
 
 def uniform_widths(groups: Sequence[Group], budget: Budget) -> dict[str, int]:
-    """Every group keeps the share 1 - ratio, to the nearest width it may have."""
+    """Every group keeps the share 1 - ratio, rounded to the nearest allowed width."""
     assert budget.ratio is not None
     share = 1 - budget.ratio
     return {g.id: min(allowed_widths(g, budget), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
 
 
 def ranked_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
-    """Remove the share ``ratio`` of the units of one role, where it costs least."""
+    """Remove the fraction ``ratio`` of the units of one role, smallest loss first."""
     assert budget.ratio is not None
     blocks = {g.id: float(g.blocks) for g in groups}
-    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, budget)
+    path = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, budget)
     removable = budget.ratio * sum(g.blocks * g.size for g in groups)
-    return widths_within(found, lambda name, before, after: blocks[name] * (before - after), removable)
+    return widths_within(path, lambda name, before, after: blocks[name] * (before - after), removable)
 
 
 def dimap_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
@@ -117,15 +118,18 @@ def check_reachable(budget: Budget, required: float, most: float, reachable: str
 
 
 def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> tuple[AllocationPath, FloatArray]:
-    """Every step towards the budget's target, and [steps + 1] what has been saved after each: MACs, parameters, bytes
-    or ms. With ``max_drift`` MACs are what is to be saved."""
+    """The steps towards the budget's target, and [steps + 1] the savings after each: MACs, parameters, bytes or ms.
+
+    For ``max_drift`` the savings are MACs.
+    """
     target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
-    worth = {g.id: savings_by_width(scores, g, target) for g in groups}
-    prices = {
-        g.id: float(worth[g.id][smallest_width(g, budget)]) / max(g.size - smallest_width(g, budget), 1) for g in groups
+    savings = {g.id: savings_by_width(scores, g, target) for g in groups}
+    unit_savings = {
+        g.id: float(savings[g.id][smallest_width(g, budget)]) / max(g.size - smallest_width(g, budget), 1)
+        for g in groups
     }
-    found = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, prices, budget)
-    return found, found.cumulative(worth)
+    path = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, unit_savings, budget)
+    return path, path.cumulative(savings)
 
 
 def smallest_width(group: Group, budget: Budget) -> int:
@@ -133,26 +137,26 @@ def smallest_width(group: Group, budget: Budget) -> int:
 
 
 def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:
-    """[size + 1]: what is saved when so many units per block are kept."""
+    """[size + 1]: the savings, by units per block that are kept."""
     if target.kind == "latency":
         assert scores.latency is not None
         return scores.latency.saved[group.id]
-    gone: FloatArray = 1 - np.arange(group.size + 1) / group.size
-    return resource_use(scores.analysis, group, target) * gone
+    removed: FloatArray = 1 - np.arange(group.size + 1) / group.size
+    return resource_use(scores.analysis, group, target) * removed
 
 
 def target_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
-    """Reach the target, taking it from all roles where it costs least. For a latency: as it is predicted."""
+    """Reach the target, cutting first where the predicted loss is smallest. A latency is a predicted one."""
     assert budget.target is not None
-    found, saved = allocation_path(groups, scores, budget)
+    path, saved = allocation_path(groups, scores, budget)
     required, reachable, slack = required_savings(scores, budget.target, float(saved[-1]))
     check_reachable(budget, required, float(saved[-1]) + slack, reachable)
-    return found.widths_after(int(np.argmax(saved >= min(required, float(saved[-1])) * (1 - 1e-12))))
+    return path.widths_after(int(np.argmax(saved >= min(required, float(saved[-1])) * (1 - 1e-12))))
 
 
 def required_savings(scores: UnitScores, target: ResourceTarget, most: float) -> tuple[float, str, float]:
-    """What has to be saved for the target, what is reached when ``most`` is saved, in words, and by how much that may
-    be wrong."""
+    """(savings that the target requires, the target that is reached with the savings ``most`` in words, error margin of
+    the prediction)."""
     if target.kind == "latency":
         assert scores.latency is not None
         dense, least = scores.latency.dense, scores.latency.base - most
@@ -164,23 +168,22 @@ def required_savings(scores: UnitScores, target: ResourceTarget, most: float) ->
 
 
 def drift_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
-    """The furthest down at which the drift that the curves predict is within ``max_drift``."""
-    found, _ = allocation_path(groups, scores, budget)
+    """The narrowest widths at which the drift that the loss curves predict is within ``max_drift``."""
+    path, _ = allocation_path(groups, scores, budget)
     assert budget.max_drift is not None
-    return found.widths_after(int(np.flatnonzero(predicted_drift(found, scores) <= budget.max_drift)[-1]))
+    return path.widths_after(int(np.flatnonzero(predicted_drift(path, scores) <= budget.max_drift)[-1]))
 
 
-def predicted_drift(found: AllocationPath, scores: UnitScores) -> FloatArray:
-    """[steps + 1]: relative root mean square change of the outputs, the changes of all groups added up as if they had
-    nothing to do with each other."""
-    if any(g.id not in scores.curves for g in found.groups):
+def predicted_drift(path: AllocationPath, scores: UnitScores) -> FloatArray:
+    """[steps + 1]: relative root mean square change of the outputs, the sum over groups as if they were independent."""
+    if any(g.id not in scores.curves for g in path.groups):
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    drift: FloatArray = np.sqrt(np.maximum(found.cumulative(scores.curves), 0.0))
+    drift: FloatArray = np.sqrt(np.maximum(path.cumulative(scores.curves), 0.0))
     return drift
 
 
 def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> float:
-    """What the group accounts for of what the target counts."""
+    """MACs, parameters or weight bytes that the group accounts for."""
     if target.kind == "macs":
         return float(group.macs)
     if target.kind == "params":
@@ -191,10 +194,9 @@ def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> fl
 
 
 def removal_costs(scores: UnitScores, group: Group) -> FloatArray:
-    """[size]: what removing one unit of every block costs, cheapest first; comparable between groups.
+    """[size]: the loss of removing one unit of every block, in the order of removal; comparable between groups.
 
-    From a curve: the growth of the change of the model's outputs. From scores: the score, relative to the group's mean
-    unless scores are comparable as they are.
+    From a loss curve: its growth. From scores: the score, relative to the group's mean unless scores are comparable.
     """
     curve = scores.curves.get(group.id)
     if curve is not None:

@@ -1,4 +1,4 @@
-"""What the user asks for: how much is to go, from where, and what widths are allowed."""
+"""Budgets: how much to cut, of which groups, and the widths that are allowed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ TargetKind = Literal["macs", "params", "bytes", "latency"]
 
 @dataclass(frozen=True)
 class ResourceTarget:
-    """``kind`` is to come down to ``share`` of the dense model's: MACs, parameters, bytes of the weights, or the time
-    of a run; that may be given in ``ms`` instead."""
+    """The ``share`` of the dense model's MACs, parameters, weight bytes or latency that is left, in (0, 1].
+
+    A latency may be given in ``ms`` instead; then ``share`` is 1.
+    """
 
     kind: TargetKind
     share: float
@@ -29,12 +31,15 @@ class ResourceTarget:
         return f"{self.kind}={self.share:.12g}" if self.ms is None else f"{self.kind}={self.ms:.12g}ms"
 
     def milliseconds(self, dense: float) -> float:
-        """The latency to reach, where the dense model takes ``dense`` ms."""
+        """The latency to reach in ms, if the dense model takes ``dense`` ms."""
         return self.ms if self.ms is not None else self.share * dense
 
 
 def parse_target(text: str) -> ResourceTarget:
-    """``macs=0.6``, ``params=0.6``, ``bytes=0.6``, ``latency=0.6`` or ``latency=12ms``."""
+    """``macs=0.6``, ``params=0.6``, ``bytes=0.6``, ``latency=0.6`` or ``latency=12ms``.
+
+    Raises UserError for any other text.
+    """
     kind, _, number = text.partition("=")
     absolute = kind == "latency" and number.endswith("ms")
     try:
@@ -50,19 +55,22 @@ def parse_target(text: str) -> ResourceTarget:
 
 
 def parse_max_ratios(text: str) -> dict[str, float]:
-    """``0.5`` for every role, or ``ffn=0.5,vo=0.3``: role -> the largest share of a group's units that may go."""
-    found: dict[str, float] = {}
+    """``0.5`` for every role, or ``ffn=0.5,vo=0.3``: role -> the largest fraction of a group's units to remove.
+
+    Raises UserError for any other text.
+    """
+    ratios: dict[str, float] = {}
     for part in text.split(","):
         role, equals, number = part.strip().rpartition("=")
         try:
             share = float(number)
         except ValueError:
             share = -1.0
-        known = role in ROLES if equals else not found and part == text
+        known = role in ROLES if equals else not ratios and part == text
         if not known or not 0 <= share < 1:
             raise UserError(f"--max-ratio {text!r}: must look like 0.5 or ffn=0.5,vo=0.3, shares of units in [0, 1)")
-        found |= {role: share} if equals else dict.fromkeys(ROLES, share)
-    return found
+        ratios |= {role: share} if equals else dict.fromkeys(ROLES, share)
+    return ratios
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def minimum_width(group: Group, budget: Budget) -> int:
 
 
 def allowed_widths(group: Group, budget: Budget) -> list[int]:
-    """Widths a group may have, descending; its own width first."""
-    least = minimum_width(group, budget)
+    """Widths that a group may have, descending; its full width first."""
+    minimum = minimum_width(group, budget)
     multiples = range(group.size - group.size % budget.round_to, 0, -budget.round_to)
-    return [group.size, *(w for w in multiples if least <= w < group.size)]
+    return [group.size, *(w for w in multiples if minimum <= w < group.size)]

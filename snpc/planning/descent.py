@@ -1,4 +1,4 @@
-"""How widths come down: every step that a budget allows, in the order in which they are taken."""
+"""Allocation paths: the steps that narrow groups, in the order in which a greedy allocation takes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from snpc.planning.config import Budget, allowed_widths
 from snpc.types import FloatArray, Group
 
-WidthStep = tuple[str, int]  # group id, the width that it comes down to
+WidthStep = tuple[str, int]  # group id, its width after the step
 
 
 @dataclass(frozen=True)
 class AllocationPath:
-    """``steps[k]``: what the k-th step narrows, several groups at once where a budget is uniform."""
+    """``steps[k]``: the groups that step k narrows; several at once where the budget is uniform."""
 
     groups: tuple[Group, ...]
     steps: tuple[tuple[WidthStep, ...], ...] = field(repr=False)
@@ -29,80 +29,87 @@ class AllocationPath:
         }
 
     def cumulative(self, curves: Mapping[str, FloatArray]) -> FloatArray:
-        """[steps + 1]: the sum over groups of ``curves`` (group id -> [size + 1], by width) after so many steps."""
+        """[steps + 1]: the sum over groups of ``curves`` (group id -> [size + 1], by width) after each step."""
         widths = self.widths_after(0)
-        found = [sum(float(curves[name][width]) for name, width in widths.items())]
+        totals = [sum(float(curves[name][width]) for name, width in widths.items())]
         for step in self.steps:
             change = sum(float(curves[name][width] - curves[name][widths[name]]) for name, width in step)
             widths.update(step)
-            found.append(found[-1] + change)
-        return np.array(found)
+            totals.append(totals[-1] + change)
+        return np.array(totals)
 
 
 def greedy_path(
     groups: Sequence[Group],
     costs: Mapping[str, FloatArray],
-    prices: Mapping[str, float],
+    unit_savings: Mapping[str, float],
     budget: Budget,
 ) -> AllocationPath:
-    """The least loss per price first; with ``budget.uniform`` the same share of every group.
+    """The smallest loss per saving first; with ``budget.uniform`` the same fraction of every group.
 
-    ``costs``: group id -> [size], what removing one unit of every block loses, in the order in which they go;
-    ``prices``: what that unit is worth.
+    ``costs``: group id -> [size], the loss of removing one unit of every block, in the order of removal.
+    ``unit_savings``: group id -> what removing that unit saves.
     """
     if budget.uniform:
         return AllocationPath(tuple(groups), uniform_steps(groups, budget))
-    ladders = [
-        [(cost / max(prices[g.id], 1e-300), g.id, width) for cost, width in convex_hull_steps(g, costs[g.id], budget)]
+    steps_by_group = [
+        [
+            (cost / max(unit_savings[g.id], 1e-300), g.id, width)
+            for cost, width in convex_hull_steps(g, costs[g.id], budget)
+        ]
         for g in groups
     ]
-    order = heapq.merge(*ladders, key=lambda rung: rung[:2])
+    order = heapq.merge(*steps_by_group, key=lambda step: step[:2])
     return AllocationPath(tuple(groups), tuple(((name, width),) for _, name, width in order))
 
 
 def uniform_steps(groups: Sequence[Group], budget: Budget) -> tuple[tuple[WidthStep, ...], ...]:
-    """A group takes a width when the share to keep comes nearer to it than to the width above."""
-    found = []
+    """A group takes a width when the share to keep is nearer to it than to the next wider one."""
+    thresholds: list[tuple[float, str, int]] = []
     for group in groups:
         widths = allowed_widths(group, budget)
-        found += [((a + b) / 2 / group.size, group.id, b) for a, b in pairwise(widths)]
-    found.sort(key=lambda step: -step[0])
-    return tuple(tuple(step[1:] for step in alike) for _, alike in groupby(found, key=lambda step: round(step[0], 9)))
+        thresholds += [((a + b) / 2 / group.size, group.id, b) for a, b in pairwise(widths)]
+    thresholds.sort(key=lambda step: -step[0])
+    return tuple(
+        tuple(step[1:] for step in equal) for _, equal in groupby(thresholds, key=lambda step: round(step[0], 9))
+    )
 
 
-def convex_hull_steps(group: Group, ordered: FloatArray, budget: Budget) -> list[tuple[float, int]]:
-    """(cost per unit, width) of each step down, on the lower convex hull of the loss: a dear step with cheap ones
-    behind it is averaged with them, since they cannot be taken before it."""
-    widths = np.array(allowed_widths(group, budget))
-    loss = np.concatenate([[0.0], np.cumsum(ordered)])
-    gone = loss[group.size - widths]
-    rungs: list[tuple[float, int]] = []
-    here = 0
-    while here < len(widths) - 1:
-        rest = np.arange(here + 1, len(widths))
-        slopes = (gone[rest] - gone[here]) / (widths[here] - widths[rest])
-        there = int(rest[len(rest) - 1 - np.argmin(slopes[::-1])])
-        rungs += [(float(slopes[there - here - 1]), int(width)) for width in widths[here + 1 : there + 1]]
-        here = there
-    return rungs
+def convex_hull_steps(group: Group, costs: FloatArray, budget: Budget) -> list[tuple[float, int]]:
+    """(loss per unit, width) of each step, on the lower convex hull of the loss over the width.
 
-
-def widths_within(found: AllocationPath, gains: Callable[[str, int, int], float], budget: float) -> dict[str, int]:
-    """Widths after the steps that fit into ``budget``: one that does not ends its group's way down.
-
-    ``gains(group id, width before, width after)``: what a step is worth.
+    An expensive step that cheap ones follow is averaged with them, since they cannot be taken before it.
     """
-    widths = found.widths_after(0)
-    removed, closed = 0.0, set()
-    for name, width in (one for step in found.steps for one in step):
-        if removed >= budget * (1 - 1e-12):
+    widths = np.array(allowed_widths(group, budget))
+    loss = np.concatenate([[0.0], np.cumsum(costs)])
+    losses = loss[group.size - widths]
+    steps: list[tuple[float, int]] = []
+    vertex = 0
+    while vertex < len(widths) - 1:
+        rest = np.arange(vertex + 1, len(widths))
+        slopes = (losses[rest] - losses[vertex]) / (widths[vertex] - widths[rest])
+        following = int(rest[len(rest) - 1 - np.argmin(slopes[::-1])])
+        steps += [(float(slopes[following - vertex - 1]), int(width)) for width in widths[vertex + 1 : following + 1]]
+        vertex = following
+    return steps
+
+
+def widths_within(path: AllocationPath, savings: Callable[[str, int, int], float], limit: float) -> dict[str, int]:
+    """Widths after the steps whose savings fit within ``limit``. A step that does not fit is the last of its group.
+
+    ``savings(group id, width before, width after)``: what a step saves.
+    """
+    widths = path.widths_after(0)
+    saved, finished = 0.0, set()
+    for name, width in (narrowed for step in path.steps for narrowed in step):
+        if saved >= limit * (1 - 1e-12):
             break
-        if name in closed:
+        if name in finished:
             continue
-        worth = gains(name, widths[name], width)
-        if removed + worth > budget + 1e-9:
-            closed.add(name)
+        saving = savings(name, widths[name], width)
+        if saved + saving > limit + 1e-9:
+            finished.add(name)
             continue
         widths[name] = width
-        removed += worth
+        saved += saving
     return widths

@@ -22,21 +22,21 @@ def relative_energy(energies: FloatArray) -> FloatArray:
     """[blocks, size] squared weights of units -> [size]: of the units that go together (the k-th least of every block)
     the energy over that of all units that hold as much or more, least first; between 0 and 1, rising."""
     ordered = np.sort(energies, axis=1).sum(0)
-    left = np.cumsum(ordered[::-1])[::-1]
-    found: FloatArray = ordered / np.maximum(left, 1e-300)
-    return found
+    remaining = np.cumsum(ordered[::-1])[::-1]
+    relative: FloatArray = ordered / np.maximum(remaining, 1e-300)
+    return relative
 
 
 def dimap_widths_at(
     groups: Sequence[Group], energies: Mapping[str, FloatArray], budget: Budget, ratio: float
 ) -> dict[str, int]:
-    """Widths at which the share ``ratio`` of the units of every role is gone, those of least relative energy."""
-    found: dict[str, int] = {}
+    """Widths at which the fraction ``ratio`` of the units of every role is removed, least relative energy first."""
+    widths: dict[str, int] = {}
     for role in dict.fromkeys(g.role for g in groups):
-        mine = [g for g in groups if g.role == role]
-        costs = {g.id: relative_energy(energies[g.id]) for g in mine}
-        way = greedy_path(mine, costs, dict.fromkeys(costs, 1.0), budget)
-        gone = way.cumulative({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in mine})
-        removable = ratio * sum(g.blocks * g.size for g in mine)
-        found |= way.widths_after(int(np.flatnonzero(gone <= removable + 1e-9)[-1]))
-    return found
+        members = [g for g in groups if g.role == role]
+        costs = {g.id: relative_energy(energies[g.id]) for g in members}
+        path = greedy_path(members, costs, dict.fromkeys(costs, 1.0), budget)
+        removed = path.cumulative({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in members})
+        removable = ratio * sum(g.blocks * g.size for g in members)
+        widths |= path.widths_after(int(np.flatnonzero(removed <= removable + 1e-9)[-1]))
+    return widths

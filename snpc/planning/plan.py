@@ -1,4 +1,4 @@
-"""scores -> plan: how many units each group keeps, and which."""
+"""Scores of units, and the slice plan made of them: which units each group keeps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ PruningMethod = Literal["select", "parallel", "auto"]
 
 @dataclass(frozen=True)
 class LatencyCurves:
-    """Measured times in ms: of the ``dense`` model, of ``base``, the same with nothing narrowed yet (but for rows that
-    nobody reads), and group id -> [size + 1], what is ``saved`` of that when so many units per block are kept."""
+    """Measured times in ms.
+
+    ``dense``: of the original. ``base``: of the analyzed model at full width, without rows that no output depends on.
+    ``saved``: group id -> [size + 1], the part of ``base`` that is saved, by units per block that are kept.
+    """
 
     dense: float
     base: float
@@ -28,7 +31,7 @@ class LatencyCurves:
 
 @dataclass(frozen=True)
 class UnitScores:
-    """A score per unit, higher = keep: group id -> [blocks, size]. ``samples`` calibration samples were used."""
+    """A score per unit: group id -> [blocks, size], higher = keep, from so many calibration ``samples``."""
 
     analysis: Analysis
     criterion: str
@@ -36,12 +39,12 @@ class UnitScores:
     samples: int = 0
     method: PruningMethod = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where known: group id -> [size + 1], relative squared change of the model's outputs when so many are kept."""
+    """Where measured: group id -> [size + 1], relative squared change of the outputs, by units per block kept."""
     latency: LatencyCurves | None = None
     energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where asked for: group id -> [blocks, size], squared weights of each unit."""
+    """For the allocator dimap: group id -> [blocks, size], sum of the squared weights of each unit."""
     comparable: bool = False
-    """Are scores of different groups in one unit, such as that of a loss?"""
+    """Do the scores of different groups have the same unit, such as that of a loss?"""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ class SlicePlan:
     options: Mapping[str, Any]
     keep: Mapping[str, tuple[tuple[int, ...], ...]] = field(repr=False)
     method: PruningMethod = "select"
-    """"select": weights are sliced as they are; "parallel": they are refitted to the plan first, from calibration data;
-    "auto": so too, one layer after the other, each from what the cut layers before it give."""
+    """"select": weights are sliced as they are. "parallel": they are refitted to the plan first, on calibration data.
+    "auto": refitted one layer after the other, each on the activations of the pruned layers before it."""
 
     def kept_width(self, group: Group) -> int:
-        """Units per block that stay."""
+        """Units per block that are kept."""
         rows = self.keep.get(group.id)
         return len(rows[0]) if rows else group.size
 
@@ -79,16 +82,16 @@ def top_units(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:
 
 
 def cuts_of(plan: SlicePlan) -> Cuts:
-    """(constant, axis) -> which positions go."""
+    """(constant, axis) -> [axis length], true where a position is removed."""
     cuts: dict[tuple[str, int], Any] = {}
     for group in plan.analysis.groups:
         rows = plan.keep.get(group.id)
         if rows is None:
             continue
-        gone = np.ones((group.blocks, group.size), bool)
+        removed = np.ones((group.blocks, group.size), bool)
         for block, row in enumerate(rows):
-            gone[block, list(row)] = False
-        flat = np.concatenate([gone.reshape(-1), [False]])
+            removed[block, list(row)] = False
+        flat = np.concatenate([removed.reshape(-1), [False]])  # index -1: of no unit
         for site in group.sites:
             key = (site.tensor, site.axis)
             cuts[key] = cuts.get(key, False) | flat[site.units]

@@ -37,9 +37,9 @@ def plan_to_json(plan: SlicePlan) -> str:
         head["prune_kv_cache"] = True
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
-        told = plan.analysis.reduction.to_json()["steps"]
-        if any("offline" in step for step in told):
-            head["token_scores"] = {str(s["block"]): join_numbers(s["offline"]) for s in told if "offline" in s}
+        steps = plan.analysis.reduction.to_json()["steps"]
+        if any("offline" in step for step in steps):
+            head["token_scores"] = {str(s["block"]): join_numbers(s["offline"]) for s in steps if "offline" in s}
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
 
@@ -49,20 +49,20 @@ def join_numbers(scores: Sequence[float]) -> str:
 
 
 def prunes_kv_cache(text: str) -> bool:
-    """Was the plan in ``text`` made with --prune-kv-cache? False for what is no plan: ``plan_from_json`` says so."""
+    """Was the plan in ``text`` made with --prune-kv-cache? False for text that is no plan."""
     return bool(json_entry(text, "prune_kv_cache"))
 
 
 def token_reduction_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
-    """How tokens are reduced by the plan in ``text``, if it is one and they are, and scores of positions by block."""
-    found, rows = json_entry(text, "tokens"), json_entry(text, "token_scores")
-    if not isinstance(found, str):
+    """(specification, scores of positions by block) of the token reduction in a plan; None where it has none."""
+    spec, rows = json_entry(text, "tokens"), json_entry(text, "token_scores")
+    if not isinstance(spec, str):
         return None
     try:
         scores = {int(k): [float(x) for x in row.split()] for k, row in rows.items()} if isinstance(rows, dict) else {}
     except (AttributeError, TypeError, ValueError):
         scores = {}
-    return found, scores
+    return spec, scores
 
 
 def json_entry(text: str, name: str) -> object:
@@ -74,7 +74,10 @@ def json_entry(text: str, name: str) -> object:
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
-    """Read a plan for this model. Raises UserError for another model, unknown groups, or lists that cannot be kept."""
+    """Read a plan for the analyzed model; ``name`` is for messages.
+
+    Raises UserError for a plan of another model, unknown groups, or positions that do not exist.
+    """
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -89,8 +92,8 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
             f"not for {analysis.model.path.name} ({analysis.model.digest[:12]}); make a new plan"
         )
     if bool(data.get("prune_kv_cache")) != analysis.traced_graph.kv_cache:
-        said = "made with" if data.get("prune_kv_cache") else "made without"
-        raise UserError(f"{name}: {said} --prune-kv-cache, and the model was analysed otherwise; analyse it alike")
+        origin = "made with" if data.get("prune_kv_cache") else "made without"
+        raise UserError(f"{name}: {origin} --prune-kv-cache, unlike the analysis of the model; analyze it the same way")
     spec = analysis.reduction.spec if analysis.reduction is not None else None
     if data.get("tokens") != spec:
         raise UserError(

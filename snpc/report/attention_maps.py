@@ -79,6 +79,7 @@ def attention_maps(result: PrunedModel, calibration: Calibration | None) -> Atte
 
 
 def compute_attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
+    """The maps of a few heads on each picture. MapsUnavailable: says why there are none."""
     plan = result.plan
     if calibration is None:
         raise MapsUnavailable("there is no calibration data to show pictures of")
@@ -175,6 +176,7 @@ def first_attention_weights(start: ir.Value) -> ir.Value | None:
 
 
 def select_layers(pairs: Sequence[tuple[Group, ir.Value]]) -> list[tuple[Group, ir.Value]]:
+    """At most ``MAX_LAYERS`` of the pairs, evenly spaced."""
     return [pairs[k] for k in np.unique(np.linspace(0, len(pairs) - 1, MAX_LAYERS).round().astype(int))]
 
 
@@ -241,6 +243,7 @@ def has_fewer_tokens(analysis: Analysis, keys: int) -> bool:
 
 
 def describe_queries(weights: FloatArray, prefix: int) -> str:
+    """Whose attention ``attention_on_patches`` shows."""
     return "the class token" if prefix or weights.shape[2] == 1 else "all patches on average"
 
 

@@ -128,6 +128,7 @@ def describe_request(result: PrunedModel) -> str:
 
 
 def cost_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
+    """Costs read from both files."""
     before, after = result.before, result.after
     return (
         BeforeAfter("parameters", "", before.params, after.params),
@@ -145,6 +146,7 @@ def latency_pairs(bench: BenchResult | None) -> tuple[BeforeAfter, ...]:
 
 
 def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple[GroupWidth, ...]:
+    """The groups of the roles that were cut."""
     plan = result.plan
     cut = {g.role for g in plan.analysis.groups if g.id in plan.keep} | set(plan.options.get("roles", ()))
     return tuple(
@@ -164,6 +166,7 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
 
 
 def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
+    """MACs by role, of the analyzed model and of the written file."""
     analysis = result.plan.analysis
     before = macs_by_role(analysis)
     after = macs_by_role(analyze(load(result.path), analysis.dim_sizes))
@@ -173,6 +176,7 @@ def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
 
 
 def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str, ...]:
+    """What a reader should know before trusting the numbers."""
     warnings = []
     if not result.calibration:
         warnings.append("No calibration data: drift was measured on random inputs and may differ on real ones.")
@@ -193,6 +197,7 @@ def plural(word: str, number: int) -> str:
 
 
 def widths_by_role(items: Sequence[GroupWidth]) -> dict[str, list[GroupWidth]]:
+    """The same widths by role, roles in order of appearance."""
     by_role: dict[str, list[GroupWidth]] = {}
     for item in items:
         by_role.setdefault(item.role, []).append(item)

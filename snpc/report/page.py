@@ -65,6 +65,7 @@ def write_report(
 
 
 def render_page(report: ReportData) -> str:
+    """The page as HTML."""
     return render_template(
         "page.html.j2",
         report=report,
@@ -106,6 +107,7 @@ def cost_card(pair: BeforeAfter) -> Card:
 
 
 def format_amount(pair: BeforeAfter, number: float) -> str:
+    """A number with its unit, as on a card."""
     if pair.unit in ("", "B"):
         text = format_count(number) + pair.unit
         return f"{number:.0f} {pair.unit}" if pair.unit and abs(number) < 1000 else text
@@ -130,6 +132,8 @@ def drift_row(d: Difference) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Figure:
+    """A chart with its caption."""
+
     title: str
     caption: str
     chart: Chart
@@ -148,6 +152,7 @@ def role_name(role: str) -> str:
 
 
 def width_figures(items: Sequence[GroupWidth]) -> list[Figure]:
+    """A chart of the widths before and after for each role."""
     figures = []
     for role, widths in widths_by_role(items).items():
         before = sum(w.blocks * w.size for w in widths)
@@ -191,12 +196,14 @@ class AttentionRow:
 
 
 def attention_row(picture: AttentionPicture) -> AttentionRow:
+    """A picture with the maps on it, by layer."""
     groups = dict.fromkeys(item.group for item in picture.maps)
     layers = ((group, tuple(head_images(m) for m in picture.maps if m.group == group)) for group in groups)
     return AttentionRow(image_url(picture.pixels), tuple(layers))
 
 
 def head_images(item: HeadMap) -> HeadImages:
+    """The maps of one head; both have one scale, so that they can be compared."""
     before, after = np.array(item.before), np.array(item.after)
     scale = max(before.max(), after.max()) or 1.0
     images = []
@@ -210,6 +217,7 @@ def head_images(item: HeadMap) -> HeadImages:
 
 
 def group_row(item: GroupWidth) -> tuple[str, ...]:
+    """A row of the table of groups."""
     origin = WEIGHT_ORIGINS.get(item.form, "sliced" if item.kept < item.size else "as they were")
     before, after = f"{item.blocks} x {item.size}", f"{item.blocks} x {item.kept}"
     return item.id, item.role, before, after, format_share(item.kept, item.size), origin
@@ -220,6 +228,7 @@ def mask_check(d: Difference) -> str:
 
 
 def run_rows(report: ReportData) -> list[tuple[str, str]]:
+    """What was run, with which options, and how long it took."""
     rows = [("original", report.model), ("pruned", report.output), ("sha256 of the original", report.digest)]
     rows += [(f"option {name}", option_text(value)) for name, value in report.options.items()]
     rows += [(f"seconds: {name}", f"{seconds:.2f} s") for name, seconds in report.seconds.items()]

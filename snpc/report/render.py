@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @cache
 def template_environment() -> jinja2.Environment:
+    """The templates of the package, with the filters that they use."""
     import jinja2  # here, so that `import snpc` does not load it
 
     environment = jinja2.Environment(

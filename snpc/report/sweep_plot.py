@@ -26,6 +26,7 @@ def write_sweep_plot(sweep: SweepResult, path: Path) -> None:
 
 
 def sweep_chart(sweep: SweepResult) -> Chart:
+    """Quality over latency, with grid, axes and a point for each size."""
     points = sweep.points
     qualities = [quality_of(point) for point in points]
     latencies = [0.0, *(p.latency for p in points)]
@@ -49,10 +50,12 @@ def sweep_chart(sweep: SweepResult) -> Chart:
 
 
 def quality_of(point: SweepPoint) -> float:
+    """Accuracy where it is known, else how close the outputs are to the original."""
     return point.accuracy if point.accuracy is not None else max(0.0, 1.0 - point.drift)
 
 
 def plot_point(point: SweepPoint, x: float, y: float) -> tuple[ChartShape, ...]:
+    """A dot with a tooltip, and its label."""
     name = f"{point.name}, tokens {point.tokens}" if point.tokens else point.name
     tooltip = f"{name}: {100 * quality_of(point):.2f} %, {point.latency:.3g} ms, {point.speedup:.2f} x"
     return Dot(x, y, 5, "front" if point.front else "beaten", tooltip), Label(x + 9, y + 4, point.name)

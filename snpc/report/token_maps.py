@@ -75,6 +75,7 @@ def token_maps(result: PrunedModel, calibration: Calibration | None) -> TokenMap
 def compute_token_maps(
     result: PrunedModel, reduction: TokenReductionPlan, calibration: Calibration | None
 ) -> tuple[TokenPicture, ...]:
+    """The pictures with their patches after each step. MapsUnavailable: no pictures, or no grid of patches."""
     if calibration is None:
         raise MapsUnavailable("there is no calibration data to show pictures of")
     feeds = first_samples(result.plan.analysis, calibration)

@@ -1,4 +1,4 @@
-"""How a graph decides itself which tokens go: scores from its attention, and what the methods make of them."""
+"""Embedded decisions: nodes that score the tokens by attention and decide which are removed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from snpc.tokens.open import apply_mask, has_head_axis
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 
-MIN_SCORE_SHARE = 1e-3  # of the mean: an offline score of nothing would rule out a position for good
+MIN_SCORE_SHARE = 1e-3  # of the mean: with an offline score of 0 a position would never be kept
 
 
 def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping[str, ir.DataType]) -> None:
-    """Make ``model`` (an open graph, in place) decide itself which tokens go. ``dtypes``: of the stream by point."""
+    """Replace the decision inputs of ``model``, in place, by nodes that decide. ``dtypes``: of the stream, by point."""
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     nodes = {str(node.name): node for node in model.graph}
     origin: ir.Value | None = None
@@ -32,20 +32,20 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
         if dtype != ir.DataType.FLOAT:
             stream = writer.cast(stream, ir.DataType.FLOAT)
         decided = step.method.decide(writer, step.settings, stream, scores)
-        for name, made in zip(step.names, decided, strict=True):
-            given = next(v for v in model.graph.inputs if v.name == name)
-            given.replace_all_uses_with(made)
-            made.shape = given.shape
-            model.graph.inputs.remove(given)
-            given.name = f"{name}__open"
-            made.name = name
+        for name, decision in zip(step.names, decided, strict=True):
+            graph_input = next(v for v in model.graph.inputs if v.name == name)
+            graph_input.replace_all_uses_with(decision)
+            decision.shape = graph_input.shape
+            model.graph.inputs.remove(graph_input)
+            graph_input.name = f"{name}__open"
+            decision.name = name
         if any(later.positions for later in steps[number + 1 :]):
             origin = track_origins(writer, step, decided[0], origin)
     model.graph.sort()
 
 
 def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Value | None) -> ir.Value:
-    """[B or 1, N]: the scores of the positions that the tokens had at first."""
+    """[B or 1, N]: the offline scores of the positions that the tokens had in the full stream."""
     table = np.asarray(step.positions, np.float32)
     table = np.maximum(table, MIN_SCORE_SHARE * table[step.settings.leading :].mean())
     if origin is None:
@@ -54,8 +54,8 @@ def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Va
 
 
 def track_origins(writer: TokenGraphBuilder, step: TokenStep, keep: ir.Value, before: ir.Value | None) -> ir.Value:
-    """[B, N']: the positions in the full stream of the tokens that a selecting step keeps; ``before``: of those that
-    it had (None: all)."""
+    """[B, N']: positions in the full stream of the tokens that a selecting step keeps. ``before``: positions of the
+    tokens before the step; None: all."""
     front = writer.ints(*range(step.settings.leading))
     shape = writer.concat(0, writer.sizes(keep, 0), writer.ints(step.settings.leading))
     kept = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), shape), keep) if step.settings.leading else keep
@@ -69,26 +69,30 @@ def attention_scores(
     values: Mapping[str, ir.Value],
     nodes: Mapping[str, ir.Node],
 ) -> ir.Value:
-    """[B, N]: attention that each token gets, summed over heads: from the class token, or where nothing is read by
-    number from all tokens that count."""
+    """[B, N]: the attention that each token receives, summed over heads: from the class token; where the model reads no
+    single token, from all tokens that are not masked."""
     scores = step.point.scores
     assert scores is not None
     weights = recompute_attention(writer, step, before, nodes[scores.fused]) if scores.fused else values[scores.tensor]
     if step.point.leading_reads and scores.fused:
-        found = writer.reduce_sum(weights, 1, 2)
+        scores_of_tokens = writer.reduce_sum(weights, 1, 2)
     elif step.point.leading_reads:
-        found = writer.reduce_sum(separate_heads(writer, step, writer.gather_one(weights, scores.query_axis, 0), 1), 1)
+        scores_of_tokens = writer.reduce_sum(
+            separate_heads(writer, step, writer.gather_one(weights, scores.query_axis, 0), 1), 1
+        )
     elif scores.masked or any(b.method.input_adaptive for b in before):
-        found = attention_received(
+        scores_of_tokens = attention_received(
             writer, writer.reduce_sum(separate_heads(writer, step, weights, 2), 1), scores.query_axis
         )
     else:
-        found = writer.reduce_sum(separate_heads(writer, step, writer.reduce_sum(weights, scores.query_axis), 1), 1)
-    return found if writer.dtype == ir.DataType.FLOAT else writer.cast(found, ir.DataType.FLOAT)
+        scores_of_tokens = writer.reduce_sum(
+            separate_heads(writer, step, writer.reduce_sum(weights, scores.query_axis), 1), 1
+        )
+    return scores_of_tokens if writer.dtype == ir.DataType.FLOAT else writer.cast(scores_of_tokens, ir.DataType.FLOAT)
 
 
 def separate_heads(writer: TokenGraphBuilder, step: TokenStep, weights: ir.Value, axes: int) -> ir.Value:
-    """[B, H, ..] with so many axes of tokens, where batch and heads share one."""
+    """``weights`` as [B, H, ..] with so many token axes; split where batch and heads share an axis."""
     scores = step.point.scores
     assert scores is not None
     if scores.heads_on_own_axis:
@@ -100,8 +104,8 @@ def separate_heads(writer: TokenGraphBuilder, step: TokenStep, weights: ir.Value
 
 
 def attention_received(writer: TokenGraphBuilder, weights: ir.Value, query_axis: int) -> ir.Value:
-    """[B, N]: what each token gets, of ``weights`` [B, N, N], from those that get something themselves: tokens that are
-    masked (padding, say) attend to others all the same."""
+    """[B, N]: the attention that each token receives, of ``weights`` [B, N, N], from tokens that receive some.
+    Masked tokens (padding) attend to others too, and are left out."""
     counted = writer.cast(writer.cast(writer.reduce_sum(weights, query_axis), ir.DataType.BOOL))
     if query_axis == -2:
         return writer.reduce_sum(writer.matmul(writer.unsqueeze(counted, 1), weights), 1)
@@ -111,14 +115,14 @@ def attention_received(writer: TokenGraphBuilder, weights: ir.Value, query_axis:
 def recompute_attention(
     writer: TokenGraphBuilder, step: TokenStep, before: Sequence[TokenStep], node: ir.Node
 ) -> ir.Value:
-    """Inside a fused node the weights are out of reach: they are computed again, [B, H, N, N], or [B, H, 1, N] of the
-    class token where one is read in the end."""
-    shape = ATTENTION_FORMS[node.domain, node.op_type]
-    query, key = (node.inputs[k] for k in (shape.query, shape.key))
+    """The attention weights of a fused node, recomputed: [B, H, N, N], or [B, H, 1, N] of the class token where the
+    model reads one."""
+    form = ATTENTION_FORMS[node.domain, node.op_type]
+    query, key = (node.inputs[k] for k in (form.query, form.key))
     assert query is not None and key is not None and step.point.scores is not None
     heads, width = step.point.scores.heads, step.point.scores.head_width
-    one, flat = step.point.leading_reads > 0, not has_head_axis(node)
-    query = writer.slice(query, 1 if flat else 2, 0, 1) if one else query
+    only_first, flat = step.point.leading_reads > 0, not has_head_axis(node)
+    query = writer.slice(query, 1 if flat else 2, 0, 1) if only_first else query
     if flat:  # [B, N, H * D] -> [B, H, N, D]
         query, key = (
             writer.op(TRANSPOSE, writer.reshape(value, 0, 0, heads, -1), perm=[0, 2, 1, 3]) for value in (query, key)
@@ -126,10 +130,10 @@ def recompute_attention(
     scale = node.attributes.get_float("scale", 0.0) or width**-0.5
     scaled = writer.op(MUL, query, writer.scalar(scale))
     weights = writer.matmul(scaled, writer.op(TRANSPOSE, key, perm=[0, 1, 3, 2]))
-    weighed = any(b.method.weights_tokens for b in before)  # then weights have been added to the mask
+    weighed = any(b.method.weights_tokens for b in before)  # then log sizes were added to the mask
     if weighed or step.point.scores.mask:
-        mask = node.inputs[shape.scores or 0]
+        mask = node.inputs[form.scores or 0]
         assert mask is not None
-        mask = writer.slice(mask, 2, 0, 1) if one else mask
+        mask = writer.slice(mask, 2, 0, 1) if only_first else mask
         weights = apply_mask(writer, weights, mask, step.point.scores.mask == "tells" and not weighed)
     return writer.op(SOFTMAX, weights, axis=-1)

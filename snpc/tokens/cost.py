@@ -49,7 +49,7 @@ def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
     behind = [[0.0, 0.0] for _ in points]
     fixed = 0.0
     for node in model.graph:
-        index = max((k for k, mine in enumerate(names) if node.name in mine), default=-1)
+        index = max((k for k, nodes_of_point in enumerate(names) if node.name in nodes_of_point), default=-1)
         for part, macs in macs_by_part(after, node, opset_version(model, node.domain)).items():
             axes = 0
             if index >= 0:

@@ -1,7 +1,7 @@
-"""Numbers of tokens that are not fixed: of inputs of any length, and where their contents decide how many stay.
+"""Dynamic numbers of tokens: inputs of any length, and methods that decide by content how many tokens stay.
 
-The graph has them as sizes of decisions, by a name per step. What spells a number of tokens (the target of a reshape)
-is computed from the stream, and its shapes must come out right under two bindings.
+The graph has each number as a named dimension of a step's decisions. Shape parameters that hold a number of tokens (the
+target of a reshape) are computed from the stream, and are checked under two choices of the dynamic sizes.
 """
 
 from __future__ import annotations
@@ -26,79 +26,79 @@ FIXED_LENGTH_ADVICE = "reduce tokens with an export of a fixed length"
 
 
 def kept_dim_sizes(steps: Sequence[TokenStep]) -> dict[str, int]:
-    """How many tokens behind the leading ones stay at each step that computes that, by the name of the size."""
+    """Dimension name -> tokens that stay, without leading ones, at each step that computes their number."""
     return {
         f"{s.prefix}_{KEPT_SIZE}": s.settings.others - s.settings.removed for s in steps if s.settings.share is not None
     }
 
 
 def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = False) -> list[TokenStep]:
-    """The same steps under another binding; ``nudge``: one token more or less stays where contents decide."""
+    """The same steps under other dynamic sizes. ``nudge``: one token more or less stays where content decides."""
     count = (facts.shape[steps[0].point.stream] or (0, 0))[TOKEN_AXIS]
-    found = []
+    resized = []
     for step in steps:
         setting = step.settings
         others = count - setting.leading
-        gone = setting.removed
+        removed = setting.removed
         if setting.share is not None:
             stays = kept_count(step.method, others, step.offline[0] if step.method.input_adaptive else setting.share)
-            gone = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.input_adaptive))
-        found.append(replace(step, settings=StepSettings(count, setting.leading, gone, setting.share)))
-        count -= gone
-    return found
+            removed = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.input_adaptive))
+        resized.append(replace(step, settings=StepSettings(count, setting.leading, removed, setting.share)))
+        count -= removed
+    return resized
 
 
 def kept_count(method: TokenMethod, others: int, share: float) -> int:
-    """How many of so many tokens stay under a binding, where this share of them does (on average, where contents
-    decide): fewer than all, so that what their number is spelled by can be seen."""
+    """The number of tokens that stay under given dynamic sizes, of which ``share`` stays (on average, where decided by
+    content). Fewer than all, so that parameters that hold the number can be told apart."""
     stays = round(others * share) if method.input_adaptive else ceil_share(others, share)
     return max(1, min(stays, others - 1))
 
 
-def insert_token_count(repairs: ShapeParameterEditor, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
-    """The number of tokens of ``stream``, [1], computed in front of ``before``."""
-    shape = repairs.insert(before, SHAPE, [stream], repairs.unused_node_name(f"{prefix}_sizes"))
-    axis = repairs.constant(np.asarray([TOKEN_AXIS], np.int64), f"{prefix}_axis")
-    return repairs.insert(before, GATHER, [shape, axis], repairs.unused_node_name(f"{prefix}_length"))
+def insert_token_count(editor: ShapeParameterEditor, before: ir.Node, stream: ir.Value, prefix: str) -> ir.Value:
+    """The number of tokens of ``stream``, [1], by new nodes before ``before``."""
+    shape = editor.insert(before, SHAPE, [stream], editor.unused_node_name(f"{prefix}_sizes"))
+    axis = editor.constant(np.asarray([TOKEN_AXIS], np.int64), f"{prefix}_axis")
+    return editor.insert(before, GATHER, [shape, axis], editor.unused_node_name(f"{prefix}_length"))
 
 
 def replace_token_counts(
-    repairs: ShapeParameterEditor, node: ir.Node, index: int, wanted: AnyArray, marks: TokenAxes, length: ir.Value
+    editor: ShapeParameterEditor, node: ir.Node, index: int, expected: AnyArray, axes: TokenAxes, length: ir.Value
 ) -> None:
-    """Make the entries of input ``index`` of ``node`` that must be a number of tokens be ``length`` [1], less the
-    leading ones that ``marks`` says are left out. Raises CheckFailed where that is not what they are."""
+    """Replace the entries of input ``index`` of ``node`` that hold a number of tokens by ``length`` [1], minus the
+    leading tokens that ``axes`` says are absent. Raises CheckFailed where another entry differs from ``expected``."""
     current = node.inputs[index]
-    now = repairs.after.value.get(current) if current is not None else None
-    if current is None or now is None or now.shape != wanted.shape or now.ndim != 1:
+    now = editor.after.value.get(current) if current is not None else None
+    if current is None or now is None or now.shape != expected.shape or now.ndim != 1:
         raise CheckFailed(
-            f"{node.op_type} {node.name}: how it spells the number of tokens is not known; {FIXED_LENGTH_ADVICE}"
+            f"{node.op_type} {node.name}: the parameter with the number of tokens is not known; {FIXED_LENGTH_ADVICE}"
         )
-    wrong = now != wanted
+    wrong = now != expected
     if not wrong.any():
         return
-    leading = {marks.axes.get(int(k), -1) for k in np.flatnonzero(wrong)}
+    leading = {axes.axes.get(int(k), -1) for k in np.flatnonzero(wrong)}
     if len(leading) > 1 or -1 in leading:
         raise CheckFailed(
-            f"{node.op_type} {node.name}: it spells more than the number of tokens; {FIXED_LENGTH_ADVICE}"
+            f"{node.op_type} {node.name}: its parameter holds more than the number of tokens; {FIXED_LENGTH_ADVICE}"
         )
     name = f"{node.outputs[0].name}_{index}"
     out = leading.pop()
     if out:
-        less = repairs.constant(np.asarray([out], np.int64), name)
-        length = repairs.insert(node, SUB, [length, less], repairs.unused_node_name(f"{name}__length"))
-    which = repairs.constant(wrong, f"{name}_which")
-    repairs.replace_input(
-        node, index, repairs.insert(node, WHERE, [which, length, current], repairs.unused_node_name(f"{name}__shape"))
+        less = editor.constant(np.asarray([out], np.int64), name)
+        length = editor.insert(node, SUB, [length, less], editor.unused_node_name(f"{name}__length"))
+    which = editor.constant(wrong, f"{name}_which")
+    editor.replace_input(
+        node, index, editor.insert(node, WHERE, [which, length, current], editor.unused_node_name(f"{name}__shape"))
     )
 
 
-def check_reduced_shapes(found: ShapeFacts, wanted: Mapping[str, tuple[int, ...]], model: ir.Model) -> None:
-    """Raises CheckFailed where a shape of ``model`` under another binding is not as ``wanted``, by name."""
+def check_reduced_shapes(facts: ShapeFacts, expected: Mapping[str, tuple[int, ...]], model: ir.Model) -> None:
+    """Raises CheckFailed where a shape of ``model`` under other dynamic sizes is not the ``expected`` one, by name."""
     for node in model.graph:
         for value in node.outputs:
-            shape = wanted.get(str(value.name))
-            if shape is not None and found.shape.get(value) != shape:
+            shape = expected.get(str(value.name))
+            if shape is not None and facts.shape.get(value) != shape:
                 raise CheckFailed(
-                    f"{node.op_type} {node.name}: gives {found.shape.get(value)}, not {shape}, for inputs of another "
+                    f"{node.op_type} {node.name}: gives {facts.shape.get(value)}, not {shape}, for inputs of another "
                     f"length; {FIXED_LENGTH_ADVICE}"
                 )

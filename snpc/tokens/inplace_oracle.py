@@ -1,8 +1,8 @@
-"""The oracle: the same reduction in the graph at its full number of tokens.
+"""The oracle of token reduction: the same reduction in the graph at full length.
 
-Behind a point every token is replaced by what became of it (the average that it was merged into, say), and it counts in
-attention for the share that it is of that: s copies of a token that each count 1/s are as good as one. What was dropped
-counts nothing. The outputs must be those of the graph with fewer tokens.
+After a point every token is replaced by the token that it became part of (an average, for merged ones), with weight 1/s
+in attention where s tokens did: s copies that count 1/s each equal one token. Dropped tokens have weight 0. The outputs
+must equal those of the graph with fewer tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from snpc.types import AnyArray, FloatArray
 
 
 def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep]) -> ir.Model:
-    """A copy of ``model`` with two more inputs per step: ``*_become`` [B, N, N], what each token becomes as a sum of
-    all, and ``*_count`` [B, N, 1], what it counts."""
+    """A copy of ``model`` with two more inputs per step: ``*_become`` [B, N, N], each token as a weighted sum of all,
+    and ``*_count`` [B, N, 1], its weight in attention."""
     copy = model.clone()
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     batch = batch_dimension(model)
@@ -38,9 +38,9 @@ def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[Token
             for name, last in (("become", count), ("count", 1))
         )
         copy.graph.inputs.extend([become, weight])
-        made = writer.matmul(become, stream)
+        replaced = writer.matmul(become, stream)
         for node, index in uses:
-            node.replace_input_with(index, made)
+            node.replace_input_with(index, replaced)
         counts.append(weight)
     for k, step in enumerate(steps):
         apply_token_sizes(copy, facts, step, counts[k], later=steps[k + 1 :])
@@ -49,8 +49,7 @@ def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[Token
 
 
 def token_membership(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int) -> Iterator[FloatArray]:
-    """Behind each step [B, tokens now, tokens at first] of zeros and ones: which are in which. ``count``: tokens at
-    first."""
+    """After each step [B, tokens left, ``count`` tokens at first], 1 where a token became part of one that is left."""
     for _, holds, _ in replay_decisions(steps, decided, count):
         yield holds
 
@@ -58,8 +57,8 @@ def token_membership(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray]
 def replay_decisions(
     steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int
 ) -> Iterator[tuple[FloatArray, FloatArray, FloatArray]]:
-    """Behind each step: what each token becomes, [B, tokens at first, tokens at first]; members; sizes [B, tokens
-    now]."""
+    """After each step: each token as a weighted sum of the first ones, [B, count, count]; membership, [B, tokens left,
+    count]; sizes, [B, tokens left]."""
     batch = len(next(iter(decided.values())))
     holds: FloatArray = np.tile(np.eye(count), (batch, 1, 1))
     sizes: FloatArray = np.ones((batch, count))
@@ -73,7 +72,7 @@ def replay_decisions(
 
 
 def oracle_feeds(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int) -> dict[str, AnyArray]:
-    """The inputs that ``full_length_oracle`` adds, from the decisions of one batch of ``count`` tokens."""
+    """The inputs that ``full_length_oracle`` adds, for the decisions of one batch of ``count`` tokens."""
     feeds: dict[str, AnyArray] = {}
     for step, (become, holds, sizes) in zip(steps, replay_decisions(steps, decided, count), strict=True):
         feeds[f"{step.prefix}_become"] = become.astype(np.float32)

@@ -122,9 +122,9 @@ class TokenMethod(Protocol):
 def best_tokens(writer: TokenGraphBuilder, setting: StepSettings, scores: ir.Value, keep: int | None) -> ir.Value:
     """Positions [B, keep] of the best tokens behind the leading ones; None: of the share that the setting names."""
     rest = writer.slice(scores, 1, setting.leading)
-    many = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.sizes(rest, 1), setting)
-    found = writer.ops(TOPK, rest, many, outputs=2, axis=1, largest=1, sorted=1)[1]
-    return writer.op(ADD, found, writer.ints(setting.leading))
+    count = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.sizes(rest, 1), setting)
+    positions = writer.ops(TOPK, rest, count, outputs=2, axis=1, largest=1, sorted=1)[1]
+    return writer.op(ADD, positions, writer.ints(setting.leading))
 
 
 def ceil_share(others: int, share: float) -> int:
@@ -289,8 +289,8 @@ class Fuse:
         batch = writer.concat(0, writer.sizes(keep, 0), writer.ints(setting.leading))
         stays = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), batch), keep)
         zeros = writer.expand(writer.constant(np.zeros(1, np.float32)), writer.sizes(stays, 0, 1))
-        left = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
-        return [keep, writer.cast(writer.op(DIV, left, writer.reduce_sum(left, 1, keep=True)))]
+        remaining = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
+        return [keep, writer.cast(writer.op(DIV, remaining, writer.reduce_sum(remaining, 1, keep=True)))]
 
     def reduce(
         self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
@@ -363,9 +363,9 @@ class Merge:
         self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         order, into = decided
-        left = (setting.others + 1) // 2 - setting.removed
+        staying = (setting.others + 1) // 2 - setting.removed
         where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(setting.leading))
-        source, *stay = writer.split(where, 1, setting.removed, left)
+        source, *stay = writer.split(where, 1, setting.removed, staying)
         fixed = [*range(setting.leading), *range(setting.leading + 1, setting.count, 2)]
         number = np.concatenate([np.full(setting.leading, -1), np.arange(setting.others // 2)])
         places = writer.constant(number.astype(np.int64)[None, :, None])

@@ -1,9 +1,8 @@
-"""The rewrite: at some points of the residual stream the tokens get fewer.
+"""Token reduction as a graph rewrite, with the decisions as graph inputs.
 
-``externalize_decisions`` makes a graph that is *told* which tokens go: the decisions are inputs. Everything else of
-snpc (label
-tracing, statistics, fits, slices) works on that graph, in which a decision never flips because a weight changed in its
-last digit. ``close_tokens`` then adds the nodes that decide.
+``externalize_decisions`` makes a graph whose inputs say which tokens are removed. Label propagation, statistics, fits
+and slices work on that graph: in it no decision flips because a weight changed in its last digit. ``embed_decisions``
+(``tokens.close``) adds the nodes that decide, last.
 """
 
 from __future__ import annotations
@@ -36,38 +35,43 @@ from snpc.tokens.writer import TokenGraphBuilder
 
 
 def externalize_decisions(
-    model: ir.Model, facts: ShapeFacts, sizes: Mapping[str, int], steps: Sequence[TokenStep]
+    model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping[str, int], steps: Sequence[TokenStep]
 ) -> ir.Model:
-    """A copy of ``model`` with ``steps`` carried out; their decisions are inputs, [batch, ...] each."""
+    """A copy of ``model`` in which ``steps`` reduce the tokens. Decisions are new graph inputs, [batch, ...] each.
+
+    Raises CheckFailed where the shapes do not come out right.
+    """
     copy = model.clone()
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     batch = batch_dimension(model)
     current: ir.Value | None = None
     weights: list[tuple[TokenStep, ir.Value]] = []
-    uncounted: dict[str, ir.Value] = {}
+    dynamic_streams: dict[str, ir.Value] = {}
     for step in steps:
         writer = TokenGraphBuilder(copy.graph, step.prefix, stream_dtype(facts, step.point))
         stream = values[step.point.value]
         uses = list(stream.uses())
         decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
-        made = step.method.reduce(writer, step.settings, TokenStream(stream, current), decided)
+        reduced = step.method.reduce(writer, step.settings, TokenStream(stream, current), decided)
         for node, index in uses:
-            node.replace_input_with(index, made.values)
-        current = made.sizes
+            node.replace_input_with(index, reduced.values)
+        current = reduced.sizes
         if step.settings.share is not None:
-            uncounted[step.prefix] = made.values
+            dynamic_streams[step.prefix] = reduced.values
         if current is not None:
             weights.append((step, current))
     reduce_side_inputs(copy, facts, steps)
     for step, value in weights:
         apply_token_sizes(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
     copy.graph.sort()
-    recompute_token_counts(copy, model, facts, {**sizes, **kept_dim_sizes(steps)}, steps, uncounted)
-    if uncounted:
-        other = alternative_dim_sizes(sizes)
-        there = infer_graph(model, other)
-        moved = resize_steps(steps, there, nudge=True)
-        check_reduced_shapes(infer_graph(copy, {**other, **kept_dim_sizes(moved)}), expected_shapes(there, moved), copy)
+    recompute_token_counts(copy, model, facts, {**dim_sizes, **kept_dim_sizes(steps)}, steps, dynamic_streams)
+    if dynamic_streams:
+        other = alternative_dim_sizes(dim_sizes)
+        other_facts = infer_graph(model, other)
+        moved = resize_steps(steps, other_facts, nudge=True)
+        check_reduced_shapes(
+            infer_graph(copy, {**other, **kept_dim_sizes(moved)}), expected_shapes(other_facts, moved), copy
+        )
     return copy
 
 
@@ -88,8 +92,8 @@ def stream_dtype(facts: ShapeFacts, point: TokenPoint) -> ir.DataType:
 def decision_input(
     copy: ir.Model, step: TokenStep, index: int, batch: int | ir.SymbolicDim, dtype: ir.DataType
 ) -> ir.Value:
-    decision = step.decisions[index]
-    kind = ir.DataType.INT64 if decision.integer else dtype
+    tensor = step.decisions[index]
+    kind = ir.DataType.INT64 if tensor.integer else dtype
     shape = decision_shape(step, index, batch)
     value = ir.Value(name=step.names[index], shape=shape, type=ir.TensorType(kind))
     copy.graph.inputs.append(value)
@@ -101,19 +105,19 @@ def decision_shape(step: TokenStep, index: int, batch: int | ir.SymbolicDim) -> 
     return ir.Shape([batch, *named])
 
 
-# -- what has an entry for each token ---------------------------------------------------------------------------------
+# -- side inputs ------------------------------------------------------------------------------------------------------
 
 
 def reduce_side_inputs(copy: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep]) -> None:
-    """Masks and tables behind the points lose the entries of the tokens that go."""
+    """Remove the entries of removed tokens from the side inputs (masks, position tables) after each point."""
     nodes = {node.name: node for node in copy.graph}
-    given = {str(v.name): v for v in copy.graph.inputs}
+    inputs = {str(v.name): v for v in copy.graph.inputs}
     thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
     for step in steps:
         writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
         for side in step.point.flow.side_inputs:
             if side.uniform and step is not steps[0] and side.node in steps[0].point.flow.nodes:
-                continue  # one entry is left of it already
+                continue  # the first step left one entry of it
             node = nodes[side.node.name]
             value = node.inputs[side.index]
             assert value is not None
@@ -127,31 +131,31 @@ def reduce_side_inputs(copy: ir.Model, facts: ShapeFacts, steps: Sequence[TokenS
                     thinned[key] = value
                     rank = len(facts.shape[side.node.inputs[side.index]] or ())  # type: ignore[index]
                     for axis in side.axes:
-                        thinned[key] = gather_along(writer, step, thinned[key], rank, axis, given[step.names[0]])
+                        thinned[key] = gather_along(writer, step, thinned[key], rank, axis, inputs[step.names[0]])
             node.replace_input_with(side.index, thinned[key])
 
 
 def gather_along(
     writer: TokenGraphBuilder, step: TokenStep, value: ir.Value, rank: int, axis: int, keep: ir.Value
 ) -> ir.Value:
-    """[B or 1, ..] of ``rank`` axes with the entries along ``axis`` of the tokens that a selecting method keeps."""
+    """``value`` [B or 1, ..] of ``rank`` axes with the entries along ``axis`` of the kept tokens only."""
     order = [0, axis, *(k for k in range(1, rank) if k != axis)]
-    laid = writer.op(TRANSPOSE, value, perm=order)
+    token_first = writer.op(TRANSPOSE, value, perm=order)
     shape = writer.concat(0, writer.sizes(keep, 0), writer.ints(*[1] * (rank - 1)))
-    laid = writer.expand(laid, shape)
-    front = [writer.slice(laid, 1, 0, step.settings.leading)] if step.settings.leading else []
-    found = writer.concat(1, *front, writer.gather_rows(laid, keep))
-    return writer.op(TRANSPOSE, found, perm=[order.index(k) for k in range(rank)])
+    token_first = writer.expand(token_first, shape)
+    front = [writer.slice(token_first, 1, 0, step.settings.leading)] if step.settings.leading else []
+    gathered = writer.concat(1, *front, writer.gather_rows(token_first, keep))
+    return writer.op(TRANSPOSE, gathered, perm=[order.index(k) for k in range(rank)])
 
 
-# -- what tokens weigh -----------------------------------------------------------------------------------------------
+# -- token sizes ------------------------------------------------------------------------------------------------------
 
 
 def apply_token_sizes(
     copy: ir.Model, facts: ShapeFacts, step: TokenStep, sizes: ir.Value, later: Sequence[TokenStep]
 ) -> None:
-    """Behind a point each token counts as often as ``sizes`` [B, N, 1] says: log(size) is added to the scores of every
-    softmax, and means and sums are weighted. What lies behind a later point is left to that."""
+    """Weight each token by ``sizes`` [B, N, 1] after the point of ``step``: log(size) is added to the scores of every
+    softmax, and means and sums are weighted. Nodes after a later point are left to its step."""
     writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
     behind = {node.name for s in later for node in s.point.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
@@ -194,7 +198,8 @@ def broadcast_along(
     weighing: TokenReduce,
     shape: tuple[int, ...],
 ) -> ir.Value:
-    """[B, N, 1] laid along the axis of what it is for, batch first (repeated per head where these share its axis)."""
+    """``value`` [B, N, 1] reshaped to broadcast along the token axis of a node's input of ``shape``; repeated per head
+    where batch and heads share an axis."""
     batch = (facts.shape[step.point.stream] or (0,))[0]
     if weighing.offset:
         value = writer.slice(value, 1, weighing.offset)
@@ -204,7 +209,9 @@ def broadcast_along(
         return writer.reshape(value, *target)
     heads = shape[0] // batch
     if weighing.axis == 0 or heads * batch != shape[0]:
-        raise UserError(f"{weighing.node.name}: merged tokens cannot be weighed where its batch axis is lost; use topk")
+        raise UserError(
+            f"{weighing.node.name}: merged tokens cannot be weighted after the batch axis is lost; use topk"
+        )
     length = writer.sizes(value, 1)
     repeated = writer.expand(
         writer.swap_last_axes(value), writer.concat(0, writer.ints(1, heads), length)
@@ -220,31 +227,30 @@ def insert_binary(writer: TokenGraphBuilder, node: ir.Node, index: int, op: str,
     node.replace_input_with(index, writer.op(op, value, other))
 
 
-def bias_fused_attention(writer: TokenGraphBuilder, node: ir.Node, logs: ir.Value, tells: bool) -> None:
-    """``logs`` into the mask of a fused node, [B, 1, queries, keys]; ``has_boolean_mask``: the one it has is true
-    where keys
+def bias_fused_attention(writer: TokenGraphBuilder, node: ir.Node, logs: ir.Value, is_boolean: bool) -> None:
+    """Add ``logs`` to the mask of a fused node, [B, 1, queries, keys]. ``is_boolean``: its mask is true where keys
     count."""
-    shape = ATTENTION_FORMS[node.domain, node.op_type]
-    index = shape.scores
-    query = node.inputs[shape.query]
+    form = ATTENTION_FORMS[node.domain, node.op_type]
+    index = form.scores
+    query = node.inputs[form.query]
     assert query is not None and index is not None
     row = writer.unsqueeze(writer.swap_last_axes(logs), 1)
-    rank = 3 if shape.packed or not has_head_axis(node) else 4
+    rank = 3 if form.packed or not has_head_axis(node) else 4
     queries = writer.sizes(query, rank - 2)
     many = writer.concat(0, writer.ints(1, 1), queries, writer.ints(1))
     while len(node.inputs) <= index:
         node.resize_inputs(len(node.inputs) + 1)
-    mask, made = node.inputs[index], writer.expand(row, many)
-    node.replace_input_with(index, apply_mask(writer, made, mask, tells) if mask is not None else made)
+    mask, expanded = node.inputs[index], writer.expand(row, many)
+    node.replace_input_with(index, apply_mask(writer, expanded, mask, is_boolean) if mask is not None else expanded)
 
 
-def apply_mask(writer: TokenGraphBuilder, scores: ir.Value, mask: ir.Value, tells: bool) -> ir.Value:
-    """``scores`` with ``mask`` added, or (``has_boolean_mask``) hidden where it is false."""
-    return writer.op(WHERE, mask, scores, writer.scalar(-np.inf)) if tells else writer.op(ADD, scores, mask)
+def apply_mask(writer: TokenGraphBuilder, scores: ir.Value, mask: ir.Value, is_boolean: bool) -> ir.Value:
+    """``scores`` with ``mask`` added; of a boolean mask, -inf where it is false."""
+    return writer.op(WHERE, mask, scores, writer.scalar(-np.inf)) if is_boolean else writer.op(ADD, scores, mask)
 
 
 def has_boolean_mask(facts: ShapeFacts, node: ir.Node) -> bool:
-    """Does a fused node have a mask that is true where keys count?"""
+    """Does a fused node have a boolean mask, true where keys count?"""
     index = ATTENTION_FORMS[node.domain, node.op_type].scores
     mask = node.inputs[index] if index is not None and index < len(node.inputs) else None
     return mask is not None and facts.dtype.get(mask) == ir.DataType.BOOL
@@ -254,50 +260,54 @@ def has_head_axis(node: ir.Node) -> bool:
     return "num_heads" not in node.attributes and "q_num_heads" not in node.attributes
 
 
-# -- sizes in parameters ---------------------------------------------------------------------------------------------
+# -- shape parameters -------------------------------------------------------------------------------------------------
 
 
 def recompute_token_counts(
     copy: ir.Model,
     model: ir.Model,
     facts: ShapeFacts,
-    sizes: Mapping[str, int],
+    dim_sizes: Mapping[str, int],
     steps: Sequence[TokenStep],
-    uncounted: Mapping[str, ir.Value],
+    dynamic_streams: Mapping[str, ir.Value],
 ) -> None:
-    """Recompute what spells the number of tokens. ``uncounted``: by step the stream behind it, where its number of
-    tokens is not fixed. Raises CheckFailed where the shapes do not come out right."""
-    wanted = expected_shapes(facts, steps)
+    """Recompute the shape parameters that hold a number of tokens (targets of reshapes, say).
+
+    ``dynamic_streams``: by step its stream, where the number of tokens is computed in the graph. Raises CheckFailed
+    where the shapes do not come out right.
+    """
+    expected = expected_shapes(facts, steps)
     old = {node.name: node for node in model.graph}
-    after = initial_facts(copy, sizes)
-    repairs = ShapeParameterEditor(copy, model, facts, after, sizes)
+    after = initial_facts(copy, dim_sizes)
+    repairs = ShapeParameterEditor(copy, model, facts, after, dim_sizes)
     lengths: dict[str, ir.Value] = {}
     for node in list(copy.graph):
-        infer_node(after, node, copy, sizes)
+        infer_node(after, node, copy, dim_sizes)
         twin = old.get(node.name)
         for k, value in enumerate(twin.outputs if twin is not None else ()):
-            shape = wanted.get(str(value.name))
+            shape = expected.get(str(value.name))
             if twin is None or shape is None or after.shape.get(node.outputs[k]) == shape:
                 continue
             spec = lookup(node.domain, node.op_type)
             if spec.recompute is None:
                 raise CheckFailed(f"{node.op_type} {node.name}: gives {after.shape.get(node.outputs[k])}, not {shape}")
             call = facts.call(twin, opset_version(model, twin.domain))
-            data = token_cut(call.shape(0), wanted.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
+            data = token_cut(call.shape(0), expected.get(str(twin.inputs[0].name), call.shape(0)))  # type: ignore[union-attr]
             outs = [
-                token_cut(call.out_shapes[i], wanted.get(str(v.name), call.out_shapes[i]))
+                token_cut(call.out_shapes[i], expected.get(str(v.name), call.out_shapes[i]))
                 for i, v in enumerate(twin.outputs)
             ]
             fix = spec.recompute(call, data, outs)
             step = next(s for s in reversed(steps) if value in s.point.flow.axes)
             for index, array in fix.inputs.items():
-                if step.prefix in uncounted:
+                if step.prefix in dynamic_streams:
                     if step.prefix not in lengths:
-                        lengths[step.prefix] = insert_token_count(repairs, node, uncounted[step.prefix], step.prefix)
+                        stream = dynamic_streams[step.prefix]
+                        lengths[step.prefix] = insert_token_count(repairs, node, stream, step.prefix)
                     replace_token_counts(repairs, node, index, array, step.point.flow.axes[value], lengths[step.prefix])
                 else:
                     repairs.set_input(twin, node, index, array)
-            infer_node(after, node, copy, sizes)
+            infer_node(after, node, copy, dim_sizes)
             if after.shape.get(node.outputs[k]) != shape:
                 raise CheckFailed(f"{node.op_type} {node.name}: its sizes cannot be recomputed for fewer tokens")
 
@@ -307,8 +317,8 @@ def token_cut(old: tuple[int, ...], new: tuple[int, ...]) -> TensorCut:
 
 
 def expected_shapes(facts: ShapeFacts, steps: Sequence[TokenStep]) -> dict[str, tuple[int, ...]]:
-    """New shapes of everything behind the points, by name."""
-    found: dict[str, tuple[int, ...]] = {}
+    """The new shapes of all values after the points, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for step in steps:  # later ones overwrite what lies behind them too
         for value, marks in step.point.flow.axes.items():
             if value in step.point.flow.origins:
@@ -316,5 +326,5 @@ def expected_shapes(facts: ShapeFacts, steps: Sequence[TokenStep]) -> dict[str, 
             shape = list(facts.shape[value] or ())
             for axis, leading in marks.axes.items():
                 shape[axis] = step.remaining - leading
-            found[str(value.name)] = tuple(shape)
-    return found
+            shapes[str(value.name)] = tuple(shape)
+    return shapes

@@ -1,4 +1,4 @@
-"""From ``merge:13@1-11`` to an analysis of the graph with fewer tokens."""
+"""Token reduction by a specification such as ``merge:13@1-11``: parsed, checked, and applied to the analyzed graph."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ TOKENS_SYNTAX = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8
 
 @dataclass(frozen=True)
 class TokenReductionPlan:
-    """What ``Analysis.reduction`` holds: the steps, and how to make an open graph decide them itself. ``quoted``: the
-    steps with as many tokens as there are where MACs are quoted (empty: the same)."""
+    """The steps of a reduction (``Analysis.reduction``), and how to embed their decisions into a graph.
+
+    ``quoted_steps``: the steps at the length at which MACs are quoted; empty: the same.
+    """
 
     steps: tuple[TokenStep, ...]
     dtypes: Mapping[str, ir.DataType] = field(repr=False)
@@ -44,8 +46,8 @@ class TokenReductionPlan:
         parts: dict[str, list[int]] = {}
         for step in self.steps:
             setting = step.settings
-            much = setting.removed if setting.share is None else setting.share
-            parts.setdefault(f"{step.method.name}:{much}", []).append(step.point.block)
+            amount = setting.removed if setting.share is None else setting.share
+            parts.setdefault(f"{step.method.name}:{amount}", []).append(step.point.block)
         return "+".join(f"{what}@{','.join(map(str, blocks))}" for what, blocks in parts.items())
 
     @property
@@ -102,20 +104,25 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     if not steps:
         return analysis
     graph = analysis.model.graph
-    binding, facts = choose_dim_sizes(graph)
+    dim_sizes, facts = choose_dim_sizes(graph)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
-    there = resize_steps(steps, infer_graph(graph, dict(analysis.dim_sizes)))
-    reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(there))
-    opened = externalize_decisions(graph, facts, binding, steps)
+    quoted_steps = resize_steps(steps, infer_graph(graph, dict(analysis.dim_sizes)))
+    reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(quoted_steps))
+    opened = externalize_decisions(graph, facts, dim_sizes, steps)
     closed = opened.clone()
     reduction.embed_decisions(closed)
-    binding = {**binding, **kept_dim_sizes(steps)}
-    quoted = {**analysis.dim_sizes, **kept_dim_sizes(there)}
-    extra = cost_of(closed, infer_graph(closed, quoted)).macs - cost_of(opened, infer_graph(opened, quoted)).macs
+    dim_sizes = {**dim_sizes, **kept_dim_sizes(steps)}
+    quoted_sizes = {**analysis.dim_sizes, **kept_dim_sizes(quoted_steps)}
+    extra = (
+        cost_of(closed, infer_graph(closed, quoted_sizes)).macs
+        - cost_of(opened, infer_graph(opened, quoted_sizes)).macs
+    )
     return analyze_graph(
         analysis.model,
         GraphAtSizes(
-            opened, SizedFacts(binding, infer_graph(opened, binding)), SizedFacts(quoted, infer_graph(opened, quoted))
+            opened,
+            SizedFacts(dim_sizes, infer_graph(opened, dim_sizes)),
+            SizedFacts(quoted_sizes, infer_graph(opened, quoted_sizes)),
         ),
         analysis.cost,
         tokens=analysis.tokens,
@@ -130,19 +137,19 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
 
 def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
     """Block -> method and how many tokens, as ``text`` says. Raises UserError where it cannot be read or done."""
-    wanted: dict[int, tuple[TokenMethod, TokenAmount]] = {}
+    request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
     for part in text.split("+"):
-        found = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
+        if match is None:
             raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
-        made, much = token_method(found[1]), parse_amount(text, found[2])
-        for block in parse_blocks(analysis, text, found[3]):
-            check_method(analysis, block, made)
-            check_amount(analysis, block, made, much)
-            if block in wanted:
+        method, token_amount = token_method(match[1]), parse_amount(text, match[2])
+        for block in parse_blocks(analysis, text, match[3]):
+            check_method(analysis, block, method)
+            check_amount(analysis, block, method, token_amount)
+            if block in request:
                 raise UserError(f"--tokens {text!r}: block {block} is named twice; keep one")
-            wanted[block] = (made, much)
-    return wanted
+            request[block] = (method, token_amount)
+    return request
 
 
 @dataclass(frozen=True)
@@ -176,13 +183,13 @@ def parse_blocks(analysis: Analysis, text: str, listed: str | None) -> list[int]
         raise UserError(f"{analysis.model.path.name}: its tokens cannot be reduced{reduction_obstacle(analysis)}")
     if listed is None:
         return [p.block for p in facts.points]
-    found: list[int] = []
+    listed_blocks: list[int] = []
     for item in listed.replace(" ", "").split(","):
         first, _, last = item.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        listed_blocks += range(int(first), int(last or first) + 1)
+    return listed_blocks
 
 
 def reduction_obstacle(analysis: Analysis) -> str:
@@ -190,65 +197,67 @@ def reduction_obstacle(analysis: Analysis) -> str:
     return f": {pin.reason} ({pin.operator})" if pin is not None else ": it has no attention over tokens"
 
 
-def check_amount(analysis: Analysis, block: int, made: TokenMethod, much: TokenAmount) -> None:
+def check_amount(analysis: Analysis, block: int, method: TokenMethod, amount: TokenAmount) -> None:
     point = analysis.tokens.at(block)
     assert point is not None
-    if made.input_adaptive and much.share is None:
-        raise UserError(f"--tokens: {made.name} takes a share of the scores that the kept tokens have: {made.name}:0.9")
-    if point.fixed_length or (made.computes_count and much.share is not None):
+    if method.input_adaptive and amount.share is None:
+        raise UserError(
+            f"--tokens: {method.name} takes a share of the scores that the kept tokens have: {method.name}:0.9"
+        )
+    if point.fixed_length or (method.computes_count and amount.share is not None):
         return
     raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
 
 
-def check_method(analysis: Analysis, block: int, made: TokenMethod) -> None:
+def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:
     facts = analysis.tokens
     point = facts.at(block)
     possible = ", ".join(str(p.block) for p in facts.points)
     if point is None:
         raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
-    if made.needs_scores and point.scores is None:
-        raise UserError(f"--tokens: {made.name} needs attention weights that block {block} does not show; use merge")
-    if point.side_input and not made.only_selects:
+    if method.needs_scores and point.scores is None:
+        raise UserError(f"--tokens: {method.name} needs attention weights that block {block} does not show; use merge")
+    if point.side_input and not method.only_selects:
         raise UserError(f"--tokens: behind block {block} tokens meet {point.side_input}, an entry for each; use topk")
 
 
 def settings_for(
-    points: Sequence[TokenPoint], wanted: TokenRequest, shares: Mapping[int, float] = NO_SHARES, count: int = 0
+    points: Sequence[TokenPoint], request: TokenRequest, shares: Mapping[int, float] = NO_SHARES, count: int = 0
 ) -> list[StepSettings]:
     """One for every point, those included at which no token goes. ``shares``: how many stay on average where contents
     decide; ``count``: tokens in front of the first point, where inputs have any number of them (0: the points')."""
-    count, found = count or points[0].count, []
+    count, settings = count or points[0].count, []
     for point in points:
-        others, gone = count - point.leading, 0
-        if point.block in wanted:
-            made, much = wanted[point.block]
+        others, removed = count - point.leading, 0
+        if point.block in request:
+            method, amount = request[point.block]
             going, share = (
-                much.removed_of(others),
-                much.share if made.input_adaptive or not point.fixed_length else None,
+                amount.removed_of(others),
+                amount.share if method.input_adaptive or not point.fixed_length else None,
             )
             if share == 1:
                 going, share = 0, None
             if share is not None:
-                going = others - kept_count(made, others, shares[point.block] if made.input_adaptive else share)
-            gone = max(0, min(going, made.max_removed(others)))
-            found.append(StepSettings(count, point.leading, gone, share))
+                going = others - kept_count(method, others, shares[point.block] if method.input_adaptive else share)
+            removed = max(0, min(going, method.max_removed(others)))
+            settings.append(StepSettings(count, point.leading, removed, share))
         else:
-            found.append(StepSettings(count, point.leading, 0))
-        count -= gone
-    return found
+            settings.append(StepSettings(count, point.leading, 0))
+        count -= removed
+    return settings
 
 
-def check_offline_scores(point: TokenPoint, wanted: TokenRequest, offline: OfflineScores) -> None:
+def check_offline_scores(point: TokenPoint, request: TokenRequest, offline: OfflineScores) -> None:
     """Raises UserError where a method lacks what has to be measured before."""
-    made, much = wanted.get(point.block, (None, TokenAmount(0)))
-    if made is None or not made.needs_offline or (made.input_adaptive and much.share == 1):
+    method, amount = request.get(point.block, (None, TokenAmount(0)))
+    if method is None or not method.needs_offline or (method.input_adaptive and amount.share == 1):
         return
-    if len(offline.get(point.block, ())) != (1 if made.input_adaptive else point.count):
-        what = "how many tokens inputs keep" if made.input_adaptive else "the relevance of every position"
-        raise UserError(f"--tokens: {made.name} needs {what}: give --calib")
+    if len(offline.get(point.block, ())) != (1 if method.input_adaptive else point.count):
+        what = "how many tokens inputs keep" if method.input_adaptive else "the relevance of every position"
+        raise UserError(f"--tokens: {method.name} needs {what}: give --calib")
 
 
-def steps_for(analysis: Analysis, wanted: TokenRequest, offline: OfflineScores) -> list[TokenStep]:
+def steps_for(analysis: Analysis, request: TokenRequest, offline: OfflineScores) -> list[TokenStep]:
     """Steps at these blocks; those at which no token goes are left out.
 
     Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
@@ -256,17 +265,17 @@ def steps_for(analysis: Analysis, wanted: TokenRequest, offline: OfflineScores) 
     steps: list[TokenStep] = []
     points = analysis.tokens.points
     for point in points:
-        check_offline_scores(point, wanted, offline)
+        check_offline_scores(point, request, offline)
     shares = {
-        block: offline[block][0] for block, (made, _) in wanted.items() if made.input_adaptive and block in offline
+        block: offline[block][0] for block, (method, _) in request.items() if method.input_adaptive and block in offline
     }
-    for point, setting in zip(points, settings_for(points, wanted, shares), strict=True):
+    for point, setting in zip(points, settings_for(points, request, shares), strict=True):
         if not setting.removed and setting.share is None:
             continue
-        made, _ = wanted[point.block]
-        if made.needs_offline and not made.input_adaptive and any(not s.method.only_selects for s in steps):
-            raise UserError(f"--tokens: {made.name} scores positions, which merged tokens have not; put it first")
-        if not made.input_adaptive and any(s.method.input_adaptive for s in steps):
-            raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {made.name} before it")
-        steps.append(TokenStep(point, made, setting, tuple(offline[point.block]) if made.needs_offline else ()))
+        method, _ = request[point.block]
+        if method.needs_offline and not method.input_adaptive and any(not s.method.only_selects for s in steps):
+            raise UserError(f"--tokens: {method.name} scores positions, which merged tokens have not; put it first")
+        if not method.input_adaptive and any(s.method.input_adaptive for s in steps):
+            raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {method.name} before it")
+        steps.append(TokenStep(point, method, setting, tuple(offline[point.block]) if method.needs_offline else ()))
     return steps

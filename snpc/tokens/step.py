@@ -10,8 +10,8 @@ from snpc.tokens.methods import DecisionTensor, StepSettings, TokenMethod
 
 @dataclass(frozen=True)
 class TokenStep:
-    """``gone`` tokens fewer behind a block, by a method. ``offline``: what the method needs that was measured before: a
-    score for each position of the full stream, or (``Method.adapts``) which share of the tokens stays on average."""
+    """A reduction after one block, by a method. ``offline``: what the method needs from calibration data: a score for
+    each position of the full stream, or, for ``input_adaptive`` methods, the average share of tokens that stay."""
 
     point: TokenPoint
     method: TokenMethod

@@ -47,7 +47,7 @@ def consumers_past_movement(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 
 def is_trainable_use(node: ir.Node, index: int, long_axes: int, tensor: ir.TensorProtocol) -> bool:
     spec = lookup(node.domain, node.op_type)
-    if spec.kind in ("normalise", "attention"):
+    if spec.kind in ("normalize", "attention"):
         return True
     others = [v for k, v in enumerate(node.inputs) if k != index and v is not None]
     if spec.kind not in ("contraction", "pointwise") or not any(is_activation(v) for v in others):
@@ -76,7 +76,7 @@ def is_activation(value: ir.Value) -> bool:
                 return True
             continue
         kind = lookup(node.domain, node.op_type).kind
-        if kind in ("contraction", "normalise", "attention"):
+        if kind in ("contraction", "normalize", "attention"):
             return True
         if kind != "shape":
             pending += [v for v in node.inputs if v is not None]

@@ -78,14 +78,14 @@ def test_two_options_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_a_section_and_says_what_it_does(name: str) -> None:
-    found = main.commands[name]
-    assert isinstance(found, SectionedCommand)
-    for parameter in found.params:
+    listed = main.commands[name]
+    assert isinstance(listed, SectionedCommand)
+    for parameter in listed.params:
         if isinstance(parameter, SectionOption):
             assert parameter.help and parameter.help[0] != " ", parameter.name
             assert parameter.section != "Options", f"{name} {parameter.opts}: name a section"
     text = CliRunner().invoke(main, [name, "--help"]).output
-    assert all(option.opts[0] in text for option in found.params if isinstance(option, click.Option))
+    assert all(option.opts[0] in text for option in listed.params if isinstance(option, click.Option))
 
 
 def test_prune_plan_and_sweep_share_the_planning_options() -> None:

@@ -22,9 +22,9 @@ from tests.models.exports import EXPORTS, export, load_feeds
 @functools.cache
 def dry(*arguments: object, model: Path = VIT) -> Report:
     """The groups that a prune would keep, by id."""
-    found = reported("prune", model, "--dry-run", *arguments)
-    assert found["dry_run"] is True
-    return {g["id"]: g for g in found["groups"]}
+    report = reported("prune", model, "--dry-run", *arguments)
+    assert report["dry_run"] is True
+    return {g["id"]: g for g in report["groups"]}
 
 
 def kept(groups: Report, role: str) -> list[int]:
@@ -32,8 +32,8 @@ def kept(groups: Report, role: str) -> list[int]:
 
 
 def share_removed(groups: Report, role: str) -> float:
-    mine = [g for g in groups.values() if g["role"] == role]
-    return 1 - sum(g["blocks"] * g["kept"] for g in mine) / sum(g["blocks"] * g["size"] for g in mine)
+    of_role = [g for g in groups.values() if g["role"] == role]
+    return 1 - sum(g["blocks"] * g["kept"] for g in of_role) / sum(g["blocks"] * g["size"] for g in of_role)
 
 
 def run(model: Path | bytes, feeds: dict[str, Array]) -> list[Array]:
@@ -134,10 +134,10 @@ class TestReport:
 
     def test_verify(self, third: tuple[Path, Report]) -> None:
         _, report = third
-        found = report["verify"]
-        assert 0 <= found["max_abs_diff"] < 1e-4
-        assert re.search(r"sliced against masked on 16 samples of .*calib\.npz", found["compared"])
-        (drift,) = found["drift"]
+        verification = report["verify"]
+        assert 0 <= verification["max_abs_diff"] < 1e-4
+        assert re.search(r"sliced against masked on 16 samples of .*calib\.npz", verification["compared"])
+        (drift,) = verification["drift"]
         assert drift["output"] == "logits"
         assert 0 < drift["relative"] < 1
         assert 0.5 < drift["agreement"] <= 1
@@ -528,8 +528,8 @@ class TestPlanAndApply:
     def test_the_same_weights_as_prune(self, method: tuple[str, ...], small: tuple[Path, Path], tmp_path: Path) -> None:
         model, file = small
         data, flags = ("--calib", file), ("--ratio", 0.5, "--roles", "qk,ffn", "--round-to", 4, *method)
-        told = invoke("plan", model, *flags, *data, "-o", tmp_path / "p.json")
-        assert str(tmp_path / "p.json") in told.stdout
+        planned = invoke("plan", model, *flags, *data, "-o", tmp_path / "p.json")
+        assert str(tmp_path / "p.json") in planned.stdout
         needed = data if "auto" in method else ()
         applied = reported("apply", model, tmp_path / "p.json", *needed, "-o", tmp_path / "a.onnx")
         target = ("-o", tmp_path / "b.onnx", "--plan", tmp_path / "q.json")
@@ -576,15 +576,15 @@ class TestPlanAndApply:
 
 class TestInspect:
     def test_json(self) -> None:
-        found = reported("inspect", VIT)
-        assert (found["snpc_inspect"], found["model"], found["macs_at"]) == (1, str(VIT), {"batch": 1})
-        prunable = [g for g in found["groups"] if g["prunable"] and g["role"] != "residual"]
+        report = reported("inspect", VIT)
+        assert (report["snpc_inspect"], report["model"], report["macs_at"]) == (1, str(VIT), {"batch": 1})
+        prunable = [g for g in report["groups"] if g["prunable"] and g["role"] != "residual"]
         assert [(g["role"], g["blocks"], g["size"]) for g in prunable[:3]] == [
             ("qk", 4, 24), ("vo", 4, 24), ("ffn", 1, 384)
         ]  # fmt: skip
-        assert {p["reason"] for p in found["pins"]} == {"it is a graph output"}
-        assert all(g["pins"] for g in found["groups"] if not g["prunable"])
-        assert 0 < sum(g["macs"] for g in prunable if g["role"] == "ffn") < found["macs"]
+        assert {p["reason"] for p in report["pins"]} == {"it is a graph output"}
+        assert all(g["pins"] for g in report["groups"] if not g["prunable"])
+        assert 0 < sum(g["macs"] for g in prunable if g["role"] == "ffn") < report["macs"]
 
     def test_text_and_pins(self, tmp_path: Path) -> None:
         text = invoke("inspect", VIT).stdout
@@ -599,8 +599,8 @@ class TestInspect:
 
     def test_curves(self, small: tuple[Path, Path]) -> None:
         model, data = small
-        found = {g["id"]: g for g in reported("inspect", model, "--curves", "--calib", data)["groups"]}
-        measured = [g for g in found.values() if "curve" in g]
+        groups = {g["id"]: g for g in reported("inspect", model, "--curves", "--calib", data)["groups"]}
+        measured = [g for g in groups.values() if "curve" in g]
         assert {g["role"] for g in measured} == {"qk", "vo", "ffn"}
         for group in measured:
             curve = group["curve"]
@@ -615,11 +615,11 @@ class TestInspect:
 class TestBench:
     def test_two_files(self, third: tuple[Path, Report], tmp_path: Path) -> None:
         flags = ("--iterations", 3, "--warmup", 1, "--batch", 4, "--threads", 1)
-        found = reported("bench", VIT, third[0], *flags)
-        assert len(found["timings"]) == 2
-        assert len(found["speedups"]) == 1
-        assert (found["rounds"], found["warmup"]) == (3, 1)
-        assert [s[0] for s in found["shapes"].values()] == [4]
+        report = reported("bench", VIT, third[0], *flags)
+        assert len(report["timings"]) == 2
+        assert len(report["speedups"]) == 1
+        assert (report["rounds"], report["warmup"]) == (3, 1)
+        assert [s[0] for s in report["shapes"].values()] == [4]
         text = invoke("bench", VIT, third[0], *flags, "--json", tmp_path / "b.json").stdout
         assert "digits_vit" in text
         assert len(json.loads((tmp_path / "b.json").read_text())["timings"]) == 2
@@ -627,8 +627,8 @@ class TestBench:
     def test_data_and_shapes(self) -> None:
         flags = ("--iterations", 2, "--warmup", 0)
         assert reported("bench", VIT, "--data", CALIB, "--batch", 2, *flags)["feeds"]
-        found = reported("bench", VIT, "--input-shapes", "image:3,1,8,8", *flags)
-        assert list(found["shapes"].values()) == [[3, 1, 8, 8]]
+        report = reported("bench", VIT, "--input-shapes", "image:3,1,8,8", *flags)
+        assert list(report["shapes"].values()) == [[3, 1, 8, 8]]
 
 
 def test_a_position_table_shorter_than_the_quoted_length(tmp_path: Path) -> None:
@@ -637,11 +637,11 @@ def test_a_position_table_shorter_than_the_quoted_length(tmp_path: Path) -> None
 
 
 def test_verify_without_a_plan_says_what_it_compared(third: tuple[Path, Report]) -> None:
-    found = reported("verify", VIT, third[0], "--data", CALIB)
-    assert found["max_abs_diff"] is None
-    assert re.search("pruned against original on 16 samples", found["compared"])
-    assert found["structure"][0] == "same inputs and outputs"
-    assert found["drift"][0]["relative"] > 0
+    report = reported("verify", VIT, third[0], "--data", CALIB)
+    assert report["max_abs_diff"] is None
+    assert re.search("pruned against original on 16 samples", report["compared"])
+    assert report["structure"][0] == "same inputs and outputs"
+    assert report["drift"][0]["relative"] > 0
 
 
 def test_example(tmp_path: Path) -> None:

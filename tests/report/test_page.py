@@ -104,20 +104,20 @@ def exported(name: str, folder: Path, choice: snpc.Budget) -> Written:
 
 
 def assert_loads_nothing(text: str) -> Parsed:
-    found = Parsed(text)
+    parsed = Parsed(text)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(found.names())
-    for _, attributes in found.tags:
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(parsed.names())
+    for _, attributes in parsed.tags:
         for name in ("src", "href", "srcset", "action"):
             assert (attributes.get(name) or "data:").startswith("data:")
         assert not any(name.startswith("on") for name in attributes)
-    return found
+    return parsed
 
 
 def test_the_page_is_balanced_and_loads_nothing(digits: Written) -> None:
-    found = assert_loads_nothing(digits.text)
+    parsed = assert_loads_nothing(digits.text)
     assert digits.text.startswith("<!DOCTYPE html>")
-    assert "digits_vit.onnx, pruned" in found.texts
+    assert "digits_vit.onnx, pruned" in parsed.texts
 
 
 def test_every_group_of_the_plan_is_shown(digits: Written) -> None:
@@ -148,8 +148,8 @@ def test_numbers_are_those_of_the_result(digits: Written) -> None:
 
 def test_curves_are_drawn_with_the_chosen_point(digits: Written) -> None:
     curves = digits.decision.loss_curves
-    found = Parsed(digits.text)
-    assert found.of_class("curve") == found.of_class("drop") == len(curves) > 0
+    parsed = Parsed(digits.text)
+    assert parsed.of_class("curve") == parsed.of_class("drop") == len(curves) > 0
     for width in digits.report.widths:
         assert np.allclose(np.square(width.curve), curves[width.id])
         assert f"{width.kept} of {width.size} kept, {format_percent(width.curve[width.kept])}" in digits.text
@@ -157,10 +157,10 @@ def test_curves_are_drawn_with_the_chosen_point(digits: Written) -> None:
 
 def test_without_curves_or_data_there_are_none(tmp_path: Path) -> None:
     written = pruned(DATA / "digits_vit.onnx", tmp_path, snpc.Budget(ratio=0.5))
-    found = assert_loads_nothing(written.text)
-    assert found.of_class("curve") == 0
+    parsed = assert_loads_nothing(written.text)
+    assert parsed.of_class("curve") == 0
     assert not written.report.attention.pictures
-    assert "img" not in found.names()
+    assert "img" not in parsed.names()
     assert any("random inputs" in text for text in written.report.warnings)
 
 
@@ -181,10 +181,10 @@ def test_macs_by_role_add_up_to_those_of_the_files(digits: Written) -> None:
     result = digits.result
     assert sum(pair.before for pair in digits.report.macs) == result.before.macs
     assert sum(pair.after for pair in digits.report.macs) == result.after.macs
-    mine = [g for g in result.plan.analysis.groups if g.role == "ffn"]
+    groups = [g for g in result.plan.analysis.groups if g.role == "ffn"]
     (ffn,) = [pair for pair in digits.report.macs if pair.name == "ffn"]
-    assert ffn.before == sum(g.macs for g in mine)
-    assert ffn.after == sum(g.macs * result.plan.kept_width(g) // g.size for g in mine)
+    assert ffn.before == sum(g.macs for g in groups)
+    assert ffn.after == sum(g.macs * result.plan.kept_width(g) // g.size for g in groups)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_macs_by_role_add_up_to_those_of_the_files(digits: Written) -> None:
 def test_no_product_counts_twice(name: str) -> None:
     """Convolutions and chains of layers make and read several widths each."""
     analysis = snpc.analyze(snpc.load(export(name)))
-    found = macs_by_role(analysis)
-    assert sum(found.values()) == analysis.cost.macs
-    assert sum(found.get(role, 0) for role in ROLE_PRECEDENCE) > 0.5 * analysis.cost.macs
+    macs = macs_by_role(analysis)
+    assert sum(macs.values()) == analysis.cost.macs
+    assert sum(macs.get(role, 0) for role in ROLE_PRECEDENCE) > 0.5 * analysis.cost.macs
 
 
 # -- attention maps --------------------------------------------------------------------------------------------------
@@ -215,17 +215,17 @@ def test_maps_are_the_attention_of_the_class_token(tmp_path: Path) -> None:
     name = "vit_timm__ts17"
     written = exported(name, tmp_path, snpc.Budget(ratio=0.5))
     feeds = load_feeds(name)
-    found = written.report.attention
-    assert len(found.pictures) == 2
-    assert found.seen_from == "the class token"
+    attention = written.report.attention
+    assert len(attention.pictures) == 2
+    assert attention.seen_from == "the class token"
     groups = [g.id for g in written.result.plan.analysis.groups if g.role == "qk"]
     for side, path in (("before", export(name)), ("after", written.result.path)):
         weights = weights_in(path, feeds)
-        for k, picture in enumerate(found.pictures):
+        for k, picture in enumerate(attention.pictures):
             for item in picture.maps:
                 row = weights[groups.index(item.group)][k, item.head, 0, 1:].reshape(4, 4)
                 assert np.allclose(getattr(item, side), row / row.sum(), atol=1e-5)
-    assert Parsed(written.text).names().count("img") == 2 + 2 * sum(len(p.maps) for p in found.pictures)
+    assert Parsed(written.text).names().count("img") == 2 + 2 * sum(len(p.maps) for p in attention.pictures)
 
 
 def test_heads_are_compared_with_themselves(tmp_path: Path) -> None:
@@ -296,14 +296,14 @@ def hostile_model(path: Path) -> Path:
 def test_names_stay_text(tmp_path: Path) -> None:
     path = hostile_model(tmp_path / "<b onclick=x>&\"'.onnx")
     written = pruned(path, tmp_path, snpc.Budget(ratio=0.5))
-    found = assert_loads_nothing(written.text)
-    assert "b" in found.names()  # the page's own, without attributes
-    assert all(not attributes for tag, attributes in found.tags if tag == "b")
-    assert f"{path.name}, pruned" in found.texts
-    assert HOSTILE in found.texts
+    parsed = assert_loads_nothing(written.text)
+    assert "b" in parsed.names()  # the page's own, without attributes
+    assert all(not attributes for tag, attributes in parsed.tags if tag == "b")
+    assert f"{path.name}, pruned" in parsed.texts
+    assert HOSTILE in parsed.texts
     (group,) = written.report.widths
     assert "<" in group.id
-    assert group.id in found.texts
+    assert group.id in parsed.texts
 
 
 def test_a_name_that_is_no_text_does_not_stop_the_page(digits: Written) -> None:
@@ -380,10 +380,10 @@ def test_the_page_fits_its_window(width: int, digits: Written, tmp_path: Path) -
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--dump-dom", str(tmp_path / "frame.html")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    found = re.search(r"scroll width (\d+)\.", done.stdout)
-    if found is None:
+    width_text = re.search(r"scroll width (\d+)\.", done.stdout)
+    if width_text is None:
         pytest.skip(f"{BROWSER} does not run here")
-    assert int(found[1]) <= width
+    assert int(width_text[1]) <= width
 
 
 @pytest.mark.parametrize("spec", ["topk:2@1-3", "merge:2@1-3", "fuse:0.6@2", "guided:3@1+topk:2@3"])

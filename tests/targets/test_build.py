@@ -85,9 +85,9 @@ def test_ort_writes_both_forms_and_they_say_what_the_model_says(digits: Path, tm
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert [file.name for file in built.files] == ["out.onnx", "out.ort"]
     assert built.bytes == sum(file.stat().st_size for file in built.files)
-    wanted = reference(digits / "half.onnx", images(digits))
+    expected = reference(digits / "half.onnx", images(digits))
     for file in built.files:
-        np.testing.assert_allclose(open_runner(file).run(images(digits))["logits"], wanted["logits"], atol=1e-3)
+        np.testing.assert_allclose(open_runner(file).run(images(digits))["logits"], expected["logits"], atol=1e-3)
     assert any("attention in one node (4 times)" in note for note in built.notes)
     assert list(tmp_path.iterdir()) == [*tmp_path.glob("out.*")], "nothing else is left"
 
@@ -119,10 +119,10 @@ def test_a_candidate_that_changes_outputs_is_not_used(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(model: Any) -> Any:
-        made = model.clone()
-        weight = max(made.graph.initializers.values(), key=lambda v: v.const_value.size)
+        fused = model.clone()
+        weight = max(fused.graph.initializers.values(), key=lambda v: v.const_value.size)
         weight.const_value = onnx_tensor(weight.const_value.numpy() * 1.1, weight.name)
-        return FusionResult(made, True, 1)
+        return FusionResult(fused, True, 1)
 
     entry = dataclasses.replace(FUSE_ATTENTION, run=lambda: broken)
     monkeypatch.setattr("snpc.targets.onnxruntime.FUSE_ATTENTION", entry)
@@ -146,10 +146,10 @@ def test_weights_too_big_for_one_file_lie_beside_it(
     assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]
     ready = snpc.build(digits / "half.onnx", "trt", tmp_path / "t.onnx", options=BuildOptions(emit_script=True))
     assert [file.name for file in ready.files] == ["t.onnx", "t.sh", "t.onnx.data"]
-    wanted = reference(digits / "half.onnx", images(digits))["logits"]
-    for made in (built, ready):
-        assert made.path.stat().st_size < 0.5 * made.bytes
-        np.testing.assert_allclose(reference(made.path, images(digits))["logits"], wanted, atol=1e-3)
+    expected = reference(digits / "half.onnx", images(digits))["logits"]
+    for artifact in (built, ready):
+        assert artifact.path.stat().st_size < 0.5 * artifact.bytes
+        np.testing.assert_allclose(reference(artifact.path, images(digits))["logits"], expected, atol=1e-3)
 
 
 def test_an_fp16_file_for_the_cpu_keeps_its_half_weights(digits: Path, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_outlier_columns_stay_in_float_where_that_is_closer(tmp_path: Path) -> N
     path = with_outliers(tmp_path / "m.onnx", tmp_path, 60.0)
     model = snpc.load(path)
     data = snpc.load_calibration(str(tmp_path / "x.npz"), model.inputs, samples=32)
-    (found,) = find_outliers(model, tmp_path, list(data.batches())).values()
-    assert found.columns.tolist() == [5, 40]
+    (outliers,) = find_outliers(model, tmp_path, list(data.batches())).values()
+    assert outliers.columns.tolist() == [5, 40]
     built = snpc.build(path, "ort", tmp_path / "out.onnx", precision="int8", calibration=data)
     note = next(n for n in built.notes if n.startswith("int8"))
     assert "2 outlier columns of 1 activations in float" in note and note.endswith("kept") and "not kept" not in note
@@ -221,9 +221,9 @@ def test_openvino_says_what_onnxruntime_says(digits: Path, tmp_path: Path, preci
     data = calibration(digits)
     built = snpc.build(digits / "half.onnx", "openvino", tmp_path / "out.xml", precision=precision, calibration=data)
     assert [file.name for file in built.files] == ["out.xml", "out.bin"]
-    wanted = reference(digits / "half.onnx", images(digits))["logits"]
-    found = open_runner(built.path).run(images(digits))["logits"]
-    assert np.abs(found - wanted).max() / np.abs(wanted).max() < most
+    expected = reference(digits / "half.onnx", images(digits))["logits"]
+    outputs = open_runner(built.path).run(images(digits))["logits"]
+    assert np.abs(outputs - expected).max() / np.abs(expected).max() < most
     assert built.drift[0].relative < most
 
 
@@ -418,7 +418,7 @@ def test_a_failed_build_leaves_the_earlier_artefact(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--target", "ncnn"], "choose from ort, trt, trt-rtx, openvino"),
         (["--target", "ort", "--sm", "86"], "--sm is not for --target ort"),
@@ -427,19 +427,19 @@ def test_a_failed_build_leaves_the_earlier_artefact(
         (["--target", "ort", "--emit-script"], "--emit-script is not for --target ort"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: list[str], said: str) -> None:
+def test_what_cannot_be_built_is_refused_in_one_line(digits: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(main, ["build", str(digits / "half.onnx"), *arguments])
     assert result.exit_code == 2
-    assert said in result.stderr and len(result.stderr.splitlines()) == 1
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_a_latency_is_that_of_the_artefact(digits: Path, tmp_path: Path) -> None:
+def test_a_latency_is_that_of_the_artifact(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
-    made = snpc.timed_artifact("ort", batch=4).build(digits / "half.onnx", tmp_path / "dense")
-    assert made.parent == tmp_path / "dense"
-    wanted = reference(digits / "half.onnx", images(digits))["logits"]
-    np.testing.assert_allclose(open_runner(made).run(images(digits))["logits"], wanted, atol=1e-3)
+    artifact = snpc.timed_artifact("ort", batch=4).build(digits / "half.onnx", tmp_path / "dense")
+    assert artifact.parent == tmp_path / "dense"
+    expected = reference(digits / "half.onnx", images(digits))["logits"]
+    np.testing.assert_allclose(open_runner(artifact).run(images(digits))["logits"], expected, atol=1e-3)
     for target in ("trt", "trt-rtx"):
         with pytest.raises(UserError, match="does not run engines"):
             snpc.timed_artifact(target)
@@ -461,7 +461,7 @@ def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--build", "trt"], "TensorRT is not installed"),
         (["--build", "ort", "--precision", "int8"], "--calib"),
@@ -469,13 +469,13 @@ def test_prune_and_build_in_one_step(digits: Path, tmp_path: Path) -> None:
     ],
 )
 def test_prune_refuses_a_build_before_it_prunes(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     out = tmp_path / "narrow.onnx"
     arguments = ["prune", str(digits / "digits_vit.onnx"), "--ratio", "0.4", "-o", str(out), *flags]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2 and said in result.stderr
+    assert result.exit_code == 2 and message in result.stderr
     assert not list(tmp_path.iterdir())
 
 

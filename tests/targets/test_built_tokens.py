@@ -28,9 +28,9 @@ def test_openvino_says_what_onnxruntime_says(reduced: Path, tmp_path: Path) -> N
     built = snpc.build(reduced, "openvino", tmp_path / "out.xml")
     with np.load(CALIB) as data:
         pictures = {name: array[:24] for name, array in data.items()}
-    wanted, found = (open_runner(path).run(pictures)["logits"] for path in (reduced, built.path))
+    expected, outputs = (open_runner(path).run(pictures)["logits"] for path in (reduced, built.path))
     # near ties between tokens may fall the other way in another runtime, for a few pictures
-    apart = np.abs(found - wanted).max(axis=1) / np.abs(wanted).max()
+    apart = np.abs(outputs - expected).max(axis=1) / np.abs(expected).max()
     assert np.sort(apart)[:20].max() < 1e-3
 
 

@@ -17,6 +17,8 @@ from snpc.runtime.io.load import model_files
 
 @dataclass(frozen=True)
 class ModelArguments(ArgumentGroup):
+    """The model."""
+
     path: Path = argument(metavar="MODEL", type=FILE_PATH)
 
     def files(self) -> set[Path]:
@@ -33,6 +35,8 @@ class ModelArguments(ArgumentGroup):
 
 @dataclass(frozen=True)
 class PrunableModelArguments(ModelArguments):
+    """The model, and whether its caches may get narrower."""
+
     kv_cache: bool = option(
         "--prune-kv-cache",
         is_flag=True,
@@ -46,6 +50,8 @@ class PrunableModelArguments(ModelArguments):
 
 @dataclass(frozen=True)
 class SizedModelArguments(PrunableModelArguments):
+    """The model at sizes of its dynamic dimensions, watched between passes."""
+
     dims: tuple[str, ...] = option(
         "--dim-param",
         multiple=True,

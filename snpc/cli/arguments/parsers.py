@@ -47,6 +47,7 @@ def parse_width_multiple(ctx: click.Context, param: click.Parameter, text: str) 
 
 
 def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    """Refuse at once a name that no target has."""
     if name is not None:
         from snpc.targets import find_target
 

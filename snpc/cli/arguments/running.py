@@ -17,6 +17,8 @@ from snpc.runtime.execution.feeds import parse_shapes
 
 @dataclass(frozen=True)
 class ExecutionArguments(ArgumentGroup):
+    """How models are run."""
+
     section: ClassVar[str] = "Running"
 
     provider: str = option(
@@ -33,6 +35,8 @@ class ExecutionArguments(ArgumentGroup):
 
 @dataclass(frozen=True)
 class LimitedExecutionArguments(ExecutionArguments):
+    """How models are run, and how much memory that may take."""
+
     memory_limit: int | None = option(
         "--memory-limit",
         metavar="SIZE",

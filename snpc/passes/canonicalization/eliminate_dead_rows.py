@@ -1,9 +1,8 @@
-"""Rows that no output depends on: a classifier reads one token, so the last layer need not compute the others.
+"""Dead-row elimination: a classifier reads one token, so the last layer need not compute the others.
 
-Backwards through the graph, every use of a value either needs all of it or only some positions of one axis. Where all
-uses agree, what makes the value is computed for these positions only, and the demand passes on to what it reads. It
-ends where somebody needs everything (the keys and values of the last attention, say); there the positions are
-gathered. The outputs are the same numbers; nothing is approximated.
+A backward analysis: every use of a value demands all of it, or only some positions of one axis. Where all uses agree,
+the producer is computed for these positions only, and the demand passes on to its inputs. It ends where a use demands
+everything (keys and values of the last attention); there the positions are gathered. Outputs keep their values exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from snpc.ops.contraction import letters_of
 from snpc.ops.names import GATHER, RESHAPE, SHAPE, SLICE
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec
 
-MAX_TRACKED_LENGTH = 1 << 24  # entries of an axis that are looked at one by one
+MAX_TRACKED_LENGTH = 1 << 24  # longer axes are not tracked position by position
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,11 @@ Demands = dict[NodeInput, Demand]  # a use that is not listed needs everything
 
 @dataclass
 class DemandAnalysis:
-    """Demands by use, and the nodes that can be computed for some positions only (with the demand on their output)."""
+    """The state of the backward analysis.
+
+    ``demands``: by use; ``narrowed``: nodes that are computed for the demanded positions of their output only;
+    ``seeds``: nodes that select positions, where a demand starts.
+    """
 
     model: ir.Model
     facts: ShapeFacts
@@ -52,7 +55,7 @@ class DemandAnalysis:
 
 
 class EliminateDeadRows(ir.passes.FunctionalPass):
-    """Compute only the rows that an output depends on. A copy that is not modified where that spares no product.
+    """Compute only the rows that an output depends on; an unmodified copy where that makes no product smaller.
 
     ``facts``: shapes and known values of the model, where the caller has them already.
     """
@@ -78,63 +81,63 @@ ELIMINATE_DEAD_ROWS = GraphPass(
 )
 
 
-def propagate_demand(search: DemandAnalysis, node: ir.Node) -> None:
-    """Pass the demand on a node's output on to what it reads, or start one."""
+def propagate_demand(analysis: DemandAnalysis, node: ir.Node) -> None:
+    """Pass the demand on the output of ``node`` on to its inputs, or start one there."""
     outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-    if has_subgraphs(node) or any(search.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
+    if has_subgraphs(node) or any(analysis.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
         return
-    wanted = common_demand(search, outputs[0]) if len(outputs) == 1 else None
-    passed = input_demands(search, node, wanted) if wanted is not None else None
-    if wanted is not None and passed is not None:
-        search.narrowed[node] = wanted
-        search.demands |= {(node, index): demand for index, demand in passed.items()}
+    demand = common_demand(analysis, outputs[0]) if len(outputs) == 1 else None
+    upstream = input_demands(analysis, node, demand) if demand is not None else None
+    if demand is not None and upstream is not None:
+        analysis.narrowed[node] = demand
+        analysis.demands |= {(node, index): needed for index, needed in upstream.items()}
         return
-    start = selected_rows(search, node)
-    if start is not None:
-        search.seeds[node] = start
-        search.demands[node, 0] = start
+    seed = selected_rows(analysis, node)
+    if seed is not None:
+        analysis.seeds[node] = seed
+        analysis.demands[node, 0] = seed
 
 
-def common_demand(search: DemandAnalysis, value: ir.Value) -> Demand | None:
-    """What every use of a value asks for, where they agree. Who asks for the sizes of other axes asks for no rows."""
+def common_demand(analysis: DemandAnalysis, value: ir.Value) -> Demand | None:
+    """The demand that all uses of a value share, if any. A use that reads only sizes of other axes demands nothing."""
     if value.is_graph_output():
         return None
-    found = {search.demands.get((use.node, use.idx)) for use in value.uses() if not is_shape_query(use.node)}
-    wanted = found.pop() if len(found) == 1 else None
-    asking = [use.node for use in value.uses() if is_shape_query(use.node)]
-    return (
-        wanted if wanted is not None and not any(may_read_size(search, node, wanted.axis) for node in asking) else None
-    )
+    demands = {analysis.demands.get((use.node, use.idx)) for use in value.uses() if not is_shape_query(use.node)}
+    demand = demands.pop() if len(demands) == 1 else None
+    queries = [use.node for use in value.uses() if is_shape_query(use.node)]
+    if demand is None or any(may_read_size(analysis, node, demand.axis) for node in queries):
+        return None
+    return demand
 
 
 def is_shape_query(node: ir.Node) -> bool:
     return node.op_type == SHAPE and not node.domain and not node.attributes
 
 
-def may_read_size(search: DemandAnalysis, node: ir.Node, axis: int) -> bool:
-    """Does anybody read the size of ``axis`` from what this node gives, or may they?"""
+def may_read_size(analysis: DemandAnalysis, node: ir.Node, axis: int) -> bool:
+    """Can the size of ``axis`` be read from the output of this Shape node?"""
     sizes = node.outputs[0]
     if sizes.is_graph_output():
         return True
     picks = [
-        source_positions(search.call(u.node), 0) if u.idx == 0 and u.node.op_type in (GATHER, SLICE) else None
+        source_positions(analysis.call(u.node), 0) if u.idx == 0 and u.node.op_type in (GATHER, SLICE) else None
         for u in sizes.uses()
     ]
-    return any(picked is None or axis in np.asarray(picked) for picked in picks)
+    return any(sources is None or axis in np.asarray(sources) for sources in picks)
 
 
-def selected_rows(search: DemandAnalysis, node: ir.Node) -> Demand | None:
-    """The positions that a node picks out of one axis, where they are less than half of it."""
+def selected_rows(analysis: DemandAnalysis, node: ir.Node) -> Demand | None:
+    """The positions that a node selects on one axis, where these are at most half of it."""
     if node.op_type not in (GATHER, SLICE) or node.domain:
         return None
-    call = search.call(node)
+    call = analysis.call(node)
     shape = call.shape(0)
     if len(call.out_shapes[0]) > len(shape):
         return None
     for axis, size in enumerate(shape):
-        picked = source_positions(call, axis)
-        if picked is not None:
-            positions = sorted({int(p) for p in picked.reshape(-1)})
+        sources = source_positions(call, axis)
+        if sources is not None:
+            positions = sorted({int(p) for p in sources.reshape(-1)})
             others = [k for k in range(len(shape)) if k != axis]
             if 0 < 2 * len(positions) <= size and all(keeps_positions(call, k) for k in others):
                 return Demand(axis, tuple(positions))
@@ -142,13 +145,13 @@ def selected_rows(search: DemandAnalysis, node: ir.Node) -> Demand | None:
 
 
 def keeps_positions(call: OpCall, axis: int) -> bool:
-    """A movement leaves the positions of ``axis`` as they are."""
-    picked = source_positions(call, axis)
-    return picked is not None and np.array_equal(picked.reshape(-1), np.arange(call.shape(0)[axis]))
+    """Does a movement keep the positions of ``axis``?"""
+    sources = source_positions(call, axis)
+    return sources is not None and np.array_equal(sources.reshape(-1), np.arange(call.shape(0)[axis]))
 
 
 def source_positions(call: OpCall, axis: int) -> Labels | None:
-    """Where each entry of the output comes from along ``axis`` of the input of a movement."""
+    """For each entry of the output of a movement: its position along ``axis`` of the input."""
     spec = lookup("", call.op)
     shape = call.shape(0)
     view = [1] * len(shape)
@@ -161,43 +164,43 @@ def source_positions(call: OpCall, axis: int) -> Labels | None:
         return None
 
 
-def input_demands(search: DemandAnalysis, node: ir.Node, wanted: Demand) -> Mapping[int, Demand] | None:
-    """What a node needs of its inputs to give these positions of its output; None where it needs everything."""
+def input_demands(analysis: DemandAnalysis, node: ir.Node, demand: Demand) -> Mapping[int, Demand] | None:
+    """The demands on the inputs of a node from that on its output; None where it needs all of them."""
     spec = lookup(node.domain, node.op_type)
-    call = search.call(node)
+    call = analysis.call(node)
     rule = {
         "pointwise": demand_pointwise,
-        "normalise": demand_normalization,
+        "normalize": demand_normalization,
         "contraction": demand_contraction,
         "movement": demand_movement,
     }.get(spec.kind)
-    return rule(spec, call, wanted) if rule is not None else None
+    return rule(spec, call, demand) if rule is not None else None
 
 
-def demand_pointwise(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand]:
+def demand_pointwise(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand]:
     """Operands broadcast from the right."""
     rank = len(call.out_shapes[0])
-    found = {}
+    demands = {}
     for index in range(len(call.shapes)):
-        axis = wanted.axis - rank + len(call.shape(index)) if call.has(index) else -1
+        axis = demand.axis - rank + len(call.shape(index)) if call.has(index) else -1
         if axis >= 0 and call.shape(index)[axis] > 1:
-            found[index] = Demand(axis, wanted.positions)
-    return found
+            demands[index] = Demand(axis, demand.positions)
+    return demands
 
 
-def demand_normalization(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
-    axes = spec.axes(call) if spec.axes is not None else (wanted.axis,)
+def demand_normalization(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand] | None:
+    axes = spec.axes(call) if spec.axes is not None else (demand.axis,)
     others = [k for k in range(1, len(call.shapes)) if call.has(k) and k not in spec.per_axis]
     if (
-        wanted.axis in {axis % len(call.out_shapes[0]) for axis in axes}
+        demand.axis in {axis % len(call.out_shapes[0]) for axis in axes}
         or others
         or call.shape(0) != call.out_shapes[0]
     ):
         return None
-    return {0: wanted}
+    return {0: demand}
 
 
-def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
+def demand_contraction(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand] | None:
     """The axis must be a free one of one operand."""
     if spec.letters is None or spec.has_activation:
         return None
@@ -205,7 +208,7 @@ def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[in
         letters = letters_of(spec, call)
     except Blocked:
         return None
-    letter = letters.out[wanted.axis]
+    letter = letters.out[demand.axis]
     biased = spec.bias_letters is not None and spec.bias is not None and call.has(spec.bias)
     bias = spec.bias_letters(call) if spec.bias_letters is not None and biased else ""
     if letter in letters.windowed or letter in bias or (letter in letters.left) == (letter in letters.right):
@@ -213,23 +216,25 @@ def demand_contraction(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[in
     operand, spelled = (0, letters.left) if letter in letters.left else (1, letters.right)
     axis = spelled.index(letter)
     index = spec.operands[operand]
-    if call.shape(index)[axis] != call.out_shapes[0][wanted.axis]:
+    if call.shape(index)[axis] != call.out_shapes[0][demand.axis]:
         return None
-    return {index: Demand(axis, wanted.positions)}
+    return {index: Demand(axis, demand.positions)}
 
 
-def demand_movement(spec: OpSpec, call: OpCall, wanted: Demand) -> Mapping[int, Demand] | None:
-    """The axis of the input that becomes this one as it is. What has sizes in its parameters is left alone, but for a
-    reshape that merges all that lies behind the axis."""
-    if spec.recompute is not None and not merges_trailing_axes(call, wanted.axis):
+def demand_movement(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand] | None:
+    """The input axis that becomes the demanded one unchanged.
+
+    A node whose parameters hold sizes is not narrowed, except a Reshape that merges the axes behind the demanded one.
+    """
+    if spec.recompute is not None and not merges_trailing_axes(call, demand.axis):
         return None
-    size = call.out_shapes[0][wanted.axis]
+    size = call.out_shapes[0][demand.axis]
     view = [1] * len(call.out_shapes[0])
-    view[wanted.axis] = size
+    view[demand.axis] = size
     for axis, length in enumerate(call.shape(0)):
-        picked = source_positions(call, axis) if length == size else None
-        if picked is not None and picked.size == size and (picked == np.arange(size).reshape(view)).all():
-            return {0: Demand(axis, wanted.positions)}
+        sources = source_positions(call, axis) if length == size else None
+        if sources is not None and sources.size == size and (sources == np.arange(size).reshape(view)).all():
+            return {0: Demand(axis, demand.positions)}
     return None
 
 
@@ -241,18 +246,18 @@ def merges_trailing_axes(call: OpCall, axis: int) -> bool:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def apply_demands(search: DemandAnalysis) -> ir.Model:
-    copy = search.model.clone()
-    twins = dict(zip(search.model.graph, copy.graph, strict=True))
+def apply_demands(analysis: DemandAnalysis) -> ir.Model:
+    copy = analysis.model.clone()
+    twins = dict(zip(analysis.model.graph, copy.graph, strict=True))
     gathered: dict[tuple[str, Demand], ir.Value] = {}
-    for (node, index), demand in search.demands.items():
+    for (node, index), demand in analysis.demands.items():
         value = node.inputs[index]
         producer = value.producer() if value is not None else None
-        narrow = producer is not None and search.narrowed.get(producer) == demand
+        narrow = producer is not None and analysis.narrowed.get(producer) == demand
         twin = twins[node]
-        if node in search.seeds:
+        if node in analysis.seeds:
             if narrow:
-                rebuild_selection(copy, search, node, twin, demand)
+                rebuild_selection(copy, analysis, node, twin, demand)
         elif not narrow:
             source = twin.inputs[index]
             assert source is not None
@@ -260,8 +265,8 @@ def apply_demands(search: DemandAnalysis) -> ir.Model:
             if key not in gathered:
                 gathered[key] = insert_row_gather(copy, source, demand, twin)
             twin.replace_input_with(index, gathered[key])
-    for node in search.narrowed:
-        rebuild_reshape(copy, search, node, twins[node])
+    for node in analysis.narrowed:
+        rebuild_reshape(copy, analysis, node, twins[node])
         for value in twins[node].outputs:
             value.shape = None
     copy.graph.sort()
@@ -277,26 +282,26 @@ def insert_row_gather(model: ir.Model, source: ir.Value, demand: Demand, before:
     return node.outputs[0]
 
 
-def rebuild_selection(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node, demand: Demand) -> None:
-    """The node that started it picks from fewer positions now."""
-    picked = source_positions(search.call(node), demand.axis)
-    assert picked is not None
-    places = np.searchsorted(demand.positions, picked.reshape(-1)).astype(np.int64)
-    call = search.call(node)
+def rebuild_selection(model: ir.Model, analysis: DemandAnalysis, node: ir.Node, twin: ir.Node, demand: Demand) -> None:
+    """The node that started a demand selects from fewer positions now."""
+    sources = source_positions(analysis.call(node), demand.axis)
+    assert sources is not None
+    positions = np.searchsorted(demand.positions, sources.reshape(-1)).astype(np.int64)
+    call = analysis.call(node)
     scalar = len(call.out_shapes[0]) < len(call.shape(0))
-    if not scalar and len(places) == 1:  # one position, several times
-        places = places.repeat(call.out_shapes[0][demand.axis])
-    index = add_constant(model.graph, places.reshape(()) if scalar else places, f"{twin.outputs[0].name}__index")
+    if not scalar and len(positions) == 1:  # one position, several times
+        positions = positions.repeat(call.out_shapes[0][demand.axis])
+    index = add_constant(model.graph, positions.reshape(()) if scalar else positions, f"{twin.outputs[0].name}__index")
     new = make_node(GATHER, [twin.inputs[0], index], {"axis": demand.axis}, name=f"{twin.name}__rows")
     twin.prepend(new)
     replace_value(twin.outputs[0], new.outputs[0])
     model.graph.remove(twin, safe=True)
 
 
-def rebuild_reshape(model: ir.Model, search: DemandAnalysis, node: ir.Node, twin: ir.Node) -> None:
-    """All axes as they come, and one for the rest: right for any number of positions."""
+def rebuild_reshape(model: ir.Model, analysis: DemandAnalysis, node: ir.Node, twin: ir.Node) -> None:
+    """Let a Reshape copy all axes but the last: right for any number of positions."""
     if node.op_type == RESHAPE and not node.domain:
-        rank = len(search.call(node).out_shapes[0])
+        rank = len(analysis.call(node).out_shapes[0])
         target = np.asarray([0] * (rank - 1) + [-1], np.int64)
         shape = add_constant(model.graph, target, f"{twin.outputs[0].name}__shape")
         twin.replace_input_with(1, shape)

@@ -30,7 +30,7 @@ KnownSizes = dict[ir.Value, IntArray]
 
 @dataclass
 class SymbolicDims:
-    """A number for each dimension without a fixed size; what has the same name has the same size."""
+    """A number for each dimension without a fixed size; dimensions of one name have one size, and one number."""
 
     numbers: dict[str, int] = field(default_factory=dict)
 
@@ -52,9 +52,9 @@ class FoldShapeArithmetic(ir.passes.InPlacePass):
         modified = False
         for _ in range(MAX_FOLD_ROUNDS):
             infer_shapes(model)
-            names = SymbolicDims()
-            known = find_known_sizes(model, names)
-            if not sum([replace_known_inputs(node, known, names, model.graph) for node in list(model.graph)]):
+            dims = SymbolicDims()
+            known = find_known_sizes(model, dims)
+            if not sum([replace_known_inputs(node, known, dims, model.graph) for node in list(model.graph)]):
                 break
             modified = True
         removed = common.RemoveUnusedNodesPass()(model).modified
@@ -71,14 +71,17 @@ FOLD_SHAPE_ARITHMETIC = GraphPass(
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Shapes of all values between inputs and outputs, in place. Inference would believe what a file or an earlier pass
-    has left, stale as it may be, and would name what has no name."""
-    ends = [(value, value.shape.copy() if value.shape is not None else None) for value in interface_values(model)]
+    """Infer the shapes of all values between inputs and outputs, in place.
+
+    Shapes that the file or an earlier pass has left are dropped first, as inference would believe stale ones. Those of
+    inputs and outputs are restored, as inference would give names to dimensions without one.
+    """
+    interface = [(value, value.shape.copy() if value.shape is not None else None) for value in interface_values(model)]
     for value in (value for node in model.graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    for value, shape in ends:
+    for value, shape in interface:
         value.shape = shape
 
 
@@ -86,8 +89,8 @@ def interface_values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.outputs]
 
 
-def find_known_sizes(model: ir.Model, names: SymbolicDims) -> KnownSizes:
-    """Contents of small integer tensors."""
+def find_known_sizes(model: ir.Model, dims: SymbolicDims) -> KnownSizes:
+    """Contents of small integer tensors, with symbolic entries where they depend on the input."""
     known: KnownSizes = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -97,60 +100,60 @@ def find_known_sizes(model: ir.Model, names: SymbolicDims) -> KnownSizes:
             known[value] = tensor.numpy()
     for node in model.graph:
         if not node.domain and len(node.outputs) == 1:
-            found = computed_sizes(node, known, names, opset_version(model))
-            if found is not None and found.dtype == np.int64 and found.size <= MAX_SIZE_ENTRIES:
-                known[node.outputs[0]] = found
+            sizes = computed_sizes(node, known, dims, opset_version(model))
+            if sizes is not None and sizes.dtype == np.int64 and sizes.size <= MAX_SIZE_ENTRIES:
+                known[node.outputs[0]] = sizes
     return known
 
 
-def computed_sizes(node: ir.Node, known: KnownSizes, names: SymbolicDims, version: int) -> IntArray | None:
+def computed_sizes(node: ir.Node, known: KnownSizes, dims: SymbolicDims, version: int) -> IntArray | None:
     if node.op_type == SHAPE:
-        sizes = names.sizes(node.inputs[0])
+        sizes = dims.sizes(node.inputs[0])
         return None if sizes is None else select_dimensions(node, sizes)
     inputs = [v for v in node.inputs if v is not None]
     if not inputs or not all(v in known for v in inputs):
         return None
     kind = lookup("", node.op_type).kind
-    moved = inputs if kind == "concat" else inputs[:1] if kind == "movement" else []  # of these any entry may be open
-    if any(is_symbolic(known[v]).any() for v in inputs if v not in moved):
+    movable = inputs if kind == "concat" else inputs[:1] if kind == "movement" else []  # whose entries may be symbolic
+    if any(is_symbolic(known[v]).any() for v in inputs if v not in movable):
         return None
     try:
-        (made,) = run_reference(node, known, version)
+        (result,) = run_reference(node, known, version)
     except Exception:  # what the reference cannot compute stays in the graph
         return None
-    return np.asarray(made)
+    return np.asarray(result)
 
 
 def is_symbolic(sizes: IntArray) -> npt.NDArray[np.bool_]:
     return sizes <= SYMBOLIC_BOUND
 
 
-def replace_known_inputs(node: ir.Node, known: KnownSizes, names: SymbolicDims, graph: ir.Graph) -> int:
-    """Inputs of ``node`` that are computed and known become constants. Returned: how many."""
+def replace_known_inputs(node: ir.Node, known: KnownSizes, dims: SymbolicDims, graph: ir.Graph) -> int:
+    """Replace computed inputs of ``node`` that are known by constants. Returns how many."""
     if all(out in known and not is_symbolic(known[out]).any() for out in node.outputs):
-        return 0  # nobody needs it any more
+        return 0  # its outputs are known too: it will be unused
     count = 0
     for index, value in enumerate(node.inputs):
         if value is None or value not in known or value.producer() is None:
             continue
         sizes = known[value]
         if index == 1 and node.op_type == RESHAPE and not node.domain:
-            sizes = reshape_target(node, sizes, names)
+            sizes = reshape_target(node, sizes, dims)
         if not is_symbolic(sizes).any():
             node.replace_input_with(index, share_int64_constant(graph, sizes, f"{value.name}__settled"))
             count += 1
     return count
 
 
-def reshape_target(node: ir.Node, sizes: IntArray, names: SymbolicDims) -> IntArray:
-    """The target of a reshape: what is open is copied from the input, or is what is left."""
+def reshape_target(node: ir.Node, sizes: IntArray, dims: SymbolicDims) -> IntArray:
+    """The target of a Reshape, with 0 where a symbolic entry is the input's at this position, and -1 for a last one."""
     if attribute_values(node).get("allowzero", 0):
         return sizes
     if is_symbolic(sizes).sum() > 1 or (sizes == -1).any():
-        before = names.sizes(node.inputs[0])
+        before = dims.sizes(node.inputs[0])
         width = min(len(sizes), len(before)) if before is not None else 0
-        same = np.zeros(len(sizes), bool)
-        same[:width] = before[:width] == sizes[:width] if before is not None else False
-        sizes = np.where(is_symbolic(sizes) & same, 0, sizes)
-    alone = is_symbolic(sizes).sum() == 1 and not (sizes == -1).any()
-    return np.where(is_symbolic(sizes), -1, sizes) if alone else sizes
+        unchanged = np.zeros(len(sizes), bool)
+        unchanged[:width] = before[:width] == sizes[:width] if before is not None else False
+        sizes = np.where(is_symbolic(sizes) & unchanged, 0, sizes)
+    single = is_symbolic(sizes).sum() == 1 and not (sizes == -1).any()
+    return np.where(is_symbolic(sizes), -1, sizes) if single else sizes

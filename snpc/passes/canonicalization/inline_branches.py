@@ -1,4 +1,4 @@
-"""Branches whose condition is the same at all sizes: exporters ask for the rank of something that they did not know."""
+"""Inlines branches whose condition no input can change: exporters branch on ranks that they did not know."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class InlineBranches(ir.passes.InPlacePass):
 
 
 def constant_branch(node: ir.Node, facts: ShapeFacts) -> ir.Graph | None:
+    """The branch that is always taken; None where the input decides, and for other nodes."""
     names = lookup(node.domain, node.op_type).branches
     condition = node.inputs[0] if names else None
     if not names or condition is None or condition not in facts.value or not is_input_independent(condition, facts):
@@ -35,40 +36,40 @@ def constant_branch(node: ir.Node, facts: ShapeFacts) -> ir.Graph | None:
 
 
 def is_input_independent(value: ir.Value, facts: ShapeFacts) -> bool:
-    """Is it the same whatever the inputs and their sizes are?"""
+    """Is the value the same for all inputs of the model and all their sizes?"""
     node = value.producer()
     if node is None:
         return value.is_initializer() and not value.is_graph_input()
     spec = lookup(node.domain, node.op_type)
     if spec.kind == "shape" and len(node.inputs) == 1 and node.inputs[0] is not None:
-        above = node.inputs[0].producer()
+        source = node.inputs[0].producer()
         one = facts.shape.get(value) in ((), (1,))
-        return above is not None and above.op_type == SHAPE and not above.attributes and one
-    given = [v for v in node.inputs if v is not None]
+        return source is not None and source.op_type == SHAPE and not source.attributes and one
+    inputs = [v for v in node.inputs if v is not None]
     return (
-        bool(given)
+        bool(inputs)
         and not (spec.is_random or has_subgraphs(node))
-        and all(is_input_independent(v, facts) for v in given)
+        and all(is_input_independent(v, facts) for v in inputs)
     )
 
 
-def splice_branch(graph: ir.Graph, node: ir.Node, taken: ir.Graph) -> None:
-    """Put what ``taken`` does in the place of ``node``."""
+def splice_branch(graph: ir.Graph, node: ir.Node, body: ir.Graph) -> None:
+    """Replace ``node`` by the nodes of ``body``, under names that are free in ``graph``."""
     names = {str(v.name) for inner in graph for v in inner.outputs} | {str(v.name) for v in graph.inputs}
     names |= set(graph.initializers)
-    results = list(taken.outputs)
-    for value in list(taken.initializers.values()):
-        del taken.initializers[str(value.name)]
+    results = list(body.outputs)
+    for value in list(body.initializers.values()):
+        del body.initializers[str(value.name)]
         value.name = claim_name(str(value.name), names)
         graph.register_initializer(value)
-    inside = list(taken)
-    taken.outputs.clear()
-    taken.remove(inside)
-    for inner in inside:
+    body_nodes = list(body)
+    body.outputs.clear()
+    body.remove(body_nodes)
+    for inner in body_nodes:
         inner.name = None
         for value in inner.outputs:
             value.name = claim_name(str(value.name), names)
-    graph.insert_before(node, inside)
+    graph.insert_before(node, body_nodes)
     for result, out in zip(results, list(node.outputs), strict=True):
         alias = make_node(IDENTITY, [result], name=None, outputs=[None])
         graph.insert_before(node, alias)
@@ -77,6 +78,7 @@ def splice_branch(graph: ir.Graph, node: ir.Node, taken: ir.Graph) -> None:
 
 
 def claim_name(name: str, names: set[str]) -> str:
+    """A free name, which is taken from then on."""
     name = unused_name(name, names)
     names.add(name)
     return name

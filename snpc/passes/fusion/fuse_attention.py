@@ -1,8 +1,8 @@
-"""graph -> graph: attention in separate nodes becomes one node of onnxruntime's, with the same numbers.
+"""Fuses attention in separate nodes into one node of onnxruntime's that computes the same.
 
-No pattern of any exporter is looked for. An attention is what lies around a softmax: a product of two activations
-before it, one after it, and scaling, a bias and movement between. That the query, key and value are columns of
-``[batch, length, heads * width]`` values further up is read from where their positions go (see ``positions``).
+No exporter's pattern is matched. An attention is the neighborhood of a softmax: a product of two activations before it,
+one after it, and scaling, a bias and movement in between. That query, key and value are columns of
+``[batch, length, heads * width]`` values upstream is derived from how positions move (see ``head_columns``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from snpc.types import AnyArray, Shape
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """One attention in separate nodes: where its parts are, and the value that the fused node gives instead."""
+    """One attention in separate nodes. ``out``: the value that the fused node computes instead."""
 
     query: HeadColumns
     key: HeadColumns
@@ -58,7 +58,7 @@ class AttentionMatch:
 
 @dataclass
 class FusionBuilder:
-    """The graph being changed; constants and splits that several fused nodes share are made once."""
+    """The graph that is changed. Splits and biases that several fused nodes share are added once."""
 
     model: ir.Model
     facts: ShapeFacts
@@ -129,11 +129,11 @@ class FuseAttention(ir.passes.FunctionalPass):
         return FusionResult(copy, count > 0, count)
 
 
-# -- finding ---------------------------------------------------------------------------------------------------------
+# -- matching --------------------------------------------------------------------------------------------------------
 
 
 def match_attention(softmax: ir.Node, facts: ShapeFacts, version: int) -> AttentionMatch:
-    """The attention around ``softmax``. Raises Unfit."""
+    """The attention around ``softmax``. Raises NotFusable."""
     scores_shape = facts.shape.get(softmax.outputs[0])
     axes = lookup("", SOFTMAX).axes
     if scores_shape is None or len(scores_shape) != 4 or axes is None or axes(facts.call(softmax, version)) != (3,):
@@ -143,20 +143,19 @@ def match_attention(softmax: ir.Node, facts: ShapeFacts, version: int) -> Attent
     query, key, transposed = batched_operands(scores, facts, version)
     _, value, flipped = batched_operands(context, facts, version)
     sides = ((query, False), (key, not transposed), (value, flipped))
-    q, k, v = places = tuple(find_head_columns(value, swapped, facts, version) for value, swapped in sides)
-    if places[0].width != places[1].width or len({p.heads for p in places}) != 1:
-        raise NotFusable("heads or widths of query, key and value do not fit")
+    q, k, v = (find_head_columns(value, swapped, facts, version) for value, swapped in sides)
+    if q.width != k.width or len({q.heads, k.heads, v.heads}) != 1:
+        raise NotFusable("heads or widths of query, key and value differ")
     if bias is not None:
         check_score_bias(bias, scores_shape, facts)
     out = find_merged_heads(context.outputs[0], facts, version)
-    factor = scale * places[0].factor * places[1].factor
-    if places[2].factor != 1.0:
-        raise NotFusable("the value is scaled on the way")
-    return AttentionMatch(q, k, v, factor, bias, out)
+    if v.factor != 1.0:
+        raise NotFusable("the value is scaled")
+    return AttentionMatch(q, k, v, scale * q.factor * k.factor, bias, out)
 
 
 def match_scores(softmax: ir.Node, facts: ShapeFacts) -> tuple[ir.Node, float, ir.Value | None]:
-    """(the product that makes the scores, what they are multiplied by, what is added to them after that)."""
+    """(the product that makes the scores, the factor on them, the bias that is added after that)."""
     value, scale, bias = softmax.inputs[0], 1.0, None
     while value is not None and (node := value.producer()) is not None:
         require_single_consumer(value)
@@ -171,20 +170,20 @@ def match_scores(softmax: ir.Node, facts: ShapeFacts) -> tuple[ir.Node, float, i
             value = node.inputs[0]
         elif spec.kind == "pointwise" and spec.effect == "add" and not spec.subtracts and len(node.inputs) == 2:
             if bias is not None or scale != 1.0:
-                raise NotFusable("the scores are added to twice, or scaled after it")
+                raise NotFusable("two biases are added to the scores, or they are scaled after one")
             value, bias = split_scores_and_bias(node, facts)
         else:
-            raise NotFusable(f"{node.op_type} lies between scores and softmax")
+            raise NotFusable(f"{node.op_type} stands between scores and softmax")
     raise NotFusable("no product makes the scores")
 
 
 def split_scores_and_bias(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Value, ir.Value]:
-    """(scores, bias) of a sum: the scores are what a product makes, by way of scaling at most."""
+    """(scores, bias) of a sum: the scores are a product, scaled at most."""
     left, right = node.inputs
     assert left is not None and right is not None
     hits = [v for v in (left, right) if is_scaled_product(v, facts)]
     if len(hits) != 1:
-        raise NotFusable("it is not clear which summand is the scores")
+        raise NotFusable("it cannot be told which summand is the scores")
     return hits[0], right if hits[0] is left else left
 
 
@@ -203,21 +202,21 @@ def is_scaled_product(value: ir.Value, facts: ShapeFacts) -> bool:
 
 
 def match_context(softmax: ir.Node, facts: ShapeFacts) -> ir.Node:
-    """The product of weights and values."""
+    """The product of attention weights and values."""
     weights = softmax.outputs[0]
     node = require_single_consumer(weights)
     while is_pass_through(node, facts):
         weights = node.outputs[0]
         node = require_single_consumer(weights)
     if lookup(node.domain, node.op_type).kind != "contraction" or attribute_values(node).get("alpha", 1.0) != 1.0:
-        raise NotFusable(f"{node.op_type} reads the weights")
+        raise NotFusable(f"{node.op_type} reads the attention weights")
     if node.inputs[0] is not weights:
-        raise NotFusable("the weights are not the left operand")
+        raise NotFusable("the attention weights are not the left operand")
     return node
 
 
 def is_pass_through(node: ir.Node, facts: ShapeFacts) -> bool:
-    """A node that hands its input on as it is: a cast to the same type, a dropout."""
+    """Is it a node that returns its input: a cast to the same type, a dropout?"""
     spec = lookup(node.domain, node.op_type)
     source = node.inputs[0] if node.inputs else None
     same = source is not None and facts.dtype.get(source) == facts.dtype.get(node.outputs[0])
@@ -229,7 +228,7 @@ def batched_operands(node: ir.Node, facts: ShapeFacts, version: int) -> tuple[ir
     letters_of = lookup(node.domain, node.op_type).letters
     left, right = node.inputs[:2]
     if letters_of is None or left is None or right is None:
-        raise NotFusable("a product that is not spelled out")
+        raise NotFusable("a product of other than two tensors")
     if any(len(facts.shape.get(v) or ()) != 4 for v in (left, right)):
         raise NotFusable("a product without two batch axes")
     letters = letters_of(facts.call(node, version))
@@ -237,7 +236,7 @@ def batched_operands(node: ir.Node, facts: ShapeFacts, version: int) -> tuple[ir
     if (letters.right[:2], letters.out[:2]) != (batch, batch) or summed not in letters.right[2:]:
         raise NotFusable("a product that sums over another axis")
     if letters.out[2:] != letters.left[2] + letters.right[2:].replace(summed, ""):
-        raise NotFusable("a product laid out otherwise")
+        raise NotFusable("a product with another order of axes")
     return left, right, letters.right[3] == summed
 
 
@@ -246,14 +245,14 @@ def check_score_bias(bias: ir.Value, scores: Shape, facts: ShapeFacts) -> None:
     if shape is None or len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, scores, strict=True)):
         raise NotFusable("the bias does not have four axes that broadcast")
     if shape[3] != scores[3]:
-        raise NotFusable("the bias is one number per query")
+        raise NotFusable("the bias is constant along the keys")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def rewrite_attention(match: AttentionMatch, builder: FusionBuilder, projections: bool) -> bool:
-    """Whether the products went in as well."""
+    """Replace the attention by a fused node. Returns whether that node holds the projections as well."""
     if projections:
         with suppress(NotFusable):
             rewrite_projected_attention(match, builder)
@@ -269,13 +268,13 @@ def rewrite_attention(match: AttentionMatch, builder: FusionBuilder, projections
 
 
 def rewrite_projected_attention(match: AttentionMatch, builder: FusionBuilder) -> None:
-    """Raises Unfit before anything is changed."""
-    places = (match.query, match.key, match.value)
-    packed = pack_projections(places, builder.facts)
+    """One com.microsoft.Attention. Raises NotFusable before anything is changed."""
+    columns = (match.query, match.key, match.value)
+    packed = pack_projections(columns, builder.facts)
     attributes: dict[str, Attribute] = {
         "num_heads": match.query.heads,
         "scale": match.scale,
-        "qkv_hidden_sizes": [p.columns for p in places],
+        "qkv_hidden_sizes": [p.columns for p in columns],
     }
     inputs: list[ir.Value | None] = [packed.source, *(builder.tensor(a, "qkv") for a in (packed.weight, packed.bias))]
     if match.bias is not None:
@@ -285,15 +284,15 @@ def rewrite_projected_attention(match: AttentionMatch, builder: FusionBuilder) -
 
 
 def separate_query_key_value(match: AttentionMatch, builder: FusionBuilder) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Query, key and value as values of their own: split off together where they fill one value."""
-    places = (match.query, match.key, match.value)
+    """Query, key and value as separate values: by one Split where they fill one value."""
+    columns = (match.query, match.key, match.value)
     shape = builder.facts.shape[match.query.value]
-    ends = [p.start + p.columns for p in places]
-    together = len({p.value for p in places}) == 1 and [p.start for p in places] == [0, *ends[:2]]
+    ends = [p.start + p.columns for p in columns]
+    together = len({p.value for p in columns}) == 1 and [p.start for p in columns] == [0, *ends[:2]]
     if together and not match.query.order and shape is not None and ends[2] == shape[2]:
-        q, k, v = split_columns(match.query.value, tuple(p.columns for p in places), builder)
+        q, k, v = split_columns(match.query.value, tuple(p.columns for p in columns), builder)
         return q, k, v
-    q, k, v = (take_columns(p, builder) for p in places)
+    q, k, v = (take_columns(p, builder) for p in columns)
     return q, k, v
 
 
@@ -309,20 +308,20 @@ def split_columns(value: ir.Value, sizes: tuple[int, ...], builder: FusionBuilde
     return builder.splits[value, sizes]
 
 
-def take_columns(where: HeadColumns, builder: FusionBuilder) -> ir.Value:
-    shape = builder.facts.shape[where.value]
+def take_columns(heads: HeadColumns, builder: FusionBuilder) -> ir.Value:
+    shape = builder.facts.shape[heads.value]
     assert shape is not None
-    if where.order:
-        (turned,) = builder.node(TRANSPOSE, [where.value], {"perm": where.order}, "heads")
-        return builder.node(RESHAPE, [turned, builder.constant([0, 0, where.columns], "flat")], {}, "columns")[0]
-    if where.columns == shape[2]:
-        return where.value
-    bounds = [builder.constant([n], "bound") for n in (where.start, where.start + where.columns, 2)]
-    return builder.node(SLICE, [where.value, *bounds], {}, "columns")[0]
+    if heads.order:
+        (ordered,) = builder.node(TRANSPOSE, [heads.value], {"perm": heads.order}, "heads")
+        return builder.node(RESHAPE, [ordered, builder.constant([0, 0, heads.columns], "flat")], {}, "columns")[0]
+    if heads.columns == shape[2]:
+        return heads.value
+    bounds = [builder.constant([n], "bound") for n in (heads.start, heads.start + heads.columns, 2)]
+    return builder.node(SLICE, [heads.value, *bounds], {}, "columns")[0]
 
 
 def expand_bias(match: AttentionMatch, query: ir.Value, builder: FusionBuilder) -> ir.Value:
-    """MultiHeadAttention broadcasts a bias over batch and heads only: a row for all queries is repeated."""
+    """MultiHeadAttention broadcasts a bias over batch and heads only: a row that serves all queries is expanded."""
     bias = match.bias
     assert bias is not None
     shape, length = builder.facts.shape[bias], builder.facts.shape[match.out]

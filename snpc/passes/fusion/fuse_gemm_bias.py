@@ -1,7 +1,8 @@
-"""graph -> graph: a bias that is added to a product goes into the product.
+"""Fuses a product and the bias that is added to it into one Gemm.
 
-onnxruntime adds it in a node of its own where the product has a batch axis, or in the activation behind, which takes
-longer than starting the sums from it. What has a batch axis is laid out as rows and back, which moves nothing.
+Where the product has a batch axis, onnxruntime adds the bias in a node of its own or in the activation that follows,
+which takes longer than starting the sums from it. A value with a batch axis is reshaped to rows and back, which copies
+nothing.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ class FuseGemmBias(ir.passes.FunctionalPass):
 
 
 def match_biased_product(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """(rows, weight, bias) where ``node`` adds nothing but a bias to a product with a weight that nothing else uses."""
+    """(rows, weight, bias) where ``node`` adds a bias to a product without other consumers; None for other nodes."""
     out = node.outputs[0]
     if out.is_graph_output() or out.shape is None or len(out.shape) < 3:
         return None
     if not all(isinstance(d, int) for d in out.shape[1:]):
         return None
     value, bias = separate_bias(out)
-    found = match_constant_product(value)
-    if found is None or bias is None or len(value.uses()) > 1 or value.is_graph_output():
+    product = match_constant_product(value)
+    if product is None or bias is None or len(value.uses()) > 1 or value.is_graph_output():
         return None
-    rows, weight = found
+    rows, weight = product
     return (rows, weight, bias) if constant_shape(bias) == constant_shape(weight)[1:] else None
 
 

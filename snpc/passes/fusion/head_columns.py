@@ -1,7 +1,7 @@
-"""Where the positions of a value come from and go to: movement nodes are run on position numbers.
+"""Finds the columns that heads are made of, by running movement nodes on position numbers.
 
-So it is seen, whatever nodes an exporter wrote, that ``[batch, heads, length, width]`` is made of columns of a
-``[batch, length, heads * width]`` value, or becomes one again.
+Whatever nodes an exporter wrote, this shows that ``[batch, heads, length, width]`` is columns of a value
+``[batch, length, heads * width]``, or becomes such a value again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_POSITIONS = 1 << 24
 
 
 class NotFusable(Exception):
-    """This softmax is no attention that one node can stand for; the message says why."""
+    """No fused node can compute this softmax and what is around it; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ MovementStep = tuple[ir.Node, int]
 
 
 def movement_sources(value: ir.Value, facts: ShapeFacts) -> Iterator[tuple[ir.Value, tuple[MovementStep, ...], float]]:
-    """Values that ``value`` is a movement of, nearest first: (value, the steps from there, scalar factor)."""
+    """Values that ``value`` is a movement of, nearest first: (source, movements from there to ``value``, factor)."""
     steps: tuple[MovementStep, ...] = ()
     factor = 1.0
     while True:
@@ -82,27 +82,30 @@ def number_positions(shape: Shape) -> Labels:
 
 
 def find_head_columns(value: ir.Value, swapped: bool, facts: ShapeFacts, version: int) -> HeadColumns:
-    """Where ``value`` [B,H,N,D] (swapped: [B,H,D,N]) lies as columns of a [B,N,C] value, or else how to lay it so."""
+    """The columns of a value [B,N,C] that ``value`` is, or else the order of axes that makes it such a value.
+
+    ``value``: [B,H,N,D], or [B,H,D,N] if ``swapped``.
+    """
     shape = facts.shape[value]
     assert shape is not None
-    best: HeadColumns | None = None
+    match: HeadColumns | None = None
     for source, steps, factor in movement_sources(value, facts):
-        made = facts.shape.get(source)
-        if made is None or len(made) != 3 or made[0] != shape[0]:
+        source_shape = facts.shape.get(source)
+        if source_shape is None or len(source_shape) != 3 or source_shape[0] != shape[0]:
             continue
         try:
-            labels = apply_movements(number_positions(made), steps, facts, version)
+            labels = apply_movements(number_positions(source_shape), steps, facts, version)
         except Blocked:
             break
         labels = labels.swapaxes(2, 3) if swapped else labels
-        start = first_column(labels, made)
+        start = first_column(labels, source_shape)
         if start is None:
             continue
-        best = HeadColumns(source, start, labels.shape[1], labels.shape[3], factor)
-        if best.columns == made[2]:
-            return best
-    if best is not None:
-        return best
+        match = HeadColumns(source, start, labels.shape[1], labels.shape[3], factor)
+        if match.columns == source_shape[2]:
+            return match
+    if match is not None:
+        return match
     heads, width = shape[1], shape[2] if swapped else shape[3]
     return HeadColumns(value, 0, heads, width, order=(0, 3, 1, 2) if swapped else MERGE_HEADS_PERM)
 
@@ -119,30 +122,30 @@ def first_column(labels: Labels, source: Shape) -> int | None:
 
 
 def find_merged_heads(context: ir.Value, facts: ShapeFacts, version: int) -> ir.Value:
-    """The value [B,N,H*D] that the context [B,H,N,D] becomes by movement. Raises Unfit if there is none."""
+    """The value [B,N,H*D] that the context [B,H,N,D] becomes by movement. Raises NotFusable if there is none."""
     shape = facts.shape[context]
     assert shape is not None
-    wanted = number_positions(shape).transpose(MERGE_HEADS_PERM).reshape(shape[0], shape[2], shape[1] * shape[3])
+    merged = number_positions(shape).transpose(MERGE_HEADS_PERM).reshape(shape[0], shape[2], shape[1] * shape[3])
     labels, value = number_positions(shape), context
     while True:
         node = require_single_consumer(value)
         rule = lookup(node.domain, node.op_type).move
         if lookup(node.domain, node.op_type).kind != "movement" or rule is None or node.inputs[0] is not value:
-            raise NotFusable("the heads are not laid side by side again")
+            raise NotFusable("the heads are not merged into one axis again")
         value = node.outputs[0]
         try:
             labels = np.broadcast_to(rule(facts.call(node, version), labels)[0], facts.shape[value] or ())
         except Blocked as block:
             raise NotFusable(block.reason) from None
-        if labels.shape == wanted.shape and bool((labels == wanted).all()):
+        if labels.shape == merged.shape and bool((labels == merged).all()):
             if value.is_graph_output():
                 raise NotFusable("the context is an output of the graph")
             return value
 
 
 def require_single_consumer(value: ir.Value) -> ir.Node:
-    """The node that reads ``value``, shapes aside. Raises Unfit if there are several, or if it is an output."""
+    """The one node that reads the contents of ``value``. Raises NotFusable if there are several, or it is an output."""
     users = [u for u in value.consumers() if lookup(u.domain, u.op_type).kind != "shape"]
     if value.is_graph_output() or len(users) != 1:
-        raise NotFusable(f"{value.name} is read by others too")
+        raise NotFusable(f"{value.name} has other consumers")
     return users[0]

@@ -1,4 +1,4 @@
-"""What query, key and value are made of: columns of one product with a constant, as com.microsoft.Attention takes."""
+"""Matches query, key and value that are columns of products of one value with constants (com.microsoft.Attention)."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ class PackedProjection:
     bias: AnyArray
 
 
-def pack_projections(places: Sequence[HeadColumns], facts: ShapeFacts) -> PackedProjection:
-    """Query, key and value beside each other. Raises Unfit where they are not products of one value."""
-    found = [match_projection(place, facts) for place in places]
-    if any(one.source is not found[0].source for one in found):
-        raise NotFusable("query, key and value are made of different values")
-    weight, bias = (np.concatenate([getattr(one, name) for one in found], -1) for name in ("weight", "bias"))
-    return PackedProjection(found[0].source, weight, bias)
+def pack_projections(heads: Sequence[HeadColumns], facts: ShapeFacts) -> PackedProjection:
+    """The three projections concatenated. Raises NotFusable where they do not read one value."""
+    parts = [match_projection(columns, facts) for columns in heads]
+    if any(part.source is not parts[0].source for part in parts):
+        raise NotFusable("query, key and value are projections of different values")
+    weight, bias = (np.concatenate([getattr(part, name) for part in parts], -1) for name in ("weight", "bias"))
+    return PackedProjection(parts[0].source, weight, bias)
 
 
-def match_projection(place: HeadColumns, facts: ShapeFacts) -> PackedProjection:
-    whole, before = split_source(place.value, facts)
+def match_projection(columns: HeadColumns, facts: ShapeFacts) -> PackedProjection:
+    whole, before = split_source(columns.value, facts)
     value, bias = separate_bias(whole)
-    weighted = match_constant_product(value)
-    if place.order or weighted is None:
+    product = match_constant_product(value)
+    if columns.order or product is None:
         raise NotFusable("it is not columns of a product with a constant matrix")
-    columns = slice(before + place.start, before + place.start + place.columns)
-    source, table = weighted[0], constant_contents(weighted[1])
-    full = np.zeros(table.shape[1], table.dtype) if bias is None else constant_contents(bias)
-    if full.shape != (table.shape[1],):
-        raise NotFusable("what is added to the product is no bias")
-    return PackedProjection(source, table[:, columns], full[columns])
+    start = before + columns.start
+    kept = slice(start, start + columns.columns)
+    source, weight = product[0], constant_contents(product[1])
+    whole_bias = np.zeros(weight.shape[1], weight.dtype) if bias is None else constant_contents(bias)
+    if whole_bias.shape != (weight.shape[1],):
+        raise NotFusable("the constant that is added to the product is no bias")
+    return PackedProjection(source, weight[:, kept], whole_bias[kept])
 
 
 def split_source(value: ir.Value, facts: ShapeFacts) -> tuple[ir.Value, int]:
-    """(what ``value`` is columns of, how many lie before them) where a node divides columns into parts."""
+    """(the value that a Split takes ``value`` from, how many columns come before); (``value``, 0) without a Split."""
     node = value.producer()
     if node is None or node.op_type != SPLIT or node.inputs[0] is None:
         return value, 0
@@ -61,7 +62,7 @@ def split_source(value: ir.Value, facts: ShapeFacts) -> tuple[ir.Value, int]:
 
 
 def match_constant_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """(rows, weight) where ``value`` is rows times a constant matrix."""
+    """(rows, weight) of a product with a constant matrix; None for any other value."""
     node = value.producer()
     if node is None or node.op_type != MATMUL or node.domain:
         return None
@@ -72,7 +73,7 @@ def match_constant_product(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 def separate_bias(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """(what a constant is added to, the constant)."""
+    """(summand, constant) of a sum with a constant; (``value``, None) for any other value."""
     node = value.producer()
     spec = lookup(node.domain, node.op_type) if node is not None else None
     if node is None or spec is None or spec.kind != "pointwise" or spec.effect != "add" or spec.subtracts:

@@ -1,8 +1,8 @@
-"""The attention scale keeps its meaning: softmax(s Q K') must not change when the width d of Q and K does.
+"""Keeps the attention scale right when the width d of Q and K changes: the scores of kept channels must not change.
 
-The scale hides in four places: a constant; a number computed at run time from a shape; an Attention node that derives
-it from the width; and later fusions that do the same. One rule serves all: where the scale is 1/sqrt(d_old), make it
-1/sqrt(d_new) and fold sqrt(d_new/d_old) into what makes Q. Where it is something else, it keeps its value.
+The scale s of softmax(s Q K') is a constant, a number that is computed at run time from a shape, or implied by a fused
+node. One rule serves all of them. Where it is 1/sqrt(d_old), it becomes 1/sqrt(d_new), and sqrt(d_new/d_old) is folded
+into the constants that make Q. Any other scale keeps its value.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from snpc.passes.propagation.state import Contraction, Trace
 from snpc.passes.weights.linear_path import LinearPath, NotLinear, label_set, trace_linear_path
 from snpc.types import FloatArray
 
-STANDARD_SCALE_TOLERANCE = 1e-2  # relative distance from 1/sqrt(d) within which a scale counts as that
+STANDARD_SCALE_TOLERANCE = 1e-2  # relative distance from 1/sqrt(d) within which a scale is taken for the standard one
 
 
 @dataclass
 class ScalePlan:
-    """What to change so that every attention keeps its temperature.
+    """Changes after which every attention has the scores that it had.
 
-    ``multiply``: (constant, axis) -> factor per position, before slicing; ``scalars``: (node, input) -> value;
-    ``attribute_values``: (node, attribute) -> value; ``insert``: (node, input) -> factor, where nothing could be
-    folded.
+    ``multiply``: (constant, axis) -> factor per position, applied before slicing; ``scalars``: (node, input) -> value;
+    ``attributes``: (node, attribute) -> value; ``insert``: (node, input) -> factor of a new Mul, where no constant
+    could take it.
     """
 
     multiply: dict[tuple[str, int], FloatArray] = field(default_factory=dict)
@@ -42,28 +42,29 @@ class ScalePlan:
     insert: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
-def plan_scales(model: ir.Model, facts: ShapeFacts, trace: Trace, dead: RemovedUnits) -> ScalePlan:
+def plan_scales(model: ir.Model, facts: ShapeFacts, trace: Trace, removed: RemovedUnits) -> ScalePlan:
+    """The changes for every product of Q and K whose width is cut."""
     plan = ScalePlan()
-    folds: list[LinearPath] = []
+    paths: list[LinearPath] = []
     for contraction in trace.contractions:
-        widths = score_widths(contraction, dead)
+        widths = score_widths(contraction, removed)
         if widths is None or widths[0] == widths[1]:
             continue
         old, new = widths
         factor = plan_score_scale(plan, model, facts, contraction, old, new)
         if factor != 1.0:
-            fold = LinearPath(contraction.node, query_input(contraction), factor)
+            path = LinearPath(contraction.node, query_input(contraction), factor)
             try:
-                trace_linear_path(fold, query_operand(contraction), label_set(contraction.left), trace, facts, model)
+                trace_linear_path(path, query_operand(contraction), label_set(contraction.left), trace, facts, model)
             except NotLinear:
-                fold.constants.clear()
-            folds.append(fold)
-    merge_linear_paths(plan, folds)
+                path.constants.clear()
+            paths.append(path)
+    merge_linear_paths(plan, paths)
     return plan
 
 
-def score_widths(contraction: Contraction, dead: RemovedUnits) -> tuple[int, int] | None:
-    """(d before, d after) of a product of two activations that are both made by weights; None for anything else."""
+def score_widths(contraction: Contraction, removed: RemovedUnits) -> tuple[int, int] | None:
+    """(d before, d after) of a product of two activations; None for any other contraction."""
     letters = contraction.letters
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     if contraction.has_weight or len(summed) != 1:
@@ -71,8 +72,8 @@ def score_widths(contraction: Contraction, dead: RemovedUnits) -> tuple[int, int
     axis = letters.left.index(next(iter(summed)))
     if not any(axis in varying_axes(f) for f in contraction.left.factors):
         return None
-    packed = slice_shape(contraction.left.shape, contraction.left.factors, dead)
-    return packed.old_shape[axis], packed.new_shape[axis]
+    sliced = slice_shape(contraction.left.shape, contraction.left.factors, removed)
+    return sliced.old_shape[axis], sliced.new_shape[axis]
 
 
 def query_input(contraction: Contraction) -> int:
@@ -87,25 +88,25 @@ def query_operand(contraction: Contraction) -> ir.Value:
     return value
 
 
-# -- what the scale is and should be ---------------------------------------------------------------------------------
+# -- the scale before and after ---------------------------------------------------------------------------------
 
 
 def plan_score_scale(
     plan: ScalePlan, model: ir.Model, facts: ShapeFacts, contraction: Contraction, old: int, new: int
 ) -> float:
-    """Write the new scale into ``plan``; the factor that Q must take so that the scores stay as they are."""
+    """Write the new scale into ``plan``. Returns the factor on Q that keeps the scores."""
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":
-        given = attribute_values(node).get("scale")
+        attribute = attribute_values(node).get("scale")
         if makes_query_inside(attention_form(facts.call(node, opset_version(model, node.domain)), node.domain), node):
-            plan.attributes[str(node.name), "scale"] = float(given or 1.0 / math.sqrt(old))
+            plan.attributes[str(node.name), "scale"] = float(attribute or 1.0 / math.sqrt(old))
             return 1.0
-        if given is None or float(given) == 0.0:
+        if attribute is None or float(attribute) == 0.0:
             return math.sqrt(new / old)
-        if not is_standard_scale(float(given), old):
+        if not is_standard_scale(float(attribute), old):
             return 1.0
         plan.attributes[str(node.name), "scale"] = 1.0 / math.sqrt(new)
-        return float(given) * math.sqrt(new)
+        return float(attribute) * math.sqrt(new)
     scalars = list(scalar_factors_around(node, facts))
     alpha = attribute_values(node).get("alpha", 1.0)
     scale = math.prod((s.factor for s in scalars), start=float(alpha))
@@ -126,7 +127,7 @@ def plan_score_scale(
 
 
 def makes_query_inside(shape: AttentionForm, node: ir.Node) -> bool:
-    """Has Q no input of its own, or is a bias added to it inside? Then there is nothing to fold into."""
+    """Does the node itself make Q, or add a bias to it? Then no constant outside of it can take a factor."""
     bias = shape.bias
     return bool(shape.packed) or (bias is not None and bias < len(node.inputs) and node.inputs[bias] is not None)
 
@@ -136,17 +137,17 @@ def is_standard_scale(scale: float, width: int) -> bool:
 
 
 def scalar_factors_around(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFactor]:
-    """Numbers that multiply either operand or the product, as far as only movement and scaling lie between."""
+    """Numbers that multiply an operand or the product, with nothing but movement and scaling in between."""
     for index in lookup(node.domain, node.op_type).operands:
         value = node.inputs[index]
-        seen = 0
-        while value is not None and value.producer() is not None and not value.is_graph_output() and seen < 64:
+        steps = 0
+        while value is not None and value.producer() is not None and not value.is_graph_output() and steps < 64:
             producer = value.producer()
             assert producer is not None
             scalar, value = step_upstream(producer, facts)
             if scalar is not None:
                 yield scalar
-            seen += 1
+            steps += 1
     value = node.outputs[0]
     for _ in range(64):
         users = [u for u in (value.consumers() if value is not None else ()) if not reads_only_shape(u)]
@@ -160,33 +161,33 @@ def scalar_factors_around(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFa
         value = users[0].outputs[0]
 
 
-# -- folding a factor into what makes Q ------------------------------------------------------------------------------
+# -- folding a factor into the constants that make Q -----------------------------------------------------------------
 
 
-def merge_linear_paths(plan: ScalePlan, folds: list[LinearPath]) -> None:
-    """Keep the folds that touch nothing else: every user of what they scale lies on the way of an equal fold."""
-    good = [f for f in folds if f.constants]
+def merge_linear_paths(plan: ScalePlan, paths: list[LinearPath]) -> None:
+    """Fold along paths that scale nothing else: every consumer of a scaled value lies on a path of that factor."""
+    foldable = [f for f in paths if f.constants]
     while True:
         nodes: dict[ir.Node, float] = {}
-        for fold in good:
-            for node in {*fold.nodes, fold.node}:
-                nodes[node] = fold.factor
-        bad = [f for f in good if not has_only_scaled_consumers(f, nodes)]
-        if not bad:
+        for path in foldable:
+            for node in {*path.nodes, path.node}:
+                nodes[node] = path.factor
+        conflicting = [f for f in foldable if not has_only_scaled_consumers(f, nodes)]
+        if not conflicting:
             break
-        good = [f for f in good if f not in bad]
-    for fold in good:
-        for (value, axis), hit in fold.constants.items():
+        foldable = [f for f in foldable if f not in conflicting]
+    for path in foldable:
+        for (value, axis), positions in path.constants.items():
             plan.multiply[str(value.name), axis] = np.where(
-                hit, fold.factor, plan.multiply.get((str(value.name), axis), np.ones(len(hit)))
+                positions, path.factor, plan.multiply.get((str(value.name), axis), np.ones(len(positions)))
             )
-    for fold in folds:
-        if not any(fold is g for g in good):
-            plan.insert[str(fold.node.name), fold.index] = fold.factor
+    for path in paths:
+        if not any(path is g for g in foldable):
+            plan.insert[str(path.node.name), path.index] = path.factor
 
 
-def has_only_scaled_consumers(fold: LinearPath, nodes: Mapping[ir.Node, float]) -> bool:
-    values = fold.values | {value for value, _ in fold.constants}
+def has_only_scaled_consumers(path: LinearPath, nodes: Mapping[ir.Node, float]) -> bool:
+    values = path.values | {value for value, _ in path.constants}
     return all(
-        nodes.get(user) == fold.factor or reads_only_shape(user) for value in values for user in value.consumers()
+        nodes.get(user) == path.factor or reads_only_shape(user) for value in values for user in value.consumers()
     ) and not any(value.is_graph_output() for value in values)

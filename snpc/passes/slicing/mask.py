@@ -1,7 +1,7 @@
-"""The oracle's other side: the original, at its full size, with the removed units silenced.
+"""The masked model, which every sliced model is checked against: full size, with the removed units at zero.
 
-What makes a removed unit and what reads it is zero: columns and rows of weights, biases, gains, tables. What takes
-statistics over it takes them over the others.
+Columns and rows of weights, biases, gains and tables that produce or consume a removed unit are zero. Normalizations
+take their statistics over the kept units only.
 """
 
 from __future__ import annotations
@@ -19,64 +19,69 @@ from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.types import AnyArray, BoolArray
 
 
-def removed_positions(trace: Trace, dead: RemovedUnits) -> list[tuple[LabeledAxis, BoolArray]]:
-    """Every constant axis that loses something, with the positions it loses."""
-    found = []
+def removed_positions(trace: Trace, removed: RemovedUnits) -> list[tuple[LabeledAxis, BoolArray]]:
+    """Every constant axis from which positions are removed, with a mask of these positions."""
+    positions = []
     for axis in trace.table.axes:
-        gone = dead.removed[dead.unit_of_label[axis.first_label : axis.first_label + axis.size]]
-        if gone.any():
-            found.append((axis, gone))
-    return found
+        mask = removed.removed[removed.unit_of_label[axis.first_label : axis.first_label + axis.size]]
+        if mask.any():
+            positions.append((axis, mask))
+    return positions
 
 
-def zeroed_positions(trace: Trace, dead: RemovedUnits) -> list[tuple[str, LabeledAxis, BoolArray]]:
-    """Of the constants that must change for the removed units to be silent: name, axis, and where it becomes zero."""
-    found = removed_positions(trace, dead)
-    return [(str(axis.constant.name), axis, gone) for axis, gone in found if can_be_zeroed(axis, trace)]
+def zeroed_positions(trace: Trace, removed: RemovedUnits) -> list[tuple[str, LabeledAxis, BoolArray]]:
+    """(name, axis, mask of the positions that become zero) of every constant that is masked."""
+    positions = removed_positions(trace, removed)
+    return [(str(axis.constant.name), axis, mask) for axis, mask in positions if can_be_zeroed(axis, trace)]
 
 
 def mask_constants(
-    trace: Trace, dead: RemovedUnits, held: Mapping[str, AnyArray] | None = None, names: Container[str] | None = None
+    trace: Trace,
+    removed: RemovedUnits,
+    overrides: Mapping[str, AnyArray] | None = None,
+    names: Container[str] | None = None,
 ) -> dict[str, AnyArray]:
-    """New contents, by name, of the constants (of ``names``, where given) that must change for the removed units to be
-    silent; ``held``: contents of those that are no longer what they are in the graph."""
+    """Name -> contents with the removed units at zero, of the constants that are masked.
+
+    ``overrides``: contents to start from instead of those in the graph. ``names``: only constants of these names.
+    """
     changed: dict[str, AnyArray] = {}
-    for name, axis, gone in zeroed_positions(trace, dead):
+    for name, axis, mask in zeroed_positions(trace, removed):
         if names is not None and name not in names:
             continue
         array = changed.get(name)
         if array is None:
             tensor = axis.constant.const_value
             assert tensor is not None
-            array = np.array((held or {}).get(name, tensor.numpy()))
+            array = np.array((overrides or {}).get(name, tensor.numpy()))
         index: list[slice | BoolArray] = [slice(None)] * array.ndim
-        index[axis.axis] = gone
+        index[axis.axis] = mask
         array[tuple(index)] = 0
         changed[name] = array
     return changed
 
 
 def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
-    """Not where a zero is divided by, or is a variance; what multiplies or adds silences enough."""
+    """Can the removed positions be set to zero? Not where a consumer divides by them or takes them for a variance."""
     if trace.table.flags[axis.first_label] & (LabelFlag.WEIGHT_INPUT | LabelFlag.PRODUCED):
         return True
     for user, index in axis.constant.uses():
         spec = lookup(user.domain, user.op_type)
         added = spec.kind == "pointwise" and spec.effect in ("add", "scale") and not (spec.divides and index == 1)
         if not (
-            added or spec.kind in ("contraction", "movement", "attention") or (spec.kind == "normalise" and index < 3)
+            added or spec.kind in ("contraction", "movement", "attention") or (spec.kind == "normalize" and index < 3)
         ):
             return False
     return True
 
 
-def mask_model(model: ir.Model, trace: Trace, dead: RemovedUnits) -> ir.Model:
-    """A copy of ``model`` with the removed units silenced; shapes stay."""
+def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model:
+    """A copy of ``model`` with the removed units masked; shapes stay."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
-    for statistic in affected_statistics(trace, dead):
-        mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, dead)
-    for name, array in mask_constants(trace, dead).items():
+    for statistic in affected_statistics(trace, removed):
+        mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
+    for name, array in mask_constants(trace, removed).items():
         value = copy.graph.initializers[name]
         dtype = value.const_value.dtype if value.const_value is not None else None
         value.const_value = ir.Tensor(array, dtype=dtype, name=name)

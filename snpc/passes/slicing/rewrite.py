@@ -86,9 +86,9 @@ def slice_units(state: RewriteState) -> RewriteState:
     """Slice every constant; where a size that changes is divided, the quotient of before the cut may be needed."""
     source, removed = state.source, state.removed
     scales = plan_scales(source.model, source.facts, source.trace, removed)
-    for frozen in (False, True):
+    for freeze_dividends in (False, True):
         sliced = slice_model(
-            source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, frozen
+            source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, freeze_dividends
         )
         if holds_at_other_sizes(source.model, sliced, source.facts, source.trace, source.dim_sizes):
             return replace(state, scales=scales, sliced=sliced)
@@ -140,33 +140,33 @@ REWRITE_PASSES = (
 
 
 def apply_scales(source: TracedGraph, sliced: SlicedModel, plan: ScalePlan) -> None:
-    """Write the planned scales; any other number that changed because a shape did goes back to what it was."""
+    """Write the planned scales. Any other number that changed because a shape did gets its old value back."""
     copy = sliced.model
-    repairs = ShapeParameterEditor(copy, source.model, source.facts, sliced.facts, source.dim_sizes)
+    editor = ShapeParameterEditor(copy, source.model, source.facts, sliced.facts, source.dim_sizes)
     nodes = {str(n.name): n for n in copy.graph}
-    wanted = dict(plan.scalars)
+    numbers = dict(plan.scalars)
     for node, index, before, _ in changed_scalars(source.model, source.facts, sliced.facts, copy):
-        wanted.setdefault((str(node.name), index), before)
-    for (name, index), number in wanted.items():
-        set_scalar(repairs, sliced.facts, nodes[name], index, number)
+        numbers.setdefault((str(node.name), index), before)
+    for (name, index), number in numbers.items():
+        set_scalar(editor, sliced.facts, nodes[name], index, number)
     for (name, attribute), number in plan.attributes.items():
         set_attributes(nodes[name], {attribute: float(number)})
     for (name, index), factor in plan.insert.items():
         node = nodes[name]
         value = node.inputs[index]
         assert value is not None
-        kind = sliced.facts.dtype[value]
-        assert kind is not None
-        scale = repairs.constant(np.asarray(factor, kind.numpy()), f"{name}_scale")
+        dtype = sliced.facts.dtype[value]
+        assert dtype is not None
+        scale = editor.constant(np.asarray(factor, dtype.numpy()), f"{name}_scale")
         node.replace_input_with(
-            index, repairs.insert(node, MUL, [value, scale], repairs.unused_node_name(f"{name}_rescale"))
+            index, editor.insert(node, MUL, [value, scale], editor.unused_node_name(f"{name}_rescale"))
         )
 
 
-def set_scalar(repairs: ShapeParameterEditor, facts: ShapeFacts, node: ir.Node, index: int, number: float) -> None:
+def set_scalar(editor: ShapeParameterEditor, facts: ShapeFacts, node: ir.Node, index: int, number: float) -> None:
     value = node.inputs[index]
     assert value is not None
-    now = facts.value[value]
-    if abs(float(now.reshape(-1)[0]) - number) > 1e-6 * abs(number):
-        constant = np.full(now.shape, number, now.dtype)
-        node.replace_input_with(index, repairs.constant(constant, f"{node.outputs[0].name}_{index}"))
+    current = facts.value[value]
+    if abs(float(current.reshape(-1)[0]) - number) > 1e-6 * abs(number):
+        constant = np.full(current.shape, number, current.dtype)
+        node.replace_input_with(index, editor.constant(constant, f"{node.outputs[0].name}_{index}"))

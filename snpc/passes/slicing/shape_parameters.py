@@ -1,4 +1,4 @@
-"""Writing recomputed parameters into the graph: constants, or the least change to what computes them."""
+"""Writes recomputed parameters into the graph: a constant, or the smallest change of the nodes that compute one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from snpc.types import AnyArray
 
 
 class ShapeParameterEditor:
-    """New parameters for one sliced model. Equal constants are shared; a constant with other users is never edited."""
+    """Sets parameters of one sliced model. Equal constants are shared; constants with other consumers stay."""
 
     def __init__(
         self, copy: ir.Model, model: ir.Model, before: ShapeFacts, after: ShapeFacts, sizes: Mapping[str, int]
@@ -36,46 +36,46 @@ class ShapeParameterEditor:
         return self.constants[key]
 
     def facts_at_other_sizes(self) -> ShapeFacts:
-        """Facts of the original under another binding: what differs there depends on a dynamic axis."""
+        """Facts of the original at other sizes of its dynamic dimensions: what differs there depends on one of them."""
         if self._elsewhere is None:
             self._elsewhere = infer_graph(self.model, alternative_dim_sizes(self.sizes))
         return self._elsewhere
 
-    def set_input(self, old: ir.Node, node: ir.Node, index: int, wanted: AnyArray) -> None:
-        """Make input ``index`` of ``node`` be ``wanted``, leaving entries alone that already are right."""
+    def set_input(self, old: ir.Node, node: ir.Node, index: int, target: AnyArray) -> None:
+        """Make input ``index`` of ``node`` hold ``target``. Entries that are right already stay computed."""
         current = node.inputs[index] if index < len(node.inputs) else None
         hint = f"{node.outputs[0].name}_{index}"
         if current is None or current not in self.after.value:
-            self.replace_input(node, index, self.constant(wanted, hint))
+            self.replace_input(node, index, self.constant(target, hint))
             return
-        now = self.after.value[current]
-        if now.shape == wanted.shape and bool((now == wanted).all()):
+        array = self.after.value[current]
+        if array.shape == target.shape and bool((array == target).all()):
             return
-        if now.shape != wanted.shape and not (
+        if array.shape != target.shape and not (
             current.is_initializer() or bool(self.static_entries(old.inputs[index]).all())
         ):
             raise CheckFailed(f"{node.op_type} {node.name}: {current.name} depends on a dynamic axis and cannot be cut")
-        if current.is_initializer() or now.shape != wanted.shape:
-            self.replace_input(node, index, self.constant(wanted.astype(now.dtype), hint))
+        if current.is_initializer() or array.shape != target.shape:
+            self.replace_input(node, index, self.constant(target.astype(array.dtype), hint))
             return
         source = old.inputs[index]
         assert source is not None
         fixed = self.static_entries(source)
-        wrong = now != wanted
+        wrong = array != target
         if bool(fixed.all()):
-            self.replace_input(node, index, self.constant(wanted.astype(now.dtype), hint))
+            self.replace_input(node, index, self.constant(target.astype(array.dtype), hint))
         elif bool(fixed[wrong].all()):
-            self.replace_input(node, index, self.overwrite_entries(node, current, wrong, wanted, hint))
+            self.replace_input(node, index, self.overwrite_entries(node, current, wrong, target, hint))
         else:
-            self.replace_input(node, index, self.rescale_entries(node, current, now, wanted, hint))
+            self.replace_input(node, index, self.rescale_entries(node, current, array, target, hint))
 
     def static_entries(self, source: ir.Value | None) -> AnyArray:
-        """Which entries of a computed parameter are the same under every binding."""
+        """Which entries of a computed parameter are the same at all sizes of the dynamic dimensions."""
         assert source is not None
-        here, there = self.before.value[source], self.facts_at_other_sizes().value.get(source)
-        if there is None or there.shape != here.shape:
-            return np.zeros(here.shape, bool)
-        return np.asarray(here == there)
+        values, other_values = self.before.value[source], self.facts_at_other_sizes().value.get(source)
+        if other_values is None or other_values.shape != values.shape:
+            return np.zeros(values.shape, bool)
+        return np.asarray(values == other_values)
 
     def replace_input(self, node: ir.Node, index: int, value: ir.Value) -> None:
         while len(node.inputs) <= index:
@@ -97,11 +97,11 @@ class ShapeParameterEditor:
         return node.outputs[0]
 
     def overwrite_entries(
-        self, node: ir.Node, current: ir.Value, wrong: AnyArray, wanted: AnyArray, hint: str
+        self, node: ir.Node, current: ir.Value, wrong: AnyArray, target: AnyArray, hint: str
     ) -> ir.Value:
-        """Constants in the entries that changed, the computed ones elsewhere. A Concat of its entries is respelled."""
+        """Constants in the entries that changed, computed ones elsewhere: with a Concat as before, or with a Where."""
         producer = current.producer()
-        kind = self.after.value[current].dtype
+        dtype = self.after.value[current].dtype
         if producer is not None and lookup(producer.domain, producer.op_type).kind == "concat":
             pieces: list[ir.Value] = []
             position = 0
@@ -111,17 +111,17 @@ class ShapeParameterEditor:
                     break
                 part = slice(position, position + size)
                 changed = bool(wrong[part].any())
-                pieces.append(self.constant(wanted[part].astype(kind), f"{hint}_{position}") if changed else piece)
+                pieces.append(self.constant(target[part].astype(dtype), f"{hint}_{position}") if changed else piece)
                 position += size
-            whole_pieces = position == wanted.size and self.splits_between_pieces(producer, wrong)
+            whole_pieces = position == target.size and self.splits_between_pieces(producer, wrong)
             if whole_pieces:
                 return self.insert(node, CONCAT, pieces, self.unused_node_name(f"{hint}__shape"), {"axis": 0})
         mask = self.constant(wrong, f"{hint}_which")
-        values = self.constant(np.where(wrong, wanted, 0).astype(kind), f"{hint}_what")
+        values = self.constant(np.where(wrong, target, 0).astype(dtype), f"{hint}_what")
         return self.insert(node, WHERE, [mask, values, current], self.unused_node_name(f"{hint}__shape"))
 
     def splits_between_pieces(self, producer: ir.Node, wrong: AnyArray) -> bool:
-        """No piece mixes an entry that changed with one that must stay computed."""
+        """Does no input of the Concat hold both an entry that changed and one that must stay computed?"""
         position = 0
         for piece in producer.inputs:
             size = self.after.value[piece].size  # type: ignore[index]
@@ -131,13 +131,15 @@ class ShapeParameterEditor:
             position += size
         return True
 
-    def rescale_entries(self, node: ir.Node, current: ir.Value, now: AnyArray, wanted: AnyArray, hint: str) -> ir.Value:
-        """An entry such as batch x heads: multiply by the ratio of new to old, entry by entry."""
-        if (now <= 0).any() and (wanted != now)[now <= 0].any():
+    def rescale_entries(
+        self, node: ir.Node, current: ir.Value, array: AnyArray, target: AnyArray, hint: str
+    ) -> ir.Value:
+        """Multiply by the ratio of new to old size, entry by entry: for an entry such as batch x heads."""
+        if (array <= 0).any() and (target != array)[array <= 0].any():
             raise CheckFailed(f"{node.op_type} {node.name}: a computed size cannot be recomputed")
-        common = np.maximum(np.gcd(np.abs(now), np.abs(wanted)), 1)
-        down = self.constant(np.where(wanted == now, 1, now // common).astype(now.dtype), f"{hint}_over")
-        times = np.where(wanted == now, 1, wanted // common).astype(now.dtype)
+        common = np.maximum(np.gcd(np.abs(array), np.abs(target)), 1)
+        down = self.constant(np.where(target == array, 1, array // common).astype(array.dtype), f"{hint}_over")
+        times = np.where(target == array, 1, target // common).astype(array.dtype)
         up = self.constant(times, f"{hint}_times")
         product = self.insert(node, MUL, [current, up], self.unused_node_name(f"{hint}__times"))
         return self.insert(node, DIV, [product, down], self.unused_node_name(f"{hint}__shape"))

@@ -142,7 +142,7 @@ def check_refit_size(group: Group, consumer: ConsumerWeight) -> None:
     columns = consumer.columns * group.size
     if columns > MAX_REFIT_COLUMNS:
         raise UnsupportedWeightForm(
-            f"its reader sees {columns} columns, more than are solved for ({MAX_REFIT_COLUMNS})"
+            f"its reader has {columns} input columns, more than a refit solves for ({MAX_REFIT_COLUMNS})"
         )
 
 
@@ -155,9 +155,9 @@ def check_basis_sites(group: Group, slices: Sequence[WeightSlice]) -> None:
     for site in group.sites:
         count = reached[site.tensor, site.axis]
         if (count > 1).any():
-            raise UnsupportedWeightForm(f"{site.tensor} makes both sides of it")
+            raise UnsupportedWeightForm(f"{site.tensor} produces both sides of its product")
         if (count != (site.units >= 0)).any():
-            raise UnsupportedWeightForm(f"{site.tensor} acts on it as well")
+            raise UnsupportedWeightForm(f"{site.tensor} applies to it as well, which a change of basis does not allow")
 
 
 def closed_form_kinds(weights: Mapping[str, GroupWeights], groups: Sequence[Group]) -> dict[str, ClosedFormKind]:

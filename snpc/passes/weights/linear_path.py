@@ -68,7 +68,7 @@ def trace_linear_path(
         trace_linear_path(fold, linear[0], wanted, trace, facts, model)
     elif spec.kind == "contraction" and not spec.has_activation:
         mark_projection(fold, node, wanted, trace)
-    elif spec.kind == "normalise" and spec.per_axis:
+    elif spec.kind == "normalize" and spec.per_axis:
         for index in spec.per_axis:
             if 0 < index < len(node.inputs) and node.inputs[index] is not None:
                 mark_aligned_constant(fold, node, node.inputs[index], wanted, trace)  # type: ignore[arg-type]

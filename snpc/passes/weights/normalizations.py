@@ -101,7 +101,7 @@ def reads_labeled_constant(node: ir.Node, traced: TracedGraph) -> bool:
 
 def feeds_statistic(first: StatisticPath, second: StatisticPath) -> bool:
     """Does the second statistic, or what it normalises, come right from where the first met its positions?"""
-    if "normalise" in (first[0].context.spec.kind, second[0].context.spec.kind):
+    if "normalize" in (first[0].context.spec.kind, second[0].context.spec.kind):
         return first[0].context.node is second[0].context.node
     made = {value for node in first[2] for value in node.outputs}
     read = {value for node in (*second[1], *second[2]) for value in node.inputs}

@@ -357,7 +357,7 @@ def relevance_opaque(
 
 RELEVANCE_RULES: Mapping[str, Callable[[RelevancePropagation, ir.Node, OpSpec, OpCall, Sequence[FloatArray]], None]] = {
     "pointwise": relevance_pointwise,
-    "normalise": relevance_normalize,
+    "normalize": relevance_normalize,
     "reduce": relevance_reduce,
     "movement": relevance_movement,
     "concat": relevance_concat,

@@ -80,7 +80,7 @@ def prune_in_rounds(
 ) -> list[PruningRound]:
     """Prune ``source`` to ``rounds.target`` along the cubic schedule, and write the model of the last round."""
     check_output(source, output)
-    with open_runner(source, data, rounds, None, "cubic") as runner:
+    with open_round_runner(source, data, rounds, None, "cubic") as runner:
         for macs_share in cubic_schedule(rounds.macs_share, rounds.count):
             report_round(on_round, runner.run_round(macs_share))
         copy_into_place(runner.current_model, output)
@@ -104,7 +104,7 @@ def prune_adaptively(
     the smallest step did.
     """
     check_output(source, output)
-    with open_runner(source, data, rounds, objective, "adaptive") as runner:
+    with open_round_runner(source, data, rounds, objective, "adaptive") as runner:
         macs_share, step = 1.0, (1 - rounds.macs_share) / rounds.count
         min_step = step / MIN_STEP_DIVISOR
         while macs_share > rounds.macs_share + 1e-9 and step >= min_step * (1 - 1e-9):
@@ -127,7 +127,7 @@ def report_round(on_round: RoundCallback | None, pruning_round: PruningRound) ->
 
 
 @contextmanager
-def open_runner(
+def open_round_runner(
     source: Path, data: Calibration, rounds: Rounds, objective: PruningObjective | None, schedule: str
 ) -> Iterator[RoundRunner]:
     """A runner whose log is that of this run: of the same model, data, rounds, objective and schedule."""

@@ -36,5 +36,5 @@ def draw_weight(weight: torch.Tensor, uses: Sequence[tuple[object, int]], genera
             return noise.mul(TABLE_DEVIATION)
         kernel_size = weight.shape[2:].numel() if weight.ndim > 2 else 1
         return noise.mul((2 / (kernel_size * (weight.shape[0] + weight.shape[1]))) ** 0.5)
-    is_gain = (kind == "normalise" and index == (getattr(spec, "affine", ()) or (1,))[0]) or effect == "scale"
+    is_gain = (kind == "normalize" and index == (getattr(spec, "affine", ()) or (1,))[0]) or effect == "scale"
     return torch.ones_like(weight) if is_gain else torch.zeros_like(weight)

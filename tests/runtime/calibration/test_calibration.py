@@ -185,9 +185,9 @@ def test_every_source_gives_its_samples_in_order(source: Any, tmp_path: Path) ->
         feeds = list(calibration.batches())
         assert [len(feed["ids"]) for feed in feeds] == [4, 4, 4, 2]
         for name, array in arrays.items():
-            given = np.concatenate([feed[name] for feed in feeds])
-            assert given.dtype == array.dtype
-            np.testing.assert_array_equal(given, array)
+            values = np.concatenate([feed[name] for feed in feeds])
+            assert values.dtype == array.dtype
+            np.testing.assert_array_equal(values, array)
 
 
 def test_onnxruntimes_own_reader_class() -> None:
@@ -414,7 +414,7 @@ def test_described(source: str, model: TensorSpec, samples: int, words: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
+    ("stored", "dtype"),
     [
         (np.int32, np.int64), (np.int64, np.int32), (np.uint8, np.int64), (np.bool_, np.int64), (np.int64, np.bool_),
         (np.int64, np.float32), (np.bool_, np.float32), (np.float64, np.float32), (np.float64, np.float16),
@@ -422,15 +422,15 @@ def test_described(source: str, model: TensorSpec, samples: int, words: str, tmp
         (">f4", np.float32),
     ],
 )  # fmt: skip
-def test_the_models_type_is_made(stored: Any, wanted: Any) -> None:
+def test_the_models_type_is_made(stored: Any, dtype: Any) -> None:
     data = np.array([[0, 1, 1, 0]]).astype(stored)
-    (feed,) = load_calibration({"x": data}, [spec("x", wanted, "n", 4)]).batches()
-    assert feed["x"].dtype == np.dtype(wanted)
+    (feed,) = load_calibration({"x": data}, [spec("x", dtype, "n", 4)]).batches()
+    assert feed["x"].dtype == np.dtype(dtype)
     assert feed["x"].astype(int).tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted", "words"),
+    ("stored", "dtype", "words"),
     [
         (np.array([[0], [2**31]]), np.int32, "int32, which cannot hold 2147483648 in sample 1"),
         (np.array([[0], [-1]]), np.uint64, "uint64, which cannot hold -1 in sample 1"),
@@ -444,23 +444,23 @@ def test_the_models_type_is_made(stored: Any, wanted: Any) -> None:
         (np.array([[1]]), np.object_, "takes object, the data is int64: only booleans"),
     ],
 )
-def test_values_the_type_cannot_hold_are_refused(stored: np.ndarray, wanted: Any, words: str) -> None:
+def test_values_the_type_cannot_hold_are_refused(stored: np.ndarray, dtype: Any, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        load_calibration({"x": stored}, [spec("x", wanted, "n", 1)])
+        load_calibration({"x": stored}, [spec("x", dtype, "n", 1)])
 
 
 @given(
     values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1),
-    wanted=st.sampled_from([np.int32, np.uint8, np.int64]),
+    dtype=st.sampled_from([np.int32, np.uint8, np.int64]),
 )
-def test_integers_come_through_unchanged_or_not_at_all(values: list[int], wanted: Any) -> None:
-    fits = all(np.iinfo(wanted).min <= value <= np.iinfo(wanted).max for value in values)
+def test_integers_come_through_unchanged_or_not_at_all(values: list[int], dtype: Any) -> None:
+    fits = all(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max for value in values)
     try:
-        given_values = joined(load_calibration({"x": values}, [spec("x", wanted, "n")], samples=len(values)))["x"]
+        fed = joined(load_calibration({"x": values}, [spec("x", dtype, "n")], samples=len(values)))["x"]
     except UserError:
         assert not fits
     else:
-        assert fits and given_values.tolist() == values
+        assert fits and fed.tolist() == values
 
 
 # pictures

@@ -106,12 +106,12 @@ class TestRounds:
         assert run_rounds([[clock.call("a")]], iterations=20, duration=7.5, clock=clock).shape == (20, 1)
 
     def test_what_is_done_is_told_between_rounds(self) -> None:
-        clock, told = FakeClock({"a": 1.0, "b": 1.0}), []
-        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, on_progress=told.append)
-        assert told == [0.25, 0.5, 0.75, 1.0]
-        told.clear()
-        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, on_progress=told.append)
-        assert told == [0.25, 0.5, 0.75, 1.0]
+        clock, fractions = FakeClock({"a": 1.0, "b": 1.0}), []
+        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, on_progress=fractions.append)
+        assert fractions == [0.25, 0.5, 0.75, 1.0]
+        fractions.clear()
+        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, on_progress=fractions.append)
+        assert fractions == [0.25, 0.5, 0.75, 1.0]
 
     def test_no_rounds(self) -> None:
         assert run_rounds([[], []], iterations=0).shape == (0, 2)
@@ -401,5 +401,5 @@ class TestRefusals:
 
 @pytest.mark.parametrize(("room", "left"), [(100, "abcd"), (29, "abcd"), (28, "acd"), (20, "ad"), (3, "ad")])
 def test_a_narrow_terminal_goes_without_what_is_spare(room: int, left: str) -> None:
-    found = fitting_columns(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
-    assert "".join("abcd"[k] for k in found) == left
+    columns = fitting_columns(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
+    assert "".join("abcd"[k] for k in columns) == left

@@ -103,9 +103,9 @@ def test_execution_tracks_batches_by_its_progress() -> None:
     seen: list[int] = []
 
     def progress(batches: object) -> list[object]:
-        found = list(batches)  # type: ignore[call-overload]
-        seen.append(len(found))
-        return found
+        batch_list = list(batches)  # type: ignore[call-overload]
+        seen.append(len(batch_list))
+        return batch_list
 
     batches = [{"x": np.zeros(1)}, {"x": np.ones(1)}]
     assert snpc.Execution().track(batches) is batches

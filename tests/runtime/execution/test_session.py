@@ -310,8 +310,8 @@ class TestRandomFeeds:
         assert shapes(batch=2) == [(2, 16), (2, 16), (16,), (2, 8, 0, 64), (2, 8, 0, 64)]
         sizes = {"sequence_length": 4, "past_sequence_length": 6}
         assert shapes(dim_sizes=sizes) == [(1, 4), (1, 10), (4,), (1, 8, 6, 64), (1, 8, 0, 64)]
-        given = {"input_ids": (3, 5)}
-        assert shapes(shapes=given) == [(3, 5), (3, 5), (5,), (3, 8, 0, 64), (3, 8, 0, 64)]
+        feeds = {"input_ids": (3, 5)}
+        assert shapes(shapes=feeds) == [(3, 5), (3, 5), (5,), (3, 8, 0, 64), (3, 8, 0, 64)]
 
     def test_a_number_in_a_sum(self) -> None:
         feeds = random_feeds([spec("mask", np.int64, "batch", "past + 1"), spec("past.k", np.float32, 1, "past")])

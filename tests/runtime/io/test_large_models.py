@@ -49,10 +49,10 @@ def test_weights_stay_in_their_file(llama: Path) -> None:
 def test_scores_read_one_weight_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rotary tables tie the widths of all layers into one group: its weights together are those of the model."""
     alive: list[int] = []
-    made = numbers.unit_rows
+    unit_rows = numbers.unit_rows
 
     def counted(*arguments: object) -> np.ndarray:
-        rows = made(*arguments).view(Noted)
+        rows = unit_rows(*arguments).view(Noted)
         alive.append(rows.nbytes)
         Noted.now += rows.nbytes
         Noted.most = max(Noted.most, Noted.now)
@@ -95,9 +95,9 @@ def test_what_does_not_fit_is_not_run_and_that_is_said(
     target, report = tmp_path / "out.onnx", tmp_path / "report.json"
     result = invoke("prune", llama, *FLAGS, "-o", target, "--json", report)
     assert "outputs were not compared: running the model takes about" in " ".join(result.stdout.split())
-    said = json.loads(report.read_text())["verify"]
-    assert said["max_abs_diff"] is None
-    assert any("strict shape inference" in line for line in said["structure"])
+    verdict_json = json.loads(report.read_text())["verify"]
+    assert verdict_json["max_abs_diff"] is None
+    assert any("strict shape inference" in line for line in verdict_json["structure"])
     monkeypatch.setattr(memory, "free_memory", lambda: 3 * needed)
     verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
     assert verdict["max_abs_diff"] is not None

@@ -33,14 +33,14 @@ def model_with(**extra: ir.TensorProtocol) -> ir.Model:
 @pytest.mark.parametrize("external", [False, True])
 def test_what_is_written_is_what_was_there(external: bool, tmp_path: Path) -> None:
     model, path = model_with(), tmp_path / "m.onnx"
-    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     save(model, path, external)
     onnx.checker.check_model(str(path), full_check=True)
     read = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
     assert read.keys() == WEIGHTS.keys()
     for name, array in WEIGHTS.items():
         np.testing.assert_array_equal(read[name], array)
-    assert {name: value.const_value for name, value in model.graph.initializers.items()} == held  # not changed
+    assert {name: value.const_value for name, value in model.graph.initializers.items()} == tensors  # not changed
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", *(["m.onnx.data"] if external else [])}
 
 
