@@ -608,7 +608,7 @@ ODD: dict[str, tuple[list[onnx.NodeProto], Callable[[Group], bool], str]] = {
     "queries are keys": (
         attention([product("q"), scores_of("xq", "xq")], PLAIN_VALUES),
         lambda g: g.role == "qk",
-        "makes both sides|read elsewhere",
+        "both sides|read elsewhere",
     ),
     "keys are values": (
         attention(PLAIN_SCORES, [helper.make_node("MatMul", ["p", "xk"], ["context"])]),
