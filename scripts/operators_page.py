@@ -17,7 +17,7 @@ KINDS = {
     "contraction": "Sums of products",
     "attention": "Attention in one node",
     "rotary": "Rotary positions in one node",
-    "normalise": "Statistics along axes, same axes out",
+    "normalize": "Statistics along axes, same axes out",
     "reduce": "Axes that disappear",
     "shape": "Shapes and constants",
     "opaque": "Pinned, with the reason",
@@ -50,7 +50,7 @@ def meaning(spec: OpSpec) -> str:
     """What the entry says, and what the user reads of axes that stay where it says more."""
     if spec.kind == "opaque":
         return spec.reason
-    return f'{spec.says} ("{spec.reason}")' if spec.reason else spec.says
+    return f'{spec.summary} ("{spec.reason}")' if spec.reason else spec.summary
 
 
 def page() -> str:

@@ -130,28 +130,28 @@ def normalization_specs() -> list[OpSpec]:
     return [
         OpSpec(
             "Softmax",
-            "normalise",
+            "normalize",
             "sums over its axis",
             axes=_softmax_axes,
             pins="sum",
             reason=SUMMED_OVER,
             makes_shares=True,
         ),
-        OpSpec("LogSoftmax", "normalise", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED_OVER),
-        OpSpec("Hardmax", "normalise", "compares along its axis", axes=_softmax_axes, pins="sum",
+        OpSpec("LogSoftmax", "normalize", "sums over its axis", axes=_softmax_axes, pins="sum", reason=SUMMED_OVER),
+        OpSpec("Hardmax", "normalize", "compares along its axis", axes=_softmax_axes, pins="sum",
             reason="it is compared along"),
-        OpSpec("LayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
-        OpSpec("RMSNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
+        OpSpec("LayerNormalization", "normalize", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
+        OpSpec("RMSNormalization", "normalize", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
         OpSpec(
-            "SimplifiedLayerNormalization", "normalise", norm, axes=_from_axis, per_axis=(1,), affine=(1,),
+            "SimplifiedLayerNormalization", "normalize", norm, axes=_from_axis, per_axis=(1,), affine=(1,),
             pins="norm", out_shapes=_skip_normalization_shapes,
         ),
         OpSpec(
-            "LpNormalization", "normalise", "the axis keeps its width", axes=_single_axis(-1), pins="sum",
+            "LpNormalization", "normalize", "the axis keeps its width", axes=_single_axis(-1), pins="sum",
             reason="its length is taken over this axis",
         ),
         OpSpec(
-            "InstanceNormalization", "normalise",
+            "InstanceNormalization", "normalize",
             "per channel; scale and bias follow; where an exporter folded groups of channels into one, a group goes "
             "as a whole",
             axes=_spatial_axes,
@@ -161,29 +161,29 @@ def normalization_specs() -> list[OpSpec]:
             statistic_parts=_channel_axis_size,
         ),
         OpSpec(
-            "GroupNormalization", "normalise", "channels normalised together go together; scale and bias follow",
+            "GroupNormalization", "normalize", "channels normalised together go together; scale and bias follow",
             axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, statistic_parts=channel_groups,
             resize_attributes=_group_attrs, out_shapes=_normalization_shapes,
         ),
         OpSpec(
-            "MeanVarianceNormalization", "normalise", "the axes it takes statistics over keep their width",
+            "MeanVarianceNormalization", "normalize", "the axes it takes statistics over keep their width",
             axes=_listed_axes, pins="sum", reason=STATISTICS_REASON, out_shapes=_normalization_shapes,
         ),
         OpSpec(
-            "BatchNormalization", "normalise", "per channel; scale, bias, mean and variance follow", axes=_no_axes,
+            "BatchNormalization", "normalize", "per channel; scale, bias, mean and variance follow", axes=_no_axes,
             per_axis=(-1, -2, -3, -4),
         ),
         OpSpec(
-            "EmbedLayerNormalization", "normalise", f"sums rows of its tables; {norm}", domain=MICROSOFT,
+            "EmbedLayerNormalization", "normalize", f"sums rows of its tables; {norm}", domain=MICROSOFT,
             data=(2, 3, 4), tables=(2, 3, 4), axes=_last_output_axis, per_axis=(5, 6), affine=(5, 6), sum_outputs=(2,),
             pins="norm", out_shapes=_embedded_shapes, dtype_input=2, int32_outputs=(1,),
         ),
         OpSpec(
-            "SkipLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
+            "SkipLayerNormalization", "normalize", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
             per_axis=(2, 3, 4), affine=(2, 3), sum_outputs=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
         OpSpec(
-            "SkipSimplifiedLayerNormalization", "normalise", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
+            "SkipSimplifiedLayerNormalization", "normalize", norm, domain=MICROSOFT, data=(0, 1), axes=_last_axis,
             per_axis=(2, 3), affine=(2,), sum_outputs=(3,), pins="norm", out_shapes=_skip_normalization_shapes,
         ),
     ]  # fmt: skip
@@ -195,19 +195,19 @@ def window_specs() -> list[OpSpec]:
     resampled = "it is pooled or resampled"
     return [
         *(
-            OpSpec(name, "normalise", "per channel over a window", axes=_spatial_axes, data=(0,), reason=resampled)
+            OpSpec(name, "normalize", "per channel over a window", axes=_spatial_axes, data=(0,), reason=resampled)
             for name in pooled.split()
         ),
         OpSpec(
-            "Resize", "normalise", "per channel over a window; the sizes are recomputed", axes=_spatial_axes, data=(0,),
+            "Resize", "normalize", "per channel over a window; the sizes are recomputed", axes=_spatial_axes, data=(0,),
             recompute=_resize_repair, reason=resampled,
         ),
-        OpSpec("CumSum", "normalise", "adds up along its axis", axes=_cumulative_axes, reason="it is summed along"),
+        OpSpec("CumSum", "normalize", "adds up along its axis", axes=_cumulative_axes, reason="it is summed along"),
         OpSpec(
-            "CumProd", "normalise", "multiplies along its axis", axes=_cumulative_axes, reason="it is multiplied along"
+            "CumProd", "normalize", "multiplies along its axis", axes=_cumulative_axes, reason="it is multiplied along"
         ),
         OpSpec(
-            "Trilu", "normalise", "labels pass on all but the last two axes", axes=_matrix_axes, data=(0,),
+            "Trilu", "normalize", "labels pass on all but the last two axes", axes=_matrix_axes, data=(0,),
             reason="a triangle of it is set to zero",
         ),
     ]  # fmt: skip

@@ -22,7 +22,7 @@ OpKind = Literal[
     "concat",  # movement of several inputs
     "pointwise",  # output position = f(the same position of every input)
     "contraction",  # sum over an index of a product of two inputs
-    "normalise",  # statistics along axes, same shape out
+    "normalize",  # statistics along axes, same shape out
     "reduce",  # axes disappear
     "attention",  # scores, softmax and context in one node
     "rotary",  # pairs of channels turned by tables

@@ -14,12 +14,7 @@ from click.testing import CliRunner, Result
 
 import snpc
 from snpc.cli import main
-from snpc.cli.sweep import parse_target_list
-from snpc.errors import UserError
-from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, SweepResult, mark_pareto_front
-from snpc.report.sweep_plot import even_ticks, sweep_plot
-
-SVG = "{http://www.w3.org/2000/svg}"
+from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, mark_pareto_front
 
 
 def point(name: str, accuracy: float, speedup: float) -> SweepPoint:
@@ -41,23 +36,6 @@ def test_the_front_is_what_no_other_beats() -> None:
 def test_the_front_without_labels_goes_by_drift() -> None:
     points = [dataclasses.replace(p, accuracy=None) for p in (point("a", 0.9, 1.0), point("b", 0.95, 1.1))]
     assert [p.front for p in mark_pareto_front(points)] == [False, True]
-
-
-def test_the_plot_puts_faster_left_and_better_higher() -> None:
-    points = mark_pareto_front([point(ORIGINAL_NAME, 0.9, 1.0), point("fast", 0.8, 2.0), point("bad", 0.7, 0.5)])
-    root = ElementTree.fromstring(sweep_plot(SweepResult(Path("m.onnx"), Path(), tuple(points), 1)))
-    dots = [(float(c.get("cx", "")), float(c.get("cy", "")), c.get("class")) for c in root.iter(f"{SVG}circle")]
-    (x0, y0, kind0), (x1, y1, kind1), (x2, y2, kind2) = dots
-    assert x1 < x0 < x2 and y0 < y1 < y2
-    assert (kind0, kind1, kind2) == ("front", "front", "beaten")
-    assert {ORIGINAL_NAME, "fast", "bad"} <= {t.text for t in root.iter(f"{SVG}text")}
-    assert even_ticks(2.0, 2.0) == [2.0] and even_ticks(0.0, 4.0) == [0.0, 1.0, 2.0, 3.0, 4.0]
-
-
-def test_targets_are_read_as_written() -> None:
-    assert parse_target_list("macs=0.9, 0.8,params=0.5") == ["macs=0.9", "macs=0.8", "params=0.5"]
-    with pytest.raises(UserError, match="must look like"):
-        parse_target_list("0.9")
 
 
 def swept(folder: Path, *arguments: str) -> Result:
@@ -84,7 +62,7 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
             for name in row["files"]:
                 outputs = snpc.runtime.execution.runners.open_runner(out / name).run({"image": data["image"]})
                 assert (outputs["logits"].argmax(-1) == data["labels"]).mean() == pytest.approx(row["accuracy"])
-    assert ElementTree.parse(out / "sweep.svg").getroot().tag == f"{SVG}svg"
+    assert ElementTree.parse(out / "sweep.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert "macs=0.25" in result.stdout
 
 

@@ -170,7 +170,7 @@ def input_demands(analysis: DemandAnalysis, node: ir.Node, demand: Demand) -> Ma
     call = analysis.call(node)
     rule = {
         "pointwise": demand_pointwise,
-        "normalise": demand_normalization,
+        "normalize": demand_normalization,
         "contraction": demand_contraction,
         "movement": demand_movement,
     }.get(spec.kind)

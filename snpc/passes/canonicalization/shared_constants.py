@@ -23,7 +23,7 @@ class ForkSharedConstants(ir.passes.InPlacePass):
                 continue
             vector = is_vector(value)
             for count, (node, index) in enumerate(uses):
-                per_position = lookup(node.domain, node.op_type).kind in ("pointwise", "normalise")
+                per_position = lookup(node.domain, node.op_type).kind in ("pointwise", "normalize")
                 if count and node.graph is graph and (vector or per_position):
                     node.replace_input_with(index, fork_constant(graph, value, count))
                     modified = True

@@ -81,6 +81,7 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
 
 
 def pin_if_infeasible(trace: Trace, units: Units, draft: GroupDraft, values: ValuesByUnit) -> GroupDraft:
+    """``draft`` with a pin where it cannot be cut."""
     pin = infeasible_cut_pin(trace, units, draft.units, values) if not draft.pins else None
     return draft if pin is None else replace(draft, pins=(pin,))
 
@@ -175,5 +176,5 @@ def spans_several_heads(pin: LabelPin, units: Units) -> bool:
 
 def is_approximate(draft: GroupDraft) -> bool:
     """Whether only normalization statistics pin the group: it is cut on request, with an approximate result."""
-    mine = draft.role == "residual" and len(draft.units) == 1
-    return mine and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)
+    is_residual = draft.role == "residual" and len(draft.units) == 1
+    return is_residual and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

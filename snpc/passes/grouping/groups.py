@@ -48,7 +48,7 @@ def build_groups(
                 blocks=draft.units.shape[0],
                 size=draft.units.shape[1],
                 sites=builder.sites(numbers),
-                probes=builder.probes(draft, numbers, drafts),
+                probes=builder.probes(draft, numbers),
                 freedom=freedom,
                 freedom_reason=freedom_reason,
                 macs=macs,
@@ -61,6 +61,7 @@ def build_groups(
 
 
 def to_pin(pin: LabelPin) -> Pin:
+    """The pin as users see it."""
     return Pin(pin.tensor, pin.axis, pin.size, pin.reason, pin.operator, pin.kind)
 
 
@@ -99,14 +100,14 @@ class GroupBuilder:
                 (contraction.right, contraction.letters.right),
             ):
                 for index, labels in enumerate(side.factors):
-                    mine = np.unique(units.unit_of_label[labels[labels >= 0]])
-                    self.operand_units.append(((contraction, side, letters, index), mine))
+                    operand_units = np.unique(units.unit_of_label[labels[labels >= 0]])
+                    self.operand_units.append(((contraction, side, letters, index), operand_units))
 
     def unit_mask(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
         """[units]: whether each unit is one of ``numbers``."""
-        found = np.zeros(self.trace.table.count, bool)
-        found[np.fromiter(numbers, np.int64, len(numbers))] = True
-        return found
+        is_in_group = np.zeros(self.trace.table.count, bool)
+        is_in_group[np.fromiter(numbers, np.int64, len(numbers))] = True
+        return is_in_group
 
     def unit_numbers(self, draft: GroupDraft, drafts: list[GroupDraft]) -> dict[int, int]:
         """unit -> index within the group. The units in the blocks of a head have the index of that head."""
@@ -127,11 +128,13 @@ class GroupBuilder:
         return np.where(labels >= 0, table[self.units.unit_of_label[labels]], -1)
 
     def axes_of(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
-        names = self.unit_mask(numbers)
-        return [axis for axis, units in self.axes if names[units].any()]
+        """Axes of constants on which the group has units."""
+        in_group = self.unit_mask(numbers)
+        return [axis for axis, units in self.axes if in_group[units].any()]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
-        drafts = []
+        """The sites of a group."""
+        sites = []
         for axis in self.axes_of(numbers):
             labels = np.arange(axis.first_label, axis.first_label + axis.size, dtype=np.int32)
             flags = LabelFlag(int(np.bitwise_or.reduce(self.trace.table.flags[labels])))
@@ -142,14 +145,16 @@ class GroupBuilder:
                 if flags & LabelFlag.PRODUCED
                 else ("norm" if flags & LabelFlag.NORM_PARAMETER else "pointwise")
             )
-            drafts.append(Site(str(axis.constant.name), axis.axis, kind, self.number_labels(labels, numbers)))
-        return tuple(drafts)
+            sites.append(Site(str(axis.constant.name), axis.axis, kind, self.number_labels(labels, numbers)))
+        return tuple(sites)
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
-        names = self.unit_mask(numbers)
-        return [use for use, units in self.operand_units if names[units].any()]
+        """(contraction, operand, its letters, index of the factor) for each factor with units of the group."""
+        in_group = self.unit_mask(numbers)
+        return [use for use, units in self.operand_units if in_group[units].any()]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
+        """The module path that all weights of the group have in common."""
         paths = []
         for contraction, side, *_ in self.contractions(numbers):
             if contraction.has_weight and side.constant:
@@ -164,8 +169,8 @@ class GroupBuilder:
         shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
         for contraction, side, letters, index in self.contractions(numbers):
             labels = side.factors[index]
-            mine = self.number_labels(labels, numbers)
-            share = float((mine >= 0).mean())
+            numbered_labels = self.number_labels(labels, numbers)
+            share = float((numbered_labels >= 0).mean())
             axes = [k for k, n in enumerate(labels.shape) if n > 1]
             if axes:
                 letter = letters[axes[-1]]
@@ -181,31 +186,33 @@ class GroupBuilder:
         return int(macs), int(params)
 
     def contraction_macs(self, node: ir.Node, part: str) -> int:
+        """MACs of one contraction of a node."""
         call = self.facts.call(node, opset_version(self.model, node.domain))
         return sum(count_macs(sizes) for name, _, sizes in contraction_sizes(call, node.domain) if name == part)
 
-    def probes(self, draft: GroupDraft, numbers: Mapping[int, int], drafts: list[GroupDraft]) -> tuple[Probe, ...]:
-        found: dict[tuple[str, str], Probe] = {}
+    def probes(self, draft: GroupDraft, numbers: Mapping[int, int]) -> tuple[Probe, ...]:
+        """The probes of a group: activations in which its units are observed."""
+        probes: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         for contraction, side, letters, index in self.contractions(numbers):
             if side.constant and not side.projected:
                 continue
             labels = side.factors[index]
             summed = {c for c in letters if c not in contraction.letters.out}
-            on = {letters[k] for k, n in enumerate(labels.shape) if n > 1}
+            varying_letters = {letters[k] for k, n in enumerate(labels.shape) if n > 1}
             kind: ProbeKind | None = None
-            if contraction.has_weight and on & summed:
+            if contraction.has_weight and varying_letters & summed:
                 kind = consumed
-            elif draft.role == "qk" and on & summed and not contraction.has_weight:
+            elif draft.role == "qk" and varying_letters & summed and not contraction.has_weight:
                 kind = "query" if side is contraction.left else "key"
-            elif draft.role == "vo" and not on & summed and not contraction.has_weight:
+            elif draft.role == "vo" and not varying_letters & summed and not contraction.has_weight:
                 kind = "value"
             if kind is None or (draft.role == "head" and kind != "context"):
                 continue
             probe = self.probe(kind, side, contraction, labels, numbers)
             if probe is not None:
-                found.setdefault((kind, probe.tensor), probe)
-        return tuple(found.values())
+                probes.setdefault((kind, probe.tensor), probe)
+        return tuple(probes.values())
 
     def probe(
         self,
@@ -222,10 +229,10 @@ class GroupBuilder:
             return self.probe_inside_fused_node(kind, side, contraction, labels, numbers)
         labeled_value = self.trace.values[value]
         if labeled_value.shape != side.shape:  # heads are split inside a fused node: the probe is its input
-            for own in labeled_value.factors:
-                mine = self.number_labels(own, numbers)
-                if (mine >= 0).any():
-                    return Probe(kind, side.name, mine)
+            for labels_of_input in labeled_value.factors:
+                numbered_labels = self.number_labels(labels_of_input, numbers)
+                if (numbered_labels >= 0).any():
+                    return Probe(kind, side.name, numbered_labels)
             return None
         return Probe(kind, side.name, self.number_labels(labels, numbers))
 

@@ -2,9 +2,9 @@
 
 1. Labels that pairs connect are one *unit*.
 2. Covers of kind "batch" (one score matrix per head, for example) say which units form one *block*.
-3. A cover of kind "meet" either covers one whole block, and its coarse label belongs to the head, or it spans several
-   blocks (a rotary table that all heads share), and everything it covers is one unit. Repeated until nothing changes.
-4. Blocks that are covered by the same label belong to one *head*.
+3. A cover of kind "aligned" either covers one whole block, and its coarse label belongs to the head, or it spans
+several blocks (a rotary table that all heads share), and everything it covers is one unit. Repeated until nothing
+changes. 4. Blocks that are covered by the same label belong to one *head*.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def resolve_units(table: LabelTable) -> Units:
     """Units, blocks and heads of all labels."""
     pairs = list(table.pairs)
     batch = [s for s in table.covers if s.kind == "batch"]
-    aligned = sorted((s for s in table.covers if s.kind == "meet"), key=lambda s: s.fine.shape[1])
+    aligned = sorted((s for s in table.covers if s.kind == "aligned"), key=lambda s: s.fine.shape[1])
     while True:
         unit = connected_components(table.count, pairs)
         block = assign_blocks(unit, batch, table.count)

@@ -55,6 +55,7 @@ def propagate_attention(context: NodeContext, inputs: Sequence[LabeledValue | No
 
 
 def optional_input(inputs: Sequence[LabeledValue | None], index: int | None) -> LabeledValue | None:
+    """The input at ``index``; None where it is not given."""
     return inputs[index] if index is not None and index < len(inputs) else None
 
 
@@ -65,24 +66,24 @@ def drop_batch_axis(context: NodeContext, merged: LabeledValue) -> Factors:
 
 
 def query_key_value(
-    context: NodeContext, inputs: Sequence[LabeledValue | None], shape: AttentionForm, sizes: AttentionGeometry
+    context: NodeContext, inputs: Sequence[LabeledValue | None], form: AttentionForm, head_geometry: AttentionGeometry
 ) -> QueryKeyValue:
     """Queries, keys and values, each [batch, heads, tokens, head width]."""
-    if shape.packed == "weight":
-        query, key, value = propagate_packed_projection(context, inputs, sizes.columns)
-    elif shape.packed == "columns":
-        whole = inputs[shape.query]
+    if form.packed == "weight":
+        query, key, value = propagate_packed_projection(context, inputs, head_geometry.columns)
+    elif form.packed == "columns":
+        whole = inputs[form.query]
         assert whole is not None
-        query, key, value = split_packed_columns(context, whole, sizes.columns)
+        query, key, value = split_packed_columns(context, whole, head_geometry.columns)
     else:
-        query, key, value = (add_batch_axis(inputs[k]) for k in (shape.query, shape.key, shape.value))
-    bias = optional_input(inputs, shape.bias)
-    if bias is not None and not shape.packed:
-        query, key, value = unify_with_packed_bias(context, [query, key, value], bias, sizes.columns)
+        query, key, value = (add_batch_axis(inputs[k]) for k in (form.query, form.key, form.value))
+    bias = optional_input(inputs, form.bias)
+    if bias is not None and not form.packed:
+        query, key, value = unify_with_packed_bias(context, [query, key, value], bias, head_geometry.columns)
     return (
-        split_head_labels(query, sizes.heads),
-        split_head_labels(key, sizes.kv_heads),
-        split_head_labels(value, sizes.kv_heads),
+        split_head_labels(query, head_geometry.heads),
+        split_head_labels(key, head_geometry.kv_heads),
+        split_head_labels(value, head_geometry.kv_heads),
     )
 
 
@@ -108,20 +109,20 @@ def unify_keys_and_values(
     context: NodeContext,
     key: LabeledValue,
     value: LabeledValue,
-    shape: AttentionForm,
+    form: AttentionForm,
     tables: Sequence[LabeledValue | None],
 ) -> None:
     """Unify channels of keys and values, which share one tensor or one width, in steps that kernels support."""
     for labels in unify_factors(context, [key, value]):
         context.trace.table.flag(labels, LabelFlag.NONLINEAR)
-    if shape.multiple == 1:
+    if form.multiple == 1:
         return
     width = key.shape[3]
     rotary_width = 2 * tables[0].shape[-1] if context.call.attrs.get("do_rotary", 0) and tables[0] is not None else 0
     for labels in key.factors:
         if labels.shape[3] > 1:
             steps = kernel_step_starts(
-                width, rotary_width, shape.multiple, bool(context.call.attrs.get("rotary_interleaved", 0))
+                width, rotary_width, form.multiple, bool(context.call.attrs.get("rotary_interleaved", 0))
             )
             context.trace.table.unify(labels, labels[..., steps])
 
@@ -169,6 +170,7 @@ def stack_present(key: LabeledValue, value: LabeledValue) -> Factors:
 def propagate_scores_and_context(
     context: NodeContext, query: LabeledValue, key: LabeledValue, value: LabeledValue, bias: LabeledValue | None
 ) -> LabeledValue:
+    """Context of attention [batch, heads, tokens, width]: scores, bias or mask, softmax, product with values."""
     product = matmul_letters(4, 4)
     flipped = Letters(product.left, product.right[:-2] + product.right[-1] + product.right[-2], product.out)
     scores_shape = (*query.shape[:3], key.shape[2])
@@ -200,7 +202,7 @@ def propagate_scores_and_context(
 
 
 def propagate_packed_projection(
-    context: NodeContext, inputs: Sequence[LabeledValue | None], sizes: tuple[int, int, int]
+    context: NodeContext, inputs: Sequence[LabeledValue | None], widths: tuple[int, int, int]
 ) -> QueryKeyValue:
     """Queries, keys and values of com.microsoft.Attention, which projects inside: column ranges of x @ W + b."""
     data, weight = inputs[0], inputs[1]
@@ -213,37 +215,39 @@ def propagate_packed_projection(
         parts.append(
             LabeledValue(bias.name, (1, 1, *bias.shape), tuple(prepend_axes(f, 3) for f in bias.factors), bias.constant)
         )
-    return split_packed_columns(context, LabeledValue(parts[0].name, shape, unify_factors(context, parts)), sizes)
+    return split_packed_columns(context, LabeledValue(parts[0].name, shape, unify_factors(context, parts)), widths)
 
 
 def unify_with_packed_bias(
-    context: NodeContext, parts: Sequence[LabeledValue], bias: LabeledValue, sizes: tuple[int, int, int]
+    context: NodeContext, parts: Sequence[LabeledValue], bias: LabeledValue, widths: tuple[int, int, int]
 ) -> QueryKeyValue:
     """Add the packed bias of queries, keys and values; operands that are split into heads already have theirs."""
-    spread = LabeledValue(bias.name, (1, 1, sum(sizes)), tuple(prepend_axes(f, 3) for f in bias.factors), True)
+    spread = LabeledValue(bias.name, (1, 1, sum(widths)), tuple(prepend_axes(f, 3) for f in bias.factors), True)
     q, k, v = (
         LabeledValue(
             part.name, c.shape, unify_factors(context, [c, LabeledValue(bias.name, part.shape, part.factors, True)])
         )
         if len(c.shape) == 3
         else c
-        for c, part in zip(parts, split_packed_columns(context, spread, sizes), strict=True)
+        for c, part in zip(parts, split_packed_columns(context, spread, widths), strict=True)
     )
     return q, k, v
 
 
-def split_packed_columns(context: NodeContext, whole: LabeledValue, sizes: tuple[int, int, int]) -> QueryKeyValue:
-    ends = np.cumsum(sizes)[:2]
+def split_packed_columns(context: NodeContext, whole: LabeledValue, widths: tuple[int, int, int]) -> QueryKeyValue:
+    """Queries, keys and values, whose widths are ``widths``, from one packed operand."""
+    ends = np.cumsum(widths)[:2]
     q, k, v = (
         LabeledValue(
             f"{context.node.name}.{'qkv'[index]}",
-            (*whole.shape[:-1], size),
+            (*whole.shape[:-1], width),
             tuple(select_columns(f, index, ends) for f in whole.factors),
         )
-        for index, size in enumerate(sizes)
+        for index, width in enumerate(widths)
     )
     return q, k, v
 
 
 def select_columns(labels: Labels, index: int, ends: np.typing.NDArray[np.int64]) -> Labels:
+    """The columns of part ``index``; an array that does not vary on columns is unchanged."""
     return collapse_constant_axes(np.split(labels, ends, -1)[index]) if labels.shape[-1] > 1 else labels

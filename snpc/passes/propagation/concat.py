@@ -32,7 +32,7 @@ def concat_labels(context: NodeContext, parts: Sequence[LabeledValue], axis: int
                 for other, other_factors in zip(parts, factors_by_part, strict=True):
                     for labels in other_factors:
                         for fine in finer:
-                            context.trace.table.cover(labels, fine, "meet")
+                            context.trace.table.cover(labels, fine, "aligned")
                         if not finer:
                             context.pin(other, labels, f"concatenated with {context.describe_unlabeled(operand)}")
             for labels in part_factors:
@@ -50,6 +50,7 @@ def concat_factor(
     axis: int,
     pattern: frozenset[int],
 ) -> Labels:
+    """One factor of the concatenation: the labels of each part, -1 for parts without any."""
     rows = []
     shape = [
         max((f.shape[k] for part_factors in factors_by_part for f in part_factors), default=1) if k in pattern else 1

@@ -93,10 +93,12 @@ def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bo
 
 
 def output_letters(operand_letters: str, out: str) -> str:
+    """The letters of an operand that occur in the output."""
     return "".join(c for c in operand_letters if c in out)
 
 
 def squeeze_to_letters(labels: Labels, operand_letters: str, out: str) -> Labels:
+    """``labels`` without the axes of summed letters."""
     return labels.reshape([n for k, n in enumerate(labels.shape) if operand_letters[k] in out])
 
 
@@ -122,14 +124,15 @@ def unify_summed_axes(
                     table.unify_or_cover(a, b)
                     pin_partly_labeled(context, left, a, b)
                 elif varying_axes(a) < varying_axes(b):
-                    table.cover(a, b, "meet")
+                    table.cover(a, b, "aligned")
                 elif varying_axes(b) < varying_axes(a):
-                    table.cover(b, a, "meet")
+                    table.cover(b, a, "aligned")
                 else:
-                    table.cover_in_common(a, b, "meet")
+                    table.cover_in_common(a, b, "aligned")
 
 
 def transpose_to_letters(labels: Labels, operand_letters: str, letters: Letters) -> Labels:
+    """``labels`` with one axis per letter of both operands, in alphabetical order."""
     every = sorted(set(letters.left) | set(letters.right))
     return labels.transpose(sorted(range(len(operand_letters)), key=lambda k: every.index(operand_letters[k]))).reshape(
         [labels.shape[operand_letters.index(c)] if c in operand_letters else 1 for c in every]
@@ -187,6 +190,7 @@ def pin_batch_axis(
 
 
 def unify_with_bias(context: NodeContext, factors: Factors, bias: LabeledValue, out: str, letters: str) -> Factors:
+    """Factors after a bias is added, whose axes have ``letters``."""
     shape = context.call.out_shapes[0]
     if len(letters) != len(bias.shape):
         raise Blocked(0, SHAPE_MISMATCH)
@@ -199,6 +203,7 @@ def unify_with_bias(context: NodeContext, factors: Factors, bias: LabeledValue, 
 
 
 def broadcast_to_letters(labels: Labels, letters: str, out: str) -> Labels:
+    """``labels`` with the axes ``letters``, transposed and extended to the axes ``out``."""
     order = [letters.index(c) for c in out if c in letters]
     moved = labels.transpose(order)
     return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])

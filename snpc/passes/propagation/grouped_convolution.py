@@ -45,6 +45,7 @@ def prepend_group_letter(right: str) -> str:
 
 
 def split_channel_axis(operand: LabeledValue, axis: int, groups: int) -> LabeledValue:
+    """``operand`` with ``axis`` split into [groups, channels per group]."""
     shape = (*operand.shape[:axis], groups, operand.shape[axis] // groups, *operand.shape[axis + 1 :])
     return replace(
         operand, shape=shape, factors=tuple(reshape_labels(f, operand.shape, shape) for f in operand.factors)

@@ -99,6 +99,7 @@ def present_outputs(trace: Trace, outputs: list[ir.Value]) -> Iterator[ir.Value]
 
 
 def has_cache_labels(labeled_value: LabeledValue | None, labels: Labels, unit: IntArray) -> bool:
+    """Whether a value has, at every position, the unit of a cache."""
     return labeled_value is not None and any(
         f.shape == labels.shape and bool((unit[f] == unit[labels]).all()) for f in labeled_value.factors
     )

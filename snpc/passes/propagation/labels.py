@@ -51,13 +51,13 @@ class LabeledAxis:
 class Cover:
     """Coarse labels stand for sets of fine ones: label ``coarse[i]`` covers the labels ``fine[i, :]``.
 
-    ``kind``: "batch" where a product of two activations is computed once per coarse label (attention heads), "meet"
+    ``kind``: "batch" where a product of two activations is computed once per coarse label (attention heads), "aligned"
     where both labels occur on the same positions.
     """
 
     coarse: IntArray
     fine: IntArray
-    kind: Literal["batch", "meet"]
+    kind: Literal["batch", "aligned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class LabelTable:
             pairs = np.unique(np.stack([a[both], b[both]], 1), axis=0).astype(np.int64)
             self.pairs.append((pairs[:, 0], pairs[:, 1]))
 
-    def cover_in_common(self, left: Labels, right: Labels, kind: Literal["batch", "meet"]) -> None:
+    def cover_in_common(self, left: Labels, right: Labels, kind: Literal["batch", "aligned"]) -> None:
         """Relate two factors that share some axes and have others of their own.
 
         One new label per position of the shared axes covers the labels of both (the rows and the columns of one score
@@ -135,7 +135,7 @@ class LabelTable:
         if (counts != counts[0]).any():
             return self.unify(left, right)
         rows = np.sort(fine[order].reshape(-1, counts[0]).astype(np.int64), axis=1)
-        self.covers.append(Cover(np.unique(coarse).astype(np.int64), rows, "meet"))
+        self.covers.append(Cover(np.unique(coarse).astype(np.int64), rows, "aligned"))
         return None
 
     def flag(self, labels: Labels, flag: LabelFlag) -> None:
@@ -155,7 +155,7 @@ class LabelTable:
         """Pin a tensor without labels, such as a weight whose contents are produced by an unsupported operator."""
         self.pins.append(LabelPin(np.zeros(0, np.int64), tensor, axis, size, reason, operator, "hard"))
 
-    def cover(self, coarse: Labels, fine: Labels, kind: Literal["batch", "meet"]) -> None:
+    def cover(self, coarse: Labels, fine: Labels, kind: Literal["batch", "aligned"]) -> None:
         """Each label of ``coarse``, which varies on fewer axes, covers the labels of ``fine`` at the same positions."""
         a, b = np.broadcast_arrays(coarse, fine)
         own_axes = [k for k, n in enumerate(coarse.shape) if n > 1]

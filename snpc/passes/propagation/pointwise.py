@@ -46,11 +46,11 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
                         kept[k] = (owner, labels)
                     joined = True
                 elif varying_axes(labels) < varying_axes(kept_labels):
-                    table.cover(labels, kept_labels, "meet")
+                    table.cover(labels, kept_labels, "aligned")
                 elif varying_axes(labels) > varying_axes(kept_labels):
-                    table.cover(kept_labels, labels, "meet")
+                    table.cover(kept_labels, labels, "aligned")
                 else:
-                    table.cover_in_common(labels, kept_labels, "meet")
+                    table.cover_in_common(labels, kept_labels, "aligned")
             if not joined:
                 kept.append((index, labels))
     return tuple(labels for _, labels in kept)

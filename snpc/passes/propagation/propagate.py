@@ -1,10 +1,7 @@
-"""Provenance by execution: every axis of every float constant gets labels, and the graph is run on the labels.
+"""Label propagation: every axis of every float constant gets labels, and the graph is executed on label arrays.
 
-What each operator does comes from the table (``snpc.ops``); the algebra of labels is in ``unify_factors`` (pointwise)
-and
-``contract_labels`` (sums of products). No attention pattern is known here: that Q and K belong together is simply
-what a
-contraction of two activations says.
+The operator table (``snpc.ops``) says what kind each operator is, and one rule per kind says what becomes of labels. No
+attention pattern is known here: queries and keys belong together because a contraction of two activations unifies them.
 """
 
 from __future__ import annotations
@@ -83,12 +80,14 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
 
 
 def register_input(trace: Trace, value: ir.Value, facts: ShapeFacts, because: str) -> None:
+    """Record a graph input, which has no labels. ``because``: what to tell users about it."""
     shape = facts.shape.get(value)
     if shape is not None:
         trace.values[value] = LabeledValue(str(value.name), shape, unlabeled_reason=because)
 
 
 def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
+    """Label every axis of a float constant that has more than one entry."""
     shape = facts.shape.get(value)
     if shape is None:
         return
@@ -103,6 +102,7 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
 
 
 def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.Node) -> None:
+    """Factors of the outputs of one node, by the rule of its kind. Unknown shapes and subgraphs pin the inputs."""
     version = opset_version(model, node.domain)
     context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
@@ -164,15 +164,18 @@ def captured_values(node: ir.Node) -> list[ir.Value]:
 
 
 def propagate_opaque(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Pin all inputs, with the operator's reason."""
     context.pin_all(inputs, context.spec.reason)
     return []
 
 
 def propagate_shape_only(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Outputs that depend on shapes only have no labels."""
     return []
 
 
 def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Run the operator on the label arrays: it only moves positions."""
     data = inputs[0]
     assert data is not None and context.spec.move is not None
     outputs: list[list[Labels]] = [[] for _ in context.call.out_shapes]
@@ -208,15 +211,18 @@ def labels_of_expanded_axes(context: NodeContext, data: LabeledValue) -> list[La
 
 
 def is_only_shape_read(value: ir.Value) -> bool:
+    """Whether all consumers of ``value`` read its shape only."""
     kinds = {lookup(user.domain, user.op_type).kind for user in value.consumers()}
     return kinds <= {"shape"} and not value.is_graph_output()
 
 
 def propagate_concat(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Concatenate label arrays."""
     return [concat_labels(context, [c for c in inputs if c is not None], concat_axis(context.call))]
 
 
 def propagate_pointwise(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Unify the factors of all inputs at the same positions."""
     rank = len(context.call.out_shapes[0])
     parts = [
         LabeledValue(
@@ -231,7 +237,8 @@ def propagate_pointwise(context: NodeContext, inputs: Sequence[LabeledValue | No
 
 
 def flag_effect(context: NodeContext, parts: Sequence[LabeledValue], factors: Factors) -> None:
-    book = context.trace.table
+    """Flag labels that were added, multiplied, scaled or passed through a nonlinear operator."""
+    table = context.trace.table
     effect = context.spec.effect
     active = [c for c in parts if c.factors and not c.constant]
     flag = LabelFlag(0)
@@ -246,10 +253,11 @@ def flag_effect(context: NodeContext, parts: Sequence[LabeledValue], factors: Fa
         flag |= LabelFlag.SCALED
     if flag:
         for labels in factors:
-            book.flag(labels, flag)
+            table.flag(labels, flag)
 
 
 def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Element-wise in data and parameters; the axes that statistics are taken over are pinned."""
     spec = context.spec
     rank = len(context.call.out_shapes[0]) if spec.tables else len(context.call.shape((spec.data or (0,))[0]))
     data = [
@@ -321,6 +329,7 @@ def broadcast_per_channel(operand: LabeledValue | None, rank: int, channels: int
 
 
 def propagate_reduction(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Pin the reduced axes; the other axes keep their labels."""
     data = inputs[0]
     assert data is not None and context.spec.axes is not None
     axes = set(context.spec.axes(context.call))
@@ -341,6 +350,7 @@ def propagate_reduction(context: NodeContext, inputs: Sequence[LabeledValue | No
 
 
 def propagate_contraction(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Contract the two operands, then add bias and residual input, if there are any."""
     spec = context.spec
     left, right = (inputs[k] if k < len(inputs) else None for k in spec.operands)
     assert spec.letters is not None
@@ -409,7 +419,7 @@ PROPAGATION_RULES = {
     "concat": propagate_concat,
     "pointwise": propagate_pointwise,
     "contraction": propagate_contraction,
-    "normalise": propagate_normalization,
+    "normalize": propagate_normalization,
     "reduce": propagate_reduction,
     "attention": propagate_attention,
     "rotary": propagate_rotary,

@@ -110,17 +110,18 @@ def slice_shape(shape: Shape, factors: Sequence[Labels], removed: RemovedUnits) 
             keep[axis] = kept
     for axis, kept in keep.items():
         mask = mask.take(kept, axis)
-    sizes = list(shape)
+    new_shape = list(shape)
     for axis, kept in keep.items():
-        sizes[axis] = len(kept)
+        new_shape[axis] = len(kept)
     if bool(mask.all()):
-        return SlicedShape(shape, tuple(sizes), keep)
-    along = find_ragged_axis(mask, [take_kept(f, keep) for f in affected], removed)
-    sizes[along] = int(np.moveaxis(mask, along, -1).sum(-1).flat[0])
-    return SlicedShape(shape, tuple(sizes), keep, along, mask)
+        return SlicedShape(shape, tuple(new_shape), keep)
+    ragged_axis = find_ragged_axis(mask, [take_kept(f, keep) for f in affected], removed)
+    new_shape[ragged_axis] = int(np.moveaxis(mask, ragged_axis, -1).sum(-1).flat[0])
+    return SlicedShape(shape, tuple(new_shape), keep, ragged_axis, mask)
 
 
 def take_kept(labels: Labels, keep: dict[int, IntArray]) -> Labels:
+    """``labels`` at the positions that stay."""
     for axis, kept in keep.items():
         if labels.shape[axis] > 1:
             labels = labels.take(kept, axis)
@@ -146,12 +147,14 @@ def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], removed: Remove
 
 
 def varies_within_block(labels: Labels, axis: int, removed: RemovedUnits) -> bool:
+    """Whether all positions along ``axis`` belong to one block."""
     block = removed.block_of_unit[removed.unit_of_label[np.maximum(labels, 0)]]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
 
 
 def to_cut(sliced: SlicedShape) -> TensorCut:
+    """The sliced shape as operators' parameter updates read it."""
     return TensorCut(sliced.old_shape, sliced.new_shape, sliced.kept_before, sliced.kept_positions)
 
 

@@ -30,7 +30,7 @@ def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> Statisti
     A normalization in one node is its own path.
     """
     start = statistic.context.node
-    if statistic.context.spec.kind == "normalise":
+    if statistic.context.spec.kind == "normalize":
         return StatisticPaths((), (start,), None)
     on_path: dict[ir.Node, None] = {start: None}
     rejoining: dict[ir.Node, None] = {}

@@ -69,7 +69,7 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
         spec = lookup(user.domain, user.op_type)
         added = spec.kind == "pointwise" and spec.effect in ("add", "scale") and not (spec.divides and index == 1)
         if not (
-            added or spec.kind in ("contraction", "movement", "attention") or (spec.kind == "normalise" and index < 3)
+            added or spec.kind in ("contraction", "movement", "attention") or (spec.kind == "normalize" and index < 3)
         ):
             return False
     return True

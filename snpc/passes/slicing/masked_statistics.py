@@ -28,7 +28,7 @@ def mask_statistic(
         value = old.inputs[index] if index < len(old.inputs) else None
         for axis, stays in removed_along(trace.values.get(value), statistic.axes, dead):  # type: ignore[arg-type]
             node.replace_input_with(index, writer.take(node.inputs[index], np.flatnonzero(stays), axis))
-    if spec.kind == "normalise":
+    if spec.kind == "normalize":
         for index in (0, *spec.sum_outputs):
             if index < len(old.outputs):
                 for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):

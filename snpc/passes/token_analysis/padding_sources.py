@@ -113,7 +113,7 @@ def find_softmax(traced_graph: TracedGraph, value: ir.Value | None) -> tuple[ir.
             continue
         seen.add(current)
         spec = lookup(node.domain, node.op_type)
-        if spec.kind == "normalise" and spec.reason == SUMMED_OVER:
+        if spec.kind == "normalize" and spec.reason == SUMMED_OVER:
             softmax = node
         elif spec.kind in SCORE_KINDS:
             pending += [v for v in node.inputs if v is not None]
@@ -142,11 +142,13 @@ def trace_back_scores(traced_graph: TracedGraph, value: ir.Value | None) -> tupl
 
 
 def is_constant_value(traced_graph: TracedGraph, value: ir.Value) -> bool:
+    """Whether a value is the same for all inputs."""
     operand = traced_graph.trace.values.get(value)
     return value in traced_graph.facts.value or value.is_initializer() or (operand is not None and operand.constant)
 
 
 def mask_inputs(node: ir.Node) -> list[ir.Value]:
+    """The mask inputs of a fused attention node that are given."""
     masks = [node.inputs[k] for k in ATTENTION_FORMS[node.domain, node.op_type].masks if k < len(node.inputs)]
     return [v for v in masks if v is not None]
 
@@ -154,6 +156,7 @@ def mask_inputs(node: ir.Node) -> list[ir.Value]:
 def padding_sources_at(
     traced_graph: TracedGraph, node: ir.Node, product: Contraction | None, streams: Mapping[ir.Value, int]
 ) -> Iterator[PaddingSource]:
+    """The padding source at one attention."""
     if product is None:
         yield from fused_padding_sources(traced_graph, node, streams)
         return
@@ -174,6 +177,7 @@ def padding_sources_at(
 def fused_padding_sources(
     traced_graph: TracedGraph, node: ir.Node, streams: Mapping[ir.Value, int]
 ) -> Iterator[PaddingSource]:
+    """The mask inputs of a fused attention node that tell padded keys of each sample."""
     shape = ATTENTION_FORMS[node.domain, node.op_type]
     value_input = node.inputs[shape.value] if shape.value < len(node.inputs) else None
     keys_source = (
@@ -215,7 +219,7 @@ def values_with_same_tokens(traced_graph: TracedGraph, node: ir.Node, scores: se
     inputs = [v for v in node.inputs if v is not None]
     if spec.kind in ("movement", "rotary"):
         inputs = inputs[:1]
-    elif spec.kind in ("pointwise", "normalise"):
+    elif spec.kind in ("pointwise", "normalize"):
         inputs = [v for v in inputs if shapes.get(v) == shapes.get(out)]
     elif spec.kind == "attention":
         inputs = inputs[:1]

@@ -116,6 +116,7 @@ def unify_token_axes(context: TokenNodeContext, parts: Sequence[tuple[int, Token
 
 
 def token_pointwise(context: TokenNodeContext) -> OutputTokenAxes:
+    """Token axes of all inputs combined; inputs without them may be side inputs."""
     rank = len(context.call.out_shapes[0])
     parts = []
     for index in range(len(context.node.inputs)):
@@ -136,6 +137,7 @@ def token_pointwise(context: TokenNodeContext) -> OutputTokenAxes:
 
 
 def token_normalization(context: TokenNodeContext) -> OutputTokenAxes:
+    """Element-wise, unless it normalizes over the tokens: a softmax is recorded."""
     spec, call = context.spec, context.call
     data = spec.data or (0,)
     if context.axes(data[0]) is None or any(
@@ -158,6 +160,7 @@ def token_normalization(context: TokenNodeContext) -> OutputTokenAxes:
 
 
 def token_reduction(context: TokenNodeContext) -> OutputTokenAxes:
+    """A mean or sum over tokens is recorded; other reductions over tokens are pinned."""
     token_axes, call = context.axes(0), context.call
     if token_axes is None or context.spec.axes is None:
         raise context.pin(0, "the reduced axes depend on tokens")
@@ -180,6 +183,7 @@ def token_reduction(context: TokenNodeContext) -> OutputTokenAxes:
 
 
 def token_contraction(context: TokenNodeContext) -> OutputTokenAxes:
+    """Token axes by letters; a sum over tokens is recorded."""
     spec, call = context.spec, context.call
     assert spec.letters is not None
     try:
@@ -218,6 +222,7 @@ def token_contraction(context: TokenNodeContext) -> OutputTokenAxes:
 
 
 def token_movement(context: TokenNodeContext) -> OutputTokenAxes:
+    """Token axes after movement, found by moving the positions."""
     token_axes, call = context.axes(0), context.call
     if token_axes is None or any(context.axes(k) is not None for k in range(1, len(call.shapes))):
         raise context.pin(0, "where it moves values depends on tokens")
@@ -261,6 +266,7 @@ def moved_token_axes(context: TokenNodeContext, call: OpCall, axis: int, offset:
 
 
 def token_concat(context: TokenNodeContext) -> OutputTokenAxes:
+    """Concatenation along another axis than the tokens."""
     call = context.call
     axis = int(call.attrs["axis"]) % len(call.out_shapes[0])
     parts = [(k, m) for k in range(len(call.shapes)) if (m := context.axes(k)) is not None]
@@ -275,6 +281,7 @@ def token_concat(context: TokenNodeContext) -> OutputTokenAxes:
 
 
 def token_attention(context: TokenNodeContext) -> OutputTokenAxes:
+    """Fused attention: a softmax over the tokens of keys and values."""
     node, call = context.node, context.call
     shape = attention_form(call, node.domain)
     if call.attrs.get("is_causal", 0) or call.attrs.get("unidirectional", 0):
@@ -313,15 +320,18 @@ def fused_mask_input(context: TokenNodeContext) -> int | None:
 
 
 def token_shape_only(context: TokenNodeContext) -> OutputTokenAxes:
+    """Outputs that depend on shapes only have no tokens."""
     return []
 
 
 def token_by_position(context: TokenNodeContext) -> OutputTokenAxes:
+    """Operators that depend on positions pin the tokens."""
     index = next((k for k in range(len(context.node.inputs)) if context.axes(k) is not None), 0)
     raise context.pin(index, "its effect on tokens depends on their positions")
 
 
 def token_opaque(context: TokenNodeContext) -> OutputTokenAxes:
+    """Pin the tokens, with the operator's reason."""
     index = next((k for k in range(len(context.node.inputs)) if context.axes(k) is not None), 0)
     raise context.pin(index, context.spec.reason)
 
@@ -331,7 +341,7 @@ TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
     "concat": token_concat,
     "pointwise": token_pointwise,
     "contraction": token_contraction,
-    "normalise": token_normalization,
+    "normalize": token_normalization,
     "reduce": token_reduction,
     "attention": token_attention,
     "rotary": token_by_position,

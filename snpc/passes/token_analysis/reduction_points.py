@@ -170,6 +170,7 @@ def find_point_after(
 
 
 def token_count_of(facts: ShapeFacts, tensor: str) -> int:
+    """Number of tokens of a tensor [batch, tokens, width], 0 for others."""
     shape = next((s for v, s in facts.shape.items() if v.name == tensor and s is not None), ())
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
 
@@ -198,7 +199,7 @@ def is_attention_site(facts: ShapeFacts, node: ir.Node) -> bool:
     shape = facts.shape.get(node.outputs[0]) or ()
     if spec.kind == "attention":
         return True
-    return spec.kind == "normalise" and spec.reason == SUMMED_OVER and len(shape) >= 3
+    return spec.kind == "normalize" and spec.reason == SUMMED_OVER and len(shape) >= 3
 
 
 def is_residual_sum(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> bool:
@@ -266,6 +267,7 @@ def count_constant_tokens(facts: ShapeFacts, data_dependent: frozenset[ir.Value]
 
 
 def leading_constant_lengths(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+    """Lengths along the token axis of the leading inputs that do not depend on data."""
     for value in node.inputs:
         if value is None or value in data_dependent:
             return
@@ -315,6 +317,7 @@ def unfused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, 
 
 
 def fused_attention_scores(facts: ShapeFacts, flow: TokenFlow, site: ir.Node, version: int) -> AttentionScores | None:
+    """The scores inside a fused attention node; None where they cannot be computed outside."""
     call = facts.call(site, version)
     shape = attention_form(call, site.domain)
     if shape.packed or any(site.inputs[k] not in flow.axes for k in (shape.query, shape.key)):

@@ -107,7 +107,7 @@ def closed_form_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights
         return value_output_weights(traced_graph, group)
     if group.role in REFIT_ROLES and group.blocks == 1:
         uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
-        consumers = tuple(nodes[0].reader for nodes in uses)
+        consumers = tuple(nodes[0].consumer for nodes in uses)
         for consumer in consumers:
             check_refit_size(group, consumer)
         return GroupWeights("refit", consumers=consumers, uses=uses)
@@ -129,7 +129,7 @@ def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeight
     """Of a vo group whose basis is free."""
     consumer = single_consumer_weight(traced_graph, group)
     producers = tuple(value_weights(traced_graph, group))
-    check_basis_sites(group, [*producers, consumer.place])
+    check_basis_sites(group, [*producers, consumer.weight_slice])
     contexts = [probe for probe in group.probes if probe.kind == "context"]
     if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
         raise UnsupportedWeightForm("its activations cannot be watched")
@@ -142,7 +142,7 @@ def check_refit_size(group: Group, consumer: ConsumerWeight) -> None:
     columns = consumer.columns * group.size
     if columns > MAX_REFIT_COLUMNS:
         raise UnsupportedWeightForm(
-            f"its reader sees {columns} columns, more than are solved for ({MAX_REFIT_COLUMNS})"
+            f"its reader has {columns} input columns, more than a refit solves for ({MAX_REFIT_COLUMNS})"
         )
 
 
@@ -155,9 +155,9 @@ def check_basis_sites(group: Group, slices: Sequence[WeightSlice]) -> None:
     for site in group.sites:
         count = reached[site.tensor, site.axis]
         if (count > 1).any():
-            raise UnsupportedWeightForm(f"{site.tensor} makes both sides of it")
+            raise UnsupportedWeightForm(f"{site.tensor} produces both sides of its product")
         if (count != (site.units >= 0)).any():
-            raise UnsupportedWeightForm(f"{site.tensor} acts on it as well")
+            raise UnsupportedWeightForm(f"{site.tensor} applies to it as well, which a change of basis does not allow")
 
 
 def closed_form_kinds(weights: Mapping[str, GroupWeights], groups: Sequence[Group]) -> dict[str, ClosedFormKind]:

@@ -68,8 +68,8 @@ def _folder_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Cal
     arrays = [file for file in files if file.suffix.lower() in PART_OPENERS]
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if arrays and pictures:
-        both = f"arrays ({arrays[0].name}) and pictures ({pictures[0].name})"
-        raise UserError(f"{path}: it holds both {both}: keep one kind in a folder")
+        kinds = f"arrays ({arrays[0].name}) and pictures ({pictures[0].name})"
+        raise UserError(f"{path}: it holds both {kinds}: keep one kind in a folder")
     if arrays:
         return CalibrationSource(
             str(path), (PART_OPENERS[file.suffix.lower()](file, inputs) for file in arrays), inputs

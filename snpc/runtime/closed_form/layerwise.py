@@ -1,12 +1,13 @@
-"""Sequential fitting: each layer is fitted to what the cut layers before it give, and makes up for what they lost.
+"""Layerwise fitting: each layer is fitted to the activations of the pruned layers before it, and compensates for their
+error.
 
-The graph is run in segments that end where a group's reader meets the residual stream. What crosses their borders is
-kept for every calibration batch, for the dense model and for the cut one, so nothing is computed twice: per segment one
-pass of the dense one, one of the measured one, one of the fitted one.
+The graph runs in segments that end where a group's output joins the residual stream. The values at their borders are
+kept for every calibration batch, of the dense and of the pruned model, so that nothing is computed twice: each segment
+runs once with the dense weights, once with statistics, and once with the fitted weights.
 
-A reader of hidden units is fitted to more than its own output: the gap between the dense and the cut residual stream
-behind it is regressed on its kept units, heavily damped, and added (asymmetric calibration as in GPTAQ, arXiv
-2504.02692, with a whole layer as the unknown). Groups whose weights are used in several segments keep the parallel fit.
+A consumer of hidden units is fitted to more than its own output: the error of the pruned residual stream behind it is
+regressed on its kept units, with a large ridge, and added (asymmetric calibration as in GPTAQ, arXiv 2504.02692, with
+a whole layer as the unknown). Groups whose weights are used in several segments keep the parallel fit.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ from snpc.runtime.statistics.padding import (
 )
 from snpc.types import AnyArray, FloatArray
 
-RESIDUAL_DAMPING = 1.0  # of the mean diagonal, in the regression of the gap on the hidden units
+RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units
 
-TensorValues = dict[str, AnyArray]
-ConstantArrays = dict[str, AnyArray]  # of constants, by name
+TensorValues = dict[str, AnyArray]  # by name of the value
+ConstantArrays = dict[str, AnyArray]  # by name of the constant
 
 
 @dataclass
 class BoundaryValues:
-    """What later segments need of the dense and of the cut model, per calibration batch; ``masks`` say which tokens
-    count. What does not fit on the ``shelf`` lies in temporary files."""
+    """What later segments read of the dense and of the pruned model, per calibration batch. ``masks``: which tokens
+    count. ``store`` moves what does not fit into temporary files."""
 
     dense: list[TensorValues]
     pruned: list[TensorValues]
@@ -65,38 +66,40 @@ class BoundaryValues:
 
 
 def fit_layerwise(
-    compression: ClosedForms,
+    closed_forms: ClosedForms,
     plan: SlicePlan,
     calibration: Calibration,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> TracedGraph:
-    """The model at its full size with every weight made for the plan, layer after layer.
+    """The model at full size, every weight fitted for the plan, layer after layer.
 
-    Values at the borders of segments lie in memory up to ``execution.memory_limit`` bytes, the others in temporary
-    files.
-
-    Raises stages.NotSequential where the graph cannot be run in segments.
+    Values at the borders of segments take up to ``execution.memory_limit`` bytes of memory; the others lie in temporary
+    files. Raises NotSegmentable where the graph cannot be run in segments.
     """
-    base = add_missing_biases(compression, plan)
-    stages = schedule_stages(compression.analysis, base, plan)
-    staged = {g.id for stage in stages for g in stage.groups}
-    before = replace(plan, keep={k: v for k, v in plan.keep.items() if k not in staged})
-    contents = edited_constants(base, closed_form_edits(compression, before))
-    probes = ((w.probe, w.group.blocks * w.group.size) for stage in stages for w in stage.requests)
-    padding = find_padding(compression.analysis.traced_graph, probe_row_counters(probes))
-    carry = BoundaryValues([], [], [], SpillableStore(memory_budget(execution.memory_limit)))
-    with token_mask_runner(compression.analysis.traced_graph, padding, execution) as masks:
+    analysis, source = closed_forms.analysis, closed_forms.analysis.traced_graph
+    base = add_missing_biases(closed_forms, plan)
+    stages = schedule_stages(analysis, base, plan)
+    staged = {group.id for stage in stages for group in stage.groups}
+    earlier_plan = replace(
+        plan, keep={group_id: rows for group_id, rows in plan.keep.items() if group_id not in staged}
+    )
+    contents = edited_constants(base, closed_form_edits(closed_forms, earlier_plan))
+    requests = [request for stage in stages for request in stage.requests]
+    padding = find_padding(source, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests))
+    boundary = BoundaryValues([], [], [], SpillableStore(memory_budget(execution.memory_limit)))
+    with token_mask_runner(source, padding, execution) as masks:
         for feeds in calibration.batches():
-            carry.masks.append(masks(feeds))
-            carry.dense.append(carry.keep(feeds))
-            carry.pruned.append(dict(carry.dense[-1]))
+            boundary.masks.append(masks(feeds))
+            boundary.dense.append(boundary.keep(feeds))
+            boundary.pruned.append(dict(boundary.dense[-1]))
+    fit = LayerwiseFit(base, plan, earlier_plan, execution, padding)
     for stage in stages:
-        contents |= fit_stage(LayerwiseFit(base, plan, before, execution, padding), stage, contents, carry)
+        contents |= fit_stage(fit, stage, contents, boundary)
     return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
 
 
 def with_constants(model: ir.Model, contents: ConstantArrays) -> ir.Model:
-    """``model``, with these contents of its constants."""
+    """``model`` with these contents of its constants; changed in place."""
     for name, array in contents.items():
         value = model.graph.initializers[name]
         assert value.const_value is not None
@@ -106,7 +109,7 @@ def with_constants(model: ir.Model, contents: ConstantArrays) -> ir.Model:
 
 @dataclass(frozen=True)
 class LayerwiseFit:
-    """What stays the same from stage to stage. ``before``: the part of the plan that was fitted beforehand."""
+    """What all stages share. ``earlier_plan``: the part of the plan that was fitted before the first stage."""
 
     base: TracedGraph
     plan: SlicePlan
@@ -114,17 +117,26 @@ class LayerwiseFit:
     execution: Execution
     padding: PaddingMasks
 
-    def model(
+    def rows_of(self, stage: FitStage) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The part of the plan that the stage fits."""
+        return {group.id: self.plan.keep[group.id] for group in stage.groups if group.id in self.plan.keep}
+
+    def dense_model(self, segment: Segment) -> ir.Model:
+        """The segment with the dense weights."""
+        return finalize(extract_segment(self.base.model, segment, self.base.facts))
+
+    def pruned_model(
         self, segment: Segment, contents: ConstantArrays, keep: Mapping[str, tuple[tuple[int, ...], ...]]
     ) -> ir.Model:
-        """The segment with new contents of its constants, and what ``keep`` cuts silent."""
-        model = finalize(extract_segment(self.base.model, segment, self.base.facts))
+        """The segment with new contents of its constants, and with zeros where the earlier plan and ``keep`` remove
+        units."""
+        model = self.dense_model(segment)
         cuts = cuts_of(replace(self.plan, keep={**self.earlier_plan.keep, **keep}))
         return with_constants(model, trial_weights(self.base, contents, cuts, set(model.graph.initializers)))
 
     def run(self, model: ir.Model, feeds: list[TensorValues]) -> Iterator[TensorValues]:
-        """Outputs per batch. Raises NotSequential where onnxruntime makes no session of the piece (its shape inference
-        may need what lies before)."""
+        """Outputs per batch. Raises NotSegmentable where onnxruntime does not load the segment (its shape inference may
+        need what lies before)."""
         try:
             with temporary_session(model, execution=self.execution, memory="shared") as run:
                 for values in feeds:
@@ -133,70 +145,74 @@ class LayerwiseFit:
             raise NotSegmentable(str(error)) from error
 
 
-def fit_stage(
-    fitting: LayerwiseFit, stage: FitStage, contents: ConstantArrays, carry: BoundaryValues
-) -> ConstantArrays:
-    """Fit the stage's groups; ``carry`` moves on to the end of its segment. Returns new contents of constants;
-    ``contents``: of the stages before."""
+def fit_stage(fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues) -> ConstantArrays:
+    """Fit the groups of one stage, and move ``boundary`` to the end of its segment. Returns the new contents of
+    constants; ``contents``: those of the stages before."""
     segment = stage.segment
-    wide = replace(
-        segment, outputs=tuple({**dict.fromkeys(segment.outputs), **{g.value: None for g in stage.residual_errors}})
-    )
-    whole = fitting.run(finalize(extract_segment(fitting.base.model, wide, fitting.base.facts)), carry.dense)
-    dense = [carry.keep(values) for values in whole]
-    found = edited_constants(fitting.base, solve_stage(fitting, stage, contents, carry, dense), contents)
-    mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    cut = fitting.run(fitting.model(segment, {**contents, **found}, mine), carry.pruned)
-    for held, dense_values, old, cut_values in zip(carry.dense, dense, carry.pruned, cut, strict=True):
-        advance_boundary(held, dense_values, segment)
-        advance_boundary(old, carry.keep(cut_values), segment)
-    return found
+    residuals = {error.value: None for error in stage.residual_errors}
+    with_residuals = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **residuals}))
+    dense = [boundary.keep(values) for values in fit.run(fit.dense_model(with_residuals), boundary.dense)]
+    fitted = edited_constants(fit.base, solve_stage(fit, stage, contents, boundary, dense), contents)
+    pruned = fit.run(fit.pruned_model(segment, {**contents, **fitted}, fit.rows_of(stage)), boundary.pruned)
+    for dense_state, dense_values, pruned_state, pruned_values in zip(
+        boundary.dense, dense, boundary.pruned, pruned, strict=True
+    ):
+        advance_boundary(dense_state, dense_values, segment)
+        advance_boundary(pruned_state, boundary.keep(pruned_values), segment)
+    return fitted
 
 
-def advance_boundary(held: TensorValues, made: TensorValues, segment: Segment) -> None:
-    held.update(made)
-    for name in set(held) - segment.live_values:
-        del held[name]
+def advance_boundary(state: TensorValues, outputs: TensorValues, segment: Segment) -> None:
+    """Add the outputs of a segment, and drop the values that no later segment reads."""
+    state.update(outputs)
+    for name in set(state) - segment.live_values:
+        del state[name]
 
 
 def solve_stage(
-    fitting: LayerwiseFit, stage: FitStage, contents: ConstantArrays, carry: BoundaryValues, dense: list[TensorValues]
+    fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues, dense: list[TensorValues]
 ) -> WeightEdits:
-    """The edits of the stage's groups, from what the cut model gives."""
+    """The edits of the stage's groups, solved on the activations of the pruned model."""
     if not stage.requests:
         return WeightEdits()
-    instrument = Instrument(fitting.model(stage.segment, contents, {}), fitting.padding.row_masks)
-    for item in stage.requests:
-        item.add_to(instrument)
-    types = {str(v.name): dtype for v, dtype in fitting.base.facts.dtype.items() if dtype is not None}
-    for gap in stage.residual_errors:
-        cross, total = instrument.residual_error_sums(
-            gap.request.probe, gap.group.size, gap.value, dense_input_name(gap), types[gap.value]
-        )
-        instrument.add_output(cross, gap.cross)
-        instrument.add_output(total, gap.total)
-    feeds = [
-        {**cut, **counts, **{dense_input_name(g): values[g.value] for g in stage.residual_errors}}
-        for cut, counts, values in zip(carry.pruned, carry.masks, dense, strict=True)
-    ]
-    sums: dict[str, FloatArray] = {}
-    for result in fitting.run(finalize(instrument.model), feeds):
-        for name, array in result.items():
-            if name not in sums:
-                sums[name] = np.zeros(array.shape)
-            accumulate(sums[name], array)
-    measured = stage_moments(stage, sums)
-    mine = {g.id: fitting.plan.keep[g.id] for g in stage.groups if g.id in fitting.plan.keep}
-    edits = closed_form_edits(
-        solve_bases(fitting.plan.analysis, measured, stage.groups), replace(fitting.plan, keep=mine)
-    )
-    for gap in stage.residual_errors:
-        compensate_residual_error(edits, fitting, measured.moments[gap.group.id], gap, sums)
+    sums = measure_stage(fit, stage, contents, boundary, dense)
+    moment_set = stage_moments(stage, sums)
+    closed_forms = solve_bases(fit.plan.analysis, moment_set, stage.groups)
+    edits = closed_form_edits(closed_forms, replace(fit.plan, keep=fit.rows_of(stage)))
+    for error in stage.residual_errors:
+        compensate_residual_error(edits, fit.plan, moment_set.moments[error.group.id], error, sums)
     return edits
 
 
+def measure_stage(
+    fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues, dense: list[TensorValues]
+) -> dict[str, FloatArray]:
+    """Output of the instrumented segment -> its sum over the calibration data, in float64."""
+    instrument = Instrument(fit.pruned_model(stage.segment, contents, {}), fit.padding.row_masks)
+    for request in stage.requests:
+        request.add_to(instrument)
+    types = {str(value.name): dtype for value, dtype in fit.base.facts.dtype.items() if dtype is not None}
+    for error in stage.residual_errors:
+        cross, total = instrument.residual_error_sums(
+            error.request.probe, error.group.size, error.value, dense_input_name(error), types[error.value]
+        )
+        instrument.add_output(cross, error.cross)
+        instrument.add_output(total, error.total)
+    feeds = [
+        {**pruned, **masks, **{dense_input_name(error): values[error.value] for error in stage.residual_errors}}
+        for pruned, masks, values in zip(boundary.pruned, boundary.masks, dense, strict=True)
+    ]
+    sums: dict[str, FloatArray] = {}
+    for outputs in fit.run(finalize(instrument.model), feeds):
+        for name, array in outputs.items():
+            if name not in sums:
+                sums[name] = np.zeros(array.shape)
+            accumulate(sums[name], array)
+    return sums
+
+
 def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray]) -> MomentSet:
-    """The moments of the stage's groups, from the sums by output of the instrumented model."""
+    """The moments of the stage's groups, from the sums by output of the instrumented segment."""
     by_group: dict[str, dict[StatisticKey, FloatArray]] = {}
     for request in stage.requests:
         arrays = by_group.setdefault(request.group.id, {})
@@ -205,20 +221,21 @@ def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray]) -> MomentSet:
     return MomentSet(stage.kinds, moments, {})
 
 
-def dense_input_name(gap: ResidualError) -> str:
-    return f"{gap.value}__dense"
+def dense_input_name(error: ResidualError) -> str:
+    """The input of the instrumented segment that takes the dense residual sum."""
+    return f"{error.value}__dense"
 
 
 def compensate_residual_error(
-    edits: WeightEdits, fitting: LayerwiseFit, moments: GroupMoments, gap: ResidualError, sums: Mapping[str, FloatArray]
+    edits: WeightEdits, plan: SlicePlan, moments: GroupMoments, error: ResidualError, sums: Mapping[str, FloatArray]
 ) -> None:
-    """Add to the reader what explains most of the gap behind it from the kept hidden units."""
-    (reader,) = fitting.plan.analysis.weights[gap.group.id].consumers
-    rows = fitting.plan.keep.get(gap.group.id)
-    keep = np.array(rows[0] if rows else range(gap.group.size), np.int64)
-    (seen,) = moments.consumers[0]
-    (mean,), total = seen.means, sums[gap.total].reshape(-1)
-    cross = sums[gap.cross].reshape(gap.group.size, -1) - np.outer(mean, total)
-    more = solve_ridge(seen.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
-    edits.add(reader.place, 0, keep, more)
-    edits.add_bias(str(reader.node.name), total / seen.count - mean[keep] @ more)
+    """Add to the consumer weight and its bias what explains most of the residual error from the kept hidden units."""
+    (consumer,) = plan.analysis.weights[error.group.id].consumers
+    rows = plan.keep.get(error.group.id)
+    keep = np.array(rows[0] if rows else range(error.group.size), np.int64)
+    (inputs,) = moments.consumers[0]
+    (mean,), total = inputs.means, sums[error.total].reshape(-1)
+    cross = sums[error.cross].reshape(error.group.size, -1) - np.outer(mean, total)
+    correction = solve_ridge(inputs.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
+    edits.add(consumer.weight_slice, 0, keep, correction)
+    edits.add_bias(str(consumer.node.name), total / inputs.count - mean[keep] @ correction)

@@ -1,8 +1,8 @@
-"""Which groups are fitted in which segment of the graph, when a model is fitted layer after layer."""
+"""The stages of layerwise fitting: segments of the graph, and the groups that are fitted in each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,16 @@ from snpc.types import ClosedFormKind, Group
 
 
 class NotSegmentable(Exception):
-    """The graph cannot be run in segments; the reason is the message."""
+    """The graph cannot be run in segments. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class ResidualError:
-    """Where the reader of hidden units meets the residual stream: ``value`` [..., D], rows as in ``wanted``'s probe.
-    ``cross`` and ``total`` name the outputs in which its sums come."""
+    """The error of the residual stream behind a group's consumer weight.
+
+    ``value`` [..., D]: the residual sum, with rows as in the probe of ``request``. ``width``: D. ``cross`` and
+    ``total`` name the outputs of the instrumented model that hold the sums of the error.
+    """
 
     group: Group
     value: str
@@ -46,7 +49,7 @@ class ResidualError:
 
 @dataclass(frozen=True)
 class FitStage:
-    """A segment, the groups that are fitted in it, and what is measured for them."""
+    """A segment of the graph, the groups that are fitted in it, their closed forms and what is measured."""
 
     segment: Segment
     groups: tuple[Group, ...]
@@ -87,66 +90,101 @@ def add_missing_biases(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGrap
 
 
 def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> list[FitStage]:
-    """The segments up to the last one in which something is fitted. ``base`` is the model ``add_missing_biases``.
+    """The segments up to the last one in which a group is fitted. ``base``: the model of ``add_missing_biases``.
 
-    Raises NotSequential where a value that crosses a border cannot be handed from one segment to the next.
+    Raises NotSegmentable where a value that crosses a border cannot be passed from one segment to the next.
     """
     groups, kinds = groups_to_fit(analysis, plan)
-    position = {str(node.name): k for k, node in enumerate(base.model.graph)}
+    position = {str(node.name): index for index, node in enumerate(base.model.graph)}
+    sums = residual_sum_of_each(analysis, base, [g for g in groups if kinds[g.id] != "low_rank_qk"], position)
+    ends = stage_ends(analysis, groups, sums, position)
+    stages = []
+    for segment in split_into_segments(base.model, sorted(set(ends.values()))):
+        candidates = [g for g in groups if ends[g.id] == segment.last]
+        stages.append(stage_of_segment(analysis, base, plan, segment, candidates, sums))
+    while stages and not stages[-1].groups:
+        stages.pop()
+    check_boundary_types(base, [stage.segment for stage in stages])
+    return stages
+
+
+def residual_sum_of_each(
+    analysis: Analysis, base: TracedGraph, groups: Sequence[Group], position: Mapping[str, int]
+) -> dict[str, ir.Value]:
+    """Group id -> where the output of its last consumer has joined the residual stream of ``base``."""
     nodes = list(base.model.graph)
-    meets: dict[str, ir.Value] = {}
+    sums = {}
+    for group in groups:
+        last = max(position[str(n.name)] for c in analysis.weights[group.id].consumers for n in c.nodes)
+        sums[group.id] = residual_sum_after(base, nodes[last].outputs[0])
+    return sums
+
+
+def stage_ends(
+    analysis: Analysis, groups: Sequence[Group], sums: Mapping[str, ir.Value], position: Mapping[str, int]
+) -> dict[str, int]:
+    """Group id -> index of the node in front of which its stage ends: behind its residual sum, or for query and key at
+    the first end of another group behind their product."""
     ends: dict[str, int] = {}
     for group in groups:
-        if kinds[group.id] != "low_rank_qk":
-            last = max(position[str(n.name)] for c in analysis.weights[group.id].consumers for n in c.nodes)
-            value = residual_sum_after(base, nodes[last].outputs[0])
-            meets[group.id] = value
-            ends[group.id] = position[str(value.producer().name)] + 1  # type: ignore[union-attr]
+        if group.id in sums:
+            producer = sums[group.id].producer()
+            assert producer is not None
+            ends[group.id] = position[str(producer.name)] + 1
     for group in groups:
-        if kinds[group.id] == "low_rank_qk":
-            closed = max(position[str(p.node.name)] for p in analysis.weights[group.id].products) + 1
+        if group.id not in sums:
+            closed = max(position[str(product.node.name)] for product in analysis.weights[group.id].products) + 1
             ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
-    found = []
-    for segment in split_into_segments(base.model, sorted(set(ends.values()))):
-        mine = [g for g in groups if ends[g.id] == segment.last]
-        wanted = statistic_requests(analysis, {g.id: required_statistics(analysis.weights[g.id]) for g in mine})
-        inside = [g for g in mine if is_inside_segment(base, segment, position, g, [w for w in wanted if w.group is g])]
-        gaps = [
-            gap
-            for g in inside
-            if kinds[g.id] == "refit"
-            for gap in residual_errors(analysis, base, g, meets[g.id], wanted)
-        ]
-        chosen = {g.id: kinds[g.id] for g in inside if g.id in plan.keep or any(gap.group is g for gap in gaps)}
-        kept = tuple(g for g in inside if g.id in chosen)
-        found.append(FitStage(segment, kept, chosen, tuple(w for w in wanted if w.group.id in chosen), tuple(gaps)))
-    while found and not found[-1].groups:
-        found.pop()
-    check_boundary_types(base, [stage.segment for stage in found])
-    return found
+    return ends
 
 
-def check_boundary_types(base: TracedGraph, found: Sequence[Segment]) -> None:
-    types = {str(v.name): dtype for v, dtype in base.facts.dtype.items()}
-    for name in (name for segment in found for name in (*segment.inputs, *segment.outputs)):
+def stage_of_segment(
+    analysis: Analysis,
+    base: TracedGraph,
+    plan: SlicePlan,
+    segment: Segment,
+    candidates: Sequence[Group],
+    sums: Mapping[str, ir.Value],
+) -> FitStage:
+    """The stage of one segment: of the candidates, those that lie inside it and that the plan prunes, or whose consumer
+    weight can compensate for a residual error."""
+    weights = analysis.weights
+    requests = statistic_requests(analysis, {g.id: required_statistics(weights[g.id]) for g in candidates})
+    inside = [g for g in candidates if is_inside_segment(base, segment, g, [r for r in requests if r.group is g])]
+    errors = [
+        error
+        for g in inside
+        if weights[g.id].kind == "refit"
+        for error in residual_errors(analysis, base, g, sums[g.id], requests)
+    ]
+    fitted = [g for g in inside if g.id in plan.keep or any(error.group is g for error in errors)]
+    kinds = closed_form_kinds(weights, fitted)
+    chosen = tuple(request for request in requests if request.group.id in kinds)
+    return FitStage(segment, tuple(fitted), kinds, chosen, tuple(errors))
+
+
+def check_boundary_types(base: TracedGraph, segments: Sequence[Segment]) -> None:
+    """Raise NotSegmentable where the type of a value that crosses a border is unknown."""
+    types = {str(value.name): dtype for value, dtype in base.facts.dtype.items()}
+    for name in (name for segment in segments for name in (*segment.inputs, *segment.outputs)):
         if types.get(name) is None:
             raise NotSegmentable(f"the type of {name} is not known")
 
 
 def residual_sum_after(base: TracedGraph, value: ir.Value) -> ir.Value:
-    """The sum in which a reader's output meets another activation; its own (biased) output where it does not."""
+    """The sum in which a consumer's output joins another activation; its own output (with bias) where it joins none."""
     shape = base.facts.shape.get(value)
     while True:
-        users = list(value.consumers())
-        if len(users) != 1 or value.is_graph_output():
+        consumers = list(value.consumers())
+        if len(consumers) != 1 or value.is_graph_output():
             return value
-        spec = lookup(users[0].domain, users[0].op_type)
-        after = users[0].outputs[0]
-        if spec.effect != "add" or spec.subtracts or base.facts.shape.get(after) != shape:
+        node = consumers[0]
+        spec = lookup(node.domain, node.op_type)
+        if spec.effect != "add" or spec.subtracts or base.facts.shape.get(node.outputs[0]) != shape:
             return value
-        value = after
-        others = [v for v in users[0].inputs if v is not None and v.const_value is None]
-        if len(others) > 1:
+        value = node.outputs[0]
+        activations = [v for v in node.inputs if v is not None and v.const_value is None]
+        if len(activations) > 1:
             return value
 
 
@@ -167,33 +205,32 @@ def residual_values(analysis: Analysis) -> tuple[str, ...]:
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in names)
 
 
-def is_inside_segment(
-    base: TracedGraph, segment: Segment, position: dict[str, int], group: Group, wanted: Sequence[StatisticRequest]
-) -> bool:
-    """Does all that makes, reads and shows the group lie in the segment?"""
-    constants = [base.model.graph.initializers[site.tensor] for site in group.sites]
-    users = [position.get(str(node.name), -1) for value in constants for node, _ in value.uses()]
-    shown = {w.probe.tensor for w in wanted}
+def is_inside_segment(base: TracedGraph, segment: Segment, group: Group, requests: Sequence[StatisticRequest]) -> bool:
+    """Do all nodes that use the group's weights, and all its measured activations, lie in the segment?"""
     nodes = list(base.model.graph)[segment.first : segment.last]
-    made = {str(v.name) for node in nodes for v in node.outputs}
-    made |= {f"{node.name}.{part}" for node in nodes for part in "qkv"}  # what a fused node makes inside
-    return all(segment.first <= k < segment.last for k in users) and bool(shown) and shown <= made
+    inside = set(nodes)
+    users = [node for site in group.sites for node, _ in base.model.graph.initializers[site.tensor].uses()]
+    probed = {request.probe.tensor for request in requests}
+    produced = {str(value.name) for node in nodes for value in node.outputs}
+    produced |= {f"{node.name}.{part}" for node in nodes for part in "qkv"}  # inside a fused attention node
+    return inside.issuperset(users) and bool(probed) and probed <= produced
 
 
 def residual_errors(
-    analysis: Analysis, base: TracedGraph, group: Group, value: ir.Value, wanted: Sequence[StatisticRequest]
+    analysis: Analysis, base: TracedGraph, group: Group, value: ir.Value, requests: Sequence[StatisticRequest]
 ) -> list[ResidualError]:
-    """The group's gap, where its rows are those of the hidden units; else nothing."""
-    probe = next((w for w in wanted if w.group is group and w.key.kind == "gram_joint"), None)
+    """The residual error that the group's one consumer weight can compensate; none where the rows of the residual sum
+    ``value`` are not those of the hidden units."""
+    request = next((r for r in requests if r.group is group and r.key.kind == "gram_joint"), None)
     consumers = analysis.weights[group.id].consumers
-    if len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
+    if request is None or len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
         return []
     width = consumers[0].width
     shapes = {str(v.name): shape for v, shape in base.facts.shape.items()}
-    behind, hidden = shapes.get(str(value.name)), shapes.get(probe.probe.tensor) if probe else None
-    if probe is None or not behind or not hidden or behind[:-1] != hidden[:-1] or behind[-1] != width:
+    summed, hidden = shapes.get(str(value.name)), shapes.get(request.probe.tensor)
+    if not summed or not hidden or summed[:-1] != hidden[:-1] or summed[-1] != width:
         return []
-    varies = [k for k, size in enumerate(probe.probe.units.shape) if size > 1]
-    if varies != [len(hidden) - 1] or hidden[-1] != group.size:
+    unit_axes = [axis for axis, size in enumerate(request.probe.units.shape) if size > 1]
+    if unit_axes != [len(hidden) - 1] or hidden[-1] != group.size:
         return []
-    return [ResidualError(group, str(value.name), width, probe)]
+    return [ResidualError(group, str(value.name), width, request)]

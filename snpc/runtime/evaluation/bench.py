@@ -219,7 +219,7 @@ def run_rounds(
         round_number = len(times)
         spent = [0.0] * models
         for model in round_order(models, round_number):
-            # The feed changes once per full rotation, so that every feed meets every order.
+            # The feed changes once per full rotation, so that every feed is run in every order.
             call = calls[model][round_number // models % len(calls[model])]
             start = clock()
             output = call()
@@ -262,8 +262,8 @@ def median_interval(values: FloatArray, *, seed: int = 0) -> tuple[float, float]
     rng = np.random.default_rng(seed)
     rows = max(1, 1_000_000 // len(values))  # resamples at a time: long runs have many rounds
     medians = [
-        np.median(values[rng.integers(0, len(values), (min(rows, BOOTSTRAP_RESAMPLES - done), len(values)))], axis=1)
-        for done in range(0, BOOTSTRAP_RESAMPLES, rows)
+        np.median(values[rng.integers(0, len(values), (min(rows, BOOTSTRAP_RESAMPLES - start), len(values)))], axis=1)
+        for start in range(0, BOOTSTRAP_RESAMPLES, rows)
     ]
     low, high = np.percentile(np.concatenate(medians), ((100 - CONFIDENCE_PERCENT) / 2, (100 + CONFIDENCE_PERCENT) / 2))
     return float(low), float(high)
@@ -290,7 +290,7 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
                 raise UserError(f"{has} and {lacks} cannot run on the same inputs: only {has} has {name!r}")
         for name, spec in merged.items():
             _check_compatible(labels[0], spec, label, named[name])
-        # A name is one size: where the other model fixes it in one input, it is fixed in all.
+        # Equal axis names have equal sizes: what the other model fixes in one input is fixed in all inputs.
         pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
         fixed_sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}
         merged = {name: _with_fixed_sizes(spec, named[name], fixed_sizes) for name, spec in merged.items()}

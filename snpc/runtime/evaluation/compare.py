@@ -103,7 +103,7 @@ def checker_error(path: Path) -> str | None:
 
 
 def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
-    """One Difference per output of one batch; entries that are not finite in both do not count.
+    """One Difference per output of one batch; only entries that are finite in both count.
 
     Raises CheckFailed for other shapes, for NaN or infinity that the reference does not have, and where the reference
     has no finite entry.

@@ -111,7 +111,8 @@ class LatencyTable:
         return LatencyCurves(self.dense, self.base, saved)
 
     def saving_curve(self, group: Group) -> FloatArray:
-        """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest, on a line."""
+        """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest measured width
+        extrapolated linearly."""
         shares, saved = np.array([1.0, *KEPT_SHARES]), np.array([0.0, *self.roles[group.role]])
         slope = (saved[-1] - saved[-2]) / (shares[-2] - shares[-1])
         shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
@@ -164,7 +165,7 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
 
 
 def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Path) -> Path:
-    """The model with the first units of these groups; for its time, not for its outputs."""
+    """Write the model with only the first units of these groups, to be timed; its outputs mean nothing."""
     keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
     model = rewrite_model(analysis.traced_graph, cuts_of(SlicePlan(analysis, "", {}, keep))).model

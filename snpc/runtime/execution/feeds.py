@@ -209,7 +209,7 @@ def _sum_terms(dim: str) -> list[str]:
 
 
 def _term_names(dim: int | str) -> list[str]:
-    """The names in an axis: "past + 1" -> ["past"]; exporters name a mask's axis after the sum of two others."""
+    """The names in an axis: "past + 1" -> ["past"]; exporters name the axis of a mask by such a sum."""
     return [term for term in _sum_terms(dim) if term and not term.isdecimal()] if isinstance(dim, str) else []
 
 

@@ -201,7 +201,7 @@ def _session_options(
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.graph_optimization_level = levels[optimization]
-    # Idle threads would spin on after a run and take the cores from the next session's: several are open at a time.
+    # Idle threads of one session would otherwise keep spinning after a run and take the cores of the next session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if memory != "own":
         options.enable_mem_pattern = False
@@ -263,7 +263,7 @@ def _with_user_errors(run: Callable[[], Sequence[Any]], name: str) -> Callable[[
         try:
             return list(run())
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            # Which axis is wrong stands in the second line.
+            # The second line of the message says which axis is wrong.
             raise UserError(f"{name}: onnxruntime does not run it on these inputs: {first_lines(error, 3)}") from error
 
     return call
@@ -288,7 +288,7 @@ def _as_array(value: Any, spec: TensorSpec) -> AnyArray:
     if not _is_ml_dtype(spec.dtype):
         return np.asarray(value.numpy())
     shape = tuple(value.shape())
-    # OrtValue.numpy() refuses these types; outputs that were not bound to a device lie in the CPU's memory.
+    # OrtValue.numpy() refuses these types; outputs that are not bound to a device are in CPU memory.
     data = ctypes.string_at(value.data_ptr(), math.prod(shape) * spec.dtype.itemsize)
     return np.frombuffer(data, spec.dtype).reshape(shape)
 

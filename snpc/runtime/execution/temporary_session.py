@@ -70,7 +70,7 @@ def temporary_session(
 
 
 def runs_in_float32(model: ir.Model, execution: Execution) -> bool:
-    """Does ``temporary_session`` run this model in float32? onnxruntime's CPU provider has no arithmetic in
+    """Whether ``temporary_session`` runs this model in float32: onnxruntime's CPU provider has no arithmetic in
     bfloat16."""
     if resolve_provider(execution.provider) != PROVIDERS["cpu"]:
         return False

@@ -47,35 +47,33 @@ def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
     return replace(load_file(path, observer), kind=kind, folder=folder)
 
 
-def load_file(where: Path, observer: PassObserver | None) -> Model:
-    if not where.is_file():
-        raise UserError(
-            f"{where}: no such file" if not where.exists() else f"{where}: not a file; give the .onnx itself"
-        )
+def load_file(path: Path, observer: PassObserver | None) -> Model:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file; give the .onnx itself")
     try:
-        proto = read_without_weights(where)
+        proto = read_without_weights(path)
     except (DecodeError, ValueError, OSError) as error:
         raise UserError(
-            f"{where}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
+            f"{path}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
         ) from None
     if not proto.graph.node or not proto.opset_import:
-        raise UserError(f"{where}: not an ONNX model (it holds no graph); is it truncated, or another format?")
-    check_tensors(proto, where)
-    digest = file_digest(where, proto)
+        raise UserError(f"{path}: not an ONNX model (it holds no graph); is it truncated, or another format?")
+    check_tensors(proto, path)
+    digest = file_digest(path, proto)
     try:
         graph = ir.from_proto(proto)
-        resolve_external_data(graph, where.parent)
+        resolve_external_data(graph, path.parent)
         graph = canonicalize(graph, observer)
-        check_producers(graph, where)
+        check_producers(graph, path)
         check_serializable(graph)
     except UserError:
         raise
     except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
         why = error_summary(root_cause(error))
-        raise UserError(f"{where}: the graph is malformed ({why}); run onnx.checker on it") from None
-    external = any(location != where.name for location in external_data_files(proto))
+        raise UserError(f"{path}: the graph is malformed ({why}); run onnx.checker on it") from None
+    external = any(location != path.name for location in external_data_files(proto))
     return Model(
-        where,
+        path,
         graph,
         digest,
         tensor_specs(graph.graph.inputs, graph),

@@ -99,7 +99,7 @@ CASES = {
         {"w": (4, 3, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,), "v": (2, 4, 1, 1)},
     ),
     "normalization": Case(
-        "normalise",
+        "normalize",
         """g (float[2,3] x) => (float[2,5] y) {
             k = MatMul(x, w)  n = LayerNormalization <axis = -1> (k, gain, bias)  y = MatMul(n, v) }""",
         {"w": (3, 4), "gain": (4,), "bias": (4,), "v": (4, 5)},
