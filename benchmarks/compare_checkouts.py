@@ -356,8 +356,8 @@ def model_differences(ours: Path, theirs: Path) -> Iterator[str]:
     for what, of in PARTS.items():
         yield from part_differences(what, dict(of(left)), dict(of(right)))
     orders = {what: ([name for name, _ in of(left)], [name for name, _ in of(right)]) for what, of in PARTS.items()}
-    for what, (mine, other) in orders.items():
-        if mine != other and sorted(mine) == sorted(other):
+    for what, (ours_in, theirs_in) in orders.items():
+        if ours_in != theirs_in and sorted(ours_in) == sorted(theirs_in):
             yield f"{what}s in another order"
 
 
@@ -418,15 +418,15 @@ def compare(case: Case, sides: Sequence[Checkout], folder: Path, ignored: frozen
     except Failed as error:
         print(f"{case.name:22s} FAILED\n{error}", flush=True)
         return False
-    found = differences(ours, theirs, ignored)
+    lines = differences(ours, theirs, ignored)
     digest = hashlib.sha256((ours / "pruned.onnx").read_bytes()).hexdigest()[:12]
     macs = json.loads((ours / "report.json").read_text())["macs"]
-    verdict = "DIFFERENT" if found else "same"
+    verdict = "DIFFERENT" if lines else "same"
     kept = macs["after"] / macs["before"]
     print(f"{case.name:22s} {digest} {kept:6.1%} {seconds:6.1f} {seconds_other:6.1f}  {verdict}", flush=True)
-    for line in found:
+    for line in lines:
         print(f"    {line}", flush=True)
-    return not found
+    return not lines
 
 
 def main() -> None:

@@ -129,12 +129,12 @@ def outputs_of(name: str) -> list[Array]:
     return run(export(name), feeds_of(name))
 
 
-def relative_error(expected: Sequence[Array], found: Sequence[Array]) -> float:
+def relative_error(expected: Sequence[Array], actual: Sequence[Array]) -> float:
     """Largest difference over the outputs, each relative to its largest expected magnitude."""
-    assert [a.shape for a in expected] == [a.shape for a in found]
+    assert [a.shape for a in expected] == [a.shape for a in actual]
     return max(
         float(np.abs(a.astype(np.float64) - b).max() / max(float(np.abs(a).max()), 1e-30))
-        for a, b in zip(expected, found, strict=True)
+        for a, b in zip(expected, actual, strict=True)
     )
 
 

@@ -36,10 +36,10 @@ def _classifier(attention: str, family: str, **options: Any) -> Model:
     import transformers
 
     config = getattr(transformers, f"{family}Config")(attn_implementation=attention, **_WORDS, **options)
-    made = getattr(transformers, f"{family}ForSequenceClassification")(config)
-    _randomize(made)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    _randomize(model)
     axes: Axes = {"input_ids": _TEXT, "attention_mask": _TEXT, "logits": {0: "batch"}}
-    return Model(_tensor_output(made, ["input_ids", "attention_mask"], "logits"), _causal_inputs, "logits", axes)
+    return Model(_tensor_output(model, ["input_ids", "attention_mask"], "logits"), _causal_inputs, "logits", axes)
 
 
 @_register("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn23_sdpa", "transformers")
@@ -67,13 +67,13 @@ def _sentence(attention: str, family: str, pool: Callable[[Any, Any], Any], **op
 
     words = {k: v for k, v in _WORDS.items() if k != "num_labels"}
     config = getattr(transformers, f"{family}Config")(attn_implementation=attention, **words, **options)
-    made = getattr(transformers, f"{family}Model")(config)
-    _randomize(made)
+    model = getattr(transformers, f"{family}Model")(config)
+    _randomize(model)
 
     class Embedding(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = made
+            self.encoder = model
 
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

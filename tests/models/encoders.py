@@ -51,26 +51,26 @@ class Encoder:
         def draw(*shape: int, scale: float = 1.0) -> Array:
             return np.asarray(rng.standard_normal(shape) * scale / np.sqrt(shape[0]), self.kind)
 
-        found = {"class": draw(1, 1, d), "positions": draw(1, self.tokens, d), "head": draw(d, 5)}
+        weights = {"class": draw(1, 1, d), "positions": draw(1, self.tokens, d), "head": draw(d, 5)}
         for k in range(self.depth):
-            found |= {f"{name}{k}": draw(d, d, scale=1.5) for name in ("q", "k", "v", "o")}
-            found |= {f"up{k}": draw(d, 2 * d), f"down{k}": draw(2 * d, d)}
-            found |= {f"gain{k}{n}": 1 + draw(d, scale=0.3) for n in "ab"}
-            found |= {f"shift{k}{n}": draw(d, scale=0.3) for n in "ab"}
-        found["table"] = draw(1, self.heads, self.tokens, self.tokens)
-        found["mix"] = draw(self.tokens, self.tokens)
-        return found
+            weights |= {f"{name}{k}": draw(d, d, scale=1.5) for name in ("q", "k", "v", "o")}
+            weights |= {f"up{k}": draw(d, 2 * d), f"down{k}": draw(2 * d, d)}
+            weights |= {f"gain{k}{n}": 1 + draw(d, scale=0.3) for n in "ab"}
+            weights |= {f"shift{k}{n}": draw(d, scale=0.3) for n in "ab"}
+        weights["table"] = draw(1, self.heads, self.tokens, self.tokens)
+        weights["mix"] = draw(self.tokens, self.tokens)
+        return weights
 
     def model(self) -> onnx.ModelProto:
         return Writing(self).model()
 
     def feeds(self, batch: int = 3, seed: int = 1) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
-        found = {"x": rng.standard_normal((batch, self.patches, self.width)).astype(self.kind)}
+        feeds = {"x": rng.standard_normal((batch, self.patches, self.width)).astype(self.kind)}
         if self.masked:
             lengths = rng.integers(self.tokens // 2, self.tokens, batch)
-            found["mask"] = (np.arange(self.tokens) < lengths[:, None]).astype(self.kind)
-        return found
+            feeds["mask"] = (np.arange(self.tokens) < lengths[:, None]).astype(self.kind)
+        return feeds
 
 
 class Writing:

@@ -91,32 +91,32 @@ class Graph:
 
 
 def matmul(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     width = g.size(8)
     out = (*shape[:-1], width)
-    made = g.node("MatMul", [name, g.weight(shape[-1], width)], out)
+    value = g.node("MatMul", [name, g.weight(shape[-1], width)], out)
     if g.flag():
-        pair = [made, g.weight(width)]
+        pair = [value, g.weight(width)]
         g.node("Add", pair if g.flag() else pair[::-1], out)
 
 
 def per_head_matmul(g: Graph) -> None:
     """One matrix per head: a batch axis of the weight."""
-    found = g.some(4)
-    if found:
-        name, shape = found
+    operand = g.some(4)
+    if operand:
+        name, shape = operand
         width = g.size()
         g.node("MatMul", [name, g.weight(shape[1], shape[3], width)], (*shape[:3], width))
 
 
 def gemm(g: Graph) -> None:
-    found = g.some(2)
-    if found is None:
+    operand = g.some(2)
+    if operand is None:
         return
-    name, (rows, width) = found
+    name, (rows, width) = operand
     size = g.size(8)
     attrs: dict[str, Any] = {"transB": int(g.flag())}
     weight = g.weight(*((size, width) if attrs["transB"] else (width, size)))
@@ -134,10 +134,10 @@ def gemm(g: Graph) -> None:
 
 def einsum(g: Graph) -> None:
     """A weight with heads of its own, in and out, and the ellipsis."""
-    found = g.some(3)
-    if found is None:
+    operand = g.some(3)
+    if operand is None:
         return
-    name, (batch, length, width) = found
+    name, (batch, length, width) = operand
     heads, size = g.size(3), g.size()
     form = g.pick(["bnc,chd->bhnd", "bnc,chd->bnhd", "...c,cd->...d", "bnc,dc->bnd", "bnc,hcd->bhnd", "both"])
     if form == "...c,cd->...d":
@@ -147,11 +147,11 @@ def einsum(g: Graph) -> None:
     elif form == "bnc,hcd->bhnd":
         g.node("Einsum", [name, g.weight(heads, width, size)], (batch, heads, length, size), equation=form)
     elif form == "both":
-        made = g.node("Einsum", [name, g.weight(width, heads, size)], (batch, length, heads, size),
+        value = g.node("Einsum", [name, g.weight(width, heads, size)], (batch, length, heads, size),
                       equation="bnc,chd->bnhd")  # fmt: skip
         if g.flag():
-            made = g.node("Add", [made, g.weight(heads, size)], (batch, length, heads, size))
-        g.node("Einsum", [made, g.weight(heads, size, width)], (batch, length, width), equation="bnhd,hdc->bnc")
+            value = g.node("Add", [value, g.weight(heads, size)], (batch, length, heads, size))
+        g.node("Einsum", [value, g.weight(heads, size, width)], (batch, length, width), equation="bnhd,hdc->bnc")
     else:
         shape = (batch, heads, length, size) if form.endswith("bhnd") else (batch, length, heads, size)
         g.node("Einsum", [name, g.weight(width, heads, size)], shape, equation=form)
@@ -159,10 +159,10 @@ def einsum(g: Graph) -> None:
 
 def product(g: Graph) -> None:
     """Two activations, or one with itself: scores without a softmax."""
-    found = g.some(3, 4)
-    if found is None:
+    operand = g.some(3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     partners = [v for v in g.values if v[1] == shape]
     other = g.pick(partners)[0]
     rank = len(shape)
@@ -177,10 +177,10 @@ def product(g: Graph) -> None:
 
 
 def conv(g: Graph) -> None:
-    found = g.some(3, 4)
-    if found is None:
+    operand = g.some(3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     channels, spatial = shape[1], shape[2:]
     kernel = g.pick([1, 3])
     attrs: dict[str, Any] = {"kernel_shape": [kernel] * len(spatial)}
@@ -201,10 +201,10 @@ def conv(g: Graph) -> None:
 
 
 def split_axis(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(1, len(shape)))
     parts = [k for k in (2, 3, 4) if shape[axis] % k == 0 and shape[axis] > k]
     if not parts or len(shape) > 4:
@@ -222,10 +222,10 @@ def split_axis(g: Graph) -> None:
 
 
 def merge_axes(g: Graph) -> None:
-    found = g.some(3, 4, 5)
-    if found is None:
+    operand = g.some(3, 4, 5)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(len(shape) - 1))
     out = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
     target = list(out)
@@ -235,27 +235,27 @@ def merge_axes(g: Graph) -> None:
 
 
 def flatten(g: Graph) -> None:
-    found = g.some(3, 4)
-    if found:
-        name, shape = found
+    operand = g.some(3, 4)
+    if operand:
+        name, shape = operand
         axis = g.pick(range(1, len(shape)))
         rows = int(np.prod(shape[:axis]))
         g.node("Flatten", [name], (rows, int(np.prod(shape[axis:]))), axis=axis)
 
 
 def transpose(g: Graph) -> None:
-    found = g.some(2, 3, 4, 5)
-    if found:
-        name, shape = found
+    operand = g.some(2, 3, 4, 5)
+    if operand:
+        name, shape = operand
         perm = g.draw(st.permutations(range(len(shape))))
         g.node("Transpose", [name], tuple(shape[k] for k in perm), perm=list(perm))
 
 
 def split(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(1, len(shape)))
     if shape[axis] < 4:
         return
@@ -269,10 +269,10 @@ def split(g: Graph) -> None:
 
 
 def slice_(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(len(shape)))
     start, end, step = g.pick([(0, 1000, 2), (1, 1 << 40, 2), (0, max(1, shape[axis] // 2), 1), (-2, 1000, 1),
                                (1000, -1000, -1), (shape[axis] // 2, 1 << 62, 1), (0, -1, 1)])  # fmt: skip
@@ -283,10 +283,10 @@ def slice_(g: Graph) -> None:
 
 
 def gather(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(len(shape)))
     inner: Shape = ()
     if g.flag():
@@ -299,10 +299,10 @@ def gather(g: Graph) -> None:
 
 
 def concat(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis = g.pick(range(len(shape)))
     partners = [v for v in g.values if len(v[1]) == len(shape)
                 and all(a == b for k, (a, b) in enumerate(zip(v[1], shape, strict=True)) if k != axis)]  # fmt: skip
@@ -316,9 +316,9 @@ def concat(g: Graph) -> None:
 
 
 def pad(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found:
-        name, shape = found
+    operand = g.some(2, 3, 4)
+    if operand:
+        name, shape = operand
         axis = g.pick(range(1, len(shape)))
         before, after = g.pick([(0, 1), (1, 0), (1, 2)])
         pads = [0] * (2 * len(shape))
@@ -327,30 +327,30 @@ def pad(g: Graph) -> None:
 
 
 def expand(g: Graph) -> None:
-    found = g.some(2, 3)
-    if found:
-        name, shape = found
+    operand = g.some(2, 3)
+    if operand:
+        name, shape = operand
         axis = g.pick(range(1, len(shape) + 1))
         lifted = (*shape[:axis], 1, *shape[axis:])
-        made = g.node("Unsqueeze", [name, g.integers(axis)], lifted)
+        value = g.node("Unsqueeze", [name, g.integers(axis)], lifted)
         out = (*lifted[:axis], g.size(3), *lifted[axis + 1 :])
         target = [1 if g.flag() and n == m else n for n, m in zip(out, lifted, strict=True)]
-        g.node("Expand", [made, g.integers(*target)], out)
+        g.node("Expand", [value, g.integers(*target)], out)
 
 
 def tile(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found:
-        name, shape = found
+    operand = g.some(2, 3, 4)
+    if operand:
+        name, shape = operand
         axis = g.pick(range(1, len(shape)))
         repeats = [2 if k == axis else 1 for k in range(len(shape))]
         g.node("Tile", [name, g.integers(*repeats)], tuple(n * r for n, r in zip(shape, repeats, strict=True)))
 
 
 def squeeze(g: Graph) -> None:
-    found = g.some(2, 3, 4, 5)
-    if found and 1 in found[1]:
-        name, shape = found
+    operand = g.some(2, 3, 4, 5)
+    if operand and 1 in operand[1]:
+        name, shape = operand
         axis = shape.index(1)
         g.node("Squeeze", [name, g.integers(axis)], (*shape[:axis], *shape[axis + 1 :]))
 
@@ -359,18 +359,18 @@ def squeeze(g: Graph) -> None:
 
 
 def unary(g: Graph) -> None:
-    found = g.some()
-    if found:
+    operand = g.some()
+    if operand:
         op = g.pick(["Relu", "Sigmoid", "Tanh", "Erf", "Neg", "Softplus", "LeakyRelu", "Elu", "Abs", "Identity"])
-        g.node(op, [found[0]], found[1])
+        g.node(op, [operand[0]], operand[1])
 
 
 def with_constant(g: Graph) -> None:
     """A constant over some of the axes, on either side."""
-    found = g.some()
-    if found is None:
+    operand = g.some()
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     kept = [n if g.flag() else 1 for n in shape]
     while kept and kept[0] == 1 and g.flag():
         kept.pop(0)
@@ -381,10 +381,10 @@ def with_constant(g: Graph) -> None:
 
 def binary(g: Graph) -> None:
     """Two activations that broadcast."""
-    found = g.some()
-    if found is None:
+    operand = g.some()
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
 
     def broadcasts(other: Shape) -> bool:
         if len(other) > len(shape):
@@ -401,10 +401,10 @@ def binary(g: Graph) -> None:
 
 
 def reduction(g: Graph) -> None:
-    found = g.some(2, 3, 4)
-    if found is None:
+    operand = g.some(2, 3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     axis, keep = g.pick(range(len(shape))), int(g.flag())
     out = (*shape[:axis], *([1] if keep else []), *shape[axis + 1 :])
     op = g.pick(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceL2"])
@@ -415,10 +415,10 @@ def reduction(g: Graph) -> None:
 
 
 def normalisation(g: Graph) -> None:
-    found = g.some(3, 4)
-    if found is None:
+    operand = g.some(3, 4)
+    if operand is None:
         return
-    name, shape = found
+    name, shape = operand
     op = g.pick(["LayerNormalization", "BatchNormalization", "InstanceNormalization", "Softmax", "LogSoftmax", "L2"])
     if op == "LayerNormalization":
         axis = g.pick([-1, -1, len(shape) - 2])
@@ -443,10 +443,10 @@ def normalisation(g: Graph) -> None:
 
 def attention(g: Graph) -> None:
     """Of [batch, length, width]: packed or not, fewer key heads, rotary or scaled or masked or not."""
-    found = g.some(3)
-    if found is None:
+    operand = g.some(3)
+    if operand is None:
         return
-    name, (batch, length, width) = found
+    name, (batch, length, width) = operand
     heads, size, value = g.pick([1, 2, 4]), g.pick([2, 4, 6]), g.pick([2, 3, 4])
     shared = g.pick([1, 2]) if heads > 1 else 1
     packed = g.flag() and shared == 1 and value == size
@@ -485,24 +485,24 @@ def attention(g: Graph) -> None:
 
 def heads_of(g: Graph, name: str, shape: Shape, heads: int, size: int) -> str:
     batch, length, width = shape
-    made = g.node("MatMul", [name, g.weight(width, heads * size)], (batch, length, heads * size))
+    value = g.node("MatMul", [name, g.weight(width, heads * size)], (batch, length, heads * size))
     if g.flag():
-        made = g.node("Add", [g.weight(heads * size), made], (batch, length, heads * size))
+        value = g.node("Add", [g.weight(heads * size), value], (batch, length, heads * size))
     target = g.pick([(0, 0, heads, size), (0, 0, -1, size), (0, 0, heads, -1), (batch, length, heads, size)])
-    apart = g.node("Reshape", [made, g.integers(*target)], (batch, length, heads, size))
-    return g.node("Transpose", [apart], (batch, heads, length, size), perm=[0, 2, 1, 3])
+    split_heads = g.node("Reshape", [value, g.integers(*target)], (batch, length, heads, size))
+    return g.node("Transpose", [split_heads], (batch, heads, length, size), perm=[0, 2, 1, 3])
 
 
 def packed_heads(g: Graph, name: str, shape: Shape, heads: int, size: int) -> tuple[str, str, str]:
     batch, length, width = shape
-    made = g.node("MatMul", [name, g.weight(width, 3 * heads * size)], (batch, length, 3 * heads * size))
+    value = g.node("MatMul", [name, g.weight(width, 3 * heads * size)], (batch, length, 3 * heads * size))
     if g.flag():
-        made = g.node("Add", [made, g.weight(3 * heads * size)], (batch, length, 3 * heads * size))
+        value = g.node("Add", [value, g.weight(3 * heads * size)], (batch, length, 3 * heads * size))
     order = g.pick(["3hd", "h3d"])
     parts = (3, heads) if order == "3hd" else (heads, 3)
-    apart = g.node("Reshape", [made, g.integers(0, 0, *parts, size)], (batch, length, *parts, size))
+    split_heads = g.node("Reshape", [value, g.integers(0, 0, *parts, size)], (batch, length, *parts, size))
     perm = [2, 0, 3, 1, 4] if order == "3hd" else [3, 0, 2, 1, 4]
-    turned = g.node("Transpose", [apart], (3, batch, heads, length, size), perm=perm)
+    turned = g.node("Transpose", [split_heads], (3, batch, heads, length, size), perm=perm)
     style = g.pick(["gather", "split"])
     if style == "gather":
         q, k, v = (g.node("Gather", [turned, g.constant(np.int64(i))], (batch, heads, length, size), axis=0)

@@ -389,10 +389,10 @@ def truncated(data: bytes, rng: random.Random) -> bytes:
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
     """Bits, mostly of what is not the numbers of a weight."""
-    found = bytearray(data)
+    changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
-        found[graph_byte(data, rng)] ^= 1 << rng.randrange(8)
-    return bytes(found)
+        changed[graph_byte(data, rng)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
 
 
 def graph_byte(data: bytes, rng: random.Random) -> int:
@@ -465,9 +465,9 @@ def trial(path: Path) -> list[str]:
         if refused and (len(lines) != 1 or not lines[0].startswith("snpc: ") or len(lines[0]) > 1000):
             complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")
         after = {p: p.stat().st_mtime_ns for p in path.parent.iterdir()}
-        made = {p.name for p in set(after) - set(before)}
-        if made - ({"model-pruned.onnx", "model-pruned.onnx.data"} if result.exit_code == 0 else set()):
-            complaints.append(f"{verb}: exit code {result.exit_code} left {sorted(made)}")
+        new_files = {p.name for p in set(after) - set(before)}
+        if new_files - ({"model-pruned.onnx", "model-pruned.onnx.data"} if result.exit_code == 0 else set()):
+            complaints.append(f"{verb}: exit code {result.exit_code} left {sorted(new_files)}")
         if any(after.get(p) != time for p, time in before.items()):
             complaints.append(f"{verb}: changed its input")
         OUTCOMES[verb, result.exit_code] += 1
@@ -494,9 +494,9 @@ def work(first: int, last: int, step: int) -> None:
             path, done = mutant(seed, Path(name) / "inner" / str(seed))
             print(json.dumps({"seed": seed, "done": done}), flush=True)
             signal.alarm(LIMIT_SECONDS)
-            found = trial(path)
+            complaints = trial(path)
             signal.alarm(0)
-            print(json.dumps({"seed": seed, "found": found}), flush=True)
+            print(json.dumps({"seed": seed, "complaints": complaints}), flush=True)
     counts = {"outcomes": list(OUTCOMES.items()), "reasons": list(REASONS.items())}
     print(json.dumps(counts), flush=True)
 
@@ -517,8 +517,8 @@ def share(first: int, last: int, step: int) -> tuple[list[str], list[Any]]:
             elif "done" in said:
                 now = said
             else:
-                complaints += [f"{now['seed']} ({now['done']}) {words}" for words in said["found"]]
-                for words in said["found"]:
+                complaints += [f"{now['seed']} ({now['done']}) {words}" for words in said["complaints"]]
+                for words in said["complaints"]:
                     print(now["seed"], f"({now['done']})", words, flush=True)
         code = child.wait()
         if code == 0:
@@ -544,7 +544,7 @@ def run_all() -> None:
     ends = given.first + given.count
     with ThreadPoolExecutor(given.processes) as pool:
         shares = list(pool.map(lambda k: share(given.first + k, ends, given.processes), range(given.processes)))
-    complaints = list(itertools.chain(*(found for found, _ in shares)))
+    complaints = list(itertools.chain(*(lines for lines, _ in shares)))
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for said in itertools.chain(*(counts for _, counts in shares)):

@@ -39,8 +39,8 @@ def build(case: Case) -> onnx.ModelProto:
 
 def feeds_for(case: Case) -> dict[str, Array]:
     rng = np.random.default_rng(1)
-    made: dict[str, Array] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in case.feeds.items()}
-    return made | dict(case.ints)
+    feeds: dict[str, Array] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in case.feeds.items()}
+    return feeds | dict(case.ints)
 
 
 def table_of(positions: int, width: int) -> dict[str, Array]:

@@ -82,9 +82,9 @@ def is_in(module: str, package: str) -> bool:
 def imports_of(tree: SourceTree) -> Iterator[tuple[str, str, str]]:
     """(module, target, "module:line imports target") of every import of the package's own modules."""
     for module in tree.modules:
-        for found in tree.imports(module):
-            if is_in(found.target, tree.root.name):
-                yield module, found.target, f"{module}:{found.line} imports {found.target}"
+        for imported in tree.imports(module):
+            if is_in(imported.target, tree.root.name):
+                yield module, imported.target, f"{module}:{imported.line} imports {imported.target}"
 
 
 # -- who imports whom ------------------------------------------------------------------------------------------------
@@ -92,19 +92,19 @@ def imports_of(tree: SourceTree) -> Iterator[tuple[str, str, str]]:
 
 def imports_of_later_layers(tree: SourceTree) -> Iterator[str]:
     """A layer imports the layers before it. The command line also imports the public verbs, from snpc itself."""
-    for module, target, says in imports_of(tree):
+    for module, target, violation in imports_of(tree):
         layer, other = layer_of(module), layer_of(target)
         if layer in (None, "__main__") or (layer == "cli" and (other is None or other in snpc.__all__)):
             continue
         if layer not in LAYERS:
             yield f"{module}: say in LAYERS where it stands"
         elif other not in LAYERS[: LAYERS.index(layer) + 1] or (layer == "types" and other != "types"):
-            yield says
+            yield violation
 
 
 def imports_of_later_parts(tree: SourceTree) -> Iterator[str]:
     """The order of INSIDE holds inside passes and inside runtime."""
-    for module, target, says in imports_of(tree):
+    for module, target, violation in imports_of(tree):
         layer, part, other = layer_of(module), *(".".join(name.split(".")[2:3]) for name in (module, target))
         if layer not in INSIDE or layer_of(target) != layer or not part or not other or part == other:
             continue
@@ -112,22 +112,22 @@ def imports_of_later_parts(tree: SourceTree) -> Iterator[str]:
         if part not in levels:
             yield f"{module}: say in INSIDE where it stands"
         elif levels.get(other, len(levels)) >= levels[part]:
-            yield says
+            yield violation
 
 
 def imports_of_criteria(tree: SourceTree) -> Iterator[str]:
     """Criteria are plug-ins: they know what they are given, and nothing of snpc else."""
-    for module, target, says in imports_of(tree):
+    for module, target, violation in imports_of(tree):
         if layer_of(module) == "criteria" and layer_of(target) not in ("criteria", "types", "errors"):
-            yield says
+            yield violation
 
 
 def imports_of_onnxruntime(tree: SourceTree) -> Iterator[str]:
     """One place makes sessions, and one builds artifacts; all others say what to run and get arrays."""
     for module in tree.modules:
-        for found in tree.imports(module):
-            if is_in(found.target, "onnxruntime") and not any(is_in(module, place) for place in CALLS_ONNXRUNTIME):
-                yield f"{module}:{found.line} imports onnxruntime"
+        for imported in tree.imports(module):
+            if is_in(imported.target, "onnxruntime") and not any(is_in(module, place) for place in CALLS_ONNXRUNTIME):
+                yield f"{module}:{imported.line} imports onnxruntime"
 
 
 def imports_past_faces(tree: SourceTree) -> Iterator[str]:
@@ -136,10 +136,10 @@ def imports_past_faces(tree: SourceTree) -> Iterator[str]:
     ``snpc.types`` and ``snpc.errors`` are files without a package. A package may import files of the packages that it
     is in, as its own.
     """
-    for module, target, says in imports_of(tree):
+    for module, target, violation in imports_of(tree):
         owner = tree.package_of(target)
         if target not in tree.packages and owner != tree.root.name and not is_in(module, owner):
-            yield says
+            yield violation
 
 
 RULES: dict[Rule, dict[str, str]] = {
@@ -363,8 +363,8 @@ def test_the_search_for_operators_finds_them() -> None:
 
 def test_the_exceptions_are_needed() -> None:
     for where, names in KNOWN.items():
-        found = {text for _, text in operator_literals(ast.parse((ROOT / where).read_text()))}
-        assert found >= names, f"{where} no longer mentions {names - found}: drop the exception"
+        literals = {text for _, text in operator_literals(ast.parse((ROOT / where).read_text()))}
+        assert literals >= names, f"{where} no longer mentions {names - literals}: drop the exception"
 
 
 # -- what importing costs --------------------------------------------------------------------------------------------
@@ -421,9 +421,9 @@ OF_THEIR_OWN = {"models", "policy"}  # folders of tests that no package of snpc 
 
 def imports_of_test_files(tree: SourceTree) -> Iterator[str]:
     """What several test files use is in a helper: a test file can be moved or deleted without breaking another."""
-    for module, target, says in imports_of(tree):
+    for module, target, violation in imports_of(tree):
         if target.rpartition(".")[2].startswith("test_") and target != module:
-            yield says
+            yield violation
 
 
 def test_no_test_file_is_imported() -> None:

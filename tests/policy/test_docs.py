@@ -34,8 +34,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def run_page(page: Path, given: dict[str, object], skip: int = 0) -> None:
     """Run the Python blocks in order in one namespace; a text block that follows one is what it must print."""
-    found = blocks(page)[skip:]
-    for (language, source), (following, expected) in zip(found, [*found[1:], ("", "")], strict=True):
+    parts = blocks(page)[skip:]
+    for (language, source), (following, expected) in zip(parts, [*parts[1:], ("", "")], strict=True):
         if language != "python":
             continue
         printed = io.StringIO()
@@ -108,10 +108,10 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(prose):
         if not target.startswith(("http:", "https:", "mailto:")):
             path, _, anchor = target.partition("#")
-            found = (page.parent / path).resolve() if path else page
-            assert found.exists(), f"{page.name} links to {target}"
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), f"{page.name} links to {target}"
             if anchor:
-                assert anchor in anchors(found), f"{page.name} links to {target}"
+                assert anchor in anchors(linked), f"{page.name} links to {target}"
 
 
 def anchors(page: Path) -> set[str]:
@@ -128,14 +128,14 @@ def test_no_absolute_paths_and_nothing_unfinished(page: Path) -> None:
 
 def documented_commands(page: Path) -> list[list[str]]:
     """``snpc ...`` lines of the page's shell blocks, continuation lines joined, comments dropped."""
-    found = []
+    commands = []
     for language, content in blocks(page):
         if language in ("sh", "bash", "console"):
             for line in content.replace("\\\n", " ").splitlines():
                 words = line.split("#")[0].removeprefix("$ ").split()
                 if words[:1] == ["snpc"]:
-                    found.append(words[1:])
-    return found
+                    commands.append(words[1:])
+    return commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

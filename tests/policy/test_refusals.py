@@ -199,8 +199,8 @@ def mlp(x: str, y: str, hidden: str = "") -> list[onnx.NodeProto]:
 
 
 def pins_of(path: Path) -> dict[str, str]:
-    found = json.loads(invoke("inspect", path, "--json", "-").stdout)
-    return {p["tensor"]: p["reason"] for p in found["pins"]}
+    report = json.loads(invoke("inspect", path, "--json", "-").stdout)
+    return {p["tensor"]: p["reason"] for p in report["pins"]}
 
 
 FFN = {"up": (8, 32), "down": (32, 8)}
@@ -617,8 +617,8 @@ PLANS: dict[str, tuple[Change, str]] = {
 def plan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     invoke("plan", VIT, *RATIO, "--roles", "qk", "-o", path)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 class TestPlans:

@@ -63,7 +63,7 @@ class SplitContext:
 
 
 @dataclass(frozen=True)
-class Movement:
+class MovementNode:
     """One movement node on the path of a part, with the shapes of its input and output for that part alone."""
 
     node: ir.Node
@@ -222,7 +222,7 @@ def replay_movements(context: SplitContext, part: PackedPart, value: ir.Value, o
     for old, index in part.path:
         input_shape = sliced_part(context, old.inputs[0], others)
         output_shape = sliced_part(context, old.outputs[index], others)
-        movement = Movement(old, index, input_shape, output_shape)
+        movement = MovementNode(old, index, input_shape, output_shape)
         if input_shape.new_shape == output_shape.new_shape and selects_nothing_more(context, movement):
             continue  # the part is all that this Split or Slice would select
         value = clone_movement(context, movement, value, anchor, f"{part.value.name}__own")
@@ -235,7 +235,7 @@ def sliced_part(context: SplitContext, value: ir.Value | None, others: RemovedUn
     return slice_shape(labeled.shape, labeled.factors, others)
 
 
-def selects_nothing_more(context: SplitContext, movement: Movement) -> bool:
+def selects_nothing_more(context: SplitContext, movement: MovementNode) -> bool:
     """Does the node leave all labels of the part where they are?"""
     source = context.trace.values[movement.node.inputs[0]]  # type: ignore[index]
     target = context.trace.values[movement.node.outputs[movement.output]]
@@ -244,7 +244,9 @@ def selects_nothing_more(context: SplitContext, movement: Movement) -> bool:
     return before == after
 
 
-def clone_movement(context: SplitContext, movement: Movement, value: ir.Value, anchor: ir.Node, name: str) -> ir.Value:
+def clone_movement(
+    context: SplitContext, movement: MovementNode, value: ir.Value, anchor: ir.Node, name: str
+) -> ir.Value:
     """The movement of one part, behind ``anchor``: a Squeeze where the node selected the part, else a copy of it."""
     old, before, after = movement.node, movement.input_shape, movement.output_shape
     spec = lookup(old.domain, old.op_type)
