@@ -49,7 +49,7 @@ def score_products(traced_graph: TracedGraph, group: Group) -> list[Contraction]
         if not c.has_weight and c.part in ("", "scores") and c.left.name in tensors and c.right.name in tensors
     ]
     if not products:
-        raise UnsupportedWeightForm("its query and key meet in no product that can be watched")
+        raise UnsupportedWeightForm("its query and key meet in no product that can be measured")
     return products
 
 
@@ -81,7 +81,7 @@ def score_axes(product: Contraction, group: Group) -> ScoreAxes:
     """Raises UnsupportedWeightForm where an operand does not have one axis of tokens and one of width."""
     probe = next((p for p in group.probes if p.tensor == product.left.name), None)
     if probe is None or not any(p.tensor == product.right.name for p in group.probes):
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     left, right, out = product.letters.left, product.letters.right, product.letters.out
     width = [c for c in left if c in right and c not in out]
     batch = [c for c in left if c in right and c in out]
@@ -109,7 +109,7 @@ def value_operands(traced_graph: TracedGraph, group: Group) -> list[AttentionOpe
         if side.name in tensors and any(len(varying_axes(f)) for f in side.factors)
     ]
     if not operands:
-        raise UnsupportedWeightForm("its values enter no product that can be watched")
+        raise UnsupportedWeightForm("its values enter no product that can be measured")
     return operands
 
 

@@ -121,7 +121,7 @@ def query_key_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     products = tuple(score_products(traced_graph, group))
     probed = {probe.tensor for probe in group.probes}
     if any({product.left.name, product.right.name} - probed for product in products):
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     return GroupWeights("low_rank_qk", products=products, operands=(queries, keys))
 
 
@@ -132,7 +132,7 @@ def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeight
     check_basis_sites(group, [*producers, consumer.weight_slice])
     contexts = [probe for probe in group.probes if probe.kind == "context"]
     if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
     return GroupWeights("low_rank_vo", consumers=(consumer,), uses=uses, producers=producers)
 

@@ -183,14 +183,14 @@ def consumer_use_at(
     probe = probes.get(data.name)
     summed = [k for k, c in enumerate(letters_of_side) if c in other and c not in letters.out]
     if probe is None or len(summed) != 1 or probe.units.ndim != len(letters_of_side):
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     axis = summed[0]
     if not axis:
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     seen = probe.units.reshape(-1)
     order = summation_order(traced_graph, consumer, weight)
     if probe.units.size != probe.units.shape[axis] or order is None or len(seen) != len(order):
-        raise UnsupportedWeightForm("its activations cannot be watched")
+        raise UnsupportedWeightForm("its activations cannot be measured")
     owners = np.full(len(seen), -1, np.int64)
     owners[consumer.positions()] = np.arange(len(consumer.positions()))[:, None]
     if not np.array_equal(seen, owners[order]) or (np.diff(order) <= 0).any():
