@@ -122,7 +122,7 @@ class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
     ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, within a head as may be.
+    compared over, possibly within a head only.
     """
 
     tensor: str
