@@ -121,8 +121,8 @@ class Probe:
 class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
-    ``kind`` "norm": a normalisation takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, within a head as may be.
+    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
+    compared over, possibly within a head only.
     """
 
     tensor: str

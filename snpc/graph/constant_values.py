@@ -1,4 +1,4 @@
-"""Values that a graph computes from shapes and constants only: what do they hold?"""
+"""The contents of values that a graph computes from shapes and constants only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_FOLDED_ELEMENTS = 1 << 24
 
 
 def is_constant_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, axes: tuple[int, ...]) -> bool:
-    """Does ``value`` hold the same along ``axes``, whatever the inputs of the graph?"""
+    """Is ``value`` constant along ``axes``, for all inputs of the graph?"""
     known = ShapeFacts(dict(facts.shape), dict(facts.dtype), dict(facts.value))
     array = fold_value(model, known, value)
     if array is None:
@@ -22,7 +22,7 @@ def is_constant_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, axes:
 
 
 def fold_value(model: ir.Model, known: ShapeFacts, value: ir.Value) -> AnyArray | None:
-    """Its elements under the facts' binding; None where they depend on more than shapes. Adds to ``known``."""
+    """Its contents at the sizes of ``known``, to which it adds; None where they depend on more than shapes."""
     shape = known.shape.get(value)
     if value in known.value:
         return known.value[value]
@@ -39,12 +39,12 @@ def fold_value(model: ir.Model, known: ShapeFacts, value: ir.Value) -> AnyArray 
         return None
     for source in node.inputs:
         if source is not None and source not in known.value:
-            found = fold_value(model, known, source)
-            if found is None:
+            contents = fold_value(model, known, source)
+            if contents is None:
                 return None
-            known.value[source] = found
-    made = compute_outputs(known, node, opset_version(model, node.domain))
-    if made is None:
+            known.value[source] = contents
+    outputs = compute_outputs(known, node, opset_version(model, node.domain))
+    if outputs is None:
         return None
-    known.value.update(zip(node.outputs, made, strict=False))
+    known.value.update(zip(node.outputs, outputs, strict=False))
     return known.value.get(value)

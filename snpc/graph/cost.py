@@ -15,7 +15,7 @@ LetterSizes = dict[str, int]
 
 
 def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:
-    """(part, letters, size of each letter) of every sum of products that a node does; its MACs are their product."""
+    """(part, letters, size of each letter) of every contraction in a node; the product of the sizes is its MACs."""
     spec = lookup(domain, call.op)
     if spec.kind == "attention":
         yield from attention_contractions(call, domain)

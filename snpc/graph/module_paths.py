@@ -44,7 +44,7 @@ def merge_scopes(parts: list[str]) -> list[str]:
 
 
 def common_module_path(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """What all paths share; of a single path, all but the last module (the projection itself)."""
+    """The common prefix of all paths; of a single path, all but the last module (the projection itself)."""
     named = sorted(set(paths))
     if not named or not named[0]:
         return ()
@@ -53,10 +53,11 @@ def common_module_path(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(os.path.commonprefix(named))  # noqa: RUF071 - of lists it compares entries
 
 
-def unique_names(wanted: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
+def unique_names(candidates: list[str]) -> list[str]:
+    """The names, with ``#2``, ``#3``, ... behind those that repeat."""
+    counts: dict[str, int] = {}
     names = []
-    for name in wanted:
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    for name in candidates:
+        counts[name] = counts.get(name, 0) + 1
+        names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
     return names

@@ -30,7 +30,11 @@ FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.Da
 
 @dataclass
 class ShapeFacts:
-    """What is known of every value under one binding: its shape (None: unknown), element type, and contents."""
+    """What is known of every value at given sizes of the dynamic dimensions.
+
+    ``shape`` (None: unknown), ``dtype``; ``value``: contents of small constants and of shape arithmetic; ``problems``:
+    why a node could not be evaluated.
+    """
 
     shape: dict[ir.Value, Shape | None] = field(default_factory=dict)
     dtype: dict[ir.Value, ir.DataType | None] = field(default_factory=dict)
@@ -68,20 +72,20 @@ def is_float(dtype: ir.DataType | None) -> bool:
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def initial_facts(model: ir.Model, sizes: Mapping[str, int]) -> ShapeFacts:
-    """Facts of graph inputs and initializers."""
+def initial_facts(model: ir.Model, dim_sizes: Mapping[str, int]) -> ShapeFacts:
+    """Facts of graph inputs and initializers alone."""
     facts = ShapeFacts()
     for value in model.graph.inputs:
         facts.dtype[value] = value.dtype
-        facts.shape[value] = None if value.shape is None else bind_shape(value.shape, str(value.name), sizes)
+        facts.shape[value] = None if value.shape is None else bind_shape(value.shape, str(value.name), dim_sizes)
     for value in model.graph.initializers.values():
         record_constant(facts, value)
     return facts
 
 
-def bind_shape(shape: ir.Shape, name: str, sizes: Mapping[str, int]) -> Shape:
+def bind_shape(shape: ir.Shape, name: str, dim_sizes: Mapping[str, int]) -> Shape:
     return tuple(
-        dim if isinstance(dim, int) else sizes.get(str(dim.value or f"{name}.{axis}"), 8)
+        dim if isinstance(dim, int) else dim_sizes.get(str(dim.value or f"{name}.{axis}"), 8)
         for axis, dim in enumerate(shape)
     )
 
@@ -108,18 +112,18 @@ def weight_bytes(tensor: ir.TensorProtocol) -> int:
     return 0 if tensor.dtype == ir.DataType.STRING else int(tensor.nbytes)
 
 
-def infer_graph(model: ir.Model, sizes: Mapping[str, int]) -> ShapeFacts:
-    """Shapes, types and known values of every value of the main graph."""
-    facts = initial_facts(model, sizes)
+def infer_graph(model: ir.Model, dim_sizes: Mapping[str, int]) -> ShapeFacts:
+    """Shapes, types and known contents of every value of the main graph, at these sizes of dynamic dimensions."""
+    facts = initial_facts(model, dim_sizes)
     for node in model.graph:
-        infer_node(facts, node, model, sizes)
+        infer_node(facts, node, model, dim_sizes)
     return facts
 
 
-def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Add what ``node`` makes to ``facts``. A node that cannot be evaluated leaves its outputs' shapes unknown."""
+def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, dim_sizes: Mapping[str, int]) -> None:
+    """Add the outputs of ``node`` to ``facts``. A node that cannot be evaluated leaves their shapes unknown."""
     version = opset_version(model, node.domain)
-    if infer_taken_branch(facts, node, model, sizes):
+    if infer_taken_branch(facts, node, model, dim_sizes):
         return
     computed = compute_outputs(facts, node, version) if has_computable_outputs(facts, node) else None
     if computed is not None:
@@ -142,13 +146,13 @@ def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes: Mapping
     for value in node.outputs:
         if facts.shape.get(value) is None:
             hint = None if contradicted else value.shape
-            static = hint is not None and all(isinstance(d, int) or str(d.value) in sizes for d in hint)
-            facts.shape[value] = bind_shape(hint, "", sizes) if static and hint is not None else None
+            static = hint is not None and all(isinstance(d, int) or str(d.value) in dim_sizes for d in hint)
+            facts.shape[value] = bind_shape(hint, "", dim_sizes) if static and hint is not None else None
             facts.dtype.setdefault(value, value.dtype)
 
 
-def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes: Mapping[str, int]) -> bool:
-    """Learn what a branch makes whose condition is known: exporters ask about ranks and sizes."""
+def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, dim_sizes: Mapping[str, int]) -> bool:
+    """Infer the outputs of a branch whose condition is known; False for any other node."""
     names = lookup(node.domain, node.op_type).branches
     condition = facts.value.get(node.inputs[0]) if names and node.inputs[0] is not None else None
     if condition is None or not names:
@@ -162,7 +166,7 @@ def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes:
             inner.outputs[0].const_value = constant.as_tensor()
             record_constant(facts, inner.outputs[0])
         else:
-            infer_node(facts, inner, model, sizes)
+            infer_node(facts, inner, model, dim_sizes)
     for inside, outside in zip(graph.outputs, node.outputs, strict=True):
         facts.shape[outside], facts.dtype[outside] = facts.shape.get(inside), facts.dtype.get(inside)
         if inside in facts.value:
@@ -171,7 +175,7 @@ def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, sizes:
 
 
 def has_computable_outputs(facts: ShapeFacts, node: ir.Node) -> bool:
-    """Shape arithmetic: every input's contents are known, and the result is small."""
+    """Is it shape arithmetic: are the contents of every input known, and the outputs small?"""
     if node.domain or lookup("", node.op_type).is_random or has_subgraphs(node):
         return False
     if node.op_type in ("Shape", "Size"):
@@ -214,13 +218,13 @@ def compute_outputs(facts: ShapeFacts, node: ir.Node, version: int) -> list[AnyA
 
 
 def select_dimensions(node: ir.Node, sizes: SizeSequence) -> SizeSequence:
-    """Of the sizes of what it reads, those that a node gives that asks for them."""
+    """The sizes that a Shape node returns of those of its input: all, or those between its attributes start and end."""
     attrs = attribute_values(node)
     return sizes[attrs.get("start", 0) : attrs.get("end", len(sizes))]
 
 
 def run_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
-    """What onnx's own evaluator makes of known inputs. Raises what it raises."""
+    """The outputs by onnx's reference implementation, from known inputs. Raises what that raises."""
     proto = ir.serde.serialize_node(node)
     feeds = {str(v.name): known[v] for v in node.inputs if v is not None}
     with np.errstate(all="ignore"):
@@ -228,7 +232,7 @@ def run_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: in
 
 
 def shape_source(value: ir.Value | None) -> ir.Value | None:
-    """The tensor of which ``value`` is the whole shape; None where it is anything else."""
+    """The tensor whose whole shape ``value`` is; None for any other value."""
     node = value.producer() if value is not None else None
     if node is None or node.domain or node.op_type != "Shape" or node.attributes:
         return None
@@ -284,13 +288,13 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
 
 
 def choose_dim_sizes(model: ir.Model, fixed: Mapping[str, int] | None = None) -> tuple[dict[str, int], ShapeFacts]:
-    """The candidate binding under which most shapes are known, with its facts."""
+    """The candidate sizes of dynamic dimensions at which most shapes are known, with the facts there."""
     best: tuple[int, dict[str, int], ShapeFacts] | None = None
-    for sizes in candidate_dim_sizes(model.graph, fixed):
-        facts = infer_graph(model, sizes)
+    for dim_sizes in candidate_dim_sizes(model.graph, fixed):
+        facts = infer_graph(model, dim_sizes)
         missing = sum(1 for shape in facts.shape.values() if shape is None)
         if best is None or missing < best[0]:
-            best = (missing, sizes, facts)
+            best = (missing, dim_sizes, facts)
         if not missing:
             break
     assert best is not None

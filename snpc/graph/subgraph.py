@@ -1,7 +1,7 @@
-"""Pieces of a graph: runs of nodes in topological order, with what goes in and what comes out.
+"""Segments of a graph: contiguous nodes in topological order, with their inputs and outputs.
 
-Run one after the other, on values that are carried over, they compute what the whole graph does; so a later piece
-can be run again and again without what comes before it.
+Run one after the other, each on the outputs of earlier ones, they compute what the whole graph does. So a later segment
+can be run many times without those before it.
 """
 
 from __future__ import annotations
@@ -28,33 +28,36 @@ class Segment:
 
 
 def split_into_segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
-    """The graph cut after ``ends`` (indices of first nodes that no longer belong), its last nodes included."""
+    """The graph split at ``ends`` (indices of nodes that start a new segment); the last segment ends with the graph."""
     nodes = list(model.graph)
-    made = {value: k for k, node in enumerate(nodes) for value in node.outputs}
-    made |= {value: -1 for value in model.graph.inputs if not value.is_initializer()}
-    last_use = dict.fromkeys(made, -1)
+    producer_index = {value: k for k, node in enumerate(nodes) for value in node.outputs}
+    producer_index |= {value: -1 for value in model.graph.inputs if not value.is_initializer()}
+    last_use = dict.fromkeys(producer_index, -1)
     for k, node in enumerate(nodes):
         for value in used_values(node):
-            if value in made:
+            if value in producer_index:
                 last_use[value] = k
     for value in model.graph.outputs:
         last_use[value] = len(nodes)
-    found = []
+    segments = []
     first = 0
     for last in sorted({*ends, len(nodes)} - {0}):
         used = {
-            value: None for node in nodes[first:last] for value in used_values(node) if made.get(value, first) < first
+            value: None
+            for node in nodes[first:last]
+            for value in used_values(node)
+            if producer_index.get(value, first) < first
         }
         out = [v for node in nodes[first:last] for v in node.outputs if v.name and last_use.get(v, -1) >= last]
-        needed = frozenset(str(v.name) for v, k in last_use.items() if k >= last and made[v] < last)
-        found.append(Segment(first, last, tuple(str(v.name) for v in used), tuple(str(v.name) for v in out), needed))
+        needed = frozenset(str(v.name) for v, k in last_use.items() if k >= last and producer_index[v] < last)
+        segments.append(Segment(first, last, tuple(str(v.name) for v in used), tuple(str(v.name) for v in out), needed))
         first = last
-    return found
+    return segments
 
 
 def extract_segment(model: ir.Model, segment: Segment, facts: ShapeFacts) -> ir.Model:
-    """A model of copies of these nodes only. ``facts`` of ``model`` give the types of what crosses its borders; they
-    must be known."""
+    """A model of copies of these nodes alone. ``facts`` of ``model`` must know the types of the segment's inputs and
+    outputs."""
     types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
     inside = list(model.graph)[segment.first : segment.last]
     used = {value: None for node in inside for value in used_values(node)}

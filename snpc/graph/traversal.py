@@ -42,40 +42,40 @@ def movement_root(value: ir.Value) -> ir.Value:
 
 
 def ancestor_nodes(value: ir.Value) -> set[ir.Node]:
-    """The nodes that ``value`` is made by."""
-    found: set[ir.Node] = set()
+    """All nodes upstream of ``value``."""
+    ancestors: set[ir.Node] = set()
     todo = [value]
     while todo:
         node = todo.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in ancestors:
+            ancestors.add(node)
             todo += used_values(node)
-    return found
+    return ancestors
 
 
 def data_dependent_values(model: ir.Model) -> frozenset[ir.Value]:
-    """Values that the contents of the graph's inputs have gone into, not only their shapes."""
+    """Values that depend on the contents of the graph's inputs, not only on their shapes."""
     return dependent_values(model, [value for value in model.graph.inputs if not value.is_initializer()])
 
 
 def dependent_values(
     model: ir.Model, values: Iterable[ir.Value], without: Container[ir.Node] = ()
 ) -> frozenset[ir.Value]:
-    """``values``, and everything that their contents have gone into, not by way of the nodes ``without``."""
-    found = set(values)
+    """``values``, and all that depend on their contents, other than through the nodes ``without``."""
+    dependents = set(values)
     for node in model.graph:
         if (
             node not in without
             and lookup(node.domain, node.op_type).kind != "shape"
-            and any(v in found for v in node.inputs)
+            and any(v in dependents for v in node.inputs)
         ):
-            found.update(node.outputs)
-    return frozenset(found)
+            dependents.update(node.outputs)
+    return frozenset(dependents)
 
 
 @dataclass(frozen=True)
 class ScalarFactor:
-    """One number that multiplies (or divides) Q, K or the scores."""
+    """A node that multiplies by one number, or divides by it: input ``index`` of ``node``; ``factor`` multiplies."""
 
     node: ir.Node
     index: int
@@ -83,6 +83,7 @@ class ScalarFactor:
     divides: bool
 
     def stored_number(self, factor: float) -> float:
+        """The number to store so that the node multiplies by ``factor``."""
         return 1.0 / factor if self.divides else factor
 
 
@@ -114,8 +115,10 @@ def step_upstream(node: ir.Node, facts: ShapeFacts) -> tuple[ScalarFactor | None
 
 
 def reads_only_shape(node: ir.Node) -> bool:
+    """Does a node depend on the shape of its input alone?"""
     return lookup(node.domain, node.op_type).kind == "shape"
 
 
 def is_stored_constant(value: ir.Value) -> bool:
+    """Is it an initializer with contents?"""
     return value.producer() is None and value.const_value is not None

@@ -1,4 +1,4 @@
-"""What the multiply-accumulates of a model are spent on, every product counted once."""
+"""The multiply-accumulates of a model by role, every contraction counted once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snpc.types import IntArray, Role
 DEAD_ROWS = "rows no output depends on"
 UNATTRIBUTED = "the rest"
 
-# A product can touch several: a projection of values reads the residual stream, and its width is that of values.
+# A contraction can have axes of several roles: a value projection reads the residual stream and produces values.
 ROLE_PRECEDENCE: tuple[Role, ...] = ("qk", "vo", "ffn", "conv", "other", "head", "residual")
 
 
@@ -27,30 +27,30 @@ def macs_by_role(analysis: Analysis) -> dict[str, int]:
     model = analysis.traced_graph.model
     facts = infer_graph(model, dict(analysis.dim_sizes))
     roles = role_per_unit(analysis)
-    found: dict[str, int] = dict.fromkeys(ROLE_PRECEDENCE, 0)
+    macs_by_name: dict[str, int] = dict.fromkeys(ROLE_PRECEDENCE, 0)
     for contraction in analysis.traced_graph.trace.contractions:
-        touched = contraction_roles(contraction, analysis.traced_graph.units.unit_of_label, roles)
-        if touched:
+        touched_roles = contraction_roles(contraction, analysis.traced_graph.units.unit_of_label, roles)
+        if touched_roles:
             node = contraction.node
             call = facts.call(node, opset_version(model, node.domain))
-            found[ROLE_PRECEDENCE[min(touched)]] += sum(
+            macs_by_name[ROLE_PRECEDENCE[min(touched_roles)]] += sum(
                 count_macs(sizes) for part, _, sizes in contraction_sizes(call, node.domain) if part == contraction.part
             )
-    found[DEAD_ROWS] = analysis.dead_macs
-    found[UNATTRIBUTED] = max(0, analysis.cost.macs - sum(found.values()))
-    return {name: macs for name, macs in found.items() if macs}
+    macs_by_name[DEAD_ROWS] = analysis.dead_macs
+    macs_by_name[UNATTRIBUTED] = max(0, analysis.cost.macs - sum(macs_by_name.values()))
+    return {name: macs for name, macs in macs_by_name.items() if macs}
 
 
 def role_per_unit(analysis: Analysis) -> IntArray:
-    """Unit of the trace -> index into ``ROLE_PRECEDENCE``, -1 for none."""
-    book, units = analysis.traced_graph.trace.table, analysis.traced_graph.units
-    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in book.axes}
-    found = np.full(book.count, -1, np.int64)
+    """[units]: index into ``ROLE_PRECEDENCE``, -1 for none."""
+    table, units = analysis.traced_graph.trace.table, analysis.traced_graph.units
+    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in table.axes}
+    role_of_unit = np.full(table.count, -1, np.int64)
     for group in sorted(analysis.groups, key=lambda g: -ROLE_PRECEDENCE.index(g.role)):
         for site in group.sites:
             labels = first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0)
-            found[units.unit_of_label[labels]] = ROLE_PRECEDENCE.index(group.role)
-    return found
+            role_of_unit[units.unit_of_label[labels]] = ROLE_PRECEDENCE.index(group.role)
+    return role_of_unit
 
 
 def contraction_roles(contraction: Contraction, unit: IntArray, roles: IntArray) -> set[int]:

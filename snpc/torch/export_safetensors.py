@@ -1,4 +1,4 @@
-"""The weights of a graph as safetensors, with the widths of its layers beside them."""
+"""Export of a graph's weights as safetensors, with the widths of its layers as JSON."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ WEIGHTS_FILE, WIDTHS_FILE = "model.safetensors", "widths.json"
 
 
 def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write ``model.safetensors``, every weight under the name it has in the file, and ``widths.json`` into ``folder``.
+    """Write ``model.safetensors`` (every weight under its name in the file) and ``widths.json`` into ``folder``.
 
     The JSON lists groups as ``{"id", "role", "layer", "blocks", "size", "sites": [{"tensor", "axis"}]}``: of an
     attention layer the heads (blocks) and the width of each (size), of a feed-forward layer the hidden width. A matrix
-    that is stored twice (tied) is written once, and named under "tied". Raises UserError for operators that torch has
-    not.
+    that is stored twice (tied) is written once, and named under "tied". Returns both paths. Raises UserError for
+    operators without a torch implementation.
     """
-    where = Path(folder)
+    folder_path = Path(folder)
     try:
-        where.mkdir(parents=True, exist_ok=True)
+        folder_path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{where}: cannot make this folder ({error.strerror})") from None
-    weights, widths = where / WEIGHTS_FILE, where / WIDTHS_FILE
+        raise UserError(f"{folder_path}: cannot make this folder ({error.strerror})") from None
+    weights, widths = folder_path / WEIGHTS_FILE, folder_path / WIDTHS_FILE
     analysis = analyze(load(source))
     for path in (weights, widths):
         check_target(path, *model_files(analysis.model.path))
@@ -46,6 +46,7 @@ def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str
 
 
 def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
+    """The content of ``widths.json``. Its keys are an interface."""
     graph = analysis.traced_graph.model.graph
     return {
         "snpc_widths": 1,
@@ -62,6 +63,6 @@ def widths_json(analysis: Analysis, module: GraphModule) -> dict[str, Any]:
             }
             for group in analysis.groups
         ],
-        "tied": {name: {"to": owner, "transposed": turned} for name, (owner, turned) in module.ties.items()},
+        "tied": {name: {"to": owner, "transposed": transposed} for name, (owner, transposed) in module.ties.items()},
         "shapes": {name: list(weight.shape) for name, weight in module.weights()},
     }

@@ -1,8 +1,8 @@
 """An ONNX graph as a torch module: its weights are parameters under their own names, and gradients flow.
 
-Every node is executed by the function that ``operators`` has for it. What depends on nothing but shapes and constants
-(the arithmetic that exporters write around a Reshape, causal masks, positions) is computed once for every combination
-of input shapes and kept, so that a step of training runs the layers only.
+Every node becomes an instruction, run by its implementation in ``snpc.torch.operators``. Values that depend on shapes
+and constants only (the arithmetic that exporters write around a Reshape, causal masks, positions) are computed once for
+every combination of input shapes. They are the constants of a program, so that a training step runs the layers only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from snpc.torch.operators.registry import Result, Tensor, to_tensor
 from snpc.torch.trainable_weights import find_ties, trainable_names
 from snpc.types import Model
 
-MAX_PROGRAMS = 16  # of so many combinations of input shapes the constants are kept
+MAX_PROGRAMS = 16  # programs are kept for this many combinations of input shapes
 
 WeightTransform = Callable[[Tensor], Tensor]
 ProgramKey = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
@@ -33,7 +33,7 @@ ProgramKey = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 @dataclass(frozen=True)
 class Instruction:
-    """One node: what runs it, the names of its inputs (None: left out) and outputs."""
+    """A node: its implementation, and the names of its inputs (None: left out) and outputs."""
 
     name: str
     call: OperatorCall
@@ -45,7 +45,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """What is left to do for inputs of certain shapes: steps, and values that are known."""
+    """What to run for inputs of certain shapes: instructions, and the constants and integers that they take."""
 
     instructions: tuple[Instruction, ...]
     constants: dict[str, Tensor]
@@ -53,10 +53,11 @@ class Program:
 
 
 class GraphModule(torch.nn.Module):
-    """A model that snpc loaded, as a module. ``watch`` names activations to be given out besides the outputs.
+    """A loaded model as a module. ``watch``: names of activations to return besides the outputs.
 
-    ``module(feeds)``, with tensors by input name, gives tensors by output name; ``module(a, b)``, with the inputs in
-    their order, gives the output, or a tuple of them. Raises UserError for an operator that has no implementation.
+    ``module(feeds)`` takes tensors by input name and returns tensors by output name. ``module(a, b)`` takes the inputs
+    in their order and returns the output, or a tuple of outputs. Raises UserError for an operator that has no
+    implementation.
     """
 
     def __init__(self, model: Model, *, watch: Sequence[str] = ()) -> None:
@@ -65,22 +66,20 @@ class GraphModule(torch.nn.Module):
         self.input_names = tuple(spec.name for spec in model.inputs)
         self.output_names = tuple(dict.fromkeys([*(spec.name for spec in model.outputs), *watch]))
         self.instructions = tuple(compile_instructions(model.graph, required_nodes(graph, self.output_names)))
-        made = (
-            {name for step in self.instructions for name in step.outputs}
-            | set(self.input_names)
-            | set(graph.initializers)
-        )
+        activations = {name for instruction in self.instructions for name in instruction.outputs}
+        known_names = activations | set(self.input_names) | set(graph.initializers)
         for name in watch:
-            if name not in made:
+            if name not in known_names:
                 raise UserError(f"{model.path}: there is no activation {name} to watch")
         self.parameter_paths: dict[str, str] = {}
-        """Initializer (as the file names it) -> name of its parameter, which is the same wherever torch allows it."""
+        """Initializer (its name in the file) -> path of its parameter: the same name wherever torch allows it."""
         self.origins: dict[str, str] = {name: original_name(v) for name, v in graph.initializers.items()}
+        """Initializer of the canonicalized graph -> the one in the file that it is a copy of."""
         self.programs: OrderedDict[ProgramKey, Program] = OrderedDict()
         self.weight_transforms: Mapping[str, tuple[WeightTransform, ...]] = {}
-        """What is done to weights (as the graph names them) before they are used."""
+        """Initializer of the graph -> functions that its weight passes through before it is used."""
         self.interceptor: Callable[[Instruction, Sequence[Any]], Result] | None = None
-        """Runs the steps in place of their own implementations."""
+        """Runs instructions instead of their own implementations, where it is set."""
         names = trainable_names(model.graph)
         self.ties = find_ties(model.graph, names)
         for name in names:
@@ -93,62 +92,69 @@ class GraphModule(torch.nn.Module):
         self.full_precision = weight_free_instructions(
             self.instructions, {name for name, owner in self.origins.items() if owner in weights}
         )
-        """Names of steps whose inputs no weight has met, such as rotary angles: never in low precision."""
+        """Names of instructions that depend on no weight, such as rotary angles: never in low precision."""
 
     def register(self, name: str, tensor: Tensor, *, trains: bool) -> None:
-        """Register a tensor under its ONNX name: dots make submodules, as in torch; names that torch cannot have are
+        """Register a tensor under its ONNX name: dots make submodules, as in torch. A name that torch cannot have is
         spelled with middle dots."""
         for path in (name, name.replace(".", "·"), f"weight·{name.replace('.', '·')}"):
-            *folders, last = path.split(".")
-            holder = self.namespace(folders)
-            if holder is not None and last and not hasattr(holder, last):
+            *parents, last = path.split(".")
+            namespace = self.namespace(parents)
+            if namespace is not None and last and not hasattr(namespace, last):
                 break
-        assert holder is not None
+        assert namespace is not None
         if trains:
-            holder.register_parameter(last, torch.nn.Parameter(tensor))
+            namespace.register_parameter(last, torch.nn.Parameter(tensor))
         else:
-            holder.register_buffer(last, tensor, persistent=False)
+            namespace.register_buffer(last, tensor, persistent=False)
         self.parameter_paths[name] = path
 
-    def namespace(self, folders: Iterable[str]) -> torch.nn.Module | None:
-        here: torch.nn.Module = self
-        for folder in folders:
-            if not folder or not isinstance(getattr(here, folder, ParameterNamespace()), ParameterNamespace):
+    def namespace(self, parents: Iterable[str]) -> torch.nn.Module | None:
+        """The submodule at a path, created where it does not exist; None where torch cannot have it."""
+        module: torch.nn.Module = self
+        for parent in parents:
+            if not parent or not isinstance(getattr(module, parent, ParameterNamespace()), ParameterNamespace):
                 return None
-            if folder not in here._modules:
-                here.add_module(folder, ParameterNamespace())
-            here = here._modules[folder]  # type: ignore[assignment]
-        return here
+            if parent not in module._modules:
+                module.add_module(parent, ParameterNamespace())
+            module = module._modules[parent]  # type: ignore[assignment]
+        return module
 
     def weight(self, name: str) -> Tensor:
-        """The parameter or constant with this name in the file; of one that is tied to another, a view of that."""
-        owner, turned = self.ties.get(name, (name, False))
-        here: Any = self
+        """The parameter or constant with this name in the file. Of one that is tied to another: a view of that one."""
+        owner, transposed = self.ties.get(name, (name, False))
+        value: Any = self
         for part in self.parameter_paths[owner].split("."):
-            here = getattr(here, part)
-        found: Tensor = here.mT if turned else here
-        return found
+            value = getattr(value, part)
+        tensor: Tensor = value.mT if transposed else value
+        return tensor
 
     def owner(self, name: str) -> tuple[str, bool]:
-        """(parameter, is its transpose used?) behind a constant as the graph names it."""
-        found = self.origins[name]
-        return self.ties.get(found, (found, False))
+        """(parameter, whether its transpose is used) behind a constant of the graph."""
+        origin = self.origins[name]
+        return self.ties.get(origin, (origin, False))
 
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """(name in the file, parameter) of everything that trains; tied ones once."""
+        """(name in the file, parameter) of everything that trains; tied weights once."""
         for name in self.parameter_paths:
-            found = self.weight(name)
-            if isinstance(found, torch.nn.Parameter):
-                yield name, found
+            weight = self.weight(name)
+            if isinstance(weight, torch.nn.Parameter):
+                yield name, weight
+
+    def weight_names(self) -> Iterator[str]:
+        """Names in the file of everything that trains, tied weights included."""
+        yield from (name for name, _ in self.weights())
+        yield from self.ties
 
     def forward(self, *args: Any, **named: Tensor) -> Any:
         if len(args) == 1 and isinstance(args[0], Mapping):
             return self.run(dict(args[0]))
-        found = self.run({**dict(zip(self.input_names, args, strict=False)), **named})
-        values = tuple(found[name] for name in self.output_names)
+        outputs = self.run({**dict(zip(self.input_names, args, strict=False)), **named})
+        values = tuple(outputs[name] for name in self.output_names)
         return values[0] if len(values) == 1 else values
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name. The first call with new input shapes records a program, later ones run it."""
         missing = [name for name in self.input_names if name not in feeds]
         if missing:
             raise UserError(f"the model takes {', '.join(self.input_names)}: {', '.join(missing)} is missing")
@@ -160,90 +166,95 @@ class GraphModule(torch.nn.Module):
         if program is None:
             return self.record(key, feeds)  # type: ignore[no-any-return]
         values: dict[str, Tensor] = {**feeds, **program.constants}
-        for step in program.instructions:
-            self.execute(step, self.arguments(step, values, program.integers), values)
+        for instruction in program.instructions:
+            self.execute(instruction, self.arguments(instruction, values, program.integers), values)
         return {name: self.value(name, values) for name in self.output_names}
 
     def value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        found = values.get(name)
-        if found is None:
-            found = self.weight(self.origins[name])
-            for change in self.weight_transforms.get(name, ()):
-                found = change(found)
-        return found
+        """A computed value, else the constant of that name with its transforms applied."""
+        value = values.get(name)
+        if value is None:
+            value = self.weight(self.origins[name])
+            for transform in self.weight_transforms.get(name, ()):
+                value = transform(value)
+        return value
 
     def arguments(
-        self, step: Instruction, values: Mapping[str, Tensor], integers: Mapping[str, tuple[int, ...]]
+        self, instruction: Instruction, values: Mapping[str, Tensor], integers: Mapping[str, tuple[int, ...]]
     ) -> list[Any]:
-        found: list[Any] = []
-        for index, name in enumerate(step.inputs):
+        arguments: list[Any] = []
+        for index, name in enumerate(instruction.inputs):
             if name is None:
-                found.append(None)
-            elif index in step.implementation.integer_inputs:
-                found.append(integers[name] if name in integers else to_integers(self.value(name, values)))
+                arguments.append(None)
+            elif index in instruction.implementation.integer_inputs:
+                known = integers.get(name)
+                arguments.append(to_integers(self.value(name, values)) if known is None else known)
             else:
-                found.append(self.value(name, values))
-        return found
+                arguments.append(self.value(name, values))
+        return arguments
 
-    def execute(self, step: Instruction, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
-        kind = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
-        if step.name in self.full_precision and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                run_instruction(step, arguments, values, self.interceptor)
+    def execute(self, instruction: Instruction, arguments: Sequence[Any], values: dict[str, Tensor]) -> None:
+        """Run an instruction, without autocast where it is exact, and add what it computes to ``values``."""
+        device_type = next((x.device.type for x in arguments if isinstance(x, torch.Tensor)), "cpu")
+        if instruction.name in self.full_precision and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                run_instruction(instruction, arguments, values, self.interceptor)
         else:
-            run_instruction(step, arguments, values, self.interceptor)
+            run_instruction(instruction, arguments, values, self.interceptor)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(self, key: ProgramKey, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run everything, and keep what will be the same for all inputs of these shapes."""
+        """Run every instruction, and keep as a program those whose values differ between inputs of these shapes."""
         weights = set(self.weight_names())
         values: dict[str, Tensor] = dict(feeds)
         fixed = {name for name, owner in self.origins.items() if owner not in weights}
-        loose: set[str] = set()
-        steps = []
+        data_dependent: set[str] = set()
+        kept = []
         device = next((x.device for x in (*feeds.values(), *self.parameters()) if x.device.type != "cpu"), None)
-        for step in self.instructions:
-            given = [name for name in step.inputs if name is not None]
-            for name in given:
+        for instruction in self.instructions:
+            names = [name for name in instruction.inputs if name is not None]
+            for name in names:
                 if name in fixed and device is not None:
                     values[name] = self.value(name, values)
-            arguments = self.arguments(step, values, {})
-            self.execute(step, [to_device(x, device) for x in arguments] if len(given) > 1 else arguments, values)
-            if has_data_dependent_shape(step, fixed, loose):
-                loose |= set(step.outputs)
-            if (step.implementation.reads == "shape" and not loose.intersection(given)) or all(
-                name in fixed for name in given
-            ):
-                fixed |= set(step.outputs)
+            arguments = self.arguments(instruction, values, {})
+            if len(names) > 1:
+                arguments = [to_device(x, device) for x in arguments]
+            self.execute(instruction, arguments, values)
+            if has_data_dependent_shape(instruction, fixed, data_dependent):
+                data_dependent |= set(instruction.outputs)
+            reads_shape = instruction.implementation.reads == "shape" and not data_dependent.intersection(names)
+            if reads_shape or all(name in fixed for name in names):
+                fixed |= set(instruction.outputs)
             else:
-                steps.append(step)
-        self.programs[key] = self.make_program(steps, values, fixed, device)
+                kept.append(instruction)
+        self.programs[key] = self.make_program(kept, values, fixed, device)
         if len(self.programs) > MAX_PROGRAMS:
             self.programs.popitem(last=False)
         return {name: self.value(name, values) for name in self.output_names}
 
-    def weight_names(self) -> Iterator[str]:
-        yield from (name for name, _ in self.weights())
-        yield from self.ties
-
     def make_program(
-        self, steps: list[Instruction], values: Mapping[str, Tensor], fixed: set[str], device: torch.device | None
+        self,
+        instructions: Sequence[Instruction],
+        values: Mapping[str, Tensor],
+        fixed: set[str],
+        device: torch.device | None,
     ) -> Program:
-        known: dict[str, Tensor] = {}
+        """The program of these instructions, with the ``fixed`` values that they take as its constants."""
+        constants: dict[str, Tensor] = {}
         integers: dict[str, tuple[int, ...]] = {}
-        for step in steps:
-            for index, name in enumerate(step.inputs):
+        for instruction in instructions:
+            for index, name in enumerate(instruction.inputs):
                 if name is None or name not in fixed:
                     continue
                 value = self.value(name, values)
-                if index in step.implementation.integer_inputs:
+                if index in instruction.implementation.integer_inputs:
                     integers[name] = to_integers(value)
                 else:
-                    known[name] = to_device(value.detach(), device)
+                    constants[name] = to_device(value.detach(), device)
         for name in self.output_names:
             if name in fixed:
-                known[name] = self.value(name, values).detach()
-        return Program(tuple(steps), known, integers)
+                constants[name] = self.value(name, values).detach()
+        return Program(tuple(instructions), constants, integers)
 
 
 def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
@@ -253,7 +264,7 @@ def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()
 
 
 class ParameterNamespace(torch.nn.Module):
-    """Holds parameters whose names have a dot."""
+    """Holds the parameters whose names begin with the same part up to a dot."""
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
@@ -264,28 +275,36 @@ def to_integers(value: Tensor) -> tuple[int, ...]:
     return tuple(int(n) for n in value.reshape(-1).tolist())
 
 
-def has_data_dependent_shape(step: Instruction, fixed: set[str], loose: set[str]) -> bool:
-    """Can the shape of what a step makes differ between inputs of the same shapes?"""
-    given = [name for name in step.inputs if name is not None]
-    if loose.intersection(given):
+def has_data_dependent_shape(instruction: Instruction, fixed: set[str], data_dependent: set[str]) -> bool:
+    """Can the shapes of its outputs differ between inputs of the same shapes? ``fixed``: names of values that are the
+    same for all such inputs; ``data_dependent``: of those whose shapes are not."""
+    names = [name for name in instruction.inputs if name is not None]
+    if data_dependent.intersection(names):
         return True
-    if step.implementation.data_dependent_shape:
-        return not all(name in fixed for name in given)
-    sized = [step.inputs[k] for k in step.implementation.integer_inputs if k < len(step.inputs)]
-    return any(name is not None and name not in fixed for name in sized)
+    implementation = instruction.implementation
+    if implementation.data_dependent_shape:
+        return not all(name in fixed for name in names)
+    sizes = [instruction.inputs[k] for k in implementation.integer_inputs if k < len(instruction.inputs)]
+    return any(name is not None and name not in fixed for name in sizes)
 
 
 def run_instruction(
-    step: Instruction,
+    instruction: Instruction,
     arguments: Sequence[Any],
     values: dict[str, Tensor],
-    around: Callable[[Instruction, Sequence[Any]], Result] | None = None,
+    interceptor: Callable[[Instruction, Sequence[Any]], Result] | None = None,
 ) -> None:
+    """Add the outputs to ``values``. Raises UserError where the implementation does not cover the node's attributes."""
+    call = instruction.call
     try:
-        found = around(step, arguments) if around else step.implementation.run(step.call, *arguments)
+        if interceptor is not None:
+            result = interceptor(instruction, arguments)
+        else:
+            result = instruction.implementation.run(call, *arguments)
     except AssertionError as error:
-        raise UserError(f"{step.name} ({step.call.op}): {error}: it cannot be trained through here") from None
-    for name, value in zip(step.outputs, found if isinstance(found, tuple) else (found,), strict=False):
+        raise UserError(f"{instruction.name} ({call.op}): {error}: it cannot be trained through here") from None
+    outputs = result if isinstance(result, tuple) else (result,)
+    for name, value in zip(instruction.outputs, outputs, strict=False):
         if name:
             values[name] = value
 
@@ -296,35 +315,35 @@ def initializer_array(graph: ir.Graph, name: str) -> Any:
     return value.const_value.numpy()
 
 
-def required_nodes(graph: ir.Graph, results: Sequence[str]) -> list[ir.Node]:
-    """The nodes that the results are computed with, in order."""
-    wanted = set(results)
-    found = []
+def required_nodes(graph: ir.Graph, outputs: Sequence[str]) -> list[ir.Node]:
+    """The nodes that the outputs depend on, in order."""
+    required = set(outputs)
+    nodes = []
     for node in reversed(list(graph)):
-        if any(value.name in wanted for value in node.outputs):
-            found.append(node)
-            wanted |= {str(value.name) for value in node.inputs if value is not None}
-    return found[::-1]
+        if any(value.name in required for value in node.outputs):
+            nodes.append(node)
+            required |= {str(value.name) for value in node.inputs if value is not None}
+    return nodes[::-1]
 
 
-def weight_free_instructions(steps: Sequence[Instruction], weights: set[str]) -> frozenset[str]:
-    """Names of the steps that nothing reaches that a weight has met."""
-    met = set(weights)
-    found = set()
-    for step in steps:
-        if met.isdisjoint(name for name in step.inputs if name is not None):
-            found.add(step.name)
+def weight_free_instructions(instructions: Sequence[Instruction], weights: set[str]) -> frozenset[str]:
+    """Names of the instructions that depend on no weight."""
+    dependent = set(weights)
+    independent = set()
+    for instruction in instructions:
+        if dependent.isdisjoint(name for name in instruction.inputs if name is not None):
+            independent.add(instruction.name)
         else:
-            met |= set(step.outputs)
-    return frozenset(found)
+            dependent |= set(instruction.outputs)
+    return frozenset(independent)
 
 
 def compile_instructions(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[Instruction]:
+    """Raises UserError for a node without an implementation, and for one with a subgraph."""
     for node in nodes:
-        found = find_implementation(node.domain, node.op_type)
-        if found is None or any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
-        ):
+        implementation = find_implementation(node.domain, node.op_type)
+        subgraphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        if implementation is None or any(a.type in subgraphs for a in node.attributes.values()):
             label = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise UserError(
                 f"{node.name}: there is no torch implementation of {label}, so this model cannot be trained here; "
@@ -333,4 +352,4 @@ def compile_instructions(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[
         inputs = tuple(None if v is None else str(v.name) for v in node.inputs)
         outputs = tuple(str(v.name) for v in node.outputs)
         call = OperatorCall(node.op_type, opset_version(model, node.domain), attribute_values(node), len(outputs))
-        yield Instruction(str(node.name), call, found, inputs, outputs, node.domain)
+        yield Instruction(str(node.name), call, implementation, inputs, outputs, node.domain)

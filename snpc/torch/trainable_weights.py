@@ -1,4 +1,4 @@
-"""Which constants of a graph are weights that can be trained, and which of them are one weight written twice."""
+"""Which constants of a graph are trainable weights, and which of those are one weight stored twice (tied)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from snpc.graph.shapes import is_float, static_shape
 from snpc.ops import lookup
 from snpc.passes.canonicalization.shared_constants import original_name
 
-MAX_MASK_VALUE = -1e4  # what a mask adds to scores is at most this
+MAX_MASK_VALUE = -1e4  # a constant with an entry this low is a mask that is added to scores
 
 
 def trainable_names(model: ir.Model) -> list[str]:
-    """Names of the float initializers that are weights: they multiply in a contraction, scale or shift a normalised
-    or any other activation, or are rows of a table that is looked up in. Scalars, masks, and tables that activations
-    are multiplied with (rotary embeddings) are part of the computation and stay as they are.
+    """Names of the float initializers that are weights: factors of a contraction, scales and shifts of a normalization
+    or another activation, and embedding tables. Scalars, masks, and tables that activations are multiplied with (rotary
+    embeddings) are part of the computation and are not trained.
 
-    Copies that the normal form made of one initializer have one name.
+    Copies that canonicalization made of one initializer have one name.
     """
-    found = [original_name(v) for v in model.graph.initializers.values() if is_float(v.dtype) and is_trainable(v)]
-    return list(dict.fromkeys(found))
+    names = [original_name(v) for v in model.graph.initializers.values() if is_float(v.dtype) and is_trainable(v)]
+    return list(dict.fromkeys(names))
 
 
 def is_trainable(value: ir.Value) -> bool:
     tensor = value.const_value
     if tensor is None or tensor.size <= 1:
         return False
-    varying = sum(n > 1 for n in static_shape(tensor))
-    return any(is_trainable_use(node, index, varying, tensor) for node, index in consumers_past_movement(value))
+    long_axes = sum(n > 1 for n in static_shape(tensor))
+    return any(is_trainable_use(node, index, long_axes, tensor) for node, index in consumers_past_movement(value))
 
 
 def consumers_past_movement(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """(node, input) where a constant is used, seen through movement."""
+    """(node, input index) of a constant's consumers; of a movement node, those of its outputs instead."""
     for node, index in value.uses():
         spec = lookup(node.domain, node.op_type)
         if spec.kind in ("movement", "concat") and index in (spec.data or (0,)):
@@ -45,7 +45,7 @@ def consumers_past_movement(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
             yield node, index
 
 
-def is_trainable_use(node: ir.Node, index: int, varying: int, tensor: ir.TensorProtocol) -> bool:
+def is_trainable_use(node: ir.Node, index: int, long_axes: int, tensor: ir.TensorProtocol) -> bool:
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("normalize", "attention"):
         return True
@@ -57,35 +57,36 @@ def is_trainable_use(node: ir.Node, index: int, varying: int, tensor: ir.TensorP
     if spec.effect == "add":
         array = tensor.numpy().astype(np.float64)
         return bool(np.isfinite(array).all() and array.min() > MAX_MASK_VALUE)
-    return spec.effect == "scale" and varying == 1
+    return spec.effect == "scale" and long_axes == 1
 
 
 def is_activation(value: ir.Value) -> bool:
-    """Is it made of what the model is given, or looked up? (The frequencies of a rotary embedding meet positions.)"""
+    """Is it computed from the model's float inputs, or looked up in a table? (The positions that a rotary embedding
+    multiplies with its frequencies are not.)"""
     seen: set[ir.Value] = set()
-    todo = [value]
-    while todo:
-        here = todo.pop()
-        if here in seen:
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if current in seen:
             continue
-        seen.add(here)
-        node, tensor = here.producer(), here.const_value
+        seen.add(current)
+        node, tensor = current.producer(), current.const_value
         if node is None:
-            if is_float(here.dtype) and (tensor is None or sum(n > 1 for n in static_shape(tensor)) > 1):
+            if is_float(current.dtype) and (tensor is None or sum(n > 1 for n in static_shape(tensor)) > 1):
                 return True
             continue
         kind = lookup(node.domain, node.op_type).kind
         if kind in ("contraction", "normalize", "attention"):
             return True
         if kind != "shape":
-            todo += [v for v in node.inputs if v is not None]
+            pending += [v for v in node.inputs if v is not None]
     return False
 
 
 def find_ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
-    """Matrices that hold the same numbers as an earlier one: name -> (the earlier one, is it the transpose?)."""
-    seen: dict[bytes, str] = {}
-    found: dict[str, tuple[str, bool]] = {}
+    """Matrices with the same numbers as an earlier one: name -> (the earlier one, whether this is its transpose)."""
+    first_by_digest: dict[bytes, str] = {}
+    tied: dict[str, tuple[str, bool]] = {}
     for name in names:
         value = model.graph.initializers.get(name)
         tensor = None if value is None else value.const_value
@@ -93,17 +94,18 @@ def find_ties(model: ir.Model, names: list[str]) -> dict[str, tuple[str, bool]]:
             continue
         array = tensor.numpy()
         if float(np.ptp(array.astype(np.float32))) == 0.0:
-            continue  # equal constants say nothing
-        plain, turned = array_digest(array), array_digest(array.T)
-        if plain in seen:
-            found[name] = (seen[plain], False)
-        elif turned in seen:
-            found[name] = (seen[turned], True)
+            continue  # filled with one number: equal by chance
+        digest, transposed = array_digest(array), array_digest(array.T)
+        if digest in first_by_digest:
+            tied[name] = (first_by_digest[digest], False)
+        elif transposed in first_by_digest:
+            tied[name] = (first_by_digest[transposed], True)
         else:
-            seen[plain] = name
-    return found
+            first_by_digest[digest] = name
+    return tied
 
 
 def array_digest(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytes:
-    made = np.ascontiguousarray(array)
-    return hashlib.sha256(repr((made.shape, made.dtype.name)).encode() + made.tobytes()).digest()
+    contiguous = np.ascontiguousarray(array)
+    header = repr((contiguous.shape, contiguous.dtype.name)).encode()
+    return hashlib.sha256(header + contiguous.tobytes()).digest()

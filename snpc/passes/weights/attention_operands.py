@@ -1,4 +1,4 @@
-"""The products in which query and key, or value and attention weights, meet; and the constants that make them."""
+"""The products of query and key, and of attention weights and value, with the constants that produce their operands."""
 
 from __future__ import annotations
 
@@ -40,45 +40,45 @@ class AttentionOperand:
         return next(v for v in self.product.node.inputs if v is not None and v.name == self.side.name)
 
 
-def score_products(traced: TracedGraph, group: Group) -> list[Contraction]:
-    """The products of activations that a qk group closes in: one, or several where layers share their weights."""
+def score_products(traced_graph: TracedGraph, group: Group) -> list[Contraction]:
+    """The score products of a qk group: one, or several where layers share their weights."""
     tensors = {p.tensor for p in group.probes}
-    found = [
+    products = [
         c
-        for c in traced.trace.contractions
+        for c in traced_graph.trace.contractions
         if not c.has_weight and c.part in ("", "scores") and c.left.name in tensors and c.right.name in tensors
     ]
-    if not found:
+    if not products:
         raise UnsupportedWeightForm("its query and key meet in no product that can be watched")
-    return found
+    return products
 
 
-def single_score_product(traced: TracedGraph, group: Group) -> Contraction:
-    """The one product of activations that a qk group closes in."""
-    found = score_products(traced, group)
+def single_score_product(traced_graph: TracedGraph, group: Group) -> Contraction:
+    """The score product of a qk group. Raises UnsupportedWeightForm where there are several."""
+    found = score_products(traced_graph, group)
     if len(found) != 1:
         raise UnsupportedWeightForm(f"it takes part in {len(found)} score products")
     return found[0]
 
 
-def operand_weights(traced: TracedGraph, group: Group, side: int) -> list[WeightSlice]:
-    """Constants that make one operand (0: left, 1: right) of a qk group's score products."""
-    products = score_products(traced, group)
-    return producer_weights(traced, [AttentionOperand(c, (c.left, c.right)[side], side) for c in products], group)
+def operand_weights(traced_graph: TracedGraph, group: Group, side: int) -> list[WeightSlice]:
+    """Constants that produce one operand (0: left, 1: right) of a qk group's score products."""
+    products = score_products(traced_graph, group)
+    return producer_weights(traced_graph, [AttentionOperand(c, (c.left, c.right)[side], side) for c in products], group)
 
 
 @dataclass(frozen=True)
 class ScoreAxes:
-    """Axes of both operands: those that the product is done once for, the tokens, the width."""
+    """Axes of both operands of a score product, in the order batch axes, tokens, width."""
 
     query: tuple[int, ...]
     key: tuple[int, ...]
     units: IntArray
-    """[batch axes.., width] of the query: which unit stands where; 1 on axes on which that does not vary."""
+    """[batch axes.., width]: the unit at each position of the query; size 1 on axes along which that does not vary."""
 
 
 def score_axes(product: Contraction, group: Group) -> ScoreAxes:
-    """Raises NoPlace where an operand has not one axis of tokens and one of width."""
+    """Raises UnsupportedWeightForm where an operand does not have one axis of tokens and one of width."""
     probe = next((p for p in group.probes if p.tensor == product.left.name), None)
     if probe is None or not any(p.tensor == product.right.name for p in group.probes):
         raise UnsupportedWeightForm("its activations cannot be watched")
@@ -89,7 +89,8 @@ def score_axes(product: Contraction, group: Group) -> ScoreAxes:
     if len(width) != 1 or [len(t) for t in tokens] != [1, 1] or probe.units.ndim != len(left):
         raise UnsupportedWeightForm("its query and key are not rows of one width")
     orders = [
-        tuple(side.index(c) for c in (*batch, *mine, *width)) for side, mine in zip((left, right), tokens, strict=True)
+        tuple(side.index(c) for c in (*batch, *labels, *width))
+        for side, labels in zip((left, right), tokens, strict=True)
     ]
     units = np.transpose(probe.units, orders[0])
     if units.shape[-2] != 1 or (probe.units.shape[0] > 1):
@@ -97,109 +98,123 @@ def score_axes(product: Contraction, group: Group) -> ScoreAxes:
     return ScoreAxes(orders[0], orders[1], units[..., 0, :])
 
 
-def value_operands(traced: TracedGraph, group: Group) -> list[AttentionOperand]:
-    """(P V, its V side, the value) of a vo group: one, or several where layers share their weights."""
+def value_operands(traced_graph: TracedGraph, group: Group) -> list[AttentionOperand]:
+    """The value operands of a vo group: one, or several where layers share their weights."""
     tensors = {p.tensor for p in group.probes if p.kind == "value"}
-    found = [
+    operands = [
         AttentionOperand(c, side, 2)
-        for c in traced.trace.contractions
+        for c in traced_graph.trace.contractions
         if not c.has_weight and c.part in ("", "context")
         for side in (c.left, c.right)
         if side.name in tensors and any(len(varying_axes(f)) for f in side.factors)
     ]
-    if not found:
+    if not operands:
         raise UnsupportedWeightForm("its values enter no product that can be watched")
-    return found
+    return operands
 
 
-def value_weights(traced: TracedGraph, group: Group) -> list[WeightSlice]:
-    """Constants that make a vo group's values."""
-    return producer_weights(traced, value_operands(traced, group), group)
+def value_weights(traced_graph: TracedGraph, group: Group) -> list[WeightSlice]:
+    """Constants that produce a vo group's values."""
+    return producer_weights(traced_graph, value_operands(traced_graph, group), group)
 
 
-def producer_weights(traced: TracedGraph, operands: Sequence[AttentionOperand], group: Group) -> list[WeightSlice]:
-    """Constants that make these operands, linearly, with the group's positions in them."""
-    folds = []
-    wanted: set[int] = set()
+def producer_weights(
+    traced_graph: TracedGraph, operands: Sequence[AttentionOperand], group: Group
+) -> list[WeightSlice]:
+    """The constants that these operands are linear in, with the group's positions in them.
+
+    Raises UnsupportedWeightForm where an operand is not linear in constants, or a value on the way has other consumers.
+    """
+    paths = []
+    group_labels: set[int] = set()
     for operand in operands:
-        mine = label_set(operand.side)
-        fold = LinearPath(operand.product.node, 0, 1.0)
+        labels = label_set(operand.side)
+        path = LinearPath(operand.product.node, 0, 1.0)
         try:
             if operand.product.part:
-                trace_fused_operand(fold, operand, mine, traced)
+                trace_fused_operand(path, operand, labels, traced_graph)
             else:
-                trace_linear_path(fold, operand.value, mine, traced.trace, traced.facts, traced.model)
+                trace_linear_path(
+                    path, operand.value, labels, traced_graph.trace, traced_graph.facts, traced_graph.model
+                )
         except NotLinear:
-            raise UnsupportedWeightForm("what makes it is not linear all the way") from None
-        folds.append(fold)
-        wanted |= mine
-    allowed = frozenset(node for fold in folds for node in (*fold.nodes, fold.node))
-    made = {out for node in allowed for out in node.outputs if carries_labels(traced, out, wanted)}
-    made -= {out for fold in folds for out in fold.node.outputs}
-    constants = {key: hit for fold in folds for key, hit in fold.constants.items()}
-    for seen in {v for fold in folds for v in fold.values} | {value for value, _ in constants} | made:
-        if has_other_consumers(traced, seen, wanted, allowed):
-            raise UnsupportedWeightForm(f"{seen.name} is read elsewhere as well")
+            raise UnsupportedWeightForm("a nonlinear operator lies between its weights and the product") from None
+        paths.append(path)
+        group_labels |= labels
+    allowed = frozenset(node for path in paths for node in (*path.nodes, path.node))
+    group_values = {out for node in allowed for out in node.outputs if carries_labels(traced_graph, out, group_labels)}
+    group_values -= {out for path in paths for out in path.node.outputs}
+    constants = {key: hit for path in paths for key, hit in path.constants.items()}
+    for value in {v for path in paths for v in path.values} | {value for value, _ in constants} | group_values:
+        if has_other_consumers(traced_graph, value, group_labels, allowed):
+            raise UnsupportedWeightForm(f"{value.name} has other consumers")
     sites = {(s.tensor, s.axis): s for s in group.sites}
-    found = []
+    weights = []
     for (constant, axis), hit in constants.items():
         site = sites.get((str(constant.name), axis))
         if site is None:
             raise UnsupportedWeightForm(f"{constant.name} is not a site of the group")
         units = np.where(hit, site.units, -1)
-        found.append(WeightSlice(str(constant.name), axis, unit_positions(units, group)))
-    return found
+        weights.append(WeightSlice(str(constant.name), axis, unit_positions(units, group)))
+    return weights
 
 
 def trace_fused_operand(
-    fold: LinearPath, operand: AttentionOperand, wanted: frozenset[int], traced: TracedGraph
+    path: LinearPath, operand: AttentionOperand, group_labels: frozenset[int], traced_graph: TracedGraph
 ) -> None:
-    """As ``trace_linear_path``, of the query, key or value of a fused node: through its input, or the weight inside
-    it, and its own
-    bias."""
+    """As ``trace_linear_path``, of the query, key or value of a fused node: through its input or the weight that the
+    node holds, and through its bias."""
     node = operand.product.node
-    fused = attention_form(traced.facts.call(node, opset_version(traced.model, node.domain)), node.domain)
-    for index in (1 if fused.packed == "weight" else None, fused.bias):
+    form = attention_form(traced_graph.facts.call(node, opset_version(traced_graph.model, node.domain)), node.domain)
+    for index in (1 if form.packed == "weight" else None, form.bias):
         value = node.inputs[index] if index is not None and index < len(node.inputs) else None
         if value is None:
             continue
-        first, last = fused_operand_columns(traced, node, operand.part)
-        root = constant_behind_movement(fold, value)
-        if root is not value:  # which of its positions are which is not known
+        first, last = fused_operand_columns(traced_graph, node, operand.part)
+        root = constant_behind_movement(path, value)
+        if root is not value:  # after a movement its columns would have to be followed
             raise NotLinear
         assert root.const_value is not None
         shape = static_shape(root.const_value)
         where = np.arange(shape[-1])
-        mark_constant(fold, root, (len(shape) - 1, (where >= first) & (where < last)))
-    if fused.packed != "weight":
-        given = node.inputs[fused.query if fused.packed else (fused.query, fused.key, fused.value)[operand.part]]
-        assert given is not None
-        wanted = wanted if fused.packed else wanted | label_set(traced.trace.values[given])
-        trace_linear_path(fold, given, wanted, traced.trace, traced.facts, traced.model)
+        mark_constant(path, root, (len(shape) - 1, (where >= first) & (where < last)))
+    if form.packed != "weight":
+        input_value = node.inputs[form.query if form.packed else (form.query, form.key, form.value)[operand.part]]
+        assert input_value is not None
+        group_labels = group_labels if form.packed else group_labels | label_set(traced_graph.trace.values[input_value])
+        trace_linear_path(path, input_value, group_labels, traced_graph.trace, traced_graph.facts, traced_graph.model)
 
 
-def fused_operand_columns(traced: TracedGraph, node: ir.Node, part: int) -> tuple[int, int]:
-    """Where query, key or value stand in what a fused node holds of all three."""
-    sizes = (0, *qkv_widths(traced.facts.call(node, opset_version(traced.model, node.domain)), node.domain))
+def fused_operand_columns(traced_graph: TracedGraph, node: ir.Node, part: int) -> tuple[int, int]:
+    """(first, end) columns of query, key or value in the packed weight or bias of a fused node."""
+    sizes = (0, *qkv_widths(traced_graph.facts.call(node, opset_version(traced_graph.model, node.domain)), node.domain))
     ends = np.cumsum(sizes)
     return int(ends[part]), int(ends[part + 1])
 
 
-def carries_labels(traced: TracedGraph, value: ir.Value, wanted: set[int]) -> bool:
-    found = traced.trace.values.get(value)
-    return found is not None and not label_set(found).isdisjoint(wanted)
+def carries_labels(traced_graph: TracedGraph, value: ir.Value, group_labels: set[int]) -> bool:
+    labeled = traced_graph.trace.values.get(value)
+    return labeled is not None and not label_set(labeled).isdisjoint(group_labels)
 
 
-def has_other_consumers(traced: TracedGraph, value: ir.Value, wanted: set[int], allowed: frozenset[ir.Node]) -> bool:
-    """Does a node that is not ``allowed`` use the wanted positions? Not one that reads the shape, or moves others out
-    (K and V of a packed QKV)."""
+def has_other_consumers(
+    traced_graph: TracedGraph, value: ir.Value, group_labels: set[int], allowed: frozenset[ir.Node]
+) -> bool:
+    """Does a node that is not ``allowed`` use positions of the group?
+
+    Nodes that read only the shape do not count, nor movements of other positions (K and V of a packed QKV).
+    """
     for user in value.consumers():
         kind = lookup(user.domain, user.op_type).kind
         if user in allowed or kind == "shape":
             continue
-        if kind != "movement" or not carries_labels(traced, value, wanted):
+        if kind != "movement" or not carries_labels(traced_graph, value, group_labels):
             return True
-        moved = [out for out in user.outputs if carries_labels(traced, out, wanted) or out not in traced.trace.values]
-        if any(has_other_consumers(traced, out, wanted, frozenset()) for out in moved):
+        moved = [
+            out
+            for out in user.outputs
+            if carries_labels(traced_graph, out, group_labels) or out not in traced_graph.trace.values
+        ]
+        if any(has_other_consumers(traced_graph, out, group_labels, frozenset()) for out in moved):
             return True
     return False

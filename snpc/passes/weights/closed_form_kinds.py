@@ -107,7 +107,7 @@ def closed_form_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights
         return value_output_weights(traced_graph, group)
     if group.role in REFIT_ROLES and group.blocks == 1:
         uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
-        consumers = tuple(nodes[0].reader for nodes in uses)
+        consumers = tuple(nodes[0].consumer for nodes in uses)
         for consumer in consumers:
             check_refit_size(group, consumer)
         return GroupWeights("refit", consumers=consumers, uses=uses)
@@ -129,7 +129,7 @@ def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeight
     """Of a vo group whose basis is free."""
     consumer = single_consumer_weight(traced_graph, group)
     producers = tuple(value_weights(traced_graph, group))
-    check_basis_sites(group, [*producers, consumer.place])
+    check_basis_sites(group, [*producers, consumer.weight_slice])
     contexts = [probe for probe in group.probes if probe.kind == "context"]
     if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
         raise UnsupportedWeightForm("its activations cannot be watched")

@@ -1,7 +1,7 @@
-"""Exact edits of weights that leave every shape alone: change of basis, refitted rows, and what goes into a bias.
+"""Edits of weights that keep every shape: a change of basis, refitted rows, and vectors that are added to a bias.
 
-A closed form is two edits of constants and then an ordinary cut: rotate so that the units stand in order of importance,
-and slice off the last ones. So the rewriter, its oracle and the report need to know nothing of closed forms.
+A closed form is an edit of constants followed by an ordinary cut: rotate so that the units are in order of importance,
+and slice off the last ones. So the rewrite, its oracle and the report do not depend on closed forms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from snpc.types import FloatArray, Group, IntArray
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """Positions of one axis of a constant that belong to a group: ``index[block, unit]``, repeated where shared."""
+    """The positions of a group on one axis of a constant: ``index[repeat][block, unit]``, as shared units repeat."""
 
     tensor: str
     axis: int
@@ -37,61 +37,61 @@ class WeightEdits:
     changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = field(default_factory=dict)
     biases: dict[str, FloatArray] = field(default_factory=dict)
 
-    def mix(self, place: WeightSlice, block: int, matrix: FloatArray) -> None:
-        """Replace the block's slices x_0..x_d along the axis by their combinations: new_j = sum_i x_i matrix[i, j]."""
-        for index in place.index:
+    def mix(self, weight_slice: WeightSlice, block: int, matrix: FloatArray) -> None:
+        """Change the basis of a block: of its slices x_i along the axis, new_j = sum_i x_i matrix[i, j]."""
+        for index in weight_slice.index:
             rows = index[block]
 
-            def change(array: FloatArray, rows: IntArray = rows, axis: int = place.axis) -> FloatArray:
+            def change(array: FloatArray, rows: IntArray = rows, axis: int = weight_slice.axis) -> FloatArray:
                 moved = np.moveaxis(array, axis, -1)
                 moved[..., rows] = moved[..., rows] @ matrix
                 return array
 
-            self.changes.setdefault(place.tensor, []).append(change)
+            self.changes.setdefault(weight_slice.tensor, []).append(change)
 
-    def add(self, place: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
-        """Add ``rows`` [units, fan] where those units are read."""
-        where = place.index[0][block][units]
+    def add(self, weight_slice: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
+        """Add ``rows`` [units, fan] at the positions of these units."""
+        where = weight_slice.index[0][block][units]
 
-        def change(array: FloatArray, axis: int = place.axis) -> FloatArray:
+        def change(array: FloatArray, axis: int = weight_slice.axis) -> FloatArray:
             moved = np.moveaxis(array, axis, 0)
             moved[where] += rows.reshape(len(where), *moved.shape[1:])
             return array
 
-        self.changes.setdefault(place.tensor, []).append(change)
+        self.changes.setdefault(weight_slice.tensor, []).append(change)
 
-    def put(self, place: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
-        """Write ``rows`` [units, fan] where those units are read."""
-        where = place.index[0][block][units]
+    def put(self, weight_slice: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
+        """Write ``rows`` [units, fan] to the positions of these units."""
+        where = weight_slice.index[0][block][units]
 
-        def change(array: FloatArray, axis: int = place.axis) -> FloatArray:
+        def change(array: FloatArray, axis: int = weight_slice.axis) -> FloatArray:
             moved = np.moveaxis(array, axis, 0)
             moved[where] = rows.reshape(len(where), *moved.shape[1:])
             return array
 
-        self.changes.setdefault(place.tensor, []).append(change)
+        self.changes.setdefault(weight_slice.tensor, []).append(change)
 
     def add_bias(self, node: str, vector: FloatArray) -> None:
         self.biases[node] = self.biases.get(node, 0.0) + vector
 
 
 class UnsupportedWeightForm(Exception):
-    """A group's weights do not have the form that a closed form needs; the reason is the message."""
+    """A group's weights do not have the form that a closed form needs; the message says why."""
 
 
 def unit_positions(units: IntArray, group: Group) -> tuple[IntArray, ...]:
-    """For each repeat [blocks, size]: where each unit stands on the axis."""
+    """For each repeat: [blocks, size], the position of each unit on the axis."""
     count = group.blocks * group.size
-    place = np.flatnonzero(units >= 0)
-    place = place[np.argsort(units[place], kind="stable")]
-    owner = units[place]
-    turn = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    weight_slice = np.flatnonzero(units >= 0)
+    weight_slice = weight_slice[np.argsort(units[weight_slice], kind="stable")]
+    owner = units[weight_slice]
+    repeat = np.arange(len(owner)) - np.searchsorted(owner, owner)
     repeats = []
-    for k in range(int(turn.max(initial=-1)) + 1):
-        mine = turn == k
-        if mine.sum() != count:
+    for k in range(int(repeat.max(initial=-1)) + 1):
+        in_repeat = repeat == k
+        if in_repeat.sum() != count:
             raise UnsupportedWeightForm("its units occur different numbers of times")
-        repeats.append(place[mine].reshape(group.blocks, group.size))
+        repeats.append(weight_slice[in_repeat].reshape(group.blocks, group.size))
     if not repeats:
         raise UnsupportedWeightForm("its units do not occur")
     return tuple(repeats)
@@ -100,9 +100,9 @@ def unit_positions(units: IntArray, group: Group) -> tuple[IntArray, ...]:
 # -- applying --------------------------------------------------------------------------------------------------------
 
 
-def apply_edits(traced: TracedGraph, edits: WeightEdits) -> ir.Model:
-    """A copy of the model with the edits; weights are computed when they are read, in float64, and keep their type."""
-    copy = traced.model.clone()
+def apply_edits(traced_graph: TracedGraph, edits: WeightEdits) -> ir.Model:
+    """A copy of the model with the edits. Weights are computed in float64 when they are read, and keep their type."""
+    copy = traced_graph.model.clone()
     for node_name, vector in edits.biases.items():
         write_bias(copy, node_name, vector, edits)
     for name, changes in edits.changes.items():
@@ -134,7 +134,9 @@ def write_bias(model: ir.Model, node_name: str, vector: FloatArray, edits: Weigh
     output, spec = node.outputs[0], lookup(node.domain, node.op_type)
     name = f"{output.name}__bias"
     dtype = next(d for d in (weight_dtype(v) for v in node.inputs) if d is not None)
-    if spec.windowed and spec.bias is not None and len(node.inputs) > spec.bias:  # taken by one that is shared
+    if (
+        spec.windowed and spec.bias is not None and len(node.inputs) > spec.bias
+    ):  # its bias input is a constant that others use too
         vector = vector.reshape(-1, *[1] * (weight_rank(node) - 2))
     value = add_constant(model.graph, vector.astype(dtype.numpy()), name, dtype)
     if spec.windowed and spec.bias is not None and len(node.inputs) == spec.bias:
@@ -164,7 +166,7 @@ def weight_dtype(value: ir.Value | None) -> ir.DataType | None:
 
 
 def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
-    """The constant vector, used here only, that is added to a node's output."""
+    """The constant vector that is added to a node's output and has no other consumer."""
     spec = lookup(node.domain, node.op_type)
     if spec.bias is not None and spec.bias < len(node.inputs):
         return node.inputs[spec.bias] if is_exclusive_vector(node.inputs[spec.bias], width) else None
@@ -180,7 +182,7 @@ def existing_bias(node: ir.Node, width: int) -> ir.Value | None:
 
 
 def is_exclusive_vector(value: ir.Value | None, width: int) -> bool:
-    """A constant of ``width`` entries along its last axis that nothing else uses."""
+    """Is it a constant vector of ``width`` entries along its last axis, with one consumer?"""
     if value is None or value.const_value is None or not is_stored_constant(value) or len(value.uses()) != 1:
         return False
     shape = static_shape(value.const_value)

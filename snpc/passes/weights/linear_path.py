@@ -1,4 +1,4 @@
-"""Which constants make a value linearly: those that a factor, or a change of basis, can be folded into."""
+"""Finds the constants that a value is linear in: a factor, or a change of basis, can be folded into these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from snpc.passes.propagation.state import LabeledValue, Trace
 
 @dataclass
 class LinearPath:
-    """A way to multiply one operand by ``factor``: constants to scale, and all that was passed on the way."""
+    """A way to multiply input ``index`` of ``node`` by ``factor``.
+
+    ``constants``: (constant, axis) -> mask of the positions to multiply; ``nodes``, ``values``: those on the way.
+    """
 
     node: ir.Node
     index: int
@@ -28,140 +31,153 @@ class LinearPath:
 
 
 class NotLinear(Exception):
-    pass
+    """A value is not linear in constants that can be edited."""
 
 
-def label_set(carried: LabeledValue) -> frozenset[int]:
-    found: set[int] = set()
-    for labels in carried.factors:
-        found |= set(labels[labels >= 0].reshape(-1).tolist())
-    return frozenset(found)
+def label_set(labeled: LabeledValue) -> frozenset[int]:
+    """All labels of a value."""
+    all_labels: set[int] = set()
+    for labels in labeled.factors:
+        all_labels |= set(labels[labels >= 0].reshape(-1).tolist())
+    return frozenset(all_labels)
 
 
 def trace_linear_path(
-    fold: LinearPath, value: ir.Value, wanted: frozenset[int], trace: Trace, facts: ShapeFacts, model: ir.Model
+    path: LinearPath, value: ir.Value, group_labels: frozenset[int], trace: Trace, facts: ShapeFacts, model: ir.Model
 ) -> None:
-    """Find the constants that make ``value`` (its positions labelled ``wanted``) and through which it is linear."""
-    if value in fold.values:
+    """Add to ``path`` the constants that ``value`` is linear in, at its positions with ``group_labels``.
+
+    Raises NotLinear where an operator on the way is not linear.
+    """
+    if value in path.values:
         return
-    fold.values.add(value)
+    path.values.add(value)
     node = value.producer()
     if node is None:
-        mark_constant(fold, value, labeled_positions(trace.values.get(value), wanted))
+        mark_constant(path, value, labeled_positions(trace.values.get(value), group_labels))
         return
-    fold.nodes.add(node)
+    path.nodes.add(node)
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
-        trace_linear_path(fold, node.inputs[0], wanted, trace, facts, model)
+        trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
             if part is not None:
-                trace_linear_term(fold, node, part, wanted, trace, facts, model)
+                trace_linear_term(path, node, part, group_labels, trace, facts, model)
     elif spec.kind == "pointwise" and spec.effect in ("scale", "same"):
         linear = (
             [v for v in node.inputs[:1] if v is not None]
             if spec.divides
-            else [v for v in node.inputs if v is not None and label_set(trace.values[v]) & wanted]
+            else [v for v in node.inputs if v is not None and label_set(trace.values[v]) & group_labels]
         )
         if len(linear) != 1 or is_stored_constant(linear[0]):
             raise NotLinear
-        trace_linear_path(fold, linear[0], wanted, trace, facts, model)
+        trace_linear_path(path, linear[0], group_labels, trace, facts, model)
     elif spec.kind == "contraction" and not spec.has_activation:
-        mark_projection(fold, node, wanted, trace)
+        mark_projection(path, node, group_labels, trace)
     elif spec.kind == "normalize" and spec.per_axis:
         for index in spec.per_axis:
             if 0 < index < len(node.inputs) and node.inputs[index] is not None:
-                mark_aligned_constant(fold, node, node.inputs[index], wanted, trace)  # type: ignore[arg-type]
+                mark_aligned_constant(path, node, node.inputs[index], group_labels, trace)  # type: ignore[arg-type]
     else:
         raise NotLinear
 
 
 def trace_linear_term(
-    fold: LinearPath,
+    path: LinearPath,
     node: ir.Node,
     part: ir.Value,
-    wanted: frozenset[int],
+    group_labels: frozenset[int],
     trace: Trace,
     facts: ShapeFacts,
     model: ir.Model,
 ) -> None:
     if is_stored_constant(part):
-        mark_aligned_constant(fold, node, part, wanted, trace)
+        mark_aligned_constant(path, node, part, group_labels, trace)
     elif trace.values[part].constant:
-        mark_moved_constant(fold, node, part, wanted, trace)
-    elif label_set(trace.values[part]) & wanted:
-        trace_linear_path(fold, part, wanted, trace, facts, model)
+        mark_moved_constant(path, node, part, group_labels, trace)
+    elif label_set(trace.values[part]) & group_labels:
+        trace_linear_path(path, part, group_labels, trace, facts, model)
     else:
         raise NotLinear
 
 
-def labeled_positions(carried: LabeledValue | None, wanted: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:
-    """(axis, which positions) of a tensor that carry wanted labels; they must lie along one axis."""
-    if carried is None:
+def labeled_positions(labeled: LabeledValue | None, group_labels: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:
+    """(axis, mask of positions along it) of the group's labels in a tensor; they must lie along one axis."""
+    if labeled is None:
         raise NotLinear
-    names = np.fromiter(wanted, np.int64)
-    for labels in carried.factors:
-        hit = np.isin(labels, names)
+    wanted_labels = np.fromiter(group_labels, np.int64)
+    for labels in labeled.factors:
+        positions_mask = np.isin(labels, wanted_labels)
         axes = varying_axes(labels)
-        if hit.any():
+        if positions_mask.any():
             if len(axes) != 1:
                 raise NotLinear
-            return next(iter(axes)), hit.reshape(-1)
+            return next(iter(axes)), positions_mask.reshape(-1)
     raise NotLinear
 
 
-def mark_constant(fold: LinearPath, value: ir.Value, where: tuple[int, npt.NDArray[np.bool_]]) -> None:
+def mark_constant(path: LinearPath, value: ir.Value, where: tuple[int, npt.NDArray[np.bool_]]) -> None:
     if not is_stored_constant(value):
         raise NotLinear
-    axis, hit = where
+    axis, positions_mask = where
     key = (value, axis)
-    fold.constants[key] = fold.constants.get(key, np.zeros(len(hit), bool)) | hit
+    path.constants[key] = path.constants.get(key, np.zeros(len(positions_mask), bool)) | positions_mask
 
 
 def mark_aligned_constant(
-    fold: LinearPath, node: ir.Node, constant: ir.Value, wanted: frozenset[int], trace: Trace
+    path: LinearPath, node: ir.Node, constant: ir.Value, group_labels: frozenset[int], trace: Trace
 ) -> None:
-    """A bias or gain: its positions are those of the output it is aligned with, counted from the right."""
+    """Mark a bias or gain: its axes are aligned with those of the output, from the right."""
     out = trace.values.get(node.outputs[0])
     tensor = constant.const_value
     if out is None or tensor is None or not is_stored_constant(constant):
         raise NotLinear
-    axis, hit = repeated_positions(out, wanted)
-    own = len(tensor.shape) - (len(out.shape) - axis)
-    if own < 0 or int(tensor.shape[own]) != len(hit):  # type: ignore[arg-type]
+    axis, positions_mask = repeated_positions(out, group_labels)
+    constant_axis = len(tensor.shape) - (len(out.shape) - axis)
+    if constant_axis < 0 or int(tensor.shape[constant_axis]) != len(positions_mask):  # type: ignore[arg-type]
         raise NotLinear
-    mark_constant(fold, constant, (own, hit))
+    mark_constant(path, constant, (constant_axis, positions_mask))
 
 
-def repeated_positions(carried: LabeledValue, wanted: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:
-    """As ``labeled_positions``, but labels may also vary over heads as long as every head has the same positions."""
-    names = np.fromiter(wanted, np.int64)
-    for labels in carried.factors:
-        hit = np.isin(labels, names)
-        if not hit.any():
+def repeated_positions(labeled: LabeledValue, group_labels: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:
+    """As ``labeled_positions``; labels may also vary over heads, where every head has the same positions."""
+    wanted_labels = np.fromiter(group_labels, np.int64)
+    for labels in labeled.factors:
+        positions_mask = np.isin(labels, wanted_labels)
+        if not positions_mask.any():
             continue
         axis = max(varying_axes(labels))
-        flat = np.moveaxis(hit, axis, -1).reshape(-1, hit.shape[axis])
+        flat = np.moveaxis(positions_mask, axis, -1).reshape(-1, positions_mask.shape[axis])
         if not bool((flat == flat[0]).all()):
             raise NotLinear
         return axis, flat[0]
     raise NotLinear
 
 
-def mark_moved_constant(fold: LinearPath, node: ir.Node, part: ir.Value, wanted: frozenset[int], trace: Trace) -> None:
-    """As ``mark_aligned_constant``, of a bias that is moved out of a constant on the way (a slice of a packed one)."""
-    out, carried = trace.values.get(node.outputs[0]), trace.values[part]
+def mark_moved_constant(
+    path: LinearPath, node: ir.Node, part: ir.Value, group_labels: frozenset[int], trace: Trace
+) -> None:
+    """As ``mark_aligned_constant``, of a bias that is a movement of a constant (a slice of a packed one)."""
+    out, labeled = trace.values.get(node.outputs[0]), trace.values[part]
     if out is None:
         raise NotLinear
-    axis, hit = repeated_positions(out, wanted)
-    own = len(carried.shape) - (len(out.shape) - axis)
-    mine = next(
-        (labels for labels in carried.factors if varying_axes(labels) == {own} and labels.size == len(hit)), None
+    axis, positions_mask = repeated_positions(out, group_labels)
+    constant_axis = len(labeled.shape) - (len(out.shape) - axis)
+    matching = next(
+        (
+            labels
+            for labels in labeled.factors
+            if varying_axes(labels) == {constant_axis} and labels.size == len(positions_mask)
+        ),
+        None,
     )
-    if mine is None:
+    if matching is None:
         raise NotLinear
-    root = constant_behind_movement(fold, part)
-    mark_constant(fold, root, labeled_positions(trace.values.get(root), frozenset(mine.reshape(-1)[hit].tolist())))
+    root = constant_behind_movement(path, part)
+    mark_constant(
+        path, root, labeled_positions(trace.values.get(root), frozenset(matching.reshape(-1)[positions_mask].tolist()))
+    )
 
 
 def constant_behind_movement(path: LinearPath, value: ir.Value) -> ir.Value:
@@ -175,15 +191,15 @@ def constant_behind_movement(path: LinearPath, value: ir.Value) -> ir.Value:
     return root
 
 
-def mark_projection(fold: LinearPath, node: ir.Node, wanted: frozenset[int], trace: Trace) -> None:
+def mark_projection(path: LinearPath, node: ir.Node, group_labels: frozenset[int], trace: Trace) -> None:
     spec = lookup(node.domain, node.op_type)
     weights = [node.inputs[k] for k in spec.operands]
     marked = False
     for weight in weights:
         if weight is None or not trace.values[weight].constant:
             continue
-        root = constant_behind_movement(fold, weight)
-        mark_constant(fold, root, labeled_positions(trace.values.get(root), wanted))
+        root = constant_behind_movement(path, weight)
+        mark_constant(path, root, labeled_positions(trace.values.get(root), group_labels))
         marked = True
     if not marked:
         raise NotLinear
@@ -191,15 +207,15 @@ def mark_projection(fold: LinearPath, node: ir.Node, wanted: frozenset[int], tra
     if bias is not None:
         channel = bias if spec.letters is not None else None
         if channel is not None:
-            mark_bias(fold, node, channel, wanted, trace)
+            mark_bias(path, node, channel, group_labels, trace)
 
 
-def mark_bias(fold: LinearPath, node: ir.Node, bias: ir.Value, wanted: frozenset[int], trace: Trace) -> None:
+def mark_bias(path: LinearPath, node: ir.Node, bias: ir.Value, group_labels: frozenset[int], trace: Trace) -> None:
     out = trace.values.get(node.outputs[0])
     tensor = bias.const_value
     if out is None or tensor is None:
         raise NotLinear
-    _axis, hit = repeated_positions(out, wanted)
-    if int(tensor.shape[-1]) != len(hit):  # type: ignore[arg-type]
+    _axis, positions_mask = repeated_positions(out, group_labels)
+    if int(tensor.shape[-1]) != len(positions_mask):  # type: ignore[arg-type]
         raise NotLinear
-    mark_constant(fold, bias, (len(tensor.shape) - 1, hit))
+    mark_constant(path, bias, (len(tensor.shape) - 1, positions_mask))

@@ -1,4 +1,4 @@
-"""Normalisations over units that are partly cut: what they are made of, their gain and bias, and what reads them."""
+"""Normalizations over units that are partly cut: their nodes, gain, bias and consumers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from snpc.types import Group
 
 @dataclass(frozen=True)
 class Normalization:
-    """``output`` = gain * normalised(...) + bias, over positions along ``axis`` (from the right), of which ``stays``
+    """``output`` = gain * normalized(...) + bias, over positions along ``axis`` (from the right), of which ``stays``
     [positions] stay. ``nodes`` make it, in order; ``statistics`` are the means among them."""
 
     nodes: tuple[ir.Node, ...]
@@ -35,49 +35,51 @@ class Normalization:
     bias: str | None
 
 
-def affected_normalizations(traced: TracedGraph, dead: RemovedUnits) -> list[Normalization]:
-    """Every normalisation whose statistics lose something, in the order of the graph."""
-    order = {node: k for k, node in enumerate(traced.model.graph)}
-    found = []
-    for bundle in group_statistics(traced, dead):
+def affected_normalizations(traced_graph: TracedGraph, removed: RemovedUnits) -> list[Normalization]:
+    """Every normalization from whose statistics units are removed, in graph order."""
+    order = {node: k for k, node in enumerate(traced_graph.model.graph)}
+    normalizations = []
+    for bundle in group_statistics(traced_graph, removed):
         nodes = {node for _, steps, meets in bundle for node in (*steps, *meets)}
         last = max((node for _, _, meets in bundle for node in meets), key=order.__getitem__, default=None)
         if last is None:
             continue
-        chain, gain, bias = affine_nodes(last, traced)
+        chain, gain, bias = affine_nodes(last, traced_graph)
         output = chain[-1].outputs[0]
-        lost = list(removed_along(traced.trace.values.get(output), bundle[0][0].axes, dead))
+        lost = list(removed_along(traced_graph.trace.values.get(output), bundle[0][0].axes, removed))
         if len(lost) == 1:
-            made = tuple(sorted({*nodes, *chain}, key=order.__getitem__))
-            found.append(Normalization(made, tuple(s for s, _, _ in bundle), output, *lost[0], gain, bias))
-    return sorted(found, key=lambda norm: order[norm.nodes[0]])
+            all_nodes = tuple(sorted({*nodes, *chain}, key=order.__getitem__))
+            normalizations.append(
+                Normalization(all_nodes, tuple(s for s, _, _ in bundle), output, *lost[0], gain, bias)
+            )
+    return sorted(normalizations, key=lambda normalization: order[normalization.nodes[0]])
 
 
 StatisticPath = tuple[NormalizationStatistic, tuple[ir.Node, ...], tuple[ir.Node, ...]]
-"""A statistic, the nodes up to where it meets its positions again, and the nodes where it does."""
+"""A statistic, the nodes up to where it is combined with its positions again, and the nodes that combine them."""
 
 
-def group_statistics(traced: TracedGraph, dead: RemovedUnits) -> list[list[StatisticPath]]:
-    """Statistics by the normalisation they belong to: a variance is of what a mean was subtracted from."""
+def group_statistics(traced_graph: TracedGraph, removed: RemovedUnits) -> list[list[StatisticPath]]:
+    """Statistics grouped by normalization: a variance is taken of what a mean was subtracted from."""
     parts: list[StatisticPath] = []
-    for statistic in affected_statistics(traced.trace, dead):
-        paths = statistic_paths(statistic, traced.trace)
-        parts.append((statistic, (*square_nodes(statistic, traced), *paths.statistic_nodes), paths.rejoin_nodes))
-    found: list[list[StatisticPath]] = []
+    for statistic in affected_statistics(traced_graph.trace, removed):
+        paths = statistic_paths(statistic, traced_graph.trace)
+        parts.append((statistic, (*square_nodes(statistic, traced_graph), *paths.statistic_nodes), paths.rejoin_nodes))
+    bundles: list[list[StatisticPath]] = []
     for part in parts:
-        mine = [
+        joined_bundles = [
             bundle
-            for bundle in found
+            for bundle in bundles
             if any(feeds_statistic(other, part) or feeds_statistic(part, other) for other in bundle)
         ]
-        joined = [*(p for bundle in mine for p in bundle), part]
-        found = [bundle for bundle in found if not any(bundle is other for other in mine)] + [joined]
-    return found
+        joined = [*(p for bundle in joined_bundles for p in bundle), part]
+        bundles = [bundle for bundle in bundles if not any(bundle is other for other in joined_bundles)] + [joined]
+    return bundles
 
 
-def square_nodes(statistic: NormalizationStatistic, traced: TracedGraph) -> tuple[ir.Node, ...]:
-    """The nodes ahead of a statistic that work on one labelled tensor alone: its square."""
-    found: list[ir.Node] = []
+def square_nodes(statistic: NormalizationStatistic, traced_graph: TracedGraph) -> tuple[ir.Node, ...]:
+    """The pointwise nodes before a statistic that read one labeled tensor: its square."""
+    squares: list[ir.Node] = []
     value = statistic.context.node.inputs[0]
     while statistic.context.spec.kind == "reduce" and value is not None and value.producer() is not None:
         node = value.producer()
@@ -86,34 +88,34 @@ def square_nodes(statistic: NormalizationStatistic, traced: TracedGraph) -> tupl
         if (
             lookup(node.domain, node.op_type).kind != "pointwise"
             or len(labelled) != 1
-            or reads_labeled_constant(node, traced)
+            or reads_labeled_constant(node, traced_graph)
         ):
             break
-        found.append(node)
+        squares.append(node)
         (value,) = labelled
-    return tuple(reversed(found))
+    return tuple(reversed(squares))
 
 
-def reads_labeled_constant(node: ir.Node, traced: TracedGraph) -> bool:
-    """Does a node bring in labelled constants (a gain or a bias)?"""
-    return any(v is not None and v.producer() is None and traced.trace.values[v].factors for v in node.inputs)
+def reads_labeled_constant(node: ir.Node, traced_graph: TracedGraph) -> bool:
+    """Does a node read labeled constants (a gain or a bias)?"""
+    return any(v is not None and v.producer() is None and traced_graph.trace.values[v].factors for v in node.inputs)
 
 
 def feeds_statistic(first: StatisticPath, second: StatisticPath) -> bool:
-    """Does the second statistic, or what it normalises, come right from where the first met its positions?"""
+    """Is the second statistic, or what it normalizes, computed from the output of the first normalization step?"""
     if "normalize" in (first[0].context.spec.kind, second[0].context.spec.kind):
         return first[0].context.node is second[0].context.node
-    made = {value for node in first[2] for value in node.outputs}
-    read = {value for node in (*second[1], *second[2]) for value in node.inputs}
-    return not made.isdisjoint(read)
+    written = {value for node in first[2] for value in node.outputs}
+    used = {value for node in (*second[1], *second[2]) for value in node.inputs}
+    return not written.isdisjoint(used)
 
 
-def affine_nodes(last: ir.Node, traced: TracedGraph) -> tuple[list[ir.Node], str | None, str | None]:
-    """The nodes from ``last`` on that apply gain and bias, and the constants: inside one node, or behind it."""
+def affine_nodes(last: ir.Node, traced_graph: TracedGraph) -> tuple[list[ir.Node], str | None, str | None]:
+    """(nodes from ``last`` on that apply gain and bias, gain, bias): inside one node, or in nodes behind it."""
     spec = lookup(last.domain, last.op_type)
     if spec.affine:
         given = [last.inputs[k] if k < len(last.inputs) else None for k in spec.affine]
-        names = [exclusive_vector_name(value, last, traced) for value in given] + [None]
+        names = [exclusive_vector_name(value, last, traced_graph) for value in given] + [None]
         return [last], names[0], names[1]
     chain, names = [last], [None, None]
     for step, effect in enumerate(("scale", "add")):
@@ -125,7 +127,7 @@ def affine_nodes(last: ir.Node, traced: TracedGraph) -> tuple[list[ir.Node], str
         spec = lookup(node.domain, node.op_type) if node is not None else spec
         if node is None or spec.kind != "pointwise" or spec.effect != effect or spec.divides or spec.subtracts:
             break
-        names[step] = next((name for v in node.inputs if (name := exclusive_vector_name(v, node, traced))), None)
+        names[step] = next((name for v in node.inputs if (name := exclusive_vector_name(v, node, traced_graph))), None)
         if names[step] is None:
             break
         chain += [*ahead, node]
@@ -137,60 +139,64 @@ def sole_consumer(node: ir.Node) -> ir.Node | None:
     return users[0] if len(users) == 1 and not node.outputs[0].is_graph_output() else None
 
 
-def exclusive_vector_name(value: ir.Value | None, node: ir.Node, traced: TracedGraph) -> str | None:
-    """The name of a constant that has an entry per position and no other use."""
-    shape = traced.facts.shape.get(node.outputs[0])
+def exclusive_vector_name(value: ir.Value | None, node: ir.Node, traced_graph: TracedGraph) -> str | None:
+    """The name of a constant that has an entry per position and no other consumer."""
+    shape = traced_graph.facts.shape.get(node.outputs[0])
     if value is None or not shape or not is_exclusive_vector(value, shape[-1]):
         return None
     return str(value.name)
 
 
-# -- what reads a normalisation --------------------------------------------------------------------------------------
+# -- consumers of a normalization --------------------------------------------------------------------------------------
 
 
-def normalization_consumers(traced: TracedGraph, norm: Normalization, groups: Sequence[Group]) -> list[ConsumerWeight]:
-    """Matrices that multiply every row of the norm's output, position by position."""
-    same = rearranged_values(norm.output, traced)
-    found = []
+def normalization_consumers(
+    traced_graph: TracedGraph, normalization: Normalization, groups: Sequence[Group]
+) -> list[ConsumerWeight]:
+    """Matrices that multiply every row of the normalization's output."""
+    same = rearranged_values(normalization.output, traced_graph)
+    consumers = []
     for group in groups:
         for site in group.sites:
             try:
-                reader = single_consumer_weight(traced, replace(group, sites=(site,)))
+                reader = single_consumer_weight(traced_graph, replace(group, sites=(site,)))
             except UnsupportedWeightForm:
                 continue
             if (
                 len(reader.nodes) > 1
-                or norm.axis != -1
+                or normalization.axis != -1
                 or same.isdisjoint(reader.node.inputs)
-                or not has_single_use(traced, site.tensor)
+                or not has_single_use(traced_graph, site.tensor)
             ):
                 continue
-            if (normalized_units(traced, norm) == units_of_constant(traced, site.tensor, site.axis)).all():
-                every = np.arange(len(norm.stays))[None]
-                found.append(replace(reader, place=WeightSlice(site.tensor, site.axis, (every,))))
-    return found
+            if (
+                normalized_units(traced_graph, normalization) == units_of_constant(traced_graph, site.tensor, site.axis)
+            ).all():
+                every = np.arange(len(normalization.stays))[None]
+                consumers.append(replace(reader, weight_slice=WeightSlice(site.tensor, site.axis, (every,))))
+    return consumers
 
 
-def rearranged_values(value: ir.Value, traced: TracedGraph) -> set[ir.Value]:
-    """The values that hold the rows of ``value``, all of them and as they are, in whatever order."""
-    found = {value}
+def rearranged_values(value: ir.Value, traced_graph: TracedGraph) -> set[ir.Value]:
+    """The values that hold all rows of ``value`` unchanged, in any order."""
+    values = {value}
     todo = [value]
     while todo:
         before = todo.pop()
-        old = traced.facts.shape.get(before)
+        old = traced_graph.facts.shape.get(before)
         for node in before.consumers():
             spec = lookup(node.domain, node.op_type)
-            new = traced.facts.shape.get(node.outputs[0])
+            new = traced_graph.facts.shape.get(node.outputs[0])
             moved = spec.effect == "same" or (spec.kind == "movement" and node.inputs[0] is before)
             if moved and old and new and old[-1] == new[-1] and math.prod(old) == math.prod(new):
-                found.add(node.outputs[0])
+                values.add(node.outputs[0])
                 todo.append(node.outputs[0])
-    return found
+    return values
 
 
-def has_single_use(traced: TracedGraph, tensor: str) -> bool:
-    """Has a constant one use, directly or through movement? A table that is also the last layer has two."""
-    value = traced.model.graph.initializers[tensor]
+def has_single_use(traced_graph: TracedGraph, tensor: str) -> bool:
+    """Does a constant have one consumer, directly or through movement? An embedding tied to the last layer has two."""
+    value = traced_graph.model.graph.initializers[tensor]
     while len(value.uses()) == 1 and not value.is_graph_output():
         (node,) = value.consumers()
         if lookup(node.domain, node.op_type).kind != "movement":
@@ -199,12 +205,12 @@ def has_single_use(traced: TracedGraph, tensor: str) -> bool:
     return False
 
 
-def normalized_units(traced: TracedGraph, norm: Normalization) -> npt.NDArray[np.int64]:
-    carried = traced.trace.values[norm.output]
-    labels = next(f for f in carried.factors if varying_axes(f) == {f.ndim + norm.axis})
-    return traced.units.unit_of_label[labels.reshape(-1)]
+def normalized_units(traced_graph: TracedGraph, normalization: Normalization) -> npt.NDArray[np.int64]:
+    labeled = traced_graph.trace.values[normalization.output]
+    labels = next(f for f in labeled.factors if varying_axes(f) == {f.ndim + normalization.axis})
+    return traced_graph.units.unit_of_label[labels.reshape(-1)]
 
 
-def units_of_constant(traced: TracedGraph, tensor: str, axis: int) -> npt.NDArray[np.int64]:
-    found = next(a for a in traced.trace.table.axes if a.constant.name == tensor and a.axis == axis)
-    return traced.units.unit_of_label[found.first_label : found.first_label + found.size]
+def units_of_constant(traced_graph: TracedGraph, tensor: str, axis: int) -> npt.NDArray[np.int64]:
+    found = next(a for a in traced_graph.trace.table.axes if a.constant.name == tensor and a.axis == axis)
+    return traced_graph.units.unit_of_label[found.first_label : found.first_label + found.size]

@@ -276,7 +276,7 @@ def apply_basis(edits: WeightEdits, closed_forms: ClosedForms, group: Group, wid
                     edits.mix(weight_slice, block, basis.encode if side == 0 else basis.decode.T)
         return
     (consumer,), moments = weights.consumers, closed_forms.moments[group.id]
-    if consumer.place.tensor in edits.changes:
+    if consumer.weight_slice.tensor in edits.changes:
         bases = low_rank_bases(source, weights, moments, edits)
     for weight_slice in weights.producers:
         for block, basis in enumerate(bases):
@@ -296,7 +296,7 @@ def refit_output_projection(
     for block, (encode, contexts) in enumerate(zip(encoders, moments.consumers, strict=True)):
         ridge = relative_ridge(len(encode), sum(context.count for context in contexts))
         projections = consumer.rows(source, block, edits)
-        for index, context, projection in zip(consumer.place.index, contexts, projections, strict=True):
+        for index, context, projection in zip(consumer.weight_slice.index, contexts, projections, strict=True):
             fitted = refit_decoder(context.moment, encode, projection, ridge)
             write_rows(edits, consumer, index[block], fitted)
             compensate_means(edits, consumer, context, projection - encode @ fitted)
@@ -306,5 +306,5 @@ def write_rows(edits: WeightEdits, consumer: ConsumerWeight, positions: IntArray
     """Write ``rows`` at the first of these positions; the others become zero."""
     padded = np.zeros((len(positions), rows.shape[1]))
     padded[: len(rows)] = rows
-    target = WeightSlice(consumer.place.tensor, consumer.place.axis, (positions[None],))
+    target = WeightSlice(consumer.weight_slice.tensor, consumer.weight_slice.axis, (positions[None],))
     edits.put(target, 0, np.arange(len(positions)), padded)

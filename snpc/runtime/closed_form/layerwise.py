@@ -237,5 +237,5 @@ def compensate_residual_error(
     (mean,), total = inputs.means, sums[error.total].reshape(-1)
     cross = sums[error.cross].reshape(error.group.size, -1) - np.outer(mean, total)
     correction = solve_ridge(inputs.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
-    edits.add(consumer.place, 0, keep, correction)
+    edits.add(consumer.weight_slice, 0, keep, correction)
     edits.add_bias(str(consumer.node.name), total / inputs.count - mean[keep] @ correction)

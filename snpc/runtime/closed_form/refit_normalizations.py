@@ -67,7 +67,7 @@ def fit_normalizations(
             weight = consumer.rows(source, 0)[0]
             with_bias = existing_bias(node, consumer.width) is not None
             rows, shift = solve_consumer_refit(sums, gain, weight, norm, with_bias)
-            edits.put(consumer.place, 0, np.flatnonzero(norm.stays), rows)
+            edits.put(consumer.weight_slice, 0, np.flatnonzero(norm.stays), rows)
             if with_bias:
                 edits.add_bias(str(node.name), shift)
     return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)

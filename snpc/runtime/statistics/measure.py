@@ -76,8 +76,8 @@ def requests_of_key(analysis: Analysis, group: Group, key: StatisticKey) -> list
         return [score_loss_request(group, key, product) for product in analysis.weights[group.id].products]
     if key.consumer is not None and key.use is not None:
         use = analysis.weights[group.id].uses[key.consumer][key.use]
-        window = use.node if use.reader.taps > 1 else None
-        return [StatisticRequest(group, use.probe, key, "", window, use.reader.columns)]
+        window = use.node if use.consumer.taps > 1 else None
+        return [StatisticRequest(group, use.probe, key, "", window, use.consumer.columns)]
     return [StatisticRequest(group, probe, key, "") for probe in group.probes if probe.kind == key.probe]
 
 

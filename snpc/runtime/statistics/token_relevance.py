@@ -4,7 +4,8 @@ LRP walks from the outputs back through the graph and distributes the relevance 
 so that the total stays the same. Rules: linear maps by positive contributions (z+; Montavon et al. 2017,
 arXiv 1512.02479, eq. 17); sums by magnitude; functions of single positions and normalizations pass it on unchanged.
 Attention weights are constants, so that contexts pass their relevance to the values (Ali et al. 2022,
-arXiv 2202.07304).
+arXiv 2202.07304). ``snpc.torch.operators.relevance`` is another implementation, of units and by gradient times input;
+tests compare the two where their rules are the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention and rotary embedding as one node."""
+"""Attention and rotary embedding as single nodes."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def run_packed_attention(
     assert past is None and not call.get("do_rotary", 0), "this Attention is not implemented"
     heads = call.attrs["num_heads"]
     sizes = list(call.get("qkv_hidden_sizes", [weight.shape[1] // 3] * 3))
-    made = x @ weight if bias is None else x @ weight + bias
-    q, k, v = (unflatten_heads(part, heads) for part in torch.split(made, sizes, -1))
-    hidden = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, x.shape[1])
-    given = hidden if added is None else added if hidden is None else hidden + added
+    qkv = x @ weight if bias is None else x @ weight + bias
+    q, k, v = (unflatten_heads(part, heads) for part in torch.split(qkv, sizes, -1))
+    mask_bias = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, x.shape[1])
+    bias_sum = mask_bias if added is None else added if mask_bias is None else mask_bias + added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
     return flatten_heads(
-        scaled_dot_product_attention(q, k, v, scale, given, 0 if call.get("unidirectional", 0) else None)
+        scaled_dot_product_attention(q, k, v, scale, bias_sum, 0 if call.get("unidirectional", 0) else None)
     )
 
 
@@ -78,9 +78,9 @@ def key_mask_bias(mask: Tensor | None, value: float, q: Tensor, keys: int) -> Te
     if mask.ndim == 1:
         assert len(mask) == len(q), "this mask of an Attention is not implemented"
         mask = torch.arange(keys, device=mask.device)[None] < mask[:, None]
-    shown = mask.to(torch.bool)
-    shown = shown[:, None, None] if shown.ndim == 2 else shown[:, None] if shown.ndim == 3 else shown
-    return torch.where(shown, 0.0, value).to(q.dtype)
+    attended = mask.to(torch.bool)
+    attended = attended[:, None, None] if attended.ndim == 2 else attended[:, None] if attended.ndim == 3 else attended
+    return torch.where(attended, 0.0, value).to(q.dtype)
 
 
 @implements("MultiHeadAttention", domain=MICROSOFT)
@@ -100,11 +100,11 @@ def run_multi_head_attention(
     q, k, v = (unflatten_heads(x, heads) if x.ndim == 3 else x for x in parts)
     if past_k is not None and past_v is not None:
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-    hidden = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, k.shape[2])
-    given = hidden if added is None else added if hidden is None else hidden + added
+    mask_bias = key_mask_bias(mask, call.get("mask_filter_value", -10000.0), q, k.shape[2])
+    bias_sum = mask_bias if added is None else added if mask_bias is None else mask_bias + added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
     causal = k.shape[2] - q.shape[2] if call.get("unidirectional", 0) else None
-    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, given, causal)), k, v
+    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, bias_sum, causal)), k, v
 
 
 @implements("GroupQueryAttention", domain=MICROSOFT)
@@ -127,13 +127,13 @@ def run_group_query_attention(
         q, k, v = torch.split(q, [heads * width, groups * width, groups * width], -1)
     q, k, v = unflatten_heads(q, heads), unflatten_heads(k, groups), unflatten_heads(v, groups)
     if call.get("do_rotary", 0) and cos is not None and sin is not None:
-        where = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
-        turn = OperatorCall(call.op, call.version, {"interleaved": call.get("rotary_interleaved", 0)})
-        q, k = (apply_rotary_embedding(x, cos, sin, where, 0, turn) for x in (q, k))
-    hidden = key_mask_bias(lengths.reshape(-1) + 1, -math.inf, q, k.shape[2])
-    given = hidden if added is None else hidden + added if hidden is not None else added
+        rows = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+        rotary_call = OperatorCall(call.op, call.version, {"interleaved": call.get("rotary_interleaved", 0)})
+        q, k = (apply_rotary_embedding(x, cos, sin, rows, 0, rotary_call) for x in (q, k))
+    mask_bias = key_mask_bias(lengths.reshape(-1) + 1, -math.inf, q, k.shape[2])
+    bias_sum = mask_bias if added is None else mask_bias + added if mask_bias is not None else added
     scale = call.get("scale", 0.0) or 1 / math.sqrt(q.shape[-1])
-    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, given, 0)), k, v
+    return flatten_heads(scaled_dot_product_attention(q, k, v, scale, bias_sum, 0)), k, v
 
 
 @implements("RotaryEmbedding")
@@ -159,17 +159,17 @@ def run_microsoft_rotary_embedding(
 def apply_rotary_embedding(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, call: OperatorCall
 ) -> Tensor:
-    flat = x.ndim == 3
-    heads_first = unflatten_heads(x, heads) if flat else x
+    is_flat = x.ndim == 3
+    heads_first = unflatten_heads(x, heads) if is_flat else x
     cos, sin = ((t if positions is None else t[positions]).unsqueeze(1) for t in (cos, sin))
     width = call.get("rotary_embedding_dim", 0) or 2 * cos.shape[-1]
-    turned, rest = heads_first[..., :width], heads_first[..., width:]
+    rotated_part, rest = heads_first[..., :width], heads_first[..., width:]
     cos, sin = cos[..., : width // 2], sin[..., : width // 2]
     if call.get("interleaved", 0):
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        made = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = rotated_part[..., 0::2], rotated_part[..., 1::2]
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     else:
-        a, b = turned[..., : width // 2], turned[..., width // 2 :]
-        made = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    whole = torch.cat([made, rest], -1)
-    return flatten_heads(whole) if flat else whole
+        a, b = rotated_part[..., : width // 2], rotated_part[..., width // 2 :]
+        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    result = torch.cat([rotated, rest], -1)
+    return flatten_heads(result) if is_flat else result

@@ -1,4 +1,4 @@
-"""Operators with weights, statistics along axes, and windows."""
+"""Products with weights, convolutions, pooling, reductions and normalizations."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def run_fused_conv(
     call: OperatorCall, x: Tensor, w: Tensor, b: Tensor | None = None, added: Tensor | None = None
 ) -> Tensor:
     assert call.get("activation", "") in FUSED_ACTIVATIONS, "this activation of a FusedConv is not implemented"
-    made = run_conv(call, x, w, b)
-    return FUSED_ACTIVATIONS[call.get("activation", "")](made if added is None else made + added)
+    output = run_conv(call, x, w, b)
+    return FUSED_ACTIVATIONS[call.get("activation", "")](output if added is None else output + added)
 
 
 @implements("ConvTranspose")
@@ -139,14 +139,14 @@ def run_lp_pool(call: OperatorCall, x: Tensor) -> Tensor:
     assert not call.get("ceil_mode", 0) and set(dilation) == {1}, "this LpPool is not implemented"
     powers = pad_spatial(x.abs().pow(p), window_padding(call, x, kernel, stride, dilation))
     mean: Tensor = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](powers, kernel, stride)
-    made: Tensor = (mean * math.prod(kernel)).pow(1 / p)
-    return made
+    norm: Tensor = (mean * math.prod(kernel)).pow(1 / p)
+    return norm
 
 
 @implements("GlobalLpPool")
 def run_global_lp_pool(call: OperatorCall, x: Tensor) -> Tensor:
-    made: Tensor = torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
-    return made
+    norm: Tensor = torch.linalg.vector_norm(x, call.get("p", 2), dim=list(range(2, x.ndim)), keepdim=True)
+    return norm
 
 
 @implements("GlobalAveragePool", "GlobalMaxPool")
@@ -162,20 +162,20 @@ def run_resize(
     if call.op == "Upsample":
         scales = roi
     mode = call.get("mode", "nearest")
-    how = call.get("coordinate_transformation_mode", "half_pixel" if call.op == "Resize" else "asymmetric")
+    coordinates = call.get("coordinate_transformation_mode", "half_pixel" if call.op == "Resize" else "asymmetric")
     assert "axes" not in call.attrs and x.ndim in (3, 4, 5), "this Resize is not implemented"
-    given = scales.tolist() if scales is not None else []
-    wanted = sizes.tolist() if sizes is not None else [int(n * s) for n, s in zip(x.shape, given, strict=True)]
-    assert wanted[:2] == list(x.shape[:2]), "a Resize of batch or channels is not implemented"
+    factors = scales.tolist() if scales is not None else []
+    output_sizes = sizes.tolist() if sizes is not None else [int(n * s) for n, s in zip(x.shape, factors, strict=True)]
+    assert output_sizes[:2] == list(x.shape[:2]), "a Resize of batch or channels is not implemented"
     if mode == "nearest":
-        fine = (how, call.get("nearest_mode", "round_prefer_floor"))
-        known = {("asymmetric", "floor"): "nearest", ("half_pixel", "round_prefer_floor"): "nearest-exact"}
-        assert fine in known, "this rounding of a nearest Resize is not implemented"
-        return F.interpolate(x, wanted[2:], mode=known[fine])
+        rounding = (coordinates, call.get("nearest_mode", "round_prefer_floor"))
+        torch_modes = {("asymmetric", "floor"): "nearest", ("half_pixel", "round_prefer_floor"): "nearest-exact"}
+        assert rounding in torch_modes, "this rounding of a nearest Resize is not implemented"
+        return F.interpolate(x, output_sizes[2:], mode=torch_modes[rounding])
     name = "bicubic" if mode == "cubic" else {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
-    assert how in ("half_pixel", "pytorch_half_pixel", "align_corners"), "this Resize is not implemented"
+    assert coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners"), "this Resize is not implemented"
     assert mode != "cubic" or call.get("cubic_coeff_a", -0.75) == -0.75, "this Resize is not implemented"
-    return F.interpolate(x, wanted[2:], mode=name, align_corners=how == "align_corners")
+    return F.interpolate(x, output_sizes[2:], mode=name, align_corners=coordinates == "align_corners")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -193,14 +193,14 @@ REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
 }
 
 
-@implements("ReduceProd", integers=(1,))
+@implements("ReduceProd", integer_inputs=(1,))
 def run_reduce_product(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     for axis in sorted(axis_list(call, axes, x.ndim) or range(x.ndim), reverse=True):
         x = x.prod(axis, keepdim=bool(call.get("keepdims", 1)))
     return x
 
 
-@implements(*REDUCTIONS, integers=(1,))
+@implements(*REDUCTIONS, integer_inputs=(1,))
 def run_reduction(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     over = axis_list(call, axes, x.ndim)
     if not over:
@@ -223,17 +223,17 @@ def run_layer_normalization(call: OperatorCall, x: Tensor, scale: Tensor, bias: 
     axes = list(range(axis, x.ndim))
     if list(scale.shape) == list(x.shape[axis:]):
         return F.layer_norm(x, x.shape[axis:], scale, bias, call.get("epsilon", 1e-5))
-    gap = x - x.mean(axes, keepdim=True)
-    normal = gap * torch.rsqrt(gap.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5)) * scale
-    return normal if bias is None else normal + bias
+    centered = x - x.mean(axes, keepdim=True)
+    normalized = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5)) * scale
+    return normalized if bias is None else normalized + bias
 
 
 @implements("RMSNormalization", "SimplifiedLayerNormalization")
 def run_rms_normalization(call: OperatorCall, x: Tensor, scale: Tensor) -> Tensor:
     axes = list(range(call.get("axis", -1) % x.ndim, x.ndim))
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    normal = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5))
-    return normal.to(x.dtype) * scale
+    normalized = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + call.get("epsilon", 1e-5))
+    return normalized.to(x.dtype) * scale
 
 
 implements("SimplifiedLayerNormalization", domain=MICROSOFT)(run_rms_normalization)
@@ -244,8 +244,8 @@ def run_skip_normalization(
     call: OperatorCall, x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     total = x + skip if bias is None else x + skip + bias
-    normal = F.layer_norm(total, gamma.shape, gamma, beta, call.get("epsilon", 1e-12))
-    return normal, total, total, total
+    normalized = F.layer_norm(total, gamma.shape, gamma, beta, call.get("epsilon", 1e-12))
+    return normalized, total, total, total
 
 
 @implements("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
@@ -261,8 +261,8 @@ def run_embed_normalization(
     call: OperatorCall, ids: Tensor, segments: Tensor | None, words: Tensor, positions: Tensor,
     segment_table: Tensor | None, gamma: Tensor, beta: Tensor, mask: Tensor | None = None, places: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    where = torch.arange(ids.shape[1], device=ids.device) if places is None else places
-    total = F.embedding(ids, words) + F.embedding(where, positions)
+    position_ids = torch.arange(ids.shape[1], device=ids.device) if places is None else places
+    total = F.embedding(ids, words) + F.embedding(position_ids, positions)
     if segments is not None and segment_table is not None:
         total = total + F.embedding(segments, segment_table)
     counts = ids.new_full((len(ids),), ids.shape[1]) if mask is None else mask.sum(1)
@@ -297,5 +297,5 @@ def run_lp_normalization(call: OperatorCall, x: Tensor) -> Tensor:
 @implements("MeanVarianceNormalization")
 def run_mean_variance_normalization(call: OperatorCall, x: Tensor) -> Tensor:
     axes = list(call.get("axes", [0, 2, 3]))
-    gap = x - x.mean(axes, keepdim=True)
-    return gap / (gap.square().mean(axes, keepdim=True) + 1e-9).sqrt()
+    centered = x - x.mean(axes, keepdim=True)
+    return centered / (centered.square().mean(axes, keepdim=True) + 1e-9).sqrt()

@@ -1,4 +1,4 @@
-"""Operators that move positions, read shapes, or make constants of them."""
+"""Operators that move entries, read shapes, or make constants."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_constant(call: OperatorCall) -> Tensor:
     raise AssertionError("a Constant without a value")
 
 
-@implements("ConstantOfShape", integers=(0,))
+@implements("ConstantOfShape", integer_inputs=(0,))
 def run_constant_of_shape(call: OperatorCall, sizes: Integers) -> Tensor:
     value = call.get("value")
     fill = torch.zeros(1) if value is None else to_tensor(value.numpy())
     return fill.reshape(()).expand(sizes).clone() if sizes else fill.reshape(())
 
 
-@implements("Range", loose=True)
+@implements("Range", data_dependent_shape=True)
 def run_range(call: OperatorCall, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
 
@@ -47,17 +47,17 @@ def run_range(call: OperatorCall, start: Tensor, limit: Tensor, delta: Tensor) -
 @implements("EyeLike")
 def run_eye_like(call: OperatorCall, x: Tensor) -> Tensor:
     kind = call.get("dtype")
-    made = torch.zeros_like(x, dtype=TORCH_DTYPES[kind] if kind else x.dtype)
-    made.diagonal(call.get("k", 0)).fill_(1)
-    return made
+    eye = torch.zeros_like(x, dtype=TORCH_DTYPES[kind] if kind else x.dtype)
+    eye.diagonal(call.get("k", 0)).fill_(1)
+    return eye
 
 
-@implements("Reshape", integers=(1,))
+@implements("Reshape", integer_inputs=(1,))
 def run_reshape(call: OperatorCall, x: Tensor, sizes: Integers | None = None) -> Tensor:
-    wanted = call.attrs["shape"] if sizes is None else sizes
+    shape = call.attrs["shape"] if sizes is None else sizes
     if not call.get("allowzero", 0):
-        wanted = [x.shape[k] if n == 0 else n for k, n in enumerate(wanted)]
-    return x.reshape(list(wanted))
+        shape = [x.shape[k] if n == 0 else n for k, n in enumerate(shape)]
+    return x.reshape(list(shape))
 
 
 @implements("Flatten")
@@ -72,13 +72,13 @@ def run_transpose(call: OperatorCall, x: Tensor) -> Tensor:
     return x.permute(list(call.get("perm", range(x.ndim)[::-1])))
 
 
-@implements("Squeeze", integers=(1,))
+@implements("Squeeze", integer_inputs=(1,))
 def run_squeeze(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
-    given = axis_list(call, axes, x.ndim) or [k for k, n in enumerate(x.shape) if n == 1]
-    return x.reshape([n for k, n in enumerate(x.shape) if k not in given])
+    squeezed = axis_list(call, axes, x.ndim) or [k for k, n in enumerate(x.shape) if n == 1]
+    return x.reshape([n for k, n in enumerate(x.shape) if k not in squeezed])
 
 
-@implements("Unsqueeze", integers=(1,))
+@implements("Unsqueeze", integer_inputs=(1,))
 def run_unsqueeze(call: OperatorCall, x: Tensor, axes: Integers | None = None) -> Tensor:
     count = len(axes if axes is not None else call.attrs["axes"])
     for k in sorted(axis_list(call, axes, x.ndim + count)):
@@ -91,17 +91,17 @@ def run_concat(call: OperatorCall, *values: Tensor) -> Tensor:
     return torch.cat(values, dim=call.attrs["axis"])
 
 
-@implements("Expand", integers=(1,))
+@implements("Expand", integer_inputs=(1,))
 def run_expand(call: OperatorCall, x: Tensor, sizes: Integers) -> Tensor:
     return x.expand(torch.broadcast_shapes(x.shape, sizes))  # type: ignore[no-untyped-call]
 
 
-@implements("Tile", integers=(1,))
+@implements("Tile", integer_inputs=(1,))
 def run_tile(call: OperatorCall, x: Tensor, repeats: Integers) -> Tensor:
     return x.repeat(repeats)
 
 
-@implements("Slice", integers=(1, 2, 3, 4))
+@implements("Slice", integer_inputs=(1, 2, 3, 4))
 def run_slice(
     call: OperatorCall,
     x: Tensor,
@@ -112,8 +112,8 @@ def run_slice(
 ) -> Tensor:
     starts = starts if starts is not None else tuple(call.attrs["starts"])
     ends = ends if ends is not None else tuple(call.attrs["ends"])
-    where = axes if axes is not None else call.get("axes", range(len(starts)))
-    for axis, start, end, step in zip(where, starts, ends, steps or [1] * len(starts), strict=True):
+    sliced_axes = axes if axes is not None else call.get("axes", range(len(starts)))
+    for axis, start, end, step in zip(sliced_axes, starts, ends, steps or [1] * len(starts), strict=True):
         axis = axis % x.ndim
         if step > 0:
             begin, stop, _ = slice(start, end, step).indices(x.shape[axis])
@@ -124,14 +124,14 @@ def run_slice(
     return x
 
 
-@implements("Split", integers=(1,))
+@implements("Split", integer_inputs=(1,))
 def run_split(call: OperatorCall, x: Tensor, sizes: Integers | None = None) -> tuple[Tensor, ...]:
     axis = call.get("axis", 0)
-    given = sizes if sizes is not None else call.get("split")
-    if given is None:
-        given = [-(-x.shape[axis] // call.outputs)] * call.outputs
-        given[-1] = x.shape[axis] - sum(given[:-1])
-    return tuple(torch.split(x, list(given), dim=axis))
+    parts = sizes if sizes is not None else call.get("split")
+    if parts is None:
+        parts = [-(-x.shape[axis] // call.outputs)] * call.outputs
+        parts[-1] = x.shape[axis] - sum(parts[:-1])
+    return tuple(torch.split(x, list(parts), dim=axis))
 
 
 @implements("Gather")
@@ -160,11 +160,11 @@ def run_gather_nd(call: OperatorCall, x: Tensor, index: Tensor) -> Tensor:
 
 @implements("ScatterND")
 def run_scatter_nd(call: OperatorCall, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
-    where = tuple(index[..., k] for k in range(index.shape[-1]))
+    positions = tuple(index[..., k] for k in range(index.shape[-1]))
     if call.get("reduction", "none") == "add":
-        return x.index_put(where, updates, accumulate=True)
+        return x.index_put(positions, updates, accumulate=True)
     assert call.get("reduction", "none") == "none", "this reduction is not implemented"
-    return x.index_put(where, updates)
+    return x.index_put(positions, updates)
 
 
 @implements("Scatter", "ScatterElements")
@@ -177,7 +177,7 @@ def run_scatter_elements(call: OperatorCall, x: Tensor, index: Tensor, updates: 
     return x.scatter_reduce(axis, index, updates, {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}[kind])
 
 
-@implements("Pad", integers=(1, 3))
+@implements("Pad", integer_inputs=(1, 3))
 def run_pad(
     call: OperatorCall,
     x: Tensor,
@@ -185,11 +185,11 @@ def run_pad(
     value: Tensor | None = None,
     axes: Integers | None = None,
 ) -> Tensor:
-    given = pads if pads is not None else call.attrs["pads"]
-    where = [k % x.ndim for k in axes] if axes is not None else list(range(x.ndim))
+    amounts = pads if pads is not None else call.attrs["pads"]
+    padded_axes = [k % x.ndim for k in axes] if axes is not None else list(range(x.ndim))
     before, after = [0] * x.ndim, [0] * x.ndim
-    for k, axis in enumerate(where):
-        before[axis], after[axis] = given[k], given[len(where) + k]
+    for k, axis in enumerate(padded_axes):
+        before[axis], after[axis] = amounts[k], amounts[len(padded_axes) + k]
     mode = call.get("mode", "constant")
     mode = {"edge": "replicate", "wrap": "circular"}.get(mode, mode)
     used = [k for k in range(x.ndim) if before[k] or after[k]]
@@ -241,8 +241,8 @@ def run_cumprod(call: OperatorCall, x: Tensor, axis: Tensor) -> Tensor:
     values = x.flip(k) if call.get("reverse", 0) else x
     if call.get("exclusive", 0):
         values = torch.cat([torch.ones_like(values.narrow(k, 0, 1)), values.narrow(k, 0, values.shape[k] - 1)], k)
-    made = values.cumprod(k).to(x.dtype)
-    return made.flip(k) if call.get("reverse", 0) else made
+    product = values.cumprod(k).to(x.dtype)
+    return product.flip(k) if call.get("reverse", 0) else product
 
 
 WINDOW_COEFFICIENTS = {
@@ -257,20 +257,20 @@ def run_window(call: OperatorCall, size: Tensor) -> Tensor:
     """a0 - a1 cos(2 pi n / N) + a2 cos(4 pi n / N)."""
     count = int(size.item())
     n = torch.arange(count, dtype=torch.float64, device=size.device)
-    turn = 2 * math.pi * n / (count if call.get("periodic", 1) else count - 1)
+    angle = 2 * math.pi * n / (count if call.get("periodic", 1) else count - 1)
     first, second, third = WINDOW_COEFFICIENTS[call.op]
-    made = first - second * turn.cos() + third * (2 * turn).cos()
-    return made.to(TORCH_DTYPES[call.get("output_datatype", 1)])
+    values = first - second * angle.cos() + third * (2 * angle).cos()
+    return values.to(TORCH_DTYPES[call.get("output_datatype", 1)])
 
 
-@implements("TopK", integers=(1,))
+@implements("TopK", integer_inputs=(1,))
 def run_top_k(call: OperatorCall, x: Tensor, count: Integers | None = None) -> tuple[Tensor, ...]:
     k = count[0] if count is not None else call.attrs["k"]
-    found = torch.topk(x, k, call.get("axis", -1), bool(call.get("largest", 1)), bool(call.get("sorted", 1)))
-    return found.values, found.indices
+    top = torch.topk(x, k, call.get("axis", -1), bool(call.get("largest", 1)), bool(call.get("sorted", 1)))
+    return top.values, top.indices
 
 
-@implements("OneHot", loose=True)
+@implements("OneHot", data_dependent_shape=True)
 def run_one_hot(call: OperatorCall, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
     count = int(depth.item())
     index = torch.where(index < 0, index + count, index).to(torch.int64)
@@ -278,6 +278,6 @@ def run_one_hot(call: OperatorCall, index: Tensor, depth: Tensor, values: Tensor
     return (hot * (values[1] - values[0]) + values[0]).movedim(-1, call.get("axis", -1))
 
 
-@implements("NonZero", loose=True)
+@implements("NonZero", data_dependent_shape=True)
 def run_nonzero(call: OperatorCall, x: Tensor) -> Tensor:
     return torch.nonzero(x).T

@@ -1,4 +1,4 @@
-"""Operators that work position by position."""
+"""Operators that compute entry by entry."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def run_celu(call: OperatorCall, x: Tensor) -> Tensor:
 @implements("Selu")
 def run_selu(call: OperatorCall, x: Tensor) -> Tensor:
     alpha, gamma = call.get("alpha", 1.67326319217681884765625), call.get("gamma", 1.05070102214813232421875)
-    made: Tensor = gamma * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
-    return made
+    value: Tensor = gamma * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
+    return value
 
 
 @implements("LeakyRelu")

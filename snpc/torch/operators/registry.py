@@ -1,4 +1,4 @@
-"""How operators are executed in torch: one function per operator, registered under its domain and name."""
+"""The registry of torch implementations: one function per operator, under its domain and name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OperatorFunction = TypeVar("OperatorFunction", bound="Callable[..., Result]")
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """A node without its inputs: name, opset version, attributes, and how many outputs it has."""
+    """A node without its inputs: operator, opset version, attributes, and number of outputs."""
 
     op: str
     version: int
@@ -25,16 +25,18 @@ class OperatorCall:
     outputs: int = 1
 
     def get(self, name: str, default: Any = None) -> Any:
-        found = self.attrs.get(name)
-        return default if found is None else found
+        """An attribute, or its default where the node does not have it."""
+        value = self.attrs.get(name)
+        return default if value is None else value
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """``run(call, *inputs)``; at positions ``integers`` it takes a tuple of integers (or None), elsewhere tensors.
+    """``run(call, *inputs)`` computes an operator. At the positions ``integer_inputs`` it takes a tuple of integers (or
+    None), elsewhere tensors.
 
-    ``loose``: the output's shape depends on values; ``reads``: "shape" where the output depends on the input's shape
-    only, else "values"."""
+    ``data_dependent_shape``: the output's shape depends on values. ``reads``: "shape" where the output depends on the
+    input's shape only, else "values"."""
 
     run: Callable[..., Result]
     integer_inputs: frozenset[int]
@@ -48,14 +50,16 @@ REGISTRY: dict[tuple[str, str], Implementation] = {}
 def implements(
     *names: str,
     domain: str = "",
-    integers: Sequence[int] = (),
-    loose: bool = False,
+    integer_inputs: Sequence[int] = (),
+    data_dependent_shape: bool = False,
     reads: Literal["shape", "values"] = "values",
 ) -> Callable[[OperatorFunction], OperatorFunction]:
+    """Register a function as the implementation of these operators; see ``Implementation``."""
+
     def register(run: OperatorFunction) -> OperatorFunction:
         for name in names:
             assert (domain, name) not in REGISTRY, name
-            REGISTRY[domain, name] = Implementation(run, frozenset(integers), loose, reads)
+            REGISTRY[domain, name] = Implementation(run, frozenset(integer_inputs), data_dependent_shape, reads)
         return run
 
     return register
@@ -65,17 +69,17 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
 }  # fmt: skip
-"""ONNX's element types as torch's."""
+"""ONNX element type -> torch dtype."""
 
 
-def axis_list(call: OperatorCall, given: Integers | None, rank: int) -> list[int]:
-    """Axes from an input or, in earlier opsets, an attribute; none: an empty list."""
-    axes = given if given is not None else call.get("axes")
+def axis_list(call: OperatorCall, axes_input: Integers | None, rank: int) -> list[int]:
+    """Non-negative axes, from an input or, in earlier opsets, an attribute; an empty list where there is neither."""
+    axes = axes_input if axes_input is not None else call.get("axes")
     return [] if axes is None else [int(k) % rank for k in axes]
 
 
 def to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A torch tensor with its own memory; bfloat16 and friends by way of their bits."""
+    """A torch tensor with memory of its own. bfloat16, which torch does not take from numpy, is passed as its bits."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array, order="C"))

@@ -1,6 +1,7 @@
-"""Gates: a factor for every unit of a group, put on the weights that read or make it.
+"""Gates: a factor for every unit of a group, multiplied with the weights that consume or produce the unit.
 
-With a gate at zero the model is the one with that unit silenced, at one the model as it is, for any operators around.
+With a gate at zero the model is the one without that unit; with all at one it is the model itself, whatever operators
+surround the weights.
 """
 
 from __future__ import annotations
@@ -20,56 +21,59 @@ from snpc.types import Group, Model, Site
 
 @dataclass(frozen=True)
 class Gate:
-    """``sites`` are multiplied with the units' factors. Where only what makes the units can be (query and key), both
-    sides are, so each takes the factor to ``power``; its gradient and value stay those of one factor."""
+    """The sites of a group that its units' factors are multiplied with.
+
+    ``exponent`` is 2 where every unit has two such sites in a product (query and key): the output then depends on the
+    factor's square, and the derivative with respect to the gate is the gradient divided by the exponent."""
 
     group: Group
     sites: tuple[Site, ...]
     exponent: float
 
     def scaling(self, site: Site, factors: Tensor) -> WeightTransform:
-        """A function of the constant at ``site``; ``factors`` [blocks, size]."""
-        index = torch.as_tensor(site.units, device=factors.device)
-        spread = torch.cat([factors.reshape(-1), factors.new_ones(1)])[index]  # -1: one
+        """The function that scales the weight at ``site``; ``factors`` [blocks, size]."""
+        units = torch.as_tensor(site.units, device=factors.device)
+        by_position = torch.cat([factors.reshape(-1), factors.new_ones(1)])[units]  # unit -1, of no group: factor 1
 
-        def scaled(tensor: Tensor) -> Tensor:
-            shape = [-1 if k == site.axis else 1 for k in range(tensor.ndim)]
-            return tensor * spread.reshape(shape)
+        def scale(weight: Tensor) -> Tensor:
+            shape = [-1 if k == site.axis else 1 for k in range(weight.ndim)]
+            return weight * by_position.reshape(shape)
 
-        return scaled
+        return scale
 
 
 def make_gate(analysis: Analysis, group: Group) -> Gate:
-    """Weights that read a unit silence it alone; where there are none, those that make it do, with their biases."""
-    reads = tuple(site for site in group.sites if site.kind == "consume")
-    if reads:
-        return Gate(group, reads, 1.0)
-    makes = tuple(s for s in group.sites if s.kind == "produce" or (s.kind == "pointwise" and is_bias(analysis, s)))
-    return Gate(group, makes, 2.0 if group.role == "qk" else 1.0)
+    """Scaling the weights that consume a unit is enough to remove it. Without such weights, those that produce it are
+    scaled, together with their biases."""
+    consumers = tuple(site for site in group.sites if site.kind == "consume")
+    if consumers:
+        return Gate(group, consumers, 1.0)
+    producers = tuple(s for s in group.sites if s.kind == "produce" or (s.kind == "pointwise" and is_bias(analysis, s)))
+    return Gate(group, producers, 2.0 if group.role == "qk" else 1.0)
 
 
 def is_bias(analysis: Analysis, site: Site) -> bool:
-    """Is it a bias?"""
+    """Is the constant at a site added to an activation, and nothing else?"""
     users = analysis.traced_graph.model.graph.initializers[site.tensor].uses()
     specs = [lookup(node.domain, node.op_type) for node, _ in users]
     return all(spec.effect == "add" or spec.kind in ("contraction", "attention") for spec in specs)
 
 
 def canonical_module(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
-    """The model as it was analysed, so that sites have their names."""
+    """The canonicalized graph as a module: sites name its constants."""
     model: Model = replace(analysis.model, graph=analysis.traced_graph.model)
     return GraphModule(model, watch=watch)
 
 
 @contextmanager
 def apply_gates(module: GraphModule, gates: Sequence[Gate], factors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with ``factors`` (group id -> [blocks, size]) on, while the block runs."""
+    """The module with its weights scaled by ``factors`` (group id -> [blocks, size]), while the block runs."""
     before = module.weight_transforms
-    changes: dict[str, tuple[WeightTransform, ...]] = dict(before)
+    transforms: dict[str, tuple[WeightTransform, ...]] = dict(before)
     for gate in gates:
         for site in gate.sites:
-            changes[site.tensor] = (*changes.get(site.tensor, ()), gate.scaling(site, factors[gate.group.id]))
-    module.weight_transforms = changes
+            transforms[site.tensor] = (*transforms.get(site.tensor, ()), gate.scaling(site, factors[gate.group.id]))
+    module.weight_transforms = transforms
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Labels beside calibration data: one whole number, or a row of them, per sample of the source."""
+"""Labels of calibration data: one whole number, or a row of them, per sample of the source."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ ACCEPTED_LABEL_FILES = ".npy, .npz (key 'labels', or the only one), or text with
 
 
 def load_labels(source: Path | AnyArray, data: Calibration) -> IntArray:
-    """[samples of the whole source, ...]: class of each, or of each position (negative: none).
+    """[samples of the whole source, ...]: the class of each sample, or of each position; negative: no class.
 
     ``source``: an array, or a file: .npy, .npz, or text with a number per line. Raises UserError for anything else, and
-    where there are not as many labels as samples.
+    where the numbers of labels and samples differ.
     """
-    where = str(source) if isinstance(source, Path) else "labels"
+    label = str(source) if isinstance(source, Path) else "labels"
     array = _read_label_file(source) if isinstance(source, Path) else np.asarray(source)
     if array.ndim == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{where}: it holds {array.dtype} of shape {list(array.shape)}: labels are whole numbers")
-    needed = data.available
-    if needed is None:
-        needed = 1 + max(int(piece.sample_ids.max()) for pieces in data.batch_plan for piece in pieces)
-        short = len(array) < needed
+        raise UserError(f"{label}: it holds {array.dtype} of shape {list(array.shape)}: labels are whole numbers")
+    samples = data.available
+    if samples is None:
+        samples = 1 + max(int(rows.sample_ids.max()) for batch in data.batch_plan for rows in batch)
+        mismatch = len(array) < samples
     else:
-        short = len(array) != needed
-    if short:
+        mismatch = len(array) != samples
+    if mismatch:
         raise UserError(
-            f"{where}: {len(array)} labels for {needed} samples in {data.source}: give one for each, in order"
+            f"{label}: {len(array)} labels for {samples} samples in {data.source}: give one for each, in order"
         )
     return array.astype(np.int64)
 
@@ -51,6 +51,6 @@ def _read_label_file(path: Path) -> AnyArray:
                 name = LABELS_KEY if LABELS_KEY in names else names[0] if len(names) == 1 else None
                 if name is None:
                     raise UserError(f"{path}: no array is called '{LABELS_KEY}'; it holds {name_list(names)}")
-                found: AnyArray = arrays[name]
-                return found
+                labels: AnyArray = arrays[name]
+                return labels
         return np.loadtxt(path, dtype=np.int64, ndmin=1)

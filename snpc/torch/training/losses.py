@@ -1,4 +1,4 @@
-"""Losses: each gives one number per sample, so that averages over processes are exact."""
+"""Losses. Each gives one number per sample, so that averages over processes are exact."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from snpc.torch.training.options import TrainingOptions
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step is given. ``targets``: the teacher's values by name; ``weight``: what the batch's mean counts in the
-    average over processes."""
+    """The data of a step. ``targets``: the teacher's values by name. ``weight``: of the batch's mean, in the average
+    over processes."""
 
     feeds: Mapping[str, Tensor]
     targets: Mapping[str, Tensor] = field(default_factory=dict)
@@ -24,31 +24,31 @@ class Batch:
 
 
 LossFunction = Callable[[torch.nn.Module, Batch], Tensor]
-"""(module, batch) -> [samples], or anything else whose mean is to fall."""
+"""(module, batch) -> [samples], or any other tensor whose mean is minimized."""
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """[samples]: Kullback-Leibler divergence over the last axis, times the temperature's square, averaged over the rest
     (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
-    ours = F.log_softmax(student.float() / temperature, -1)
-    theirs = F.log_softmax(teacher.float() / temperature, -1)
-    gap = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1) * temperature**2
-    return mean_per_sample(gap)
+    student_log = F.log_softmax(student.float() / temperature, -1)
+    teacher_log = F.log_softmax(teacher.float() / temperature, -1)
+    terms = F.kl_div(student_log, teacher_log, reduction="none", log_target=True)
+    return mean_per_sample(terms.sum(-1) * temperature**2)
 
 
 def relative_squared_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
-    """[samples]: mean squared error, as a share of ``scale``."""
+    """[samples]: mean squared error, divided by ``scale``."""
     return mean_per_sample((student.float() - teacher.float()).square()) / scale
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """[samples]: of labels [samples, ...] under ``logits`` [samples, ..., classes]; negative labels do not count."""
-    flat = labels.reshape(-1).to(logits.device)
-    found = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), flat.clamp(min=-1), ignore_index=-1, reduction="none"
+    """[samples]: of labels [samples, ...] under ``logits`` [samples, ..., classes]; negative labels are ignored."""
+    classes = labels.reshape(-1).to(logits.device)
+    losses = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), classes.clamp(min=-1), ignore_index=-1, reduction="none"
     )
-    counted = (flat >= 0).to(found.dtype).reshape(len(labels), -1).sum(1).clamp(min=1)
-    return found.reshape(len(labels), -1).sum(1) / counted
+    counted = (classes >= 0).to(losses.dtype).reshape(len(labels), -1).sum(1).clamp(min=1)
+    return losses.reshape(len(labels), -1).sum(1) / counted
 
 
 def mean_per_sample(values: Tensor) -> Tensor:
@@ -58,22 +58,23 @@ def mean_per_sample(values: Tensor) -> Tensor:
 def distillation_loss(
     training: TrainingOptions, outputs: tuple[str, ...], hidden: tuple[str, ...], scales: Mapping[str, float]
 ) -> LossFunction:
-    """The loss that ``training`` describes. ``scales``: mean square of the teacher's values, for relative errors."""
+    """The loss that ``training`` describes, of these outputs and hidden states. ``scales``: mean square of each of the
+    teacher's values, which errors are relative to."""
 
     def loss(module: torch.nn.Module, batch: Batch) -> Tensor:
-        found = module(batch.feeds)
-        parts = []
+        values = module(batch.feeds)
+        terms = []
         for name in outputs:
             if "kd" in training.loss:
-                parts.append(kl_divergence(found[name], batch.targets[name], training.temperature))
+                terms.append(kl_divergence(values[name], batch.targets[name], training.temperature))
             if training.loss == "mse":
-                parts.append(relative_squared_error(found[name], batch.targets[name], scales[name]))
+                terms.append(relative_squared_error(values[name], batch.targets[name], scales[name]))
             if training.uses_labels:
                 assert batch.labels is not None
-                parts.append(cross_entropy(found[name], batch.labels))
-        total = torch.stack([part.mean() for part in parts]).sum()
+                terms.append(cross_entropy(values[name], batch.labels))
+        total = torch.stack([term.mean() for term in terms]).sum()
         if hidden:
-            errors = [relative_squared_error(found[name], batch.targets[name], scales[name]).mean() for name in hidden]
+            errors = [relative_squared_error(values[name], batch.targets[name], scales[name]).mean() for name in hidden]
             total = total + torch.stack(errors).mean()
         return total
 

@@ -1,4 +1,4 @@
-"""What can be said about a training run, and what is heard of it."""
+"""Options of a training run, and its progress."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ TrainingPrecision = Literal["auto", "fp32", "bf16"]
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of a run. Raises UserError for values that make no sense.
+    """Options of a run. Raises UserError for values out of range.
 
-    ``epochs`` or, if given, ``steps`` bound the run; ``batch`` is over all processes together. ``lr`` is reached after
-    ``warmup`` steps (None: a twentieth of all) and falls to zero along a cosine (SGDR, arXiv 1608.03983, without
-    restarts). ``decay`` is AdamW's weight decay (arXiv 1711.05101), on matrices only.
+    The run lasts ``steps`` steps, or else ``epochs``; ``batch`` is the number of samples per step over all processes.
+    ``lr`` is reached after ``warmup`` steps (None: a twentieth of all) and falls to zero along a cosine (SGDR, arXiv
+    1608.03983, without restarts). ``decay`` is AdamW's weight decay (arXiv 1711.05101), on matrices only.
 
     ``loss``: "kd" is the Kullback-Leibler divergence from the teacher's outputs at ``temperature``, times its square
-    (arXiv 1503.02531, section 2); "mse" the squared error to them, relative to their mean square; "ce" the cross
+    (arXiv 1503.02531, section 2); "mse" the squared error from them, relative to their mean square; "ce" the cross
     entropy of the labels; "kd+ce" the sum. ``layerwise`` adds the relative squared error of the hidden states behind
-    every layer, averaged. ``outputs``: which of the model's outputs the loss looks at; empty: the logits (for "mse"
-    all).
+    every layer, averaged. ``outputs``: the model outputs that the loss compares; empty: the logits (for "mse" all).
 
-    ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is then
-    what is written (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has not got
-    better for so many evaluations (0: never); the best weights are written, the given ones included. ``evaluate``:
-    steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter). ``precision`` "auto" is
-    bf16 on GPUs that have it.
+    ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is written
+    instead of the last ones (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has
+    not improved for this many evaluations (0: never); the best weights are written, the initial ones included.
+    ``evaluate``: steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter).
+    ``precision`` "auto" is bf16 on GPUs that have it.
 
     ``adapters``: train updates of this rank for the matrices, and nothing else (0: all weights). ``reinit`` "epochs"
-    begins with new weights; "budget" too, for as many more steps as the pruned model has fewer MACs than the teacher
-    (Scratch-E and Scratch-B of arXiv 1810.05270). ``sharded``: processes hold a part each of weights, gradients and
-    optimiser state (FSDP), in place of copies of all.
+    begins with new weights; "budget" too, and takes more steps in proportion to the MACs that pruning saved (Scratch-E
+    and Scratch-B of arXiv 1810.05270). ``sharded``: each process holds a shard of weights, gradients and optimizer
+    state (FSDP) instead of a copy.
     """
 
     epochs: int = 20
@@ -76,7 +75,7 @@ class TrainingOptions:
 
     @property
     def uses_teacher(self) -> bool:
-        """Is the teacher asked while training?"""
+        """Does the loss need the teacher's outputs?"""
         return self.loss != "ce" or self.layerwise
 
     @property
@@ -84,14 +83,15 @@ class TrainingOptions:
         return "ce" in self.loss
 
 
-def require_option(fine: bool, name: str, value: object, wanted: str) -> None:
-    if not fine:
-        raise UserError(f"{name} {value}: must be {wanted}")
+def require_option(valid: bool, name: str, value: object, expected: str) -> None:
+    if not valid:
+        raise UserError(f"{name} {value}: must be {expected}")
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run is after a step. ``left``: seconds. ``drift``: of the last evaluation, None without one."""
+    """Where a run is after a step. ``loss`` is smoothed; ``lr`` is the learning rate of the step; ``drift`` is the best
+    of all evaluations, None without one."""
 
     step: int
     steps: int

@@ -1,7 +1,7 @@
-"""What the dense model says: through onnxruntime on a CPU, as a torch module where the student is on a GPU.
+"""The dense model as a teacher: run by onnxruntime on a CPU, as a torch module where the student is on a GPU.
 
-Measured on a CPU, onnxruntime is the faster of the two, and it needs no memory for gradients; where both models are on
-a GPU, nothing has to be copied. Inputs are never changed, so where its answers fit into memory they are computed once.
+Measured on a CPU, onnxruntime is the faster of the two, and it needs no memory for gradients. Where both models are on
+a GPU, nothing has to be copied. Inputs are never augmented, so outputs that fit into memory are computed once.
 """
 
 from __future__ import annotations
@@ -26,93 +26,93 @@ from snpc.torch.operators.registry import Tensor, to_tensor
 from snpc.torch.training.sampling import sample_ids
 from snpc.types import Feeds, IntArray
 
-MAX_CACHE_BYTES = 1 << 30  # bytes of answers that are kept
+MAX_CACHE_BYTES = 1 << 30  # outputs of more bytes than this are computed again in every epoch
 
 TeacherOutputs = dict[str, Tensor]
 TeacherFunction = Callable[[Feeds], TeacherOutputs]
 
 
 def teacher_function(teacher: Analysis, names: Sequence[str], device: torch.device) -> TeacherFunction:
-    """A function that gives the teacher's values of these names, on ``device``."""
+    """A function from feeds to the teacher's values of these names, on ``device``."""
     if device.type == "cpu":
         return onnxruntime_teacher(teacher, names)
     module = GraphModule(teacher.model, watch=names).to(device).eval()
 
-    def ask(feeds: Feeds) -> TeacherOutputs:
+    def run(feeds: Feeds) -> TeacherOutputs:
         with torch.no_grad():
-            found = module({name: to_tensor(array).to(device) for name, array in feeds.items()})
-        return {name: found[name] for name in names}
+            values = module({name: to_tensor(array).to(device) for name, array in feeds.items()})
+        return {name: values[name] for name in names}
 
-    return ask
+    return run
 
 
 def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunction:
-    traced = teacher.traced_graph
-    types = {str(v.name): dtype for v, dtype in traced.facts.dtype.items() if dtype is not None}
-    model = traced.model.clone()
-    given = {value.name for value in model.graph.outputs}
-    made = {str(v.name): v for node in model.graph for v in node.outputs}
+    """The same, of a session whose model has these values as outputs."""
+    traced_graph = teacher.traced_graph
+    dtypes = {str(v.name): dtype for v, dtype in traced_graph.facts.dtype.items() if dtype is not None}
+    model = traced_graph.model.clone()
+    output_names = {value.name for value in model.graph.outputs}
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
     for name in names:
-        if name not in given:
-            made[name].type = ir.TensorType(types[name])
-            model.graph.outputs.append(made[name])
+        if name not in output_names:
+            values[name].type = ir.TensorType(dtypes[name])
+            model.graph.outputs.append(values[name])
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         path = Path(folder) / "teacher.onnx"
         save(finalize(model), path)
         session = open_session(path, execution=Execution(threads=torch.get_num_threads()))
-    taken = {value.name for value in session.get_inputs()}
+    input_names = {value.name for value in session.get_inputs()}
 
-    def ask(feeds: Feeds) -> TeacherOutputs:
-        found = run_session(session, {k: v for k, v in feeds.items() if k in taken}, name=teacher.model.path.name)
-        return {name: to_tensor(found[name]) for name in names}
+    def run(feeds: Feeds) -> TeacherOutputs:
+        inputs = {k: v for k, v in feeds.items() if k in input_names}
+        outputs = run_session(session, inputs, name=teacher.model.path.name)
+        return {name: to_tensor(outputs[name]) for name in names}
 
-    return ask
+    return run
 
 
 @dataclass
 class Teacher:
-    """Asks, and remembers by sample where it has been told to (``learn_all``)."""
+    """Runs the teacher, or looks its outputs up by sample once ``fill_cache`` has stored them."""
 
     run: TeacherFunction
     device: torch.device
     cache: dict[int, TeacherOutputs] = field(default_factory=dict)
 
     def __call__(self, ids: IntArray, feeds: Feeds) -> TeacherOutputs:
-        rows = [self.cache.get(int(k)) for k in ids]
-        found = [row for row in rows if row is not None]
-        if len(found) < len(rows):
+        rows = [self.cache[int(k)] for k in ids if int(k) in self.cache]
+        if len(rows) < len(ids):
             return self.run(feeds)
-        return {name: torch.stack([row[name] for row in found]).to(self.device) for name in found[0]}
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def fill_cache(self, data: Calibration, wrap: Callable[[Iterable[Feeds]], Iterable[Feeds]] = iter) -> None:
-        """Ask for every sample once, in the order in which they are stored, so that the answers do not depend on the
-        order of training; nothing is kept where it does not fit or has no row per sample."""
-        room = MAX_CACHE_BYTES
+        """Run every sample once, in stored order, so that the outputs do not depend on the order of training. Nothing
+        is stored where the outputs do not fit into memory, or have no row per sample."""
         for ids, feeds in zip(sample_ids(data), wrap(data.batches()), strict=True):
-            answers = {name: value.cpu() for name, value in self.run(feeds).items()}
+            outputs = {name: value.cpu() for name, value in self.run(feeds).items()}
             if not self.cache:
-                size = sum(value.nbytes for value in answers.values()) * data.samples // len(ids)
-                if size > room:
+                size = sum(value.nbytes for value in outputs.values()) * data.samples // len(ids)
+                if size > MAX_CACHE_BYTES:
                     return
-            if data.unbatched or any(value.ndim < 1 or len(value) != len(ids) for value in answers.values()):
+            if data.unbatched or any(value.ndim < 1 or len(value) != len(ids) for value in outputs.values()):
                 self.cache.clear()
                 return
-            for row, number in enumerate(ids):
-                self.cache[int(number)] = {name: value[row].clone() for name, value in answers.items()}
+            for row, sample in enumerate(ids):
+                self.cache[int(sample)] = {name: value[row].clone() for name, value in outputs.items()}
 
 
-def mean_squares(answers: TeacherOutputs) -> dict[str, float]:
-    """Of each value, for relative errors: at least a number that can be divided by."""
-    return {name: max(float(value.float().square().mean()), 1e-12) for name, value in answers.items()}
+def mean_squares(outputs: TeacherOutputs) -> dict[str, float]:
+    """Mean square of each value, at least 1e-12: errors are divided by it."""
+    return {name: max(float(value.float().square().mean()), 1e-12) for name, value in outputs.items()}
 
 
-def relative_drift(found: Sequence[TeacherOutputs], expected: Sequence[TeacherOutputs]) -> float:
-    """Root mean square of the difference of outputs over all batches, relative; the mean over outputs."""
-    rates = []
+def relative_drift(batches: Sequence[TeacherOutputs], expected: Sequence[TeacherOutputs]) -> float:
+    """Root mean square of the difference from the expected outputs over all batches, relative to their own; the mean
+    over outputs."""
+    relative = []
     for name in expected[0]:
-        gap = sum(
-            float((a[name].float() - b[name].float()).square().sum()) for a, b in zip(found, expected, strict=True)
-        )
-        size = sum(float(b[name].float().square().sum()) for b in expected)
-        rates.append((gap / size) ** 0.5 if size else gap**0.5)
-    return float(np.mean(rates))
+        pairs = [(a[name].float(), b[name].float()) for a, b in zip(batches, expected, strict=True)]
+        error = sum(float((a - b).square().sum()) for a, b in pairs)
+        size = sum(float(b.square().sum()) for _, b in pairs)
+        relative.append((error / size) ** 0.5 if size else error**0.5)
+    return float(np.mean(relative))

@@ -51,7 +51,7 @@ def test_weights_cover_the_sites_that_they_stand_for(name: str) -> None:
             assert weights.products
             assert not weights.consumers
         elif weights.kind is not None:
-            assert {consumer.place.tensor for consumer in weights.consumers} == consuming
+            assert {consumer.weight_slice.tensor for consumer in weights.consumers} == consuming
             assert [[use.node for use in uses] for uses in weights.uses] == [
                 list(consumer.nodes) for consumer in weights.consumers
             ]
@@ -65,7 +65,7 @@ def test_consumers_hold_the_rows_of_the_units(name: str) -> None:
     analysis = analysis_of(name)
     for group in groups_of(name):
         for consumer in analysis.weights[group.id].consumers if group.role == "ffn" else ():
-            (site,) = (s for s in group.sites if s.tensor == consumer.place.tensor and s.kind == "consume")
+            (site,) = (s for s in group.sites if s.tensor == consumer.weight_slice.tensor and s.kind == "consume")
             value = analysis.traced_graph.model.graph.initializers[site.tensor].const_value
             assert value is not None
             array = np.moveaxis(value.numpy().astype(np.float64), site.axis, 0)

@@ -189,7 +189,7 @@ def test_predicted_loss_of_values(name: str, share: float) -> None:
             weights = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(proto).graph.initializer}
             (rows,) = tensor_values(proto, [context], feeds)
             split = rows.reshape(-1, group.blocks, width)
-            weight = np.moveaxis(weights[reader.place.tensor].astype(np.float64), reader.place.axis, 0)
+            weight = np.moveaxis(weights[reader.weight_slice.tensor].astype(np.float64), reader.weight_slice.axis, 0)
             sums.append(np.einsum("rbd,bde->rbe", split, weight.reshape(group.blocks, width, -1)))
         gap = sums[1] - sums[0]
         measured = float(np.sum((gap - gap.mean(0)) ** 2))
@@ -608,7 +608,7 @@ ODD: dict[str, tuple[list[onnx.NodeProto], Callable[[Group], bool], str]] = {
     "queries are keys": (
         attention([product("q"), scores_of("xq", "xq")], PLAIN_VALUES),
         lambda g: g.role == "qk",
-        "makes both sides|read elsewhere",
+        "both sides|read elsewhere",
     ),
     "keys are values": (
         attention(PLAIN_SCORES, [helper.make_node("MatMul", ["p", "xk"], ["context"])]),

@@ -495,7 +495,7 @@ def test_a_table_that_is_the_last_layer_too_is_not_refitted(tmp_path: Path) -> N
     dead = find_removed_units(analysis.traced_graph.trace, analysis.traced_graph.units, halved(analysis))
     norms = affected_normalizations(analysis.traced_graph, dead)
     assert [
-        [r.place.tensor for r in normalization_consumers(analysis.traced_graph, norm, [group])] for norm in norms
+        [r.weight_slice.tensor for r in normalization_consumers(analysis.traced_graph, norm, [group])] for norm in norms
     ] == [
         ["up"],
         [],

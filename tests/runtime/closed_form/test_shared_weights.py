@@ -116,7 +116,7 @@ def lost_by_layers(found: ClosedForms, plan: SlicePlan, group: Group, feeds: Fee
     source, fitted = found.analysis.traced_graph, fit_parallel(found, plan)
     total = 0.0
     for uses in consumer_uses(source, group):
-        reader = uses[0].reader
+        reader = uses[0].consumer
         change = reader.matrix(fitted) - reader.matrix(source)
         for use in uses:
             (seen,) = tensor_values(written(source.model.clone()), [use.probe.tensor], feeds)
@@ -192,14 +192,14 @@ def test_predicted_loss_of_shared_values(name: str, share: float) -> None:
     keep = {group.id: tuple(tuple(range(kept)) for _ in range(group.blocks))}
     fitted = fit_parallel(found, SlicePlan(analysis, "by hand", {}, keep, "parallel"))
     reader = single_consumer_weight(analysis.traced_graph, group)
-    assert len(reader.place.index) > 1 or len(reader.nodes) > 1
+    assert len(reader.weight_slice.index) > 1 or len(reader.nodes) > 1
     measured = 0.0
     for tensor in (p.tensor for p in group.probes if p.kind == "context"):
         context = rows(tensor_values(analyzed_bytes(name), [tensor], feeds)[0])
         for block, part in enumerate(found.bases[group.id]):
             before, after = reader.rows(analysis.traced_graph, block), reader.rows(fitted, block)
             assert not after[:, kept:].any()
-            for index, old, new in zip(reader.place.index, before, after, strict=True):
+            for index, old, new in zip(reader.weight_slice.index, before, after, strict=True):
                 gap = context[:, index[block]] @ (part.encode[:, :kept] @ new[:kept] - old)
                 measured += float(np.sum((gap - gap.mean(0)) ** 2))
     curve = found.loss_curve(group)

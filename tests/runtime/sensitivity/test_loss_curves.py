@@ -1,4 +1,4 @@
-"""Curves: what is measured in pieces is what the whole model does, and averaging takes off what samples do to all."""
+"""Loss curves: trials near the plan, curves that fall with the width, and effects of samples that are removed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ from tests.oracle import analysis_of, feeds_of
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
 def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
     """Else the segmented model would not have these weights as inputs, or run segments that nothing changes."""
-    analysis, found = analysis_of(name), closed_forms_of(name)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
+    analysis, closed_forms = analysis_of(name), closed_forms_of(name)
+    scores = with_closed_form_order(
+        score(analysis, "magnitude", None, skip=set(closed_forms.kinds)), closed_forms, "auto"
+    )
     for g in prunable_of(analysis):
         width = min(measurable_widths(g))
-        touched = changed_constants(analysis.traced_graph, *trial_edits(found, scores, g, width))
-        assert touched and touched == set(trial_constants(found, scores, g, width))
+        changed = changed_constants(analysis.traced_graph, *trial_edits(closed_forms, scores, g, width))
+        assert changed and changed == set(trial_constants(closed_forms, scores, g, width))
 
 
 class Spy:
@@ -50,33 +52,35 @@ class Spy:
         self.tried: list[tuple[str, int]] = []
         monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.trial_constants", self)
 
-    def __call__(self, found: Any, scores: Any, group: Group, width: int) -> dict[str, AnyArray]:
+    def __call__(self, closed_forms: Any, scores: Any, group: Group, width: int) -> dict[str, AnyArray]:
         self.tried.append((group.id, width))
-        return trial_constants(found, scores, group, width)
+        return trial_constants(closed_forms, scores, group, width)
 
 
 @pytest.mark.parametrize("many", [1, 99], ids=["first one trial each", "first four"])
 @pytest.mark.parametrize(
-    "choice", [Budget(target="macs=0.7"), Budget(0.4), Budget(0.7), Budget(max_drift=0.3)], ids=str
+    "budget", [Budget(target="macs=0.7"), Budget(0.4), Budget(0.7), Budget(max_drift=0.3)], ids=str
 )
 def test_curves_are_measured_near_the_plan_that_they_make(
-    choice: Budget, many: int, monkeypatch: pytest.MonkeyPatch
+    budget: Budget, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snpc.runtime.sensitivity.loss_curves.MIN_GROUPS_PER_ROLE", many)
     name = "vit_timm__ts17"
-    analysis, found = analysis_of(name), closed_forms_of(name)
+    analysis, closed_forms = analysis_of(name), closed_forms_of(name)
     groups = prunable_of(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
+    scores = with_closed_form_order(
+        score(analysis, "magnitude", None, skip=set(closed_forms.kinds)), closed_forms, "auto"
+    )
     calibration = calibration_of(analysis, feeds_of(name))
     spy = Spy(monkeypatch)
-    curves = measure_loss_curves(found, scores, calibration, groups, choice)
+    curves = measure_loss_curves(closed_forms, scores, calibration, groups, budget)
     assert len(set(spy.tried)) == len(spy.tried), "nothing is tried twice"
-    mild = choice.max_drift is None and choice.ratio != 0.7
+    mild = budget.max_drift is None and budget.ratio != 0.7
     first = 1 if many == 1 and mild else len(CURVE_SHARES)
     assert first * len(groups) <= len(spy.tried) <= (first + REFINEMENT_ROUNDS) * len(groups)
     assert all(width in measurable_widths(g) for g in groups for name, width in spy.tried if name == g.id)
     # What the plan comes to has been seen, but where the last measurements have moved it on.
-    planned = allocate_widths(groups, replace(scores, curves=curves), choice)
+    planned = allocate_widths(groups, replace(scores, curves=curves), budget)
     near = {(g.id, nearest_widths(g, [planned[g.id] / g.size])[0]) for g in groups}
     assert len(near & set(spy.tried)) >= 0.75 * len(groups)
     assert len({width for _, width in spy.tried}) > 2
@@ -84,30 +88,36 @@ def test_curves_are_measured_near_the_plan_that_they_make(
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_timm__ts17"
-    analysis, found = analysis_of(name), closed_forms_of(name)
+    analysis, closed_forms = analysis_of(name), closed_forms_of(name)
     groups = prunable_of(analysis)
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
+    scores = with_closed_form_order(
+        score(analysis, "magnitude", None, skip=set(closed_forms.kinds)), closed_forms, "auto"
+    )
     spy = Spy(monkeypatch)
     with pytest.raises(UserError, match=r"macs=0\.01 cannot be reached"):
-        measure_loss_curves(found, scores, calibration_of(analysis, feeds_of(name)), groups, Budget(target="macs=0.01"))
+        measure_loss_curves(
+            closed_forms, scores, calibration_of(analysis, feeds_of(name)), groups, Budget(target="macs=0.01")
+        )
     assert not spy.tried
 
 
 def test_curves_for_all_choices_do_not_depend_on_one() -> None:
     analysis = analysis_of("vit_timm__ts17")
     calibration = calibration_of(analysis, feeds_of("vit_timm__ts17"))
-    choices = (Budget(target="macs=0.7"), Budget(0.0))
-    requests = [PlanRequest(choice, full_curves=True) for choice in choices]
+    budgets = (Budget(target="macs=0.7"), Budget(0.0))
+    requests = [PlanRequest(budget, full_curves=True) for budget in budgets]
     first, second = (make_plan(analysis, request, calibration).loss_curves for request in requests)
     assert all(np.array_equal(first[name], curve) for name, curve in second.items())
 
 
-@pytest.mark.parametrize("choice", [None, Budget(target="macs=0.7")], ids=str)
-def test_curves_fall_with_the_width(choice: Budget | None) -> None:
-    analysis, found = analysis_of("bert__ts17"), closed_forms_of("bert__ts17")
-    scores = with_closed_form_order(score(analysis, "magnitude", None, skip=set(found.kinds)), found, "auto")
+@pytest.mark.parametrize("budget", [None, Budget(target="macs=0.7")], ids=str)
+def test_curves_fall_with_the_width(budget: Budget | None) -> None:
+    analysis, closed_forms = analysis_of("bert__ts17"), closed_forms_of("bert__ts17")
+    scores = with_closed_form_order(
+        score(analysis, "magnitude", None, skip=set(closed_forms.kinds)), closed_forms, "auto"
+    )
     calibration = calibration_of(analysis, feeds_of("bert__ts17"))
-    curves = measure_loss_curves(found, scores, calibration, prunable_of(analysis), choice)
+    curves = measure_loss_curves(closed_forms, scores, calibration, prunable_of(analysis), budget)
     for g in prunable_of(analysis):
         curve = curves[g.id]
         assert curve.shape == (g.size + 1,)
