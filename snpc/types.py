@@ -121,8 +121,8 @@ class Probe:
 class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
-    ``kind`` "norm": a normalisation takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, within a head as may be.
+    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
+    compared over, possibly within a head only.
     """
 
     tensor: str
@@ -173,7 +173,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CriterionInputs:
-    """All that a criterion sees of one group: arrays, never operators.
+    """All that a criterion sees of one group: arrays, no graph.
 
     ``produce``/``consume``: weight name -> [blocks*size, fan], row ``block*size + position`` is what makes / what reads
     that unit (float64). ``sums``: what ``Criterion.observe`` returned, summed over ``samples`` calibration samples.

@@ -186,20 +186,20 @@ def check_request(request: PlanRequest, calibration: Calibration | None) -> None
 
 
 def needs_loss_curves(budget: Budget, method: PruningMethod) -> bool:
-    """Uniform widths ask for none, unless for the drift; scores alone serve a ratio of selected units."""
+    """Uniform widths need none, except for a drift; a ratio of selected units needs the scores alone."""
     if budget.uniform or budget.allocator == "dimap":
         return budget.max_drift is not None
     return method != "select" or budget.ratio is None
 
 
-def default_method(calibration: Calibration | None, closed: bool) -> PruningMethod:
-    if not closed:
+def default_method(calibration: Calibration | None, refits: bool) -> PruningMethod:
+    if not refits:
         return "select"
     return "auto" if calibration is not None else "parallel"
 
 
 def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
-    """[size + 1]: the closed form's loss as a share of all that the group does; without one, the scores' share."""
+    """[size + 1]: the closed form's loss relative to that of removing the whole group, or the scores' in its place."""
     curve = closed_forms.loss_curve(group)
     if curve is None:
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
@@ -208,7 +208,7 @@ def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -
 
 
 def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:
-    """Scores in which the closed forms set the order of units within their groups."""
+    """Scores in which the closed forms give the order of the units within their groups."""
     values: dict[str, FloatArray] = dict(scores.values)
     for name, orders in closed_forms.elimination_orders.items():
         values[name] = np.stack([np.argsort(order.order) for order in orders]).astype(np.float64)
@@ -222,7 +222,7 @@ def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method
 def check_refit_data(method: PruningMethod, calibration: Calibration | None, statistics: Statistics | None) -> None:
     if method == "auto" and calibration is None and statistics is not None:
         raise UserError(
-            "--method auto fits layer after layer on the data itself, which --load-stats does not hold: give --calib "
+            "--method auto refits layer after layer on the data, which --load-stats does not contain: give --calib "
             "as well, or --method parallel"
         )
     if method != "select" and calibration is None and statistics is None:

@@ -1,4 +1,4 @@
-"""analysis (+ calibration data) -> scores: what a criterion says of every unit of every group."""
+"""Scores: a criterion's value for every unit of every group, from the weights and from calibration data."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class PlanSearch:
 
 
 def meet_drift(search: PlanSearch) -> PrunedModel:
-    """Cut as much as keeps the drift that verification states within the limit."""
+    """The narrowest model whose measured drift is within the limit."""
     limit, path = search.budget.max_drift, search_path(search)
     assert limit is not None
     predicted = predicted_drift(path, search.scores)[1:]
@@ -103,14 +103,14 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
     if search.best is None:
         least = min(value for _, value in search.tried)
         raise CheckFailed(
-            f"{search.target}: the smallest cut moves an output by {least:.3g}, more than --max-drift {limit:g}; "
+            f"{search.target}: the smallest cut changes an output by {least:.3g}, more than --max-drift {limit:g}; "
             "nothing was written"
         )
     return search.publish(SearchResult("drift", "relative", limit, search.measured, tuple(search.tried)))
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:
-    """Cut as little as brings the latency down to the target."""
+    """The widest model whose measured latency is within the target."""
     with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
         return meet_latency_in(Path(folder), search)
 
@@ -122,7 +122,7 @@ def meet_latency_in(folder: Path, search: PlanSearch) -> PrunedModel:
     scale = times.dense if target.ms is not None else 1.0
     limit = target.ms if target.ms is not None else target.share
     workload = search.plan.workload or Workload()
-    shares = ((times.base - path.cumulative(times.saved)) / times.dense)[::-1]  # rising, the whole path down first
+    shares = ((times.base - path.cumulative(times.saved)) / times.dense)[::-1]  # rising: the narrowest model first
     last = len(shares) - 1
     dense_file = workload.timed_file(original.model.path, folder / "dense")
 
@@ -148,23 +148,22 @@ def meet_latency_in(folder: Path, search: PlanSearch) -> PrunedModel:
 
 
 def search_path(search: PlanSearch) -> AllocationPath:
-    groups = search.plan.groups
-    return allocation_path(groups, search.scores, search.budget)[0]
+    return allocation_path(search.plan.groups, search.scores, search.budget)[0]
 
 
-def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], near: float) -> int:
-    """The largest index found at which ``measure`` stays within ``limit``, -1 if it does nowhere that was tried.
+def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], margin: float) -> int:
+    """The largest index at which a measurement was within ``limit``; -1 if none was.
 
-    ``predicted`` rises. What was measured shifts it, interpolated between the places where it was; from the fourth
-    round on the rest is halved as well, and the last round, if nothing has held, tries index 0. A value less than
-    ``near`` below the limit is good enough.
+    ``predicted`` rises. Measurements shift it, interpolated between their indices. From the fourth round on the
+    remaining interval is halved as well, and the last round tries index 0 if nothing was within the limit. A value at
+    most ``margin`` below the limit ends the search.
     """
     known: dict[int, float] = {}
     low, high = -1, len(predicted)
     for turn in range(SEARCH_ROUNDS):
         if high - low <= 1:
             break
-        guess = next_guess(predicted, known, limit - near / 2 if known else limit)
+        guess = next_guess(predicted, known, limit - margin / 2 if known else limit)
         if turn >= 3:
             guess = min(guess, (low + high) // 2) if low < 0 else (low + high) // 2
         if turn == SEARCH_ROUNDS - 1 and low < 0:
@@ -175,14 +174,15 @@ def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[
             high = guess
         else:
             low = guess
-            if known[guess] >= limit - near:
+            if known[guess] >= limit - margin:
                 break
     return low
 
 
 def next_guess(predicted: FloatArray, known: dict[int, float], aim: float) -> int:
-    """The largest index that should stay within ``aim``, after what is ``known``; 0 if none should."""
-    at = sorted(known)
-    shift = np.interp(np.arange(len(predicted)), at, [known[k] - predicted[k] for k in at]) if at else 0.0
+    """The largest index whose prediction, corrected by the ``known`` measurements, is within ``aim``; 0 if none is."""
+    indices = sorted(known)
+    errors = [known[k] - predicted[k] for k in indices]
+    shift = np.interp(np.arange(len(predicted)), indices, errors) if indices else 0.0
     fits = np.flatnonzero(predicted + shift <= aim)
     return int(fits[-1]) if len(fits) else 0

@@ -1,4 +1,4 @@
-"""One model at several sizes: quality and speed of each, and which of them no other one beats."""
+"""Sweeps: one model pruned to several targets, the quality and speed of each, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ StepCallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One size. ``macs`` and ``params`` are of the pruned ONNX file, the rest of the artefact where one was built.
+    """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
-    ``drift``: outputs against the original's, relative; ``agreement``: share of rows with the same top entry;
-    ``top1_accuracy``: share of labels that are the top entry, where labels are given. ``speedup``: over the original,
-    with
-    its 95 % interval. ``tokens``: how they get fewer, "" where they do not. ``front``: nothing else is both at least as
-    good and at least as fast.
+    ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
+    share of labels that are the top entry; None without labels. ``latency``: ms. ``speedup``: over the original, with
+    its 95 % interval from ``low`` to ``high``. ``tokens``: the token reduction, "" for none. ``front``: is it on the
+    Pareto front?
     """
 
     name: str
@@ -121,9 +120,9 @@ def sweep(
     """Prune to each of ``targets``, build these models and the original (``builder`` None: the ONNX files themselves),
     judge and time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
-    What is measured on ``calibration`` is measured once, or once for every number of tokens. ``on_step`` is told what
-    comes next, ``count_sweep_steps(targets)`` times. Raises UserError for a target that cannot be reached, before
-    anything is written.
+    Statistics are measured once, or once for every number of tokens. ``on_step`` is called before each of
+    ``count_sweep_steps(targets)`` steps. Raises UserError for a target that cannot be reached, before anything is
+    written.
     """
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
@@ -253,7 +252,7 @@ def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution:
 
 
 def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Marked: points that no other is at least as good and as fast as, and better in one of the two."""
+    """The points with ``front`` set where no other is at least as good and as fast, and better in one of the two."""
 
     def beats(a: SweepPoint, b: SweepPoint) -> bool:
         pair = (a.quality - b.quality, a.speedup - b.speedup)
@@ -263,8 +262,8 @@ def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 
 
 def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -> list[SweepPoint]:
-    """Move the files of the front into ``folder``; those of the others go with the temporary folder, and so does what
-    was built of the original."""
+    """Move the files of the front into ``folder``. Those of other points, and what was built of the original, are
+    deleted with the staging folder."""
     placed = []
     for point in points:
         if point.name == ORIGINAL_NAME:

@@ -1,4 +1,4 @@
-"""MACs by the number of tokens, without building the graph: to search schedules by."""
+"""MACs as a function of the token counts, without building the graph: the cost model of the schedule search."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from snpc.tokens.methods import StepSettings, TokenMethod
 
 @dataclass(frozen=True)
 class TokenCost:
-    """``fixed`` MACs, and per point of the model what lies behind it (before the next) with one token axis and with
-    two: MACs at ``count`` tokens. ``width``: of the stream; ``scoring``: what a method that asks for scores adds at a
-    point, per token and per pair of tokens."""
+    """MACs at ``count`` tokens, by how they scale.
+
+    ``fixed``: independent of the tokens. ``after_point``: per point, MACs up to the next one of nodes with one token
+    axis, and with two. ``width``: of the stream. ``scoring``: per point, MACs of the scores that a method reads, per
+    token and per pair of tokens.
+    """
 
     fixed: float
     after_point: tuple[tuple[float, float], ...]
@@ -28,7 +31,7 @@ class TokenCost:
     scoring: tuple[tuple[int, int], ...]
 
     def macs(self, settings: Sequence[StepSettings], method: TokenMethod) -> float:
-        """MACs with these settings, one per point; what the method itself adds included."""
+        """MACs with these settings, one per point, with those of the method itself."""
         total = self.fixed
         for setting, (once, twice), (row, all_) in zip(settings, self.after_point, self.scoring, strict=True):
             share = (setting.count - setting.removed) / self.count
@@ -40,13 +43,13 @@ class TokenCost:
 
 
 def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
-    """Of a model whose tokens are not reduced; ``facts`` of its graph."""
+    """The cost of a model whose tokens are not reduced; ``facts``: of its graph."""
     points = analysis.tokens.points
     graph, model = analysis.model.graph, analysis.traced_graph.model
     before, after = (infer_graph(m, dict(analysis.dim_sizes)) for m in (graph, model))
     originals = {str(node.name): node for node in graph.graph}
     names = [{node.name for node in point.flow.nodes} for point in points]
-    behind = [[0.0, 0.0] for _ in points]
+    after_point = [[0.0, 0.0] for _ in points]
     fixed = 0.0
     for node in model.graph:
         index = max((k for k, nodes_of_point in enumerate(names) if node.name in nodes_of_point), default=-1)
@@ -59,17 +62,17 @@ def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
                     2 * macs < whole
                 )  # of rows that nobody reads, one
             if axes > 0:
-                behind[index][axes - 1] += macs
+                after_point[index][axes - 1] += macs
             else:
                 fixed += macs
     width = (facts.shape[points[0].stream] or (0,))[-1]
     scoring = tuple(scoring_macs(point, width) for point in points)
     count = (before.shape[points[0].stream] or (0, 0))[TOKEN_AXIS]
-    return TokenCost(fixed, tuple((a, b) for a, b in behind), count, width, scoring)
+    return TokenCost(fixed, tuple((a, b) for a, b in after_point), count, width, scoring)
 
 
 def scoring_macs(point: TokenPoint, width: int) -> tuple[int, int]:
-    """MACs of finding out what attention tokens get: per token, and per pair of tokens."""
+    """MACs of the attention scores that a method reads: per token, and per pair of tokens."""
     again = width if point.scores is not None and point.scores.fused else 0  # scores are computed again
     if point.leading_reads:
         return again, 0
@@ -81,7 +84,7 @@ def macs_by_part(facts: ShapeFacts, node: ir.Node, version: int) -> dict[str, in
 
 
 def count_token_axes(flow: TokenFlow, node: ir.Node, part: str) -> int:
-    """Along how many token axes a node works: two for scores and contexts."""
+    """The number of token axes of a node: two for scores and contexts."""
     if part in ("scores", "context"):
         return 2
     marked = [flow.axes[v] for v in (*node.inputs, *node.outputs[:1]) if v is not None and v in flow.axes]

@@ -1,4 +1,4 @@
-"""Ways to have fewer tokens. Each is a small class; ``snpc.tokens`` lists them.
+"""Methods of token reduction. Each is a small class; ``snpc.tokens`` lists them.
 
 A method works in two halves, so that what it decides can be looked at, compared and fed from outside: ``decide`` makes
 *decisions*, small tensors per sample, from what the graph holds at the point, and ``reduce`` carries them out. All that
@@ -34,15 +34,15 @@ from snpc.ops.names import (
 from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
 
-ONLINE_WEIGHT = 0.4  # weight of a block's own scores where they are fused with what was measured before
+ONLINE_WEIGHT = 0.4  # weight of a block's own scores where they are blended with offline scores
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """One reduction: of ``count`` tokens the ``leading`` ones stay, and of the others ``gone`` go.
+    """One reduction: of ``count`` tokens the ``leading`` ones stay, and ``removed`` of the others are removed.
 
-    ``share``: how many go is not fixed but computed in the graph, as this share says (of the tokens to keep, or of
-    their scores); ``count`` and ``gone`` are then those of one input.
+    ``share``: the number is not fixed but computed in the graph, from this share of the tokens or of their scores that
+    is kept; ``count`` and ``removed`` are then those of one input.
     """
 
     count: int
@@ -57,7 +57,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A stream [B, N, D], and how many tokens each of its tokens stands for, [B, N, 1] (None: one each)."""
+    """A stream [B, N, D], and the number of original tokens that each token stands for, [B, N, 1] (None: one each)."""
 
     values: ir.Value
     sizes: ir.Value | None = None
@@ -65,23 +65,23 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class DecisionTensor:
-    """One tensor of a decision: [batch, *shape] (a name: of no fixed size); ``whole``: of integers."""
+    """One tensor of a decision, [batch, *shape]; a name in ``shape`` is a dynamic size."""
 
     name: str
     shape: tuple[int | str, ...]
     integer: bool = True
 
 
-KEPT_SIZE = "kept"  # the size of decisions that say of each token that is kept which it is, where it is computed
+KEPT_SIZE = "kept"  # name of the dynamic size: the number of tokens that are kept
 
 
 class TokenMethod(Protocol):
-    """A way of making tokens fewer.
+    """A method of token reduction.
 
     ``needs_scores``: it reads the attention weights of the block. ``weights_tokens``: a token that comes out has a
     weight, as it stands for several tokens or for none. ``only_selects``: every token that comes out is one that went
-    in. ``needs_offline``: it reads scores that were measured before (``pipeline.token_request``). ``computes_count``:
-    the graph can compute how many tokens go. ``input_adaptive``: that number depends on the contents of the input.
+    in. ``needs_offline``: it reads scores from calibration data (``pipeline.token_request``). ``computes_count``:
+    the graph can compute the number of removed tokens. ``input_adaptive``: that number depends on the input.
     """
 
     name: ClassVar[str]
@@ -93,48 +93,48 @@ class TokenMethod(Protocol):
     input_adaptive: ClassVar[bool]
 
     def max_removed(self, others: int) -> int:
-        """How many of so many tokens can go at once."""
+        """The largest number of ``others`` tokens that one step can remove."""
         ...
 
-    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]: ...
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]: ...
 
     def decide(
-        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         """The tensors of ``decisions``. ``values``: [B, N, D]; ``scores``: [B, N], higher = keep; both of float."""
         ...
 
     def reduce(
-        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+        self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream: ...
 
-    def macs(self, setting: StepSettings, width: int) -> int:
-        """What it costs itself, per sample; ``width``: of the stream."""
+    def macs(self, settings: StepSettings, width: int) -> int:
+        """MACs of the method itself, per sample. ``width``: of the stream."""
         ...
 
     def matrix(
-        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """([B, N', N]: each new token as a weighted sum of old ones; [B, N']: new sizes). ``sizes``: [B, N]."""
         ...
 
 
-def best_tokens(writer: TokenGraphBuilder, setting: StepSettings, scores: ir.Value, keep: int | None) -> ir.Value:
-    """Positions [B, keep] of the best tokens behind the leading ones; None: of the share that the setting names."""
-    rest = writer.slice(scores, 1, setting.leading)
-    count = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.sizes(rest, 1), setting)
+def best_tokens(writer: TokenGraphBuilder, settings: StepSettings, scores: ir.Value, keep: int | None) -> ir.Value:
+    """Positions [B, keep] of the tokens with the highest scores, leading ones left out; ``keep`` None: by the share."""
+    rest = writer.slice(scores, 1, settings.leading)
+    count = writer.ints(keep) if keep is not None else add_ceil_share(writer, writer.sizes(rest, 1), settings)
     positions = writer.ops(TOPK, rest, count, outputs=2, axis=1, largest=1, sorted=1)[1]
-    return writer.op(ADD, positions, writer.ints(setting.leading))
+    return writer.op(ADD, positions, writer.ints(settings.leading))
 
 
 def ceil_share(others: int, share: float) -> int:
-    """ceil(others * share), but for what rounding adds to a whole number."""
+    """ceil(others * share), exact where the product is a whole number."""
     return math.ceil(others * share - 1e-9)
 
 
-def add_ceil_share(writer: TokenGraphBuilder, others: ir.Value, setting: StepSettings) -> ir.Value:
-    """``ceil_share`` in the graph, in whole numbers, [1]."""
-    above, below = Fraction(str(setting.share)).as_integer_ratio()
+def add_ceil_share(writer: TokenGraphBuilder, others: ir.Value, settings: StepSettings) -> ir.Value:
+    """``ceil_share`` in the graph, in integer arithmetic, [1]."""
+    above, below = Fraction(str(settings.share)).as_integer_ratio()
     scaled = writer.op(ADD, writer.op(MUL, others, writer.ints(above)), writer.ints(below - 1))
     return writer.op(DIV, scaled, writer.ints(below))
 
@@ -142,7 +142,7 @@ def add_ceil_share(writer: TokenGraphBuilder, others: ir.Value, setting: StepSet
 def blend_scores(
     writer: TokenGraphBuilder, scores: ir.Value, offline: ir.Value, weight: float = ONLINE_WEIGHT
 ) -> ir.Value:
-    """[B, N]: the logarithm of the shares s that minimise w KL(s | a) + (1 - w) KL(s | b), where a and b are ``scores``
+    """[B, N]: the logarithm of the shares s that minimize w KL(s | a) + (1 - w) KL(s | b), where a and b are ``scores``
     and ``offline`` scores as shares: s is proportional to a^w b^(1 - w). Only its order counts."""
     parts = [
         writer.op(MUL, writer.op(LOG, value), writer.constant(np.asarray([share], np.float32)))
@@ -151,21 +151,23 @@ def blend_scores(
     return writer.op(ADD, *parts)
 
 
-def gather_with_leading(writer: TokenGraphBuilder, setting: StepSettings, value: ir.Value, index: ir.Value) -> ir.Value:
-    return writer.concat(1, writer.slice(value, 1, 0, setting.leading), writer.gather_rows(value, index))
+def gather_with_leading(
+    writer: TokenGraphBuilder, settings: StepSettings, value: ir.Value, index: ir.Value
+) -> ir.Value:
+    return writer.concat(1, writer.slice(value, 1, 0, settings.leading), writer.gather_rows(value, index))
 
 
-def selection_matrix(setting: StepSettings, index: AnyArray) -> FloatArray:
+def selection_matrix(settings: StepSettings, index: AnyArray) -> FloatArray:
     """[B, leading + k, N] of zeros and ones."""
     batch = len(index)
-    front = np.broadcast_to(np.arange(setting.leading), (batch, setting.leading))
-    chosen: FloatArray = np.eye(setting.count)[np.concatenate([front, index], 1)]
+    front = np.broadcast_to(np.arange(settings.leading), (batch, settings.leading))
+    chosen: FloatArray = np.eye(settings.count)[np.concatenate([front, index], 1)]
     return chosen
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Keeps the tokens with the highest attention from the class token (from all tokens where there is none)."""
+    """Keeps the tokens that receive most attention from the class token, or from all tokens where there is none."""
 
     name: ClassVar[str] = "topk"
     needs_scores: ClassVar[bool] = True
@@ -178,37 +180,39 @@ class TopK:
     def max_removed(self, others: int) -> int:
         return others - 1
 
-    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        return (DecisionTensor("keep", (setting.others - setting.removed if setting.share is None else KEPT_SIZE,)),)
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
+        return (DecisionTensor("keep", (settings.others - settings.removed if settings.share is None else KEPT_SIZE,)),)
 
     def decide(
-        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
         return [
-            best_tokens(writer, setting, scores, setting.others - setting.removed if setting.share is None else None)
+            best_tokens(
+                writer, settings, scores, settings.others - settings.removed if settings.share is None else None
+            )
         ]
 
     def reduce(
-        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+        self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
-        sizes = gather_with_leading(writer, setting, tokens.sizes, decided[0]) if tokens.sizes is not None else None
-        return TokenStream(gather_with_leading(writer, setting, tokens.values, decided[0]), sizes)
+        sizes = gather_with_leading(writer, settings, tokens.sizes, decided[0]) if tokens.sizes is not None else None
+        return TokenStream(gather_with_leading(writer, settings, tokens.values, decided[0]), sizes)
 
-    def macs(self, setting: StepSettings, width: int) -> int:
+    def macs(self, settings: StepSettings, width: int) -> int:
         return 0
 
     def matrix(
-        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        chosen = selection_matrix(setting, decided[0])
+        chosen = selection_matrix(settings, decided[0])
         return chosen, np.einsum("bij,bj->bi", chosen, sizes)
 
 
 @dataclass(frozen=True)
 class Star(TopK):
-    """As topk, by the class token's attention within the block fused with the relevance that each position of the
-    picture has for the outputs across the blocks behind (STAR, ICLR 2024)."""
+    """As topk, by the attention within the block blended with the relevance of each position for the outputs through
+    the later blocks (STAR, ICLR 2024)."""
 
     name: ClassVar[str] = "star"
     needs_offline: ClassVar[bool] = True
@@ -226,38 +230,38 @@ class Adaptive(TopK):
     needs_offline: ClassVar[bool] = True
     input_adaptive: ClassVar[bool] = True
 
-    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
         return (DecisionTensor("keep", (KEPT_SIZE,)), DecisionTensor("alive", (KEPT_SIZE,), integer=False))
 
     def decide(
-        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
-        rest = writer.slice(scores, 1, setting.leading)
+        rest = writer.slice(scores, 1, settings.leading)
         ranked, where = writer.ops(TOPK, rest, writer.sizes(rest, 1), outputs=2, axis=1, largest=1, sorted=1)
         before = writer.op(CUMSUM, ranked, writer.constant(np.asarray(1, np.int64)), exclusive=1)
-        share = writer.constant(np.asarray([setting.share], np.float32))
+        share = writer.constant(np.asarray([settings.share], np.float32))
         alive = writer.op(LESS, before, writer.op(MUL, writer.reduce_sum(rest, 1, keep=True), share))
         counts = writer.reduce_sum(writer.cast(alive, ir.DataType.INT64), 1)
         most = writer.op(REDUCE_MAX, counts, keepdims=1)
         keep, alive = (writer.slice_to(value, 1, most) for value in (where, alive))
-        return [writer.op(ADD, keep, writer.ints(setting.leading)), writer.cast(alive)]
+        return [writer.op(ADD, keep, writer.ints(settings.leading)), writer.cast(alive)]
 
     def reduce(
-        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+        self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         keep, alive = decided
         sizes = tokens.sizes if tokens.sizes is not None else writer.ones(tokens.values)
         own = writer.op(MUL, writer.gather_rows(sizes, keep), writer.unsqueeze(alive, -1))
-        front = [writer.slice(sizes, 1, 0, setting.leading)] if setting.leading else []
-        return TokenStream(gather_with_leading(writer, setting, tokens.values, keep), writer.concat(1, *front, own))
+        front = [writer.slice(sizes, 1, 0, settings.leading)] if settings.leading else []
+        return TokenStream(gather_with_leading(writer, settings, tokens.values, keep), writer.concat(1, *front, own))
 
     def matrix(
-        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         keep, alive = decided
-        chosen = selection_matrix(setting, keep)
-        chosen[:, setting.leading :] *= alive[:, :, None]
+        chosen = selection_matrix(settings, keep)
+        chosen[:, settings.leading :] *= alive[:, :, None]
         return chosen, np.einsum("bij,bj->bi", chosen, sizes)
 
 
@@ -276,43 +280,43 @@ class Fuse:
     def max_removed(self, others: int) -> int:
         return others - 1
 
-    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        keep = setting.others - setting.removed - 1
-        return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (setting.count,), integer=False))
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
+        keep = settings.others - settings.removed - 1
+        return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (settings.count,), integer=False))
 
     def decide(
-        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         assert scores is not None
-        keep = best_tokens(writer, setting, scores, setting.others - setting.removed - 1)
-        front = writer.ints(*range(setting.leading))
-        batch = writer.concat(0, writer.sizes(keep, 0), writer.ints(setting.leading))
+        keep = best_tokens(writer, settings, scores, settings.others - settings.removed - 1)
+        front = writer.ints(*range(settings.leading))
+        batch = writer.concat(0, writer.sizes(keep, 0), writer.ints(settings.leading))
         stays = writer.concat(1, writer.expand(writer.unsqueeze(front, 0), batch), keep)
         zeros = writer.expand(writer.constant(np.zeros(1, np.float32)), writer.sizes(stays, 0, 1))
         remaining = writer.op(SCATTER_ELEMENTS, scores, stays, zeros, axis=1)
         return [keep, writer.cast(writer.op(DIV, remaining, writer.reduce_sum(remaining, 1, keep=True)))]
 
     def reduce(
-        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+        self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         keep, share = decided
         fused = writer.matmul(writer.unsqueeze(share, 1), tokens.values)
-        values = writer.op(CONCAT, gather_with_leading(writer, setting, tokens.values, keep), fused, axis=1)
+        values = writer.op(CONCAT, gather_with_leading(writer, settings, tokens.values, keep), fused, axis=1)
         if tokens.sizes is None:
             return TokenStream(values)
         one = writer.slice(writer.ones(tokens.values), 1, 0, 1)
         return TokenStream(
-            values, writer.op(CONCAT, gather_with_leading(writer, setting, tokens.sizes, keep), one, axis=1)
+            values, writer.op(CONCAT, gather_with_leading(writer, settings, tokens.sizes, keep), one, axis=1)
         )
 
-    def macs(self, setting: StepSettings, width: int) -> int:
-        return setting.count * width
+    def macs(self, settings: StepSettings, width: int) -> int:
+        return settings.count * width
 
     def matrix(
-        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         keep, share = decided
-        chosen = selection_matrix(setting, keep)
+        chosen = selection_matrix(settings, keep)
         matrix = np.concatenate([chosen, share[:, None].astype(np.float64)], 1)
         kept = np.einsum("bij,bj->bi", chosen, sizes)
         return matrix, np.concatenate([kept, np.ones((len(keep), 1))], 1)
@@ -334,40 +338,40 @@ class Merge:
     def max_removed(self, others: int) -> int:
         return others // 2
 
-    def decisions(self, setting: StepSettings) -> tuple[DecisionTensor, ...]:
-        even = (setting.others + 1) // 2
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
+        even = (settings.others + 1) // 2
         return (
-            DecisionTensor("order", (even,)),  # even tokens, those that go first
-            DecisionTensor("into", (setting.removed,)),  # which odd token each of them is merged into
+            DecisionTensor("order", (even,)),  # even tokens, by priority
+            DecisionTensor("into", (settings.removed,)),  # which odd token each of them is merged into
         )
 
     def decide(
-        self, writer: TokenGraphBuilder, setting: StepSettings, values: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         unit = writer.op(LP_NORMALIZATION, values, axis=-1, p=2)
-        even, odd = (writer.gather_positions(unit, range(setting.leading + k, setting.count, 2)) for k in (0, 1))
+        even, odd = (writer.gather_positions(unit, range(settings.leading + k, settings.count, 2)) for k in (0, 1))
         alike = writer.matmul(even, writer.swap_last_axes(odd))
-        first = self.merge_priority(writer, setting, writer.reduce_max(alike, 2), scores)
-        every = writer.ints((setting.others + 1) // 2)
+        first = self.merge_priority(writer, settings, writer.reduce_max(alike, 2), scores)
+        every = writer.ints((settings.others + 1) // 2)
         order = writer.ops(TOPK, first, every, outputs=2, axis=1, sorted=1)[1]
-        rows = writer.gather_rows(alike, writer.slice(order, 1, 0, setting.removed))
+        rows = writer.gather_rows(alike, writer.slice(order, 1, 0, settings.removed))
         return [order, writer.op(ARG_MAX, rows, axis=2, keepdims=0)]
 
     def merge_priority(
-        self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, near: ir.Value, scores: ir.Value | None
     ) -> ir.Value:
-        """[B, even]: which tokens go first, the higher the sooner; ``near``: their cosine to the nearest odd one."""
+        """[B, even]: priority of each even token for being merged. ``near``: its cosine to the nearest odd token."""
         return near
 
     def reduce(
-        self, writer: TokenGraphBuilder, setting: StepSettings, tokens: TokenStream, decided: list[ir.Value]
+        self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         order, into = decided
-        staying = (setting.others + 1) // 2 - setting.removed
-        where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(setting.leading))
-        source, *stay = writer.split(where, 1, setting.removed, staying)
-        fixed = [*range(setting.leading), *range(setting.leading + 1, setting.count, 2)]
-        number = np.concatenate([np.full(setting.leading, -1), np.arange(setting.others // 2)])
+        staying = (settings.others + 1) // 2 - settings.removed
+        where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(settings.leading))
+        source, *stay = writer.split(where, 1, settings.removed, staying)
+        fixed = [*range(settings.leading), *range(settings.leading + 1, settings.count, 2)]
+        number = np.concatenate([np.full(settings.leading, -1), np.arange(settings.others // 2)])
         places = writer.constant(number.astype(np.int64)[None, :, None])
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
         rows = writer.gather_positions(tokens.values, fixed)
@@ -385,18 +389,18 @@ class Merge:
         values = writer.concat(1, merged, *(writer.gather_rows(tokens.values, one) for one in stay))
         return TokenStream(values, writer.concat(1, size, *others))
 
-    def macs(self, setting: StepSettings, width: int) -> int:
-        even, odd = (setting.others + 1) // 2, setting.others // 2
-        return even * odd * width + (setting.leading + odd) * setting.removed * width
+    def macs(self, settings: StepSettings, width: int) -> int:
+        even, odd = (settings.others + 1) // 2, settings.others // 2
+        return even * odd * width + (settings.leading + odd) * settings.removed * width
 
     def matrix(
-        self, setting: StepSettings, decided: list[AnyArray], sizes: FloatArray
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         order, into = decided
-        source, stay = np.split(order, [setting.removed], axis=1)
-        batch, lead = len(order), setting.leading
-        odd = np.broadcast_to(np.arange(lead + 1, setting.count, 2), (batch, setting.others // 2))
-        matrix = selection_matrix(setting, np.concatenate([odd, lead + 2 * stay], 1))
+        source, stay = np.split(order, [settings.removed], axis=1)
+        batch, lead = len(order), settings.leading
+        odd = np.broadcast_to(np.arange(lead + 1, settings.count, 2), (batch, settings.others // 2))
+        matrix = selection_matrix(settings, np.concatenate([odd, lead + 2 * stay], 1))
         matrix[np.arange(batch)[:, None], lead + into, lead + 2 * source] = 1
         matrix *= sizes[:, None, :]
         new = matrix.sum(2)
@@ -405,17 +409,17 @@ class Merge:
 
 @dataclass(frozen=True)
 class Guided(Merge):
-    """As merge, but tokens that get little attention (as topk counts it) go before others that are as similar."""
+    """As merge, but of equally similar tokens those that receive little attention are merged first."""
 
     name: ClassVar[str] = "guided"
     needs_scores: ClassVar[bool] = True
     weight: float = 0.07  # in cosine, of a factor e in attention
 
     def merge_priority(
-        self, writer: TokenGraphBuilder, setting: StepSettings, near: ir.Value, scores: ir.Value | None
+        self, writer: TokenGraphBuilder, settings: StepSettings, near: ir.Value, scores: ir.Value | None
     ) -> ir.Value:
         assert scores is not None
-        own = writer.op(LOG, writer.slice(scores, 1, setting.leading, step=2))
+        own = writer.op(LOG, writer.slice(scores, 1, settings.leading, step=2))
         scale = writer.constant(np.asarray([self.weight], np.float32))
         return writer.op(SUB, near, writer.op(MUL, own, scale))
 

@@ -52,20 +52,20 @@ class TokenReductionPlan:
 
     @property
     def decisions(self) -> tuple[str, ...]:
-        """Names of the tensors that say which tokens go."""
+        """Names of the decision tensors."""
         return tuple(name for step in self.steps for name in step.names)
 
     def embed_decisions(self, model: ir.Model) -> None:
-        """Make this open graph, in place, decide itself."""
+        """Replace the decision inputs of ``model``, in place, by nodes that decide."""
         embed_decisions(model, self.steps, self.dtypes)
 
     def finalize(self, model: ir.Model) -> None:
-        """As ``close``, for what is written or timed: sizes that are fixed now are not computed any more."""
+        """Embed the decisions, and fold shape arithmetic of fixed sizes: for models that are written or timed."""
         self.embed_decisions(model)
         run_pass(FOLD_SHAPE_ARITHMETIC, model)
 
     def name_decision_sizes(self, model: ir.Model) -> None:
-        """Give the decisions of a closed graph their shapes, with names for the sizes that are computed."""
+        """Set the shapes of embedded decisions, with names for the dynamic sizes."""
         shapes = {n: decision_shape(s, k, batch_dimension(model)) for s in self.steps for k, n in enumerate(s.names)}
         for value in (v for node in model.graph for v in node.outputs):
             value.shape = shapes.get(str(value.name), value.shape)
@@ -91,14 +91,15 @@ class TokenReductionPlan:
 def reduce_tokens(analysis: Analysis, text: str, offline: OfflineScores | None = None) -> Analysis:
     """The analysis of the model with fewer tokens, by a specification such as ``topk:0.7@3,6,9``.
 
-    ``offline``: by block what methods need that was measured before (``runtime.token_request.measured``).
-    A share is kept, a whole number goes; blocks count from 1; without ``@`` it is every block where it is possible.
-    Raises UserError where it cannot be done, saying why. An analysis comes back unchanged where no token goes.
+    A share is kept, a whole number is removed; blocks count from 1; without ``@`` every possible block is meant.
+    ``offline``: block -> scores from calibration data (``pipeline.token_request.measure_offline_scores``). Raises
+    UserError where the reduction is not possible. The analysis is returned unchanged where no token is removed.
     """
     return analyze_with_steps(analysis, steps_for(analysis, parse_token_request(analysis, text), offline or {}))
 
 
 def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analysis:
+    """The analysis of the graph with the decisions of ``steps`` as inputs; MACs include those of deciding."""
     if analysis.reduction is not None:
         raise UserError("the tokens of this model are reduced already")
     if not steps:
@@ -132,11 +133,11 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     )
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+# -- specifications --------------------------------------------------------------------------------------------------
 
 
 def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
-    """Block -> method and how many tokens, as ``text`` says. Raises UserError where it cannot be read or done."""
+    """Block -> method and amount. Raises UserError where ``text`` cannot be parsed or carried out."""
     request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
     for part in text.split("+"):
         match = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
@@ -154,7 +155,7 @@ def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
 
 @dataclass(frozen=True)
 class TokenAmount:
-    """``share`` of the tokens are kept, or (None) ``gone`` go."""
+    """``share`` of the tokens is kept; None: ``removed`` tokens are removed."""
 
     removed: int
     share: float | None = None
@@ -216,16 +217,18 @@ def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:
     if point is None:
         raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
     if method.needs_scores and point.scores is None:
-        raise UserError(f"--tokens: {method.name} needs attention weights that block {block} does not show; use merge")
+        raise UserError(
+            f"--tokens: {method.name} needs attention weights, which block {block} does not compute apart; use merge"
+        )
     if point.side_input and not method.only_selects:
-        raise UserError(f"--tokens: behind block {block} tokens meet {point.side_input}, an entry for each; use topk")
+        raise UserError(f"--tokens: after block {block}, {point.side_input} has an entry for each token; use topk")
 
 
 def settings_for(
     points: Sequence[TokenPoint], request: TokenRequest, shares: Mapping[int, float] = NO_SHARES, count: int = 0
 ) -> list[StepSettings]:
-    """One for every point, those included at which no token goes. ``shares``: how many stay on average where contents
-    decide; ``count``: tokens in front of the first point, where inputs have any number of them (0: the points')."""
+    """Settings for every point, also where no token is removed. ``shares``: block -> average share that stays, where
+    decided by content. ``count``: tokens before the first point, for inputs of any length; 0: that of the points."""
     count, settings = count or points[0].count, []
     for point in points:
         others, removed = count - point.leading, 0
@@ -248,17 +251,17 @@ def settings_for(
 
 
 def check_offline_scores(point: TokenPoint, request: TokenRequest, offline: OfflineScores) -> None:
-    """Raises UserError where a method lacks what has to be measured before."""
+    """Raises UserError where the offline scores that a method needs are missing."""
     method, amount = request.get(point.block, (None, TokenAmount(0)))
     if method is None or not method.needs_offline or (method.input_adaptive and amount.share == 1):
         return
     if len(offline.get(point.block, ())) != (1 if method.input_adaptive else point.count):
-        what = "how many tokens inputs keep" if method.input_adaptive else "the relevance of every position"
-        raise UserError(f"--tokens: {method.name} needs {what}: give --calib")
+        what = "the share of tokens that inputs keep" if method.input_adaptive else "the relevance of every position"
+        raise UserError(f"--tokens: {method.name} needs {what}, which is measured: give --calib")
 
 
 def steps_for(analysis: Analysis, request: TokenRequest, offline: OfflineScores) -> list[TokenStep]:
-    """Steps at these blocks; those at which no token goes are left out.
+    """The steps of a request, without those at which no token is removed.
 
     Raises UserError where offline scores are needed and missing, or do not fit tokens that were merged before.
     """
@@ -274,8 +277,8 @@ def steps_for(analysis: Analysis, request: TokenRequest, offline: OfflineScores)
             continue
         method, _ = request[point.block]
         if method.needs_offline and not method.input_adaptive and any(not s.method.only_selects for s in steps):
-            raise UserError(f"--tokens: {method.name} scores positions, which merged tokens have not; put it first")
+            raise UserError(f"--tokens: {method.name} scores positions, and merged tokens have none; put it first")
         if not method.input_adaptive and any(s.method.input_adaptive for s in steps):
-            raise UserError(f"--tokens: how many tokens adaptive leaves is not fixed: put {method.name} before it")
+            raise UserError(f"--tokens: adaptive leaves a dynamic number of tokens: put {method.name} before it")
         steps.append(TokenStep(point, method, setting, tuple(offline[point.block]) if method.needs_offline else ()))
     return steps

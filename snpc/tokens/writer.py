@@ -1,4 +1,4 @@
-"""Making nodes: what token reduction writes into a graph, all of it standard operators of opset 13."""
+"""New nodes of token reduction: standard operators of opset 13 on [B, N, D] streams."""
 
 from __future__ import annotations
 

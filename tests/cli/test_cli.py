@@ -33,7 +33,8 @@ def kept(groups: Report, role: str) -> list[int]:
 
 def share_removed(groups: Report, role: str) -> float:
     of_role = [g for g in groups.values() if g["role"] == role]
-    return 1 - sum(g["blocks"] * g["kept"] for g in of_role) / sum(g["blocks"] * g["size"] for g in of_role)
+    removed = 1 - sum(g["blocks"] * g["kept"] for g in of_role) / sum(g["blocks"] * g["size"] for g in of_role)
+    return float(removed)
 
 
 def run(model: Path | bytes, feeds: dict[str, Array]) -> list[Array]:
@@ -57,7 +58,7 @@ def masked(original: Path, report: Report) -> bytes:
         gone = np.setdiff1d(np.arange(array.shape[site["axis"]]), site["keep"])
         np.moveaxis(array, site["axis"], 0)[gone] = 0
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @pytest.fixture

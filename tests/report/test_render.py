@@ -9,11 +9,11 @@ import jinja2
 import pytest
 
 import snpc.report
-from snpc.report.charts import Bar, Chart, Dot, Label, Line, Polyline, axis_ticks
+from snpc.report.charts import Bar, Chart, ChartShape, Dot, Label, Line, Polyline, axis_ticks
 from snpc.report.render import render_template, template_environment
 
 TEMPLATES = Path(snpc.report.__file__).parent / "templates"
-SHAPES = {
+SHAPES: dict[str, ChartShape] = {
     "line": Line(0, 1, 2, 3, "grid"),
     "text": Label(4, 5, "<label>", "end", vertical=True),
     "rect": Bar(6, 7, 8, -9, "before", "<tooltip>"),

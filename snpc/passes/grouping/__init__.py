@@ -1,1 +1,1 @@
-"""Grouping: units that go together, as groups of heads x width with their sites."""
+"""Grouping: from labels to units, and from units to groups of heads x width with their sites."""

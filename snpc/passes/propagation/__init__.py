@@ -1,1 +1,1 @@
-"""Label propagation: which units of which constants every channel of a tensor comes from."""
+"""Label propagation: which positions of which constants each position of a tensor depends on."""

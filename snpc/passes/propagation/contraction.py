@@ -21,8 +21,7 @@ def contract_labels(
     table = context.trace.table
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     weights = which_are_weights(left, right)
-    constant = any(weights)
-    context.trace.contractions.append(Contraction(context.node, letters, left, right, constant, part))
+    context.trace.contractions.append(Contraction(context.node, letters, left, right, any(weights), part))
     sides = ((left, letters.left, weights), (right, letters.right, weights[::-1]))
     out: list[tuple[LabeledValue, Labels]] = []
     covered: list[Labels] = []
@@ -31,55 +30,48 @@ def contract_labels(
         for labels in operand.factors:
             varying_letters = {operand_letters[k] for k in varying_axes(labels)}
             windowed = varying_letters & set(letters.windowed) if operand is left else set()
+            dropped = varying_letters - summed - set(letters.out)
             if windowed:
                 context.pin(operand, labels, "a spatial axis of a convolution", operand_letters.index(min(windowed)))
                 continue
-            if varying_letters - summed - set(letters.out):
-                context.pin(
-                    operand,
-                    labels,
-                    SUMMED_OVER,
-                    operand_letters.index(min(varying_letters - summed - set(letters.out))),
-                )
+            if dropped:
+                context.pin(operand, labels, SUMMED_OVER, operand_letters.index(min(dropped)))
                 continue
-            if is_weight:
-                table.flag(
-                    labels,
-                    LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT if varying_letters & summed else LabelFlag.PRODUCED,
-                )
-                if not varying_letters & summed and letters.windowed:
-                    table.flag(labels, LabelFlag.CONVOLVED)
-            elif other_is_weight and varying_letters & summed:
-                table.flag(labels, LabelFlag.CONSUMED)
-            elif not constant:
-                batched = (
-                    LabelFlag.BATCHED
-                    if varying_letters and varying_letters <= set(letters.left) & set(letters.right)
-                    else LabelFlag.PASSED_THROUGH
-                )
-                table.flag(labels, LabelFlag.SCORED if varying_letters & summed else batched | LabelFlag.PASSED_THROUGH)
+            is_summed = bool(varying_letters & summed)
+            table.flag(labels, contraction_flags(varying_letters, letters, is_summed, is_weight, other_is_weight))
             rest = frozenset(k for k in varying_axes(labels) if operand_letters[k] in letters.out)
-            if varying_letters & summed:
-                if not rest:
-                    continue
-                labels = cover_remaining_axes(context, labels, rest)
-                moved = broadcast_to_letters(
-                    squeeze_to_letters(labels, operand_letters, letters.out),
-                    output_letters(operand_letters, letters.out),
-                    letters.out,
-                )
-                if any(m.shape == moved.shape for m in covered):
-                    table.unify(next(m for m in covered if m.shape == moved.shape), moved)
+            if is_summed and not rest:
+                continue
+            remaining = cover_remaining_axes(context, labels, rest) if is_summed else labels
+            moved = broadcast_to_letters(
+                squeeze_to_letters(remaining, operand_letters, letters.out),
+                output_letters(operand_letters, letters.out),
+                letters.out,
+            )
+            if is_summed:
+                same_axes = next((other for other in covered if other.shape == moved.shape), None)
+                if same_axes is not None:
+                    table.unify(same_axes, moved)
                     continue
                 covered.append(moved)
-            else:
-                moved = broadcast_to_letters(
-                    squeeze_to_letters(labels, operand_letters, letters.out),
-                    output_letters(operand_letters, letters.out),
-                    letters.out,
-                )
             out.append((operand, moved))
     return unify_batch_axes(context, out, left, right, letters)
+
+
+def contraction_flags(
+    varying_letters: set[str], letters: Letters, is_summed: bool, is_weight: bool, other_is_weight: bool
+) -> LabelFlag:
+    """The flags of labels of one operand that vary on ``varying_letters``, of which some are summed or none."""
+    if is_weight and is_summed:
+        return LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT
+    if is_weight:
+        return LabelFlag.PRODUCED | (LabelFlag.CONVOLVED if letters.windowed else LabelFlag(0))
+    if other_is_weight:
+        return LabelFlag.CONSUMED if is_summed else LabelFlag(0)
+    if is_summed:
+        return LabelFlag.SCORED
+    batched = bool(varying_letters) and varying_letters <= set(letters.left) & set(letters.right)
+    return LabelFlag.PASSED_THROUGH | (LabelFlag.BATCHED if batched else LabelFlag(0))
 
 
 def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bool]:

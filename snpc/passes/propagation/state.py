@@ -86,11 +86,13 @@ class NodeContext:
 
     @property
     def operator(self) -> str:
+        """Operator type and name of the node, as pins quote it."""
         return f"{self.node.op_type} {self.node.name}"
 
     def pin(
         self, operand: LabeledValue, labels: Labels, reason: str, axis: int | None = None, kind: PinKind = "hard"
     ) -> None:
+        """Pin ``labels`` of an input along ``axis`` (None: the first axis that they vary on)."""
         axes = sorted(varying_axes(labels)) or [0]
         at = axes[0] if axis is None else axis
         size = operand.shape[at] if at < len(operand.shape) else 1
@@ -116,6 +118,7 @@ class NodeContext:
             self.trace.table.pin(row, operand.name, min(axes), operand.shape[min(axes)], reason, self.operator, kind)
 
     def pin_all(self, inputs: Sequence[LabeledValue | None], reason: str) -> None:
+        """Pin all labels of all inputs."""
         for operand in inputs:
             if operand is not None:
                 for labels in operand.factors:

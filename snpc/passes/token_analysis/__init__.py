@@ -1,1 +1,1 @@
-"""Token analysis: where the token axis goes, and where tokens can get fewer."""
+"""Token analysis: follows the token axis through the graph and finds where tokens can be reduced."""

@@ -81,6 +81,7 @@ class TokenFacts:
     blocks: int
 
     def at(self, block: int) -> TokenPoint | None:
+        """The reduction point after attention number ``block``; None if there is none."""
         return next((p for p in self.points if p.block == block), None)
 
 

@@ -110,6 +110,7 @@ class TokenNodeContext:
         return self.facts.call(self.node, opset_version(self.model, self.node.domain))
 
     def axes(self, index: int) -> TokenAxes | None:
+        """Token axes of an input; None if it has none."""
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
         return self.flow.axes.get(value) if value is not None else None
 
@@ -118,4 +119,5 @@ class TokenNodeContext:
         return str(value.name) if value is not None else ""
 
     def pin(self, index: int, reason: str) -> TokenPin:
+        """The exception to raise because of an input."""
         return TokenPin(self.node, self.input_name(index), reason)

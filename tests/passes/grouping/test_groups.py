@@ -30,8 +30,8 @@ def expected(name: str) -> Kinds:
         return without(kinds, "qk", "head") if model.endswith("qknorm") else kinds
     if model == "swin_timm":
         kinds = attention(2, 12, 2) + ffn(4 * 24, 2) + attention(4, 12, 2) + ffn(4 * 48, 2)
-        # Bias and mask are added up before they meet the scores, with windows and heads on axes of their own; the sum
-        # is of a bias (which a head may lose) and a mask of the shifted block (which no weight makes).
+        # Bias and mask are summed before they are added to the scores, with windows and heads on axes of their own. The
+        # bias may lose heads; the mask of the shifted block, which no weight produces, may not.
         return kinds - Counter({("head", 1, 2): 1}) if sdpa else kinds
     if model == "convnet":  # no norm but folded statistics: the residual stream can be cut
         return Counter({("residual", 1, 16): 1, ("conv", 1, 24): 1})
@@ -39,7 +39,7 @@ def expected(name: str) -> Kinds:
         return Counter({("conv", 1, channels): 1 for channels in (12, 20, 16, 48, 14)})
     if model == "mlp":
         return Counter({("residual", 1, 48): 1}) + ffn(96, 1)
-    if model == "linear_attention":  # the normaliser sums q * k over the width, which pins it
+    if model == "linear_attention":  # the normalizer sums q * k over the width, which pins it
         return without(attention(4, 12, 2), "qk") + ffn(96, 2)
     if model == "albert":  # TorchScript keeps the one weight of all layers, dynamo transposes it once per layer
         layers = 1 if variant.startswith("ts") else 3
@@ -316,7 +316,7 @@ def test_quantised_weights_are_pinned(tmp_path: Path) -> None:
 
 
 def test_a_weight_from_a_graph_input_is_pinned(tmp_path: Path) -> None:
-    """A float axis that meets a tensor without labels may not be cut."""
+    """A float axis that is combined with a tensor without labels may not be cut."""
     model = parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 17]>
         outside (float[N, 8] x, float[12] gain) => (float[N, 4] y) {

@@ -95,7 +95,7 @@ def feeds_for(path: Path, batch: int = 2, past: int = 4) -> dict[str, Array]:
     return made
 
 
-def analysed(path: Path) -> Analysis:
+def analyze_file(path: Path) -> Analysis:
     return analyze(load(path), prune_kv_cache=True)
 
 
@@ -109,7 +109,7 @@ def test_without_being_asked_caches_keep_their_width(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", MODELS)
 def test_past_and_present_narrow_together(name: str, tmp_path: Path) -> None:
     path = saved(name, tmp_path)
-    analysis, feeds = analysed(path), feeds_for(path)
+    analysis, feeds = analyze_file(path), feeds_for(path)
     roles = {g.role for g in prunable(analysis.groups)}
     assert roles == ({"qk", "head"} if name in ("grouped", "stacked", "multi_head") else {"qk", "vo", "head"})
     original = run(path, feeds)
@@ -131,7 +131,7 @@ def test_past_and_present_narrow_together(name: str, tmp_path: Path) -> None:
 def test_a_loop_can_go_on_from_what_it_gave(name: str, tmp_path: Path) -> None:
     """What a step hands on is what the next one takes: the same shapes, the same positions."""
     path = saved(name, tmp_path)
-    analysis = analysed(path)
+    analysis = analyze_file(path)
     rewritten = rewrite_model(analysis.traced_graph, random_cuts(prunable(analysis.groups, "qk", "vo"), 3, 0.5))
     feeds = narrow_caches(feeds_for(path), rewritten.sliced_interface())
     sliced = written(rewritten.model)
@@ -146,7 +146,7 @@ def test_a_cache_that_no_output_hands_on_stays(tmp_path: Path) -> None:
     model = onnx.load(path)
     del model.graph.output[1:]
     onnx.save(model, path)
-    analysis = analysed(path)
+    analysis = analyze_file(path)
     assert not prunable(analysis.groups, "qk", "vo")
     assert any("no output returns this cache" in pin.reason for pin in analysis.pins)
 
