@@ -173,7 +173,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CriterionInputs:
-    """All that a criterion sees of one group: arrays, never operators.
+    """All that a criterion sees of one group: arrays, no graph.
 
     ``produce``/``consume``: weight name -> [blocks*size, fan], row ``block*size + position`` is what makes / what reads
     that unit (float64). ``sums``: what ``Criterion.observe`` returned, summed over ``samples`` calibration samples.

@@ -1,4 +1,4 @@
-"""Criteria: plug-ins that score a group's units from numbers alone. Higher means keep.
+"""Criteria: plug-ins that score a group's units from arrays alone. Higher means keep.
 
 A criterion is one small file holding one frozen dataclass whose fields are its options. It never sees a graph: the
 runtime measures what `Criterion.probes` names, streams it through `Criterion.observe`, sums the answers over the whole
@@ -70,7 +70,7 @@ class Criterion(Protocol):
         """One batch of measurements -> arrays SUMMED over the batch's samples; they are added up over all batches."""
         ...
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], finite, higher = keep. Must follow the units when they are reordered."""
         ...
 
@@ -94,8 +94,8 @@ def criteria() -> Mapping[str, type[Criterion]]:
 
     Raises `UserError` where two offer the same name or an installed one does not load.
     """
-    found = {**_BUILT_IN, **{name: _load_entry_point(entry) for name, entry in _entry_points().items()}}
-    return MappingProxyType(dict(sorted(found.items())))
+    classes_by_name = {**_BUILT_IN, **{name: _load_entry_point(entry) for name, entry in _entry_points().items()}}
+    return MappingProxyType(dict(sorted(classes_by_name.items())))
 
 
 def make_criterion(spec: str) -> Criterion:
@@ -141,15 +141,15 @@ def needs_data(criterion: Criterion, roles: Iterable[Role]) -> bool:
 
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     """What other packages offer, not yet imported: a broken one must not stop the others from being used."""
-    found: dict[str, metadata.EntryPoint] = {}
+    classes_by_name: dict[str, metadata.EntryPoint] = {}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         if entry.name in _BUILT_IN:
             raise UserError(f"criterion {entry.name!r} of {entry.value!r} is also snpc's own: uninstall or rename it")
-        if entry.name in found:
-            other = found[entry.name].value
+        if entry.name in classes_by_name:
+            other = classes_by_name[entry.name].value
             raise UserError(f"criterion {entry.name!r} is offered by both {other!r} and {entry.value!r}: uninstall one")
-        found[entry.name] = entry
-    return found
+        classes_by_name[entry.name] = entry
+    return classes_by_name
 
 
 def _load_entry_point(entry: metadata.EntryPoint) -> type[Criterion]:

@@ -42,17 +42,17 @@ class Activation:
         wanted = [name for probe in self.probes(role) for name in (probe, _row_count_name(probe))]
         return {name: np.asarray(batch[name].sum(axis=0)) for name in wanted if name in batch}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in squared units of the activation (times the weights that read it)."""
-        score = np.ones((numbers.blocks, numbers.size))
-        for probe in self.probes(numbers.role):
-            if probe in numbers.sums:
-                rows = float(numbers.sums.get(_row_count_name(probe), np.float64(numbers.samples)))
-                score *= numbers.sums[probe] / max(rows, 1.0)
-        if numbers.role == "qk":
+        score = np.ones((inputs.blocks, inputs.size))
+        for probe in self.probes(inputs.role):
+            if probe in inputs.sums:
+                rows = float(inputs.sums.get(_row_count_name(probe), np.float64(inputs.samples)))
+                score *= inputs.sums[probe] / max(rows, 1.0)
+        if inputs.role == "qk":
             return np.sqrt(score)
-        if self.weighted and numbers.consume:
-            score *= _squared_norms(numbers.consume).reshape(score.shape)
+        if self.weighted and inputs.consume:
+            score *= _squared_norms(inputs.consume).reshape(score.shape)
         return score
 
 

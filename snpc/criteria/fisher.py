@@ -30,9 +30,9 @@ class Fisher(GateCriterion):
         """``weights`` [blocks, size], summed over samples."""
         return {"weights": batch["gate:weights"].sum(axis=0)} if "gate:weights" in batch else {}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
-        return self.mean(numbers, "weights") / 2
+        return self.mean(inputs, "weights") / 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GroupFisher(GateCriterion):
         found = dict(super().observe(role, batch))
         return found | {name: np.asarray(batch[f"gate:{name}"].sum()) for name in ("macs", "memory") if found}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size]: squared loss per million of what is saved."""
-        saved = float(numbers.sums.get(self.per, np.zeros(()))) / max(numbers.samples, 1) / 1e6
-        return self.mean(numbers, "second") / (saved if self.per != "unit" and saved > 0 else 1.0)
+        saved = float(inputs.sums.get(self.per, np.zeros(()))) / max(inputs.samples, 1) / 1e6
+        return self.mean(inputs, "second") / (saved if self.per != "unit" and saved > 0 else 1.0)

@@ -1,4 +1,4 @@
-"""Criteria that ask how the loss minds a gate on each unit: a factor, one as the model is, zero where the unit is gone.
+"""Criteria from gate gradients: a gate is a factor on each unit, one in the model as it is, zero where it is removed.
 
 The runtime measures the gates with torch (``snpc.torch.pruning.gradients``), all of them in one pass; nothing here
 needs it.
@@ -43,7 +43,7 @@ class GateCriterion:
             "second": np.square(gradients).sum(axis=0),
         }
 
-    def mean(self, numbers: CriterionInputs, name: str) -> FloatArray:
+    def mean(self, inputs: CriterionInputs, name: str) -> FloatArray:
         """[blocks, size]: a sum over samples as their mean; zeros where nothing was measured."""
-        zeros = np.zeros((numbers.blocks, numbers.size))
-        return np.asarray(numbers.sums.get(name, zeros) / max(numbers.samples, 1))
+        zeros = np.zeros((inputs.blocks, inputs.size))
+        return np.asarray(inputs.sums.get(name, zeros) / max(inputs.samples, 1))

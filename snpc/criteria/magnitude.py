@@ -36,18 +36,18 @@ class Magnitude:
         """{}: nothing is measured."""
         return {}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size]; zeros where the group has no weights at all."""
-        total = np.zeros(numbers.blocks * numbers.size)
-        for weight in self._weights(numbers):
+        total = np.zeros(inputs.blocks * inputs.size)
+        for weight in self._weights(inputs):
             terms = np.abs(weight) if self.norm == "l1" else np.square(weight)
-            total += terms.mean(axis=1) if numbers.role == "head" else terms.sum(axis=1)
+            total += terms.mean(axis=1) if inputs.role == "head" else terms.sum(axis=1)
         total = total if self.norm == "l1" else np.sqrt(total)
-        return total.reshape(numbers.blocks, numbers.size)
+        return total.reshape(inputs.blocks, inputs.size)
 
-    def _weights(self, numbers: CriterionInputs) -> Iterator[FloatArray]:
+    def _weights(self, inputs: CriterionInputs) -> Iterator[FloatArray]:
         """One at a time: a group may span every layer of a large model."""
-        produce, consume = numbers.produce, numbers.consume
+        produce, consume = inputs.produce, inputs.consume
         if self.side == "both":
             yield from produce.values()
             yield from consume.values()

@@ -27,9 +27,9 @@ class Mixed:
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         return criterion_for_role(role).observe(role, batch)
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], by the role's criterion with its default options."""
-        return criterion_for_role(numbers.role).score(numbers)
+        return criterion_for_role(inputs.role).score(inputs)
 
 
 def criterion_for_role(role: Role) -> Snp | Activation:

@@ -22,9 +22,9 @@ class Movement(GateCriterion):
 
     name: ClassVar[str] = "movement"
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss; of either sign."""
-        return -self.mean(numbers, "first")
+        return -self.mean(inputs, "first")
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Gum(Movement):
         grams = [array.sum(axis=0) for name, array in batch.items() if name.startswith("gram:")]
         return {**super().observe(role, batch), **({"gram": grams[0]} if grams else {})}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss; of either sign."""
-        movement = super().score(numbers)
-        if "gram" not in numbers.sums or numbers.size < 2:
+        movement = super().score(inputs)
+        if "gram" not in inputs.sums or inputs.size < 2:
             return movement
-        gram = numbers.sums["gram"]
+        gram = inputs.sums["gram"]
         norm = np.sqrt(np.maximum(np.einsum("bii->bi", gram), 0.0))
         safe = np.where(norm > 0, norm, 1.0)
         cosine = np.abs(gram / safe[:, :, None] / safe[:, None, :])
-        others = (cosine.sum(axis=2) - np.einsum("bii->bi", cosine)) / (numbers.size - 1)
+        others = (cosine.sum(axis=2) - np.einsum("bii->bi", cosine)) / (inputs.size - 1)
         unique: FloatArray = np.where(norm > 0, 1.0 - others, 0.0)  # a silent unit says nothing of its own
         return movement + self.unique * float(np.abs(movement).mean()) * unique

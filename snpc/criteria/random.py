@@ -34,23 +34,23 @@ class Random:
         """{}: nothing is measured."""
         return {}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size] in [0, 1)."""
-        units = _digests(numbers)
+        units = _digests(inputs)
         order = sorted(range(len(units)), key=units.__getitem__)
-        stream = hashlib.sha256(repr((self.seed, numbers.role, numbers.blocks, numbers.size)).encode())
+        stream = hashlib.sha256(repr((self.seed, inputs.role, inputs.blocks, inputs.size)).encode())
         for unit in order:
             stream.update(units[unit])
         scores = np.empty(len(units))
         scores[order] = np.random.default_rng(int.from_bytes(stream.digest(), "big")).random(len(units))
-        return scores.reshape(numbers.blocks, numbers.size)
+        return scores.reshape(inputs.blocks, inputs.size)
 
 
-def _digests(numbers: CriterionInputs) -> list[bytes]:
+def _digests(inputs: CriterionInputs) -> list[bytes]:
     """One digest per unit of its rows in the weights that make it, or, where none does, in those that read it."""
-    weights = numbers.produce or numbers.consume
+    weights = inputs.produce or inputs.consume
     rows = [np.ascontiguousarray(weights[name]) for name in sorted(weights)]
-    hashes = [hashlib.sha256() for _ in range(numbers.blocks * numbers.size)]
+    hashes = [hashlib.sha256() for _ in range(inputs.blocks * inputs.size)]
     for row in rows:
         for unit, digest in enumerate(hashes):
             digest.update(row[unit].tobytes())

@@ -17,7 +17,7 @@ class Relevance(GateCriterion):
     """Mean over samples of the |relevance| that passes through a unit from the answer back to the input.
 
     Yeom et al. 2021 (arXiv 1912.08881): relevance is conserved from layer to layer, each unit taking the share that it
-    contributed. Rules for attention after Achtibat et al. 2024 (arXiv 2402.05602): normalisations with their deviation
+    contributed. Rules for attention after Achtibat et al. 2024 (arXiv 2402.05602): normalizations with their deviation
     held fixed, products of two activations half to each, activation functions as the factor that they are.
     """
 
@@ -31,6 +31,6 @@ class Relevance(GateCriterion):
         """``relevance`` [blocks, size], summed over samples."""
         return {"relevance": np.abs(batch["gate:relevance"]).sum(axis=0)} if "gate:relevance" in batch else {}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the model's answer."""
-        return self.mean(numbers, "relevance")
+        return self.mean(inputs, "relevance")

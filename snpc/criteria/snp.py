@@ -84,19 +84,19 @@ class Snp:
             return {name: gram.sum(axis=0) for name, gram in grams.items()}
         return {"score": self._qk(grams).sum(axis=0)}
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], finite and not negative. A unit with no query, no key or no weights scores 0, the lowest."""
-        if numbers.role == "qk" and numbers.sums:
-            return self._measured(numbers)
-        per_weight = [cosine_distances(weight) for weight in _unit_weights(numbers)]
-        if numbers.role == "residual":
+        if inputs.role == "qk" and inputs.sums:
+            return self._measured(inputs)
+        per_weight = [cosine_distances(weight) for weight in _unit_weights(inputs)]
+        if inputs.role == "residual":
             per_weight = [omega / (len(per_weight) * (omega.sum() or 1.0)) for omega in per_weight]
-        return sum(per_weight, np.zeros(numbers.blocks * numbers.size)).reshape(numbers.blocks, numbers.size)
+        return sum(per_weight, np.zeros(inputs.blocks * inputs.size)).reshape(inputs.blocks, inputs.size)
 
-    def _measured(self, numbers: CriterionInputs) -> FloatArray:
-        if "score" in numbers.sums:
-            return numbers.sums["score"] / max(numbers.samples, 1)
-        return self._qk(numbers.sums)  # of the summed Grams, as good as of their mean: the score has no scale
+    def _measured(self, inputs: CriterionInputs) -> FloatArray:
+        if "score" in inputs.sums:
+            return inputs.sums["score"] / max(inputs.samples, 1)
+        return self._qk(inputs.sums)  # of the summed Grams, as good as of their mean: the score has no scale
 
     def _qk(self, grams: Mapping[str, FloatArray]) -> FloatArray:
         known = next(iter(grams.values()))
@@ -135,17 +135,17 @@ def cosine_distances(weight: FloatArray) -> FloatArray:
     return np.where(alive, np.maximum(alive.sum() - np.concatenate(likeness), 0.0), 0.0)
 
 
-def _unit_weights(numbers: CriterionInputs) -> list[FloatArray]:
+def _unit_weights(inputs: CriterionInputs) -> list[FloatArray]:
     """What makes the units; for heads the value weights; failing that whatever else there is."""
-    made = [w for name, w in numbers.produce.items() if numbers.role != "head" or name.startswith("vo:")]
-    return made or list(numbers.produce.values()) or list(numbers.consume.values())
+    made = [w for name, w in inputs.produce.items() if inputs.role != "head" or name.startswith("vo:")]
+    return made or list(inputs.produce.values()) or list(inputs.consume.values())
 
 
 def _unit_roots(gram: FloatArray) -> tuple[FloatArray, FloatArray]:
     """C [..., d, d] -> (R, n), n the columns' norms and R of unit columns with (R diag(n))^T (R diag(n)) = C.
 
     Eigenvectors rather than Cholesky, because C is singular where there are fewer rows than units or a unit is dead.
-    The root is taken of the correlations, so that a column far smaller than its neighbours keeps its digits.
+    The root is taken of the correlations, so that a column far smaller than its neighbors keeps its digits.
     """
     norms = np.sqrt(np.maximum(np.einsum("...ii->...i", gram), 0.0))
     scale = np.where(norms > 0, norms, 1.0)

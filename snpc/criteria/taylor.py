@@ -21,9 +21,9 @@ class Taylor(GateCriterion):
 
     name: ClassVar[str] = "taylor"
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
-        return self.mean(numbers, "absolute")
+        return self.mean(inputs, "absolute")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Linear(GateCriterion):
 
     name: ClassVar[str] = "lm"
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
-        return np.abs(self.mean(numbers, "first"))
+        return np.abs(self.mean(inputs, "first"))
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,6 @@ class Quadratic(GateCriterion):
 
     name: ClassVar[str] = "qm"
 
-    def score(self, numbers: CriterionInputs) -> FloatArray:
+    def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in units of the loss."""
-        return np.abs(self.mean(numbers, "second") / 2 - self.mean(numbers, "first"))
+        return np.abs(self.mean(inputs, "second") / 2 - self.mean(inputs, "first"))

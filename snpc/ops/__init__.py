@@ -1,6 +1,6 @@
-"""The table of operators: what snpc knows about an operator stands in this package and nowhere else.
+"""The operator table: what snpc knows about operators is in this package and nowhere else.
 
-``lookup`` answers for every operator there is: one without an entry is opaque, and says so in its reason.
+``lookup`` has an answer for every operator: one without an entry is opaque, and its reason says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["lookup", "operator_table"]
 
 @cache
 def operator_table() -> dict[tuple[str, str], OpSpec]:
-    found: dict[tuple[str, str], OpSpec] = {}
+    table: dict[tuple[str, str], OpSpec] = {}
     families = (
         movement_entries,
         indexing_entries,
@@ -36,10 +36,10 @@ def operator_table() -> dict[tuple[str, str], OpSpec]:
     for entries in families:
         for spec in entries():
             key = (spec.domain, spec.name)
-            if key in found:
+            if key in table:
                 raise ValueError(f"two entries for operator {spec.domain}::{spec.name}")
-            found[key] = spec
-    return found
+            table[key] = spec
+    return table
 
 
 @cache

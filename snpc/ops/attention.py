@@ -14,7 +14,7 @@ PackedKind = Literal["weight", "columns", ""]
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Where a fused node holds its parts: input indices, () or None where it has no such input.
+    """The inputs of a fused node by role: indices, () or None where it has no such input.
 
     ``packed``: Q, K and V are columns of one matrix that the node multiplies by ("weight": input 1) or of one input
     ("columns", where no key is given). ``past``/``present``: inputs and outputs that hold the keys and values of
@@ -38,7 +38,7 @@ class AttentionForm:
     one_row: bool = False
 
     def others(self, call: OpCall) -> list[int]:
-        """Inputs with no part in the algebra: masks, lengths, and whatever a newer version has added."""
+        """Inputs that are not part of the algebra: masks, lengths, and inputs of newer versions."""
         taken = {self.query, self.bias, self.scores, *self.past, *self.rotary}
         taken |= {1} if self.packed == "weight" else {self.key, self.value}
         return [k for k in range(len(call.shapes)) if k not in taken]
@@ -63,14 +63,14 @@ ATTENTION_FORMS = {
 def attention_form(call: OpCall, domain: str) -> AttentionForm:
     """The form of one node: packed columns only where it has no key of its own; com.microsoft's kernels
     want keys and values of one shape where they are split into heads already, and behind a past."""
-    found = ATTENTION_FORMS[domain, call.op]
-    if found.packed == "columns" and call.has(found.key):
-        found = replace(found, packed="")
-    if domain != MICROSOFT or found.packed:
-        return found
-    split = call.has(found.key) and len(call.shape(found.key)) == 4
-    past = bool(found.past) and call.has(found.past[0])
-    return replace(found, equal=found.equal or split or past)
+    form = ATTENTION_FORMS[domain, call.op]
+    if form.packed == "columns" and call.has(form.key):
+        form = replace(form, packed="")
+    if domain != MICROSOFT or form.packed:
+        return form
+    split = call.has(form.key) and len(call.shape(form.key)) == 4
+    past = bool(form.past) and call.has(form.past[0])
+    return replace(form, equal=form.equal or split or past)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def head_counts(call: OpCall) -> tuple[int, int]:
 
 
 def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
-    """None where a part is missing or packed in a way that snpc does not take apart."""
+    """The sizes of a fused node; None where an input is missing or packed in an unsupported way."""
     shape = attention_form(call, domain)
     heads, kv_heads = head_counts(call)
     if not call.has(shape.query):
@@ -142,16 +142,16 @@ def _attention_shapes(domain: str) -> Any:
     """Output shapes of com.microsoft's nodes: the context as flat as the query, then keys and values as they grow."""
 
     def shapes(call: OpCall) -> list[Shape]:
-        found, sizes = attention_form(call, domain), attention_geometry(call, domain)
+        form, sizes = attention_form(call, domain), attention_geometry(call, domain)
         if sizes is None:
             return []
         width = sizes.heads * sizes.value_width
-        query = call.shape(found.query)
+        query = call.shape(form.query)
         context = (*query[:-1], width) if len(query) < 4 else (query[0], query[2], width)
-        past = call.shape(found.past[0]) if found.past and call.has(found.past[0]) else None
+        past = call.shape(form.past[0]) if form.past and call.has(form.past[0]) else None
         length = (past[-2] if past else 0) + (0 if _shares_buffer(call) else sizes.kv_length)
         key = (sizes.batch, sizes.kv_heads, length, sizes.width)
-        if len(found.present) == 1:
+        if len(form.present) == 1:
             return [context, (2, *key)][: len(call.out_shapes)]
         return [context, key, (*key[:3], sizes.value_width)][: len(call.out_shapes)]
 
@@ -165,7 +165,7 @@ def _shares_buffer(call: OpCall) -> bool:
 def _resize_attention_attributes(
     call: OpCall, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]
 ) -> Mapping[str, Any]:
-    """Attributes that spell heads or widths. The key's heads are those of the query by then."""
+    """Attributes that hold heads or widths, after the cut. Heads of keys go with those of the query."""
     _, heads, _, width = parts["query"]
     old, old_kv = head_counts(call)
     kv_heads = heads * old_kv // old if old else 0
@@ -183,7 +183,7 @@ def _resize_attention_attributes(
 
 def attention_entries() -> list[OpSpec]:
     says = "Q and K join per head and width; V passes per head; the scale is an attribute that is always written"
-    grouped = "as Attention; keys and values keep the same positions, eight neighbours together"
+    grouped = "as Attention; keys and values keep the same positions, eight neighbors together"
     names = {
         "MultiHeadAttention": says,
         "DecoderMaskedMultiHeadAttention": says,

@@ -112,18 +112,18 @@ def slice_parameters(call: OpCall) -> list[tuple[int, int, int, int]]:
         axes = call.attrs.get("axes") or range(len(starts))
         steps = [1] * len(starts)
     else:
-        given = [call.value(k) for k in range(1, 5)]
-        if given[0] is None or given[1] is None:
+        values = [call.value(k) for k in range(1, 5)]
+        if values[0] is None or values[1] is None:
             raise Blocked(0, "its bounds depend on the data")
-        starts, ends = given[0].tolist(), given[1].tolist()
-        axes = given[2].tolist() if given[2] is not None else list(range(len(starts)))
-        steps = given[3].tolist() if given[3] is not None else [1] * len(starts)
-    found = []
+        starts, ends = values[0].tolist(), values[1].tolist()
+        axes = values[2].tolist() if values[2] is not None else list(range(len(starts)))
+        steps = values[3].tolist() if values[3] is not None else [1] * len(starts)
+    parameters = []
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = int(axis) % rank
         first, last, stride = slice(int(start), int(end), int(step)).indices(call.shape(0)[axis])
-        found.append((axis, first, last, stride))
-    return found
+        parameters.append((axis, first, last, stride))
+    return parameters
 
 
 def _slice(call: OpCall, labels: Labels) -> list[Labels]:
@@ -209,7 +209,7 @@ def _gather(call: OpCall, labels: Labels) -> list[Labels]:
 
 
 def has_repeated_labels(labels: Labels, axis: int) -> bool:
-    """Does a label come twice along ``axis``, as where it was merged with that of the samples?"""
+    """Does a label occur twice along ``axis``, as where it was merged with the axis of samples?"""
     rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
     return len(np.unique(rows, axis=0)) < len(rows)
 
@@ -313,5 +313,5 @@ def movement_entries() -> list[OpSpec]:
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _depth_space_blocks),
         entry("SpaceToDepth", "runs on the labels", _depth_space_blocks),
-        OpSpec("Concat", "concat", "labels are laid end to end; other axes join"),
+        OpSpec("Concat", "concat", "labels are concatenated along the axis and unified on the others"),
     ]

@@ -1,4 +1,4 @@
-"""Operators that take statistics along axes: normalisations, reductions, pooling; and those that read shapes only."""
+"""Operators that take statistics along axes: normalizations, reductions, pooling; and those that read shapes only."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _normalization_shapes(call: OpCall) -> list[Shape]:
 
 
 def _skip_normalization_shapes(call: OpCall) -> list[Shape]:
-    """What is normalised, two statistics per row, and (of the operators that add first) the sum."""
+    """What is normalized, two statistics per row, and (of the operators that add first) the sum."""
     shape = call.shape(0)
     return [shape, (*shape[:-1], 1), (*shape[:-1], 1), shape][: len(call.out_shapes)]
 
@@ -161,7 +161,7 @@ def normalization_specs() -> list[OpSpec]:
             statistic_parts=_channel_axis_size,
         ),
         OpSpec(
-            "GroupNormalization", "normalize", "channels normalised together go together; scale and bias follow",
+            "GroupNormalization", "normalize", "channels normalized together go together; scale and bias follow",
             axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, statistic_parts=channel_groups,
             resize_attributes=_group_attrs, out_shapes=_normalization_shapes,
         ),
@@ -224,7 +224,7 @@ def reduction_specs() -> list[OpSpec]:
             for name in others.split()
         ),
         OpSpec(
-            "ReduceMean", "reduce", "the reduced axes keep their width unless asked, where the mean only normalises",
+            "ReduceMean", "reduce", "the reduced axes keep their width unless asked, where the mean only normalizes",
             data=(0,), axes=_reduce_axes, pins="norm", reason="a mean is taken over this axis",
         ),
         *(

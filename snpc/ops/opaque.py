@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from snpc.ops.spec import MICROSOFT, OpSpec
 
-SUBGRAPH = "control flow: its body is not analysed"
-QUANTIZED = "quantised values: prune the float model first, then quantise"
+SUBGRAPH = "control flow: its body is not analyzed"
+QUANTIZED = "quantized values: prune the float model first, then quantize"
 LEARNED = "it holds a learned classifier, regressor or feature map in its attributes"
 TRAINED = "it belongs to training"
 DRAWS_RANDOM = "it draws random numbers"
@@ -26,7 +26,7 @@ REASONS = {
     "a transform over whole axes": "DFT STFT MelWeightMatrix Det",
     "channels and window positions are folded into one axis": "Col2Im",
     "it cuts or pads every axis to given sizes": "CenterCropPad",
-    "neighbouring channels are normalised together": "LRN",
+    "neighboring channels are normalized together": "LRN",
     TRAINED: "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
     "it works on sequences or optionals, not on tensors": (
         "SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SplitToSequence "
@@ -62,21 +62,21 @@ MICROSOFT_REASONS = {
 
 
 def opaque_entries() -> list[OpSpec]:
-    made = [
+    specs = [
         _opaque_entry(name, reason, domain)
         for domain, table in (("", REASONS), (MICROSOFT, MICROSOFT_REASONS))
         for reason, names in table.items()
         for name in names.split()
     ]
-    made += [
+    specs += [
         OpSpec(name, "opaque", f"pinned: {DRAWS_RANDOM}", reason=DRAWS_RANDOM, is_random=True)
         for name in RANDOM_OPERATORS.split()
     ]
-    made += [_opaque_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL_OPERATORS.split()]
-    made += [_opaque_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING_OPERATORS.split()]
-    made.append(replace(_opaque_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
+    specs += [_opaque_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL_OPERATORS.split()]
+    specs += [_opaque_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING_OPERATORS.split()]
+    specs.append(replace(_opaque_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
     return [
-        *made,
+        *specs,
         _opaque_entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview"),
     ]
 

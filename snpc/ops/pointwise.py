@@ -24,13 +24,13 @@ def _pointwise_specs(names: str, says: str, effect: Effect, domain: str = "") ->
 
 def pointwise_entries() -> list[OpSpec]:
     return [
-        *_pointwise_specs("Add Sum", "positions that meet are joined; constants follow", "add"),
+        *_pointwise_specs("Add Sum", "aligned positions are unified; constants follow", "add"),
         OpSpec("Sub", "pointwise", "as Add", effect="add", subtracts=True),
-        *_pointwise_specs("Mul", "positions that meet are joined; constants follow", "scale"),
-        OpSpec("Div", "pointwise", "positions that meet are joined; constants follow", effect="scale", divides=True),
+        *_pointwise_specs("Mul", "aligned positions are unified; constants follow", "scale"),
+        OpSpec("Div", "pointwise", "aligned positions are unified; constants follow", effect="scale", divides=True),
         *_pointwise_specs("Cast CastLike Dropout", "labels pass", "same"),
         *_pointwise_specs("Neg", "labels pass", "scale"),
-        *_pointwise_specs(NONLINEAR, "labels pass; positions that meet are joined", "nonlinear"),
-        OpSpec("Swish", "pointwise", "labels pass; positions that meet are joined", out_shapes=_pointwise_shapes),
+        *_pointwise_specs(NONLINEAR, "labels pass; aligned positions are unified", "nonlinear"),
+        OpSpec("Swish", "pointwise", "labels pass; aligned positions are unified", out_shapes=_pointwise_shapes),
         *_pointwise_specs("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),
     ]

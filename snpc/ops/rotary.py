@@ -15,7 +15,7 @@ from snpc.types import IntArray, Shape
 @dataclass(frozen=True)
 class RotaryForm:
     """``cosine``/``sine``: inputs of the tables [..., width/2]; ``heads`` is 0 where the input is [B,H,N,D] already;
-    ``width`` channels of each head turn, in neighbouring pairs where ``interleaved``, else first half with second."""
+    ``width`` channels of each head turn, in neighboring pairs where ``interleaved``, else first half with second."""
 
     cosine: int
     sine: int

@@ -1,4 +1,4 @@
-"""What one entry of the operator table can say. The entries themselves stand in the sibling modules.
+"""The schema of the operator table. The entries are in the sibling modules.
 
 A *label array* has the rank of the tensor it describes; an axis has size 1 where the labels do not vary. Labels are
 integers, -1 where a position has none.
@@ -49,7 +49,7 @@ class Blocked(Exception):
 
 @dataclass(frozen=True)
 class OpCall:
-    """One node as the table sees it: attributes, shapes of inputs and outputs, and the inputs' values where known."""
+    """One node as the rules of the table see it: attributes, shapes of inputs and outputs, contents of known inputs."""
 
     op: str
     version: int
@@ -58,13 +58,13 @@ class OpCall:
     values: tuple[AnyArray | None, ...]
     out_shapes: tuple[Shape, ...]
     stored: tuple[bool, ...] = ()
-    """Which inputs lie in the file; what is computed may depend on a dynamic axis, though its value is known here."""
+    """Which inputs are stored in the file. One that is computed may depend on a dynamic axis, although it is known."""
 
     def value(self, index: int) -> AnyArray | None:
         return self.values[index] if index < len(self.values) else None
 
     def stored_value(self, index: int) -> AnyArray | None:
-        """As ``value``, of what is the same at every size of the dynamic axes."""
+        """As ``value``, but None for an input that may change with the sizes of dynamic axes."""
         return self.value(index) if index < len(self.stored) and self.stored[index] else None
 
     def shape(self, index: int) -> Shape:
@@ -78,8 +78,11 @@ class OpCall:
 
 @dataclass(frozen=True)
 class TensorCut:
-    """What slicing does to one tensor of a movement node: sizes before and after, and how many entries stay before
-    each position of an axis (``before(axis, position)``; None where blocks differ)."""
+    """What slicing does to one tensor of a movement node.
+
+    ``old``, ``new``: shapes before and after; ``before(axis, position)``: how many entries before a position stay (None
+    where blocks differ); ``keep(axis)``: the positions that stay (None where all do, or blocks differ).
+    """
 
     old: Shape
     new: Shape
@@ -89,8 +92,8 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class ParameterUpdate:
-    """New parameters of a movement node: ``inputs`` by position (whole arrays; entries equal to the old ones are
-    left as they were in the graph), ``attrs`` by name (None removes the attribute)."""
+    """New parameters of a movement node: ``inputs`` by index (whole arrays; entries that equal the old ones stay as the
+    graph computes them), ``attrs`` by name (None removes the attribute)."""
 
     inputs: Mapping[int, AnyArray] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
@@ -105,8 +108,8 @@ HeadAttributesRule = Callable[[OpCall, str, Mapping[str, Shape], Mapping[int, Sh
 
 @dataclass(frozen=True)
 class Letters:
-    """A contraction in Einstein's notation, one letter per axis; letters in both operands and not in ``out`` are
-    summed. ``windowed`` letters of the first operand are seen through a window (the spatial axes of a Conv)."""
+    """A contraction in Einstein notation, one letter per axis: letters of both operands that are not in ``out`` are
+    summed. ``windowed``: letters of the first operand that a window slides along (the spatial axes of a Conv)."""
 
     left: str
     right: str
@@ -116,6 +119,8 @@ class Letters:
 
 @dataclass(frozen=True)
 class OpSpec:
+    """One operator: what its rules are, and what they need to know. Indices are those of its inputs."""
+
     name: str
     kind: OpKind
     summary: str
@@ -131,29 +136,27 @@ class OpSpec:
     summand: int | None = None  # a further input of the output's shape that a contraction adds
     axes: Callable[[OpCall], tuple[int, ...]] | None = None
     per_axis: tuple[int, ...] = ()
-    affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalisation, and its bias
+    affine: tuple[int, ...] = ()  # of ``per_axis``: the scale behind a normalization, and its bias
     sum_outputs: tuple[int, ...] = ()  # outputs beside the first that have its positions
     statistic_parts: Callable[[OpCall], int] | None = None
-    """Into how many parts the channels (axis 1) are divided for statistics: what shares one goes together."""
+    """Into how many parts the channels (axis 1) are divided for statistics; those of a part are removed together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
     reason: str = ""
     out_shapes: Callable[[OpCall], list[Shape]] | None = None
     resize_attributes: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None
     resize_head_attributes: HeadAttributesRule | None = None
-    """Attributes of a node that splits heads inside: the call before the cut, its domain, the shapes of the parts and
-    of the inputs (by index) after it."""
+    """New attributes of a node that splits heads inside, from the call before the cut, the domain, and the shapes of
+    its parts (by name) and inputs (by index) after the cut."""
     tables: tuple[int, ...] = ()  # of ``data``: tables of which rows are looked up
-    branches: tuple[str, str] | None = (
-        None  # attributes that hold what is done where the first input is true, and false
-    )
-    is_random: bool = False  # what comes out differs from run to run
+    branches: tuple[str, str] | None = None  # attributes: the bodies for a true and for a false first input
+    is_random: bool = False  # its output differs from run to run
     has_activation: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     dtype_input: int = 0
-    int32_outputs: tuple[int, ...] = ()  # outputs that are int32 all the same
+    int32_outputs: tuple[int, ...] = ()  # outputs that are int32, whatever the type of the input
     divides: bool = False
     subtracts: bool = False
-    adds_up: bool = False  # a reduction that adds up, so that an entry can count more or less than once
-    expands: bool = False  # repeats its input to the shape that the second input spells
-    makes_shares: bool = False  # makes of scores shares that add up to 1: attention weights, where it follows Q and K
+    adds_up: bool = False  # a sum, in which an entry can be weighted
+    expands: bool = False  # broadcasts its input to the shape in the second input
+    makes_shares: bool = False  # a softmax: its outputs add up to 1
     selects: bool = False  # drops an axis by reading one position of it

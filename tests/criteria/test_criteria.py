@@ -569,7 +569,10 @@ def test_the_documented_example_works_as_printed(tmp_path: Path, monkeypatch: py
         ([("new", "no_such_module_of_snpc:X")], "criterion 'new' of 'no_such_module_of_snpc:X' does not load"),
         ([("new", "snpc.criteria.snp:Nothing")], "criterion 'new' of 'snpc.criteria.snp:Nothing' does not load"),
         ([("new", "snpc.criteria.snp:Snp")], "criterion 'new' of 'snpc.criteria.snp:Snp' is not a dataclass"),
-        ([("new", "snpc.criteria.snp:distances")], "criterion 'new' of 'snpc.criteria.snp:distances' is not a"),
+        (
+            [("new", "snpc.criteria.snp:qk_scores")],
+            "criterion 'new' of 'snpc.criteria.snp:qk_scores' is not a",
+        ),
     ],
 )
 def test_refused_packages(offered: list[tuple[str, str]], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

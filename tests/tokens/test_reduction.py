@@ -332,4 +332,4 @@ def test_refusals(spec: str, tmp_path: Path) -> None:
 def test_auto_needs_a_target_in_macs_and_data(tmp_path: Path) -> None:
     analysis(Encoder(), tmp_path)
     code, text = command("prune", str(tmp_path / "encoder.onnx"), "--roles", "none", "--tokens", "auto")
-    assert code == 2 and "give macs=R and --calib" in text
+    assert code == 2 and "give --target macs=R and --calib" in text

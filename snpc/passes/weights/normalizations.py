@@ -84,15 +84,15 @@ def square_nodes(statistic: NormalizationStatistic, traced_graph: TracedGraph) -
     while statistic.context.spec.kind == "reduce" and value is not None and value.producer() is not None:
         node = value.producer()
         assert node is not None
-        labelled = {v for v in node.inputs if v is not None and v.producer() is not None}
+        labeled = {v for v in node.inputs if v is not None and v.producer() is not None}
         if (
             lookup(node.domain, node.op_type).kind != "pointwise"
-            or len(labelled) != 1
+            or len(labeled) != 1
             or reads_labeled_constant(node, traced_graph)
         ):
             break
         squares.append(node)
-        (value,) = labelled
+        (value,) = labeled
     return tuple(reversed(squares))
 
 
