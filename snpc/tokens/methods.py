@@ -8,13 +8,16 @@ the rest of the program needs of the decisions is the matrix that ``matrix`` mak
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.errors import UserError
 from snpc.ops.names import (
     ADD,
     ARG_MAX,
@@ -437,3 +440,15 @@ __all__ = [
     "TokenStream",
     "TopK",
 ]
+
+
+TOKEN_METHODS: Mapping[str, TokenMethod] = MappingProxyType(
+    {m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star(), Adaptive())}
+)
+
+
+def token_method(name: str) -> TokenMethod:
+    """Raises UserError that lists what exists."""
+    if name not in TOKEN_METHODS:
+        raise UserError(f"--tokens: there is no method {name!r}: choose one of {', '.join(TOKEN_METHODS)}, or auto")
+    return TOKEN_METHODS[name]

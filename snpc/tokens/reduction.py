@@ -16,10 +16,9 @@ from snpc.graph.shapes import choose_dim_sizes, infer_graph
 from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.tokens import token_method
 from snpc.tokens.close import embed_decisions
 from snpc.tokens.dynamic_lengths import kept_count, kept_dim_sizes, resize_steps
-from snpc.tokens.methods import StepSettings, TokenMethod, ceil_share
+from snpc.tokens.methods import StepSettings, TokenMethod, ceil_share, token_method
 from snpc.tokens.open import batch_dimension, decision_shape, externalize_decisions, stream_dtype
 from snpc.tokens.step import TokenStep
 

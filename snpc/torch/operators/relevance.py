@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from snpc.ops import lookup
-from snpc.torch.module import GraphModule, Instruction
 from snpc.torch.operators.registry import OperatorCall, Result, Tensor
+
+if TYPE_CHECKING:  # the module imports the operators
+    from snpc.torch.module import GraphModule, Instruction
 
 MIN_ACTIVATION = 1e-6  # where |x| is less, the factor f(x) / x of an activation function is 0
 
