@@ -16,33 +16,40 @@ In steps, each of which takes what the one before returned:
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
-from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.apply import apply
-from snpc.pipeline.candidate import PrunedModel
-from snpc.pipeline.planner import PruningPlan, complete_plan, load_plan, plan, save_plan
-from snpc.pipeline.prune import prune
-from snpc.pipeline.report_json import json_report
-from snpc.pipeline.score import score
-from snpc.pipeline.verify import verify
-from snpc.planning.allocate import make_slice_plan
-from snpc.planning.config import Budget, ResourceTarget, parse_target
-from snpc.planning.plan import SlicePlan, UnitScores
-from snpc.planning.plan_file import plan_from_json, plan_to_json
-from snpc.report.page import write_report
+from snpc.passes import Analysis, analyze
+from snpc.pipeline import (
+    PrunedModel,
+    PruningPlan,
+    apply,
+    complete_plan,
+    json_report,
+    load_plan,
+    plan,
+    prune,
+    save_plan,
+    score,
+    verify,
+)
+from snpc.planning import (
+    Budget,
+    ResourceTarget,
+    SlicePlan,
+    UnitScores,
+    make_slice_plan,
+    parse_target,
+    plan_from_json,
+    plan_to_json,
+)
+from snpc.report import write_report
 from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
-from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench
-from snpc.runtime.evaluation.latency import Workload
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.feeds import RandomInputs
-from snpc.runtime.execution.random_inputs import random_calibration
-from snpc.runtime.io.examples import write_example
-from snpc.runtime.io.load import load
-from snpc.runtime.io.save import save
-from snpc.runtime.statistics.statistics import Statistics, load_statistics, measure_statistics, save_statistics
+from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
+from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
+from snpc.runtime.execution import Execution, RandomInputs, random_calibration
+from snpc.runtime.io import load, save, write_example
+from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, timed_artifact, widths_for_target
 from snpc.targets import BuildOptions as BuildOptions
-from snpc.tokens.reduction import reduce_tokens
+from snpc.tokens import reduce_tokens
 from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
 
 __version__ = "0.1.0"

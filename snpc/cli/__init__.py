@@ -6,6 +6,23 @@ arguments  the options, as groups
 inspect, prune, plan, verify, build, bench, sweep, finetune, listings  the commands
 tables     what is printed
 progress   what is under way
+
+Files
+  arguments/     Argument groups: a frozen dataclass for each subject, with its click options and the values that they
+                 describe.
+  bench          ``snpc bench``: latency of models, side by side.
+  build          ``snpc build``: what a runtime loads fastest.
+  finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
+  inspect        ``snpc inspect``: what a model can lose, and why not the rest.
+  listings       ``snpc passes``, ``snpc criteria`` and ``snpc example``: what ships with snpc.
+  plan           ``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and
+                 edited.
+  progress       Progress on stderr: bars on a terminal; in a pipe nothing, or a line every few seconds.
+  prune          ``snpc prune``: score, plan, write and verify in one step.
+  sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
+  tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
+  torch_package  snpc.torch, which is imported only when it is needed.
+  verify         ``snpc verify``: a pruned file against its original.
 """
 
 from __future__ import annotations
@@ -25,6 +42,8 @@ from snpc.cli.prune import prune_command
 from snpc.cli.sweep import sweep_command
 from snpc.cli.verify import verify_command
 from snpc.errors import CheckFailed, SnpcError
+
+__all__: list[str] = []
 
 
 class ErrorReportingGroup(click.Group):

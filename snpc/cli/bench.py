@@ -8,14 +8,20 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    ExecutionArguments,
+    JsonArguments,
+    argument,
+    check_output_paths,
+    command,
+    option,
+)
 from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
-from snpc.runtime.evaluation.bench import TimingProtocol
-from snpc.runtime.execution.feeds import RandomInputs, parse_shapes
-from snpc.runtime.execution.runners import open_runner
+from snpc.runtime.evaluation import TimingProtocol
+from snpc.runtime.execution import RandomInputs, open_runner, parse_shapes
 
 
 @dataclass(frozen=True)

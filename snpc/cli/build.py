@@ -10,13 +10,21 @@ import click
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.building import BuildArguments
-from snpc.cli.arguments.calibration import CalibrationArguments
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option, subgroup
-from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
-from snpc.cli.arguments.parsers import parse_target_name
-from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    BuildArguments,
+    CalibrationArguments,
+    DumpArguments,
+    ExecutionArguments,
+    JsonArguments,
+    ModelArguments,
+    check_output_paths,
+    command,
+    option,
+    parse_target_name,
+    subgroup,
+)
 
 
 @dataclass(frozen=True)

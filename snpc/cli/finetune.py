@@ -8,23 +8,29 @@ from typing import TYPE_CHECKING, ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
-from snpc.cli.arguments.model import ModelArguments, load_and_analyze
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.training import (
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
     CheckpointArguments,
+    JsonArguments,
+    ModelArguments,
     ScheduleArguments,
     TrainingArguments,
     TrainingDataArguments,
+    argument,
+    check_output_paths,
+    command,
+    load_and_analyze,
+    option,
+    subgroup,
 )
 from snpc.cli.progress import print_round, training_progress
 from snpc.cli.torch_package import import_torch_package
 from snpc.errors import UserError
-from snpc.planning.config import parse_target
+from snpc.planning import parse_target
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.accuracy import EvaluationData
-from snpc.runtime.io.atomic import external_data_path
-from snpc.runtime.io.load import model_files
+from snpc.runtime.evaluation import EvaluationData
+from snpc.runtime.io import external_data_path, model_files
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions

@@ -7,14 +7,19 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.calibration import CalibrationArguments
-from snpc.cli.arguments.group import ArgumentGroup, command, option, subgroup
-from snpc.cli.arguments.model import SizedModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.arguments import (
+    ArgumentGroup,
+    CalibrationArguments,
+    ExecutionArguments,
+    JsonArguments,
+    SizedModelArguments,
+    check_output_paths,
+    command,
+    option,
+    subgroup,
+)
 from snpc.errors import UserError
-from snpc.pipeline.planner import PlanRequest, make_plan
-from snpc.pipeline.report_json import analysis_json
+from snpc.pipeline import PlanRequest, analysis_json, make_plan
 
 
 @dataclass(frozen=True)

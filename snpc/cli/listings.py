@@ -7,10 +7,9 @@ from pathlib import Path
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
-from snpc.cli.arguments.output import JsonArguments
+from snpc.cli.arguments import FILE_PATH, ArgumentGroup, JsonArguments, argument, command
 from snpc.criteria import describe
-from snpc.passes.pass_list import PASSES
+from snpc.passes import PASSES
 
 
 @dataclass(frozen=True)

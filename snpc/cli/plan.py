@@ -8,20 +8,31 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
-from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.planning import PlanningArguments
-from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    CalibrationArguments,
+    JsonArguments,
+    LimitedExecutionArguments,
+    ModelArguments,
+    PlanningArguments,
+    PrunableModelArguments,
+    SavedStatisticsArguments,
+    StatisticsArguments,
+    WorkloadArguments,
+    argument,
+    check_output_paths,
+    command,
+    option,
+    subgroup,
+)
 from snpc.cli.progress import batch_progress
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
-from snpc.pipeline.candidate import Stopwatch
-from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline import PruningPlan, Stopwatch
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.io.atomic import external_data_path
+from snpc.runtime.execution import Execution
+from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)

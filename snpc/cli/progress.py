@@ -15,8 +15,8 @@ from snpc.runtime.calibration import Calibration
 from snpc.types import Feeds
 
 if TYPE_CHECKING:  # these need torch
-    from snpc.torch.pruning.round_log import PruningRound
-    from snpc.torch.training.options import TrainingCallback, TrainingProgress
+    from snpc.torch.pruning import PruningRound
+    from snpc.torch.training import TrainingCallback, TrainingProgress
 
 
 def batch_progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:

@@ -8,20 +8,27 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.building import PruneBuildArguments
-from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option, subgroup
-from snpc.cli.arguments.model import SizedModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.planning import PlanningArguments
-from snpc.cli.arguments.running import LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    CalibrationArguments,
+    JsonArguments,
+    LimitedExecutionArguments,
+    PlanningArguments,
+    PruneBuildArguments,
+    SavedStatisticsArguments,
+    SizedModelArguments,
+    WorkloadArguments,
+    check_output_paths,
+    command,
+    option,
+    subgroup,
+)
 from snpc.cli.build import build_json
 from snpc.cli.plan import plan_from_arguments
 from snpc.errors import UserError
-from snpc.pipeline.candidate import Stopwatch
-from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.report_json import groups_json
-from snpc.runtime.io.atomic import external_data_path
+from snpc.pipeline import PruningPlan, Stopwatch, groups_json
+from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,25 @@ import click
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.calibration import CalibrationArguments
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, command, option
-from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import check_output_paths
-from snpc.cli.arguments.parsers import parse_target_name
-from snpc.cli.arguments.planning import PlanningArguments
-from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    CalibrationArguments,
+    ExecutionArguments,
+    ModelArguments,
+    PlanningArguments,
+    check_output_paths,
+    command,
+    option,
+    parse_target_name,
+)
 from snpc.cli.progress import step_progress
 from snpc.errors import UserError
-from snpc.pipeline.report_json import write_json
-from snpc.pipeline.sweep import SweepBuilder, SweepRequest, count_sweep_steps, sweep
-from snpc.planning.config import parse_target
-from snpc.report.sweep_plot import write_sweep_plot
+from snpc.pipeline import SweepBuilder, SweepRequest, count_sweep_steps, sweep, write_json
+from snpc.planning import parse_target
+from snpc.report import write_sweep_plot
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution import Execution
 from snpc.types import PRECISIONS, Precision
 
 

@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from snpc.criteria import Description
-from snpc.passes.analyze import Analysis
-from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.pipeline.candidate import PrunedModel, SearchResult
-from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.sweep import SweepResult
-from snpc.planning.plan import SlicePlan
-from snpc.report.format import describe_method, format_count, format_share
-from snpc.runtime.closed_form.fit import ClosedForms
-from snpc.runtime.evaluation.bench import BenchResult
+from snpc.passes import Analysis
+from snpc.passes.token_analysis import TokenPoint
+from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult
+from snpc.planning import SlicePlan
+from snpc.report import describe_method, format_count, format_share
+from snpc.runtime.closed_form import ClosedForms
+from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult
 from snpc.types import Cost, Difference, FloatArray, Group, Verdict
 
 if TYPE_CHECKING:  # this needs torch
-    from snpc.torch.finetune import FinetuneResult
+    from snpc.torch import FinetuneResult
 
 
 def print_line(text: str) -> None:

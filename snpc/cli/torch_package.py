@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from snpc.criteria import make_criterion
 from snpc.errors import UserError
-from snpc.runtime.statistics.gate_gradients import needs_gradient_provider
+from snpc.runtime.statistics import needs_gradient_provider
 
 
 def import_torch_package(needed_by: str = "this command", alternative: str = "") -> None:

@@ -10,13 +10,20 @@ import click
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option
-from snpc.cli.arguments.model import ModelArguments
-from snpc.cli.arguments.output import JsonArguments, check_output_paths
-from snpc.cli.arguments.running import ExecutionArguments
+from snpc.cli.arguments import (
+    FILE_PATH,
+    ArgumentGroup,
+    ExecutionArguments,
+    JsonArguments,
+    ModelArguments,
+    argument,
+    check_output_paths,
+    command,
+    option,
+)
 from snpc.errors import CheckFailed
-from snpc.pipeline.report_json import verdict_json
-from snpc.runtime.io.load import model_files
+from snpc.pipeline import verdict_json
+from snpc.runtime.io import model_files
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,19 @@ With torch, of a gate on each unit (a factor: one as the model is, zero where th
 A probe the group has no activation for (a constant query) is absent from the batch: a criterion must cope.
 
 Adding one: docs/adding-a-criterion.md.
+
+Files
+  activation  Activation: how much signal a unit carries on calibration data.
+  fisher      Fisher information: squared gradients, of single weights or of whole units.
+  gates       Criteria from gate gradients: a gate is a factor on each unit, one in the model as it is, zero where it is
+              removed.
+  magnitude   Magnitude: how large the weights of a unit are.
+  mixed       The default where there is data: for each role the criterion that was measured to keep most.
+  movement    Movement: which units training would make larger, and which smaller.
+  random      Random: the floor that every other criterion has to beat.
+  relevance   Layer-wise relevance propagation: how much of the answer came through a unit.
+  snp         SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630).
+  taylor      First and second order models of what the loss does when a unit goes.
 """
 
 from __future__ import annotations
@@ -50,7 +63,15 @@ from snpc.criteria.taylor import Linear, Quadratic, Taylor
 from snpc.errors import UserError
 from snpc.types import CriterionInputs, FloatArray, Role
 
-__all__ = ["ENTRY_POINTS", "Criterion", "Description", "criteria", "describe", "make_criterion", "needs_data"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Criterion",
+    "Description",
+    "criteria",
+    "describe",
+    "make_criterion",
+    "needs_data",
+]
 
 ENTRY_POINTS = "snpc.criteria"
 """The entry point group in which other packages offer criteria: ``name = "module:Class"``."""

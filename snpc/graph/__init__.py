@@ -1,1 +1,122 @@
-"""What snpc adds to onnx-ir: shapes, walks, subgraphs and costs of graphs."""
+"""What snpc adds to onnx-ir: shapes, walks, subgraphs and costs of graphs.
+
+Files
+  binding          Sizes for the dynamic dimensions of a graph's inputs.
+  builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
+  constant_values  The contents of values that a graph computes from shapes and constants only.
+  cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
+  module_paths     Readable, stable names for groups, from what the exporter called nodes and weights.
+  pass_manager     What a graph pass is, and how a list of passes is run: data, so that passes can be listed, and
+                   watched one by one.
+  shapes           Concrete shapes: bind dynamic axes to small sizes and evaluate, node by node, shapes and shape
+                   arithmetic.
+  subgraph         Segments of a graph: contiguous nodes in topological order, with their inputs and outputs.
+  traversal        Walks over a graph: what a node reads, what lies upstream and downstream of a value.
+  union_find       Union-find: connected components of pairs of integers, or of any hashable members.
+"""
+
+from __future__ import annotations
+
+from snpc.graph.binding import alternative_dim_sizes, dynamic_axes
+from snpc.graph.builder import (
+    Attribute,
+    add_constant,
+    copy_node,
+    make_node,
+    redirect_uses,
+    replace_graph_output,
+    replace_value,
+    share_int64_constant,
+    unused_name,
+)
+from snpc.graph.constant_values import is_constant_along
+from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.module_paths import common_module_path, module_path, unique_names
+from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass, run_passes
+from snpc.graph.shapes import (
+    ShapeFacts,
+    attribute_values,
+    choose_dim_sizes,
+    has_subgraphs,
+    infer_graph,
+    infer_node,
+    initial_facts,
+    is_float,
+    opset_version,
+    record_constant,
+    run_reference,
+    select_dimensions,
+    shape_source,
+    static_shape,
+    weight_bytes,
+)
+from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
+from snpc.graph.traversal import (
+    ScalarFactor,
+    ancestor_nodes,
+    data_dependent_values,
+    dependent_values,
+    is_stored_constant,
+    movement_behind,
+    movement_root,
+    reads_only_shape,
+    scalar_factor_of,
+    step_upstream,
+    used_values,
+)
+from snpc.graph.union_find import connected_components, number_components
+
+__all__ = [
+    "Attribute",
+    "GraphPass",
+    "PassObserver",
+    "ScalarFactor",
+    "Segment",
+    "ShapeFacts",
+    "add_constant",
+    "alternative_dim_sizes",
+    "ancestor_nodes",
+    "attribute_values",
+    "choose_dim_sizes",
+    "common_module_path",
+    "connected_components",
+    "contraction_sizes",
+    "copy_node",
+    "count_macs",
+    "data_dependent_values",
+    "dependent_values",
+    "dynamic_axes",
+    "extract_segment",
+    "has_subgraphs",
+    "infer_graph",
+    "infer_node",
+    "initial_facts",
+    "is_constant_along",
+    "is_float",
+    "is_stored_constant",
+    "make_node",
+    "module_path",
+    "movement_behind",
+    "movement_root",
+    "number_components",
+    "opset_version",
+    "reads_only_shape",
+    "record_constant",
+    "redirect_uses",
+    "replace_graph_output",
+    "replace_value",
+    "run_pass",
+    "run_passes",
+    "run_reference",
+    "scalar_factor_of",
+    "select_dimensions",
+    "shape_source",
+    "share_int64_constant",
+    "split_into_segments",
+    "static_shape",
+    "step_upstream",
+    "unique_names",
+    "unused_name",
+    "used_values",
+    "weight_bytes",
+]

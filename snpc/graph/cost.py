@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from snpc.ops import lookup
-from snpc.ops.attention import attention_form, attention_geometry
-from snpc.ops.contraction import letters_of
-from snpc.ops.spec import Blocked, Letters, OpCall
+from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letters_of, lookup
 
 LetterSizes = dict[str, int]
 

@@ -17,8 +17,7 @@ from onnx import defs, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from snpc.graph.binding import candidate_dim_sizes
-from snpc.ops import lookup
-from snpc.ops.spec import OpCall, OpSpec
+from snpc.ops import OpCall, OpSpec, lookup
 from snpc.types import AnyArray, IntArray, Shape
 
 SizeSequence = TypeVar("SizeSequence", Shape, IntArray)

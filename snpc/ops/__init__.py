@@ -1,23 +1,157 @@
 """The operator table: what snpc knows about operators is in this package and nowhere else.
 
 ``lookup`` has an answer for every operator: one without an entry is opaque, and its reason says so.
+
+Files
+  attention      Fused attention: scores, softmax and context in one node.
+  contraction    Contractions, written as Einstein sums: the letters of the two operands that do not reach the output
+                 are summed.
+  indexing       Reading and writing positions that an index tensor names.
+  movement       Movement: how label arrays move through operators that only move positions, and how their parameters
+                 are repaired.
+  names          Names of the operators that snpc itself writes into a graph: standard, and in every opset since 9;
+                 those that only token reduction writes since 13.
+  normalization  Operators that take statistics along axes: normalizations, reductions, pooling; and those that read
+                 shapes only.
+  opaque         Operators that snpc knows and will not look through, each with its reason.
+  pointwise      Operators that work on one position at a time.
+  rotary         Rotary positions in one node.
+  spec           The schema of the operator table.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from snpc.ops.attention import attention_entries
-from snpc.ops.contraction import contraction_entries
+from snpc.ops import names
+from snpc.ops.attention import (
+    ATTENTION_FORMS,
+    AttentionForm,
+    AttentionGeometry,
+    attention_entries,
+    attention_form,
+    attention_geometry,
+    head_counts,
+    qkv_widths,
+)
+from snpc.ops.contraction import contraction_entries, letters_of, matmul_letters, parse_einsum
 from snpc.ops.indexing import indexing_entries
-from snpc.ops.movement import movement_entries
+from snpc.ops.movement import collapse_constant_axes, concat_axis, movement_entries, reshape_labels
+from snpc.ops.names import (
+    ADD,
+    ARG_MAX,
+    ATTENTION,
+    CAST,
+    CLIP,
+    CONCAT,
+    CONSTANT_OF_SHAPE,
+    CUMSUM,
+    DIV,
+    EINSUM,
+    EQUAL,
+    EXPAND,
+    GATHER,
+    GATHER_ND,
+    GEMM,
+    IDENTITY,
+    LESS,
+    LOG,
+    LP_NORMALIZATION,
+    MATMUL,
+    MUL,
+    MULTI_HEAD_ATTENTION,
+    REDUCE_MAX,
+    REDUCE_SUM,
+    REDUCTION_AXES_INPUT_SINCE,
+    RESHAPE,
+    SCATTER_ELEMENTS,
+    SHAPE,
+    SLICE,
+    SOFTMAX,
+    SPLIT,
+    SQUEEZE,
+    SUB,
+    TOPK,
+    TRANSPOSE,
+    TYPE_ATTRIBUTES,
+    UNSQUEEZE,
+    WHERE,
+)
 from snpc.ops.normalization import normalization_entries
-from snpc.ops.opaque import opaque_entries
+from snpc.ops.opaque import SUBGRAPH, opaque_entries
 from snpc.ops.pointwise import pointwise_entries
-from snpc.ops.rotary import rotary_entries
-from snpc.ops.spec import OpSpec
+from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
+from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
-__all__ = ["lookup", "operator_table"]
+__all__ = [
+    "ADD",
+    "ARG_MAX",
+    "ATTENTION",
+    "ATTENTION_FORMS",
+    "CAST",
+    "CLIP",
+    "CONCAT",
+    "CONSTANT_OF_SHAPE",
+    "CUMSUM",
+    "DIV",
+    "EINSUM",
+    "EQUAL",
+    "EXPAND",
+    "GATHER",
+    "GATHER_ND",
+    "GEMM",
+    "IDENTITY",
+    "LESS",
+    "LOG",
+    "LP_NORMALIZATION",
+    "MATMUL",
+    "MICROSOFT",
+    "MUL",
+    "MULTI_HEAD_ATTENTION",
+    "REDUCE_MAX",
+    "REDUCE_SUM",
+    "REDUCTION_AXES_INPUT_SINCE",
+    "RESHAPE",
+    "SCATTER_ELEMENTS",
+    "SHAPE",
+    "SHAPE_MISMATCH",
+    "SLICE",
+    "SOFTMAX",
+    "SPLIT",
+    "SQUEEZE",
+    "SUB",
+    "SUBGRAPH",
+    "SUMMED_OVER",
+    "TOPK",
+    "TRANSPOSE",
+    "TYPE_ATTRIBUTES",
+    "UNSQUEEZE",
+    "WHERE",
+    "AttentionForm",
+    "AttentionGeometry",
+    "Blocked",
+    "Labels",
+    "Letters",
+    "OpCall",
+    "OpSpec",
+    "RotaryForm",
+    "TensorCut",
+    "attention_form",
+    "attention_geometry",
+    "collapse_constant_axes",
+    "concat_axis",
+    "head_counts",
+    "letters_of",
+    "lookup",
+    "matmul_letters",
+    "names",
+    "operator_table",
+    "parse_einsum",
+    "qkv_widths",
+    "reshape_labels",
+    "rotary_form",
+    "rotated_pairs",
+]
 
 
 @cache

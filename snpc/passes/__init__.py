@@ -1,1 +1,37 @@
-"""What works on the graph: canonicalization, label propagation, grouping, weight edits, slicing, fusion."""
+"""What works on the graph: canonicalization, label propagation, grouping, weight edits, slicing, fusion.
+
+Files
+  analyze            Analysis: the groups, pins and cost of a model (docs/how-it-works.md shows how they are found).
+  canonicalization/  Canonicalization: rewrites without change of meaning that the analysis relies on.
+  fusion/            Fusions that a runtime rewards: attention and biases in one node.
+  grouping/          Grouping: from labels to units, and from units to groups of heads x width with their sites.
+  mac_breakdown      The multiply-accumulates of a model by role, every contraction counted once.
+  pass_list          Every graph pass of snpc in the order in which passes run, and a way to write the graph after one
+                     of them.
+  propagation/       Label propagation: which positions of which constants each position of a tensor depends on.
+  slicing/           Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle.
+  token_analysis/    Token analysis: follows the token axis through the graph and finds where tokens can be reduced.
+  weights/           Weights around a group: who produces it, who consumes it, and edits of both.
+"""
+
+from __future__ import annotations
+
+from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, cost_of, quoted_facts
+from snpc.passes.mac_breakdown import macs_by_role
+from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
+
+__all__ = [
+    "FUSE_ATTENTION",
+    "FUSE_ATTENTION_PROJECTIONS",
+    "FUSE_GEMM_BIAS",
+    "PASSES",
+    "Analysis",
+    "DumpAfter",
+    "GraphAtSizes",
+    "SizedFacts",
+    "analyze",
+    "analyze_graph",
+    "cost_of",
+    "macs_by_role",
+    "quoted_facts",
+]

@@ -11,16 +11,30 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, count_macs
-from snpc.graph.pass_manager import PassObserver, run_pass
-from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, infer_graph, opset_version, weight_bytes
-from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
-from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
-from snpc.passes.grouping.groups import build_groups, to_pin
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.propagation.labels import LabelFlag
-from snpc.passes.token_analysis.reduction_points import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
-from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights
+from snpc.graph import (
+    PassObserver,
+    ShapeFacts,
+    choose_dim_sizes,
+    contraction_sizes,
+    count_macs,
+    infer_graph,
+    opset_version,
+    run_pass,
+    weight_bytes,
+)
+from snpc.passes.canonicalization import ELIMINATE_DEAD_ROWS
+from snpc.passes.grouping import (
+    GroupDraft,
+    TracedGraph,
+    build_groups,
+    draft_groups,
+    is_approximate,
+    to_pin,
+    trace_graph,
+)
+from snpc.passes.propagation import LabelFlag
+from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.weights import GroupWeights, LazyGroupWeights
 from snpc.types import Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.graph.cost import contraction_sizes, count_macs
-from snpc.graph.shapes import infer_graph, opset_version
+from snpc.graph import contraction_sizes, count_macs, infer_graph, opset_version
 from snpc.passes.analyze import Analysis
-from snpc.passes.propagation.state import Contraction
+from snpc.passes.propagation import Contraction
 from snpc.types import IntArray, Role
 
 DEAD_ROWS = "rows no output depends on"

@@ -15,15 +15,15 @@ import onnx
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import GraphPass
-from snpc.graph.shapes import static_shape
-from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES
-from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
-from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES
-from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
-from snpc.passes.fusion.fuse_attention import FuseAttention
-from snpc.passes.fusion.fuse_gemm_bias import FuseGemmBias
-from snpc.passes.slicing.rewrite import REWRITE_PASSES
+from snpc.graph import GraphPass, static_shape
+from snpc.passes.canonicalization import (
+    CANONICALIZATION_PASSES,
+    ELIMINATE_DEAD_ROWS,
+    FINALIZATION_PASSES,
+    FOLD_SHAPE_ARITHMETIC,
+)
+from snpc.passes.fusion import FuseAttention, FuseGemmBias
+from snpc.passes.slicing import REWRITE_PASSES
 
 ANALYSIS_PASSES = (ELIMINATE_DEAD_ROWS,)
 

@@ -1,1 +1,70 @@
-"""The verbs of snpc, each a function of the value that the one before returned."""
+"""The verbs of snpc, each a function of the value that the one before returned.
+
+Files
+  apply            Apply a plan: write the pruned model and verify it; search where the plan has to meet a drift or a
+                   latency.
+  candidate        Candidates: pruned models written under a temporary name and verified, before they are renamed into
+                   place.
+  planner          Plans: what the closed forms and the criterion say of each unit, the width of each group, and the
+                   units that stay.
+  prune            The one call: load, analyze, reduce tokens, plan, apply.
+  refit            Refitting: the weights of the full-size model, changed so that the cut of a plan loses least.
+  report_json      Results as JSON: analysis, plan, pruned model, verdict.
+  score            Scores: a criterion's value for every unit of every group, from the weights and from calibration
+                   data.
+  search           Search for a plan that meets a drift or a latency: candidates along the allocation path are written
+                   and measured.
+  sweep            Sweeps: one model pruned to several targets, the quality and speed of each, and the Pareto front.
+  token_decisions  Token decisions as arrays: computed for given inputs, replayed as graph inputs, and checked against
+                   the oracle.
+  token_request    Token requests (--tokens): reduce tokens by a specification, or by a schedule that is chosen.
+  token_schedule   Token schedules (--tokens auto): which method removes how many tokens where, for a target in MACs.
+  verify           Verification of written files: the sliced graph equals the masked one, and the drift against the
+                   dense model.
+"""
+
+from __future__ import annotations
+
+from snpc.pipeline.apply import apply
+from snpc.pipeline.candidate import PrunedModel, SearchResult, Stopwatch
+from snpc.pipeline.planner import PlanRequest, PruningPlan, complete_plan, load_plan, make_plan, plan, save_plan
+from snpc.pipeline.prune import prune
+from snpc.pipeline.report_json import analysis_json, groups_json, json_report, verdict_json, write_json
+from snpc.pipeline.score import score
+from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
+from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
+from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
+from snpc.pipeline.verify import verification_batches, verify
+
+__all__ = [
+    "AUTO_TOKENS",
+    "PlanRequest",
+    "PrunedModel",
+    "PruningPlan",
+    "SearchResult",
+    "Stopwatch",
+    "SweepBuilder",
+    "SweepPoint",
+    "SweepRequest",
+    "SweepResult",
+    "analysis_json",
+    "apply",
+    "apply_token_request",
+    "complete_plan",
+    "count_sweep_steps",
+    "file_decisions",
+    "groups_json",
+    "json_report",
+    "load_plan",
+    "make_plan",
+    "plan",
+    "prune",
+    "save_plan",
+    "score",
+    "self_deciding_model",
+    "sweep",
+    "verdict_json",
+    "verification_batches",
+    "verify",
+    "write_json",
+]

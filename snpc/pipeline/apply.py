@@ -8,7 +8,7 @@ from pathlib import Path
 from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, temporary_path, write_candidate
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.search import search_plans
-from snpc.runtime.io.atomic import discard_model
+from snpc.runtime.io import discard_model
 from snpc.types import TemporaryFolder
 
 

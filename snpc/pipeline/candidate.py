@@ -9,23 +9,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from snpc.graph.shapes import infer_graph
-from snpc.passes.analyze import Analysis, cost_of
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.graph import infer_graph
+from snpc.passes import Analysis, cost_of
+from snpc.passes.canonicalization import finalize
+from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import verify_candidate
-from snpc.planning.plan import SlicePlan, cuts_of
-from snpc.runtime.closed_form.refit_normalizations import approximate_groups
-from snpc.runtime.io.atomic import check_target, external_data_path, rename_into_place
-from snpc.runtime.io.in_memory import read_back
-from snpc.runtime.io.load import file_bytes, load, model_files
-from snpc.runtime.io.save import save
+from snpc.planning import SlicePlan, cuts_of
+from snpc.runtime.closed_form import approximate_groups
+from snpc.runtime.io import (
+    check_target,
+    external_data_path,
+    file_bytes,
+    load,
+    model_files,
+    read_back,
+    rename_into_place,
+    save,
+)
 from snpc.types import ClosedFormKind, Cost, TemporaryFolder, Verdict
 
 if TYPE_CHECKING:
-    from snpc.runtime.io.in_memory import InMemoryModel
+    from snpc.runtime.io import InMemoryModel
 
 
 @dataclass

@@ -15,23 +15,29 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis, analyze
+from snpc.passes import Analysis, analyze
 from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
-from snpc.planning.allocate import groups_to_prune, make_slice_plan
-from snpc.planning.config import Budget
-from snpc.planning.plan import PruningMethod, SlicePlan, UnitScores
-from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
+from snpc.planning import (
+    Budget,
+    PruningMethod,
+    SlicePlan,
+    UnitScores,
+    groups_to_prune,
+    make_slice_plan,
+    plan_from_json,
+    plan_to_json,
+    prunes_kv_cache,
+    token_reduction_in,
+)
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation.latency import Workload, groups_to_time, latency_table
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import SpillableStore, memory_budget
-from snpc.runtime.io.atomic import atomic_write
-from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
-from snpc.runtime.statistics.statistics import Statistics, measure_statistics
-from snpc.runtime.statistics.unit_weights import unit_weight_energies
-from snpc.tokens.reduction import reduce_tokens
+from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
+from snpc.runtime.evaluation import Workload, groups_to_time, latency_table
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.io import atomic_write
+from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
+from snpc.runtime.statistics import Statistics, measure_statistics, unit_weight_energies
+from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
 
 

@@ -6,22 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from snpc.passes.analyze import analyze
+from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PlanRequest, plan
 from snpc.pipeline.token_request import apply_token_request
-from snpc.planning.config import Allocator, Budget, ResourceTarget
-from snpc.planning.plan import PruningMethod
+from snpc.planning import Allocator, Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, load_calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.io.load import load
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.io import load
 from snpc.types import Role
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from snpc.runtime.io.load import ModelSource
+    from snpc.runtime.io import ModelSource
 
 
 class BudgetOptions(TypedDict, total=False):

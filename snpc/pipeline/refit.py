@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from snpc.errors import UserError
-from snpc.passes.grouping.traced import TracedGraph
+from snpc.passes.grouping import TracedGraph
 from snpc.pipeline.planner import PruningPlan
-from snpc.planning.plan import SlicePlan
-from snpc.runtime.closed_form.fit import ClosedForms, fit_parallel, in_rotated_order
-from snpc.runtime.closed_form.layerwise import fit_layerwise
-from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
-from snpc.runtime.closed_form.stages import NotSegmentable
+from snpc.planning import SlicePlan
+from snpc.runtime.closed_form import (
+    ClosedForms,
+    NotSegmentable,
+    approximate_groups,
+    fit_layerwise,
+    fit_normalizations,
+    fit_parallel,
+    in_rotated_order,
+    without_groups,
+)
 
 
 def with_refitted_weights(plan: PruningPlan) -> tuple[SlicePlan, TracedGraph]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.shared_constants import original_name
-from snpc.passes.slicing.slice import Cuts
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import original_name
+from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
-from snpc.planning.plan import SlicePlan, cuts_of
-from snpc.runtime.io.atomic import atomic_write
+from snpc.planning import SlicePlan, cuts_of
+from snpc.runtime.io import atomic_write
 from snpc.types import ClosedFormKind, FloatArray, Verdict
 
 

@@ -6,15 +6,20 @@ from collections.abc import Collection, Iterable, Sequence
 
 from snpc.criteria import Criterion, make_criterion, needs_data
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.planning.plan import UnitScores
+from snpc.passes import Analysis
+from snpc.planning import UnitScores
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.statistics.gate_gradients import needs_gate_gradients
-from snpc.runtime.statistics.keys import CLOSED_FORM_STATISTICS
-from snpc.runtime.statistics.measure import criterion_keys, statistic_requests
-from snpc.runtime.statistics.statistics import Statistics, check_statistics_match, measure_statistics
-from snpc.runtime.statistics.unit_weights import criterion_inputs
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.statistics import (
+    CLOSED_FORM_STATISTICS,
+    Statistics,
+    check_statistics_match,
+    criterion_inputs,
+    criterion_keys,
+    measure_statistics,
+    needs_gate_gradients,
+    statistic_requests,
+)
 from snpc.types import Group, Role
 
 

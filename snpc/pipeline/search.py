@@ -21,12 +21,9 @@ from snpc.pipeline.candidate import (
     write_candidate,
 )
 from snpc.pipeline.planner import PruningPlan
-from snpc.planning.allocate import allocation_path, predicted_drift
-from snpc.planning.config import Budget
-from snpc.planning.descent import AllocationPath
-from snpc.planning.plan import UnitScores, select_units
-from snpc.runtime.evaluation.latency import Workload, time_pair
-from snpc.runtime.io.atomic import discard_model
+from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
+from snpc.runtime.evaluation import Workload, time_pair
+from snpc.runtime.io import discard_model
 from snpc.types import FloatArray
 
 SEARCH_ROUNDS = 6

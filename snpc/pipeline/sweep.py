@@ -10,21 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
 from snpc.pipeline.token_schedule import macs_share, prepare_evaluator
-from snpc.planning.config import Budget, ResourceTarget
-from snpc.planning.plan import PruningMethod
+from snpc.planning import Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
-from snpc.runtime.evaluation.bench import TimingProtocol, bench
-from snpc.runtime.evaluation.compare import aggregate, max_relative, measure_differences
-from snpc.runtime.evaluation.latency import TimedArtifact, Workload
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import RandomInputs
-from snpc.runtime.io.atomic import check_target, staging_folder
+from snpc.runtime.evaluation import (
+    EvaluationData,
+    TimedArtifact,
+    TimingProtocol,
+    Workload,
+    aggregate,
+    bench,
+    collect_outputs,
+    max_relative,
+    measure_differences,
+    top1_accuracy,
+)
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
+from snpc.runtime.io import check_target, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"

@@ -14,18 +14,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.binding import dynamic_axes
-from snpc.graph.shapes import choose_dim_sizes, infer_graph
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
+from snpc.graph import choose_dim_sizes, dynamic_axes, infer_graph
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.passes.token_analysis import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import aggregate, measure_differences, run_batches
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.session import open_session, run_session
-from snpc.runtime.io.save import save
-from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds
-from snpc.tokens.reduction import TokenReductionPlan
+from snpc.runtime.evaluation import aggregate, measure_differences, run_batches
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_session, run_session
+from snpc.runtime.io import save
+from snpc.tokens import TokenReductionPlan, full_length_oracle, oracle_feeds
 from snpc.types import AnyArray, Difference, Feeds
 
 

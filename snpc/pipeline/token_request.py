@@ -6,19 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.graph.shapes import choose_dim_sizes
-from snpc.passes.analyze import Analysis
+from snpc.graph import choose_dim_sizes
+from snpc.passes import Analysis
 from snpc.pipeline.planner import PlanRequest
 from snpc.pipeline.token_decisions import count_tokens, model_decisions
 from snpc.pipeline.token_schedule import ScheduleEvaluator, choose_token_schedule
-from snpc.planning.config import ResourceTarget
+from snpc.planning import ResourceTarget
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.statistics.token_relevance import measure_token_relevance
-from snpc.tokens.inplace_oracle import replay_decisions
-from snpc.tokens.open import externalize_decisions, stream_dtype
-from snpc.tokens.reduction import TokenReductionPlan, parse_token_request, reduce_tokens, steps_for
-from snpc.tokens.step import TokenStep
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.statistics import measure_token_relevance
+from snpc.tokens import (
+    TokenReductionPlan,
+    TokenStep,
+    externalize_decisions,
+    parse_token_request,
+    reduce_tokens,
+    replay_decisions,
+    steps_for,
+    stream_dtype,
+)
 
 AUTO_TOKENS = "auto"
 

@@ -21,36 +21,36 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.shapes import ShapeFacts, choose_dim_sizes
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.slicing.rewrite import rewrite_model
+from snpc.graph import ShapeFacts, choose_dim_sizes
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan
-from snpc.planning.allocate import make_slice_plan
-from snpc.planning.config import Budget, ResourceTarget
-from snpc.planning.plan import SlicePlan, UnitScores, cuts_of
+from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.fit import fit_parallel, in_rotated_order
-from snpc.runtime.evaluation.compare import run_batches
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.io.save import save
-from snpc.runtime.sensitivity.loss_curves import mean_relative_change
-from snpc.runtime.statistics.token_relevance import measure_token_relevance
-from snpc.tokens import TOKEN_METHODS
-from snpc.tokens.cost import TokenCost, token_cost
-from snpc.tokens.methods import TokenMethod
-from snpc.tokens.open import externalize_decisions, stream_dtype
-from snpc.tokens.reduction import (
+from snpc.runtime.closed_form import fit_parallel, in_rotated_order
+from snpc.runtime.evaluation import run_batches
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.io import save
+from snpc.runtime.sensitivity import mean_relative_change
+from snpc.runtime.statistics import measure_token_relevance
+from snpc.tokens import (
+    TOKEN_METHODS,
     TokenAmount,
+    TokenCost,
+    TokenMethod,
     TokenReductionPlan,
     TokenRequest,
+    TokenStep,
     analyze_with_steps,
     check_method,
+    externalize_decisions,
     reduction_obstacle,
     settings_for,
     steps_for,
+    stream_dtype,
+    token_cost,
 )
-from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray, Feeds
 
 SCHEDULE_SAMPLES = 32

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.slicing.rewrite import RewrittenModel, rewrite_model
+from snpc.passes import Analysis, analyze
+from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
-from snpc.planning.plan import cuts_of
+from snpc.planning import cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import (
+from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
     check_structure,
     compare_models,
@@ -22,11 +22,8 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import too_large_reason
-from snpc.runtime.execution.random_inputs import random_batch
-from snpc.runtime.execution.session import SessionLoadError
-from snpc.runtime.io.load import load
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
+from snpc.runtime.io import load
 from snpc.types import AnyArray, Feeds, Verdict
 
 

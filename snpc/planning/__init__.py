@@ -1,1 +1,44 @@
-"""Planning: from scores and a budget to the widths of a plan. Nothing here runs a model."""
+"""Planning: from scores and a budget to the widths of a plan. Nothing here runs a model.
+
+Files
+  allocate   Allocation: how wide each group stays under a ratio, a target or a drift limit.
+  config     Budgets: how much to cut, of which groups, and the widths that are allowed.
+  descent    Allocation paths: the steps that narrow groups, in the order in which a greedy allocation takes them.
+  dimap      How much of each layer can go, from weights alone: DIMAP (Data-independent Module-Aware Pruning, ICLR 2024,
+             arXiv 2404.13648).
+  plan       Scores of units, and the slice plan made of them: which units each group keeps.
+  plan_file  A plan as a file: JSON that can be read, edited and applied again.
+"""
+
+from __future__ import annotations
+
+from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_prune, make_slice_plan, predicted_drift
+from snpc.planning.config import Allocator, Budget, ResourceTarget, parse_max_ratios, parse_target
+from snpc.planning.descent import AllocationPath
+from snpc.planning.plan import LatencyCurves, PruningMethod, SlicePlan, UnitScores, cuts_of, select_units, top_units
+from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
+
+__all__ = [
+    "AllocationPath",
+    "Allocator",
+    "Budget",
+    "LatencyCurves",
+    "PruningMethod",
+    "ResourceTarget",
+    "SlicePlan",
+    "UnitScores",
+    "allocate_widths",
+    "allocation_path",
+    "cuts_of",
+    "groups_to_prune",
+    "make_slice_plan",
+    "parse_max_ratios",
+    "parse_target",
+    "plan_from_json",
+    "plan_to_json",
+    "predicted_drift",
+    "prunes_kv_cache",
+    "select_units",
+    "token_reduction_in",
+    "top_units",
+]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.planning.config import Budget, ResourceTarget, allowed_widths
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from snpc.passes.analyze import Analysis
-from snpc.passes.slicing.slice import Cuts
+from snpc.passes import Analysis
+from snpc.passes.slicing import Cuts
 from snpc.planning.config import Budget
 from snpc.types import FloatArray, Group
 

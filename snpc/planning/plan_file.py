@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.types import Group
 

@@ -9,4 +9,31 @@ token_maps      which patches of a picture are left where tokens get fewer
 render          the templates (``templates/*.j2``) with their values
 format          numbers and results in words
 png             pictures as ``data:`` URLs
+
+Files
+  attention_maps  Attention maps: the attention weights of a vision model over the patches of a few pictures, before and
+                  after.
+  charts          The charts of the page, as shapes with coordinates in CSS pixels; ``templates/chart.svg.j2`` writes
+                  them as SVG.
+  data            Everything that the report shows, as one value.
+  format          Numbers and methods as text, the same on the terminal and in the report.
+  page            The report page: one HTML file that loads nothing else.
+  png             Small pictures as PNG in a ``data:`` URL.
+  render          Templates to text: every value is escaped, and an unknown name is an error.
+  sweep_plot      Quality against latency: the plot of a sweep, an SVG file of its own.
+  token_maps      Token maps: which patches of a picture are left after each step of a token reduction.
 """
+
+from __future__ import annotations
+
+from snpc.report.format import describe_method, format_count, format_share
+from snpc.report.page import write_report
+from snpc.report.sweep_plot import write_sweep_plot
+
+__all__ = [
+    "describe_method",
+    "format_count",
+    "format_share",
+    "write_report",
+    "write_sweep_plot",
+]

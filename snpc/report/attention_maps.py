@@ -13,16 +13,14 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.ops import lookup
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.pipeline.candidate import PrunedModel
-from snpc.pipeline.token_decisions import self_deciding_model
-from snpc.planning.plan import SlicePlan
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.pipeline import PrunedModel, self_deciding_model
+from snpc.planning import SlicePlan
 from snpc.report.png import PixelArray
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.session import open_session
-from snpc.runtime.io.load import load
-from snpc.runtime.io.save import save
+from snpc.runtime.execution import open_session
+from snpc.runtime.io import load, save
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 MAX_PICTURES = 2

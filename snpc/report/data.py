@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from snpc.passes.analyze import analyze
-from snpc.passes.mac_breakdown import macs_by_role
-from snpc.pipeline.candidate import PrunedModel
-from snpc.pipeline.planner import PruningPlan
+from snpc.passes import analyze, macs_by_role
+from snpc.pipeline import PrunedModel, PruningPlan
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
 from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.bench import BenchResult
-from snpc.runtime.io.load import load
+from snpc.runtime.evaluation import BenchResult
+from snpc.runtime.io import load
 from snpc.types import Difference, FloatArray, Pin
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.pipeline.candidate import PrunedModel
+from snpc.pipeline import PrunedModel
 
 
 def format_count(number: float) -> str:

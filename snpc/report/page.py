@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snpc.pipeline.candidate import PrunedModel
-from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline import PrunedModel, PruningPlan
 from snpc.report.attention_maps import AttentionPicture, HeadMap
 from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
@@ -17,8 +16,8 @@ from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.bench import BenchResult
-from snpc.runtime.io.atomic import atomic_write
+from snpc.runtime.evaluation import BenchResult
+from snpc.runtime.io import atomic_write
 from snpc.types import Difference
 
 # A page that came from somebody else's model may load and run nothing.

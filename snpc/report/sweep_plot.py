@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from snpc.pipeline.sweep import SweepPoint, SweepResult
+from snpc.pipeline import SweepPoint, SweepResult
 from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
 from snpc.report.render import render_template
-from snpc.runtime.io.atomic import atomic_write
+from snpc.runtime.io import atomic_write
 
 PLOT_WIDTH, PLOT_HEIGHT = 640.0, 400.0
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 70.0, 90.0, 36.0, 48.0

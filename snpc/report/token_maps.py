@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snpc.errors import SnpcError
-from snpc.pipeline.candidate import PrunedModel
-from snpc.pipeline.token_decisions import file_decisions
+from snpc.pipeline import PrunedModel, file_decisions
 from snpc.report.attention_maps import (
     MAX_PICTURES,
     MapsUnavailable,
@@ -19,8 +18,7 @@ from snpc.report.attention_maps import (
 )
 from snpc.report.png import PixelArray
 from snpc.runtime.calibration import Calibration
-from snpc.tokens.inplace_oracle import token_membership
-from snpc.tokens.reduction import TokenReductionPlan
+from snpc.tokens import TokenReductionPlan, token_membership
 
 DROPPED_BRIGHTNESS = 0.12  # brightness of a patch that was dropped
 

@@ -1,10 +1,26 @@
 """Build targets: optimized graphs and engines for a runtime, built, loaded again and compared.
 
 A target is one file with one ``BuildTarget`` value, listed in ``build.TARGETS``.
+
+Files
+  base              Build targets: what one is, requests for a build, and its result.
+  build             Building artifacts: cast or quantize a model, build it for a target, load the result and compare its
+                    outputs.
+  cast              Casting a model to fp16 or bf16, with float32 inputs and outputs; int8 goes to ``quantize``.
+  onnxruntime       Build target onnxruntime: the graph after its own optimizations, with further fusions where they are
+                    faster.
+  openvino          Build target OpenVINO: an IR (.xml and .bin).
+  preferred_widths  Widths at which a runtime is fast, for ``--round-to auto``.
+  quantize          Quantization to int8: weights and the activations they multiply, as QuantizeLinear and
+                    DequantizeLinear nodes.
+  shape_profile     Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes.
+  tensorrt          Build targets TensorRT and TensorRT for RTX, whose Python interfaces are the same.
 """
 
+from __future__ import annotations
+
 from snpc.targets.base import BuildOptions, BuildResult
-from snpc.targets.build import TARGETS, build, find_target, timed_artifact
+from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
 from snpc.targets.preferred_widths import PreferredWidths, widths_for_target
 
 __all__ = [
@@ -13,6 +29,7 @@ __all__ = [
     "BuildResult",
     "PreferredWidths",
     "build",
+    "check_build",
     "find_target",
     "timed_artifact",
     "widths_for_target",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution import Execution
 from snpc.types import Difference, Feeds, Precision, Shape
 
 

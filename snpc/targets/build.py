@@ -8,21 +8,18 @@ from itertools import islice
 from pathlib import Path
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.shapes import choose_dim_sizes
+from snpc.graph import choose_dim_sizes
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import (
-    VERIFICATION_BATCHES,
-    batch_differences,
-    max_relative,
-    run_batches,
+from snpc.runtime.evaluation import VERIFICATION_BATCHES, TimedArtifact, batch_differences, max_relative, run_batches
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    ENGINE_SUFFIXES,
+    Execution,
+    embedding_rows,
+    open_runner,
+    random_feeds,
 )
-from snpc.runtime.evaluation.latency import TimedArtifact
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import random_feeds
-from snpc.runtime.execution.random_inputs import embedding_rows
-from snpc.runtime.execution.runners import ENGINE_SUFFIXES, open_runner
-from snpc.runtime.io.atomic import check_target, move_into_place, staging_folder
-from snpc.runtime.io.load import load, model_files
+from snpc.runtime.io import check_target, load, model_files, move_into_place, staging_folder
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt

@@ -13,10 +13,10 @@ import onnx
 from onnx import numpy_helper
 
 from snpc.errors import UserError
-from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.canonicalization import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.session import first_lines
-from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+from snpc.runtime.execution import first_lines
+from snpc.runtime.io import PROTOBUF_LIMIT, save
 from snpc.targets.base import BuildTarget
 from snpc.targets.quantize import quantize_model
 from snpc.types import AnyArray, Model, Precision

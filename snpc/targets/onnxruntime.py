@@ -18,18 +18,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
-from snpc.passes.fusion.fuse_attention import FusionResult
-from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS
-from snpc.runtime.evaluation.bench import median_interval, run_rounds
-from snpc.runtime.evaluation.compare import TOLERANCE, batch_differences, max_relative, run_batches
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.session import first_lines, open_session, prepare_run, run_session, save_optimized
-from snpc.runtime.io.atomic import external_data_path
-from snpc.runtime.io.load import file_bytes, load
-from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+from snpc.graph import GraphPass, PassObserver, run_pass
+from snpc.passes import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS
+from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC, finalize
+from snpc.passes.fusion import FusionResult
+from snpc.runtime.evaluation import TOLERANCE, batch_differences, max_relative, median_interval, run_batches, run_rounds
+from snpc.runtime.execution import Execution, first_lines, open_session, prepare_run, run_session, save_optimized
+from snpc.runtime.io import PROTOBUF_LIMIT, external_data_path, file_bytes, load, save
 from snpc.targets.base import BuildJob, BuildOutput, BuildRequest, BuildTarget
 from snpc.types import Feeds, FloatArray
 

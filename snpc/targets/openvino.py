@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from snpc.errors import UserError
-from snpc.runtime.execution.runners import OPENVINO_SUFFIX, PRECISION_RT_INFO, import_openvino
-from snpc.runtime.execution.session import first_lines
+from snpc.runtime.execution import OPENVINO_SUFFIX, PRECISION_RT_INFO, first_lines, import_openvino
 from snpc.targets.base import BuildJob, BuildOutput, BuildRequest, BuildTarget
 
 

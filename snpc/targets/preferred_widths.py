@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.machine import vector_width
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, vector_width
 
 TENSOR_CORE_MULTIPLE = 8  # tensor cores take half-precision matrices in multiples of 8
 MIN_FUSED_HEAD = 16  # fused attention kernels start at heads of 16

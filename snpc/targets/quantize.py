@@ -18,15 +18,13 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.builder import Attribute, add_constant, make_node, redirect_uses, replace_graph_output
-from snpc.graph.shapes import opset_version
-from snpc.ops import lookup
-from snpc.ops.names import ADD, CLIP, GATHER, IDENTITY, MATMUL
-from snpc.passes.canonicalization.finalize import finalize
+from snpc.graph import Attribute, add_constant, make_node, opset_version, redirect_uses, replace_graph_output
+from snpc.ops import ADD, CLIP, GATHER, IDENTITY, MATMUL, lookup
+from snpc.passes.canonicalization import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.compare import batch_differences, max_relative, run_batches
-from snpc.runtime.execution.session import first_lines, open_session, run_session
-from snpc.runtime.io.save import save
+from snpc.runtime.evaluation import batch_differences, max_relative, run_batches
+from snpc.runtime.execution import first_lines, open_session, run_session
+from snpc.runtime.io import save
 from snpc.types import Feeds, FloatArray, IntArray, Model
 
 OUTLIER_FACTOR = 4.0  # a column whose maximum is this many times the median one is an outlier

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.graph.shapes import choose_dim_sizes
-from snpc.passes.analyze import SizedFacts, quoted_facts
-from snpc.runtime.execution.feeds import check_shape
-from snpc.runtime.io.load import load
+from snpc.graph import choose_dim_sizes
+from snpc.passes import SizedFacts, quoted_facts
+from snpc.runtime.execution import check_shape
+from snpc.runtime.io import load
 from snpc.targets.base import BuildOptions
 from snpc.types import Shape, TensorSpec
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
-from snpc.runtime.execution.session import first_lines
-from snpc.runtime.io.atomic import atomic_write, external_data_path, rename_into_place
+from snpc.runtime.execution import first_lines
+from snpc.runtime.io import atomic_write, external_data_path, rename_into_place
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget
 from snpc.targets.shape_profile import ShapeRange, shape_ranges
 from snpc.types import PRECISIONS
@@ -184,7 +184,7 @@ def check_tensorrt_rtx(request: BuildRequest) -> None:
 
 
 def check_engine_suffix(request: BuildRequest) -> None:
-    from snpc.runtime.execution.runners import ENGINE_SUFFIXES
+    from snpc.runtime.execution import ENGINE_SUFFIXES
 
     if request.output.suffix not in ENGINE_SUFFIXES:
         raise UserError(

@@ -3,10 +3,63 @@
     plan text -parse_steps-> steps -open_tokens-> graph that is told which tokens go -close_tokens-> graph that decides
 
 ``TokenPoint``s (``passes.tokens``) say where it is possible, methods (``tokens.methods``) how.
+
+Files
+  close            Embedded decisions: nodes that score the tokens by attention and decide which are removed.
+  cost             MACs as a function of the token counts, without building the graph: the cost model of the schedule
+                   search.
+  dynamic_lengths  Dynamic numbers of tokens: inputs of any length, and methods that decide by content how many tokens
+                   stay.
+  inplace_oracle   The oracle of token reduction: the same reduction in the graph at full length.
+  methods          Methods of token reduction.
+  open             Token reduction as a graph rewrite, with the decisions as graph inputs.
+  reduction        Token reduction by a specification such as ``merge:13@1-11``: parsed, checked, and applied to the
+                   analyzed graph.
+  step             One step of a token reduction.
+  writer           New nodes of token reduction: standard operators of opset 13 on [B, N, D] streams.
 """
 
 from __future__ import annotations
 
-from snpc.tokens.methods import TOKEN_METHODS, token_method
+from snpc.tokens.cost import TokenCost, token_cost
+from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds, replay_decisions, token_membership
+from snpc.tokens.methods import TOKEN_METHODS, TokenMethod, token_method
+from snpc.tokens.open import externalize_decisions, stream_dtype
+from snpc.tokens.reduction import (
+    TokenAmount,
+    TokenReductionPlan,
+    TokenRequest,
+    analyze_with_steps,
+    check_method,
+    parse_token_request,
+    reduce_tokens,
+    reduction_obstacle,
+    settings_for,
+    steps_for,
+)
+from snpc.tokens.step import TokenStep
 
-__all__ = ["TOKEN_METHODS", "token_method"]
+__all__ = [
+    "TOKEN_METHODS",
+    "TokenAmount",
+    "TokenCost",
+    "TokenMethod",
+    "TokenReductionPlan",
+    "TokenRequest",
+    "TokenStep",
+    "analyze_with_steps",
+    "check_method",
+    "externalize_decisions",
+    "full_length_oracle",
+    "oracle_feeds",
+    "parse_token_request",
+    "reduce_tokens",
+    "reduction_obstacle",
+    "replay_decisions",
+    "settings_for",
+    "steps_for",
+    "stream_dtype",
+    "token_cost",
+    "token_membership",
+    "token_method",
+]

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.attention import ATTENTION_FORMS
-from snpc.ops.names import GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
+from snpc.ops import ATTENTION_FORMS, GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
 from snpc.tokens.methods import blend_scores
 from snpc.tokens.open import apply_mask, has_head_axis
 from snpc.tokens.step import TokenStep

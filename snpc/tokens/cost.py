@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, count_macs
-from snpc.graph.shapes import ShapeFacts, infer_graph, opset_version
-from snpc.passes.analyze import Analysis
-from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS, TokenPoint
-from snpc.passes.token_analysis.state import TokenFlow
+from snpc.graph import ShapeFacts, contraction_sizes, count_macs, infer_graph, opset_version
+from snpc.passes import Analysis
+from snpc.passes.token_analysis import TOKEN_AXIS, TokenFlow, TokenPoint
 from snpc.tokens.methods import StepSettings, TokenMethod
 
 

@@ -13,11 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import ShapeFacts
-from snpc.ops.names import GATHER, SHAPE, SUB, WHERE
-from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
-from snpc.passes.token_analysis.reduction_points import TOKEN_AXIS
-from snpc.passes.token_analysis.state import TokenAxes
+from snpc.graph import ShapeFacts
+from snpc.ops import GATHER, SHAPE, SUB, WHERE
+from snpc.passes.slicing import ShapeParameterEditor
+from snpc.passes.token_analysis import TOKEN_AXIS, TokenAxes
 from snpc.tokens.methods import KEPT_SIZE, StepSettings, TokenMethod, ceil_share
 from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts
+from snpc.graph import ShapeFacts
 from snpc.tokens.open import apply_token_sizes, batch_dimension, stream_dtype
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.ops.names import (
+from snpc.ops import (
     ADD,
     ARG_MAX,
     CONCAT,

@@ -13,15 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.binding import alternative_dim_sizes
-from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, initial_facts, opset_version
-from snpc.ops import lookup
-from snpc.ops.attention import ATTENTION_FORMS
-from snpc.ops.names import ADD, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE
-from snpc.ops.spec import TensorCut
-from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
-from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.passes.token_analysis.state import TokenReduce
+from snpc.graph import ShapeFacts, alternative_dim_sizes, infer_graph, infer_node, initial_facts, opset_version
+from snpc.ops import ADD, ATTENTION_FORMS, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE, TensorCut, lookup
+from snpc.passes.slicing import ShapeParameterEditor
+from snpc.passes.token_analysis import TokenPoint, TokenReduce
 from snpc.tokens.dynamic_lengths import (
     check_reduced_shapes,
     insert_token_count,

@@ -11,11 +11,10 @@ from typing import Any
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import run_pass
-from snpc.graph.shapes import choose_dim_sizes, infer_graph
-from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
-from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC
-from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.graph import choose_dim_sizes, infer_graph, run_pass
+from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
+from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
+from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions
 from snpc.tokens.dynamic_lengths import kept_count, kept_dim_sizes, resize_steps
 from snpc.tokens.methods import StepSettings, TokenMethod, ceil_share, token_method

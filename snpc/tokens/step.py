@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snpc.passes.token_analysis.reduction_points import TokenPoint
+from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.methods import DecisionTensor, StepSettings, TokenMethod
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import add_constant, make_node
-from snpc.ops.names import (
+from snpc.graph import add_constant, make_node
+from snpc.ops import (
     CAST,
     CONCAT,
     CONSTANT_OF_SHAPE,

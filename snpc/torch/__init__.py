@@ -8,24 +8,50 @@ or, with the dense model as the teacher:
 
     data = snpc.load_calibration("images.npz", snpc.load("model.onnx").inputs, samples=10_000)
     snpc.torch.finetune(Path("pruned.onnx"), Path("model.onnx"), data, Path("tuned.onnx"))
+
+Files
+  export_safetensors  Export of a graph's weights as safetensors, with the widths of its layers as JSON.
+  finetune            Finetuning: the weights of a pruned model are trained towards the outputs of the dense model that
+                      it came from.
+  module              An ONNX graph as a torch module: its weights are parameters under their own names, and gradients
+                      flow.
+  operators/          Torch implementations of ONNX operators, by domain and name.
+  pruning/            Pruning with gradients: gates, learned masks, schedules of rounds.
+  trainable_weights   Which constants of a graph are trainable weights, and which of those are one weight stored twice
+                      (tied).
+  training/           Training of graphs in torch: loop, losses, data order, checkpoints, several processes.
+  write_back          Writing trained weights back into the graph that they came from: same nodes, same names, other
+                      numbers.
 """
 
 from __future__ import annotations
 
-from snpc.runtime.statistics.gate_gradients import register_gradient_provider
+from snpc.runtime.statistics import register_gradient_provider
 from snpc.torch.export_safetensors import export_tensors
 from snpc.torch.finetune import FinetuneResult, finetune, finetune_json
 from snpc.torch.module import GraphModule
 from snpc.torch.module import load_graph_module as load
-from snpc.torch.pruning.gradients import compute_gate_gradients
-from snpc.torch.pruning.learn_masks import MASK_LEARNING_RATE, LearnedPlan, learn_masks
-from snpc.torch.pruning.objectives import AccuracyDrop, DriftLimit
-from snpc.torch.pruning.round_log import PruningRound
-from snpc.torch.pruning.schedule import Rounds, prune_adaptively, prune_in_rounds
-from snpc.torch.training.checkpoints import CheckpointOptions
-from snpc.torch.training.loop import TrainingHooks, TrainingResult, train
-from snpc.torch.training.losses import Batch
-from snpc.torch.training.options import TrainingOptions, TrainingProgress
+from snpc.torch.pruning import (
+    MASK_LEARNING_RATE,
+    AccuracyDrop,
+    DriftLimit,
+    LearnedPlan,
+    PruningRound,
+    Rounds,
+    compute_gate_gradients,
+    learn_masks,
+    prune_adaptively,
+    prune_in_rounds,
+)
+from snpc.torch.training import (
+    Batch,
+    CheckpointOptions,
+    TrainingHooks,
+    TrainingOptions,
+    TrainingProgress,
+    TrainingResult,
+    train,
+)
 from snpc.torch.write_back import save_graph_module as save
 
 __all__ = [
@@ -53,6 +79,5 @@ __all__ = [
     "save",
     "train",
 ]
-
 
 register_gradient_provider(compute_gate_gradients)

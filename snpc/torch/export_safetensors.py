@@ -10,10 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.canonicalization.shared_constants import original_name
-from snpc.runtime.io.atomic import atomic_write, check_target
-from snpc.runtime.io.load import load, model_files
+from snpc.passes import Analysis, analyze
+from snpc.passes.canonicalization import original_name
+from snpc.runtime.io import atomic_write, check_target, load, model_files
 from snpc.torch.module import GraphModule
 
 WEIGHTS_FILE, WIDTHS_FILE = "model.safetensors", "widths.json"

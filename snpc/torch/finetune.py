@@ -14,32 +14,51 @@ from typing import Any
 import torch
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.verify import verification_batches
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.closed_form.stages import residual_values
-from snpc.runtime.evaluation.compare import (
+from snpc.passes import Analysis, analyze
+from snpc.pipeline import verification_batches
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.closed_form import residual_values
+from snpc.runtime.evaluation import (
     check_structure,
     compare_models,
     measure_differences,
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
-from snpc.runtime.io.load import load, model_files
+from snpc.runtime.io import check_target, discard_model, external_data_path, load, model_files, rename_into_place
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import to_tensor
-from snpc.torch.training.adapters import add_adapters, merge_adapters
-from snpc.torch.training.checkpoints import CheckpointFile, CheckpointOptions, open_checkpoint, run_fingerprint
-from snpc.torch.training.distributed import Worker, distributed_worker, wait_for_workers
-from snpc.torch.training.fsdp import copy_gathered_weights
-from snpc.torch.training.labels import load_labels
-from snpc.torch.training.loop import TrainingHooks, TrainingResult, train
-from snpc.torch.training.losses import Batch, distillation_loss
-from snpc.torch.training.options import TrainingCallback, TrainingOptions
-from snpc.torch.training.reinitialize import reinitialize
-from snpc.torch.training.sampling import hold_out, sample_ids, shard_batches, shuffle_samples, skip_batches
-from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, relative_drift, teacher_function
+from snpc.torch.operators import to_tensor
+from snpc.torch.training import (
+    Batch,
+    CheckpointFile,
+    CheckpointOptions,
+    Teacher,
+    TeacherOutputs,
+    TrainingCallback,
+    TrainingHooks,
+    TrainingOptions,
+    TrainingResult,
+    Worker,
+    add_adapters,
+    copy_gathered_weights,
+    distillation_loss,
+    distributed_worker,
+    hold_out,
+    load_labels,
+    mean_squares,
+    merge_adapters,
+    open_checkpoint,
+    reinitialize,
+    relative_drift,
+    run_fingerprint,
+    sample_ids,
+    shard_batches,
+    shuffle_samples,
+    skip_batches,
+    teacher_function,
+    train,
+    wait_for_workers,
+)
 from snpc.torch.write_back import save_graph_module
 from snpc.types import AnyArray, Difference, Feeds, IntArray, Model
 

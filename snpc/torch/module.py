@@ -17,11 +17,10 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.graph.shapes import attribute_values, opset_version
-from snpc.passes.canonicalization.shared_constants import original_name
-from snpc.runtime.io.load import load
-from snpc.torch.operators import Implementation, OperatorCall, find_implementation
-from snpc.torch.operators.registry import Result, Tensor, to_tensor
+from snpc.graph import attribute_values, opset_version
+from snpc.passes.canonicalization import original_name
+from snpc.runtime.io import load
+from snpc.torch.operators import Implementation, OperatorCall, Result, Tensor, find_implementation, to_tensor
 from snpc.torch.trainable_weights import find_ties, trainable_names
 from snpc.types import Model
 

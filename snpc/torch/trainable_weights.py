@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import is_float, static_shape
+from snpc.graph import is_float, static_shape
 from snpc.ops import lookup
-from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.passes.canonicalization import original_name
 
 MAX_MASK_VALUE = -1e4  # a constant with an entry this low is a mask that is added to scores
 

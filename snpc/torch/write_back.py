@@ -10,9 +10,8 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.io.atomic import check_target
-from snpc.runtime.io.load import resolve_external_data
-from snpc.runtime.io.save import save as save_model
+from snpc.runtime.io import check_target, resolve_external_data
+from snpc.runtime.io import save as save_model
 from snpc.torch.module import GraphModule
 
 

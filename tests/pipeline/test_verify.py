@@ -30,6 +30,7 @@ from snpc.runtime.io.atomic import atomic_write
 from snpc.types import Difference, Verdict
 from tests.command_line import VIT, arrays, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
+from tests.patching import patch
 
 Array = npt.NDArray[Any]
 Edit = Callable[[onnx.ModelProto], object]
@@ -280,7 +281,7 @@ class TestNothingHalfWritten:
     @pytest.mark.parametrize("where", FULL)
     def test_a_full_disk(self, where: str, tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before = snapshot(tiny.parent)
-        monkeypatch.setattr(FULL[where], no_space)
+        patch(monkeypatch, FULL[where], no_space)
         target = ("-o", earlier, "--json", tiny.with_name("report.json"))
         if where == "checking":
             with pytest.raises(OSError, match="No space"):
@@ -320,7 +321,7 @@ class TestNothingHalfWritten:
             raise error("now")
 
         before = snapshot(tiny.parent)
-        monkeypatch.setattr(where, crash)
+        patch(monkeypatch, where, crash)
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(tiny))), snpc.Budget(0.5))
         with pytest.raises(error, match="now"):
             snpc.apply(snpc.PruningPlan(plan), earlier)
@@ -347,7 +348,7 @@ class TestNothingHalfWritten:
         invoke("prune", model, "--ratio", 0.2, "-o", tmp_path / "out.onnx")
         before = snapshot(tmp_path)
         assert set(before) == {"m.onnx", "w.bin", "out.onnx", "out.onnx.data"}
-        monkeypatch.setattr(broken, no_space)
+        patch(monkeypatch, broken, no_space)
         invoke("prune", model, "--ratio", 0.6, "-o", tmp_path / "out.onnx", code=2)
         assert snapshot(tmp_path) == before
 

@@ -53,13 +53,24 @@ class SourceTree:
             elif isinstance(node, ast.ImportFrom):
                 base = package[: len(package) - node.level + 1] if node.level else []
                 source = ".".join([*base, *([node.module] if node.module else [])])
-                for (
-                    alias
-                ) in node.names:  # `from snpc import ops` imports a module, `from snpc.types import Group` a name
+                for alias in node.names:
+                    # `from snpc import ops` imports a module; `from snpc.runtime.io import save` what the package
+                    # exports under that name.
                     name = f"{source}.{alias.name}"
-                    yield Import(node.lineno, name if name in self.modules else source)
+                    is_module = name in self.modules and alias.name not in self.exports(source)
+                    yield Import(node.lineno, name if is_module else source)
             elif isinstance(node, ast.Call) and called_name(node) in ("import_module", "__import__"):
                 yield from (Import(node.lineno, name) for name in first_words(node))
+
+    @functools.cache  # noqa: B019  trees live as long as the tests do
+    def exports(self, module: str) -> frozenset[str]:
+        """The names in ``__all__`` of a module."""
+        for node in self.tree(module).body if module in self.modules else ():
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+                assert isinstance(node, ast.Assign)
+                return frozenset(ast.literal_eval(node.value))
+        return frozenset()
 
     def definitions(self, module: str) -> Iterator[str]:
         """The names that a module defines at the top: functions, classes, constants; not what it imports."""

@@ -32,6 +32,7 @@ from snpc.targets.quantize import find_outliers
 from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
 from tests.oracle import require
+from tests.patching import patch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -140,7 +141,7 @@ def onnx_tensor(array: Array, name: str) -> Any:
 def test_weights_too_big_for_one_file_lie_beside_it(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snpc.runtime.io.save.PROTOBUF_LIMIT", 100_000)
+    patch(monkeypatch, "snpc.runtime.io.save.PROTOBUF_LIMIT", 100_000)
     monkeypatch.setattr("snpc.targets.onnxruntime.PROTOBUF_LIMIT", 100_000)
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx")
     assert [file.name for file in built.files] == ["out.onnx", "out.onnx.data"]

@@ -1,12 +1,55 @@
 """Argument groups: a frozen dataclass for each subject, with its click options and the values that they describe.
 
-group        what a group is, and commands made of groups
-parsers      texts of options to values
-model        MODEL, and its analysis
-planning     what to cut, how much, and the tokens
-calibration  calibration data and statistics
-running      execution, and the workload of a latency
-building     what a runtime target is built with
-training     what a model is finetuned with
-output       files that are written
+Files
+  building     What a runtime target is built with.
+  calibration  Calibration data, evaluation data and statistics.
+  group        What an argument group is, and commands made of groups.
+  model        MODEL, and its analysis.
+  output       Files that are written.
+  parsers      Texts of options to values.
+  planning     What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share.
+  running      How models are run, and the workload of a latency.
+  training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
 """
+
+from __future__ import annotations
+
+from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
+from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
+from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
+from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
+from snpc.cli.arguments.parsers import parse_target_name
+from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.running import ExecutionArguments, LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
+
+__all__ = [
+    "FILE_PATH",
+    "ArgumentGroup",
+    "BuildArguments",
+    "CalibrationArguments",
+    "CheckpointArguments",
+    "DumpArguments",
+    "ExecutionArguments",
+    "JsonArguments",
+    "LimitedExecutionArguments",
+    "ModelArguments",
+    "PlanningArguments",
+    "PrunableModelArguments",
+    "PruneBuildArguments",
+    "SavedStatisticsArguments",
+    "ScheduleArguments",
+    "SizedModelArguments",
+    "StatisticsArguments",
+    "TrainingArguments",
+    "TrainingDataArguments",
+    "WorkloadArguments",
+    "argument",
+    "check_output_paths",
+    "command",
+    "load_and_analyze",
+    "option",
+    "parse_target_name",
+    "subgroup",
+]

@@ -13,10 +13,9 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_numbers, parse_target_name
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.latency import TimedArtifact
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.feeds import parse_shapes
-from snpc.targets.build import check_build
+from snpc.runtime.evaluation import TimedArtifact
+from snpc.runtime.execution import Execution, parse_shapes
+from snpc.targets import check_build
 from snpc.types import PRECISIONS, Precision
 
 

@@ -15,7 +15,7 @@ from snpc.cli.arguments.parsers import parse_numbers
 from snpc.cli.tables import print_note
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation.accuracy import EvaluationData
+from snpc.runtime.evaluation import EvaluationData
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 ALL_SAMPLES = 1 << 30

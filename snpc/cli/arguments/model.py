@@ -11,8 +11,8 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option,
 from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
-from snpc.runtime.io.load import model_files
+from snpc.graph import PassObserver
+from snpc.runtime.io import model_files
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import ClassVar
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
 from snpc.cli.tables import print_line
 from snpc.errors import UserError
-from snpc.passes.pass_list import DumpAfter
-from snpc.pipeline.report_json import write_json
-from snpc.runtime.io.atomic import check_target
+from snpc.passes import DumpAfter
+from snpc.pipeline import write_json
+from snpc.runtime.io import check_target
 
 STDOUT = "-"
 

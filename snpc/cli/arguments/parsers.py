@@ -30,7 +30,7 @@ def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
 def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:
     """Refuse at once a provider that this onnxruntime does not have; the CPU is always there."""
     if name != "cpu":
-        from snpc.runtime.execution.session import resolve_provider
+        from snpc.runtime.execution import resolve_provider
 
         resolve_provider(name)
     return name
@@ -57,7 +57,7 @@ def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | No
 
 def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     """``2GB`` or ``512MiB`` -> bytes."""
-    from snpc.runtime.execution.memory import parse_bytes
+    from snpc.runtime.execution import parse_bytes
 
     return None if text is None else parse_bytes(text)
 

@@ -11,12 +11,10 @@ import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.errors import UserError
-from snpc.pipeline.planner import PlanRequest
-from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.planning.config import Allocator, ResourceTarget, parse_max_ratios, parse_target
-from snpc.planning.plan import PruningMethod
+from snpc.pipeline import AUTO_TOKENS, PlanRequest, apply_token_request
+from snpc.planning import Allocator, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution import Execution
 from snpc.types import Role
 
 

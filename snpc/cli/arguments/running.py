@@ -10,9 +10,8 @@ import click
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
 from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
-from snpc.runtime.evaluation.latency import TimedArtifact
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.feeds import parse_shapes
+from snpc.runtime.evaluation import TimedArtifact
+from snpc.runtime.execution import Execution, parse_shapes
 
 
 @dataclass(frozen=True)

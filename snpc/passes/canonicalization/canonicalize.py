@@ -16,8 +16,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.pass_manager import GraphPass, PassObserver, run_passes
-from snpc.ops.names import IDENTITY
+from snpc.graph import GraphPass, PassObserver, run_passes
+from snpc.ops import IDENTITY
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.shared_constants import ForkSharedConstants

@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import add_constant, make_node, replace_value
-from snpc.graph.pass_manager import GraphPass
-from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, has_subgraphs, opset_version
-from snpc.ops import lookup
-from snpc.ops.contraction import letters_of
-from snpc.ops.names import GATHER, RESHAPE, SHAPE, SLICE
-from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec
+from snpc.graph import (
+    GraphPass,
+    ShapeFacts,
+    add_constant,
+    choose_dim_sizes,
+    has_subgraphs,
+    make_node,
+    opset_version,
+    replace_value,
+)
+from snpc.ops import GATHER, RESHAPE, SHAPE, SLICE, Blocked, Labels, OpCall, OpSpec, letters_of, lookup
 
 MAX_TRACKED_LENGTH = 1 << 24  # longer axes are not tracked position by position
 

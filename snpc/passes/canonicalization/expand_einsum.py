@@ -9,10 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import Attribute, add_constant, make_node, replace_value
-from snpc.graph.shapes import opset_version
-from snpc.ops.contraction import parse_einsum
-from snpc.ops.names import EINSUM, REDUCE_SUM, REDUCTION_AXES_INPUT_SINCE, TRANSPOSE
+from snpc.graph import Attribute, add_constant, make_node, opset_version, replace_value
+from snpc.ops import EINSUM, REDUCE_SUM, REDUCTION_AXES_INPUT_SINCE, TRANSPOSE, parse_einsum
 
 
 class ExpandEinsum(ir.passes.InPlacePass):

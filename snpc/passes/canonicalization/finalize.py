@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.pass_manager import GraphPass, PassObserver, run_passes
+from snpc.graph import GraphPass, PassObserver, run_passes
 from snpc.passes.canonicalization.shared_constants import MergeForkedConstants
 
 

@@ -14,11 +14,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.builder import share_int64_constant
-from snpc.graph.pass_manager import GraphPass
-from snpc.graph.shapes import attribute_values, opset_version, run_reference, select_dimensions
-from snpc.ops import lookup
-from snpc.ops.names import RESHAPE, SHAPE
+from snpc.graph import (
+    GraphPass,
+    attribute_values,
+    opset_version,
+    run_reference,
+    select_dimensions,
+    share_int64_constant,
+)
+from snpc.ops import RESHAPE, SHAPE, lookup
 from snpc.types import IntArray
 
 MAX_FOLD_ROUNDS = 4  # a size that is folded lets more be inferred behind it

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from snpc.graph.builder import make_node, replace_value, unused_name
-from snpc.graph.shapes import ShapeFacts, choose_dim_sizes, has_subgraphs
-from snpc.ops import lookup
-from snpc.ops.names import IDENTITY, SHAPE
+from snpc.graph import ShapeFacts, choose_dim_sizes, has_subgraphs, make_node, replace_value, unused_name
+from snpc.ops import IDENTITY, SHAPE, lookup
 
 
 class InlineBranches(ir.passes.InPlacePass):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from snpc.graph.builder import unused_name
-from snpc.graph.shapes import is_float, static_shape
+from snpc.graph import is_float, static_shape, unused_name
 from snpc.ops import lookup
 
 ORIGIN_KEY = "snpc.origin"

@@ -15,15 +15,22 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.builder import Attribute, add_constant, make_node
-from snpc.graph.shapes import ShapeFacts, attribute_values, choose_dim_sizes, opset_version
-from snpc.graph.traversal import scalar_factor_of
-from snpc.ops import lookup
-from snpc.ops.names import (
+from snpc.graph import (
+    Attribute,
+    ShapeFacts,
+    add_constant,
+    attribute_values,
+    choose_dim_sizes,
+    make_node,
+    opset_version,
+    scalar_factor_of,
+)
+from snpc.ops import (
     ATTENTION,
     CONCAT,
     EXPAND,
     GATHER,
+    MICROSOFT,
     MULTI_HEAD_ATTENTION,
     RESHAPE,
     SHAPE,
@@ -31,8 +38,8 @@ from snpc.ops.names import (
     SOFTMAX,
     SPLIT,
     TRANSPOSE,
+    lookup,
 )
-from snpc.ops.spec import MICROSOFT
 from snpc.passes.fusion.head_columns import (
     HeadColumns,
     NotFusable,

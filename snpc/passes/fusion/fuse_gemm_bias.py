@@ -11,10 +11,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph.builder import add_constant, make_node
-from snpc.graph.shapes import static_shape
-from snpc.ops.names import GEMM, RESHAPE
-from snpc.passes.canonicalization.fold_shape_arithmetic import infer_shapes
+from snpc.graph import add_constant, make_node, static_shape
+from snpc.ops import GEMM, RESHAPE
+from snpc.passes.canonicalization import infer_shapes
 from snpc.passes.fusion.fuse_attention import FusionResult
 from snpc.passes.fusion.qkv_projection import match_constant_product, separate_bias
 from snpc.types import Shape

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts
-from snpc.graph.traversal import step_upstream
-from snpc.ops import lookup
-from snpc.ops.spec import Blocked, Labels
+from snpc.graph import ShapeFacts, step_upstream
+from snpc.ops import Blocked, Labels, lookup
 from snpc.types import Shape
 
 MERGE_HEADS_PERM = (0, 2, 1, 3)  # [B,H,N,D] <-> [B,N,H,D]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts
-from snpc.graph.traversal import is_stored_constant as is_constant
-from snpc.ops import lookup
-from snpc.ops.names import MATMUL, SPLIT
+from snpc.graph import ShapeFacts
+from snpc.graph import is_stored_constant as is_constant
+from snpc.ops import MATMUL, SPLIT, lookup
 from snpc.passes.fusion.head_columns import HeadColumns, NotFusable
 from snpc.types import AnyArray
 

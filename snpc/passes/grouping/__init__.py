@@ -1,1 +1,30 @@
-"""Grouping: from labels to units, and from units to groups of heads x width with their sites."""
+"""Grouping: from labels to units, and from units to groups of heads x width with their sites.
+
+Files
+  drafts             Group drafts: units with the same sites, with role, pins and [blocks, size] grid, before they get
+                     names.
+  feasibility        Whether a group can be cut at all: every tensor that its blocks share with others must stay
+                     rectangular.
+  groups             From drafts to groups: names, sites, probes, freedom, and the cost that each group accounts for.
+  interleaved_heads  Blocks that are interleaved along a flat axis, as where the head index varies fastest.
+  traced             A graph with its labels and units: the result of label propagation that all later stages read.
+  units              Resolves the label table to units, blocks and heads.
+"""
+
+from __future__ import annotations
+
+from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
+from snpc.passes.grouping.groups import build_groups, to_pin
+from snpc.passes.grouping.traced import TracedGraph, trace_graph
+from snpc.passes.grouping.units import Units
+
+__all__ = [
+    "GroupDraft",
+    "TracedGraph",
+    "Units",
+    "build_groups",
+    "draft_groups",
+    "is_approximate",
+    "to_pin",
+    "trace_graph",
+]

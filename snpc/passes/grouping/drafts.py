@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from snpc.passes.grouping.feasibility import ValuesByUnit, infeasible_cut_pin, values_by_unit
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.labels import LabelFlag, LabelPin
-from snpc.passes.propagation.state import Trace
+from snpc.passes.propagation import LabelFlag, LabelPin, Trace
 from snpc.types import IntArray, Role
 
 

@@ -10,9 +10,7 @@ import onnx_ir as ir
 
 from snpc.ops import lookup
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.labels import LabelPin
-from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, slice_shape
-from snpc.passes.propagation.state import Trace
+from snpc.passes.propagation import LabelPin, NotRectangular, RemovedUnits, Trace, slice_shape
 from snpc.types import IntArray
 
 ValuesByUnit = Mapping[int, list[ir.Value]]

@@ -9,15 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.cost import contraction_sizes, count_macs
-from snpc.graph.module_paths import common_module_path, module_path, unique_names
-from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version
+from snpc.graph import (
+    ShapeFacts,
+    attribute_values,
+    common_module_path,
+    contraction_sizes,
+    count_macs,
+    module_path,
+    opset_version,
+    unique_names,
+)
 from snpc.ops import lookup
-from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.passes.canonicalization import original_name
 from snpc.passes.grouping.drafts import GroupDraft, is_approximate
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.labels import LabeledAxis, LabelFlag, LabelPin
-from snpc.passes.propagation.state import Contraction, LabeledValue, Trace
+from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
 from snpc.types import APPROXIMATE_REASON, Freedom, Group, IntArray, Pin, Probe, ProbeKind, Site, SiteKind
 
 

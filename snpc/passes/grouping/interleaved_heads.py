@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from snpc.passes.grouping.units import Units, resolve_units
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.state import Trace
+from snpc.passes.propagation import Trace, varying_axes
 from snpc.types import IntArray
 
 

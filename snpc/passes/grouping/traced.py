@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, infer_graph
+from snpc.graph import ShapeFacts, infer_graph
 from snpc.passes.grouping.interleaved_heads import find_units
 from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.propagate import propagate_labels
-from snpc.passes.propagation.state import Trace
+from snpc.passes.propagation import Trace, propagate_labels
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from snpc.graph.union_find import connected_components
-from snpc.passes.propagation.labels import Cover, LabelTable
+from snpc.graph import connected_components
+from snpc.passes.propagation import Cover, LabelTable
 from snpc.types import IntArray
 
 

@@ -7,11 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from snpc.ops.attention import AttentionForm, AttentionGeometry, attention_form, attention_geometry
-from snpc.ops.contraction import matmul_letters
-from snpc.ops.movement import collapse_constant_axes
-from snpc.ops.rotary import RotaryForm
-from snpc.ops.spec import SUMMED_OVER, Labels, Letters
+from snpc.ops import (
+    SUMMED_OVER,
+    AttentionForm,
+    AttentionGeometry,
+    Labels,
+    Letters,
+    RotaryForm,
+    attention_form,
+    attention_geometry,
+    collapse_constant_axes,
+    matmul_letters,
+)
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels
 from snpc.passes.propagation.head_layout import merge_head_labels, repeat_head_labels, split_head_labels

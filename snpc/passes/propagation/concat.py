@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.movement import collapse_constant_axes
-from snpc.ops.spec import Labels
+from snpc.ops import Labels, collapse_constant_axes
 from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 

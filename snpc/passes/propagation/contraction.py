@@ -5,7 +5,7 @@ Summed axes of both operands are unified. This is what makes queries and keys on
 
 from __future__ import annotations
 
-from snpc.ops.spec import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
+from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
 from snpc.passes.propagation.state import Contraction, Factors, LabeledValue, NodeContext, cover_remaining_axes

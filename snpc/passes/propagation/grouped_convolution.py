@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from snpc.ops.movement import reshape_labels
-from snpc.ops.spec import Letters
+from snpc.ops import Letters, reshape_labels
 from snpc.passes.propagation.contraction import contract_labels
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.ops.movement import reshape_labels
+from snpc.ops import reshape_labels
 from snpc.passes.propagation.state import LabeledValue
 
 

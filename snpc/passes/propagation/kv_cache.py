@@ -13,12 +13,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, is_float, opset_version
-from snpc.graph.union_find import connected_components
-from snpc.ops import lookup
-from snpc.ops.attention import ATTENTION_FORMS
-from snpc.ops.movement import concat_axis
-from snpc.ops.spec import Blocked, Labels
+from snpc.graph import ShapeFacts, connected_components, is_float, opset_version
+from snpc.ops import ATTENTION_FORMS, Blocked, Labels, concat_axis, lookup
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.state import LabeledValue, Trace
 from snpc.types import IntArray

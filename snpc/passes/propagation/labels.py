@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.ops.spec import Labels
+from snpc.ops import Labels
 from snpc.types import IntArray, PinKind
 
 

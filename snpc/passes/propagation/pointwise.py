@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.spec import SHAPE_MISMATCH, Labels
+from snpc.ops import SHAPE_MISMATCH, Labels
 from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
 

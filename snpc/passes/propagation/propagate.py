@@ -10,12 +10,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source
-from snpc.ops import lookup
-from snpc.ops.contraction import letters_of
-from snpc.ops.movement import concat_axis
-from snpc.ops.opaque import SUBGRAPH
-from snpc.ops.spec import Blocked, Labels
+from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source
+from snpc.ops import SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snpc.ops.movement import collapse_constant_axes
-from snpc.ops.spec import Labels, TensorCut
+from snpc.ops import Labels, TensorCut, collapse_constant_axes
 from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import LabeledValue, NormalizationStatistic, Trace
 from snpc.types import AnyArray, BoolArray, IntArray, Shape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops.rotary import RotaryForm, rotary_form, rotated_pairs
+from snpc.ops import RotaryForm, rotary_form, rotated_pairs
 from snpc.passes.propagation.head_layout import merge_head_labels, split_head_labels
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors

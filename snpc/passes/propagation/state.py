@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.spec import Labels, Letters, OpCall, OpSpec
+from snpc.ops import Labels, Letters, OpCall, OpSpec
 from snpc.passes.propagation.labels import LabelTable, varying_axes
 from snpc.types import PinKind, Shape
 

@@ -1,1 +1,36 @@
-"""Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle."""
+"""Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle.
+
+Files
+  attention_scale    Keeps the attention scale right when the width d of Q and K changes: the scores of kept channels
+                     must not change.
+  mask               The masked model, which every sliced model is checked against: full size, with the removed units at
+                     zero.
+  masked_statistics  Statistics over the units that stay, in a graph that still has all of them.
+  rewrite            The rewrite: split packed projections where widths would differ, slice, keep attention scales,
+                     check the result.
+  shape_parameters   Writes recomputed parameters into the graph: a constant, or the smallest change of the nodes that
+                     compute one.
+  slice              Slicing: removes units from every constant and recomputes every parameter that spells a size.
+  split_packed       Splits a packed projection, so that Q, K and V can be cut to different widths.
+"""
+
+from __future__ import annotations
+
+from snpc.passes.slicing.mask import mask_constants, mask_model, zeroed_positions
+from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
+from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
+from snpc.passes.slicing.slice import Cuts, find_removed_units
+
+__all__ = [
+    "REWRITE_PASSES",
+    "Cuts",
+    "RewrittenModel",
+    "ShapeParameterEditor",
+    "find_removed_units",
+    "mask_constants",
+    "mask_model",
+    "mask_statistic",
+    "rewrite_model",
+    "zeroed_positions",
+]

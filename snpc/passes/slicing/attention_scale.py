@@ -14,14 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version
-from snpc.graph.traversal import ScalarFactor, reads_only_shape, scalar_factor_of, step_upstream
-from snpc.ops import lookup
-from snpc.ops.attention import AttentionForm, attention_form
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.removal import RemovedUnits, slice_shape
-from snpc.passes.propagation.state import Contraction, Trace
-from snpc.passes.weights.linear_path import LinearPath, NotLinear, label_set, trace_linear_path
+from snpc.graph import (
+    ScalarFactor,
+    ShapeFacts,
+    attribute_values,
+    opset_version,
+    reads_only_shape,
+    scalar_factor_of,
+    step_upstream,
+)
+from snpc.ops import AttentionForm, attention_form, lookup
+from snpc.passes.propagation import Contraction, RemovedUnits, Trace, slice_shape, varying_axes
+from snpc.passes.weights import LinearPath, NotLinear, label_set, trace_linear_path
 from snpc.types import FloatArray
 
 STANDARD_SCALE_TOLERANCE = 1e-2  # relative distance from 1/sqrt(d) within which a scale is taken for the standard one

@@ -12,9 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.propagation.labels import LabeledAxis, LabelFlag
-from snpc.passes.propagation.removal import RemovedUnits, affected_statistics
-from snpc.passes.propagation.state import Trace
+from snpc.passes.propagation import LabeledAxis, LabelFlag, RemovedUnits, Trace, affected_statistics
 from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.types import AnyArray, BoolArray
 

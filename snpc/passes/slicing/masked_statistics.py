@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.builder import add_constant, make_node, redirect_uses, unused_name
-from snpc.ops.names import CONCAT, GATHER, SUB
-from snpc.passes.propagation.removal import RemovedUnits, removed_along
-from snpc.passes.propagation.state import NormalizationStatistic, Trace
+from snpc.graph import add_constant, make_node, redirect_uses, unused_name
+from snpc.ops import CONCAT, GATHER, SUB
+from snpc.passes.propagation import NormalizationStatistic, RemovedUnits, Trace, removed_along
 from snpc.types import BoolArray, IntArray
 
 

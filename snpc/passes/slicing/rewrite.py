@@ -8,11 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.pass_manager import GraphPass, PassObserver
-from snpc.graph.shapes import ShapeFacts
-from snpc.ops.names import MUL
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.propagation.removal import RemovedUnits, SlicedShape
+from snpc.graph import GraphPass, PassObserver, ShapeFacts
+from snpc.ops import MUL
+from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.propagation import RemovedUnits, SlicedShape
 from snpc.passes.slicing.attention_scale import ScalePlan, plan_scales
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import (

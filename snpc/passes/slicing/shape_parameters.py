@@ -8,11 +8,18 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.binding import alternative_dim_sizes
-from snpc.graph.builder import Attribute, add_constant, make_node, unused_name
-from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, record_constant
-from snpc.ops import lookup
-from snpc.ops.names import CONCAT, DIV, MUL, WHERE
+from snpc.graph import (
+    Attribute,
+    ShapeFacts,
+    add_constant,
+    alternative_dim_sizes,
+    infer_graph,
+    infer_node,
+    make_node,
+    record_constant,
+    unused_name,
+)
+from snpc.ops import CONCAT, DIV, MUL, WHERE, lookup
 from snpc.types import AnyArray
 
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.graph.binding import alternative_dim_sizes
-from snpc.graph.shapes import (
+from snpc.graph import (
     ShapeFacts,
+    alternative_dim_sizes,
     attribute_values,
     infer_graph,
     infer_node,
@@ -26,13 +26,18 @@ from snpc.graph.shapes import (
     is_float,
     opset_version,
 )
-from snpc.ops import lookup
-from snpc.ops.movement import collapse_constant_axes
-from snpc.ops.spec import Blocked, Labels
-from snpc.passes.grouping.units import Units
-from snpc.passes.propagation.kv_cache import resize_interface
-from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, SlicedShape, slice_shape, to_cut
-from snpc.passes.propagation.state import LabeledValue, Trace
+from snpc.ops import Blocked, Labels, collapse_constant_axes, lookup
+from snpc.passes.grouping import Units
+from snpc.passes.propagation import (
+    LabeledValue,
+    NotRectangular,
+    RemovedUnits,
+    SlicedShape,
+    Trace,
+    resize_interface,
+    slice_shape,
+    to_cut,
+)
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.types import Shape
 

@@ -15,13 +15,18 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.errors import CheckFailed
-from snpc.graph.builder import Attribute, copy_node, make_node
-from snpc.graph.shapes import ShapeFacts, infer_node, opset_version
-from snpc.ops import lookup
-from snpc.ops.names import GATHER, SPLIT, SQUEEZE
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, SlicedShape, slice_shape, to_cut
-from snpc.passes.propagation.state import LabeledValue, Trace
+from snpc.graph import Attribute, ShapeFacts, copy_node, infer_node, make_node, opset_version
+from snpc.ops import GATHER, SPLIT, SQUEEZE, lookup
+from snpc.passes.propagation import (
+    LabeledValue,
+    NotRectangular,
+    RemovedUnits,
+    SlicedShape,
+    Trace,
+    slice_shape,
+    to_cut,
+    varying_axes,
+)
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.types import IntArray
 

@@ -15,13 +15,10 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import is_float
-from snpc.graph.union_find import number_components
-from snpc.ops import lookup
-from snpc.ops.attention import ATTENTION_FORMS
-from snpc.ops.spec import SUMMED_OVER
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.propagation.state import Contraction, LabeledValue
+from snpc.graph import is_float, number_components
+from snpc.ops import ATTENTION_FORMS, SUMMED_OVER, lookup
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.propagation import Contraction, LabeledValue
 
 SCORE_KINDS = {"movement", "concat", "pointwise"}  # operator kinds between a product and its softmax
 

@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, has_subgraphs
-from snpc.graph.traversal import ancestor_nodes, dependent_values, used_values
-from snpc.ops.attention import attention_form
-from snpc.ops.opaque import SUBGRAPH
-from snpc.ops.spec import SUMMED_OVER, Blocked, OpCall
+from snpc.graph import ShapeFacts, ancestor_nodes, dependent_values, has_subgraphs, used_values
+from snpc.ops import SUBGRAPH, SUMMED_OVER, Blocked, OpCall, attention_form
 from snpc.passes.token_analysis.side_inputs import check_side_input, side_input_error
 from snpc.passes.token_analysis.state import (
     NeedsSideInput,

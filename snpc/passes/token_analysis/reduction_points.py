@@ -14,12 +14,16 @@ from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 
-from snpc.graph.binding import alternative_dim_sizes, dynamic_axes
-from snpc.graph.shapes import ShapeFacts, infer_graph, is_float, opset_version
-from snpc.graph.traversal import data_dependent_values
-from snpc.ops import lookup
-from snpc.ops.attention import attention_form, head_counts
-from snpc.ops.spec import SUMMED_OVER
+from snpc.graph import (
+    ShapeFacts,
+    alternative_dim_sizes,
+    data_dependent_values,
+    dynamic_axes,
+    infer_graph,
+    is_float,
+    opset_version,
+)
+from snpc.ops import SUMMED_OVER, attention_form, head_counts, lookup
 from snpc.passes.token_analysis.propagate import follow_tokens
 from snpc.passes.token_analysis.state import TokenFlow, TokenPin
 from snpc.types import Pin

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from snpc.graph.constant_values import is_constant_along
-from snpc.graph.traversal import ancestor_nodes, data_dependent_values, dependent_values, used_values
+from snpc.graph import ancestor_nodes, data_dependent_values, dependent_values, is_constant_along, used_values
 from snpc.passes.token_analysis.state import NeedsSideInput, SideInput, TokenAxes, TokenNodeContext, TokenPin
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, opset_version
-from snpc.ops import lookup
-from snpc.ops.spec import OpCall, OpSpec
+from snpc.graph import ShapeFacts, opset_version
+from snpc.ops import OpCall, OpSpec, lookup
 
 
 class TokenPin(Exception):

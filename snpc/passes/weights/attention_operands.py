@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import opset_version, static_shape
-from snpc.ops import lookup
-from snpc.ops.attention import attention_form, qkv_widths
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.state import Contraction, LabeledValue
+from snpc.graph import opset_version, static_shape
+from snpc.ops import attention_form, lookup, qkv_widths
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.propagation import Contraction, LabeledValue, varying_axes
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice, unit_positions
 from snpc.passes.weights.linear_path import (
     LinearPath,

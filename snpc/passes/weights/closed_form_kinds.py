@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.propagation.state import Contraction
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.propagation import Contraction
 from snpc.passes.weights.attention_operands import (
     operand_weights,
     score_axes,

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import attribute_values
-from snpc.graph.traversal import movement_root
+from snpc.graph import attribute_values, movement_root
 from snpc.ops import lookup
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.state import Contraction, LabeledValue
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.propagation import Contraction, LabeledValue, varying_axes
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, WeightSlice, unit_positions
 from snpc.types import FloatArray, Group, IntArray, Probe, Site
 

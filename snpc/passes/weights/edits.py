@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import add_constant, make_node, redirect_uses, replace_graph_output
-from snpc.graph.shapes import static_shape
-from snpc.graph.traversal import is_stored_constant, movement_root
-from snpc.ops import lookup
-from snpc.ops.names import ADD
-from snpc.passes.grouping.traced import TracedGraph
+from snpc.graph import (
+    add_constant,
+    is_stored_constant,
+    make_node,
+    movement_root,
+    redirect_uses,
+    replace_graph_output,
+    static_shape,
+)
+from snpc.ops import ADD, lookup
+from snpc.passes.grouping import TracedGraph
 from snpc.types import FloatArray, Group, IntArray
 
 

@@ -8,11 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts
-from snpc.graph.traversal import is_stored_constant, movement_behind, movement_root
+from snpc.graph import ShapeFacts, is_stored_constant, movement_behind, movement_root
 from snpc.ops import lookup
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.state import LabeledValue, Trace
+from snpc.passes.propagation import LabeledValue, Trace, varying_axes
 
 
 @dataclass

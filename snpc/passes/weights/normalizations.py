@@ -11,11 +11,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from snpc.ops import lookup
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.removal import RemovedUnits, affected_statistics, removed_along
-from snpc.passes.propagation.state import NormalizationStatistic
-from snpc.passes.propagation.statistics import statistic_paths
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.propagation import (
+    NormalizationStatistic,
+    RemovedUnits,
+    affected_statistics,
+    removed_along,
+    statistic_paths,
+    varying_axes,
+)
 from snpc.passes.weights.consumers import ConsumerWeight, single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice, is_exclusive_vector
 from snpc.types import Group

@@ -16,6 +16,19 @@
 Of files, ``samples`` are drawn at random by ``seed`` and fed in the order they are stored: folders are often sorted by
 class. Of code, the first ``samples`` are kept in memory: it runs once, may be endless, and every pass sees the same.
 Nothing is ever unpickled.
+
+Files
+  dataset         Calibration data as batches: samples are chosen, batches planned from rows of parts, and read when
+                  they are due.
+  file_sources    Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and
+                  test_data_set_*/input_N.pb.
+  images          Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std.
+  python_sources  Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's
+                  CalibrationDataReader.
+  sources         The form of every source of calibration data: parts, whose shapes are known before their values are
+                  read.
+  validation      Checks that arrays fit the model's inputs: names, types, ranks and sizes when opened, values when they
+                  are read.
 """
 
 from __future__ import annotations
@@ -24,14 +37,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration, calibration_from_source
+from snpc.runtime.calibration.dataset import Calibration, RowSelection, calibration_from_source, pack_batches
 from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
 from snpc.runtime.calibration.python_sources import CalibrationValue, script_source, value_source
-from snpc.runtime.calibration.sources import CalibrationSource
+from snpc.runtime.calibration.sources import CalibrationSource, as_user_error, name_list
+from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.types import TensorSpec
 
-__all__ = ["PREPROCESS", "Calibration", "ImageOptions", "load_calibration"]
+__all__ = [
+    "PREPROCESS",
+    "Calibration",
+    "ImageOptions",
+    "RowSelection",
+    "as_user_error",
+    "find_sample_axes",
+    "load_calibration",
+    "name_list",
+    "pack_batches",
+]
 
 
 def load_calibration(

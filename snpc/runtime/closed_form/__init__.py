@@ -1,1 +1,51 @@
-"""Closed-form compression: rotations and least-squares refits, and the weights they give."""
+"""Closed-form compression: rotations and least-squares refits, and the weights they give.
+
+Files
+  algebra               Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
+                        activations.
+  elimination           The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
+                        selection by score loss.
+  fit                   Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little
+                        as possible.
+  layerwise             Layerwise fitting: each layer is fitted to the activations of the pruned layers before it, and
+                        compensates for their error.
+  masked_weights        Trial weights: edits applied and removed units zeroed; shapes unchanged.
+  refit_normalizations  Refits normalizations whose channels are partly removed, and the weights that consume them.
+  stages                The stages of layerwise fitting: segments of the graph, and the groups that are fitted in each.
+"""
+
+from __future__ import annotations
+
+from snpc.runtime.closed_form.elimination import elimination_widths
+from snpc.runtime.closed_form.fit import (
+    ClosedForms,
+    closed_form_edits,
+    fit_parallel,
+    in_rotated_order,
+    solve_closed_forms,
+)
+from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.closed_form.masked_weights import changed_constants, constant_array, edited_constants, trial_weights
+from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
+from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums, residual_values
+
+__all__ = [
+    "ClosedForms",
+    "NotSegmentable",
+    "approximate_groups",
+    "changed_constants",
+    "check_boundary_types",
+    "closed_form_edits",
+    "constant_array",
+    "edited_constants",
+    "elimination_widths",
+    "fit_layerwise",
+    "fit_normalizations",
+    "fit_parallel",
+    "in_rotated_order",
+    "residual_sums",
+    "residual_values",
+    "solve_closed_forms",
+    "trial_weights",
+    "without_groups",
+]

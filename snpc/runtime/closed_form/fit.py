@@ -8,12 +8,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.closed_form_kinds import GroupWeights, closed_form_kinds, refusal_reasons
-from snpc.passes.weights.consumers import ConsumerWeight
-from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits
-from snpc.planning.plan import SlicePlan
+from snpc.passes import Analysis
+from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.weights import (
+    ConsumerWeight,
+    GroupWeights,
+    WeightEdits,
+    WeightSlice,
+    apply_edits,
+    closed_form_kinds,
+    refusal_reasons,
+)
+from snpc.planning import SlicePlan
 from snpc.runtime.closed_form.algebra import (
     LowRankBasis,
     refit_decoder,
@@ -30,11 +36,18 @@ from snpc.runtime.closed_form.elimination import (
     eliminate,
     eliminate_by_score_loss,
 )
-from snpc.runtime.execution.memory import SpillableStore
-from snpc.runtime.statistics.keys import StatisticKey
-from snpc.runtime.statistics.moments import ConsumerMoments, GroupMoments, LazyMoments, MomentSet, required_statistics
-from snpc.runtime.statistics.packed_symmetric import unpacked_size
-from snpc.runtime.statistics.statistics import Statistics, check_statistics_match
+from snpc.runtime.execution import SpillableStore
+from snpc.runtime.statistics import (
+    ConsumerMoments,
+    GroupMoments,
+    LazyMoments,
+    MomentSet,
+    StatisticKey,
+    Statistics,
+    check_statistics_match,
+    required_statistics,
+    unpacked_size,
+)
 from snpc.types import ClosedFormKind, FloatArray, Group, IntArray
 
 ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")

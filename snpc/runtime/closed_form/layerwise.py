@@ -18,28 +18,34 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, extract_segment
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.edits import WeightEdits
-from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.graph import Segment, extract_segment
+from snpc.passes.canonicalization import finalize
+from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.weights import WeightEdits
+from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, solve_bases
 from snpc.runtime.closed_form.masked_weights import edited_constants, trial_weights
 from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, ResidualError, add_missing_biases, schedule_stages
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import SpillableStore, memory_budget
-from snpc.runtime.execution.session import SessionLoadError
-from snpc.runtime.execution.temporary_session import temporary_session
-from snpc.runtime.statistics.instrument import Instrument
-from snpc.runtime.statistics.keys import StatisticKey
-from snpc.runtime.statistics.measure import accumulate
-from snpc.runtime.statistics.moments import GroupMoments, MomentSet, group_moments
-from snpc.runtime.statistics.padding import (
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    SessionLoadError,
+    SpillableStore,
+    memory_budget,
+    temporary_session,
+)
+from snpc.runtime.statistics import (
+    GroupMoments,
+    Instrument,
+    MomentSet,
     PaddingMasks,
+    StatisticKey,
     TokenMasks,
+    accumulate,
     find_padding,
+    group_moments,
     probe_row_counters,
     token_mask_runner,
 )

@@ -7,10 +7,9 @@ from collections.abc import Callable, Container, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.slicing.mask import mask_constants, zeroed_positions
-from snpc.passes.slicing.slice import Cuts, find_removed_units
-from snpc.passes.weights.edits import WeightEdits, existing_bias
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.slicing import Cuts, find_removed_units, mask_constants, zeroed_positions
+from snpc.passes.weights import WeightEdits, existing_bias
 from snpc.types import AnyArray, FloatArray
 
 

@@ -16,20 +16,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import copy_node
+from snpc.graph import copy_node
 from snpc.ops import names as op
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.propagation.removal import RemovedUnits
-from snpc.passes.slicing.masked_statistics import mask_statistic
-from snpc.passes.slicing.slice import find_removed_units
-from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
-from snpc.passes.weights.normalizations import Normalization, affected_normalizations, normalization_consumers
-from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.propagation import RemovedUnits
+from snpc.passes.slicing import find_removed_units, mask_statistic
+from snpc.passes.weights import (
+    Normalization,
+    WeightEdits,
+    affected_normalizations,
+    apply_edits,
+    existing_bias,
+    normalization_consumers,
+)
+from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.temporary_session import temporary_session
-from snpc.runtime.statistics.instrument import Instrument
-from snpc.runtime.statistics.padding import find_padding, token_mask_runner
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
+from snpc.runtime.statistics import Instrument, find_padding, token_mask_runner
 from snpc.types import Feeds, FloatArray, Group
 
 CONSTANT_CHANNEL = 1e-6  # variance over mean square, below which a channel is constant and is only shifted

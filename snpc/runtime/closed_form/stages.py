@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, split_into_segments
+from snpc.graph import Segment, split_into_segments
 from snpc.ops import lookup
-from snpc.passes.analyze import Analysis
-from snpc.passes.grouping.traced import TracedGraph, trace_graph
-from snpc.passes.weights.closed_form_kinds import closed_form_kinds
-from snpc.passes.weights.edits import WeightEdits, apply_edits, existing_bias
-from snpc.planning.plan import SlicePlan
+from snpc.passes import Analysis
+from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.weights import WeightEdits, apply_edits, closed_form_kinds, existing_bias
+from snpc.planning import SlicePlan
 from snpc.runtime.closed_form.fit import ClosedForms
-from snpc.runtime.statistics.measure import StatisticRequest, statistic_requests
-from snpc.runtime.statistics.moments import required_statistics
+from snpc.runtime.statistics import StatisticRequest, required_statistics, statistic_requests
 from snpc.types import ClosedFormKind, Group
 
 

@@ -1,1 +1,54 @@
-"""Measuring written models: latency, equality of outputs, accuracy."""
+"""Measuring written models: latency, equality of outputs, accuracy.
+
+Files
+  accuracy  Accuracy of a model file on labeled inputs.
+  bench     Latency of models, measured side by side.
+  compare   Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
+  latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
+"""
+
+from __future__ import annotations
+
+from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
+from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.compare import (
+    TOLERANCE,
+    VERIFICATION_BATCHES,
+    aggregate,
+    batch_differences,
+    check_structure,
+    compare_models,
+    max_relative,
+    measure_differences,
+    raise_if_unequal,
+    rounding_tolerance,
+    run_batches,
+)
+from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
+
+__all__ = [
+    "TOLERANCE",
+    "VERIFICATION_BATCHES",
+    "BenchResult",
+    "EvaluationData",
+    "TimedArtifact",
+    "TimingProtocol",
+    "Workload",
+    "aggregate",
+    "batch_differences",
+    "bench",
+    "check_structure",
+    "collect_outputs",
+    "compare_models",
+    "groups_to_time",
+    "latency_table",
+    "max_relative",
+    "measure_differences",
+    "median_interval",
+    "raise_if_unequal",
+    "rounding_tolerance",
+    "run_batches",
+    "run_rounds",
+    "time_pair",
+    "top1_accuracy",
+]

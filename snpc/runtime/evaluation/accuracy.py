@@ -10,8 +10,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.runners import open_runner
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_runner
 from snpc.types import AnyArray
 
 

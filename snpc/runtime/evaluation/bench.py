@@ -19,10 +19,16 @@ from typing import Any
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import RandomInputs, check_feeds
-from snpc.runtime.execution.machine import available_cores, cpu_name
-from snpc.runtime.execution.runners import Runner, open_runner
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    RandomInputs,
+    Runner,
+    available_cores,
+    check_feeds,
+    cpu_name,
+    open_runner,
+)
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]

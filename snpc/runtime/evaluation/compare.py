@@ -13,16 +13,19 @@ import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.propagation.removal import SlicedShape
-from snpc.passes.slicing.mask import mask_model
-from snpc.passes.slicing.rewrite import RewrittenModel
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import release_free_memory
-from snpc.runtime.execution.session import open_session, run_session
-from snpc.runtime.execution.temporary_session import runs_in_float32, temporary_session
-from snpc.runtime.io.protobuf import read_without_weights
-from snpc.runtime.io.save import save
+from snpc.passes.canonicalization import finalize
+from snpc.passes.propagation import SlicedShape
+from snpc.passes.slicing import RewrittenModel, mask_model
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    open_session,
+    release_free_memory,
+    run_session,
+    runs_in_float32,
+    temporary_session,
+)
+from snpc.runtime.io import read_without_weights, save
 from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}

@@ -18,18 +18,21 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.slicing.rewrite import rewrite_model
-from snpc.planning.plan import LatencyCurves, SlicePlan, cuts_of
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.passes.slicing import rewrite_model
+from snpc.planning import LatencyCurves, SlicePlan, cuts_of
 from snpc.runtime.evaluation.bench import TimingProtocol, bench
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.feeds import RandomInputs
-from snpc.runtime.execution.machine import available_cores, cpu_name
-from snpc.runtime.execution.random_inputs import id_limits
-from snpc.runtime.execution.session import onnxruntime_version
-from snpc.runtime.io.atomic import atomic_write
-from snpc.runtime.io.save import save
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    RandomInputs,
+    available_cores,
+    cpu_name,
+    id_limits,
+    onnxruntime_version,
+)
+from snpc.runtime.io import atomic_write, save
 from snpc.types import FloatArray, Group, Shape
 
 KEPT_SHARES = (0.75, 0.5, 0.25)  # fractions of units kept, for all groups of a role

@@ -1,1 +1,86 @@
-"""Running models under onnxruntime: sessions, feeds and memory."""
+"""Running models under onnxruntime: sessions, feeds and memory.
+
+Files
+  execution          The settings of everything that runs a model, as one value.
+  feeds              Feeds for a model: shapes as users write them, seeded random arrays, and checks of arrays.
+  machine            What is known of this machine: cores, the processor's name and vector registers, free memory.
+  memory             Memory limits: sizes as users write them, arrays kept within a limit or in files, and the memory a
+                     model needs.
+  random_inputs      Random inputs for an analyzed model: to verify on, and to calibrate on where there is no data.
+  runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
+                     inputs.
+  session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
+  temporary_session  Sessions of models in memory: written to a temporary file, run, and deleted.
+"""
+
+from __future__ import annotations
+
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
+from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
+from snpc.runtime.execution.memory import (
+    SpillableStore,
+    memory_budget,
+    parse_bytes,
+    release_free_memory,
+    too_large_reason,
+)
+from snpc.runtime.execution.random_inputs import embedding_rows, id_limits, random_batch, random_calibration
+from snpc.runtime.execution.runners import (
+    ENGINE_SUFFIXES,
+    OPENVINO_SUFFIX,
+    PRECISION_RT_INFO,
+    Runner,
+    import_openvino,
+    open_runner,
+)
+from snpc.runtime.execution.session import (
+    SessionLoadError,
+    first_lines,
+    onnxruntime_version,
+    open_session,
+    prepare_run,
+    resolve_provider,
+    run_session,
+    save_optimized,
+)
+from snpc.runtime.execution.temporary_session import RunFunction, runs_in_float32, temporary_session
+
+__all__ = [
+    "DEFAULT_EXECUTION",
+    "ENGINE_SUFFIXES",
+    "OPENVINO_SUFFIX",
+    "PRECISION_RT_INFO",
+    "Execution",
+    "RandomInputs",
+    "RunFunction",
+    "Runner",
+    "SessionLoadError",
+    "SpillableStore",
+    "available_cores",
+    "check_feeds",
+    "check_shape",
+    "cpu_name",
+    "embedding_rows",
+    "first_lines",
+    "id_limits",
+    "import_openvino",
+    "memory_budget",
+    "onnxruntime_version",
+    "open_runner",
+    "open_session",
+    "parse_bytes",
+    "parse_shapes",
+    "prepare_run",
+    "random_batch",
+    "random_calibration",
+    "random_feeds",
+    "release_free_memory",
+    "resolve_provider",
+    "run_session",
+    "runs_in_float32",
+    "save_optimized",
+    "temporary_session",
+    "too_large_reason",
+    "vector_width",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from snpc.graph.pass_manager import PassObserver
+from snpc.graph import PassObserver
 from snpc.types import Feeds
 
 BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.shapes import weight_bytes
+from snpc.graph import weight_bytes
 from snpc.runtime.execution.machine import free_memory
 from snpc.types import AnyArray, Model
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts
+from snpc.graph import ShapeFacts
 from snpc.ops import lookup
-from snpc.passes.analyze import Analysis
-from snpc.runtime.calibration import Calibration, load_calibration
-from snpc.runtime.calibration.validation import find_sample_axes
+from snpc.passes import Analysis
+from snpc.runtime.calibration import Calibration, find_sample_axes, load_calibration
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 

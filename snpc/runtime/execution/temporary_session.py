@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops.names import TYPE_ATTRIBUTES
-from snpc.passes.canonicalization.finalize import finalize
+from snpc.ops import TYPE_ATTRIBUTES
+from snpc.passes.canonicalization import finalize
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import release_free_memory
 from snpc.runtime.execution.session import (
@@ -23,7 +23,7 @@ from snpc.runtime.execution.session import (
     resolve_provider,
     run_session,
 )
-from snpc.runtime.io.save import save
+from snpc.runtime.io import save
 from snpc.types import AnyArray, Feeds
 
 RunFunction = Callable[[Feeds], dict[str, AnyArray]]

@@ -1,1 +1,55 @@
-"""Model files: loading, checking, and writing them atomically."""
+"""Model files: loading, checking, and writing them atomically.
+
+Files
+  atomic         Atomic writes: under a temporary name beside the target, renamed into place when complete.
+  examples       The trained examples that ship inside the package, and how they reach a user's folder.
+  in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
+  load           Loading models: tensors checked, external data found, the graph in canonical form.
+  protobuf       Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the
+                 file.
+  save           Writing models: weights inside the file, or in a file beside it.
+  tensor_checks  Checks of the tensors in a model file: types, shapes, numbers of bytes, and where external data may
+                 lie.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snpc.runtime.io.atomic import (
+    atomic_write,
+    check_target,
+    discard_model,
+    external_data_path,
+    move_into_place,
+    rename_into_place,
+    staging_folder,
+)
+from snpc.runtime.io.examples import write_example
+from snpc.runtime.io.in_memory import read_back
+from snpc.runtime.io.load import file_bytes, load, model_files, resolve_external_data
+from snpc.runtime.io.protobuf import read_without_weights
+from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+
+if TYPE_CHECKING:
+    from snpc.runtime.io.in_memory import InMemoryModel as InMemoryModel
+    from snpc.runtime.io.load import ModelSource as ModelSource
+
+__all__ = [
+    "PROTOBUF_LIMIT",
+    "atomic_write",
+    "check_target",
+    "discard_model",
+    "external_data_path",
+    "file_bytes",
+    "load",
+    "model_files",
+    "move_into_place",
+    "read_back",
+    "read_without_weights",
+    "rename_into_place",
+    "resolve_external_data",
+    "save",
+    "staging_folder",
+    "write_example",
+]

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph.pass_manager import PassObserver
-from snpc.passes.canonicalization.canonicalize import canonicalize
+from snpc.graph import PassObserver
+from snpc.passes.canonicalization import canonicalize
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_to_external
 
-from snpc.graph.shapes import weight_bytes
+from snpc.graph import weight_bytes
 from snpc.runtime.io.atomic import atomic_write, external_data_path
 from snpc.runtime.io.protobuf import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 

@@ -1,1 +1,20 @@
-"""Sensitivity analysis: how much the outputs change as each group gets narrower."""
+"""Sensitivity analysis: how much the outputs change as each group gets narrower.
+
+Files
+  curve_fit        Fits loss curves to a few noisy trials: the closed-form loss times a factor that varies with the
+                   width.
+  loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
+                   a time.
+  segmented_model  A model in segments whose weights are inputs, so that a trial of changed weights runs only from their
+                   segment on.
+"""
+
+from __future__ import annotations
+
+from snpc.runtime.sensitivity.loss_curves import mean_relative_change, measurable_widths, measure_loss_curves
+
+__all__ = [
+    "mean_relative_change",
+    "measurable_widths",
+    "measure_loss_curves",
+]

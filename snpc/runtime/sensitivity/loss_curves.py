@@ -9,20 +9,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from snpc.passes.slicing.slice import Cuts
-from snpc.passes.weights.edits import WeightEdits
-from snpc.planning.allocate import allocate_widths
-from snpc.planning.config import Budget
-from snpc.planning.plan import SlicePlan, UnitScores, cuts_of, top_units
+from snpc.passes.slicing import Cuts
+from snpc.passes.weights import WeightEdits
+from snpc.planning import Budget, SlicePlan, UnitScores, allocate_widths, cuts_of, top_units
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form.elimination import elimination_widths
-from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
-from snpc.runtime.closed_form.masked_weights import changed_constants, edited_constants, trial_weights
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import SpillableStore, memory_budget
+from snpc.runtime.closed_form import (
+    ClosedForms,
+    changed_constants,
+    closed_form_edits,
+    edited_constants,
+    elimination_widths,
+    trial_weights,
+)
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
-from snpc.runtime.statistics.padding import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
+from snpc.runtime.statistics import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
 # shares of a group's units that are kept in trials

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.runtime.closed_form.masked_weights import constant_array
-from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import SpillableStore
-from snpc.runtime.execution.session import SessionLoadError
-from snpc.runtime.execution.temporary_session import RunFunction, temporary_session
+from snpc.graph import Segment, extract_segment, split_into_segments
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.passes.grouping import TracedGraph
+from snpc.runtime.closed_form import NotSegmentable, check_boundary_types, constant_array, residual_sums
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    RunFunction,
+    SessionLoadError,
+    SpillableStore,
+    temporary_session,
+)
 from snpc.types import AnyArray, Feeds, Group
 
 SegmentStates = list[dict[str, AnyArray]]  # the values that enter each segment, and those that leave the last

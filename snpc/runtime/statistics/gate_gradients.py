@@ -10,7 +10,7 @@ from typing import Protocol
 
 from snpc.criteria import Criterion
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration
 from snpc.types import ROLES, Feeds, FloatArray, Group, Role
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.builder import add_constant, copy_node, make_node
-from snpc.graph.shapes import attribute_values
+from snpc.graph import add_constant, attribute_values, copy_node, make_node
+from snpc.ops import ATTENTION_FORMS, AttentionForm
 from snpc.ops import names as op
-from snpc.ops.attention import ATTENTION_FORMS, AttentionForm
-from snpc.passes.token_analysis.padding_sources import PaddingSource
+from snpc.passes.token_analysis import PaddingSource
 from snpc.runtime.statistics.packed_symmetric import row_strips
 from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
 from snpc.types import Probe

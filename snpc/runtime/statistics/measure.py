@@ -11,11 +11,10 @@ import onnx_ir as ir
 
 from snpc.criteria import Criterion
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.passes.propagation.state import Contraction
+from snpc.passes import Analysis
+from snpc.passes.propagation import Contraction
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.temporary_session import temporary_session
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.runtime.statistics.gate_gradients import GATE_PREFIX
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.keys import StatisticKey

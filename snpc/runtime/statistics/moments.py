@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snpc.passes.weights.closed_form_kinds import GroupWeights
+from snpc.passes.weights import GroupWeights
 from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.types import ClosedFormKind, FloatArray

@@ -15,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from snpc.graph.binding import alternative_dim_sizes
-from snpc.graph.shapes import ShapeFacts, infer_graph
-from snpc.ops.attention import ATTENTION_FORMS
-from snpc.passes.grouping.traced import TracedGraph
-from snpc.passes.token_analysis.padding_sources import PaddingSource, TokenStreams, find_token_streams
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.temporary_session import temporary_session
+from snpc.graph import ShapeFacts, alternative_dim_sizes, infer_graph
+from snpc.ops import ATTENTION_FORMS
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.token_analysis import PaddingSource, TokenStreams, find_token_streams
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.probe_layout import RowMask, RowOrder, infer_probe_layout, samples_and_rows
 from snpc.types import AnyArray, Feeds, Probe, Shape

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from snpc.errors import CheckFailed
-from snpc.passes.token_analysis.padding_sources import shortest_period
+from snpc.passes.token_analysis import shortest_period
 from snpc.types import IntArray, Probe, Shape
 
 RowOrder = Literal["batch_first", "merged", "tokens_first"]

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import names as op
-from snpc.passes.propagation.state import Contraction
-from snpc.passes.weights.attention_operands import score_axes
+from snpc.passes.propagation import Contraction
+from snpc.passes.weights import score_axes
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.types import Group
 

@@ -12,13 +12,12 @@ import numpy as np
 
 from snpc.criteria import Criterion, make_criterion
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.passes.weights.closed_form_kinds import closed_form_kinds
-from snpc.planning.plan import PruningMethod
+from snpc.passes import Analysis
+from snpc.passes.weights import closed_form_kinds
+from snpc.planning import PruningMethod
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.memory import SpillableStore, memory_budget
-from snpc.runtime.io.atomic import atomic_write
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.io import atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,

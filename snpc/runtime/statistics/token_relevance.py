@@ -17,15 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph.binding import dynamic_axes
-from snpc.graph.shapes import ShapeFacts, has_subgraphs, infer_graph, is_float, opset_version
-from snpc.graph.traversal import used_values
-from snpc.ops import lookup
-from snpc.ops.attention import attention_form, head_counts
-from snpc.ops.spec import Blocked, OpCall, OpSpec
-from snpc.passes.token_analysis.reduction_points import TokenPoint
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.execution.temporary_session import temporary_session
+from snpc.graph import ShapeFacts, dynamic_axes, has_subgraphs, infer_graph, is_float, opset_version, used_values
+from snpc.ops import Blocked, OpCall, OpSpec, attention_form, head_counts, lookup
+from snpc.passes.token_analysis import TokenPoint
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.types import AnyArray, Feeds, FloatArray
 
 RELEVANCE_EPSILON = 1e-12

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.types import CriterionInputs, FloatArray, Group, IntArray, Site
 
 

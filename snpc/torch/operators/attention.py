@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from snpc.ops.spec import MICROSOFT
+from snpc.ops import MICROSOFT
 from snpc.torch.operators.registry import OperatorCall, Tensor, implements
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from snpc.ops.spec import MICROSOFT
+from snpc.ops import MICROSOFT
 from snpc.torch.operators.registry import Integers, OperatorCall, Tensor, axis_list, implements
 
 

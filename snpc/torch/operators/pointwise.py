@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from snpc.ops.spec import MICROSOFT
+from snpc.ops import MICROSOFT
 from snpc.torch.operators.registry import TORCH_DTYPES, OperatorCall, Tensor, implements
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {

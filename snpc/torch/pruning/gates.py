@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from snpc.ops import lookup
-from snpc.passes.analyze import Analysis
+from snpc.passes import Analysis
 from snpc.torch.module import GraphModule, WeightTransform
-from snpc.torch.operators.registry import Tensor
+from snpc.torch.operators import Tensor
 from snpc.types import Group, Model, Site
 
 

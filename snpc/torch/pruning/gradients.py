@@ -15,16 +15,13 @@ import numpy as np
 import torch
 
 from snpc.criteria import Criterion
-from snpc.passes.analyze import Analysis
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.statistics.gate_gradients import GATE_PREFIX, GateObserver
+from snpc.passes import Analysis
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.statistics import GATE_PREFIX, GateObserver
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import Tensor, to_tensor
-from snpc.torch.operators.relevance import relevance_rules
+from snpc.torch.operators import Tensor, relevance_rules, to_tensor
 from snpc.torch.pruning.gates import Gate, apply_gates, canonical_module, make_gate
-from snpc.torch.training.labels import load_labels
-from snpc.torch.training.losses import cross_entropy
-from snpc.torch.training.sampling import one_sample_batches, sample_ids
+from snpc.torch.training import cross_entropy, load_labels, one_sample_batches, sample_ids
 from snpc.types import Feeds, FloatArray, Group
 
 GateArrays = dict[str, dict[str, FloatArray]]

@@ -7,20 +7,30 @@ from dataclasses import dataclass, replace
 import torch
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.planning.allocate import groups_to_prune, make_slice_plan
-from snpc.planning.config import Budget
-from snpc.planning.plan import SlicePlan, UnitScores
-from snpc.runtime.calibration.dataset import Calibration
+from snpc.passes import Analysis
+from snpc.planning import Budget, SlicePlan, UnitScores, groups_to_prune, make_slice_plan
+from snpc.runtime.calibration import Calibration
 from snpc.torch.finetune import FinetuneTask, loss_output_names
 from snpc.torch.pruning.gates import canonical_module, make_gate
 from snpc.torch.pruning.learned_masks import MaskedModule, make_masks
-from snpc.torch.training.checkpoints import CheckpointOptions, open_checkpoint, run_fingerprint
-from snpc.torch.training.distributed import Worker, distributed_worker, wait_for_workers
-from snpc.torch.training.loop import TrainingHooks, TrainingResult, train
-from snpc.torch.training.losses import Batch, distillation_loss
-from snpc.torch.training.options import TrainingCallback, TrainingOptions
-from snpc.torch.training.teacher import Teacher, mean_squares, teacher_function
+from snpc.torch.training import (
+    Batch,
+    CheckpointOptions,
+    Teacher,
+    TrainingCallback,
+    TrainingHooks,
+    TrainingOptions,
+    TrainingResult,
+    Worker,
+    distillation_loss,
+    distributed_worker,
+    mean_squares,
+    open_checkpoint,
+    run_fingerprint,
+    teacher_function,
+    train,
+    wait_for_workers,
+)
 
 MASK_LEARNING_RATE = 0.05  # default for masks
 

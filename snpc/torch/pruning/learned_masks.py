@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis
-from snpc.runtime.statistics.unit_weights import group_weight_rows
+from snpc.passes import Analysis
+from snpc.runtime.statistics import group_weight_rows
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import Tensor
+from snpc.torch.operators import Tensor
 from snpc.torch.pruning.gates import Gate, apply_gates
 from snpc.types import FloatArray, Group
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
+from snpc.runtime.evaluation import EvaluationData, collect_outputs, top1_accuracy
 from snpc.torch.finetune import FinetuneResult
-from snpc.torch.training.checkpoints import run_fingerprint
+from snpc.torch.training import run_fingerprint
 
 
 class PruningObjective(Protocol):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from snpc.runtime.io.atomic import atomic_write, discard_model
-from snpc.torch.training.checkpoints import (
+from snpc.runtime.io import atomic_write, discard_model
+from snpc.torch.training import (
     CheckpointOptions,
     invalid_checkpoint_error,
     make_checkpoint_folder,

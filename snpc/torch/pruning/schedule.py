@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.passes.analyze import Analysis, analyze
-from snpc.pipeline.apply import apply
-from snpc.pipeline.planner import plan
-from snpc.planning.config import Budget, ResourceTarget, parse_target
-from snpc.planning.plan import PruningMethod
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.io.atomic import check_target, discard_model, external_data_path, rename_into_place
-from snpc.runtime.io.load import load, model_files
+from snpc.passes import Analysis, analyze
+from snpc.pipeline import apply, plan
+from snpc.planning import Budget, PruningMethod, ResourceTarget, parse_target
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.io import check_target, discard_model, external_data_path, load, model_files, rename_into_place
 from snpc.torch.finetune import finetune
 from snpc.torch.pruning.objectives import AccuracyDrop, PruningObjective, max_output_drift
 from snpc.torch.pruning.round_log import PruningRound, RoundLog, open_round_log
-from snpc.torch.training.checkpoints import CheckpointOptions, run_fingerprint
-from snpc.torch.training.options import TrainingOptions
+from snpc.torch.training import CheckpointOptions, TrainingOptions, run_fingerprint
 
 DEFAULT_TRAINING = TrainingOptions()
 MIN_STEP_DIVISOR = 8  # an adaptive step is halved at most down to the first step divided by this

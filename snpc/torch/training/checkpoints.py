@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.io.atomic import atomic_write
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.io import atomic_write
 from snpc.torch.training.sampling import sample_ids
 
 CHECKPOINT_FILE = "checkpoint.pt"

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from snpc.torch.operators.registry import Tensor
+from snpc.torch.operators import Tensor
 from snpc.torch.training.distributed import Worker
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.calibration.sources import as_user_error, name_list
+from snpc.runtime.calibration import Calibration, as_user_error, name_list
 from snpc.types import AnyArray, IntArray
 
 LABELS_KEY = "labels"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from snpc.torch.operators.registry import Tensor
+from snpc.torch.operators import Tensor
 from snpc.torch.training.options import TrainingOptions
 
 

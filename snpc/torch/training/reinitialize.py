@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from snpc.ops import lookup
-from snpc.passes.canonicalization.shared_constants import original_name
+from snpc.passes.canonicalization import original_name
 from snpc.torch.module import GraphModule
 from snpc.torch.trainable_weights import consumers_past_movement
 from snpc.types import Model

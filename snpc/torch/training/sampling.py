@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration, RowSelection, pack_batches
+from snpc.runtime.calibration import Calibration, RowSelection, pack_batches
 from snpc.types import IntArray
 
 SHUFFLE_STREAM, SPLIT_STREAM = 1, 2  # beside a seed, so that shuffling and splitting draw different numbers

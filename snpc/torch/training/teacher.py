@@ -15,14 +15,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from snpc.passes.analyze import Analysis
-from snpc.passes.canonicalization.finalize import finalize
-from snpc.runtime.calibration.dataset import Calibration
-from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.session import open_session, run_session
-from snpc.runtime.io.save import save
+from snpc.passes import Analysis
+from snpc.passes.canonicalization import finalize
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution import Execution, open_session, run_session
+from snpc.runtime.io import save
 from snpc.torch.module import GraphModule
-from snpc.torch.operators.registry import Tensor, to_tensor
+from snpc.torch.operators import Tensor, to_tensor
 from snpc.torch.training.sampling import sample_ids
 from snpc.types import Feeds, IntArray
 

@@ -13,10 +13,10 @@ import pytest
 
 import snpc
 from snpc.runtime.execution import memory
-from snpc.runtime.io import save as model_io
 from snpc.runtime.statistics import unit_weights as numbers
 from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama
+from tests.patching import patch
 
 SMALL = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
 FLAGS = ("--method", "select", "--criterion", "magnitude", "--ratio", 0.25)
@@ -77,7 +77,7 @@ class Noted(np.ndarray):
 
 def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the original was: with its weights inside, in a model that may be larger than a message."""
-    monkeypatch.setattr(model_io, "PROTOBUF_LIMIT", 1 << 16)
+    patch(monkeypatch, "snpc.runtime.io.save.PROTOBUF_LIMIT", 1 << 16)
     inline = tmp_path / "inline.onnx"
     onnx.save(onnx.load(write_llama(tmp_path / "llama", SMALL)), inline)
     invoke("prune", inline, *FLAGS, "-o", tmp_path / "out.onnx")
