@@ -608,12 +608,12 @@ ODD: dict[str, tuple[list[onnx.NodeProto], Callable[[Group], bool], str]] = {
     "queries are keys": (
         attention([product("q"), scores_of("xq", "xq")], PLAIN_VALUES),
         lambda g: g.role == "qk",
-        "both sides|read elsewhere",
+        "both sides|has other consumers",
     ),
     "keys are values": (
         attention(PLAIN_SCORES, [helper.make_node("MatMul", ["p", "xk"], ["context"])]),
         lambda g: any(s.tensor == "k" for s in g.sites),
-        "read elsewhere",
+        "has other consumers",
     ),
     "a vector on the context": (
         attention(
@@ -640,7 +640,7 @@ ODD: dict[str, tuple[list[onnx.NodeProto], Callable[[Group], bool], str]] = {
             )
         ],
         lambda g: g.role == "vo",
-        "read elsewhere|normalisation|nonlinear",
+        "has other consumers|normalisation|nonlinear",
     ),
 }
 
