@@ -21,7 +21,6 @@ REPRESENTATIVE = frozenset(
     {
         "vit_timm__ts17",  # packed projections
         "vit_timm__dyn20_sdpa",
-        "swin_timm__ts17",  # windows
         "convchain__ts17",
         "mlp__ts17",
         "bert__ts17",  # padding masks

@@ -103,6 +103,7 @@ def test_the_drift_is_within_the_limit_and_near_it(name: str, limit: float, unif
         assert drift_of(analysis.model.path, over.path, calibration) > limit
 
 
+@pytest.mark.slow
 def test_a_drift_that_no_cut_keeps_leaves_nothing(tmp_path: Path) -> None:
     flags = ("--calib", CALIB, "--calib-samples", 16, "--max-drift", 1e-9, "--plan", tmp_path / "plan.json")
     said = invoke("prune", VIT, *flags, "-o", tmp_path / "cut.onnx", code=1).stderr
@@ -111,6 +112,7 @@ def test_a_drift_that_no_cut_keeps_leaves_nothing(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name != "plan.json"]
 
 
+@pytest.mark.slow
 def test_the_saved_plan_is_the_one_that_was_applied(tmp_path: Path) -> None:
     out, plan = tmp_path / "cut.onnx", tmp_path / "plan.json"
     report = reported(
@@ -127,6 +129,7 @@ def test_the_saved_plan_is_the_one_that_was_applied(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {out.name, plan.name}
 
 
+@pytest.mark.slow
 def test_units_that_are_only_selected_keep_a_drift_too(tmp_path: Path) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     calibration = snpc.load_calibration(CALIB, analysis.model.inputs, samples=32)
@@ -253,6 +256,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("flags", [(), ("--uniform",), ("--round-to", 4, "--max-ratio", "0.75")], ids=str)
 @pytest.mark.parametrize("target", ["latency=0.6", "latency=4ms"])
+@pytest.mark.slow
 def test_with_a_clock_that_counts_macs(clock: list[Path], tmp_path: Path, target: str, flags: tuple[Any, ...]) -> None:
     report = reported("prune", VIT, "--target", target, *flags, "-o", tmp_path / "cut.onnx")
     share = report["macs"]["after"] / report["macs"]["before"]
@@ -266,6 +270,7 @@ def test_with_a_clock_that_counts_macs(clock: list[Path], tmp_path: Path, target
         assert g["kept"] >= 0.25 * g["size"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached_is_refused_in_one_line(clock: list[Path], tmp_path: Path) -> None:
     flags = ("--target", "latency=0.3", "--max-ratio", "0.5", "-o", tmp_path / "cut.onnx")
     said = invoke("prune", VIT, *flags, code=2).stderr
@@ -275,6 +280,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(clock: list[Path], tmp_pa
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
 
 
+@pytest.mark.slow
 def test_the_table_is_measured_once_for_a_machine_model_and_sizes(clock: list[Path]) -> None:
     analysis = snpc.analyze(snpc.load(VIT))
     first = latency_table(analysis, ("qk", "ffn"))
@@ -290,6 +296,7 @@ def test_the_table_is_measured_once_for_a_machine_model_and_sizes(clock: list[Pa
     assert len(clock) == 3 * count
 
 
+@pytest.mark.slow
 def test_what_is_built_is_what_is_timed(clock: list[Path], tmp_path: Path) -> None:
     made: list[Path] = []
 

@@ -86,6 +86,7 @@ def test_what_stays_is_what_the_class_token_attends_to_most_and_no_padding(name:
             assert (row[:real] < length).all()  # padding only where there is nothing else
 
 
+@pytest.mark.slow
 def test_padded_tokens_do_not_matter(tmp_path: Path) -> None:
     """What ids stand where there is padding changes nothing."""
     path = written(reduce_tokens(analysis_of("bert_class__dyn20_sdpa"), "topk:0.5"), tmp_path)
@@ -127,6 +128,7 @@ def test_numbers_need_inputs_of_one_length(spec: str, said: str) -> None:
         reduce_tokens(analysis_of("bert_class__ts17"), spec)
 
 
+@pytest.mark.slow
 def test_the_command_line_with_widths(tmp_path: Path) -> None:
     name = "bert_class__dyn20_sdpa"
     model, out, plan = str(export(name)), str(tmp_path / "out.onnx"), str(tmp_path / "plan.json")

@@ -123,6 +123,7 @@ def stream(model: object, value: str, name: str) -> Array:
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "llama__ts17", "bart__ts17"])
+@pytest.mark.slow
 def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
     decision, calibration = made(name, "auto", 0.5)
     target = tmp_path / "cut.onnx"

@@ -469,6 +469,7 @@ def test_what_the_others_know_already_is_made_up_for(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "vit_hf__dyn20", "swin_timm__ts17", "bart__ts17", *DECODERS])
+@pytest.mark.slow
 def test_fitting_moves_the_outputs_less(name: str, tmp_path: Path) -> None:
     analysis = analysis_of(name)
     data, others = calibration_of(analysis, random_feeds(name, 48), 48), random_feeds(name, 32, 7)
@@ -510,6 +511,7 @@ def test_a_table_that_is_the_last_layer_too_is_not_refitted(tmp_path: Path) -> N
 # -- the way there ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prune_apply_and_verify(tmp_path: Path) -> None:
     plan, out, again = tmp_path / "p.json", tmp_path / "a.onnx", tmp_path / "b.onnx"
     flags = ("--roles", "qk,vo,ffn,residual", "--ratio", 0.1, "--calib", CALIB, "--calib-samples", 32)
