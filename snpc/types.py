@@ -107,7 +107,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Probe:
-    """An activation in which a group's units can be watched during calibration.
+    """An activation that shows a group's units during calibration.
 
     ``units`` has the tensor's rank, is 1 on axes the units do not vary on, and holds unit numbers (-1: none).
     """

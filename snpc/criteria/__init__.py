@@ -204,16 +204,16 @@ def _parse_option(name: str, key: str, text: str, hint: Any) -> Any:
     """One option's text as its field's type."""
     if get_origin(hint) is Literal:
         words = {str(value): value for value in get_args(hint)}
-        wanted = f"one of {', '.join(words)}"
+        expected = f"one of {', '.join(words)}"
     elif hint is bool:
         words = {"true": True, "false": False}
-        wanted = "true or false"
+        expected = "true or false"
     elif hint in (int, float):
         words = {}
-        wanted = "a whole number" if hint is int else "a number"
+        expected = "a whole number" if hint is int else "a number"
     else:
         return text
     try:
         return words[text] if words else hint(text)
     except (KeyError, ValueError):
-        raise UserError(f"criterion {name!r}: {key}={text} is not {wanted}") from None
+        raise UserError(f"criterion {name!r}: {key}={text} is not {expected}") from None

@@ -39,8 +39,8 @@ class Activation:
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """``energy:K`` [blocks, size] and ``tokens:K`` [] of the batch, summed over its samples."""
-        wanted = [name for probe in self.probes(role) for name in (probe, _row_count_name(probe))]
-        return {name: np.asarray(batch[name].sum(axis=0)) for name in wanted if name in batch}
+        names = [name for probe in self.probes(role) for name in (probe, _row_count_name(probe))]
+        return {name: np.asarray(batch[name].sum(axis=0)) for name in names if name in batch}
 
     def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in squared units of the activation (times the weights that read it)."""

@@ -55,8 +55,8 @@ class GroupFisher(GateCriterion):
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """``second`` [blocks, size], and ``macs`` and ``memory`` [], summed over samples."""
-        found = dict(super().observe(role, batch))
-        return found | {name: np.asarray(batch[f"gate:{name}"].sum()) for name in ("macs", "memory") if found}
+        statistics = dict(super().observe(role, batch))
+        return statistics | {name: np.asarray(batch[f"gate:{name}"].sum()) for name in ("macs", "memory") if statistics}
 
     def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size]: squared loss per million of what is saved."""

@@ -52,5 +52,5 @@ class Magnitude:
             yield from produce.values()
             yield from consume.values()
         else:
-            mine, other = (produce, consume) if self.side == "produce" else (consume, produce)
-            yield from (mine or other).values()
+            preferred, other = (produce, consume) if self.side == "produce" else (consume, produce)
+            yield from (preferred or other).values()

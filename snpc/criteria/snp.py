@@ -137,8 +137,8 @@ def cosine_distances(weight: FloatArray) -> FloatArray:
 
 def _unit_weights(inputs: CriterionInputs) -> list[FloatArray]:
     """What makes the units; for heads the value weights; failing that whatever else there is."""
-    made = [w for name, w in inputs.produce.items() if inputs.role != "head" or name.startswith("vo:")]
-    return made or list(inputs.produce.values()) or list(inputs.consume.values())
+    produced = [w for name, w in inputs.produce.items() if inputs.role != "head" or name.startswith("vo:")]
+    return produced or list(inputs.produce.values()) or list(inputs.consume.values())
 
 
 def _unit_roots(gram: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -277,11 +277,11 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
         ir_version=model.ir_version,
     )
     for value in node.outputs:
-        found = inferred.get(value.name or "")
-        if found is None or not found.HasField("tensor_type"):
+        info = inferred.get(value.name or "")
+        if info is None or not info.HasField("tensor_type"):
             continue
-        facts.dtype[value] = ir.DataType(found.tensor_type.elem_type) if found.tensor_type.elem_type else None
-        dims = found.tensor_type.shape.dim if found.tensor_type.HasField("shape") else None
+        facts.dtype[value] = ir.DataType(info.tensor_type.elem_type) if info.tensor_type.elem_type else None
+        dims = info.tensor_type.shape.dim if info.tensor_type.HasField("shape") else None
         known = dims is not None and all(d.HasField("dim_value") for d in dims)
         facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
 

@@ -72,11 +72,11 @@ def _resize_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> Para
     if sizes is None:
         return ParameterUpdate()
     axes = call.attrs.get("axes") or range(len(sizes))
-    wanted = [
+    new_sizes = [
         outs[0].new[axis] if outs[0].new[axis] != outs[0].old[axis] else int(size)
         for axis, size in zip(axes, sizes, strict=True)
     ]
-    return ParameterUpdate(inputs={3: np.asarray(wanted, np.int64)})
+    return ParameterUpdate(inputs={3: np.asarray(new_sizes, np.int64)})
 
 
 def _normalization_shapes(call: OpCall) -> list[Shape]:

@@ -53,10 +53,10 @@ def score_products(traced_graph: TracedGraph, group: Group) -> list[Contraction]
 
 def single_score_product(traced_graph: TracedGraph, group: Group) -> Contraction:
     """The score product of a qk group. Raises UnsupportedWeightForm where there are several."""
-    found = score_products(traced_graph, group)
-    if len(found) != 1:
-        raise UnsupportedWeightForm(f"it takes part in {len(found)} score products")
-    return found[0]
+    products = score_products(traced_graph, group)
+    if len(products) != 1:
+        raise UnsupportedWeightForm(f"it takes part in {len(products)} score products")
+    return products[0]
 
 
 def operand_weights(traced_graph: TracedGraph, group: Group, side: int) -> list[WeightSlice]:

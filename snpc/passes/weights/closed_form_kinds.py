@@ -142,7 +142,7 @@ def check_refit_size(group: Group, consumer: ConsumerWeight) -> None:
     columns = consumer.columns * group.size
     if columns > MAX_REFIT_COLUMNS:
         raise UnsupportedWeightForm(
-            f"its reader has {columns} input columns, more than a refit solves for ({MAX_REFIT_COLUMNS})"
+            f"its consumer has {columns} input columns, more than a refit solves for ({MAX_REFIT_COLUMNS})"
         )
 
 

@@ -97,7 +97,7 @@ def single_consumer_weight(traced_graph: TracedGraph, group: Group) -> ConsumerW
     if len(consumers) != 1:
         raise UnsupportedWeightForm(f"{len(consumers)} weights read it")
     if consumers[0].taps != 1:
-        raise UnsupportedWeightForm("its reader is a kernel")
+        raise UnsupportedWeightForm("its consumer is a kernel")
     return consumers[0]
 
 
@@ -110,7 +110,7 @@ def consumer_weight_at(traced_graph: TracedGraph, group: Group, site: Site) -> C
     sizes = [int(n) for n in tensor.shape]  # type: ignore[arg-type]
     if windowed == {True}:
         if site.axis != 1:
-            raise UnsupportedWeightForm("its reader is a transposed convolution")
+            raise UnsupportedWeightForm("its consumer is a transposed convolution")
     elif len(sizes) != 2:
         raise UnsupportedWeightForm("what reads it is not one matrix")
     width = sizes[0] if windowed == {True} else sizes[1 - site.axis]
@@ -123,15 +123,15 @@ def consumer_weight_at(traced_graph: TracedGraph, group: Group, site: Site) -> C
 def check_consumer_form(traced_graph: TracedGraph, contraction: Contraction, side: LabeledValue, width: int) -> None:
     node, letters = contraction.node, contraction.letters
     if lookup(node.domain, node.op_type).has_activation:
-        raise UnsupportedWeightForm("its reader applies an activation")
+        raise UnsupportedWeightForm("its consumer applies an activation")
     if any(attribute_values(node).get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
-        raise UnsupportedWeightForm("its reader scales the sum")
+        raise UnsupportedWeightForm("its consumer scales the sum")
     if letters.windowed:
         return
     letters_of_side = letters.left if side is contraction.left else letters.right
     shape = traced_graph.facts.shape.get(node.outputs[0])
     if letters.out[-1:] not in letters_of_side or not shape or shape[-1] != width:
-        raise UnsupportedWeightForm("its reader's outputs do not lie along the last axis")
+        raise UnsupportedWeightForm("its consumer's outputs do not lie along the last axis")
 
 
 def consuming_products(traced_graph: TracedGraph, tensor: str) -> Iterator[tuple[Contraction, LabeledValue]]:
@@ -192,7 +192,7 @@ def consumer_use_at(
     owners = np.full(len(seen), -1, np.int64)
     owners[consumer.positions()] = np.arange(len(consumer.positions()))[:, None]
     if not np.array_equal(seen, owners[order]) or (np.diff(order) <= 0).any():
-        raise UnsupportedWeightForm("its reader takes its positions in another order")
+        raise UnsupportedWeightForm("its consumer takes its positions in another order")
     return ConsumerUse(consumer, contraction.node, probe, axis)
 
 
@@ -205,7 +205,7 @@ def summation_order(traced_graph: TracedGraph, consumer: ConsumerWeight, weight:
     )
     for labels in weight.factors:
         if len(varying_axes(labels)) == 1 and labels.size == axis.size:
-            found = labels.reshape(-1).astype(np.int64) - axis.first_label
-            if found.min() >= 0 and found.max() < axis.size:
-                return found
+            offsets = labels.reshape(-1).astype(np.int64) - axis.first_label
+            if offsets.min() >= 0 and offsets.max() < axis.size:
+                return offsets
     return np.zeros(1, np.int64) if axis.size == 1 else None

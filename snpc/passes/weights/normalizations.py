@@ -216,5 +216,5 @@ def normalized_units(traced_graph: TracedGraph, normalization: Normalization) ->
 
 
 def units_of_constant(traced_graph: TracedGraph, tensor: str, axis: int) -> npt.NDArray[np.int64]:
-    found = next(a for a in traced_graph.trace.table.axes if a.constant.name == tensor and a.axis == axis)
-    return traced_graph.units.unit_of_label[found.first_label : found.first_label + found.size]
+    labeled_axis = next(a for a in traced_graph.trace.table.axes if a.constant.name == tensor and a.axis == axis)
+    return traced_graph.units.unit_of_label[labeled_axis.first_label : labeled_axis.first_label + labeled_axis.size]

@@ -585,7 +585,7 @@ def test_readers_that_are_left_as_they_are(kind: str, tmp_path: Path) -> None:
     made = snpc.plan(analysis, Budget(0.5, ("ffn",)), calibration=data)
     assert made.closed_forms is not None
     assert not made.closed_forms.kinds
-    assert all("its reader" in reason for reason in made.closed_forms.skipped.values())
+    assert all("its consumer" in reason for reason in made.closed_forms.skipped.values())
     result = snpc.apply(made, tmp_path / "p.onnx")
     assert result.after.params < result.before.params
 
