@@ -22,7 +22,18 @@ STEPS = [
     ("installing timm", ["--no-deps", "timm>=1.0.20"]),
 ]
 SOURCES = ["snpc", "tests", "benchmarks", "examples", "scripts", "check.py", "demo.py"]
-HELPERS = ["-p", "tests.models", "-m", "tests.oracle", "-m", "tests.command_line", "-m", "tests.closed_forms"]
+HELPERS = [
+    "-p",
+    "tests.models",
+    "-m",
+    "tests.oracle",
+    "-m",
+    "tests.command_line",
+    "-m",
+    "tests.closed_forms",
+    "-m",
+    "tests.golden",
+]
 # One worker per core. Tests of one export stay together, and so do the others of a file: see tests/conftest.py.
 PARALLEL = ["-n", "auto", "--dist", "loadgroup"]
 FAST = "--fast"

@@ -6,7 +6,6 @@ intended change, `pytest tests/passes/propagation/test_label_tables.py --update-
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from snpc.passes.analyze import Analysis
 from snpc.passes.grouping.traced import TracedGraph
 from snpc.passes.propagation.labels import LabelFlag
 from snpc.passes.propagation.propagate import PROPAGATION_RULES
+from tests.golden import check_golden
 from tests.oracle import TOLERANCE, analysis_at, cut, prunable, random_cuts
 
 FOLDER = Path(__file__).parent / "golden"
@@ -201,17 +201,7 @@ def test_label_table(name: str, tmp_path: Path, request: pytest.FixtureRequest) 
     check_against_oracle(analysis, model)
     groups = (f"group {g.id} {g.blocks} x {g.size}{' pinned' if g.pins else ''}" for g in analysis.groups)
     text = "\n".join([*label_text(analysis.traced_graph), *groups]) + "\n"
-    path = FOLDER / f"{name}.txt"
-    if request.config.getoption("--update-golden"):
-        FOLDER.mkdir(exist_ok=True)
-        path.write_text(text)
-        return
-    if not path.exists():
-        pytest.fail(f"{path} is missing: pytest --update-golden writes it")
-    expected = path.read_text()
-    if text != expected:
-        diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), "golden", "now", lineterm="", n=1)
-        pytest.fail("\n".join([*diff, "if this is intended: pytest --update-golden, and read the diff"]))
+    check_golden(request, FOLDER / f"{name}.txt", text)
 
 
 def test_every_operator_kind_has_a_label_table() -> None:

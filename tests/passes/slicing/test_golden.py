@@ -6,7 +6,6 @@ change that is meant, `pytest tests/passes/slicing/test_golden.py --update-golde
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from snpc.types import Group
+from tests.golden import check_golden
 from tests.oracle import TOLERANCE, Cuts, analysis_of, cut, cuts_of, feeds_of, prunable
 
 FOLDER = Path(__file__).parent / "golden"
@@ -107,17 +107,7 @@ def test_golden(case: str, request: pytest.FixtureRequest) -> None:
     pair = cut(analysis_of(name), cuts_for(name, roles))
     assert pair.error(feeds_of(name)) < TOLERANCE  # a golden file of a wrong graph would be worse than none
     text = dump(onnx.load_from_string(pair.sliced))
-    path = FOLDER / f"{case}.txt"
-    if request.config.getoption("--update-golden"):
-        FOLDER.mkdir(exist_ok=True)
-        path.write_text(text)
-        return
-    if not path.exists():
-        pytest.fail(f"{path} is missing: pytest --update-golden writes it")
-    expected = path.read_text()
-    if text != expected:
-        diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), "golden", "now", lineterm="", n=1)
-        pytest.fail("\n".join([*diff, "if this is meant: pytest --update-golden, and read the diff"]))
+    check_golden(request, FOLDER / f"{case}.txt", text)
 
 
 def test_no_golden_file_is_left_over() -> None:
