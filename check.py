@@ -22,18 +22,9 @@ STEPS = [
     ("installing timm", ["--no-deps", "timm>=1.0.20"]),
 ]
 SOURCES = ["snpc", "tests", "benchmarks", "examples", "scripts", "check.py", "demo.py"]
-HELPERS = [
-    "-p",
-    "tests.models",
-    "-m",
-    "tests.oracle",
-    "-m",
-    "tests.command_line",
-    "-m",
-    "tests.closed_forms",
-    "-m",
-    "tests.golden",
-]
+HELPERS = (
+    "-p tests.models -m tests.oracle -m tests.command_line -m tests.closed_forms -m tests.golden -m tests.patching"
+)
 # One worker per core. Tests of one export stay together, and so do the others of a file: see tests/conftest.py.
 PARALLEL = ["-n", "auto", "--dist", "loadgroup"]
 FAST = "--fast"
@@ -47,7 +38,7 @@ def checks(arguments):
     return [
         ("ruff", ["-m", "ruff", "check", "."]),
         ("ruff format", ["-m", "ruff", "format", "--check", *SOURCES]),
-        ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS]),
+        ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS.split()]),
         ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
     ]
 
