@@ -120,6 +120,7 @@ def test_the_one_call_is_the_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["topk:4@2", "auto"])
+@pytest.mark.slow
 def test_the_one_call_reduces_tokens(tokens: str) -> None:
     calibration = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32)
     result = snpc.prune(VIT, target="macs=0.6", tokens=tokens, calibration=calibration)

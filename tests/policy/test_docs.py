@@ -51,6 +51,7 @@ def test_how_it_works_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     run_page(ROOT / "docs" / "how-it-works.md", {})
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "README.md", {})

@@ -96,7 +96,7 @@ def test_masks_lose_what_the_tokens_lose(form: Exit, tmp_path: Path) -> None:
     assert check_token_reduction(reduced, path, batches, 1e-5)
     other = {**batches[0], "mask": np.ones_like(batches[0]["mask"])}
     assert np.abs(run(path, batches[0])[0] - run(path, other)[0]).max() > 1e-2
-    with pytest.raises(UserError, match="an entry for each; use topk"):
+    with pytest.raises(UserError, match="an entry for each token; use topk"):
         reduce_tokens(found, "merge:2")
 
 
@@ -114,7 +114,7 @@ def test_what_has_an_entry_for_each_token_loses_what_the_tokens_lose(name: str, 
     assert [bool(point.side_input) for point in found.tokens.points] == meets
     reduced = reduce_tokens(found, "topk:3@1-2+topk:2@3")
     assert check_token_reduction(reduced, written(reduced, tmp_path), [encoder.feeds()], 1e-5)
-    with pytest.raises(UserError, match="an entry for each; use topk"):
+    with pytest.raises(UserError, match="an entry for each token; use topk"):
         reduce_tokens(found, "merge:2@2")
 
 
@@ -253,6 +253,7 @@ def test_costs_by_schedule_are_those_of_the_file(form: str, spec: str, tmp_path:
     assert found == result.after.macs == reduced.cost.macs - reduced.dead_macs < plain.cost.macs
 
 
+@pytest.mark.slow
 def test_widths_are_cut_on_the_reduced_graph(tmp_path: Path) -> None:
     encoder = Encoder(width=32)
     found = analysis(encoder, tmp_path)
@@ -278,6 +279,7 @@ def command(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     encoder = Encoder(depth=6, patches=16)
     analysis(encoder, tmp_path)

@@ -314,7 +314,7 @@ def test_quantised_weights_stay_and_say_why(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     analysis = analyze(load(tmp_path / "model.onnx"))
     assert plain - found(analysis) == Counter({("ffn", 1, 96): 1})
-    assert any("quantised" in pin.reason for pin in analysis.pins)
+    assert any("quantized" in pin.reason for pin in analysis.pins)
 
 
 def first_dense(model: onnx.ModelProto) -> str:

@@ -162,7 +162,7 @@ def test_refusals(tmp_path: Path) -> None:
     found = analysis(encoder, tmp_path)
     with pytest.raises(UserError, match="give --calib"):
         reduce_tokens(found, "star:3@1")
-    with pytest.raises(UserError, match="merged tokens have not"):
+    with pytest.raises(UserError, match="merged tokens have none"):
         reduce_tokens(found, "merge:2@1+star:3@2", relevance(found, encoder))
 
 
