@@ -84,10 +84,10 @@ PINNED = {
     "swinv2": [("qk", "reduced over")],  # query and key are divided by their lengths
     "mvit": [("qk", "statistics")],  # a norm behind the convolution of each head
     "xcit": [("qk", "summed over")],  # the score matrix has the width of query and key
-    "efficientvit": [("qk", "beside units"), ("vo", "beside units")],
+    "efficientvit": [("qk", "cut independently"), ("vo", "cut independently")],
     "deberta": [("head", "indices")],
-    "phi": [("head", "shared by part")],  # the rotary table, of the channels that turn
-    "neox": [("head", "shared by part")],
+    "phi": [("head", "shared by only some")],  # the rotary table, of the channels that turn
+    "neox": [("head", "shared by only some")],
 }
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import snpc
-from snpc.passes.weights import closed_form_kinds as module
 from snpc.passes.weights.closed_form_kinds import (
     MAX_REFIT_COLUMNS,
     closed_form_kinds,
@@ -19,6 +18,7 @@ from snpc.passes.weights.closed_form_kinds import (
 from snpc.passes.weights.edits import UnsupportedWeightForm
 from snpc.types import Group
 from tests.oracle import analysis_of
+from tests.patching import patch
 
 NAMES = ("vit_timm__ts17", "bert__ts17", "gpt2__ts17", "llama__ts17", "albert__ts17", "qwen3__ts17", "swin_timm__ts17")
 
@@ -81,7 +81,7 @@ def test_weights_are_derived_once_per_analysis(monkeypatch: pytest.MonkeyPatch) 
         derived.append(group.id)
         return group_weights(traced_graph, group)
 
-    monkeypatch.setattr(module, "group_weights", counted)
+    patch(monkeypatch, "snpc.passes.weights.closed_form_kinds.group_weights", counted)
     analysis = snpc.analyze(analysis_of("vit_timm__ts17").model)
     assert not derived, "an analysis alone derives nothing"
     groups = [group for group in analysis.groups if group.role in ("qk", "vo", "ffn")]
@@ -104,7 +104,7 @@ def test_a_consumer_with_too_many_columns_is_not_refitted(monkeypatch: pytest.Mo
     group = next(group for group in analysis.groups if group.role == "ffn")
     assert group.size <= MAX_REFIT_COLUMNS
     assert closed_form_weights(analysis.traced_graph, group).kind == "refit"
-    monkeypatch.setattr(module, "MAX_REFIT_COLUMNS", group.size - 1)
+    patch(monkeypatch, "snpc.passes.weights.closed_form_kinds.MAX_REFIT_COLUMNS", group.size - 1)
     with pytest.raises(UnsupportedWeightForm, match=str(group.size)):
         closed_form_weights(analysis.traced_graph, group)
     assert group_weights(analysis.traced_graph, group).consumers, "it is known all the same what reads the group"
