@@ -39,6 +39,7 @@ def checks(arguments):
         ("ruff", ["-m", "ruff", "check", "."]),
         ("ruff format", ["-m", "ruff", "format", "--check", *SOURCES]),
         ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS.split()]),
+        ("mypy, example", ["-m", "mypy", "--strict", "examples/prune_digits.py"]),
         ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
     ]
 

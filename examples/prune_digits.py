@@ -74,7 +74,8 @@ def measure(models: Sequence[Path], data: Path) -> list[Measured]:
     print(f"timing {len(models)} models in turn ...", flush=True)
     speeds: list[list[float]] = [[] for _ in models]
     for batch in BATCHES:
-        timed = snpc.bench(list(models), batch=batch, warmup=20, iterations=300 if batch == 1 else 60)
+        protocol = snpc.TimingProtocol(warmup=20, iterations=300 if batch == 1 else 60)
+        timed = snpc.bench(list(models), snpc.RandomInputs(batch=batch), protocol=protocol)
         for found, ratio in zip(speeds, (1.0, *(s.ratio for s in timed.speedups)), strict=True):
             found.append(ratio)
     rows = []
