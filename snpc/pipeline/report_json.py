@@ -172,7 +172,3 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
         ],
         "pins": [asdict(pin) for pin in analysis.tokens.pins],
     }
-
-
-def plan_groups_json(plan: SlicePlan) -> list[dict[str, Any]]:
-    return groups_json(plan)

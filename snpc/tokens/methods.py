@@ -1,4 +1,4 @@
-"""Methods of token reduction. Each is a small class; ``snpc.tokens`` lists them.
+"""Methods of token reduction. Each is a small class; ``TOKEN_METHODS`` lists them.
 
 A method works in two halves, so that what it decides can be looked at, compared and fed from outside: ``decide`` makes
 *decisions*, small tensors per sample, from what the graph holds at the point, and ``reduce`` carries them out. All that

@@ -51,14 +51,6 @@ def score_products(traced_graph: TracedGraph, group: Group) -> list[Contraction]
     return products
 
 
-def single_score_product(traced_graph: TracedGraph, group: Group) -> Contraction:
-    """The score product of a qk group. Raises UnsupportedWeightForm where there are several."""
-    products = score_products(traced_graph, group)
-    if len(products) != 1:
-        raise UnsupportedWeightForm(f"it takes part in {len(products)} score products")
-    return products[0]
-
-
 def operand_weights(traced_graph: TracedGraph, group: Group, side: int) -> list[WeightSlice]:
     """Constants that produce one operand (0: left, 1: right) of a qk group's score products."""
     products = score_products(traced_graph, group)

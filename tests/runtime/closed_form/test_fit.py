@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import snpc
 from snpc.errors import UserError
 from snpc.passes.analyze import Analysis
-from snpc.passes.weights.attention_operands import single_score_product
+from snpc.passes.weights.attention_operands import score_products
 from snpc.passes.weights.closed_form_kinds import closed_form_weights
 from snpc.passes.weights.consumers import single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, apply_edits
@@ -159,7 +159,8 @@ def test_predicted_loss_of_scores(name: str, share: float) -> None:
         found = closed_forms_on(name, feeds, [group])
         kept = round(group.size * share)
         model = pruned_bytes(snpc.PruningPlan(only(analysis, group, kept), found))
-        scores = single_score_product(analysis.traced_graph, group).node.outputs[0]
+        (product,) = score_products(analysis.traced_graph, group)
+        scores = product.node.outputs[0]
         after, scale = next(iter(scores.consumers())), 1.0
         if after.op_type == "Mul":  # by 1/sqrt(head width), which the cut changes
             constant = next(v.const_value for v in after.inputs if v is not None and v.const_value is not None)
@@ -313,7 +314,8 @@ def test_moments_are_those_of_the_activations(name: str) -> None:
         assert agree(total[:, -1, :-1], split.sum(0))
         assert (total[:, -1, -1] == len(split)).all()
     for group in prunable_of(analysis, "qk"):
-        node = single_score_product(analysis.traced_graph, group).node
+        (product,) = score_products(analysis.traced_graph, group)
+        node = product.node
         query, key = tensor_values(analyzed_bytes(name), [str(v.name) for v in node.inputs if v is not None], feeds)
         centred = key - key.mean(-1, keepdims=True)  # [batch, heads, width, tokens]
         assert agree(sums[f"{group.id} moment:query"], np.einsum("nbti,nbtj->bij", query, query))
