@@ -202,13 +202,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``verify`` compared. ``equals_mask``: sliced against masked; ``drift``: pruned against original."""
+    """What ``verify`` compared. ``equals_mask``: sliced against masked; ``drift``: pruned against original.
+
+    ``not_run``: why no outputs were compared, so that nothing was verified but the structure; "" where they were.
+    """
 
     structure: tuple[str, ...]
     equals_mask: tuple[Difference, ...]
     drift: tuple[Difference, ...]
     compared: str
     tolerance: float
+    not_run: str = ""
 
     @property
     def max_abs_diff(self) -> float | None:
