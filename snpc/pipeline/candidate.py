@@ -18,6 +18,7 @@ from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import verify_candidate
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
+from snpc.runtime.evaluation import max_drift
 from snpc.runtime.io import (
     check_target,
     external_data_path,
@@ -111,8 +112,8 @@ class CandidateModel:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
-        return max((d.relative for d in self.verdict.drift), default=0.0)
+        """The largest drift of an output."""
+        return max_drift(self.verdict.drift)
 
 
 def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:

@@ -16,6 +16,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
@@ -29,11 +30,13 @@ from snpc.types import AnyArray, Feeds, Verdict
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's ``outputs`` for each of ``batches``. ``source``: the inputs in words."""
+    """The dense model's ``outputs`` for each of ``batches``, and how they are judged. ``source``: the inputs in
+    words."""
 
     batches: Sequence[Feeds]
     outputs: Sequence[Mapping[str, AnyArray]]
     source: str
+    metrics: OutputMetrics
 
 
 def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
@@ -53,7 +56,7 @@ def run_original(
     analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
 ) -> Reference:
     batches, source = verification_batches(analysis, calibration)
-    return Reference(batches, run_batches(original, batches, execution), source)
+    return Reference(batches, run_batches(original, batches, execution), source, OutputMetrics.of(analysis))
 
 
 def compare_with_reference(
@@ -73,7 +76,9 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(reference.outputs, pruned, rewritten, batches, execution, decided)
+    equals_mask, drift = compare_models(
+        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+    )
     verdict = Verdict(structure, equals_mask, drift, reference.source, tolerance)
     raise_if_unequal(verdict)
     return verdict
