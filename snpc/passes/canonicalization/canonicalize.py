@@ -2,8 +2,7 @@
 
 - model-local functions are inlined, branches that always go the same way are replaced by their body, ``Constant``
   nodes are initializers, and an initializer has no other name (exporters write ``Identity`` for biases that are equal),
-- nodes and initializers that no output depends on are gone: runtimes drop them as well, and every later stage may rely on
-  a value that it saw once,
+- nodes and initializers that no output depends on are gone, as runtimes drop them too,
 - a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
 - Einsum nodes have two operands,
