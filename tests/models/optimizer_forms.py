@@ -66,9 +66,7 @@ class Writer:
 
     def along(self, kind: str, value: str, *axes: int) -> Any:
         """Squeeze or Unsqueeze."""
-        return (
-            self.op(kind, value, axes=list(axes)) if self.opset < 13 else self.op(kind, value, self.ints(*axes))
-        )
+        return self.op(kind, value, axes=list(axes)) if self.opset < 13 else self.op(kind, value, self.ints(*axes))
 
     def split(self, value: str, sizes: tuple[int, ...], axis: int) -> Any:
         if self.opset < 13:
@@ -175,9 +173,7 @@ def fused_encoder(opset: int, imported: bool = True) -> Form:
         )
         value = skip_norm(w, w.op("MatMul", hidden, w.weight(HIDDEN, WIDTH)), first, name="y" if layer else "")
     ids = (TensorProto.INT32, ["batch", "sequence"])
-    model = w.model(
-        {"ids": ids, "segments": ids, "mask": ids}, {"y": HIDDEN_STATES}, None if imported else {"": opset}
-    )
+    model = w.model({"ids": ids, "segments": ids, "mask": ids}, {"y": HIDDEN_STATES}, None if imported else {"": opset})
     mask = np.ones((BATCH, LENGTH), np.int32)
     mask[1, 5:] = 0
     numbers = rng().integers(0, VOCABULARY, (BATCH, LENGTH), dtype=np.int32)
