@@ -19,7 +19,7 @@ def evaluate_node(node: onnx.NodeProto, feeds: Mapping[str, AnyArray], version: 
     The evaluator takes a lone node for one of its newest opset, whatever opset it is given, and misses the attributes
     of older ones (the axes of a Squeeze). It respects the opset of a graph. Raises what the evaluator raises.
     """
-    values = [[onnx.ValueInfoProto(name=name) for name in names if name] for names in (feeds, node.output)]
-    graph = helper.make_graph([node], "node", *values)
+    inputs, outputs = ([onnx.ValueInfoProto(name=n) for n in names if n] for names in (feeds, node.output))
+    graph = helper.make_graph([node], "node", inputs, outputs)
     with np.errstate(all="ignore"):
         return list(ReferenceEvaluator(graph, opsets={"": version}).run(None, dict(feeds)))
