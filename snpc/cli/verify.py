@@ -23,7 +23,6 @@ from snpc.cli.arguments import (
 )
 from snpc.errors import CheckFailed
 from snpc.pipeline import verdict_json
-from snpc.runtime.evaluation import max_drift
 from snpc.runtime.io import model_files
 
 
@@ -67,6 +66,6 @@ def verify_command(
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)
-    drift = max_drift(verdict.drift)
+    drift = verdict.quality.drift
     if arguments.max_drift is not None and not drift <= arguments.max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {drift:.3g}, more than --max-drift {arguments.max_drift:g}")

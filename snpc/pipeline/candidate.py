@@ -18,7 +18,6 @@ from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import verify_candidate
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
-from snpc.runtime.evaluation import max_drift
 from snpc.runtime.io import (
     check_target,
     external_data_path,
@@ -29,7 +28,7 @@ from snpc.runtime.io import (
     rename_into_place,
     save,
 )
-from snpc.types import ClosedFormKind, Cost, TemporaryFolder, Verdict
+from snpc.types import ClosedFormKind, Cost, Quality, TemporaryFolder, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -86,6 +85,11 @@ class PrunedModel:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
     @property
+    def quality(self) -> Quality:
+        """How close the outputs are to the original's."""
+        return self.verification.quality
+
+    @property
     def model(self) -> Path | InMemoryModel:
         """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
         onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""
@@ -113,7 +117,7 @@ class CandidateModel:
     @property
     def drift(self) -> float:
         """The largest drift of an output."""
-        return max_drift(self.verdict.drift)
+        return self.verdict.quality.drift
 
 
 def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
