@@ -16,6 +16,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
@@ -24,16 +25,21 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Feeds, Verdict
+from snpc.types import AnyArray, Feeds, Quality, Verdict
+
+NOT_COMPARED = Quality((), 0, False, "nothing", False)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's ``outputs`` for each of ``batches``. ``source``: the inputs in words."""
+    """The dense model's ``outputs`` for each of ``batches``, and how they are judged. ``source``: the inputs in
+    words."""
 
     batches: Sequence[Feeds]
     outputs: Sequence[Mapping[str, AnyArray]]
     source: str
+    random_inputs: bool
+    metrics: OutputMetrics
 
 
 def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
@@ -53,7 +59,8 @@ def run_original(
     analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
 ) -> Reference:
     batches, source = verification_batches(analysis, calibration)
-    return Reference(batches, run_batches(original, batches, execution), source)
+    outputs = run_batches(original, batches, execution)
+    return Reference(batches, outputs, source, calibration is None, OutputMetrics.of(analysis))
 
 
 def compare_with_reference(
@@ -73,8 +80,12 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(reference.outputs, pruned, rewritten, batches, execution, decided)
-    verdict = Verdict(structure, equals_mask, drift, reference.source, tolerance)
+    equals_mask, drift = compare_models(
+        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+    )
+    samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
+    quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
+    verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)
     raise_if_unequal(verdict)
     return verdict
 
@@ -113,7 +124,7 @@ def verify_candidate(
 def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
     """The verdict on a file whose outputs cannot be compared here."""
     advice = "outputs were not compared; compare them with `snpc verify` where the model runs"
-    return Verdict(structure, (), (), "nothing", tolerance, f"{reason}; {advice}")
+    return Verdict(structure, (), NOT_COMPARED, "nothing", tolerance, f"{reason}; {advice}")
 
 
 def verify(
