@@ -276,8 +276,15 @@ def print_verdict(verdict: Verdict) -> None:
 
 def drift_text(d: Difference) -> str:
     """The change of one output, in a few words."""
+    if d.metric == "none":
+        return "not judged"
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
-    return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+    if d.metric in METRIC_UNITS:
+        return f"drift from the original {d.drift:.3g} relative{METRIC_UNITS[d.metric].format(d.distance)}{same}"
+    return f"drift from the original {d.drift:.3g} by {d.metric}{same}"
+
+
+METRIC_UNITS = {"relative": "", "kl": ", KL divergence {:.3g} nats", "cosine": ", 1 - cosine {:.3g}"}
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------

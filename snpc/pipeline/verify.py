@@ -16,6 +16,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
@@ -31,12 +32,14 @@ NOT_COMPARED = Quality((), 0, False, "nothing", False)
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's ``outputs`` for each of ``batches``. ``source``: the inputs in words."""
+    """The dense model's ``outputs`` for each of ``batches``, and how they are judged. ``source``: the inputs in
+    words."""
 
     batches: Sequence[Feeds]
     outputs: Sequence[Mapping[str, AnyArray]]
     source: str
     random_inputs: bool
+    metrics: OutputMetrics
 
 
 def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
@@ -56,7 +59,8 @@ def run_original(
     analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
 ) -> Reference:
     batches, source = verification_batches(analysis, calibration)
-    return Reference(batches, run_batches(original, batches, execution), source, calibration is None)
+    outputs = run_batches(original, batches, execution)
+    return Reference(batches, outputs, source, calibration is None, OutputMetrics.of(analysis))
 
 
 def compare_with_reference(
@@ -76,7 +80,9 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(reference.outputs, pruned, rewritten, batches, execution, decided)
+    equals_mask, drift = compare_models(
+        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+    )
     samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
     quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
     verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)

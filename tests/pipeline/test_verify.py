@@ -178,7 +178,8 @@ class TestCompare:
         assert found.max_abs_diff == 2
         assert found.relative == pytest.approx(2 / 5)
         assert found.cosine == pytest.approx(25 / (5 * np.sqrt(29)))
-        assert found.agreement == 0.5
+        assert (found.metric, found.distance, found.drift) == ("relative", found.relative, found.relative)
+        assert found.agreement is None  # nothing says that these are scores of classes
 
     def test_infinity_that_both_have(self) -> None:
         """Masked scores are minus infinity."""
