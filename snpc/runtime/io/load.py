@@ -15,7 +15,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors
+from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
+from snpc.ops import lookup
 from snpc.passes.canonicalization import canonicalize
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
@@ -27,7 +28,7 @@ from snpc.runtime.io.tensor_checks import (
     is_external,
     resolve_external_locations,
 )
-from snpc.types import Model, TemporaryFolder, TensorSpec
+from snpc.types import Model, TemporaryFolder, TensorSpec, shape_text
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
@@ -63,9 +64,12 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     try:
         graph = canonicalize(from_protobuf(proto), observer)
         check_producers(graph)
+        check_contractions(graph)
         check_serializable(graph)
     except MalformedGraphError as error:
         raise UserError(f"{path}: {error}; run onnx.checker on it") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Model(
         path,
         graph,
@@ -103,7 +107,36 @@ def read_model(path: Path) -> ir.Model:
 def from_protobuf(proto: onnx.ModelProto) -> ir.Model:
     """The graph of a message. Raises MalformedGraphError with the innermost reason."""
     with malformed_graph_errors():
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:  # what the file says elsewhere of its shape and type may not be true
+                value.shape = ir.Shape(static_shape(value.const_value))
+                value.dtype = value.const_value.dtype
+    check_references(model)
+    return model
+
+
+def check_references(model: ir.Model) -> None:
+    """Refuse attributes that refer to those of a function where there is none around."""
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                raise MalformedGraphError(
+                    f"{node.op_type} {node.name or node.outputs[0].name} takes its {attribute.name} from the attribute "
+                    f"{attribute.ref_attr_name} of a function, but stands in none"
+                )
+
+
+def check_contractions(model: ir.Model) -> None:
+    """Refuse products with a weight of no entries: onnxruntime dies of some."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs if lookup(node.domain, node.op_type).kind == "contraction" else ():
+            if value is not None and value.const_value is not None and 0 in static_shape(value.const_value):
+                raise MalformedGraphError(
+                    f"{node.op_type} {node.name} multiplies by {value.name}, which has no entries "
+                    f"({shape_text(static_shape(value.const_value))})"
+                )
 
 
 def check_serializable(model: ir.Model) -> None:
