@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from tests.models.encoders import Encoder
@@ -726,7 +727,7 @@ def deep(model: onnx.ModelProto, rng: random.Random) -> None:
             model.graph.node.insert(k, link)
         return
     body = onnx.GraphProto(name="innermost")
-    for _ in range(rng.choice([5, 25, 40])):
+    for _ in range(rng.choice([5, 12, 20])):
         outer = onnx.GraphProto(name="outer")
         outer.node.append(helper.make_node("If", ["which"], ["deep"], then_branch=body, else_branch=onnx.GraphProto()))
         body = outer
@@ -845,7 +846,7 @@ def mutant(seed: int, folder: Path) -> tuple[Path, str]:
         change = rng.choice(MUTATIONS)
         try:
             change(model, rng)
-        except (IndexError, TypeError, ValueError):  # an earlier change took what this one needs
+        except (IndexError, TypeError, ValueError, KeyError, DecodeError):  # an earlier change took what this one needs
             continue
         done.append(change.__name__)
     try:

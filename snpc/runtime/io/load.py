@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
 from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
-from snpc.ops import lookup
 from snpc.passes.canonicalization import canonicalize
+from snpc.runtime.io.graph_checks import check_contractions, check_graph, check_producers
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
@@ -28,7 +28,7 @@ from snpc.runtime.io.tensor_checks import (
     is_external,
     resolve_external_locations,
 )
-from snpc.types import Model, TemporaryFolder, TensorSpec, shape_text
+from snpc.types import Model, TemporaryFolder, TensorSpec
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
@@ -113,30 +113,8 @@ def from_protobuf(proto: onnx.ModelProto) -> ir.Model:
             if value.const_value is not None:  # what the file says elsewhere of its shape and type may not be true
                 value.shape = ir.Shape(static_shape(value.const_value))
                 value.dtype = value.const_value.dtype
-    check_references(model)
+    check_graph(model)
     return model
-
-
-def check_references(model: ir.Model) -> None:
-    """Refuse attributes that refer to those of a function where there is none around."""
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.is_ref():
-                raise MalformedGraphError(
-                    f"{node.op_type} {node.name or node.outputs[0].name} takes its {attribute.name} from the attribute "
-                    f"{attribute.ref_attr_name} of a function, but stands in none"
-                )
-
-
-def check_contractions(model: ir.Model) -> None:
-    """Refuse products with a weight of no entries: onnxruntime dies of some."""
-    for node in model.graph.all_nodes():
-        for value in node.inputs if lookup(node.domain, node.op_type).kind == "contraction" else ():
-            if value is not None and value.const_value is not None and 0 in static_shape(value.const_value):
-                raise MalformedGraphError(
-                    f"{node.op_type} {node.name} multiplies by {value.name}, which has no entries "
-                    f"({shape_text(static_shape(value.const_value))})"
-                )
 
 
 def check_serializable(model: ir.Model) -> None:
@@ -153,13 +131,6 @@ def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
         if is_external(tensor):
             locations.setdefault(external_entry(tensor, "location"), tensor.name)
     return locations
-
-
-def check_producers(model: ir.Model) -> None:
-    for node in model.graph.all_nodes():
-        for value in node.inputs:
-            if value is not None and value.graph is None:
-                raise MalformedGraphError(f"{node.name} reads {value.name}, which no node produces")
 
 
 def file_digest(path: Path, proto: onnx.ModelProto) -> str:
