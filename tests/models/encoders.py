@@ -33,7 +33,7 @@ class Encoder:
     mixing: bool = False  # a weight over tokens in the last block
     again: bool = False  # positions are added to the input of every block
     skip: bool = False  # what the first block gives is added to what the last but one gives
-    apart: Literal["", "sliced", "gathered"] = ""  # one product per head, of slices, or of rows of [.., heads, head width]
+    apart: Literal["", "sliced", "gathered"] = ""  # a product per head, of slices or gathered heads
     linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
     seed: int = 0
 

@@ -199,7 +199,7 @@ class Instrument:
         return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [first, first])]), mask)
 
     def ones_of_shown(self, ones: ir.Value, shown: BoolArray) -> ir.Value:
-        """``ones`` [.., samples, rows, 1] with zeros for blocks that are not ``shown`` [..]: their rows are not seen."""
+        """``ones`` [.., samples, rows, 1] with zeros for blocks that are not ``shown`` [..]."""
         if shown.all():
             return ones
         return self.node(op.MUL, [ones, self.constant(shown[..., None, None, None].astype(np.float32))])

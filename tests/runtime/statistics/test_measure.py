@@ -270,10 +270,12 @@ def test_progress_sees_every_batch() -> None:
     assert sizes == [6, 6, 6, 2]
 
 
-def test_units_that_are_seen_unequally_often_are_a_failed_check() -> None:
-    probe = Probe("hidden", "h", np.array([[0, 0, 1]]))
-    with pytest.raises(snpc.CheckFailed, match="seen more often"):
-        infer_probe_layout(probe, 2)
+def test_units_that_are_not_seen_are_zeros() -> None:
+    """Unit 0 stands in two columns, unit 1 in one, unit 2 in none; the column behind the others stands for zeros."""
+    layout = infer_probe_layout(Probe("hidden", "x", np.array([[1, 0, -1, 0]])), 3)
+    assert layout.columns.reshape(layout.repeats, 3).tolist() == [[1, 0, 4], [3, 4, 4]]
+    assert not layout.shows_all
+    assert layout.is_shown(3).tolist() == [[True, True, False], [True, False, False]]
 
 
 def test_layouts() -> None:
