@@ -197,7 +197,14 @@ class Difference:
     relative: float
     cosine: float
     agreement: float | None = None
-    """Share of rows whose largest entry is the same; only for outputs that look like logits."""
+    """Share of rows whose largest entry is the same; only for scores of classes."""
+    metric: str = "none"
+    """How it is judged: "kl", "relative", "cosine", "mismatch" or a function of the user; "none": not at all."""
+    distance: float = 0.0
+    """In that metric; 0: equal. "kl" is in nats."""
+    drift: float = 0.0
+    """What ``--max-drift`` limits: the relative change of what counts, or the distance where the user chose a metric; 0
+    where the output is not judged."""
 
 
 Grade = Literal["good", "fair", "poor", "unknown"]
@@ -220,8 +227,8 @@ class Quality:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
-        return max((d.relative for d in self.differences), default=0.0)
+        """The largest ``Difference.drift`` of an output: what ``--max-drift`` limits."""
+        return max((d.drift for d in self.differences), default=0.0)
 
     @property
     def grade(self) -> Grade:
@@ -237,6 +244,7 @@ class Verdict:
 
     ``structure``: checks of the file that hold. ``equals_mask``: sliced against masked, on the inputs that ``compared``
     describes; at most ``tolerance`` apart, relative to the output.
+    ``not_run``: why no outputs were compared, so that nothing was verified but the structure; "" where they were.
     """
 
     structure: tuple[str, ...]
@@ -244,6 +252,7 @@ class Verdict:
     quality: Quality
     compared: str
     tolerance: float
+    not_run: str = ""
 
     @property
     def max_abs_diff(self) -> float | None:

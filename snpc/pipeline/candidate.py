@@ -116,7 +116,7 @@ class CandidateModel:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
+        """The largest drift of an output."""
         return self.verdict.quality.drift
 
 
