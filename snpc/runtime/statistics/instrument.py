@@ -243,7 +243,7 @@ class Instrument:
         """[blocks, size + 1]: the sum of the rows, and their number."""
         rows = self.rows_by_block(probe, blocks, size)
         ones = self.ones_column(rows, self.block_row_mask(probe, blocks * size))
-        ones = self.ones_of_shown(ones, infer_probe_layout(probe, blocks * size).is_shown(blocks).any(0))
+        ones = self.ones_of_shown(ones, infer_probe_layout(probe, blocks * size).is_shown(blocks)[0])
         return self.reduce(op.REDUCE_SUM, self.node(op.CONCAT, [rows, ones], axis=3), [1, 2])
 
     def gram_per_repeat(self, probe: Probe, blocks: int, size: int) -> ir.Value:

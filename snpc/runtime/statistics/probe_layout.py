@@ -35,8 +35,8 @@ class ProbeLayout:
 
     def is_shown(self, blocks: int) -> BoolArray:
         """[repeats, blocks]: whether any unit of a block is seen there."""
-        shown: BoolArray = (self.columns < self.width).reshape(self.repeats, blocks, -1).any(-1)
-        return shown
+        shown = (self.columns < self.width).reshape(self.repeats, blocks, -1)
+        return np.logical_or.reduce(shown, axis=-1)
 
 
 def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
