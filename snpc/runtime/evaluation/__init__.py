@@ -24,7 +24,14 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
+from snpc.runtime.evaluation.latency import (
+    TimedArtifact,
+    Workload,
+    groups_to_time,
+    latency_table,
+    time_pair,
+    write_narrowed,
+)
 
 __all__ = [
     "TOLERANCE",
@@ -51,4 +58,5 @@ __all__ = [
     "run_rounds",
     "time_pair",
     "top1_accuracy",
+    "write_narrowed",
 ]
