@@ -78,6 +78,7 @@ def test_tokens_go_only_where_they_pay(
     assert (found.reduction is not None) == reduced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("time", "reduced"), [(0.5, True), (0.99, False)])
 def test_a_latency_uses_tokens_that_save_time(
     time: float, reduced: bool, vit: snpc.Analysis, data: snpc.Calibration, monkeypatch: pytest.MonkeyPatch
