@@ -19,18 +19,18 @@ from snpc.planning import Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     EvaluationData,
+    OutputMetrics,
     TimedArtifact,
     TimingProtocol,
     Workload,
-    aggregate,
+    batch_differences,
     bench,
     collect_outputs,
-    max_relative,
-    measure_differences,
+    max_drift,
     top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
-from snpc.runtime.io import check_target, staging_folder
+from snpc.runtime.io import check_target, load, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -251,14 +251,15 @@ def with_quality(
     points: Sequence[SweepPoint], source: Path, evaluation: EvaluationData, execution: Execution
 ) -> list[SweepPoint]:
     dense = collect_outputs(source, evaluation, execution)
+    metrics = OutputMetrics.of_model(load(source))
     judged = []
     for point in points:
         outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)
-        differences = aggregate([measure_differences(a, b) for a, b in zip(dense, outputs, strict=True)])
+        differences = batch_differences(dense, outputs, metrics)
         judged.append(
             replace(
                 point,
-                drift=max_relative(differences),
+                drift=max_drift(differences),
                 agreement=differences[0].agreement,
                 accuracy=top1_accuracy(outputs, evaluation.labels),
             )
