@@ -36,7 +36,7 @@ class ProbeLayout:
     def is_shown(self, blocks: int) -> BoolArray:
         """[repeats, blocks]: whether any unit of a block is seen there."""
         shown = (self.columns < self.width).reshape(self.repeats, blocks, -1)
-        return np.logical_or.reduce(shown, axis=-1)
+        return np.asarray(shown.any(-1), np.bool_)
 
 
 def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
