@@ -151,7 +151,6 @@ def _build_sublayer_norm(attention: str) -> Model:
 def _build_conv_norms(attention: str) -> Model:
     """Pointwise layers of a picture with a norm inside: per channel, over all channels, over groups of channels; then
     wide kernels with a norm over all channels between them."""
-    import torch
     from torch import nn
 
     class Layer(nn.Module):

@@ -36,7 +36,8 @@ def expected(name: str) -> Kinds:
     if model == "convnet":  # no norm but folded statistics: the residual stream can be cut
         return Counter({("residual", 1, 16): 1, ("conv", 1, 24): 1})
     if model == "convchain":
-        return Counter({("conv", 1, channels): 1 for channels in (12, 20, 16, 48)}) + ffn(14, 1)  # the last is pointwise
+        sizes = (12, 20, 16, 48)
+        return Counter({("conv", 1, channels): 1 for channels in sizes}) + ffn(14, 1)  # the last is pointwise
     if model == "mlp":
         return Counter({("residual", 1, 48): 1}) + ffn(96, 1)
     if model == "linear_attention":  # the normalizer sums q * k over the width, which pins it

@@ -28,7 +28,18 @@ from tests.closed_forms import (
 )
 from tests.models.exports import export
 from tests.models.hidden_norms import POINTS
-from tests.oracle import TOLERANCE, analysis_at, analysis_of, cut, feeds_of, prunable, random_cuts, relative_error, run, written
+from tests.oracle import (
+    TOLERANCE,
+    analysis_at,
+    analysis_of,
+    cut,
+    feeds_of,
+    prunable,
+    random_cuts,
+    relative_error,
+    run,
+    written,
+)
 
 MATCHER = "matcher__ts17"
 
