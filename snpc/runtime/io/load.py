@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph import PassObserver
 from snpc.passes.canonicalization import canonicalize
+from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
@@ -61,6 +62,7 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     check_tensors(proto, path)
     digest = file_digest(path, proto)
     try:
+        merge_equal_constants(proto.graph, path)
         graph = ir.from_proto(proto)
         resolve_external_data(graph, path.parent)
         graph = canonicalize(graph, observer)
