@@ -244,6 +244,7 @@ class Verdict:
 
     ``structure``: checks of the file that hold. ``equals_mask``: sliced against masked, on the inputs that ``compared``
     describes; at most ``tolerance`` apart, relative to the output.
+    ``not_run``: why no outputs were compared, so that nothing was verified but the structure; "" where they were.
     """
 
     structure: tuple[str, ...]
@@ -251,6 +252,7 @@ class Verdict:
     quality: Quality
     compared: str
     tolerance: float
+    not_run: str = ""
 
     @property
     def max_abs_diff(self) -> float | None:

@@ -97,23 +97,34 @@ def verify_candidate(
     calibration: Calibration | None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
-    """Verify a file that was just written. Outputs are compared unless the dense model cannot be run here at all."""
+    """Verify a file that was just written.
+
+    Outputs are compared, unless the dense model is too large for this machine or has an operator that this onnxruntime
+    does not have: the verdict then says that nothing was run. Raises UserError where onnxruntime refuses the dense
+    model for any other reason.
+    """
     original = analysis.model.path
     structure = check_structure(original, path, rewritten.sliced_interface())
     tolerance = rounding_tolerance(analysis.model)
     too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if too_large:
-        note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
+        return not_run_verdict(structure, too_large, tolerance)
     try:
         reference = run_original(analysis, original, calibration, execution)
-    except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
-        note = f"the original cannot be run here, so outputs were not compared ({error})"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
+    except SessionLoadError as error:
+        if error.missing_operator:
+            return not_run_verdict(structure, str(error), tolerance)
+        raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     return compare_with_reference(analysis, path, rewritten, reference, structure, execution)
+
+
+def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
+    """The verdict on a file whose outputs cannot be compared here."""
+    advice = "outputs were not compared; compare them with `snpc verify` where the model runs"
+    return Verdict(structure, (), NOT_COMPARED, "nothing", tolerance, f"{reason}; {advice}")
 
 
 def verify(

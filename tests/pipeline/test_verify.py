@@ -414,3 +414,52 @@ def test_the_shipped_model_is_what_it_was() -> None:
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in VIT.parent.iterdir()}
     assert sums["digits_vit.onnx"] == snpc.load(VIT).digest
     assert set(sums) == {"digits_vit.onnx", "calib.npz", "eval.npz"}
+
+
+# -- originals that onnxruntime does not load -------------------------------------------------------------------------
+
+
+def write_ffn(path: Path, *middle: str) -> Path:
+    """x [B, 8] -> 16 hidden units ``h`` -> Relu -> y [B, 4], with the statements ``middle`` behind that compute z."""
+    head = '<ir_version: 8, opset_import: ["" : 17, "my" : 1]> f (float[B, 8] x) => (float[B, 4] y, z)'
+    model = onnx.parser.parse_model(f"{head} {{ h = MatMul(x, u) r = Relu(h) y = MatMul(r, v) {' '.join(middle)} }}")
+    rng = np.random.default_rng(0)
+    for name, shape in {"u": (8, 16), "v": (16, 4)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "middle", ["z = my.Foo(x)", "c = Cast <to = 16> (x) e = Erf(c) z = Cast <to = 1> (e)"], ids=["custom", "no kernel"]
+)
+def test_a_missing_operator_is_said_and_never_called_verified(middle: str, tmp_path: Path) -> None:
+    path = write_ffn(tmp_path / "m.onnx", middle)
+    result = invoke("prune", path, "--ratio", 0.5, "--json", tmp_path / "r.json", "--report", tmp_path / "r.html")
+    words = " ".join(result.stdout.split())
+    assert re.search(r"not run: .*onnxruntime does not load it: .*(Foo|Erf).*outputs were not compared", words)
+    assert "verified" not in words
+    verdict = json.loads((tmp_path / "r.json").read_text())["verify"]
+    assert "outputs were not compared" in verdict["not_run"]
+    assert verdict["compared"] == "nothing"
+    assert "not run: " in (tmp_path / "r.html").read_text()
+    assert (tmp_path / "m-pruned.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "z = Concat <axis = 100> (x, x)",
+        "z = Transpose <perm = [0, 0]> (x)",
+        "c = Cast <to = 7> (x) z = Add(c, x)",
+        "z = Rilu(x)",
+    ],
+    ids=["axis", "perm", "types", "unknown"],
+)
+def test_what_onnxruntime_refuses_is_not_published(middle: str, tmp_path: Path) -> None:
+    path = write_ffn(tmp_path / "m.onnx", middle)
+    result = invoke("prune", path, "--ratio", 0.5, code=2)
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
+    assert "onnxruntime does not load it" in line
+    assert result.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]

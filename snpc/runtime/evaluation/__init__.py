@@ -25,7 +25,14 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
+from snpc.runtime.evaluation.latency import (
+    TimedArtifact,
+    Workload,
+    groups_to_time,
+    latency_table,
+    time_pair,
+    write_narrowed,
+)
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, max_drift
 
 __all__ = [
@@ -57,4 +64,5 @@ __all__ = [
     "run_rounds",
     "time_pair",
     "top1_accuracy",
+    "write_narrowed",
 ]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
@@ -27,7 +26,7 @@ from snpc.runtime.execution import (
     runs_in_float32,
     temporary_session,
 )
-from snpc.runtime.io import read_without_weights, save
+from snpc.runtime.io import read_model, read_without_weights, save
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -213,7 +212,7 @@ def run_batches(
 
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    model = ir.load(path)
+    model = read_model(path)
     if runs_in_float32(model, execution):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]

@@ -29,7 +29,7 @@ from snpc.runtime.io.atomic import (
 )
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.in_memory import read_back
-from snpc.runtime.io.load import file_bytes, load, model_files, resolve_external_data
+from snpc.runtime.io.load import file_bytes, load, model_files, read_model
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import PROTOBUF_LIMIT, save
 
@@ -48,9 +48,9 @@ __all__ = [
     "model_files",
     "move_into_place",
     "read_back",
+    "read_model",
     "read_without_weights",
     "rename_into_place",
-    "resolve_external_data",
     "save",
     "staging_folder",
     "write_example",
