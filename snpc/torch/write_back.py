@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.io import check_target, resolve_external_data
+from snpc.runtime.io import check_target, publish_files, resolve_external_data, staging_folder
 from snpc.runtime.io import save as save_model
 from snpc.torch.module import GraphModule
 
@@ -41,7 +41,10 @@ def save_graph_module(module: GraphModule, source: str | os.PathLike[str], outpu
         elif node is not None:
             node.attributes["value"] = ir.AttrTensor("value", trained)
     has_external_data = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
-    save_model(model, output_path, has_external_data)
+    with staging_folder(output_path) as folder:
+        staged = folder / output_path.name
+        save_model(model, staged, has_external_data)
+        publish_files([staged], output_path)
 
 
 def constant_node_value(node: ir.Node | None) -> ir.TensorProtocol | None:

@@ -21,7 +21,8 @@ from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
 from snpc.runtime.io.tensor_checks import all_tensors, check_tensors, external_entry, is_external
-from snpc.types import Model, TemporaryFolder, TensorSpec
+from snpc.temporary import TemporaryFolder
+from snpc.types import Model, TensorSpec
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
