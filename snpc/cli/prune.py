@@ -78,13 +78,13 @@ def prune_command(
     check_output_paths([*output.paths(path, artifacts), statistics.save_stats], *inputs)
     with stopwatch.stage("calibration"):
         data = calibration.load(analysis)
-    with stopwatch.stage("tokens"):
-        planning = planning.with_width_multiple(build.build, execution)
-        analysis = planning.reduce_tokens(analysis, data, execution)
+    planning = planning.with_width_multiple(build.build, execution)
     artifact = None
     if planning.amount.wants_latency:
         artifact = build.timed_artifact(execution, data, workload.batch)
     timed = workload.load(artifact)
+    with stopwatch.stage("tokens"):
+        analysis = planning.reduce_tokens(analysis, data, timed, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
         snpc.save_plan(plan, output.plan_path)

@@ -29,7 +29,7 @@ from snpc.runtime.io import (
     staging_folder,
 )
 from snpc.temporary import TemporaryFolder
-from snpc.types import ClosedFormKind, Cost, Verdict
+from snpc.types import ClosedFormKind, Cost, Quality, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -86,6 +86,11 @@ class PrunedModel:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
     @property
+    def quality(self) -> Quality:
+        """How close the outputs are to the original's."""
+        return self.verification.quality
+
+    @property
     def model(self) -> Path | InMemoryModel:
         """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
         onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""
@@ -107,8 +112,8 @@ class CandidateModel:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
-        return max((d.relative for d in self.verdict.drift), default=0.0)
+        """The largest drift of an output."""
+        return self.verdict.quality.drift
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.io import atomic_write
-from snpc.types import ClosedFormKind, FloatArray, Verdict
+from snpc.types import ClosedFormKind, FloatArray, Quality, Verdict
 
 
 def json_report(result: PrunedModel) -> dict[str, Any]:
@@ -110,12 +110,18 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": f"{pair} on {verdict.compared}",
+        "compared": "nothing" if verdict.not_run else f"{pair} on {verdict.compared}",
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
+        "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
-        "drift": [asdict(d) for d in verdict.drift],
+        "drift": [asdict(d) for d in verdict.quality.differences],
+        "quality": quality_json(verdict.quality),
     }
+
+
+def quality_json(quality: Quality) -> dict[str, Any]:
+    return {"grade": quality.grade, **asdict(quality)}
 
 
 def write_json(data: Any, path: Path) -> None:

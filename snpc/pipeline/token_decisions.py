@@ -20,7 +20,7 @@ from snpc.passes.token_analysis import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import aggregate, measure_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_session, run_session
-from snpc.runtime.io import save
+from snpc.runtime.io import read_model, save
 from snpc.temporary import temporary_folder
 from snpc.tokens import TokenReductionPlan, full_length_oracle, oracle_feeds
 from snpc.types import AnyArray, Difference, Feeds
@@ -76,7 +76,7 @@ def file_decisions(
     path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """The decisions of the model at ``path``, batch by batch. Raises CheckFailed where it computes none."""
-    model = ir.load(path)
+    model = read_model(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     missing = [name for name in names if name not in values]
     if missing:

@@ -10,7 +10,14 @@ from pathlib import Path
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import choose_dim_sizes
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import VERIFICATION_BATCHES, TimedArtifact, batch_differences, max_relative, run_batches
+from snpc.runtime.evaluation import (
+    VERIFICATION_BATCHES,
+    OutputMetrics,
+    TimedArtifact,
+    batch_differences,
+    max_relative,
+    run_batches,
+)
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     ENGINE_SUFFIXES,
@@ -186,9 +193,10 @@ def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Differe
     except UserError as error:
         return (), (f"the model itself does not run on this machine, so outputs are not compared ({error})",)
     differences: list[tuple[Difference, ...]] = []
+    metrics = OutputMetrics.of_model(load(job.model))
     for file in [f for f in written.files if f.suffix in (".onnx", ".ort", ".xml")]:
         runner = open_runner(file, execution=job.execution)
-        differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds]))
+        differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds], metrics))
         if job.precision == "fp32" and max_relative(differences[-1]) > FP32_TOLERANCE:
             raise CheckFailed(
                 f"{file.name}: its outputs differ from the model's by {max_relative(differences[-1]):.1e} relative, "

@@ -19,6 +19,7 @@ from snpc.pipeline import verification_batches
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import residual_values
 from snpc.runtime.evaluation import (
+    OutputMetrics,
     check_structure,
     compare_models,
     measure_differences,
@@ -375,7 +376,10 @@ def measure_drift(
         batches, compared = verification_batches(task.dense, task.data)
         compared += ", which it was trained on"
     expected = run_batches(task.dense.model.path, batches)
-    (_, before), (_, after) = (compare_models(expected, path, None, batches) for path in (pruned, output))
+    metrics = OutputMetrics.of(task.dense)
+    (_, before), (_, after) = (
+        compare_models(expected, path, None, batches, metrics=metrics) for path in (pruned, output)
+    )
     return before, after, compared
 
 

@@ -27,7 +27,7 @@ from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
 )
 from snpc.runtime.io.atomic import atomic_write
-from snpc.types import Difference, Verdict
+from snpc.types import Difference, Quality, Verdict
 from tests.command_line import VIT, arrays, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
 from tests.patching import patch
@@ -178,7 +178,8 @@ class TestCompare:
         assert found.max_abs_diff == 2
         assert found.relative == pytest.approx(2 / 5)
         assert found.cosine == pytest.approx(25 / (5 * np.sqrt(29)))
-        assert found.agreement == 0.5
+        assert (found.metric, found.distance, found.drift) == ("relative", found.relative, found.relative)
+        assert found.agreement is None  # nothing says that these are scores of classes
 
     def test_infinity_that_both_have(self) -> None:
         """Masked scores are minus infinity."""
@@ -216,7 +217,8 @@ class TestCompare:
 
     def test_judging(self) -> None:
         def verdict(relative: float) -> Verdict:
-            return Verdict((), (Difference("y", 1.0, relative, 1.0),), (Difference("y", 9.0, 9.0, 0.0),), "", 1e-4)
+            poor = Quality((Difference("y", 9.0, 9.0, 0.0),), 8, True, "", False)
+            return Verdict((), (Difference("y", 1.0, relative, 1.0),), poor, "", 1e-4)
 
         raise_if_unequal(verdict(0.9e-4))
         with pytest.raises(snpc.CheckFailed, match=r"output y.*more than 1e-04"):
@@ -414,3 +416,52 @@ def test_the_shipped_model_is_what_it_was() -> None:
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in VIT.parent.iterdir()}
     assert sums["digits_vit.onnx"] == snpc.load(VIT).digest
     assert set(sums) == {"digits_vit.onnx", "calib.npz", "eval.npz"}
+
+
+# -- originals that onnxruntime does not load -------------------------------------------------------------------------
+
+
+def write_ffn(path: Path, *middle: str) -> Path:
+    """x [B, 8] -> 16 hidden units ``h`` -> Relu -> y [B, 4], with the statements ``middle`` behind that compute z."""
+    head = '<ir_version: 8, opset_import: ["" : 17, "my" : 1]> f (float[B, 8] x) => (float[B, 4] y, z)'
+    model = onnx.parser.parse_model(f"{head} {{ h = MatMul(x, u) r = Relu(h) y = MatMul(r, v) {' '.join(middle)} }}")
+    rng = np.random.default_rng(0)
+    for name, shape in {"u": (8, 16), "v": (16, 4)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "middle", ["z = my.Foo(x)", "c = Cast <to = 16> (x) e = Erf(c) z = Cast <to = 1> (e)"], ids=["custom", "no kernel"]
+)
+def test_a_missing_operator_is_said_and_never_called_verified(middle: str, tmp_path: Path) -> None:
+    path = write_ffn(tmp_path / "m.onnx", middle)
+    result = invoke("prune", path, "--ratio", 0.5, "--json", tmp_path / "r.json", "--report", tmp_path / "r.html")
+    words = " ".join(result.stdout.split())
+    assert re.search(r"not run: .*onnxruntime does not load it: .*(Foo|Erf).*outputs were not compared", words)
+    assert "verified" not in words
+    verdict = json.loads((tmp_path / "r.json").read_text())["verify"]
+    assert "outputs were not compared" in verdict["not_run"]
+    assert verdict["compared"] == "nothing"
+    assert "not run: " in (tmp_path / "r.html").read_text()
+    assert (tmp_path / "m-pruned.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "z = Concat <axis = 100> (x, x)",
+        "z = Transpose <perm = [0, 0]> (x)",
+        "c = Cast <to = 7> (x) z = Add(c, x)",
+        "z = Rilu(x)",
+    ],
+    ids=["axis", "perm", "types", "unknown"],
+)
+def test_what_onnxruntime_refuses_is_not_published(middle: str, tmp_path: Path) -> None:
+    path = write_ffn(tmp_path / "m.onnx", middle)
+    result = invoke("prune", path, "--ratio", 0.5, code=2)
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
+    assert "onnxruntime does not load it" in line
+    assert result.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]

@@ -37,7 +37,7 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("grouping", "fusion"),
         ("weights", "token_analysis"),
         ("slicing", "analyze"),
-        ("mac_breakdown", "pass_list"),
+        ("mac_breakdown", "output_kinds", "pass_list"),
     ),
     "runtime": (
         ("io", "calibration"),

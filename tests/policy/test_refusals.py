@@ -367,7 +367,7 @@ def test_options(case: str, verb: str, tiny: Path, nothing_changes: Callable[[],
 
 def test_needed_arguments(tiny: Path) -> None:
     for verb in ("prune", "plan"):
-        refused("give either --ratio R or --target", verb, tiny)
+        refused("say how much goes: --target macs=R", verb, tiny)
     refused("Missing argument 'MODEL'", "inspect", usage=True)
     refused("Missing argument 'PLAN_FILE'", "apply", tiny, usage=True)
 

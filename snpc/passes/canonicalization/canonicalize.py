@@ -2,6 +2,7 @@
 
 - model-local functions are inlined, branches that always go the same way are replaced by their body, ``Constant``
   nodes are initializers, and an initializer has no other name (exporters write ``Identity`` for biases that are equal),
+- nodes and initializers that no output depends on are gone, as runtimes drop them too,
 - a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
 - Einsum nodes have two operands,
@@ -16,8 +17,9 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph import GraphPass, PassObserver, run_passes
+from snpc.graph import GraphPass, PassObserver, run_library_pass, run_passes
 from snpc.ops import IDENTITY
+from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.shared_constants import ForkSharedConstants
@@ -29,14 +31,22 @@ class InlineFunctions(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not model.functions:
             return ir.passes.PassResult(model, False)
-        return common.InlinePass()(model)
+        return run_library_pass(common.InlinePass(), model)
 
 
 class LiftConstants(ir.passes.InPlacePass):
     """Turn every ``Constant`` node into an initializer, of whatever size and type."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        return common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        return run_library_pass(lift, model)
+
+
+class SortNodes(ir.passes.InPlacePass):
+    """Put nodes into topological order."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return run_library_pass(common.TopologicalSortPass(), model)
 
 
 class EliminateInitializerAliases(ir.passes.InPlacePass):
@@ -89,7 +99,7 @@ CANONICALIZATION_PASSES = (
     GraphPass(
         "sort-nodes",
         "canonicalize",
-        common.TopologicalSortPass,
+        SortNodes,
         "puts nodes into topological order",
         "shape inference, which the next pass runs, goes through the nodes once",
     ),
@@ -106,6 +116,13 @@ CANONICALIZATION_PASSES = (
         EliminateInitializerAliases,
         "removes Identity nodes that give an initializer a second name",
         "after branches, which leave Identity nodes; before forking, which must see all consumers of a constant",
+    ),
+    GraphPass(
+        "eliminate-dead-nodes",
+        "canonicalize",
+        EliminateDeadNodes,
+        "removes nodes and initializers that no output depends on",
+        "after branches and aliases, which leave some; before all that looks for weights, as a dead one is no choice",
     ),
     GraphPass(
         "expand-einsum",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from snpc.runtime.io.atomic import atomic_write, check_target, recorded_publications, staging_folder, write_errors
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.in_memory import read_back
-from snpc.runtime.io.load import file_bytes, load, model_files, resolve_external_data
+from snpc.runtime.io.load import file_bytes, load, model_files, read_model
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.publish import discard_model, publish_files
 from snpc.runtime.io.save import PROTOBUF_LIMIT, external_data_path, save
@@ -42,9 +42,9 @@ __all__ = [
     "model_files",
     "publish_files",
     "read_back",
+    "read_model",
     "read_without_weights",
     "recorded_publications",
-    "resolve_external_data",
     "save",
     "staging_folder",
     "write_errors",

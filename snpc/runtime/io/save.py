@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.external_data import convert_tensors_to_external
+from onnx_ir.external_data import convert_tensors_from_external, convert_tensors_to_external
 
 from snpc.graph import weight_bytes
 from snpc.runtime.io.atomic import unflushed_write
@@ -64,7 +64,8 @@ def is_stored_separately(tensor: ir.TensorProtocol | None) -> bool:
 
 
 def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto:
-    """The model as protobuf, without the weights named ``without``; ``model`` is unchanged afterwards."""
+    """The model as protobuf, without the weights named ``without``; ``model`` computes the same afterwards."""
+    embed_inner_tensors(model)
     values = {name: model.graph.initializers[name] for name in without}
     tensors = {name: value.const_value for name, value in values.items()}
     try:
@@ -77,6 +78,29 @@ def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto
         for name, value in values.items():
             value.const_value = tensors[name]
             model.graph.initializers[name] = value
+
+
+def embed_inner_tensors(model: ir.Model) -> None:
+    """Read external tensors of attributes and subgraphs into memory, in place: only initializers of the main graph are
+    written from their file, and a reference to it would stand in the output with its full path."""
+    functions = [function.graph for function in model.functions.values()]
+    outer = (model.graph, *functions)
+    for graph in (*outer, *(inner for function in outer for inner in function.subgraphs())):
+        for value in () if graph is model.graph else graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = in_memory_tensor(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, in_memory_tensor(attribute.value))
+                elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                    tensors = [in_memory_tensor(t) for t in attribute.as_tensors()]
+                    node.attributes[name] = ir.AttrTensors(name, tensors)
+
+
+def in_memory_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor itself, or a copy in memory of one that lies in a file."""
+    return convert_tensors_from_external([tensor])[0] if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
 def write_inline(model: ir.Model, path: Path) -> None:
