@@ -28,7 +28,8 @@ from snpc.runtime.io.tensor_checks import (
     is_external,
     resolve_external_locations,
 )
-from snpc.types import Model, TemporaryFolder, TensorSpec
+from snpc.temporary import TemporaryFolder
+from snpc.types import Model, TensorSpec
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
