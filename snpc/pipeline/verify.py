@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snpc.errors import UserError
+from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
 from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -19,13 +19,16 @@ from snpc.runtime.evaluation import (
     OutputMetrics,
     check_structure,
     compare_models,
+    compare_on_equal_selections,
+    find_selectors,
+    name_selectors,
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Feeds, Quality, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 
@@ -80,14 +83,35 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(
-        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
-    )
     samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
-    quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
-    verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)
-    raise_if_unequal(verdict)
-    return verdict
+
+    def verdict(equals_mask: Sequence[Difference], drift: Sequence[Difference], checks: tuple[str, ...]) -> Verdict:
+        quality = Quality(tuple(drift), samples, False, reference.source, reference.random_inputs)
+        found = Verdict(checks, tuple(equals_mask), quality, reference.source, tolerance)
+        raise_if_unequal(found)
+        return found
+
+    measured: tuple[Sequence[Difference], Sequence[Difference]] | None = None
+    try:
+        measured = compare_models(
+            reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+        )
+        return verdict(*measured, structure)
+    except CheckFailed:
+        if rewritten is None:
+            raise
+        same = compare_on_equal_selections(
+            analysis.model.graph,
+            pruned,
+            rewritten,
+            list(zip(batches, decided, strict=True)),
+            tolerance,
+            reference.metrics,
+            execution,
+        )
+        if same is None:
+            raise
+    return verdict(same.equals_mask, measured[1] if measured else same.drift, (*structure, same.describe()))
 
 
 def verify_candidate(
@@ -118,7 +142,18 @@ def verify_candidate(
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
-    return compare_with_reference(analysis, path, rewritten, reference, structure, execution)
+    try:
+        return compare_with_reference(analysis, path, rewritten, reference, structure, execution)
+    except CheckFailed as error:
+        raise CheckFailed(f"{error}; nothing is written{selection_advice(rewritten, calibration)}") from None
+
+
+def selection_advice(rewritten: RewrittenModel, calibration: Calibration | None) -> str:
+    """What to try where outputs depend on a selection, which random inputs make among scores that hardly differ."""
+    selectors = find_selectors(rewritten.source, rewritten.removed)
+    if not selectors or calibration is not None:
+        return ""
+    return f"; outputs depend on what {name_selectors(selectors)} selects of random inputs: try --calib DATA"
 
 
 def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
