@@ -15,7 +15,7 @@ from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
-from snpc.pipeline.verify import verify_candidate
+from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.io import (
@@ -106,13 +106,14 @@ def temporary_path(target: Path, turn: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model under a temporary name."""
+    """A verified model under a temporary name. ``reference``: what it was compared with."""
 
     slices: SlicePlan
     path: Path
     after: Cost
     verdict: Verdict
     closed_forms: Mapping[str, ClosedFormKind]
+    reference: Reference = field(repr=False)
 
     @property
     def drift(self) -> float:
@@ -120,8 +121,10 @@ class CandidateModel:
         return self.verdict.quality.drift
 
 
-def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
-    """Refit, slice and write the model to ``temporary``, and verify that file.
+def write_candidate(
+    plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch, reference: Reference | None = None
+) -> CandidateModel:
+    """Refit, slice and write the model to ``temporary``, and verify that file. ``reference``: of another candidate.
 
     Raises UserError where ``target`` cannot be written, CheckFailed where the file does not hold.
     """
@@ -140,12 +143,13 @@ def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch:
     with stopwatch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
-        verdict = verify_candidate(analysis, temporary, rewritten, plan.calibration, plan.execution)
+        reference = reference or candidate_reference(plan)
+        verdict = verify_candidate(temporary, rewritten, reference, plan)
     with stopwatch.stage("report"):
         after = cost_of_file(temporary, analysis)
     kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
     kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
-    return CandidateModel(slices, temporary, after, verdict, kinds)
+    return CandidateModel(slices, temporary, after, verdict, kinds, reference)
 
 
 def publish_candidate(

@@ -107,14 +107,13 @@ def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
+    masked = verdict.equals_mask
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": f"{pair} on {verdict.compared}",
+        "compared": f"sliced against masked on {verdict.compared}" if masked else "pruned against original",
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
-        "drift": [asdict(d) for d in verdict.quality.differences],
         "quality": quality_json(verdict.quality),
     }
 

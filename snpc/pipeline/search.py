@@ -21,6 +21,7 @@ from snpc.pipeline.candidate import (
     write_candidate,
 )
 from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.verify import Reference
 from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
 from snpc.runtime.evaluation import Workload, time_pair
 from snpc.runtime.io import discard_model
@@ -54,16 +55,20 @@ class PlanSearch:
     best: CandidateModel | None = None
     measured: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
+    reference: Reference | None = None
 
     def write(self, path: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
         slices = select_units(self.scores, self.budget, path.widths_after(steps))
         temporary = temporary_path(self.target, len(self.tried) + 1)
+        plan = replace(self.plan, slices=slices)
         try:
-            return write_candidate(replace(self.plan, slices=slices), self.target, temporary, self.stopwatch)
+            candidate = write_candidate(plan, self.target, temporary, self.stopwatch, self.reference)
         except BaseException:
             discard_model(temporary)
             raise
+        self.reference = candidate.reference  # the original is run once
+        return candidate
 
     def record(self, candidate: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep a candidate within the limit (a later one is nearer to it), delete any other."""
