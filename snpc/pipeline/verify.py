@@ -18,6 +18,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
@@ -57,11 +58,12 @@ class VerificationData:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original's ``outputs`` for each batch of ``data``. ``note``: why there are none, as it cannot be run."""
+    """The original's ``outputs`` for each batch of ``data``, how they are judged. ``not_run``: why they are missing."""
 
     data: VerificationData
+    metrics: OutputMetrics
     outputs: Sequence[Mapping[str, AnyArray]] = ()
-    note: str = ""
+    not_run: str = ""
 
 
 def verification_data(
@@ -88,26 +90,31 @@ def data_of(calibration: Calibration, source: str, held_out: bool = False) -> Ve
     return VerificationData(batches, calibration.batch_sizes(), source, held_out, calibration.random)
 
 
-def run_original(original: Path, data: VerificationData, execution: Execution) -> Reference:
+def run_original(analysis: Analysis, original: Path, data: VerificationData, execution: Execution) -> Reference:
     """Run the original on as many batches as its outputs leave room for."""
     outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
-    return Reference(data.first(len(outputs)), outputs)
+    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs)
 
 
 def candidate_reference(plan: PruningPlan) -> Reference:
-    """The original's outputs to compare candidates of ``plan`` with."""
+    """The original's outputs, to compare candidates of ``plan`` with.
+
+    They are missing where the original is too large for this machine or has an operator that this onnxruntime does not
+    have. Raises UserError where onnxruntime refuses it for any other reason.
+    """
     analysis, execution = plan.analysis, plan.execution
     data = verification_data(analysis, plan.calibration)
     if data.held_out and not plan.measured_on_calibration:
         data = replace(data, held_out=False, source=f"{data.source}, which the statistics may include")
     too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if too_large:
-        note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
-        return Reference(data, note=note)
+        return Reference(data, OutputMetrics(), not_run=too_large)
     try:
-        return run_original(analysis.model.path, data, execution)
-    except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
-        return Reference(data, note=f"the original cannot be run here, so outputs were not compared ({error})")
+        return run_original(analysis, analysis.model.path, data, execution)
+    except SessionLoadError as error:
+        if error.missing_operator:
+            return Reference(data, OutputMetrics(), not_run=str(error))
+        raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if plan.calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
@@ -131,7 +138,9 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, differences = compare_models(reference.outputs, pruned, rewritten, data.batches, execution, decided)
+    equals_mask, differences = compare_models(
+        reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
+    )
     quality = Quality(differences, data.samples, data.held_out, data.describe(), data.random_inputs)
     verdict = Verdict(structure, equals_mask, quality, first.describe(), tolerance)
     raise_if_unequal(verdict)
@@ -139,13 +148,18 @@ def compare_with_reference(
 
 
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
-    """Verify a file that was just written. Outputs are compared unless the original cannot be run here at all."""
+    """Verify a file that was just written. Without outputs of the original, the verdict says so."""
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
-    if reference.note:
-        tolerance = rounding_tolerance(analysis.model)
-        return Verdict((*structure, reference.note), (), NOT_COMPARED, "nothing", tolerance)
+    if reference.not_run:
+        return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
     return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+
+
+def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
+    """The verdict on a file whose outputs cannot be compared here."""
+    advice = "outputs were not compared; compare them with `snpc verify` where the model runs"
+    return Verdict(structure, (), NOT_COMPARED, "nothing", tolerance, f"{reason}; {advice}")
 
 
 def verify(
@@ -171,5 +185,5 @@ def verify(
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
     data = verification_data(analysis, calibration, fitted_to=plan is not None and plan.slices.method != "select")
-    reference = run_original(original, data, execution)
+    reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, structure, execution)

@@ -498,7 +498,8 @@ class TestWriting:
         out.parent.mkdir()
         report = reported("prune", model, "--ratio", 0.4, "-o", out)
         invoke("prune", inline, "--ratio", 0.4)
-        assert {p.name for p in out.parent.iterdir()} == {"o.onnx", "o.onnx.data"}
+        (data,) = out.parent.glob("o.onnx.*.data")
+        assert set(out.parent.iterdir()) == {out, data}
         assert report["bytes"]["after"] == sum(p.stat().st_size for p in out.parent.iterdir())
         assert report["bytes"]["before"] == model.stat().st_size + (tmp_path / "w.bin").stat().st_size
         onnx.checker.check_model(str(out))
@@ -524,7 +525,7 @@ class TestWriting:
         for name in ("m.onnx", "w.bin"):
             (snapshot / name).symlink_to(blobs / name)
         invoke("prune", snapshot / "m.onnx", "--ratio", 0.5, "-o", tmp_path / "o.onnx")
-        assert (tmp_path / "o.onnx.data").is_file()
+        assert len(list(tmp_path.glob("o.onnx.*.data"))) == 1
 
 
 class TestPlanAndApply:
@@ -643,8 +644,7 @@ def test_a_position_table_shorter_than_the_quoted_length(tmp_path: Path) -> None
 def test_verify_without_a_plan_says_what_it_compared(third: tuple[Path, Report]) -> None:
     report = reported("verify", VIT, third[0], "--data", CALIB)
     assert report["max_abs_diff"] is None
-    assert report["compared"] == "pruned against original"
-    assert report["quality"]["source"] == f"128 samples of {CALIB}"
+    assert report["compared"] == f"pruned against original on 128 samples of {CALIB}"
     assert report["structure"][0] == "same inputs and outputs"
     assert report["quality"]["differences"][0]["relative"] > 0
 
