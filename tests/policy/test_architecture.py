@@ -136,7 +136,7 @@ def tempfile_outside_temporary(tree: SourceTree) -> Iterator[str]:
     for module in tree.modules:
         for imported in tree.imports(module):
             if imported.target == "tempfile" and module not in MAKES_TEMPORARY_FILES:
-                yield f"{module}:{imported.line} makes temporary files"
+                yield f"{module}:{imported.line} imports tempfile"
 
 
 def imports_past_faces(tree: SourceTree) -> Iterator[str]:
