@@ -1,6 +1,9 @@
 """Model files: loading, checking, and writing them atomically.
 
 Files
+  atomic         Atomic writes: under a temporary name beside the target, renamed into place when complete.
+  duplicate_constants
+                 Names that several constants of a graph define, which onnxruntime takes and onnx-ir refuses.
   atomic         Atomic writes: a file is written in a temporary folder beside its place, flushed to the disk, and
                  renamed.
   examples       The trained examples that ship inside the package, and how they reach a user's folder.
