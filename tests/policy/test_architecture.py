@@ -51,8 +51,8 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
 # Where a runtime is called. All others go through snpc.runtime.execution.
 CALLS_ONNXRUNTIME = ("snpc.runtime.execution", "snpc.targets")
 
-# Where temporary files are made: a folder that a killed process leaves is removed by the next one. An array that is kept
-# out of memory has no name, so the kernel removes it.
+# Where temporary files are made. A folder that a killed process leaves is removed by the next one; an array that is
+# kept out of memory has no name, so the kernel removes it.
 MAKES_TEMPORARY_FILES = ("snpc.temporary", "snpc.runtime.execution.memory")
 
 MOST_FILES = 14  # in a package, beside its __init__
