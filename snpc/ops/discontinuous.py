@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-DISCONTINUOUS = frozenset(
-    ["TopK", "ArgMax", "ArgMin", "NonMaxSuppression", "Unique", "NonZero", "Hardmax", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Round", "Floor", "Ceil", "Sign"]
+NAMES = (
+    "TopK ArgMax ArgMin NonMaxSuppression Unique NonZero Hardmax Greater GreaterOrEqual Less LessOrEqual Equal Round "
+    "Floor Ceil Sign"
 )
+DISCONTINUOUS = frozenset(NAMES.split())
 
 
 def is_discontinuous(domain: str, name: str) -> bool:

@@ -153,7 +153,7 @@ def sweep(
             reduction = pruning_plan.analysis.reduction
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
         on_step("judging and timing")
-        evaluation = request.evaluation or EvaluationData(calibration)
+        evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
         points = with_timings(with_quality(points, source, evaluation, execution), request, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)

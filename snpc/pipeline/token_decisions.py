@@ -30,7 +30,7 @@ from snpc.types import AnyArray, Difference, Feeds
 class CalibrationWithDecisions(Calibration):
     """Calibration data with the token decisions of each batch, as a graph with external decisions takes them."""
 
-    decisions: tuple[Feeds, ...]
+    decisions: tuple[Feeds, ...] = ()
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         for feeds, decided in zip(super().batches(), self.decisions, strict=True):

@@ -50,8 +50,8 @@ class EqualSelections:
     def describe(self) -> str:
         """The check, in words."""
         return (
-            f"compared in front of {self.selectors}, and behind on the same selections: what is selected differs by the "
-            "rounding of equal scores"
+            f"compared in front of {self.selectors}, and behind on the same selections: what is selected differs by "
+            "the rounding of equal scores"
         )
 
 
