@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from snpc.runtime.evaluation import (
     top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
-from snpc.runtime.io import check_target, load, staging_folder
+from snpc.runtime.io import check_target, load, publish_files, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -136,6 +135,7 @@ def sweep(
     on_step("measuring")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
+        (staging / "work").mkdir()
         source = analysis.model.path
 
         def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
@@ -298,7 +298,6 @@ def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -
         if point.name == ORIGINAL_NAME:
             point = replace(point, files=(source,))
         elif point.front:
-            moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
-            point = replace(point, files=tuple(reversed(moved)))
+            point = replace(point, files=publish_files(point.files, folder / point.files[0].name))
         placed.append(point)
     return placed
