@@ -1,4 +1,4 @@
-"""Prune the shipped example with the oldest versions that snpc allows: python3 scripts/oldest_dependencies.py [PYTHON ...]
+"""Prune the example with the oldest versions that snpc allows: python3 scripts/oldest_dependencies.py [PYTHON ...]
 
 For each PYTHON, by default the one that runs this, a temporary environment gets the lower bounds in pyproject.toml, and
 snpc prunes its example with and without calibration data. Exits with 1 where that fails.

@@ -15,7 +15,6 @@ from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, me
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
-    aggregate,
     batch_differences,
     check_structure,
     compare_models,
@@ -46,7 +45,6 @@ __all__ = [
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
-    "aggregate",
     "batch_differences",
     "bench",
     "check_structure",
