@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snpc.errors import UserError
+from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
 from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -21,13 +21,16 @@ from snpc.runtime.evaluation import (
     OutputMetrics,
     check_structure,
     compare_models,
+    compare_on_equal_selections,
+    find_selectors,
+    name_selectors,
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Feeds, Quality, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 RANDOM, RANDOM_SAMPLES = "random inputs", 2
@@ -138,13 +141,32 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, differences = compare_models(
-        reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
-    )
-    quality = Quality(differences, data.samples, data.held_out, data.describe(), data.random_inputs)
-    verdict = Verdict(structure, equals_mask, quality, first.describe(), tolerance)
-    raise_if_unequal(verdict)
-    return verdict
+
+    def verdict(
+        equals_mask: Sequence[Difference], drift: Sequence[Difference], checks: tuple[str, ...], on: VerificationData
+    ) -> Verdict:
+        quality = Quality(tuple(drift), on.samples, on.held_out, on.describe(), on.random_inputs)
+        found = Verdict(checks, tuple(equals_mask), quality, first.describe(), tolerance)
+        raise_if_unequal(found)
+        return found
+
+    measured: tuple[Sequence[Difference], Sequence[Difference]] | None = None
+    try:
+        measured = compare_models(
+            reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
+        )
+        return verdict(*measured, structure, data)
+    except CheckFailed:
+        if rewritten is None:
+            raise
+        feeds = list(zip(first.batches, decided, strict=True))
+        same = compare_on_equal_selections(
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+        )
+        if same is None:
+            raise
+    drift, on = (measured[1], data) if measured else (same.drift, first)
+    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
 
 
 def measure_quality(
@@ -157,12 +179,27 @@ def measure_quality(
 
 
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
-    """Verify a file that was just written. Without outputs of the original, the verdict says so."""
+    """Verify a file that was just written. Without outputs of the original, the verdict says so.
+
+    The message of CheckFailed says that nothing is written, and what to try.
+    """
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
     if reference.not_run:
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
-    return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+    try:
+        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+    except CheckFailed as error:
+        advice = selection_advice(rewritten) if reference.data.random_inputs else ""
+        raise CheckFailed(f"{error}; nothing is written{advice}") from None
+
+
+def selection_advice(rewritten: RewrittenModel) -> str:
+    """What to try where outputs depend on a selection, which random inputs make among scores that hardly differ."""
+    selectors = find_selectors(rewritten.source, rewritten.removed)
+    if not selectors:
+        return ""
+    return f"; outputs depend on what {name_selectors(selectors)} selects of random inputs: try --calib DATA"
 
 
 def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
