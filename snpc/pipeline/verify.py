@@ -169,6 +169,15 @@ def compare_with_reference(
     return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
 
 
+def measure_quality(
+    analysis: Analysis, files: Sequence[Path], data: VerificationData, execution: Execution = DEFAULT_EXECUTION
+) -> tuple[Quality, ...]:
+    """How close the outputs of each file are to the original's."""
+    reference = run_original(analysis, analysis.model.path, data, execution)
+    verdicts = (compare_with_reference(analysis, file, None, reference, (), execution) for file in files)
+    return tuple(verdict.quality for verdict in verdicts)
+
+
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
     """Verify a file that was just written. Without outputs of the original, the verdict says so.
 

@@ -50,7 +50,7 @@ class TrainingArguments(ArgumentGroup):
         "--early-stop",
         type=int,
         metavar="N",
-        help="Hold out a tenth of the data; stop after N evaluations without improvement.",
+        help="Stop after N evaluations on the held-out data without improvement.",
     )
     evaluate: int | None = option(
         "--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]"
