@@ -16,7 +16,6 @@ from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, me
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
-    aggregate,
     batch_differences,
     check_structure,
     compare_models,
@@ -48,7 +47,6 @@ __all__ = [
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
-    "aggregate",
     "batch_differences",
     "bench",
     "check_structure",
