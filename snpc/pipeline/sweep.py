@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
-from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.pipeline.token_schedule import macs_share, prepare_evaluator
+from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request, effective_token_request
+from snpc.pipeline.token_schedule import check_token_target, prepare_evaluator
 from snpc.planning import Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
@@ -30,7 +29,7 @@ from snpc.runtime.evaluation import (
     top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
-from snpc.runtime.io import check_target, load, staging_folder
+from snpc.runtime.io import check_target, file_bytes, load, publish_files, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -42,9 +41,10 @@ class SweepPoint:
     """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
     ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
-    share of labels that are the top entry; None without labels. ``latency``: ms. ``speedup``: over the original, with
-    its 95 % interval from ``low`` to ``high``. ``tokens``: the token reduction, "" for none. ``front``: is it on the
-    Pareto front?
+    share of labels that are the top entry; None without labels. ``speedup``: over the original, the median over rounds
+    of the ratio of their times, with its 95 % interval from ``low`` to ``high``. ``latency``: ms, the original's median
+    divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``: the token reduction, "" for none.
+    ``front``: is it on the Pareto front?
     """
 
     name: str
@@ -99,9 +99,9 @@ class SweepBuilder:
 class SweepRequest:
     """How every target is planned and judged.
 
-    ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced
-    (``pipeline.token_request``), the same for all targets, or "auto": chosen for each. ``evaluation``: the data to
-    judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
+    ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced, the same for all targets;
+    "auto": chosen for each; None: that for each target for which it is the default (``effective_token_request``).
+    ``evaluation``: the data to judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
     """
 
     budget: Budget | None
@@ -136,14 +136,15 @@ def sweep(
     on_step("measuring")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
+        (staging / "work").mkdir()
         source = analysis.model.path
 
         def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
             files: tuple[Path, ...] = (path,)
             if builder is not None:
                 files = builder.build(path, staging / path.with_suffix(builder.suffix).name)
-            total = sum(file.stat().st_size for file in files)
-            return SweepPoint(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
+            size = sum(file_bytes(file) if file.suffix == ".onnx" else file.stat().st_size for file in files)
+            return SweepPoint(name, files, cost.macs, cost.params, size, 0.0, None, None, tokens)
 
         points = [point(ORIGINAL_NAME, source, analysis.cost)]
         for target, pruning_plan in plans.items():
@@ -153,7 +154,7 @@ def sweep(
             reduction = pruning_plan.analysis.reduction
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
         on_step("judging and timing")
-        evaluation = request.evaluation or EvaluationData(calibration)
+        evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
         points = with_timings(with_quality(points, source, evaluation, execution), request, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
@@ -167,20 +168,38 @@ def plan_targets(
     builder: SweepBuilder | None,
     execution: Execution,
 ) -> dict[ResourceTarget, PruningPlan]:
-    """A plan for each target."""
-    if request.tokens is not None and request.tokens.strip() == AUTO_TOKENS:
-        return plan_each_target(analysis, targets, calibration, request, execution)
-    if request.budget is None:
-        raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
-    analysis = apply_token_request(analysis, calibration, request.tokens, execution=execution)
-    # A latency table is measured only for a latency: where there is such a target, it is planned first.
-    first = max(targets, key=lambda target: target.kind == "latency")
+    """A plan for each target, in their order."""
+    # A latency table is measured only for a latency.
     artifact = builder.artifact if builder is not None else None
-    workload = Workload(batch=request.batch, artifact=artifact) if first.kind == "latency" else None
+    workload = Workload(batch=request.batch, artifact=artifact)
+    kinds = {t: effective_token_request(request.tokens, analysis, calibration, t) for t in targets}
+    chosen, others = ([t for t in targets if (kinds[t] == AUTO_TOKENS) is auto] for auto in (True, False))
+    if others and request.budget is None:
+        raise UserError("--roles none leaves nothing to sweep through but --tokens auto, for targets in MACs")
+    plans = plan_each_target(analysis, chosen, calibration, request, workload, execution) if chosen else {}
+    if others:
+        plans |= plan_by_one_measurement(analysis, others, calibration, request, workload, execution)
+    return {target: plans[target] for target in targets}
+
+
+def plan_by_one_measurement(
+    analysis: Analysis,
+    targets: Sequence[ResourceTarget],
+    calibration: Calibration,
+    request: SweepRequest,
+    workload: Workload,
+    execution: Execution,
+) -> dict[ResourceTarget, PruningPlan]:
+    """A plan for each target, with the same number of tokens."""
+    assert request.budget is not None
+    analysis = apply_token_request(analysis, calibration, request.tokens or ALL_TOKENS, execution=execution)
+    # Where there is a latency, it is planned first, since its table is part of the measurement.
+    first = max(targets, key=lambda target: target.kind == "latency")
     budgets = {target: replace(request.budget, target=target) for target in targets}
+    timed = workload if first.kind == "latency" else None
     measured = make_plan(
         analysis,
-        PlanRequest(budgets[first], request.method, workload=workload, full_curves=True),
+        PlanRequest(budgets[first], request.method, workload=timed, full_curves=True),
         calibration,
         execution=execution,
     )
@@ -192,16 +211,20 @@ def plan_each_target(
     targets: Sequence[ResourceTarget],
     calibration: Calibration,
     request: SweepRequest,
+    workload: Workload,
     execution: Execution,
 ) -> dict[ResourceTarget, PruningPlan]:
     """A plan for each target with the number of tokens that is best for it; what was tried for one serves the next."""
     for target in targets:
-        macs_share(target)
+        check_token_target(target)
     evaluator = prepare_evaluator(analysis, calibration, execution)
     plans = {}
     for target in targets:
         budget = replace(request.budget, target=target) if request.budget is not None else None
-        widths = PlanRequest(budget, request.method, full_curves=True) if budget is not None else None
+        timed = workload if target.kind == "latency" else None
+        widths = None
+        if budget is not None:
+            widths = PlanRequest(budget, request.method, workload=timed, full_curves=True)
         reduced = apply_token_request(
             analysis,
             calibration,
@@ -252,20 +275,26 @@ def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution:
         protocol=TimingProtocol(iterations=request.rounds),
         execution=execution,
     )
-    timed = [replace(points[0], latency=result.timings[0].median)]
-    for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
-        timed.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
+    dense = result.timings[0].median
+    timed = [replace(points[0], latency=dense)]
+    for point, speedup in zip(points[1:], result.speedups, strict=True):
+        latency = dense / speedup.ratio
+        timed.append(replace(point, latency=latency, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
     return timed
 
 
 def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """The points with ``front`` set where no other is at least as good and as fast, and better in one of the two."""
+    """The points with ``front`` set where no other is at least as good and as fast, and better in one of the two.
+
+    Only a point that is faster than the original beyond the noise of the timing counts: its interval lies above 1.
+    """
 
     def beats(a: SweepPoint, b: SweepPoint) -> bool:
         pair = (a.quality - b.quality, a.speedup - b.speedup)
         return min(pair) >= 0 and max(pair) > 0
 
-    return [replace(p, front=not any(beats(other, p) for other in points)) for p in points]
+    faster = [p for p in points if p.name == ORIGINAL_NAME or p.low > 1]
+    return [replace(p, front=p in faster and not any(beats(other, p) for other in faster)) for p in points]
 
 
 def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -> list[SweepPoint]:
@@ -276,7 +305,6 @@ def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -
         if point.name == ORIGINAL_NAME:
             point = replace(point, files=(source,))
         elif point.front:
-            moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
-            point = replace(point, files=tuple(reversed(moved)))
+            point = replace(point, files=publish_files(point.files, folder / point.files[0].name))
         placed.append(point)
     return placed

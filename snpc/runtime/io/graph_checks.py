@@ -15,7 +15,6 @@ from snpc.graph import MalformedGraphError, static_shape
 from snpc.ops import lookup
 from snpc.types import shape_text
 
-
 NEWEST_OPSET = 1 << 20  # larger numbers are damage, and more than onnx takes
 
 
