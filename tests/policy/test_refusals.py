@@ -203,7 +203,7 @@ class TestNumbers:
         images[9] = 3.4e38
         np.savez(tmp_path / "c.npz", image=images)
         refused(
-            r"c\.npz: on samples 9 to 16 of those that are fed, activations of \S+ are not finite",
+            r"c\.npz: in samples (\d+, |\d+ to )*\b(9|[0-8] to 1\d)\b.*, activations of \S+ are not finite",
             "prune", VIT, *RATIO, "--calib", tmp_path / "c.npz", "-o", tmp_path / "o.onnx",
         )  # fmt: skip
 

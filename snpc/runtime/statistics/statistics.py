@@ -127,12 +127,10 @@ def check_measured(
     """Raise UserError where what was summed over batch ``number`` is not finite: a sum would hide where."""
     for request in requests:
         if not np.isfinite(outputs[request.output]).all():
-            first = number * calibration.batch + 1
-            last = min(first + calibration.batch - 1, calibration.samples)
             raise UserError(
-                f"{calibration.source}: on samples {first} to {last} of those that are fed, activations of "
-                f"{request.group.id} are not finite, or too large to be squared: look for extreme values in these "
-                "samples and for NaN in the model's weights, or leave the group out (--exclude)"
+                f"{calibration.source}: {calibration.batch_text(number)}, activations of {request.group.id} are not "
+                "finite, or too large to be squared: look for extreme values in these samples and for NaN in the "
+                "model's weights, or leave the group out (--exclude)"
             )
 
 
