@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -27,6 +26,7 @@ from snpc.runtime.execution import (
     temporary_session,
 )
 from snpc.runtime.io import read_model, read_without_weights, save
+from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -248,8 +248,8 @@ def compare_models(
     drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
     if rewritten is None:
         return (), drift
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "masked.onnx"
+    with temporary_folder() as folder:
+        path = folder / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution)
