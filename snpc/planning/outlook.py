@@ -54,7 +54,10 @@ def plan_outlook(
 ) -> PlanOutlook:
     """The outlook of ``slices``, which ``budget`` made of the ``scores`` of ``groups``. ``limit``: see
     ``PlanOutlook``."""
+    removed = removed_shares(groups, slices)
     measured = [g for g in groups if not g.approximate and g.role != "head"]
+    if not measured:
+        return PlanOutlook(removed, max(removed.values(), default=0.0))
     # A latency and a drift are met by trial; what they take is told in MACs.
     kind = budget.target.kind if budget.target is not None and budget.target.kind != "latency" else "macs"
     target = ResourceTarget(kind, 1.0)
@@ -65,8 +68,7 @@ def plan_outlook(
         saved += float(savings[slices.kept_width(group)])
         most += float(savings[smallest_width(group, budget)])
     share = saved / most if most else 0.0
-    removed = removed_shares(groups, slices)
-    if not measured or len(measured) < len(groups) or any(g.id not in scores.curves for g in measured):
+    if len(measured) < len(groups) or any(g.id not in scores.curves for g in measured):
         return PlanOutlook(removed, share)
     drift = float(np.sqrt(max(sum(float(scores.curves[g.id][slices.kept_width(g)]) for g in measured), 0.0)))
     return PlanOutlook(removed, share, drift, limit, safe_target(measured, scores, aim, limit))

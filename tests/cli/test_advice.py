@@ -11,7 +11,7 @@ import pytest
 
 import snpc
 from snpc.cli import main
-from snpc.cli.advice import commands_to_try, role_hint, roles_to_try
+from snpc.cli.advice.try_next import commands_to_try, role_hint, roles_to_try
 from snpc.cli.arguments import TypedCommand
 from snpc.errors import UserError
 from snpc.pipeline import candidate

@@ -73,3 +73,5 @@ def test_large_cuts_that_the_curves_call_safe_are_no_cliff(vit: snpc.Analysis) -
 def test_roles_without_curves_leave_the_drift_open(vit: snpc.Analysis) -> None:
     outlook = outlook_of(vit, snpc.Budget(ratio=0.5, roles=("ffn", "residual")), quadratic(vit, 0.02))
     assert outlook.drift is None and outlook.removed["residual"] == pytest.approx(0.5)
+    heads = outlook_of(vit, snpc.Budget(ratio=0.5, roles=("head",)), {})
+    assert heads.drift is None and heads.removed == {"head": 0.5} and not heads.is_cliff
