@@ -103,6 +103,13 @@ class PruningPlan:
         scores = self.scores if measured else replace(self.scores, curves={})
         return plan_outlook(self.groups, scores, self.budget, self.slices)
 
+    @property
+    def measured_on_calibration(self) -> bool:
+        """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
+        if self.calibration is None or self.statistics is None:
+            return True
+        return self.statistics.sources == (self.calibration.describe(),)
+
     def for_budget(self, budget: Budget) -> PruningPlan:
         """The plan for another target, from the same measurements (``PlanRequest.full_curves`` for one far off).
 
