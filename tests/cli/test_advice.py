@@ -19,7 +19,7 @@ from snpc.types import Difference, Quality
 from tests.command_line import CALIB, VIT, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export
 
-FEW = ("--calib", CALIB, "--calib-samples", 16)
+FEW = ("--calib", CALIB, "--calib-samples", 64)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ class TestAfter:
     def test_the_first_line_says_what_was_lost_and_what_keeps_it(self, vit: Path) -> None:
         result = invoke("prune", vit, "--ratio", 0.97, *FEW)
         first = result.stdout.splitlines()[0]
-        assert re.match(r"warning: the outputs no longer resemble the original's: drift 0\.\d+ in logits", first)
+        assert re.match(r"warning: the outputs no longer resemble the original's: drift \d\.\d+ in logits", first)
         (keeping,) = commands(first)
         assert "--ratio" not in keeping and "macs=0." in keeping[-1]
         run_as_printed(keeping)

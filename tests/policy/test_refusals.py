@@ -44,7 +44,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def refused(words: str, *arguments: object, usage: bool = False) -> None:
-    """The last line says why, and there is no other but notes and what goes (and, of click's own refusals, the usage)."""
+    """The last line says why, and there is no other but notes, what goes, and the usage of click's own refusals."""
     result = invoke(*arguments, code=2)
     assert result.stdout == ""
     others = ("snpc: note:", "snpc: warning:", "snpc: plan:")
