@@ -143,8 +143,11 @@ def refit_decoder(context: FloatArray, encode: FloatArray, weight: FloatArray, r
     ``context`` as in ``solve_low_rank_vo``. Where one head reads the values this is ``decode[:r] @ weight`` of their
     basis. Query heads that share values share the basis, but each has its own best projection.
     """
-    projected = encode.T @ add_ridge(context, ridge)
-    return np.linalg.solve(projected @ encode, projected @ weight).astype(np.float64)
+    used = np.linalg.norm(encode, axis=0) > 0  # a reader of fewer outputs than units leaves some of them unused
+    projected = encode[:, used].T @ add_ridge(context, ridge)
+    fitted = np.zeros((encode.shape[1], weight.shape[1]))
+    fitted[used] = np.linalg.solve(projected @ encode[:, used], projected @ weight)
+    return fitted
 
 
 def shared_value_loss(
