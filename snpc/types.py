@@ -8,9 +8,6 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from snpc.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,14 +65,6 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 
 ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
-
-
-class TemporaryFolder:
-    """A folder that is deleted with this object, or at exit."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="snpc-"))
-        self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ from snpc.errors import UserError
 from snpc.planning import parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import EvaluationData
-from snpc.runtime.io import external_data_path, model_files
+from snpc.runtime.io import model_files
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions
+
+
+MAX_TRAINING_HELD_OUT = 1024  # samples: weights are judged on them many times
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def finetune_command(
     target = output.output or models.pruned.with_name(f"{models.pruned.stem}-tuned.onnx")
     training, saved = arguments.load(inputs.seed), checkpoint.load()
     check_output_paths(
-        [target, external_data_path(target), output.json.json_path, output.plan_path],
+        [target, output.json.json_path, output.plan_path],
         *model_files(models.pruned),
         *model_files(models.teacher),
         inputs.calib,
@@ -100,7 +103,9 @@ def finetune_command(
     )
     analysis = load_and_analyze(models.teacher)
     calibration = inputs.as_calibration(training.batch)
-    run = FinetuneRun(models, calibration.load_data(inputs.calib, analysis), training, saved, target)
+    run = FinetuneRun(
+        models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target
+    )
     pruning.check_unused()
     if pruning.schedule is not None:
         evaluation = None

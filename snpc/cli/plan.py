@@ -32,7 +32,6 @@ from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
-from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,15 @@ def apply_command(
         slices = snpc.load_plan(plan.plan_file, snpc.load(model.path))
     path = output.output or model.sibling("-pruned.onnx")
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
-    check_output_paths([path, external_data_path(path), output.json.json_path], *inputs)
+    check_output_paths([path, output.json.json_path], *inputs)
     data = calibration.load(slices.analysis)
     with stopwatch.stage("closed forms"):
         completed = snpc.complete_plan(slices, data, statistics=statistics.load(), execution=execution)
+    if completed.other_data and slices.method != "select":
+        tables.print_note(
+            f"weights are fitted to {completed.data_source}; the plan was made with {completed.other_data}, so this is "
+            "another model than that of `snpc prune`"
+        )
     result = snpc.apply(completed, path, stopwatch=stopwatch)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:

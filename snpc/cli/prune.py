@@ -28,7 +28,6 @@ from snpc.cli.build import build_json
 from snpc.cli.plan import plan_from_arguments
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch, groups_json
-from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class PruneOutput(ArgumentGroup):
 
     def paths(self, model: Path, artifacts: list[Path]) -> list[Path | None]:
         """What will be written, apart from statistics. ``model``: where the pruned model goes."""
-        written = [] if self.dry_run else [model, external_data_path(model), *artifacts]
+        written = [] if self.dry_run else [model, *artifacts]
         return [*written, self.plan_path, self.json.json_path, self.page]
 
 

@@ -10,6 +10,7 @@ CAST = "Cast"
 CLIP = "Clip"
 CAST_LIKE = "CastLike"
 CONCAT = "Concat"
+CONSTANT = "Constant"  # not written, but looked for while a file is loaded
 CONSTANT_OF_SHAPE = "ConstantOfShape"
 CUMSUM = "CumSum"
 DIV = "Div"

@@ -19,8 +19,7 @@ Files
                    the oracle.
   token_request    Token requests (--tokens): reduce tokens by a specification, or by a schedule that is chosen.
   token_schedule   Token schedules (--tokens auto): which method removes how many tokens where, for a target in MACs.
-  verify           Verification of written files: the sliced graph equals the masked one, and the drift against the
-                   dense model.
+  verify           Verification of written files: the sliced graph equals the masked one; how close its outputs are.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel, SearchResult, Stopwatch
 from snpc.pipeline.planner import PlanRequest, PruningPlan, complete_plan, load_plan, make_plan, plan, save_plan
 from snpc.pipeline.prune import prune
-from snpc.pipeline.report_json import analysis_json, groups_json, json_report, verdict_json, write_json
+from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
@@ -39,7 +38,7 @@ from snpc.pipeline.token_request import (
     apply_token_request,
     effective_token_request,
 )
-from snpc.pipeline.verify import verification_batches, verify
+from snpc.pipeline.verify import measure_quality, verification_data, verify
 
 __all__ = [
     "ALL_TOKENS",
@@ -64,14 +63,16 @@ __all__ = [
     "json_report",
     "load_plan",
     "make_plan",
+    "measure_quality",
     "plan",
     "prune",
+    "quality_json",
     "save_plan",
     "score",
     "self_deciding_model",
     "sweep",
     "verdict_json",
-    "verification_batches",
+    "verification_data",
     "verify",
     "write_json",
 ]

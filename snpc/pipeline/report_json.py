@@ -35,7 +35,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "method": plan.method,
         "criterion": plan.criterion,
         "options": dict(plan.options),
-        "calibration": result.calibration or None,
+        "calibration": calibration_json(result),
         "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.dim_sizes),
@@ -45,6 +45,13 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
+
+
+def calibration_json(result: PrunedModel) -> dict[str, Any] | None:
+    """The data that a model was fitted to: its record, or only its words where it was measured before."""
+    if result.data is not None:
+        return result.data.record()
+    return {"text": result.calibration} if result.calibration else None
 
 
 FORM_NAMES: Mapping[ClosedFormKind, str] = {
@@ -107,17 +114,24 @@ def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": "nothing" if verdict.not_run else f"{pair} on {verdict.compared}",
+        "compared": compared_text(verdict),
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
         "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
-        "drift": [asdict(d) for d in verdict.quality.differences],
         "quality": quality_json(verdict.quality),
     }
+
+
+def compared_text(verdict: Verdict) -> str:
+    """What was compared with what."""
+    if verdict.not_run:
+        return "nothing"
+    if verdict.equals_mask:
+        return f"sliced against masked on {verdict.compared}"
+    return f"pruned against original on {verdict.quality.source}"
 
 
 def quality_json(quality: Quality) -> dict[str, Any]:

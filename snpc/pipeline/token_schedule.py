@@ -11,11 +11,9 @@ change that the loss curves predict for the widths are smallest together.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +32,7 @@ from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import save
 from snpc.runtime.sensitivity import mean_relative_change
 from snpc.runtime.statistics import measure_token_relevance
+from snpc.temporary import temporary_folder
 from snpc.tokens import (
     TOKEN_METHODS,
     TokenAmount,
@@ -95,8 +94,8 @@ class ScheduleEvaluator:
 
     def output_change(self, model: ir.Model) -> float:
         """Relative squared change of the outputs by ``model``. The model is changed."""
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            path = Path(folder) / "tried.onnx"
+        with temporary_folder() as folder:
+            path = folder / "tried.onnx"
             save(finalize(model), path)
             moved = run_batches(path, self.batches, self.execution)
         return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.io import check_target, model_files, read_model
+from snpc.runtime.io import check_target, model_files, publish_files, read_model, staging_folder
 from snpc.runtime.io import save as save_model
 from snpc.torch.module import GraphModule
 
@@ -39,7 +39,10 @@ def save_graph_module(module: GraphModule, source: str | os.PathLike[str], outpu
             value.const_value = trained
         elif node is not None:
             node.attributes["value"] = ir.AttrTensor("value", trained)
-    save_model(model, output_path, external=len(model_files(source_path)) > 1)
+    with staging_folder(output_path) as folder:
+        staged = folder / output_path.name
+        save_model(model, staged, external=len(model_files(source_path)) > 1)
+        publish_files([staged], output_path)
 
 
 def constant_node_value(node: ir.Node | None) -> ir.TensorProtocol | None:

@@ -14,7 +14,7 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_numbers
 from snpc.cli.tables import print_note
 from snpc.errors import UserError
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import EvaluationData
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
@@ -56,6 +56,14 @@ class ImageArguments(ArgumentGroup):
             layout=self.image_layout or images.layout,
         )
 
+    def print_format(self, calibration: Calibration) -> None:
+        """Say how pictures were prepared: a model that was trained on others does not tell that it gets wrong ones."""
+        if calibration.images is not None:
+            given = self.image_mean is not None or self.image_std is not None or calibration.images.raw
+            advice = "" if given else " (ImageNet's; --image-mean and --image-std change it)"
+            drawn = f"{calibration.samples} of {calibration.available} from {calibration.source}"
+            print_note(f"pictures: {drawn}, {calibration.images.describe()}{advice}")
+
 
 @dataclass(frozen=True)
 class CalibrationArguments(ArgumentGroup):
@@ -66,6 +74,7 @@ class CalibrationArguments(ArgumentGroup):
     calib: str | None = option(
         "--calib",
         "--calibration-data",
+        "--data",
         metavar="DATA",
         help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, Polygraphy "
         "JSON, test_data_set_*/input_N.pb, or file.py:function (runs that code). random: noise, where there is no "
@@ -85,13 +94,13 @@ class CalibrationArguments(ArgumentGroup):
         if self.calib is None and self.images.is_given():
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
 
-    def load(self, analysis: snpc.Analysis) -> Calibration | None:
+    def load(self, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration | None:
         """The data as the flags describe it, noise for ``--calib random``, None without --calib."""
         self.check()
-        return self.load_data(self.calib, analysis) if self.calib is not None else None
+        return self.load_data(self.calib, analysis, held_out) if self.calib is not None else None
 
-    def load_data(self, source: str, analysis: snpc.Analysis) -> Calibration:
-        """``source`` in place of --calib, prepared in the same way."""
+    def load_data(self, source: str, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration:
+        """``source`` in place of --calib, prepared in the same way; at most ``held_out`` samples are held out."""
         images = self.images.load()
         if source == RANDOM_CALIBRATION and not self.images.is_given():
             print_note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
@@ -100,18 +109,21 @@ class CalibrationArguments(ArgumentGroup):
             raise UserError(
                 f"{source}: --image-size, -mean, -std and -layout are for a folder of images; leave them out"
             )
-        return snpc.load_calibration(
+        calibration = snpc.load_calibration(
             source,
             analysis.model.inputs,
             samples=self.calib_samples,
             batch=self.calib_batch,
             images=images,
             seed=self.seed,
+            held_out=held_out,
         )
+        self.images.print_format(calibration)
+        return calibration
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:
         """All samples of ``source``, prepared in the same way, with the array ``labels`` of it as their classes."""
-        inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis)
+        inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis, held_out=0)
         if labels is None:
             return EvaluationData(inputs)
         if not source.endswith(".npz"):

@@ -10,21 +10,29 @@ import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_from_external, convert_tensors_to_external
 
 from snpc.graph import weight_bytes
-from snpc.runtime.io.atomic import atomic_write, external_data_path
+from snpc.runtime.io.atomic import unflushed_write
 from snpc.runtime.io.protobuf import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
 PAGE = 4096  # bytes: runtimes map weights into memory page by page
 
 
+def external_data_path(target: Path) -> Path:
+    """The file beside ``target`` to which ``save`` writes external weights."""
+    return target.parent / f"{target.name}.data"
+
+
 def save(model: ir.Model, target: Path, external: bool = False) -> None:
     """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
-    the model is too big for one protobuf message."""
+    the model is too big for one protobuf message.
+
+    For temporary and staging folders: ``publish_files`` brings a model to a user's folder.
+    """
     weights = sum(weight_bytes(v.const_value) for v in model.graph.initializers.values() if v.const_value is not None)
     if external or weights > PROTOBUF_LIMIT:
         save_external(model, target)
     else:
-        with atomic_write(target) as temporary:
+        with unflushed_write(target) as temporary:
             write_inline(model, temporary)
 
 
@@ -36,7 +44,7 @@ def save_external(model: ir.Model, target: Path) -> None:
     data = external_data_path(target)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     weights = {name: tensor for name, tensor in tensors.items() if tensor is not None and is_stored_separately(tensor)}
-    with atomic_write(data) as temporary:
+    with unflushed_write(data) as temporary:
         stored = convert_tensors_to_external(
             list(weights.values()), temporary.parent, temporary.name, alignment=PAGE, align_threshold=0
         )
@@ -46,7 +54,7 @@ def save_external(model: ir.Model, target: Path) -> None:
             message.name = name
             next(entry for entry in message.external_data if entry.key == "location").value = data.name
             proto.graph.initializer.append(message)
-        with atomic_write(target) as head:
+        with unflushed_write(target) as head:
             head.write_bytes(proto.SerializeToString())
 
 

@@ -6,12 +6,9 @@ a GPU, nothing has to be copied. Inputs are never augmented, so outputs that fit
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,6 +17,7 @@ from snpc.passes.canonicalization import finalize
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution, open_session, run_session
 from snpc.runtime.io import save
+from snpc.temporary import temporary_folder
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import Tensor, to_tensor
 from snpc.torch.training.sampling import sample_ids
@@ -56,8 +54,8 @@ def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunct
         if name not in output_names:
             values[name].type = ir.TensorType(dtypes[name])
             model.graph.outputs.append(values[name])
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "teacher.onnx"
+    with temporary_folder() as folder:
+        path = folder / "teacher.onnx"
         save(finalize(model), path)
         session = open_session(path, execution=Execution(threads=torch.get_num_threads()))
     input_names = {value.name for value in session.get_inputs()}
@@ -103,15 +101,3 @@ class Teacher:
 def mean_squares(outputs: TeacherOutputs) -> dict[str, float]:
     """Mean square of each value, at least 1e-12: errors are divided by it."""
     return {name: max(float(value.float().square().mean()), 1e-12) for name, value in outputs.items()}
-
-
-def relative_drift(batches: Sequence[TeacherOutputs], expected: Sequence[TeacherOutputs]) -> float:
-    """Root mean square of the difference from the expected outputs over all batches, relative to their own; the mean
-    over outputs."""
-    relative = []
-    for name in expected[0]:
-        pairs = [(a[name].float(), b[name].float()) for a, b in zip(batches, expected, strict=True)]
-        error = sum(float((a - b).square().sum()) for a, b in pairs)
-        size = sum(float(b.square().sum()) for _, b in pairs)
-        relative.append((error / size) ** 0.5 if size else error**0.5)
-    return float(np.mean(relative))
