@@ -75,7 +75,8 @@ KINDS: dict[str, Kinds] = {
     "roberta": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
     "distilbert": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
     "deberta": without(attention(4, 12, 2), "head") + ffn(96, 2) + ffn(48, 1),
-    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2) + ffn(48, 1),  # global and local layers have a table each
+    # global and local layers have a table each
+    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2) + ffn(48, 1),
     "gemma2": rotary(2, kv_heads=2) + ffn(96, 2),
     "phi": Counter({("qk", 4, 6): 2, ("qk", 1, 3): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
     "neox": Counter({("qk", 4, 8): 2, ("qk", 1, 2): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
