@@ -50,7 +50,7 @@ from snpc.runtime.statistics import Statistics, load_statistics, measure_statist
 from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, timed_artifact, widths_for_target
 from snpc.targets import BuildOptions as BuildOptions
 from snpc.tokens import reduce_tokens
-from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Site, Verdict
+from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Quality, Site, Verdict
 
 __version__ = "0.1.0"
 
@@ -75,6 +75,7 @@ __all__ = [
     "Probe",
     "PrunedModel",
     "PruningPlan",
+    "Quality",
     "RandomInputs",
     "ResourceTarget",
     "Site",

@@ -200,13 +200,48 @@ class Difference:
     """Share of rows whose largest entry is the same; only for outputs that look like logits."""
 
 
+Grade = Literal["good", "fair", "poor", "unknown"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How close the outputs of a written file are to the original's. It says nothing of whether the rewrite is right.
+
+    ``differences``: written against original, an entry per output; empty where outputs could not be compared.
+    ``samples``: how many were run. ``held_out``: nothing was fitted to them. ``source``: the data in words.
+    ``random_inputs``: noise was run, which says nothing of real inputs.
+    """
+
+    differences: tuple[Difference, ...]
+    samples: int
+    held_out: bool
+    source: str
+    random_inputs: bool
+
+    @property
+    def drift(self) -> float:
+        """The largest relative root mean square change of an output."""
+        return max((d.relative for d in self.differences), default=0.0)
+
+    @property
+    def grade(self) -> Grade:
+        """The grade of the output that changed most; "unknown" on random inputs and where nothing was compared."""
+        if self.random_inputs or not self.differences:
+            return "unknown"
+        return "poor" if self.drift > 0.3 else "fair" if self.drift > 0.1 else "good"
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What ``verify`` compared. ``equals_mask``: sliced against masked; ``drift``: pruned against original."""
+    """What ``verify`` found: that the rewrite is right, and apart from that the ``quality`` of the result.
+
+    ``structure``: checks of the file that hold. ``equals_mask``: sliced against masked, on the inputs that ``compared``
+    describes; at most ``tolerance`` apart, relative to the output.
+    """
 
     structure: tuple[str, ...]
     equals_mask: tuple[Difference, ...]
-    drift: tuple[Difference, ...]
+    quality: Quality
     compared: str
     tolerance: float
 

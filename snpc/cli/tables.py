@@ -270,8 +270,8 @@ def print_verdict(verdict: Verdict) -> None:
     print_line(f"verified: {'; '.join(verdict.structure)}")
     for d in verdict.equals_mask:
         print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
-    for d in verdict.drift:
-        print_line(f"  {d.output}: {drift_text(d)} ({verdict.compared})")
+    for d in verdict.quality.differences:
+        print_line(f"  {d.output}: {drift_text(d)} ({verdict.quality.source})")
 
 
 def drift_text(d: Difference) -> str:

@@ -66,6 +66,6 @@ def verify_command(
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)
-    drift = max((d.relative for d in verdict.drift), default=0.0)
+    drift = verdict.quality.drift
     if arguments.max_drift is not None and not drift <= arguments.max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {drift:.3g}, more than --max-drift {arguments.max_drift:g}")

@@ -28,7 +28,7 @@ from snpc.runtime.io import (
     rename_into_place,
     save,
 )
-from snpc.types import ClosedFormKind, Cost, TemporaryFolder, Verdict
+from snpc.types import ClosedFormKind, Cost, Quality, TemporaryFolder, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -85,6 +85,11 @@ class PrunedModel:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
     @property
+    def quality(self) -> Quality:
+        """How close the outputs are to the original's."""
+        return self.verification.quality
+
+    @property
     def model(self) -> Path | InMemoryModel:
         """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
         onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""
@@ -112,7 +117,7 @@ class CandidateModel:
     @property
     def drift(self) -> float:
         """The largest relative root mean square change of an output."""
-        return max((d.relative for d in self.verdict.drift), default=0.0)
+        return self.verdict.quality.drift
 
 
 def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:

@@ -17,7 +17,7 @@ from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.io import atomic_write
-from snpc.types import ClosedFormKind, FloatArray, Verdict
+from snpc.types import ClosedFormKind, FloatArray, Quality, Verdict
 
 
 def json_report(result: PrunedModel) -> dict[str, Any]:
@@ -114,8 +114,13 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
-        "drift": [asdict(d) for d in verdict.drift],
+        "drift": [asdict(d) for d in verdict.quality.differences],
+        "quality": quality_json(verdict.quality),
     }
+
+
+def quality_json(quality: Quality) -> dict[str, Any]:
+    return {"grade": quality.grade, **asdict(quality)}
 
 
 def write_json(data: Any, path: Path) -> None:

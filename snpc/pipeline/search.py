@@ -92,7 +92,7 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
 
     def measure(index: int) -> float:
         candidate = search.write(path, index + 1)
-        if not candidate.verdict.drift:
+        if not candidate.verdict.quality.differences:
             raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
         return math.log(max(search.record(candidate, float(predicted[index]), candidate.drift, limit), 1e-300))
 

@@ -24,7 +24,9 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Feeds, Verdict
+from snpc.types import AnyArray, Feeds, Quality, Verdict
+
+NOT_COMPARED = Quality((), 0, False, "nothing", False)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Reference:
     batches: Sequence[Feeds]
     outputs: Sequence[Mapping[str, AnyArray]]
     source: str
+    random_inputs: bool
 
 
 def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
@@ -53,7 +56,7 @@ def run_original(
     analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
 ) -> Reference:
     batches, source = verification_batches(analysis, calibration)
-    return Reference(batches, run_batches(original, batches, execution), source)
+    return Reference(batches, run_batches(original, batches, execution), source, calibration is None)
 
 
 def compare_with_reference(
@@ -74,7 +77,9 @@ def compare_with_reference(
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
     equals_mask, drift = compare_models(reference.outputs, pruned, rewritten, batches, execution, decided)
-    verdict = Verdict(structure, equals_mask, drift, reference.source, tolerance)
+    samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
+    quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
+    verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)
     raise_if_unequal(verdict)
     return verdict
 
@@ -93,12 +98,12 @@ def verify_candidate(
     too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if too_large:
         note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
-        return Verdict((*structure, note), (), (), "nothing", tolerance)
+        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
     try:
         reference = run_original(analysis, original, calibration, execution)
     except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
         note = f"the original cannot be run here, so outputs were not compared ({error})"
-        return Verdict((*structure, note), (), (), "nothing", tolerance)
+        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None

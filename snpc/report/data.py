@@ -100,8 +100,8 @@ def collect_report_data(
         widths=group_widths(result, plan.loss_curves if plan else {}),
         macs=mac_pairs(result),
         macs_at=dict(analysis.dim_sizes),
-        compared=verdict.compared,
-        drift=verdict.drift,
+        compared=result.quality.source,
+        drift=result.quality.differences,
         equals_mask=verdict.equals_mask,
         structure=verdict.structure,
         attention=attention,
@@ -178,7 +178,7 @@ def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str
     warnings = []
     if not result.calibration:
         warnings.append("No calibration data: drift was measured on random inputs and may differ on real ones.")
-    if not result.verification.drift:
+    if not result.quality.differences:
         warnings.append("Outputs were not compared: the original cannot be run here.")
     closed_forms = plan.closed_forms if plan else None
     if closed_forms is not None and closed_forms.skipped:

@@ -32,7 +32,7 @@ from tests.oracle import analysis_of, feeds_of
 
 def drift_of(dense: Path, cut: Path, calibration: snpc.Calibration) -> float:
     """What ``snpc verify`` states."""
-    return max(d.relative for d in snpc.verify(dense, cut, calibration=calibration).drift)
+    return max(d.relative for d in snpc.verify(dense, cut, calibration=calibration).quality.differences)
 
 
 # -- the search ------------------------------------------------------------------------------------------------------

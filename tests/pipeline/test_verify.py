@@ -27,7 +27,7 @@ from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
 )
 from snpc.runtime.io.atomic import atomic_write
-from snpc.types import Difference, Verdict
+from snpc.types import Difference, Quality, Verdict
 from tests.command_line import VIT, arrays, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
 from tests.patching import patch
@@ -216,7 +216,8 @@ class TestCompare:
 
     def test_judging(self) -> None:
         def verdict(relative: float) -> Verdict:
-            return Verdict((), (Difference("y", 1.0, relative, 1.0),), (Difference("y", 9.0, 9.0, 0.0),), "", 1e-4)
+            poor = Quality((Difference("y", 9.0, 9.0, 0.0),), 8, True, "", False)
+            return Verdict((), (Difference("y", 1.0, relative, 1.0),), poor, "", 1e-4)
 
         raise_if_unequal(verdict(0.9e-4))
         with pytest.raises(snpc.CheckFailed, match=r"output y.*more than 1e-04"):

@@ -21,7 +21,7 @@ NAMES = {
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
     *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
-    *("PruningPlan", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
+    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
     *("UnitScores", "Verdict", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),

@@ -158,7 +158,7 @@ def test_every_loss_comes_closer_to_the_teacher(pruned: Path, tmp_path: Path, op
         assert after < 0.9 * before
     assert np.mean(result.trained.losses[-3:]) < np.mean(result.trained.losses[:3])
     assert bool(result.hidden) == training.layerwise
-    assert snpc.verify(VIT, result.path).drift[0].agreement is not None
+    assert snpc.verify(VIT, result.path).quality.differences[0].agreement is not None
 
 
 def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:

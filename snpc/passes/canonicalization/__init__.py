@@ -3,6 +3,7 @@
 Files
   canonicalize           The canonical form of a graph, which every later stage reads: a private copy of the model in
                          which
+  eliminate_dead_nodes   Dead-node elimination: nodes and initializers that no output depends on, in subgraphs too.
   eliminate_dead_rows    Dead-row elimination: a classifier reads one token, so the last layer need not compute the
                          others.
   expand_einsum          Expands Einsum nodes that do not have two operands: one operand becomes a ReduceSum and a

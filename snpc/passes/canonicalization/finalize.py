@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from snpc.graph import GraphPass, PassObserver, run_passes
+from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.shared_constants import MergeForkedConstants
 
 
@@ -27,7 +27,7 @@ FINALIZATION_PASSES = (
     GraphPass(
         "remove-unused-nodes",
         "finalize",
-        common.RemoveUnusedNodesPass,
+        EliminateDeadNodes,
         "removes nodes and initializers that no output depends on",
         "first: what nothing uses need not be compared by the next pass",
     ),

@@ -64,7 +64,7 @@ def test_rounds_come_down_to_the_goal(tmp_path: Path) -> None:
     words += ["--schedule", "cubic", "--rounds", 2, "--criterion", "magnitude", "--target", "macs=0.5", "-o", target]
     main([str(w) for w in words], standalone_mode=False)
     assert 0.45 < macs(target) / macs(VIT) <= 0.5
-    assert snpc.verify(VIT, target, calibration=data()).drift
+    assert snpc.verify(VIT, target, calibration=data()).quality.differences
     assert [p.name for p in tmp_path.iterdir()] == ["cut.onnx"]
 
 
@@ -78,7 +78,7 @@ def test_what_does_not_hold_is_taken_back(tmp_path: Path) -> None:
         assert one.macs == pytest.approx(max(0.2, reached - step)) and one.kept == (one.drift <= limit)
         reached, step = (one.macs, step) if one.kept else (reached, step / 2)
     assert macs(target) / macs(VIT) == pytest.approx(reached, abs=0.02)
-    assert max(d.relative for d in snpc.verify(VIT, target, calibration=data()).drift) <= limit * 1.01
+    assert max(d.relative for d in snpc.verify(VIT, target, calibration=data()).quality.differences) <= limit * 1.01
 
 
 def test_goals_that_cannot_be_are_refused(tmp_path: Path) -> None:
