@@ -6,6 +6,7 @@ from its reference implementation. Nothing here runs a layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,9 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import defs, shape_inference
-from onnx.reference import ReferenceEvaluator
 
-from snpc.ops import OpCall, OpSpec, lookup
+from snpc.ops import OpCall, OpSpec, evaluate_node, lookup
 from snpc.types import AnyArray, IntArray, Shape
 
 SizeSequence = TypeVar("SizeSequence", Shape, IntArray)
@@ -220,10 +220,8 @@ def select_dimensions(node: ir.Node, sizes: SizeSequence) -> SizeSequence:
 
 def run_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
     """The outputs by onnx's reference implementation, from known inputs. Raises what that raises."""
-    proto = ir.serde.serialize_node(node)
     feeds = {str(v.name): known[v] for v in node.inputs if v is not None}
-    with np.errstate(all="ignore"):
-        return list(ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds))
+    return evaluate_node(ir.serde.serialize_node(node), feeds, version)
 
 
 def shape_source(value: ir.Value | None) -> ir.Value | None:
@@ -241,6 +239,20 @@ def dtype_source(node: ir.Node, spec: OpSpec) -> ir.Value:
     return source
 
 
+@functools.cache
+def operator_schema(name: str, version: int, domain: str) -> defs.OpSchema:
+    """The schema of an operator at an opset. An operator that the opset does not have yet gets its first one:
+    onnxruntime has fused operators, such as LayerNormalization, in opsets before the standard."""
+    try:
+        return defs.get_schema(name, version, domain)
+    except defs.SchemaError:
+        later = [s for s in defs.get_all_schemas_with_history() if (s.name, s.domain) == (name, domain)]
+        first = min((s for s in later if s.since_version > version), key=lambda s: s.since_version, default=None)
+        if first is None:
+            raise
+        return first
+
+
 def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: int) -> None:
     spec = lookup(node.domain, node.op_type)
     if spec.out_shapes is not None:
@@ -251,7 +263,7 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
         for out, sizes in zip(node.outputs, spec.out_shapes(facts.call(node, version)), strict=False):
             facts.shape[out] = tuple(sizes)
         return
-    schema = defs.get_schema(node.op_type, version, node.domain)
+    schema = operator_schema(node.op_type, version, node.domain)
     types: dict[str, onnx.TypeProto] = {}
     data: dict[str, onnx.TensorProto] = {}
     for value in node.inputs:

@@ -16,6 +16,7 @@ Files
                  shapes only.
   opaque         Operators that snpc knows and will not look through, each with its reason.
   pointwise      Operators that work on one position at a time.
+  reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
   spec           The schema of the operator table.
 """
@@ -82,6 +83,7 @@ from snpc.ops.names import (
 from snpc.ops.normalization import normalization_entries
 from snpc.ops.opaque import SUBGRAPH, opaque_entries
 from snpc.ops.pointwise import pointwise_entries
+from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
@@ -143,6 +145,7 @@ __all__ = [
     "attention_geometry",
     "collapse_constant_axes",
     "concat_axis",
+    "evaluate_node",
     "head_counts",
     "letters_of",
     "lookup",

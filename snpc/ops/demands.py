@@ -30,24 +30,24 @@ def unmet_demands(spec: OpSpec, call: OpCall) -> list[SizeDemand]:
     """The demands of a node that the known shapes of its inputs do not meet; empty for operators without a rule."""
     found: list[SizeDemand] = []
     if spec.kind == "pointwise" or spec.expands:
-        found += _broadcast(call, spec.expands)
+        found += _broadcast_demands(call, spec.expands)
     elif spec.kind == "concat":
-        found += _concat(call)
+        found += _concat_demands(call)
     elif spec.kind == "contraction" and spec.letters is not None:
-        found += _contraction(spec, call)
+        found += _contraction_demands(spec, call)
     elif (spec.domain, spec.name) == ("", RESHAPE):
-        found += _reshape(call)
+        found += _reshape_demands(call)
     elif not spec.domain and spec.name in (GATHER, GATHER_ND, "GatherElements"):
-        found += _reads(spec.name, call)
+        found += _index_demands(spec.name, call)
     return list(dict.fromkeys(found))
 
 
-def _equal(sizes: set[int]) -> Iterator[SizeDemand]:
+def _equal_demands(sizes: set[int]) -> Iterator[SizeDemand]:
     first, *others = sorted(sizes)
     yield from (SizeDemand("equal", first, other) for other in others)
 
 
-def _broadcast(call: OpCall, expands: bool) -> Iterator[SizeDemand]:
+def _broadcast_demands(call: OpCall, expands: bool) -> Iterator[SizeDemand]:
     shapes = [shape for shape in call.shapes if shape is not None]
     target = call.value(1) if expands else None
     if expands:
@@ -55,10 +55,10 @@ def _broadcast(call: OpCall, expands: bool) -> Iterator[SizeDemand]:
     for axis in range(1, max((len(shape) for shape in shapes), default=0) + 1):
         sizes = {shape[-axis] for shape in shapes if len(shape) >= axis} - {1}
         if len(sizes) > 1:
-            yield from _equal(sizes)
+            yield from _equal_demands(sizes)
 
 
-def _concat(call: OpCall) -> Iterator[SizeDemand]:
+def _concat_demands(call: OpCall) -> Iterator[SizeDemand]:
     shapes = [shape for shape in call.shapes if shape is not None]
     if not shapes or len({len(shape) for shape in shapes}) > 1:
         return
@@ -66,10 +66,10 @@ def _concat(call: OpCall) -> Iterator[SizeDemand]:
     for axis in set(range(rank)) - {int(call.attrs.get("axis", 1)) % max(rank, 1)}:
         sizes = {shape[axis] for shape in shapes}
         if len(sizes) > 1:
-            yield from _equal(sizes)
+            yield from _equal_demands(sizes)
 
 
-def _contraction(spec: OpSpec, call: OpCall) -> Iterator[SizeDemand]:
+def _contraction_demands(spec: OpSpec, call: OpCall) -> Iterator[SizeDemand]:
     left, right = spec.operands
     if spec.letters is None or not (call.has(left) and call.has(right)):
         return
@@ -87,10 +87,10 @@ def _contraction(spec: OpSpec, call: OpCall) -> Iterator[SizeDemand]:
         summed = letter not in letters.out
         found = found if summed else found - {1}
         if len(found) > 1:
-            yield from _equal(found)
+            yield from _equal_demands(found)
 
 
-def _reshape(call: OpCall) -> Iterator[SizeDemand]:
+def _reshape_demands(call: OpCall) -> Iterator[SizeDemand]:
     target = call.value(1)
     if target is None or not call.has(0):
         return
@@ -103,12 +103,12 @@ def _reshape(call: OpCall) -> Iterator[SizeDemand]:
     total, given = math.prod(shape), math.prod(n for n in wanted if n != -1)
     if -1 in wanted:
         if given > 0 and total % given:
-            yield from _divisible(shape, given)
+            yield from _step_demands(shape, given)
     elif total != given:
-        yield from _same_count(shape, wanted)
+        yield from _count_demands(shape, wanted)
 
 
-def _divisible(shape: Shape, given: int) -> Iterator[SizeDemand]:
+def _step_demands(shape: Shape, given: int) -> Iterator[SizeDemand]:
     """Each axis alone can make the number of entries a multiple of ``given``."""
     total = math.prod(shape)
     for size in dict.fromkeys(shape):
@@ -117,7 +117,7 @@ def _divisible(shape: Shape, given: int) -> Iterator[SizeDemand]:
             yield SizeDemand("multiple", size, step)
 
 
-def _same_count(shape: Shape, wanted: list[int]) -> Iterator[SizeDemand]:
+def _count_demands(shape: Shape, wanted: list[int]) -> Iterator[SizeDemand]:
     """Each axis alone can give the input the number of entries of the target; axes that differ may be equal."""
     if len(shape) == len(wanted):
         yield from (SizeDemand("equal", a, b) for a, b in zip(shape, wanted, strict=True) if a != b)
@@ -128,7 +128,7 @@ def _same_count(shape: Shape, wanted: list[int]) -> Iterator[SizeDemand]:
             yield SizeDemand("equal", size, given // rest)
 
 
-def _reads(name: str, call: OpCall) -> Iterator[SizeDemand]:
+def _index_demands(name: str, call: OpCall) -> Iterator[SizeDemand]:
     """Known indices must lie inside of the axes that they address."""
     indices = call.value(1)
     if indices is None or not call.has(0) or not indices.size or indices.dtype.kind not in "iu":

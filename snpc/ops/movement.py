@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from onnx import helper
 
+from snpc.ops.reference import evaluate_node
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec, ParameterUpdate, TensorCut
 from snpc.types import Shape
 
@@ -273,15 +275,12 @@ def _tile_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> Parame
 
 def _depth_space_blocks(call: OpCall, labels: Labels) -> list[Labels]:
     """DepthToSpace, SpaceToDepth: positions of the channel and spatial axes mix; run it on the full array."""
-    from onnx import helper
-    from onnx.reference import ReferenceEvaluator
-
     shape = call.shape(0)
     if labels.shape[1] == 1 and all(n == 1 for n in labels.shape[2:]):
         return [labels]
     node = helper.make_node(call.op, ["x"], ["y"], **call.attrs)
     full = np.ascontiguousarray(np.broadcast_to(labels, (1, *shape[1:])))
-    (out,) = ReferenceEvaluator(node, opsets={"": call.version}).run(None, {"x": full})
+    (out,) = evaluate_node(node, {"x": full}, call.version)
     return [collapse_constant_axes(np.asarray(out))]
 
 

@@ -95,10 +95,16 @@ def present_outputs(trace: Trace, outputs: list[ir.Value]) -> Iterator[ir.Value]
 
 
 def has_cache_labels(labeled_value: LabeledValue | None, labels: Labels, unit: IntArray) -> bool:
-    """Whether a value has, at every position, the unit of a cache."""
+    """Whether a value has, at every position, the unit of a cache. Keys and values that were stacked into one tensor
+    have the same units, and do not vary along the axis that tells them apart."""
     return labeled_value is not None and any(
-        f.shape == labels.shape and bool((unit[f] == unit[labels]).all()) for f in labeled_value.factors
+        is_broadcastable(f, labels) and bool((unit[f] == unit[labels]).all()) for f in labeled_value.factors
     )
+
+
+def is_broadcastable(labels: Labels, other: Labels) -> bool:
+    """Whether ``labels`` has the shape of ``other``, or 1 where they differ."""
+    return labels.ndim == other.ndim and all(n in (1, m) for n, m in zip(labels.shape, other.shape, strict=True))
 
 
 def resize_interface(model: ir.Model, changes: Mapping[str, Mapping[int, int]]) -> None:

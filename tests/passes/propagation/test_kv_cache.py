@@ -51,6 +51,19 @@ STACKED = """
     step (float[B, N, 16] x, float[2, B, 4, P, 8] pk) => (float[B, N, 16] y, float[2, B, 4, T, 8] nk) {
         c, nk = com.microsoft.Attention <num_heads = 4, unidirectional = 1> (x, w, b, , pk)  y = MatMul(c, wo)
     }"""
+STACKED_BY_NODES = graph("""
+    q4 = Reshape(q, heads)  qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+    k4 = Reshape(k, heads)  kh = Transpose <perm = [0, 2, 1, 3]> (k4)
+    v4 = Reshape(v, heads)  vh = Transpose <perm = [0, 2, 1, 3]> (v4)
+    pk5, pv5 = Split <axis = 0, split = [1, 1]> (past)
+    pk = Squeeze <axes = [0]> (pk5)  pv = Squeeze <axes = [0]> (pv5)
+    nk = Concat <axis = 2> (pk, kh)  nv = Concat <axis = -2> (pv, vh)
+    nk5 = Unsqueeze <axes = [0]> (nk)  nv5 = Unsqueeze <axes = [0]> (nv)  present = Concat <axis = 0> (nk5, nv5)
+    kt = Transpose <perm = [0, 1, 3, 2]> (nk)  s0 = MatMul(qh, kt)  s = Mul(s0, scale)
+    p = Softmax <axis = 3> (s)  a = MatMul(p, nv)
+    ct = Transpose <perm = [0, 2, 1, 3]> (a)  c = Reshape(ct, merge)""", 11).replace(
+    PAST.format(h=4, d=8), "float[2, B, 4, P, 8] past"
+).replace(PRESENT.format(h=4, d=8), "float[2, B, 4, T, 8] present")  # fmt: skip
 MODELS: dict[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "separate": (SEPARATE, WEIGHTS),
     "attention": (
@@ -68,8 +81,10 @@ MODELS: dict[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
         ),
         GROUPED,
     ),
+    "stacked_by_nodes": (STACKED_BY_NODES, WEIGHTS),
     "stacked": (STACKED, {"w": (16, 96), "b": (96,), "wo": (32, 16)}),
 }  # fmt: skip
+TIED_VALUES = ("grouped", "stacked", "stacked_by_nodes", "multi_head")  # keys and values keep the same positions
 EXTRA: dict[str, dict[str, Array]] = {"grouped": {"lens": np.array([4, 4], np.int32), "total": np.array(5, np.int32)}}
 
 
@@ -111,7 +126,7 @@ def test_past_and_present_narrow_together(name: str, tmp_path: Path) -> None:
     path = saved(name, tmp_path)
     analysis, feeds = analyze_file(path), feeds_for(path)
     roles = {g.role for g in prunable(analysis.groups)}
-    assert roles == ({"qk", "head"} if name in ("grouped", "stacked", "multi_head") else {"qk", "vo", "head"})
+    assert roles == ({"qk", "head"} if name in TIED_VALUES else {"qk", "vo", "head"})
     original = run(path, feeds)
     names = [o.name for o in onnx.load(path).graph.output]
     for wanted in (*((r,) for r in sorted(roles)), tuple(roles)):
