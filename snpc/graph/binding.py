@@ -74,7 +74,8 @@ class DimSizes(dict[str, int]):
     def constant(self, names: Iterable[str], size: int) -> DimSizes:
         """These sizes, with those of ``names`` fixed at ``size``."""
         relations = {name: DimRelation((), size) for name in names if name in self}
-        return DimSizes({**self, **dict.fromkeys(relations, size)}, {**self.relations, **relations}, self.steps).resized({})
+        sizes = {**self, **dict.fromkeys(relations, size)}
+        return DimSizes(sizes, {**self.relations, **relations}, self.steps).resized({})
 
     def related(self, name: str, relation: DimRelation) -> DimSizes | None:
         """These sizes with one relation more; None where it would make a circle."""
@@ -97,9 +98,7 @@ class DimSizes(dict[str, int]):
 
     def stepped(self, name: str, step: int) -> DimSizes:
         """These sizes, with that of ``name`` a multiple of ``step`` too."""
-        return DimSizes(
-            self, self.relations, {**self.steps, name: math.lcm(step, self.steps.get(name, 1))}
-        ).resized({})
+        return DimSizes(self, self.relations, {**self.steps, name: math.lcm(step, self.steps.get(name, 1))}).resized({})
 
 
 def dynamic_axes(graph: ir.Graph) -> list[tuple[str, str, int, int]]:

@@ -292,4 +292,3 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
         dims = info.tensor_type.shape.dim if info.tensor_type.HasField("shape") else None
         known = dims is not None and all(d.HasField("dim_value") for d in dims)
         facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
-

@@ -118,8 +118,10 @@ class SizedFacts:
 
 @dataclass(frozen=True)
 class GraphAtSizes:
-    """A graph with its shapes at the sizes it is ``traced`` at, and at those its MACs are ``quoted`` at; ``given``: sizes
-    that the caller asked for."""
+    """A graph with its shapes at the sizes it is ``traced`` at, and at those its MACs are ``quoted`` at.
+
+    ``given``: sizes that the caller asked for.
+    """
 
     graph: ir.Model
     traced: SizedFacts
@@ -154,7 +156,8 @@ def analyze_graph(
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
-    return Analysis(model, groups, pins, cost, quoted.dim_sizes, traced_graph, dead_macs, tokens, reduction, sized.given)
+    sizes, given = quoted.dim_sizes, sized.given
+    return Analysis(model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given)
 
 
 def quoted_facts(model: ir.Model, chosen: SizedFacts, fixed: Mapping[str, int]) -> SizedFacts:
