@@ -10,7 +10,10 @@ Files
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
                      inputs.
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
-  temporary_session  Sessions of models in memory: written to a temporary file, run, and deleted.
+  size_trial         Sizes of dynamic dimensions at which a model runs, found by running it: no shape inference knows all
+                     that nodes demand.
+  temporary_session  Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of
+                     files.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ from snpc.runtime.execution.session import (
     run_session,
     save_optimized,
 )
-from snpc.runtime.execution.temporary_session import RunFunction, runs_in_float32, temporary_session
+from snpc.runtime.execution.size_trial import find_running_sizes, sizes_text
+from snpc.runtime.execution.temporary_session import RunFunction, file_session, runs_in_float32, temporary_session
 
 __all__ = [
     "DEFAULT_EXECUTION",
@@ -62,6 +66,8 @@ __all__ = [
     "check_shape",
     "cpu_name",
     "embedding_rows",
+    "file_session",
+    "find_running_sizes",
     "first_lines",
     "id_limits",
     "import_openvino",
@@ -80,6 +86,7 @@ __all__ = [
     "run_session",
     "runs_in_float32",
     "save_optimized",
+    "sizes_text",
     "temporary_session",
     "too_large_reason",
     "vector_width",
