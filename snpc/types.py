@@ -8,9 +8,6 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from snpc.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,14 +64,6 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 
 ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
-
-
-class TemporaryFolder:
-    """A folder that is deleted with this object, or at exit."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="snpc-"))
-        self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -197,7 +188,14 @@ class Difference:
     relative: float
     cosine: float
     agreement: float | None = None
-    """Share of rows whose largest entry is the same; only for outputs that look like logits."""
+    """Share of rows whose largest entry is the same; only for scores of classes."""
+    metric: str = "none"
+    """How it is judged: "kl", "relative", "cosine", "mismatch" or a function of the user; "none": not at all."""
+    distance: float = 0.0
+    """In that metric; 0: equal. "kl" is in nats."""
+    drift: float = 0.0
+    """What ``--max-drift`` limits: the relative change of what counts, or the distance where the user chose a metric; 0
+    where the output is not judged."""
 
 
 Grade = Literal["good", "fair", "poor", "unknown"]
@@ -220,8 +218,8 @@ class Quality:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
-        return max((d.relative for d in self.differences), default=0.0)
+        """The largest ``Difference.drift`` of an output: what ``--max-drift`` limits."""
+        return max((d.drift for d in self.differences), default=0.0)
 
     @property
     def grade(self) -> Grade:
@@ -237,6 +235,7 @@ class Verdict:
 
     ``structure``: checks of the file that hold. ``equals_mask``: sliced against masked, on the inputs that ``compared``
     describes; at most ``tolerance`` apart, relative to the output.
+    ``not_run``: why no outputs were compared, so that nothing was verified but the structure; "" where they were.
     """
 
     structure: tuple[str, ...]
@@ -244,6 +243,7 @@ class Verdict:
     quality: Quality
     compared: str
     tolerance: float
+    not_run: str = ""
 
     @property
     def max_abs_diff(self) -> float | None:

@@ -267,7 +267,9 @@ def search_text(search: SearchResult) -> str:
 
 def print_verdict(verdict: Verdict) -> None:
     """What verification compared, and by how much outputs differ."""
-    print_line(f"verified: {'; '.join(verdict.structure)}")
+    if verdict.not_run:
+        print_line(f"not run: {verdict.not_run}")
+    print_line(f"{'checked' if verdict.not_run else 'verified'}: {'; '.join(verdict.structure)}")
     for d in verdict.equals_mask:
         print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
     for d in verdict.quality.differences:
@@ -276,8 +278,15 @@ def print_verdict(verdict: Verdict) -> None:
 
 def drift_text(d: Difference) -> str:
     """The change of one output, in a few words."""
+    if d.metric == "none":
+        return "not judged"
     same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
-    return f"drift from the original {d.relative:.3g} relative, cosine {d.cosine:.4f}{same}"
+    if d.metric in METRIC_UNITS:
+        return f"drift from the original {d.drift:.3g} relative{METRIC_UNITS[d.metric].format(d.distance)}{same}"
+    return f"drift from the original {d.drift:.3g} by {d.metric}{same}"
+
+
+METRIC_UNITS = {"relative": "", "kl": ", KL divergence {:.3g} nats", "cosine": ", 1 - cosine {:.3g}"}
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------

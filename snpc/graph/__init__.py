@@ -33,7 +33,16 @@ from snpc.graph.builder import (
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, count_macs
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
-from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass, run_passes
+from snpc.graph.pass_manager import (
+    GraphPass,
+    MalformedGraphError,
+    PassObserver,
+    error_summary,
+    malformed_graph_errors,
+    run_library_pass,
+    run_pass,
+    run_passes,
+)
 from snpc.graph.shapes import (
     ShapeFacts,
     attribute_values,
@@ -71,6 +80,7 @@ __all__ = [
     "Attribute",
     "DimSizes",
     "GraphPass",
+    "MalformedGraphError",
     "PassObserver",
     "ScalarFactor",
     "Segment",
@@ -88,6 +98,7 @@ __all__ = [
     "data_dependent_values",
     "dependent_values",
     "dynamic_axes",
+    "error_summary",
     "extract_segment",
     "has_subgraphs",
     "infer_graph",
@@ -98,6 +109,7 @@ __all__ = [
     "is_stored_constant",
     "leading_dims",
     "make_node",
+    "malformed_graph_errors",
     "module_path",
     "movement_behind",
     "movement_root",
@@ -108,6 +120,7 @@ __all__ = [
     "redirect_uses",
     "replace_graph_output",
     "replace_value",
+    "run_library_pass",
     "run_pass",
     "run_passes",
     "run_reference",

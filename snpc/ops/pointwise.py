@@ -9,7 +9,7 @@ NONLINEAR = (
     "Abs Acos Acosh And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip "
     "Cos Cosh Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN LeakyRelu Less "
     "LessOrEqual Log Max Mean Min Mish Mod Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin "
-    "Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Where Xor"
+    "Sinh Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Xor"
 )
 
 
@@ -30,6 +30,7 @@ def pointwise_entries() -> list[OpSpec]:
         OpSpec("Div", "pointwise", "aligned positions are unified; constants follow", effect="scale", divides=True),
         *_pointwise_specs("Cast CastLike Dropout", "labels pass", "same"),
         *_pointwise_specs("Neg", "labels pass", "scale"),
+        OpSpec("Where", "pointwise", "labels pass; aligned positions are unified", chooses=True),
         *_pointwise_specs(NONLINEAR, "labels pass; aligned positions are unified", "nonlinear"),
         OpSpec("Swish", "pointwise", "labels pass; aligned positions are unified", out_shapes=_pointwise_shapes),
         *_pointwise_specs("FastGelu BiasGelu QuickGelu Gelu", "labels pass; the bias follows", "nonlinear", MICROSOFT),

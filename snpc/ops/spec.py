@@ -159,4 +159,6 @@ class OpSpec:
     adds_up: bool = False  # a sum, in which an entry can be weighted
     expands: bool = False  # broadcasts its input to the shape in the second input
     makes_shares: bool = False  # a softmax: its outputs add up to 1
+    makes_log_shares: bool = False  # the logarithm of a softmax
+    chooses: bool = False  # each entry is that of one of its inputs
     selects: bool = False  # drops an axis by reading one position of it

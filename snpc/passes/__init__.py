@@ -6,6 +6,8 @@ Files
   fusion/            Fusions that a runtime rewards: attention and biases in one node.
   grouping/          Grouping: from labels to units, and from units to groups of heads x width with their sites.
   mac_breakdown      The multiply-accumulates of a model by role, every contraction counted once.
+  output_kinds       What each output of a model is, by what the graph does at its end: scores of classes, a KV cache,
+                     or plain values.
   pass_list          Every graph pass of snpc in the order in which passes run, and a way to write the graph after one
                      of them.
   propagation/       Label propagation: which positions of which constants each position of a tensor depends on.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, cost_of, quoted_facts
 from snpc.passes.mac_breakdown import macs_by_role
+from snpc.passes.output_kinds import OutputKind, find_output_kinds
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
 
 __all__ = [
@@ -28,10 +31,12 @@ __all__ = [
     "Analysis",
     "DumpAfter",
     "GraphAtSizes",
+    "OutputKind",
     "SizedFacts",
     "analyze",
     "analyze_graph",
     "cost_of",
+    "find_output_kinds",
     "macs_by_role",
     "quoted_facts",
 ]

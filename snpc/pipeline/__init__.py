@@ -33,10 +33,16 @@ from snpc.pipeline.report_json import analysis_json, groups_json, json_report, v
 from snpc.pipeline.score import score
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
-from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
+from snpc.pipeline.token_request import (
+    ALL_TOKENS,
+    AUTO_TOKENS,
+    apply_token_request,
+    effective_token_request,
+)
 from snpc.pipeline.verify import verification_batches, verify
 
 __all__ = [
+    "ALL_TOKENS",
     "AUTO_TOKENS",
     "PlanRequest",
     "PrunedModel",
@@ -52,6 +58,7 @@ __all__ = [
     "apply_token_request",
     "complete_plan",
     "count_sweep_steps",
+    "effective_token_request",
     "file_decisions",
     "groups_json",
     "json_report",

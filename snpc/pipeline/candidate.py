@@ -1,4 +1,4 @@
-"""Candidates: pruned models written under a temporary name and verified, before they are renamed into place."""
+"""Candidates: pruned models written into a staging folder and verified, before they are renamed into place."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.io import (
     check_target,
-    external_data_path,
     file_bytes,
     load,
     model_files,
+    publish_files,
     read_back,
-    rename_into_place,
     save,
+    staging_folder,
 )
-from snpc.types import ClosedFormKind, Cost, Quality, TemporaryFolder, Verdict
+from snpc.temporary import TemporaryFolder
+from snpc.types import ClosedFormKind, Cost, Quality, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -99,14 +100,9 @@ class PrunedModel:
         return read_back(self.path, kind)
 
 
-def temporary_path(target: Path, turn: int = 0) -> Path:
-    """The name of a candidate until it is verified."""
-    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
-
-
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model under a temporary name."""
+    """A verified model in a staging folder."""
 
     slices: SlicePlan
     path: Path
@@ -116,18 +112,24 @@ class CandidateModel:
 
     @property
     def drift(self) -> float:
-        """The largest relative root mean square change of an output."""
+        """The largest drift of an output."""
         return self.verdict.quality.drift
 
 
-def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
+@contextmanager
+def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target``. Raises UserError where that is an input, or cannot be written."""
+    check_target(target, *model_files(plan.analysis.model.path))
+    with staging_folder(target) as folder:
+        yield folder
+
+
+def write_candidate(plan: PruningPlan, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
     """Refit, slice and write the model to ``temporary``, and verify that file.
 
-    Raises UserError where ``target`` cannot be written, CheckFailed where the file does not hold.
+    Raises CheckFailed where the file does not hold.
     """
     analysis, refits = plan.analysis, plan.slices.method != "select"
-    for path in (target, external_data_path(target)):
-        check_target(path, *model_files(analysis.model.path))
     slices, source = plan.slices, analysis.traced_graph
     if refits:
         with stopwatch.stage("refit"):
@@ -155,10 +157,10 @@ def publish_candidate(
     stopwatch: Stopwatch,
     search: SearchResult | None = None,
 ) -> PrunedModel:
-    """Rename the verified file to ``target``."""
+    """Rename the verified file, and its external data, to their places."""
     analysis = plan.analysis
     with stopwatch.stage("write"):
-        rename_into_place(candidate.path, target)
+        publish_files([candidate.path], target)
     return PrunedModel(
         candidate.slices,
         target,

@@ -110,9 +110,10 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": f"{pair} on {verdict.compared}",
+        "compared": "nothing" if verdict.not_run else f"{pair} on {verdict.compared}",
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
+        "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
         "drift": [asdict(d) for d in verdict.quality.differences],
         "quality": quality_json(verdict.quality),

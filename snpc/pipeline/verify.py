@@ -16,6 +16,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
@@ -31,12 +32,14 @@ NOT_COMPARED = Quality((), 0, False, "nothing", False)
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's ``outputs`` for each of ``batches``. ``source``: the inputs in words."""
+    """The dense model's ``outputs`` for each of ``batches``, and how they are judged. ``source``: the inputs in
+    words."""
 
     batches: Sequence[Feeds]
     outputs: Sequence[Mapping[str, AnyArray]]
     source: str
     random_inputs: bool
+    metrics: OutputMetrics
 
 
 def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
@@ -56,7 +59,8 @@ def run_original(
     analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
 ) -> Reference:
     batches, source = verification_batches(analysis, calibration)
-    return Reference(batches, run_batches(original, batches, execution), source, calibration is None)
+    outputs = run_batches(original, batches, execution)
+    return Reference(batches, outputs, source, calibration is None, OutputMetrics.of(analysis))
 
 
 def compare_with_reference(
@@ -76,7 +80,9 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(reference.outputs, pruned, rewritten, batches, execution, decided)
+    equals_mask, drift = compare_models(
+        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+    )
     samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
     quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
     verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)
@@ -91,23 +97,34 @@ def verify_candidate(
     calibration: Calibration | None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
-    """Verify a file that was just written. Outputs are compared unless the dense model cannot be run here at all."""
+    """Verify a file that was just written.
+
+    Outputs are compared, unless the dense model is too large for this machine or has an operator that this onnxruntime
+    does not have: the verdict then says that nothing was run. Raises UserError where onnxruntime refuses the dense
+    model for any other reason.
+    """
     original = analysis.model.path
     structure = check_structure(original, path, rewritten.sliced_interface())
     tolerance = rounding_tolerance(analysis.model)
     too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
     if too_large:
-        note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
+        return not_run_verdict(structure, too_large, tolerance)
     try:
         reference = run_original(analysis, original, calibration, execution)
-    except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
-        note = f"the original cannot be run here, so outputs were not compared ({error})"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
+    except SessionLoadError as error:
+        if error.missing_operator:
+            return not_run_verdict(structure, str(error), tolerance)
+        raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
     except UserError as error:  # it loads: then nothing is written that was not compared
         advice = "" if calibration is not None else "; give --calib DATA that it runs on"
         raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
     return compare_with_reference(analysis, path, rewritten, reference, structure, execution)
+
+
+def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
+    """The verdict on a file whose outputs cannot be compared here."""
+    advice = "outputs were not compared; compare them with `snpc verify` where the model runs"
+    return Verdict(structure, (), NOT_COMPARED, "nothing", tolerance, f"{reason}; {advice}")
 
 
 def verify(

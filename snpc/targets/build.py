@@ -10,7 +10,14 @@ from pathlib import Path
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import choose_dim_sizes
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import VERIFICATION_BATCHES, TimedArtifact, batch_differences, max_relative, run_batches
+from snpc.runtime.evaluation import (
+    VERIFICATION_BATCHES,
+    OutputMetrics,
+    TimedArtifact,
+    batch_differences,
+    max_relative,
+    run_batches,
+)
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     ENGINE_SUFFIXES,
@@ -19,7 +26,7 @@ from snpc.runtime.execution import (
     open_runner,
     random_feeds,
 )
-from snpc.runtime.io import check_target, load, model_files, move_into_place, staging_folder
+from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder, write_errors
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt
@@ -64,12 +71,14 @@ def build(
     drawn = default_feeds(loaded, batch)
     feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
     job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn)
-    with staging_folder(output_path) as folder:
-        source, notes = cast_model(loaded, build_target, precision, calibration, folder / "work")
+    with staging_folder(output_path) as folder, write_errors(output_path):
+        work = folder / "work"
+        work.mkdir()
+        source, notes = cast_model(loaded, build_target, precision, calibration, work)
         job = replace(job, source=source, output=folder / output_path.name)
         written = build_target.build(job)
         drift, remarks = compare_artifact(job, written)
-        files = move_into_place(written.files, output_path.parent)
+        files = publish_files(written.files, output_path.parent / written.files[0].name)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(
@@ -184,9 +193,10 @@ def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Differe
     except UserError as error:
         return (), (f"the model itself does not run on this machine, so outputs are not compared ({error})",)
     differences: list[tuple[Difference, ...]] = []
+    metrics = OutputMetrics.of_model(load(job.model))
     for file in [f for f in written.files if f.suffix in (".onnx", ".ort", ".xml")]:
         runner = open_runner(file, execution=job.execution)
-        differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds]))
+        differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds], metrics))
         if job.precision == "fp32" and max_relative(differences[-1]) > FP32_TOLERANCE:
             raise CheckFailed(
                 f"{file.name}: its outputs differ from the model's by {max_relative(differences[-1]):.1e} relative, "

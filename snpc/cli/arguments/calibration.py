@@ -151,7 +151,7 @@ class SavedStatisticsArguments(StatisticsArguments):
     )
 
     def check_no_widths(self) -> None:
-        """Refuse, with --roles none, the statistics that only widths need."""
+        """Refuse, where no widths are cut, the statistics that only widths need."""
         for flag, value in (("--load-stats", self.load_stats), ("--save-stats", self.save_stats)):
             if value not in (None, ()):
-                raise UserError(f"--roles none cuts no widths: leave out {flag}")
+                raise UserError(f"no widths are cut: leave out {flag}, or give --ratio or --target, and --roles")

@@ -28,11 +28,13 @@ class LabelFlag(IntFlag):
     PASSED_THROUGH = 8  # kept by a product of two activations: a value channel of attention
     ADDED = 16  # added to another activation
     GATED = 32  # multiplied with another activation
-    CONVOLVED = 64  # output channel of a convolution
+    CONVOLVED = 64  # channel of a convolution that sees more than one position
     NONLINEAR = 128  # input of a nonlinear operator
     SCALED = 256  # multiplied by a constant that differs between positions
     WEIGHT_INPUT = 512  # input axis of a constant weight
     NORM_PARAMETER = 1024  # scale or bias of a normalization
+    POINTWISE = 8192  # channel of a convolution that sees one position at a time
+    DEPTHWISE = 16384  # channel of a convolution of its own
     BATCHED = 4096  # batch axis of a product of two activations: one product per position
     CACHED = 2048  # stored in a KV cache
 

@@ -5,6 +5,7 @@ Files
   bench     Latency of models, measured side by side.
   compare   Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
   latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
+  metrics   Distances of outputs: which one suits each output, and what it is.
 """
 
 from __future__ import annotations
@@ -24,13 +25,24 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
+from snpc.runtime.evaluation.latency import (
+    TimedArtifact,
+    Workload,
+    groups_to_time,
+    latency_table,
+    time_pair,
+    write_narrowed,
+)
+from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, max_drift
 
 __all__ = [
+    "RELATIVE_METRICS",
     "TOLERANCE",
     "VERIFICATION_BATCHES",
     "BenchResult",
     "EvaluationData",
+    "OutputMetric",
+    "OutputMetrics",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
@@ -42,6 +54,7 @@ __all__ = [
     "compare_models",
     "groups_to_time",
     "latency_table",
+    "max_drift",
     "max_relative",
     "measure_differences",
     "median_interval",
@@ -51,4 +64,5 @@ __all__ = [
     "run_rounds",
     "time_pair",
     "top1_accuracy",
+    "write_narrowed",
 ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
+from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, same_finiteness
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
@@ -25,8 +25,9 @@ from snpc.runtime.execution import (
     runs_in_float32,
     temporary_session,
 )
-from snpc.runtime.io import read_without_weights, save
-from snpc.types import AnyArray, Difference, Feeds, Model, Verdict
+from snpc.runtime.io import read_model, read_without_weights, save
+from snpc.temporary import temporary_folder
+from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
@@ -105,47 +106,63 @@ def checker_error(path: Path) -> str | None:
     return None
 
 
-def measure_differences(reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray]) -> list[Difference]:
-    """One Difference per output of one batch; only entries that are finite in both count.
+def measure_differences(
+    reference: Mapping[str, AnyArray], other: Mapping[str, AnyArray], metrics: OutputMetrics = RELATIVE_METRICS
+) -> list[Difference]:
+    """One Difference per output of one batch, over entries that are finite in both, each by its metric.
 
-    Raises CheckFailed for other shapes, for NaN or infinity that the reference does not have, and where the reference
-    has no finite entry.
+    Raises CheckFailed for other shapes, for NaN or infinity that the reference does not have at the same entry or that
+    is gone, and where the reference has no finite entry.
     """
-    differences = []
-    for name, a in reference.items():
-        b = other[name]
-        if a.shape != b.shape:
-            raise CheckFailed(f"output {name}: shape {list(b.shape)} instead of {list(a.shape)}")
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        if x.size and not np.isfinite(x).any():
-            raise CheckFailed(
-                f"output {name}: the original has no finite value on these inputs, so nothing can be verified"
-            )
-        if not np.isfinite(y).all() and np.isfinite(x).all():
-            raise CheckFailed(f"output {name}: holds NaN or infinity, the original does not")
-        gap = np.subtract(x, y, out=np.zeros(x.shape), where=np.isfinite(x) & np.isfinite(y))
-        flat = np.where(np.isfinite(x), x, 0.0).reshape(-1), np.where(np.isfinite(y), y, 0.0).reshape(-1)
-        scale = (float(np.sqrt(np.mean(flat[0] ** 2))) if gap.size else 0.0) or 1.0
-        norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1])) or 1.0
-        differences.append(
-            Difference(
-                name,
-                float(np.abs(gap).max(initial=0.0)),
-                float(np.sqrt(np.mean(gap**2))) / scale if gap.size else 0.0,
-                float(flat[0] @ flat[1]) / norms,
-                argmax_agreement(x, y),
-            )
+    metrics = metrics.for_values(reference)
+    return [output_difference(name, a, other[name], metrics[name]) for name, a in reference.items()]
+
+
+def output_difference(name: str, a: AnyArray, b: AnyArray, metric: OutputMetric) -> Difference:
+    """The Difference of one output; see ``measure_differences``."""
+    if a.shape != b.shape:
+        raise CheckFailed(f"output {name}: shape {list(b.shape)} instead of {list(a.shape)}")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if x.size and not np.isfinite(x).any():
+        raise CheckFailed(
+            f"output {name}: the original has no finite value on these inputs, so nothing can be verified"
         )
-    return differences
+    check_finiteness(name, x, y)
+    finite = np.isfinite(x)
+    x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
+    gap = x - y
+    relative = RELATIVE_METRICS[name].distance(x, y)
+    norms = float(np.linalg.norm(x) * np.linalg.norm(y)) or 1.0
+    agreement = argmax_agreement(a, b, metric.axis) if metric.domain != "values" else None
+    difference = Difference(
+        name, float(np.abs(gap).max(initial=0.0)), relative, float(x.reshape(-1) @ y.reshape(-1)) / norms, agreement
+    )
+    if not metric.judged:
+        return difference
+    distance = metric.distance(a, b)
+    drift = distance if metric.chosen or metric.name == "mismatch" else metric.relative_change(a, b)
+    return replace(difference, metric=metric.name, distance=distance, drift=drift)
 
 
-def argmax_agreement(
-    x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], y: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-) -> float | None:
+def check_finiteness(name: str, x: FloatArray, y: FloatArray) -> None:
+    """Raise CheckFailed where NaN or infinity is at an entry of one of the two only."""
+    if same_finiteness(x, y):
+        return
+    finite = np.isfinite(x), np.isfinite(y)
+    appeared, gone = int(np.sum(finite[0] & ~finite[1])), int(np.sum(~finite[0] & finite[1]))
+    if appeared:
+        where = "the original does not" if finite[0].all() else "the original has numbers there"
+        raise CheckFailed(f"output {name}: holds NaN or infinity, {where} ({appeared} of {x.size} entries)")
+    if gone:
+        raise CheckFailed(f"output {name}: {gone} of {x.size} entries that are NaN or infinite in the original are not")
+    raise CheckFailed(f"output {name}: NaN and infinity are not those of the original")
+
+
+def argmax_agreement(x: AnyArray, y: AnyArray, axis: int = -1) -> float | None:
     """Share of rows whose largest entry is the same; None for outputs without rows of at least two entries."""
-    if x.ndim < 2 or x.shape[-1] < 2 or x.size == 0:
+    if x.ndim < 2 or x.shape[axis] < 2 or x.size == 0:
         return None
-    return float((x.argmax(-1) == y.argmax(-1)).mean())
+    return float((x.argmax(axis) == y.argmax(axis)).mean())
 
 
 def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
@@ -164,16 +181,23 @@ def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
                 float(np.mean([d.relative for d in of_output])),
                 float(np.mean([d.cosine for d in of_output])),
                 float(np.mean(rates)) if rates else None,
+                of_output[0].metric,
+                float(np.mean([d.distance for d in of_output])),
+                float(np.mean([d.drift for d in of_output])),
             )
         )
     return tuple(differences)
 
 
 def batch_differences(
-    reference: Sequence[Mapping[str, AnyArray]], other: Sequence[Mapping[str, AnyArray]]
+    reference: Sequence[Mapping[str, AnyArray]],
+    other: Sequence[Mapping[str, AnyArray]],
+    metrics: OutputMetrics = RELATIVE_METRICS,
 ) -> tuple[Difference, ...]:
     """One Difference per output over all batches; raises CheckFailed as ``measure_differences``."""
-    return aggregate([measure_differences(a, b) for a, b in zip(reference, other, strict=True)])
+    if reference:
+        metrics = metrics.for_values(reference[0])
+    return aggregate([measure_differences(a, b, metrics) for a, b in zip(reference, other, strict=True)])
 
 
 def max_relative(differences: Sequence[Difference]) -> float:
@@ -188,7 +212,7 @@ def run_batches(
 
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    model = ir.load(path)
+    model = read_model(path)
     if runs_in_float32(model, execution):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             return [run(feeds) for feeds in batches]
@@ -208,23 +232,24 @@ def compare_models(
     batches: Sequence[Feeds],
     execution: Execution = DEFAULT_EXECUTION,
     masked_feeds: Sequence[Feeds] | None = None,
+    metrics: OutputMetrics = RELATIVE_METRICS,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
     """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
-    original where it has more inputs (token decisions).
+    original where it has more inputs (token decisions). ``metrics``: of pruned against original.
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
         narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow)
+    drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
     if rewritten is None:
         return (), drift
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "masked.onnx"
+    with temporary_folder() as folder:
+        path = folder / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution)
