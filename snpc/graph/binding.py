@@ -77,6 +77,10 @@ class DimSizes(dict[str, int]):
         sizes = {**self, **dict.fromkeys(relations, size)}
         return DimSizes(sizes, {**self.relations, **relations}, self.steps).resized({})
 
+    def loosened(self) -> DimSizes:
+        """These sizes without the demands that give one a number: only sums of others are kept."""
+        return DimSizes(self, {name: relation for name, relation in self.relations.items() if relation.terms})
+
     def related(self, name: str, relation: DimRelation) -> DimSizes | None:
         """These sizes with one relation more; None where it would make a circle."""
         terms: list[str] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -21,8 +21,9 @@ from snpc.ops import SizeDemand, lookup, unmet_demands
 MOST_INFERENCES = 24
 MOST_SECONDS = 10.0  # after which no further sizes are inferred at
 MOST_TRIED_CONSTANTS = 12
-POWERS = (8, 16, 32, 64, 128, 256, 512)
+POWERS = (4, 8, 16, 32, 64, 128, 256, 512)
 LARGEST_LENGTH = 2048
+LARGEST_TRIED = 1024
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,39 @@ def choose_dim_sizes(model: ir.Model, given: Mapping[str, int] | None = None) ->
     best: SizedShapes | None = None
     start, seen = time.monotonic(), list[DimSizes]()
     queue = deque(base_dim_sizes(model.graph))
+    first = queue[0]
     if given:
-        queue.append(queue[0].resized(given, given))
+        queue.append(first.resized(given, given))
     while queue and (best is None or (len(seen) < MOST_INFERENCES and time.monotonic() - start < MOST_SECONDS)):
         dim_sizes = queue.popleft()
         if dim_sizes in seen:
             continue
         seen.append(dim_sizes)
         found = _sized_shapes(model, dim_sizes)
+        if dim_sizes is first and found.demands:  # it contradicts itself: small lengths come before large ones
+            queue.extendleft(reversed([*itertools.islice(queue, 1), *_alike(model.graph, first)]))
         if best is None or found.misfit < best.misfit:
             best = found
             queue.extendleft(reversed(list(relate(model.graph, dim_sizes, found.demands, {}))))
         if best.misfit == (0, 0):
             break
     assert best is not None
+    best = _relaxed(model, best)
     return best.dim_sizes, best.facts
+
+
+def _relaxed(model: ir.Model, found: SizedShapes) -> SizedShapes:
+    """A size that the graph takes doubled too is not fixed: it is a multiple of that number."""
+    for name, relation in found.dim_sizes.relations.items():
+        if relation.terms or relation.offset < 2:
+            continue
+        relations = {other: known for other, known in found.dim_sizes.relations.items() if other != name}
+        steps = {**found.dim_sizes.steps, name: relation.offset}
+        relaxed = DimSizes(found.dim_sizes, relations, steps)
+        doubled = _sized_shapes(model, relaxed.resized({name: 2 * relation.offset}))
+        if doubled.misfit <= found.misfit:
+            found = SizedShapes(relaxed, found.facts, found.misfit, found.demands)
+    return found
 
 
 def _sized_shapes(model: ir.Model, dim_sizes: DimSizes) -> SizedShapes:
@@ -97,15 +116,17 @@ def relate(
                 if demand.kind == "multiple":
                     yield dim_sizes.stepped(name, other)
                     continue
-                for relation in _ways_to_write(other, dim_sizes, name):
+                alike = [n for n in dim_sizes if n != name and (n in leading) == (name in leading)]
+                for relation in _ways_to_write(other, dim_sizes, alike):
                     related = dim_sizes.related(name, relation)
                     if related is not None:
                         yield related
 
 
-def _ways_to_write(value: int, dim_sizes: DimSizes, without: str) -> Iterator[DimRelation]:
-    """Expressions over the sizes that have this value: a size, a sum of two, a multiple, one and a little, a number."""
-    free = {name: size for name, size in dim_sizes.items() if name != without and name not in dim_sizes.relations}
+def _ways_to_write(value: int, dim_sizes: DimSizes, names: Sequence[str]) -> Iterator[DimRelation]:
+    """Expressions over the sizes of ``names`` that have this value: a size, a sum of two, a multiple, one and a little,
+    a number."""
+    free = {name: dim_sizes[name] for name in names if name not in dim_sizes.relations}
     yield from (DimRelation((name,)) for name, size in free.items() if size == value)
     for (one, size), (two, other) in itertools.combinations(free.items(), 2):
         if size + other == value:
@@ -119,12 +140,13 @@ def _ways_to_write(value: int, dim_sizes: DimSizes, without: str) -> Iterator[Di
 
 
 def trial_dim_sizes(
-    graph: ir.Graph, chosen: DimSizes, fixed: Mapping[str, int], numbers: Callable[[], Sequence[int]]
+    graph: ir.Graph, chosen: DimSizes, fixed: Mapping[str, int], told: Sequence[int]
 ) -> Iterator[DimSizes]:
     """Sizes to try on a runtime, the likeliest first: those ``chosen``, batch 1, no past, lengths all alike (powers of
     two, constants of the graph), each with the relations that are known.
 
-    ``numbers``: numbers in the last failure's message, which often are a size that was given and one that was wanted.
+    ``told``: numbers in the last failure's message, which often are a size that was given and one that was wanted; the
+    caller changes them between two sizes.
     """
     seen: list[DimSizes] = []
     pending = deque(_untold_sizes(graph, chosen))
@@ -134,24 +156,31 @@ def trial_dim_sizes(
             continue
         seen.append(dim_sizes)
         yield dim_sizes
-        told = [SizeDemand("equal", a, b) for a, b in itertools.permutations(dict.fromkeys(numbers()), 2)]
+        told = [SizeDemand("equal", a, b) for a, b in itertools.permutations(dict.fromkeys(told), 2)]
         pending.extendleft(reversed(list(relate(graph, dim_sizes, told, fixed))[:6]))
 
 
 def _untold_sizes(graph: ir.Graph, chosen: DimSizes) -> Iterator[DimSizes]:
     leading, past = leading_dims(graph), past_dims(graph)
-    inner = [name for name in chosen if name not in leading and name not in chosen.relations]
     yield chosen
     yield chosen.constant(leading, 1)
     if past:
         yield chosen.constant(past, 0)
         yield chosen.constant(leading, 1).constant(past, 0)
-    yield from _followed_by_sum(chosen, graph)
-    for length in dict.fromkeys((*_graph_constants(graph), *POWERS)):
-        alike = chosen.resized(dict.fromkeys(inner, length))
-        steps = dict.fromkeys(inner, length)
-        yield DimSizes(alike, alike.relations, {**alike.steps, **steps})
+    yield from (chosen.constant(leading, size) for size in POWERS[:2])
+    loose = chosen.loosened()
+    yield from _followed_by_sum(loose, graph)
+    yield from _alike(graph, loose)
     yield from base_dim_sizes(graph)
+
+
+def _alike(graph: ir.Graph, chosen: DimSizes) -> Iterator[DimSizes]:
+    """All lengths the same: numbers that constants of the graph name, and powers of two, from small to large."""
+    leading = leading_dims(graph)
+    inner = [name for name in chosen if name not in leading and name not in chosen.relations]
+    for length in sorted({*_graph_constants(graph), *POWERS}):
+        alike = chosen.resized(dict.fromkeys(inner, length))
+        yield DimSizes(alike, alike.relations, {**alike.steps, **dict.fromkeys(inner, length)})
 
 
 def _followed_by_sum(chosen: DimSizes, graph: ir.Graph) -> Iterator[DimSizes]:
@@ -175,5 +204,5 @@ def _graph_constants(graph: ir.Graph) -> list[int]:
     for node in graph:
         for value in node.outputs:
             counts.update(dim for dim in value.shape or () if isinstance(dim, int))
-    sizes = [n for n, _ in counts.most_common() if 3 < n <= LARGEST_LENGTH]
+    sizes = [n for n, _ in counts.most_common() if 3 < n <= LARGEST_TRIED]
     return sizes[:MOST_TRIED_CONSTANTS]

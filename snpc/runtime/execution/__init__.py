@@ -10,8 +10,8 @@ Files
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
                      inputs.
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
-  size_trial         Sizes of dynamic dimensions at which a model runs, found by running it: no shape inference knows all
-                     that nodes demand.
+  size_trial         Sizes of dynamic dimensions at which a model runs, found by running it: no shape inference knows
+                     all that nodes demand.
   temporary_session  Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of
                      files.
 """

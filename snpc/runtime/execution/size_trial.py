@@ -30,21 +30,19 @@ def find_running_sizes(analysis: Analysis, execution: Execution = DEFAULT_EXECUT
     """
     if not analysis.traced_graph.dim_sizes:
         return analysis.traced_graph.dim_sizes
+    graph, chosen, given = analysis.model.graph.graph, analysis.traced_graph.dim_sizes, analysis.given_sizes
     tried: list[DimSizes] = []
+    told: list[int] = []
     last = ""
     start = time.monotonic()
     with file_session(analysis.model.path, execution) as run:
-        for sizes in trial_dim_sizes(
-            analysis.model.graph.graph,
-            analysis.traced_graph.dim_sizes,
-            analysis.given_sizes,
-            lambda: told_numbers(last),
-        ):
+        for sizes in trial_dim_sizes(graph, chosen, given, told):
             tried.append(sizes)
             try:
                 run(random_batch(analysis, SAMPLES, dim_sizes=sizes))
             except UserError as error:
                 last = str(error)
+                told[:] = told_numbers(last)
             else:
                 return sizes
             if len(tried) >= MOST_TRIALS or time.monotonic() - start > MOST_TRIAL_SECONDS:
