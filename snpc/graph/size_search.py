@@ -61,7 +61,8 @@ def choose_dim_sizes(model: ir.Model, given: Mapping[str, int] | None = None) ->
             break
     assert best is not None
     best = _relaxed(model, best)
-    return best.dim_sizes, best.facts
+    unknown = any(shape is None for shape in best.facts.shape.values())
+    return best.dim_sizes, infer_graph(model, best.dim_sizes) if unknown else best.facts
 
 
 def _relaxed(model: ir.Model, found: SizedShapes) -> SizedShapes:
@@ -79,7 +80,7 @@ def _relaxed(model: ir.Model, found: SizedShapes) -> SizedShapes:
 
 
 def _sized_shapes(model: ir.Model, dim_sizes: DimSizes) -> SizedShapes:
-    facts = infer_graph(model, dim_sizes)
+    facts = infer_graph(model, dim_sizes, measure=False)
     demands: list[SizeDemand] = []
     for node in model.graph:
         spec = lookup(node.domain, node.op_type)
@@ -156,8 +157,8 @@ def trial_dim_sizes(
             continue
         seen.append(dim_sizes)
         yield dim_sizes
-        told = [SizeDemand("equal", a, b) for a, b in itertools.permutations(dict.fromkeys(told), 2)]
-        pending.extendleft(reversed(list(relate(graph, dim_sizes, told, fixed))[:6]))
+        demands = [SizeDemand("equal", a, b) for a, b in itertools.permutations(dict.fromkeys(told), 2)]
+        pending.extendleft(reversed(list(relate(graph, dim_sizes, demands, fixed))[:6]))
 
 
 def _untold_sizes(graph: ir.Graph, chosen: DimSizes) -> Iterator[DimSizes]:

@@ -7,6 +7,8 @@ Files
   contraction    Contractions, written as Einstein sums: the letters of the two operands that do not reach the output
                  are summed.
   demands        What operators demand of the sizes of their inputs: equal sizes, sizes that reach an index, multiples.
+  discontinuous  Operators whose output jumps where floats that are equal up to rounding change their order or round
+                 apart.
   indexing       Reading and writing positions that an index tensor names.
   movement       Movement: how label arrays move through operators that only move positions, and how their parameters
                  are repaired.
@@ -38,6 +40,7 @@ from snpc.ops.attention import (
 )
 from snpc.ops.contraction import contraction_entries, letters_of, matmul_letters, parse_einsum
 from snpc.ops.demands import SizeDemand, unmet_demands
+from snpc.ops.discontinuous import is_discontinuous
 from snpc.ops.indexing import indexing_entries
 from snpc.ops.movement import collapse_constant_axes, concat_axis, movement_entries, reshape_labels
 from snpc.ops.names import (
@@ -47,6 +50,7 @@ from snpc.ops.names import (
     CAST,
     CLIP,
     CONCAT,
+    CONSTANT,
     CONSTANT_OF_SHAPE,
     CUMSUM,
     DIV,
@@ -95,6 +99,7 @@ __all__ = [
     "CAST",
     "CLIP",
     "CONCAT",
+    "CONSTANT",
     "CONSTANT_OF_SHAPE",
     "CUMSUM",
     "DIV",
@@ -147,6 +152,7 @@ __all__ = [
     "concat_axis",
     "evaluate_node",
     "head_counts",
+    "is_discontinuous",
     "letters_of",
     "lookup",
     "matmul_letters",

@@ -19,8 +19,7 @@ Files
                    the oracle.
   token_request    Token requests (--tokens): reduce tokens by a specification, or by a schedule that is chosen.
   token_schedule   Token schedules (--tokens auto): which method removes how many tokens where, for a target in MACs.
-  verify           Verification of written files: the sliced graph equals the masked one, and the drift against the
-                   dense model.
+  verify           Verification of written files: the sliced graph equals the masked one; how close its outputs are.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from snpc.pipeline.token_request import (
     apply_token_request,
     effective_token_request,
 )
-from snpc.pipeline.verify import verification_batches, verify
+from snpc.pipeline.verify import verification_data, verify
 
 __all__ = [
     "ALL_TOKENS",
@@ -71,7 +70,7 @@ __all__ = [
     "self_deciding_model",
     "sweep",
     "verdict_json",
-    "verification_batches",
+    "verification_data",
     "verify",
     "write_json",
 ]

@@ -15,7 +15,7 @@ from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
-from snpc.pipeline.verify import verify_candidate
+from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.io import (
@@ -102,13 +102,14 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model in a staging folder."""
+    """A verified model in a staging folder. ``reference``: what it was compared with."""
 
     slices: SlicePlan
     path: Path
     after: Cost
     verdict: Verdict
     closed_forms: Mapping[str, ClosedFormKind]
+    reference: Reference = field(repr=False)
 
     @property
     def drift(self) -> float:
@@ -124,8 +125,10 @@ def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
         yield folder
 
 
-def write_candidate(plan: PruningPlan, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
-    """Refit, slice and write the model to ``temporary``, and verify that file.
+def write_candidate(
+    plan: PruningPlan, temporary: Path, stopwatch: Stopwatch, reference: Reference | None = None
+) -> CandidateModel:
+    """Refit, slice and write the model to ``temporary``, and verify that file. ``reference``: of another candidate.
 
     Raises CheckFailed where the file does not hold.
     """
@@ -142,12 +145,13 @@ def write_candidate(plan: PruningPlan, temporary: Path, stopwatch: Stopwatch) ->
     with stopwatch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
-        verdict = verify_candidate(analysis, temporary, rewritten, plan.calibration, plan.execution)
+        reference = reference or candidate_reference(plan)
+        verdict = verify_candidate(temporary, rewritten, reference, plan)
     with stopwatch.stage("report"):
         after = cost_of_file(temporary, analysis)
     kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
     kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
-    return CandidateModel(slices, temporary, after, verdict, kinds)
+    return CandidateModel(slices, temporary, after, verdict, kinds, reference)
 
 
 def publish_candidate(

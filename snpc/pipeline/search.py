@@ -21,6 +21,7 @@ from snpc.pipeline.candidate import (
     write_candidate,
 )
 from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.verify import Reference
 from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
 from snpc.runtime.evaluation import Workload, time_pair
 from snpc.temporary import temporary_folder
@@ -54,13 +55,17 @@ class PlanSearch:
     best: CandidateModel | None = None
     measured: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
+    reference: Reference | None = None
 
     def write(self, path: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
         slices = select_units(self.scores, self.budget, path.widths_after(steps))
         turn = self.folder / str(len(self.tried) + 1)
         turn.mkdir()
-        return write_candidate(replace(self.plan, slices=slices), turn / self.target.name, self.stopwatch)
+        plan = replace(self.plan, slices=slices)
+        candidate = write_candidate(plan, turn / self.target.name, self.stopwatch, self.reference)
+        self.reference = candidate.reference  # the original is run once
+        return candidate
 
     def record(self, candidate: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep a candidate within the limit (a later one is nearer to it), delete any other."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import Workload, time_pair, write_narrowed
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics import measure_token_relevance
+from snpc.temporary import temporary_folder
 from snpc.tokens import (
     TokenReductionPlan,
     TokenStep,
@@ -81,8 +80,8 @@ def macs_for_latency(
     """The target in MACs by which tokens are chosen for a latency: the same share of the dense model."""
     share = target.share
     if target.ms is not None:
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            dense = workload.timed_file(analysis.model.path, Path(folder) / "dense")
+        with temporary_folder() as folder:
+            dense = workload.timed_file(analysis.model.path, folder / "dense")
             share = target.ms / time_pair(analysis, dense, dense, workload, execution)[0]
     return ResourceTarget("macs", min(share, 1.0))
 
@@ -92,8 +91,7 @@ def saves_time(analysis: Analysis, reduced: Analysis, workload: Workload, execut
     if reduced.reduction is None:
         return True
     saved_macs = 1 - (reduced.cost.macs - reduced.dead_macs) / (analysis.cost.macs - analysis.dead_macs)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         files = [
             workload.timed_file(write_narrowed(model, (), 1.0, folder / f"{stem}.onnx"), folder / stem)
             for stem, model in (("all", analysis), ("fewer", reduced))

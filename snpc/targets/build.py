@@ -69,7 +69,9 @@ def build(
     for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
-    feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
+    feeds: tuple[Feeds, ...] = (drawn,)
+    if calibration is not None:  # samples that int8 was not calibrated on, if there are any
+        feeds = tuple(islice((calibration.held_out or calibration).batches(), VERIFICATION_BATCHES))
     job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn)
     with staging_folder(output_path) as folder, write_errors(output_path):
         work = folder / "work"

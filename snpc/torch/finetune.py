@@ -15,7 +15,7 @@ import torch
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
-from snpc.pipeline import verification_batches
+from snpc.pipeline import verification_data
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import residual_values
 from snpc.runtime.evaluation import (
@@ -373,8 +373,8 @@ def measure_drift(
         batches = list(task.held_out.batches())
         compared = f"{task.held_out.samples} samples of {task.held_out.source}, held out"
     else:
-        batches, compared = verification_batches(task.dense, task.data)
-        compared += ", which it was trained on"
+        data = verification_data(task.dense, task.data)
+        batches, compared = list(data.batches), data.describe()
     expected = run_batches(task.dense.model.path, batches)
     metrics = OutputMetrics.of(task.dense)
     (_, before), (_, after) = (

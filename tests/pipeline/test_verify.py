@@ -89,15 +89,15 @@ class TestVerify:
     def test_what_prune_wrote(self, tiny: Path, pruned: Path) -> None:
         found = reported("verify", tiny, pruned, "--plan", tiny.with_name("plan.json"))
         assert found["max_abs_diff"] < 1e-5
-        assert found["compared"] == "sliced against masked on random inputs"
-        assert found["drift"][0]["relative"] > 0.01
+        assert found["compared"] == "sliced against masked on 2 samples of random inputs"
+        assert found["quality"]["differences"][0]["relative"] > 0.01
         text = invoke("verify", tiny, pruned, "--plan", tiny.with_name("plan.json")).stdout
         assert re.search("verified: same inputs and outputs; onnx.checker", text)
         assert "sliced equals masked to" in text
 
     def test_a_model_against_itself(self, tiny: Path) -> None:
         found = reported("verify", tiny, tiny)
-        assert (found["max_abs_diff"], found["drift"][0]["relative"]) == (None, 0)
+        assert (found["max_abs_diff"], found["quality"]["differences"][0]["relative"]) == (None, 0)
 
     @pytest.mark.parametrize("name, change", [
         ("fc1.bias", lambda a: a + 0.1),
@@ -116,7 +116,7 @@ class TestVerify:
         failed("differs from its masked original", "verify", tiny, pruned, "--plan", tiny.with_name("tiny.plan.json"))
 
     def test_drift(self, tiny: Path, pruned: Path) -> None:
-        moved = reported("verify", tiny, pruned)["drift"][0]["relative"]
+        moved = reported("verify", tiny, pruned)["quality"]["differences"][0]["relative"]
         invoke("verify", tiny, pruned, "--max-drift", moved * 1.001)
         failed(rf"outputs moved by {moved:.3g}, more than --max-drift", "verify", tiny, pruned, "--max-drift",
                moved * 0.999)  # fmt: skip
@@ -126,7 +126,7 @@ class TestVerify:
 
     def test_drift_that_is_too_much_is_still_reported(self, tiny: Path, pruned: Path) -> None:
         result = invoke("verify", tiny, pruned, "--max-drift", 1e-9, "--json", "-", code=1)
-        assert json.loads(result.stdout)["drift"][0]["relative"] > 1e-9
+        assert json.loads(result.stdout)["quality"]["differences"][0]["relative"] > 1e-9
 
     def test_on_ones_own_inputs(self, tiny: Path, pruned: Path) -> None:
         np.savez(tiny.with_name("data.npz"), x=np.ones((4, 8), np.float32))
@@ -211,9 +211,9 @@ class TestCompare:
 
     def test_pooling(self) -> None:
         rows = [[Difference("y", 1.0, 0.2, 0.9, 1.0)], [Difference("y", 3.0, 0.4, 0.7, 0.5)]]
-        (found,) = aggregate(rows)
-        assert (found.max_abs_diff, found.agreement) == (3.0, 0.75)
-        assert (found.relative, found.cosine) == (pytest.approx(0.3), pytest.approx(0.8))
+        (found,) = aggregate(rows, [3, 1])  # as if the two batches were one
+        assert (found.max_abs_diff, found.agreement) == (3.0, 0.875)
+        assert (found.relative, found.cosine) == (pytest.approx(0.25), pytest.approx(0.85))
 
     def test_judging(self) -> None:
         def verdict(relative: float) -> Verdict:

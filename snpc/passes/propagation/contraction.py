@@ -5,6 +5,8 @@ Summed axes of both operands are unified. This is what makes queries and keys on
 
 from __future__ import annotations
 
+import numpy as np
+
 from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
@@ -40,6 +42,8 @@ def contract_labels(
                 continue
             is_summed = bool(varying_letters & summed)
             table.flag(labels, contraction_flags(varying_letters, letters, is_summed, is_weight, other_is_weight))
+            if not any(weights) and not varying_letters & set(letters.left) & set(letters.right) & set(letters.out):
+                table.products.append(np.unique(labels[labels >= 0]).astype(np.int64))
             if is_weight:
                 table.flag(labels, kernel)
             rest = frozenset(k for k in varying_axes(labels) if operand_letters[k] in letters.out)

@@ -84,6 +84,8 @@ class LabelTable:
     axes: list[LabeledAxis] = field(default_factory=list)
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     covers: list[Cover] = field(default_factory=list)
+    products: list[IntArray] = field(default_factory=list)
+    """Per product of two activations, labels of one operand that all of its matrices share."""
     pins: list[LabelPin] = field(default_factory=list)
     flags: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 

@@ -22,7 +22,7 @@ from snpc.passes.weights.linear_path import (
     mark_constant,
     trace_linear_path,
 )
-from snpc.types import Group, IntArray
+from snpc.types import BoolArray, Group, IntArray
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ def producer_weights(
     allowed = frozenset(node for path in paths for node in (*path.nodes, path.node))
     group_values = {out for node in allowed for out in node.outputs if carries_labels(traced_graph, out, used_labels)}
     group_values -= {out for path in paths for out in path.node.outputs}
-    constants = {key: hit for path in paths for key, hit in path.constants.items()}
+    constants: dict[tuple[ir.Value, int], BoolArray] = {}
+    for key, hit in (item for path in paths for item in path.constants.items()):
+        constants[key] = constants[key] | hit if key in constants else hit
     for value in {v for path in paths for v in path.values} | {value for value, _ in constants} | group_values:
         if has_other_consumers(traced_graph, value, used_labels, allowed):
             raise UnsupportedWeightForm(f"{value.name} has other consumers")

@@ -30,7 +30,7 @@ from snpc.passes.weights.consumers import (
     single_consumer_weight,
 )
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import ClosedFormKind, Group, Role
+from snpc.types import ClosedFormKind, Group, IntArray, Probe, Role
 
 MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
 REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
@@ -135,7 +135,25 @@ def query_key_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     probed = {probe.tensor for probe in group.probes}
     if any({product.left.name, product.right.name} - probed for product in products):
         raise UnsupportedWeightForm("its activations cannot be measured")
+    if any(splits_blocks(probe, group) for probe in group.probes):
+        raise UnsupportedWeightForm("parts of one head meet in products of their own")
     return GroupWeights("low_rank_qk", products=products, operands=(queries, keys))
+
+
+def splits_blocks(probe: Probe, group: Group) -> bool:
+    """Whether a probe shows some units of a block and not the others, or shows them less often."""
+    counts = np.bincount(probe.units[probe.units >= 0], minlength=group.blocks * group.size).reshape(group.blocks, -1)
+    return bool((counts != counts[:, :1]).any())
+
+
+def values_per_unit(traced_graph: TracedGraph, group: Group) -> IntArray:
+    """[units]: in how many products of attention weights and values each unit is a value."""
+    probes = {probe.tensor: probe for probe in group.probes if probe.kind == "value"}
+    total = np.zeros(group.blocks * group.size, np.int64)
+    for operand in value_operands(traced_graph, group):
+        units = probes[operand.side.name].units
+        total[np.unique(units[units >= 0])] += 1
+    return total
 
 
 def query_and_key_producers(
@@ -170,8 +188,11 @@ def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeight
     producers = tuple(value_weights(traced_graph, group))
     check_basis_sites(group, [*producers, consumer.weight_slice])
     contexts = [probe for probe in group.probes if probe.kind == "context"]
-    if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
+    products = values_per_unit(traced_graph, group)
+    if (products != len(contexts)).any() or len(contexts) != len(consumer.nodes):
         raise UnsupportedWeightForm("its activations cannot be measured")
+    if any(splits_blocks(probe, group) for probe in group.probes):
+        raise UnsupportedWeightForm("parts of one head meet in products of their own")
     uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
     return GroupWeights("low_rank_vo", consumers=(consumer,), uses=uses, producers=producers)
 

@@ -4,6 +4,7 @@ Files
   accuracy  Accuracy of a model file on labeled inputs.
   bench     Latency of models, measured side by side.
   compare   Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
+  equal_selections  Comparison of two models in front of what they select, and behind it on the same selections.
   latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
   metrics   Distances of outputs: which one suits each output, and what it is.
 """
@@ -15,7 +16,6 @@ from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, me
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
-    aggregate,
     batch_differences,
     check_structure,
     compare_models,
@@ -25,6 +25,7 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
+from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
 from snpc.runtime.evaluation.latency import (
     TimedArtifact,
     Workload,
@@ -46,18 +47,20 @@ __all__ = [
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
-    "aggregate",
     "batch_differences",
     "bench",
     "check_structure",
     "collect_outputs",
     "compare_models",
+    "compare_on_equal_selections",
+    "find_selectors",
     "groups_to_time",
     "latency_table",
     "max_drift",
     "max_relative",
     "measure_differences",
     "median_interval",
+    "name_selectors",
     "raise_if_unequal",
     "rounding_tolerance",
     "run_batches",

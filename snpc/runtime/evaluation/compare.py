@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -165,25 +167,27 @@ def argmax_agreement(x: AnyArray, y: AnyArray, axis: int = -1) -> float | None:
     return float((x.argmax(axis) == y.argmax(axis)).mean())
 
 
-def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
-    """One Difference per output over several batches: the largest difference, the mean of the rest."""
-    by_name: dict[str, list[Difference]] = {}
-    for row in rows:
-        for d in row:
-            by_name.setdefault(d.output, []).append(d)
+def aggregate(batches: Sequence[list[Difference]], samples: Sequence[int]) -> tuple[Difference, ...]:
+    """One Difference per output over several batches: the largest difference, the mean over ``samples`` (a number for
+    each batch) of the rest."""
+    weights = [max(number, 1) for number in samples]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=weights))
+
     differences = []
-    for name, of_output in by_name.items():
+    for of_output in zip(*batches, strict=True):
         rates = [d.agreement for d in of_output if d.agreement is not None]
         differences.append(
             Difference(
-                name,
+                of_output[0].output,
                 max(d.max_abs_diff for d in of_output),
-                float(np.mean([d.relative for d in of_output])),
-                float(np.mean([d.cosine for d in of_output])),
-                float(np.mean(rates)) if rates else None,
+                mean([d.relative for d in of_output]),
+                mean([d.cosine for d in of_output]),
+                mean(rates) if len(rates) == len(of_output) else None,
                 of_output[0].metric,
-                float(np.mean([d.distance for d in of_output])),
-                float(np.mean([d.drift for d in of_output])),
+                mean([d.distance for d in of_output]),
+                mean([d.drift for d in of_output]),
             )
         )
     return tuple(differences)
@@ -197,7 +201,8 @@ def batch_differences(
     """One Difference per output over all batches; raises CheckFailed as ``measure_differences``."""
     if reference:
         metrics = metrics.for_values(reference[0])
-    return aggregate([measure_differences(a, b, metrics) for a, b in zip(reference, other, strict=True)])
+    measured = [measure_differences(a, b, metrics) for a, b in zip(reference, other, strict=True)]
+    return aggregate(measured, [max((len(a) for a in batch.values() if a.ndim), default=1) for batch in reference])
 
 
 def max_relative(differences: Sequence[Difference]) -> float:
@@ -206,22 +211,36 @@ def max_relative(differences: Sequence[Difference]) -> float:
 
 
 def run_batches(
-    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
+    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION, max_bytes: float = math.inf
 ) -> list[dict[str, AnyArray]]:
     """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
+    ``max_bytes``: no further batch is run once the outputs are larger, apart from the first ``VERIFICATION_BATCHES``.
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
     model = read_model(path)
     if runs_in_float32(model, execution):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
-            return [run(feeds) for feeds in batches]
+            return run_until(run, batches, max_bytes)
     session = open_session(path, execution=execution, optimization="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
     model_feeds = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
-    outputs = [run_session(session, feeds, name=path.name) for feeds in model_feeds]
+    outputs = run_until(partial(run_session, session, name=path.name), model_feeds, max_bytes)
     del session
     release_free_memory()
+    return outputs
+
+
+def run_until(
+    run: Callable[[Feeds], dict[str, AnyArray]], batches: Sequence[Feeds], max_bytes: float
+) -> list[dict[str, AnyArray]]:
+    outputs: list[dict[str, AnyArray]] = []
+    size = 0
+    for number, feeds in enumerate(batches):
+        if number >= VERIFICATION_BATCHES and size > max_bytes:
+            break
+        outputs.append(run(feeds))
+        size += sum(array.nbytes for array in outputs[-1].values())
     return outputs
 
 
@@ -238,7 +257,8 @@ def compare_models(
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
-    original where it has more inputs (token decisions). ``metrics``: of pruned against original.
+    original for the first batches, to which that is limited (with token decisions it has more inputs). ``metrics``: of
+    pruned against original.
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
@@ -253,7 +273,8 @@ def compare_models(
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution)
-    return batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow), drift
+    equals_mask = batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow[: len(masked)])
+    return equals_mask, drift
 
 
 def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:

@@ -10,6 +10,8 @@ Files
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
                      inputs.
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
+  shape_runs         Shapes of a graph's values, read from one run on random inputs, for values that shape inference
+                     knows nothing of.
   size_trial         Sizes of dynamic dimensions at which a model runs, found by running it: no shape inference knows
                      all that nodes demand.
   temporary_session  Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of
@@ -18,6 +20,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.graph import register_shape_source
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
@@ -28,7 +31,7 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.random_inputs import embedding_rows, id_limits, random_batch, random_calibration
+from snpc.runtime.execution.random_inputs import embedding_rows, feed_sizes, id_limits, random_batch, random_calibration
 from snpc.runtime.execution.runners import (
     ENGINE_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -47,6 +50,7 @@ from snpc.runtime.execution.session import (
     run_session,
     save_optimized,
 )
+from snpc.runtime.execution.shape_runs import run_for_shapes
 from snpc.runtime.execution.size_trial import find_running_sizes, sizes_text
 from snpc.runtime.execution.temporary_session import RunFunction, file_session, runs_in_float32, temporary_session
 
@@ -66,6 +70,7 @@ __all__ = [
     "check_shape",
     "cpu_name",
     "embedding_rows",
+    "feed_sizes",
     "file_session",
     "find_running_sizes",
     "first_lines",
@@ -91,3 +96,5 @@ __all__ = [
     "too_large_reason",
     "vector_width",
 ]
+
+register_shape_source(run_for_shapes)

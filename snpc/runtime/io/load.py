@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors
 from snpc.passes.canonicalization import canonicalize
+from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
@@ -88,6 +89,7 @@ def read_checked(path: Path) -> onnx.ModelProto:
     if not proto.graph.node or not proto.opset_import:
         raise UserError(f"{path}: not an ONNX model (it holds no graph); is it truncated, or another format?")
     check_tensors(proto, path)
+    merge_equal_constants(proto.graph, path)
     return proto
 
 
