@@ -197,6 +197,15 @@ def compare_with_reference(
     return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
 
 
+def measure_quality(
+    analysis: Analysis, files: Sequence[Path], data: VerificationData, execution: Execution = DEFAULT_EXECUTION
+) -> tuple[Quality, ...]:
+    """How close the outputs of each file are to the original's."""
+    reference = run_original(analysis, analysis.model.path, data, execution)
+    verdicts = (compare_with_reference(analysis, file, None, reference, (), execution) for file in files)
+    return tuple(verdict.quality for verdict in verdicts)
+
+
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
     """Verify a file that was just written. Without outputs of the original, the verdict says so.
 
@@ -239,16 +248,20 @@ def verify(
 
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
-    (``complete_plan``). Raises CheckFailed where a check fails.
+    (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
+    left out. Raises CheckFailed where a check fails.
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
-    rewritten = None
-    if plan is not None:
+    rewritten, refits = None, plan is not None and plan.slices.method != "select"
+    notes: tuple[str, ...] = ()
+    if plan is not None and refits and plan.other_data:
+        notes = (f"sliced against masked is not compared: the plan was made with {plan.other_data}",)
+    elif plan is not None:
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    data = verification_data(analysis, calibration, fitted_to=plan is not None and plan.slices.method != "select")
+    data = verification_data(analysis, calibration, fitted_to=refits)
     reference = run_original(analysis, original, data, execution)
-    return compare_with_reference(analysis, pruned, rewritten, reference, structure, execution)
+    return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)
