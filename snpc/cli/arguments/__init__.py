@@ -16,7 +16,12 @@ Files
 from __future__ import annotations
 
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
-from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
+from snpc.cli.arguments.calibration import (
+    CalibrationArguments,
+    ImageArguments,
+    SavedStatisticsArguments,
+    StatisticsArguments,
+)
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
@@ -34,6 +39,7 @@ __all__ = [
     "CheckpointArguments",
     "DumpArguments",
     "ExecutionArguments",
+    "ImageArguments",
     "JsonArguments",
     "LimitedExecutionArguments",
     "ModelArguments",
