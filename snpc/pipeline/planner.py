@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
 from snpc.planning import (
     Budget,
+    PlanOutlook,
     PruningMethod,
     SlicePlan,
     UnitScores,
     groups_to_prune,
     make_slice_plan,
     plan_from_json,
+    plan_outlook,
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
@@ -91,12 +94,29 @@ class PruningPlan:
             return self.calibration.describe()
         return self.closed_forms.source if self.closed_forms is not None else ""
 
+    @cached_property
+    def outlook(self) -> PlanOutlook | None:
+        """What goes, the drift that the curves predict, and up to where they are safe. None where no widths are cut."""
+        if self.budget is None or self.scores is None:
+            return None
+        measured = self.calibration is not None and needs_loss_curves(self.budget, self.slices.method)
+        scores = self.scores if measured else replace(self.scores, curves={})
+        return plan_outlook(self.groups, scores, self.budget, self.slices)
+
     @property
     def measured_on_calibration(self) -> bool:
         """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
         if self.calibration is None or self.statistics is None:
             return True
         return self.statistics.sources == (self.calibration.describe(),)
+
+    @property
+    def other_data(self) -> str:
+        """The data that a plan from a file was made with, in words, where it is not the data at hand; else ""."""
+        record = self.slices.data
+        if record is None or self.calibration is None or record["digest"] == self.calibration.digest:
+            return ""
+        return str(record.get("text", "other data"))
 
     def for_budget(self, budget: Budget) -> PruningPlan:
         """The plan for another target, from the same measurements (``PlanRequest.full_curves`` for one far off).
@@ -290,5 +310,7 @@ def load_plan(path: Path | str, model: Model) -> SlicePlan:
 def save_plan(plan: PruningPlan | SlicePlan, path: Path | str) -> None:
     """Write a plan as JSON that can be read, edited and applied."""
     slices = plan.slices if isinstance(plan, PruningPlan) else plan
+    if isinstance(plan, PruningPlan) and plan.calibration is not None:
+        slices = replace(slices, data=plan.calibration.record())
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(plan_to_json(slices))

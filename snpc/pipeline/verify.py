@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
+from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze
 from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -28,7 +29,16 @@ from snpc.runtime.evaluation import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    SessionLoadError,
+    feed_sizes,
+    find_running_sizes,
+    random_batch,
+    sizes_text,
+    too_large_reason,
+)
 from snpc.runtime.io import load
 from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
@@ -77,7 +87,7 @@ def verification_data(
     ``fitted_to``: the model was made from ``calibration``, all of which is fed otherwise.
     """
     if calibration is None:
-        return VerificationData([random_batch(analysis, RANDOM_SAMPLES)], [RANDOM_SAMPLES], RANDOM, random_inputs=True)
+        return random_data(analysis, analysis.traced_graph.dim_sizes)
     held_out = calibration.held_out
     if held_out is not None:
         return data_of(held_out, held_out.source, held_out=True)
@@ -88,14 +98,33 @@ def verification_data(
     return data_of(calibration, f"{calibration.source}, which the model was made from").first(enough)
 
 
+def random_data(analysis: Analysis, dim_sizes: DimSizes) -> VerificationData:
+    """Random inputs at ``dim_sizes``, which ``source`` names."""
+    sizes = feed_sizes(analysis, RANDOM_SAMPLES, dim_sizes)
+    batch = random_batch(analysis, RANDOM_SAMPLES, dim_sizes=dim_sizes)
+    source = f"{RANDOM} at {sizes_text(sizes)}" if sizes else RANDOM
+    return VerificationData([batch], [len(next(iter(batch.values()), ()))], source, random_inputs=True)
+
+
 def data_of(calibration: Calibration, source: str, held_out: bool = False) -> VerificationData:
     batches = list(calibration.batches())
     return VerificationData(batches, calibration.batch_sizes(), source, held_out, calibration.random)
 
 
 def run_original(analysis: Analysis, original: Path, data: VerificationData, execution: Execution) -> Reference:
-    """Run the original on as many batches as its outputs leave room for."""
-    outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
+    """Run the original on as many batches as its outputs leave room for.
+
+    Random inputs that it does not run on are drawn again, at sizes of dynamic dimensions at which it does.
+    """
+    try:
+        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
+    except SessionLoadError:
+        raise
+    except UserError:
+        if not data.random_inputs:
+            raise
+        data = random_data(analysis, find_running_sizes(analysis, execution))
+        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
     return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs)
 
 
@@ -119,8 +148,7 @@ def candidate_reference(plan: PruningPlan) -> Reference:
             return Reference(data, OutputMetrics(), not_run=str(error))
         raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
     except UserError as error:  # it loads: then nothing is written that was not compared
-        advice = "" if plan.calibration is not None else "; give --calib DATA that it runs on"
-        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
+        raise UserError(f"the original does not run, so nothing can be verified: {error}") from None
 
 
 def compare_with_reference(
@@ -220,16 +248,20 @@ def verify(
 
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
-    (``complete_plan``). Raises CheckFailed where a check fails.
+    (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
+    left out. Raises CheckFailed where a check fails.
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
-    rewritten = None
-    if plan is not None:
+    rewritten, refits = None, plan is not None and plan.slices.method != "select"
+    notes: tuple[str, ...] = ()
+    if plan is not None and refits and plan.other_data:
+        notes = (f"sliced against masked is not compared: the plan was made with {plan.other_data}",)
+    elif plan is not None:
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    data = verification_data(analysis, calibration, fitted_to=plan is not None and plan.slices.method != "select")
+    data = verification_data(analysis, calibration, fitted_to=refits)
     reference = run_original(analysis, original, data, execution)
-    return compare_with_reference(analysis, pruned, rewritten, reference, structure, execution)
+    return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

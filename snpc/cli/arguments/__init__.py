@@ -10,12 +10,18 @@ Files
   planning     What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share.
   running      How models are run, and the workload of a latency.
   training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
+  typed        The command as it was typed, and other commands made of it: for advice that can be pasted into a shell.
 """
 
 from __future__ import annotations
 
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
-from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
+from snpc.cli.arguments.calibration import (
+    CalibrationArguments,
+    ImageArguments,
+    SavedStatisticsArguments,
+    StatisticsArguments,
+)
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
@@ -23,6 +29,7 @@ from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import ExecutionArguments, LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
+from snpc.cli.arguments.typed import TypedCommand
 
 __all__ = [
     "FILE_PATH",
@@ -32,6 +39,7 @@ __all__ = [
     "CheckpointArguments",
     "DumpArguments",
     "ExecutionArguments",
+    "ImageArguments",
     "JsonArguments",
     "LimitedExecutionArguments",
     "ModelArguments",
@@ -44,6 +52,7 @@ __all__ = [
     "StatisticsArguments",
     "TrainingArguments",
     "TrainingDataArguments",
+    "TypedCommand",
     "WorkloadArguments",
     "argument",
     "check_output_paths",

@@ -87,10 +87,19 @@ class TrainingDataArguments(ArgumentGroup):
     section: ClassVar[str] = "Inputs"
 
     calib: str = option(
-        "--data", metavar="DATA", required=True, help="Inputs to train on (forms as --calib of `snpc prune`)."
+        "--data",
+        "--calib",
+        metavar="DATA",
+        required=True,
+        help="Inputs to train on (forms as --calib of `snpc prune`).",
     )
     calib_samples: int = option(
-        "--samples", default=65536, show_default=True, type=int, help="Use at most this many samples."
+        "--samples",
+        "--calib-samples",
+        default=65536,
+        show_default=True,
+        type=int,
+        help="Use at most this many samples.",
     )
     labels: str | None = option(
         "--labels",
