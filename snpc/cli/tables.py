@@ -50,7 +50,7 @@ def print_step(text: str) -> None:
 
 def print_warning(text: str, err: bool = True) -> None:
     """Print what may cost the user the model; bold on a terminal. ``err``: to stderr; else it is part of the result."""
-    head = click.style("snpc: warning:" if err else "warning:", bold=True, fg="red")
+    head = click.style("snpc: warning:" if err else "WARNING:", bold=True, fg="red")
     click.echo(f"{head} {text}", err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
@@ -299,13 +299,7 @@ def print_quality(quality: Quality) -> None:
         print_line(f"  {line}")
     warning = quality_warning(quality)
     if warning:
-        print_warning(warning)
-
-
-def print_warning(text: str) -> None:
-    """On a terminal in bold red, unless NO_COLOR is set."""
-    line = f"WARNING: {text}"
-    print_line(line if os.environ.get("NO_COLOR") else click.style(line, fg="red", bold=True))
+        print_warning(warning, err=False)
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
