@@ -35,7 +35,7 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import Cost, Group, Model, Pin
+from snpc.types import ChosenMetric, Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
 
@@ -57,6 +57,8 @@ class Analysis:
     tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
     reduction: TokenReduction | None = None
     """How tokens are reduced, if they are. ``traced_graph`` then has inputs that say which tokens are removed."""
+    metrics: Mapping[str, ChosenMetric] = field(default_factory=dict)
+    """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
 
     @property
     def name(self) -> str:

@@ -32,7 +32,7 @@ from snpc.planning import (
 )
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation import Workload, groups_to_time, latency_table
+from snpc.runtime.evaluation import OutputMetrics, Workload, groups_to_time, latency_table
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
@@ -71,7 +71,7 @@ class PruningPlan:
     slices: SlicePlan
     closed_forms: ClosedForms | None = None
     loss_curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Group id -> [size + 1]: relative squared change of the outputs, by units per block that are kept."""
+    """Group id -> [size + 1]: change of the outputs, like a squared error, by units per block that are kept."""
     budget: Budget | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
     scores: UnitScores | None = field(default=None, repr=False)
@@ -167,7 +167,8 @@ def make_plan(
         assert calibration is not None
         near = None if request.full_curves else budget
         curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
-        scores, closed_forms = replace(scores, curves=curves), closed_forms.without_refits()
+        exponent = OutputMetrics.of(analysis).drift_exponent
+        scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
     elif method != "select" and not budget.uniform:
         scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
     return PruningPlan(

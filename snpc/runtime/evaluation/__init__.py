@@ -1,11 +1,13 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy  Accuracy of a model file on labeled inputs.
-  bench     Latency of models, measured side by side.
-  compare   Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
-  latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
-  metrics   Distances of outputs: which one suits each output, and what it is.
+  accuracy   Accuracy of a model file on labeled inputs.
+  bench      Latency of models, measured side by side.
+  compare    Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
+  distances  Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the user.
+  latency    Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
+  metrics    Which metric suits each output of a model: by what the graph does at its end, by values, or as the user
+             says.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
+from snpc.runtime.evaluation.distances import OutputMetric
 from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
-from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, max_drift
+from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 
 __all__ = [
     "RELATIVE_METRICS",
