@@ -8,9 +8,6 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from snpc.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,14 +64,6 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 
 ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
-
-
-class TemporaryFolder:
-    """A folder that is deleted with this object, or at exit."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="snpc-"))
-        self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -257,6 +248,7 @@ class Verdict:
 
     ``structure``: checks of the file that hold. ``equals_mask``: sliced against masked, on the inputs that ``compared``
     describes; at most ``tolerance`` apart, relative to the output.
+    ``not_run``: why no outputs were compared, so that nothing was verified but the structure; "" where they were.
     """
 
     structure: tuple[str, ...]
@@ -264,6 +256,7 @@ class Verdict:
     quality: Quality
     compared: str
     tolerance: float
+    not_run: str = ""
 
     @property
     def max_abs_diff(self) -> float | None:

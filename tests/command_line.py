@@ -37,8 +37,12 @@ def invoke(*arguments: object, code: int | None = 0) -> Result:
 def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run it as a process of its own."""
     words = [sys.executable, "-m", "snpc.cli", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(snpc.__file__).parents[1])}
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=process_environment(), check=False)
+
+
+def process_environment() -> dict[str, str]:
+    """The environment of a process that imports this snpc."""
+    return {**os.environ, "PYTHONPATH": str(Path(snpc.__file__).parents[1])}
 
 
 def reported(*arguments: object) -> Report:

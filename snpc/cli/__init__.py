@@ -1,6 +1,7 @@
 """The command line: each command parses, calls one verb, prints.
 
-Exit codes: 0 done, 1 a check failed, 2 the request cannot be served.
+Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and the signal's number after a signal (130
+after Ctrl-C).
 
 arguments  the options, as groups
 inspect, prune, plan, verify, build, bench, sweep, finetune, listings  the commands
@@ -14,6 +15,8 @@ Files
   build          ``snpc build``: what a runtime loads fastest.
   finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
   inspect        ``snpc inspect``: what a model can lose, and why not the rest.
+  interruption   Interruptions: SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are
+                 removed.
   listings       ``snpc passes``, ``snpc criteria`` and ``snpc example``: what ships with snpc.
   plan           ``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and
                  edited.
@@ -36,12 +39,14 @@ from snpc.cli.bench import bench_command
 from snpc.cli.build import build_command
 from snpc.cli.finetune import export_torch_command, finetune_command
 from snpc.cli.inspect import inspect_command
+from snpc.cli.interruption import Interrupted, interruptible
 from snpc.cli.listings import criteria_command, example_command, passes_command
 from snpc.cli.plan import apply_command, plan_command
 from snpc.cli.prune import prune_command
 from snpc.cli.sweep import sweep_command
 from snpc.cli.verify import verify_command
 from snpc.errors import CheckFailed, SnpcError
+from snpc.runtime.io import recorded_publications
 
 __all__: list[str] = []
 
@@ -50,11 +55,17 @@ class ErrorReportingGroup(click.Group):
     """Turns snpc's own errors into one line and an exit code; a bug keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SnpcError as error:
-            click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
-            sys.exit(1 if isinstance(error, CheckFailed) else 2)
+        with recorded_publications() as written:
+            try:
+                with interruptible():
+                    return super().invoke(ctx)
+            except SnpcError as error:
+                click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
+                sys.exit(1 if isinstance(error, CheckFailed) else 2)
+            except Interrupted as interruption:
+                done = f"after writing {', '.join(map(str, written))}" if written else "nothing written"
+                click.echo(f"snpc: interrupted, {done}", err=True)
+                sys.exit(interruption.exit_code)
 
 
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -30,7 +30,7 @@ from snpc.errors import UserError
 from snpc.planning import parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import EvaluationData
-from snpc.runtime.io import external_data_path, model_files
+from snpc.runtime.io import model_files
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions
@@ -92,7 +92,7 @@ def finetune_command(
     target = output.output or models.pruned.with_name(f"{models.pruned.stem}-tuned.onnx")
     training, saved = arguments.load(inputs.seed), checkpoint.load()
     check_output_paths(
-        [target, external_data_path(target), output.json.json_path, output.plan_path],
+        [target, output.json.json_path, output.plan_path],
         *model_files(models.pruned),
         *model_files(models.teacher),
         inputs.calib,

@@ -32,7 +32,6 @@ from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
-from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ def plan_command(
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)
     planning = planning.with_width_multiple(None, execution)
-    analysis = planning.reduce_tokens(analysis, data, execution)
-    plan = plan_from_arguments(analysis, data, planning, statistics, workload.load(), execution, Stopwatch())
+    timed = workload.load()
+    analysis = planning.reduce_tokens(analysis, data, timed, execution)
+    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
     snpc.save_plan(plan, path)
     tables.note_if_predicted(plan)
     tables.print_plan(plan.slices)
@@ -80,7 +80,7 @@ def plan_from_arguments(
     stopwatch: Stopwatch,
 ) -> PruningPlan:
     """Score and plan; write the statistics where that is asked for, and note what the plan does without."""
-    if not planning.selection.roles:
+    if not planning.cuts_widths:
         planning.check_no_widths()
         statistics.check_no_widths()
         return snpc.plan(analysis, None, calibration, execution=execution)
@@ -150,7 +150,7 @@ def apply_command(
         slices = snpc.load_plan(plan.plan_file, snpc.load(model.path))
     path = output.output or model.sibling("-pruned.onnx")
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
-    check_output_paths([path, external_data_path(path), output.json.json_path], *inputs)
+    check_output_paths([path, output.json.json_path], *inputs)
     data = calibration.load(slices.analysis)
     with stopwatch.stage("closed forms"):
         completed = snpc.complete_plan(slices, data, statistics=statistics.load(), execution=execution)

@@ -28,7 +28,6 @@ from snpc.cli.build import build_json
 from snpc.cli.plan import plan_from_arguments
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch, groups_json
-from snpc.runtime.io import external_data_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class PruneOutput(ArgumentGroup):
 
     def paths(self, model: Path, artifacts: list[Path]) -> list[Path | None]:
         """What will be written, apart from statistics. ``model``: where the pruned model goes."""
-        written = [] if self.dry_run else [model, external_data_path(model), *artifacts]
+        written = [] if self.dry_run else [model, *artifacts]
         return [*written, self.plan_path, self.json.json_path, self.page]
 
 
@@ -79,13 +78,13 @@ def prune_command(
     check_output_paths([*output.paths(path, artifacts), statistics.save_stats], *inputs)
     with stopwatch.stage("calibration"):
         data = calibration.load(analysis)
-    with stopwatch.stage("tokens"):
-        planning = planning.with_width_multiple(build.build, execution)
-        analysis = planning.reduce_tokens(analysis, data, execution)
+    planning = planning.with_width_multiple(build.build, execution)
     artifact = None
     if planning.amount.wants_latency:
         artifact = build.timed_artifact(execution, data, workload.batch)
     timed = workload.load(artifact)
+    with stopwatch.stage("tokens"):
+        analysis = planning.reduce_tokens(analysis, data, timed, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
         snpc.save_plan(plan, output.plan_path)

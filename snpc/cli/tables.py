@@ -267,7 +267,9 @@ def search_text(search: SearchResult) -> str:
 
 def print_verdict(verdict: Verdict) -> None:
     """What verification compared, and by how much outputs differ."""
-    print_line(f"verified: {'; '.join(verdict.structure)}")
+    if verdict.not_run:
+        print_line(f"not run: {verdict.not_run}")
+    print_line(f"{'checked' if verdict.not_run else 'verified'}: {'; '.join(verdict.structure)}")
     for d in verdict.equals_mask:
         print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
     for d in verdict.quality.differences:

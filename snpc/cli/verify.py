@@ -23,6 +23,7 @@ from snpc.cli.arguments import (
 )
 from snpc.errors import CheckFailed
 from snpc.pipeline import verdict_json
+from snpc.runtime.calibration import MAX_HELD_OUT
 from snpc.runtime.io import model_files
 
 
@@ -59,7 +60,9 @@ def verify_command(
     analysis = slices.analysis if slices else model.load()
     snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
-    calibration = snpc.load_calibration(data, analysis.model.inputs) if data else None
+    refits = slices is not None and slices.method != "select"  # then DATA is what it was fitted to, apart from some
+    held_out = MAX_HELD_OUT if refits else 0
+    calibration = snpc.load_calibration(data, analysis.model.inputs, held_out=held_out) if data else None
     execution = running.load()
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
     verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=execution)

@@ -32,7 +32,16 @@ from snpc.graph.builder import (
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, count_macs
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
-from snpc.graph.pass_manager import GraphPass, PassObserver, run_pass, run_passes
+from snpc.graph.pass_manager import (
+    GraphPass,
+    MalformedGraphError,
+    PassObserver,
+    error_summary,
+    malformed_graph_errors,
+    run_library_pass,
+    run_pass,
+    run_passes,
+)
 from snpc.graph.shapes import (
     ShapeFacts,
     attribute_values,
@@ -69,6 +78,7 @@ from snpc.graph.union_find import connected_components, number_components
 __all__ = [
     "Attribute",
     "GraphPass",
+    "MalformedGraphError",
     "PassObserver",
     "ScalarFactor",
     "Segment",
@@ -86,6 +96,7 @@ __all__ = [
     "data_dependent_values",
     "dependent_values",
     "dynamic_axes",
+    "error_summary",
     "extract_segment",
     "has_subgraphs",
     "infer_graph",
@@ -95,6 +106,7 @@ __all__ = [
     "is_float",
     "is_stored_constant",
     "make_node",
+    "malformed_graph_errors",
     "module_path",
     "movement_behind",
     "movement_root",
@@ -105,6 +117,7 @@ __all__ = [
     "redirect_uses",
     "replace_graph_output",
     "replace_value",
+    "run_library_pass",
     "run_pass",
     "run_passes",
     "run_reference",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx_ir as ir
+
+from snpc.errors import UserError
 
 Stage = Literal["canonicalize", "analyze", "rewrite", "finalize", "fuse"]
 
@@ -27,6 +30,41 @@ class GraphPass:
     run: Callable[..., Any]
     what: str
     why_here: str
+
+
+class MalformedGraphError(UserError):
+    """A graph that breaks the rules of ONNX: a cycle, a value that two nodes produce. The file is not named."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error in a chain: onnx-ir wraps an error once per level of the message, each with the whole content."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def error_summary(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+@contextmanager
+def malformed_graph_errors() -> Iterator[None]:
+    """Around calls of onnx-ir alone: what it refuses is a graph that breaks the rules, a MalformedGraphError.
+
+    It raises ValueError, RuntimeError and errors of passes; anything else is a bug and stays what it is.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, ir.passes.InvariantError) as error:
+        raise MalformedGraphError(f"the graph is malformed ({error_summary(root_cause(error))})") from error
+
+
+def run_library_pass(library_pass: ir.passes.PassBase, model: ir.Model) -> ir.passes.PassResult:
+    """Run a pass of onnx-ir. Raises MalformedGraphError."""
+    with malformed_graph_errors():
+        return library_pass(model)
 
 
 def run_pass(

@@ -29,8 +29,12 @@ def collapse_constant_axes(labels: Labels) -> Labels:
 def reshape_labels(labels: Labels, source: Shape, target: Shape) -> Labels:
     """Reshape ``source`` to ``target``: only the axes that are merged or split together are touched.
 
-    ``[1,1,768]`` describing ``[8,197,768]`` becomes ``[1,1,12,64]`` without ever holding 8 x 197 x 768 labels.
+    ``[1,1,768]`` describing ``[8,197,768]`` becomes ``[1,1,12,64]`` without ever holding 8 x 197 x 768 labels. Raises
+    Blocked where the labels do not describe ``source``, or the sizes do not factor.
     """
+    for axis, size in enumerate(labels.shape):
+        if labels.ndim != len(source) or size not in (1, source[axis]):
+            raise Blocked(axis, f"{list(labels.shape)} labels do not describe {list(source)}")
     pieces: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(source) or j < len(target):
@@ -85,6 +89,8 @@ def _reshape_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> Par
 
 def _transpose(call: OpCall, labels: Labels) -> list[Labels]:
     perm = call.attrs.get("perm") or tuple(reversed(range(labels.ndim)))
+    if sorted(perm) != list(range(labels.ndim)):
+        raise Blocked(0, f"{list(perm)} is no order of its {labels.ndim} axes")
     return [labels.transpose(perm)]
 
 

@@ -9,6 +9,7 @@ ATTENTION = "Attention"  # com.microsoft: with the projections inside
 CAST = "Cast"
 CLIP = "Clip"
 CONCAT = "Concat"
+CONSTANT = "Constant"  # not written, but looked for while a file is loaded
 CONSTANT_OF_SHAPE = "ConstantOfShape"
 CUMSUM = "CumSum"
 DIV = "Div"

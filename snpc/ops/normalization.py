@@ -66,6 +66,22 @@ def _reduce_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(int(a) % rank for a in given)
 
 
+def _resampled_axes(call: OpCall) -> tuple[int, ...]:
+    """Axes that a Resize or Upsample interpolates along: those that change their size, and all spatial ones that are
+    not stored as scaled by 1. A crop, which a region of interest asks for, may be along any axis."""
+    shape, out = call.shape(0), call.out_shapes[0]
+    if call.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return tuple(range(len(shape)))
+    listed = [int(axis) % len(shape) for axis in call.attrs.get("axes") or range(len(shape))]
+    stored = call.attrs.get("scales")
+    for index in (1, 2) if stored is None else ():  # of an Upsample, or of Resize: with a region of interest or without
+        values = call.stored_value(index)
+        stored = values if values is not None and len(values) == len(listed) else stored
+    scaled = dict(zip(listed, listed if stored is None else stored, strict=False))
+    identical = {axis for axis in range(len(shape)) if axis not in listed or (stored is not None and scaled[axis] == 1)}
+    return tuple(k for k in range(len(shape)) if shape[k] != out[k] or (k >= 2 and k not in identical))
+
+
 def _resize_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> ParameterUpdate:
     """``sizes`` (input 3) spells every axis, or those in ``axes``."""
     sizes = call.value(3)
@@ -192,7 +208,7 @@ def normalization_specs() -> list[OpSpec]:
 
 def window_specs() -> list[OpSpec]:
     """Same shape out, or another size of the same axis: what lies along the axes stays, all else passes."""
-    pooled = "GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool GlobalLpPool Upsample"
+    pooled = "GlobalAveragePool GlobalMaxPool AveragePool MaxPool LpPool GlobalLpPool"
     resampled = "it is pooled or resampled"
     return [
         *(
@@ -200,8 +216,11 @@ def window_specs() -> list[OpSpec]:
             for name in pooled.split()
         ),
         OpSpec(
-            "Resize", "normalize", "per channel over a window; the sizes are recomputed", axes=_spatial_axes, data=(0,),
-            recompute=_resize_repair, reason=resampled,
+            "Resize", "normalize", "per channel over a window; the sizes are recomputed", axes=_resampled_axes,
+            data=(0,), recompute=_resize_repair, reason=resampled,
+        ),
+        OpSpec(
+            "Upsample", "normalize", "per channel over a window", axes=_resampled_axes, data=(0,), reason=resampled,
         ),
         OpSpec("CumSum", "normalize", "adds up along its axis", axes=_cumulative_axes, reason="it is summed along"),
         OpSpec(

@@ -19,8 +19,7 @@ Files
                    the oracle.
   token_request    Token requests (--tokens): reduce tokens by a specification, or by a schedule that is chosen.
   token_schedule   Token schedules (--tokens auto): which method removes how many tokens where, for a target in MACs.
-  verify           Verification of written files: the sliced graph equals the masked one, and the drift against the
-                   dense model.
+  verify           Verification of written files: the sliced graph equals the masked one; how close its outputs are.
 """
 
 from __future__ import annotations
@@ -33,10 +32,16 @@ from snpc.pipeline.report_json import analysis_json, groups_json, json_report, v
 from snpc.pipeline.score import score
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
-from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.pipeline.verify import verification_batches, verify
+from snpc.pipeline.token_request import (
+    ALL_TOKENS,
+    AUTO_TOKENS,
+    apply_token_request,
+    effective_token_request,
+)
+from snpc.pipeline.verify import verification_data, verify
 
 __all__ = [
+    "ALL_TOKENS",
     "AUTO_TOKENS",
     "PlanRequest",
     "PrunedModel",
@@ -52,6 +57,7 @@ __all__ = [
     "apply_token_request",
     "complete_plan",
     "count_sweep_steps",
+    "effective_token_request",
     "file_decisions",
     "groups_json",
     "json_report",
@@ -64,7 +70,7 @@ __all__ = [
     "self_deciding_model",
     "sweep",
     "verdict_json",
-    "verification_batches",
+    "verification_data",
     "verify",
     "write_json",
 ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, temporary_path, write_candidate
+from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, staging_folder_for, write_candidate
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.search import search_plans
-from snpc.runtime.io import discard_model
-from snpc.types import TemporaryFolder
+from snpc.temporary import TemporaryFolder
 
 
 def apply(plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopwatch | None = None) -> PrunedModel:
@@ -33,8 +32,6 @@ def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch) -> Prun
     budget = plan.budget
     if budget is not None and plan.scores is not None and (budget.is_latency or budget.max_drift is not None):
         return search_plans(plan, budget, plan.scores, target, stopwatch)
-    temporary = temporary_path(target)
-    try:
-        return publish_candidate(write_candidate(plan, target, temporary, stopwatch), plan, target, stopwatch)
-    finally:
-        discard_model(temporary)
+    with staging_folder_for(plan, target) as folder:
+        candidate = write_candidate(plan, folder / target.name, stopwatch)
+        return publish_candidate(candidate, plan, target, stopwatch)

@@ -1,4 +1,4 @@
-"""Candidates: pruned models written under a temporary name and verified, before they are renamed into place."""
+"""Candidates: pruned models written into a staging folder and verified, before they are renamed into place."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
-from snpc.pipeline.verify import verify_candidate
+from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.io import (
     check_target,
-    external_data_path,
     file_bytes,
     load,
     model_files,
+    publish_files,
     read_back,
-    rename_into_place,
     save,
+    staging_folder,
 )
-from snpc.types import ClosedFormKind, Cost, Quality, TemporaryFolder, Verdict
+from snpc.temporary import TemporaryFolder
+from snpc.types import ClosedFormKind, Cost, Quality, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -99,20 +100,16 @@ class PrunedModel:
         return read_back(self.path, kind)
 
 
-def temporary_path(target: Path, turn: int = 0) -> Path:
-    """The name of a candidate until it is verified."""
-    return target.with_name(f".{target.name}.unverified{turn or ''}.onnx")
-
-
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model under a temporary name."""
+    """A verified model in a staging folder. ``reference``: what it was compared with."""
 
     slices: SlicePlan
     path: Path
     after: Cost
     verdict: Verdict
     closed_forms: Mapping[str, ClosedFormKind]
+    reference: Reference = field(repr=False)
 
     @property
     def drift(self) -> float:
@@ -120,14 +117,22 @@ class CandidateModel:
         return self.verdict.quality.drift
 
 
-def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch: Stopwatch) -> CandidateModel:
-    """Refit, slice and write the model to ``temporary``, and verify that file.
+@contextmanager
+def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target``. Raises UserError where that is an input, or cannot be written."""
+    check_target(target, *model_files(plan.analysis.model.path))
+    with staging_folder(target) as folder:
+        yield folder
 
-    Raises UserError where ``target`` cannot be written, CheckFailed where the file does not hold.
+
+def write_candidate(
+    plan: PruningPlan, temporary: Path, stopwatch: Stopwatch, reference: Reference | None = None
+) -> CandidateModel:
+    """Refit, slice and write the model to ``temporary``, and verify that file. ``reference``: of another candidate.
+
+    Raises CheckFailed where the file does not hold.
     """
     analysis, refits = plan.analysis, plan.slices.method != "select"
-    for path in (target, external_data_path(target)):
-        check_target(path, *model_files(analysis.model.path))
     slices, source = plan.slices, analysis.traced_graph
     if refits:
         with stopwatch.stage("refit"):
@@ -140,12 +145,13 @@ def write_candidate(plan: PruningPlan, target: Path, temporary: Path, stopwatch:
     with stopwatch.stage("write"):
         save(rewritten.model, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
-        verdict = verify_candidate(analysis, temporary, rewritten, plan.calibration, plan.execution)
+        reference = reference or candidate_reference(plan)
+        verdict = verify_candidate(temporary, rewritten, reference, plan)
     with stopwatch.stage("report"):
         after = cost_of_file(temporary, analysis)
     kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
     kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
-    return CandidateModel(slices, temporary, after, verdict, kinds)
+    return CandidateModel(slices, temporary, after, verdict, kinds, reference)
 
 
 def publish_candidate(
@@ -155,10 +161,10 @@ def publish_candidate(
     stopwatch: Stopwatch,
     search: SearchResult | None = None,
 ) -> PrunedModel:
-    """Rename the verified file to ``target``."""
+    """Rename the verified file, and its external data, to their places."""
     analysis = plan.analysis
     with stopwatch.stage("write"):
-        rename_into_place(candidate.path, target)
+        publish_files([candidate.path], target)
     return PrunedModel(
         candidate.slices,
         target,

@@ -91,6 +91,13 @@ class PruningPlan:
             return self.calibration.describe()
         return self.closed_forms.source if self.closed_forms is not None else ""
 
+    @property
+    def measured_on_calibration(self) -> bool:
+        """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
+        if self.calibration is None or self.statistics is None:
+            return True
+        return self.statistics.sources == (self.calibration.describe(),)
+
     def for_budget(self, budget: Budget) -> PruningPlan:
         """The plan for another target, from the same measurements (``PlanRequest.full_curves`` for one far off).
 

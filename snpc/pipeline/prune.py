@@ -10,7 +10,7 @@ from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PlanRequest, plan
-from snpc.pipeline.token_request import apply_token_request
+from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
@@ -55,22 +55,28 @@ def prune(
         snpc.prune("model.onnx", "half.onnx", ratio=0.5, calibration="calib.npz")
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
-    ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"), or "auto";
-    then ``budget`` must be a target in MACs. ``budget``: the fields of ``Budget``, one of ``ratio``, ``target`` and
-    ``max_drift`` among them. ``method``, ``criterion``: see ``plan``.
+    ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
+    many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
+    and calibration data and the model's tokens can get fewer, else "none". ``budget``: the fields of ``Budget``, one of
+    ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
+    ``criterion``: see ``plan``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
-    limits = Budget(**budget)  # type: ignore[arg-type]  # text is parsed by Budget
+    tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
+    limits = None if tokens_only else Budget(**budget)  # type: ignore[arg-type]  # text is parsed by Budget
     loaded = load(model)
     analysis = analyze(loaded)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs)
-    if tokens is not None:
-        widths = PlanRequest(limits, method, criterion)
-        analysis = apply_token_request(
-            analysis, calibration, tokens, target=limits.target, widths=widths, execution=execution
-        )
+    analysis = apply_token_request(
+        analysis,
+        calibration,
+        tokens,
+        target=limits.target if limits is not None else None,
+        widths=PlanRequest(limits, method, criterion) if limits is not None else None,
+        execution=execution,
+    )
     pruning_plan = plan(analysis, limits, calibration, method=method, criterion=criterion, execution=execution)
     return apply(pruning_plan, path)

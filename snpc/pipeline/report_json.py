@@ -107,16 +107,24 @@ def pins_json(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    pair = "sliced against masked" if verdict.equals_mask else "pruned against original"
     return {
         "max_abs_diff": verdict.max_abs_diff,
-        "compared": f"{pair} on {verdict.compared}",
+        "compared": compared_text(verdict),
         "tolerance": verdict.tolerance,
         "structure": list(verdict.structure),
+        "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
-        "drift": [asdict(d) for d in verdict.quality.differences],
         "quality": quality_json(verdict.quality),
     }
+
+
+def compared_text(verdict: Verdict) -> str:
+    """What was compared with what."""
+    if verdict.not_run:
+        return "nothing"
+    if verdict.equals_mask:
+        return f"sliced against masked on {verdict.compared}"
+    return f"pruned against original on {verdict.quality.source}"
 
 
 def quality_json(quality: Quality) -> dict[str, Any]:

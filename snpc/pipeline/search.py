@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from snpc.pipeline.candidate import (
     SearchResult,
     Stopwatch,
     publish_candidate,
-    temporary_path,
+    staging_folder_for,
     write_candidate,
 )
 from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.verify import Reference
 from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
 from snpc.runtime.evaluation import Workload, time_pair
-from snpc.runtime.io import discard_model
+from snpc.temporary import temporary_folder
 from snpc.types import FloatArray
 
 SEARCH_ROUNDS = 6
@@ -35,35 +36,36 @@ def search_plans(
     plan: PruningPlan, budget: Budget, scores: UnitScores, target: Path, stopwatch: Stopwatch
 ) -> PrunedModel:
     """Write the narrowest model within ``budget.max_drift``, or the widest within the latency. See ``apply``."""
-    search = PlanSearch(plan, budget, scores, target, stopwatch)
-    try:
+    with staging_folder_for(plan, target) as folder:
+        search = PlanSearch(plan, budget, scores, target, stopwatch, folder)
         return meet_latency(search) if budget.is_latency else meet_drift(search)
-    finally:
-        search.discard_best()
 
 
 @dataclass
 class PlanSearch:
-    """Candidates along the allocation path that were written and measured. ``best``: the nearest within the limit."""
+    """Candidates along the allocation path that were written and measured. ``folder``: where they lie. ``best``: the
+    nearest within the limit."""
 
     plan: PruningPlan
     budget: Budget
     scores: UnitScores
     target: Path
     stopwatch: Stopwatch
+    folder: Path
     best: CandidateModel | None = None
     measured: float = math.nan
     tried: list[tuple[float, float]] = field(default_factory=list)
+    reference: Reference | None = None
 
     def write(self, path: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
         slices = select_units(self.scores, self.budget, path.widths_after(steps))
-        temporary = temporary_path(self.target, len(self.tried) + 1)
-        try:
-            return write_candidate(replace(self.plan, slices=slices), self.target, temporary, self.stopwatch)
-        except BaseException:
-            discard_model(temporary)
-            raise
+        turn = self.folder / str(len(self.tried) + 1)
+        turn.mkdir()
+        plan = replace(self.plan, slices=slices)
+        candidate = write_candidate(plan, turn / self.target.name, self.stopwatch, self.reference)
+        self.reference = candidate.reference  # the original is run once
+        return candidate
 
     def record(self, candidate: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep a candidate within the limit (a later one is nearer to it), delete any other."""
@@ -72,12 +74,12 @@ class PlanSearch:
             self.discard_best()
             self.best, self.measured = candidate, measured
         else:
-            discard_model(candidate.path)
+            shutil.rmtree(candidate.path.parent)
         return measured
 
     def discard_best(self) -> None:
         if self.best is not None:
-            discard_model(self.best.path)
+            shutil.rmtree(self.best.path.parent)
 
     def publish(self, result: SearchResult) -> PrunedModel:
         assert self.best is not None
@@ -108,8 +110,8 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
 
 def meet_latency(search: PlanSearch) -> PrunedModel:
     """The widest model whose measured latency is within the target."""
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        return meet_latency_in(Path(folder), search)
+    with temporary_folder() as folder:
+        return meet_latency_in(folder, search)
 
 
 def meet_latency_in(folder: Path, search: PlanSearch) -> PrunedModel:

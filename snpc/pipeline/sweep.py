@@ -13,8 +13,8 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
-from snpc.pipeline.token_request import AUTO_TOKENS, apply_token_request
-from snpc.pipeline.token_schedule import macs_share, prepare_evaluator
+from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request, effective_token_request
+from snpc.pipeline.token_schedule import check_token_target, prepare_evaluator
 from snpc.planning import Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
@@ -99,9 +99,9 @@ class SweepBuilder:
 class SweepRequest:
     """How every target is planned and judged.
 
-    ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced
-    (``pipeline.token_request``), the same for all targets, or "auto": chosen for each. ``evaluation``: the data to
-    judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
+    ``budget``: all but the target; None: no width is cut. ``tokens``: how tokens are reduced, the same for all targets;
+    "auto": chosen for each; None: that for each target for which it is the default (``effective_token_request``).
+    ``evaluation``: the data to judge by; None: the calibration data. ``batch``, ``rounds``: of the timing.
     """
 
     budget: Budget | None
@@ -153,7 +153,7 @@ def sweep(
             reduction = pruning_plan.analysis.reduction
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
         on_step("judging and timing")
-        evaluation = request.evaluation or EvaluationData(calibration)
+        evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
         points = with_timings(with_quality(points, source, evaluation, execution), request, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
@@ -167,20 +167,38 @@ def plan_targets(
     builder: SweepBuilder | None,
     execution: Execution,
 ) -> dict[ResourceTarget, PruningPlan]:
-    """A plan for each target."""
-    if request.tokens is not None and request.tokens.strip() == AUTO_TOKENS:
-        return plan_each_target(analysis, targets, calibration, request, execution)
-    if request.budget is None:
-        raise UserError("--roles none leaves nothing to sweep through but --tokens auto")
-    analysis = apply_token_request(analysis, calibration, request.tokens, execution=execution)
-    # A latency table is measured only for a latency: where there is such a target, it is planned first.
-    first = max(targets, key=lambda target: target.kind == "latency")
+    """A plan for each target, in their order."""
+    # A latency table is measured only for a latency.
     artifact = builder.artifact if builder is not None else None
-    workload = Workload(batch=request.batch, artifact=artifact) if first.kind == "latency" else None
+    workload = Workload(batch=request.batch, artifact=artifact)
+    kinds = {t: effective_token_request(request.tokens, analysis, calibration, t) for t in targets}
+    chosen, others = ([t for t in targets if (kinds[t] == AUTO_TOKENS) is auto] for auto in (True, False))
+    if others and request.budget is None:
+        raise UserError("--roles none leaves nothing to sweep through but --tokens auto, for targets in MACs")
+    plans = plan_each_target(analysis, chosen, calibration, request, workload, execution) if chosen else {}
+    if others:
+        plans |= plan_by_one_measurement(analysis, others, calibration, request, workload, execution)
+    return {target: plans[target] for target in targets}
+
+
+def plan_by_one_measurement(
+    analysis: Analysis,
+    targets: Sequence[ResourceTarget],
+    calibration: Calibration,
+    request: SweepRequest,
+    workload: Workload,
+    execution: Execution,
+) -> dict[ResourceTarget, PruningPlan]:
+    """A plan for each target, with the same number of tokens."""
+    assert request.budget is not None
+    analysis = apply_token_request(analysis, calibration, request.tokens or ALL_TOKENS, execution=execution)
+    # Where there is a latency, it is planned first, since its table is part of the measurement.
+    first = max(targets, key=lambda target: target.kind == "latency")
     budgets = {target: replace(request.budget, target=target) for target in targets}
+    timed = workload if first.kind == "latency" else None
     measured = make_plan(
         analysis,
-        PlanRequest(budgets[first], request.method, workload=workload, full_curves=True),
+        PlanRequest(budgets[first], request.method, workload=timed, full_curves=True),
         calibration,
         execution=execution,
     )
@@ -192,16 +210,20 @@ def plan_each_target(
     targets: Sequence[ResourceTarget],
     calibration: Calibration,
     request: SweepRequest,
+    workload: Workload,
     execution: Execution,
 ) -> dict[ResourceTarget, PruningPlan]:
     """A plan for each target with the number of tokens that is best for it; what was tried for one serves the next."""
     for target in targets:
-        macs_share(target)
+        check_token_target(target)
     evaluator = prepare_evaluator(analysis, calibration, execution)
     plans = {}
     for target in targets:
         budget = replace(request.budget, target=target) if request.budget is not None else None
-        widths = PlanRequest(budget, request.method, full_curves=True) if budget is not None else None
+        timed = workload if target.kind == "latency" else None
+        widths = None
+        if budget is not None:
+            widths = PlanRequest(budget, request.method, workload=timed, full_curves=True)
         reduced = apply_token_request(
             analysis,
             calibration,

@@ -6,7 +6,6 @@ weight changed in its last digit.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,8 @@ from snpc.passes.token_analysis import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import aggregate, measure_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_session, run_session
-from snpc.runtime.io import save
+from snpc.runtime.io import read_model, save
+from snpc.temporary import temporary_folder
 from snpc.tokens import TokenReductionPlan, full_length_oracle, oracle_feeds
 from snpc.types import AnyArray, Difference, Feeds
 
@@ -30,7 +30,7 @@ from snpc.types import AnyArray, Difference, Feeds
 class CalibrationWithDecisions(Calibration):
     """Calibration data with the token decisions of each batch, as a graph with external decisions takes them."""
 
-    decisions: tuple[Feeds, ...]
+    decisions: tuple[Feeds, ...] = ()
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         for feeds, decided in zip(super().batches(), self.decisions, strict=True):
@@ -58,8 +58,8 @@ def model_decisions(
     model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """The decisions of ``model``, batch by batch. The model is changed."""
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "deciding.onnx"
+    with temporary_folder() as folder:
+        path = folder / "deciding.onnx"
         save(finalize(model), path)
         yield from file_decisions(path, names, calibration.batches(), execution)
 
@@ -76,15 +76,15 @@ def file_decisions(
     path: Path, names: Sequence[str], batches: Iterable[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """The decisions of the model at ``path``, batch by batch. Raises CheckFailed where it computes none."""
-    model = ir.load(path)
+    model = read_model(path)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     missing = [name for name in names if name not in values]
     if missing:
         raise CheckFailed(f"{path}: computes no {missing[0]}; is it the model that this plan made?")
     model.graph.outputs.clear()
     model.graph.outputs.extend(values[name] for name in names)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        shown = Path(folder) / "decisions.onnx"
+    with temporary_folder() as folder:
+        shown = folder / "decisions.onnx"
         save(finalize(model), shown)
         session = open_session(shown, execution=execution, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}
@@ -131,8 +131,8 @@ def compare_with_oracle(
     assert isinstance(reduction, TokenReductionPlan)
     graph = analysis.model.graph
     _, facts = choose_dim_sizes(graph)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        short, full = Path(folder) / "fewer.onnx", Path(folder) / "in-place.onnx"
+    with temporary_folder() as folder:
+        short, full = folder / "fewer.onnx", folder / "in-place.onnx"
         save(finalize(analysis.traced_graph.model.clone()), short)
         save(finalize(full_length_oracle(graph, facts, reduction.steps)), full)
         dtype = reduction.dtypes[reduction.steps[0].point.value].numpy()

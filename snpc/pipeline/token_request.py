@@ -13,8 +13,10 @@ from snpc.pipeline.token_decisions import count_tokens, model_decisions
 from snpc.pipeline.token_schedule import ScheduleEvaluator, choose_token_schedule
 from snpc.planning import ResourceTarget
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.evaluation import Workload, time_pair, write_narrowed
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics import measure_token_relevance
+from snpc.temporary import temporary_folder
 from snpc.tokens import (
     TokenReductionPlan,
     TokenStep,
@@ -26,7 +28,22 @@ from snpc.tokens import (
     stream_dtype,
 )
 
-AUTO_TOKENS = "auto"
+AUTO_TOKENS, ALL_TOKENS = "auto", "none"
+MIN_TIME_PER_MACS = 0.5  # of the share of the MACs that fewer tokens save, at least this part must be saved in time
+
+
+def effective_token_request(
+    tokens: str | None, analysis: Analysis, calibration: Calibration | None, target: ResourceTarget | None
+) -> str | None:
+    """What ``tokens`` asks for: a specification, "auto", or None where all tokens stay.
+
+    ``tokens`` None is the default: "auto" for a target in MACs or of latency, where there is calibration data and the
+    model's tokens can get fewer. "none": all tokens stay.
+    """
+    if tokens is not None:
+        return None if tokens.strip() == ALL_TOKENS else tokens.strip()
+    serves = target is not None and target.kind in ("macs", "latency")
+    return AUTO_TOKENS if serves and calibration is not None and analysis.tokens.points else None
 
 
 def apply_token_request(
@@ -39,15 +56,48 @@ def apply_token_request(
     execution: Execution = DEFAULT_EXECUTION,
     evaluator: ScheduleEvaluator | None = None,
 ) -> Analysis:
-    """The analysis of the model with its tokens reduced as ``tokens`` asks: "merge:13@1-6", "auto", or None.
+    """The analysis of the model with its tokens reduced as ``tokens`` asks: "merge:13@1-6", "auto", "none" or the
+    default, see ``effective_token_request``.
 
     ``target``, ``widths`` and ``evaluator`` serve "auto": see ``choose_token_schedule``.
     """
+    tokens = effective_token_request(tokens, analysis, calibration, target)
     if tokens is None:
         return analysis
-    if tokens.strip() == AUTO_TOKENS:
+    if tokens != AUTO_TOKENS:
+        return reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, execution))
+    if target is None or target.kind != "latency":
         return choose_token_schedule(analysis, calibration, target, widths, execution, evaluator)
-    return reduce_tokens(analysis, tokens, measure_offline_scores(analysis, calibration, tokens, execution))
+    workload = (widths.workload if widths is not None else None) or Workload()
+    macs = macs_for_latency(analysis, target, workload, execution)
+    reduced = choose_token_schedule(analysis, calibration, macs, widths, execution, evaluator)
+    return reduced if saves_time(analysis, reduced, workload, execution) else analysis
+
+
+def macs_for_latency(
+    analysis: Analysis, target: ResourceTarget, workload: Workload, execution: Execution
+) -> ResourceTarget:
+    """The target in MACs by which tokens are chosen for a latency: the same share of the dense model."""
+    share = target.share
+    if target.ms is not None:
+        with temporary_folder() as folder:
+            dense = workload.timed_file(analysis.model.path, folder / "dense")
+            share = target.ms / time_pair(analysis, dense, dense, workload, execution)[0]
+    return ResourceTarget("macs", min(share, 1.0))
+
+
+def saves_time(analysis: Analysis, reduced: Analysis, workload: Workload, execution: Execution) -> bool:
+    """Are fewer tokens faster? In a small model the nodes that decide may take the time that they save."""
+    if reduced.reduction is None:
+        return True
+    saved_macs = 1 - (reduced.cost.macs - reduced.dead_macs) / (analysis.cost.macs - analysis.dead_macs)
+    with temporary_folder() as folder:
+        files = [
+            workload.timed_file(write_narrowed(model, (), 1.0, folder / f"{stem}.onnx"), folder / stem)
+            for stem, model in (("all", analysis), ("fewer", reduced))
+        ]
+        _, share = time_pair(analysis, files[0], files[1], workload, execution)
+    return 1 - share >= MIN_TIME_PER_MACS * saved_macs
 
 
 def measure_offline_scores(

@@ -11,11 +11,9 @@ change that the loss curves predict for the widths are smallest together.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +23,7 @@ from snpc.graph import ShapeFacts, choose_dim_sizes
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
-from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan
+from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
 from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import fit_parallel, in_rotated_order
@@ -34,6 +32,7 @@ from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import save
 from snpc.runtime.sensitivity import UNUSABLE_CHANGE
 from snpc.runtime.statistics import measure_token_relevance
+from snpc.temporary import temporary_folder
 from snpc.tokens import (
     TOKEN_METHODS,
     TokenAmount,
@@ -59,12 +58,8 @@ WINDOW_STARTS, WINDOW_ENDS = (0.0, 0.1, 0.2, 0.35, 0.5), (1.0, 0.85, 0.7)  # sha
 TAPER_RATIOS = (0.5, 2.0)  # tokens removed at the first block over those at the last one; tried after the even ones
 STRIDES = (2, 3)
 DRIFT_TIE_RATIO = 1.15  # drifts within this ratio count as equal on so few samples
-TOKEN_SAVING_SHARES = (
-    1.0,
-    0.85,
-    0.7,
-    0.5,
-)  # of what is to be saved: how much of it by tokens, where widths are cut too
+# of what is to be saved: how much of it by tokens, where widths are cut too; nothing is tried beside these
+TOKEN_SAVING_SHARES = (1.0, 0.85, 0.7, 0.5)
 
 TokenSchedule = tuple[int, ...]
 DepthProfile = tuple[float, ...]
@@ -101,8 +96,8 @@ class ScheduleEvaluator:
 
     def output_change(self, model: ir.Model) -> float:
         """Change of the outputs by ``model``. The model is changed."""
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            path = Path(folder) / "tried.onnx"
+        with temporary_folder() as folder:
+            path = folder / "tried.onnx"
             save(finalize(model), path)
             moved = run_batches(path, self.batches, self.execution)
         return float(np.mean([self.metrics.change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
@@ -157,6 +152,8 @@ def choose_token_schedule(
     or the target cannot be reached.
     """
     share = macs_share(target)
+    if widths is not None:
+        check_request(widths, calibration)
     if calibration is None:
         raise UserError(
             "--tokens auto compares schedules by the change of the outputs, which is measured: give --calib"
@@ -182,12 +179,18 @@ def choose_token_schedule(
 
 def macs_share(target: ResourceTarget | None) -> float:
     """R of "macs=R". Raises UserError for any other target."""
-    if target is None or target.kind != "macs":
+    check_token_target(target)
+    assert target is not None and target.kind == "macs", "a latency comes as a share of the MACs"
+    return target.share
+
+
+def check_token_target(target: ResourceTarget | None) -> None:
+    """Raises UserError for a target that fewer tokens cannot serve: they leave parameters and bytes as they are."""
+    if target is None or target.kind not in ("macs", "latency"):
         raise UserError(
-            "--tokens auto needs a target in MACs: give --target macs=R and --calib"
+            "--tokens auto needs a target in MACs or of latency: give --target macs=R and --calib"
             + (f", not {target}" if target is not None else "")
         )
-    return target.share
 
 
 def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: Execution) -> ScheduleEvaluator:
@@ -301,7 +304,8 @@ def split_with_widths(
     widths: PlanRequest,
     macs: float,
 ) -> Analysis:
-    """The level at which tokens and widths together are predicted to change the outputs least."""
+    """The level at which tokens and widths together are predicted to change the outputs least; with all tokens, where
+    widths alone are."""
     _, middle = levels[len(levels) // 2]
     reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(method, middle))
     try:
@@ -312,7 +316,11 @@ def split_with_widths(
         (evaluator.drift(method, schedule) + predicted(macs / evaluator.macs(method, schedule)), schedule)
         for _, schedule in levels
     ]
-    return analyze_with_steps(evaluator.analysis, evaluator.steps(method, min(scored)[1]))
+    least, best = min(scored)
+    whole = evaluator.analysis.cost.macs - evaluator.analysis.dead_macs
+    if predicted(macs / whole) <= least:
+        return evaluator.analysis
+    return analyze_with_steps(evaluator.analysis, evaluator.steps(method, best))
 
 
 def predict_width_drift(
@@ -331,9 +339,10 @@ def predict_width_drift(
     base = 1 - reduced.dead_macs / reduced.cost.macs
 
     def at_macs(share: float) -> Budget:
-        return replace(widths.budget, target=ResourceTarget("macs", round(share, 9)))
+        target = ResourceTarget("macs", round(share, 9))
+        return replace(widths.budget, target=target, uniform=False, allocator="loss")
 
-    request = replace(widths, budget=at_macs(macs / reduced.cost.macs), full_curves=True)
+    request = replace(widths, budget=at_macs(macs / reduced.cost.macs), workload=None, full_curves=True)
     plan = make_plan(reduced, request, calibration, execution=evaluator.execution)
     values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
     scores = UnitScores(reduced, "", values, curves=plan.loss_curves)

@@ -1,10 +1,12 @@
-"""Verification of written files: the sliced graph equals the masked one, and the drift against the dense model."""
+"""Verification of written files: the sliced graph equals the masked one; how close its outputs are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes import Analysis, analyze
@@ -13,7 +15,7 @@ from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
     OutputMetrics,
@@ -28,39 +30,94 @@ from snpc.runtime.io import load
 from snpc.types import AnyArray, Feeds, Quality, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
+RANDOM, RANDOM_SAMPLES = "random inputs", 2
+MAX_OUTPUT_BYTES = 256 << 20  # of the original's outputs: fewer samples are compared where they are larger
+
+
+@dataclass(frozen=True)
+class VerificationData:
+    """Feeds to verify on. ``sizes``: samples of each; ``held_out``: nothing was fitted to them. ``source``: words."""
+
+    batches: Sequence[Feeds]
+    sizes: Sequence[int]
+    source: str
+    held_out: bool = False
+    random_inputs: bool = False
+
+    def first(self, batches: int) -> VerificationData:
+        return replace(self, batches=self.batches[:batches], sizes=self.sizes[:batches])
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes)
+
+    def describe(self) -> str:
+        samples = "sample" if self.samples == 1 else "samples"
+        return f"{self.samples} {'held-out ' if self.held_out else ''}{samples} of {self.source}"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense model's ``outputs`` for each of ``batches``, and how they are judged. ``source``: the inputs in
-    words."""
+    """The original's ``outputs`` for each batch of ``data``, how they are judged. ``not_run``: why they are missing."""
 
-    batches: Sequence[Feeds]
-    outputs: Sequence[Mapping[str, AnyArray]]
-    source: str
-    random_inputs: bool
+    data: VerificationData
     metrics: OutputMetrics
+    outputs: Sequence[Mapping[str, AnyArray]] = ()
+    not_run: str = ""
 
 
-def verification_batches(analysis: Analysis, calibration: Calibration | None) -> tuple[list[Feeds], str]:
-    """Feeds for verification: the first calibration batches, or seeded random inputs."""
+def verification_data(
+    analysis: Analysis, calibration: Calibration | None, *, fitted_to: bool = True
+) -> VerificationData:
+    """Feeds for verification: samples that were held out, else the calibration data, or seeded random inputs.
+
+    ``fitted_to``: the model was made from ``calibration``, all of which is fed otherwise.
+    """
     if calibration is None:
-        return [random_batch(analysis, 2)], "random inputs"
-    batches: list[Feeds] = []
-    for feeds in calibration.batches():
-        batches.append(feeds)
-        if len(batches) == VERIFICATION_BATCHES:
-            break
-    samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
-    return batches, f"{samples} samples of {calibration.source}"
+        return VerificationData([random_batch(analysis, RANDOM_SAMPLES)], [RANDOM_SAMPLES], RANDOM, random_inputs=True)
+    held_out = calibration.held_out
+    if held_out is not None:
+        return data_of(held_out, held_out.source, held_out=True)
+    if not fitted_to:
+        return data_of(calibration, calibration.source)
+    sizes = calibration.batch_sizes()
+    enough = int(np.searchsorted(np.cumsum(sizes), MAX_HELD_OUT)) + 1
+    return data_of(calibration, f"{calibration.source}, which the model was made from").first(enough)
 
 
-def run_original(
-    analysis: Analysis, original: Path, calibration: Calibration | None, execution: Execution
-) -> Reference:
-    batches, source = verification_batches(analysis, calibration)
-    outputs = run_batches(original, batches, execution)
-    return Reference(batches, outputs, source, calibration is None, OutputMetrics.of(analysis))
+def data_of(calibration: Calibration, source: str, held_out: bool = False) -> VerificationData:
+    batches = list(calibration.batches())
+    return VerificationData(batches, calibration.batch_sizes(), source, held_out, calibration.random)
+
+
+def run_original(analysis: Analysis, original: Path, data: VerificationData, execution: Execution) -> Reference:
+    """Run the original on as many batches as its outputs leave room for."""
+    outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
+    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs)
+
+
+def candidate_reference(plan: PruningPlan) -> Reference:
+    """The original's outputs, to compare candidates of ``plan`` with.
+
+    They are missing where the original is too large for this machine or has an operator that this onnxruntime does not
+    have. Raises UserError where onnxruntime refuses it for any other reason.
+    """
+    analysis, execution = plan.analysis, plan.execution
+    data = verification_data(analysis, plan.calibration)
+    if data.held_out and not plan.measured_on_calibration:
+        data = replace(data, held_out=False, source=f"{data.source}, which the statistics may include")
+    too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
+    if too_large:
+        return Reference(data, OutputMetrics(), not_run=too_large)
+    try:
+        return run_original(analysis, analysis.model.path, data, execution)
+    except SessionLoadError as error:
+        if error.missing_operator:
+            return Reference(data, OutputMetrics(), not_run=str(error))
+        raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
+    except UserError as error:  # it loads: then nothing is written that was not compared
+        advice = "" if plan.calibration is not None else "; give --calib DATA that it runs on"
+        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
 
 
 def compare_with_reference(
@@ -71,49 +128,38 @@ def compare_with_reference(
     structure: tuple[str, ...],
     execution: Execution,
 ) -> Verdict:
-    """Run the pruned file and, where ``rewritten`` is known, the masked graph.
+    """Run the pruned file on all batches and, where ``rewritten`` is known, the masked graph on the first ones.
 
     Raises CheckFailed where they differ by more than rounding, or fewer tokens from the same tokens taken out in place.
     """
-    tolerance, batches = rounding_tolerance(analysis.model), list(reference.batches)
-    decided: list[Feeds] = batches
+    tolerance, data = rounding_tolerance(analysis.model), reference.data
+    first = data.first(VERIFICATION_BATCHES)
+    decided = list(first.batches)
     if analysis.reduction is not None:
-        decided, check = check_token_reduction(analysis, pruned, batches, tolerance, execution)
+        decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, drift = compare_models(
-        reference.outputs, pruned, rewritten, batches, execution, decided, reference.metrics
+    equals_mask, differences = compare_models(
+        reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
     )
-    samples = sum(len(next(iter(feeds.values()))) for feeds in batches)
-    quality = Quality(drift, samples, False, reference.source, reference.random_inputs)
-    verdict = Verdict(structure, equals_mask, quality, reference.source, tolerance)
+    quality = Quality(differences, data.samples, data.held_out, data.describe(), data.random_inputs)
+    verdict = Verdict(structure, equals_mask, quality, first.describe(), tolerance)
     raise_if_unequal(verdict)
     return verdict
 
 
-def verify_candidate(
-    analysis: Analysis,
-    path: Path,
-    rewritten: RewrittenModel,
-    calibration: Calibration | None,
-    execution: Execution = DEFAULT_EXECUTION,
-) -> Verdict:
-    """Verify a file that was just written. Outputs are compared unless the dense model cannot be run here at all."""
-    original = analysis.model.path
-    structure = check_structure(original, path, rewritten.sliced_interface())
-    tolerance = rounding_tolerance(analysis.model)
-    too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
-    if too_large:
-        note = f"outputs were not compared: {too_large}; compare them on a larger machine with `snpc verify`"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
-    try:
-        reference = run_original(analysis, original, calibration, execution)
-    except SessionLoadError as error:  # an operator that this onnxruntime does not have, say: nothing can be run
-        note = f"the original cannot be run here, so outputs were not compared ({error})"
-        return Verdict((*structure, note), (), NOT_COMPARED, "nothing", tolerance)
-    except UserError as error:  # it loads: then nothing is written that was not compared
-        advice = "" if calibration is not None else "; give --calib DATA that it runs on"
-        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
-    return compare_with_reference(analysis, path, rewritten, reference, structure, execution)
+def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
+    """Verify a file that was just written. Without outputs of the original, the verdict says so."""
+    analysis = plan.analysis
+    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
+    if reference.not_run:
+        return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
+    return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+
+
+def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
+    """The verdict on a file whose outputs cannot be compared here."""
+    advice = "outputs were not compared; compare them with `snpc verify` where the model runs"
+    return Verdict(structure, (), NOT_COMPARED, "nothing", tolerance, f"{reason}; {advice}")
 
 
 def verify(
@@ -124,10 +170,11 @@ def verify(
     calibration: Calibration | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
-    """Check a pruned file against its original: structure, drift, and sliced equals masked where the plan is known.
+    """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
 
-    ``calibration``: inputs to run on; None: those of the plan, or random ones. A plan that refits weights must have
-    its closed forms (``complete_plan``). Raises CheckFailed where a check fails.
+    ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
+    samples if it has some, else on all of it. A plan that refits weights must have its closed forms
+    (``complete_plan``). Raises CheckFailed where a check fails.
     """
     analysis = plan.analysis if plan is not None else analyze(load(original))
     load(pruned)
@@ -137,5 +184,6 @@ def verify(
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    reference = run_original(analysis, original, calibration, execution)
+    data = verification_data(analysis, calibration, fitted_to=plan is not None and plan.slices.method != "select")
+    reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, structure, execution)

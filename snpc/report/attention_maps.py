@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +19,7 @@ from snpc.report.png import PixelArray
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import open_session
 from snpc.runtime.io import load, save
+from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 MAX_PICTURES = 2
@@ -191,8 +190,8 @@ def evaluate_values(model: ir.Model, types: Mapping[str, ir.DataType], feeds: Fe
     finalize(copy)
     for name, dtype in types.items():
         values[name].dtype = dtype
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "exposed.onnx"
+    with temporary_folder() as folder:
+        path = folder / "exposed.onnx"
         save(copy, path)
         session = open_session(path, optimization="basic", memory="least")
         known = {i.name for i in session.get_inputs()}

@@ -103,7 +103,7 @@ def collect_report_data(
         compared=result.quality.source,
         drift=result.quality.differences,
         equals_mask=verdict.equals_mask,
-        structure=verdict.structure,
+        structure=(*((f"not run: {verdict.not_run}",) if verdict.not_run else ()), *verdict.structure),
         attention=attention,
         token_maps=token_maps(result, calibration),
         warnings=collect_warnings(result, plan),

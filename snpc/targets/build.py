@@ -26,7 +26,7 @@ from snpc.runtime.execution import (
     open_runner,
     random_feeds,
 )
-from snpc.runtime.io import check_target, load, model_files, move_into_place, staging_folder
+from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder, write_errors
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt
@@ -69,14 +69,18 @@ def build(
     for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch)
-    feeds = tuple(islice(calibration.batches(), VERIFICATION_BATCHES)) if calibration is not None else (drawn,)
+    feeds: tuple[Feeds, ...] = (drawn,)
+    if calibration is not None:  # samples that int8 was not calibrated on, if there are any
+        feeds = tuple(islice((calibration.held_out or calibration).batches(), VERIFICATION_BATCHES))
     job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn)
-    with staging_folder(output_path) as folder:
-        source, notes = cast_model(loaded, build_target, precision, calibration, folder / "work")
+    with staging_folder(output_path) as folder, write_errors(output_path):
+        work = folder / "work"
+        work.mkdir()
+        source, notes = cast_model(loaded, build_target, precision, calibration, work)
         job = replace(job, source=source, output=folder / output_path.name)
         written = build_target.build(job)
         drift, remarks = compare_artifact(job, written)
-        files = move_into_place(written.files, output_path.parent)
+        files = publish_files(written.files, output_path.parent / written.files[0].name)
     total = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - start
     return BuildResult(

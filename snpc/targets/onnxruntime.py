@@ -194,7 +194,7 @@ def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> Bui
     ort_file = job.output.with_suffix(".ort")
     big = file_bytes(best.path) > PROTOBUF_LIMIT
     save_optimized(best.path, head, execution=job.execution, external_name=external_data_path(head).name if big else "")
-    files = [head, *([external_data_path(head)] if big else [])]
+    files = [head]
     if big:
         notes.append("no .ort: that format holds 2 GB at most")
     else:
@@ -219,6 +219,6 @@ ONNXRUNTIME_TARGET = BuildTarget(
     ".onnx",
     build_onnxruntime,
     ("fp32", "fp16", "bf16", "int8"),
-    extra_suffixes=(".onnx", ".onnx.data", ".ort"),
+    extra_suffixes=(".onnx", ".ort"),
     check_request=check_onnxruntime,
 )

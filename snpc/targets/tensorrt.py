@@ -14,7 +14,7 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.runtime.execution import first_lines
-from snpc.runtime.io import atomic_write, external_data_path, rename_into_place
+from snpc.runtime.io import atomic_write, publish_files
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget
 from snpc.targets.shape_profile import ShapeRange, shape_ranges
 from snpc.types import PRECISIONS
@@ -197,8 +197,7 @@ def check_engine_suffix(request: BuildRequest) -> None:
 
 def write_trtexec_script(job: BuildJob) -> BuildOutput:
     """Write the model for TensorRT, and a script with the trtexec command that builds the engine."""
-    rename_into_place(job.source, job.output)
-    data = external_data_path(job.output)
+    publish_files([job.source], job.output)
     shell = job.output.with_suffix(".sh")
     try:
         major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
@@ -208,9 +207,7 @@ def write_trtexec_script(job: BuildJob) -> BuildOutput:
     shell.write_text(f"#!/bin/sh\n{line}\n")
     shell.chmod(0o755)
     version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
-    return BuildOutput(
-        (job.output, shell, *([data] if data.is_file() else [])), (f"for {version}: {line}",), runnable=False
-    )
+    return BuildOutput((job.output, shell), (f"for {version}: {line}",), runnable=False)
 
 
 def trtexec_command(model: str, ranges: dict[str, ShapeRange], options: BuildOptions, major: int | None) -> str:

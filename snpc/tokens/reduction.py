@@ -249,6 +249,19 @@ def settings_for(
     return settings
 
 
+def clamped_removals(analysis: Analysis, text: str) -> dict[int, tuple[int, int]]:
+    """Block -> (tokens that ``text`` removes, tokens that can be removed), where the two differ."""
+    request, points = parse_token_request(analysis, text), analysis.tokens.points
+    if any(method.input_adaptive for method, _ in request.values()):
+        return {}  # how many go depends on the input
+    settings = {p.block: s for p, s in zip(points, settings_for(points, request), strict=True)}
+    return {
+        block: (amount.removed, settings[block].removed)
+        for block, (_, amount) in request.items()
+        if amount.share is None and amount.removed > settings[block].removed
+    }
+
+
 def check_offline_scores(point: TokenPoint, request: TokenRequest, offline: OfflineScores) -> None:
     """Raises UserError where the offline scores that a method needs are missing."""
     method, amount = request.get(point.block, (None, TokenAmount(0)))

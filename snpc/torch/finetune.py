@@ -15,7 +15,7 @@ import torch
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
-from snpc.pipeline import verification_batches
+from snpc.pipeline import verification_data
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import residual_values
 from snpc.runtime.evaluation import (
@@ -26,7 +26,7 @@ from snpc.runtime.evaluation import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.io import check_target, discard_model, external_data_path, load, model_files, rename_into_place
+from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import to_tensor
 from snpc.torch.training import (
@@ -107,8 +107,7 @@ def finetune(
     """
     training = training or TrainingOptions()
     start = time.perf_counter()
-    for path in (output, external_data_path(output)):
-        check_target(path, *model_files(pruned), *model_files(teacher))
+    check_target(output, *model_files(pruned), *model_files(teacher))
     student, dense = load(pruned), analyze(load(teacher))
     check_same_interface(student, dense.model)
     classes = task_labels(training, labels, data)
@@ -334,16 +333,14 @@ def select_outputs(task: FinetuneTask, values: TeacherOutputs) -> TeacherOutputs
 
 
 def write_verified(task: FinetuneTask, pruned: Path, output: Path) -> tuple[str, ...]:
-    """Write the weights to a temporary file, and rename it into place once onnxruntime computes from it what the module
-    computes. Returns what was checked. Raises CheckFailed where they differ."""
-    temporary = output.with_name(f".{output.name}.unverified.onnx")
-    try:
-        save_graph_module(task.module, pruned, temporary)
-        structure = check_structure(pruned, temporary)
-        check_outputs(task, temporary)
-        rename_into_place(temporary, output)
-    finally:
-        discard_model(temporary)
+    """Write the weights into a staging folder, and rename the file into place once onnxruntime computes from it what
+    the module computes. Returns what was checked. Raises CheckFailed where they differ."""
+    with staging_folder(output) as folder:
+        staged = folder / output.name
+        save_graph_module(task.module, pruned, staged)
+        structure = check_structure(pruned, staged)
+        check_outputs(task, staged)
+        publish_files([staged], output)
     return (*structure, "the written file computes what the trained module computes")
 
 
@@ -376,8 +373,8 @@ def measure_drift(
         batches = list(task.held_out.batches())
         compared = f"{task.held_out.samples} samples of {task.held_out.source}, held out"
     else:
-        batches, compared = verification_batches(task.dense, task.data)
-        compared += ", which it was trained on"
+        data = verification_data(task.dense, task.data)
+        batches, compared = list(data.batches), data.describe()
     expected = run_batches(task.dense.model.path, batches)
     metrics = OutputMetrics.of(task.dense)
     (_, before), (_, after) = (

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.io import check_target, resolve_external_data
+from snpc.runtime.io import check_target, model_files, publish_files, read_model, staging_folder
 from snpc.runtime.io import save as save_model
 from snpc.torch.module import GraphModule
 
@@ -23,8 +23,7 @@ def save_graph_module(module: GraphModule, source: str | os.PathLike[str], outpu
     """
     source_path, output_path = Path(source), Path(output)
     check_target(output_path)
-    model = ir.load(source_path)
-    resolve_external_data(model, source_path.parent)
+    model = read_model(source_path)
     constants = {str(v.name): v for node in model.graph for v in node.outputs if not node.inputs}
     for name in module.weight_names():
         array = to_numpy(module.weight(name))
@@ -40,8 +39,10 @@ def save_graph_module(module: GraphModule, source: str | os.PathLike[str], outpu
             value.const_value = trained
         elif node is not None:
             node.attributes["value"] = ir.AttrTensor("value", trained)
-    has_external_data = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
-    save_model(model, output_path, has_external_data)
+    with staging_folder(output_path) as folder:
+        staged = folder / output_path.name
+        save_model(model, staged, external=len(model_files(source_path)) > 1)
+        publish_files([staged], output_path)
 
 
 def constant_node_value(node: ir.Node | None) -> ir.TensorProtocol | None:

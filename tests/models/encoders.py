@@ -33,6 +33,7 @@ class Encoder:
     mixing: bool = False  # a weight over tokens in the last block
     again: bool = False  # positions are added to the input of every block
     skip: bool = False  # what the first block gives is added to what the last but one gives
+    apart: Literal["", "sliced", "gathered"] = ""  # a product per head, of slices or gathered heads
     linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
     seed: int = 0
 
@@ -115,6 +116,10 @@ class Writing:
             over = self.op("ReduceSum", self.op("Mul", self.op("Relu", q), total), self.ints(2), keepdims=1)
             above = self.op("MatMul", self.op("Relu", q), state)
             return self.op("MatMul", self.op("Div", above, self.op("Add", over, self.number(1.0))), f"o{k}")
+        if e.apart:
+            pieces = zip(*(self.heads_apart(y) for y in (q, key, v)), strict=True)
+            parts = [self.head_context(*piece) for piece in pieces]
+            return self.op("MatMul", self.op("Concat", *parts, axis=-1), f"o{k}")
         split = self.ints(-1, e.tokens if e.literal else 0, h, w) if e.literal else self.ints(0, 0, h, w)
         q, key, v = (
             self.op("Transpose", self.op("Reshape", y, split), perm=perm)
@@ -135,6 +140,21 @@ class Writing:
         back = self.ints(-1, e.tokens, d) if e.literal else self.ints(0, 0, d)
         flat_context = self.op("Reshape", self.op("Transpose", context, perm=[0, 2, 1, 3]), back)
         return self.op("MatMul", flat_context, f"o{k}")
+
+    def heads_apart(self, value: str) -> list[str]:
+        """[batch, tokens, head width] of each head."""
+        e = self.encoder
+        h, w = e.heads, e.width // e.heads
+        if e.apart == "sliced":
+            return [self.op("Slice", value, self.ints(k * w), self.ints(k * w + w), self.ints(2)) for k in range(h)]
+        split = self.op("Reshape", value, self.ints(0, 0, h, w))
+        return [self.op("Squeeze", self.op("Gather", split, self.ints(k), axis=2), self.ints(2)) for k in range(h)]
+
+    def head_context(self, query: str, key: str, value: str) -> str:
+        """What one head reads, from its queries, keys and values."""
+        scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 2, 1]))
+        scaled = self.op("Mul", scores, self.number((self.encoder.width // self.encoder.heads) ** -0.5))
+        return self.op("MatMul", self.op("Softmax", scaled, axis=-1), value)
 
     def body(self) -> str:
         e = self.encoder

@@ -466,15 +466,18 @@ def trial(path: Path) -> list[str]:
             complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")
         after = {p: p.stat().st_mtime_ns for p in path.parent.iterdir()}
         new_files = {p.name for p in set(after) - set(before)}
-        if new_files - ({"model-pruned.onnx", "model-pruned.onnx.data"} if result.exit_code == 0 else set()):
+        written = (
+            {name for name in new_files if name.startswith("model-pruned.onnx")} if result.exit_code == 0 else set()
+        )
+        if new_files - written:
             complaints.append(f"{verb}: exit code {result.exit_code} left {sorted(new_files)}")
         if any(after.get(p) != time for p, time in before.items()):
             complaints.append(f"{verb}: changed its input")
         OUTCOMES[verb, result.exit_code] += 1
         if result.exit_code:
             REASONS[verb, re.sub(r"[^ ]*/[^ ]*|\d+|'[^']*'", "_", (lines or [""])[0])[:110]] += 1
-        for name in ("model-pruned.onnx", "model-pruned.onnx.data"):
-            (path.parent / name).unlink(missing_ok=True)
+        for name in written:
+            (path.parent / name).unlink()
     return complaints
 
 

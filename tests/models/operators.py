@@ -50,6 +50,46 @@ def table_of(positions: int, width: int) -> dict[str, Array]:
 
 CASES: dict[str, Case] = {}
 
+POOLED = "p = Conv <strides = [2, 2]> (x, wp)  f = Reshape(p, flat)  t = Transpose <perm = [0, 2, 1]> (f)"
+GRID = "gf = Reshape(g, flat)  gt = Transpose <perm = [0, 2, 1]> (gf)  s = Add(t, gt)"
+HEAD = "a = MatMul(s, w1)  b = Relu(a)  y = MatMul(b, w2)"
+GRID_WEIGHTS = {"wp": (12, 3, 2, 2), "pos": (1, 12, 5, 5), "w1": (12, 20), "w2": (20, 4)}
+GRID_GROUPS = {("conv", 1, 12): 1, ("ffn", 1, 20): 1}
+
+
+def _position_grid(opset: int, resized: str, constants: str) -> Case:
+    """Learned positions on a grid of 5 x 5, brought to the 4 x 4 of the image's patches inside the graph."""
+    text = f"""<ir_version: 8, opset_import: ["": {opset}]>
+    g (float[B, 3, 8, 8] x) => (float[B, 16, 4] y) <int64[3] flat = {{0, 12, -1}}, {constants}> {{
+        {POOLED}  {resized}  {GRID}  {HEAD}
+    }}"""
+    return Case(text, GRID_WEIGHTS, GRID_GROUPS, {"x": (2, 3, 8, 8)})
+
+
+CASES["position_grid_resized_to_sizes"] = _position_grid(
+    17, 'g = Resize <mode = "cubic"> (pos, , , sizes)', "int64[4] sizes = {1, 12, 4, 4}"
+)
+CASES["position_grid_resized_along_axes"] = _position_grid(
+    19, 'g = Resize <mode = "linear", axes = [2, 3]> (pos, , , sizes)', "int64[2] sizes = {4, 4}"
+)
+CASES["position_grid_scaled"] = _position_grid(
+    13, 'g = Resize <mode = "linear"> (pos, , scales)', "float[4] scales = {1.0, 1.0, 0.8, 0.8}"
+)
+CASES["position_grid_pooled"] = _position_grid(
+    17, "g = AveragePool <kernel_shape = [2, 2]> (pos)", "int64[1] unused = {0}"
+)
+CASES["position_grid_pooled_to_one"] = _position_grid(
+    17, "g4 = GlobalAveragePool (pos)  g = Expand(g4, whole)", "int64[4] whole = {1, 12, 4, 4}"
+)
+CASES["upsampled_channels_last"] = Case(
+    """<ir_version: 8, opset_import: ["": 9]>
+    g (float[B, 3, 4, 16] x) => (float[B, 6, 8, 5] y) <float[4] scales = {1.0, 2.0, 2.0, 1.0}> {
+        a = MatMul(x, w1)  b = Relu(a)  r = Upsample <mode = "nearest"> (b, scales)  y = MatMul(r, w2)
+    }""",
+    {"w1": (16, 24), "w2": (24, 5)},
+    {("ffn", 1, 24): 1},
+    {"x": (2, 3, 4, 16)},
+)
 CASES["conv_groups"] = Case(
     """<ir_version: 10, opset_import: ["": 17]>
     g (float[B, 3, 9, 9] x) => (float[B, 5, 7, 7] y) {

@@ -45,24 +45,28 @@ KINDS: dict[str, Kinds] = {
     + ffn(64, 1)
     + ffn(96, 2),
     "efficientformer": Counter({("qk", 8, 16): 1, ("qk", 8, 32): 2, ("vo", 8, 64): 1, ("vo", 8, 128): 2})
-    + Counter({("head", 1, 8): 3}),
+    + Counter({("head", 1, 8): 3})
+    + ffn(8, 2),  # two layers mix the heads
     "pvt": without(attention(1, 8, 1), "head") + attention(2, 8, 2) + attention(3, 8, 1) + ffn(16, 1) + ffn(32, 2)
     + ffn(48, 1),
     "twins": without(attention(1, 16, 2), "head") + attention(2, 16, 2) + ffn(32, 2) + ffn(64, 2),
     "eva02": Counter({("qk", 1, 8): 1, ("vo", 3, 16): 2}),
     "eva02__ts17": Counter({("qk", 1, 8): 2, ("vo", 3, 16): 2}),  # a table per layer
-    "efficientvit": Counter(),
+    "efficientvit": ffn(8, 1) + ffn(16, 1) + ffn(48, 1),  # pointwise convolutions in front of others
     "mobilevit": attention(4, 16, 2) + attention(4, 20, 4) + attention(4, 24, 3) + ffn(128, 2) + ffn(160, 4)
-    + ffn(192, 3),
-    "mobilevitv2": Counter(),
-    "segformer": without(attention(1, 16, 1), "head") + attention(2, 16, 1) + ffn(32, 1) + ffn(64, 1) + ffn(24, 2),
+    + ffn(192, 3) + ffn(320, 1),  # the last in front of the classifier
+    # Feed-forward layers and values of separable attention, and pointwise convolutions around the blocks.
+    "mobilevitv2": ffn(128, 2) + ffn(192, 4) + ffn(256, 3) + ffn(64, 2) + ffn(96, 4) + ffn(128, 3)
+    + Counter({("ffn", 1, size): 1 for size in (32, 128, 192, 256)}),
+    "segformer": without(attention(1, 16, 1), "head") + attention(2, 16, 1) + ffn(32, 1) + ffn(64, 1) + ffn(24, 3),
     "dinov2": attention(4, 12, 2) + ffn(64, 2),
     "dinov3": rotary(2, kv_heads=4, pairs=3) + ffn(96, 2),  # three frequencies, of rows and of columns
     "sam": Counter({("qk", 1, 12): 2, ("vo", 4, 12): 2}) + ffn(96, 2),  # all heads read the same relative positions
     "clip": attention(4, 12, 2) + ffn(96, 2),
     "siglip": attention(4, 12, 3) + ffn(96, 3),
-    # The feed-forward layers of encoder and decoder, then the small networks that make boxes and positions.
-    "rtdetr": attention(4, 8, 3) + ffn(48, 3) + ffn(32, 4) + ffn(64, 1),
+    # The feed-forward layers of encoder and decoder, the small networks that make boxes and positions, and
+    # pointwise convolutions of the neck.
+    "rtdetr": attention(4, 8, 3) + ffn(48, 3) + ffn(32, 9) + ffn(64, 1),
     "detr": attention(4, 12, 5) + ffn(64, 3),
     "wav2vec2": attention(4, 12, 2) + ffn(96, 2),
     "whisper": attention(4, 12, 5) + ffn(96, 3),

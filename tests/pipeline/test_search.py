@@ -120,7 +120,7 @@ def test_the_saved_plan_is_the_one_that_was_applied(tmp_path: Path) -> None:
     )
     assert report["search"]["kind"] == "drift"
     assert report["search"]["reached"] <= 0.2
-    assert report["verify"]["drift"][0]["relative"] == report["search"]["reached"]
+    assert report["verify"]["quality"]["differences"][0]["relative"] == report["search"]["reached"]
     kept = {g["id"]: g["kept"] for g in report["groups"]}
     saved = json.loads(plan.read_text())
     assert saved["options"]["max_drift"] == 0.2

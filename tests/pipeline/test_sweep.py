@@ -102,7 +102,7 @@ def test_a_sweep_with_fewer_tokens(tokens: str, roles: str, tmp_path: Path) -> N
         (["--targets", "macs=0.5", "--build", "ncnn"], "choose from"),
         (["--targets", "macs=0.5", "--build", "trt-rtx"], "does not run engines"),
         (["--targets", "macs=0.5", "--max-drift", "0.1"], "--max-drift"),
-        (["--targets", "macs=0.5", "--roles", "none"], "--tokens auto"),
+        (["--targets", "params=0.5", "--roles", "none"], "--tokens auto"),
         (["--targets", "macs=0.5", "--roles", "none", "--tokens", "merge:1"], "--tokens auto"),
         (["--targets", "macs=0.5,params=0.5", "--tokens", "auto"], "needs a target in MACs"),
         (["--targets", "macs=0.5", "--tokens", "halve:1"], "no method"),

@@ -163,14 +163,15 @@ class TestExternalData:
         refused(r"w\.bin: is the input itself", "inspect", model, "--json", model.parent / "w.bin")
 
     def test_nor_is_the_data_of_an_output(self, model: Path, nothing_changes: Callable[[], None]) -> None:
-        """w.bin is where the weights of an output called w would go."""
+        """An output called o.onnx names its weights so, and removes those of the model that it replaces."""
+        name = "o.onnx.0123456789abcdef.data"
         proto = onnx.load(model)
         (model.parent / "w.bin").unlink()
-        onnx.save_model(proto, model, save_as_external_data=True, location="o.onnx.data", size_threshold=0)
+        onnx.save_model(proto, model, save_as_external_data=True, location=name, size_threshold=0)
         nothing_changes()
-        refused(r"o\.onnx\.data: is the input itself", "prune", model, *RATIO, "-o", model.parent / "o.onnx")
+        refused(rf"o\.onnx: the input has its weights in {name}", "prune", model, *RATIO, "-o", model.parent / "o.onnx")
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(model))), snpc.Budget(0.5))
-        with pytest.raises(UserError, match="input itself"):
+        with pytest.raises(UserError, match="has its weights in"):
             snpc.apply(snpc.PruningPlan(plan), model.parent / "o.onnx")
 
 
@@ -366,7 +367,7 @@ def test_options(case: str, verb: str, tiny: Path, nothing_changes: Callable[[],
 
 def test_needed_arguments(tiny: Path) -> None:
     for verb in ("prune", "plan"):
-        refused("give either --ratio R or --target", verb, tiny)
+        refused("say how much goes: --target macs=R", verb, tiny)
     refused("Missing argument 'MODEL'", "inspect", usage=True)
     refused("Missing argument 'PLAN_FILE'", "apply", tiny, usage=True)
 
@@ -557,7 +558,7 @@ class TestOutputs:
         refused("is a folder", "prune", tiny, *RATIO, flag, tiny.parent)
         refused("tiny.onnx does not exist|cannot write", "prune", tiny, *RATIO, flag, tiny / "o")
         if flag == "-o" and Path("/proc/self").is_dir():
-            refused("/proc.*cannot write there", "prune", tiny, *RATIO, flag, "/proc/o.onnx")
+            refused("/proc.*cannot write it", "prune", tiny, *RATIO, flag, "/proc/o.onnx")
 
     def test_a_folder_without_permission(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("os.access", lambda path, mode, **_: mode != os.W_OK)  # root may write everywhere

@@ -140,7 +140,7 @@ def test_numbers_are_those_of_the_result(digits: Written) -> None:
     assert {w.id: w.kept for w in digits.report.widths} == {
         g["id"]: g["kept"] for g in numbers["groups"] if g["role"] in ("qk", "vo", "ffn")
     }
-    (drift,) = numbers["verify"]["drift"]
+    (drift,) = numbers["verify"]["quality"]["differences"]
     assert digits.report.drift[0].relative == drift["relative"]
     assert format_percent(drift["relative"]) in digits.text
     assert json.loads(json.dumps(digits.report.to_json()))["costs"][0]["after"] == numbers["params"]["after"]

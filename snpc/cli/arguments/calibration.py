@@ -14,7 +14,7 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_numbers
 from snpc.cli.tables import print_note
 from snpc.errors import UserError
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import EvaluationData
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
@@ -90,8 +90,8 @@ class CalibrationArguments(ArgumentGroup):
         self.check()
         return self.load_data(self.calib, analysis) if self.calib is not None else None
 
-    def load_data(self, source: str, analysis: snpc.Analysis) -> Calibration:
-        """``source`` in place of --calib, prepared in the same way."""
+    def load_data(self, source: str, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration:
+        """``source`` in place of --calib, prepared in the same way; at most ``held_out`` samples are held out."""
         images = self.images.load()
         if source == RANDOM_CALIBRATION and not self.images.is_given():
             print_note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
@@ -107,11 +107,12 @@ class CalibrationArguments(ArgumentGroup):
             batch=self.calib_batch,
             images=images,
             seed=self.seed,
+            held_out=held_out,
         )
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:
         """All samples of ``source``, prepared in the same way, with the array ``labels`` of it as their classes."""
-        inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis)
+        inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis, held_out=0)
         if labels is None:
             return EvaluationData(inputs)
         if not source.endswith(".npz"):
@@ -151,7 +152,7 @@ class SavedStatisticsArguments(StatisticsArguments):
     )
 
     def check_no_widths(self) -> None:
-        """Refuse, with --roles none, the statistics that only widths need."""
+        """Refuse, where no widths are cut, the statistics that only widths need."""
         for flag, value in (("--load-stats", self.load_stats), ("--save-stats", self.save_stats)):
             if value not in (None, ()):
-                raise UserError(f"--roles none cuts no widths: leave out {flag}")
+                raise UserError(f"no widths are cut: leave out {flag}, or give --ratio or --target, and --roles")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,11 +11,13 @@ import click
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
+from snpc.cli.tables import print_note
 from snpc.errors import UserError
-from snpc.pipeline import AUTO_TOKENS, PlanRequest, apply_token_request
+from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request
 from snpc.planning import Allocator, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
+from snpc.tokens import clamped_removals
 from snpc.types import Role
 
 
@@ -102,6 +105,10 @@ class BudgetArguments(ArgumentGroup):
         return parse_target(self.target) if self.target is not None else None
 
     @property
+    def is_given(self) -> bool:
+        return (self.ratio, self.target, self.max_drift) != (None,) * 3
+
+    @property
     def wants_latency(self) -> bool:
         target = self.resource_target
         return target is not None and target.kind == "latency"
@@ -115,16 +122,19 @@ class TokenArguments(ArgumentGroup):
 
     tokens: str | None = option(
         "--tokens",
-        metavar="METHOD:N[@BLOCKS]|auto",
-        help="Also drop or merge tokens. merge:13: 13 fewer at every block. topk:0.7@3,6,9: keep 70 % after these "
-        "blocks. Other methods: star, fuse, guided, adaptive:0.9 (per input, as many as carry 90 % of the attention). "
-        "Join several with +. auto: choose the method and the counts for --target macs=R. star, adaptive and auto need "
-        "--calib.",
+        metavar="METHOD:N[@BLOCKS]|auto|none",
+        help="Drop or merge tokens; without --ratio, --target or --max-drift cut no widths. merge:13: 13 fewer at "
+        "every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, adaptive:0.9 "
+        "(per input, as many as carry 90 % of the attention). Join several with +. auto: choose the method and the "
+        "counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need --calib.  [default: "
+        "auto for such a target with --calib, where tokens can get fewer, else none]",
     )
 
     @property
-    def auto(self) -> bool:
-        return self.tokens is not None and self.tokens.strip() == AUTO_TOKENS
+    def schedule(self) -> str | None:
+        """The specification, where one is given: neither auto nor none."""
+        text = self.tokens.strip() if self.tokens is not None else ALL_TOKENS
+        return text if text not in (AUTO_TOKENS, ALL_TOKENS) else None
 
 
 @dataclass(frozen=True)
@@ -161,24 +171,58 @@ class PlanningArguments(ArgumentGroup):
             allocator=amount.allocator,
         )
 
+    @property
+    def cuts_widths(self) -> bool:
+        """Widths are cut by --ratio, --target or --max-drift, unless --roles none; a --tokens schedule alone cuts none.
+
+        Raises UserError where nothing says how much goes.
+        """
+        if self.selection.roles and not self.amount.is_given and self.reduction.schedule is None:
+            raise UserError(
+                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R or --max-drift X for "
+                "widths, --tokens SCHEDULE for tokens alone"
+            )
+        return bool(self.selection.roles) and self.amount.is_given
+
     def check_no_widths(self) -> None:
-        """Refuse, with --roles none, the options that say how much of the widths goes."""
-        for flag, value in (("--ratio", self.amount.ratio), ("--max-drift", self.amount.max_drift)):
+        """Refuse options that say which widths go, or how, where none do."""
+        selection, amount = self.selection, self.amount
+        for flag, value in (("--ratio", amount.ratio), ("--max-drift", amount.max_drift)):
             if value is not None:
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
+        for flag, given in (
+            ("--criterion", selection.criterion),
+            ("--method", selection.method),
+            ("--include", selection.include),
+            ("--exclude", selection.exclude),
+            ("--max-ratio", selection.max_ratio),
+            ("--uniform", amount.uniform or None),
+        ):
+            if given is not None:
+                raise UserError(f"no widths are cut: leave out {flag}, or give --ratio or --target, and --roles")
 
     def reduce_tokens(
-        self, analysis: snpc.Analysis, calibration: Calibration | None, execution: Execution
+        self,
+        analysis: snpc.Analysis,
+        calibration: Calibration | None,
+        workload: snpc.Workload | None,
+        execution: Execution,
     ) -> snpc.Analysis:
-        """The analysis with its tokens reduced as --tokens says."""
-        widths = None
-        if self.reduction.auto and self.selection.roles:
-            widths = PlanRequest(self.budget(), self.selection.method, self.selection.criterion)
-        return apply_token_request(
-            analysis,
-            calibration,
-            self.reduction.tokens,
-            target=self.amount.resource_target,
-            widths=widths,
-            execution=execution,
-        )
+        """The analysis with its tokens reduced as --tokens says. ``workload``: of a latency target."""
+        target, tokens, widths = self.amount.resource_target, self.reduction.tokens, None
+        if self.cuts_widths:
+            widths = PlanRequest(self.budget(), self.selection.method, self.selection.criterion, workload)
+        elif tokens is None and target is not None:
+            tokens = AUTO_TOKENS  # nothing else can reach the target
+        schedule = self.reduction.schedule
+        reduced = apply_token_request(analysis, calibration, tokens, target=target, widths=widths, execution=execution)
+        if schedule is not None:
+            note_clamped_removals(schedule, clamped_removals(analysis, schedule))
+        return reduced
+
+
+def note_clamped_removals(schedule: str, clamped: Mapping[int, tuple[int, int]]) -> None:
+    """``clamped``: block -> tokens to remove, tokens that can be removed."""
+    if clamped:
+        counts = ", ".join(f"{possible} after block {block}" for block, (_, possible) in clamped.items())
+        print_note(f"--tokens {schedule}: fewer tokens are there, or can be merged at once: {counts} go")

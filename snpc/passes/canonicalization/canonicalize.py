@@ -17,7 +17,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph import GraphPass, PassObserver, run_passes
+from snpc.graph import GraphPass, PassObserver, run_library_pass, run_passes
 from snpc.ops import IDENTITY
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
@@ -31,14 +31,22 @@ class InlineFunctions(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not model.functions:
             return ir.passes.PassResult(model, False)
-        return common.InlinePass()(model)
+        return run_library_pass(common.InlinePass(), model)
 
 
 class LiftConstants(ir.passes.InPlacePass):
     """Turn every ``Constant`` node into an initializer, of whatever size and type."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        return common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        return run_library_pass(lift, model)
+
+
+class SortNodes(ir.passes.InPlacePass):
+    """Put nodes into topological order."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return run_library_pass(common.TopologicalSortPass(), model)
 
 
 class EliminateInitializerAliases(ir.passes.InPlacePass):
@@ -91,7 +99,7 @@ CANONICALIZATION_PASSES = (
     GraphPass(
         "sort-nodes",
         "canonicalize",
-        common.TopologicalSortPass,
+        SortNodes,
         "puts nodes into topological order",
         "shape inference, which the next pass runs, goes through the nodes once",
     ),

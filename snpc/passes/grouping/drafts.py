@@ -116,7 +116,7 @@ def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
         return "vo"
     if flags & LabelFlag.ADDED or any(pin.kind in ("norm", "sum") for pin in pins):
         return "residual"
-    if flags & LabelFlag.CONVOLVED:
+    if flags & LabelFlag.CONVOLVED or (flags & LabelFlag.POINTWISE and flags & LabelFlag.DEPTHWISE):
         return "conv"
     return "ffn" if flags & LabelFlag.CONSUMED else "other"
 

@@ -26,6 +26,8 @@ from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
 from snpc.types import APPROXIMATE_REASON, Freedom, Group, IntArray, Pin, Probe, ProbeKind, Site, SiteKind
 
+CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED | LabelFlag.CACHED
+
 
 def build_groups(
     model: ir.Model, trace: Trace, units: Units, cost_facts: ShapeFacts, drafts: list[GroupDraft]
@@ -75,8 +77,10 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
     if is_approximate(draft):
         return "select", APPROXIMATE_REASON
-    if draft.role not in ("qk", "vo"):
-        return "select", "whole heads" if draft.role == "head" else "a nonlinear operator between producer and consumer"
+    if draft.role == "head":
+        return "select", "whole heads"
+    if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):
+        return "select", "a nonlinear operator between producer and consumer"
     if draft.flags & LabelFlag.CACHED:
         return "select", "stored in a KV cache"
     if draft.flags & LabelFlag.NONLINEAR:

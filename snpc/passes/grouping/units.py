@@ -1,7 +1,8 @@
 """Resolves the label table to units, blocks and heads.
 
 1. Labels that pairs connect are one *unit*.
-2. Covers of kind "batch" (one score matrix per head, for example) say which units form one *block*.
+2. Covers of kind "batch" (one score matrix per head, for example) say which units form one *block*, and so do
+products that are computed for one head alone.
 3. A cover of kind "aligned" either covers one whole block, and its coarse label belongs to the head, or it spans
 several blocks (a rotary table that all heads share), and everything it covers is one unit. Repeated until nothing
 changes. 4. Blocks that are covered by the same label belong to one *head*.
@@ -40,7 +41,7 @@ def resolve_units(table: LabelTable) -> Units:
     aligned = sorted((s for s in table.covers if s.kind == "aligned"), key=lambda s: s.fine.shape[1])
     while True:
         unit = connected_components(table.count, pairs)
-        block = assign_blocks(unit, batch, table.count)
+        block = assign_blocks(unit, batch, table.products, table.count)
         new_pairs = next_unifications(batch, aligned, unit, block)
         if not new_pairs:
             break
@@ -73,8 +74,9 @@ def units_of_cover(cover: Cover, unit: IntArray) -> tuple[IntArray, IntArray]:
     return unit[cover.coarse], np.sort(unit[cover.fine], axis=1)
 
 
-def assign_blocks(unit: IntArray, batch: Sequence[Cover], count: int) -> IntArray:
-    """Units that occur in the same rows of the batch covers are one block, named by its smallest unit.
+def assign_blocks(unit: IntArray, batch: Sequence[Cover], products: Sequence[IntArray], count: int) -> IntArray:
+    """Units that occur in the same rows of the batch covers and in the same ``products`` are one block, named by its
+    smallest unit.
 
     A unit of one head occurs in the rows of that head. A unit that all heads share (a rotary pair) occurs in all rows;
     such units form a block of their own.
@@ -87,6 +89,8 @@ def assign_blocks(unit: IntArray, batch: Sequence[Cover], count: int) -> IntArra
         pairs = np.unique(np.stack([row, members.reshape(-1)], 1), axis=0)
         row_keys = rng.integers(1, 1 << 63, len(members), dtype=np.uint64)
         np.add.at(signature, pairs[:, 1], row_keys[pairs[:, 0]])
+    for labels in products:
+        signature[np.unique(unit[labels])] += rng.integers(1, 1 << 63, dtype=np.uint64)
     order = np.unique(unit)
     _, first, inverse = np.unique(signature[order], return_index=True, return_inverse=True)
     block = np.full(count, -1, np.int64)

@@ -5,6 +5,8 @@ Summed axes of both operands are unified. This is what makes queries and keys on
 
 from __future__ import annotations
 
+import numpy as np
+
 from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
@@ -22,6 +24,7 @@ def contract_labels(
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     weights = which_are_weights(left, right)
     context.trace.contractions.append(Contraction(context.node, letters, left, right, any(weights), part))
+    kernel = kernel_flag(left, right, letters)
     sides = ((left, letters.left, weights), (right, letters.right, weights[::-1]))
     out: list[tuple[LabeledValue, Labels]] = []
     covered: list[Labels] = []
@@ -39,6 +42,10 @@ def contract_labels(
                 continue
             is_summed = bool(varying_letters & summed)
             table.flag(labels, contraction_flags(varying_letters, letters, is_summed, is_weight, other_is_weight))
+            if not any(weights) and not varying_letters & set(letters.left) & set(letters.right) & set(letters.out):
+                table.products.append(np.unique(labels[labels >= 0]).astype(np.int64))
+            if is_weight:
+                table.flag(labels, kernel)
             rest = frozenset(k for k in varying_axes(labels) if operand_letters[k] in letters.out)
             if is_summed and not rest:
                 continue
@@ -58,6 +65,17 @@ def contract_labels(
     return unify_batch_axes(context, out, left, right, letters)
 
 
+def kernel_flag(data: LabeledValue, weight: LabeledValue, letters: Letters) -> LabelFlag:
+    """How a convolution's weight meets channels. Of one position it is a linear layer at each, unless there is but one
+    (as in squeeze and excitation)."""
+    if not letters.windowed:
+        return LabelFlag(0)
+    sizes = dict(zip(letters.right, weight.shape, strict=True))
+    wide = any(size > 1 for letter, size in sizes.items() if letter not in letters.left + letters.out)
+    positions = [size for letter, size in zip(letters.left, data.shape, strict=True) if letter in letters.windowed]
+    return LabelFlag.CONVOLVED if wide or all(size == 1 for size in positions) else LabelFlag.POINTWISE
+
+
 def contraction_flags(
     varying_letters: set[str], letters: Letters, is_summed: bool, is_weight: bool, other_is_weight: bool
 ) -> LabelFlag:
@@ -65,7 +83,7 @@ def contraction_flags(
     if is_weight and is_summed:
         return LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT
     if is_weight:
-        return LabelFlag.PRODUCED | (LabelFlag.CONVOLVED if letters.windowed else LabelFlag(0))
+        return LabelFlag.PRODUCED
     if other_is_weight:
         return LabelFlag.CONSUMED if is_summed else LabelFlag(0)
     if is_summed:

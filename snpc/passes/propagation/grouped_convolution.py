@@ -67,7 +67,7 @@ def propagate_depthwise(context: NodeContext, data: LabeledValue, weight: Labele
         context, [LabeledValue(data.name, shape, kept), LabeledValue(weight.name, view, per_channel, weight.constant)]
     )
     for labels in factors:
-        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR | LabelFlag.DEPTHWISE)
     return factors
 
 

@@ -28,11 +28,13 @@ class LabelFlag(IntFlag):
     PASSED_THROUGH = 8  # kept by a product of two activations: a value channel of attention
     ADDED = 16  # added to another activation
     GATED = 32  # multiplied with another activation
-    CONVOLVED = 64  # output channel of a convolution
+    CONVOLVED = 64  # channel of a convolution that sees more than one position
     NONLINEAR = 128  # input of a nonlinear operator
     SCALED = 256  # multiplied by a constant that differs between positions
     WEIGHT_INPUT = 512  # input axis of a constant weight
     NORM_PARAMETER = 1024  # scale or bias of a normalization
+    POINTWISE = 8192  # channel of a convolution that sees one position at a time
+    DEPTHWISE = 16384  # channel of a convolution of its own
     BATCHED = 4096  # batch axis of a product of two activations: one product per position
     CACHED = 2048  # stored in a KV cache
 
@@ -82,6 +84,8 @@ class LabelTable:
     axes: list[LabeledAxis] = field(default_factory=list)
     pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     covers: list[Cover] = field(default_factory=list)
+    products: list[IntArray] = field(default_factory=list)
+    """Per product of two activations, labels of one operand that all of its matrices share."""
     pins: list[LabelPin] = field(default_factory=list)
     flags: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 

@@ -31,6 +31,7 @@ from snpc.passes.propagation.state import (
     prepend_axes,
 )
 from snpc.passes.propagation.statistics import non_normalizing_consumer
+from snpc.types import Shape
 
 __all__ = ["Contraction", "LabeledValue", "Trace", "propagate_labels"]
 
@@ -116,7 +117,10 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         context.pin_all(inputs, context.spec.reason or f"the shape of {unknown} cannot be inferred")
         outputs = []
     else:
-        outputs = PROPAGATION_RULES[context.spec.kind](context, inputs)
+        try:
+            outputs = PROPAGATION_RULES[context.spec.kind](context, inputs)
+        except Blocked as block:  # labels cannot be laid out as the operator lays out its operands
+            outputs = context.refuse(inputs, block.reason)
     constant = bool(inputs) and all(
         v is None or v in facts.value or (operand is not None and operand.constant)
         for v, operand in zip(node.inputs, inputs, strict=True)
@@ -130,10 +134,21 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         if shape is None:
             continue
         factors = outputs[index] if index < len(outputs) else ()
-        usable = drop_determined_factors(tuple(f for f in factors if f.ndim == len(shape) and (f >= 0).any()))
+        usable = drop_determined_factors(tuple(f for f in factors if describes(context, value, f, shape)))
         trace.values[value] = LabeledValue(
             str(value.name), shape, usable, constant, why_unlabeled(context, inputs, usable), projected
         )
+
+
+def describes(context: NodeContext, value: ir.Value, labels: Labels, shape: Shape) -> bool:
+    """Whether ``labels`` label a value of this shape. Labels that fit no position of it are pinned."""
+    if not (labels >= 0).any():
+        return False
+    fits = labels.ndim == len(shape) and all(n in (1, size) for n, size in zip(labels.shape, shape, strict=True))
+    if not fits:
+        operand = LabeledValue(str(value.name), shape)
+        context.pin(operand, labels, f"its {list(labels.shape)} labels do not fit a result of shape {list(shape)}", 0)
+    return fits
 
 
 def why_unlabeled(context: NodeContext, inputs: Sequence[LabeledValue | None], factors: Factors) -> str:
@@ -286,7 +301,17 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
             reason = spec.reason or "its statistics are taken over this axis"
             context.pin_statistics(first, labels, crossed, reason)
         context.trace.table.flag(labels, LabelFlag.NONLINEAR)
-    return [factors if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]
+    kept = tuple(f for labels in factors for f in labels_of_kept_axes(context, labels))
+    return [kept if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]
+
+
+def labels_of_kept_axes(context: NodeContext, labels: Labels) -> Factors:
+    """Labels behind a window: an axis that gets another size has none; what lies on the other axes stays."""
+    resized = {k for k, size in enumerate(context.call.out_shapes[0]) if labels.shape[k] not in (1, size)}
+    if not resized:
+        return (labels,)
+    rest = varying_axes(labels) - resized
+    return (cover_remaining_axes(context, labels, rest),) if rest else ()
 
 
 def unify_statistic_parts(context: NodeContext, labels: Labels, axes: set[int]) -> bool:

@@ -1,4 +1,5 @@
-"""The products of query and key, and of attention weights and value, with the constants that produce their operands."""
+"""The products of query and key, of attention weights and value, and of hidden units and what reads them, with the
+constants that produce their operands."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from snpc.passes.weights.linear_path import (
     mark_constant,
     trace_linear_path,
 )
-from snpc.types import Group, IntArray
+from snpc.types import BoolArray, Group, IntArray
 
 
 @dataclass(frozen=True)
 class AttentionOperand:
-    """One side of a product of activations. ``part``: 0, 1 or 2 for query, key or value of a fused node."""
+    """One side of a product. ``part``: 0, 1 or 2 for query, key or value of a fused node."""
 
     product: Contraction
     side: LabeledValue
@@ -55,6 +56,17 @@ def operand_weights(traced_graph: TracedGraph, group: Group, side: int) -> list[
     """Constants that produce one operand (0: left, 1: right) of a qk group's score products."""
     products = score_products(traced_graph, group)
     return producer_weights(traced_graph, [AttentionOperand(c, (c.left, c.right)[side], side) for c in products], group)
+
+
+def shared_operand_weights(traced_graph: TracedGraph, group: Group) -> list[WeightSlice]:
+    """Constants that produce both operands of a qk group's score products: queries and keys are projected by one
+    weight, as where two streams attend to each other by the same scores."""
+    operands = [
+        AttentionOperand(c, (c.left, c.right)[side], side)
+        for c in score_products(traced_graph, group)
+        for side in (0, 1)
+    ]
+    return producer_weights(traced_graph, operands, group)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,26 @@ def value_weights(traced_graph: TracedGraph, group: Group) -> list[WeightSlice]:
     return producer_weights(traced_graph, value_operands(traced_graph, group), group)
 
 
+def linear_producers(traced_graph: TracedGraph, group: Group) -> list[WeightSlice]:
+    """Constants that produce hidden units, where nothing but linear operators lies between them and their reader."""
+    tensors = {probe.tensor for probe in group.probes if probe.kind == "hidden"}
+    operands = [
+        AttentionOperand(c, side, 0)
+        for c in traced_graph.trace.contractions
+        if c.has_weight and not c.part
+        for side in (c.left, c.right)
+        if side.name in tensors and not side.constant
+    ]
+    return producer_weights(traced_graph, operands, group)
+
+
+def group_labels(traced_graph: TracedGraph, group: Group) -> frozenset[int]:
+    """The labels of a group on the axes of constants."""
+    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in traced_graph.trace.table.axes}
+    labels = [first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0) for site in group.sites]
+    return frozenset(np.concatenate(labels).tolist())
+
+
 def producer_weights(
     traced_graph: TracedGraph, operands: Sequence[AttentionOperand], group: Group
 ) -> list[WeightSlice]:
@@ -116,9 +148,10 @@ def producer_weights(
     Raises UnsupportedWeightForm where an operand is not linear in constants, or a value on the way has other consumers.
     """
     paths = []
-    group_labels: set[int] = set()
+    own_labels = group_labels(traced_graph, group)
+    used_labels: set[int] = set()
     for operand in operands:
-        labels = label_set(operand.side)
+        labels = label_set(operand.side) & own_labels
         path = LinearPath(operand.product.node, 0, 1.0)
         try:
             if operand.product.part:
@@ -130,13 +163,15 @@ def producer_weights(
         except NotLinear:
             raise UnsupportedWeightForm("a nonlinear operator lies between its weights and the product") from None
         paths.append(path)
-        group_labels |= labels
+        used_labels |= labels
     allowed = frozenset(node for path in paths for node in (*path.nodes, path.node))
-    group_values = {out for node in allowed for out in node.outputs if carries_labels(traced_graph, out, group_labels)}
+    group_values = {out for node in allowed for out in node.outputs if carries_labels(traced_graph, out, used_labels)}
     group_values -= {out for path in paths for out in path.node.outputs}
-    constants = {key: hit for path in paths for key, hit in path.constants.items()}
+    constants: dict[tuple[ir.Value, int], BoolArray] = {}
+    for key, hit in (item for path in paths for item in path.constants.items()):
+        constants[key] = constants[key] | hit if key in constants else hit
     for value in {v for path in paths for v in path.values} | {value for value, _ in constants} | group_values:
-        if has_other_consumers(traced_graph, value, group_labels, allowed):
+        if has_other_consumers(traced_graph, value, used_labels, allowed):
             raise UnsupportedWeightForm(f"{value.name} has other consumers")
     sites = {(s.tensor, s.axis): s for s in group.sites}
     weights = []

@@ -14,9 +14,11 @@ import numpy as np
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.propagation import Contraction
 from snpc.passes.weights.attention_operands import (
+    linear_producers,
     operand_weights,
     score_axes,
     score_products,
+    shared_operand_weights,
     value_operands,
     value_weights,
 )
@@ -28,7 +30,7 @@ from snpc.passes.weights.consumers import (
     single_consumer_weight,
 )
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import ClosedFormKind, Group, Role
+from snpc.types import ClosedFormKind, Group, IntArray, Probe, Role
 
 MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
 REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
@@ -51,9 +53,15 @@ class GroupWeights:
     products: tuple[Contraction, ...] = field(default=(), repr=False)
     """The products in which query and key meet ("low_rank_qk" and "score_selection" only)."""
     operands: tuple[tuple[WeightSlice, ...], tuple[WeightSlice, ...]] = field(default=((), ()), repr=False)
-    """The weights that produce the queries, and those that produce the keys ("low_rank_qk" only)."""
+    """The weights that produce the queries, and those that produce the keys ("low_rank_qk" only). Where the same
+    weights produce both, they stand first and the second are none."""
     producers: tuple[WeightSlice, ...] = field(default=(), repr=False)
-    """The weights that produce the values ("low_rank_vo" only)."""
+    """The weights that produce the values, or the units of a linear layer that another reads ("low_rank_vo" only)."""
+
+    @property
+    def projects_both_alike(self) -> bool:
+        """Are queries and keys produced by the same weights?"""
+        return self.kind == "low_rank_qk" and not self.operands[1]
 
 
 class LazyGroupWeights(Mapping[str, GroupWeights]):
@@ -105,6 +113,11 @@ def closed_form_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights
         return GroupWeights("score_selection", products=products)
     if group.role == "vo" and group.freedom == "basis":
         return value_output_weights(traced_graph, group)
+    if group.freedom == "basis":
+        try:
+            return linear_layer_weights(traced_graph, group)
+        except UnsupportedWeightForm:
+            pass  # its units can be selected, and its readers refitted
     if group.role in REFIT_ROLES and group.blocks == 1:
         uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
         consumers = tuple(nodes[0].consumer for nodes in uses)
@@ -116,13 +129,57 @@ def closed_form_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights
 
 def query_key_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     """Of a qk group whose basis is free."""
-    queries, keys = (tuple(operand_weights(traced_graph, group, side)) for side in (0, 1))
+    queries, keys = query_and_key_producers(traced_graph, group)
     check_basis_sites(group, [*queries, *keys])
     products = tuple(score_products(traced_graph, group))
     probed = {probe.tensor for probe in group.probes}
     if any({product.left.name, product.right.name} - probed for product in products):
         raise UnsupportedWeightForm("its activations cannot be measured")
+    if any(splits_blocks(probe, group) for probe in group.probes):
+        raise UnsupportedWeightForm("parts of one head meet in products of their own")
     return GroupWeights("low_rank_qk", products=products, operands=(queries, keys))
+
+
+def splits_blocks(probe: Probe, group: Group) -> bool:
+    """Whether a probe shows some units of a block and not the others, or shows them less often."""
+    counts = np.bincount(probe.units[probe.units >= 0], minlength=group.blocks * group.size).reshape(group.blocks, -1)
+    return bool((counts != counts[:, :1]).any())
+
+
+def values_per_unit(traced_graph: TracedGraph, group: Group) -> IntArray:
+    """[units]: in how many products of attention weights and values each unit is a value."""
+    probes = {probe.tensor: probe for probe in group.probes if probe.kind == "value"}
+    total = np.zeros(group.blocks * group.size, np.int64)
+    for operand in value_operands(traced_graph, group):
+        units = probes[operand.side.name].units
+        total[np.unique(units[units >= 0])] += 1
+    return total
+
+
+def query_and_key_producers(
+    traced_graph: TracedGraph, group: Group
+) -> tuple[tuple[WeightSlice, ...], tuple[WeightSlice, ...]]:
+    """The weights that produce queries, and those that produce keys; none of the latter where they are the same.
+
+    Raises UnsupportedWeightForm where they cannot be rotated.
+    """
+    try:
+        return tuple(operand_weights(traced_graph, group, 0)), tuple(operand_weights(traced_graph, group, 1))
+    except UnsupportedWeightForm as error:
+        try:
+            return tuple(shared_operand_weights(traced_graph, group)), ()
+        except UnsupportedWeightForm:
+            raise error from None
+
+
+def linear_layer_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
+    """Of hidden units with nothing but linear operators between the weights that produce and read them, as where a
+    message is concatenated to its stream in front of a layer."""
+    consumer = single_consumer_weight(traced_graph, group)
+    producers = tuple(linear_producers(traced_graph, group))
+    check_basis_sites(group, [*producers, consumer.weight_slice])
+    uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
+    return GroupWeights("low_rank_vo", consumers=(consumer,), uses=uses, producers=producers)
 
 
 def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
@@ -131,8 +188,11 @@ def value_output_weights(traced_graph: TracedGraph, group: Group) -> GroupWeight
     producers = tuple(value_weights(traced_graph, group))
     check_basis_sites(group, [*producers, consumer.weight_slice])
     contexts = [probe for probe in group.probes if probe.kind == "context"]
-    if not len(value_operands(traced_graph, group)) == len(contexts) == len(consumer.nodes):
+    products = values_per_unit(traced_graph, group)
+    if (products != len(contexts)).any() or len(contexts) != len(consumer.nodes):
         raise UnsupportedWeightForm("its activations cannot be measured")
+    if any(splits_blocks(probe, group) for probe in group.probes):
+        raise UnsupportedWeightForm("parts of one head meet in products of their own")
     uses = tuple(tuple(nodes) for nodes in consumer_uses(traced_graph, group))
     return GroupWeights("low_rank_vo", consumers=(consumer,), uses=uses, producers=producers)
 

@@ -60,7 +60,8 @@ def trace_linear_path(
         trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
-            if part is not None:
+            beside = spec.kind == "concat" and part is not None and not label_set(trace.values[part]) & group_labels
+            if part is not None and not beside:
                 trace_linear_term(path, node, part, group_labels, trace, facts, model)
     elif spec.kind == "pointwise" and spec.effect in ("scale", "same"):
         linear = (

@@ -15,6 +15,7 @@
 
 Of files, ``samples`` are drawn at random by ``seed`` and fed in the order they are stored: folders are often sorted by
 class. Of code, the first ``samples`` are kept in memory: it runs once, may be endless, and every pass sees the same.
+Other samples are held out (``Calibration.held_out``): nothing is fitted to them, and quality is measured on them.
 Nothing is ever unpickled.
 
 Files
@@ -22,6 +23,8 @@ Files
                   they are due.
   file_sources    Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and
                   test_data_set_*/input_N.pb.
+  held_out        Samples that are held out: nothing is fitted to them, so that the quality of a result can be measured
+                  on them.
   images          Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std.
   python_sources  Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's
                   CalibrationDataReader.
@@ -37,15 +40,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.dataset import Calibration, RowSelection, calibration_from_source, pack_batches
+from snpc.runtime.calibration.dataset import (
+    Calibration,
+    RowSelection,
+    SampleRequest,
+    calibration_from_source,
+    pack_batches,
+)
 from snpc.runtime.calibration.file_sources import path_source
+from snpc.runtime.calibration.held_out import MAX_HELD_OUT
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
-from snpc.runtime.calibration.python_sources import CalibrationValue, script_source, value_source
+from snpc.runtime.calibration.python_sources import (
+    CalibrationValue,
+    load_script_function,
+    script_source,
+    value_source,
+)
 from snpc.runtime.calibration.sources import CalibrationSource, as_user_error, name_list
 from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.types import TensorSpec
 
 __all__ = [
+    "MAX_HELD_OUT",
     "PREPROCESS",
     "Calibration",
     "ImageOptions",
@@ -53,6 +69,7 @@ __all__ = [
     "as_user_error",
     "find_sample_axes",
     "load_calibration",
+    "load_script_function",
     "name_list",
     "pack_batches",
 ]
@@ -66,12 +83,14 @@ def load_calibration(
     batch: int = 8,
     images: ImageOptions = IMAGENET,
     seed: int = 0,
+    held_out: int = MAX_HELD_OUT,
 ) -> Calibration:
-    """Open calibration data for a model with these ``inputs`` and check its first batch.
+    """Open calibration data for a model with these ``inputs`` and check its first batches.
 
     ``source``: a path or ``file.py:function`` (str or Path), an iterable of dicts, a callable returning one, a
     ``CalibrationDataReader``, or one dict of arrays whose leading axis is samples. At most ``samples`` are used, in
-    batches of at most ``batch``; a model with a static batch size gets batches of exactly that size.
+    batches of at most ``batch``; a model with a static batch size gets batches of exactly that size. At most
+    ``held_out`` other samples are kept apart to measure quality on (0: none): those that are left over, else a tenth.
 
     Raises UserError when the data cannot be fed to the model: it says which file, input and sample, and what to do.
     What needs the values (NaN, overflow, an attention mask of zeros) is checked for the first batch here and for the
@@ -83,10 +102,11 @@ def load_calibration(
         raise UserError(f"calibration batch {batch}: at least one sample per batch is needed (--calib-batch)")
     if not inputs:
         raise UserError("the model has no inputs: calibration data has nowhere to go")
-    calibration = calibration_from_source(
-        _open_source(source, tuple(inputs), images), tuple(inputs), samples, batch, seed
-    )
+    request = SampleRequest(samples, batch, seed, held_out)
+    calibration = calibration_from_source(_open_source(source, tuple(inputs), images), tuple(inputs), request)
     next(calibration.batches())
+    if calibration.held_out is not None:
+        next(calibration.held_out.batches())
     return calibration
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.calibration.held_out import count_held_out, count_left_over, split_in_order, split_samples
 from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource
 from snpc.runtime.calibration.validation import (
     SampleAxes,
@@ -17,7 +18,7 @@ from snpc.runtime.calibration.validation import (
     sample_shapes,
     validate_and_convert,
 )
-from snpc.types import AnyArray, IntArray, Shape, TensorSpec
+from snpc.types import AnyArray, BoolArray, IntArray, Shape, TensorSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,9 @@ class Calibration:
 
     ``samples``: how many are fed. ``batch``: samples per batch at most, or the model's own batch size. ``requested``:
     how many samples were asked for. ``available``: how many the source holds (None: not counted). ``dropped``:
-    samples that were chosen but do not fill a batch of the model's size.
+    samples that were chosen but do not fill a batch of the model's size. ``held_out``: other samples of the source,
+    which ``batches`` does not give, so that nothing is fitted to them; None where samples are too few. ``random``: they
+    are noise.
 
     How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
     source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
@@ -67,6 +70,8 @@ class Calibration:
     stored_inputs: tuple[TensorSpec, ...] = field(repr=False)
     sample_axes: SampleAxes = field(repr=False)
     unbatched: bool = field(repr=False)
+    held_out: Calibration | None = field(default=None, repr=False, compare=False)
+    random: bool = False
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
@@ -81,6 +86,10 @@ class Calibration:
                     open_part = (selection.part, _read_part(selection, self.stored_inputs))
                 feeds.append(self._take(selection, open_part[1]))
             yield self._joined(feeds)
+
+    def batch_sizes(self) -> list[int]:
+        """Samples of each batch."""
+        return [sum(map(len, selections)) for selections in self.batch_plan]
 
     def first_rows(self, rows: int) -> Iterator[dict[str, AnyArray]]:
         """The first ``rows`` samples of each batch; all samples where the model takes full batches only."""
@@ -115,6 +124,8 @@ class Calibration:
             text = f"all {self.samples} samples from {self.source}{short}, {size} per batch"
         else:
             text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
+        if self.held_out is not None:
+            text += f", {self.held_out.samples} others held out"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
 
     def _take(self, selection: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
@@ -133,36 +144,70 @@ class Calibration:
         return {name: array[0] for name, array in feed.items()} if self.unbatched else feed
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """``samples`` to fit to, in batches of ``batch``, at most ``held_out`` others, and the ``seed`` that draws them."""
+
+    samples: int
+    batch: int
+    seed: int
+    held_out: int = 0
+
+
 def calibration_from_source(
-    source: CalibrationSource, inputs: tuple[TensorSpec, ...], samples: int, batch: int, seed: int
+    source: CalibrationSource, inputs: tuple[TensorSpec, ...], request: SampleRequest
 ) -> Calibration:
     """Read the headers of all parts, choose the samples and plan the batches; reads no values of files."""
     axes = find_sample_axes(source.inputs)
-    parts = _survey_parts(source, axes, samples)
+    parts = _survey_parts(source, axes, request.samples + count_left_over(request.samples, request.held_out))
     total = sum(map(len, parts))
     if not total:
         raise UserError(f"{source.label}: it holds no samples: at least one is needed")
-    chosen = _take_first(parts, samples) if source.length_unknown else _draw_samples(parts, samples, seed)
-    size = axes.batch_size or batch
-    plan = pack_batches([replace(rows, batch_key=_batch_key(rows, source.inputs, axes)) for rows in chosen], size)
-    if axes.batch_size:  # the model takes full batches only
-        plan = [selections for selections in plan if sum(map(len, selections)) == size]
-    used = sum(len(rows) for selections in plan for rows in selections)
+    size = axes.batch_size or request.batch
+    for count in (count_held_out(request.samples, total, request.held_out, axes.batch_size), 0):
+        chosen, held_out = (_select(parts, flags) for flags in _split(source, request, total, count))
+        plan, held_out_plan = (_plan_batches(rows, source.inputs, axes, size) for rows in (chosen, held_out))
+        if not count or (plan and held_out_plan):  # else none is held out: too few of equal sizes for a fixed batch
+            break
+    used = _planned_samples(plan)
     if not used:
-        raise UserError(_too_few_message(source.label, size, min(samples, total), total))
-    return Calibration(
+        raise UserError(_too_few_message(source.label, size, min(request.samples, total), total))
+    calibration = Calibration(
         source=source.label,
         inputs=inputs,
         samples=used,
         batch=size,
-        requested=samples,
-        available=None if source.length_unknown and total >= samples else total,
+        requested=request.samples,
+        available=None if source.length_unknown and total >= request.samples else total,
         dropped=sum(map(len, chosen)) - used,
-        batch_plan=tuple(tuple(selections) for selections in plan),
+        batch_plan=plan,
         stored_inputs=source.inputs,
         sample_axes=axes,
         unbatched=source.unbatched,
     )
+    if not count:
+        return calibration
+    rest = replace(calibration, samples=_planned_samples(held_out_plan), batch_plan=held_out_plan, dropped=0)
+    return replace(calibration, held_out=rest)
+
+
+def _split(source: CalibrationSource, request: SampleRequest, total: int, held_out: int) -> tuple[BoolArray, BoolArray]:
+    """([total]: is the sample fitted to, [total]: is it held out)."""
+    if source.length_unknown and (total >= request.samples + held_out or not held_out):
+        return split_in_order(request.samples, total, held_out)
+    return split_samples(request.samples, total, held_out, request.seed)
+
+
+def _plan_batches(
+    rows: Sequence[RowSelection], inputs: Sequence[TensorSpec], axes: SampleAxes, size: int
+) -> tuple[tuple[RowSelection, ...], ...]:
+    """Batches of ``size``; where the model fixes its batch size, the full ones."""
+    plan = pack_batches([replace(part, batch_key=_batch_key(part, inputs, axes)) for part in rows], size)
+    return tuple(tuple(batch) for batch in plan if not axes.batch_size or sum(map(len, batch)) == size)
+
+
+def _planned_samples(plan: Sequence[Sequence[RowSelection]]) -> int:
+    return sum(len(rows) for selections in plan for rows in selections)
 
 
 def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
@@ -179,23 +224,12 @@ def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> 
     return selections
 
 
-def _take_first(selections: Sequence[RowSelection], samples: int) -> list[RowSelection]:
-    first = []
-    for selection in selections:
-        first.append(replace(selection, rows=selection.rows[:samples]))
-        samples -= len(first[-1])
-    return [selection for selection in first if len(selection)]
-
-
-def _draw_samples(selections: Sequence[RowSelection], samples: int, seed: int) -> list[RowSelection]:
-    """``samples`` rows drawn without replacement over all parts, left in the order they are stored."""
-    total = sum(map(len, selections))
-    keep = np.zeros(total, bool)
-    keep[np.random.default_rng(seed).permutation(total)[:samples]] = True
-    ends = np.cumsum([len(selection) for selection in selections])
-    kept_by_part = np.split(keep, ends[:-1])
-    drawn = [replace(part, rows=part.rows[kept]) for part, kept in zip(selections, kept_by_part, strict=True)]
-    return [selection for selection in drawn if len(selection)]
+def _select(parts: Sequence[RowSelection], flags: BoolArray) -> list[RowSelection]:
+    """The rows of all parts whose flag is set, left in the order they are stored. ``flags``: [rows of all parts]."""
+    ends = np.cumsum([len(part) for part in parts])
+    kept_by_part = np.split(flags, ends[:-1])
+    chosen = [replace(part, rows=part.rows[kept]) for part, kept in zip(parts, kept_by_part, strict=True)]
+    return [selection for selection in chosen if len(selection)]
 
 
 def _batch_key(selection: RowSelection, inputs: Sequence[TensorSpec], axes: SampleAxes) -> Hashable:

@@ -104,6 +104,19 @@ def solve_low_rank_qk(query: FloatArray, key: FloatArray, ridges: tuple[float, f
     return LowRankBasis(encode, decode, truncation_errors(query_root, encode, decode, key_root))
 
 
+def solve_shared_qk(query: FloatArray, key: FloatArray, ridges: tuple[float, float] = (0.0, 0.0)) -> LowRankBasis:
+    """As ``solve_low_rank_qk``, where one weight produces queries and keys, so that both change basis alike.
+
+    The basis is orthogonal, the principal directions of the sum of both moments, each at a trace of 1. Where the two
+    are proportional, no other basis of r columns T has a smaller error of q T (k T)'.
+    """
+    moments = [add_ridge(moment, ridge) for moment, ridge in zip((query, key), ridges, strict=True)]
+    total = sum(moment / max(float(np.trace(moment)), 1e-300) for moment in moments)
+    basis = np.linalg.eigh(total)[1][:, ::-1]
+    roots = [symmetric_square_root(moment)[0] for moment in (query, key)]
+    return LowRankBasis(basis, basis.T.copy(), truncation_errors(roots[0], basis, basis.T, roots[1]))
+
+
 def solve_low_rank_vo(context: FloatArray, weight: FloatArray, ridge: float = 0.0) -> LowRankBasis:
     """The best rank-r approximation of value and output projection on the data, for every r at once.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from snpc.runtime.closed_form.algebra import (
     shared_value_loss,
     solve_low_rank_qk,
     solve_low_rank_vo,
+    solve_shared_qk,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -48,7 +49,7 @@ from snpc.runtime.statistics import (
     required_statistics,
     unpacked_size,
 )
-from snpc.types import ClosedFormKind, FloatArray, Group, IntArray
+from snpc.types import AnyArray, ClosedFormKind, FloatArray, Group, IntArray
 
 ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")
 """The kinds that change the basis of a group, so that it keeps its first units."""
@@ -206,7 +207,8 @@ def low_rank_bases(
     scores = moments.scores
     size = scores.query.shape[1]
     ridges = (relative_ridge(size, scores.query_count), relative_ridge(size, scores.key_count))
-    return tuple(solve_low_rank_qk(query, key, ridges) for query, key in zip(scores.query, scores.key, strict=True))
+    solve = solve_shared_qk if weights.projects_both_alike else solve_low_rank_qk
+    return tuple(solve(query, key, ridges) for query, key in zip(scores.query, scores.key, strict=True))
 
 
 def value_basis(contexts: Sequence[ConsumerMoments], rows: FloatArray) -> LowRankBasis:
@@ -239,18 +241,37 @@ def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
     )
 
 
-def closed_form_edits(closed_forms: ClosedForms, plan: SlicePlan) -> WeightEdits:
-    """Every edit of the plan. Consumers of whole heads are refitted first: the basis of the values is solved for what
-    is left of them."""
-    edits = WeightEdits()
-    groups = [g for g in closed_forms.analysis.groups if g.id in plan.keep and g.id in closed_forms.kinds]
-    for group in sorted(groups, key=lambda g: g.role != "head"):
+def closed_form_edits(
+    closed_forms: ClosedForms, plan: SlicePlan, earlier: Mapping[str, AnyArray] | None = None
+) -> WeightEdits:
+    """Every edit of the plan; ``earlier``: contents of the constants that were changed before.
+
+    Units of linear layers are rotated first, the last layer first: what is refitted in front of them, and added to a
+    bias there, is in their new basis. Consumers of whole heads come next: the basis of the values is solved for what is
+    left of them.
+    """
+    edits = WeightEdits({name: [start_from(array)] for name, array in (earlier or {}).items()})
+    analysis = closed_forms.analysis
+    position = {node: index for index, node in enumerate(analysis.traced_graph.model.graph)}
+
+    def turn(group: Group) -> tuple[int, int]:
+        if closed_forms.kinds[group.id] == "low_rank_vo" and group.role != "vo":
+            return 0, -max(position[node] for node in analysis.weights[group.id].consumers[0].nodes)
+        return (1, 0) if group.role == "head" else (2, 0)
+
+    groups = [g for g in analysis.groups if g.id in plan.keep and g.id in closed_forms.kinds]
+    for group in sorted(groups, key=turn):
         rows, kind = plan.keep[group.id], closed_forms.kinds[group.id]
         if kind == "refit":
             refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
         elif kind in ROTATED:
             apply_basis(edits, closed_forms, group, len(rows[0]))
     return edits
+
+
+def start_from(contents: AnyArray) -> Callable[[FloatArray], FloatArray]:
+    """The change of a constant to what it was changed to before."""
+    return lambda _: contents.astype(np.float64)
 
 
 def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:

@@ -184,7 +184,9 @@ def solve_stage(
     sums = measure_stage(fit, stage, contents, boundary, dense)
     moment_set = stage_moments(stage, sums)
     closed_forms = solve_bases(fit.plan.analysis, moment_set, stage.groups)
-    edits = closed_form_edits(closed_forms, replace(fit.plan, keep=fit.rows_of(stage)))
+    consumers = {c.weight_slice.tensor for g in stage.groups for c in fit.plan.analysis.weights[g.id].consumers}
+    earlier = {name: array for name, array in contents.items() if name in consumers}
+    edits = closed_form_edits(closed_forms, replace(fit.plan, keep=fit.rows_of(stage)), earlier)
     for error in stage.residual_errors:
         compensate_residual_error(edits, fit.plan, moment_set.moments[error.group.id], error, sums)
     return edits

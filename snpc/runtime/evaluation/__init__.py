@@ -1,13 +1,16 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy   Accuracy of a model file on labeled inputs.
-  bench      Latency of models, measured side by side.
-  compare    Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
-  distances  Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the user.
-  latency    Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
-  metrics    Which metric suits each output of a model: by what the graph does at its end, by values, or as the user
-             says.
+  accuracy       Accuracy of a model file on labeled inputs.
+  bench          Latency of models, measured side by side.
+  compare        Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
+  distances      Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
+                 user.
+  latency        Latency that narrower groups save: whole models at a few widths, timed side by side with the dense
+                 model.
+  metric_choice  The user's metrics: by name, by output, or as a function in a Python file.
+  metrics        Which metric suits each output of a model: by what the graph does at its end, by values, or as the
+                 user says.
 """
 
 from __future__ import annotations
@@ -28,7 +31,15 @@ from snpc.runtime.evaluation.compare import (
     run_batches,
 )
 from snpc.runtime.evaluation.distances import OutputMetric
-from snpc.runtime.evaluation.latency import TimedArtifact, Workload, groups_to_time, latency_table, time_pair
+from snpc.runtime.evaluation.latency import (
+    TimedArtifact,
+    Workload,
+    groups_to_time,
+    latency_table,
+    time_pair,
+    write_narrowed,
+)
+from snpc.runtime.evaluation.metric_choice import MetricRequest, metric_texts, with_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 
 __all__ = [
@@ -37,6 +48,7 @@ __all__ = [
     "VERIFICATION_BATCHES",
     "BenchResult",
     "EvaluationData",
+    "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
     "TimedArtifact",
@@ -54,10 +66,13 @@ __all__ = [
     "max_relative",
     "measure_differences",
     "median_interval",
+    "metric_texts",
     "raise_if_unequal",
     "rounding_tolerance",
     "run_batches",
     "run_rounds",
     "time_pair",
     "top1_accuracy",
+    "with_metrics",
+    "write_narrowed",
 ]

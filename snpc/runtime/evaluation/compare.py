@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
@@ -28,7 +28,8 @@ from snpc.runtime.execution import (
     runs_in_float32,
     temporary_session,
 )
-from snpc.runtime.io import read_without_weights, save
+from snpc.runtime.io import read_model, read_without_weights, save
+from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -208,22 +209,36 @@ def max_relative(differences: Sequence[Difference]) -> float:
 
 
 def run_batches(
-    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
+    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION, max_bytes: float = math.inf
 ) -> list[dict[str, AnyArray]]:
     """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
+    ``max_bytes``: no further batch is run once the outputs are larger, apart from the first ``VERIFICATION_BATCHES``.
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    model = ir.load(path)
+    model = read_model(path)
     if runs_in_float32(model, execution):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
-            return [run(feeds) for feeds in batches]
+            return run_until(run, batches, max_bytes)
     session = open_session(path, execution=execution, optimization="basic", memory="least")
     names = {i.name for i in session.get_inputs()}
     model_feeds = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
-    outputs = [run_session(session, feeds, name=path.name) for feeds in model_feeds]
+    outputs = run_until(partial(run_session, session, name=path.name), model_feeds, max_bytes)
     del session
     release_free_memory()
+    return outputs
+
+
+def run_until(
+    run: Callable[[Feeds], dict[str, AnyArray]], batches: Sequence[Feeds], max_bytes: float
+) -> list[dict[str, AnyArray]]:
+    outputs: list[dict[str, AnyArray]] = []
+    size = 0
+    for number, feeds in enumerate(batches):
+        if number >= VERIFICATION_BATCHES and size > max_bytes:
+            break
+        outputs.append(run(feeds))
+        size += sum(array.nbytes for array in outputs[-1].values())
     return outputs
 
 
@@ -240,7 +255,8 @@ def compare_models(
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
-    original where it has more inputs (token decisions). ``metrics``: of pruned against original.
+    original for the first batches, to which that is limited (with token decisions it has more inputs). ``metrics``: of
+    pruned against original.
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
@@ -250,12 +266,13 @@ def compare_models(
     drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
     if rewritten is None:
         return (), drift
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "masked.onnx"
+    with temporary_folder() as folder:
+        path = folder / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution)
-    return batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow), drift
+    equals_mask = batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow[: len(masked)])
+    return equals_mask, drift
 
 
 def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from snpc.runtime.execution import (
     onnxruntime_version,
 )
 from snpc.runtime.io import atomic_write, save
+from snpc.temporary import temporary_folder
 from snpc.types import FloatArray, Group, Shape
 
 KEPT_SHARES = (0.75, 0.5, 0.25)  # fractions of units kept, for all groups of a role
@@ -151,8 +151,7 @@ def latency_table(
 
 
 def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> LatencyTable:
-    with tempfile.TemporaryDirectory(prefix="snpc-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         original = workload.timed_file(analysis.model.path, folder / "dense")
         base = workload.timed_file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
         dense, ratio = time_pair(analysis, original, base, workload, execution)

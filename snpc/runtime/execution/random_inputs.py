@@ -14,6 +14,8 @@ from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
 
 SEED_STRIDE = 1 << 20  # each of so many batches has its own seed
+RANDOM_SOURCE = "random inputs (no data)"
+RANDOM_HELD_OUT = 16  # quality on noise says little, so few samples do
 
 
 def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
@@ -24,10 +26,13 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
     """
     inputs = analysis.model.inputs
     size = find_sample_axes(inputs).batch_size or max(batch, 1)
-    batches = -(-samples // size)
+    batches = -(-(samples + RANDOM_HELD_OUT) // size)
     feeds = [random_batch(analysis, size, seed * SEED_STRIDE + number) for number in range(batches)]
-    calibration = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed)
-    return replace(calibration, source="random inputs (no data)")
+    calibration = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed, held_out=RANDOM_HELD_OUT)
+    held_out = calibration.held_out
+    if held_out is not None:
+        held_out = replace(held_out, source=RANDOM_SOURCE, random=True)
+    return replace(calibration, source=RANDOM_SOURCE, random=True, held_out=held_out)
 
 
 def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,16 @@ ORT_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class SessionLoadError(UserError):
-    """onnxruntime cannot open a session of a model: an operator that it does not have, types that do not match."""
+    """onnxruntime cannot open a session of a model.
+
+    ``missing_operator``: it has no kernel for an operator, or does not know the operator of another domain; the model
+    may be whole. Otherwise it refuses the model itself: types that do not match, an axis that is not there.
+    """
+
+    missing_operator = False
+
+
+UNKNOWN_OPERATOR = re.compile(r"Fatal error: [^\s:]+:\S+ is not a registered function/op")  # "domain:name(version)"
 
 
 def onnxruntime_version() -> str:
@@ -105,10 +115,17 @@ def open_session(
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise SessionLoadError(f"{name}: onnxruntime does not load it: {first_lines(error)}") from error
+        refusal = SessionLoadError(f"{name}: onnxruntime does not load it: {first_lines(error)}")
+        refusal.missing_operator = lacks_operator(error)
+        raise refusal from error
     if provider not in session.get_providers():
         raise UserError(f"{provider} did not start: onnxruntime has it, but not a library or device that it needs")
     return session
+
+
+def lacks_operator(error: Exception) -> bool:
+    """Whether onnxruntime refused a model because it does not have one of its operators."""
+    return type(error).__name__ == "NotImplemented" or UNKNOWN_OPERATOR.search(str(error)) is not None
 
 
 def save_optimized(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +22,7 @@ from snpc.runtime.execution.session import (
     run_session,
 )
 from snpc.runtime.io import save
+from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds
 
 RunFunction = Callable[[Feeds], dict[str, AnyArray]]
@@ -44,8 +43,8 @@ def temporary_session(
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic; the outputs are then float32 too.
     """
     in_float32 = runs_in_float32(model, execution)
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "model.onnx"
+    with temporary_folder() as folder:
+        path = folder / "model.onnx"
         save(widen_bfloat16(finalize(model)) if in_float32 else finalize(model), path, external)
         sessions = [open_session(path, execution=execution, optimization=optimization, memory=memory)]
         names = {i.name for i in sessions[0].get_inputs()}

@@ -2,11 +2,17 @@
 
 Files
   atomic         Atomic writes: under a temporary name beside the target, renamed into place when complete.
+  duplicate_constants
+                 Names that several constants of a graph define, which onnxruntime takes and onnx-ir refuses.
+  atomic         Atomic writes: a file is written in a temporary folder beside its place, flushed to the disk, and
+                 renamed.
   examples       The trained examples that ship inside the package, and how they reach a user's folder.
   in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
   load           Loading models: tensors checked, external data found, the graph in canonical form.
   protobuf       Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the
                  file.
+  publish        Publishing: finished files of a staging folder get their names, so that a fault at any step leaves
+                 old or new files.
   save           Writing models: weights inside the file, or in a file beside it.
   tensor_checks  Checks of the tensors in a model file: types, shapes, numbers of bytes, and where external data may
                  lie.
@@ -16,20 +22,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from snpc.runtime.io.atomic import (
-    atomic_write,
-    check_target,
-    discard_model,
-    external_data_path,
-    move_into_place,
-    rename_into_place,
-    staging_folder,
-)
+from snpc.runtime.io.atomic import atomic_write, check_target, recorded_publications, staging_folder, write_errors
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.in_memory import read_back
-from snpc.runtime.io.load import file_bytes, load, model_files, resolve_external_data
+from snpc.runtime.io.load import file_bytes, load, model_files, read_model
 from snpc.runtime.io.protobuf import read_without_weights
-from snpc.runtime.io.save import PROTOBUF_LIMIT, save
+from snpc.runtime.io.publish import discard_model, publish_files
+from snpc.runtime.io.save import PROTOBUF_LIMIT, external_data_path, save
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel as InMemoryModel
@@ -44,12 +43,13 @@ __all__ = [
     "file_bytes",
     "load",
     "model_files",
-    "move_into_place",
+    "publish_files",
     "read_back",
+    "read_model",
     "read_without_weights",
-    "rename_into_place",
-    "resolve_external_data",
+    "recorded_publications",
     "save",
     "staging_folder",
+    "write_errors",
     "write_example",
 ]

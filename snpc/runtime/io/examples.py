@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 
 from snpc.errors import UserError
+from snpc.runtime.io.atomic import staging_folder
+from snpc.runtime.io.publish import publish_files
 
 # Listed, not found by scanning: whatever else lies next to the data is never handed out, and a name opens no path.
 EXAMPLES: dict[str, tuple[str, ...]] = {"digits": ("digits_vit.onnx", "calib.npz", "eval.npz")}
@@ -29,7 +29,7 @@ def write_example(name: str, folder: Path) -> tuple[Path, ...]:
     contents = _read_example(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _replace_all({folder / file: data for file, data in contents.items()})
+        return _replace_all(folder, contents)
     except OSError as error:
         reason = error.strerror or str(error)
         message = f"cannot write example '{name}' to {folder}: {reason}; give a folder that you can write to"
@@ -45,24 +45,10 @@ def _read_example(name: str) -> dict[str, bytes]:
     return {file: (source / file).read_bytes() for file in EXAMPLES[name]}
 
 
-def _replace_all(contents: dict[Path, bytes]) -> tuple[Path, ...]:
-    """Write every file under a temporary name in its own folder, then move them all into place."""
-    with ExitStack() as leftovers:
-        staged: list[tuple[Path, Path]] = []
-        for path, data in contents.items():
-            # Same folder, so that the move is atomic; not tempfile, whose files only their owner may read.
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            leftovers.callback(temporary.unlink, missing_ok=True)
-            _write_through(temporary, data)
-            staged.append((temporary, path))
-        for temporary, path in staged:
-            temporary.replace(path)
-    return tuple(contents)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    """Write ``data`` and push it to disk: a renamed file whose content is still in memory is lost with the power."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _replace_all(folder: Path, contents: dict[str, bytes]) -> tuple[Path, ...]:
+    """Write every file beside its place, then rename all of them."""
+    names = list(contents)
+    with staging_folder(folder / names[0]) as staging:
+        for name, data in contents.items():
+            (staging / name).write_bytes(data)
+        return publish_files([staging / name for name in names], folder / names[0])

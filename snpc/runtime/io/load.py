@@ -15,13 +15,21 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph import PassObserver
+from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors
 from snpc.passes.canonicalization import canonicalize
+from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
-from snpc.runtime.io.tensor_checks import all_tensors, check_tensors, external_entry, is_external
-from snpc.types import Model, TemporaryFolder, TensorSpec
+from snpc.runtime.io.tensor_checks import (
+    all_tensors,
+    check_tensors,
+    external_entry,
+    is_external,
+    resolve_external_locations,
+)
+from snpc.temporary import TemporaryFolder
+from snpc.types import Model, TensorSpec
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel
@@ -50,28 +58,16 @@ def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
 def load_file(path: Path, observer: PassObserver | None) -> Model:
     if not path.is_file():
         raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file; give the .onnx itself")
-    try:
-        proto = read_without_weights(path)
-    except (DecodeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
-        ) from None
-    if not proto.graph.node or not proto.opset_import:
-        raise UserError(f"{path}: not an ONNX model (it holds no graph); is it truncated, or another format?")
-    check_tensors(proto, path)
+    proto = read_checked(path)
     digest = file_digest(path, proto)
-    try:
-        graph = ir.from_proto(proto)
-        resolve_external_data(graph, path.parent)
-        graph = canonicalize(graph, observer)
-        check_producers(graph, path)
-        check_serializable(graph)
-    except UserError:
-        raise
-    except Exception as error:  # a malformed graph fails in many ways inside onnx-ir; all mean the same to a user
-        why = error_summary(root_cause(error))
-        raise UserError(f"{path}: the graph is malformed ({why}); run onnx.checker on it") from None
     external = any(location != path.name for location in external_data_files(proto))
+    resolve_external_locations(proto, path)
+    try:
+        graph = canonicalize(from_protobuf(proto), observer)
+        check_producers(graph)
+        check_serializable(graph)
+    except MalformedGraphError as error:
+        raise UserError(f"{path}: {error}; run onnx.checker on it") from None
     return Model(
         path,
         graph,
@@ -82,47 +78,42 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     )
 
 
+def read_checked(path: Path) -> onnx.ModelProto:
+    """The message of a model file, its tensors checked, its big weights left where they are. Raises UserError."""
+    try:
+        proto = read_without_weights(path)
+    except (DecodeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
+        ) from None
+    if not proto.graph.node or not proto.opset_import:
+        raise UserError(f"{path}: not an ONNX model (it holds no graph); is it truncated, or another format?")
+    check_tensors(proto, path)
+    merge_equal_constants(proto.graph, path)
+    return proto
+
+
+def read_model(path: Path) -> ir.Model:
+    """The graph of a model file as it stands, not canonicalized; weights are read when they are needed. UserError."""
+    proto = read_checked(path)
+    resolve_external_locations(proto, path)
+    try:
+        return from_protobuf(proto)
+    except MalformedGraphError as error:
+        raise UserError(f"{path}: {error}; run onnx.checker on it") from None
+
+
+def from_protobuf(proto: onnx.ModelProto) -> ir.Model:
+    """The graph of a message. Raises MalformedGraphError with the innermost reason."""
+    with malformed_graph_errors():
+        return ir.from_proto(proto)
+
+
 def check_serializable(model: ir.Model) -> None:
     """Convert a copy to protobuf, without its weights: a model that cannot be written is refused when it is loaded."""
-    copy = model.clone()
-    proto_without_weights(copy, set(copy.graph.initializers))
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The first error in a chain: onnx-ir wraps an error once per level of the message, each with the whole content."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def error_summary(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
-
-
-def resolve_external_data(model: ir.Model, folder: Path) -> None:
-    """Give external weights full paths: onnx-ir follows no links below a base folder, and model caches are links."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = with_full_path(value.const_value, str(value.name), folder)
-        for node in graph:
-            for attribute in [a for a in node.attributes.values() if isinstance(a, ir.Attr)]:
-                if isinstance(attribute.value, ir.ExternalTensor):
-                    tensor = with_full_path(attribute.value, str(attribute.value.name), folder)
-                    node.attributes[attribute.name] = ir.AttrTensor(attribute.name, tensor)
-
-
-def with_full_path(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        (folder / tensor.location).resolve(),
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=tensor.shape,
-        name=name,
-        base_dir="",
-    )
+    with malformed_graph_errors():
+        copy = model.clone()
+        proto_without_weights(copy, set(copy.graph.initializers))
 
 
 def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
@@ -134,11 +125,11 @@ def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
     return locations
 
 
-def check_producers(model: ir.Model, path: Path) -> None:
+def check_producers(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and value.graph is None:
-                raise UserError(f"{path}: {node.name} reads {value.name}, which no node produces; export it again")
+                raise MalformedGraphError(f"{node.name} reads {value.name}, which no node produces")
 
 
 def file_digest(path: Path, proto: onnx.ModelProto) -> str:
@@ -182,6 +173,3 @@ def file_bytes(path: Path) -> int:
 def model_files(path: Path) -> set[Path]:
     """The model file and the files of its external data."""
     return {path, *(path.parent / name for name in external_data_files(read_without_weights(path)))}
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------

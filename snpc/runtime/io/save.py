@@ -7,24 +7,32 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.external_data import convert_tensors_to_external
+from onnx_ir.external_data import convert_tensors_from_external, convert_tensors_to_external
 
 from snpc.graph import weight_bytes
-from snpc.runtime.io.atomic import atomic_write, external_data_path
+from snpc.runtime.io.atomic import unflushed_write
 from snpc.runtime.io.protobuf import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
 PAGE = 4096  # bytes: runtimes map weights into memory page by page
 
 
+def external_data_path(target: Path) -> Path:
+    """The file beside ``target`` to which ``save`` writes external weights."""
+    return target.parent / f"{target.name}.data"
+
+
 def save(model: ir.Model, target: Path, external: bool = False) -> None:
     """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
-    the model is too big for one protobuf message."""
+    the model is too big for one protobuf message.
+
+    For temporary and staging folders: ``publish_files`` brings a model to a user's folder.
+    """
     weights = sum(weight_bytes(v.const_value) for v in model.graph.initializers.values() if v.const_value is not None)
     if external or weights > PROTOBUF_LIMIT:
         save_external(model, target)
     else:
-        with atomic_write(target) as temporary:
+        with unflushed_write(target) as temporary:
             write_inline(model, temporary)
 
 
@@ -36,7 +44,7 @@ def save_external(model: ir.Model, target: Path) -> None:
     data = external_data_path(target)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     weights = {name: tensor for name, tensor in tensors.items() if tensor is not None and is_stored_separately(tensor)}
-    with atomic_write(data) as temporary:
+    with unflushed_write(data) as temporary:
         stored = convert_tensors_to_external(
             list(weights.values()), temporary.parent, temporary.name, alignment=PAGE, align_threshold=0
         )
@@ -46,7 +54,7 @@ def save_external(model: ir.Model, target: Path) -> None:
             message.name = name
             next(entry for entry in message.external_data if entry.key == "location").value = data.name
             proto.graph.initializer.append(message)
-        with atomic_write(target) as head:
+        with unflushed_write(target) as head:
             head.write_bytes(proto.SerializeToString())
 
 
@@ -56,7 +64,8 @@ def is_stored_separately(tensor: ir.TensorProtocol | None) -> bool:
 
 
 def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto:
-    """The model as protobuf, without the weights named ``without``; ``model`` is unchanged afterwards."""
+    """The model as protobuf, without the weights named ``without``; ``model`` computes the same afterwards."""
+    embed_inner_tensors(model)
     values = {name: model.graph.initializers[name] for name in without}
     tensors = {name: value.const_value for name, value in values.items()}
     try:
@@ -69,6 +78,29 @@ def proto_without_weights(model: ir.Model, without: set[str]) -> onnx.ModelProto
         for name, value in values.items():
             value.const_value = tensors[name]
             model.graph.initializers[name] = value
+
+
+def embed_inner_tensors(model: ir.Model) -> None:
+    """Read external tensors of attributes and subgraphs into memory, in place: only initializers of the main graph are
+    written from their file, and a reference to it would stand in the output with its full path."""
+    functions = [function.graph for function in model.functions.values()]
+    outer = (model.graph, *functions)
+    for graph in (*outer, *(inner for function in outer for inner in function.subgraphs())):
+        for value in () if graph is model.graph else graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = in_memory_tensor(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, in_memory_tensor(attribute.value))
+                elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+                    tensors = [in_memory_tensor(t) for t in attribute.as_tensors()]
+                    node.attributes[name] = ir.AttrTensors(name, tensors)
+
+
+def in_memory_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor itself, or a copy in memory of one that lies in a file."""
+    return convert_tensors_from_external([tensor])[0] if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
 def write_inline(model: ir.Model, path: Path) -> None:

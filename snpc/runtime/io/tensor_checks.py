@@ -6,38 +6,65 @@ No weight is read. Each error names the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 from onnx import TensorProto, helper
 
 from snpc.errors import UserError
 
 
-def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model: initializers and those in attributes, of subgraphs and functions too."""
-    yield from graph_tensors(model.graph)
-    for function in model.functions:
-        yield from node_tensors(function.node)
+def fields_with_tensors() -> dict[str, tuple[str, ...]]:
+    """Full name of a message -> its fields that lead to tensors, read off the message types themselves: a field that a
+    later ONNX adds is not forgotten."""
+    tensor = TensorProto.DESCRIPTOR
+    kinds: dict[str, Any] = {}
+    queue: list[Any] = [onnx.ModelProto.DESCRIPTOR, onnx.FunctionProto.DESCRIPTOR]
+    while queue:
+        kind = queue.pop()
+        if kind.full_name not in kinds:
+            kinds[kind.full_name] = kind
+            queue += [field.message_type for field in kind.fields if field.message_type is not None]
+    leading = {tensor.full_name}
+    while True:
+        more = {
+            name
+            for name, kind in kinds.items()
+            if any(field.message_type is not None and field.message_type.full_name in leading for field in kind.fields)
+        }
+        if more <= leading:
+            break
+        leading |= more
+    return {
+        name: tuple(
+            field.name
+            for field in kinds[name].fields
+            if field.message_type is not None and field.message_type.full_name in leading
+        )
+        for name in leading - {tensor.full_name}
+    }
 
 
-def graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    yield from node_tensors(graph.node)
+FIELDS_WITH_TENSORS = fields_with_tensors()
 
 
-def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from graph_tensors(attribute.g)
-            for graph in attribute.graphs:
-                yield from graph_tensors(graph)
+def all_tensors(message: Message) -> Iterator[TensorProto]:
+    """Every tensor in a message, wherever it stands: initializers, attributes of nodes, defaults of functions, their
+    bodies, subgraphs, values and indices of sparse tensors, graphs for training."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for name in FIELDS_WITH_TENSORS.get(message.DESCRIPTOR.full_name, ()):
+        content = getattr(message, name)
+        if not isinstance(content, Message):
+            for inner in content:
+                yield from all_tensors(inner)
+        elif message.HasField(name):
+            yield from all_tensors(content)
 
 
 def is_external(tensor: TensorProto) -> bool:
@@ -75,7 +102,9 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
                 "update onnx and onnx_ir, or export it again"
             ) from None
         if is_external(tensor):
-            check_external_location(tensor, path, file_sizes)
+            location = external_entry(tensor, "location")
+            if location not in file_sizes:
+                file_sizes[location] = external_file(location, path).stat().st_size
         actual = (
             actual_bytes(tensor, path, file_sizes.get(external_entry(tensor, "location"), 0))
             if required is not None
@@ -101,24 +130,45 @@ def typed_data_bytes(tensor: TensorProto) -> int:
     return math.ceil(count * max(dtype.itemsize, 1))  # one entry holds a byte of packed types
 
 
-def check_external_location(tensor: TensorProto, path: Path, file_sizes: dict[str, int]) -> None:
-    """Refuse external data outside the model's folder. Adds the file's size to ``file_sizes``."""
-    location = external_entry(tensor, "location")
-    if location in file_sizes:
-        return
+def external_file(location: str, path: Path) -> Path:
+    """The file at ``location``, all links resolved, which the model at ``path`` may read.
+
+    It must lie in the model's folder or below: in that of the path, or, where the model is itself a link (model caches
+    keep the files of a model as links into one folder), in that of the file behind it. Raises UserError.
+    """
     if Path(location).is_absolute() or ".." in Path(location).parts:
         raise UserError(f"{path}: its weights are in {location}, outside its folder; move them beside the model")
     file = path.parent / location
     try:
         exists = bool(location) and file.is_file()
-    except (ValueError, OSError):  # a name that no file can have
-        exists = False
+        target = file.resolve()
+    except (ValueError, OSError, RuntimeError):  # a name that no file can have, links in a circle
+        exists, target = False, file
     if not exists:
         raise UserError(
             f"{path}: its weights are in {location[:200] or 'a file without a name'}, which is not beside it; "
             "copy that file next to the model"
         )
-    file_sizes[location] = file.stat().st_size
+    if not any(target.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent)):
+        raise UserError(
+            f"{path}: its weights are in {location}, a link to {target} outside its folder; copy that file into the "
+            "folder in place of the link"
+        )
+    return target
+
+
+def resolve_external_locations(model: onnx.ModelProto, path: Path) -> None:
+    """Put the full path of its file into every external tensor, in place: onnx-ir looks for relative ones in the
+    current folder where they stand in functions, and follows no links."""
+    files: dict[str, Path] = {}
+    for tensor in all_tensors(model):
+        if is_external(tensor):
+            location = external_entry(tensor, "location")
+            if location not in files:
+                files[location] = external_file(location, path)
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = str(files[location])
 
 
 def external_length(tensor: TensorProto, path: Path, file_size: int) -> int:

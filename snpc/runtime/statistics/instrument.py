@@ -14,7 +14,7 @@ from snpc.ops import names as op
 from snpc.passes.token_analysis import PaddingSource
 from snpc.runtime.statistics.packed_symmetric import row_strips
 from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
-from snpc.types import Probe
+from snpc.types import BoolArray, Probe
 
 SLICE_END = 1 << 30  # larger than any rank
 
@@ -169,6 +169,9 @@ class Instrument:
             value = self.transpose(value, 0, *layout.row_axes, *layout.unit_axes)
             total = int(np.prod([probed_axis_size(probe, layout, k) for k in layout.unit_axes], dtype=np.int64))
             value = self.reshape(value, 0, -1, total)
+            if not layout.shows_all:  # the column behind the others stands for units that are not seen
+                first = self.node(op.GATHER, [value, self.ints([0])], axis=2)
+                value = self.node(op.CONCAT, [value, self.node(op.SUB, [first, first])], axis=2)
             if layout.columns.tolist() != list(range(total)):
                 value = self.node(op.GATHER, [value, self.ints(layout.columns.tolist())], axis=2)
             self.rows_cache[key] = self.zero_masked(value, self.row_mask(probe.tensor))
@@ -194,6 +197,12 @@ class Instrument:
         """[.., samples, rows, 1]: for ``rows`` [.., samples, rows, size] ones, and zeros where a row does not count."""
         first = self.node(op.GATHER, [rows, self.ints([0])], axis=-1)
         return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [first, first])]), mask)
+
+    def ones_of_shown(self, ones: ir.Value, shown: BoolArray) -> ir.Value:
+        """``ones`` [.., samples, rows, 1] with zeros for blocks that are not ``shown`` [..]."""
+        if shown.all():
+            return ones
+        return self.node(op.MUL, [ones, self.constant(shown[..., None, None, None].astype(np.float32))])
 
     # -- statistics, one method per kind
 
@@ -234,15 +243,18 @@ class Instrument:
         """[blocks, size + 1]: the sum of the rows, and their number."""
         rows = self.rows_by_block(probe, blocks, size)
         ones = self.ones_column(rows, self.block_row_mask(probe, blocks * size))
+        ones = self.ones_of_shown(ones, infer_probe_layout(probe, blocks * size).is_shown(blocks)[0])
         return self.reduce(op.REDUCE_SUM, self.node(op.CONCAT, [rows, ones], axis=3), [1, 2])
 
     def gram_per_repeat(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[repeats, blocks, size + 1, size + 1]: X'X over samples and rows, with a column of ones behind the units.
         Several columns of one unit (query heads that share their values) give one matrix each."""
-        repeats = infer_probe_layout(probe, blocks * size).repeats
+        layout = infer_probe_layout(probe, blocks * size)
+        repeats = layout.repeats
         split = self.reshape(self.rows(probe, blocks * size), 0, -1, repeats, blocks, size)
         split = self.transpose(split, 2, 3, 0, 1, 4)
-        extended = self.node(op.CONCAT, [split, self.ones_column(split, self.row_mask(probe.tensor))], axis=4)
+        ones = self.ones_of_shown(self.ones_column(split, self.row_mask(probe.tensor)), layout.is_shown(blocks))
+        extended = self.node(op.CONCAT, [split, ones], axis=4)
         flat = self.reshape(extended, repeats, blocks, -1, size + 1)
         return self.node(op.MATMUL, [self.transpose(flat, 0, 1, 3, 2), flat])
 

@@ -76,7 +76,7 @@ def required_statistics(weights: GroupWeights) -> tuple[StatisticKey, ...]:
         case "score_selection":
             return (StatisticKey("score_loss", "query"),)
         case "low_rank_vo":
-            return tuple(StatisticKey("gram_per_repeat", "context", 0, k) for k in range(len(weights.uses[0])))
+            return tuple(StatisticKey("gram_per_repeat", use.probe.kind, 0, k) for k, use in enumerate(weights.uses[0]))
         case "refit":
             return tuple(
                 StatisticKey("gram_joint", use.probe.kind, consumer, k)

@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from snpc.errors import CheckFailed
 from snpc.passes.token_analysis import shortest_period
-from snpc.types import IntArray, Probe, Shape
+from snpc.types import BoolArray, IntArray, Probe, Shape
 
 RowOrder = Literal["batch_first", "merged", "tokens_first"]
 """Of rows that are tokens: [batch, tokens], [batch * tokens, 1], or [tokens, batch]."""
@@ -19,7 +18,7 @@ RowOrder = Literal["batch_first", "merged", "tokens_first"]
 class ProbeLayout:
     """How a probed tensor becomes [rows, units]: axis 0 is split where it merges batch and blocks (``period``: blocks,
     0 for no split), ``row_axes`` are moved in front of ``unit_axes``, and ``columns`` are gathered. ``repeats``: how
-    many columns show one unit."""
+    many columns show one unit, at most; a column number that is the ``width`` of the unit axes stands for zeros."""
 
     period: int
     rank: int
@@ -27,10 +26,21 @@ class ProbeLayout:
     unit_axes: tuple[int, ...]
     columns: IntArray
     repeats: int
+    width: int
+
+    @property
+    def shows_all(self) -> bool:
+        """Whether every unit is seen, each as often as the others."""
+        return bool((self.columns < self.width).all())
+
+    def is_shown(self, blocks: int) -> BoolArray:
+        """[repeats, blocks]: whether any unit of a block is seen there."""
+        shown = (self.columns < self.width).reshape(self.repeats, blocks, -1)
+        return np.asarray(shown.any(-1), np.bool_)
 
 
 def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
-    """The layout of a probe that shows so many units. Raises CheckFailed where it shows some of them more often."""
+    """The layout of a probe of a group of so many units. It may show only some of them, such as those of one head."""
     unit_at = probe.units
     period = 0
     if unit_at.shape[0] > 1:
@@ -40,13 +50,13 @@ def infer_probe_layout(probe: Probe, units: int) -> ProbeLayout:
     unit_axes = tuple(k for k in range(1, rank) if unit_at.shape[k] > 1) or (rank - 1,)
     row_axes = tuple(k for k in range(1, rank) if k not in unit_axes)
     flat = unit_at.transpose(0, *row_axes, *unit_axes).reshape(-1)
-    counts = np.bincount(flat[flat >= 0], minlength=units)
-    repeats = int(counts.min())
-    if not repeats or counts.max() != repeats or len(counts) > units:
-        raise CheckFailed(f"{probe.tensor}: some of its units are seen more often than others")
-    by_unit = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :].reshape(units, repeats)
-    order = by_unit.T.reshape(-1)
-    return ProbeLayout(period, rank, row_axes, unit_axes, order, repeats)
+    by_unit = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :]
+    owner = flat[by_unit]
+    occurrence = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    repeats = int(occurrence.max()) + 1
+    columns = np.full((repeats, units), len(flat), np.int64)
+    columns[occurrence, owner] = by_unit
+    return ProbeLayout(period, rank, row_axes, unit_axes, columns.reshape(-1), repeats, len(flat))
 
 
 def samples_and_rows(layout: ProbeLayout, shape: Shape) -> tuple[int, int]:

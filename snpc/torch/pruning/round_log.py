@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from snpc.runtime.io import atomic_write, discard_model
+from snpc.temporary import temporary_folder
 from snpc.torch.training import (
     CheckpointOptions,
     invalid_checkpoint_error,
@@ -81,8 +81,8 @@ def open_round_log(options: CheckpointOptions | None, run_id: str) -> Iterator[R
     Raises UserError for a log that exists and ``resume`` is not set, and for that of another run.
     """
     if options is None:
-        with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-            yield RoundLog(Path(folder), run_id, NO_CHECKPOINTS)
+        with temporary_folder() as folder:
+            yield RoundLog(folder, run_id, NO_CHECKPOINTS)
         return
     make_checkpoint_folder(options)
     path = options.folder / ROUND_LOG_FILE

@@ -13,7 +13,7 @@ from snpc.passes import Analysis, analyze
 from snpc.pipeline import apply, plan
 from snpc.planning import Budget, PruningMethod, ResourceTarget, parse_target
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.io import check_target, discard_model, external_data_path, load, model_files, rename_into_place
+from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
 from snpc.torch.finetune import finetune
 from snpc.torch.pruning.objectives import AccuracyDrop, PruningObjective, max_output_drift
 from snpc.torch.pruning.round_log import PruningRound, RoundLog, open_round_log
@@ -196,17 +196,14 @@ class RoundRunner:
 
 def check_output(source: Path, output: Path) -> None:
     """Raises UserError where the output cannot be written, or would overwrite the source."""
-    for path in (output, external_data_path(output)):
-        check_target(path, *model_files(source))
+    check_target(output, *model_files(source))
 
 
 def copy_into_place(model: Path, output: Path) -> None:
     """Copy a model beside ``output``, then rename the copy into place."""
-    temporary = output.with_name(f".{output.name}.unverified.onnx")
-    try:
-        shutil.copyfile(model, temporary)
-        if external_data_path(model).is_file():
-            shutil.copyfile(external_data_path(model), external_data_path(temporary))
-        rename_into_place(temporary, output)
-    finally:
-        discard_model(temporary)
+    with staging_folder(output) as folder:
+        for file in model_files(model):
+            copy = folder / file.relative_to(model.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        publish_files([folder / model.name], output)

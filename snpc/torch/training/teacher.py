@@ -6,10 +6,8 @@ a GPU, nothing has to be copied. Inputs are never augmented, so outputs that fit
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +18,7 @@ from snpc.passes.canonicalization import finalize
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution, open_session, run_session
 from snpc.runtime.io import save
+from snpc.temporary import temporary_folder
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import Tensor, to_tensor
 from snpc.torch.training.sampling import sample_ids
@@ -56,8 +55,8 @@ def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunct
         if name not in output_names:
             values[name].type = ir.TensorType(dtypes[name])
             model.graph.outputs.append(values[name])
-    with tempfile.TemporaryDirectory(prefix="snpc-") as folder:
-        path = Path(folder) / "teacher.onnx"
+    with temporary_folder() as folder:
+        path = folder / "teacher.onnx"
         save(finalize(model), path)
         session = open_session(path, execution=Execution(threads=torch.get_num_threads()))
     input_names = {value.name for value in session.get_inputs()}

@@ -266,14 +266,14 @@ def test_batches_concatenate_back_to_the_chosen_samples(
     rows = iter(range(total))
     feeds = [{"ids": np.array([[next(rows)] * length for _ in range(count)])} for count, length in parts]
     (tmp_path / "a.json").write_text(json.dumps([{"ids": feed["ids"].tolist()} for feed in feeds]))
-    calibration = load_calibration(tmp_path / "a.json", [IDS], samples=samples, batch=batch, seed=seed)
+    calibration = load_calibration(tmp_path / "a.json", [IDS], samples=samples, batch=batch, seed=seed, held_out=0)
     given_rows = [int(row[0]) for feed in calibration.batches() for row in feed["ids"]]
     assert len(given_rows) == calibration.samples == min(samples, total)
     assert given_rows == sorted(set(given_rows))
     assert all(1 <= len(feed["ids"]) <= batch for feed in calibration.batches())
     again = [int(row[0]) for feed in calibration.batches() for row in feed["ids"]]
     assert again == given_rows
-    from_list = load_calibration(feeds, [IDS], samples=samples, batch=batch)
+    from_list = load_calibration(feeds, [IDS], samples=samples, batch=batch, held_out=0)
     first = [int(row[0]) for feed in from_list.batches() for row in feed["ids"]]
     assert first == list(range(min(samples, total)))
 
@@ -285,9 +285,9 @@ def test_a_static_batch_is_always_full(total: int, size: int, samples: int) -> N
     usable = min(total, samples) // size * size
     if not usable:
         with pytest.raises(UserError, match=f"the model's batch is {size}, but"):
-            load_calibration({"x": numbers(total)}, model, samples=samples)
+            load_calibration({"x": numbers(total)}, model, samples=samples, held_out=0)
         return
-    calibration = load_calibration({"x": numbers(total)}, model, samples=samples, batch=3)
+    calibration = load_calibration({"x": numbers(total)}, model, samples=samples, batch=3, held_out=0)
     assert set(sizes(calibration)) == {size}
     assert calibration.batch == size
     assert calibration.samples == sum(sizes(calibration)) == usable
@@ -320,7 +320,10 @@ def test_an_endless_generator_is_read_as_far_as_needed() -> None:
     calibration = load_calibration(endless, [X], samples=7, batch=2)
     assert sizes(calibration) == [2, 2, 2, 1]
     assert sizes(calibration) == [2, 2, 2, 1]
-    assert len(pulled) == 3
+    assert len(pulled) == 12  # 7 samples to fit to, and 28 that are held out
+    assert calibration.held_out is not None and calibration.held_out.samples == 28
+    assert load_calibration(endless, [X], samples=7, held_out=0).held_out is None
+    assert len(pulled) == 15
 
 
 def test_different_lengths_never_share_a_batch() -> None:
@@ -344,7 +347,7 @@ def test_only_the_chosen_files_are_read(tmp_path: Path, monkeypatch: pytest.Monk
     opened: list[Any] = []
     own = Image.open
     monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or own(file))
-    calibration = load_calibration(tmp_path, [IMAGE], samples=9, batch=2)
+    calibration = load_calibration(tmp_path, [IMAGE], samples=9, batch=2, held_out=0)
     assert len(opened) == 2  # the first batch, to fail early
     feeds = calibration.batches()
     next(feeds)

@@ -520,7 +520,7 @@ def test_prune_apply_and_verify(tmp_path: Path) -> None:
     assert (group["size"], group["kept"], group["form"]) == (96, 87, "refit")
     assert {g["role"] for g in report["groups"] if g["kept"] < g["size"]} == {"qk", "vo", "ffn", "residual"}
     assert report["verify"]["max_abs_diff"] < 1e-4
-    assert report["verify"]["drift"][0]["relative"] < 0.2
+    assert report["verify"]["quality"]["differences"][0]["relative"] < 0.2
     data = ("--calib-samples", 32)
     reported("apply", VIT, plan, "--calib", CALIB, *data, "-o", again)
     for a, b in zip(onnx.load(out).graph.initializer, onnx.load(again).graph.initializer, strict=True):

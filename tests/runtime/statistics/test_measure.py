@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.unit_weights import criterion_inputs
 from snpc.types import Group, Probe
 from tests.command_line import CALIB, VIT
+from tests.models.encoders import Encoder
 from tests.models.exports import load_feeds
 from tests.oracle import analysis_of, prunable, require, written
 
@@ -268,10 +270,12 @@ def test_progress_sees_every_batch() -> None:
     assert sizes == [6, 6, 6, 2]
 
 
-def test_units_that_are_seen_unequally_often_are_a_failed_check() -> None:
-    probe = Probe("hidden", "h", np.array([[0, 0, 1]]))
-    with pytest.raises(snpc.CheckFailed, match="seen more often"):
-        infer_probe_layout(probe, 2)
+def test_units_that_are_not_seen_are_zeros() -> None:
+    """Unit 0 stands in two columns, unit 1 in one, unit 2 in none; the column behind the others stands for zeros."""
+    layout = infer_probe_layout(Probe("hidden", "x", np.array([[1, 0, -1, 0]])), 3)
+    assert layout.columns.reshape(layout.repeats, 3).tolist() == [[1, 0, 4], [3, 4, 4]]
+    assert not layout.shows_all
+    assert layout.is_shown(3).tolist() == [[True, True, False], [True, False, False]]
 
 
 def test_layouts() -> None:
@@ -298,3 +302,23 @@ def test_the_file_is_only_read(tmp_path: Path) -> None:
     snpc.score(snpc.analyze(model), "mixed", snpc.load_calibration(CALIB, model.inputs, samples=4))
     assert path.read_bytes() == VIT.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("apart", ["sliced", "gathered"])
+@pytest.mark.parametrize("budget", [{"uniform": True}, {"method": "select", "criterion": "snp"}], ids=["auto", "snp"])
+def test_heads_that_are_computed_one_by_one_are_pruned_as_heads_in_one_tensor(
+    tmp_path: Path, apart: Literal["sliced", "gathered"], budget: dict[str, Any]
+) -> None:
+    """A probe then shows one head of the group only."""
+    together = Encoder(depth=2, heads=4, exit="mean")
+    outputs = []
+    for encoder in (together, replace(together, apart=apart)):
+        path, cut = tmp_path / "dense.onnx", tmp_path / "cut.onnx"
+        onnx.save(encoder.model(), path)
+        data = [encoder.feeds(batch=8)]
+        snpc.prune(path, cut, ratio=0.5, roles=("qk", "vo", "ffn"), calibration=data, **budget)
+        shapes = {t.name: t.dims for t in onnx.load(cut).graph.initializer}
+        assert shapes["q0"] == [together.width, together.width // 2]
+        session = ort.InferenceSession(cut, providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, encoder.feeds(batch=3, seed=5))[0])
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4 * np.abs(outputs[0]).max())
