@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     ArgumentGroup,
     ExecutionArguments,
     JsonArguments,
+    MetricArguments,
     ModelArguments,
     argument,
     check_output_paths,
@@ -46,13 +47,17 @@ class VerifyArguments(ArgumentGroup):
     max_drift: float | None = option(
         "--max-drift",
         type=click.FloatRange(0),
-        help="Fail if an output changes by more than this (relative RMS).",
+        help="Fail if an output changes by more than this (relative RMS, or as --metric says).",
     )
 
 
 @command("verify")
 def verify_command(
-    model: ModelArguments, arguments: VerifyArguments, json: JsonArguments, running: ExecutionArguments
+    model: ModelArguments,
+    arguments: VerifyArguments,
+    judging: MetricArguments,
+    json: JsonArguments,
+    running: ExecutionArguments,
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
     pruned, data = arguments.pruned, arguments.calib
@@ -65,7 +70,8 @@ def verify_command(
     calibration = snpc.load_calibration(data, analysis.model.inputs, held_out=held_out) if data else None
     execution = running.load()
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=execution)
+    metric = judging.metric or None
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, metric=metric, execution=execution)
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

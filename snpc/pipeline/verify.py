@@ -18,12 +18,14 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    MetricRequest,
     OutputMetrics,
     check_structure,
     compare_models,
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
+    with_metrics,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
@@ -168,6 +170,7 @@ def verify(
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
+    metric: MetricRequest | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
@@ -176,7 +179,7 @@ def verify(
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
     (``complete_plan``). Raises CheckFailed where a check fails.
     """
-    analysis = plan.analysis if plan is not None else analyze(load(original))
+    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
     load(pruned)
     rewritten = None
     if plan is not None:

@@ -16,7 +16,14 @@ from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_p
 from snpc.planning.config import Allocator, Budget, ResourceTarget, parse_max_ratios, parse_target
 from snpc.planning.descent import AllocationPath
 from snpc.planning.plan import LatencyCurves, PruningMethod, SlicePlan, UnitScores, cuts_of, select_units, top_units
-from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
+from snpc.planning.plan_file import (
+    metric_texts,
+    metrics_in,
+    plan_from_json,
+    plan_to_json,
+    prunes_kv_cache,
+    token_reduction_in,
+)
 
 __all__ = [
     "AllocationPath",
@@ -32,6 +39,8 @@ __all__ = [
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",
+    "metric_texts",
+    "metrics_in",
     "parse_max_ratios",
     "parse_target",
     "plan_from_json",

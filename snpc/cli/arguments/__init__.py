@@ -4,6 +4,7 @@ Files
   building     What a runtime target is built with.
   calibration  Calibration data, evaluation data and statistics.
   group        What an argument group is, and commands made of groups.
+  metric       How outputs are judged.
   model        MODEL, and its analysis.
   output       Files that are written.
   parsers      Texts of options to values.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
 from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
+from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
@@ -26,6 +28,7 @@ from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, 
 
 __all__ = [
     "FILE_PATH",
+    "METRIC_HELP",
     "ArgumentGroup",
     "BuildArguments",
     "CalibrationArguments",
@@ -34,6 +37,7 @@ __all__ = [
     "ExecutionArguments",
     "JsonArguments",
     "LimitedExecutionArguments",
+    "MetricArguments",
     "ModelArguments",
     "PlanningArguments",
     "PrunableModelArguments",

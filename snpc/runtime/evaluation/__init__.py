@@ -39,7 +39,7 @@ from snpc.runtime.evaluation.latency import (
     time_pair,
     write_narrowed,
 )
-from snpc.runtime.evaluation.metric_choice import MetricRequest, metric_texts, with_metrics
+from snpc.runtime.evaluation.metric_choice import MetricRequest, with_metrics, with_named_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 
 __all__ = [
@@ -66,7 +66,6 @@ __all__ = [
     "max_relative",
     "measure_differences",
     "median_interval",
-    "metric_texts",
     "raise_if_unequal",
     "rounding_tolerance",
     "run_batches",
@@ -74,5 +73,6 @@ __all__ = [
     "time_pair",
     "top1_accuracy",
     "with_metrics",
+    "with_named_metrics",
     "write_narrowed",
 ]

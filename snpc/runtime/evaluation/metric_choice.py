@@ -48,6 +48,14 @@ def with_metrics(analysis: Analysis, metric: MetricRequest | None) -> Analysis:
     return result
 
 
+def with_named_metrics(analysis: Analysis, texts: Sequence[str]) -> Analysis:
+    """``with_metrics`` for texts that a file holds: no code is run."""
+    for _, name in (split_output(text, [spec.name for spec in analysis.model.outputs]) for text in texts):
+        if not is_metric_name(name):
+            raise UserError(f"metric {name!r} of the plan: choose from {', '.join(METRIC_NAMES)}")
+    return with_metrics(analysis, texts or None)
+
+
 def requested_metrics(metric: MetricRequest, outputs: Sequence[str]) -> Iterator[tuple[str, str | MetricFunction]]:
     """(output or "", what is wanted of it) of every part of a request."""
     if isinstance(metric, Mapping):
@@ -71,11 +79,16 @@ def split_output(text: str, outputs: Sequence[str]) -> tuple[str, str]:
     return "", text
 
 
+def is_metric_name(text: str) -> bool:
+    """Is it a name, perhaps with an axis?"""
+    return re.fullmatch(rf"({'|'.join(METRIC_NAMES)})(:-?\d{{1,2}})?", text.strip(), re.ASCII) is not None
+
+
 def parse_metric(text: str) -> ChosenMetric:
     """A name with its axis, or the function of a file."""
-    match = re.fullmatch(r"(\w+)(?::(-?\d+))?", text.strip())
-    if match is not None and match[1] in METRIC_NAMES:
-        return ChosenMetric(match[1], int(match[2]) if match[2] is not None else None)
+    if is_metric_name(text):
+        name, _, axis = text.strip().partition(":")
+        return ChosenMetric(name, int(axis) if axis else None)
     script, colon, function = text.rpartition(":")
     if not colon or not script.endswith(".py"):
         raise UserError(f"--metric {text!r}: choose from {', '.join(METRIC_NAMES)}, or give FILE.py:FUNCTION")
@@ -85,13 +98,3 @@ def parse_metric(text: str) -> ChosenMetric:
 def function_metric(function: Callable[..., Any]) -> ChosenMetric:
     """A function of the caller. Its errors are the caller's own."""
     return ChosenMetric(getattr(function, "__name__", type(function).__name__), function=function)
-
-
-def metric_texts(analysis: Analysis) -> list[str]:
-    """The choice as a plan file has it: ``with_metrics`` reads it back. Functions are not in it: no code is run because
-    a plan says so."""
-    return [
-        f"{output}={metric.name}" + (f":{metric.axis}" if metric.axis is not None else "") if output else metric.name
-        for output, metric in analysis.metrics.items()
-        if metric.function is None
-    ]
