@@ -62,11 +62,12 @@ def output_kind(model: ir.Model, facts: ShapeFacts, value: ir.Value) -> OutputKi
         return OutputKind(name, "cache", why="a KV cache, by its name")
     if holds_cache(model, value):
         return OutputKind(name, "cache", why="a KV cache")
-    for path in paths_to_softmax(model, facts, value):
-        axis = class_axis(model, facts, path, value)
-        if axis is not None:
-            content: OutputContent = "log_probabilities" if path.logarithm else "probabilities"
-            return OutputKind(name, content, axis, f"{path.node.op_type} behind it")
+    found = [(class_axis(model, facts, path, value), path) for path in paths_to_softmax(model, facts, value)]
+    axes = [(axis, path) for axis, path in found if axis is not None]
+    if axes:  # of a dual softmax the last axis
+        axis, path = max(axes, key=lambda pair: pair[0])
+        content: OutputContent = "log_probabilities" if path.logarithm else "probabilities"
+        return OutputKind(name, content, axis, f"{path.node.op_type} behind it")
     return linear_kind(model, facts, value)
 
 

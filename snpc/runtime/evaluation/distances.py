@@ -29,6 +29,7 @@ MetricCandidate = Literal["", "integers", "linear", "classes"]
 
 METRIC_NAMES = ("kl", "relative", "cosine", "mismatch", "none")
 INVISIBLE = 1e3  # a logit so far below the largest of its row has no probability at any precision: a mask
+PLANNING_TEMPERATURE = 4.0
 LARGEST_LOGARITHM = 100.0  # of what is called a log-probability: a broken model may have any, and must not overflow
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
@@ -48,6 +49,7 @@ class OutputMetric:
     function: MetricFunction | None = field(default=None, compare=False)
     chosen: bool = False
     candidate: MetricCandidate = ""
+    temperature: float = 1.0
 
     @property
     def judged(self) -> bool:
@@ -62,8 +64,9 @@ class OutputMetric:
 
     def change(self, reference: AnyArray, other: AnyArray, mask: BoolArray | None = None) -> float:
         """The distance for planning: like a squared error, and as a share of the distance of an output that is zero
-        (of classes: of equal probabilities), so that several outputs can be averaged."""
-        total = self.sums(reference, other, mask)
+        (of classes: of equal probabilities), so that several outputs can be averaged. Classes are compared at
+        ``PLANNING_TEMPERATURE``."""
+        total = replace(self, temperature=PLANNING_TEMPERATURE).sums(reference, other, mask)
         if self.name in ("relative", "kl"):
             return total.distance / max(total.scale, 1e-300)
         return total.distance / max(total.rows, 1)
@@ -87,11 +90,11 @@ class OutputMetric:
     def of_sample(self, x: FloatArray, y: FloatArray) -> DistanceSums:
         """Of one sample, or of its rows that count."""
         if self.name == "kl":
-            return divergence(self.domain, *class_rows(x, y, self.axis))
+            return divergence(self.domain, *class_rows(x, y, self.axis), self.temperature)
         if self.name == "cosine":
             return cosine_distance(*class_rows(x, y, self.axis))
         if self.name == "mismatch":
-            return DistanceSums(float(np.sum(x != y)), 1.0, x.size)
+            return DistanceSums(float(np.sum((x != y) & np.isfinite(x))), 1.0, x.size)
         a, b = self.visible_values(x, y)
         return DistanceSums(float(np.sum((a - b) ** 2)), float(np.sum(a**2)), a.size)
 
@@ -150,12 +153,12 @@ def class_rows(x: FloatArray, y: FloatArray, axis: int) -> tuple[FloatArray, Flo
     return tuple(np.moveaxis(a, axis, -1).reshape(-1, a.shape[axis]) for a in (x, y))  # type: ignore[return-value]
 
 
-def divergence(domain: Domain, x: FloatArray, y: FloatArray) -> DistanceSums:
+def divergence(domain: Domain, x: FloatArray, y: FloatArray, temperature: float = 1.0) -> DistanceSums:
     """Kullback-Leibler divergence of rows ``x`` from rows ``y``; ``scale``: of equal probabilities from ``x``."""
     finite = np.isfinite(x) & np.isfinite(y)
     counts = finite.sum(-1)
     rows = counts > 0
-    log_p, log_q = (log_probabilities(domain, a[rows], finite[rows]) for a in (x, y))
+    log_p, log_q = (tempered(log_probabilities(domain, a[rows], finite[rows]), temperature) for a in (x, y))
     p, q = np.exp(log_p), np.exp(log_q)
     surplus = q.sum(-1) - p.sum(-1)
     gap = np.subtract(log_p, log_q, out=np.zeros_like(p), where=p > 0)
@@ -164,6 +167,20 @@ def divergence(domain: Domain, x: FloatArray, y: FloatArray) -> DistanceSums:
     log_share = np.log(np.maximum(mass, 1e-300)) - np.log(counts[rows])
     from_equal = np.sum(p * np.subtract(log_p, log_share[:, None], out=np.zeros_like(p), where=p > 0), -1)
     return DistanceSums(float(np.maximum(distances, 0).sum()), float(np.maximum(from_equal, 0).sum()), int(rows.sum()))
+
+
+def tempered(log_p: FloatArray, temperature: float) -> FloatArray:
+    """Distributions flattened as by a softmax at ``temperature``; the mass of each row stays."""
+    if temperature == 1.0:
+        return log_p
+    mass = np.log(np.exp(log_p).sum(-1, keepdims=True))
+    flat: FloatArray = log_p / temperature
+    return np.asarray(
+        flat
+        - np.log(np.exp(flat - flat.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - flat.max(-1, keepdims=True)
+        + mass
+    )
 
 
 def log_probabilities(domain: Domain, rows: FloatArray, finite: BoolArray) -> FloatArray:

@@ -91,7 +91,8 @@ class OutputMetrics:
         return replace(self, by_output={**self.by_output, **refined}, final=True)
 
     def for_limit(self) -> OutputMetrics:
-        """For planning within a limit of the drift: the quantity that is limited."""
+        """For planning within a limit of the drift: the quantity that is limited. Of metrics that are ``final``."""
+        assert self.final
         limited = {
             name: replace(metric, name="relative", function=None) if metric.judged and not metric.chosen else metric
             for name, metric in self.by_output.items()

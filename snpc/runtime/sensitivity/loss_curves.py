@@ -71,9 +71,7 @@ def measure_loss_curves(
         group.id: changed_constants(source, *trial_edits(closed_forms, scores, group, (widths or [group.size])[0]))
         for group, widths in trials
     }
-    metrics = OutputMetrics.of(analysis)
-    if budget is not None and budget.max_drift is not None:
-        metrics = metrics.for_limit()
+    metrics, limited = OutputMetrics.of(analysis), budget is not None and budget.max_drift is not None
     padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
     with (
         token_mask_runner(source, padding, execution) as masks,
@@ -86,6 +84,7 @@ def measure_loss_curves(
             for feeds in pool:
                 states = model.dense_states(feeds, store)
                 metrics = metrics.for_values({name: states[-1][name] for name in model.outputs})
+                metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         measurement = CurveMeasurement(closed_forms, scores, model, pools, groups)
         measurement.measure(trials)
