@@ -1,8 +1,9 @@
 """Check all of snpc: python3 check.py [--fast] [arguments of pytest]
 
-Sets up an environment in .venv, then runs ruff, mypy --strict and the test suite. Without arguments this is what
-.ci/run runs: everything. --fast leaves out what is slow, what needs torch and what compares times: for the loop
-between two edits. Other arguments go to pytest in place of its usual ones. Exits with 1 if any of the checks fails.
+Sets up an environment in .venv, then runs ruff, mypy --strict, the test suite, and snpc with the oldest versions of its
+dependencies. Without arguments this is what .ci/run runs: everything. --fast leaves out the last check, and tests that
+are slow, need torch or compare times: for the loop between two edits. Other arguments go to pytest in place of its
+usual ones. Exits with 1 if any of the checks fails.
 """
 
 import subprocess
@@ -41,6 +42,7 @@ def checks(arguments):
         ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS.split()]),
         ("mypy, example", ["-m", "mypy", "--strict", "examples/prune_digits.py"]),
         ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
+        *([] if arguments else [("oldest versions", ["scripts/oldest_dependencies.py"])]),
     ]
 
 
@@ -54,5 +56,5 @@ if __name__ == "__main__":
         rows.append((name, code, time.monotonic() - start))
     print()
     for name, code, seconds in rows:
-        print(f"{name:14} {'passed' if code == 0 else 'FAILED':7} {seconds:6.0f} s")
+        print(f"{name:15} {'passed' if code == 0 else 'FAILED':7} {seconds:6.0f} s")
     sys.exit(any(code for _, code, _ in rows))

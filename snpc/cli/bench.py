@@ -12,11 +12,13 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     ExecutionArguments,
+    ImageArguments,
     JsonArguments,
     argument,
     check_output_paths,
     command,
     option,
+    subgroup,
 )
 from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
@@ -44,8 +46,12 @@ class BenchInputs(ArgumentGroup):
         "--input-shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
     )
     data: str | None = option(
-        "--data", metavar="DATA", help="Run on these inputs (forms as --calib of prune).  [default: random inputs]"
+        "--calib",
+        "--data",
+        metavar="DATA",
+        help="Run on these inputs (forms as --calib of prune).  [default: random inputs]",
     )
+    images: ImageArguments = subgroup(section="Inputs")
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,12 @@ def bench_command(
     data = None
     if source is not None:
         specs = open_runner(paths[0]).inputs
-        data = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch).batches()
+        images = inputs.images.load()
+        calibration = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch, images=images)
+        inputs.images.print_format(calibration)
+        data = calibration.batches()
     if source is not None and inputs.shapes:
-        raise UserError("--data brings its own shapes: leave out --input-shapes")
+        raise UserError("--calib brings its own shapes: leave out --input-shapes")
     with timing_progress() as on_progress:
         result = snpc.bench(
             paths,

@@ -74,7 +74,7 @@ def build_command(
 
     \b
     Targets:
-      ort       onnxruntime's optimized graph as .onnx and .ort, attention fused where that is faster
+      ort       onnxruntime's optimized graph as .onnx or .ort, attention fused where that is faster
       openvino  OpenVINO IR (.xml and .bin)
       trt-rtx   TensorRT for RTX engine for the compute capabilities of --sm, built without a GPU
       trt       TensorRT engine for this machine's GPU; --emit-script: what builds it elsewhere

@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions
 
 
+MAX_TRAINING_HELD_OUT = 1024  # samples: weights are judged on them many times
+
+
 @dataclass(frozen=True)
 class FinetuneModels(ArgumentGroup):
     """The model to train, and its teacher."""
@@ -100,7 +103,9 @@ def finetune_command(
     )
     analysis = load_and_analyze(models.teacher)
     calibration = inputs.as_calibration(training.batch)
-    run = FinetuneRun(models, calibration.load_data(inputs.calib, analysis), training, saved, target)
+    run = FinetuneRun(
+        models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target
+    )
     pruning.check_unused()
     if pruning.schedule is not None:
         evaluation = None

@@ -154,6 +154,11 @@ def apply_command(
     data = calibration.load(slices.analysis)
     with stopwatch.stage("closed forms"):
         completed = snpc.complete_plan(slices, data, statistics=statistics.load(), execution=execution)
+    if completed.other_data and slices.method != "select":
+        tables.print_note(
+            f"weights are fitted to {completed.data_source}; the plan was made with {completed.other_data}, so this is "
+            "another model than that of `snpc prune`"
+        )
     result = snpc.apply(completed, path, stopwatch=stopwatch)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:

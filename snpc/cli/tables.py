@@ -298,10 +298,13 @@ def print_finetuned(result: FinetuneResult) -> None:
     print_line(f"{result.path}: {trained.steps} steps in {trained.seconds:.1f} s")
     if trained.losses:
         print_line(f"loss: {trained.losses[0]:.4g} at the first step, {trained.losses[-1]:.4g} at the last")
+    if not result.helped:
+        given = "given" if result.training.reinit == "none" else "new"
+        print_line(f"training did not help: the {given} weights are kept")
     print_line(f"verified: {'; '.join(result.structure)}")
-    for when, differences in (("before", result.before), ("after", result.after)):
-        for d in differences:
-            print_line(f"  {d.output} {when}: {drift_text(d)} ({result.compared})")
+    for when, quality in (("before", result.before), ("after", result.after)):
+        for d in quality.differences:
+            print_line(f"  {d.output} {when}: {drift_text(d)} ({quality.source})")
 
 
 # -- build -----------------------------------------------------------------------------------------------------------

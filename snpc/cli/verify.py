@@ -13,6 +13,7 @@ from snpc.cli import tables
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
+    CalibrationArguments,
     ExecutionArguments,
     JsonArguments,
     MetricArguments,
@@ -38,12 +39,6 @@ class VerifyArguments(ArgumentGroup):
     plan_path: Path | None = option(
         "--plan", type=FILE_PATH, help="The plan that PRUNED was made by: also check that slicing equals masking."
     )
-    calib: str | None = option(
-        "--data",
-        metavar="DATA",
-        section="Inputs",
-        help="Inputs to run on (forms as --calib of prune).  [default: random inputs]",
-    )
     max_drift: float | None = option(
         "--max-drift",
         type=click.FloatRange(0),
@@ -55,19 +50,22 @@ class VerifyArguments(ArgumentGroup):
 def verify_command(
     model: ModelArguments,
     arguments: VerifyArguments,
+    inputs: CalibrationArguments,
     judging: MetricArguments,
     json: JsonArguments,
     running: ExecutionArguments,
 ) -> None:
-    """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given."""
-    pruned, data = arguments.pruned, arguments.calib
+    """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given.
+
+    Outputs are compared on the data of --calib, or on random inputs.
+    """
+    pruned = arguments.pruned
     slices = snpc.load_plan(arguments.plan_path, snpc.load(model.path)) if arguments.plan_path else None
     analysis = slices.analysis if slices else model.load()
     snpc.load(pruned)
-    check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, data)
+    check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, inputs.calib)
     refits = slices is not None and slices.method != "select"  # then DATA is what it was fitted to, apart from some
-    held_out = MAX_HELD_OUT if refits else 0
-    calibration = snpc.load_calibration(data, analysis.model.inputs, held_out=held_out) if data else None
+    calibration = inputs.load(analysis, MAX_HELD_OUT if refits else 0)
     execution = running.load()
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
     metric = judging.metric or None

@@ -5,6 +5,7 @@ Files
   builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
   constant_values  The contents of values that a graph computes from shapes and constants only.
   cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
+  measured_shapes  Shapes that inference cannot know, read from one run of the graph.
   module_paths     Readable, stable names for groups, from what the exporter called nodes and weights.
   pass_manager     What a graph pass is, and how a list of passes is run: data, so that passes can be listed, and
                    watched one by one.
@@ -31,6 +32,7 @@ from snpc.graph.builder import (
 )
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
 from snpc.graph.pass_manager import (
     GraphPass,
@@ -57,6 +59,7 @@ from snpc.graph.shapes import (
     select_dimensions,
     shape_source,
     static_shape,
+    unknown_shape_reason,
     weight_bytes,
 )
 from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
@@ -79,6 +82,7 @@ __all__ = [
     "Attribute",
     "GraphPass",
     "MalformedGraphError",
+    "MeasuredValue",
     "PassObserver",
     "ScalarFactor",
     "Segment",
@@ -115,6 +119,7 @@ __all__ = [
     "reads_only_shape",
     "record_constant",
     "redirect_uses",
+    "register_shape_source",
     "replace_graph_output",
     "replace_value",
     "run_library_pass",
@@ -129,6 +134,7 @@ __all__ = [
     "static_shape",
     "step_upstream",
     "unique_names",
+    "unknown_shape_reason",
     "unused_name",
     "used_values",
     "weight_bytes",

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx import defs, shape_inference
 
 from snpc.graph.binding import candidate_dim_sizes
+from snpc.graph.measured_shapes import MeasuredValue, measure_shapes
 from snpc.ops import OpCall, OpSpec, evaluate_node, lookup
 from snpc.types import AnyArray, IntArray, Shape
 
@@ -32,13 +33,14 @@ class ShapeFacts:
     """What is known of every value at given sizes of the dynamic dimensions.
 
     ``shape`` (None: unknown), ``dtype``; ``value``: contents of small constants and of shape arithmetic; ``problems``:
-    why a node could not be evaluated.
+    why a node could not be evaluated; ``measured``: values whose shapes inference does not know and a run showed.
     """
 
     shape: dict[ir.Value, Shape | None] = field(default_factory=dict)
     dtype: dict[ir.Value, ir.DataType | None] = field(default_factory=dict)
     value: dict[ir.Value, AnyArray] = field(default_factory=dict)
     problems: dict[ir.Node, str] = field(default_factory=dict)
+    measured: dict[ir.Value, MeasuredValue] = field(default_factory=dict)
 
     def call(self, node: ir.Node, version: int) -> OpCall:
         shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
@@ -108,12 +110,51 @@ def weight_bytes(tensor: ir.TensorProtocol) -> int:
     return 0 if tensor.dtype == ir.DataType.STRING else int(tensor.nbytes)
 
 
-def infer_graph(model: ir.Model, dim_sizes: Mapping[str, int]) -> ShapeFacts:
-    """Shapes, types and known contents of every value of the main graph, at these sizes of dynamic dimensions."""
-    facts = initial_facts(model, dim_sizes)
+def infer_graph(model: ir.Model, dim_sizes: Mapping[str, int], *, measure: bool = True) -> ShapeFacts:
+    """Shapes, types and known contents of every value of the main graph, at these sizes of dynamic dimensions.
+
+    ``measure``: the graph is run once where the shape of a float value is unknown otherwise.
+    """
+    facts = infer_nodes(model, initial_facts(model, dim_sizes), dim_sizes)
+    unknown = values_of_unknown_shape(model, facts) if measure else []
+    untyped = {v for v in unknown if facts.dtype.get(v) is None}
+    if not untyped and not any(is_float(facts.dtype[v]) for v in unknown):
+        return facts
+    inputs = {str(v.name): facts.shape.get(v) for v in model.graph.inputs if not v.is_initializer()}
+    known = {name: shape for name, shape in inputs.items() if shape is not None}
+    measured = measure_shapes(model, unknown, untyped, known) if len(known) == len(inputs) else {}
+    if not measured:
+        return facts
+    informed = initial_facts(model, dim_sizes)
+    informed.measured = dict(measured)
+    return infer_nodes(model, informed, dim_sizes)
+
+
+def infer_nodes(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping[str, int]) -> ShapeFacts:
+    """Add every node of the main graph to ``facts``, in their order."""
     for node in model.graph:
         infer_node(facts, node, model, dim_sizes)
     return facts
+
+
+def values_of_unknown_shape(model: ir.Model, facts: ShapeFacts) -> list[ir.Value]:
+    return [v for node in model.graph for v in node.outputs if v.name and facts.shape.get(v) is None]
+
+
+def unknown_shape_reason(facts: ShapeFacts, value: ir.Value) -> str:
+    """Why the shape of ``value`` is unknown: the operator that made the first unknown shape in front of it."""
+    node = value.producer()
+    while node is not None:
+        unknown = next((v for v in node.inputs if v is not None and facts.shape.get(v) is None), None)
+        if unknown is None:
+            break
+        value, node = unknown, unknown.producer()
+    if node is None:
+        return f"the shape of {value.name} is unknown: the file does not say it"
+    problem = facts.problems.get(node, "")
+    return f"the shape of {value.name} is unknown: {node.op_type} {node.name} makes it" + (
+        f" ({problem})" if problem else ""
+    )
 
 
 def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, dim_sizes: Mapping[str, int]) -> None:
@@ -145,6 +186,10 @@ def infer_node(facts: ShapeFacts, node: ir.Node, model: ir.Model, dim_sizes: Map
             static = hint is not None and all(isinstance(d, int) or str(d.value) in dim_sizes for d in hint)
             facts.shape[value] = bind_shape(hint, "", dim_sizes) if static and hint is not None else None
             facts.dtype.setdefault(value, value.dtype)
+            seen = facts.measured.get(value)
+            if seen is not None:
+                facts.shape[value] = facts.shape[value] or seen.shape
+                facts.dtype[value] = facts.dtype[value] or seen.dtype
 
 
 def infer_taken_branch(facts: ShapeFacts, node: ir.Node, model: ir.Model, dim_sizes: Mapping[str, int]) -> bool:
@@ -299,11 +344,11 @@ def choose_dim_sizes(model: ir.Model, fixed: Mapping[str, int] | None = None) ->
     """The candidate sizes of dynamic dimensions at which most shapes are known, with the facts there."""
     best: tuple[int, dict[str, int], ShapeFacts] | None = None
     for dim_sizes in candidate_dim_sizes(model.graph, fixed):
-        facts = infer_graph(model, dim_sizes)
+        facts = infer_graph(model, dim_sizes, measure=False)
         missing = sum(1 for shape in facts.shape.values() if shape is None)
         if best is None or missing < best[0]:
             best = (missing, dim_sizes, facts)
         if not missing:
             break
     assert best is not None
-    return best[1], best[2]
+    return best[1], infer_graph(model, best[1]) if best[0] else best[2]

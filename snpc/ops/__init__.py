@@ -6,6 +6,8 @@ Files
   attention      Fused attention: scores, softmax and context in one node.
   contraction    Contractions, written as Einstein sums: the letters of the two operands that do not reach the output
                  are summed.
+  discontinuous  Operators whose output jumps where floats that are equal up to rounding change their order or round
+                 apart.
   indexing       Reading and writing positions that an index tensor names.
   movement       Movement: how label arrays move through operators that only move positions, and how their parameters
                  are repaired.
@@ -36,6 +38,7 @@ from snpc.ops.attention import (
     qkv_widths,
 )
 from snpc.ops.contraction import contraction_entries, letters_of, matmul_letters, parse_einsum
+from snpc.ops.discontinuous import is_discontinuous
 from snpc.ops.indexing import indexing_entries
 from snpc.ops.movement import collapse_constant_axes, concat_axis, movement_entries, reshape_labels
 from snpc.ops.names import (
@@ -146,6 +149,7 @@ __all__ = [
     "concat_axis",
     "evaluate_node",
     "head_counts",
+    "is_discontinuous",
     "letters_of",
     "lookup",
     "matmul_letters",

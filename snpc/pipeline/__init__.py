@@ -28,7 +28,7 @@ from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel, SearchResult, Stopwatch
 from snpc.pipeline.planner import PlanRequest, PruningPlan, complete_plan, load_plan, make_plan, plan, save_plan
 from snpc.pipeline.prune import prune
-from snpc.pipeline.report_json import analysis_json, groups_json, json_report, verdict_json, write_json
+from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
@@ -38,7 +38,7 @@ from snpc.pipeline.token_request import (
     apply_token_request,
     effective_token_request,
 )
-from snpc.pipeline.verify import verification_data, verify
+from snpc.pipeline.verify import measure_quality, verification_data, verify
 
 __all__ = [
     "ALL_TOKENS",
@@ -63,8 +63,10 @@ __all__ = [
     "json_report",
     "load_plan",
     "make_plan",
+    "measure_quality",
     "plan",
     "prune",
+    "quality_json",
     "save_plan",
     "score",
     "self_deciding_model",

@@ -17,6 +17,7 @@ from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
 from snpc.planning import SlicePlan, cuts_of
+from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.io import (
     check_target,
@@ -84,6 +85,7 @@ class PrunedModel:
     search: SearchResult | None = None
     """How a drift or a latency was met, where candidates had to be measured for it."""
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
+    data: Calibration | None = field(default=None, repr=False, compare=False)
 
     @property
     def quality(self) -> Quality:
@@ -175,6 +177,7 @@ def publish_candidate(
         plan.data_source,
         candidate.closed_forms,
         search,
+        data=plan.calibration,
     )
 
 

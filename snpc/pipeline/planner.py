@@ -111,6 +111,14 @@ class PruningPlan:
             return True
         return self.statistics.sources == (self.calibration.describe(),)
 
+    @property
+    def other_data(self) -> str:
+        """The data that a plan from a file was made with, in words, where it is not the data at hand; else ""."""
+        record = self.slices.data
+        if record is None or self.calibration is None or record["digest"] == self.calibration.digest:
+            return ""
+        return str(record.get("text", "other data"))
+
     def for_budget(self, budget: Budget) -> PruningPlan:
         """The plan for another target, from the same measurements (``PlanRequest.full_curves`` for one far off).
 
@@ -319,5 +327,7 @@ def load_plan(path: Path | str, model: Model) -> SlicePlan:
 def save_plan(plan: PruningPlan | SlicePlan, path: Path | str) -> None:
     """Write a plan as JSON that can be read, edited and applied."""
     slices = plan.slices if isinstance(plan, PruningPlan) else plan
+    if isinstance(plan, PruningPlan) and plan.calibration is not None:
+        slices = replace(slices, data=plan.calibration.record())
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(plan_to_json(slices))

@@ -36,7 +36,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "criterion": plan.criterion,
         "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
-        "calibration": result.calibration or None,
+        "calibration": calibration_json(result),
         "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.dim_sizes),
@@ -46,6 +46,13 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
+
+
+def calibration_json(result: PrunedModel) -> dict[str, Any] | None:
+    """The data that a model was fitted to: its record, or only its words where it was measured before."""
+    if result.data is not None:
+        return result.data.record()
+    return {"text": result.calibration} if result.calibration else None
 
 
 FORM_NAMES: Mapping[ClosedFormKind, str] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from snpc.runtime.evaluation import (
     top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
-from snpc.runtime.io import check_target, staging_folder
+from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -42,9 +41,10 @@ class SweepPoint:
     """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
     ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
-    share of labels that are the top entry; None without labels. ``latency``: ms. ``speedup``: over the original, with
-    its 95 % interval from ``low`` to ``high``. ``tokens``: the token reduction, "" for none. ``front``: is it on the
-    Pareto front?
+    share of labels that are the top entry; None without labels. ``speedup``: over the original, the median over rounds
+    of the ratio of their times, with its 95 % interval from ``low`` to ``high``. ``latency``: ms, the original's median
+    divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``: the token reduction, "" for none.
+    ``front``: is it on the Pareto front?
     """
 
     name: str
@@ -136,14 +136,15 @@ def sweep(
     on_step("measuring")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
+        (staging / "work").mkdir()
         source = analysis.model.path
 
         def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
             files: tuple[Path, ...] = (path,)
             if builder is not None:
                 files = builder.build(path, staging / path.with_suffix(builder.suffix).name)
-            total = sum(file.stat().st_size for file in files)
-            return SweepPoint(name, files, cost.macs, cost.params, total, 0.0, None, None, tokens)
+            size = sum(file_bytes(file) if file.suffix == ".onnx" else file.stat().st_size for file in files)
+            return SweepPoint(name, files, cost.macs, cost.params, size, 0.0, None, None, tokens)
 
         points = [point(ORIGINAL_NAME, source, analysis.cost)]
         for target, pruning_plan in plans.items():
@@ -274,20 +275,26 @@ def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution:
         protocol=TimingProtocol(iterations=request.rounds),
         execution=execution,
     )
-    timed = [replace(points[0], latency=result.timings[0].median)]
-    for point, timing, speedup in zip(points[1:], result.timings[1:], result.speedups, strict=True):
-        timed.append(replace(point, latency=timing.median, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
+    dense = result.timings[0].median
+    timed = [replace(points[0], latency=dense)]
+    for point, speedup in zip(points[1:], result.speedups, strict=True):
+        latency = dense / speedup.ratio
+        timed.append(replace(point, latency=latency, speedup=speedup.ratio, low=speedup.low, high=speedup.high))
     return timed
 
 
 def mark_pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """The points with ``front`` set where no other is at least as good and as fast, and better in one of the two."""
+    """The points with ``front`` set where no other is at least as good and as fast, and better in one of the two.
+
+    Only a point that is faster than the original beyond the noise of the timing counts: its interval lies above 1.
+    """
 
     def beats(a: SweepPoint, b: SweepPoint) -> bool:
         pair = (a.quality - b.quality, a.speedup - b.speedup)
         return min(pair) >= 0 and max(pair) > 0
 
-    return [replace(p, front=not any(beats(other, p) for other in points)) for p in points]
+    faster = [p for p in points if p.name == ORIGINAL_NAME or p.low > 1]
+    return [replace(p, front=p in faster and not any(beats(other, p) for other in faster)) for p in points]
 
 
 def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -> list[SweepPoint]:
@@ -298,7 +305,6 @@ def move_front_files(points: Sequence[SweepPoint], source: Path, folder: Path) -
         if point.name == ORIGINAL_NAME:
             point = replace(point, files=(source,))
         elif point.front:
-            moved = [Path(shutil.move(file, folder / file.name)) for file in reversed(point.files)]
-            point = replace(point, files=tuple(reversed(moved)))
+            point = replace(point, files=publish_files(point.files, folder / point.files[0].name))
         placed.append(point)
     return placed

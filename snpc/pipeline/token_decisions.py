@@ -18,7 +18,7 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.token_analysis import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import aggregate, measure_differences, run_batches
+from snpc.runtime.evaluation import batch_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_session, run_session
 from snpc.runtime.io import read_model, save
 from snpc.temporary import temporary_folder
@@ -142,4 +142,4 @@ def compare_with_oracle(
             oracle_batches.append({**feeds, **{k: v.astype(dtype) for k, v in added.items()}})
         expected = run_batches(full, oracle_batches, execution)
         outputs = run_batches(short, [{**a, **b} for a, b in zip(batches, decisions, strict=True)], execution)
-    return aggregate([measure_differences(a, b) for a, b in zip(expected, outputs, strict=True)])
+    return batch_differences(expected, outputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snpc.errors import UserError
+from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
 from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -22,6 +22,9 @@ from snpc.runtime.evaluation import (
     OutputMetrics,
     check_structure,
     compare_models,
+    compare_on_equal_selections,
+    find_selectors,
+    name_selectors,
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
@@ -29,7 +32,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Feeds, Quality, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 RANDOM, RANDOM_SAMPLES = "random inputs", 2
@@ -140,22 +143,65 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
-    equals_mask, differences = compare_models(
-        reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
-    )
-    quality = Quality(differences, data.samples, data.held_out, data.describe(), data.random_inputs)
-    verdict = Verdict(structure, equals_mask, quality, first.describe(), tolerance)
-    raise_if_unequal(verdict)
-    return verdict
+
+    def verdict(
+        equals_mask: Sequence[Difference], drift: Sequence[Difference], checks: tuple[str, ...], on: VerificationData
+    ) -> Verdict:
+        quality = Quality(tuple(drift), on.samples, on.held_out, on.describe(), on.random_inputs)
+        found = Verdict(checks, tuple(equals_mask), quality, first.describe(), tolerance)
+        raise_if_unequal(found)
+        return found
+
+    measured: tuple[Sequence[Difference], Sequence[Difference]] | None = None
+    try:
+        measured = compare_models(
+            reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
+        )
+        return verdict(*measured, structure, data)
+    except CheckFailed:
+        if rewritten is None:
+            raise
+        feeds = list(zip(first.batches, decided, strict=True))
+        same = compare_on_equal_selections(
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+        )
+        if same is None:
+            raise
+    drift, on = (measured[1], data) if measured else (same.drift, first)
+    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
+
+
+def measure_quality(
+    analysis: Analysis, files: Sequence[Path], data: VerificationData, execution: Execution = DEFAULT_EXECUTION
+) -> tuple[Quality, ...]:
+    """How close the outputs of each file are to the original's."""
+    reference = run_original(analysis, analysis.model.path, data, execution)
+    verdicts = (compare_with_reference(analysis, file, None, reference, (), execution) for file in files)
+    return tuple(verdict.quality for verdict in verdicts)
 
 
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
-    """Verify a file that was just written. Without outputs of the original, the verdict says so."""
+    """Verify a file that was just written. Without outputs of the original, the verdict says so.
+
+    The message of CheckFailed says that nothing is written, and what to try.
+    """
     analysis = plan.analysis
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
     if reference.not_run:
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
-    return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+    try:
+        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+    except CheckFailed as error:
+        advice = selection_advice(rewritten) if reference.data.random_inputs else ""
+        raise CheckFailed(f"{error}; nothing is written{advice}") from None
+
+
+def selection_advice(rewritten: RewrittenModel) -> str:
+    """What to try where outputs depend on a selection, which random inputs make among scores that hardly differ."""
+    selectors = find_selectors(rewritten.source, rewritten.removed)
+    if not selectors:
+        return ""
+    return f"; outputs depend on what {name_selectors(selectors)} selects of random inputs: try --calib DATA"
 
 
 def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -> Verdict:
@@ -177,16 +223,20 @@ def verify(
 
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
-    (``complete_plan``). Raises CheckFailed where a check fails.
+    (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
+    left out. Raises CheckFailed where a check fails.
     """
     analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
     load(pruned)
-    rewritten = None
-    if plan is not None:
+    rewritten, refits = None, plan is not None and plan.slices.method != "select"
+    notes: tuple[str, ...] = ()
+    if plan is not None and refits and plan.other_data:
+        notes = (f"sliced against masked is not compared: the plan was made with {plan.other_data}",)
+    elif plan is not None:
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    data = verification_data(analysis, calibration, fitted_to=plan is not None and plan.slices.method != "select")
+    data = verification_data(analysis, calibration, fitted_to=refits)
     reference = run_original(analysis, original, data, execution)
-    return compare_with_reference(analysis, pruned, rewritten, reference, structure, execution)
+    return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

@@ -60,6 +60,8 @@ class SlicePlan:
     method: PruningMethod = "select"
     """"select": weights are sliced as they are. "parallel": they are refitted to the plan first, on calibration data.
     "auto": refitted one layer after the other, each on the activations of the pruned layers before it."""
+    data: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The record of the calibration data (``Calibration.record``), of a plan that was read from a file."""
 
     def kept_width(self, group: Group) -> int:
         """Units per block that are kept."""

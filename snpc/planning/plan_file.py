@@ -15,7 +15,7 @@ PLAN_FORMAT = 1
 
 
 def plan_to_json(plan: SlicePlan) -> str:
-    """Small, readable, editable: one line per block."""
+    """Small, readable, editable: one line per block. The record of the calibration data is ``plan.data``."""
     groups = []
     for group in plan.analysis.groups:
         rows = plan.keep.get(group.id)
@@ -33,6 +33,8 @@ def plan_to_json(plan: SlicePlan) -> str:
         "criterion": plan.criterion,
         "options": dict(plan.options),
     }
+    if plan.data is not None:
+        head["calibration"] = dict(plan.data)
     if plan.analysis.traced_graph.kv_cache:
         head["prune_kv_cache"] = True
     if metric_texts(plan.analysis):
@@ -134,7 +136,10 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
     method = data.get("method", "select")
     if method not in get_args(PruningMethod):
         raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(PruningMethod))}")
-    return SlicePlan(analysis, str(data.get("criterion", "by hand")), options, keep, method)
+    record = data.get("calibration")
+    if record is not None and not (isinstance(record, dict) and isinstance(record.get("digest"), str)):
+        raise UserError(f'{name}: its "calibration" is not what `snpc plan` writes; remove it, or make a new plan')
+    return SlicePlan(analysis, str(data.get("criterion", "by hand")), options, keep, method, record)
 
 
 def parse_kept_units(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:

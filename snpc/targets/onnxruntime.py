@@ -70,10 +70,13 @@ def build_onnxruntime(job: BuildJob) -> BuildOutput:
 
 def keep_unoptimized(job: BuildJob) -> BuildOutput:
     """fp16 for a provider without fp16 kernels: its optimizations would convert the weights back to fp32."""
-    head = job.output.with_suffix(".onnx")
-    job.source.replace(head)
-    note = "onnxruntime's CPU kernels compute in fp32: half the bytes, no speed; no .ort is written"
-    return BuildOutput((head,), (note,))
+    if job.output.suffix == ".ort":
+        raise UserError(
+            f"{job.output.name}: onnxruntime's CPU kernels compute in fp32, and .ort would hold fp32 weights; give a "
+            "name that ends with .onnx"
+        )
+    job.source.replace(job.output)
+    return BuildOutput((job.output,), ("onnxruntime's CPU kernels compute in fp32: half the bytes, no speed",))
 
 
 def fusion_candidates(job: BuildJob) -> list[tuple[str, Path]]:
@@ -189,36 +192,32 @@ def time_ratios(
 
 
 def write_artifact(job: BuildJob, best: GraphCandidate, notes: list[str]) -> BuildOutput:
-    """Write the candidate as ONNX and in onnxruntime's own format, under the output's name."""
-    head = job.output.with_suffix(".onnx")
-    ort_file = job.output.with_suffix(".ort")
-    big = file_bytes(best.path) > PROTOBUF_LIMIT
-    save_optimized(best.path, head, execution=job.execution, external_name=external_data_path(head).name if big else "")
-    files = [head]
-    if big:
-        notes.append("no .ort: that format holds 2 GB at most")
+    """Write the candidate, as ONNX or in onnxruntime's own format: the output's suffix says which."""
+    big, output = file_bytes(best.path) > PROTOBUF_LIMIT, job.output
+    if output.suffix == ".ort":
+        if big:
+            raise UserError(f"{output.name}: that format holds 2 GB at most; give a name that ends with .onnx")
+        save_optimized(best.path, output, execution=job.execution, file_format="ORT")
     else:
-        save_optimized(best.path, ort_file, execution=job.execution, file_format="ORT")
-        open_session(ort_file, execution=job.execution)
-        files.append(ort_file)
-    primary = ort_file if job.output.suffix == ".ort" and not big else head
+        external_name = external_data_path(output).name if big else ""
+        save_optimized(best.path, output, execution=job.execution, external_name=external_name)
+    open_session(output, execution=job.execution)
     notes.append("optimized for the processor of this machine: build on the kind of machine that will run it")
-    return BuildOutput((primary, *(f for f in files if f != primary)), tuple(notes))
+    return BuildOutput((output,), tuple(notes))
 
 
 def check_onnxruntime(request: BuildRequest) -> None:
     if request.output.suffix not in (".onnx", ".ort"):
-        raise UserError(f"{request.output}: --target ort writes .onnx and .ort; give one of these names with -o")
+        raise UserError(f"{request.output}: --target ort writes .onnx or .ort; give such a name with -o")
     if request.precision == "bf16" and request.execution.on_cpu:
         raise UserError("--precision bf16: onnxruntime has no bfloat16 kernels for the CPU; take fp16 or int8")
 
 
 ONNXRUNTIME_TARGET = BuildTarget(
     "ort",
-    "onnxruntime: its optimized graph, saved as .onnx and .ort, with attention fused where that is faster",
+    "onnxruntime: its optimized graph, saved as .onnx or .ort, with attention fused where that is faster",
     ".onnx",
     build_onnxruntime,
     ("fp32", "fp16", "bf16", "int8"),
-    extra_suffixes=(".onnx", ".ort"),
     check_request=check_onnxruntime,
 )

@@ -236,7 +236,7 @@ TENSORRT_TARGET = BuildTarget(
     PRECISIONS,
     symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--timing-cache", "--emit-script"},
-    extra_suffixes=(".sh", ".onnx.data"),
+    extra_suffixes=(".sh",),
     check_request=check_tensorrt,
 )
 TENSORRT_RTX_TARGET = BuildTarget(

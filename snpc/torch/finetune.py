@@ -6,28 +6,29 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
-from snpc.pipeline import verification_data
-from snpc.runtime.calibration import Calibration
+from snpc.pipeline import measure_quality, quality_json, verification_data
+from snpc.runtime.calibration import Calibration, count_held_out
 from snpc.runtime.closed_form import residual_values
 from snpc.runtime.evaluation import (
     OutputMetrics,
     check_structure,
-    compare_models,
     measure_differences,
     rounding_tolerance,
     run_batches,
     with_metrics,
 )
 from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
+from snpc.torch.interface import check_same_interface, check_same_shapes
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import to_tensor
 from snpc.torch.training import (
@@ -43,6 +44,7 @@ from snpc.torch.training import (
     Worker,
     add_adapters,
     copy_gathered_weights,
+    cross_entropy,
     distillation_loss,
     distributed_worker,
     hold_out,
@@ -51,7 +53,6 @@ from snpc.torch.training import (
     merge_adapters,
     open_checkpoint,
     reinitialize,
-    relative_drift,
     run_fingerprint,
     sample_ids,
     shard_batches,
@@ -62,9 +63,8 @@ from snpc.torch.training import (
     wait_for_workers,
 )
 from snpc.torch.write_back import save_graph_module
-from snpc.types import AnyArray, Difference, Feeds, IntArray, Model
+from snpc.types import AnyArray, Feeds, IntArray, Model, Quality
 
-HELD_OUT_FRACTION = 0.1  # share of the data that early stopping holds out of training
 GPU_TOLERANCE = 1e-3  # relative difference of outputs that is rounding, between a GPU and onnxruntime on a CPU
 
 
@@ -72,20 +72,24 @@ GPU_TOLERANCE = 1e-3  # relative difference of outputs that is rounding, between
 class FinetuneResult:
     """A written file, and how far it is from the teacher.
 
-    ``before`` and ``after``: differences of the pruned and of the finetuned file from the teacher, all run by
-    onnxruntime on the data that ``compared`` describes. ``structure``: what was checked of the written file.
-    ``hidden``: values of the residual stream that were part of the loss.
+    ``before`` and ``after``: how close the pruned and the finetuned file are to the teacher, all run by onnxruntime.
+    ``structure``: what was checked of the written file. ``hidden``: values of the residual stream that were part of the
+    loss.
     """
 
     path: Path
     trained: TrainingResult
-    before: tuple[Difference, ...]
-    after: tuple[Difference, ...]
-    compared: str
+    before: Quality
+    after: Quality
     structure: tuple[str, ...]
     hidden: tuple[str, ...]
     training: TrainingOptions
     seconds: float
+
+    @property
+    def helped(self) -> bool:
+        """Were any weights better than those that training began with? Else the latter are written."""
+        return self.trained.best_step != 0
 
 
 def finetune(
@@ -101,7 +105,9 @@ def finetune(
 ) -> FinetuneResult | None:
     """Train the weights of ``pruned`` on ``data`` towards the outputs of ``teacher``, and write them to ``output``.
 
-    ``teacher`` is the dense file that ``pruned`` was made from. ``labels``, one per sample of the data's source, are
+    ``teacher`` is the dense file that ``pruned`` was made from. Weights are judged on samples that are not trained on
+    (``data.held_out``, else a tenth of ``data``; of fewer than 16 samples on all), and the best ones are written, those
+    of ``pruned`` included. ``labels``, one per sample of the data's source, are
     for the losses with "ce" only. Under torchrun every process calls this: the main one writes and returns the result,
     the others return None. Raises UserError for a model that cannot be trained, CheckFailed where the written file
     differs from the trained module.
@@ -128,9 +134,9 @@ def finetune(
         if not worker.is_main:
             return None
         structure = write_verified(task, pruned, output)
-    before, after, compared = measure_drift(task, pruned, output)
+    before, after = measure_before_and_after(task, pruned, output)
     seconds = time.perf_counter() - start
-    return FinetuneResult(output, trained, before, after, compared, structure, task.hidden, training, seconds)
+    return FinetuneResult(output, trained, before, after, structure, task.hidden, training, seconds)
 
 
 # -- what is trained -------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def finetune(
 class FinetuneTask:
     """All that a training run needs; also its source of batches.
 
-    ``held_out``: data that is not trained on, None without early stopping. ``outputs`` and ``hidden``: names of the
+    ``held_out``: data that is not trained on, None where there is too little. ``outputs`` and ``hidden``: names of the
     values that the loss compares. ``scales``: mean square of each of them in the teacher.
     """
 
@@ -196,6 +202,7 @@ def prepare_task(
     expected = teacher.run(feeds)
     with torch.no_grad():
         values = module({name: to_tensor(array).to(worker.device) for name, array in feeds.items()})
+    check_same_shapes(student, dense.model, {name: (values[name].shape, expected[name].shape) for name in outputs})
     hidden = tuple(name for name in hidden_candidates if values[name].shape == expected[name].shape)
     if training.layerwise and not hidden:
         raise UserError(
@@ -219,11 +226,12 @@ def prepare_task(
 
 
 def split_held_out(data: Calibration, training: TrainingOptions) -> tuple[Calibration, Calibration | None]:
-    """(data to train on, data to evaluate on); all of it to train on without early stopping."""
-    if not training.early_stop:
-        return data, None
-    samples = max(data.sample_axes.batch_size or 1, round(HELD_OUT_FRACTION * data.samples))
-    return hold_out(data, samples, training.seed)
+    """(data to train on, data to evaluate on); all of it to train on where it is too little."""
+    if data.held_out is not None:
+        return data, data.held_out
+    batch = data.sample_axes.batch_size
+    samples = count_held_out(data.samples, data.samples, data.samples, batch)
+    return hold_out(data, samples, training.seed) if samples else (data, None)
 
 
 def check_float32(module: GraphModule, student: Model) -> None:
@@ -260,17 +268,6 @@ def task_labels(training: TrainingOptions, labels: Path | AnyArray | None, data:
     return None if labels is None else load_labels(labels, data)
 
 
-def check_same_interface(student: Model, dense: Model) -> None:
-    """Raises UserError where inputs or outputs differ in name."""
-    for side in ("inputs", "outputs"):
-        names, dense_names = ([spec.name for spec in getattr(model, side)] for model in (student, dense))
-        if names != dense_names:
-            raise UserError(
-                f"{student.path}: its {side} are {', '.join(names)}, those of {dense.path} {', '.join(dense_names)}: "
-                "the teacher is the model that was pruned"
-            )
-
-
 def check_worker(worker: Worker, data: Calibration, training: TrainingOptions) -> None:
     if training.sharded and worker.world_size == 1:
         raise UserError("weights are sharded between processes, and this is one: start several with torchrun")
@@ -289,10 +286,7 @@ def run_training(
 ) -> TrainingResult:
     """Train the task's module in place: all of its weights, or adapters that are merged into them at the end."""
     training = task.training
-    evaluate = None
-    if task.held_out is not None:
-        expected = [select_outputs(task, task.teacher.run(feeds)) for feeds in task.held_out.batches()]
-        evaluate = HeldOutDrift(task, expected)
+    evaluate = HeldOutLoss(task)
     adapters = add_adapters(task.module, training.adapters, training.seed) if training.adapters else None
     trained = train(
         task.module,
@@ -315,22 +309,35 @@ def gather_task(task: FinetuneTask, student: Model) -> FinetuneTask:
     return replace(task, module=module)
 
 
-@dataclass(frozen=True)
-class HeldOutDrift:
-    """Relative difference of a module's outputs from the teacher's on the held-out data."""
+class HeldOutLoss:
+    """How bad a module's outputs are on the held-out data, or on the data that it is trained on where there is none.
 
-    task: FinetuneTask
-    expected: Sequence[TeacherOutputs]
+    Labels count by their cross entropy, as in the loss; else the distance from the teacher's outputs counts, each
+    output's by its own metric, which is also what the quality of the written file is measured by.
+    """
+
+    def __init__(self, task: FinetuneTask) -> None:
+        self.task, self.data = task, task.held_out or task.data
+        metrics = OutputMetrics.of(task.dense)
+        self.metrics = metrics if any(metrics[name].judged for name in task.outputs) else OutputMetrics()
+        self.expected = [self.outputs_of(task.teacher.run(feeds)) for feeds in self.data.batches()]
 
     def __call__(self, module: torch.nn.Module) -> float:
+        total = 0.0
+        for ids, feeds, expected in zip(sample_ids(self.data), self.data.batches(), self.expected, strict=True):
+            values = module(self.task.to_tensors(feeds))
+            total += len(ids) * self.loss_of(values, expected, ids)
+        return total / self.data.samples
+
+    def loss_of(self, values: TeacherOutputs, expected: Mapping[str, AnyArray], ids: IntArray) -> float:
         task = self.task
-        assert task.held_out is not None
-        outputs = [select_outputs(task, module(task.to_tensors(feeds))) for feeds in task.held_out.batches()]
-        return relative_drift(outputs, self.expected)
+        if task.labels is None:
+            return self.metrics.change(expected, self.outputs_of(values))
+        labels = torch.from_numpy(task.labels[ids]).to(task.worker.device)
+        return float(np.mean([float(cross_entropy(values[name], labels).mean()) for name in task.outputs]))
 
-
-def select_outputs(task: FinetuneTask, values: TeacherOutputs) -> TeacherOutputs:
-    return {name: values[name] for name in task.outputs}
+    def outputs_of(self, values: TeacherOutputs) -> dict[str, AnyArray]:
+        return {name: values[name].detach().float().cpu().numpy() for name in self.task.outputs}
 
 
 def write_verified(task: FinetuneTask, pruned: Path, output: Path) -> tuple[str, ...]:
@@ -364,24 +371,11 @@ def check_outputs(task: FinetuneTask, path: Path) -> None:
             )
 
 
-def measure_drift(
-    task: FinetuneTask, pruned: Path, output: Path
-) -> tuple[tuple[Difference, ...], tuple[Difference, ...], str]:
-    """Differences of the pruned and of the finetuned file from the teacher, and what data they are measured on: the
-    held-out data where there is any."""
-    batches: list[Feeds]
-    if task.held_out is not None:
-        batches = list(task.held_out.batches())
-        compared = f"{task.held_out.samples} samples of {task.held_out.source}, held out"
-    else:
-        data = verification_data(task.dense, task.data)
-        batches, compared = list(data.batches), data.describe()
-    expected = run_batches(task.dense.model.path, batches)
-    metrics = OutputMetrics.of(task.dense)
-    (_, before), (_, after) = (
-        compare_models(expected, path, None, batches, metrics=metrics) for path in (pruned, output)
-    )
-    return before, after, compared
+def measure_before_and_after(task: FinetuneTask, pruned: Path, output: Path) -> tuple[Quality, Quality]:
+    """How close the pruned and the finetuned file are to the teacher, on held-out data where there is any."""
+    data = verification_data(task.dense, replace(task.data, held_out=task.held_out))
+    before, after = measure_quality(task.dense, (pruned, output), data)
+    return before, after
 
 
 def finetune_json(result: FinetuneResult) -> dict[str, Any]:
@@ -395,9 +389,10 @@ def finetune_json(result: FinetuneResult) -> dict[str, Any]:
         "held_out_drift": trained.drift,
         "options": asdict(result.training),
         "hidden": list(result.hidden),
-        "compared": result.compared,
-        "before": [asdict(d) for d in result.before],
-        "after": [asdict(d) for d in result.after],
+        "best_step": trained.best_step,
+        "helped": result.helped,
+        "before": quality_json(result.before),
+        "after": quality_json(result.after),
         "structure": list(result.structure),
         "seconds": {"training": round(trained.seconds, 2), "all": round(result.seconds, 2)},
     }

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import snpc
 import snpc.cli
 from snpc.cli import main
-from snpc.cli.arguments.calibration import CalibrationArguments
+from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
 from snpc.cli.arguments.group import ArgumentGroup, SectionedCommand, SectionOption, argument, command, option, subgroup
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.errors import UserError
@@ -167,3 +167,16 @@ def test_image_options_need_data() -> None:
     assert CalibrationArguments.from_flags(flags).calib is None
     with pytest.raises(UserError, match="give --calib too"):
         CalibrationArguments.from_flags({**flags, "image_size": "8,8"}).check()
+
+
+def test_commands_that_read_data_prepare_pictures_alike() -> None:
+    """A model that is calibrated on pictures must not be verified or timed on others."""
+    images = {flag for parameter in ImageArguments.options() for flag in parameter.opts}
+    assert {"--image-mean", "--image-std", "--image-size", "--image-layout"} <= images
+    readers = []
+    for name, given in main.commands.items():
+        flags = {flag for parameter in given.params for flag in parameter.opts}
+        if flags & {"--calib", "--data"}:
+            readers.append(name)
+            assert {"--calib", "--data"} | images <= flags, name
+    assert {"prune", "plan", "apply", "verify", "build", "bench", "sweep", "finetune"} <= set(readers)

@@ -168,7 +168,7 @@ class TestReport:
         path, report = third
         assert (report["criterion"], report["options"]["ratio"]) == ("snp", 0.3)
         assert (report["model"], report["output"]) == (str(VIT), str(path))
-        assert report["calibration"].startswith("128 of 256 samples from")
+        assert report["calibration"]["text"].startswith("128 of 256 samples from")
         assert onnx.load(path).producer_name == onnx.load(VIT).producer_name
 
     def test_ratio_is_the_share_of_units(self, third: tuple[Path, Report]) -> None:
@@ -371,7 +371,7 @@ class TestCalibrating:
     def test_how_many_and_in_what_batches(self, tmp_path: Path) -> None:
         flags = ("--calib", CALIB, "--calib-samples", 20, "--calib-batch", 5, "--roles", "ffn", "--criterion", "snp")
         report = reported("prune", VIT, "--ratio", 0.2, "-o", tmp_path / "out.onnx", *flags)
-        assert report["calibration"] == f"20 of 256 samples from {CALIB}, 5 per batch, 64 others held out"
+        assert report["calibration"]["text"] == f"20 of 256 samples from {CALIB}, 5 per batch, 64 others held out"
         assert report["verify"]["compared"] == f"sliced against masked on 10 held-out samples of {CALIB}"
 
     def test_batch_changes_nothing_but_samples_and_seed_do(self) -> None:
@@ -410,7 +410,8 @@ class TestCalibrating:
                 tmp_path / "out.onnx",
                 *flags,
             )
-            assert "4 samples from" in report["calibration"]
+            assert report["calibration"]["samples"] == 4
+            assert report["calibration"]["images"]["mean"] == [float(flags[flags.index("--image-mean") + 1])]
             return float(report["verify"]["quality"]["differences"][0]["relative"])
 
         plain = drift("--image-mean", "0", "--image-std", "1")
@@ -543,6 +544,23 @@ class TestPlanAndApply:
         assert (tmp_path / "p.json").read_text() == (tmp_path / "q.json").read_text()
         for key in ("groups", "params", "macs", "bytes", "criterion", "options", "digest"):
             assert applied[key] == pruned[key], key
+
+    def test_the_plan_knows_its_data(self, small: tuple[Path, Path], tmp_path: Path) -> None:
+        """Of other data, apply says that it makes another model, and verify does not blame the file."""
+        model, file = small
+        other, plan, pruned = tmp_path / "other.npz", tmp_path / "p.json", tmp_path / "a.onnx"
+        with np.load(file) as arrays:
+            np.savez(other, **{name: array[::-1] for name, array in arrays.items()})
+        invoke("plan", model, "--ratio", 0.5, "--calib", file, "-o", plan)
+        assert json.loads(plan.read_text())["calibration"]["samples"] > 0
+        same = invoke("apply", model, plan, "--calib", file, "-o", pruned)
+        assert "another model" not in same.stderr
+        assert "sliced equals masked" in invoke("verify", model, pruned, "--plan", plan, "--data", file).stdout
+        found = invoke("verify", model, pruned, "--plan", plan, "--calib", other)
+        assert "is not compared: the plan was made with" in found.stdout and str(file) in found.stdout
+        fitted = invoke("apply", model, plan, "--calib", other, "-o", tmp_path / "b.onnx")
+        assert f"the plan was made with {json.loads(plan.read_text())['calibration']['text']}" in fitted.stderr
+        assert (tmp_path / "b.onnx").read_bytes() != pruned.read_bytes()
 
     def test_default_names(self, tiny: Path) -> None:
         invoke("plan", tiny, "--ratio", 0.5)

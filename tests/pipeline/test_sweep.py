@@ -18,7 +18,8 @@ from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, mark_pareto_front
 
 
 def point(name: str, accuracy: float, speedup: float) -> SweepPoint:
-    return SweepPoint(name, (), 1, 1, 1, 1 - accuracy, None, accuracy, latency=10 / speedup, speedup=speedup)
+    times = {"latency": 10 / speedup, "speedup": speedup, "low": 0.95 * speedup, "high": 1.05 * speedup}
+    return SweepPoint(name, (), 1, 1, 1, 1 - accuracy, None, accuracy, **times)
 
 
 def test_the_front_is_what_no_other_beats() -> None:
@@ -28,6 +29,7 @@ def test_the_front_is_what_no_other_beats() -> None:
         point("worse but faster", 0.85, 1.5),
         point("as good and faster", 0.9, 1.2),
         point("same as the one before", 0.9, 1.2),
+        point("better, but not faster beyond the noise", 0.95, 1.03),
     ]
     marked = {p.name for p in mark_pareto_front(points) if p.front}
     assert marked == {"worse but faster", "as good and faster", "same as the one before"}

@@ -211,9 +211,9 @@ class TestCompare:
 
     def test_pooling(self) -> None:
         rows = [[Difference("y", 1.0, 0.2, 0.9, 1.0)], [Difference("y", 3.0, 0.4, 0.7, 0.5)]]
-        (found,) = aggregate(rows)
-        assert (found.max_abs_diff, found.agreement) == (3.0, 0.75)
-        assert (found.relative, found.cosine) == (pytest.approx(0.3), pytest.approx(0.8))
+        (found,) = aggregate(rows, [3, 1])  # as if the two batches were one
+        assert (found.max_abs_diff, found.agreement) == (3.0, 0.875)
+        assert (found.relative, found.cosine) == (pytest.approx(0.25), pytest.approx(0.85))
 
     def test_judging(self) -> None:
         def verdict(relative: float) -> Verdict:

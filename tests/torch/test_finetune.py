@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -23,6 +25,7 @@ pytest.importorskip("safetensors")
 
 import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
+from snpc.cli.tables import print_finetuned  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
 from snpc.runtime.closed_form.stages import residual_values  # noqa: E402
 from snpc.torch import Batch, TrainingHooks, TrainingOptions  # noqa: E402
@@ -35,11 +38,13 @@ VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.np
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of every width, chosen by magnitude: far from the dense model."""
-    target = tmp_path_factory.mktemp("pruned") / "half.onnx"
-    analysis = snpc.analyze(snpc.load(VIT))
-    scores = snpc.score(analysis, "magnitude")
-    snpc.apply(snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(ratio=0.5))), target)
+    """A quarter of every width, chosen by magnitude: far from the dense model."""
+    return cut(tmp_path_factory.mktemp("pruned") / "quarter.onnx", 0.75)
+
+
+def cut(target: Path, ratio: float) -> Path:
+    scores = snpc.score(snpc.analyze(snpc.load(VIT)), "magnitude")
+    snpc.apply(snpc.PruningPlan(snpc.make_slice_plan(scores, snpc.Budget(ratio=ratio))), target)
     return target
 
 
@@ -57,7 +62,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def drift(result: snpc.torch.FinetuneResult) -> tuple[float, float]:
-    return result.before[0].relative, result.after[0].relative
+    return result.before.differences[0].relative, result.after.differences[0].relative
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def parts(sizes: list[int]) -> list[dict[str, np.ndarray]]:
 
 def numbered(sizes: list[int], batch: int = 4) -> snpc.Calibration:
     spec = snpc.types.TensorSpec("x", np.dtype(np.float32), ("n", 1))
-    return snpc.load_calibration(parts(sizes), (spec,), samples=999, batch=batch)
+    return snpc.load_calibration(parts(sizes), (spec,), samples=999, batch=batch, held_out=0)
 
 
 def fed(found: snpc.Calibration) -> list[list[int]]:
@@ -154,11 +159,54 @@ def test_every_loss_comes_closer_to_the_teacher(pruned: Path, tmp_path: Path, op
     result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training, labels=labels)
     assert result is not None
     before, after = drift(result)
+    assert result.after.held_out and result.helped
     if training.loss != "ce":
         assert after < 0.9 * before
     assert np.mean(result.trained.losses[-3:]) < np.mean(result.trained.losses[:3])
     assert bool(result.hidden) == training.layerwise
     assert snpc.verify(VIT, result.path).quality.differences[0].agreement is not None
+
+
+def test_training_that_does_not_help_keeps_the_given_weights(tmp_path: Path) -> None:
+    """Steps that are far too long: judged on samples that are not trained on, no weights are better than the given."""
+    little = cut(tmp_path / "little.onnx", 0.3)
+    target = tmp_path / "t.onnx"
+    training = TrainingOptions(steps=4, lr=0.5, batch=16)
+    result = snpc.torch.finetune(little, VIT, data(), target, training=training)
+    assert result is not None and not result.helped and result.trained.best_step == 0
+    assert same_weights(little, target)
+    assert result.after == result.before and result.after.held_out and result.after.samples == 64
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        print_finetuned(result)
+    assert "training did not help: the given weights are kept" in output.getvalue()
+
+
+def test_few_samples_are_judged_on_themselves(pruned: Path, tmp_path: Path) -> None:
+    few = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=12, held_out=0)
+    result = snpc.torch.finetune(pruned, VIT, few, tmp_path / "t.onnx", training=TrainingOptions(steps=3, batch=12))
+    assert result is not None and not result.after.held_out and "12 samples" in result.after.source
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_teacher_of_another_model_is_refused_before_training(side: str, pruned: Path, tmp_path: Path) -> None:
+    model = onnx.load(VIT)
+    if side == "inputs":
+        model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 16
+        model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 16
+    else:
+        node = next(n for n in model.graph.node if "logits" in n.output)
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 9
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(9), "nine"))
+        node.output[0] = "all_logits"
+        model.graph.node.append(onnx.helper.make_node("Gather", ["all_logits", "nine"], ["logits"], axis=1))
+    other = tmp_path / "other.onnx"
+    onnx.save(model, other)
+    with pytest.raises(
+        UserError, match=rf"its {side} are not those of .*other\.onnx: .* against .*the teacher is"
+    ) as found:
+        snpc.torch.finetune(pruned, other, data(), tmp_path / "t.onnx", training=TrainingOptions(steps=1))
+    assert "\n" not in str(found.value) and not (tmp_path / "t.onnx").exists()
 
 
 def test_hidden_states_are_those_behind_every_layer(pruned: Path) -> None:
@@ -369,8 +417,9 @@ def test_the_report_is_of_the_written_file(pruned: Path, tmp_path: Path) -> None
     target = tmp_path / "t.onnx"
     done = run("snpc.cli", *arguments(pruned, target, *EARLY, "--json", "-"))
     found = json.loads(done.stdout)
-    assert 0 < found["steps"] <= 40 and found["after"][0]["relative"] < found["before"][0]["relative"]
-    assert "held out" in found["compared"] and found["held_out_drift"] is not None
+    assert 0 < found["steps"] <= 40 and found["helped"]
+    assert found["after"]["differences"][0]["relative"] < found["before"]["differences"][0]["relative"]
+    assert found["after"]["held_out"] and found["held_out_drift"] is not None
     assert f"step {found['steps']} of 40: loss" in done.stderr and "left" in done.stderr
     before, after = onnx.load(pruned).graph, onnx.load(target).graph
     assert [n.SerializeToString() for n in before.node] == [n.SerializeToString() for n in after.node]
@@ -457,7 +506,7 @@ def test_weights_and_widths_are_exported(pruned: Path, tmp_path: Path) -> None:
 def test_adapters_change_matrices_by_their_rank_and_nothing_else(pruned: Path, tmp_path: Path) -> None:
     training = TrainingOptions(steps=12, lr=3e-3, batch=16, adapters=2)
     result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
-    assert result is not None and result.after[0].relative < result.before[0].relative
+    assert result is not None and result.after.drift < result.before.drift
     before, after = weights_of(pruned), weights_of(tmp_path / "t.onnx")
     changed = {name for name in before if not (before[name] == after[name]).all()}
     assert changed and all(before[name].ndim == 2 for name in changed)
@@ -484,7 +533,7 @@ def test_new_weights_forget_the_old_ones(pruned: Path, tmp_path: Path) -> None:
     for reinit in ("epochs", "budget"):
         training = TrainingOptions(steps=6, batch=16, lr=1e-3, reinit=reinit)
         result = snpc.torch.finetune(pruned, VIT, data(), tmp_path / "t.onnx", training=training)
-        assert result is not None and result.after[0].relative > 2 * result.before[0].relative
+        assert result is not None and result.after.drift > result.before.drift
         steps[reinit] = result.trained.steps
     saved = snpc.analyze(snpc.load(VIT)).cost.macs / snpc.analyze(snpc.load(pruned)).cost.macs
     assert steps == {"epochs": 6, "budget": round(6 * saved)}

@@ -16,7 +16,12 @@ Files
 from __future__ import annotations
 
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
-from snpc.cli.arguments.calibration import CalibrationArguments, SavedStatisticsArguments, StatisticsArguments
+from snpc.cli.arguments.calibration import (
+    CalibrationArguments,
+    ImageArguments,
+    SavedStatisticsArguments,
+    StatisticsArguments,
+)
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
@@ -35,6 +40,7 @@ __all__ = [
     "CheckpointArguments",
     "DumpArguments",
     "ExecutionArguments",
+    "ImageArguments",
     "JsonArguments",
     "LimitedExecutionArguments",
     "MetricArguments",

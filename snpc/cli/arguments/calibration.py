@@ -56,6 +56,14 @@ class ImageArguments(ArgumentGroup):
             layout=self.image_layout or images.layout,
         )
 
+    def print_format(self, calibration: Calibration) -> None:
+        """Say how pictures were prepared: a model that was trained on others does not tell that it gets wrong ones."""
+        if calibration.images is not None:
+            given = self.image_mean is not None or self.image_std is not None or calibration.images.raw
+            advice = "" if given else " (ImageNet's; --image-mean and --image-std change it)"
+            drawn = f"{calibration.samples} of {calibration.available} from {calibration.source}"
+            print_note(f"pictures: {drawn}, {calibration.images.describe()}{advice}")
+
 
 @dataclass(frozen=True)
 class CalibrationArguments(ArgumentGroup):
@@ -66,6 +74,7 @@ class CalibrationArguments(ArgumentGroup):
     calib: str | None = option(
         "--calib",
         "--calibration-data",
+        "--data",
         metavar="DATA",
         help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, Polygraphy "
         "JSON, test_data_set_*/input_N.pb, or file.py:function (runs that code). random: noise, where there is no "
@@ -85,10 +94,10 @@ class CalibrationArguments(ArgumentGroup):
         if self.calib is None and self.images.is_given():
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
 
-    def load(self, analysis: snpc.Analysis) -> Calibration | None:
+    def load(self, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration | None:
         """The data as the flags describe it, noise for ``--calib random``, None without --calib."""
         self.check()
-        return self.load_data(self.calib, analysis) if self.calib is not None else None
+        return self.load_data(self.calib, analysis, held_out) if self.calib is not None else None
 
     def load_data(self, source: str, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration:
         """``source`` in place of --calib, prepared in the same way; at most ``held_out`` samples are held out."""
@@ -100,7 +109,7 @@ class CalibrationArguments(ArgumentGroup):
             raise UserError(
                 f"{source}: --image-size, -mean, -std and -layout are for a folder of images; leave them out"
             )
-        return snpc.load_calibration(
+        calibration = snpc.load_calibration(
             source,
             analysis.model.inputs,
             samples=self.calib_samples,
@@ -109,6 +118,8 @@ class CalibrationArguments(ArgumentGroup):
             seed=self.seed,
             held_out=held_out,
         )
+        self.images.print_format(calibration)
+        return calibration
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:
         """All samples of ``source``, prepared in the same way, with the array ``labels`` of it as their classes."""

@@ -51,7 +51,7 @@ class TrainingArguments(ArgumentGroup):
         "--early-stop",
         type=int,
         metavar="N",
-        help="Hold out a tenth of the data; stop after N evaluations without improvement.",
+        help="Stop after N evaluations on the held-out data without improvement.",
     )
     evaluate: int | None = option(
         "--evaluate", type=int, metavar="STEPS", help="Steps between evaluations.  [default: an epoch, or less]"
@@ -91,10 +91,19 @@ class TrainingDataArguments(ArgumentGroup):
     section: ClassVar[str] = "Inputs"
 
     calib: str = option(
-        "--data", metavar="DATA", required=True, help="Inputs to train on (forms as --calib of `snpc prune`)."
+        "--data",
+        "--calib",
+        metavar="DATA",
+        required=True,
+        help="Inputs to train on (forms as --calib of `snpc prune`).",
     )
     calib_samples: int = option(
-        "--samples", default=65536, show_default=True, type=int, help="Use at most this many samples."
+        "--samples",
+        "--calib-samples",
+        default=65536,
+        show_default=True,
+        type=int,
+        help="Use at most this many samples.",
     )
     labels: str | None = option(
         "--labels",

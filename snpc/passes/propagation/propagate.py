@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source
+from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
 from snpc.ops import SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
@@ -110,11 +110,12 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         context.pin_all([*inputs, *captured], SUBGRAPH)
         outputs: list[Factors] = []
     elif missing or not shape_is_known:
-        unknown = str(missing[0].name) if missing else str(node.outputs[0].name)
+        unknown = missing[0] if missing else node.outputs[0]
         for operand in inputs if context.spec.kind == "contraction" else ():
             for labels in operand.factors if operand is not None and operand.constant else ():
                 trace.table.flag(labels, LabelFlag.PRODUCED)  # lists the weight together with its pin
-        context.pin_all(inputs, context.spec.reason or f"the shape of {unknown} cannot be inferred")
+        is_opaque = context.spec.kind == "opaque"
+        context.pin_all(inputs, context.spec.reason if is_opaque else unknown_shape_reason(facts, unknown))
         outputs = []
     else:
         try:

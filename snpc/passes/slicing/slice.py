@@ -7,7 +7,7 @@ that the graph computes at run time is left alone, and no new parameter is trust
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from snpc.errors import CheckFailed
 from snpc.graph import (
+    MeasuredValue,
     ShapeFacts,
     alternative_dim_sizes,
     attribute_values,
@@ -108,6 +109,8 @@ def slice_model(
     old_nodes = {node.name: node for node in model.graph}
     for node in list(copy.graph):
         old = old_nodes[node.name]
+        expected = [expected_shape(trace, v, removed) for v in old.outputs]
+        expect_measured_shapes(facts, after, old, node, expected)
         infer_node(after, node, copy, dim_sizes)
         spec = lookup(node.domain, node.op_type)
         version = opset_version(model, node.domain)
@@ -126,7 +129,6 @@ def slice_model(
             }
             if set_attributes(node, spec.resize_head_attributes(facts.call(old, version), node.domain, parts, inputs)):
                 infer_node(after, node, copy, dim_sizes)
-        expected = [expected_shape(trace, v, removed) for v in old.outputs]
         step = MovementRewrite(old, node, facts, after, trace, removed, editor, version, tuple(expected))
         if spec.kind == "movement" and any(
             e is not None and e.old_shape != e.new_shape for e in (expected[0], *sliced_inputs(trace, old, removed))
@@ -265,6 +267,16 @@ def set_attributes(node: ir.Node, attributes: Mapping[str, Any]) -> bool:
         else:
             node.attributes[name] = ir.convenience.convert_attribute(name, value)
     return bool(changes)
+
+
+def expect_measured_shapes(
+    before: ShapeFacts, after: ShapeFacts, old: ir.Node, node: ir.Node, expected: Sequence[SlicedShape | None]
+) -> None:
+    """What no inference knows and a run of the original showed has the expected shape: the cut file is run as well."""
+    for value, twin, sliced in zip(old.outputs, node.outputs, expected, strict=True):
+        seen = before.measured.get(value)
+        if seen is not None:
+            after.measured[twin] = MeasuredValue(sliced.new_shape if sliced else seen.shape, before.dtype.get(value))
 
 
 def check_output_shapes(node: ir.Node, facts: ShapeFacts, expected: list[SlicedShape | None]) -> None:

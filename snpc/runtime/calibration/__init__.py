@@ -48,7 +48,7 @@ from snpc.runtime.calibration.dataset import (
     pack_batches,
 )
 from snpc.runtime.calibration.file_sources import path_source
-from snpc.runtime.calibration.held_out import MAX_HELD_OUT
+from snpc.runtime.calibration.held_out import MAX_HELD_OUT, count_held_out
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
 from snpc.runtime.calibration.python_sources import (
     CalibrationValue,
@@ -67,6 +67,7 @@ __all__ = [
     "ImageOptions",
     "RowSelection",
     "as_user_error",
+    "count_held_out",
     "find_sample_axes",
     "load_calibration",
     "load_script_function",

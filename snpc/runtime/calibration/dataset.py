@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.held_out import count_held_out, count_left_over, split_in_order, split_samples
-from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource
+from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource, ImageFormat
 from snpc.runtime.calibration.validation import (
     SampleAxes,
     count_samples,
@@ -52,7 +55,7 @@ class Calibration:
     how many samples were asked for. ``available``: how many the source holds (None: not counted). ``dropped``:
     samples that were chosen but do not fill a batch of the model's size. ``held_out``: other samples of the source,
     which ``batches`` does not give, so that nothing is fitted to them; None where samples are too few. ``random``: they
-    are noise.
+    are noise. ``seed``: what drew them. ``images``: how pictures were prepared, where they are pictures.
 
     How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
     source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
@@ -72,6 +75,8 @@ class Calibration:
     unbatched: bool = field(repr=False)
     held_out: Calibration | None = field(default=None, repr=False, compare=False)
     random: bool = False
+    seed: int = 0
+    images: ImageFormat | None = None
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
@@ -126,7 +131,31 @@ class Calibration:
             text = f"{self.samples} of {self.available} samples from {self.source}, {size} per batch"
         if self.held_out is not None:
             text += f", {self.held_out.samples} others held out"
+        if self.images is not None:
+            text += f", pictures {self.images.describe()}"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the samples, whatever their batches are. Reads all of them, once."""
+        shas = {spec.name: hashlib.sha256() for spec in self.stored_inputs}
+        for feeds in Calibration.batches(self):  # of a subclass: without what it adds
+            for name, sha in shas.items():
+                sha.update(np.ascontiguousarray(feeds[name]).tobytes())
+        return hashlib.sha256("".join(name + sha.hexdigest() for name, sha in shas.items()).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a plan or a report says of its data: enough to use the same again, and to see that it is the same."""
+        return {
+            "source": self.source,
+            "samples": self.samples,
+            "batch": self.batch,
+            "seed": self.seed,
+            "held_out": self.held_out.samples if self.held_out is not None else 0,
+            "images": asdict(self.images) if self.images is not None else None,
+            "digest": self.digest,
+            "text": self.describe(),
+        }
 
     def _take(self, selection: RowSelection, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         feed = {}
@@ -184,6 +213,8 @@ def calibration_from_source(
         stored_inputs=source.inputs,
         sample_axes=axes,
         unbatched=source.unbatched,
+        seed=request.seed,
+        images=source.images,
     )
     if not count:
         return calibration

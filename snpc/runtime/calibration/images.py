@@ -11,7 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import ArrayHeader, CalibrationPart, CalibrationSource, as_user_error, name_list
+from snpc.runtime.calibration.sources import (
+    ArrayHeader,
+    CalibrationPart,
+    CalibrationSource,
+    ImageFormat,
+    as_user_error,
+    name_list,
+)
 from snpc.types import AnyArray, TensorSpec
 
 PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std
@@ -49,16 +56,6 @@ class ImageOptions:
 IMAGENET = ImageOptions()
 
 
-@dataclass(frozen=True)
-class ImageFormat:
-    """The image input of a model: [channels, height, width] or [height, width, channels], raw pixels or normalized."""
-
-    height: int
-    width: int
-    channels: int
-    raw: bool
-
-
 def image_source(
     folder: Path, files: Sequence[Path], inputs: tuple[TensorSpec, ...], options: ImageOptions
 ) -> CalibrationSource:
@@ -70,7 +67,7 @@ def image_source(
     header = ArrayHeader(shape, np.dtype(np.uint8 if frame.raw else np.float32))
     unbatched = len(spec.shape) == 3  # a model for a single picture: no sample axis
     stored_input = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if unbatched else spec
-    load = _image_loader(frame, options)
+    load = _image_loader(frame)
 
     def part(file: Path) -> CalibrationPart:
         def read(names: Sequence[str]) -> Mapping[str, AnyArray]:
@@ -78,7 +75,9 @@ def image_source(
 
         return CalibrationPart(str(file), {spec.name: header}, read)
 
-    return CalibrationSource(str(folder), (part(file) for file in files), (stored_input,), unbatched=unbatched)
+    return CalibrationSource(
+        str(folder), (part(file) for file in files), (stored_input,), unbatched=unbatched, images=frame
+    )
 
 
 def _image_input(folder: Path, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
@@ -110,7 +109,7 @@ def _image_format(spec: TensorSpec, options: ImageOptions) -> ImageFormat:
                 f"image {name} has {len(values)} values, but input '{spec.name}' takes {channels} channel(s): "
                 f"give one value or {channels} (--image-{name})"
             )
-    return ImageFormat(height, width, channels, raw)
+    return ImageFormat(height, width, channels, options.mean, options.std, options.layout, raw)
 
 
 def _channel_count(spec: TensorSpec, size: int | str, other: int | str, options: ImageOptions) -> int:
@@ -140,15 +139,15 @@ def _image_size(spec: TensorSpec, dims: Sequence[int | str], options: ImageOptio
     return options.size
 
 
-def _image_loader(frame: ImageFormat, options: ImageOptions) -> Callable[[Path], AnyArray]:
+def _image_loader(frame: ImageFormat) -> Callable[[Path], AnyArray]:
     try:
         import PIL.Image
     except ImportError as error:
         raise UserError("reading pictures needs Pillow: pip install snpc[images]") from error
-    return partial(_load_image, PIL.Image, frame, options)
+    return partial(_load_image, PIL.Image, frame)
 
 
-def _load_image(pillow: Any, frame: ImageFormat, options: ImageOptions, file: Path) -> AnyArray:
+def _load_image(pillow: Any, frame: ImageFormat, file: Path) -> AnyArray:
     """file -> [1,C,H,W] or [1,H,W,C], uint8 or float32."""
     advice = "the picture cannot be read; repair or remove it"
     broken = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)
@@ -158,10 +157,8 @@ def _load_image(pillow: Any, frame: ImageFormat, options: ImageOptions, file: Pa
         pixels = _resize_and_crop(pillow, picture.convert("RGB" if frame.channels == 3 else "L"), frame)
     array: AnyArray = pixels.reshape(frame.height, frame.width, frame.channels)
     if not frame.raw:
-        array = (array.astype(np.float32) / 255 - np.array(options.mean, np.float32)) / np.array(
-            options.std, np.float32
-        )
-    return array[None] if options.layout == "nhwc" else np.ascontiguousarray(array.transpose(2, 0, 1))[None]
+        array = (array.astype(np.float32) / 255 - np.array(frame.mean, np.float32)) / np.array(frame.std, np.float32)
+    return array[None] if frame.layout == "nhwc" else np.ascontiguousarray(array.transpose(2, 0, 1))[None]
 
 
 def _resize_and_crop(pillow: Any, picture: Any, frame: ImageFormat) -> AnyArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,12 +30,36 @@ class CalibrationPart:
 
 
 @dataclass(frozen=True)
+class ImageFormat:
+    """How pictures become the image input of a model: their size, (pixel / 255 - ``mean``) / ``std`` by channel, and
+    where the channel axis is. ``raw``: the pixels themselves instead."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Literal["nchw", "nhwc"]
+    raw: bool
+
+    def describe(self) -> str:
+        """``224x224, mean 0.485,0.456,0.406, std 0.229,0.224,0.225, nchw``"""
+        scaled = f"mean {comma_separated(self.mean)}, std {comma_separated(self.std)}"
+        return f"{self.height}x{self.width}, {'raw pixels' if self.raw else scaled}, {self.layout}"
+
+
+def comma_separated(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+@dataclass(frozen=True)
 class CalibrationSource:
     """An opened source of calibration data.
 
     ``inputs``: the model's inputs as the parts hold them. ``allow_single_sample``: an array may be one sample without a
     leading axis. ``length_unknown``: the first samples are taken and iteration stops there. ``unbatched``: the model
-    has no sample axis; ``inputs`` have an extra leading 1, which is removed again when a batch is fed.
+    has no sample axis; ``inputs`` have an extra leading 1, which is removed again when a batch is fed. ``images``: how
+    pictures are prepared, where the parts are pictures.
     """
 
     label: str
@@ -44,6 +68,7 @@ class CalibrationSource:
     allow_single_sample: bool = True
     length_unknown: bool = False
     unbatched: bool = False
+    images: ImageFormat | None = None
 
 
 def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:

@@ -1,16 +1,18 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy       Accuracy of a model file on labeled inputs.
-  bench          Latency of models, measured side by side.
-  compare        Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
-  distances      Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
-                 user.
-  latency        Latency that narrower groups save: whole models at a few widths, timed side by side with the dense
-                 model.
-  metric_choice  The user's metrics: by name, by output, or as a function in a Python file.
-  metrics        Which metric suits each output of a model: by what the graph does at its end, by values, or as the
-                 user says.
+  accuracy          Accuracy of a model file on labeled inputs.
+  bench             Latency of models, measured side by side.
+  compare           Checks of a written model: its structure, sliced against masked outputs, and drift from the
+                    original.
+  distances         Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
+                    user.
+  equal_selections  Comparison of two models in front of what they select, and behind it on the same selections.
+  latency           Latency that narrower groups save: whole models at a few widths, timed side by side with the dense
+                    model.
+  metric_choice     The user's metrics: by name, by output, or as a function in a Python file.
+  metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
+                    user says.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, me
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
-    aggregate,
     batch_differences,
     check_structure,
     compare_models,
@@ -31,6 +32,7 @@ from snpc.runtime.evaluation.compare import (
     run_batches,
 )
 from snpc.runtime.evaluation.distances import OutputMetric
+from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
 from snpc.runtime.evaluation.latency import (
     TimedArtifact,
     Workload,
@@ -54,18 +56,20 @@ __all__ = [
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
-    "aggregate",
     "batch_differences",
     "bench",
     "check_structure",
     "collect_outputs",
     "compare_models",
+    "compare_on_equal_selections",
+    "find_selectors",
     "groups_to_time",
     "latency_table",
     "max_drift",
     "max_relative",
     "measure_differences",
     "median_interval",
+    "name_selectors",
     "raise_if_unequal",
     "rounding_tolerance",
     "run_batches",

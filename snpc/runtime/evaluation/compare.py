@@ -168,25 +168,27 @@ def argmax_agreement(x: AnyArray, y: AnyArray, axis: int = -1) -> float | None:
     return float((x.argmax(axis) == y.argmax(axis)).mean())
 
 
-def aggregate(rows: Sequence[list[Difference]]) -> tuple[Difference, ...]:
-    """One Difference per output over several batches: the largest difference, the mean of the rest."""
-    by_name: dict[str, list[Difference]] = {}
-    for row in rows:
-        for d in row:
-            by_name.setdefault(d.output, []).append(d)
+def aggregate(batches: Sequence[list[Difference]], samples: Sequence[int]) -> tuple[Difference, ...]:
+    """One Difference per output over several batches: the largest difference, the mean over ``samples`` (a number for
+    each batch) of the rest."""
+    weights = [max(number, 1) for number in samples]
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=weights))
+
     differences = []
-    for name, of_output in by_name.items():
+    for of_output in zip(*batches, strict=True):
         rates = [d.agreement for d in of_output if d.agreement is not None]
         differences.append(
             Difference(
-                name,
+                of_output[0].output,
                 max(d.max_abs_diff for d in of_output),
-                float(np.mean([d.relative for d in of_output])),
-                float(np.mean([d.cosine for d in of_output])),
-                float(np.mean(rates)) if rates else None,
+                mean([d.relative for d in of_output]),
+                mean([d.cosine for d in of_output]),
+                mean(rates) if len(rates) == len(of_output) else None,
                 of_output[0].metric,
-                float(np.mean([d.distance for d in of_output])),
-                float(np.mean([d.drift for d in of_output])),
+                mean([d.distance for d in of_output]),
+                mean([d.drift for d in of_output]),
             )
         )
     return tuple(differences)
@@ -200,7 +202,8 @@ def batch_differences(
     """One Difference per output over all batches; raises CheckFailed as ``measure_differences``."""
     if reference:
         metrics = metrics.for_values(reference[0])
-    return aggregate([measure_differences(a, b, metrics) for a, b in zip(reference, other, strict=True)])
+    measured = [measure_differences(a, b, metrics) for a, b in zip(reference, other, strict=True)]
+    return aggregate(measured, [max((len(a) for a in batch.values() if a.ndim), default=1) for batch in reference])
 
 
 def max_relative(differences: Sequence[Difference]) -> float:

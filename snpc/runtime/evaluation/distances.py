@@ -29,6 +29,7 @@ MetricCandidate = Literal["", "integers", "linear", "classes"]
 
 METRIC_NAMES = ("kl", "relative", "cosine", "mismatch", "none")
 INVISIBLE = 1e3  # a logit so far below the largest of its row has no probability at any precision: a mask
+# a softmax at 1 tells little of a sample of which the model is sure, so few samples are noisy: docs/design-notes.md
 PLANNING_TEMPERATURE = 4.0
 LARGEST_LOGARITHM = 100.0  # of what is called a log-probability: a broken model may have any, and must not overflow
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
@@ -173,14 +174,10 @@ def tempered(log_p: FloatArray, temperature: float) -> FloatArray:
     """Distributions flattened as by a softmax at ``temperature``; the mass of each row stays."""
     if temperature == 1.0:
         return log_p
-    mass = np.log(np.exp(log_p).sum(-1, keepdims=True))
-    flat: FloatArray = log_p / temperature
-    return np.asarray(
-        flat
-        - np.log(np.exp(flat - flat.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - flat.max(-1, keepdims=True)
-        + mass
-    )
+    largest = log_p.max(-1, keepdims=True)
+    mass = largest + np.log(np.exp(log_p - largest).sum(-1, keepdims=True))
+    flat: FloatArray = (log_p - largest) / temperature
+    return np.asarray(flat - np.log(np.exp(flat).sum(-1, keepdims=True)) + mass)
 
 
 def log_probabilities(domain: Domain, rows: FloatArray, finite: BoolArray) -> FloatArray:

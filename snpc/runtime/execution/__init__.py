@@ -10,11 +10,14 @@ Files
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
                      inputs.
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
+  shape_runs         Shapes of a graph's values, read from one run on random inputs, for values that shape inference
+                     knows nothing of.
   temporary_session  Sessions of models in memory: written to a temporary file, run, and deleted.
 """
 
 from __future__ import annotations
 
+from snpc.graph import register_shape_source
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
@@ -44,6 +47,7 @@ from snpc.runtime.execution.session import (
     run_session,
     save_optimized,
 )
+from snpc.runtime.execution.shape_runs import run_for_shapes
 from snpc.runtime.execution.temporary_session import RunFunction, runs_in_float32, temporary_session
 
 __all__ = [
@@ -84,3 +88,5 @@ __all__ = [
     "too_large_reason",
     "vector_width",
 ]
+
+register_shape_source(run_for_shapes)

@@ -91,17 +91,17 @@ def spill_to_file(array: AnyArray) -> AnyArray:
     return mapped.reshape(array.shape)
 
 
-def session_bytes(model: Model) -> int:
+def session_bytes(model: ir.Model) -> int:
     """Bytes that a CPU session of ``model`` needs: its weights, and those of half precision once more as float32, in
     which the CPU computes."""
-    tensors = [v.const_value for v in model.graph.graph.initializers.values() if v.const_value is not None]
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     weights = {id(tensor): tensor for tensor in tensors}.values()
     return sum(weight_bytes(t) * (3 if t.dtype in HALF_TYPES else 1) for t in weights)
 
 
 def too_large_reason(model: Model) -> str:
     """Why the model is too large to run on this machine, for a message; "" where it is not."""
-    needed, free = session_bytes(model), free_memory()
+    needed, free = session_bytes(model.graph), free_memory()
     if needed <= free // 2:  # the masked original is run as well, and others use the machine
         return ""
     return f"running the model takes about {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"

@@ -1,11 +1,10 @@
 """Model files: loading, checking, and writing them atomically.
 
 Files
-  atomic         Atomic writes: under a temporary name beside the target, renamed into place when complete.
-  duplicate_constants
-                 Names that several constants of a graph define, which onnxruntime takes and onnx-ir refuses.
   atomic         Atomic writes: a file is written in a temporary folder beside its place, flushed to the disk, and
                  renamed.
+  duplicate_constants
+                 Names that several constants of a graph define, which onnxruntime takes and onnx-ir refuses.
   examples       The trained examples that ship inside the package, and how they reach a user's folder.
   in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
   load           Loading models: tensors checked, external data found, the graph in canonical form.

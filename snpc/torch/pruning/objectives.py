@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.runtime.evaluation import EvaluationData, collect_outputs, max_drift, top1_accuracy
+from snpc.runtime.evaluation import EvaluationData, collect_outputs, top1_accuracy
 from snpc.torch.finetune import FinetuneResult
 from snpc.torch.training import run_fingerprint
 
@@ -94,4 +94,4 @@ class AccuracyDrop:
 
 def max_output_drift(result: FinetuneResult) -> float:
     """The largest drift of an output from the dense model's, after training."""
-    return max_drift(result.after)
+    return result.after.drift

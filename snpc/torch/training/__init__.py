@@ -45,7 +45,7 @@ from snpc.torch.training.sampling import (
     shuffle_samples,
     skip_batches,
 )
-from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, relative_drift, teacher_function
+from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, teacher_function
 
 __all__ = [
     "Batch",
@@ -74,7 +74,6 @@ __all__ = [
     "open_checkpoint",
     "other_run_error",
     "reinitialize",
-    "relative_drift",
     "run_fingerprint",
     "sample_ids",
     "shard_batches",

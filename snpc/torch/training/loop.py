@@ -40,7 +40,7 @@ class TrainingState:
     """The state of a run between two steps: all that a checkpoint holds.
 
     ``ema_weights`` (the moving average) and ``best_weights`` are in the order of ``parameters``, and empty where the
-    run keeps none. ``best_drift`` is the lowest value of the evaluations.
+    run keeps none. ``best_drift`` is the lowest value of the evaluations, and ``best_step`` the step at which it was.
     """
 
     parameters: list[torch.nn.Parameter]
@@ -49,6 +49,7 @@ class TrainingState:
     ema_weights: list[torch.Tensor] = field(default_factory=list)
     best_weights: list[torch.Tensor] = field(default_factory=list)
     best_drift: float = math.inf
+    best_step: int = 0
     evaluations_since_best: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class TrainingState:
             "average": gather_tensors(self.ema_weights),
             "best": gather_tensors(self.best_weights),
             "drift": self.best_drift,
+            "best_step": self.best_step,
             "behind": self.evaluations_since_best,
         }
 
@@ -74,6 +76,7 @@ class TrainingState:
             for name in ("average", "best")
         )
         self.step, self.best_drift, self.evaluations_since_best = state["step"], state["drift"], state["behind"]
+        self.best_step = state["best_step"]
 
 
 class LossModule(torch.nn.Module):
@@ -89,20 +92,23 @@ class LossModule(torch.nn.Module):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """``losses``: of every step that ran here; ``drift``: the best on held-out data, None without any."""
+    """``losses``: of every step that ran here. ``drift``: the best evaluation, None without any, and ``best_step``: the
+    step after which it was, 0 for the weights that training began with. The module is left with the best weights."""
 
     steps: int
     losses: Sequence[float]
     drift: float | None
     seconds: float
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
 class TrainingHooks:
     """What is called while training.
 
-    ``evaluate``: what early stopping watches, lower is better; every process calls it. ``checkpoints``: where the state
-    is written, and resumed from. ``on_progress``: called after every step by the main process.
+    ``evaluate``: decides which weights are kept, lower is better, and when training stops early; every process calls
+    it. ``checkpoints``: where the state is written, and resumed from. ``on_progress``: called after every step by the
+    main process.
     """
 
     evaluate: Callable[[torch.nn.Module], float] | None = None
@@ -136,7 +142,7 @@ def train(
     loss_module = distributed_module(LossModule(module, loss), training, worker)
     steps = training.steps or training.epochs * batches.steps_per_epoch
     evaluate_every = training.evaluate or max(1, min(batches.steps_per_epoch, steps // 20))
-    evaluate = hooks.evaluate if training.early_stop else None
+    evaluate = hooks.evaluate
     losses: list[float] = []
     monitor = ProgressMonitor(steps, state.step)
     if evaluate is not None and not state.step:
@@ -153,8 +159,9 @@ def train(
         if hooks.on_progress and worker.is_main:
             hooks.on_progress(progress)
     load_final_weights(state)
-    drift = state.best_drift if state.best_weights else None
-    return TrainingResult(state.step, losses, drift, monitor.seconds())
+    if not state.best_weights:
+        return TrainingResult(state.step, losses, None, monitor.seconds())
+    return TrainingResult(state.step, losses, state.best_drift, monitor.seconds(), state.best_step)
 
 
 def initial_state(
@@ -283,7 +290,7 @@ def evaluate_and_keep_best(
         drift = evaluate(module)
         if drift < state.best_drift:
             state.best_weights = [p.detach().clone() for p in state.parameters]
-            state.best_drift, state.evaluations_since_best = drift, 0
+            state.best_drift, state.best_step, state.evaluations_since_best = drift, state.step, 0
         else:
             state.evaluations_since_best += 1
 

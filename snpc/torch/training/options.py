@@ -27,9 +27,9 @@ class TrainingOptions:
     every layer, averaged. ``outputs``: the model outputs that the loss compares; empty: the logits (for "mse" all).
 
     ``clip``: largest norm of the gradient (0: any). ``ema``: decay of a moving average of the weights, which is written
-    instead of the last ones (0: none). ``early_stop``: hold a tenth of the data out, and stop when the drift on it has
-    not improved for this many evaluations (0: never); the best weights are written, the initial ones included.
-    ``evaluate``: steps between evaluations (0: an epoch, or a twentieth of the run where that is shorter).
+    instead of the last ones (0: none). Weights are evaluated on held-out data, and the best are written, the initial
+    ones included. ``evaluate``: steps between evaluations (0: an epoch, or a twentieth of the run where that is
+    shorter). ``early_stop``: stop after so many evaluations without improvement (0: never).
     ``precision`` "auto" is bf16 on GPUs that have it.
 
     ``metric``: how changed outputs are judged, see ``snpc.plan``; texts.

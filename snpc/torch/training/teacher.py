@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -102,15 +101,3 @@ class Teacher:
 def mean_squares(outputs: TeacherOutputs) -> dict[str, float]:
     """Mean square of each value, at least 1e-12: errors are divided by it."""
     return {name: max(float(value.float().square().mean()), 1e-12) for name, value in outputs.items()}
-
-
-def relative_drift(batches: Sequence[TeacherOutputs], expected: Sequence[TeacherOutputs]) -> float:
-    """Root mean square of the difference from the expected outputs over all batches, relative to their own; the mean
-    over outputs."""
-    relative = []
-    for name in expected[0]:
-        pairs = [(a[name].float(), b[name].float()) for a, b in zip(batches, expected, strict=True)]
-        error = sum(float((a - b).square().sum()) for a, b in pairs)
-        size = sum(float(b.square().sum()) for _, b in pairs)
-        relative.append((error / size) ** 0.5 if size else error**0.5)
-    return float(np.mean(relative))

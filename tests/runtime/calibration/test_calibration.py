@@ -503,6 +503,31 @@ def test_a_raw_input_gets_raw_pixels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(feed["x"][0], pixels.transpose(2, 0, 1))
 
 
+def test_how_pictures_are_prepared_is_recorded(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png")
+    options = ImageOptions(mean=(0.5,), std=(0.25, 0.5, 1.0))
+    calibration = load_calibration(tmp_path, [IMAGE], images=options)
+    assert calibration.describe().endswith("pictures 8x8, mean 0.5, std 0.25,0.5,1, nchw")
+    images = calibration.record()["images"]
+    assert (images["mean"], images["std"], images["layout"]) == ((0.5,), (0.25, 0.5, 1.0), "nchw")
+    (raw,) = [load_calibration(tmp_path, [spec("x", np.uint8, "n", 3, 8, 8)]).images]
+    assert raw is not None and raw.describe() == "8x8, raw pixels, nchw"
+
+
+def test_the_digest_is_that_of_the_samples(tmp_path: Path) -> None:
+    data = {"x": np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)}
+    inputs = [spec("x", np.float32, "n", 4)]
+    file = save_npz(tmp_path / "a.npz", **data)
+
+    def digest(source: Any = file, **options: Any) -> str:
+        return load_calibration(source, inputs, **{"samples": 6, **options}).digest
+
+    assert digest() == digest(batch=2) == digest(save_npz(tmp_path / "copy.npz", **data))
+    changed = {"x": data["x"] + np.float32(1e-6)}
+    others = {digest(seed=1), digest(samples=5), digest(save_npz(tmp_path / "b.npz", **changed))}
+    assert len({digest(), *others}) == 4
+
+
 def test_one_channel_is_greyscale(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", value=51)
     options = ImageOptions(mean=(0.0,), std=(1.0,))

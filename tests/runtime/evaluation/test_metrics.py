@@ -69,7 +69,7 @@ def test_one_class_is_no_distribution() -> None:
 
 
 def test_an_output_without_numbers() -> None:
-    with pytest.raises(UserError, match="output y: the original has no finite value"):
+    with pytest.raises(UserError, match=r"output y: the original has no finite value"):
         OutputMetrics().for_values({"y": np.full((2, 3), np.nan)})
 
 
@@ -88,7 +88,7 @@ def test_caches_and_integers_are_not_judged() -> None:
     differences = batch_differences([before], [after], metrics)
     assert [d.drift for d in differences] == [0, 0, 0]
     assert [d.metric for d in differences] == ["none", "none", "relative"]
-    with pytest.raises(CheckFailed, match="output present.0.key: holds NaN"):
+    with pytest.raises(CheckFailed, match=r"output present\.0\.key: holds NaN"):
         batch_differences([before], [{**after, "present.0.key": ROWS * np.nan}], metrics)
 
 
@@ -142,9 +142,11 @@ def test_the_assignment_is_judged_by_what_matters(analysis: Analysis) -> None:
     (dense,) = run_model(analysis)
     changed = np.where(dense < -20, dense * 1.5, dense)
     metrics = OutputMetrics.of(analysis)
-    assert metrics.change({"log_assignment": dense}, {"log_assignment": changed}) < 1e-6
+    assert metrics.change({"log_assignment": dense}, {"log_assignment": changed}) < 0.01
     finite = np.isfinite(dense)
-    assert np.sqrt(np.sum((changed[finite] - dense[finite]) ** 2) / np.sum(dense[finite] ** 2)) > 0.3
+    assert (
+        np.sqrt(np.sum((changed[finite] - dense[finite]) ** 2) / np.sum(dense[finite] ** 2)) > 0.3
+    )  # which would decide
 
 
 def run_model(analysis: Analysis) -> list[Array]:
@@ -176,7 +178,7 @@ def test_a_name_for_all_outputs_and_for_one(analysis: Analysis) -> None:
     ],
 )
 def test_what_cannot_be_asked(analysis: Analysis, request_: Any, words: str) -> None:
-    with pytest.raises(UserError, match=f"{words}"):
+    with pytest.raises(UserError, match=words):
         with_metrics(analysis, request_)
 
 
@@ -187,9 +189,7 @@ def test_an_axis_that_is_not_there(analysis: Analysis) -> None:
 
 def test_a_function_in_a_file(analysis: Analysis, tmp_path: Path) -> None:
     script = tmp_path / "quality.py"
-    script.write_text(
-        "import numpy as np\ndef distance(a, b):\n    return float(np.nanmax(np.abs(np.exp(a) - np.exp(b))))\n"
-    )
+    script.write_text("import numpy as np\ndef distance(a, b):\n    return np.abs(np.exp(a) - np.exp(b)).max((1, 2))\n")
     data = snpc.load_calibration(matched_points(8), analysis.model.inputs, batch=4)
     out = tmp_path / "out.onnx"
     plan = snpc.plan(analysis, snpc.Budget(target="macs=0.8"), data, metric=f"{script}:distance")

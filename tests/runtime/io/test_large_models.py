@@ -91,7 +91,7 @@ def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, mon
 def test_what_does_not_fit_is_not_run_and_that_is_said(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = memory.session_bytes(snpc.load(llama))
+    needed = memory.session_bytes(snpc.load(llama).graph)
     assert needed > 3 * llama.with_name("weights.bin").stat().st_size * 0.9  # half precision runs as single
     monkeypatch.setattr(memory, "free_memory", lambda: needed)
     target, report = tmp_path / "out.onnx", tmp_path / "report.json"

@@ -1,0 +1,55 @@
+"""Prune the example with the oldest versions that snpc allows: python3 scripts/oldest_dependencies.py [PYTHON ...]
+
+For each PYTHON, by default the one that runs this, a temporary environment gets the lower bounds in pyproject.toml, and
+snpc prunes its example with and without calibration data. Exits with 1 where that fails.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ("--calib", "calib.npz", "--calib-samples", "16", "--tokens", "none")
+RUNS = (
+    ("example", "digits", "."),
+    ("prune", "digits_vit.onnx", "--ratio", "0.5", "-o", "selected.onnx"),
+    ("prune", "digits_vit.onnx", "--target", "macs=0.8", *SAMPLES, "-o", "refitted.onnx"),
+)
+
+
+def oldest_requirements() -> list[str]:
+    """``numpy>=1.26; marker`` -> ``numpy==1.26; marker``, for every dependency."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    requirements = re.findall(r'^  [\'"](.*)[\'"],$', block, re.MULTILINE)
+    assert all(">=" in requirement for requirement in requirements), requirements
+    return [requirement.replace(">=", "==", 1) for requirement in requirements]
+
+
+def check(python: str) -> bool:
+    """Whether snpc works in this Python with its oldest dependencies."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        requirements = folder / "oldest.txt"
+        requirements.write_text("\n".join(oldest_requirements()))
+        steps: list[list[str]] = [
+            [python, "-m", "venv", str(folder / "venv")],
+            [str(folder / "venv/bin/pip"), "install", "--quiet", str(ROOT), "--requirement", str(requirements)],
+            *([str(folder / "venv/bin/snpc"), *run] for run in RUNS),
+        ]
+        for step in steps:
+            done = subprocess.run(step, cwd=folder, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{python}: failed: {' '.join(step)}\n{done.stdout}{done.stderr}")
+                return False
+    print(f"{python}: works with {', '.join(oldest_requirements())}")
+    return True
+
+
+if __name__ == "__main__":
+    results = [check(python) for python in sys.argv[1:] or [sys.executable]]
+    sys.exit(not all(results))
