@@ -13,6 +13,8 @@ Files
   metric_choice     The user's metrics: by name, by output, or as a function in a Python file.
   metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
                     user says.
+  uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
+                    them.
 """
 
 from __future__ import annotations
