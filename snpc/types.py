@@ -33,7 +33,7 @@ ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum"]
-ProbeKind = Literal["query", "key", "value", "context", "hidden"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
 ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
 refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
@@ -44,6 +44,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
+NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
 
 Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
@@ -130,7 +131,8 @@ class Group:
 
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
-    over the units, so removing some changes the statistics of the others; such a group is cut only on request.
+    over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
+    only on request; a hidden layer that is normalized inside is cut as others are.
     """
 
     id: str

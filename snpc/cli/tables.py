@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,17 @@ def print_line(text: str) -> None:
 def print_note(text: str) -> None:
     """Print a remark to stderr, so that pipes get results only."""
     click.echo(f"snpc: note: {text}", err=True)
+
+
+def print_step(text: str) -> None:
+    """Print to stderr what is about to be done, or what may follow."""
+    click.echo(f"snpc: {text}", err=True)
+
+
+def print_warning(text: str, err: bool = True) -> None:
+    """Print what may cost the user the model; bold on a terminal. ``err``: to stderr; else it is part of the result."""
+    head = click.style("snpc: warning:" if err else "warning:", bold=True, fg="red")
+    click.echo(f"{head} {text}", err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def print_table(

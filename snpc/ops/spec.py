@@ -141,6 +141,8 @@ class OpSpec:
     statistic_parts: Callable[[OpCall], int] | None = None
     """Into how many parts the channels (axis 1) are divided for statistics; those of a part are removed together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
+    centered: bool = False  # a normalization that subtracts the mean
+    epsilon: float = 1e-5  # what a normalization adds to the variance where no attribute says it
     reason: str = ""
     out_shapes: Callable[[OpCall], list[Shape]] | None = None
     resize_attributes: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
 from snpc.planning import (
     Budget,
+    PlanOutlook,
     PruningMethod,
     SlicePlan,
     UnitScores,
     groups_to_prune,
     make_slice_plan,
     plan_from_json,
+    plan_outlook,
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
@@ -90,6 +93,15 @@ class PruningPlan:
         if self.calibration is not None:
             return self.calibration.describe()
         return self.closed_forms.source if self.closed_forms is not None else ""
+
+    @cached_property
+    def outlook(self) -> PlanOutlook | None:
+        """What goes, the drift that the curves predict, and up to where they are safe. None where no widths are cut."""
+        if self.budget is None or self.scores is None:
+            return None
+        measured = self.calibration is not None and needs_loss_curves(self.budget, self.slices.method)
+        scores = self.scores if measured else replace(self.scores, curves={})
+        return plan_outlook(self.groups, scores, self.budget, self.slices)
 
     @property
     def measured_on_calibration(self) -> bool:

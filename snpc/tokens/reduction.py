@@ -110,8 +110,8 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     opened = externalize_decisions(graph, facts, dim_sizes, steps)
     closed = opened.clone()
     reduction.embed_decisions(closed)
-    dim_sizes = {**dim_sizes, **kept_dim_sizes(steps)}
-    quoted_sizes = {**analysis.dim_sizes, **kept_dim_sizes(quoted_steps)}
+    dim_sizes = dim_sizes.extended(kept_dim_sizes(steps))
+    quoted_sizes = analysis.dim_sizes.extended(kept_dim_sizes(quoted_steps))
     extra = (
         cost_of(closed, infer_graph(closed, quoted_sizes)).macs
         - cost_of(opened, infer_graph(opened, quoted_sizes)).macs
@@ -122,6 +122,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
             opened,
             SizedFacts(dim_sizes, infer_graph(opened, dim_sizes)),
             SizedFacts(quoted_sizes, infer_graph(opened, quoted_sizes)),
+            analysis.given_sizes,
         ),
         analysis.cost,
         tokens=analysis.tokens,

@@ -44,10 +44,11 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def refused(words: str, *arguments: object, usage: bool = False) -> None:
-    """The last line says why, and there is no other but notes (and, of click's own refusals, the usage)."""
+    """The last line says why, and there is no other but notes, what goes, and the usage of click's own refusals."""
     result = invoke(*arguments, code=2)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
+    others = ("snpc: note:", "snpc: warning:", "snpc: plan:")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     if usage:
         assert lines[0].startswith("Usage: ")
         assert lines[-1].startswith("Error: ")

@@ -122,13 +122,18 @@ def unify_across_blocks(
 
 
 def are_whole_blocks(members: IntArray, block: IntArray, sizes: IntArray) -> npt.NDArray[np.bool_]:
-    """[rows]: whether the row consists of whole blocks and has more than one unit."""
+    """[rows]: whether the row consists of whole blocks and has more than one unit.
+
+    Blocks of one unit each do not count: such a row may as well hold one channel of each head, where a statistic made
+    each head one unit.
+    """
     blocks = np.sort(block[members], axis=1)
     firsts = np.ones(blocks.shape, bool)
     firsts[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
     expected = (sizes[np.maximum(blocks, 0)] * firsts).sum(1)
     count = count_distinct_units(members)
-    whole: npt.NDArray[np.bool_] = (blocks[:, 0] >= 0) & (count == expected) & (count > 1)
+    several = (sizes[np.maximum(blocks, 0)] > 1).any(1)
+    whole: npt.NDArray[np.bool_] = (blocks[:, 0] >= 0) & (count == expected) & (count > 1) & several
     return whole
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes import Analysis
@@ -22,6 +23,8 @@ from snpc.passes.weights import (
 from snpc.planning import SlicePlan
 from snpc.runtime.closed_form.algebra import (
     LowRankBasis,
+    NormalizedMoments,
+    affine_for_fewer_units,
     refit_decoder,
     refit_rows,
     relative_ridge,
@@ -264,6 +267,7 @@ def closed_form_edits(
         rows, kind = plan.keep[group.id], closed_forms.kinds[group.id]
         if kind == "refit":
             refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
+            fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
         elif kind in ROTATED:
             apply_basis(edits, closed_forms, group, len(rows[0]))
     return edits
@@ -290,6 +294,54 @@ def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group,
         lost = weight.copy()
         lost[columns] -= fitted
         compensate_means(edits, consumer, moments, lost)
+
+
+def fit_inner_normalizations(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
+    """Fit gain and bias of the normalizations inside a hidden layer to statistics over the units ``keep``."""
+    constants = closed_forms.analysis.traced_graph.model.graph.initializers
+    inside = closed_forms.analysis.weights[group.id].normalizations
+    for norm, moments in zip(inside, closed_forms.moments[group.id].normalized, strict=True):
+        order = norm.probes[0].units.reshape(-1)  # the number of the unit at each position of gain and bias
+        where = np.argsort(order)[keep]
+        gain, bias = (
+            np.zeros(group.size) if name is None else constant_vector(constants[name])[np.argsort(order)]
+            for name in (norm.gain, norm.bias)
+        )
+        mean, covariance = np.mean(moments.means, axis=0), moments.moment / max(moments.count, 1.0)
+        inner = NormalizedMoments.before_affine(mean, covariance, gain, bias)
+        scale, shift = affine_for_fewer_units(inner, keep, norm.centered)
+        if norm.bias is None:
+            edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
+            continue
+        edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
+        edits.changes.setdefault(norm.bias, []).append(shifted_at(where, gain[keep] * shift))
+
+
+def constant_vector(value: ir.Value) -> FloatArray:
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float64).reshape(-1)
+
+
+def scaled_at(positions: IntArray, factors: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The change that multiplies a vector of any shape at these positions."""
+
+    def change(array: FloatArray) -> FloatArray:
+        flat = array.reshape(-1)
+        flat[positions] *= factors
+        return flat.reshape(array.shape)
+
+    return change
+
+
+def shifted_at(positions: IntArray, terms: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The change that adds to a vector of any shape at these positions."""
+
+    def change(array: FloatArray) -> FloatArray:
+        flat = array.reshape(-1)
+        flat[positions] += terms
+        return flat.reshape(array.shape)
+
+    return change
 
 
 def compensate_means(edits: WeightEdits, consumer: ConsumerWeight, moments: ConsumerMoments, lost: FloatArray) -> None:
