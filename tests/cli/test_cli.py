@@ -465,7 +465,16 @@ class TestWriting:
         report = json.loads((folder / "r.json").read_text())
         assert report["output"] == str(folder / "o.onnx")
         assert json.loads((folder / "p.json").read_text())["digest"] == report["digest"]
-        for words in ("parameters", "MACs", "bytes on disk", "removed: .* of ffn", "verified:", "drift", "seconds:"):
+        for words in (
+            "parameters",
+            "MACs",
+            "bytes on disk",
+            "removed: .* of ffn",
+            "rewrite: correct",
+            "quality: ",
+            "drift",
+            "seconds:",
+        ):
             assert re.search(words, result.stdout), words
 
     def test_dry_run_writes_no_model(self, tiny: Path) -> None:
