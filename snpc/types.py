@@ -156,12 +156,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says."""
+    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says; the products of
+    ``not_counted`` (number and operator) are not in it."""
 
     params: int
     macs: int
     bytes: int
     nodes: int
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from snpc.runtime.evaluation import (
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
-from snpc.runtime.statistics import Statistics, measure_statistics, unit_weight_energies
+from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
 
@@ -191,6 +191,7 @@ def make_plan(
     """``plan``, by a request."""
     budget = request.budget
     groups = groups_to_prune(analysis, budget)
+    check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
     has_data = calibration is not None or statistics is not None
     method = request.method or default_method(calibration, has_data and request.criterion is None)
