@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import classifiers, exports, families
+from tests.models import classifiers, dynamic_sizes, exports, families
 
 pytest.register_assert_rewrite("tests.oracle", "tests.closed_forms", "tests.command_line")
 
@@ -29,9 +29,18 @@ REPRESENTATIVE = frozenset(
         "llama__ts17",  # rotary positions, grouped heads
         "t5__ts17",  # cross attention
         "encdec__dyn20",
+        "gpt2_cached__ts14",  # caches
+        "llama_cached__dyn20",
     }
 )
-EXPORTS = {**exports.EXPORTS, **families.FAMILIES, **classifiers.CLASSIFIERS, **classifiers.SENTENCES}
+EXPORTS = {
+    **exports.EXPORTS,
+    **families.FAMILIES,
+    **classifiers.CLASSIFIERS,
+    **classifiers.SENTENCES,
+    **dynamic_sizes.DECODERS,
+    **dynamic_sizes.CONSTRAINED,
+}
 TORCH = Path(__file__).parent / "torch"
 
 

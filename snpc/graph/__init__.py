@@ -11,6 +11,7 @@ Files
                    watched one by one.
   shapes           Concrete shapes: bind dynamic axes to small sizes and evaluate, node by node, shapes and shape
                    arithmetic.
+  size_search      Solves for sizes of dynamic dimensions that a graph takes, from what its nodes demand.
   subgraph         Segments of a graph: contiguous nodes in topological order, with their inputs and outputs.
   traversal        Walks over a graph: what a node reads, what lies upstream and downstream of a value.
   union_find       Union-find: connected components of pairs of integers, or of any hashable members.
@@ -18,7 +19,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.graph.binding import alternative_dim_sizes, dynamic_axes
+from snpc.graph.binding import DimSizes, alternative_dim_sizes, dynamic_axes, leading_dims
 from snpc.graph.builder import (
     Attribute,
     add_constant,
@@ -31,7 +32,7 @@ from snpc.graph.builder import (
     unused_name,
 )
 from snpc.graph.constant_values import is_constant_along
-from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.cost import contraction_sizes, cost_of, count_macs
 from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
 from snpc.graph.pass_manager import (
@@ -47,7 +48,6 @@ from snpc.graph.pass_manager import (
 from snpc.graph.shapes import (
     ShapeFacts,
     attribute_values,
-    choose_dim_sizes,
     has_subgraphs,
     infer_graph,
     infer_node,
@@ -62,6 +62,7 @@ from snpc.graph.shapes import (
     unknown_shape_reason,
     weight_bytes,
 )
+from snpc.graph.size_search import choose_dim_sizes, trial_dim_sizes
 from snpc.graph.subgraph import Segment, extract_segment, split_into_segments
 from snpc.graph.traversal import (
     ScalarFactor,
@@ -80,6 +81,7 @@ from snpc.graph.union_find import connected_components, number_components
 
 __all__ = [
     "Attribute",
+    "DimSizes",
     "GraphPass",
     "MalformedGraphError",
     "MeasuredValue",
@@ -96,6 +98,7 @@ __all__ = [
     "connected_components",
     "contraction_sizes",
     "copy_node",
+    "cost_of",
     "count_macs",
     "data_dependent_values",
     "dependent_values",
@@ -109,6 +112,7 @@ __all__ = [
     "is_constant_along",
     "is_float",
     "is_stored_constant",
+    "leading_dims",
     "make_node",
     "malformed_graph_errors",
     "module_path",
@@ -133,6 +137,7 @@ __all__ = [
     "split_into_segments",
     "static_shape",
     "step_upstream",
+    "trial_dim_sizes",
     "unique_names",
     "unknown_shape_reason",
     "unused_name",

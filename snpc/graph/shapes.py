@@ -16,7 +16,6 @@ import onnx
 import onnx_ir as ir
 from onnx import defs, shape_inference
 
-from snpc.graph.binding import candidate_dim_sizes
 from snpc.graph.measured_shapes import MeasuredValue, measure_shapes
 from snpc.ops import OpCall, OpSpec, evaluate_node, lookup
 from snpc.types import AnyArray, IntArray, Shape
@@ -338,17 +337,3 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
         dims = info.tensor_type.shape.dim if info.tensor_type.HasField("shape") else None
         known = dims is not None and all(d.HasField("dim_value") for d in dims)
         facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
-
-
-def choose_dim_sizes(model: ir.Model, fixed: Mapping[str, int] | None = None) -> tuple[dict[str, int], ShapeFacts]:
-    """The candidate sizes of dynamic dimensions at which most shapes are known, with the facts there."""
-    best: tuple[int, dict[str, int], ShapeFacts] | None = None
-    for dim_sizes in candidate_dim_sizes(model.graph, fixed):
-        facts = infer_graph(model, dim_sizes, measure=False)
-        missing = sum(1 for shape in facts.shape.values() if shape is None)
-        if best is None or missing < best[0]:
-            best = (missing, dim_sizes, facts)
-        if not missing:
-            break
-    assert best is not None
-    return best[1], infer_graph(model, best[1]) if best[0] else best[2]

@@ -6,6 +6,7 @@ Files
   attention      Fused attention: scores, softmax and context in one node.
   contraction    Contractions, written as Einstein sums: the letters of the two operands that do not reach the output
                  are summed.
+  demands        What operators demand of the sizes of their inputs: equal sizes, sizes that reach an index, multiples.
   discontinuous  Operators whose output jumps where floats that are equal up to rounding change their order or round
                  apart.
   indexing       Reading and writing positions that an index tensor names.
@@ -38,6 +39,7 @@ from snpc.ops.attention import (
     qkv_widths,
 )
 from snpc.ops.contraction import contraction_entries, letters_of, matmul_letters, parse_einsum
+from snpc.ops.demands import SizeDemand, unmet_demands
 from snpc.ops.discontinuous import is_discontinuous
 from snpc.ops.indexing import indexing_entries
 from snpc.ops.movement import collapse_constant_axes, concat_axis, movement_entries, reshape_labels
@@ -46,6 +48,7 @@ from snpc.ops.names import (
     ARG_MAX,
     ATTENTION,
     CAST,
+    CAST_LIKE,
     CLIP,
     CONCAT,
     CONSTANT,
@@ -66,6 +69,7 @@ from snpc.ops.names import (
     MUL,
     MULTI_HEAD_ATTENTION,
     REDUCE_MAX,
+    REDUCE_MEAN,
     REDUCE_SUM,
     REDUCTION_AXES_INPUT_SINCE,
     RESHAPE,
@@ -74,6 +78,7 @@ from snpc.ops.names import (
     SLICE,
     SOFTMAX,
     SPLIT,
+    SQRT,
     SQUEEZE,
     SUB,
     TOPK,
@@ -95,6 +100,7 @@ __all__ = [
     "ATTENTION",
     "ATTENTION_FORMS",
     "CAST",
+    "CAST_LIKE",
     "CLIP",
     "CONCAT",
     "CONSTANT",
@@ -116,6 +122,7 @@ __all__ = [
     "MUL",
     "MULTI_HEAD_ATTENTION",
     "REDUCE_MAX",
+    "REDUCE_MEAN",
     "REDUCE_SUM",
     "REDUCTION_AXES_INPUT_SINCE",
     "RESHAPE",
@@ -125,6 +132,7 @@ __all__ = [
     "SLICE",
     "SOFTMAX",
     "SPLIT",
+    "SQRT",
     "SQUEEZE",
     "SUB",
     "SUBGRAPH",
@@ -142,6 +150,7 @@ __all__ = [
     "OpCall",
     "OpSpec",
     "RotaryForm",
+    "SizeDemand",
     "TensorCut",
     "attention_form",
     "attention_geometry",
@@ -160,6 +169,7 @@ __all__ = [
     "reshape_labels",
     "rotary_form",
     "rotated_pairs",
+    "unmet_demands",
 ]
 
 

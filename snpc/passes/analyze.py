@@ -12,15 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import (
+    DimSizes,
     PassObserver,
     ShapeFacts,
     choose_dim_sizes,
-    contraction_sizes,
-    count_macs,
+    cost_of,
     infer_graph,
-    opset_version,
+    leading_dims,
     run_pass,
-    weight_bytes,
 )
 from snpc.passes.canonicalization import ELIMINATE_DEAD_ROWS
 from snpc.passes.grouping import (
@@ -49,7 +48,7 @@ class Analysis:
     groups: tuple[Group, ...]
     pins: tuple[Pin, ...]
     cost: Cost
-    dim_sizes: Mapping[str, int]
+    dim_sizes: DimSizes
     traced_graph: TracedGraph = field(repr=False)
     dead_macs: int = 0
     """MACs saved at any widths: for rows that no output depends on (``eliminate_dead_rows``), and for
@@ -57,6 +56,8 @@ class Analysis:
     tokens: TokenFacts = field(default=NO_TOKENS, repr=False)
     reduction: TokenReduction | None = None
     """How tokens are reduced, if they are. ``traced_graph`` then has inputs that say which tokens are removed."""
+    given_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of dynamic dimensions that the caller gave: random inputs have them."""
 
     @property
     def name(self) -> str:
@@ -91,15 +92,16 @@ def analyze(
 ) -> Analysis:
     """Find everything that can be made narrower in ``model`` and why the rest cannot.
 
-    ``dim_sizes``: sizes of dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) at which MACs are quoted.
+    ``dim_sizes``: sizes of dynamic dimensions by name (``{"batch": 1, "sequence": 384}``) at which MACs are quoted, and
+    which random inputs have.
     ``prune_kv_cache``: KV caches may be narrowed, past inputs and present outputs together.
     ``observer`` is called after each graph pass.
     """
-    chosen = SizedFacts(*choose_dim_sizes(model.graph))
+    chosen = SizedFacts(*choose_dim_sizes(model.graph, dim_sizes))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
     cost = cost_of(model.graph, quoted.facts)
     tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
-    sized = GraphAtSizes(model.graph, chosen, quoted)
+    sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
     return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)
 
 
@@ -107,17 +109,21 @@ def analyze(
 class SizedFacts:
     """Sizes of dynamic dimensions, and the shapes of a graph at these sizes."""
 
-    dim_sizes: Mapping[str, int]
+    dim_sizes: DimSizes
     facts: ShapeFacts
 
 
 @dataclass(frozen=True)
 class GraphAtSizes:
-    """A graph with its shapes at the sizes it is ``traced`` at, and at those its MACs are ``quoted`` at."""
+    """A graph with its shapes at the sizes it is ``traced`` at, and at those its MACs are ``quoted`` at.
+
+    ``given``: sizes that the caller asked for.
+    """
 
     graph: ir.Model
     traced: SizedFacts
     quoted: SizedFacts
+    given: Mapping[str, int] = field(default_factory=dict)
 
 
 def analyze_graph(
@@ -147,7 +153,8 @@ def analyze_graph(
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
-    return Analysis(model, groups, pins, cost, quoted.dim_sizes, traced_graph, dead_macs, tokens, reduction)
+    sizes, given = quoted.dim_sizes, sized.given
+    return Analysis(model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given)
 
 
 def quoted_facts(model: ir.Model, chosen: SizedFacts, fixed: Mapping[str, int]) -> SizedFacts:
@@ -156,16 +163,10 @@ def quoted_facts(model: ir.Model, chosen: SizedFacts, fixed: Mapping[str, int]) 
     Batch 1, sequences of 128 (fewer where the model's position table is shorter), and images of the ``chosen`` sizes;
     ``fixed``: sizes that the caller asks for.
     """
-    leading = {
-        str(value.shape[0].value or f"{value.name}.0")
-        for value in model.graph.inputs
-        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
-    }
+    leading = leading_dims(model.graph)
     for length in QUOTED_LENGTHS:
-        dim_sizes = {
-            name: fixed.get(name, 1 if name in leading else max(size, length))
-            for name, size in chosen.dim_sizes.items()
-        }
+        wanted = {name: 1 if name in leading else max(size, length) for name, size in chosen.dim_sizes.items()}
+        dim_sizes = chosen.dim_sizes.resized({**wanted, **fixed}, fixed)
         facts = infer_graph(model, dim_sizes)
         if len(facts.problems) <= len(chosen.facts.problems):
             return SizedFacts(dim_sizes, facts)
@@ -188,15 +189,3 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
             key = (label_pin.tensor, label_pin.axis, label_pin.reason)
             pins.setdefault(key, to_pin(label_pin))
     return tuple(pins.values())
-
-
-def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
-    """Parameters (float initializers that are used), MACs at the sizes of ``facts``, bytes of the weights, nodes."""
-    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
-    weights = {id(tensor): tensor for tensor in tensors}.values()
-    params = sum(tensor.size for tensor in weights if tensor.dtype.is_floating_point())
-    macs = 0
-    for node in model.graph:
-        call = facts.call(node, opset_version(model, node.domain))
-        macs += sum(count_macs(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
-    return Cost(params, macs, sum(weight_bytes(tensor) for tensor in weights), model.graph.num_nodes())

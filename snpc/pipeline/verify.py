@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
+from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze
 from snpc.passes.slicing import RewrittenModel, rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -28,7 +29,16 @@ from snpc.runtime.evaluation import (
     rounding_tolerance,
     run_batches,
 )
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, random_batch, too_large_reason
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    SessionLoadError,
+    feed_sizes,
+    find_running_sizes,
+    random_batch,
+    sizes_text,
+    too_large_reason,
+)
 from snpc.runtime.io import load
 from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
@@ -77,7 +87,7 @@ def verification_data(
     ``fitted_to``: the model was made from ``calibration``, all of which is fed otherwise.
     """
     if calibration is None:
-        return VerificationData([random_batch(analysis, RANDOM_SAMPLES)], [RANDOM_SAMPLES], RANDOM, random_inputs=True)
+        return random_data(analysis, analysis.traced_graph.dim_sizes)
     held_out = calibration.held_out
     if held_out is not None:
         return data_of(held_out, held_out.source, held_out=True)
@@ -88,14 +98,33 @@ def verification_data(
     return data_of(calibration, f"{calibration.source}, which the model was made from").first(enough)
 
 
+def random_data(analysis: Analysis, dim_sizes: DimSizes) -> VerificationData:
+    """Random inputs at ``dim_sizes``, which ``source`` names."""
+    sizes = feed_sizes(analysis, RANDOM_SAMPLES, dim_sizes)
+    batch = random_batch(analysis, RANDOM_SAMPLES, dim_sizes=dim_sizes)
+    source = f"{RANDOM} at {sizes_text(sizes)}" if sizes else RANDOM
+    return VerificationData([batch], [len(next(iter(batch.values()), ()))], source, random_inputs=True)
+
+
 def data_of(calibration: Calibration, source: str, held_out: bool = False) -> VerificationData:
     batches = list(calibration.batches())
     return VerificationData(batches, calibration.batch_sizes(), source, held_out, calibration.random)
 
 
 def run_original(analysis: Analysis, original: Path, data: VerificationData, execution: Execution) -> Reference:
-    """Run the original on as many batches as its outputs leave room for."""
-    outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
+    """Run the original on as many batches as its outputs leave room for.
+
+    Random inputs that it does not run on are drawn again, at sizes of dynamic dimensions at which it does.
+    """
+    try:
+        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
+    except SessionLoadError:
+        raise
+    except UserError:
+        if not data.random_inputs:
+            raise
+        data = random_data(analysis, find_running_sizes(analysis, execution))
+        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
     return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs)
 
 
@@ -119,8 +148,7 @@ def candidate_reference(plan: PruningPlan) -> Reference:
             return Reference(data, OutputMetrics(), not_run=str(error))
         raise UserError(f"nothing can be verified, so nothing is written: {error}; run onnx.checker on it") from None
     except UserError as error:  # it loads: then nothing is written that was not compared
-        advice = "" if plan.calibration is not None else "; give --calib DATA that it runs on"
-        raise UserError(f"the original does not run, so nothing can be verified: {error}{advice}") from None
+        raise UserError(f"the original does not run, so nothing can be verified: {error}") from None
 
 
 def compare_with_reference(

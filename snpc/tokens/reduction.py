@@ -11,8 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph import choose_dim_sizes, infer_graph, run_pass
-from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
+from snpc.graph import choose_dim_sizes, cost_of, infer_graph, run_pass
+from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph
 from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions
@@ -110,8 +110,8 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     opened = externalize_decisions(graph, facts, dim_sizes, steps)
     closed = opened.clone()
     reduction.embed_decisions(closed)
-    dim_sizes = {**dim_sizes, **kept_dim_sizes(steps)}
-    quoted_sizes = {**analysis.dim_sizes, **kept_dim_sizes(quoted_steps)}
+    dim_sizes = dim_sizes.extended(kept_dim_sizes(steps))
+    quoted_sizes = analysis.dim_sizes.extended(kept_dim_sizes(quoted_steps))
     extra = (
         cost_of(closed, infer_graph(closed, quoted_sizes)).macs
         - cost_of(opened, infer_graph(opened, quoted_sizes)).macs
@@ -122,6 +122,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
             opened,
             SizedFacts(dim_sizes, infer_graph(opened, dim_sizes)),
             SizedFacts(quoted_sizes, infer_graph(opened, quoted_sizes)),
+            analysis.given_sizes,
         ),
         analysis.cost,
         tokens=analysis.tokens,

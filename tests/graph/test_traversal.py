@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import choose_dim_sizes
+from snpc.graph import choose_dim_sizes
 from snpc.graph.traversal import is_stored_constant, movement_behind, movement_root, step_upstream
 from tests.passes.text_graphs import text_model
 

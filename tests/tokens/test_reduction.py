@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import snpc
 from snpc.cli import main
 from snpc.errors import CheckFailed, UserError
-from snpc.graph.shapes import choose_dim_sizes
+from snpc.graph import choose_dim_sizes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.pipeline.token_decisions import (

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, infer_graph
+from snpc.graph import DimSizes, ShapeFacts, infer_graph
 from snpc.passes.grouping.interleaved_heads import find_units
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Trace, propagate_labels
@@ -19,7 +18,7 @@ class TracedGraph:
     too."""
 
     model: ir.Model
-    dim_sizes: Mapping[str, int]
+    dim_sizes: DimSizes
     facts: ShapeFacts
     trace: Trace
     units: Units
@@ -27,7 +26,7 @@ class TracedGraph:
 
 
 def trace_graph(
-    model: ir.Model, dim_sizes: Mapping[str, int], facts: ShapeFacts | None = None, kv_cache: bool = False
+    model: ir.Model, dim_sizes: DimSizes, facts: ShapeFacts | None = None, kv_cache: bool = False
 ) -> TracedGraph:
     """Propagate labels through ``model`` and resolve them to units.
 

@@ -12,7 +12,10 @@ Files
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
   shape_runs         Shapes of a graph's values, read from one run on random inputs, for values that shape inference
                      knows nothing of.
-  temporary_session  Sessions of models in memory: written to a temporary file, run, and deleted.
+  size_trial         Sizes of dynamic dimensions at which a model runs, found by running it: no shape inference knows
+                     all that nodes demand.
+  temporary_session  Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of
+                     files.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.random_inputs import embedding_rows, id_limits, random_batch, random_calibration
+from snpc.runtime.execution.random_inputs import embedding_rows, feed_sizes, id_limits, random_batch, random_calibration
 from snpc.runtime.execution.runners import (
     ENGINE_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -48,7 +51,8 @@ from snpc.runtime.execution.session import (
     save_optimized,
 )
 from snpc.runtime.execution.shape_runs import run_for_shapes
-from snpc.runtime.execution.temporary_session import RunFunction, runs_in_float32, temporary_session
+from snpc.runtime.execution.size_trial import find_running_sizes, sizes_text
+from snpc.runtime.execution.temporary_session import RunFunction, file_session, runs_in_float32, temporary_session
 
 __all__ = [
     "DEFAULT_EXECUTION",
@@ -66,6 +70,9 @@ __all__ = [
     "check_shape",
     "cpu_name",
     "embedding_rows",
+    "feed_sizes",
+    "file_session",
+    "find_running_sizes",
     "first_lines",
     "id_limits",
     "import_openvino",
@@ -84,6 +91,7 @@ __all__ = [
     "run_session",
     "runs_in_float32",
     "save_optimized",
+    "sizes_text",
     "temporary_session",
     "too_large_reason",
     "vector_width",

@@ -71,9 +71,10 @@ def random_feeds(
     """Seeded arrays for ``inputs``: floats standard normal, ids uniform in [0, limit), masks and bools ones.
 
     A dynamic first axis is the batch. Other dynamic axes take their size from ``dim_sizes`` (names that no input has
-    are ignored); without one it is 0 where only past keys and values have the axis, else 16. Equal names get equal
-    sizes, also those that a shape in ``shapes`` binds; a name such as "past + new" is the sum of its terms. Ids of an
-    input are below its entry in ``id_limits``, else below 2. Its values depend on ``seed`` and its name alone.
+    are ignored; an axis without a name is called INPUT.AXIS); without one it is 0 where only past keys and values have
+    the axis, else 16. Equal names get equal sizes, also those that a shape in ``shapes`` binds; a name such as
+    "past + new" is the sum of its terms. Ids of an input are below its entry in ``id_limits``, else below 2. Its values
+    depend on ``seed`` and its name alone.
     UserError: a shape that does not fit its input, or a type without random values.
     """
     shapes, dim_sizes, id_limits = shapes or {}, dim_sizes or {}, id_limits or {}
@@ -193,8 +194,9 @@ def _axis_size(spec: TensorSpec, axis: int, bound: Mapping[str, int], batch: int
     dim = spec.shape[axis]
     if isinstance(dim, int):
         return dim
-    if dim in bound:
-        return bound[dim]
+    name = dim or f"{spec.name}.{axis}"
+    if name in bound:
+        return bound[name]
     if dim:
         return sum(int(term) for term in _sum_terms(dim) if term.isdecimal()) + sum(
             bound[term] for term in _term_names(dim)

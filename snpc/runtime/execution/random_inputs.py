@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts
+from snpc.graph import DimSizes, ShapeFacts, leading_dims
 from snpc.ops import lookup
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration, find_sample_axes, load_calibration
@@ -35,12 +35,22 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
     return replace(calibration, source=RANDOM_SOURCE, random=True, held_out=held_out)
 
 
-def random_batch(analysis: Analysis, batch: int, seed: int = 0) -> dict[str, AnyArray]:
-    """One feed of ``batch`` samples, or of the model's own batch size where that is static."""
-    inputs = analysis.model.inputs
-    batches = {spec.shape[0] for spec in inputs if len(spec.shape) > 1}
-    dim_sizes = {name: size for name, size in analysis.traced_graph.dim_sizes.items() if name not in batches}
-    return random_feeds(inputs, batch=batch, dim_sizes=dim_sizes, seed=seed, id_limits=id_limits(analysis))
+def random_batch(
+    analysis: Analysis, batch: int, seed: int = 0, dim_sizes: DimSizes | None = None
+) -> dict[str, AnyArray]:
+    """One feed of ``batch`` samples, or of the model's own batch size where that is static or the graph takes no other.
+
+    Dynamic axes have ``dim_sizes`` (those of the analysis where None), but for sizes that the user gave.
+    """
+    sizes = feed_sizes(analysis, batch, dim_sizes if dim_sizes is not None else analysis.traced_graph.dim_sizes)
+    return random_feeds(analysis.model.inputs, batch=batch, dim_sizes=sizes, seed=seed, id_limits=id_limits(analysis))
+
+
+def feed_sizes(analysis: Analysis, batch: int, dim_sizes: DimSizes) -> DimSizes:
+    """``dim_sizes`` with ``batch`` samples, where the graph takes that many, and the sizes that the user gave."""
+    given = analysis.given_sizes
+    leading = leading_dims(analysis.model.graph.graph)
+    return dim_sizes.resized({**dict.fromkeys(leading, batch), **given}, given)
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:

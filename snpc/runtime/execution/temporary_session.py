@@ -1,9 +1,10 @@
-"""Sessions of models in memory: written to a temporary file, run, and deleted."""
+"""Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -63,6 +64,25 @@ def temporary_session(
         finally:
             sessions.clear()  # a caller that keeps ``run`` does not keep the session
             release_free_memory()
+
+
+@contextmanager
+def file_session(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
+    """A function from feeds to outputs of the model in ``path``, for few runs; see ``temporary_session``."""
+    model = ir.load(path)
+    if runs_in_float32(model, execution):
+        with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
+            yield run
+        return
+    sessions = [open_session(path, execution=execution, optimization="basic", memory="least")]
+    names = {i.name for i in sessions[0].get_inputs()}
+    try:
+        yield lambda feeds: run_session(
+            sessions[0], {name: array for name, array in feeds.items() if name in names}, name=path.name
+        )
+    finally:
+        sessions.clear()
+        release_free_memory()
 
 
 # -- bfloat16 --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import snpc
-from snpc.graph.shapes import choose_dim_sizes, infer_graph
+from snpc.graph import choose_dim_sizes, infer_graph
 from snpc.passes.analyze import cost_of
 from snpc.passes.canonicalization.eliminate_dead_rows import EliminateDeadRows
 from tests.models.exports import EXPORTS

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from snpc.graph.shapes import choose_dim_sizes
+from snpc.graph import choose_dim_sizes
 from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.slicing.attention_scale import ScalePlan, is_standard_scale, plan_scales

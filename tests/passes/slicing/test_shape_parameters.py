@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from snpc.errors import CheckFailed
+from snpc.graph import choose_dim_sizes, infer_graph
 from snpc.graph.binding import alternative_dim_sizes
-from snpc.graph.shapes import choose_dim_sizes, infer_graph
 from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from tests.passes.text_graphs import op_types, text_model

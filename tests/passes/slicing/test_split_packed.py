@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from snpc.errors import CheckFailed
-from snpc.graph.shapes import choose_dim_sizes
+from snpc.graph import choose_dim_sizes
 from snpc.passes.canonicalization.canonicalize import canonicalize
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.propagation.removal import RemovedUnits
