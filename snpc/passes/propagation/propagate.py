@@ -443,8 +443,8 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
 
 
 def propagate_sampling(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
-    """Channels keep their labels, positions are pinned. Where heads lie on the axis of samples, the channels of each are
-    a block, and whole heads stay: the positions have this axis too."""
+    """Channels keep their labels, positions are pinned. Where heads lie on the axis of samples, the channels of each
+    are a block, and whole heads stay: the positions have this axis too."""
     data = inputs[0]
     assert data is not None and context.spec.axes is not None
     context.pin_all(inputs[1:], context.spec.reason)
