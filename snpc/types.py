@@ -8,7 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -156,12 +156,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says."""
+    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says; the products of
+    ``not_counted`` (number and operator) are not in it."""
 
     params: int
     macs: int
     bytes: int
     nodes: int
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,19 @@ class CriterionInputs:
     consume: Mapping[str, FloatArray]
     sums: Mapping[str, FloatArray]
     samples: int
+
+
+MetricFunction = Callable[[AnyArray, AnyArray], Any]
+"""(original, pruned) of one output -> a distance from 0 on, or one per sample."""
+
+
+@dataclass(frozen=True)
+class ChosenMetric:
+    """How the user wants an output to be judged: by name, or by ``function``. ``axis``: that of the classes."""
+
+    name: str
+    axis: int | None = None
+    function: MetricFunction | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ def print_groups(analysis: Analysis) -> None:
         f"{analysis.model.path}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
         f"{cost.nodes} nodes"
     )
+    if cost.not_counted:
+        print_line(f"MACs not counted: {', '.join(cost.not_counted)}")
     if analysis.dead_macs:
         print_line(
             f"rows that no output depends on: {format_share(analysis.dead_macs, cost.macs)} of the MACs, "

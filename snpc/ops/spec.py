@@ -26,6 +26,7 @@ OpKind = Literal[
     "reduce",  # axes disappear
     "attention",  # scores, softmax and context in one node
     "rotary",  # pairs of channels turned by tables
+    "sample",  # channels of its first input, read at positions that others give
     "scatter",  # a tensor with parts of it written over by another
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
@@ -155,6 +156,8 @@ class OpSpec:
     has_activation: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     dtype_input: int = 0
+    macs: Callable[[OpCall], int] | None = None  # of an opaque node that multiplies by weights
+    weights: tuple[int, ...] = ()  # its inputs that are weights, of whatever type
     int32_outputs: tuple[int, ...] = ()  # outputs that are int32, whatever the type of the input
     divides: bool = False
     subtracts: bool = False

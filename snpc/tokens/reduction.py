@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph import choose_dim_sizes, infer_graph, run_pass
-from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
+from snpc.graph import choose_dim_sizes, cost_of, infer_graph, run_pass
+from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph
 from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions
@@ -116,7 +116,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
         cost_of(closed, infer_graph(closed, quoted_sizes)).macs
         - cost_of(opened, infer_graph(opened, quoted_sizes)).macs
     )
-    return analyze_graph(
+    reduced = analyze_graph(
         analysis.model,
         GraphAtSizes(
             opened,
@@ -130,6 +130,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
         extra_macs=extra,
         kv_cache=analysis.traced_graph.kv_cache,
     )
+    return replace(reduced, metrics=analysis.metrics)
 
 
 # -- specifications --------------------------------------------------------------------------------------------------
