@@ -24,6 +24,7 @@ from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
+    run_until,
 )
 from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
 from snpc.runtime.evaluation.latency import (
@@ -65,6 +66,7 @@ __all__ = [
     "rounding_tolerance",
     "run_batches",
     "run_rounds",
+    "run_until",
     "time_pair",
     "top1_accuracy",
     "write_narrowed",
