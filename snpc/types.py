@@ -33,7 +33,7 @@ ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum"]
-ProbeKind = Literal["query", "key", "value", "context", "hidden"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
 ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
 refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
@@ -44,6 +44,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
+NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
 
 Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
@@ -130,7 +131,8 @@ class Group:
 
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
-    over the units, so removing some changes the statistics of the others; such a group is cut only on request.
+    over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
+    only on request; a hidden layer that is normalized inside is cut as others are.
     """
 
     id: str
@@ -154,12 +156,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says."""
+    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says; the products of
+    ``not_counted`` (number and operator) are not in it."""
 
     params: int
     macs: int
     bytes: int
     nodes: int
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,9 +200,32 @@ class Difference:
     drift: float = 0.0
     """What ``--max-drift`` limits: the relative change of what counts, or the distance where the user chose a metric; 0
     where the output is not judged."""
+    error: float = 0.0
+    """Standard error of the distance over samples; 0 where it is not known."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the agreement, over samples."""
+    rows: int = 1
+    """Rows of one sample, as the tokens of a text."""
+
+    @property
+    def grade(self) -> Grade:
+        """By the limits of the metric, which docs/quality.md derives; "unknown" where there are none."""
+        limits = GRADE_LIMITS.get(self.metric)
+        if limits is None:
+            return "unknown"
+        good, fair = limits
+        return "good" if self.distance <= good else "fair" if self.distance <= fair else "poor"
 
 
 Grade = Literal["good", "fair", "poor", "unknown"]
+GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
+GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
+    "kl": (0.1, 0.4),
+    "relative": (0.1, 0.3),
+    "cosine": (0.02, 0.1),
+    "mismatch": (0.02, 0.1),
+}
+"""Metric -> the largest distance that is good, and the largest that is fair."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +250,10 @@ class Quality:
 
     @property
     def grade(self) -> Grade:
-        """The grade of the output that changed most; "unknown" on random inputs and where nothing was compared."""
-        if self.random_inputs or not self.differences:
+        """The worst grade of an output; "unknown" on random inputs, and where no output could be judged."""
+        if self.random_inputs:
             return "unknown"
-        return "poor" if self.drift > 0.3 else "fair" if self.drift > 0.1 else "good"
+        return max((d.grade for d in self.differences), key=GRADES.index, default="unknown")
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,8 @@ def channel_groups(call: OpCall) -> int:
 
 
 def _group_attrs(old: OpCall, new: OpCall) -> dict[str, int]:
-    """Groups keep their size: whole ones went."""
-    return {"num_groups": new.shape(0)[1] * channel_groups(old) // old.shape(0)[1]}
+    """Groups keep their size, since whole ones went; a single one stays."""
+    return {"num_groups": max(1, new.shape(0)[1] * channel_groups(old) // old.shape(0)[1])}
 
 
 def _embedded_shapes(call: OpCall) -> list[Shape]:
@@ -157,7 +157,10 @@ def normalization_specs() -> list[OpSpec]:
             makes_log_shares=True),
         OpSpec("Hardmax", "normalize", "compares along its axis", axes=_softmax_axes, pins="sum",
             reason="it is compared along"),
-        OpSpec("LayerNormalization", "normalize", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm"),
+        OpSpec(
+            "LayerNormalization", "normalize", norm, axes=_from_axis, per_axis=(1, 2), affine=(1, 2), pins="norm",
+            centered=True,
+        ),
         OpSpec("RMSNormalization", "normalize", norm, axes=_from_axis, per_axis=(1,), affine=(1,), pins="norm"),
         OpSpec(
             "SimplifiedLayerNormalization", "normalize", norm, axes=_from_axis, per_axis=(1,), affine=(1,),
@@ -173,13 +176,15 @@ def normalization_specs() -> list[OpSpec]:
             "as a whole",
             axes=_spatial_axes,
             per_axis=(-1, -2),
-            pins="sum",
+            pins="norm",
             reason=STATISTICS_REASON,
             statistic_parts=_channel_axis_size,
+            centered=True,
         ),
         OpSpec(
             "GroupNormalization", "normalize", "channels normalized together go together; scale and bias follow",
-            axes=_channel_axes, per_axis=(-1, -2), pins="sum", reason=STATISTICS_REASON, statistic_parts=channel_groups,
+            axes=_channel_axes, per_axis=(-1, -2), affine=(1, 2), pins="norm", reason=STATISTICS_REASON,
+            statistic_parts=channel_groups, centered=True,
             resize_attributes=_group_attrs, out_shapes=_normalization_shapes,
         ),
         OpSpec(

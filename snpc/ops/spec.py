@@ -141,6 +141,8 @@ class OpSpec:
     statistic_parts: Callable[[OpCall], int] | None = None
     """Into how many parts the channels (axis 1) are divided for statistics; those of a part are removed together."""
     pins: PinKind = "hard"  # what taking statistics along ``axes`` means for them
+    centered: bool = False  # a normalization that subtracts the mean
+    epsilon: float = 1e-5  # what a normalization adds to the variance where no attribute says it
     reason: str = ""
     out_shapes: Callable[[OpCall], list[Shape]] | None = None
     resize_attributes: Callable[[OpCall, OpCall], Mapping[str, Any]] | None = None
@@ -153,6 +155,8 @@ class OpSpec:
     has_activation: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     dtype_input: int = 0
+    macs: Callable[[OpCall], int] | None = None  # of an opaque node that multiplies by weights
+    weights: tuple[int, ...] = ()  # its inputs that are weights, of whatever type
     int32_outputs: tuple[int, ...] = ()  # outputs that are int32, whatever the type of the input
     divides: bool = False
     subtracts: bool = False

@@ -50,9 +50,10 @@ KINDS: dict[str, Kinds] = {
     "pvt": without(attention(1, 8, 1), "head") + attention(2, 8, 2) + attention(3, 8, 1) + ffn(16, 1) + ffn(32, 2)
     + ffn(48, 1),
     "twins": without(attention(1, 16, 2), "head") + attention(2, 16, 2) + ffn(32, 2) + ffn(64, 2),
-    "eva02": Counter({("qk", 1, 8): 1, ("vo", 3, 16): 2}),
-    "eva02__ts17": Counter({("qk", 1, 8): 2, ("vo", 3, 16): 2}),  # a table per layer
-    "efficientvit": ffn(8, 1) + ffn(16, 1) + ffn(48, 1),  # pointwise convolutions in front of others
+    "eva02": Counter({("qk", 1, 8): 1, ("vo", 3, 16): 2}) + ffn(96, 2),
+    "eva02__ts17": Counter({("qk", 1, 8): 2, ("vo", 3, 16): 2}) + ffn(96, 2),  # a table per layer
+    # Pointwise convolutions in front of others, and two layers of the classifier.
+    "efficientvit": ffn(8, 1) + ffn(16, 1) + ffn(48, 1) + ffn(32, 1),
     "mobilevit": attention(4, 16, 2) + attention(4, 20, 4) + attention(4, 24, 3) + ffn(128, 2) + ffn(160, 4)
     + ffn(192, 3) + ffn(320, 1),  # the last in front of the classifier
     # Feed-forward layers and values of separable attention, and pointwise convolutions around the blocks.
@@ -70,10 +71,12 @@ KINDS: dict[str, Kinds] = {
     "detr": attention(4, 12, 5) + ffn(64, 3),
     "wav2vec2": attention(4, 12, 2) + ffn(96, 2),
     "whisper": attention(4, 12, 5) + ffn(96, 3),
-    "roberta": attention(4, 12, 2) + ffn(96, 2),
-    "distilbert": attention(4, 12, 2) + ffn(96, 2),
-    "deberta": without(attention(4, 12, 2), "head") + ffn(96, 2),
-    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2),  # global and local layers have a table each
+    # Heads of masked language models are a layer with a norm inside.
+    "roberta": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
+    "distilbert": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
+    "deberta": without(attention(4, 12, 2), "head") + ffn(96, 2) + ffn(48, 1),
+    # global and local layers have a table each
+    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2) + ffn(48, 1),
     "gemma2": rotary(2, kv_heads=2) + ffn(96, 2),
     "phi": Counter({("qk", 4, 6): 2, ("qk", 1, 3): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
     "neox": Counter({("qk", 4, 8): 2, ("qk", 1, 2): 1, ("vo", 4, 12): 2}) + ffn(96, 2),

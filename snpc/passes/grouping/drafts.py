@@ -114,7 +114,7 @@ def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
         return "head"
     if flags & LabelFlag.PASSED_THROUGH:
         return "vo"
-    if flags & LabelFlag.ADDED or any(pin.kind in ("norm", "sum") for pin in pins):
+    if flags & LabelFlag.ADDED or any(pin.kind == "sum" for pin in pins):
         return "residual"
     if flags & LabelFlag.CONVOLVED or (flags & LabelFlag.POINTWISE and flags & LabelFlag.DEPTHWISE):
         return "conv"
@@ -174,6 +174,6 @@ def spans_several_heads(pin: LabelPin, units: Units) -> bool:
 
 
 def is_approximate(draft: GroupDraft) -> bool:
-    """Whether only normalization statistics pin the group: it is cut on request, with an approximate result."""
-    is_residual = draft.role == "residual" and len(draft.units) == 1
-    return is_residual and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)
+    """Whether only normalization statistics pin the group, which can then be cut with an approximate result."""
+    is_one_block = draft.role in ("residual", "ffn", "conv") and len(draft.units) == 1
+    return is_one_block and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

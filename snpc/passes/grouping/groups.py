@@ -24,7 +24,18 @@ from snpc.passes.canonicalization import original_name
 from snpc.passes.grouping.drafts import GroupDraft, is_approximate
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
-from snpc.types import APPROXIMATE_REASON, Freedom, Group, IntArray, Pin, Probe, ProbeKind, Site, SiteKind
+from snpc.types import (
+    APPROXIMATE_REASON,
+    NORMALIZED_INSIDE_REASON,
+    Freedom,
+    Group,
+    IntArray,
+    Pin,
+    Probe,
+    ProbeKind,
+    Site,
+    SiteKind,
+)
 
 CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED | LabelFlag.CACHED
 
@@ -76,7 +87,7 @@ def to_pin(pin: LabelPin) -> Pin:
 def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
     if is_approximate(draft):
-        return "select", APPROXIMATE_REASON
+        return "select", APPROXIMATE_REASON if draft.role == "residual" else NORMALIZED_INSIDE_REASON
     if draft.role == "head":
         return "select", "whole heads"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):

@@ -40,7 +40,7 @@ from snpc.passes.propagation.removal import (
     to_cut,
 )
 from snpc.passes.propagation.state import Contraction, LabeledValue, NormalizationStatistic, Trace
-from snpc.passes.propagation.statistics import statistic_paths
+from snpc.passes.propagation.statistics import moves_from_own_axis, statistic_paths
 
 __all__ = [
     "Contraction",
@@ -56,6 +56,7 @@ __all__ = [
     "SlicedShape",
     "Trace",
     "affected_statistics",
+    "moves_from_own_axis",
     "propagate_labels",
     "removed_along",
     "resize_interface",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
@@ -30,7 +31,7 @@ from snpc.passes.propagation.state import (
     drop_determined_factors,
     prepend_axes,
 )
-from snpc.passes.propagation.statistics import non_normalizing_consumer
+from snpc.passes.propagation.statistics import moves_from_own_axis, non_normalizing_consumer
 from snpc.types import Shape
 
 __all__ = ["Contraction", "LabeledValue", "Trace", "propagate_labels"]
@@ -295,12 +296,17 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
         for labels in c.factors if c is not None else ():
             context.trace.table.flag(labels, LabelFlag.NORM_PARAMETER)
     factors = unify_factors(context, operands)
+    if sum(bool(c is not None and c.factors and not c.constant) for c in data) > 1:
+        for labels in factors:
+            context.trace.table.flag(labels, LabelFlag.ADDED)
     axes = set(spec.axes(context.call)) if spec.axes else set()
     for labels in factors:
         crossed = varying_axes(labels) & axes
         if crossed and not unify_statistic_parts(context, labels, axes):
             reason = spec.reason or "its statistics are taken over this axis"
-            context.pin_statistics(first, labels, crossed, reason)
+            folded = len(np.unique(labels)) < labels.size
+            lost = folded and moves_from_own_axis(context.node.inputs[0], labels, context.trace) is None
+            context.pin_statistics(first, labels, crossed, reason, "sum" if lost else None)
         context.trace.table.flag(labels, LabelFlag.NONLINEAR)
     kept = tuple(f for labels in factors for f in labels_of_kept_axes(context, labels))
     return [kept if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]

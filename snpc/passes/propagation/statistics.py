@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
-from snpc.ops import lookup
+from snpc.ops import Labels, lookup
 from snpc.passes.propagation.labels import varying_axes
 from snpc.passes.propagation.state import LabeledValue, NormalizationStatistic, Trace
 
@@ -52,6 +53,26 @@ def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> Statisti
             else:
                 other_consumer = other_consumer or f"{node.op_type} {node.name}"
     return StatisticPaths(tuple(on_path), tuple(rejoining), other_consumer)
+
+
+def moves_from_own_axis(value: ir.Value | None, labels: Labels, trace: Trace) -> tuple[Labels, list[ir.Node]] | None:
+    """Where each of the units of ``labels``, which ``value`` has, has one position on an axis.
+
+    Returns their labels there, and the movement nodes from there to ``value``, the last first. None where other
+    operators lie between.
+    """
+    moves: list[ir.Node] = []
+    units = np.unique(labels)
+    while value is not None and value in trace.values:
+        for own in trace.values[value].factors:
+            if own.size == len(units) and len(varying_axes(own)) == 1 and np.array_equal(np.unique(own), units):
+                return own, moves
+        node = value.producer()
+        if node is None or lookup(node.domain, node.op_type).kind != "movement":
+            return None
+        moves.append(node)
+        value = node.inputs[0]
+    return None
 
 
 def varies_along(labeled_value: LabeledValue | None, axes: tuple[int, ...]) -> bool:

@@ -12,6 +12,7 @@ Files
                      compute one.
   slice              Slicing: removes units from every constant and recomputes every parameter that spells a size.
   split_packed       Splits a packed projection, so that Q, K and V can be cut to different widths.
+  weighted_statistics  Statistics with a weight for each unit, in a graph that still has all units.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import Cuts, find_removed_units
+from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistics, weights_name
 
 __all__ = [
     "REWRITE_PASSES",
@@ -32,5 +34,8 @@ __all__ = [
     "mask_model",
     "mask_statistic",
     "rewrite_model",
+    "unit_weights",
+    "weigh_statistics",
+    "weights_name",
     "zeroed_positions",
 ]

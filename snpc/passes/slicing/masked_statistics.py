@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.errors import CheckFailed
 from snpc.graph import add_constant, make_node, redirect_uses, unused_name
 from snpc.ops import CONCAT, GATHER, SUB
 from snpc.passes.propagation import NormalizationStatistic, RemovedUnits, Trace, removed_along
+from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistic, weights_name
 from snpc.types import BoolArray, IntArray
 
 
@@ -22,6 +24,9 @@ def mask_statistic(
 ) -> None:
     """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
     old, spec = statistic.context.node, statistic.context.spec
+    if any(index < 0 for index in spec.per_axis):  # per channel: units may be folded into one axis with positions
+        mask_by_weights(graph, node, statistic, trace, dead)
+        return
     writer = KeptPositionsWriter(graph, node)
     for index in {*(spec.data or (0,)), *spec.per_axis}:
         value = old.inputs[index] if index < len(old.inputs) else None
@@ -32,6 +37,16 @@ def mask_statistic(
             if index < len(old.outputs):
                 for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
                     writer.scatter_output(node.outputs[index], stays, axis)
+
+
+def mask_by_weights(
+    graph: ir.Graph, node: ir.Node, statistic: NormalizationStatistic, trace: Trace, dead: RemovedUnits
+) -> None:
+    """As ``mask_statistic``, with all positions where they are and weights of 0 for the removed ones."""
+    if not weigh_statistic(graph, node, statistic, trace):
+        raise CheckFailed(f"{node.op_type} {node.name}: its statistics over the units that stay cannot be written")
+    weights = graph.initializers[weights_name(statistic)]
+    weights.const_value = ir.Tensor(unit_weights(trace, dead)[str(weights.name)], name=weights.name)
 
 
 class KeptPositionsWriter:

@@ -20,11 +20,18 @@ from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights
 from snpc.passes.weights.consumers import ConsumerWeight
 from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits, existing_bias
 from snpc.passes.weights.linear_path import LinearPath, NotLinear, label_set, trace_linear_path
-from snpc.passes.weights.normalizations import Normalization, affected_normalizations, normalization_consumers
+from snpc.passes.weights.normalizations import (
+    HiddenNormalization,
+    Normalization,
+    affected_normalizations,
+    normalization_consumers,
+    with_own_parameters,
+)
 
 __all__ = [
     "ConsumerWeight",
     "GroupWeights",
+    "HiddenNormalization",
     "LazyGroupWeights",
     "LinearPath",
     "Normalization",
@@ -40,4 +47,5 @@ __all__ = [
     "refusal_reasons",
     "score_axes",
     "trace_linear_path",
+    "with_own_parameters",
 ]

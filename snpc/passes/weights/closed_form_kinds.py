@@ -7,7 +7,7 @@ statistics, fitting and sensitivity analysis read it from there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from snpc.passes.weights.consumers import (
     single_consumer_weight,
 )
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
+from snpc.passes.weights.normalizations import HiddenNormalization, hidden_normalizations
 from snpc.types import ClosedFormKind, Group, IntArray, Probe, Role
 
 MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
@@ -40,8 +41,8 @@ REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
 class GroupWeights:
     """The weights that produce and consume a group's units, and the closed form that they allow.
 
-    ``kind`` is None where there is no closed form; ``reason`` then says why, and is empty for a group that only
-    approximates normalization statistics (``refit_normalizations`` fits it when it is known which units go).
+    ``kind`` is None where there is no closed form; ``reason`` then says why, and is empty for the residual stream, of
+    which normalizations take statistics (``refit_normalizations`` fits it when it is known which units go).
     """
 
     kind: ClosedFormKind | None
@@ -57,6 +58,9 @@ class GroupWeights:
     weights produce both, they stand first and the second are none."""
     producers: tuple[WeightSlice, ...] = field(default=(), repr=False)
     """The weights that produce the values, or the units of a linear layer that another reads ("low_rank_vo" only)."""
+
+    normalizations: tuple[HiddenNormalization, ...] = field(default=(), repr=False)
+    """Of a hidden layer that is normalized inside: what is fitted to the statistics over fewer units."""
 
     @property
     def projects_both_alike(self) -> bool:
@@ -86,10 +90,12 @@ class LazyGroupWeights(Mapping[str, GroupWeights]):
 
 def group_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     """The weights around one group, and its closed form."""
-    if group.approximate:
+    if group.approximate and group.role == "residual":
         return GroupWeights(None, consumers=supported_consumers(traced_graph, group))
     try:
-        return closed_form_weights(traced_graph, group)
+        weights = closed_form_weights(traced_graph, group)
+        inside = hidden_normalizations(traced_graph, group) if group.approximate and weights.kind == "refit" else ()
+        return replace(weights, normalizations=inside)
     except UnsupportedWeightForm as error:
         return GroupWeights(None, str(error), supported_consumers(traced_graph, group))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from snpc.graph import is_stored_constant, static_shape
 from snpc.ops import lookup
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.propagation import (
@@ -21,14 +23,15 @@ from snpc.passes.propagation import (
     varying_axes,
 )
 from snpc.passes.weights.consumers import ConsumerWeight, single_consumer_weight
-from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice, is_exclusive_vector
-from snpc.types import Group
+from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
+from snpc.types import Group, Probe
 
 
 @dataclass(frozen=True)
 class Normalization:
     """``output`` = gain * normalized(...) + bias, over positions along ``axis`` (from the right), of which ``stays``
-    [positions] stay. ``nodes`` make it, in order; ``statistics`` are the means among them."""
+    [positions] stay. ``nodes`` make it, in order; ``statistics`` are the means among them. ``centered``: a mean is
+    subtracted."""
 
     nodes: tuple[ir.Node, ...]
     statistics: tuple[NormalizationStatistic, ...]
@@ -37,6 +40,7 @@ class Normalization:
     stays: npt.NDArray[np.bool_]
     gain: str | None
     bias: str | None
+    centered: bool = True
 
 
 def affected_normalizations(traced_graph: TracedGraph, removed: RemovedUnits) -> list[Normalization]:
@@ -48,15 +52,75 @@ def affected_normalizations(traced_graph: TracedGraph, removed: RemovedUnits) ->
         last = max((node for _, _, meets in bundle for node in meets), key=order.__getitem__, default=None)
         if last is None:
             continue
-        chain, gain, bias = affine_nodes(last, traced_graph)
+        chain, gain, bias = affine_nodes(last, bundle[0][0], traced_graph)
         output = chain[-1].outputs[0]
-        lost = list(removed_along(traced_graph.trace.values.get(output), bundle[0][0].axes, removed))
+        own = own_axis(output, bundle[0][0], traced_graph)
+        lost = [] if own is None else list(removed_along(traced_graph.trace.values.get(output), [own], removed))
         if len(lost) == 1:
             all_nodes = tuple(sorted({*nodes, *chain}, key=order.__getitem__))
-            normalizations.append(
-                Normalization(all_nodes, tuple(s for s, _, _ in bundle), output, *lost[0], gain, bias)
-            )
+            statistics = tuple(s for s, _, _ in bundle)
+            centered = len(statistics) > 1 or statistics[0].context.spec.centered
+            normalizations.append(Normalization(all_nodes, statistics, output, *lost[0], gain, bias, centered))
     return sorted(normalizations, key=lambda normalization: order[normalization.nodes[0]])
+
+
+def with_own_parameters(traced_graph: TracedGraph, normalization: Normalization) -> Normalization:
+    """The same without a gain or bias that others use too, which then cannot be fitted to this one."""
+    names = [
+        None if name is None or len(traced_graph.model.graph.initializers[name].uses()) > 1 else name
+        for name in (normalization.gain, normalization.bias)
+    ]
+    return replace(normalization, gain=names[0], bias=names[1])
+
+
+@dataclass(frozen=True)
+class HiddenNormalization:
+    """Gain and bias behind the normalizations of a hidden layer, with a probe of the output of each of these.
+
+    ``bias`` is None where nothing is added. ``centered``: a mean is subtracted.
+    """
+
+    gain: str
+    bias: str | None
+    centered: bool
+    probes: tuple[Probe, ...]
+
+
+def hidden_normalizations(traced_graph: TracedGraph, group: Group) -> tuple[HiddenNormalization, ...]:
+    """The normalizations inside a hidden layer whose gain can be fitted: it applies to all units of ``group`` and to
+    nothing else."""
+    removed = np.zeros(traced_graph.trace.table.count, bool)
+    first = next(site for site in group.sites if (site.units == 0).any())
+    unit = units_of_constant(traced_graph, first.tensor, first.axis)
+    numbers = dict(zip(unit[first.units >= 0].tolist(), first.units[first.units >= 0].tolist(), strict=True))
+    removed[unit[first.units == 0]] = True
+    cut = RemovedUnits(traced_graph.units.unit_of_label, traced_graph.units.block_of_unit, removed)
+    found: dict[tuple[str, str | None, bool], list[Normalization]] = defaultdict(list)
+    for norm in affected_normalizations(traced_graph, cut):
+        members = normalized_units(traced_graph, norm).tolist()
+        if norm.gain is not None and len(members) == group.size and set(members) == set(numbers):
+            found[norm.gain, norm.bias, norm.centered].append(norm)
+    return tuple(
+        HiddenNormalization(
+            gain, bias, centered, tuple(normalized_probe(traced_graph, norm, numbers) for norm in norms)
+        )
+        for (gain, bias, centered), norms in found.items()
+        if all(has_no_other_user(traced_graph, name, norms) for name in (gain, bias) if name is not None)
+    )
+
+
+def normalized_probe(traced_graph: TracedGraph, norm: Normalization, numbers: Mapping[int, int]) -> Probe:
+    """The output of a normalization, with the number of each unit in its group."""
+    rank = len(traced_graph.trace.values[norm.output].shape)
+    shape = [1] * rank
+    shape[norm.axis] = -1
+    units = np.array([numbers[unit] for unit in normalized_units(traced_graph, norm).tolist()], np.int64)
+    return Probe("normalized", str(norm.output.name), units.reshape(shape))
+
+
+def has_no_other_user(traced_graph: TracedGraph, name: str, norms: Sequence[Normalization]) -> bool:
+    users = {node for norm in norms for node in norm.nodes}
+    return users.issuperset(traced_graph.model.graph.initializers[name].consumers())
 
 
 StatisticPath = tuple[NormalizationStatistic, tuple[ir.Node, ...], tuple[ir.Node, ...]]
@@ -114,24 +178,45 @@ def feeds_statistic(first: StatisticPath, second: StatisticPath) -> bool:
     return not written.isdisjoint(used)
 
 
-def affine_nodes(last: ir.Node, traced_graph: TracedGraph) -> tuple[list[ir.Node], str | None, str | None]:
+def own_axis(value: ir.Value, statistic: NormalizationStatistic, traced_graph: TracedGraph) -> int | None:
+    """The axis of ``value`` (from the right) on which each unit of a statistic has one position; None where there is
+    none, as where channels are folded into one axis with the positions of a picture."""
+    units = np.unique(traced_graph.units.unit_of_label[statistic.labels[statistic.labels >= 0]])
+    labeled = traced_graph.trace.values.get(value)
+    for labels in labeled.factors if labeled is not None else ():
+        axes = varying_axes(labels)
+        if len(axes) == 1 and np.isin(traced_graph.units.unit_of_label[labels[labels >= 0]], units).any():
+            (axis,) = axes
+            same_size = labels.size == traced_graph.trace.values[value].shape[axis] <= statistic.labels.size
+            return axis - labels.ndim if same_size and len(np.unique(labels)) == labels.size else None
+    return None
+
+
+def affine_nodes(
+    last: ir.Node, statistic: NormalizationStatistic, traced_graph: TracedGraph
+) -> tuple[list[ir.Node], str | None, str | None]:
     """(nodes from ``last`` on that apply gain and bias, gain, bias): inside one node, or in nodes behind it."""
     spec = lookup(last.domain, last.op_type)
     if spec.affine:
         given = [last.inputs[k] if k < len(last.inputs) else None for k in spec.affine]
-        names = [exclusive_vector_name(value, last, traced_graph) for value in given] + [None]
+        names = [vector_name(value, last, statistic, traced_graph) for value in given] + [None]
         return [last], names[0], names[1]
+    folded = own_axis(last.outputs[0], statistic, traced_graph) is None
     chain, names = [last], [None, None]
     for step, effect in enumerate(("scale", "add")):
         ahead: list[ir.Node] = []
         node = sole_consumer(chain[-1])
-        while node is not None and lookup(node.domain, node.op_type).effect == "same":
+        while node is not None and (
+            lookup(node.domain, node.op_type).effect == "same"
+            or (folded and lookup(node.domain, node.op_type).kind == "movement")
+        ):
             ahead.append(node)
             node = sole_consumer(node)
         spec = lookup(node.domain, node.op_type) if node is not None else spec
         if node is None or spec.kind != "pointwise" or spec.effect != effect or spec.divides or spec.subtracts:
             break
-        names[step] = next((name for v in node.inputs if (name := exclusive_vector_name(v, node, traced_graph))), None)
+        found = (vector_name(v, node, statistic, traced_graph) for v in node.inputs)
+        names[step] = next((name for name in found if name), None)
         if names[step] is None:
             break
         chain += [*ahead, node]
@@ -143,10 +228,16 @@ def sole_consumer(node: ir.Node) -> ir.Node | None:
     return users[0] if len(users) == 1 and not node.outputs[0].is_graph_output() else None
 
 
-def exclusive_vector_name(value: ir.Value | None, node: ir.Node, traced_graph: TracedGraph) -> str | None:
-    """The name of a constant that has an entry per position and no other consumer."""
-    shape = traced_graph.facts.shape.get(node.outputs[0])
-    if value is None or not shape or not is_exclusive_vector(value, shape[-1]):
+def vector_name(
+    value: ir.Value | None, node: ir.Node, statistic: NormalizationStatistic, traced_graph: TracedGraph
+) -> str | None:
+    """The name of a constant that has an entry per position."""
+    shape, axis = traced_graph.facts.shape.get(node.outputs[0]), own_axis(node.outputs[0], statistic, traced_graph)
+    if value is None or value.const_value is None or not is_stored_constant(value) or not shape or axis is None:
+        return None
+    own, width = static_shape(value.const_value), shape[axis]
+    at = -1 if any(k < 0 for k in lookup(node.domain, node.op_type).per_axis) else axis  # a vector per channel, or so
+    if len(own) < -at or own[at] != width or math.prod(own) != width:
         return None
     return str(value.name)
 

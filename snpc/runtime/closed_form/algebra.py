@@ -6,16 +6,31 @@ are symmetric and pseudo-inverted, so moments without full rank are allowed. ``e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.types import FloatArray, IntArray
 
 RANK_TOLERANCE = 1e-10  # eigenvalues below this share of the largest count as zero
 DEFAULT_RIDGE = 1e-4  # share of the mean diagonal
 SMALL_SAMPLE_RIDGE = 0.1  # share of the mean diagonal per unit and row
+
+
+@contextmanager
+def solving(subject: str) -> Iterator[None]:
+    """Around linear algebra on statistics: where it does not converge, or a moment is not positive definite in spite of
+    its ridge, the statistics are to blame. Raises UserError."""
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise UserError(
+            f"{subject}: its closed form cannot be solved ({error}): the statistics are not those of real activations; "
+            "measure them again, or leave the group out (--exclude)"
+        ) from error
 
 
 # -- ridge -----------------------------------------------------------------------------------------------------------
@@ -143,8 +158,11 @@ def refit_decoder(context: FloatArray, encode: FloatArray, weight: FloatArray, r
     ``context`` as in ``solve_low_rank_vo``. Where one head reads the values this is ``decode[:r] @ weight`` of their
     basis. Query heads that share values share the basis, but each has its own best projection.
     """
-    projected = encode.T @ add_ridge(context, ridge)
-    return np.linalg.solve(projected @ encode, projected @ weight).astype(np.float64)
+    used = np.linalg.norm(encode, axis=0) > 0  # a reader of fewer outputs than units leaves some of them unused
+    projected = encode[:, used].T @ add_ridge(context, ridge)
+    fitted = np.zeros((encode.shape[1], weight.shape[1]))
+    fitted[used] = np.linalg.solve(projected @ encode[:, used], projected @ weight)
+    return fitted
 
 
 def shared_value_loss(
@@ -170,6 +188,50 @@ def truncation_errors(left: FloatArray, encode: FloatArray, decode: FloatArray, 
     errors = float(np.sum(full**2)) + np.concatenate([[0.0], by_rank])
     errors[-1] = 0.0  # exact at full rank, but for rounding
     return np.maximum.accumulate(np.maximum(errors, 0.0)[::-1])[::-1]
+
+
+# -- normalizations over fewer units --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormalizedMoments:
+    """Of the n units of a normalization's output before gain and bias: ``mean`` [n] and ``covariance`` [n, n] over
+    rows."""
+
+    mean: FloatArray
+    covariance: FloatArray
+
+    @classmethod
+    def before_affine(
+        cls, mean: FloatArray, covariance: FloatArray, gain: FloatArray, bias: FloatArray
+    ) -> NormalizedMoments:
+        """From the moments behind gain and bias. Of a unit whose gain is nil nothing is seen: it is taken to be
+        independent of the others, with a variance of 1."""
+        seen = np.abs(gain) > 1e-6 * max(float(np.abs(gain).max()), 1e-300)
+        scale = np.where(seen, 1 / np.where(seen, gain, 1.0), 0.0)
+        inner = covariance * np.outer(scale, scale)
+        inner[np.diag_indices(len(gain))] = np.where(seen, np.diag(inner), 1.0)
+        return cls((mean - bias) * scale, inner)
+
+
+def affine_for_fewer_units(moments: NormalizedMoments, keep: IntArray, centered: bool) -> tuple[FloatArray, FloatArray]:
+    """(scale, shift), each [kept]: over the units ``keep`` alone a normalization gives z, over all units n, and scale z
+    + shift is n per unit in least squares.
+
+    Over fewer units the mean of a row is m and its deviation s in units of the row's own, so that z = (n - m) / s. The
+    moments say how n and n - m vary together; for s stands the root of its mean square.
+    """
+    count = len(keep)
+    weights = np.full(count, 1.0 / count) if centered else np.zeros(count)
+    mean, covariance = moments.mean[keep], moments.covariance[np.ix_(keep, keep)]
+    common = covariance @ weights  # of each unit with m
+    spread, middle = float(weights @ common), float(weights @ mean)
+    square = float(np.mean(np.diag(covariance) + mean**2)) - (spread + middle**2)
+    deviation = np.sqrt(max(square, 1e-12))
+    variance = np.diag(covariance) - 2 * common + spread
+    varies = variance > 1e-9 * max(float(np.diag(covariance).mean()), 1e-300)
+    slope = np.where(varies, (np.diag(covariance) - common) / np.where(varies, variance, 1.0), 1.0)
+    return slope * deviation, mean - slope * (mean - middle)
 
 
 # -- refitted weights ------------------------------------------------------------------------------------------------

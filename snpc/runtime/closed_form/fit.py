@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes import Analysis
@@ -22,6 +23,8 @@ from snpc.passes.weights import (
 from snpc.planning import SlicePlan
 from snpc.runtime.closed_form.algebra import (
     LowRankBasis,
+    NormalizedMoments,
+    affine_for_fewer_units,
     refit_decoder,
     refit_rows,
     relative_ridge,
@@ -29,6 +32,7 @@ from snpc.runtime.closed_form.algebra import (
     solve_low_rank_qk,
     solve_low_rank_vo,
     solve_shared_qk,
+    solving,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -146,7 +150,8 @@ def solve_closed_forms(
     for group in groups:
         if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
             moments, widths = moment_set.moments[group.id], (refit_widths or {}).get(group.id, ())
-            solved = elimination_orders(analysis, group, moments, widths)
+            with solving(group.id):
+                solved = elimination_orders(analysis, group, moments, widths)
             orders[group.id] = solved if store is None else tuple(spill_refits(order, store) for order in solved)
     return replace(solve_bases(analysis, moment_set, groups), elimination_orders=orders)
 
@@ -177,11 +182,12 @@ def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoment
 
 def solve_bases(analysis: Analysis, moment_set: MomentSet, groups: Sequence[Group]) -> ClosedForms:
     """The closed forms without elimination orders, which only the choice of units needs."""
-    bases = {
-        g.id: low_rank_bases(analysis.traced_graph, analysis.weights[g.id], moment_set.moments[g.id])
-        for g in groups
-        if moment_set.kinds.get(g.id) in ROTATED
-    }
+    bases = {}
+    for group in (g for g in groups if moment_set.kinds.get(g.id) in ROTATED):
+        with solving(group.id):
+            bases[group.id] = low_rank_bases(
+                analysis.traced_graph, analysis.weights[group.id], moment_set.moments[group.id]
+            )
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -262,10 +268,12 @@ def closed_form_edits(
     groups = [g for g in analysis.groups if g.id in plan.keep and g.id in closed_forms.kinds]
     for group in sorted(groups, key=turn):
         rows, kind = plan.keep[group.id], closed_forms.kinds[group.id]
-        if kind == "refit":
-            refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
-        elif kind in ROTATED:
-            apply_basis(edits, closed_forms, group, len(rows[0]))
+        with solving(group.id):
+            if kind == "refit":
+                refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
+                fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
+            elif kind in ROTATED:
+                apply_basis(edits, closed_forms, group, len(rows[0]))
     return edits
 
 
@@ -290,6 +298,54 @@ def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group,
         lost = weight.copy()
         lost[columns] -= fitted
         compensate_means(edits, consumer, moments, lost)
+
+
+def fit_inner_normalizations(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
+    """Fit gain and bias of the normalizations inside a hidden layer to statistics over the units ``keep``."""
+    constants = closed_forms.analysis.traced_graph.model.graph.initializers
+    inside = closed_forms.analysis.weights[group.id].normalizations
+    for norm, moments in zip(inside, closed_forms.moments[group.id].normalized, strict=True):
+        order = norm.probes[0].units.reshape(-1)  # the number of the unit at each position of gain and bias
+        where = np.argsort(order)[keep]
+        gain, bias = (
+            np.zeros(group.size) if name is None else constant_vector(constants[name])[np.argsort(order)]
+            for name in (norm.gain, norm.bias)
+        )
+        mean, covariance = np.mean(moments.means, axis=0), moments.moment / max(moments.count, 1.0)
+        inner = NormalizedMoments.before_affine(mean, covariance, gain, bias)
+        scale, shift = affine_for_fewer_units(inner, keep, norm.centered)
+        if norm.bias is None:
+            edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
+            continue
+        edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
+        edits.changes.setdefault(norm.bias, []).append(shifted_at(where, gain[keep] * shift))
+
+
+def constant_vector(value: ir.Value) -> FloatArray:
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float64).reshape(-1)
+
+
+def scaled_at(positions: IntArray, factors: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The change that multiplies a vector of any shape at these positions."""
+
+    def change(array: FloatArray) -> FloatArray:
+        flat = array.reshape(-1)
+        flat[positions] *= factors
+        return flat.reshape(array.shape)
+
+    return change
+
+
+def shifted_at(positions: IntArray, terms: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The change that adds to a vector of any shape at these positions."""
+
+    def change(array: FloatArray) -> FloatArray:
+        flat = array.reshape(-1)
+        flat[positions] += terms
+        return flat.reshape(array.shape)
+
+    return change
 
 
 def compensate_means(edits: WeightEdits, consumer: ConsumerWeight, moments: ConsumerMoments, lost: FloatArray) -> None:

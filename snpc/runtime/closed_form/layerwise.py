@@ -21,6 +21,8 @@ import onnx_ir as ir
 from snpc.graph import Segment, extract_segment
 from snpc.passes.canonicalization import finalize
 from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.propagation import affected_statistics
+from snpc.passes.slicing import find_removed_units, weigh_statistics
 from snpc.passes.weights import WeightEdits
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
@@ -138,6 +140,8 @@ class LayerwiseFit:
         units."""
         model = self.dense_model(segment)
         cuts = cuts_of(replace(self.plan, keep={**self.earlier_plan.keep, **keep}))
+        removed = find_removed_units(self.base.trace, self.base.units, cuts)
+        weigh_statistics(model.graph, self.base.trace, affected_statistics(self.base.trace, removed))
         return with_constants(model, trial_weights(self.base, contents, cuts, set(model.graph.initializers)))
 
     def run(self, model: ir.Model, feeds: list[TensorValues]) -> Iterator[TensorValues]:

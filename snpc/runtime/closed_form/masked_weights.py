@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.passes.grouping import TracedGraph
-from snpc.passes.slicing import Cuts, find_removed_units, mask_constants, zeroed_positions
+from snpc.passes.slicing import Cuts, find_removed_units, mask_constants, unit_weights, zeroed_positions
 from snpc.passes.weights import WeightEdits, existing_bias
 from snpc.types import AnyArray, FloatArray
 
@@ -56,14 +56,15 @@ def trial_weights(
     source: TracedGraph, edited: Mapping[str, AnyArray], cuts: Cuts, names: Container[str] | None = None
 ) -> dict[str, AnyArray]:
     """Contents, by name, of the constants that are ``edited`` or that ``cuts`` remove units of, with removed units
-    zeroed; ``names``: only these constants."""
+    zeroed, and of the weights of statistics over them (``weigh_statistics``); ``names``: only these constants."""
     removed = find_removed_units(source.trace, source.units, cuts)
-    selected = {name: array for name, array in edited.items() if names is None or name in names}
+    changed = {**edited, **unit_weights(source.trace, removed)}
+    selected = {name: array for name, array in changed.items() if names is None or name in names}
     return selected | mask_constants(source.trace, removed, edited, names)
 
 
 def changed_constants(source: TracedGraph, edits: WeightEdits, cuts: Cuts) -> frozenset[str]:
-    """Names of the constants that edits change or cuts zero units of."""
+    """Names of the constants that edits change or cuts zero units of, and of the weights of statistics over these."""
     removed = find_removed_units(source.trace, source.units, cuts)
     zeroed = {name for name, *_ in zeroed_positions(source.trace, removed)}
-    return frozenset(fold_bias_edits(source, edits).changes) | zeroed
+    return frozenset(fold_bias_edits(source, edits).changes) | zeroed | frozenset(unit_weights(source.trace, removed))

@@ -28,6 +28,7 @@ from snpc.passes.weights import (
     apply_edits,
     existing_bias,
     normalization_consumers,
+    with_own_parameters,
 )
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
@@ -39,8 +40,10 @@ CONSTANT_CHANNEL = 1e-6  # variance over mean square, below which a channel is c
 
 
 def approximate_groups(plan: SlicePlan) -> list[Group]:
-    """The groups of the plan whose removal changes the statistics of a normalization."""
-    return [g for g in plan.analysis.groups if g.id in plan.keep and g.approximate]
+    """The groups of the plan whose removal changes the statistics of a normalization, and that have no closed form:
+    the residual stream, and hidden layers whose readers cannot be refitted."""
+    weights = plan.analysis.weights
+    return [g for g in plan.analysis.groups if g.id in plan.keep and g.approximate and weights[g.id].kind is None]
 
 
 def without_groups(plan: SlicePlan, groups: Sequence[Group]) -> SlicePlan:
@@ -60,7 +63,7 @@ def fit_normalizations(
     dense = plan.analysis.traced_graph
     partial = replace(plan, keep={group.id: plan.keep[group.id] for group in groups})
     removed = find_removed_units(dense.trace, dense.units, cuts_of(partial))
-    norms = affected_normalizations(dense, removed)
+    norms = [with_own_parameters(dense, norm) for norm in affected_normalizations(dense, removed)]
     edits = WeightEdits()
     measured = measure_normalizations(dense, norms, removed, calibration.batches(), execution)
     for norm, sums in zip(norms, measured, strict=True):

@@ -219,7 +219,8 @@ def residual_errors(
 ) -> list[ResidualError]:
     """The residual error that the group's one consumer weight can compensate; none where the rows of the residual sum
     ``value`` are not those of the hidden units."""
-    request = next((r for r in requests if r.group is group and r.key.kind == "gram_joint"), None)
+    of_reader = [r for r in requests if r.group is group and r.key.kind == "gram_joint" and r.key.probe != "normalized"]
+    request = next(iter(of_reader), None)
     consumers = analysis.weights[group.id].consumers
     if request is None or len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
         return []

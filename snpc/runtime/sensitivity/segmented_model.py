@@ -16,6 +16,7 @@ from snpc.graph import Segment, extract_segment, split_into_segments
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.grouping import TracedGraph
+from snpc.passes.slicing import weigh_statistics, weights_name
 from snpc.runtime.closed_form import NotSegmentable, check_boundary_types, constant_array, residual_sums
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -130,6 +131,10 @@ def open_segment(
     session = stack.enter_context(temporary_session(fixed, execution=execution, memory="shared"))
     if not weights:
         return SegmentSession(segment, session, session, weights)
+    weigh_statistics(model.graph, source.trace, (s for s in source.trace.statistics if weights_name(s) in names))
+    weights |= {
+        name: constant_array(value) for name, value in model.graph.initializers.items() if name in names - set(weights)
+    }
     # weights become inputs before the model is finalized: constants that are equal now may differ in a trial
     variable = finalize(weights_to_inputs(model, names))
     with_weight_inputs = stack.enter_context(temporary_session(variable, execution=execution, memory="shared"))

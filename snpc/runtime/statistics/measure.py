@@ -73,6 +73,9 @@ def requests_of_key(analysis: Analysis, group: Group, key: StatisticKey) -> list
     """The requests of one statistic, outputs without a name yet."""
     if key.kind == "score_loss":
         return [score_loss_request(group, key, product) for product in analysis.weights[group.id].products]
+    if key.probe == "normalized" and key.consumer is not None and key.use is not None:
+        normalization = analysis.weights[group.id].normalizations[key.consumer]
+        return [StatisticRequest(group, normalization.probes[key.use], key, "")]
     if key.consumer is not None and key.use is not None:
         use = analysis.weights[group.id].uses[key.consumer][key.use]
         window = use.node if use.consumer.taps > 1 else None

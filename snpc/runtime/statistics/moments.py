@@ -43,12 +43,14 @@ class GroupMoments:
     """Second moments of a group's activations. Its closed form fills one of the fields.
 
     ``scores``: "low_rank_qk". ``score_loss`` [blocks, size, size]: "score_selection", see ``score_loss.py``.
-    ``consumers``: [blocks][repeats] of "low_rank_vo", [1][consumers] of "refit".
+    ``consumers``: [blocks][repeats] of "low_rank_vo", [1][consumers] of "refit". ``normalized``: of the outputs of each
+    normalization inside a hidden layer, beside "refit".
     """
 
     scores: ScoreMoments | None = None
     score_loss: FloatArray | None = None
     consumers: tuple[tuple[ConsumerMoments, ...], ...] = ()
+    normalized: tuple[ConsumerMoments, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,17 @@ def required_statistics(weights: GroupWeights) -> tuple[StatisticKey, ...]:
         case "low_rank_vo":
             return tuple(StatisticKey("gram_per_repeat", use.probe.kind, 0, k) for k, use in enumerate(weights.uses[0]))
         case "refit":
-            return tuple(
+            read = [
                 StatisticKey("gram_joint", use.probe.kind, consumer, k)
                 for consumer, uses in enumerate(weights.uses)
                 for k, use in enumerate(uses)
-            )
+            ]
+            inside = [
+                StatisticKey("gram_joint", "normalized", number, k)
+                for number, normalization in enumerate(weights.normalizations)
+                for k in range(len(normalization.probes))
+            ]
+            return (*read, *inside)
         case None:
             return ()
 
@@ -95,21 +103,29 @@ def group_moments(kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray])
         return GroupMoments(scores=ScoreMoments(query, key, *counts))
     if kind == "score_selection":
         return GroupMoments(score_loss=sums[StatisticKey("score_loss", "query")])
-    by_consumer: dict[int, dict[int, FloatArray]] = defaultdict(dict)
-    for name, array in sums.items():
-        assert name.consumer is not None and name.use is not None
-        by_consumer[name.consumer][name.use] = array
-    uses = [[arrays[k] for k in sorted(arrays)] for _, arrays in sorted(by_consumer.items())]
+    uses = sums_by_use({key: array for key, array in sums.items() if key.probe != "normalized"})
     if kind == "refit":
-        return GroupMoments(
-            consumers=(tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in uses),)
+        inside = sums_by_use({key: array for key, array in sums.items() if key.probe == "normalized"})
+        read, normalized = (
+            tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in parts)
+            for parts in (uses, inside)
         )
+        return GroupMoments(consumers=(read,), normalized=normalized)
     repeats, blocks = uses[0][0].shape[:2]
     return GroupMoments(
         consumers=tuple(
             tuple(consumer_moments([a[r, b].copy() for a in uses[0]]) for r in range(repeats)) for b in range(blocks)
         )
     )
+
+
+def sums_by_use(sums: Mapping[StatisticKey, FloatArray]) -> list[list[FloatArray]]:
+    """[consumers][uses]: the sums in the order of these numbers in their keys."""
+    by_consumer: dict[int, dict[int, FloatArray]] = defaultdict(dict)
+    for name, array in sums.items():
+        assert name.consumer is not None and name.use is not None
+        by_consumer[name.consumer][name.use] = array
+    return [[arrays[k] for k in sorted(arrays)] for _, arrays in sorted(by_consumer.items())]
 
 
 def consumer_moments(sums: Sequence[FloatArray]) -> ConsumerMoments:
