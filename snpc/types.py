@@ -8,7 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,6 +181,19 @@ class CriterionInputs:
     consume: Mapping[str, FloatArray]
     sums: Mapping[str, FloatArray]
     samples: int
+
+
+MetricFunction = Callable[[AnyArray, AnyArray], Any]
+"""(original, pruned) of one output -> a distance from 0 on, or one per sample."""
+
+
+@dataclass(frozen=True)
+class ChosenMetric:
+    """How the user wants an output to be judged: by name, or by ``function``. ``axis``: that of the classes."""
+
+    name: str
+    axis: int | None = None
+    function: MetricFunction | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import Cost, Group, Model, Pin
+from snpc.types import ChosenMetric, Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
 
@@ -58,6 +58,8 @@ class Analysis:
     """How tokens are reduced, if they are. ``traced_graph`` then has inputs that say which tokens are removed."""
     given_sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of dynamic dimensions that the caller gave: random inputs have them."""
+    metrics: Mapping[str, ChosenMetric] = field(default_factory=dict)
+    """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
 
     @property
     def name(self) -> str:
