@@ -173,9 +173,9 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
 
 
 def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
-    """MACs by role, of the analyzed model and of the written file."""
+    """MACs by role, of the original and of the written file."""
     analysis = result.plan.analysis
-    before = macs_by_role(analysis)
+    before = macs_by_role(analysis if analysis.reduction is None else analyze(analysis.model, analysis.dim_sizes))
     after = macs_by_role(analyze(load(result.path), analysis.dim_sizes))
     return tuple(
         BeforeAfter(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))
