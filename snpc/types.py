@@ -156,12 +156,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says."""
+    """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says; the products of
+    ``not_counted`` (number and operator) are not in it."""
 
     params: int
     macs: int
     bytes: int
     nodes: int
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,32 @@ class Difference:
     drift: float = 0.0
     """What ``--max-drift`` limits: the relative change of what counts, or the distance where the user chose a metric; 0
     where the output is not judged."""
+    error: float = 0.0
+    """Standard error of the distance over samples; 0 where it is not known."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the agreement, over samples."""
+    rows: int = 1
+    """Rows of one sample, as the tokens of a text."""
+
+    @property
+    def grade(self) -> Grade:
+        """By the limits of the metric, which docs/quality.md derives; "unknown" where there are none."""
+        limits = GRADE_LIMITS.get(self.metric)
+        if limits is None:
+            return "unknown"
+        good, fair = limits
+        return "good" if self.distance <= good else "fair" if self.distance <= fair else "poor"
 
 
 Grade = Literal["good", "fair", "poor", "unknown"]
+GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
+GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
+    "kl": (0.1, 0.4),
+    "relative": (0.1, 0.3),
+    "cosine": (0.02, 0.1),
+    "mismatch": (0.02, 0.1),
+}
+"""Metric -> the largest distance that is good, and the largest that is fair."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +250,10 @@ class Quality:
 
     @property
     def grade(self) -> Grade:
-        """The grade of the output that changed most; "unknown" on random inputs and where nothing was compared."""
-        if self.random_inputs or not self.differences:
+        """The worst grade of an output; "unknown" on random inputs, and where no output could be judged."""
+        if self.random_inputs:
             return "unknown"
-        return "poor" if self.drift > 0.3 else "fair" if self.drift > 0.1 else "good"
+        return max((d.grade for d in self.differences), key=GRADES.index, default="unknown")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ after Ctrl-C).
 arguments  the options, as groups
 inspect, prune, plan, verify, build, bench, sweep, finetune, listings  the commands
 tables     what is printed
+advice     what is said before the long part, and what to try next
 progress   what is under way
 
 Files
+  advice/        Advice: what a request is likely to do, said before it is done, and commands to try next.
   arguments/     Argument groups: a frozen dataclass for each subject, with its click options and the values that they
                  describe.
   bench          ``snpc bench``: latency of models, side by side.

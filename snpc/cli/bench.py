@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     ExecutionArguments,
     ImageArguments,
     JsonArguments,
+    TypedCommand,
     argument,
     check_output_paths,
     command,
@@ -104,3 +106,6 @@ def bench_command(
     json.write(result.to_json())
     if not json.replaces_tables:
         tables.print_bench(result)
+    fastest = min(zip(result.timings, paths, strict=True), key=lambda pair: pair[0].median)[1]
+    if fastest.suffix == ".onnx":
+        print_next(TypedCommand("build", (str(fastest),), (("--target", "ort"),)))

@@ -10,6 +10,7 @@ import click
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -19,6 +20,7 @@ from snpc.cli.arguments import (
     ExecutionArguments,
     JsonArguments,
     ModelArguments,
+    TypedCommand,
     check_output_paths,
     command,
     option,
@@ -96,6 +98,8 @@ def build_command(
     output.json.write(build_json(result))
     if not output.json.replaces_tables:
         tables.print_build(result)
+    if result.path.suffix in (".onnx", ".ort", ".xml"):  # bench does not run engines
+        print_next(TypedCommand("bench", (str(model.path), str(result.path)), ()))
 
 
 def build_json(result: snpc.BuildResult) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -17,6 +18,7 @@ from snpc.cli.arguments import (
     ScheduleArguments,
     TrainingArguments,
     TrainingDataArguments,
+    TypedCommand,
     argument,
     check_output_paths,
     command,
@@ -147,6 +149,7 @@ def finetune_only(run: FinetuneRun, labels: str | None, json: JsonArguments) -> 
     json.write(finetune_json(result))
     if not json.replaces_tables:
         tables.print_finetuned(result)
+    print_next(TypedCommand("bench", (str(run.models.teacher), str(run.target)), ()))
 
 
 # -- pruning in rounds -----------------------------------------------------------------------------------------------

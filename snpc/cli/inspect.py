@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_commands_to_try
 from snpc.cli.arguments import (
     ArgumentGroup,
     CalibrationArguments,
     ExecutionArguments,
     JsonArguments,
     SizedModelArguments,
+    TypedCommand,
     check_output_paths,
     command,
     option,
@@ -62,3 +64,4 @@ def inspect_command(
         tables.print_loss_curves(analysis, curves)
     if output.pins:
         tables.print_pins(analysis)
+    print_commands_to_try(analysis, TypedCommand.current())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import FILE_PATH, ArgumentGroup, JsonArguments, argument, command
 from snpc.criteria import describe
 from snpc.passes import PASSES
@@ -23,8 +25,10 @@ class ExampleArguments(ArgumentGroup):
 @command("example")
 def example_command(example: ExampleArguments) -> None:
     """Write a shipped example into FOLDER: NAME is `digits`, a trained ViT with calibration and evaluation data."""
-    for path in snpc.write_example(example.name, example.folder):
+    paths = snpc.write_example(example.name, example.folder)
+    for path in paths:
         tables.print_line(str(path))
+    print_next(f"snpc inspect {shlex.quote(str(next(path for path in paths if path.suffix == '.onnx')))}")
 
 
 @command("passes")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import announce_plan, print_loss_first, print_next, warn_without_data
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -19,6 +20,7 @@ from snpc.cli.arguments import (
     PrunableModelArguments,
     SavedStatisticsArguments,
     StatisticsArguments,
+    TypedCommand,
     WorkloadArguments,
     argument,
     check_output_paths,
@@ -56,7 +58,7 @@ def plan_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
-    execution, path = running.load(), output.output or model.sibling(".plan.json")
+    execution, path, typed = running.load(), output.output or model.sibling(".plan.json"), TypedCommand.current()
     analysis = model.load()
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)
@@ -65,9 +67,11 @@ def plan_command(
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
     snpc.save_plan(plan, path)
+    announce_plan(plan, typed)
     tables.note_if_predicted(plan)
     tables.print_plan(plan.slices)
     tables.print_line(f"plan written to {path}")
+    print_next(typed.of("apply", str(model.path), str(path), drop=("-o", "--output", "--load-stats")))
 
 
 def plan_from_arguments(
@@ -103,8 +107,8 @@ def plan_from_arguments(
         )
     if statistics.save_stats is not None and plan.statistics is not None:
         snpc.save_statistics(plan.statistics, statistics.save_stats)
-    if calibration is None and measured is None and criterion is None:
-        tables.print_note("no --calib: scoring by weight magnitude, which needs no data and keeps less accuracy")
+    if calibration is None and measured is None:
+        warn_without_data(plan, TypedCommand.current())
     tables.print_skipped_groups(plan.closed_forms)
     return plan
 
@@ -162,4 +166,6 @@ def apply_command(
     result = snpc.apply(completed, path, stopwatch=stopwatch)
     output.json.write(snpc.json_report(result))
     if not output.json.replaces_tables:
+        print_loss_first(result, completed, TypedCommand.current())
         tables.print_result(result)
+    print_next(TypedCommand("bench", (str(model.path), str(path)), ()))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import announce_plan, print_better_command, print_loss_first, print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -18,6 +19,7 @@ from snpc.cli.arguments import (
     PruneBuildArguments,
     SavedStatisticsArguments,
     SizedModelArguments,
+    TypedCommand,
     WorkloadArguments,
     check_output_paths,
     command,
@@ -66,7 +68,7 @@ def prune_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    observer, stopwatch = model.dump.load(), Stopwatch()
+    observer, stopwatch, typed = model.dump.load(), Stopwatch(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
@@ -88,6 +90,7 @@ def prune_command(
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
         snpc.save_plan(plan, output.plan_path)
+    announce_plan(plan, typed)
     if output.dry_run:
         show_plan(plan, output.json)
         return
@@ -99,9 +102,12 @@ def prune_command(
     built = build.load(path, execution, data, workload.batch)
     output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
     if not output.json.replaces_tables:
+        print_loss_first(result, plan, typed)
         tables.print_result(result)
         if built:
             tables.print_build(built)
+    print_better_command(result, typed)
+    print_next(TypedCommand("bench", (str(model.path), str(path)), ()))
 
 
 def show_plan(plan: PruningPlan, json: JsonArguments) -> None:

@@ -9,6 +9,7 @@ import click
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -16,6 +17,7 @@ from snpc.cli.arguments import (
     ExecutionArguments,
     ModelArguments,
     PlanningArguments,
+    TypedCommand,
     check_output_paths,
     command,
     option,
@@ -140,6 +142,9 @@ def sweep_command(
     write_sweep_plot(result, plot)
     tables.print_sweep(result)
     tables.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+    written = [folder / p.files[0].name for p in result.points if p.front and p.files[0] != model.path]
+    if written and arguments.build is None:
+        print_next(TypedCommand("build", (str(written[0]),), (("--target", "ort"),)))
 
 
 def sweep_builder(arguments: SweepArguments, calibration: Calibration, execution: Execution) -> SweepBuilder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,20 @@ from snpc.passes import Analysis
 from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult
 from snpc.planning import SlicePlan
-from snpc.report import describe_method, format_count, format_share
+from snpc.report import (
+    describe_method,
+    drift_text,
+    format_count,
+    format_share,
+    output_lines,
+    quality_text,
+    quality_warning,
+    rewrite_text,
+)
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult
-from snpc.types import Cost, Difference, FloatArray, Group, Verdict
+from snpc.types import Cost, FloatArray, Group, Quality, Verdict
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -31,6 +41,17 @@ def print_line(text: str) -> None:
 def print_note(text: str) -> None:
     """Print a remark to stderr, so that pipes get results only."""
     click.echo(f"snpc: note: {text}", err=True)
+
+
+def print_step(text: str) -> None:
+    """Print to stderr what is about to be done, or what may follow."""
+    click.echo(f"snpc: {text}", err=True)
+
+
+def print_warning(text: str, err: bool = True) -> None:
+    """Print what may cost the user the model; bold on a terminal. ``err``: to stderr; else it is part of the result."""
+    head = click.style("snpc: warning:" if err else "WARNING:", bold=True, fg="red")
+    click.echo(f"{head} {text}", err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def print_table(
@@ -103,6 +124,8 @@ def print_groups(analysis: Analysis) -> None:
         f"{analysis.model.path}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
         f"{cost.nodes} nodes"
     )
+    if cost.not_counted:
+        print_line(f"MACs not counted: {', '.join(cost.not_counted)}")
     if analysis.dead_macs:
         print_line(
             f"rows that no output depends on: {format_share(analysis.dead_macs, cost.macs)} of the MACs, "
@@ -266,27 +289,19 @@ def search_text(search: SearchResult) -> str:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What verification compared, and by how much outputs differ."""
-    if verdict.not_run:
-        print_line(f"not run: {verdict.not_run}")
-    print_line(f"{'checked' if verdict.not_run else 'verified'}: {'; '.join(verdict.structure)}")
-    for d in verdict.equals_mask:
-        print_line(f"  {d.output}: sliced equals masked to {d.relative:.1e} relative, {d.max_abs_diff:.1e} at most")
-    for d in verdict.quality.differences:
-        print_line(f"  {d.output}: {drift_text(d)} ({verdict.quality.source})")
+    """Two statements: whether the rewrite is correct, and how close outputs are to the original's."""
+    print_line(rewrite_text(verdict))
+    print_quality(verdict.quality)
 
 
-def drift_text(d: Difference) -> str:
-    """The change of one output, in a few words."""
-    if d.metric == "none":
-        return "not judged"
-    same = f", same top entry in {100 * d.agreement:.1f} %" if d.agreement is not None else ""
-    if d.metric in METRIC_UNITS:
-        return f"drift from the original {d.drift:.3g} relative{METRIC_UNITS[d.metric].format(d.distance)}{same}"
-    return f"drift from the original {d.drift:.3g} by {d.metric}{same}"
-
-
-METRIC_UNITS = {"relative": "", "kl": ", KL divergence {:.3g} nats", "cosine": ", 1 - cosine {:.3g}"}
+def print_quality(quality: Quality) -> None:
+    """The grade, a line per output, and a warning where outputs no longer resemble the original's."""
+    print_line(quality_text(quality))
+    for line in output_lines(quality):
+        print_line(f"  {line}")
+    warning = quality_warning(quality)
+    if warning:
+        print_warning(warning, err=False)
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------
@@ -301,10 +316,10 @@ def print_finetuned(result: FinetuneResult) -> None:
     if not result.helped:
         given = "given" if result.training.reinit == "none" else "new"
         print_line(f"training did not help: the {given} weights are kept")
-    print_line(f"verified: {'; '.join(result.structure)}")
-    for when, quality in (("before", result.before), ("after", result.after)):
-        for d in quality.differences:
-            print_line(f"  {d.output} {when}: {drift_text(d)} ({quality.source})")
+    print_line(f"written file: {'; '.join(result.structure)}")
+    for line in output_lines(result.before):
+        print_line(f"before: {line}")
+    print_quality(result.after)
 
 
 # -- build -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import click
 
 import snpc
 from snpc.cli import tables
+from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -17,6 +18,7 @@ from snpc.cli.arguments import (
     ExecutionArguments,
     JsonArguments,
     ModelArguments,
+    TypedCommand,
     argument,
     check_output_paths,
     command,
@@ -70,6 +72,7 @@ def verify_command(
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)
+    print_next(TypedCommand("bench", (str(model.path), str(pruned)), ()))
     drift = verdict.quality.drift
     if arguments.max_drift is not None and not drift <= arguments.max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {drift:.3g}, more than --max-drift {arguments.max_drift:g}")

@@ -32,7 +32,7 @@ from snpc.graph.builder import (
     unused_name,
 )
 from snpc.graph.constant_values import is_constant_along
-from snpc.graph.cost import contraction_sizes, count_macs
+from snpc.graph.cost import contraction_sizes, cost_of, count_macs
 from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
 from snpc.graph.pass_manager import (
@@ -98,6 +98,7 @@ __all__ = [
     "connected_components",
     "contraction_sizes",
     "copy_node",
+    "cost_of",
     "count_macs",
     "data_dependent_values",
     "dependent_values",

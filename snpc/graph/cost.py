@@ -1,14 +1,68 @@
-"""What a model costs in multiply-accumulates, from shapes and the operator table, without running it."""
+"""What a model costs, from shapes and the operator table, without running it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import onnx_ir as ir
 
+from snpc.graph.shapes import ShapeFacts, opset_version, weight_bytes
 from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letters_of, lookup
+from snpc.types import Cost
 
 LetterSizes = dict[str, int]
+
+
+def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
+    """Parameters (weights of any type that are used), MACs at the sizes of ``facts``, bytes of the weights, nodes."""
+    constants = {
+        id(v.const_value): v for v in model.graph.initializers.values() if v.const_value is not None and v.uses()
+    }
+    macs, not_counted = 0, Counter[str]()
+    for node in model.graph:
+        count = node_macs(facts.call(node, opset_version(model, node.domain)), node.domain)
+        if count is None or (not count and multiplies_unseen(node)):
+            not_counted[node.op_type] += 1
+        macs += count or 0
+    return Cost(
+        sum(map(parameter_count, constants.values())),
+        macs,
+        sum(weight_bytes(v.const_value) for v in constants.values() if v.const_value is not None),
+        model.graph.num_nodes(),
+        tuple(f"{number} {name}" for name, number in not_counted.items()),
+    )
+
+
+def parameter_count(value: ir.Value) -> int:
+    """How many weights a constant holds. Integers of up to 8 bits are weights where they have two axes or more: with
+    fewer they are zero points. Wider ones are indices and shapes."""
+    tensor = value.const_value
+    assert tensor is not None
+    if tensor.dtype.is_floating_point():
+        return int(tensor.size)
+    if not is_quantized(tensor):
+        return 0
+    for use in value.uses():
+        spec = lookup(use.node.domain, use.node.op_type)
+        if spec.weights:
+            bits = use.node.attributes.get_int("bits", tensor.dtype.bitwidth)
+            return int(tensor.size) * tensor.dtype.bitwidth // bits if use.idx in spec.weights else 0
+    return int(tensor.size)
+
+
+def is_quantized(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 8 and len(tensor.shape) >= 2
+
+
+def multiplies_unseen(node: ir.Node) -> bool:
+    """Whether an operator that snpc cannot count takes a weight of two axes or more."""
+    spec = lookup(node.domain, node.op_type)
+    if spec.kind != "opaque" or spec.macs is not None:
+        return False
+    tensors = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    return any(len(t.shape) >= 2 and (t.dtype.is_floating_point() or is_quantized(t)) for t in tensors)
 
 
 def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:
@@ -31,6 +85,15 @@ def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters,
             sizes |= dict(zip(letters.out, call.out_shapes[0], strict=True))
             sizes["I"] = call.shape(right)[letters.right.index("I")]
         yield "", letters, sizes
+
+
+def node_macs(call: OpCall, domain: str) -> int | None:
+    """Multiply-accumulates of a node; None where a node that multiplies cannot be counted."""
+    spec = lookup(domain, call.op)
+    if spec.macs is not None:
+        return spec.macs(call) if all(call.has(k) for k in (0, *spec.weights)) and call.out_shapes[0] else None
+    sizes = [count_macs(sizes) for _, _, sizes in contraction_sizes(call, domain)]
+    return sum(sizes) if sizes or spec.kind not in ("contraction", "attention") else None
 
 
 def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]) -> LetterSizes:

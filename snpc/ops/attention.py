@@ -98,14 +98,17 @@ def head_counts(call: OpCall) -> tuple[int, int]:
 
 
 def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
-    """The sizes of a fused node; None where an input is missing or packed in an unsupported way."""
+    """The sizes of a fused node; None where an input is missing or packed in an unsupported way, or where the numbers
+    of a damaged node make no sense."""
     shape = attention_form(call, domain)
     heads, kv_heads = head_counts(call)
-    if not call.has(shape.query):
+    if not call.has(shape.query) or (len(call.shape(shape.query)) < 4 and min(heads, kv_heads) < 1):
         return None
     query = (1,) * (3 - len(call.shape(shape.query))) + call.shape(shape.query)
     if shape.packed == "weight":
         widths = packed_weight_widths(call)
+        if widths is None or len(query) > 3:
+            return None
         return AttentionGeometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
     if shape.packed == "columns":
         width = query[2] // (heads + 2 * kv_heads)
@@ -115,19 +118,23 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     if len(query) == 4:
         heads, kv_heads = query[1], call.shape(shape.key)[1]
     length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
-    kv_length = call.shape(shape.key)[-2]
-    value = call.shape(shape.value)
+    key, value = call.shape(shape.key), call.shape(shape.value)
+    if not (2 < len(key) < 5 and 2 < len(value) < 5):
+        return None
+    kv_length = key[-2]
     return AttentionGeometry(
         query[0], heads, kv_heads, length, kv_length, width, value[3] if len(value) == 4 else value[-1] // kv_heads
     )
 
 
-def packed_weight_widths(call: OpCall) -> tuple[int, int, int]:
-    """Widths of Q, K and V in com.microsoft.Attention's merged weight."""
-    sizes = call.attrs.get("qkv_hidden_sizes")
+def packed_weight_widths(call: OpCall) -> tuple[int, int, int] | None:
+    """Widths of Q, K and V in com.microsoft.Attention's merged weight; None where it is none."""
+    sizes, weight = call.attrs.get("qkv_hidden_sizes"), call.shape(1)
+    if len(weight) != 2:
+        return None
     if sizes:
-        return int(sizes[0]), int(sizes[1]), int(sizes[2])
-    third = call.shape(1)[1] // 3
+        return (int(sizes[0]), int(sizes[1]), int(sizes[2])) if len(sizes) == 3 and sum(sizes) == weight[1] else None
+    third = weight[1] // 3
     return third, third, third
 
 

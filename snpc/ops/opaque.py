@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from snpc.ops.quantized import COSTS, NCHWC
 from snpc.ops.spec import MICROSOFT, OpSpec
 
 SUBGRAPH = "control flow: its body is not analyzed"
@@ -75,6 +76,7 @@ def opaque_entries() -> list[OpSpec]:
     specs += [_opaque_entry(name, LEARNED, "ai.onnx.ml") for name in CLASSICAL_OPERATORS.split()]
     specs += [_opaque_entry(name, TRAINED, "ai.onnx.preview.training") for name in TRAINING_OPERATORS.split()]
     specs.append(replace(_opaque_entry("If", SUBGRAPH, ""), branches=("then_branch", "else_branch")))
+    specs.append(_opaque_entry("Conv", "channels lie in blocks, as one processor wants them", NCHWC))
     return [
         *specs,
         _opaque_entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview"),
@@ -82,4 +84,8 @@ def opaque_entries() -> list[OpSpec]:
 
 
 def _opaque_entry(name: str, reason: str, domain: str) -> OpSpec:
-    return OpSpec(name, "opaque", f"pinned: {reason}", domain=domain, reason=reason)
+    spec = OpSpec(name, "opaque", f"pinned: {reason}", domain=domain, reason=reason)
+    cost = COSTS.get((domain, name))
+    if cost is None:
+        return spec
+    return replace(spec, macs=cost.macs, weights=cost.weights, out_shapes=cost.out_shapes, dtype_input=cost.dtype_input)

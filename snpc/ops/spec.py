@@ -155,6 +155,8 @@ class OpSpec:
     has_activation: bool = False
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     dtype_input: int = 0
+    macs: Callable[[OpCall], int] | None = None  # of an opaque node that multiplies by weights
+    weights: tuple[int, ...] = ()  # its inputs that are weights, of whatever type
     int32_outputs: tuple[int, ...] = ()  # outputs that are int32, whatever the type of the input
     divides: bool = False
     subtracts: bool = False

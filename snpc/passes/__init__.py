@@ -18,7 +18,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, cost_of, quoted_facts
+from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, quoted_facts
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
@@ -35,7 +35,6 @@ __all__ = [
     "SizedFacts",
     "analyze",
     "analyze_graph",
-    "cost_of",
     "find_output_kinds",
     "macs_by_role",
     "quoted_facts",

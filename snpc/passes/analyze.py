@@ -16,13 +16,10 @@ from snpc.graph import (
     PassObserver,
     ShapeFacts,
     choose_dim_sizes,
-    contraction_sizes,
-    count_macs,
+    cost_of,
     infer_graph,
     leading_dims,
-    opset_version,
     run_pass,
-    weight_bytes,
 )
 from snpc.passes.canonicalization import ELIMINATE_DEAD_ROWS
 from snpc.passes.grouping import (
@@ -192,15 +189,3 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
             key = (label_pin.tensor, label_pin.axis, label_pin.reason)
             pins.setdefault(key, to_pin(label_pin))
     return tuple(pins.values())
-
-
-def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
-    """Parameters (float initializers that are used), MACs at the sizes of ``facts``, bytes of the weights, nodes."""
-    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None and v.uses()]
-    weights = {id(tensor): tensor for tensor in tensors}.values()
-    params = sum(tensor.size for tensor in weights if tensor.dtype.is_floating_point())
-    macs = 0
-    for node in model.graph:
-        call = facts.call(node, opset_version(model, node.domain))
-        macs += sum(count_macs(sizes) for _, _, sizes in contraction_sizes(call, node.domain))
-    return Cost(params, macs, sum(weight_bytes(tensor) for tensor in weights), model.graph.num_nodes())

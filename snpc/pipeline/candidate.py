@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from snpc.graph import infer_graph
-from snpc.passes import Analysis, cost_of
+from snpc.graph import cost_of, infer_graph
+from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PruningPlan
@@ -187,4 +187,4 @@ def cost_of_file(path: Path, analysis: Analysis) -> Cost:
     if analysis.reduction is not None:
         analysis.reduction.name_decision_sizes(model.graph)
     cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
-    return Cost(cost.params, cost.macs, file_bytes(path), cost.nodes)
+    return replace(cost, bytes=file_bytes(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
 from snpc.planning import (
     Budget,
+    PlanOutlook,
     PruningMethod,
     SlicePlan,
     UnitScores,
     groups_to_prune,
     make_slice_plan,
     plan_from_json,
+    plan_outlook,
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
@@ -36,7 +39,7 @@ from snpc.runtime.evaluation import Workload, groups_to_time, latency_table
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
-from snpc.runtime.statistics import Statistics, measure_statistics, unit_weight_energies
+from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
 
@@ -90,6 +93,15 @@ class PruningPlan:
         if self.calibration is not None:
             return self.calibration.describe()
         return self.closed_forms.source if self.closed_forms is not None else ""
+
+    @cached_property
+    def outlook(self) -> PlanOutlook | None:
+        """What goes, the drift that the curves predict, and up to where they are safe. None where no widths are cut."""
+        if self.budget is None or self.scores is None:
+            return None
+        measured = self.calibration is not None and needs_loss_curves(self.budget, self.slices.method)
+        scores = self.scores if measured else replace(self.scores, curves={})
+        return plan_outlook(self.groups, scores, self.budget, self.slices)
 
     @property
     def measured_on_calibration(self) -> bool:
@@ -152,6 +164,7 @@ def make_plan(
     """``plan``, by a request."""
     budget = request.budget
     groups = groups_to_prune(analysis, budget)
+    check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
     has_data = calibration is not None or statistics is not None
     method = request.method or default_method(calibration, has_data and request.criterion is None)

@@ -169,6 +169,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "digest": analysis.model.digest,
         "params": analysis.cost.params,
         "macs": analysis.cost.macs,
+        "macs_not_counted": list(analysis.cost.not_counted),
         "nodes": analysis.cost.nodes,
         "macs_at": dict(analysis.dim_sizes),
         "groups": groups,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
+
 from snpc.criteria import Criterion, make_criterion, needs_data
 from snpc.errors import UserError
 from snpc.passes import Analysis
@@ -85,7 +87,15 @@ def score_groups(
             "--roles, --include, --exclude and --method"
         )
     samples = statistics.samples if statistics is not None and needed else 0
-    values = {g.id: judge.score(criterion_inputs(analysis, g, sums.get(g.id, {}), samples)) for g in groups}
+    values = {}
+    for group in groups:
+        try:
+            values[group.id] = judge.score(criterion_inputs(analysis, group, sums.get(group.id, {}), samples))
+        except np.linalg.LinAlgError as error:
+            raise UserError(
+                f"criterion {spelled} cannot score {group.id} ({error}): its statistics are not those of real "
+                "activations; measure them again, or leave the group out (--exclude)"
+            ) from error
     return UnitScores(analysis, spelled, values, samples, comparable=getattr(judge, "comparable", False))
 
 

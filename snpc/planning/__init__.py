@@ -6,6 +6,8 @@ Files
   descent    Allocation paths: the steps that narrow groups, in the order in which a greedy allocation takes them.
   dimap      How much of each layer can go, from weights alone: DIMAP (Data-independent Module-Aware Pruning, ICLR 2024,
              arXiv 2404.13648).
+  outlook    Outlook: what a plan takes before anything is written, what its curves predict, and up to where they are
+             safe.
   plan       Scores of units, and the slice plan made of them: which units each group keeps.
   plan_file  A plan as a file: JSON that can be read, edited and applied again.
 """
@@ -13,16 +15,20 @@ Files
 from __future__ import annotations
 
 from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_prune, make_slice_plan, predicted_drift
-from snpc.planning.config import Allocator, Budget, ResourceTarget, parse_max_ratios, parse_target
+from snpc.planning.config import DEFAULT_ROLES, Allocator, Budget, ResourceTarget, parse_max_ratios, parse_target
 from snpc.planning.descent import AllocationPath
+from snpc.planning.outlook import SAFE_DRIFT, PlanOutlook, plan_outlook
 from snpc.planning.plan import LatencyCurves, PruningMethod, SlicePlan, UnitScores, cuts_of, select_units, top_units
 from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
 
 __all__ = [
+    "DEFAULT_ROLES",
+    "SAFE_DRIFT",
     "AllocationPath",
     "Allocator",
     "Budget",
     "LatencyCurves",
+    "PlanOutlook",
     "PruningMethod",
     "ResourceTarget",
     "SlicePlan",
@@ -35,6 +41,7 @@ __all__ = [
     "parse_max_ratios",
     "parse_target",
     "plan_from_json",
+    "plan_outlook",
     "plan_to_json",
     "predicted_drift",
     "prunes_kv_cache",

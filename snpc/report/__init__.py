@@ -8,6 +8,7 @@ attention_maps  where the heads of a vision model look, before and after
 token_maps      which patches of a picture are left where tokens get fewer
 render          the templates (``templates/*.j2``) with their values
 format          numbers and results in words
+quality_text    whether the rewrite is correct, and how close outputs are, in words
 png             pictures as ``data:`` URLs
 
 Files
@@ -19,6 +20,8 @@ Files
   format          Numbers and methods as text, the same on the terminal and in the report.
   page            The report page: one HTML file that loads nothing else.
   png             Small pictures as PNG in a ``data:`` URL.
+  quality_text    The two statements on a result, in words: whether the rewrite is correct, and how close its outputs
+                  are.
   render          Templates to text: every value is escaped, and an unknown name is an error.
   sweep_plot      Quality against latency: the plot of a sweep, an SVG file of its own.
   token_maps      Token maps: which patches of a picture are left after each step of a token reduction.
@@ -28,12 +31,18 @@ from __future__ import annotations
 
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.report.page import write_report
+from snpc.report.quality_text import drift_text, output_lines, quality_text, quality_warning, rewrite_text
 from snpc.report.sweep_plot import write_sweep_plot
 
 __all__ = [
     "describe_method",
+    "drift_text",
     "format_count",
     "format_share",
+    "output_lines",
+    "quality_text",
+    "quality_warning",
+    "rewrite_text",
     "write_report",
     "write_sweep_plot",
 ]

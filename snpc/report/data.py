@@ -13,11 +13,12 @@ from snpc.passes import analyze, macs_by_role
 from snpc.pipeline import PrunedModel, PruningPlan
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
+from snpc.report.quality_text import quality_text, quality_warning, rewrite_text
 from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
 from snpc.runtime.io import load
-from snpc.types import Difference, FloatArray, Pin
+from snpc.types import Difference, FloatArray, Grade, Pin
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class GroupWidth:
 class ReportData:
     """What the page shows.
 
-    ``request``: what was asked for and how it was done. ``macs``: by role, each product counted once. ``drift`` and
-    ``equals_mask``: what verification measured on the written file.
+    ``request``: what was asked for and how it was done. ``macs``: by role, each product counted once. ``rewrite``,
+    ``quality``, ``warning``: the statements on the result. ``drift``, ``equals_mask``: what verification measured.
     """
 
     model: str
@@ -65,6 +66,10 @@ class ReportData:
     widths: tuple[GroupWidth, ...]
     macs: tuple[BeforeAfter, ...]
     macs_at: Mapping[str, int]
+    rewrite: str
+    quality: str
+    grade: Grade
+    warning: str
     compared: str
     drift: tuple[Difference, ...]
     equals_mask: tuple[Difference, ...]
@@ -100,6 +105,10 @@ def collect_report_data(
         widths=group_widths(result, plan.loss_curves if plan else {}),
         macs=mac_pairs(result),
         macs_at=dict(analysis.dim_sizes),
+        rewrite=rewrite_text(verdict),
+        quality=quality_text(result.quality),
+        grade=result.quality.grade,
+        warning=quality_warning(result.quality),
         compared=result.quality.source,
         drift=result.quality.differences,
         equals_mask=verdict.equals_mask,

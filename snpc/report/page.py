@@ -14,6 +14,7 @@ from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_dec
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
 from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
+from snpc.report.quality_text import drift_text
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
@@ -117,13 +118,13 @@ def drift_cards(drift: Sequence[Difference]) -> Iterator[Card]:
     """The output that changed most, where outputs were compared."""
     if drift:
         worst = max(drift, key=lambda d: d.relative)
-        same = f", same top entry in {100 * worst.agreement:.1f} %" if worst.agreement is not None else ""
-        yield Card("drift of the outputs", format_percent(worst.relative), f"{worst.output}{same}")
+        yield Card("drift of the outputs", format_percent(worst.relative), f"{worst.output}: {drift_text(worst)}")
 
 
 def drift_row(d: Difference) -> tuple[str, ...]:
-    same = "-" if d.agreement is None else f"{100 * d.agreement:.1f} %"
-    return d.output, format_percent(d.relative), f"{d.max_abs_diff:.3g}", f"{d.cosine:.5f}", same
+    same = f"{100 * d.agreement:.1f} %" if d.agreement is not None and d.metric == "kl" else "-"
+    distance = f"{d.metric} {d.distance:.3g}" if d.metric != "none" else "not judged"
+    return d.output, distance, format_percent(d.relative), f"{d.max_abs_diff:.3g}", f"{d.cosine:.5f}", same
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ Files
                    stay.
   inplace_oracle   The oracle of token reduction: the same reduction in the graph at full length.
   methods          Methods of token reduction.
+  offer            Token schedules that need no data: offered where the tokens of a model can be merged.
   open             Token reduction as a graph rewrite, with the decisions as graph inputs.
   reduction        Token reduction by a specification such as ``merge:13@1-11``: parsed, checked, and applied to the
                    analyzed graph.
@@ -24,6 +25,7 @@ from __future__ import annotations
 from snpc.tokens.cost import TokenCost, token_cost
 from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds, replay_decisions, token_membership
 from snpc.tokens.methods import TOKEN_METHODS, TokenMethod, token_method
+from snpc.tokens.offer import TokenOffer, offer_tokens
 from snpc.tokens.open import externalize_decisions, stream_dtype
 from snpc.tokens.reduction import (
     TokenAmount,
@@ -45,6 +47,7 @@ __all__ = [
     "TokenAmount",
     "TokenCost",
     "TokenMethod",
+    "TokenOffer",
     "TokenReductionPlan",
     "TokenRequest",
     "TokenStep",
@@ -53,6 +56,7 @@ __all__ = [
     "clamped_removals",
     "externalize_decisions",
     "full_length_oracle",
+    "offer_tokens",
     "oracle_feeds",
     "parse_token_request",
     "reduce_tokens",

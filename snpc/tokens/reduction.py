@@ -11,8 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph import choose_dim_sizes, infer_graph, run_pass
-from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph, cost_of
+from snpc.graph import choose_dim_sizes, cost_of, infer_graph, run_pass
+from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph
 from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import onnx
@@ -9,9 +10,10 @@ import pytest
 from onnx import helper
 
 from tests.command_line import invoke
-from tests.models.mutants import BASES, mutant, trial
+from tests.models.mutants import MODES, trial
+from tests.models.mutations import BASES, mutant
 
-COUNT, SHARES = 360, 6
+COUNT, SHARES = 500, 10
 
 
 @pytest.mark.parametrize("base", range(len(BASES)))
@@ -29,7 +31,7 @@ def test_damaged_models(first: int, tmp_path: Path) -> None:
     complaints = []
     for seed in range(first, COUNT, SHARES):
         path, done = mutant(seed, tmp_path / "inner" / str(seed))
-        complaints += [f"{seed} ({done}) {words}" for words in trial(path)]
+        complaints += [f"{seed} ({done}) {words}" for words in trial(path, MODES[seed % len(MODES)])]
     assert not complaints
 
 
@@ -121,7 +123,25 @@ def test_an_input_too_large_to_draw_asks_for_data(tmp_path: Path) -> None:
     assert "too large for random values" in result.stderr
 
 
-@pytest.mark.parametrize("seed", [1234, 1696])
-def test_groups_that_do_not_divide_the_channels_are_refused(seed: int, tmp_path: Path) -> None:
-    path, _ = mutant(seed, tmp_path / "inner")
-    assert not trial(path)
+@pytest.mark.parametrize("number", [0, -1, 4, 5, 1 << 33])
+def test_groups_that_do_not_divide_the_channels_are_refused(number: int, tmp_path: Path) -> None:
+    def grouped(model: onnx.ModelProto) -> None:
+        convolution = [node for node in model.graph.node if node.op_type == "Conv"][1]
+        next(a for a in convolution.attribute if a.name == "group").i = number
+
+    assert not trial(saved(tmp_path / "model.onnx", grouped, base=1))
+
+
+@pytest.mark.parametrize("operator", ["Sum", "Concat"])
+@pytest.mark.parametrize("distinct", [False, True])
+def test_a_node_of_thousands_of_inputs_takes_seconds(operator: str, distinct: bool, tmp_path: Path) -> None:
+    def crowded(model: onnx.ModelProto) -> None:
+        names = [f"y_{k}" if distinct else "y" for k in range(1000)]
+        model.graph.node.extend(helper.make_node("Neg", ["y"], [name]) for name in dict.fromkeys(names) if distinct)
+        attributes = {"axis": -1} if operator == "Concat" else {}
+        model.graph.node.append(helper.make_node(operator, names, ["crowd"], **attributes))
+        model.graph.output.append(helper.make_tensor_value_info("crowd", 1, None))
+
+    started = time.process_time()
+    assert not trial(saved(tmp_path / "model.onnx", crowded, base=1))
+    assert time.process_time() - started < 20

@@ -44,10 +44,11 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def refused(words: str, *arguments: object, usage: bool = False) -> None:
-    """The last line says why, and there is no other but notes (and, of click's own refusals, the usage)."""
+    """The last line says why, and there is no other but notes, what goes, and the usage of click's own refusals."""
     result = invoke(*arguments, code=2)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("snpc: note:")]
+    others = ("snpc: note:", "snpc: warning:", "snpc: plan:")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     if usage:
         assert lines[0].startswith("Usage: ")
         assert lines[-1].startswith("Error: ")
@@ -173,6 +174,55 @@ class TestExternalData:
         plan = snpc.make_slice_plan(snpc.score(snpc.analyze(snpc.load(model))), snpc.Budget(0.5))
         with pytest.raises(UserError, match="has its weights in"):
             snpc.apply(snpc.PruningPlan(plan), model.parent / "o.onnx")
+
+
+# -- numbers that no result can come from ------------------------------------------------------------------------------
+
+
+class TestNumbers:
+    CALIBRATED = (*RATIO, "--calib", CALIB, "--calib-samples", 16)
+
+    @pytest.mark.parametrize("number", [np.nan, np.inf])
+    @pytest.mark.parametrize("flags", [RATIO, CALIBRATED], ids=["magnitude", "closed form"])
+    def test_a_weight_that_would_be_cut(self, number: float, flags: tuple[object, ...], tmp_path: Path) -> None:
+        def damaged(graph: onnx.GraphProto) -> None:
+            tensor = next(t for t in graph.initializer if list(t.dims) == [96, 288])
+            array = numpy_helper.to_array(tensor).copy()
+            array[3, 5] = number
+            tensor.CopyFrom(numpy_helper.from_array(array, "packed"))
+            for node in graph.node:
+                node.input[:] = ["packed" if name == old else name for name in node.input]
+
+        old = next(t.name for t in onnx.load(VIT).graph.initializer if list(t.dims) == [96, 288])
+        path = tmp_path / "m.onnx"
+        path.write_bytes(VIT.read_bytes())
+        edited(path, damaged)
+        refused(rf"the weight packed of \S+ holds {number} at \[3, 5\] \(1 such entries\)", "prune", path, *flags)
+
+    def test_inputs_whose_activations_cannot_be_squared(self, tmp_path: Path) -> None:
+        images = np.load(CALIB)["image"][:16].astype(np.float32)
+        images[9] = 3.4e38
+        np.savez(tmp_path / "c.npz", image=images)
+        refused(
+            r"c\.npz: in samples (\d+, |\d+ to )*\b(9|[0-8] to 1\d)\b.*, activations of \S+ are not finite",
+            "prune", VIT, *RATIO, "--calib", tmp_path / "c.npz", "-o", tmp_path / "o.onnx",
+        )  # fmt: skip
+
+    def test_statistics_that_no_data_gives(self, tmp_path: Path) -> None:
+        stats = tmp_path / "s.npz"
+        invoke("plan", VIT, *self.CALIBRATED, "-o", tmp_path / "p.json", "--save-stats", stats)
+        arrays = dict(np.load(stats))
+        header = arrays.pop("header")
+        for name, change in {
+            "turned": lambda a: -a,
+            "mixed": lambda a: a * np.random.default_rng(0).normal(size=a.shape),
+        }.items():
+            path = tmp_path / f"{name}.npz"
+            np.savez(path, header=header, **{k: change(a) for k, a in arrays.items()})
+            refused(
+                "negative sums of squares|cannot be solved|cannot score",
+                "prune", VIT, *RATIO, "--load-stats", path, "-o", tmp_path / "o.onnx",
+            )  # fmt: skip
 
 
 # -- nothing to prune, and what is pinned ----------------------------------------------------------------------------

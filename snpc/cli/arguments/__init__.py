@@ -10,6 +10,7 @@ Files
   planning     What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share.
   running      How models are run, and the workload of a latency.
   training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
+  typed        The command as it was typed, and other commands made of it: for advice that can be pasted into a shell.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import ExecutionArguments, LimitedExecutionArguments, WorkloadArguments
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
+from snpc.cli.arguments.typed import TypedCommand
 
 __all__ = [
     "FILE_PATH",
@@ -50,6 +52,7 @@ __all__ = [
     "StatisticsArguments",
     "TrainingArguments",
     "TrainingDataArguments",
+    "TypedCommand",
     "WorkloadArguments",
     "argument",
     "check_output_paths",

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 import click
 
+from snpc.cli.arguments.typed import WORDS_KEY
+
 FILE_PATH = click.Path(path_type=Path)
 GroupT = TypeVar("GroupT", bound="ArgumentGroup")
 
@@ -109,7 +111,11 @@ def parameter_fields(
 
 
 class SectionedCommand(click.Command):
-    """A command whose ``--help`` lists options by section."""
+    """A command whose ``--help`` lists options by section, and that remembers its words (``TypedCommand``)."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS_KEY] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}

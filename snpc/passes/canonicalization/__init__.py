@@ -14,6 +14,8 @@ Files
                          computed at every run.
   inline_branches        Inlines branches whose condition no input can change: exporters branch on ranks that they did
                          not know.
+  inline_functions       Inlines model-local functions. How many nodes that makes is counted first: functions that call
+                         others twice each grow to 2^depth nodes from a file of two kilobytes.
   shared_constants       Constants with several consumers: forked for the analysis, merged again before writing.
 """
 

@@ -22,16 +22,8 @@ from snpc.ops import IDENTITY
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
+from snpc.passes.canonicalization.inline_functions import InlineFunctions
 from snpc.passes.canonicalization.shared_constants import ForkSharedConstants
-
-
-class InlineFunctions(ir.passes.InPlacePass):
-    """Replace calls of model-local functions by their bodies."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if not model.functions:
-            return ir.passes.PassResult(model, False)
-        return run_library_pass(common.InlinePass(), model)
 
 
 class LiftConstants(ir.passes.InPlacePass):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,13 +26,14 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
     if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
         context.refuse(parts, SHAPE_MISMATCH)
         return ()
-    table = context.trace.table
+    table, unlabeled = context.trace.table, unlabeled_operands(parts)
     kept: list[tuple[int, Labels]] = []
     for index, operand in enumerate(parts):
         for labels in operand.factors:
-            partner = unlabeled_partner(parts, index, labels)
+            partner = unlabeled_partner(unlabeled, index, labels)
             if partner is not None:
-                context.pin(operand, labels, f"combined element-wise with {context.describe_unlabeled(partner)}")
+                description = context.describe_unlabeled(parts[partner])
+                context.pin(operand, labels, f"combined element-wise with {description}")
                 if operand.constant:
                     continue
             joined = False
@@ -56,15 +57,22 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
     return tuple(labels for _, labels in kept)
 
 
-def unlabeled_partner(parts: Sequence[LabeledValue], index: int, labels: Labels) -> LabeledValue | None:
-    """Another operand that has entries, but no labels, along an axis of ``labels``."""
-    for other, operand in enumerate(parts):
-        if other == index:
-            continue
-        for axis in varying_axes(labels):
-            if operand.shape[axis] > 1 and not any(axis in varying_axes(f) for f in operand.factors):
-                return operand
-    return None
+def unlabeled_operands(parts: Sequence[LabeledValue]) -> dict[int, list[int]]:
+    """Axis -> the operands that have entries, but no labels, along it: their indices in order. Two say it all: one may
+    be the operand that asks."""
+    found: dict[int, list[int]] = {}
+    for index, operand in enumerate(parts):
+        labeled = {axis for factor in operand.factors for axis in varying_axes(factor)}
+        for axis, size in enumerate(operand.shape):
+            if size > 1 and axis not in labeled and len(found.setdefault(axis, [])) < 2:
+                found[axis].append(index)
+    return found
+
+
+def unlabeled_partner(unlabeled: Mapping[int, Sequence[int]], index: int, labels: Labels) -> int | None:
+    """The first other operand that has entries, but no labels, along an axis of ``labels``."""
+    others = [other for axis in varying_axes(labels) for other in unlabeled.get(axis, ()) if other != index]
+    return min(others, default=None)
 
 
 def pin_partly_labeled(context: NodeContext, operand: LabeledValue, left: Labels, right: Labels) -> None:

@@ -105,6 +105,16 @@ class Calibration:
                 else {k: v[:rows] if self.has_sample_axis(k) else v for k, v in feeds.items()}
             )
 
+    def batch_text(self, number: int) -> str:
+        """The samples of one batch by their numbers in the source, for messages: ``in samples 8 to 15``."""
+        ids = np.concatenate([selection.sample_ids for selection in self.batch_plan[number]])
+        if len(ids) == 1:
+            return f"in sample {ids[0]}"
+        if (np.diff(ids) == 1).all():
+            return f"in samples {ids[0]} to {ids[-1]}"
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        return f"in samples {', '.join(map(str, ids[:8]))}{more}"
+
     def has_sample_axis(self, name: str) -> bool:
         """Whether the first axis of this input is the sample axis."""
         return name in self.sample_axes.inputs

@@ -6,16 +6,31 @@ are symmetric and pseudo-inverted, so moments without full rank are allowed. ``e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.types import FloatArray, IntArray
 
 RANK_TOLERANCE = 1e-10  # eigenvalues below this share of the largest count as zero
 DEFAULT_RIDGE = 1e-4  # share of the mean diagonal
 SMALL_SAMPLE_RIDGE = 0.1  # share of the mean diagonal per unit and row
+
+
+@contextmanager
+def solving(subject: str) -> Iterator[None]:
+    """Around linear algebra on statistics: where it does not converge, or a moment is not positive definite in spite of
+    its ridge, the statistics are to blame. Raises UserError."""
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise UserError(
+            f"{subject}: its closed form cannot be solved ({error}): the statistics are not those of real activations; "
+            "measure them again, or leave the group out (--exclude)"
+        ) from error
 
 
 # -- ridge -----------------------------------------------------------------------------------------------------------

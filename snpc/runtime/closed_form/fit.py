@@ -32,6 +32,7 @@ from snpc.runtime.closed_form.algebra import (
     solve_low_rank_qk,
     solve_low_rank_vo,
     solve_shared_qk,
+    solving,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -149,7 +150,8 @@ def solve_closed_forms(
     for group in groups:
         if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
             moments, widths = moment_set.moments[group.id], (refit_widths or {}).get(group.id, ())
-            solved = elimination_orders(analysis, group, moments, widths)
+            with solving(group.id):
+                solved = elimination_orders(analysis, group, moments, widths)
             orders[group.id] = solved if store is None else tuple(spill_refits(order, store) for order in solved)
     return replace(solve_bases(analysis, moment_set, groups), elimination_orders=orders)
 
@@ -180,11 +182,12 @@ def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoment
 
 def solve_bases(analysis: Analysis, moment_set: MomentSet, groups: Sequence[Group]) -> ClosedForms:
     """The closed forms without elimination orders, which only the choice of units needs."""
-    bases = {
-        g.id: low_rank_bases(analysis.traced_graph, analysis.weights[g.id], moment_set.moments[g.id])
-        for g in groups
-        if moment_set.kinds.get(g.id) in ROTATED
-    }
+    bases = {}
+    for group in (g for g in groups if moment_set.kinds.get(g.id) in ROTATED):
+        with solving(group.id):
+            bases[group.id] = low_rank_bases(
+                analysis.traced_graph, analysis.weights[group.id], moment_set.moments[group.id]
+            )
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -265,11 +268,12 @@ def closed_form_edits(
     groups = [g for g in analysis.groups if g.id in plan.keep and g.id in closed_forms.kinds]
     for group in sorted(groups, key=turn):
         rows, kind = plan.keep[group.id], closed_forms.kinds[group.id]
-        if kind == "refit":
-            refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
-            fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
-        elif kind in ROTATED:
-            apply_basis(edits, closed_forms, group, len(rows[0]))
+        with solving(group.id):
+            if kind == "refit":
+                refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
+                fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
+            elif kind in ROTATED:
+                apply_basis(edits, closed_forms, group, len(rows[0]))
     return edits
 
 

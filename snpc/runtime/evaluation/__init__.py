@@ -7,6 +7,7 @@ Files
   equal_selections  Comparison of two models in front of what they select, and behind it on the same selections.
   latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
   metrics   Distances of outputs: which one suits each output, and what it is.
+  uncertainty  How certain a measured difference is: a standard error over samples, and an interval for shares of them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, same_finiteness
+from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
@@ -205,6 +206,17 @@ def batch_differences(
     return aggregate(measured, [max((len(a) for a in batch.values() if a.ndim), default=1) for batch in reference])
 
 
+def judge_outputs(
+    reference: Sequence[Mapping[str, AnyArray]], other: Sequence[Mapping[str, AnyArray]], metrics: OutputMetrics
+) -> tuple[Difference, ...]:
+    """``batch_differences`` with their uncertainty over samples."""
+    metrics = metrics.for_values(reference[0])
+    return tuple(
+        with_uncertainty(d, [a[d.output] for a in reference], [b[d.output] for b in other], metrics[d.output])
+        for d in batch_differences(reference, other, metrics)
+    )
+
+
 def max_relative(differences: Sequence[Difference]) -> float:
     """The largest relative difference of any output."""
     return max((d.relative for d in differences), default=0.0)
@@ -265,7 +277,7 @@ def compare_models(
         narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    drift = batch_differences([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
+    drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
     if rewritten is None:
         return (), drift
     with temporary_folder() as folder:

@@ -6,6 +6,8 @@ Files
   duplicate_constants
                  Names that several constants of a graph define, which onnxruntime takes and onnx-ir refuses.
   examples       The trained examples that ship inside the package, and how they reach a user's folder.
+  graph_checks   Checks of a graph against the rules of ONNX that later stages rely on: attributes, numbers of inputs,
+                 producers.
   in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
   load           Loading models: tensors checked, external data found, the graph in canonical form.
   protobuf       Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the

@@ -15,9 +15,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors
+from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
 from snpc.passes.canonicalization import canonicalize
 from snpc.runtime.io.duplicate_constants import merge_equal_constants
+from snpc.runtime.io.graph_checks import check_contractions, check_graph, check_producers
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.save import proto_without_weights
@@ -65,9 +66,12 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     try:
         graph = canonicalize(from_protobuf(proto), observer)
         check_producers(graph)
+        check_contractions(graph)
         check_serializable(graph)
     except MalformedGraphError as error:
         raise UserError(f"{path}: {error}; run onnx.checker on it") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Model(
         path,
         graph,
@@ -106,7 +110,14 @@ def read_model(path: Path) -> ir.Model:
 def from_protobuf(proto: onnx.ModelProto) -> ir.Model:
     """The graph of a message. Raises MalformedGraphError with the innermost reason."""
     with malformed_graph_errors():
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:  # what the file says elsewhere of its shape and type may not be true
+                value.shape = ir.Shape(static_shape(value.const_value))
+                value.dtype = value.const_value.dtype
+    check_graph(model)
+    return model
 
 
 def check_serializable(model: ir.Model) -> None:
@@ -123,13 +134,6 @@ def external_data_files(proto: onnx.ModelProto) -> dict[str, str]:
         if is_external(tensor):
             locations.setdefault(external_entry(tensor, "location"), tensor.name)
     return locations
-
-
-def check_producers(model: ir.Model) -> None:
-    for node in model.graph.all_nodes():
-        for value in node.inputs:
-            if value is not None and value.graph is None:
-                raise MalformedGraphError(f"{node.name} reads {value.name}, which no node produces")
 
 
 def file_digest(path: Path, proto: onnx.ModelProto) -> str:

@@ -17,6 +17,9 @@ from onnx import TensorProto, helper
 
 from snpc.errors import UserError
 
+MAX_AXES = 64  # of an array in numpy 2
+MAX_EMPTY_SIZES = 1 << 20  # product of the sizes of an empty tensor that are not 0
+
 
 def fields_with_tensors() -> dict[str, tuple[str, ...]]:
     """Full name of a message -> its fields that lead to tensors, read off the message types themselves: a field that a
@@ -82,7 +85,7 @@ def required_bytes(tensor: TensorProto) -> int:
     if dtype == ir.DataType.UNDEFINED:
         raise ValueError("no type")
     count: int = math.prod(tensor.dims)
-    return math.ceil(count * dtype.itemsize)
+    return -(-count * dtype.bitwidth // 8)  # in integers: damaged sizes go beyond what a float holds
 
 
 def check_tensors(model: onnx.ModelProto, path: Path) -> None:
@@ -92,8 +95,7 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
         raise UserError(f"{path}: {name} is a sparse weight, which snpc does not read; export it dense")
     file_sizes: dict[str, int] = {}
     for tensor in all_tensors(model):
-        if any(n < 0 for n in tensor.dims):
-            raise UserError(f"{path}: {tensor.name} has the shape {list(tensor.dims)[:8]}; export it again")
+        check_sizes(tensor, path)
         try:
             required = required_bytes(tensor) if tensor.data_type != TensorProto.STRING else None
         except (ValueError, TypeError):
@@ -111,7 +113,21 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
             else required
         )
         if actual != required:
-            raise UserError(f"{path}: {tensor.name} holds {actual} bytes, its shape needs {required}; export it again")
+            needed = required if required is not None and required < 1 << 63 else "more than any file has"
+            raise UserError(f"{path}: {tensor.name} holds {actual} bytes, its shape needs {needed}; export it again")
+
+
+def check_sizes(tensor: TensorProto, path: Path) -> None:
+    """Refuse sizes that no tensor has: negative ones, more axes than numpy has, and a long axis of a tensor without
+    entries, which needs no bytes in the file but is numbered, entry by entry, in the analysis."""
+    sizes = list(tensor.dims)
+    subject = f"{path}: {tensor.name} has the shape {sizes[:8]}"
+    if any(n < 0 for n in sizes):
+        raise UserError(f"{subject}; export it again")
+    if len(sizes) > MAX_AXES:
+        raise UserError(f"{subject} and so on, {len(sizes)} axes; export it again")
+    if 0 in sizes and math.prod(n for n in sizes if n) > MAX_EMPTY_SIZES:
+        raise UserError(f"{subject}, a long axis without entries; export it again")
 
 
 def actual_bytes(tensor: TensorProto, path: Path, file_size: int) -> int:

@@ -59,7 +59,12 @@ from snpc.runtime.statistics.statistics import (
     save_statistics,
 )
 from snpc.runtime.statistics.token_relevance import measure_token_relevance
-from snpc.runtime.statistics.unit_weights import criterion_inputs, group_weight_rows, unit_weight_energies
+from snpc.runtime.statistics.unit_weights import (
+    check_finite_weights,
+    criterion_inputs,
+    group_weight_rows,
+    unit_weight_energies,
+)
 
 __all__ = [
     "CLOSED_FORM_STATISTICS",
@@ -77,6 +82,7 @@ __all__ = [
     "TokenMask",
     "TokenMasks",
     "accumulate",
+    "check_finite_weights",
     "check_statistics_match",
     "criterion_inputs",
     "criterion_keys",

@@ -101,7 +101,9 @@ def measure_statistics(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     for part in split_by_memory(analysis, calibration, requests, budget // 2):
-        for result in measure_batches(analysis, part, execution.track(calibration.batches()), execution=execution):
+        batches = execution.track(calibration.batches())
+        for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
+            check_measured(part, result, calibration, number)
             totals.add(part, result)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
@@ -117,6 +119,19 @@ def measure_statistics(
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
     return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.describe(),), totals.sums)
+
+
+def check_measured(
+    requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], calibration: Calibration, number: int
+) -> None:
+    """Raise UserError where what was summed over batch ``number`` is not finite: a sum would hide where."""
+    for request in requests:
+        if not np.isfinite(outputs[request.output]).all():
+            raise UserError(
+                f"{calibration.source}: {calibration.batch_text(number)}, activations of {request.group.id} are not "
+                "finite, or too large to be squared: look for extreme values in these samples and for NaN in the "
+                "model's weights, or leave the group out (--exclude)"
+            )
 
 
 class StatisticAccumulator:
@@ -199,6 +214,7 @@ def read_statistics(path: Path) -> Statistics:
             sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
             for k, (group, name) in enumerate(header["entries"]):
                 sums[str(group)][str(name)] = check_finite(archive[str(k)])
+                check_squares(sums[str(group)][str(name)], str(name))
         return Statistics(
             str(header["model"]),
             str(header["digest"]),
@@ -217,6 +233,12 @@ def check_finite(array: AnyArray) -> FloatArray:
     if array.dtype != np.float64 or not np.isfinite(array).all():
         raise ValueError("its sums are not all finite float64 numbers")
     return array
+
+
+def check_squares(sums: FloatArray, name: str) -> None:
+    """Raise ValueError where sums of squares are negative, which no data gives."""
+    if sums.ndim >= 2 and sums.shape[-1] == sums.shape[-2] and np.einsum("...aa->...a", sums).min(initial=0) < 0:
+        raise ValueError(f"{name} holds negative sums of squares; measure again")
 
 
 def check_statistics_match(statistics: Statistics, analysis: Analysis) -> None:

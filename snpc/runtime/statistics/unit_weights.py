@@ -7,7 +7,10 @@ from functools import partial
 
 import numpy as np
 
+from snpc.errors import UserError
+from snpc.graph import is_float
 from snpc.passes import Analysis
+from snpc.passes.canonicalization import original_name
 from snpc.types import CriterionInputs, FloatArray, Group, IntArray, Site
 
 
@@ -31,6 +34,25 @@ def unit_weight_energies(analysis: Analysis, groups: Sequence[Group]) -> dict[st
             total += np.square(rows).sum(1)
         energies[group.id] = total.reshape(group.blocks, group.size)
     return energies
+
+
+def check_finite_weights(analysis: Analysis, groups: Sequence[Group]) -> None:
+    """Raise UserError where a weight of these groups holds NaN or infinity: no unit could be compared with another."""
+    initializers = analysis.traced_graph.model.graph.initializers
+    for group in groups:
+        for name in dict.fromkeys(site.tensor for site in group.sites):
+            tensor = initializers[name].const_value
+            if tensor is None or not is_float(tensor.dtype):
+                continue
+            array = tensor.numpy()
+            bad = ~np.isfinite(array)
+            if bad.any():
+                where = [int(k) for k in np.argwhere(bad)[0]]
+                raise UserError(
+                    f"{analysis.model.path}: the weight {original_name(initializers[name])} of {group.id} holds "
+                    f"{array[tuple(where)]} at {where} ({int(bad.sum())} such entries): repair the model, or leave the "
+                    "group out (--exclude)"
+                )
 
 
 class LazyRows(Mapping[str, FloatArray]):

@@ -1,0 +1,72 @@
+"""What is said before the long part: what goes, and whether that is thought safe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from snpc.cli.advice.commands import AMOUNT_FLAGS, WIDTH_FLAGS, safe_command
+from snpc.cli.arguments import TypedCommand
+from snpc.cli.tables import print_step, print_warning
+from snpc.pipeline import PruningPlan
+from snpc.planning import PlanOutlook
+from snpc.report import format_share
+from snpc.tokens import offer_tokens, reduction_obstacle
+from snpc.types import Role
+
+DESTRUCTIVE_SHARE = 0.15  # of the units: from here on selection by magnitude usually destroys a model
+
+
+def warn_without_data(plan: PruningPlan, typed: TypedCommand) -> None:
+    """That units are chosen by weights alone, what that usually does, and what to give instead."""
+    outlook = plan.outlook
+    if outlook is None or not any(outlook.removed.values()):
+        return
+    most = max(outlook.removed.values())
+    cost = "usually destroys accuracy" if most >= DESTRUCTIVE_SHARE else "costs accuracy"
+    offer = offer_tokens(plan.analysis)
+    instead = ""
+    if offer is not None:
+        merging = typed.without(*AMOUNT_FLAGS, *WIDTH_FLAGS, "--dry-run").plus("--tokens", offer.spec)
+        instead = f", or merge tokens, which takes {format_share(offer.saved, 1)} of the MACs: {merging.text()}"
+    print_warning(
+        f"no calibration data: {removed_text(outlook.removed)} go by the size of their weights and nothing makes up "
+        f"for them, which {cost}. Give --calib FOLDER_OR_NPZ (unlabelled inputs){instead}"
+    )
+
+
+def announce_plan(plan: PruningPlan, typed: TypedCommand) -> None:
+    """One line that says what goes, before anything is refitted or written; a warning where it is a cliff."""
+    outlook = plan.outlook
+    parts = [f"tokens: {tokens_text(plan)}"]
+    if outlook is not None:
+        drift = (
+            f", predicted drift {outlook.drift:.2g} (thought safe up to {outlook.limit:.2g})" if outlook.drift else ""
+        )
+        parts.append(f"widths: {removed_text(outlook.removed)} go{drift}")
+    print_step("plan: " + "; ".join(parts))
+    if outlook is not None and outlook.is_cliff and plan.calibration is not None:
+        print_warning(cliff_text(outlook, typed))
+
+
+def tokens_text(plan: PruningPlan) -> str:
+    """How tokens get fewer, or why they do not."""
+    analysis = plan.analysis
+    if analysis.reduction is not None:
+        steps = analysis.reduction.to_json()["steps"]
+        return f"{steps[0]['tokens']} to {steps[-1]['after']} by {analysis.reduction.spec}"
+    return "all stay" + (reduction_obstacle(analysis) if not analysis.tokens.points else "")
+
+
+def removed_text(removed: Mapping[Role, float]) -> str:
+    return ", ".join(f"{format_share(share, 1)} of {role}" for role, share in removed.items()) or "no units"
+
+
+def cliff_text(outlook: PlanOutlook, typed: TypedCommand) -> str:
+    """What is asked for, what is thought safe, and the command for that."""
+    much = f"{format_share(outlook.saved_share, 1)} of what these widths can give"
+    if not outlook.exceeds_curves:
+        return f"this takes {much}, and nothing was measured that says what it does to the outputs"
+    drift = f"the loss curves predict a drift of {outlook.drift:.2g}, where {outlook.limit:.2g} is thought safe"
+    if outlook.safe is None:
+        return f"this takes {much}; {drift}; no smaller cut is thought safe"
+    return f"this takes {much}; {drift}. Thought safe down to {outlook.safe}: {safe_command(outlook, typed).text()}"

@@ -1,0 +1,94 @@
+"""The two statements on a result, in words: whether the rewrite is correct, and how close its outputs are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from snpc.types import Difference, Grade, Quality, Verdict
+
+MEANINGS: dict[Grade, str] = {
+    "good": "outputs are close to the original's",
+    "fair": "outputs differ from the original's: measure the accuracy on your own task",
+    "poor": "outputs no longer resemble the original's",
+}
+LARGE_ON_NOISE = 0.5  # relative change: so far, outputs differ on any inputs
+
+
+def rewrite_text(verdict: Verdict) -> str:
+    """Does the written file compute what the plan says?"""
+    checks = "; ".join(verdict.structure)
+    if verdict.not_run:
+        return f"rewrite: structure checked, not run: {verdict.not_run} ({checks})"
+    if not verdict.equals_mask:
+        return f"rewrite: not compared with its plan, give --plan for that ({checks})"
+    largest = max(d.relative for d in verdict.equals_mask)
+    same = f"sliced equals masked to {largest:.1e} relative on {verdict.compared}"
+    return f"rewrite: correct ({same}; {checks})"
+
+
+def quality_text(quality: Quality) -> str:
+    """The grade, and what it means."""
+    if not quality.differences:
+        return "quality: unknown: outputs were not compared"
+    if quality.random_inputs:
+        return (
+            "quality: unknown: drift on random inputs says nothing about accuracy; give --calib DATA (verify: --data)"
+        )
+    if quality.grade == "unknown":
+        return "quality: not graded: the metric has no limits"
+    return f"quality: {quality.grade}: {MEANINGS[quality.grade]}"
+
+
+def quality_warning(quality: Quality) -> str:
+    """What to do about outputs that are far off; "" where they are not."""
+    if quality.random_inputs and max((d.drift for d in quality.differences), default=0.0) > LARGE_ON_NOISE:
+        return (
+            "even on random inputs outputs no longer resemble the original's, and accuracy is probably lost: give "
+            "--calib DATA to fit weights to, prune less, or reduce tokens instead (--tokens)"
+        )
+    if quality.grade == "poor":
+        return (
+            "outputs no longer resemble the original's: prune less (a larger --target, a smaller --ratio), let tokens "
+            "go first (--tokens auto), give more --calib-samples, or train it (snpc finetune)"
+        )
+    return ""
+
+
+def output_lines(quality: Quality) -> Iterator[str]:
+    """A line for each output that is judged, and one for all others."""
+    for d in quality.differences:
+        if d.metric != "none":
+            yield f"{d.output}: {drift_text(d)}, on {quality.source}"
+    others = [d for d in quality.differences if d.metric == "none"]
+    if others:
+        largest = max(d.relative for d in others)
+        names = others[0].output if len(others) == 1 else f"{len(others)} outputs, {others[0].output} and others"
+        yield f"{names}: not judged; changed by at most {largest:.3g} relative"
+
+
+def drift_text(d: Difference) -> str:
+    """The change of one output, in a few words."""
+    error = f" +- {2 * d.error:.2g}" if d.error else ""
+    if d.metric == "kl":
+        factor = f" (perplexity x {math.exp(min(d.distance, 99.0)):.3g})" if d.rows > 1 else ""
+        text = f"KL divergence {d.distance:.3g}{error} nats{factor}, drift {d.drift:.3g} relative"
+    elif d.metric == "cosine":
+        text = f"1 - cosine {d.distance:.3g}{error}, drift {d.drift:.3g} relative"
+    elif d.metric == "relative":
+        text = f"drift {d.drift:.3g}{error} relative, cosine {d.cosine:.4f}"
+    elif d.metric == "none":
+        return f"not judged, changed by {d.relative:.3g} relative"
+    else:
+        text = f"{d.metric} {d.distance:.3g}{error}"
+    return text + agreement_text(d)
+
+
+def agreement_text(d: Difference) -> str:
+    if d.agreement is None or d.metric != "kl":
+        return ""
+    between = ""
+    if d.interval is not None:
+        low, high = (100 * share for share in d.interval)
+        between = f" ({low:.0f} to {high:.0f} %)"
+    return f", same top entry in {100 * d.agreement:.1f} %{between}"
