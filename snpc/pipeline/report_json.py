@@ -34,6 +34,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "digest": plan.analysis.model.digest,
         "method": plan.method,
         "criterion": plan.criterion,
+        "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
         "calibration": calibration_json(result),
         "search": asdict(result.search) if result.search else None,

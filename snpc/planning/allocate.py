@@ -175,10 +175,10 @@ def drift_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) ->
 
 
 def predicted_drift(path: AllocationPath, scores: UnitScores) -> FloatArray:
-    """[steps + 1]: relative root mean square change of the outputs, the sum over groups as if they were independent."""
+    """[steps + 1]: drift of the outputs, the sum over groups as if they were independent."""
     if any(g.id not in scores.curves for g in path.groups):
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    drift: FloatArray = np.sqrt(np.maximum(path.cumulative(scores.curves), 0.0))
+    drift: FloatArray = np.maximum(path.cumulative(scores.curves), 0.0) ** scores.drift_exponent
     return drift
 
 
