@@ -8,7 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,8 +70,8 @@ ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
 @dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
-    ``external`` says that its weights lie in other files. ``kind``: what it was loaded from; of a model in memory,
-    ``path`` is a copy of it in ``folder``."""
+    ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
+    what it was loaded from; of a model in memory, ``path`` is a copy of it in ``folder``."""
 
     path: Path
     graph: ir.Model
@@ -79,6 +79,7 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     external: bool = False
+    nodes: int = 0
     kind: ModelKind = "file"
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
@@ -153,6 +154,11 @@ class Group:
     def prunable(self) -> bool:
         return not self.pins
 
+    @property
+    def normalized_inside(self) -> bool:
+        """Is it a hidden layer over which a normalization takes statistics?"""
+        return self.approximate and self.role != "residual"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -181,6 +187,19 @@ class CriterionInputs:
     consume: Mapping[str, FloatArray]
     sums: Mapping[str, FloatArray]
     samples: int
+
+
+MetricFunction = Callable[[AnyArray, AnyArray], Any]
+"""(original, pruned) of one output -> a distance from 0 on, or one per sample."""
+
+
+@dataclass(frozen=True)
+class ChosenMetric:
+    """How the user wants an output to be judged: by name, or by ``function``. ``axis``: that of the classes."""
+
+    name: str
+    axis: int | None = None
+    function: MetricFunction | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

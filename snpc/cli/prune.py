@@ -72,7 +72,7 @@ def prune_command(
     execution = replace(running.load(), observer=observer)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
-        analysis = model.load(observer)
+        analysis = planning.judging.apply(model.load(observer))
     artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")

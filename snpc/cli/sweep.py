@@ -111,7 +111,7 @@ def sweep_command(
     planning = planning.with_width_multiple(arguments.build, execution)
     targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
-    analysis = model.load()
+    analysis = planning.judging.apply(model.load())
     data = calibration.load(analysis)
     assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)

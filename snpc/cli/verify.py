@@ -17,6 +17,7 @@ from snpc.cli.arguments import (
     CalibrationArguments,
     ExecutionArguments,
     JsonArguments,
+    MetricArguments,
     ModelArguments,
     TypedCommand,
     argument,
@@ -43,7 +44,7 @@ class VerifyArguments(ArgumentGroup):
     max_drift: float | None = option(
         "--max-drift",
         type=click.FloatRange(0),
-        help="Fail if an output changes by more than this (relative RMS).",
+        help="Fail if an output changes by more than this (relative RMS, or as --metric says).",
     )
 
 
@@ -52,6 +53,7 @@ def verify_command(
     model: ModelArguments,
     arguments: VerifyArguments,
     inputs: CalibrationArguments,
+    judging: MetricArguments,
     json: JsonArguments,
     running: ExecutionArguments,
 ) -> None:
@@ -68,7 +70,8 @@ def verify_command(
     calibration = inputs.load(analysis, MAX_HELD_OUT if refits else 0)
     execution = running.load()
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, execution=execution)
+    metric = judging.metric or None
+    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, metric=metric, execution=execution)
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,7 +34,7 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import Cost, Group, Model, Pin
+from snpc.types import ChosenMetric, Cost, Group, Model, Pin
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
 
@@ -58,6 +58,8 @@ class Analysis:
     """How tokens are reduced, if they are. ``traced_graph`` then has inputs that say which tokens are removed."""
     given_sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of dynamic dimensions that the caller gave: random inputs have them."""
+    metrics: Mapping[str, ChosenMetric] = field(default_factory=dict)
+    """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ def analyze(
     """
     chosen = SizedFacts(*choose_dim_sizes(model.graph, dim_sizes))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
-    cost = cost_of(model.graph, quoted.facts)
+    cost = replace(cost_of(model.graph, quoted.facts), nodes=model.nodes)
     tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
     sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
     return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)

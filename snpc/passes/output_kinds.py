@@ -2,11 +2,13 @@
 
 - *probabilities*, *log-probabilities*: a Softmax or LogSoftmax is behind the output, with nothing between them but
   movement, sums of two of them (a dual softmax), selection, scatter and concatenation. The class axis is its axis.
-- *logits*: a product with a stored weight is behind the output, with nothing between them but a bias, a cast, a scale
-  or movement, and the last axis has at least two entries. An embedding or a regression may end in the same way, so one
-  more thing must speak for classes: a name such as ``logits``, more outputs than inputs (a vocabulary), a weight that
-  also embeds tokens, or a bias on [batch, classes] or [batch, tokens, classes]. A name such as ``embeds`` or ``boxes``
-  speaks against them, and so does an axis of one or (for tokens) four entries.
+- *logits*: a product with a stored weight is behind the output [batch, classes] or [batch, tokens, classes], with
+  nothing between them but a bias, a cast, a scale, a soft cap or movement. A sum of such products (two heads) counts
+  too. An embedding or a regression may end in the same way, so one more thing must speak for classes: a name such as
+  ``logits``, more outputs than inputs (a vocabulary), or a weight that also embeds tokens. A name such as ``embeds``
+  speaks against them, and so do boxes beside them: a detector often has a sigmoid for every class, of which a softmax
+  knows nothing.
+- *linear*: as logits, with a bias, but nothing more than that speaks for classes. Values have to decide.
 - *cache*: an input that is a KV cache reaches it through movement and concatenation, an attention node returns it as
   its keys or values, or it is called ``present``.
 
@@ -27,7 +29,7 @@ from snpc.graph import ShapeFacts, is_stored_constant, opset_version
 from snpc.ops import LOG, Blocked, lookup
 from snpc.passes.propagation import varying_axes
 
-OutputContent = Literal["probabilities", "log_probabilities", "logits", "cache", "values"]
+OutputContent = Literal["probabilities", "log_probabilities", "logits", "linear", "cache", "values"]
 
 CLASS_NAMES = re.compile(r"logit|class|(^|[^a-z])cls([^a-z]|$)|vocab|lm_head|prob", re.IGNORECASE)
 OTHER_NAMES = re.compile(
@@ -35,6 +37,7 @@ OTHER_NAMES = re.compile(
     re.IGNORECASE,
 )
 CACHE_NAMES = re.compile(r"^(present|past)([^a-z]|$)|past_key_values|key_cache|value_cache", re.IGNORECASE)
+BOX_NAMES = re.compile(r"box", re.IGNORECASE)
 BOX_SIZE = 4
 
 
@@ -59,11 +62,12 @@ def output_kind(model: ir.Model, facts: ShapeFacts, value: ir.Value) -> OutputKi
         return OutputKind(name, "cache", why="a KV cache, by its name")
     if holds_cache(model, value):
         return OutputKind(name, "cache", why="a KV cache")
-    for path in paths_to_softmax(model, facts, value):
-        axis = class_axis(model, facts, path, value)
-        if axis is not None:
-            content: OutputContent = "log_probabilities" if path.logarithm else "probabilities"
-            return OutputKind(name, content, axis, f"{path.node.op_type} behind it")
+    found = [(class_axis(model, facts, path, value), path) for path in paths_to_softmax(model, facts, value)]
+    axes = [(axis, path) for axis, path in found if axis is not None]
+    if axes:  # of a dual softmax the last axis
+        axis, path = max(axes, key=lambda pair: pair[0])
+        content: OutputContent = "log_probabilities" if path.logarithm else "probabilities"
+        return OutputKind(name, content, axis, f"{path.node.op_type} behind it")
     return linear_kind(model, facts, value)
 
 
@@ -170,23 +174,28 @@ def linear_kind(model: ir.Model, facts: ShapeFacts, value: ir.Value) -> OutputKi
     """Logits where the output is a product with a stored weight and more than that speaks for classes."""
     name, shape = str(value.name), facts.shape.get(value)
     plain = OutputKind(name, "values")
-    if shape is None or not value.dtype or not value.dtype.is_floating_point() or OTHER_NAMES.search(name):
+    if shape is None or OTHER_NAMES.search(name) or returns_boxes(model, facts):
         return plain
-    layer = last_linear_layer(facts, value)
-    if layer is None:
+    layers = last_linear_layers(facts, value)
+    if not layers:
         return plain
     called = CLASS_NAMES.search(name) is not None
-    if layer.windowed:  # classes of pixels: a heat map, unless it is called otherwise
-        return OutputKind(name, "logits", 1 - len(shape), "a convolution, called so") if called else plain
+    if any(layer.windowed for layer in layers):  # a heat map, unless it is called otherwise
+        is_class = called and len(shape) > 2 and shape[1] > 1
+        return OutputKind(name, "logits", 1 - len(shape), "a convolution, called so") if is_class else plain
     if len(shape) not in (2, 3) or shape[-1] < 2:
         return plain
     if called:
         return OutputKind(name, "logits", why="a linear layer, called so")
-    if layer.tied or (layer.inputs is not None and shape[-1] > layer.inputs):
+    if any(layer.tied or shape[-1] > (layer.inputs or shape[-1]) for layer in layers):
         return OutputKind(name, "logits", why="a linear layer onto a vocabulary")
-    if layer.bias and not (len(shape) == 3 and shape[-1] == BOX_SIZE):
-        return OutputKind(name, "logits", why="a linear layer with a bias")
-    return plain
+    return OutputKind(name, "linear") if any(layer.bias for layer in layers) else plain
+
+
+def returns_boxes(model: ir.Model, facts: ShapeFacts) -> bool:
+    """Is there an output of boxes? The scores of a detector are often those of a sigmoid for every class."""
+    shapes = [facts.shape.get(value) for value in model.graph.outputs if BOX_NAMES.search(str(value.name))]
+    return any(shape is not None and len(shape) == 3 and shape[-1] == BOX_SIZE for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -200,27 +209,46 @@ class LastLayer:
     windowed: bool
 
 
-def last_linear_layer(facts: ShapeFacts, value: ir.Value) -> LastLayer | None:
-    """The product with a stored weight that ``value`` is, up to a bias, a scale, a cast and movement."""
-    bias = False
+def last_linear_layers(facts: ShapeFacts, value: ir.Value) -> list[LastLayer]:
+    """The products with stored weights that ``value`` is: one, or the sum of several, up to a bias, a scale, a cast,
+    movement, and one nonlinear function between two scales (a soft cap). Empty for anything else."""
+    bias, bounded = False, False
     while (node := value.producer()) is not None:
         spec = lookup(node.domain, node.op_type)
         data = [v for v in node.inputs if v is not None and facts.value.get(v) is None and not is_stored_constant(v)]
         if spec.kind == "contraction":
-            weights = [v for v in node.inputs if v is not None and weight_behind(v) is not None]
-            if not weights:
-                return None
-            weight = weight_behind(weights[0])
-            assert weight is not None
-            with_bias = bias or (spec.bias is not None and len(node.inputs) > spec.bias)
-            source = next((v for v in node.inputs if v is not None and v not in weights), None)
-            shape = facts.shape.get(source) if source is not None else None
-            tied = any(lookup(user.domain, user.op_type).tables for user in weight.consumers())
-            return LastLayer(shape[-1] if shape else None, with_bias, tied, spec.windowed)
-        if len(data) != 1 or not (spec.kind == "movement" or spec.effect in ("same", "scale", "add")):
-            return None
+            return contraction_layer(facts, node, bias)
+        if spec.effect == "add" and not spec.subtracts and len(data) > 1:
+            parts = [last_linear_layers(facts, part) for part in data]
+            return [layer for part in parts for layer in part] if all(parts) else []
+        if len(data) != 1:
+            return []
+        if spec.effect == "nonlinear" and spec.kind == "pointwise":
+            if not bounded or len(node.inputs) != 1:
+                return []
+            source = data[0].producer()
+            if source is None or lookup(source.domain, source.op_type).effect != "scale":
+                return []
+            bounded = False
+        elif not (spec.kind == "movement" or spec.effect in ("same", "scale", "add")):
+            return []
+        bounded = bounded or (spec.effect == "scale" and spec.kind == "pointwise")
         bias, value = bias or spec.effect == "add", data[0]
-    return None
+    return []
+
+
+def contraction_layer(facts: ShapeFacts, node: ir.Node, bias: bool) -> list[LastLayer]:
+    """The layer that this product is, if one of its factors is stored."""
+    spec = lookup(node.domain, node.op_type)
+    operands = [node.inputs[k] for k in spec.operands if k < len(node.inputs)]
+    weights = [weight for v in operands if v is not None and (weight := weight_behind(v)) is not None]
+    sources = [v for v in operands if v is not None and weight_behind(v) is None]
+    if len(weights) != 1 or len(sources) != 1:
+        return []
+    shape = facts.shape.get(sources[0])
+    tied = any(lookup(user.domain, user.op_type).tables for user in weights[0].consumers())
+    with_bias = bias or (spec.bias is not None and spec.bias < len(node.inputs) and node.inputs[spec.bias] is not None)
+    return [LastLayer(shape[-1] if shape else None, with_bias, tied, spec.windowed)]
 
 
 def weight_behind(value: ir.Value) -> ir.Value | None:

@@ -187,4 +187,4 @@ def cost_of_file(path: Path, analysis: Analysis) -> Cost:
     if analysis.reduction is not None:
         analysis.reduction.name_decision_sizes(model.graph)
     cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
-    return replace(cost, bytes=file_bytes(path))
+    return replace(cost, bytes=file_bytes(path), nodes=model.nodes)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from snpc.planning import (
     UnitScores,
     groups_to_prune,
     make_slice_plan,
+    metrics_in,
     plan_from_json,
     plan_outlook,
     plan_to_json,
@@ -35,13 +37,24 @@ from snpc.planning import (
 )
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
-from snpc.runtime.evaluation import Workload, groups_to_time, latency_table
+from snpc.runtime.evaluation import (
+    MetricRequest,
+    OutputMetrics,
+    Workload,
+    groups_to_time,
+    latency_table,
+    with_metrics,
+    with_named_metrics,
+)
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
 from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class PruningPlan:
     slices: SlicePlan
     closed_forms: ClosedForms | None = None
     loss_curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Group id -> [size + 1]: relative squared change of the outputs, by units per block that are kept."""
+    """Group id -> [size + 1]: change of the outputs, like a squared error, by units per block that are kept."""
     budget: Budget | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
     scores: UnitScores | None = field(default=None, repr=False)
@@ -127,6 +140,13 @@ class PruningPlan:
         return replace(self, slices=make_slice_plan(self.scores, budget), budget=budget)
 
 
+class PlanOptions(TypedDict, total=False):
+    """What a plan is seldom told."""
+
+    workload: Workload | None
+    metric: MetricRequest | None
+
+
 def plan(
     analysis: Analysis,
     budget: Budget | None,
@@ -135,23 +155,30 @@ def plan(
     method: PruningMethod | None = None,
     criterion: str | None = None,
     statistics: Statistics | None = None,
-    workload: Workload | None = None,
     execution: Execution = DEFAULT_EXECUTION,
+    **options: Unpack[PlanOptions],
 ) -> PruningPlan:
     """Score the units, allocate the widths and choose the units that stay. Nothing is rewritten yet.
 
     ``budget`` None cuts no width, for a model whose tokens alone are reduced. ``method``, ``criterion`` and
     ``workload``: see ``PlanRequest``.
 
+    ``metric``: how changed outputs are judged: "kl", "relative", "cosine", "mismatch", "none", "FILE.py:FUNCTION" or a
+    function (original, pruned) -> distance; for one output as a mapping, or as text "OUTPUT=...". None: what suits each
+    output (docs/how-it-works.md).
+
     ``statistics`` that were measured before replace a measurement. Without ``calibration`` they allow "parallel" (then
     the default) and "select", and widths are allocated by the closed forms' own loss, relative to each group's output,
     because loss curves are measured on data. Raises UserError where data is needed and missing.
     """
+    analysis = with_metrics(analysis, options.get("metric"))
     if budget is None:
         calibration = with_token_decisions(analysis, calibration, execution)
         unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "select")
         return PruningPlan(unchanged, calibration=calibration, execution=execution)
-    return make_plan(analysis, PlanRequest(budget, method, criterion, workload), calibration, statistics, execution)
+    return make_plan(
+        analysis, PlanRequest(budget, method, criterion, options.get("workload")), calibration, statistics, execution
+    )
 
 
 def make_plan(
@@ -195,7 +222,8 @@ def make_plan(
         assert calibration is not None
         near = None if request.full_curves else budget
         curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
-        scores, closed_forms = replace(scores, curves=curves), closed_forms.without_refits()
+        exponent = OutputMetrics.of(analysis).drift_exponent
+        scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
     elif method != "select" and not budget.uniform:
         scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
     return PruningPlan(
@@ -305,6 +333,7 @@ def load_plan(path: Path | str, model: Model) -> SlicePlan:
     analysis, reduction = analyze(model, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
+    analysis = with_named_metrics(analysis, metrics_in(text))
     return plan_from_json(text, analysis, str(path))
 
 

@@ -13,6 +13,7 @@ from snpc.pipeline.planner import PlanRequest, plan
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, load_calibration
+from snpc.runtime.evaluation import MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import load
 from snpc.types import Role
@@ -47,19 +48,20 @@ def prune(
     tokens: str | None = None,
     method: PruningMethod | None = None,
     criterion: str | None = None,
+    metric: MetricRequest | None = None,
     execution: Execution = DEFAULT_EXECUTION,
     **budget: Unpack[BudgetOptions],
 ) -> PrunedModel:
     """Prune ``model`` and write it to ``path``, verified. ``path`` None: ``PrunedModel.model`` has the result.
 
-        snpc.prune("model.onnx", "half.onnx", ratio=0.5, calibration="calib.npz")
+        snpc.prune("model.onnx", "half.onnx", target="macs=0.5", calibration="calib.npz")
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
     many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
     and calibration data and the model's tokens can get fewer, else "none". ``budget``: the fields of ``Budget``, one of
     ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion``: see ``plan``.
+    ``criterion``, ``metric``: see ``plan``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
@@ -67,7 +69,7 @@ def prune(
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)  # type: ignore[arg-type]  # text is parsed by Budget
     loaded = load(model)
-    analysis = analyze(loaded)
+    analysis = with_metrics(analyze(loaded), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs)
     analysis = apply_token_request(

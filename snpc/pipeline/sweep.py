@@ -29,7 +29,7 @@ from snpc.runtime.evaluation import (
     top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
-from snpc.runtime.io import check_target, file_bytes, load, publish_files, staging_folder
+from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
@@ -155,7 +155,7 @@ def sweep(
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
         on_step("judging and timing")
         evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
-        points = with_timings(with_quality(points, source, evaluation, execution), request, execution)
+        points = with_timings(with_quality(points, analysis, evaluation, execution), request, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
 
@@ -249,10 +249,10 @@ def count_sweep_steps(targets: Sequence[ResourceTarget]) -> int:
 
 
 def with_quality(
-    points: Sequence[SweepPoint], source: Path, evaluation: EvaluationData, execution: Execution
+    points: Sequence[SweepPoint], analysis: Analysis, evaluation: EvaluationData, execution: Execution
 ) -> list[SweepPoint]:
+    source, metrics = analysis.model.path, OutputMetrics.of(analysis)
     dense = collect_outputs(source, evaluation, execution)
-    metrics = OutputMetrics.of_model(load(source))
     judged = []
     for point in points:
         outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)

@@ -27,10 +27,10 @@ from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_
 from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import fit_parallel, in_rotated_order
-from snpc.runtime.evaluation import run_batches
+from snpc.runtime.evaluation import OutputMetrics, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import save
-from snpc.runtime.sensitivity import mean_relative_change
+from snpc.runtime.sensitivity import UNUSABLE_CHANGE
 from snpc.runtime.statistics import measure_token_relevance
 from snpc.temporary import temporary_folder
 from snpc.tokens import (
@@ -67,7 +67,8 @@ DepthProfile = tuple[float, ...]
 
 @dataclass
 class ScheduleEvaluator:
-    """Builds and runs reduced models, each once. ``dense``: the dense model's outputs for ``batches``."""
+    """Builds and runs reduced models, each once. ``dense``: the dense model's outputs for ``batches``, which are judged
+    by ``metrics``."""
 
     analysis: Analysis
     facts: ShapeFacts
@@ -75,12 +76,13 @@ class ScheduleEvaluator:
     cost: TokenCost
     batches: Sequence[Feeds]
     dense: Sequence[Mapping[str, AnyArray]]
+    metrics: OutputMetrics
     execution: Execution
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     drifts: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
 
     def drift(self, method: TokenMethod, schedule: TokenSchedule) -> float:
-        """Relative squared change of the outputs."""
+        """Change of the outputs, like a squared error (``OutputMetrics.change``)."""
         key = (method.name, schedule)
         if key not in self.drifts:
             steps = self.steps(method, schedule)
@@ -93,12 +95,12 @@ class ScheduleEvaluator:
         return self.drifts[key]
 
     def output_change(self, model: ir.Model) -> float:
-        """Relative squared change of the outputs by ``model``. The model is changed."""
+        """Change of the outputs by ``model``. The model is changed."""
         with temporary_folder() as folder:
             path = folder / "tried.onnx"
             save(finalize(model), path)
             moved = run_batches(path, self.batches, self.execution)
-        return float(np.mean([mean_relative_change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
+        return float(np.mean([self.metrics.change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
     def request_for(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
         request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
@@ -202,12 +204,13 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
         if len(batches) * calibration.batch >= SCHEDULE_SAMPLES:
             break
     dense = run_batches(analysis.model.path, batches, execution)
+    metrics = OutputMetrics.of(analysis).for_values(dense[0])
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # other methods work without it
         if has_fixed_token_count(analysis):
             offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
     return ScheduleEvaluator(
-        analysis, facts, dim_sizes, token_cost(analysis, facts), batches, dense, execution, offline
+        analysis, facts, dim_sizes, token_cost(analysis, facts), batches, dense, metrics, execution, offline
     )
 
 
@@ -348,7 +351,7 @@ def predict_width_drift(
         return sum(float(plan.loss_curves[g.id][slices.kept_width(g)]) for g in reduced.groups if g.id in slices.keep)
 
     together = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
-    scale = max(1.0, together / max(summed(plan.slices), 1e-12))
+    scale = min(max(1.0, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
 
     def predicted(share: float) -> float:
         if share >= 1:

@@ -19,6 +19,7 @@ from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
+    MetricRequest,
     OutputMetrics,
     check_structure,
     compare_models,
@@ -28,6 +29,7 @@ from snpc.runtime.evaluation import (
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
+    with_metrics,
 )
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -242,6 +244,7 @@ def verify(
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
+    metric: MetricRequest | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
@@ -251,7 +254,7 @@ def verify(
     (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
     left out. Raises CheckFailed where a check fails.
     """
-    analysis = plan.analysis if plan is not None else analyze(load(original))
+    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
     load(pruned)
     rewritten, refits = None, plan is not None and plan.slices.method != "select"
     notes: tuple[str, ...] = ()

@@ -19,7 +19,14 @@ from snpc.planning.config import DEFAULT_ROLES, Allocator, Budget, ResourceTarge
 from snpc.planning.descent import AllocationPath
 from snpc.planning.outlook import SAFE_DRIFT, PlanOutlook, plan_outlook
 from snpc.planning.plan import LatencyCurves, PruningMethod, SlicePlan, UnitScores, cuts_of, select_units, top_units
-from snpc.planning.plan_file import plan_from_json, plan_to_json, prunes_kv_cache, token_reduction_in
+from snpc.planning.plan_file import (
+    metric_texts,
+    metrics_in,
+    plan_from_json,
+    plan_to_json,
+    prunes_kv_cache,
+    token_reduction_in,
+)
 
 __all__ = [
     "DEFAULT_ROLES",
@@ -38,6 +45,8 @@ __all__ = [
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",
+    "metric_texts",
+    "metrics_in",
     "parse_max_ratios",
     "parse_target",
     "plan_from_json",

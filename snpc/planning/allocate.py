@@ -29,7 +29,7 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     ]
     prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if budget.ratio is None and any(g.approximate and g.role == "residual" for g in prunable):
+    if budget.ratio is None and any(g.approximate and not g.normalized_inside for g in prunable):
         raise UserError(
             f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
             "normalization statistics is not measured: cut it with --ratio, or leave out the role residual"
@@ -175,10 +175,10 @@ def drift_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) ->
 
 
 def predicted_drift(path: AllocationPath, scores: UnitScores) -> FloatArray:
-    """[steps + 1]: relative root mean square change of the outputs, the sum over groups as if they were independent."""
+    """[steps + 1]: drift of the outputs, the sum over groups as if they were independent."""
     if any(g.id not in scores.curves for g in path.groups):
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    drift: FloatArray = np.sqrt(np.maximum(path.cumulative(scores.curves), 0.0))
+    drift: FloatArray = np.maximum(path.cumulative(scores.curves), 0.0) ** scores.drift_exponent
     return drift
 
 

@@ -39,7 +39,9 @@ class UnitScores:
     samples: int = 0
     method: PruningMethod = "select"
     curves: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
-    """Where measured: group id -> [size + 1], relative squared change of the outputs, by units per block kept."""
+    """Where measured: group id -> [size + 1], change of the outputs, like a squared error, by units per block kept."""
+    drift_exponent: float = 0.5
+    """The drift is so high a power of that change."""
     latency: LatencyCurves | None = None
     energies: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     """For the allocator dimap: group id -> [blocks, size], sum of the squared weights of each unit."""

@@ -37,6 +37,8 @@ def plan_to_json(plan: SlicePlan) -> str:
         head["calibration"] = dict(plan.data)
     if plan.analysis.traced_graph.kv_cache:
         head["prune_kv_cache"] = True
+    if metric_texts(plan.analysis):
+        head["metric"] = metric_texts(plan.analysis)
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         steps = plan.analysis.reduction.to_json()["steps"]
@@ -44,6 +46,21 @@ def plan_to_json(plan: SlicePlan) -> str:
             head["token_scores"] = {str(s["block"]): join_numbers(s["offline"]) for s in steps if "offline" in s}
     body = ",\n".join(groups)
     return json.dumps(head, indent=2)[:-2] + f',\n  "groups": [\n{body}\n  ]\n}}\n'
+
+
+def metric_texts(analysis: Analysis) -> list[str]:
+    """The user's metrics by name. Functions are not in it: no code is to be run because a plan says so."""
+    return [
+        (f"{output}=" if output else "") + metric.name + (f":{metric.axis}" if metric.axis is not None else "")
+        for output, metric in analysis.metrics.items()
+        if metric.function is None
+    ]
+
+
+def metrics_in(text: str) -> list[str]:
+    """The metrics of a plan; empty for text that is no plan."""
+    entry = json_entry(text, "metric")
+    return [name for name in entry if isinstance(name, str)] if isinstance(entry, list) else []
 
 
 def join_numbers(scores: Sequence[float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -116,7 +116,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
         cost_of(closed, infer_graph(closed, quoted_sizes)).macs
         - cost_of(opened, infer_graph(opened, quoted_sizes)).macs
     )
-    return analyze_graph(
+    reduced = analyze_graph(
         analysis.model,
         GraphAtSizes(
             opened,
@@ -130,6 +130,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
         extra_macs=extra,
         kv_cache=analysis.traced_graph.kv_cache,
     )
+    return replace(reduced, metrics=analysis.metrics)
 
 
 # -- specifications --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from snpc.runtime.evaluation import (
     measure_differences,
     rounding_tolerance,
     run_batches,
+    with_metrics,
 )
 from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
 from snpc.torch.interface import check_same_interface, check_same_shapes
@@ -114,7 +115,7 @@ def finetune(
     training = training or TrainingOptions()
     start = time.perf_counter()
     check_target(output, *model_files(pruned), *model_files(teacher))
-    student, dense = load(pruned), analyze(load(teacher))
+    student, dense = load(pruned), with_metrics(analyze(load(teacher)), training.metric or None)
     check_same_interface(student, dense.model)
     classes = task_labels(training, labels, data)
     with distributed_worker() as worker:

@@ -339,6 +339,27 @@ def tensorflow_encoder(opset: int) -> Form:
     return Form(model, {"ids": numbers, "mask": mask_feed})
 
 
+def deep_encoder(layers: int) -> onnx.ModelProto:
+    """Layers of attention and feed-forward that compute their sizes as exporters do; all tokens reach the output."""
+    w = Writer(13)
+    value = w.op("Identity", "x")
+    for _ in range(layers):
+        shape = w.op("Shape", value)
+        sizes = [w.op("Slice", shape, w.ints(k), w.ints(k + 1), w.ints(0)) for k in range(2)]
+        split, merged = (w.op("Concat", *sizes, w.ints(*rest), axis=0) for rest in ((HEADS, HEAD), (WIDTH,)))
+        q, k, v = (
+            w.op("Transpose", w.op("Reshape", w.linear(value, WIDTH, WIDTH), split), perm=[0, 2, 1, 3])
+            for _ in range(3)
+        )
+        scores = w.op("MatMul", q, w.op("Transpose", k, perm=[0, 1, 3, 2]))
+        context = w.op("Transpose", w.op("MatMul", w.op("Softmax", scores, axis=3), v), perm=[0, 2, 1, 3])
+        value = w.op("Add", w.linear(w.op("Reshape", context, merged), WIDTH, WIDTH), value)
+        hidden = w.op("Tanh", w.linear(w.layer_norm(value), WIDTH, HIDDEN))
+        value = w.op("Add", w.linear(hidden, HIDDEN, WIDTH), value)
+    w.op("Identity", value, name="y")
+    return w.model({"x": HIDDEN_STATES}, {"y": HIDDEN_STATES})
+
+
 OPTIMIZER_FORMS: dict[str, Callable[[], Form]] = {
     "spelled_default_domain": spelled_default_domain,
     "fused_encoder_without_import": lambda: fused_encoder(11, imported=False),

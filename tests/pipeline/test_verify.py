@@ -465,3 +465,20 @@ def test_what_onnxruntime_refuses_is_not_published(middle: str, tmp_path: Path) 
     assert "onnxruntime does not load it" in line
     assert result.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
+
+
+def test_nodes_are_those_of_the_files(tiny: Path) -> None:
+    """A graph that keeps its constants in nodes must not seem to grow."""
+
+    def constants_as_nodes(model: onnx.ModelProto) -> None:
+        for tensor in [t for t in model.graph.initializer if t.name.endswith("bias")]:
+            node = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+            model.graph.initializer.remove(tensor)
+            model.graph.node.insert(0, node)
+
+    edit(tiny, constants_as_nodes)
+    report = reported("prune", tiny, "--ratio", 0.5)
+    written = tiny.with_name("tiny-pruned.onnx")
+    assert report["nodes"] == {"before": len(onnx.load(tiny).graph.node), "after": len(onnx.load(written).graph.node)}
+    assert report["nodes"]["before"] > len(onnx.load(written).graph.node)
+    assert reported("inspect", tiny)["nodes"] == report["nodes"]["before"]

@@ -4,6 +4,7 @@ Files
   building     What a runtime target is built with.
   calibration  Calibration data, evaluation data and statistics.
   group        What an argument group is, and commands made of groups.
+  metric       How outputs are judged.
   model        MODEL, and its analysis.
   output       Files that are written.
   parsers      Texts of options to values.
@@ -23,6 +24,7 @@ from snpc.cli.arguments.calibration import (
     StatisticsArguments,
 )
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
+from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
@@ -33,6 +35,7 @@ from snpc.cli.arguments.typed import TypedCommand
 
 __all__ = [
     "FILE_PATH",
+    "METRIC_HELP",
     "ArgumentGroup",
     "BuildArguments",
     "CalibrationArguments",
@@ -42,6 +45,7 @@ __all__ = [
     "ImageArguments",
     "JsonArguments",
     "LimitedExecutionArguments",
+    "MetricArguments",
     "ModelArguments",
     "PlanningArguments",
     "PrunableModelArguments",

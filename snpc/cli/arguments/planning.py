@@ -10,6 +10,7 @@ import click
 
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
+from snpc.cli.arguments.metric import MetricArguments
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.cli.tables import print_note
 from snpc.errors import UserError
@@ -85,8 +86,8 @@ class BudgetArguments(ArgumentGroup):
     max_drift: float | None = option(
         "--max-drift",
         type=float,
-        help="Prune as far as possible while outputs change by at most this (relative RMS), measured on the written "
-        "model (needs --calib).",
+        help="Prune as far as possible while outputs change by at most this (relative RMS, or as --metric says), "
+        "measured on the written model (needs --calib).",
     )
     uniform: bool = option(
         "--uniform", is_flag=True, help="Remove the same fraction of every group, instead of ranking across groups."
@@ -144,6 +145,7 @@ class PlanningArguments(ArgumentGroup):
     selection: SelectionArguments = subgroup()
     amount: BudgetArguments = subgroup()
     reduction: TokenArguments = subgroup()
+    judging: MetricArguments = subgroup()
 
     def with_width_multiple(self, target: str | None, execution: Execution) -> PlanningArguments:
         """The same with --round-to auto replaced by the widths that run well on ``target``."""

@@ -10,6 +10,7 @@ import click
 
 from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
+from snpc.cli.arguments.metric import METRIC_HELP
 from snpc.errors import UserError
 
 if TYPE_CHECKING:  # these need torch
@@ -71,6 +72,9 @@ class TrainingArguments(ArgumentGroup):
     )
     sharded: bool | None = option(
         "--sharded", is_flag=True, default=None, help="Under torchrun: each process holds a part of the weights."
+    )
+    metric: tuple[str, ...] = option(
+        "--metric", multiple=True, metavar="[OUTPUT=]NAME|FILE.py:FUNCTION", section="Checks", help=METRIC_HELP
     )
 
     def load(self, seed: int) -> TrainingOptions:

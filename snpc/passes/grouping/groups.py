@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,17 +48,17 @@ def build_groups(
     names: list[str] = []
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
-    for draft in drafts:
-        numbers = builder.unit_numbers(draft, drafts)
+    numbered = [builder.unit_numbers(draft, drafts) for draft in drafts]
+    for draft, numbers in zip(drafts, numbered, strict=True):
         counters[draft.role] += 1
         layers.append(counters[draft.role] - 1)
         path = builder.path(numbers)
         names.append(".".join((*path, draft.role)) if path else f"{draft.role}.{layers[-1]}")
     groups = []
-    for draft, name, layer in zip(drafts, unique_names(names), layers, strict=True):
-        numbers = builder.unit_numbers(draft, drafts)
+    for draft, name, layer, numbers in zip(drafts, unique_names(names), layers, numbered, strict=True):
         freedom, freedom_reason = freedom_and_reason(draft)
-        macs, params = builder.count_macs_and_params(numbers)
+        sites = builder.sites(numbers)
+        macs, params = builder.count_macs_and_params(numbers, sites)
         groups.append(
             Group(
                 id=name,
@@ -66,7 +66,7 @@ def build_groups(
                 layer=layer,
                 blocks=draft.units.shape[0],
                 size=draft.units.shape[1],
-                sites=builder.sites(numbers),
+                sites=sites,
                 probes=builder.probes(draft, numbers),
                 freedom=freedom,
                 freedom_reason=freedom_reason,
@@ -103,6 +103,25 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     return "basis", ""
 
 
+class UnitIndex:
+    """Where units occur, asked for group by group. ``places``: the units at each place, which may be repeated."""
+
+    def __init__(self, places: Sequence[IntArray]) -> None:
+        distinct = [np.unique(units) for units in places]
+        units = np.concatenate(distinct) if distinct else np.zeros(0, np.int64)
+        order = np.argsort(units, kind="stable")
+        self._units = units[order]
+        self._places = np.repeat(np.arange(len(distinct)), [len(part) for part in distinct])[order]
+
+    def places_of(self, units: Iterable[int]) -> list[int]:
+        """The places, in order, at which one of ``units`` occurs."""
+        wanted = np.fromiter(units, np.int64)
+        first, last = (np.searchsorted(self._units, wanted, side) for side in ("left", "right"))
+        counts = last - first
+        entries = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        return [int(k) for k in np.unique(self._places[entries])]
+
+
 class GroupBuilder:
     """Finds where the units of a group occur in constants and in contractions.
 
@@ -111,24 +130,21 @@ class GroupBuilder:
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: ShapeFacts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
-        self.axes = [
-            (a, np.unique(units.unit_of_label[a.first_label : a.first_label + a.size])) for a in trace.table.axes
-        ]
-        self.operand_units: list[tuple[tuple[Contraction, LabeledValue, str, int], IntArray]] = []
+        self.axes = list(trace.table.axes)
+        self.axis_index = UnitIndex(
+            [units.unit_of_label[a.first_label : a.first_label + a.size] for a in trace.table.axes]
+        )
+        self.operands: list[tuple[Contraction, LabeledValue, str, int]] = []
         for contraction in trace.contractions:
             for side, letters in (
                 (contraction.left, contraction.letters.left),
                 (contraction.right, contraction.letters.right),
             ):
-                for index, labels in enumerate(side.factors):
-                    operand_units = np.unique(units.unit_of_label[labels[labels >= 0]])
-                    self.operand_units.append(((contraction, side, letters, index), operand_units))
-
-    def unit_mask(self, numbers: Mapping[int, int]) -> npt.NDArray[np.bool_]:
-        """[units]: whether each unit is one of ``numbers``."""
-        is_in_group = np.zeros(self.trace.table.count, bool)
-        is_in_group[np.fromiter(numbers, np.int64, len(numbers))] = True
-        return is_in_group
+                self.operands += [(contraction, side, letters, index) for index in range(len(side.factors))]
+        factors = [side.factors[index] for _, side, _, index in self.operands]
+        self.operand_index = UnitIndex([units.unit_of_label[labels[labels >= 0]] for labels in factors])
+        self._numbers: Mapping[int, int] = {}
+        self._table = np.zeros(0, np.int64)
 
     def unit_numbers(self, draft: GroupDraft, drafts: list[GroupDraft]) -> dict[int, int]:
         """unit -> index within the group. The units in the blocks of a head have the index of that head."""
@@ -143,15 +159,14 @@ class GroupBuilder:
 
     def number_labels(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
         """The index within the group of each label's unit, -1 for units of other groups; shape of ``labels``."""
-        table = np.full(self.trace.table.count + 1, -1, np.int64)
-        keys = np.fromiter(numbers, np.int64)
-        table[keys] = np.fromiter(numbers.values(), np.int64)
-        return np.where(labels >= 0, table[self.units.unit_of_label[labels]], -1)
+        if self._numbers is not numbers:  # one group after the other is numbered, on many axes
+            self._numbers, self._table = numbers, np.full(self.trace.table.count + 1, -1, np.int64)
+            self._table[np.fromiter(numbers, np.int64)] = np.fromiter(numbers.values(), np.int64)
+        return np.where(labels >= 0, self._table[self.units.unit_of_label[labels]], -1)
 
     def axes_of(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
         """Axes of constants on which the group has units."""
-        in_group = self.unit_mask(numbers)
-        return [axis for axis, units in self.axes if in_group[units].any()]
+        return [self.axes[k] for k in self.axis_index.places_of(numbers)]
 
     def sites(self, numbers: Mapping[int, int]) -> tuple[Site, ...]:
         """The sites of a group."""
@@ -171,8 +186,7 @@ class GroupBuilder:
 
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
         """(contraction, operand, its letters, index of the factor) for each factor with units of the group."""
-        in_group = self.unit_mask(numbers)
-        return [use for use, units in self.operand_units if in_group[units].any()]
+        return [self.operands[k] for k in self.operand_index.places_of(numbers)]
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         """The module path that all weights of the group have in common."""
@@ -185,7 +199,7 @@ class GroupBuilder:
                 paths.append(module_path(contraction.node, names))
         return common_module_path(paths)
 
-    def count_macs_and_params(self, numbers: Mapping[int, int]) -> tuple[int, int]:
+    def count_macs_and_params(self, numbers: Mapping[int, int], sites: Sequence[Site]) -> tuple[int, int]:
         """(MACs, parameters) that are proportional to the group's size."""
         shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
         for contraction, side, letters, index in self.contractions(numbers):
@@ -201,7 +215,7 @@ class GroupBuilder:
             self.contraction_macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items()
         )
         params = 0.0
-        for site in self.sites(numbers):
+        for site in sites:
             tensor = self.model.graph.initializers[site.tensor]
             params += float((site.units >= 0).mean()) * float(np.prod(tensor.shape or (), dtype=np.float64))  # type: ignore[arg-type]
         return int(macs), int(params)

@@ -6,19 +6,21 @@ any number of tokens. Other operators raise TokenPin with the reason.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, ancestor_nodes, dependent_values, has_subgraphs, used_values
-from snpc.ops import SUBGRAPH, SUMMED_OVER, Blocked, OpCall, attention_form
+from snpc.graph import dependent_values, has_subgraphs
+from snpc.ops import SUBGRAPH, SUMMED_OVER, Blocked, OpCall, attention_form, lookup
 from snpc.passes.token_analysis.side_inputs import check_side_input, side_input_error
 from snpc.passes.token_analysis.state import (
     NeedsSideInput,
     SideInput,
     TokenAxes,
     TokenFlow,
+    TokenGraph,
     TokenNodeContext,
     TokenPin,
     TokenReduce,
@@ -27,14 +29,14 @@ from snpc.passes.token_analysis.state import (
 MAX_FOLLOWED_TOKENS = 1 << 20
 
 
-def follow_tokens(model: ir.Model, facts: ShapeFacts, value: ir.Value, axis: int) -> TokenFlow:
+def follow_tokens(graph: TokenGraph, value: ir.Value, axis: int) -> TokenFlow:
     """Follow the tokens along ``axis`` of ``value``. ``TokenFlow.pin`` says what stopped them, None if nothing did."""
     origins = {value: TokenAxes({axis: 0})}
     attempts: list[TokenFlow] = []
     while True:
         attempts.append(TokenFlow(value, frozenset(origins), dict(origins)))
         try:
-            propagate_tokens(model, facts, attempts[-1])
+            propagate_tokens(graph, attempts[-1])
             return attempts[-1]
         except NeedsSideInput as needs:
             attempts[-1].pin = needs
@@ -44,27 +46,36 @@ def follow_tokens(model: ir.Model, facts: ShapeFacts, value: ir.Value, axis: int
             return attempts[0]
 
 
-def propagate_tokens(model: ir.Model, facts: ShapeFacts, flow: TokenFlow) -> None:
+def propagate_tokens(graph: TokenGraph, flow: TokenFlow) -> None:
     """Follow all origins of ``flow``. Ancestors of the stream are skipped. Raises TokenPin, or NeedsSideInput."""
     value = flow.stream
     if value.is_graph_output():
         raise TokenPin(None, str(value.name), f"graph output {value.name} has all tokens")
     side_origins = flow.origins - {value}
-    stream_ancestors = ancestor_nodes(value) if side_origins else set()
-    for node in model.graph:
-        if node in stream_ancestors or not any(v in flow.axes for v in used_values(node)):
+    skipped = flow.stream_ancestors if side_origins else set()
+    positions = graph.positions
+    waiting = [(positions[node], node) for origin in flow.origins for node in graph.readers.get(origin, ())]
+    heapq.heapify(waiting)  # by position, which no two nodes share
+    last = -1
+    while waiting:
+        position, node = heapq.heappop(waiting)
+        if position == last or node in skipped:
             continue
+        last = position
         flow.nodes.append(node)
         for index, operand in enumerate(node.inputs):
             if operand in side_origins:
                 flow.side_inputs.append(SideInput(node, index, flow.axes[operand].axes, False, str(operand.name)))
-        propagate_token_node(TokenNodeContext(model, facts, flow, node))
+        propagate_token_node(TokenNodeContext(graph, flow, node))
+        for out in node.outputs:
+            for reader in graph.readers.get(out, ()) if out in flow.axes else ():
+                heapq.heappush(waiting, (positions[reader], reader))
     from_side_inputs_only = (
-        dependent_values(model, side_origins, stream_ancestors) - dependent_values(model, [value])
+        dependent_values(graph.model, side_origins, skipped) - dependent_values(graph.model, [value])
         if side_origins
         else ()
     )
-    for output in model.graph.outputs:
+    for output in graph.model.graph.outputs:
         if output in from_side_inputs_only:
             raise TokenPin(
                 output.producer(),
@@ -88,6 +99,50 @@ def propagate_token_node(context: TokenNodeContext) -> None:
         if value.is_graph_output():
             raise TokenPin(node, str(value.name), f"graph output {value.name} has all tokens")
         context.flow.axes[value] = axes
+
+
+def values_that_end_alike(flow: TokenFlow) -> set[ir.Value]:
+    """Values of a flow that ended in a graph output whose tokens end there too, by whatever way the flow got to them.
+
+    From them leads a path of operators each of which hands on the one token axis of its input, no matter what its other
+    inputs are. So a model of many layers is followed once, and not once per layer.
+    """
+    pin = flow.pin
+    if (
+        pin is None
+        or pin.node is None
+        or not any(v.is_graph_output() and v.name == pin.tensor for v in pin.node.outputs)
+    ):
+        return set()
+    alike: set[ir.Value] = set()
+    pending = [pin.node]
+    while pending:
+        node = pending.pop()
+        for value in node.inputs:
+            if value is None or value in alike or not hands_on(flow, node, value):
+                continue
+            alike.add(value)
+            producer = value.producer()
+            if producer is not None and value is not flow.stream:
+                pending.append(producer)
+    return alike
+
+
+def hands_on(flow: TokenFlow, node: ir.Node, value: ir.Value) -> bool:
+    """Whether the outputs of ``node`` have the token axis of its input ``value``, whatever else has tokens."""
+    if not is_plain(flow, value) or not all(is_plain(flow, v) for v in node.outputs if v in flow.axes):
+        return False
+    kind = lookup(node.domain, node.op_type).kind
+    others = [v for v in node.inputs if v is not None and v is not value]
+    return kind == "pointwise" or (
+        kind in ("contraction", "normalize", "movement") and flow.axes.keys().isdisjoint(others)
+    )
+
+
+def is_plain(flow: TokenFlow, value: ir.Value) -> bool:
+    """Whether a value has all tokens of the flow, on one axis, and no results of a softmax."""
+    token_axes = flow.axes.get(value)
+    return token_axes is not None and list(token_axes.axes.values()) == [0] and not token_axes.weighted
 
 
 OutputTokenAxes = Sequence[TokenAxes | None]
@@ -342,6 +397,7 @@ TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
     "reduce": token_reduction,
     "attention": token_attention,
     "rotary": token_by_position,
+    "sample": token_opaque,
     "scatter": token_by_position,
     "shape": token_shape_only,
     "opaque": token_opaque,

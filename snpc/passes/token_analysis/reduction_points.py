@@ -17,15 +17,14 @@ import onnx_ir as ir
 from snpc.graph import (
     ShapeFacts,
     alternative_dim_sizes,
-    data_dependent_values,
     dynamic_axes,
     infer_graph,
     is_float,
     opset_version,
 )
 from snpc.ops import SUMMED_OVER, attention_form, head_counts, lookup
-from snpc.passes.token_analysis.propagate import follow_tokens
-from snpc.passes.token_analysis.state import TokenFlow, TokenPin
+from snpc.passes.token_analysis.propagate import follow_tokens, values_that_end_alike
+from snpc.passes.token_analysis.state import TokenFlow, TokenGraph, TokenPin
 from snpc.types import Pin
 
 MIN_TOKEN_OPSET = 13
@@ -132,7 +131,7 @@ def find_reduction_points(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping
             "convert the model"
         )
         return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
-    search = PointSearch(model, facts, data_dependent_values(model), fixed_length_test(model, dim_sizes))
+    search = PointSearch(TokenGraph(model, facts), fixed_length_test(model, facts, dim_sizes))
     points: list[TokenPoint] = []
     pins: dict[str, Pin] = {}
     for block, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1):
@@ -147,13 +146,12 @@ def find_reduction_points(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping
 
 @dataclass(frozen=True)
 class PointSearch:
-    """What the search for points reads. ``data_dependent``: values that depend on the contents of inputs; ``fixed``:
-    whether a value has the same number of tokens for all inputs."""
+    """What the search for points reads. ``fixed``: whether a value has the same number of tokens for all inputs."""
 
-    model: ir.Model
-    facts: ShapeFacts
-    data_dependent: frozenset[ir.Value]
+    graph: TokenGraph
     fixed: Callable[[ir.Value], bool]
+    doomed: dict[ir.Value, TokenPin] = field(default_factory=dict)
+    """Values whose tokens an earlier search found to end in a graph output, with its pin."""
 
 
 def find_point_after(
@@ -163,7 +161,7 @@ def find_point_after(
     none; None where a reduction would save nothing."""
     first_pin: TokenPin | None = None
     for node in after:
-        if not is_residual_sum(search.facts, search.data_dependent, node):
+        if not is_residual_sum(search.graph.facts, search.graph.data_dependent, node):
             continue
         try:
             return reduction_point_at(search, block, site, node)
@@ -180,14 +178,14 @@ def token_count_of(facts: ShapeFacts, tensor: str) -> int:
     return shape[TOKEN_AXIS] if len(shape) == 3 else 0
 
 
-def fixed_length_test(model: ir.Model, dim_sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
+def fixed_length_test(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping[str, int]) -> Callable[[ir.Value], bool]:
     """A test whether a value has the same number of tokens for all sizes of dynamic axes other than the batch."""
     if all(axis == 0 for _, _, axis, _ in dynamic_axes(model.graph)):
         return lambda value: True
-    shapes, other_shapes = infer_graph(model, dim_sizes), infer_graph(model, alternative_dim_sizes(dim_sizes))
+    elsewhere = infer_graph(model, alternative_dim_sizes(dim_sizes))
 
     def fixed(value: ir.Value) -> bool:
-        a, b = shapes.shape.get(value), other_shapes.shape.get(value)
+        a, b = facts.shape.get(value), elsewhere.shape.get(value)
         return a is not None and b is not None and a[TOKEN_AXIS] == b[TOKEN_AXIS]
 
     return fixed
@@ -221,12 +219,17 @@ def is_residual_sum(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node
 def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.Node) -> TokenPoint:
     """The reduction point at the residual sum ``node``. Raises TokenPin if its tokens cannot be reduced, NothingToSave
     if that would save nothing."""
-    model, facts, data_dependent = search.model, search.facts, search.data_dependent
+    graph = search.graph
+    model, facts, data_dependent = graph.model, graph.facts, graph.data_dependent
     value = node.outputs[0]
     shape = facts.shape[value]
     assert shape is not None
-    flow = follow_tokens(model, facts, value, TOKEN_AXIS)
+    if value in search.doomed:
+        raise search.doomed[value]
+    flow = follow_tokens(graph, value, TOKEN_AXIS)
     if flow.pin is not None:
+        alike = (v for v in values_that_end_alike(flow) if list(flow.axes[v].axes) == [TOKEN_AXIS])
+        search.doomed.update(dict.fromkeys(alike, flow.pin))
         raise flow.pin
     if not flow.softmaxes and not flow.means and not flow.sums:
         raise NothingToSave
@@ -246,7 +249,7 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
         bool(flow.means),
         search.fixed(value),
         next((side.name for side in flow.side_inputs if not side.uniform), ""),
-        attention_scores_of(model, facts, site, node),
+        attention_scores_of(graph, site, node),
         value,
         flow,
     )
@@ -279,18 +282,18 @@ def leading_constant_lengths(facts: ShapeFacts, data_dependent: frozenset[ir.Val
         yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
 
 
-def attention_scores_of(model: ir.Model, facts: ShapeFacts, site: ir.Node, node: ir.Node) -> AttentionScores | None:
+def attention_scores_of(graph: TokenGraph, site: ir.Node, node: ir.Node) -> AttentionScores | None:
     """The weights of attention ``site``, if they are over the tokens of the residual sum ``node``; None otherwise."""
-    out = node.outputs[0]
+    out, facts = node.outputs[0], graph.facts
     for operand in node.inputs:
         if operand is None or facts.shape.get(operand) != facts.shape.get(out):
             continue
-        flow = follow_tokens(model, facts, operand, TOKEN_AXIS)
+        flow = follow_tokens(graph, operand, TOKEN_AXIS)
         if out in flow.axes:
             batch = (facts.shape[out] or (1,))[0]
             fused = lookup(site.domain, site.op_type).kind == "attention"
             scores = (
-                fused_attention_scores(facts, flow, site, opset_version(model))
+                fused_attention_scores(facts, flow, site, opset_version(graph.model))
                 if fused
                 else unfused_attention_scores(facts, flow, site, batch)
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from snpc.graph import ancestor_nodes, data_dependent_values, dependent_values, is_constant_along, used_values
+from snpc.graph import dependent_values, is_constant_along, used_values
 from snpc.passes.token_analysis.state import NeedsSideInput, SideInput, TokenAxes, TokenNodeContext, TokenPin
 
 
@@ -81,7 +81,7 @@ def side_input_origins(context: TokenNodeContext, value: ir.Value) -> list[ir.Va
 
     Only values that depend on the contents of graph inputs count.
     """
-    data_dependent, stream_ancestors = data_dependent_values(context.model), ancestor_nodes(context.flow.stream)
+    data_dependent, stream_ancestors = context.graph.data_dependent, context.flow.stream_ancestors
     origins: list[ir.Value] = []
     pending, seen = [value], {value}
     while pending:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, opset_version
+from snpc.graph import ShapeFacts, ancestor_nodes, data_dependent_values, opset_version, used_values
 from snpc.ops import OpCall, OpSpec, lookup
 
 
@@ -90,15 +92,61 @@ class TokenFlow:
     side_inputs: list[SideInput] = field(default_factory=list)
     pin: TokenPin | None = None
 
+    @cached_property
+    def stream_ancestors(self) -> set[ir.Node]:
+        """All nodes upstream of the stream."""
+        return ancestor_nodes(self.stream)
+
+
+@dataclass(frozen=True)
+class TokenGraph:
+    """A graph in which tokens are followed from many values, with what is the same for all of them."""
+
+    model: ir.Model
+    facts: ShapeFacts
+    _calls: dict[ir.Node, OpCall] = field(default_factory=dict, repr=False)
+
+    def call(self, node: ir.Node) -> OpCall:
+        """The call of a node, made once: facts do not change any more."""
+        if node not in self._calls:
+            self._calls[node] = self.facts.call(node, opset_version(self.model, node.domain))
+        return self._calls[node]
+
+    @cached_property
+    def positions(self) -> Mapping[ir.Node, int]:
+        """Every node's position in the topological order."""
+        return {node: k for k, node in enumerate(self.model.graph)}
+
+    @cached_property
+    def readers(self) -> Mapping[ir.Value, Sequence[ir.Node]]:
+        """The nodes that use a value, also those whose subgraphs do."""
+        readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+        for node in self.model.graph:
+            for value in used_values(node):
+                readers[value].append(node)
+        return readers
+
+    @cached_property
+    def data_dependent(self) -> frozenset[ir.Value]:
+        """Values that depend on the contents of inputs."""
+        return data_dependent_values(self.model)
+
 
 @dataclass(frozen=True)
 class TokenNodeContext:
     """The node that is being visited while tokens are followed."""
 
-    model: ir.Model
-    facts: ShapeFacts
+    graph: TokenGraph
     flow: TokenFlow
     node: ir.Node
+
+    @property
+    def model(self) -> ir.Model:
+        return self.graph.model
+
+    @property
+    def facts(self) -> ShapeFacts:
+        return self.graph.facts
 
     @property
     def spec(self) -> OpSpec:
@@ -106,7 +154,7 @@ class TokenNodeContext:
 
     @property
     def call(self) -> OpCall:
-        return self.facts.call(self.node, opset_version(self.model, self.node.domain))
+        return self.graph.call(self.node)
 
     def axes(self, index: int) -> TokenAxes | None:
         """Token axes of an input; None if it has none."""

@@ -50,7 +50,12 @@ from snpc.runtime.calibration.dataset import (
 from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.held_out import MAX_HELD_OUT, count_held_out
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
-from snpc.runtime.calibration.python_sources import CalibrationValue, script_source, value_source
+from snpc.runtime.calibration.python_sources import (
+    CalibrationValue,
+    load_script_function,
+    script_source,
+    value_source,
+)
 from snpc.runtime.calibration.sources import CalibrationSource, as_user_error, name_list
 from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.types import TensorSpec
@@ -65,6 +70,7 @@ __all__ = [
     "count_held_out",
     "find_sample_axes",
     "load_calibration",
+    "load_script_function",
     "name_list",
     "pack_batches",
 ]

@@ -33,18 +33,39 @@ class CalibrationReader(Protocol):
 CalibrationValue = Mapping[str, Any] | Iterable[Mapping[str, Any]] | CalibrationReader | Callable[[], Any]
 
 
+YIELDS = "it should yield dicts of input name -> array"
+
+
 def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
     """``file.py:function``. This RUNS the user's code, with the script's folder importable while it runs."""
     label = f"{script}:{function}"
+    loader = _find_function(script, function, YIELDS)
+    return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
+
+
+def load_script_function(script: Path, function: str, expected: str) -> Callable[..., Any]:
+    """The function of a file. Its code is RUN, now and at every call, with the script's folder importable, and its
+    errors become UserErrors. ``expected`` completes "...: it should"."""
+    label, found = f"{script}:{function}", _find_function(script, function, expected)
+
+    def call(*arguments: Any) -> Any:
+        with _running_user_code(label, script, expected):
+            return found(*arguments)
+
+    return call
+
+
+def _find_function(script: Path, function: str, expected: str) -> Callable[..., Any]:
+    label = f"{script}:{function}"
     if not script.is_file():
         raise UserError(f"{script} does not exist: {label} should name a Python file and a function in it")
-    with _running_user_code(label, script):
+    with _running_user_code(label, script, expected):
         module = _import_script(script)
-    loader = getattr(module, function, None)
-    if not callable(loader):
+    found = getattr(module, function, None)
+    if not callable(found):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{label}: {script.name} has no function '{function}'; it has {name_list(public)}")
-    return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
+    return found  # type: ignore[no-any-return]
 
 
 def value_source(value: Any, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
@@ -119,7 +140,7 @@ def _import_script(script: Path) -> Any:
 
 
 @contextmanager
-def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
+def _running_user_code(label: str, script: Path | None, expected: str = YIELDS) -> Iterator[None]:
     """Run the user's code with its folder importable; its errors become UserErrors that name the code and the line."""
     folder = str(script.parent.resolve()) if script else ""
     if folder:
@@ -130,7 +151,7 @@ def _running_user_code(label: str, script: Path | None) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         message = error_line(error) + _failing_line(error, script)
-        raise UserError(f"{label} raised {message}: it should yield dicts of input name -> array") from error
+        raise UserError(f"{label} raised {message}: {expected}") from error
     finally:
         if folder in sys.path:  # the script may have changed the path; what it added stays
             sys.path.remove(folder)

@@ -1,13 +1,20 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy  Accuracy of a model file on labeled inputs.
-  bench     Latency of models, measured side by side.
-  compare   Checks of a written model: its structure, sliced against masked outputs, and drift from the original.
+  accuracy          Accuracy of a model file on labeled inputs.
+  bench             Latency of models, measured side by side.
+  compare           Checks of a written model: its structure, sliced against masked outputs, and drift from the
+                    original.
+  distances         Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
+                    user.
   equal_selections  Comparison of two models in front of what they select, and behind it on the same selections.
-  latency   Latency that narrower groups save: whole models at a few widths, timed side by side with the dense model.
-  metrics   Distances of outputs: which one suits each output, and what it is.
-  uncertainty  How certain a measured difference is: a standard error over samples, and an interval for shares of them.
+  latency           Latency that narrower groups save: whole models at a few widths, timed side by side with the dense
+                    model.
+  metric_choice     The user's metrics: by name, by output, or as a function in a Python file.
+  metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
+                    user says.
+  uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
+                    them.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from snpc.runtime.evaluation.compare import (
     rounding_tolerance,
     run_batches,
 )
+from snpc.runtime.evaluation.distances import OutputMetric
 from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
 from snpc.runtime.evaluation.latency import (
     TimedArtifact,
@@ -35,7 +43,8 @@ from snpc.runtime.evaluation.latency import (
     time_pair,
     write_narrowed,
 )
-from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, max_drift
+from snpc.runtime.evaluation.metric_choice import MetricRequest, with_metrics, with_named_metrics
+from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 
 __all__ = [
     "RELATIVE_METRICS",
@@ -43,6 +52,7 @@ __all__ = [
     "VERIFICATION_BATCHES",
     "BenchResult",
     "EvaluationData",
+    "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
     "TimedArtifact",
@@ -68,5 +78,7 @@ __all__ = [
     "run_rounds",
     "time_pair",
     "top1_accuracy",
+    "with_metrics",
+    "with_named_metrics",
     "write_narrowed",
 ]

@@ -17,7 +17,8 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
-from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetric, OutputMetrics, same_finiteness
+from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
+from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from snpc.runtime.evaluation.metrics import OutputMetric
+from snpc.runtime.evaluation.distances import OutputMetric
 from snpc.types import AnyArray, Difference
 
 NORMAL_95 = 1.96  # standard errors on either side of a mean that hold it in 95 % of the cases

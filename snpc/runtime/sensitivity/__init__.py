@@ -11,10 +11,11 @@ Files
 
 from __future__ import annotations
 
-from snpc.runtime.sensitivity.loss_curves import mean_relative_change, measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
+from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
 
 __all__ = [
-    "mean_relative_change",
+    "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
 ]

@@ -7,23 +7,27 @@ estimated along with them and removed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.types import FloatArray, Group, IntArray
 
 # ridge on the difference between a group's parabola and its role's; chosen on ViT-Tiny, see docs/design-notes.md
 GROUP_RIDGE = 0.3
 COMMON_RIDGE = 1e-2  # ridge on what many trials determine together: it only makes the solution unique
 LEVEL_RIDGE = 1e-6  # ridge on the level of a group's curve, which its own trials determine
+UNUSABLE_CHANGE = 1e6  # of an output that is not finite any more; 1 is that of an output of zeros
 MAX_LOG_RESIDUAL = 0.7  # a factor of 1.5 between trial and parabola is noise, a factor of 2 is shape
 
 
 @dataclass(frozen=True)
 class OutputChange:
-    """One trial: the relative squared change of the outputs with ``group`` at ``width``, on the samples of ``pool``."""
+    """One trial: the change of the outputs with ``group`` at ``width``, on the samples of ``pool``: like a squared
+    error, and infinite where an output is infinite or NaN."""
 
     group: Group
     width: int
@@ -33,10 +37,15 @@ class OutputChange:
 
 def fit_curves(priors: Mapping[str, FloatArray], changes: Sequence[OutputChange]) -> dict[str, FloatArray]:
     """Group id -> [size + 1]: its prior curve scaled to the trials. Where a trial is more than ``MAX_LOG_RESIDUAL``
-    from the parabola, the logarithm of the factor is interpolated linearly between all trials instead."""
+    from the parabola, the logarithm of the factor is interpolated linearly between all trials instead. From an infinite
+    change on, the curve is at ``UNUSABLE_CHANGE``. Raises UserError for a curve that holds no numbers."""
     trials: dict[str, list[OutputChange]] = {group_id: [] for group_id in priors}
+    widest_unusable: dict[str, int] = {}
     for change in changes:
-        trials[change.group.id].append(change)
+        if math.isfinite(change.value):
+            trials[change.group.id].append(change)
+        else:
+            widest_unusable[change.group.id] = max(change.width, widest_unusable.get(change.group.id, 0))
     smooth = [group_id for group_id, own in trials.items() if own and all(change.value > 0 for change in own)]
     for _ in range(2):  # the second time without the groups that no parabola fits, which would distort the others
         fit = SharedParabolas.of([change for group_id in smooth for change in trials[group_id]], priors)
@@ -45,7 +54,12 @@ def fit_curves(priors: Mapping[str, FloatArray], changes: Sequence[OutputChange]
     for group_id, own in trials.items():
         log_factor = fit.parabola(own) if group_id in smooth else fit.interpolate(own, priors[group_id])
         scaled = priors[group_id] * np.exp(log_factor)
+        scaled[: widest_unusable.get(group_id, -1) + 1] = UNUSABLE_CHANGE
         curves[group_id] = np.maximum.accumulate(scaled[::-1])[::-1]
+        if not np.isfinite(scaled).all():
+            raise UserError(
+                f"{group_id}: its loss curve holds NaN or infinity: is there any in the weights or the data?"
+            )
     return curves
 
 

@@ -21,6 +21,7 @@ from snpc.runtime.closed_form import (
     elimination_widths,
     trial_weights,
 )
+from snpc.runtime.evaluation import OutputMetrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
@@ -46,7 +47,8 @@ def measure_loss_curves(
     *,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> dict[str, FloatArray]:
-    """Group id -> [size + 1]: relative squared change of the model's outputs by how many units per block are kept.
+    """Group id -> [size + 1]: change of the model's outputs by how many units per block are kept: that of
+    ``OutputMetrics.change``, like a squared error, and each output by its metric.
 
     Every trial changes the weights of one group, in closed form where it has one, and runs the model from that group
     on. The closed-form loss gives the shape of the curve between the trials (``curve_fit``). With a ``budget`` the
@@ -55,8 +57,9 @@ def measure_loss_curves(
     them averages over more samples.
 
     ``scores`` order the units. Padded tokens of an output [batch, tokens, ..] do not count. Values of the dense model
-    lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files. Raises UserError where the
-    target of ``budget`` is out of reach.
+    lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files. A trial that makes an output
+    infinite or NaN changes it infinitely. Raises UserError where the target of ``budget`` is out of reach, and where an
+    output of the original has no finite entry.
     """
     analysis = closed_forms.analysis
     source = analysis.traced_graph
@@ -68,16 +71,21 @@ def measure_loss_curves(
         group.id: changed_constants(source, *trial_edits(closed_forms, scores, group, (widths or [group.size])[0]))
         for group, widths in trials
     }
+    metrics, limited = OutputMetrics.of(analysis), budget is not None and budget.max_drift is not None
     padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
     with (
         token_mask_runner(source, padding, execution) as masks,
         open_segmented_model(analysis, changed, execution) as model,
     ):
         store = SpillableStore(memory_budget(execution.memory_limit))
-        pools = [
-            [TrialBatch(model.dense_states(feeds, store), output_token_masks(masks(feeds), padding)) for feeds in pool]
-            for pool in sample_pools(calibration)
-        ]
+        pools: list[list[TrialBatch]] = []
+        for pool in sample_pools(calibration):
+            pools.append([])
+            for feeds in pool:
+                states = model.dense_states(feeds, store)
+                metrics = metrics.for_values({name: states[-1][name] for name in model.outputs})
+                metrics = metrics.for_limit() if limited else metrics
+                pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         measurement = CurveMeasurement(closed_forms, scores, model, pools, groups)
         measurement.measure(trials)
         for _ in range(REFINEMENT_ROUNDS if budget is not None else 0):
@@ -152,13 +160,15 @@ def output_token_masks(masks: TokenMasks, padding: PaddingMasks) -> dict[str, To
 
 @dataclass(frozen=True)
 class TrialBatch:
-    """One batch that trials run on: the dense model's values, and which tokens of its outputs count."""
+    """One batch that trials run on: the dense model's values, which tokens of its outputs count, and how they are
+    judged."""
 
     states: SegmentStates
     token_masks: Mapping[str, TokenMask]
+    metrics: OutputMetrics
 
     def change(self, outputs: Mapping[str, AnyArray]) -> float:
-        return mean_relative_change(self.states[-1], outputs, self.token_masks)
+        return self.metrics.change(self.states[-1], outputs, self.token_masks)
 
 
 def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
@@ -184,32 +194,6 @@ def prior_curve(closed_forms: ClosedForms, group: Group) -> FloatArray:
     """[size + 1]: the closed-form loss. Where there is none, a parabola: equal changes per unit, which add up."""
     curve = closed_forms.loss_curve(group)
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
-
-
-def mean_relative_change(
-    dense: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], token_masks: Mapping[str, TokenMask] | None = None
-) -> float:
-    """Mean over float outputs of |output - dense|^2 / |dense|^2; ``token_masks``: the tokens that count, by output."""
-    masks = token_masks or {}
-    changes = [
-        relative_change(dense[name], array, masks.get(name))
-        for name, array in outputs.items()
-        if array.dtype.kind not in "biuO"
-    ]
-    return float(np.mean(changes)) if changes else 0.0
-
-
-def relative_change(dense: AnyArray, output: AnyArray, token_mask: TokenMask | None = None) -> float:
-    """|output - dense|^2 / |dense|^2, in float64, over the tokens that count."""
-    arrays = (np.atleast_1d(dense), np.atleast_1d(output))
-    error = norm = 0.0
-    for k in range(len(arrays[0])):  # sample by sample, since logits over a vocabulary are big
-        before, after = (
-            np.asarray(array[k] if token_mask is None else array[k][token_mask[k]], np.float64) for array in arrays
-        )
-        error += float(np.sum((before - after) ** 2))
-        norm += float(np.sum(before**2))
-    return error / max(norm, 1e-300)
 
 
 def trial_edits(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:

@@ -190,6 +190,7 @@ class RoundRunner:
             self.data,
             method=self.rounds.method,
             criterion=self.rounds.criterion,
+            metric=self.rounds.training.metric or None,
         )
         apply(pruning_plan, output)
 

@@ -32,6 +32,8 @@ class TrainingOptions:
     shorter). ``early_stop``: stop after so many evaluations without improvement (0: never).
     ``precision`` "auto" is bf16 on GPUs that have it.
 
+    ``metric``: how changed outputs are judged, see ``snpc.plan``; texts.
+
     ``adapters``: train updates of this rank for the matrices, and nothing else (0: all weights). ``reinit`` "epochs"
     begins with new weights; "budget" too, and takes more steps in proportion to the MACs that pruning saved (Scratch-E
     and Scratch-B of arXiv 1810.05270). ``sharded``: each process holds a shard of weights, gradients and optimizer
@@ -57,6 +59,7 @@ class TrainingOptions:
     seed: int = 0
     precision: TrainingPrecision = "auto"
     sharded: bool = False
+    metric: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):

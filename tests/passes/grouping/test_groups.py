@@ -12,6 +12,7 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from snpc.passes.analyze import Analysis, analyze
+from snpc.passes.grouping.groups import UnitIndex
 from snpc.runtime.io.load import load
 from tests.models.exports import EXPORTS, export
 from tests.models.group_kinds import Kinds, attention, ffn, kinds_in, without
@@ -328,3 +329,12 @@ def test_a_weight_from_a_graph_input_is_pinned(tmp_path: Path) -> None:
     analysis = analysis_at(tmp_path / "outside.onnx", weights(model, a=(8, 12), b=(12, 4)))
     assert not prunable(analysis.groups)
     assert any("gain" in p.reason and p.size == 12 for p in analysis.pins)
+
+
+def test_places_of_units_are_those_of_a_plain_search() -> None:
+    rng = np.random.default_rng(0)
+    places = [rng.integers(0, 30, size) for size in (0, 1, 5, 40)]
+    index = UnitIndex(places)
+    for units in ([], [3], [3, 3, 29], list(range(30)), [31, 99]):
+        assert index.places_of(units) == [k for k, part in enumerate(places) if set(units) & set(part.tolist())]
+    assert not UnitIndex([]).places_of([1])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from snpc.runtime.evaluation.compare import judge_outputs
-from snpc.runtime.evaluation.metrics import OutputMetric, OutputMetrics
+from snpc.runtime.evaluation.distances import OutputMetric
+from snpc.runtime.evaluation.metrics import OutputMetrics
 from snpc.runtime.evaluation.uncertainty import share_interval
 from snpc.types import Difference
 
