@@ -154,6 +154,11 @@ class Group:
     def prunable(self) -> bool:
         return not self.pins
 
+    @property
+    def normalized_inside(self) -> bool:
+        """Is it a hidden layer over which a normalization takes statistics?"""
+        return self.approximate and self.role != "residual"
+
 
 @dataclass(frozen=True)
 class Cost:

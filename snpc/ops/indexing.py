@@ -105,7 +105,7 @@ def _element_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(range(len(call.shape(0))))
 
 
-def _spatial_axes(call: OpCall) -> tuple[int, ...]:
+def _positions(call: OpCall) -> tuple[int, ...]:
     """Behind samples and channels."""
     return tuple(range(2, len(call.shape(0))))
 
@@ -126,7 +126,7 @@ def indexing_entries() -> list[OpSpec]:
         ),
         OpSpec(
             "GridSample", "sample", "labels pass on channels and samples; positions stay, and so does the grid",
-            data=(0,), axes=_spatial_axes, reason=POSITIONS,
+            data=(0,), axes=_positions, reason=POSITIONS,
         ),
         OpSpec(
             "RoiAlign", "sample", "labels pass on channels; positions and regions stay", data=(0,),
