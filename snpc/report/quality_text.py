@@ -32,9 +32,7 @@ def quality_text(quality: Quality) -> str:
     if not quality.differences:
         return "quality: unknown: outputs were not compared"
     if quality.random_inputs:
-        return (
-            "quality: unknown: drift on random inputs says nothing about accuracy; give --calib DATA (verify: --data)"
-        )
+        return "quality: unknown: drift on random inputs says nothing about accuracy; give --calib DATA"
     if quality.grade == "unknown":
         return "quality: not graded: the metric has no limits"
     return f"quality: {quality.grade}: {MEANINGS[quality.grade]}"
