@@ -14,7 +14,7 @@ class EliminateZeroTerms(ir.passes.InPlacePass):
     """Remove sums with a tensor of zeros that is made for the purpose and does not broadcast the other term."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        sums = [(node, kept) for node in model.graph if (kept := term_beside_zeros(node)) is not None]
+        sums = [(node, index) for node in model.graph if (index := term_beside_zeros(node)) is not None]
         if not sums:
             return ir.passes.PassResult(model, False)
         _, facts = choose_dim_sizes(model)
