@@ -275,7 +275,8 @@ def print_result(result: PrunedModel) -> None:
     if result.search is not None:
         print_line(search_text(result.search))
     print_verdict(result.verification)
-    print_line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+    seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
+    print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

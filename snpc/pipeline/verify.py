@@ -75,7 +75,7 @@ class VerificationData:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SizeProbe:
     """Random inputs at ``sizes`` of dynamic dimensions that differ from those of the analysis, and what the original
     makes of them: a rewrite that is right at one length only is found out."""
 
@@ -92,7 +92,7 @@ class Reference:
     metrics: OutputMetrics
     outputs: Sequence[Mapping[str, AnyArray]] = ()
     not_run: str = ""
-    probe: Probe | None = None
+    probe: SizeProbe | None = None
 
 
 def verification_data(
@@ -146,7 +146,7 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
     return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs, probe=probe)
 
 
-def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> Probe | None:
+def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:
     """None where the model has no dynamic axis, or the original runs at no other sizes, or to no finite outputs."""
     feeds, others = probe_batch(analysis, sizes)
     if not feeds:
@@ -156,7 +156,7 @@ def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> Probe | 
     except UserError:
         return None
     finite = all(not array.size or np.isfinite(array.astype(np.float64)).any() for array in outputs.values())
-    return Probe(feeds, outputs, others) if finite else None
+    return SizeProbe(feeds, outputs, others) if finite else None
 
 
 def candidate_reference(plan: PruningPlan) -> Reference:
