@@ -509,13 +509,13 @@ def test_a_rewrite_that_is_right_at_one_length_only_is_found_out(selects: bool, 
     sizes = {"heads": np.array([4]), "width": np.array([16]), "all": np.array([64])}
     text, where = KEYS_WITHOUT_PERM, r" \(random inputs at seq=3 batch=5 were compared too\)"
     if selects:
-        text = text.replace("64] y) {", "64] y, int64[seq, batch, 1] best) {").replace(
-            "y = MatMul(cf, wo)", "y = MatMul(cf, wo)  best = ArgMax <axis = 2> (y)"
-        )
+        text = text.replace("64] y) {", "64] y, int64[seq, batch, 1] best) {")
+        text = text.replace("y = MatMul(cf, wo)", "y = MatMul(cf, wo)  best = ArgMax <axis = 2> (y)")
         where = ""
     path, out = tmp_path / "keys.onnx", tmp_path / "out.onnx"
     onnx.save(text_model(text, weights | sizes), path)
-    failed(f"differs from its masked original .*{where}; nothing is written", "prune", path, "--ratio", 0.5, "--roles", "qk", "-o", out)
+    words = f"differs from its masked original .*{where}; nothing is written"
+    failed(words, "prune", path, "--ratio", 0.5, "--roles", "qk", "-o", out)
     assert not out.exists()
 
 
