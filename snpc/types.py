@@ -154,6 +154,11 @@ class Group:
     def prunable(self) -> bool:
         return not self.pins
 
+    @property
+    def normalized_inside(self) -> bool:
+        """Is it a hidden layer over which a normalization takes statistics?"""
+        return self.approximate and self.role != "residual"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -234,7 +239,7 @@ class Difference:
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
-    "kl": (0.1, 0.4),
+    "kl": (0.1, 0.3),
     "relative": (0.1, 0.3),
     "cosine": (0.02, 0.1),
     "mismatch": (0.02, 0.1),

@@ -409,8 +409,6 @@ USAGE: dict[str, tuple[str, tuple[object, ...]]] = {
 @pytest.mark.parametrize("case", [*OPTIONS, *USAGE])
 def test_options(case: str, verb: str, tiny: Path, nothing_changes: Callable[[], None]) -> None:
     words, flags = {**OPTIONS, **USAGE}[case]
-    if verb == "plan" and case.startswith("dim-param"):
-        pytest.skip("plan quotes no MACs")
     nothing_changes()
     refused(words, verb, tiny, *(() if flags[0] == "--ratio" else RATIO), *flags, usage=case in USAGE)
 
