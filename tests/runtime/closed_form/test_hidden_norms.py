@@ -11,7 +11,7 @@ import pytest
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.normalizations import HiddenNormalization
-from snpc.runtime.closed_form.algebra import NormalizedMoments, affine_for_fewer_units
+from snpc.runtime.closed_form.algebra import NormalizedMoments, affine_for_fewer_units, statistic_variances
 from snpc.runtime.closed_form.masked_weights import changed_constants
 from snpc.runtime.execution import SpillableStore
 from snpc.runtime.sensitivity.loss_curves import trial_constants, trial_edits
@@ -53,6 +53,17 @@ def test_scale_and_shift_are_those_of_least_squares(seed: int, centered: bool) -
     for unit, channel in enumerate(keep):
         expected = np.polyfit(z[:, unit], rows[:, channel], 1)
         np.testing.assert_allclose((scale[unit], shift[unit]), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_statistics_vary_as_the_squares_that_go(positions: int) -> None:
+    """Of independent normal units; the deviation is the root of what stays of their squares."""
+    rng = np.random.default_rng(0)
+    mean, spread = np.array([0.0, 1.5, -0.5, 0.2]), np.array([1.0, 0.4, 0.8, 0.1])
+    rows = mean + spread * rng.normal(size=(40_000, positions, 4))
+    found = statistic_variances(NormalizedMoments(mean, np.diag(spread**2)), positions)
+    lost = np.mean(rows**2, axis=1) / 4  # a share of the squares, which add up to the number of units
+    np.testing.assert_allclose(found, np.var(lost / 2, axis=0), rtol=0.05)
 
 
 def test_what_a_gain_hides_is_no_error() -> None:
