@@ -184,9 +184,10 @@ def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
 
 
 def print_loss_curves(analysis: Analysis, curves: Mapping[str, FloatArray]) -> None:
-    """Change of the outputs (relative RMS) when one group keeps a share of its units and all others keep theirs.
+    """Change of the outputs (root of ``OutputMetrics.change``) when one group keeps a share of its units and all others
+    keep theirs.
 
-    ``curves``: group id -> [size + 1], relative squared change by units kept per block.
+    ``curves``: group id -> [size + 1], change of the outputs by units kept per block.
     """
     shares = (0.9, 0.75, 0.5, 0.25)
     rows = [

@@ -121,7 +121,7 @@ class PruningPlan:
         """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
         if self.calibration is None or self.statistics is None:
             return True
-        return self.statistics.sources == (self.calibration.describe(),)
+        return self.statistics.sources == (self.calibration.origin,)
 
     @property
     def other_data(self) -> str:

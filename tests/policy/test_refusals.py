@@ -47,7 +47,7 @@ def refused(words: str, *arguments: object, usage: bool = False) -> None:
     """The last line says why, and there is no other but notes, what goes, and the usage of click's own refusals."""
     result = invoke(*arguments, code=2)
     assert result.stdout == ""
-    others = ("snpc: note:", "snpc: warning:", "snpc: plan:")
+    others = ("snpc: note:", "snpc: warning:", "snpc: plan:", "snpc: choosing ")
     lines = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     if usage:
         assert lines[0].startswith("Usage: ")
