@@ -12,6 +12,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
 KINDS = {
     "movement": "Positions move, values do not",
     "concat": "Several inputs laid end to end",
+    "sample": "Channels, read at positions that others give",
     "scatter": "Parts of a tensor written over",
     "pointwise": "One position at a time",
     "contraction": "Sums of products",

@@ -1,6 +1,6 @@
 """snpc: make exported attention models small and fast.
 
-    snpc.prune("vit.onnx", "vit-half.onnx", ratio=0.5, calibration="calib.npz")
+    snpc.prune("vit.onnx", "vit-half.onnx", target="macs=0.5", calibration="calib.npz")
 
 In steps, each of which takes what the one before returned:
 

@@ -70,8 +70,8 @@ ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
 @dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
-    ``external`` says that its weights lie in other files. ``kind``: what it was loaded from; of a model in memory,
-    ``path`` is a copy of it in ``folder``."""
+    ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
+    what it was loaded from; of a model in memory, ``path`` is a copy of it in ``folder``."""
 
     path: Path
     graph: ir.Model
@@ -79,6 +79,7 @@ class Model:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     external: bool = False
+    nodes: int = 0
     kind: ModelKind = "file"
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
 
@@ -152,6 +153,11 @@ class Group:
     @property
     def prunable(self) -> bool:
         return not self.pins
+
+    @property
+    def normalized_inside(self) -> bool:
+        """Is it a hidden layer over which a normalization takes statistics?"""
+        return self.approximate and self.role != "residual"
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ class Difference:
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
-    "kl": (0.1, 0.4),
+    "kl": (0.1, 0.3),
     "relative": (0.1, 0.3),
     "cosine": (0.02, 0.1),
     "mismatch": (0.02, 0.1),

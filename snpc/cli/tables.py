@@ -223,9 +223,10 @@ def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
 
 
 def print_loss_curves(analysis: Analysis, curves: Mapping[str, FloatArray]) -> None:
-    """Change of the outputs (relative RMS) when one group keeps a share of its units and all others keep theirs.
+    """Change of the outputs (root of ``OutputMetrics.change``) when one group keeps a share of its units and all others
+    keep theirs.
 
-    ``curves``: group id -> [size + 1], relative squared change by units kept per block.
+    ``curves``: group id -> [size + 1], change of the outputs by units kept per block.
     """
     shares = (0.9, 0.75, 0.5, 0.25)
     rows = [
@@ -298,6 +299,10 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    inside = [g.id for g in result.plan.analysis.groups if g.normalized_inside and g.id in result.plan.keep]
+    if inside:
+        more = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
+        print_line(f"normalized inside: {inside[0]}{more}, whose statistics are now over fewer units")
     reduction = result.plan.analysis.reduction
     if reduction is not None:
         steps = reduction.to_json()["steps"]
@@ -310,7 +315,8 @@ def print_result(result: PrunedModel) -> None:
     if result.search is not None:
         print_line(search_text(result.search))
     print_verdict(result.verification)
-    print_line("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items()))
+    seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
+    print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

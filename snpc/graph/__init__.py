@@ -19,7 +19,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.graph.binding import DimSizes, alternative_dim_sizes, dynamic_axes, leading_dims
+from snpc.graph.binding import DimSizes, alternative_dim_sizes, coprime_dim_sizes, dynamic_axes, leading_dims
 from snpc.graph.builder import (
     Attribute,
     add_constant,
@@ -97,6 +97,7 @@ __all__ = [
     "common_module_path",
     "connected_components",
     "contraction_sizes",
+    "coprime_dim_sizes",
     "copy_node",
     "cost_of",
     "count_macs",

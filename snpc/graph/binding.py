@@ -208,3 +208,19 @@ def alternative_dim_sizes(dim_sizes: Mapping[str, int]) -> dict[str, int]:
         step = known.steps.get(name)
         wanted[name] = size + step if step else size * 2 if size >= 32 else size + 3
     return known.resized(wanted)
+
+
+def coprime_dim_sizes(dim_sizes: DimSizes, leading: set[str]) -> DimSizes:
+    """Other small sizes for every dimension that is free: coprime to these and to each other, so that what holds at
+    both holds by no coincidence of sizes. Multiples of a step, and pictures, get the next larger size instead."""
+    wanted: dict[str, int] = {}
+    for name, size in dim_sizes.items():
+        if name in dim_sizes.steps:
+            wanted[name] = size + dim_sizes.steps[name]
+        elif size >= 32:
+            wanted[name] = size * 3 // 2
+        elif name not in dim_sizes.relations:
+            taken = (*(n for dim, n in dim_sizes.items() if dim not in dim_sizes.relations), *wanted.values())
+            counted = itertools.count(3 if name in leading else 5)
+            wanted[name] = next(n for n in counted if all(math.gcd(n, other) < 2 for other in taken))
+    return dim_sizes.resized(wanted)

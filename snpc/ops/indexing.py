@@ -8,6 +8,7 @@ from snpc.ops.movement import collapse_constant_axes
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec, ParameterUpdate, TensorCut
 from snpc.types import AnyArray, IntArray
 
+POSITIONS = "which positions are read depends on the data"
 DATA_DEPENDENT = "which entries are read depends on the data"
 
 
@@ -104,6 +105,15 @@ def _element_axes(call: OpCall) -> tuple[int, ...]:
     return tuple(range(len(call.shape(0))))
 
 
+def _positions(call: OpCall) -> tuple[int, ...]:
+    """Behind samples and channels."""
+    return tuple(range(2, len(call.shape(0))))
+
+
+def _all_but_channels(call: OpCall) -> tuple[int, ...]:
+    return tuple(k for k in range(len(call.shape(0))) if k != 1)
+
+
 def indexing_entries() -> list[OpSpec]:
     reads = "runs on the labels; constant indices are renumbered, an axis that others address stays"
     writes = "labels pass on the axes behind those that the indices address; these stay"
@@ -113,6 +123,14 @@ def indexing_entries() -> list[OpSpec]:
         ),
         OpSpec(
             "GatherElements", "movement", reads, data=(0,), move=_gather_elements, recompute=_gather_elements_repair,
+        ),
+        OpSpec(
+            "GridSample", "sample", "labels pass on channels and samples; positions stay, and so does the grid",
+            data=(0,), axes=_positions, reason=POSITIONS,
+        ),
+        OpSpec(
+            "RoiAlign", "sample", "labels pass on channels; positions and regions stay", data=(0,),
+            axes=_all_but_channels, reason=POSITIONS,
         ),
         OpSpec("ScatterND", "scatter", writes, data=(0, 2), axes=_written_axes, reason="positions of it are written"),
         *(

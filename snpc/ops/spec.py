@@ -26,6 +26,7 @@ OpKind = Literal[
     "reduce",  # axes disappear
     "attention",  # scores, softmax and context in one node
     "rotary",  # pairs of channels turned by tables
+    "sample",  # channels of its first input, read at positions that others give
     "scatter",  # a tensor with parts of it written over by another
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -101,7 +101,7 @@ def analyze(
     """
     chosen = SizedFacts(*choose_dim_sizes(model.graph, dim_sizes))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
-    cost = cost_of(model.graph, quoted.facts)
+    cost = replace(cost_of(model.graph, quoted.facts), nodes=model.nodes)
     tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
     sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
     return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)

@@ -55,8 +55,8 @@ class Stopwatch:
 class SearchResult:
     """Plans that were written and measured on the way to a limit.
 
-    ``kind`` "drift": relative root mean square change of the outputs; "latency": share of the dense model's time, or
-    ms. ``tried``: (predicted, measured) of each plan, in order.
+    ``kind`` "drift": change of the outputs, relative or by the user's metric; "latency": share of the dense model's
+    time, or ms. ``tried``: (predicted, measured) of each plan, in order.
     """
 
     kind: Literal["drift", "latency"]
@@ -187,4 +187,4 @@ def cost_of_file(path: Path, analysis: Analysis) -> Cost:
     if analysis.reduction is not None:
         analysis.reduction.name_decision_sizes(model.graph)
     cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
-    return replace(cost, bytes=file_bytes(path))
+    return replace(cost, bytes=file_bytes(path), nodes=model.nodes)

@@ -54,7 +54,7 @@ def prune(
 ) -> PrunedModel:
     """Prune ``model`` and write it to ``path``, verified. ``path`` None: ``PrunedModel.model`` has the result.
 
-        snpc.prune("model.onnx", "half.onnx", ratio=0.5, calibration="calib.npz")
+        snpc.prune("model.onnx", "half.onnx", target="macs=0.5", calibration="calib.npz")
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as

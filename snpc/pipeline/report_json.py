@@ -89,6 +89,7 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
                 "size": group.size,
                 "kept": plan.kept_width(group),
                 "freedom": group.freedom,
+                "normalized_inside": group.normalized_inside,
                 "form": FORM_NAMES[kinds[group.id]] if group.id in kinds else None,
                 "sites": sites,
             }
@@ -156,6 +157,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
                 "size": g.size,
                 "freedom": g.freedom,
                 "freedom_reason": g.freedom_reason,
+                "normalized_inside": g.normalized_inside,
                 **({"curve": curves[g.id].tolist()} if g.id in curves else {}),
                 "macs": g.macs,
                 "params": g.params,

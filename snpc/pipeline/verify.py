@@ -28,15 +28,18 @@ from snpc.runtime.evaluation import (
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
-    run_batches,
+    run_until,
     with_metrics,
 )
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
+    RunFunction,
     SessionLoadError,
     feed_sizes,
+    file_session,
     find_running_sizes,
+    probe_batch,
     random_batch,
     sizes_text,
     too_large_reason,
@@ -72,6 +75,16 @@ class VerificationData:
 
 
 @dataclass(frozen=True)
+class SizeProbe:
+    """Random inputs at ``sizes`` of dynamic dimensions that differ from those of the analysis, and what the original
+    makes of them: a rewrite that is right at one length only is found out."""
+
+    feeds: Feeds
+    outputs: Mapping[str, AnyArray]
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Reference:
     """The original's ``outputs`` for each batch of ``data``, how they are judged. ``not_run``: why they are missing."""
 
@@ -79,6 +92,7 @@ class Reference:
     metrics: OutputMetrics
     outputs: Sequence[Mapping[str, AnyArray]] = ()
     not_run: str = ""
+    probe: SizeProbe | None = None
 
 
 def verification_data(
@@ -118,16 +132,31 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
 
     Random inputs that it does not run on are drawn again, at sizes of dynamic dimensions at which it does.
     """
+    sizes = analysis.traced_graph.dim_sizes
+    with file_session(original, execution) as run:
+        try:
+            outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
+        except UserError:
+            if not data.random_inputs:
+                raise
+            sizes = find_running_sizes(analysis, run)
+            data = random_data(analysis, sizes)
+            outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
+        probe = run_probe(analysis, sizes, run) if analysis.reduction is None else None
+    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs, probe=probe)
+
+
+def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:
+    """None where the model has no dynamic axis, or the original runs at no other sizes, or to no finite outputs."""
+    feeds, others = probe_batch(analysis, sizes)
+    if not feeds:
+        return None
     try:
-        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
-    except SessionLoadError:
-        raise
+        outputs = run(feeds)
     except UserError:
-        if not data.random_inputs:
-            raise
-        data = random_data(analysis, find_running_sizes(analysis, execution))
-        outputs = run_batches(original, data.batches, execution, MAX_OUTPUT_BYTES)
-    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs)
+        return None
+    finite = all(not array.size or np.isfinite(array.astype(np.float64)).any() for array in outputs.values())
+    return SizeProbe(feeds, outputs, others) if finite else None
 
 
 def candidate_reference(plan: PruningPlan) -> Reference:
@@ -181,22 +210,32 @@ def compare_with_reference(
         return found
 
     measured: tuple[Sequence[Difference], Sequence[Difference]] | None = None
+    probes = [reference.probe] if reference.probe is not None and rewritten is not None else []
+    checks = tuple(f"sliced equals masked at {sizes_text(probe.sizes)} too" for probe in probes)
     try:
         measured = compare_models(
-            reference.outputs, pruned, rewritten, data.batches, execution, decided, reference.metrics
+            [*(probe.outputs for probe in probes), *reference.outputs],
+            pruned,
+            rewritten,
+            [*(probe.feeds for probe in probes), *data.batches],
+            execution,
+            [*(probe.feeds for probe in probes), *decided],
+            reference.metrics,
+            len(probes),
         )
-        return verdict(*measured, structure, data)
-    except CheckFailed:
+        return verdict(*measured, (*structure, *checks), data)
+    except CheckFailed as error:
         if rewritten is None:
             raise
-        feeds = list(zip(first.batches, decided, strict=True))
+        at = f" (random inputs at {sizes_text(probes[0].sizes)} were compared too)" if probes else ""
+        feeds = [*((probe.feeds, probe.feeds) for probe in probes), *zip(first.batches, decided, strict=True)]
         same = compare_on_equal_selections(
-            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution, len(probes)
         )
         if same is None:
-            raise
+            raise CheckFailed(f"{error}{at}") from None
     drift, on = (measured[1], data) if measured else (same.drift, first)
-    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
+    return verdict(same.equals_mask, drift, (*structure, *checks, same.describe()), on)
 
 
 def measure_quality(
@@ -245,6 +284,7 @@ def verify(
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     metric: MetricRequest | None = None,
+    dim_sizes: Mapping[str, int] | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
@@ -252,9 +292,10 @@ def verify(
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
     (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
-    left out. Raises CheckFailed where a check fails.
+    left out. ``dim_sizes``: sizes of dynamic dimensions that random inputs have, where there is no plan. Raises
+    CheckFailed where a check fails.
     """
-    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
+    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original), dim_sizes), metric)
     load(pruned)
     rewritten, refits = None, plan is not None and plan.slices.method != "select"
     notes: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     ]
     prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
-    if budget.ratio is None and any(g.approximate and g.role == "residual" for g in prunable):
+    if budget.ratio is None and any(g.approximate and not g.normalized_inside for g in prunable):
         raise UserError(
             f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
             "normalization statistics is not measured: cut it with --ratio, or leave out the role residual"

@@ -36,7 +36,8 @@ class GroupWidth:
     """One group of the plan: ``blocks`` x ``size`` units before, ``blocks`` x ``kept`` after.
 
     ``curve`` [size + 1], where measured: change of the outputs (relative RMS) by units kept per block, while all other
-    groups keep theirs. ``form``: the closed form that made the weights, "" without one.
+    groups keep theirs. ``form``: the closed form that made the weights, "" without one. ``normalized_inside``: a
+    normalization takes statistics over its units, so that the cut is approximate.
     """
 
     id: str
@@ -47,6 +48,7 @@ class GroupWidth:
     kept: int
     form: str
     curve: tuple[float, ...]
+    normalized_inside: bool
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
             plan.kept_width(g),
             result.closed_forms.get(g.id, "") if g.id in plan.keep else "",
             tuple(np.sqrt(curves[g.id]).tolist()) if g.id in curves else (),
+            g.normalized_inside,
         )
         for g in plan.analysis.groups
         if g.prunable and g.role in cut
@@ -173,9 +176,9 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
 
 
 def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
-    """MACs by role, of the analyzed model and of the written file."""
+    """MACs by role, of the original and of the written file."""
     analysis = result.plan.analysis
-    before = macs_by_role(analysis)
+    before = macs_by_role(analysis if analysis.reduction is None else analyze(analysis.model, analysis.dim_sizes))
     after = macs_by_role(analyze(load(result.path), analysis.dim_sizes))
     return tuple(
         BeforeAfter(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))

@@ -219,6 +219,8 @@ def head_images(item: HeadMap) -> HeadImages:
 def group_row(item: GroupWidth) -> tuple[str, ...]:
     """A row of the table of groups."""
     origin = WEIGHT_ORIGINS.get(item.form, "sliced" if item.kept < item.size else "as they were")
+    if item.normalized_inside and item.kept < item.size:
+        origin += ", normalized inside"
     before, after = f"{item.blocks} x {item.size}", f"{item.blocks} x {item.kept}"
     return item.id, item.role, before, after, format_share(item.kept, item.size), origin
 

@@ -177,4 +177,5 @@ def _build_conv_norms(attention: str) -> Model:
 
     module = Pooled()
     _randomize(module)
-    return Model(module, _image_inputs(12), "logits", {"x": {0: "batch"}, "logits": {0: "batch"}})
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch"}}
+    return Model(module, _image_inputs(12), "logits", axes)

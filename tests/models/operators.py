@@ -259,6 +259,19 @@ CASES["scatter_nd"] = Case(
     {"x": (5, 16)},
     ints={"at": np.array([[1], [3]])},
 )
+CASES["grid_sample_and_roi_align"] = Case(
+    """<ir_version: 10, opset_import: ["": 18]>
+    g (float[2, 3, 8, 8] x, float[2, 4, 4, 2] grid, int64[2] images) => (float[2, 5, 4, 4] y) {
+        a = Conv <pads = [1, 1, 1, 1]> (x, wa)  s = GridSample(a, grid)  b = Conv <pads = [1, 1, 1, 1]> (s, wb)
+        r = RoiAlign <output_height = 4, output_width = 4> (b, regions, images)
+        y = Conv <pads = [1, 1, 1, 1]> (r, wc)
+    }""",
+    {"wa": (8, 3, 3, 3), "wb": (6, 8, 3, 3), "wc": (5, 6, 3, 3)},
+    {("conv", 1, 8): 1, ("conv", 1, 6): 1},
+    {"x": (2, 3, 8, 8), "grid": (2, 4, 4, 2)},
+    {"regions": np.array([[0, 0, 3, 3], [1, 0, 4, 2]], np.float32)},
+    ints={"images": np.array([1, 0])},
+)
 CASES["trilu_where_cumsum"] = Case(
     """<ir_version: 10, opset_import: ["": 18]>
     g (float[B, 5, 16] x) => (float[B, 5, 4] y) <int64 zero = {0}, int64 one = {1}, float none = {0.0}> {

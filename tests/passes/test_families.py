@@ -67,7 +67,8 @@ KINDS: dict[str, Kinds] = {
     "siglip": attention(4, 12, 3) + ffn(96, 3),
     # The feed-forward layers of encoder and decoder, the small networks that make boxes and positions, and
     # pointwise convolutions of the neck.
-    "rtdetr": attention(4, 8, 3) + ffn(48, 3) + ffn(32, 9) + ffn(64, 1),
+    # Two layers sample values at positions of each head: their channels go, whole heads stay.
+    "rtdetr": attention(4, 8, 3) + Counter({("vo", 4, 8): 2}) + ffn(48, 3) + ffn(32, 9) + ffn(64, 1),
     "detr": attention(4, 12, 5) + ffn(64, 3),
     "wav2vec2": attention(4, 12, 2) + ffn(96, 2),
     "whisper": attention(4, 12, 5) + ffn(96, 3),

@@ -53,7 +53,7 @@ def test_a_past_in_one_tensor_is_narrowed_on_request(name: str, tmp_path: Path) 
     assert kinds_in(analysis) == expected_kinds(name, kv_cache=True)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZER_FORMS if not name.startswith("tensorflow")])
+@pytest.mark.parametrize("name", OPTIMIZER_FORMS)
 def test_half_of_everything_goes_without_data(name: str, tmp_path: Path) -> None:
     source, target = tmp_path / "model.onnx", tmp_path / "pruned.onnx"
     onnx.save(OPTIMIZER_FORMS[name]().model, source)

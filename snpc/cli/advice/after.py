@@ -13,7 +13,11 @@ def print_loss_first(result: PrunedModel, plan: PruningPlan, typed: TypedCommand
     if result.quality.grade != "poor":
         return
     worst = max(result.quality.differences, key=lambda d: d.drift)
-    same = f", the same top entry in {100 * worst.agreement:.1f} %" if worst.agreement is not None else ""
+    same = (
+        f", the same top entry in {100 * worst.agreement:.1f} %"
+        if worst.agreement is not None and worst.metric == "kl"
+        else ""
+    )
     print_warning(
         f"the outputs no longer resemble the original's: drift {worst.drift:.2g} in {worst.output}{same} "
         f"({result.quality.source}). {kept_by(result, plan, typed)}",

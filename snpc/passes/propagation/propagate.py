@@ -442,6 +442,28 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
     return [unify_factors(context, parts)]
 
 
+def propagate_sampling(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """Channels keep their labels, positions are pinned. Where heads lie on the axis of samples, the channels of each
+    are a block, and whole heads stay: the positions have this axis too."""
+    data = inputs[0]
+    assert data is not None and context.spec.axes is not None
+    context.pin_all(inputs[1:], context.spec.reason)
+    fixed = set(context.spec.axes(context.call))
+    factors = []
+    for labels in data.factors:
+        varying = varying_axes(labels)
+        if varying & fixed or 1 not in varying:
+            context.pin(data, labels, context.spec.reason, min(varying & fixed or varying))
+            continue
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
+        if 0 in varying:
+            heads = cover_remaining_axes(context, labels, frozenset({0}))
+            context.pin(data, heads, "the positions that are read have this axis as well", 0)
+            context.trace.table.flag(labels, LabelFlag.PASSED_THROUGH)
+        factors.append(labels)
+    return [tuple(factors)]
+
+
 PROPAGATION_RULES = {
     "movement": propagate_movement,
     "concat": propagate_concat,
@@ -451,6 +473,7 @@ PROPAGATION_RULES = {
     "reduce": propagate_reduction,
     "attention": propagate_attention,
     "rotary": propagate_rotary,
+    "sample": propagate_sampling,
     "scatter": propagate_scatter,
     "shape": propagate_shape_only,
     "opaque": propagate_opaque,

@@ -397,6 +397,7 @@ TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
     "reduce": token_reduction,
     "attention": token_attention,
     "rotary": token_by_position,
+    "sample": token_opaque,
     "scatter": token_by_position,
     "shape": token_shape_only,
     "opaque": token_opaque,

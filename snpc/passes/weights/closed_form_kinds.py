@@ -90,7 +90,7 @@ class LazyGroupWeights(Mapping[str, GroupWeights]):
 
 def group_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
     """The weights around one group, and its closed form."""
-    if group.approximate and group.role == "residual":
+    if group.approximate and not group.normalized_inside:
         return GroupWeights(None, consumers=supported_consumers(traced_graph, group))
     try:
         weights = closed_form_weights(traced_graph, group)

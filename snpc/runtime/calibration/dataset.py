@@ -131,6 +131,11 @@ class Calibration:
                 elements[spec.name] = max(elements.get(spec.name, 0), rows * math.prod(each))
         return elements
 
+    @property
+    def origin(self) -> str:
+        """The samples in words that tell them from other samples of the same source."""
+        return f"{self.describe()}, seed {self.seed}"
+
     def describe(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
         size = min(self.batch, self.samples)

@@ -32,6 +32,7 @@ from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
+    run_until,
 )
 from snpc.runtime.evaluation.distances import OutputMetric
 from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
@@ -76,6 +77,7 @@ __all__ = [
     "rounding_tolerance",
     "run_batches",
     "run_rounds",
+    "run_until",
     "time_pair",
     "top1_accuracy",
     "with_metrics",

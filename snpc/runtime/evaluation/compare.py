@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,13 +22,9 @@ from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
-    open_session,
-    release_free_memory,
-    run_session,
-    runs_in_float32,
-    temporary_session,
+    file_session,
 )
-from snpc.runtime.io import read_model, read_without_weights, save
+from snpc.runtime.io import read_without_weights, save
 from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
 
@@ -231,17 +226,8 @@ def run_batches(
     ``max_bytes``: no further batch is run once the outputs are larger, apart from the first ``VERIFICATION_BATCHES``.
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    model = read_model(path)
-    if runs_in_float32(model, execution):
-        with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
-            return run_until(run, batches, max_bytes)
-    session = open_session(path, execution=execution, optimization="basic", memory="least")
-    names = {i.name for i in session.get_inputs()}
-    model_feeds = [{k: v for k, v in feeds.items() if k in names} for feeds in batches]
-    outputs = run_until(partial(run_session, session, name=path.name), model_feeds, max_bytes)
-    del session
-    release_free_memory()
-    return outputs
+    with file_session(path, execution) as run:
+        return run_until(run, batches, max_bytes)
 
 
 def run_until(
@@ -265,20 +251,21 @@ def compare_models(
     execution: Execution = DEFAULT_EXECUTION,
     masked_feeds: Sequence[Feeds] | None = None,
     metrics: OutputMetrics = RELATIVE_METRICS,
+    probes: int = 0,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
     """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
     original for the first batches, to which that is limited (with token decisions it has more inputs). ``metrics``: of
-    pruned against original.
+    pruned against original. ``probes``: so many of the first batches are there for sliced against masked only.
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
         narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
-    drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense], narrow, metrics)
+    drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense[probes:]], narrow[probes:], metrics)
     if rewritten is None:
         return (), drift
     with temporary_folder() as folder:
@@ -286,8 +273,10 @@ def compare_models(
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution)
-    equals_mask = batch_differences([narrow_caches(outputs, cut) for outputs in masked], narrow[: len(masked)])
-    return equals_mask, drift
+    same = [narrow_caches(outputs, cut) for outputs in masked]
+    equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])
+    worst = {d.output: d for d in batch_differences(same[:probes], narrow[:probes])}
+    return tuple(max(d, worst.get(d.output, d), key=lambda found: found.relative) for d in equals_mask), drift
 
 
 def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]) -> dict[str, AnyArray]:

@@ -128,7 +128,7 @@ class LatencyTable:
 def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
     """The groups of these roles that a target may cut: the residual stream with norms over it goes by ratio only."""
     of_roles = [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1]
-    return [g for g in of_roles if not (g.approximate and g.role == "residual")]
+    return [g for g in of_roles if not g.approximate or g.normalized_inside]
 
 
 def latency_table(

@@ -31,7 +31,14 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.random_inputs import embedding_rows, feed_sizes, id_limits, random_batch, random_calibration
+from snpc.runtime.execution.random_inputs import (
+    embedding_rows,
+    feed_sizes,
+    id_limits,
+    probe_batch,
+    random_batch,
+    random_calibration,
+)
 from snpc.runtime.execution.runners import (
     ENGINE_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -83,6 +90,7 @@ __all__ = [
     "parse_bytes",
     "parse_shapes",
     "prepare_run",
+    "probe_batch",
     "random_batch",
     "random_calibration",
     "random_feeds",

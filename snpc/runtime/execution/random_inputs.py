@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from snpc.graph import DimSizes, ShapeFacts, leading_dims
+from snpc.graph import DimSizes, ShapeFacts, coprime_dim_sizes, leading_dims
 from snpc.ops import lookup
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration, find_sample_axes, load_calibration
@@ -51,6 +51,14 @@ def feed_sizes(analysis: Analysis, batch: int, dim_sizes: DimSizes) -> DimSizes:
     given = analysis.given_sizes
     leading = leading_dims(analysis.model.graph.graph)
     return dim_sizes.resized({**dict.fromkeys(leading, batch), **given}, given)
+
+
+def probe_batch(analysis: Analysis, dim_sizes: DimSizes) -> tuple[dict[str, AnyArray], DimSizes]:
+    """One feed at other sizes than ``dim_sizes``, coprime to them, and these sizes; nothing without dynamic axes."""
+    sizes = coprime_dim_sizes(dim_sizes, leading_dims(analysis.model.graph.graph))
+    if sizes == dim_sizes:
+        return {}, sizes
+    return random_feeds(analysis.model.inputs, dim_sizes=sizes, id_limits=id_limits(analysis)), sizes
 
 
 def id_limits(analysis: Analysis) -> dict[str, int]:

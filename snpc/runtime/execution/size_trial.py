@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from snpc.errors import UserError
 from snpc.graph import DimSizes, trial_dim_sizes
 from snpc.passes import Analysis
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.random_inputs import random_batch
-from snpc.runtime.execution.temporary_session import file_session
+from snpc.runtime.execution.temporary_session import RunFunction
 
 MOST_TRIALS = 48
 MOST_TRIAL_SECONDS = 30.0
@@ -21,12 +20,11 @@ SAMPLES = 2  # of a trial, where the model takes more than one
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\{[^}]*\}")
 
 
-def find_running_sizes(analysis: Analysis, execution: Execution = DEFAULT_EXECUTION) -> DimSizes:
-    """The first sizes of dynamic dimensions at which the original runs on random inputs; those of the analysis where it
-    has no dynamic axis.
+def find_running_sizes(analysis: Analysis, run: RunFunction) -> DimSizes:
+    """The first sizes of dynamic dimensions at which ``run``, the original, runs on random inputs; those of the
+    analysis where it has no dynamic axis.
 
-    UserError: it runs at none that was tried; the message says which, and what to give. SessionLoadError: it does not
-    load.
+    UserError: it runs at none that was tried; the message says which, and what to give.
     """
     if not analysis.traced_graph.dim_sizes:
         return analysis.traced_graph.dim_sizes
@@ -35,18 +33,17 @@ def find_running_sizes(analysis: Analysis, execution: Execution = DEFAULT_EXECUT
     told: list[int] = []
     last = ""
     start = time.monotonic()
-    with file_session(analysis.model.path, execution) as run:
-        for sizes in trial_dim_sizes(graph, chosen, given, told):
-            tried.append(sizes)
-            try:
-                run(random_batch(analysis, SAMPLES, dim_sizes=sizes))
-            except UserError as error:
-                last = str(error)
-                told[:] = told_numbers(last)
-            else:
-                return sizes
-            if len(tried) >= MOST_TRIALS or time.monotonic() - start > MOST_TRIAL_SECONDS:
-                break
+    for sizes in trial_dim_sizes(graph, chosen, given, told):
+        tried.append(sizes)
+        try:
+            run(random_batch(analysis, SAMPLES, dim_sizes=sizes))
+        except UserError as error:
+            last = str(error)
+            told[:] = told_numbers(last)
+        else:
+            return sizes
+        if len(tried) >= MOST_TRIALS or time.monotonic() - start > MOST_TRIAL_SECONDS:
+            break
     shown = "; ".join(sizes_text(sizes) for sizes in tried[:SHOWN_TRIALS])
     raise UserError(
         f"{last}; {len(tried)} sizes of its dynamic dimensions were tried ({shown}"

@@ -22,7 +22,7 @@ from snpc.runtime.execution.session import (
     resolve_provider,
     run_session,
 )
-from snpc.runtime.io import save
+from snpc.runtime.io import read_model, save
 from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds
 
@@ -69,7 +69,7 @@ def temporary_session(
 @contextmanager
 def file_session(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
     """A function from feeds to outputs of the model in ``path``, for few runs; see ``temporary_session``."""
-    model = ir.load(path)
+    model = read_model(path)
     if runs_in_float32(model, execution):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             yield run

@@ -66,6 +66,7 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
         raise UserError(f"{path}: no such file" if not exists else f"{path}: not a file; give the .onnx itself")
     proto = read_checked(path)
     digest = file_digest(path, proto)
+    nodes = len(proto.graph.node)
     external = any(location != path.name for location in external_data_files(proto))
     resolve_external_locations(proto, path)
     try:
@@ -84,6 +85,7 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
         tensor_specs(graph.graph.inputs, graph),
         tensor_specs(graph.graph.outputs, graph),
         external,
+        nodes,
     )
 
 

@@ -118,7 +118,7 @@ def measure_statistics(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.describe(),), totals.sums)
+    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums)
 
 
 def check_measured(

@@ -131,6 +131,14 @@ CASES = {
             k = MatMul(x, wk)  t = Transpose <perm = [0, 2, 1]> (k)  y = MatMul(r, t) }""",
         {"wq": (5, 4), "wk": (5, 4), "cosine": (7, 2), "sine": (7, 2)},
     ),
+    "sample": Case(
+        "sample",
+        """g (float[2,3,5] x, float[4,1,3,2] grid) => (float[2,3,5] y) {
+            k = MatMul(x, w)  h = Reshape(k, heads)  t = Transpose <perm = [0, 2, 3, 1]> (h)  m = Reshape(t, images)
+            s = GridSample(m, grid)  b = Reshape(s, back)  c = Transpose <perm = [0, 2, 1]> (b)  y = MatMul(c, v) }""",
+        {"w": (5, 4), "v": (4, 5)},
+        {"heads": [0, 0, 2, 2], "images": [4, 2, 1, 3], "back": [2, 4, 3]},
+    ),
     "scatter": Case(
         "scatter",
         """g (float[3,5] x) => (float[3,5] y) {

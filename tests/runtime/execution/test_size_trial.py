@@ -9,8 +9,10 @@ import onnx
 import pytest
 
 from snpc.errors import UserError
+from snpc.graph import DimSizes
 from snpc.passes.analyze import analyze
 from snpc.runtime.execution.size_trial import find_running_sizes, told_numbers
+from snpc.runtime.execution.temporary_session import file_session
 from snpc.runtime.io.load import load
 from tests.command_line import invoke, reported
 from tests.models.dynamic_sizes import CONSTRAINED, DECODERS
@@ -35,7 +37,7 @@ def test_decoders_with_caches_are_cut_without_data(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", CONSTRAINED)
 def test_lengths_that_the_graph_fixes_are_found(name: str, tmp_path: Path) -> None:
     require(name)
-    sizes = find_running_sizes(analyze(load(export(name))))
+    sizes = running_sizes(export(name))
     assert sizes.get("length") == 8 or name not in ("torch_encoder__ts17", "added_positions__ts17")
     invoke("prune", export(name), "--ratio", 0.5, "--method", "select", "-o", tmp_path / "out.onnx")
 
@@ -44,7 +46,7 @@ def test_a_batch_that_a_kernel_demands_is_found_by_trying() -> None:
     """onnxruntime's RotaryEmbedding takes the tables of one sample for one sample only; no shape inference says so."""
     name = "llama_cached__dyn23"
     require(name)
-    assert find_running_sizes(analyze(load(export(name))))["batch"] == 1
+    assert running_sizes(export(name))["batch"] == 1
 
 
 def test_where_nothing_runs_the_message_says_what_was_tried(tmp_path: Path) -> None:
@@ -59,14 +61,14 @@ def test_where_nothing_runs_the_message_says_what_was_tried(tmp_path: Path) -> N
     weights = {"shape": np.array([3, 5]), "w": np.ones((5, 5), np.float32)}
     onnx.save(text_model(text, weights), path)
     with pytest.raises(UserError, match=r"sizes .* were tried \(n=\d+; n=1; .*--dim-param NAME=N or --input-shapes"):
-        find_running_sizes(analyze(load(path)))
+        running_sizes(path)
 
 
 def test_sizes_that_the_user_gives_are_used(tmp_path: Path) -> None:
     text = "given (float[n, m, 4] x) => (float[n, m, 4] y) { y = MatMul(x, w) }"
     path = tmp_path / "given.onnx"
     onnx.save(text_model(text, {"w": np.ones((4, 4), np.float32)}), path)
-    assert find_running_sizes(analyze(load(path), {"m": 33})) == {"n": 2, "m": 33}
+    assert running_sizes(path, m=33) == {"n": 2, "m": 33}
 
 
 def test_numbers_of_an_error_are_sizes_and_no_names() -> None:
@@ -76,6 +78,11 @@ def test_numbers_of_an_error_are_sizes_and_no_names() -> None:
         "dimension other than 1. 11 by 20"
     )
     assert {11, 20} <= set(told_numbers(message)) and not {12, 3} & set(told_numbers(message))
+
+
+def running_sizes(path: Path, **given: int) -> DimSizes:
+    with file_session(path) as run:
+        return find_running_sizes(analyze(load(path), given), run)
 
 
 def input_shapes(path: Path) -> Shapes:
