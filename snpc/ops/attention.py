@@ -93,8 +93,15 @@ class AttentionGeometry:
 
 def head_counts(call: OpCall) -> tuple[int, int]:
     """(query heads, key heads) of a node whose inputs are [B,N,H*D]; (0, 0) where they are [B,H,N,D]."""
-    heads = int(call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0)))
-    return heads, int(call.attrs.get("kv_num_heads", heads))
+    heads = call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0))
+    kv_heads = call.attrs.get("kv_num_heads", heads)
+    if not (isinstance(heads, int) and isinstance(kv_heads, int)):  # attributes of a damaged file
+        return 0, 0
+    return heads, kv_heads
+
+
+KEY_RANKS = {2: {2}, 3: {3, 4}, 4: {4}}
+"""Rank of the query -> ranks that keys and values can have: rows of all tokens, flat, or split into heads."""
 
 
 def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
@@ -115,12 +122,12 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
         return AttentionGeometry(query[0], heads, kv_heads, query[1], query[1], width, width)
     if not (call.has(shape.key) and call.has(shape.value)) or len(query) > 4:
         return None
-    if len(query) == 4:
-        heads, kv_heads = query[1], call.shape(shape.key)[1]
-    length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     key, value = call.shape(shape.key), call.shape(shape.value)
-    if not (2 < len(key) < 5 and 2 < len(value) < 5):
+    if not {len(key), len(value)} <= KEY_RANKS.get(len(call.shape(shape.query)), set()):
         return None
+    if len(query) == 4:
+        heads, kv_heads = query[1], key[1]
+    length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     kv_length = key[-2]
     return AttentionGeometry(
         query[0], heads, kv_heads, length, kv_length, width, value[3] if len(value) == 4 else value[-1] // kv_heads
