@@ -111,10 +111,12 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     heads, kv_heads = head_counts(call)
     if not call.has(shape.query) or (len(call.shape(shape.query)) < 4 and min(heads, kv_heads) < 1):
         return None
+    if shape.packed and len(call.shape(shape.query)) != 3:
+        return None
     query = (1,) * (3 - len(call.shape(shape.query))) + call.shape(shape.query)
     if shape.packed == "weight":
         widths = packed_weight_widths(call)
-        if widths is None or len(query) > 3:
+        if widths is None:
             return None
         return AttentionGeometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
     if shape.packed == "columns":

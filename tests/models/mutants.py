@@ -236,10 +236,14 @@ def work(first: int, last: int, step: int) -> None:
             complaints = trial(path, MODES[seed % len(MODES)])
             faulthandler.cancel_dump_traceback_later()
             complaints += [f"opened {opened}" for opened in outside]
-            print(json.dumps({"seed": seed, "complaints": complaints}), flush=True)
+            counts = {"outcomes": list(OUTCOMES.items()), "reasons": list(REASONS.items())}
+            print(
+                json.dumps({"seed": seed, "complaints": complaints, **counts, "compared": list(COMPARED.items())}),
+                flush=True,
+            )
+            for counter in (OUTCOMES, REASONS, COMPARED):
+                counter.clear()
             shutil.rmtree(folder)
-    counts = {"outcomes": list(OUTCOMES.items()), "reasons": list(REASONS.items()), "compared": list(COMPARED.items())}
-    print(json.dumps(counts), flush=True)
 
 
 def is_outside(event: str, about: tuple[Any, ...]) -> bool:
@@ -260,7 +264,7 @@ def share(first: int, last: int, step: int) -> tuple[list[str], list[Any]]:
                 said = json.loads(line)
                 if "outcomes" in said:
                     counts.append(said)
-                elif "done" in said:
+                if "done" in said:
                     now = said
                 for words_ in said.get("complaints", ()):
                     complaints.append(f"{now['seed']} ({now['done']}) {words_}")
