@@ -121,7 +121,7 @@ class PruningPlan:
         """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
         if self.calibration is None or self.statistics is None:
             return True
-        return self.statistics.sources == (self.calibration.describe(),)
+        return self.statistics.sources == (self.calibration.origin,)
 
     @property
     def other_data(self) -> str:
@@ -334,16 +334,18 @@ def complete_plan(
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 
-def load_plan(path: Path | str, model: Model) -> SlicePlan:
+def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | None = None) -> SlicePlan:
     """Read a plan file for ``model``, which is analyzed as it was for the plan: with fewer tokens where it says so.
 
-    Raises UserError where the file is no plan, or one of another model.
+    ``dim_sizes``: see ``analyze``. Raises UserError where the file is no plan, or one of another model.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: cannot be read (not a file); give a plan that `snpc plan` wrote")
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    analysis, reduction = analyze(model, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
+    analysis, reduction = analyze(model, dim_sizes, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
     analysis = with_named_metrics(analysis, metrics_in(text))

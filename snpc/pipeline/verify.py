@@ -228,14 +228,14 @@ def compare_with_reference(
         if rewritten is None:
             raise
         at = f" (random inputs at {sizes_text(probes[0].sizes)} were compared too)" if probes else ""
-        feeds = list(zip(first.batches, decided, strict=True))
+        feeds = [*((probe.feeds, probe.feeds) for probe in probes), *zip(first.batches, decided, strict=True)]
         same = compare_on_equal_selections(
-            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution, len(probes)
         )
         if same is None:
             raise CheckFailed(f"{error}{at}") from None
     drift, on = (measured[1], data) if measured else (same.drift, first)
-    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
+    return verdict(same.equals_mask, drift, (*structure, *checks, same.describe()), on)
 
 
 def measure_quality(
@@ -284,6 +284,7 @@ def verify(
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     metric: MetricRequest | None = None,
+    dim_sizes: Mapping[str, int] | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
@@ -291,9 +292,10 @@ def verify(
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
     (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
-    left out. Raises CheckFailed where a check fails.
+    left out. ``dim_sizes``: sizes of dynamic dimensions that random inputs have, where there is no plan. Raises
+    CheckFailed where a check fails.
     """
-    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
+    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original), dim_sizes), metric)
     load(pruned)
     rewritten, refits = None, plan is not None and plan.slices.method != "select"
     notes: tuple[str, ...] = ()
