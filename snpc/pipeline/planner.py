@@ -121,7 +121,7 @@ class PruningPlan:
         """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
         if self.calibration is None or self.statistics is None:
             return True
-        return self.statistics.sources == (self.calibration.describe(),)
+        return self.statistics.sources == (self.calibration.origin,)
 
     @property
     def other_data(self) -> str:
@@ -340,6 +340,8 @@ def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | Non
     ``dim_sizes``: see ``analyze``. Raises UserError where the file is no plan, or one of another model.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: cannot be read (not a file); give a plan that `snpc plan` wrote")
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

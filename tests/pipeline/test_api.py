@@ -193,3 +193,14 @@ def test_nothing_is_fitted_to_held_out_samples(options: dict[str, Any], tmp_path
     assert results[0].path.read_bytes() == results[1].path.read_bytes()
     assert results[0].quality.held_out and results[0].quality.samples == len(rows) == 4
     assert results[0].quality.differences != results[1].quality.differences
+
+
+def test_statistics_of_other_samples_may_include_those_held_out(tmp_path: Path) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    budget = snpc.Budget(ratio=0.3, roles=("ffn",))
+    here, elsewhere = (snpc.load_calibration(CALIB, analysis.model.inputs, samples=32, seed=seed) for seed in (0, 1))
+    measured = snpc.plan(analysis, budget, here, method="parallel")
+    again = snpc.plan(analysis, budget, elsewhere, method="parallel", statistics=measured.statistics)
+    same, other = (snpc.apply(plan, tmp_path / "out.onnx").quality for plan in (measured, again))
+    assert same.held_out and same.source.startswith("64 held-out samples")
+    assert not other.held_out and "statistics may include" in other.source
