@@ -228,14 +228,14 @@ def compare_with_reference(
         if rewritten is None:
             raise
         at = f" (random inputs at {sizes_text(probes[0].sizes)} were compared too)" if probes else ""
-        feeds = list(zip(first.batches, decided, strict=True))
+        feeds = [*((probe.feeds, probe.feeds) for probe in probes), *zip(first.batches, decided, strict=True)]
         same = compare_on_equal_selections(
-            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution, len(probes)
         )
         if same is None:
             raise CheckFailed(f"{error}{at}") from None
     drift, on = (measured[1], data) if measured else (same.drift, first)
-    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
+    return verdict(same.equals_mask, drift, (*structure, *checks, same.describe()), on)
 
 
 def measure_quality(
