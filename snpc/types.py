@@ -239,7 +239,7 @@ class Difference:
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
-    "kl": (0.1, 0.4),
+    "kl": (0.1, 0.3),
     "relative": (0.1, 0.3),
     "cosine": (0.02, 0.1),
     "mismatch": (0.02, 0.1),

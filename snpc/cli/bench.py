@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     ExecutionArguments,
     ImageArguments,
     JsonArguments,
+    SizeArguments,
     TypedCommand,
     argument,
     check_output_paths,
@@ -25,7 +26,7 @@ from snpc.cli.arguments import (
 from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
 from snpc.runtime.evaluation import TimingProtocol
-from snpc.runtime.execution import RandomInputs, open_runner, parse_shapes
+from snpc.runtime.execution import RandomInputs, open_runner
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class BenchInputs(ArgumentGroup):
     batch: int = option(
         "--batch", default=1, show_default=True, type=int, help="Size of the batch axis, where it is dynamic."
     )
-    shapes: tuple[str, ...] = option(
-        "--input-shapes", multiple=True, metavar="NAME:1,3,224,224", help="Shape of an input; repeatable."
-    )
+    at: SizeArguments = subgroup(section="Inputs")
     data: str | None = option(
         "--calib",
         "--data",
@@ -93,12 +92,12 @@ def bench_command(
         calibration = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch, images=images)
         inputs.images.print_format(calibration)
         data = calibration.batches()
-    if source is not None and inputs.shapes:
-        raise UserError("--calib brings its own shapes: leave out --input-shapes")
+    if source is not None and (inputs.at.shapes or inputs.at.dims):
+        raise UserError("--calib brings its own shapes: leave out --input-shapes and --dim-param")
     with timing_progress() as on_progress:
         result = snpc.bench(
             paths,
-            RandomInputs(batch, parse_shapes(inputs.shapes) or None) if data is None else data,
+            RandomInputs(batch, inputs.at.input_shapes() or None, inputs.at.dim_sizes()) if data is None else data,
             protocol=TimingProtocol(protocol.warmup, protocol.iterations, protocol.duration),
             execution=replace(running.load(), threads=protocol.threads),
             on_progress=on_progress,

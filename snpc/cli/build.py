@@ -84,7 +84,8 @@ def build_command(
     loaded = snpc.load(model.path)
     check_output_paths([output.output, output.json.json_path], *model.files(), calibration.calib)
     calibration.check()
-    data = calibration.load(snpc.analyze(loaded)) if calibration.calib is not None else None
+    sizes = model.at.sizes(loaded.inputs)
+    data = calibration.load(snpc.analyze(loaded, sizes)) if calibration.calib is not None else None
     result = snpc.build(
         model.path,
         target.target,
@@ -93,7 +94,7 @@ def build_command(
         execution=replace(running.load(), observer=output.dump.load()),
         calibration=data,
         batch=target.batch,
-        options=arguments.load(emit_script=target.emit_script),
+        options=replace(arguments.load(emit_script=target.emit_script), dim_sizes=sizes),
     )
     output.json.write(build_json(result))
     if not output.json.replaces_tables:

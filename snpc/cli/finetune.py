@@ -16,6 +16,7 @@ from snpc.cli.arguments import (
     JsonArguments,
     ModelArguments,
     ScheduleArguments,
+    SizeArguments,
     TrainingArguments,
     TrainingDataArguments,
     TypedCommand,
@@ -49,6 +50,8 @@ class FinetuneModels(ArgumentGroup):
     teacher: Path = option(
         "--teacher", type=FILE_PATH, required=True, section="Inputs", help="The dense model that PRUNED was made from."
     )
+
+    at: SizeArguments = subgroup()
 
     @property
     def are_one(self) -> bool:
@@ -103,7 +106,7 @@ def finetune_command(
         inputs.calib,
         pruning.held_out,
     )
-    analysis = load_and_analyze(models.teacher)
+    analysis = load_and_analyze(models.teacher, models.at)
     calibration = inputs.as_calibration(training.batch)
     run = FinetuneRun(
         models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target

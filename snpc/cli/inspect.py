@@ -13,8 +13,8 @@ from snpc.cli.arguments import (
     CalibrationArguments,
     ExecutionArguments,
     JsonArguments,
-    SizedModelArguments,
     TypedCommand,
+    WatchedModelArguments,
     check_output_paths,
     command,
     option,
@@ -41,7 +41,7 @@ class InspectArguments(ArgumentGroup):
 
 @command("inspect")
 def inspect_command(
-    model: SizedModelArguments,
+    model: WatchedModelArguments,
     output: InspectArguments,
     calibration: CalibrationArguments,
     running: ExecutionArguments,

@@ -63,7 +63,7 @@ def plan_command(
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)
     planning = planning.with_width_multiple(None, execution)
-    timed = workload.load()
+    timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
     snpc.save_plan(plan, path)
@@ -151,7 +151,8 @@ def apply_command(
     """
     execution, stopwatch = running.load(), Stopwatch()
     with stopwatch.stage("analyze"):
-        slices = snpc.load_plan(plan.plan_file, snpc.load(model.path))
+        loaded = snpc.load(model.path)
+        slices = snpc.load_plan(plan.plan_file, loaded, model.at.sizes(loaded.inputs))
     path = output.output or model.sibling("-pruned.onnx")
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
     check_output_paths([path, output.json.json_path], *inputs)

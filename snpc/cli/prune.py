@@ -18,8 +18,8 @@ from snpc.cli.arguments import (
     PlanningArguments,
     PruneBuildArguments,
     SavedStatisticsArguments,
-    SizedModelArguments,
     TypedCommand,
+    WatchedModelArguments,
     WorkloadArguments,
     check_output_paths,
     command,
@@ -58,7 +58,7 @@ class PruneOutput(ArgumentGroup):
 
 @command("prune")
 def prune_command(
-    model: SizedModelArguments,
+    model: WatchedModelArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
     statistics: SavedStatisticsArguments,
@@ -81,10 +81,10 @@ def prune_command(
     with stopwatch.stage("calibration"):
         data = calibration.load(analysis)
     planning = planning.with_width_multiple(build.build, execution)
-    artifact = None
+    artifact, shapes = None, None
     if planning.amount.wants_latency:
-        artifact = build.timed_artifact(execution, data, workload.batch)
-    timed = workload.load(artifact)
+        artifact, shapes = build.timed_artifact(execution, data, workload.batch), model.at.input_shapes()
+    timed = workload.load(artifact, shapes)
     with stopwatch.stage("tokens"):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)

@@ -62,7 +62,9 @@ def verify_command(
     Outputs are compared on the data of --calib, or on random inputs.
     """
     pruned = arguments.pruned
-    slices = snpc.load_plan(arguments.plan_path, snpc.load(model.path)) if arguments.plan_path else None
+    loaded = snpc.load(model.path)
+    sizes = model.at.sizes(loaded.inputs)
+    slices = snpc.load_plan(arguments.plan_path, loaded, sizes) if arguments.plan_path else None
     analysis = slices.analysis if slices else model.load()
     snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, inputs.calib)
@@ -71,7 +73,15 @@ def verify_command(
     execution = running.load()
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
     metric = judging.metric or None
-    verdict = snpc.verify(model.path, pruned, plan=plan, calibration=calibration, metric=metric, execution=execution)
+    verdict = snpc.verify(
+        model.path,
+        pruned,
+        plan=plan,
+        calibration=calibration,
+        metric=metric,
+        dim_sizes=sizes,
+        execution=execution,
+    )
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

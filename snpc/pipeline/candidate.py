@@ -55,8 +55,8 @@ class Stopwatch:
 class SearchResult:
     """Plans that were written and measured on the way to a limit.
 
-    ``kind`` "drift": relative root mean square change of the outputs; "latency": share of the dense model's time, or
-    ms. ``tried``: (predicted, measured) of each plan, in order.
+    ``kind`` "drift": change of the outputs, relative or by the user's metric; "latency": share of the dense model's
+    time, or ms. ``tried``: (predicted, measured) of each plan, in order.
     """
 
     kind: Literal["drift", "latency"]

@@ -8,7 +8,7 @@ are; ``ClosedForms.skipped`` says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +121,7 @@ class PruningPlan:
         """Is ``calibration`` the data that the statistics were measured on, as far as they were?"""
         if self.calibration is None or self.statistics is None:
             return True
-        return self.statistics.sources == (self.calibration.describe(),)
+        return self.statistics.sources == (self.calibration.origin,)
 
     @property
     def other_data(self) -> str:
@@ -212,6 +212,7 @@ def make_plan(
         closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
+    check_numbers(scores, closed_forms, groups)
     if budget.allocator == "dimap":
         scores = replace(scores, energies=unit_weight_energies(analysis, groups))
     if budget.is_latency:
@@ -238,6 +239,18 @@ def make_plan(
         calibration,
         execution,
     )
+
+
+def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequence[Group]) -> None:
+    """Raise UserError where a score or a closed-form loss is NaN or infinite: no plan can be made of it."""
+    for group in groups:
+        loss = closed_forms.loss_curve(group)
+        for what, array in ((f"scores ({scores.criterion})", scores.values.get(group.id)), ("closed-form loss", loss)):
+            if array is not None and not np.isfinite(array).all():
+                raise UserError(
+                    f"{group.id}: its {what} hold NaN or infinity: the weights or the data have values that are too "
+                    "large; leave the group out with --exclude, or look at its weights"
+                )
 
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
@@ -321,16 +334,18 @@ def complete_plan(
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 
-def load_plan(path: Path | str, model: Model) -> SlicePlan:
+def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | None = None) -> SlicePlan:
     """Read a plan file for ``model``, which is analyzed as it was for the plan: with fewer tokens where it says so.
 
-    Raises UserError where the file is no plan, or one of another model.
+    ``dim_sizes``: see ``analyze``. Raises UserError where the file is no plan, or one of another model.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: cannot be read (not a file); give a plan that `snpc plan` wrote")
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    analysis, reduction = analyze(model, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
+    analysis, reduction = analyze(model, dim_sizes, prune_kv_cache=prunes_kv_cache(text)), token_reduction_in(text)
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
     analysis = with_named_metrics(analysis, metrics_in(text))

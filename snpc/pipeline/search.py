@@ -23,7 +23,7 @@ from snpc.pipeline.candidate import (
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.verify import Reference
 from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
-from snpc.runtime.evaluation import Workload, time_pair
+from snpc.runtime.evaluation import OutputMetrics, Workload, time_pair
 from snpc.temporary import temporary_folder
 from snpc.types import FloatArray
 
@@ -105,7 +105,8 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
             f"{search.target}: the smallest cut changes an output by {least:.3g}, more than --max-drift {limit:g}; "
             "nothing was written"
         )
-    return search.publish(SearchResult("drift", "relative", limit, search.measured, tuple(search.tried)))
+    unit = OutputMetrics.of(search.plan.analysis).drift_unit
+    return search.publish(SearchResult("drift", unit, limit, search.measured, tuple(search.tried)))
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,9 @@ def sweep(
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
         on_step("judging and timing")
         evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
-        points = with_timings(with_quality(points, analysis, evaluation, execution), request, execution)
+        points = with_timings(
+            with_quality(points, analysis, evaluation, execution), request, analysis.given_sizes, execution
+        )
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
 
@@ -268,10 +270,12 @@ def with_quality(
     return judged
 
 
-def with_timings(points: Sequence[SweepPoint], request: SweepRequest, execution: Execution) -> list[SweepPoint]:
+def with_timings(
+    points: Sequence[SweepPoint], request: SweepRequest, sizes: Mapping[str, int], execution: Execution
+) -> list[SweepPoint]:
     result = bench(
         [point.files[0] for point in points],
-        RandomInputs(batch=request.batch),
+        RandomInputs(batch=request.batch, dim_sizes=sizes),
         protocol=TimingProtocol(iterations=request.rounds),
         execution=execution,
     )

@@ -75,7 +75,7 @@ class VerificationData:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SizeProbe:
     """Random inputs at ``sizes`` of dynamic dimensions that differ from those of the analysis, and what the original
     makes of them: a rewrite that is right at one length only is found out."""
 
@@ -92,7 +92,7 @@ class Reference:
     metrics: OutputMetrics
     outputs: Sequence[Mapping[str, AnyArray]] = ()
     not_run: str = ""
-    probe: Probe | None = None
+    probe: SizeProbe | None = None
 
 
 def verification_data(
@@ -146,7 +146,7 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
     return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs, probe=probe)
 
 
-def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> Probe | None:
+def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:
     """None where the model has no dynamic axis, or the original runs at no other sizes, or to no finite outputs."""
     feeds, others = probe_batch(analysis, sizes)
     if not feeds:
@@ -156,7 +156,7 @@ def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> Probe | 
     except UserError:
         return None
     finite = all(not array.size or np.isfinite(array.astype(np.float64)).any() for array in outputs.values())
-    return Probe(feeds, outputs, others) if finite else None
+    return SizeProbe(feeds, outputs, others) if finite else None
 
 
 def candidate_reference(plan: PruningPlan) -> Reference:
@@ -228,14 +228,14 @@ def compare_with_reference(
         if rewritten is None:
             raise
         at = f" (random inputs at {sizes_text(probes[0].sizes)} were compared too)" if probes else ""
-        feeds = list(zip(first.batches, decided, strict=True))
+        feeds = [*((probe.feeds, probe.feeds) for probe in probes), *zip(first.batches, decided, strict=True)]
         same = compare_on_equal_selections(
-            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution
+            analysis.model.graph, pruned, rewritten, feeds, tolerance, reference.metrics, execution, len(probes)
         )
         if same is None:
             raise CheckFailed(f"{error}{at}") from None
     drift, on = (measured[1], data) if measured else (same.drift, first)
-    return verdict(same.equals_mask, drift, (*structure, same.describe()), on)
+    return verdict(same.equals_mask, drift, (*structure, *checks, same.describe()), on)
 
 
 def measure_quality(
@@ -284,6 +284,7 @@ def verify(
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     metric: MetricRequest | None = None,
+    dim_sizes: Mapping[str, int] | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Verdict:
     """Check a pruned file against its original: structure, quality, and sliced equals masked where the plan is known.
@@ -291,9 +292,10 @@ def verify(
     ``calibration``: inputs to run on; None: those of the plan, or random ones. Quality is measured on its held-out
     samples if it has some, else on all of it. A plan that refits weights must have its closed forms
     (``complete_plan``); made with other data than ``calibration`` it says nothing about this file's weights, and is
-    left out. Raises CheckFailed where a check fails.
+    left out. ``dim_sizes``: sizes of dynamic dimensions that random inputs have, where there is no plan. Raises
+    CheckFailed where a check fails.
     """
-    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original)), metric)
+    analysis = with_metrics(plan.analysis if plan is not None else analyze(load(original), dim_sizes), metric)
     load(pruned)
     rewritten, refits = None, plan is not None and plan.slices.method != "select"
     notes: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from snpc.types import Group, Role
 
 SAFE_DRIFT = 0.1
 """Up to this predicted drift outputs hardly change. Real drift is larger: curves are of one group at a time."""
+MARGIN = 1.1  # a prediction that is hardly beyond the limit is no news
 LARGE_SHARE = 0.5  # of what the widths can save at most
 SHARE_STEP = 100  # targets are offered in hundredths
 
@@ -42,7 +43,7 @@ class PlanOutlook:
 
     @property
     def exceeds_curves(self) -> bool:
-        return self.drift is not None and self.drift > self.limit
+        return self.drift is not None and self.drift > MARGIN * self.limit
 
     @property
     def takes_most(self) -> bool:

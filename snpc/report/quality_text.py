@@ -32,9 +32,7 @@ def quality_text(quality: Quality) -> str:
     if not quality.differences:
         return "quality: unknown: outputs were not compared"
     if quality.random_inputs:
-        return (
-            "quality: unknown: drift on random inputs says nothing about accuracy; give --calib DATA (verify: --data)"
-        )
+        return "quality: unknown: drift on random inputs says nothing about accuracy; give --calib DATA"
     if quality.grade == "unknown":
         return "quality: not graded: the metric has no limits"
     return f"quality: {quality.grade}: {MEANINGS[quality.grade]}"
@@ -70,11 +68,12 @@ def output_lines(quality: Quality) -> Iterator[str]:
 def drift_text(d: Difference) -> str:
     """The change of one output, in a few words."""
     error = f" +- {2 * d.error:.2g}" if d.error else ""
+    drift = "" if d.drift == d.distance else f", drift {d.drift:.3g} relative"  # the same where a metric was asked for
     if d.metric == "kl":
         factor = f" (perplexity x {math.exp(min(d.distance, 99.0)):.3g})" if d.rows > 1 else ""
-        text = f"KL divergence {d.distance:.3g}{error} nats{factor}, drift {d.drift:.3g} relative"
+        text = f"KL divergence {d.distance:.3g}{error} nats{factor}{drift}"
     elif d.metric == "cosine":
-        text = f"1 - cosine {d.distance:.3g}{error}, drift {d.drift:.3g} relative"
+        text = f"1 - cosine {d.distance:.3g}{error}{drift}"
     elif d.metric == "relative":
         text = f"drift {d.drift:.3g}{error} relative, cosine {d.cosine:.4f}"
     elif d.metric == "none":

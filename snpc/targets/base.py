@@ -18,7 +18,8 @@ class BuildOptions:
     ``min_shapes``, ``opt_shapes``, ``max_shapes``: shapes of inputs by name: the range that an engine serves, and the
     shapes that it is tuned for. ``sm``: compute capabilities, 89 for 8.9. ``workspace``: MiB that the builder's tactics
     may use. ``timing_cache``: a file that is read if it is there, and written. ``emit_script``: write a model and a
-    script that builds the engine on another machine, instead of building it.
+    script that builds the engine on another machine, instead of building it. ``dim_sizes``: sizes of dynamic
+    dimensions of the inputs that any target is tried on.
     """
 
     min_shapes: Mapping[str, Shape] = field(default_factory=dict)
@@ -28,10 +29,12 @@ class BuildOptions:
     workspace: int | None = None
     timing_cache: Path | None = None
     emit_script: bool = False
+    dim_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def given(self) -> list[str]:
         """Names of the options that are set, as on the command line."""
-        return [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name)]
+        names = [f.name for f in fields(self) if f.name != "dim_sizes" and getattr(self, f.name)]
+        return [f"--{name.replace('_', '-')}" for name in names]
 
 
 @dataclass(frozen=True)

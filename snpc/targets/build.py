@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph import choose_dim_sizes
+from snpc.graph import choose_dim_sizes, leading_dims
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
@@ -68,7 +69,7 @@ def build(
     cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
     for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))
-    drawn = default_feeds(loaded, batch)
+    drawn = default_feeds(loaded, batch, options_given.dim_sizes)
     feeds: tuple[Feeds, ...] = (drawn,)
     if calibration is not None:  # samples that int8 was not calibrated on, if there are any
         feeds = tuple(islice((calibration.held_out or calibration).batches(), VERIFICATION_BATCHES))
@@ -166,21 +167,12 @@ def default_output(model: Path, target: BuildTarget, precision: Precision, optio
     return model.with_name(f"{model.stem}-{target.name}{exact}{suffix}")
 
 
-def default_feeds(model: Model, batch: int) -> Feeds:
-    """Random inputs of ``batch`` samples at the sizes that MACs are quoted at."""
-    dim_sizes, facts = choose_dim_sizes(model.graph)
-    return random_feeds(
-        model.inputs,
-        batch=batch,
-        dim_sizes=without_batch_dims(model, dim_sizes),
-        id_limits=embedding_rows(model.graph, facts),
-    )
-
-
-def without_batch_dims(model: Model, dim_sizes: dict[str, int]) -> dict[str, int]:
-    """``dim_sizes`` without those of first axes, which are the batch."""
-    leading = {spec.shape[0] for spec in model.inputs if spec.shape}
-    return {name: size for name, size in dim_sizes.items() if name not in leading}
+def default_feeds(model: Model, batch: int, given: Mapping[str, int]) -> Feeds:
+    """Random inputs of ``batch`` samples at sizes that the graph takes, and at those that are ``given``."""
+    dim_sizes, facts = choose_dim_sizes(model.graph, given)
+    wanted = {**dict.fromkeys(leading_dims(model.graph.graph), batch), **given}
+    sizes = dim_sizes.resized(wanted, given)
+    return random_feeds(model.inputs, batch=batch, dim_sizes=sizes, id_limits=embedding_rows(model.graph, facts))
 
 
 def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Difference, ...], tuple[str, ...]]:

@@ -714,3 +714,28 @@ class TestProcess:
     def test_version(self) -> None:
         done = command("--version")
         assert (done.returncode, done.stdout.split()[-1]) == (0, snpc.__version__)
+
+
+READ_MODELS = ("inspect", "prune", "plan", "apply", "verify", "sweep", "bench", "build", "finetune")
+
+
+@pytest.mark.parametrize("verb", READ_MODELS)
+def test_every_command_that_reads_a_model_takes_sizes(verb: str) -> None:
+    flags = {flag for parameter in main.commands[verb].params for flag in parameter.opts}
+    assert {"--dim-param", "--input-shapes"} <= flags
+
+
+def test_a_shape_gives_the_sizes_of_its_axes(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.onnx")
+    by_name, by_shape = (
+        reported("inspect", path, *flags) for flags in (("--dim-param", "n=5"), ("--input-shapes", "x:5,8"))
+    )
+    assert by_name["macs_at"] == by_shape["macs_at"] == {"n": 5}
+    invoke("inspect", path, "--input-shapes", "x:5,9", code=2)
+    invoke("inspect", path, "--input-shapes", "x:5,8", "--dim-param", "n=6", code=2)
+
+
+def test_sizes_that_are_given_are_verified_at(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.onnx")
+    flags = ("--ratio", 0.5, "-o", tmp_path / "out.onnx", "--input-shapes", "x:5,8")
+    assert "random inputs at n=5" in invoke("prune", path, *flags).output

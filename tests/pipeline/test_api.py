@@ -169,3 +169,38 @@ def test_budgets_are_parsed_at_the_door(text: str, kind: str, share: float, ms: 
 def test_a_share_out_of_range_is_refused() -> None:
     with pytest.raises(snpc.UserError, match="share of the dense model"):
         snpc.Budget(target=snpc.ResourceTarget("macs", 1.5))
+
+
+@pytest.mark.parametrize("options", [
+    {"ratio": 0.5},
+    {"ratio": 0.5, "criterion": "mixed"},
+    {"target": "macs=0.7", "tokens": "merge:2@1-2"},
+], ids=str)  # fmt: skip
+def test_nothing_is_fitted_to_held_out_samples(options: dict[str, Any], tmp_path: Path) -> None:
+    """Other values of these samples leave the written model as it is, and its measured quality only changes."""
+    images = np.load(CALIB)["image"][:40]
+    inputs = snpc.load(VIT).inputs
+    first = snpc.load_calibration({"image": images}, inputs)
+    assert first.held_out is not None
+    rows = np.concatenate([part.sample_ids for batch in first.held_out.batch_plan for part in batch])
+    others = images.copy()
+    others[rows] = 1 - others[rows] * 3
+    second = snpc.load_calibration({"image": others}, inputs)
+    results = [
+        snpc.prune(VIT, tmp_path / f"{k}.onnx", calibration=data, roles=("ffn", "vo"), **options)
+        for k, data in enumerate((first, second))
+    ]
+    assert results[0].path.read_bytes() == results[1].path.read_bytes()
+    assert results[0].quality.held_out and results[0].quality.samples == len(rows) == 4
+    assert results[0].quality.differences != results[1].quality.differences
+
+
+def test_statistics_of_other_samples_may_include_those_held_out(tmp_path: Path) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    budget = snpc.Budget(ratio=0.3, roles=("ffn",))
+    here, elsewhere = (snpc.load_calibration(CALIB, analysis.model.inputs, samples=32, seed=seed) for seed in (0, 1))
+    measured = snpc.plan(analysis, budget, here, method="parallel")
+    again = snpc.plan(analysis, budget, elsewhere, method="parallel", statistics=measured.statistics)
+    same, other = (snpc.apply(plan, tmp_path / "out.onnx").quality for plan in (measured, again))
+    assert same.held_out and same.source.startswith("64 held-out samples")
+    assert not other.held_out and "statistics may include" in other.source

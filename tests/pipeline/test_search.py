@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,20 @@ def test_a_search_comes_near_where_predictions_are_off_by_a_factor(off: float, l
 
 
 # -- drift -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_drift_holds_on_samples_that_nothing_was_fitted_to(tmp_path: Path) -> None:
+    images = np.load(CALIB)["image"]
+    calibration = snpc.load_calibration({"image": images}, snpc.load(VIT).inputs, samples=24)
+    assert calibration.held_out is not None and calibration.held_out.samples == 64
+    result = snpc.prune(VIT, tmp_path / "cut.onnx", calibration=calibration, max_drift=0.1, roles=("ffn",))
+    unseen = np.concatenate([feeds["image"] for feeds in calibration.held_out.batches()])
+    dense, cut = (ort.InferenceSession(path).run(None, {"image": unseen})[0] for path in (VIT, result.path))
+    batches = [np.sqrt(np.mean((cut[k : k + 8] - dense[k : k + 8]) ** 2) / np.mean(dense[k : k + 8] ** 2))
+               for k in range(0, 64, 8)]  # fmt: skip
+    assert result.quality.held_out and result.search is not None
+    assert result.search.reached == pytest.approx(np.mean(batches), rel=1e-3)
+    assert result.search.reached <= 0.1
 
 
 @pytest.mark.parametrize("name, limit", [("vit_timm__ts17", 0.15), ("bert__ts17", 0.05)])

@@ -32,9 +32,8 @@ def analysis(*groups: Group) -> Analysis:
     """As much of an analysis as planning looks at."""
     model = SimpleNamespace(path=Path("made.onnx"), digest="d" * 64)
     traced_graph = SimpleNamespace(kv_cache=False)
-    return cast(
-        Analysis, SimpleNamespace(groups=groups, pins=(), model=model, traced_graph=traced_graph, reduction=None)
-    )
+    parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph}
+    return cast(Analysis, SimpleNamespace(**parts, reduction=None, metrics={}))
 
 
 def scores(values: Mapping[str, Array], *groups: Group) -> snpc.UnitScores:

@@ -56,7 +56,7 @@ def test_the_safe_target_is_the_last_one_within_the_limit(vit: snpc.Analysis, ki
     assert 0.4 < outlook.safe.share < 1
     again = outlook_of(vit, snpc.Budget(target=outlook.safe), curves)
     assert again.drift is not None and again.drift <= again.limit and not again.is_cliff
-    smaller = snpc.ResourceTarget(outlook.safe.kind, outlook.safe.share - 0.02)
+    smaller = snpc.ResourceTarget(outlook.safe.kind, outlook.safe.share - 0.06)
     assert outlook_of(vit, snpc.Budget(target=smaller), curves).is_cliff
 
 

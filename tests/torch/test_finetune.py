@@ -31,6 +31,7 @@ from snpc.runtime.closed_form.stages import residual_values  # noqa: E402
 from snpc.torch import Batch, TrainingHooks, TrainingOptions  # noqa: E402
 from snpc.torch.training.losses import cross_entropy, kl_divergence, relative_squared_error  # noqa: E402
 from snpc.torch.training.sampling import hold_out, sample_ids, shard_batches, shuffle_samples, skip_batches  # noqa: E402
+from snpc.torch.training.teacher import mean_squares  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
@@ -128,6 +129,21 @@ def test_processes_share_every_batch() -> None:
 
 
 # -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_masked_entries_have_no_loss() -> None:
+    """Minus infinity in both made the loss NaN; in one only it still does."""
+    a, b = torch.randn(2, 3, 5, generator=torch.manual_seed(0)), torch.randn(2, 3, 5)
+    masked = [torch.cat([x, torch.full((2, 3, 2), -torch.inf)], -1) for x in (a, b)]
+    student = masked[0].requires_grad_()
+    loss = kl_divergence(student, masked[1], 2.0)
+    assert torch.allclose(loss, kl_divergence(a, b, 2.0))
+    loss.sum().backward()
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+    expected = (a - b).square().sum((1, 2)) / 21
+    assert torch.allclose(relative_squared_error(masked[0], masked[1], 1.0), expected)
+    assert mean_squares({"y": masked[1]})["y"] == pytest.approx(float(b.square().sum() / masked[1].numel()))
+    assert not torch.isfinite(relative_squared_error(masked[0], torch.cat([b, b[..., :2]], -1), 1.0)).all()
 
 
 def test_losses_are_what_their_formulas_say() -> None:

@@ -25,7 +25,13 @@ from snpc.cli.arguments.calibration import (
 )
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
 from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
-from snpc.cli.arguments.model import ModelArguments, PrunableModelArguments, SizedModelArguments, load_and_analyze
+from snpc.cli.arguments.model import (
+    ModelArguments,
+    PrunableModelArguments,
+    SizeArguments,
+    WatchedModelArguments,
+    load_and_analyze,
+)
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
@@ -52,11 +58,12 @@ __all__ = [
     "PruneBuildArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
-    "SizedModelArguments",
+    "SizeArguments",
     "StatisticsArguments",
     "TrainingArguments",
     "TrainingDataArguments",
     "TypedCommand",
+    "WatchedModelArguments",
     "WorkloadArguments",
     "argument",
     "check_output_paths",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option, subgroup
@@ -12,7 +13,39 @@ from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.errors import UserError
 from snpc.graph import PassObserver
+from snpc.runtime.execution import check_shape, parse_shapes
 from snpc.runtime.io import model_files
+from snpc.types import Shape, TensorSpec
+
+
+@dataclass(frozen=True)
+class SizeArguments(ArgumentGroup):
+    """Sizes of dynamic dimensions, by name or by the shape of an input."""
+
+    section: ClassVar[str] = "Running"
+
+    dims: tuple[str, ...] = option(
+        "--dim-param",
+        multiple=True,
+        metavar="NAME=SIZE",
+        help="Size of a dynamic dimension: MACs are counted at it, and random inputs have it; repeatable.",
+    )
+    shapes: tuple[str, ...] = option(
+        "--input-shapes",
+        multiple=True,
+        metavar="NAME:1,3,224,224",
+        help="Shape of an input, instead of --dim-param for each of its axes; repeatable.",
+    )
+
+    def sizes(self, inputs: Sequence[TensorSpec]) -> dict[str, int]:
+        """Size by name of a dimension. UserError: a name or a shape that no input has, or two sizes of one name."""
+        return named_sizes(inputs, self.dim_sizes(), self.input_shapes())
+
+    def dim_sizes(self) -> dict[str, int]:
+        return parse_dim_sizes(self.dims)
+
+    def input_shapes(self) -> dict[str, Shape]:
+        return parse_shapes(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -20,13 +53,14 @@ class ModelArguments(ArgumentGroup):
     """The model."""
 
     path: Path = argument(metavar="MODEL", type=FILE_PATH)
+    at: SizeArguments = subgroup()
 
     def files(self) -> set[Path]:
         """The model and the files of its weights, none of which may be overwritten."""
         return model_files(self.path)
 
     def load(self) -> snpc.Analysis:
-        return load_and_analyze(self.path)
+        return load_and_analyze(self.path, self.at)
 
     def sibling(self, ending: str) -> Path:
         """A path beside the model: its name without the suffix, and ``ending``."""
@@ -45,41 +79,51 @@ class PrunableModelArguments(ModelArguments):
     )
 
     def load(self) -> snpc.Analysis:
-        return load_and_analyze(self.path, kv_cache=self.kv_cache)
+        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache)
 
 
 @dataclass(frozen=True)
-class SizedModelArguments(PrunableModelArguments):
-    """The model at sizes of its dynamic dimensions, watched between passes."""
-
-    dims: tuple[str, ...] = option(
-        "--dim-param",
-        multiple=True,
-        metavar="NAME=SIZE",
-        section="Running",
-        help="Size of a dynamic dimension, at which MACs are counted; repeatable.",
-    )
+class WatchedModelArguments(PrunableModelArguments):
+    """The model, watched between passes."""
 
     dump: DumpArguments = subgroup()
 
     def load(self, observer: PassObserver | None = None) -> snpc.Analysis:
         """``observer``: called after each graph pass."""
-        return load_and_analyze(self.path, parse_dim_sizes(self.dims), kv_cache=self.kv_cache, observer=observer)
+        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache, observer=observer)
 
 
 def load_and_analyze(
     path: Path,
-    dim_sizes: Mapping[str, int] | None = None,
+    at: SizeArguments | None = None,
     *,
     kv_cache: bool = False,
     observer: PassObserver | None = None,
 ) -> snpc.Analysis:
     """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
     model = snpc.load(path, observer)
-    names = {dim for spec in model.inputs for dim in spec.shape if isinstance(dim, str)}
-    unknown = sorted(set(dim_sizes or {}) - names)
+    sizes = at.sizes(model.inputs) if at is not None else {}
+    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache, observer=observer)
+
+
+def named_sizes(
+    inputs: Sequence[TensorSpec], dim_sizes: Mapping[str, int], shapes: Mapping[str, Shape]
+) -> dict[str, int]:
+    """``dim_sizes`` and those that ``shapes`` give; an axis without a name is called INPUT.AXIS."""
+    dims = {spec.name: [dim or f"{spec.name}.{axis}" for axis, dim in enumerate(spec.shape)] for spec in inputs}
+    names = {dim for axes in dims.values() for dim in axes if isinstance(dim, str)}
+    unknown = sorted(set(dim_sizes) - names)
     if unknown:
         raise UserError(
             f"--dim-param {unknown[0]}: no such dynamic dimension; there is {', '.join(sorted(names)) or 'none'}"
         )
-    return snpc.analyze(model, dim_sizes or {}, prune_kv_cache=kv_cache, observer=observer)
+    specs = {spec.name: spec for spec in inputs}
+    sizes = dict(dim_sizes)
+    for name, shape in shapes.items():
+        if name not in specs:
+            raise UserError(f"--input-shapes {name}: no such input; there is {', '.join(specs) or 'none'}")
+        check_shape(specs[name], shape)
+        for dim, size in zip(dims[name], shape, strict=True):
+            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                raise UserError(f"--input-shapes {name}: axis {dim!r} is {size} here and {sizes[dim]} elsewhere")
+    return sizes

@@ -12,9 +12,9 @@ import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
 from snpc.cli.arguments.metric import MetricArguments
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
-from snpc.cli.tables import print_note
+from snpc.cli.tables import print_note, print_step
 from snpc.errors import UserError
-from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request
+from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request, effective_token_request
 from snpc.planning import Allocator, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
@@ -217,6 +217,9 @@ class PlanningArguments(ArgumentGroup):
         elif tokens is None and target is not None:
             tokens = AUTO_TOKENS  # nothing else can reach the target
         schedule = self.reduction.schedule
+        tries = target is not None and target.kind in ("macs", "latency") and calibration is not None
+        if tries and effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS:
+            print_step("choosing which tokens go by trying schedules (--tokens none: widths only, which is faster)")
         reduced = apply_token_request(analysis, calibration, tokens, target=target, widths=widths, execution=execution)
         if schedule is not None:
             note_clamped_removals(schedule, clamped_removals(analysis, schedule))

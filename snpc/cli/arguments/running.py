@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
 from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution, parse_shapes
+from snpc.runtime.execution import Execution
+from snpc.types import Shape
 
 
 @dataclass(frozen=True)
@@ -57,25 +59,23 @@ class WorkloadArguments(ArgumentGroup):
     batch: int | None = option(
         "--batch", type=click.IntRange(1), help="Size of the batch axis for latency measurements.  [default: 1]"
     )
-    shapes: tuple[str, ...] = option(
-        "--input-shapes",
-        multiple=True,
-        metavar="NAME:1,3,224,224",
-        help="Shape of an input for latency measurements; repeatable.",
-    )
     threads: int | None = option(
         "--threads",
         type=click.IntRange(0),
         help="Threads for latency measurements; 0: onnxruntime chooses.  [default: 0]",
     )
 
-    def load(self, artifact: TimedArtifact | None = None) -> snpc.Workload | None:
-        """What is timed, in place of the model the ``artifact`` made of it; None where no flag says anything."""
-        if self.batch is None and not self.shapes and self.threads is None and artifact is None:
+    def load(
+        self, artifact: TimedArtifact | None = None, shapes: Mapping[str, Shape] | None = None
+    ) -> snpc.Workload | None:
+        """What is timed, in place of the model the ``artifact`` made of it; None where no flag says anything.
+
+        ``shapes``: of inputs, where a latency is wanted."""
+        if self.batch is None and not shapes and self.threads is None and artifact is None:
             return None
         return snpc.Workload(
             batch=self.batch or 1,
-            shapes=parse_shapes(self.shapes) or None,
+            shapes=shapes or None,
             threads=self.threads or 0,
             artifact=artifact,
         )

@@ -6,6 +6,8 @@ Files
   eliminate_dead_nodes   Dead-node elimination: nodes and initializers that no output depends on, in subgraphs too.
   eliminate_dead_rows    Dead-row elimination: a classifier reads one token, so the last layer need not compute the
                          others.
+  eliminate_zero_terms   Elimination of zeros that are added: exporters of ``baddbmm`` keep its first term, times a beta
+                         of zero.
   expand_einsum          Expands Einsum nodes that do not have two operands: one operand becomes a ReduceSum and a
                          Transpose, three or more become a chain of products of two, from the left as runtimes do it.
   finalize               The last clean-up before a model is written: no dead nodes, forked constants merged, no stale

@@ -2,7 +2,7 @@
 
 - model-local functions are inlined, branches that always go the same way are replaced by their body, ``Constant``
   nodes are initializers, and an initializer has no other name (exporters write ``Identity`` for biases that are equal),
-- nodes and initializers that no output depends on are gone, as runtimes drop them too,
+- nodes and initializers that no output depends on are gone, as runtimes drop them too, and zeros that are added,
 - a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
 - Einsum nodes have two operands,
@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from snpc.graph import GraphPass, PassObserver, run_library_pass, run_passes
 from snpc.ops import IDENTITY
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
+from snpc.passes.canonicalization.eliminate_zero_terms import EliminateZeroTerms
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.inline_functions import InlineFunctions
@@ -108,6 +109,13 @@ CANONICALIZATION_PASSES = (
         EliminateInitializerAliases,
         "removes Identity nodes that give an initializer a second name",
         "after branches, which leave Identity nodes; before forking, which must see all consumers of a constant",
+    ),
+    GraphPass(
+        "eliminate-zero-terms",
+        "canonicalize",
+        EliminateZeroTerms,
+        "removes zeros that are added, as exporters write them for baddbmm and for queries that start at zero",
+        "before dead nodes, as what makes the zeros is one then",
     ),
     GraphPass(
         "eliminate-dead-nodes",

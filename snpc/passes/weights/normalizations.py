@@ -77,13 +77,15 @@ def with_own_parameters(traced_graph: TracedGraph, normalization: Normalization)
 class HiddenNormalization:
     """Gain and bias behind the normalizations of a hidden layer, with a probe of the output of each of these.
 
-    ``bias`` is None where nothing is added. ``centered``: a mean is subtracted.
+    ``bias`` is None where nothing is added. ``centered``: a mean is subtracted. ``positions``: over how many positions
+    of each unit a statistic is taken (all of a picture's, or one token's).
     """
 
     gain: str
     bias: str | None
     centered: bool
     probes: tuple[Probe, ...]
+    positions: int = 1
 
 
 def hidden_normalizations(traced_graph: TracedGraph, group: Group) -> tuple[HiddenNormalization, ...]:
@@ -102,11 +104,21 @@ def hidden_normalizations(traced_graph: TracedGraph, group: Group) -> tuple[Hidd
             found[norm.gain, norm.bias, norm.centered].append(norm)
     return tuple(
         HiddenNormalization(
-            gain, bias, centered, tuple(normalized_probe(traced_graph, norm, numbers) for norm in norms)
+            gain,
+            bias,
+            centered,
+            tuple(normalized_probe(traced_graph, norm, numbers) for norm in norms),
+            max(1, statistic_size(norms[0].statistics[0]) // group.size),
         )
         for (gain, bias, centered), norms in found.items()
         if all(has_no_other_user(traced_graph, name, norms) for name in (gain, bias) if name is not None)
     )
+
+
+def statistic_size(statistic: NormalizationStatistic) -> int:
+    """Over how many entries each mean is taken."""
+    call, rule = statistic.context.call, statistic.context.spec.axes
+    return 0 if rule is None else math.prod(call.shape(0)[axis] for axis in rule(call))
 
 
 def normalized_probe(traced_graph: TracedGraph, norm: Normalization, numbers: Mapping[int, int]) -> Probe:

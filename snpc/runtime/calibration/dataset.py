@@ -23,6 +23,8 @@ from snpc.runtime.calibration.validation import (
 )
 from snpc.types import AnyArray, BoolArray, IntArray, Shape, TensorSpec
 
+MAX_EMPTY_PARTS = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
@@ -128,6 +130,11 @@ class Calibration:
                 each = selections[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
                 elements[spec.name] = max(elements.get(spec.name, 0), rows * math.prod(each))
         return elements
+
+    @property
+    def origin(self) -> str:
+        """The samples in words that tell them from other samples of the same source."""
+        return f"{self.describe()}, seed {self.seed}"
 
     def describe(self) -> str:
         """``128 of 256 samples from calib.npz, 8 per batch``"""
@@ -254,12 +261,17 @@ def _planned_samples(plan: Sequence[Sequence[RowSelection]]) -> int:
 def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
     """Every part with all of its rows; of a source of unknown length, the first parts that hold ``samples``."""
     selections: list[RowSelection] = []
-    total = 0
+    total = empty = 0
     for part in source.parts:
         shapes = sample_shapes(part, source.inputs, source.allow_single_sample)
         rows = np.arange(count_samples(part, shapes, source.inputs, axes))
         selections.append(RowSelection(part, shapes, rows, total))
         total += len(selections[-1])
+        empty = 0 if len(selections[-1]) else empty + 1
+        if empty > MAX_EMPTY_PARTS:  # code may yield such batches for ever
+            raise UserError(
+                f"{part.label}: the {empty}th batch in a row without a sample; yield batches that hold some"
+            )
         if source.length_unknown and total >= samples:
             break
     return selections

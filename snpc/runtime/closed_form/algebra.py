@@ -234,6 +234,18 @@ def affine_for_fewer_units(moments: NormalizedMoments, keep: IntArray, centered:
     return slope * deviation, mean - slope * (mean - middle)
 
 
+def statistic_variances(moments: NormalizedMoments, positions: int) -> FloatArray:
+    """[n]: by how much the deviation over the other units comes to vary between rows when one unit goes, relative and
+    squared.
+
+    The squares of a row add up to n, so those over fewer units vary as the lost ones do. The variance of a square is
+    taken as that of a normal variable; a mean over ``positions`` of them varies by so much less.
+    """
+    variance = np.diag(moments.covariance)
+    squares = 2 * variance**2 + 4 * moments.mean**2 * variance
+    return np.asarray(squares / positions / (2 * len(variance)) ** 2)
+
+
 # -- refitted weights ------------------------------------------------------------------------------------------------
 
 

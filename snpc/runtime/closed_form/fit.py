@@ -14,6 +14,7 @@ from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.weights import (
     ConsumerWeight,
     GroupWeights,
+    HiddenNormalization,
     WeightEdits,
     WeightSlice,
     apply_edits,
@@ -33,6 +34,7 @@ from snpc.runtime.closed_form.algebra import (
     solve_low_rank_vo,
     solve_shared_qk,
     solving,
+    statistic_variances,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -171,13 +173,37 @@ def spill_refits(order: EliminationOrder, store: SpillableStore) -> EliminationO
 
 
 def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
-    """One per consumer weight."""
-    return [
+    """One per consumer weight, and one per normalization inside the layer."""
+    systems = [
         LeastSquaresSystem(
             inputs.moment, consumer.matrix(analysis.traced_graph), relative_ridge(len(inputs.moment), inputs.count)
         )
         for consumer, inputs in zip(analysis.weights[group.id].consumers, moments.consumers[0], strict=True)
     ]
+    energy = sum(float(np.sum(system.weight * (system.moment @ system.weight))) for system in systems)
+    for norm, outputs in zip(analysis.weights[group.id].normalizations, moments.normalized, strict=True):
+        variances = statistic_variances(before_gain(analysis, norm, outputs), norm.positions)
+        systems.append(LeastSquaresSystem(np.diag(variances), np.full((group.size, 1), np.sqrt(energy))))
+    return systems
+
+
+def before_gain(analysis: Analysis, norm: HiddenNormalization, outputs: ConsumerMoments) -> NormalizedMoments:
+    """The moments of a normalization's output before gain and bias, unit by unit."""
+    gain, bias = gain_and_bias(analysis, norm)
+    mean, covariance = np.mean(outputs.means, axis=0), outputs.moment / max(outputs.count, 1.0)
+    return NormalizedMoments.before_affine(mean, covariance, gain, bias)
+
+
+def gain_and_bias(analysis: Analysis, norm: HiddenNormalization) -> tuple[FloatArray, FloatArray]:
+    """Gain and bias (nil where there is none) of each unit."""
+    constants, positions = analysis.traced_graph.model.graph.initializers, unit_positions_of(norm)
+    gain = constant_vector(constants[norm.gain])[positions]
+    return gain, np.zeros(len(gain)) if norm.bias is None else constant_vector(constants[norm.bias])[positions]
+
+
+def unit_positions_of(norm: HiddenNormalization) -> IntArray:
+    """[units]: the position of each in gain and bias."""
+    return np.argsort(norm.probes[0].units.reshape(-1))
 
 
 def solve_bases(analysis: Analysis, moment_set: MomentSet, groups: Sequence[Group]) -> ClosedForms:
@@ -302,23 +328,14 @@ def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group,
 
 def fit_inner_normalizations(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
     """Fit gain and bias of the normalizations inside a hidden layer to statistics over the units ``keep``."""
-    constants = closed_forms.analysis.traced_graph.model.graph.initializers
     inside = closed_forms.analysis.weights[group.id].normalizations
     for norm, moments in zip(inside, closed_forms.moments[group.id].normalized, strict=True):
-        order = norm.probes[0].units.reshape(-1)  # the number of the unit at each position of gain and bias
-        where = np.argsort(order)[keep]
-        gain, bias = (
-            np.zeros(group.size) if name is None else constant_vector(constants[name])[np.argsort(order)]
-            for name in (norm.gain, norm.bias)
-        )
-        mean, covariance = np.mean(moments.means, axis=0), moments.moment / max(moments.count, 1.0)
-        inner = NormalizedMoments.before_affine(mean, covariance, gain, bias)
-        scale, shift = affine_for_fewer_units(inner, keep, norm.centered)
-        if norm.bias is None:
-            edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
-            continue
+        scale, shift = affine_for_fewer_units(before_gain(closed_forms.analysis, norm, moments), keep, norm.centered)
+        where = unit_positions_of(norm)[keep]
         edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
-        edits.changes.setdefault(norm.bias, []).append(shifted_at(where, gain[keep] * shift))
+        if norm.bias is not None:
+            gain, _ = gain_and_bias(closed_forms.analysis, norm)
+            edits.changes.setdefault(norm.bias, []).append(shifted_at(where, gain[keep] * shift))
 
 
 def constant_vector(value: ir.Value) -> FloatArray:

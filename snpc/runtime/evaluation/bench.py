@@ -329,6 +329,7 @@ def _check_axis_options(inputs: Sequence[TensorSpec], batch: int, dim_sizes: Map
         raise UserError(f"batch {batch}: no input has a dynamic first axis: {described}")
     text = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     terms = {term.strip() for dim in text for term in (dim, *dim.split("+"))}
+    terms |= {f"{spec.name}.{axis}" for spec in inputs for axis, dim in enumerate(spec.shape) if dim == ""}
     for name in dim_sizes:
         if name not in terms:
             raise UserError(f"size of axis {name!r}: no input has a dynamic axis of that name: {described}")

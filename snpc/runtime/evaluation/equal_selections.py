@@ -89,12 +89,13 @@ def compare_on_equal_selections(
     tolerance: float,
     metrics: OutputMetrics,
     execution: Execution,
+    probes: int = 0,
 ) -> EqualSelections | None:
     """Compare the pruned file with its masked original and with the ``dense`` graph, each pair on the same selections.
 
     ``batches``: feeds of the file, and of its masked original where these are more (token decisions). None where
-    nothing is selected, or where that cannot be run. Raises CheckFailed where values in front of a selection are not
-    equal.
+    nothing is selected, or where that cannot be run. The first ``probes`` batches say nothing about the original.
+    Raises CheckFailed where values in front of a selection are not equal.
     """
     selectors = find_selectors(rewritten.source, rewritten.removed)
     file = read_model(pruned)
@@ -120,7 +121,7 @@ def compare_on_equal_selections(
     behind = batch_differences(only(reference, rest), only(sliced, rest))
     return EqualSelections(
         (*behind, *(in_front[name] for name in outputs if name in in_front)),
-        batch_differences(only(original, outputs), only(narrow, outputs), metrics),
+        batch_differences(only(original[probes:], outputs), only(narrow[probes:], outputs), metrics),
         name_selectors(selectors),
     )
 

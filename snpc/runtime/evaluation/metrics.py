@@ -82,6 +82,12 @@ class OutputMetrics:
         """The drift is so high a power of the ``change`` of metrics that are ``limited``."""
         return 1.0 if any(m.chosen and m.name != "relative" for m in self.by_output.values()) else 0.5
 
+    @property
+    def drift_unit(self) -> str:
+        """What the drift is, in words: "relative", or the user's metrics."""
+        chosen = {metric.name for metric in self.by_output.values() if metric.chosen and metric.judged}
+        return "relative" if chosen <= {"relative"} else f"by {', '.join(sorted(chosen))}"
+
     def for_values(self, outputs: Mapping[str, AnyArray]) -> OutputMetrics:
         """Refined, once, by values of the original. Raises UserError where an output that is judged has no finite
         entry, or a function of the user fails."""

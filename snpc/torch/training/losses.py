@@ -32,13 +32,24 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
     student_log = F.log_softmax(student.float() / temperature, -1)
     teacher_log = F.log_softmax(teacher.float() / temperature, -1)
+    student_log, teacher_log = finite_in_teacher(student_log, teacher_log)
     terms = F.kl_div(student_log, teacher_log, reduction="none", log_target=True)
     return mean_per_sample(terms.sum(-1) * temperature**2)
 
 
+def finite_in_teacher(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros where the teacher is infinite: masked entries, which have no gradient. What the student alone has
+    stays, and stops the training."""
+    finite = torch.isfinite(teacher)
+    if finite.all():
+        return student, teacher
+    return torch.where(finite, student, 0.0), torch.where(finite, teacher, 0.0)
+
+
 def relative_squared_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     """[samples]: mean squared error, divided by ``scale``."""
-    return mean_per_sample((student.float() - teacher.float()).square()) / scale
+    student, teacher = finite_in_teacher(student.float(), teacher.float())
+    return mean_per_sample((student - teacher).square()) / scale
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

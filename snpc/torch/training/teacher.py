@@ -99,5 +99,6 @@ class Teacher:
 
 
 def mean_squares(outputs: TeacherOutputs) -> dict[str, float]:
-    """Mean square of each value, at least 1e-12: errors are divided by it."""
-    return {name: max(float(value.float().square().mean()), 1e-12) for name, value in outputs.items()}
+    """Mean square of each value's finite entries, at least 1e-12: errors are divided by it."""
+    squares = {name: value.float().square() for name, value in outputs.items()}
+    return {name: max(float(s[torch.isfinite(s)].sum()) / max(s.numel(), 1), 1e-12) for name, s in squares.items()}

@@ -11,6 +11,7 @@ import pytest
 from snpc.errors import UserError
 from snpc.graph import DimSizes
 from snpc.passes.analyze import analyze
+from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.size_trial import find_running_sizes, told_numbers
 from snpc.runtime.execution.temporary_session import file_session
 from snpc.runtime.io.load import load
@@ -47,6 +48,15 @@ def test_a_batch_that_a_kernel_demands_is_found_by_trying() -> None:
     name = "llama_cached__dyn23"
     require(name)
     assert running_sizes(export(name))["batch"] == 1
+
+
+def test_random_data_have_the_batch_that_runs(tmp_path: Path) -> None:
+    name = "llama_cached__dyn23"
+    require(name)
+    calibration = random_calibration(analyze(load(export(name))), samples=4)
+    assert {len(feeds["input_ids"]) for feeds in calibration.batches()} == {1}
+    flags = ("--ratio", 0.5, "--calib", "random", "--calib-samples", 4, "--roles", "ffn", "-o", tmp_path / "out.onnx")
+    invoke("prune", export(name), *flags)
 
 
 def test_where_nothing_runs_the_message_says_what_was_tried(tmp_path: Path) -> None:

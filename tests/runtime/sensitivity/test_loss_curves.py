@@ -16,7 +16,7 @@ from snpc.pipeline.score import score
 from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget
 from snpc.runtime.closed_form.masked_weights import changed_constants
-from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
+from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE, OutputChange, fit_curves
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SHARES,
     REFINEMENT_ROUNDS,
@@ -183,3 +183,22 @@ def test_what_is_no_parabola_passes_through_its_points() -> None:
     assert curves["dead"].max() < 1e-200
     np.testing.assert_array_equal(curves["unmeasured"], shape)
     np.testing.assert_array_equal(fit_curves({"unmeasured": shape}, [])["unmeasured"], shape)
+
+
+def test_a_trial_that_breaks_an_output_is_the_worst_there_is() -> None:
+    """An infinite change was a curve of NaN, and the plan arbitrary."""
+    shape = np.linspace(1, 0, 41)
+    found = changes_of(shape, {5: np.inf, 10: np.inf, 20: 2.0, 30: 2.0, 38: 2.0}, "broken")
+    found += changes_of(shape, {5: 2.0, 20: 2.0, 38: 2.0}, "sound")
+    found += changes_of(shape, {5: np.inf, 20: np.inf}, "hopeless")
+    curves = fit_curves(dict.fromkeys(("broken", "sound", "hopeless"), shape), found)
+    assert all(np.isfinite(curve).all() and (np.diff(curve) <= 0).all() for curve in curves.values())
+    assert (curves["broken"][:11] == UNUSABLE_CHANGE).all() and curves["broken"][11] < 10
+    assert (curves["hopeless"][:21] == UNUSABLE_CHANGE).all()
+    np.testing.assert_allclose(curves["broken"][20:], curves["sound"][20:], rtol=1e-2)
+
+
+def test_a_curve_without_numbers_names_its_group() -> None:
+    shape = np.linspace(1, 0, 41)
+    with pytest.raises(UserError, match="g: its loss curve holds NaN or infinity"):
+        fit_curves({"g": shape * np.nan}, changes_of(shape, {5: 1.0}))
