@@ -204,8 +204,10 @@ def judged(path: Path, written: Path, report: Path, said: str) -> list[str]:
     if SECRET in written.read_bytes() and SECRET not in path.read_bytes():
         complaints.append("prune: a file outside the folder is in the output")
     found = json.loads(report.read_text())
-    if "verified" not in said or "not run" in said:
-        COMPARED["not run, and said so" if "not run: " in said else "not said"] += 1
+    if found["verify"]["not_run"]:
+        COMPARED["not run"] += 1
+        if "not run: " not in said or "verified" in said:
+            complaints.append("prune: nothing was compared, and that is not said")
     elif found["method"] == "select":
         wrong = unequal_to_masked(path, written, found)
         complaints += [f"prune: {wrong}"] if wrong else []

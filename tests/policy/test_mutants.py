@@ -153,8 +153,13 @@ ATTENTIONS = [BASES.index(base) for base in BASES if any("Attention" in node.op_
 
 
 @pytest.mark.parametrize("base", ATTENTIONS)
-@pytest.mark.parametrize("name, content", [("num_heads", 0), ("num_heads", 7), ("num_heads", [4]), ("q_num_heads", 0),
-                                           ("qkv_hidden_sizes", [24, 24]), ("qkv_hidden_sizes", [1, 2, 3])])  # fmt: skip--------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("num_heads", 0), ("num_heads", 7), ("num_heads", [4]), ("q_num_heads", 0),
+        ("qkv_hidden_sizes", [24, 24]), ("qkv_hidden_sizes", [1, 2, 3]),
+    ],
+)  # fmt: skip
 def test_attention_nodes_whose_numbers_make_no_sense(base: int, name: str, content: object, tmp_path: Path) -> None:
     def changed(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if "Attention" in node.op_type)
