@@ -100,10 +100,6 @@ def head_counts(call: OpCall) -> tuple[int, int]:
     return heads, kv_heads
 
 
-KEY_RANKS = {2: {2}, 3: {3, 4}, 4: {4}}
-"""Rank of the query -> ranks that keys and values can have: rows of all tokens, flat, or split into heads."""
-
-
 def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     """The sizes of a fused node; None where an input is missing or packed in an unsupported way, or where the numbers
     of a damaged node make no sense."""
@@ -125,7 +121,8 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     if not (call.has(shape.key) and call.has(shape.value)) or len(query) > 4:
         return None
     key, value = call.shape(shape.key), call.shape(shape.value)
-    if not {len(key), len(value)} <= KEY_RANKS.get(len(call.shape(shape.query)), set()):
+    ranks = (2,) if shape.one_row else (4,) if len(query) == 4 else (3, 4)
+    if len(key) not in ranks or len(value) not in ranks:
         return None
     if len(query) == 4:
         heads, kv_heads = query[1], key[1]
