@@ -46,6 +46,7 @@ from snpc.cli.listings import criteria_command, example_command, passes_command
 from snpc.cli.plan import apply_command, plan_command
 from snpc.cli.prune import prune_command
 from snpc.cli.sweep import sweep_command
+from snpc.cli.tables import print_step
 from snpc.cli.verify import verify_command
 from snpc.errors import CheckFailed, SnpcError
 from snpc.runtime.io import recorded_publications
@@ -62,11 +63,11 @@ class ErrorReportingGroup(click.Group):
                 with interruptible():
                     return super().invoke(ctx)
             except SnpcError as error:
-                click.echo(f"snpc: {' '.join(str(error).split())}", err=True)  # names in a model may hold line breaks
+                print_step(" ".join(str(error).split()))  # names in a model may hold line breaks
                 sys.exit(1 if isinstance(error, CheckFailed) else 2)
             except Interrupted as interruption:
                 done = f"after writing {', '.join(map(str, written))}" if written else "nothing written"
-                click.echo(f"snpc: interrupted, {done}", err=True)
+                print_step(f"interrupted, {done}")
                 sys.exit(interruption.exit_code)
 
 

@@ -64,7 +64,11 @@ def remaining_time_bar(text: str, total: float, auto_refresh: bool = True) -> It
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=auto_refresh) as progress:
         yield partial(progress.update, progress.add_task(text, total=total))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from snpc.criteria import Description
+from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult
@@ -34,24 +38,54 @@ if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
 
 
+# What a terminal would act on, or a line would break at: control characters, marks that turn the direction of text,
+# separators of lines, halves of surrogate pairs (from file names that are not UTF-8).
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what does not show: names in a model may hold anything."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def print_text(text: str, err: bool = False, color: bool | None = None) -> None:
+    """Print a text as it is; characters that the stream cannot encode become escapes. Raises UserError where stdout
+    cannot be written; a reader that went away ends the command silently."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, color=color)
+    except OSError as error:
+        refuse_full_stdout(error)
+
+
+def refuse_full_stdout(error: OSError) -> NoReturn:
+    """UserError for a stdout that takes nothing more, as on a full disk. What is left in its buffer is dropped: Python
+    would try to write it again at the end."""
+    if error.errno == errno.EPIPE:
+        raise error
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise UserError(f"stdout cannot be written ({error.strerror or error}); files that were asked for are complete")
+
+
 def print_line(text: str) -> None:
-    click.echo(text)
+    print_text(printable(text))
 
 
 def print_note(text: str) -> None:
     """Print a remark to stderr, so that pipes get results only."""
-    click.echo(f"snpc: note: {text}", err=True)
+    print_text(printable(f"snpc: note: {text}"), err=True)
 
 
 def print_step(text: str) -> None:
     """Print to stderr what is about to be done, or what may follow."""
-    click.echo(f"snpc: {text}", err=True)
+    print_text(printable(f"snpc: {text}"), err=True)
 
 
 def print_warning(text: str, err: bool = True) -> None:
     """Print what may cost the user the model; bold on a terminal. ``err``: to stderr; else it is part of the result."""
     head = click.style("snpc: warning:" if err else "WARNING:", bold=True, fg="red")
-    click.echo(f"{head} {text}", err=err, color=False if os.environ.get("NO_COLOR") else None)
+    print_text(f"{head} {printable(text)}", err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def print_table(
@@ -66,21 +100,26 @@ def print_table(
     ``right``: indices of the columns of numbers. ``spare``: names of the columns that a narrow terminal leaves out, the
     first ones first; a pipe gets all columns.
     """
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(str(r[k])) for r in (header, *rows)) for k in range(len(header))]
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = Console()
         shown = [header[k] for k in fitting_columns(console.width, header, widths, spare)]
-        drawn = Table(title=title, title_justify="left")
+        drawn = Table(title=Text(printable(title)), title_justify="left")
         for k, name in enumerate(header):
             if name in shown:
                 number = k in right
                 drawn.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
         for row in rows:
-            drawn.add_row(*(cell for name, cell in zip(header, row, strict=True) if name in shown))
-        console.print(drawn)
+            drawn.add_row(*(Text(cell) for name, cell in zip(header, row, strict=True) if name in shown))  # no markup
+        try:
+            console.print(drawn)
+        except OSError as error:
+            refuse_full_stdout(error)
         return
     print_line(title)
     for row in (header, *rows):
@@ -275,9 +314,9 @@ def print_result(result: PrunedModel) -> None:
         print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
     if result.search is not None:
         print_line(search_text(result.search))
-    print_verdict(result.verification)
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
+    print_verdict(result.verification)
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

@@ -10,15 +10,16 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from snpc.graph.binding import DimRelation, DimSizes, base_dim_sizes, leading_dims, past_dims
-from snpc.graph.shapes import ShapeFacts, infer_graph, opset_version
+from snpc.graph.shapes import ShapeFacts, infer_graph, infer_node, initial_facts, opset_version
 from snpc.ops import SizeDemand, lookup, unmet_demands
 
 MOST_INFERENCES = 24
+MOST_DEMANDS = 8  # that are not met: then the sizes are given up
 MOST_SECONDS = 10.0  # after which no further sizes are inferred at
 MOST_TRIED_CONSTANTS = 12
 POWERS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -29,12 +30,13 @@ LARGEST_TRIED = 1024
 @dataclass(frozen=True)
 class SizedShapes:
     """Sizes of dynamic dimensions with the shapes there, and how badly they fit: (what is contradicted or unknown,
-    names of outputs that do not hold)."""
+    names of outputs that do not hold). ``partial``: so badly that not all nodes were looked at."""
 
     dim_sizes: DimSizes
     facts: ShapeFacts
     misfit: tuple[int, int]
     demands: tuple[SizeDemand, ...]
+    partial: bool = False
 
 
 def choose_dim_sizes(model: ir.Model, given: Mapping[str, int] | None = None) -> tuple[DimSizes, ShapeFacts]:
@@ -61,7 +63,7 @@ def choose_dim_sizes(model: ir.Model, given: Mapping[str, int] | None = None) ->
             break
     assert best is not None
     best = _relaxed(model, best)
-    unknown = any(shape is None for shape in best.facts.shape.values())
+    unknown = best.partial or any(shape is None for shape in best.facts.shape.values())
     return best.dim_sizes, infer_graph(model, best.dim_sizes) if unknown else best.facts
 
 
@@ -75,21 +77,27 @@ def _relaxed(model: ir.Model, found: SizedShapes) -> SizedShapes:
         relaxed = DimSizes(found.dim_sizes, relations, steps)
         doubled = _sized_shapes(model, relaxed.resized({name: 2 * relation.offset}))
         if doubled.misfit <= found.misfit:
-            found = SizedShapes(relaxed, found.facts, found.misfit, found.demands)
+            found = replace(found, dim_sizes=relaxed)
     return found
 
 
 def _sized_shapes(model: ir.Model, dim_sizes: DimSizes) -> SizedShapes:
-    facts = infer_graph(model, dim_sizes, measure=False)
+    facts = initial_facts(model, dim_sizes)
     demands: list[SizeDemand] = []
-    for node in model.graph:
+    nodes = iter(model.graph)
+    for node in nodes:
+        infer_node(facts, node, model, dim_sizes)
         spec = lookup(node.domain, node.op_type)
         # Inference itself finds operands that do not fit; it lets pass a Reshape or an index that does not.
         if node in facts.problems or spec.kind == "movement":
             demands += unmet_demands(spec, facts.call(node, opset_version(model, node.domain)))
-    missing = sum(1 for shape in facts.shape.values() if shape is None)
+        if len(demands) > MOST_DEMANDS:
+            break
+    left = len(list(nodes))
+    missing = left + sum(1 for shape in facts.shape.values() if shape is None)
     misnamed = _declared_sums(model.graph, dim_sizes, facts)
-    return SizedShapes(dim_sizes, facts, (len(demands) + missing, len(misnamed)), (*demands, *misnamed))
+    misfit = (len(demands) + missing, len(misnamed))
+    return SizedShapes(dim_sizes, facts, misfit, (*demands, *misnamed), left > 0)
 
 
 def _declared_sums(graph: ir.Graph, dim_sizes: DimSizes, facts: ShapeFacts) -> list[SizeDemand]:

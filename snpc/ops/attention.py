@@ -119,7 +119,8 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
         heads, kv_heads = query[1], call.shape(shape.key)[1]
     length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     key, value = call.shape(shape.key), call.shape(shape.value)
-    if not (2 < len(key) < 5 and 2 < len(value) < 5):
+    ranks = (2,) if shape.one_row else (3, 4)
+    if len(key) not in ranks or len(value) not in ranks:
         return None
     kv_length = key[-2]
     return AttentionGeometry(

@@ -1,6 +1,6 @@
 """What nodes on quantized or re-laid-out values cost. snpc does not look through them, but counts them.
 
-Shapes are those of onnxruntime's contrib operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+Shapes are those of onnxruntime's page of contrib operators (github.com/microsoft/onnxruntime, folder docs).
 """
 
 from __future__ import annotations

@@ -340,6 +340,8 @@ def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | Non
     ``dim_sizes``: see ``analyze``. Raises UserError where the file is no plan, or one of another model.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: cannot be read (not a file); give a plan that `snpc plan` wrote")
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

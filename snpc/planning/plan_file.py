@@ -87,9 +87,18 @@ def token_reduction_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
 def json_entry(text: str, name: str) -> object:
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return data.get(name) if isinstance(data, dict) else None
+
+
+def is_unicode(data: object) -> bool:
+    """Whether all texts of parsed JSON can be written: an escape such as backslash ud800 alone is no character."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
@@ -103,6 +112,10 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
         raise UserError(f"{name}: not JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
         raise UserError(f"{name}: not a snpc plan (nested too deeply)") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{name}: not a snpc plan ({str(error).splitlines()[0]})") from None
+    if not is_unicode(data):
+        raise UserError(f"{name}: not a snpc plan (it holds half of a surrogate pair, which is no text)")
     if not isinstance(data, dict) or data.get("snpc_plan") != PLAN_FORMAT:
         raise UserError(f'{name}: not a snpc plan (it needs "snpc_plan": {PLAN_FORMAT}); `snpc plan` writes one')
     if data.get("digest") != analysis.model.digest:
@@ -116,7 +129,8 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
     spec = analysis.reduction.spec if analysis.reduction is not None else None
     if data.get("tokens") != spec:
         raise UserError(
-            f"{name}: its tokens are {data.get('tokens')!r}, those of the analysis {spec!r}; reduce them first"
+            f"{name}: its tokens are {data.get('tokens')!r}, but those of the analyzed model are {spec!r}; write them "
+            "as snpc does, or make a new plan with --tokens"
         )
     groups = {g.id: g for g in analysis.groups}
     keep: dict[str, tuple[tuple[int, ...], ...]] = {}

@@ -22,7 +22,7 @@ from snpc.graph import Attribute, add_constant, make_node, opset_version, redire
 from snpc.ops import ADD, CLIP, GATHER, IDENTITY, MATMUL, lookup
 from snpc.passes.canonicalization import finalize
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import batch_differences, max_relative, run_batches
+from snpc.runtime.evaluation import OutputMetrics, batch_differences, max_drift, run_batches
 from snpc.runtime.execution import first_lines, open_session, run_session
 from snpc.runtime.io import save
 from snpc.types import Feeds, FloatArray, IntArray, Model
@@ -52,13 +52,13 @@ def quantize_model(model: Model, calibration: Calibration, path: Path, signed: b
     folder = path.parent
     feeds = list(calibration.batches())
     outliers = find_outliers(model, folder, feeds)
-    reference = run_batches(model.path, feeds[:4])
+    reference, metrics = run_batches(model.path, feeds[:4]), OutputMetrics.of_model(model)
 
     def attempt(split: Mapping[str, OutlierColumns], to: Path) -> float:
         graph, nodes = prepare_for_quantization(model.graph, split)
         run_quantizer(graph, nodes, calibration, to, signed)
         outputs = run_batches(to, feeds[:4])
-        return max_relative(batch_differences(reference, outputs))
+        return max_drift(batch_differences(reference, outputs, metrics))
 
     plain = attempt({}, path)
     if not outliers:

@@ -133,6 +133,8 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     return replace(reduced, metrics=analysis.metrics)
 
 
+MAX_DIGITS = 9  # of a block or of a number of tokens
+
 # -- specifications --------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +167,7 @@ class TokenAmount:
 
 
 def parse_amount(text: str, digits: str) -> TokenAmount:
-    if digits.isdigit():
+    if digits.isdigit() and len(digits.lstrip("0")) <= MAX_DIGITS:
         return TokenAmount(int(digits))
     try:
         share = float(digits)
@@ -189,8 +191,22 @@ def parse_blocks(analysis: Analysis, text: str, listed: str | None) -> list[int]
         first, _, last = item.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
-        listed_blocks += range(int(first), int(last or first) + 1)
+        listed_blocks += expand_blocks(analysis, first, last or first)
     return listed_blocks
+
+
+def expand_blocks(analysis: Analysis, first: str, last: str) -> range:
+    """The blocks ``first`` to ``last``, both included. UserError: the model does not have them; raised before a
+    list is made of them."""
+    for digits in (first, last):
+        if len(digits.lstrip("0")) > MAX_DIGITS or int(digits) >= analysis.tokens.blocks:
+            raise UserError(impossible_block(analysis, digits[:20]))
+    return range(int(first), int(last) + 1)
+
+
+def impossible_block(analysis: Analysis, block: int | str) -> str:
+    possible = ", ".join(str(p.block) for p in analysis.tokens.points)
+    return f"--tokens: not after block {block} of {analysis.tokens.blocks}; it is possible after {possible}"
 
 
 def reduction_obstacle(analysis: Analysis) -> str:
@@ -213,9 +229,8 @@ def check_amount(analysis: Analysis, block: int, method: TokenMethod, amount: To
 def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:
     facts = analysis.tokens
     point = facts.at(block)
-    possible = ", ".join(str(p.block) for p in facts.points)
     if point is None:
-        raise UserError(f"--tokens: not after block {block} of {facts.blocks}; it is possible after {possible}")
+        raise UserError(impossible_block(analysis, block))
     if method.needs_scores and point.scores is None:
         raise UserError(
             f"--tokens: {method.name} needs attention weights, which block {block} does not compute apart; use merge"

@@ -147,7 +147,7 @@ def _build_sublayer_norm(attention: str) -> Model:
     return Model(module, inputs, "logits", {"x": _STREAM, "logits": _STREAM})
 
 
-@_register("ts17 dyn21")
+@_register("ts17 ts14 dyn21")
 def _build_conv_norms(attention: str) -> Model:
     """Pointwise layers of a picture with a norm inside: per channel, over all channels, over groups of channels; then
     wide kernels with a norm over all channels between them."""

@@ -175,7 +175,7 @@ def trial(path: Path, mode: Sequence[str] = MODES[0]) -> list[str]:
         result = CliRunner().invoke(main, [verb, str(path), *flags])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             complaints.append(f"{verb}: {traceback_line(result.exception)}")
-        lines = [line for line in result.stderr.splitlines() if not re.match("snpc: (note|warning):", line)]
+        lines = [line for line in result.stderr.splitlines() if not re.match("snpc: (note|warning|plan):", line)]
         refused = result.exit_code in (1, 2) and not complaints
         if refused and (len(lines) != 1 or not lines[0].startswith("snpc: ") or len(lines[0]) > 1000):
             complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")

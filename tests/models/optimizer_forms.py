@@ -363,7 +363,7 @@ def deep_encoder(layers: int) -> onnx.ModelProto:
 OPTIMIZER_FORMS: dict[str, Callable[[], Form]] = {
     "spelled_default_domain": spelled_default_domain,
     "fused_encoder_without_import": lambda: fused_encoder(11, imported=False),
-    **{f"encoder_{n}": (lambda n=n: encoder(n)) for n in (9, 11, 12, 13, 16)},
+    **{f"encoder_{n}": (lambda n=n: encoder(n)) for n in (7, 9, 11, 12, 13, 16)},
     **{f"fused_encoder_{n}": (lambda n=n: fused_encoder(n)) for n in (9, 11, 12, 13)},
     **{f"decoder_{n}": (lambda n=n: decoder(n)) for n in (11, 13)},
     **{f"fused_decoder_{n}": (lambda n=n: fused_decoder(n)) for n in (11, 12)},

@@ -113,3 +113,11 @@ def test_exports(name: str, content: str) -> None:
     source = analysis_of(name).traced_graph
     contents = {kind.content for kind in find_output_kinds(source.model, source.facts).values()}
     assert contents == {content}
+
+
+def test_keys_and_values_that_an_attention_node_returns() -> None:
+    inputs = "float[N, 4, 8] x, float[N, 2, P, 4] pk, float[N, 2, P, 4] pv"
+    outputs = "float[N, 4, 8] y, float[N, 2, T, 4] nk, float[N, 2, T, 4] nv"
+    body = "y, nk, nv = com.microsoft.MultiHeadAttention <num_heads = 2> (x, x, x, , , , pk, pv)"
+    contents = {name: kind.content for name, kind in kinds_of(body, outputs, inputs).items()}
+    assert contents == {"y": "values", "nk": "cache", "nv": "cache"}

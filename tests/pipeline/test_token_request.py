@@ -120,4 +120,4 @@ def test_tokens_that_are_not_there_are_noted(vit: snpc.Analysis, tmp_path: Path)
     assert clamped_removals(vit, "merge:2@1-3") == clamped_removals(vit, "topk:0.1") == {}
     clamped = invoke("prune", VIT, "--tokens", "merge:100", "-o", tmp_path / "out.onnx")
     assert "note: --tokens merge:100" in clamped.stderr and "8 after block 1" in clamped.stderr
-    assert "merge:2" not in invoke("prune", VIT, "--tokens", "merge:2", "-o", tmp_path / "out.onnx").stderr
+    assert "note:" not in invoke("prune", VIT, "--tokens", "merge:2", "-o", tmp_path / "out.onnx").stderr

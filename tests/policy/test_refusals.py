@@ -704,3 +704,55 @@ class TestPlans:
         target = ("-o", tiny.parent / "out.onnx")
         refused(r"made for another model \(tiny\.onnx.*not for digits_vit\.onnx", "apply", VIT, plan, *target)
         refused("made for another model", "verify", VIT, VIT, "--plan", plan)
+
+
+# -- requests that no one means --------------------------------------------------------------------------------------
+
+
+class TestAbsurdRequests:
+    @pytest.mark.parametrize("blocks", ["0-99999999999", "0-" + "9" * 5000, "7"])
+    def test_blocks_that_the_model_does_not_have(self, blocks: str) -> None:
+        refused("--tokens: not after block [79]+ of 4; it is possible after 1, 2, 3", "prune", VIT, *RATIO, "--tokens",
+                f"merge:4@{blocks}")  # fmt: skip
+
+    @pytest.mark.parametrize("size", ["²", "0", "-1", "9" * 5000])
+    def test_sizes_of_dimensions(self, size: str, tiny: Path) -> None:
+        refused("--dim-param 'n=.*must look like batch=1", "inspect", tiny, "--dim-param", f"n={size}")
+
+    @pytest.mark.parametrize("size", ["9" * 400 + "T", "9" * 40, "0", "2 XB"])
+    def test_sizes_in_bytes(self, size: str, tiny: Path) -> None:
+        refused("is no size in bytes", "prune", tiny, *RATIO, "--memory-limit", size)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "words"),
+        [
+            ('"snpc_plan": 1', '"snpc_plan": ' + "1" * 5000, "not a snpc plan .*4300 digits"),
+            ("magnitude", r"\ud800", "half of a surrogate pair"),
+        ],
+    )
+    def test_plans_that_are_no_text(self, old: str, new: str, words: str, tiny: Path, tmp_path: Path) -> None:
+        plan = tmp_path / "p.json"
+        invoke("plan", tiny, *RATIO, "-o", plan)
+        plan.write_text(plan.read_text().replace(old, new))
+        refused(words, "apply", tiny, plan)
+
+    def test_pipes_for_files(self, tiny: Path, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        refused("not a file", "inspect", pipe)
+        refused("cannot be read .not a file.", "apply", tiny, pipe)
+        refused("not a regular file", "prune", tiny, *RATIO, "--load-stats", pipe)
+
+    def test_names_that_are_not_utf8(self, tiny: Path) -> None:
+        odd = tiny.with_name(os.fsdecode(b"a\xff.onnx"))
+        tiny.rename(odd)
+        refused(r"a\\udcff\.onnx: its name is not UTF-8", "inspect", odd)
+
+    def test_files_that_may_not_be_read(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def denied(self: Path, *_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "open", denied)
+        refused(r"tiny\.onnx: cannot be read \(Permission denied\)", "inspect", tiny)
+        monkeypatch.setattr(Path, "is_file", denied)
+        refused(r"tiny\.onnx: cannot be read \(Permission denied\)", "inspect", tiny)

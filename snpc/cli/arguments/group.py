@@ -20,7 +20,7 @@ import click
 
 from snpc.cli.arguments.typed import WORDS_KEY
 
-FILE_PATH = click.Path(path_type=Path)
+FILE_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is refused in one line, by its reader
 GroupT = TypeVar("GroupT", bound="ArgumentGroup")
 
 SECTIONS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
-from snpc.cli.tables import print_line
+from snpc.cli.tables import print_text
 from snpc.errors import UserError
 from snpc.passes import DumpAfter
 from snpc.pipeline import write_json
@@ -37,7 +37,7 @@ class JsonArguments(ArgumentGroup):
 
     def write(self, data: Mapping[str, object]) -> None:
         if self.replaces_tables:
-            print_line(json.dumps(data, indent=1))
+            print_text(json.dumps(data, indent=1))
         elif self.json_path is not None:
             write_json(data, self.json_path)
 

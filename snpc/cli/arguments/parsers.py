@@ -67,8 +67,8 @@ def parse_dim_sizes(texts: Sequence[str]) -> dict[str, int]:
     sizes = {}
     for text in texts:
         name, equals, size = text.rpartition("=")
-        if not equals or not size.isdigit() or not int(size):
-            raise UserError(f"--dim-param {text!r}: must look like batch=1")
+        if not equals or not (size.isascii() and size.isdigit()) or len(size) > 12 or not int(size):
+            raise UserError(f"--dim-param {text[:50]!r}: must look like batch=1")
         sizes[name] = int(size)
     return sizes
 

@@ -217,7 +217,8 @@ class PlanningArguments(ArgumentGroup):
         elif tokens is None and target is not None:
             tokens = AUTO_TOKENS  # nothing else can reach the target
         schedule = self.reduction.schedule
-        if effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS and calibration is not None:
+        tries = target is not None and target.kind in ("macs", "latency") and calibration is not None
+        if tries and effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS:
             print_step("choosing which tokens go by trying schedules (--tokens none: widths only, which is faster)")
         reduced = apply_token_request(analysis, calibration, tokens, target=target, widths=widths, execution=execution)
         if schedule is not None:

@@ -73,8 +73,7 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
         pins = unique_pins(pins_of, bundle) if is_pinned else ()
         for grid in block_grids(np.array(bundle), units.block_of_unit):
             merged_flags = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
-            in_heads = len(grid) > 1
-            drafts.append(GroupDraft(grid, role_of(merged_flags, pins, in_heads), merged_flags, pins))
+            drafts.append(GroupDraft(grid, role_of(merged_flags, pins), merged_flags, pins))
     drafts = pin_infeasible(trace, units, drafts, values)
     drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
     return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
@@ -122,10 +121,8 @@ def block_grids(members: IntArray, block: IntArray) -> list[IntArray]:
     return [np.array(sorted(row.tolist() for row in same), np.int64) for same in rows.values()]
 
 
-def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...], in_heads: bool) -> Role:
-    """The role of a group, from what operators did to its labels, and whether its units are in heads."""
-    if not in_heads and is_stream(flags, pins):
-        return "residual"
+def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
+    """The role of a group, from what operators did to its labels."""
     if flags & LabelFlag.SCORED:
         return "qk"
     if flags & LabelFlag.BATCHED:  # heads that have their own axis in every weight
@@ -137,12 +134,6 @@ def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...], in_heads: bool) -> Rol
     if flags & LabelFlag.CONVOLVED or (flags & LabelFlag.POINTWISE and flags & LabelFlag.DEPTHWISE):
         return "conv"
     return "ffn" if flags & LabelFlag.CONSUMED else "other"
-
-
-def is_stream(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> bool:
-    """Whether units are added up and normalized, as those of a residual stream are. Where tokens are merged, a stream
-    is also multiplied, by itself to compare tokens and by their shares, as queries, keys and values are."""
-    return bool(flags & LabelFlag.ADDED) and any(pin.kind == "norm" for pin in pins)
 
 
 def draft_head_groups(

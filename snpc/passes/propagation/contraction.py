@@ -41,7 +41,8 @@ def contract_labels(
                 context.pin(operand, labels, SUMMED_OVER, operand_letters.index(min(dropped)))
                 continue
             is_summed = bool(varying_letters & summed)
-            table.flag(labels, contraction_flags(varying_letters, letters, is_summed, is_weight, other_is_weight))
+            if any(weights) or not is_stream(operand, left, right, is_summed):
+                table.flag(labels, contraction_flags(varying_letters, letters, is_summed, is_weight, other_is_weight))
             if not any(weights) and not varying_letters & set(letters.left) & set(letters.right) & set(letters.out):
                 table.products.append(np.unique(labels[labels >= 0]).astype(np.int64))
             if is_weight:
@@ -90,6 +91,12 @@ def contraction_flags(
         return LabelFlag.SCORED
     batched = bool(varying_letters) and varying_letters <= set(letters.left) & set(letters.right)
     return LabelFlag.PASSED_THROUGH | (LabelFlag.BATCHED if batched else LabelFlag(0))
+
+
+def is_stream(operand: LabeledValue, left: LabeledValue, right: LabeledValue, is_summed: bool) -> bool:
+    """Whether a product of activations takes a residual stream. Queries, keys and values are none: merging compares the
+    tokens of a stream with each other, and multiplies it by their shares."""
+    return operand.is_sum and (not is_summed or left.products == right.products)
 
 
 def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bool]:

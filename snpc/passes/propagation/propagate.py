@@ -7,6 +7,7 @@ attention pattern is known here: queries and keys belong together because a cont
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -127,6 +128,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         v is None or v in facts.value or (operand is not None and operand.constant)
         for v, operand in zip(node.inputs, inputs, strict=True)
     )
+    products, is_sum = products_of(context, inputs)
     projected = constant and (
         context.spec.kind in ("contraction", "attention")
         or any(operand is not None and operand.projected for operand in inputs)
@@ -137,9 +139,21 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
             continue
         factors = outputs[index] if index < len(outputs) else ()
         usable = drop_determined_factors(tuple(f for f in factors if describes(context, value, f, shape)))
+        reason = why_unlabeled(context, inputs, usable)
         trace.values[value] = LabeledValue(
-            str(value.name), shape, usable, constant, why_unlabeled(context, inputs, usable), projected
+            str(value.name), shape, usable, constant, reason, projected, products, is_sum
         )
+
+
+def products_of(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> tuple[frozenset[str], bool]:
+    """``LabeledValue.products`` and ``is_sum`` of the node's outputs."""
+    if context.spec.kind in ("contraction", "attention"):
+        return frozenset({str(context.node.outputs[0].name)}), False
+    active = [operand for operand in inputs if operand is not None and operand.factors and not operand.constant]
+    sets = {operand.products for operand in active}
+    added = (context.spec.effect == "add" or context.spec.kind == "normalize") and len(sets) > 1
+    products = next(iter(sets)) if len(sets) == 1 else frozenset[str]().union(*sets)
+    return products, added or any(operand.is_sum for operand in active)
 
 
 def describes(context: NodeContext, value: ir.Value, labels: Labels, shape: Shape) -> bool:
@@ -238,8 +252,8 @@ def propagate_pointwise(context: NodeContext, inputs: Sequence[LabeledValue | No
     """Unify the factors of all inputs at the same positions."""
     rank = len(context.call.out_shapes[0])
     parts = [
-        LabeledValue(
-            c.name, (1,) * (rank - len(c.shape)) + c.shape, tuple(prepend_axes(f, rank) for f in c.factors), c.constant
+        replace(
+            c, shape=(1,) * (rank - len(c.shape)) + c.shape, factors=tuple(prepend_axes(f, rank) for f in c.factors)
         )
         for c in inputs
         if c is not None and len(c.shape) <= rank
@@ -257,7 +271,8 @@ def flag_effect(context: NodeContext, parts: Sequence[LabeledValue], factors: Fa
     flag = LabelFlag(0)
     if effect == "nonlinear":
         flag |= LabelFlag.NONLINEAR
-    several = len(active) > 1 and any(not have_labels_in_common(active[0], c) for c in active[1:])
+    # Two results of products are two, even where a bias that both share gives them the same labels.
+    several = any(c.products != active[0].products or not have_labels_in_common(active[0], c) for c in active[1:])
     if effect == "add" and several:
         flag |= LabelFlag.ADDED
     if effect == "scale" and several:

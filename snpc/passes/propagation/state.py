@@ -31,6 +31,10 @@ class LabeledValue:
     """Why the value has no labels, where an unsupported operator produced it."""
     projected: bool = False
     """Constant, but the result of a product, such as learned queries of a decoder times a weight."""
+    products: frozenset[str] = frozenset()
+    """The products whose results it is made of, element by element."""
+    is_sum: bool = False
+    """Made of sums of results of different products, as a residual stream is."""
 
 
 @dataclass(frozen=True)

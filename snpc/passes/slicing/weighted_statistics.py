@@ -23,6 +23,7 @@ from snpc.graph import (
 )
 from snpc.ops import (
     ADD,
+    CAST,
     CAST_LIKE,
     DIV,
     EXPAND,
@@ -165,7 +166,17 @@ class WeightWriter:
     def constant(self, array: AnyArray | np.float32, like: ir.Value | None, name: str | None = None) -> ir.Value:
         """A constant that the graph converts to the type of ``like``."""
         value = add_constant(self.graph, np.asarray(array), name or self.name())
-        return self.op(CAST_LIKE, [value, like]) if self.version >= CAST_LIKE_SINCE else value
+        if self.version >= CAST_LIKE_SINCE:
+            return self.op(CAST_LIKE, [value, like])
+        cast = make_node(CAST, [value], {"to": int(self.weight_type())}, name=self.name())
+        return self.place(cast)
+
+    def weight_type(self) -> ir.DataType:
+        """The type of the weights that make the units."""
+        label = int(self.statistic.labels.reshape(-1)[0])
+        axis = next(a for a in self.trace.table.axes if a.first_label <= label < a.first_label + a.size)
+        assert axis.constant.const_value is not None
+        return axis.constant.const_value.dtype
 
     def op(self, op: str, inputs: Sequence[ir.Value | None], like: ir.Node | None = None) -> ir.Value:
         """The output of a new node in front of the statistic's own; ``like``: with the attributes of this node."""

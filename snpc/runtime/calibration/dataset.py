@@ -23,6 +23,8 @@ from snpc.runtime.calibration.validation import (
 )
 from snpc.types import AnyArray, BoolArray, IntArray, Shape, TensorSpec
 
+MAX_EMPTY_PARTS = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class RowSelection:
@@ -259,12 +261,17 @@ def _planned_samples(plan: Sequence[Sequence[RowSelection]]) -> int:
 def _survey_parts(source: CalibrationSource, axes: SampleAxes, samples: int) -> list[RowSelection]:
     """Every part with all of its rows; of a source of unknown length, the first parts that hold ``samples``."""
     selections: list[RowSelection] = []
-    total = 0
+    total = empty = 0
     for part in source.parts:
         shapes = sample_shapes(part, source.inputs, source.allow_single_sample)
         rows = np.arange(count_samples(part, shapes, source.inputs, axes))
         selections.append(RowSelection(part, shapes, rows, total))
         total += len(selections[-1])
+        empty = 0 if len(selections[-1]) else empty + 1
+        if empty > MAX_EMPTY_PARTS:  # code may yield such batches for ever
+            raise UserError(
+                f"{part.label}: the {empty}th batch in a row without a sample; yield batches that hold some"
+            )
         if source.length_unknown and total >= samples:
             break
     return selections

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import os
 import re
 import zipfile
 import zlib
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import psutil
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.images import ImageOptions, image_source
@@ -39,6 +42,7 @@ READ_ERRORS = (
     zlib.error,
 )  # what numpy and zipfile raise
 READ_ADVICE = "it is broken or not what its name says; write it again with numpy"
+MAX_FILES = 2_000_000
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 ACCEPTED_SOURCES = (
     "calibration data is an .npz, .npy or .json file, a folder of .npz, .npy or pictures, a folder with "
@@ -48,10 +52,13 @@ ACCEPTED_SOURCES = (
 
 def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
     """The source at ``path``: a folder by its contents, a file by its suffix."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: {ACCEPTED_SOURCES}")
-    if path.is_dir():
-        return _folder_source(path, inputs, images)
+    with as_user_error(str(path), "it cannot be opened; check its permissions", OSError):
+        if not path.exists():
+            raise UserError(f"{path} does not exist: {ACCEPTED_SOURCES}")
+        if path.is_dir():
+            return _folder_source(path, inputs, images)
+        if not path.is_file():  # reading a pipe would wait for a writer, and a second pass would find nothing
+            raise UserError(f"{path}: it is not a regular file: {ACCEPTED_SOURCES}")
     opener = SOURCE_OPENERS.get(path.suffix.lower())
     if opener is not None:
         return opener(path, inputs)
@@ -75,12 +82,25 @@ def _folder_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Cal
             str(path), (PART_OPENERS[file.suffix.lower()](file, inputs) for file in arrays), inputs
         )
     # pictures often lie in one folder per class
-    pictures = pictures or [file for file in _visible_files(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = pictures or [
+        file for file in _visible_files(_files_below(path)) if file.suffix.lower() in IMAGE_SUFFIXES
+    ]
     if pictures:
         return image_source(path, pictures, inputs, images)
     raise UserError(
         f"{path}: nothing to calibrate on in this folder ({name_list(file.name for file in files)}): {ACCEPTED_SOURCES}"
     )
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """Every file in the folders below; those that may not be entered are passed by. Raises UserError where there are
+    more than a data set has, as below ``/``."""
+    count = 0
+    for folder, _, names in os.walk(path):
+        count += 1 + len(names)
+        if count > MAX_FILES:
+            raise UserError(f"{path}: more than {MAX_FILES} files lie below it: give the folder with the pictures")
+        yield from (Path(folder, name) for name in names)
 
 
 def _visible_files(paths: Iterable[Path]) -> list[Path]:
@@ -102,7 +122,16 @@ def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
         headers = {}
         for member in members:
             with archive.open(member) as file:
-                headers[member.removesuffix(".npy")] = _read_header(file)
+                header = _read_header(file)
+                _check_stored_bytes(header, archive.getinfo(member).file_size)
+                headers[member.removesuffix(".npy")] = header
+    needed = sum(_array_bytes(header) for header in headers.values())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{path}: it takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: save its arrays as .npy, "
+            "of which only the chosen samples are read, or in several files of a folder"
+        )
     if len(inputs) == 1 and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
         headers = {inputs[0].name: headers["arr_0"]}
         return CalibrationPart(
@@ -125,7 +154,18 @@ def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
     name = inputs[0].name
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), path.open("rb") as file:
         headers = {name: _read_header(file)}
+        _check_stored_bytes(headers[name], path.stat().st_size)
     return CalibrationPart(str(path), headers, lambda names: {name: _read_npy(path)})
+
+
+def _array_bytes(header: ArrayHeader) -> int:
+    return math.prod(header.shape) * header.dtype.itemsize
+
+
+def _check_stored_bytes(header: ArrayHeader, stored: int) -> None:
+    """Raise ValueError where a header claims more than there is; ``stored``: bytes of the file, header and all."""
+    if not header.dtype.hasobject and _array_bytes(header) > stored:
+        raise ValueError(f"its header claims {_array_bytes(header)} bytes, {stored} are there")
 
 
 def _read_npy(path: Path) -> AnyArray:
@@ -230,6 +270,8 @@ def _read_tensor(file: Path) -> tuple[str, AnyArray]:
     import onnx
 
     advice = "it is no ONNX tensor; write it with onnx.numpy_helper.from_array(array).SerializeToString()"
+    if not file.is_file():
+        raise UserError(f"{file}: it is not a regular file; {advice}")
     with as_user_error(str(file), advice, Exception):  # protobuf and onnx raise many kinds on broken bytes
         tensor = onnx.TensorProto.FromString(file.read_bytes())
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # it could point anywhere on this machine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,12 @@ PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -
     "half": ((0.5,), (0.5,)),  # most ViTs of timm and Google: values in [-1, 1]
     "0-1": ((0.0,), (1.0,)),
 }
+
+
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # others start programs (PostScript) or are hardly ever used
+MAX_ASPECT = (
+    16  # how many times longer than the frame a picture is resized; both sides hang over, only the middle stays
+)
 
 
 @dataclass(frozen=True)
@@ -148,13 +156,18 @@ def _image_loader(frame: ImageFormat) -> Callable[[Path], AnyArray]:
 
 
 def _load_image(pillow: Any, frame: ImageFormat, file: Path) -> AnyArray:
-    """file -> [1,C,H,W] or [1,H,W,C], uint8 or float32."""
+    """file -> [1,C,H,W] or [1,H,W,C], uint8 or float32. The picture stands as its EXIF orientation says."""
+    from PIL import ImageOps
+
     advice = "the picture cannot be read; repair or remove it"
-    broken = (OSError, ValueError, SyntaxError, pillow.DecompressionBombError)
-    with as_user_error(str(file), advice, *broken), pillow.open(file) as picture:
-        if picture.mode[0] in "IF":  # converting would clip them to white
-            raise ValueError("its pixels have more than 8 bits")
-        pixels = _resize_and_crop(pillow, picture.convert("RGB" if frame.channels == 3 else "L"), frame)
+    broken = (OSError, ValueError, SyntaxError, MemoryError, pillow.DecompressionBombError)
+    with as_user_error(str(file), advice, *broken), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures, which are read, and of palettes
+        with pillow.open(file, formats=PILLOW_FORMATS) as picture:
+            if picture.mode[0] in "IF":  # converting would clip them to white
+                raise ValueError("its pixels have more than 8 bits")
+            upright = ImageOps.exif_transpose(picture)
+            pixels = _resize_and_crop(pillow, upright.convert("RGB" if frame.channels == 3 else "L"), frame)
     array: AnyArray = pixels.reshape(frame.height, frame.width, frame.channels)
     if not frame.raw:
         array = (array.astype(np.float32) / 255 - np.array(frame.mean, np.float32)) / np.array(frame.std, np.float32)
@@ -163,9 +176,21 @@ def _load_image(pillow: Any, frame: ImageFormat, file: Path) -> AnyArray:
 
 def _resize_and_crop(pillow: Any, picture: Any, frame: ImageFormat) -> AnyArray:
     """Resized (bicubic) until it just covers the frame, then cropped around the center."""
+    picture = _crop_long_side(picture, frame)
     scale = max(frame.height / picture.height, frame.width / picture.width)
     width, height = max(frame.width, round(picture.width * scale)), max(frame.height, round(picture.height * scale))
     if (width, height) != picture.size:
         picture = picture.resize((width, height), pillow.Resampling.BICUBIC)
     left, top = (width - frame.width) // 2, (height - frame.height) // 2
     return np.asarray(picture.crop((left, top, left + frame.width, top + frame.height)))
+
+
+def _crop_long_side(picture: Any, frame: ImageFormat) -> Any:
+    """The middle of a picture that is far longer than the frame: resized whole, 30000 by 1 pixels take gigabytes."""
+    longest_width = math.ceil(MAX_ASPECT * picture.height * frame.width / frame.height)
+    longest_height = math.ceil(MAX_ASPECT * picture.width * frame.height / frame.width)
+    width, height = min(picture.width, longest_width), min(picture.height, longest_height)
+    if (width, height) == picture.size:
+        return picture
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -23,6 +23,9 @@ SAFE_CASTS: frozenset[tuple[TypeFamily, TypeFamily]] = frozenset(
 )  # fmt: skip
 
 
+MAX_SAMPLES = 1 << 28  # of one part; each has a number
+
+
 @dataclass(frozen=True)
 class SampleAxes:
     """``inputs``: names of inputs whose leading axis is the sample axis; the others are fed as they are.
@@ -68,6 +71,8 @@ def count_samples(
         _check_sizes(part.label, shapes[spec.name], spec, spec.name in axes.inputs)
     counts = {spec.name: shapes[spec.name][0] for spec in inputs if spec.name in axes.inputs}
     (first, samples), *others = counts.items()
+    if samples > MAX_SAMPLES:
+        raise UserError(f"{part.label}: '{first}' claims {samples} samples: more than {MAX_SAMPLES} are not read")
     for name, other in others:
         if other != samples:
             raise UserError(

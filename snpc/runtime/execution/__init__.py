@@ -6,7 +6,8 @@ Files
   machine            What is known of this machine: cores, the processor's name and vector registers, free memory.
   memory             Memory limits: sizes as users write them, arrays kept within a limit or in files, and the memory a
                      model needs.
-  random_inputs      Random inputs for an analyzed model: to verify on, and to calibrate on where there is no data.
+  random_data        Random data to calibrate on, where there is none.
+  random_inputs      Random inputs for an analyzed model: one feed of them.
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
                      inputs.
   session            onnxruntime sessions: opening and running them, and the specs of their inputs and outputs.
@@ -31,13 +32,13 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
+from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
     embedding_rows,
     feed_sizes,
     id_limits,
     probe_batch,
     random_batch,
-    random_calibration,
 )
 from snpc.runtime.execution.runners import (
     ENGINE_SUFFIXES,

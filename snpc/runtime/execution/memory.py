@@ -27,6 +27,7 @@ BYTE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+MAX_BYTES = 1 << 60
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 GIB = 1 << 30
@@ -35,10 +36,10 @@ GIB = 1 << 30
 def parse_bytes(text: str) -> int:
     """``"2GB"``, ``"1.5 GiB"``, ``"500M"``, ``"1000000"`` -> bytes; GB is 10^9, GiB is 2^30. UserError: no size."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    size = int(float(match[1]) * BYTE_UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise UserError(f"{text!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
-    return size
+    size = float(match[1]) * BYTE_UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < MAX_BYTES:
+        raise UserError(f"{text[:50]!r} is no size in bytes: write it as 2GB, 512MiB or 1000000000")
+    return int(size)
 
 
 def release_free_memory() -> None:

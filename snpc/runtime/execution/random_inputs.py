@@ -1,38 +1,14 @@
-"""Random inputs for an analyzed model: to verify on, and to calibrate on where there is no data."""
+"""Random inputs for an analyzed model: one feed of them."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import onnx_ir as ir
 
 from snpc.graph import DimSizes, ShapeFacts, coprime_dim_sizes, leading_dims
 from snpc.ops import lookup
 from snpc.passes import Analysis
-from snpc.runtime.calibration import Calibration, find_sample_axes, load_calibration
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.types import AnyArray
-
-SEED_STRIDE = 1 << 20  # each of so many batches has its own seed
-RANDOM_SOURCE = "random inputs (no data)"
-RANDOM_HELD_OUT = 16  # quality on noise says little, so few samples do
-
-
-def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8, seed: int = 0) -> Calibration:
-    """Calibration data for a model of which there is none: floats standard normal, ids uniform over the embedding that
-    they index, masks of ones, dynamic axes as analyzed.
-
-    No real input looks like this, and a model calibrated on it keeps what matters for noise.
-    """
-    inputs = analysis.model.inputs
-    size = find_sample_axes(inputs).batch_size or max(batch, 1)
-    batches = -(-(samples + RANDOM_HELD_OUT) // size)
-    feeds = [random_batch(analysis, size, seed * SEED_STRIDE + number) for number in range(batches)]
-    calibration = load_calibration(feeds, inputs, samples=samples, batch=batch, seed=seed, held_out=RANDOM_HELD_OUT)
-    held_out = calibration.held_out
-    if held_out is not None:
-        held_out = replace(held_out, source=RANDOM_SOURCE, random=True)
-    return replace(calibration, source=RANDOM_SOURCE, random=True, held_out=held_out)
 
 
 def random_batch(

@@ -105,7 +105,7 @@ def open_session(
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
     provider = resolve_provider(execution.provider)
-    ort.set_default_logger_severity(4)
+    _prepare_runtime()
     _preload_cuda_libraries(provider)
     try:
         session = ort.InferenceSession(
@@ -234,6 +234,16 @@ def _session_options(
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     return options
+
+
+@functools.cache
+def _prepare_runtime() -> None:
+    """Once, before the first session: nothing is logged, and nothing is reported to anyone."""
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)
+    if hasattr(ort, "disable_telemetry_events"):
+        ort.disable_telemetry_events()
 
 
 @functools.cache

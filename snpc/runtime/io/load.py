@@ -57,8 +57,13 @@ def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
 
 
 def load_file(path: Path, observer: PassObserver | None) -> Model:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path}: not a file; give the .onnx itself")
+    check_name(path)
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not is_file:
+        raise UserError(f"{path}: no such file" if not exists else f"{path}: not a file; give the .onnx itself")
     proto = read_checked(path)
     digest = file_digest(path, proto)
     nodes = len(proto.graph.node)
@@ -84,11 +89,23 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     )
 
 
+def check_name(path: Path) -> None:
+    """Refuse a path that is not UTF-8: neither protobuf nor onnxruntime takes it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: its name is not UTF-8, which onnxruntime needs; rename the file or its folder"
+        ) from None
+
+
 def read_checked(path: Path) -> onnx.ModelProto:
     """The message of a model file, its tensors checked, its big weights left where they are. Raises UserError."""
     try:
         proto = read_without_weights(path)
-    except (DecodeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (DecodeError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
         ) from None

@@ -170,7 +170,19 @@ def measure_batches(
         temporary_session(instrument.model, execution=execution) as run,
     ):
         for feeds in batches:
-            yield run({**feeds, **masks(feeds)})
+            try:
+                outputs = run({**feeds, **masks(feeds)})
+            except UserError as error:
+                raise UserError(refused_batch(analysis, feeds, error)) from None
+            yield outputs
+
+
+def refused_batch(analysis: Analysis, feeds: Feeds, error: UserError) -> str:
+    """What a user reads where the model does not run on calibration data: some kernels take one sample at a time."""
+    name, text = analysis.model.path.name, str(error).removeprefix("model: ")
+    several = any(array.ndim > 1 and len(array) > 1 for array in feeds.values())
+    advice = "; if it takes one sample at a time, give --calib-batch 1" if several else ""
+    return f"{name}: calibration: {text}{advice}"
 
 
 def accumulate(total: FloatArray, part: AnyArray) -> None:

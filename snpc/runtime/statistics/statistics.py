@@ -207,6 +207,8 @@ def load_statistics(path: Path, *more: Path) -> Statistics:
 def read_statistics(path: Path) -> Statistics:
     """The statistics of one file. Raises UserError where it holds none."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
             if header["snpc_statistics"] != STATISTICS_FORMAT:

@@ -45,7 +45,7 @@ def test_they_are_found_and_said_to_be_approximate(name: str) -> None:
 
 
 def test_norms_of_single_channels_and_of_groups_of_channels_are_exact() -> None:
-    for name in ("conv_norms__ts17", "conv_norms__dyn21"):
+    for name in ("conv_norms__ts17", "conv_norms__ts14", "conv_norms__dyn21"):
         exact = {g.id: g.size for g in prunable(analysis_of(name).groups, "ffn") if not g.approximate}
         assert exact == {"instance.ffn": HIDDEN, "groups.ffn": 4}
 

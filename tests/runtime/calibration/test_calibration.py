@@ -6,9 +6,13 @@ import base64
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
+import tracemalloc
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -346,7 +351,7 @@ def test_only_the_chosen_files_are_read(tmp_path: Path, monkeypatch: pytest.Monk
         save_png(tmp_path / f"{index}.png", value=index)
     opened: list[Any] = []
     own = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or own(file))
+    monkeypatch.setattr(Image, "open", lambda file, **options: opened.append(file) or own(file, **options))
     calibration = load_calibration(tmp_path, [IMAGE], samples=9, batch=2, held_out=0)
     assert len(opened) == 2  # the first batch, to fail early
     feeds = calibration.batches()
@@ -459,7 +464,7 @@ def test_values_the_type_cannot_hold_are_refused(stored: np.ndarray, dtype: Any,
 def test_integers_come_through_unchanged_or_not_at_all(values: list[int], dtype: Any) -> None:
     fits = all(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max for value in values)
     try:
-        fed = joined(load_calibration({"x": values}, [spec("x", dtype, "n")], samples=len(values)))["x"]
+        fed = joined(load_calibration({"x": values}, [spec("x", dtype, "n")], samples=len(values), held_out=0))["x"]
     except UserError:
         assert not fits
     else:
@@ -624,6 +629,123 @@ def test_broken_pictures_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="pixels have more than 8 bits"):
         load_calibration(tmp_path, [IMAGE])
+
+
+def test_a_picture_of_one_row_takes_little_memory(tmp_path: Path) -> None:
+    """Resized whole until it covers 8 x 8 it would have 240,000 columns; a frame of 224 takes gigabytes."""
+    Image.new("RGB", (30000, 1), (10, 20, 30)).save(tmp_path / "a.png")
+    wide = spec("x", np.float32, "n", 3, 224, 224)
+    tracemalloc.start()
+    (feed,) = load_calibration(tmp_path, [wide], images=ImageOptions(mean=(0.0,), std=(1.0,))).batches()
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 1 << 26
+    np.testing.assert_allclose(feed["x"][0, :, 100, 100] * 255, [10, 20, 30], atol=1e-3)
+
+
+def test_the_middle_of_a_long_picture_is_what_counts(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4000, 3), np.uint8)
+    pixels[:, 1990:2010] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "b.png")
+    for feed in load_calibration(
+        tmp_path, [spec("x", np.uint8, "n", 8, 8, 3)], images=ImageOptions(layout="nhwc")
+    ).batches():
+        assert (feed["x"] == 200).all()
+
+
+def test_pictures_stand_as_their_orientation_says(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    picture.save(tmp_path / "a.png", exif=exif)
+    (feed,) = load_calibration(
+        tmp_path, [spec("x", np.uint8, "n", 8, 8, 3)], images=ImageOptions(layout="nhwc")
+    ).batches()
+    np.testing.assert_array_equal(feed["x"][0], np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "PPM", "ICO"])
+def test_only_common_formats_are_decoded_whatever_the_name(kind: str, tmp_path: Path) -> None:
+    """Pillow starts Ghostscript for PostScript."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(UserError, match=r"a\.png: UnidentifiedImageError.*cannot be read; repair or remove it"):
+        load_calibration(tmp_path, [IMAGE])
+
+
+def test_warnings_of_pillow_do_not_reach_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(tmp_path / "a.png", 60, 60)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # an error from twice as many on, a warning below
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_calibration(tmp_path, [IMAGE])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="DecompressionBombError"):
+        load_calibration(tmp_path, [IMAGE])
+
+
+# bombs
+
+
+def test_headers_that_claim_more_than_there_is(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 4)})
+    (tmp_path / "a.npy").write_bytes(header.getvalue() + bytes(64))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(64))
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(UserError, match=r"its header claims 16000000000000 bytes, \d+ are there"):
+            load_calibration(tmp_path / name, [X])
+
+
+def test_archives_larger_than_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_npz(tmp_path / "a.npz", x=np.zeros((1000, 4), np.float32))
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10_000))
+    with pytest.raises(UserError, match=r"a\.npz: it takes .* GB of memory, .* are free: save its arrays as \.npy"):
+        load_calibration(path, [X])
+
+
+def test_samples_without_entries_are_not_numbered_for_ever(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**12, 0)})
+    (tmp_path / "a.npy").write_bytes(header.getvalue())
+    with pytest.raises(UserError, match="'ids' claims 1000000000000 samples"):
+        load_calibration(tmp_path / "a.npy", [IDS])
+
+
+def test_batches_without_samples_end(tmp_path: Path) -> None:
+    def endless() -> Iterator[dict[str, np.ndarray]]:
+        while True:
+            yield {"x": np.zeros((0, 4), np.float32)}
+
+    with pytest.raises(UserError, match="1001th batch in a row without a sample"):
+        load_calibration(endless, [X])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.json", "set/input_0.pb"])
+def test_a_pipe_is_no_source(name: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"not a regular file|nothing to calibrate on"):
+        load_calibration(tmp_path / name if name[0] == "a" else tmp_path / "set", [X])
+
+
+def test_folders_that_may_not_be_entered_are_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(tmp_path / "in" / "a.png")
+    listed = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", refused)
+    assert load_calibration(tmp_path, [IMAGE]).samples == 1
 
 
 def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 import snpc
 from snpc.passes.analyze import Analysis
@@ -21,7 +23,7 @@ from tests.closed_forms import calibration_of, closed_forms_on, pruned_bytes, ra
 from tests.command_line import invoke, reported
 from tests.models.exports import export
 from tests.models.hidden_norms import HIDDEN_NORMS
-from tests.oracle import TOLERANCE, analysis_of, prunable, relative_error, run
+from tests.oracle import TOLERANCE, analysis_at, analysis_of, prunable, relative_error, run
 
 NAMES = [*HIDDEN_NORMS, "eva02__ts17"]
 
@@ -166,6 +168,27 @@ def test_a_target_cuts_them_like_other_layers(tmp_path: Path) -> None:
     result = snpc.apply(made, tmp_path / "p.onnx")
     assert result.closed_forms[cut[0].id] == "refit"
     assert "normalized inside" in cut[0].freedom_reason
+
+
+@pytest.mark.parametrize("name", ["sublayer_norm__ts17", "conv_norms__ts14"])
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    model = onnx.load(export(name))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "value"):
+        if attribute.t.data_type == onnx.TensorProto.FLOAT:
+            attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float16)))
+    del model.graph.value_info[:]
+    analysis = analysis_at(tmp_path / "half.onnx", model)
+    data = calibration_of(analysis, random_feeds(name, 16), 8)
+    made = snpc.plan(analysis, snpc.Budget(target="macs=0.8", roles=("ffn", "conv")), calibration=data)
+    assert any(g.id in made.slices.keep for g in inside(analysis))
+    equal = snpc.apply(made, tmp_path / "p.onnx").verification.max_abs_diff
+    assert equal is not None
+    assert equal < 1e-3
 
 
 def test_without_data_they_are_cut_too_and_named_everywhere(tmp_path: Path) -> None:

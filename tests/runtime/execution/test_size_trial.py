@@ -11,12 +11,13 @@ import pytest
 from snpc.errors import UserError
 from snpc.graph import DimSizes
 from snpc.passes.analyze import analyze
+from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.size_trial import find_running_sizes, told_numbers
 from snpc.runtime.execution.temporary_session import file_session
 from snpc.runtime.io.load import load
 from tests.command_line import invoke, reported
 from tests.models.dynamic_sizes import CONSTRAINED, DECODERS
-from tests.models.exports import export
+from tests.models.exports import export, load_feeds
 from tests.oracle import require
 from tests.passes.text_graphs import text_model
 
@@ -47,6 +48,26 @@ def test_a_batch_that_a_kernel_demands_is_found_by_trying() -> None:
     name = "llama_cached__dyn23"
     require(name)
     assert running_sizes(export(name))["batch"] == 1
+
+
+def test_random_data_have_the_batch_that_runs(tmp_path: Path) -> None:
+    name = "llama_cached__dyn23"
+    require(name)
+    calibration = random_calibration(analyze(load(export(name))), samples=4)
+    assert {len(feeds["input_ids"]) for feeds in calibration.batches()} == {1}
+    flags = ("--ratio", 0.5, "--calib", "random", "--calib-samples", 4, "--roles", "ffn", "-o", tmp_path / "out.onnx")
+    invoke("prune", export(name), *flags)
+
+
+def test_data_in_batches_that_a_kernel_refuses(tmp_path: Path) -> None:
+    name = "llama_cached__dyn23"
+    require(name)
+    data = tmp_path / "calib.npz"
+    np.savez(data, allow_pickle=False, **load_feeds(name))
+    flags = ("--ratio", 0.5, "--calib", data, "--roles", "ffn", "-o", tmp_path / "out.onnx")
+    output = invoke("prune", export(name), *flags, code=2).output
+    assert f"{name}.onnx: calibration: onnxruntime does not run it" in output and "give --calib-batch 1" in output
+    invoke("prune", export(name), *flags, "--calib-batch", 1)
 
 
 def test_where_nothing_runs_the_message_says_what_was_tried(tmp_path: Path) -> None:
