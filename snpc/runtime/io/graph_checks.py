@@ -67,7 +67,7 @@ def schema_at(operator: str, version: int) -> defs.OpSchema | None:
     """The schema of an operator of the default domain; None where onnx has none for this version."""
     try:
         return defs.get_schema(operator, version, "")
-    except defs.SchemaError:
+    except (defs.SchemaError, TypeError):  # TypeError: damaged bytes in place of a name
         return None
 
 

@@ -55,6 +55,16 @@ def test_functions_that_grow_without_end_are_refused_at_once(depth: int, tmp_pat
     assert time.perf_counter() - started < 20
 
 
+def test_a_function_that_is_called_like_an_operator_is_refused(tmp_path: Path) -> None:
+    """onnxruntime runs the operator; inlining would run the function."""
+    model = doubling(1, RELU)
+    body = [helper.make_node("Neg", ["a"], ["z"])]
+    model.functions.append(helper.make_function("", "Relu", ["a"], ["z"], body, OPSETS))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"m\.onnx: its function Relu stands in the domain of ONNX's own operators"):
+        load(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("callee", ["F0", "F2"])
 def test_functions_that_call_each_other_in_a_circle(callee: str, tmp_path: Path) -> None:
     onnx.save(doubling(2, call(callee, "a", "z")), tmp_path / "m.onnx")
