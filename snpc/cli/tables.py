@@ -314,9 +314,9 @@ def print_result(result: PrunedModel) -> None:
         print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
     if result.search is not None:
         print_line(search_text(result.search))
-    print_verdict(result.verification)
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
+    print_verdict(result.verification)
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

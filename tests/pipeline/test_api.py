@@ -123,7 +123,8 @@ def test_the_one_call_is_the_steps(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_one_call_reduces_tokens(tokens: str) -> None:
     calibration = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32)
-    result = snpc.prune(VIT, target="macs=0.6", tokens=tokens, calibration=calibration)
+    # widths alone do not come so far
+    result = snpc.prune(VIT, target="macs=0.6", max_ratio="0.2", tokens=tokens, calibration=calibration)
     assert result.plan.analysis.reduction is not None
     assert result.after.macs <= 0.6 * result.before.macs
     assert any("tokens" in note for note in result.verification.structure)

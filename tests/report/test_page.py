@@ -28,6 +28,7 @@ from snpc.report.data import ReportData
 from snpc.report.format import format_count, format_percent
 from snpc.report.page import render_page
 from snpc.report.png import png_data_url
+from snpc.report.quality_text import quality_text
 from tests.models.exports import export, load_feeds
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
@@ -143,6 +144,10 @@ def test_numbers_are_those_of_the_result(digits: Written) -> None:
     (drift,) = numbers["verify"]["quality"]["differences"]
     assert digits.report.drift[0].relative == drift["relative"]
     assert format_percent(drift["relative"]) in digits.text
+    assert digits.report.rewrite.startswith("rewrite: correct") and digits.report.rewrite in digits.text
+    assert (
+        digits.report.quality == quality_text(digits.result.quality) and f"grade-{digits.report.grade}" in digits.text
+    )
     assert json.loads(json.dumps(digits.report.to_json()))["costs"][0]["after"] == numbers["params"]["after"]
 
 
