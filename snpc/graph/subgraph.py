@@ -38,7 +38,8 @@ def split_into_segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
             if value in producer_index:
                 last_use[value] = k
     for value in model.graph.outputs:
-        last_use[value] = len(nodes)
+        if value in producer_index:  # an initializer can be an output too
+            last_use[value] = len(nodes)
     segments = []
     first = 0
     for last in sorted({*ends, len(nodes)} - {0}):

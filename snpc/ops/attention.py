@@ -93,8 +93,11 @@ class AttentionGeometry:
 
 def head_counts(call: OpCall) -> tuple[int, int]:
     """(query heads, key heads) of a node whose inputs are [B,N,H*D]; (0, 0) where they are [B,H,N,D]."""
-    heads = int(call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0)))
-    return heads, int(call.attrs.get("kv_num_heads", heads))
+    heads = call.attrs.get("num_heads", call.attrs.get("q_num_heads", 0))
+    kv_heads = call.attrs.get("kv_num_heads", heads)
+    if not (isinstance(heads, int) and isinstance(kv_heads, int)):  # attributes of a damaged file
+        return 0, 0
+    return heads, kv_heads
 
 
 def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
@@ -104,10 +107,12 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
     heads, kv_heads = head_counts(call)
     if not call.has(shape.query) or (len(call.shape(shape.query)) < 4 and min(heads, kv_heads) < 1):
         return None
+    if shape.packed and len(call.shape(shape.query)) != 3:
+        return None
     query = (1,) * (3 - len(call.shape(shape.query))) + call.shape(shape.query)
     if shape.packed == "weight":
         widths = packed_weight_widths(call)
-        if widths is None or len(query) > 3:
+        if widths is None:
             return None
         return AttentionGeometry(query[0], heads, heads, query[1], query[1], widths[0] // heads, widths[2] // heads)
     if shape.packed == "columns":
@@ -115,13 +120,13 @@ def attention_geometry(call: OpCall, domain: str) -> AttentionGeometry | None:
         return AttentionGeometry(query[0], heads, kv_heads, query[1], query[1], width, width)
     if not (call.has(shape.key) and call.has(shape.value)) or len(query) > 4:
         return None
-    if len(query) == 4:
-        heads, kv_heads = query[1], call.shape(shape.key)[1]
-    length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     key, value = call.shape(shape.key), call.shape(shape.value)
-    ranks = (2,) if shape.one_row else (3, 4)
+    ranks = (2,) if shape.one_row else (4,) if len(query) == 4 else (3, 4)
     if len(key) not in ranks or len(value) not in ranks:
         return None
+    if len(query) == 4:
+        heads, kv_heads = query[1], key[1]
+    length, width = (query[2], query[3]) if len(query) == 4 else (query[1], query[2] // heads)
     kv_length = key[-2]
     return AttentionGeometry(
         query[0], heads, kv_heads, length, kv_length, width, value[3] if len(value) == 4 else value[-1] // kv_heads

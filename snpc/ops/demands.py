@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from snpc.ops.names import GATHER, GATHER_ND, RESHAPE
-from snpc.ops.spec import OpCall, OpSpec
+from snpc.ops.spec import Blocked, OpCall, OpSpec
 from snpc.types import Shape
 
 LARGEST_STEP = 4096
@@ -75,7 +75,7 @@ def _contraction_demands(spec: OpSpec, call: OpCall) -> Iterator[SizeDemand]:
         return
     try:
         letters = spec.letters(call)
-    except IndexError:  # an operand of too low a rank
+    except (IndexError, Blocked):  # an operand of too low a rank, an equation that is not followed
         return
     if letters.windowed:
         return

@@ -175,7 +175,7 @@ def trial(path: Path, mode: Sequence[str] = MODES[0]) -> list[str]:
         result = CliRunner().invoke(main, [verb, str(path), *flags])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             complaints.append(f"{verb}: {traceback_line(result.exception)}")
-        lines = [line for line in result.stderr.splitlines() if not re.match("snpc: (note|warning|plan):", line)]
+        lines = [line for line in result.stderr.splitlines() if not re.match("snpc: (note|warning|plan|next):", line)]
         refused = result.exit_code in (1, 2) and not complaints
         if refused and (len(lines) != 1 or not lines[0].startswith("snpc: ") or len(lines[0]) > 1000):
             complaints.append(f"{verb}: exit code {result.exit_code} in {len(lines)} lines: {lines[:3]}")
@@ -204,8 +204,10 @@ def judged(path: Path, written: Path, report: Path, said: str) -> list[str]:
     if SECRET in written.read_bytes() and SECRET not in path.read_bytes():
         complaints.append("prune: a file outside the folder is in the output")
     found = json.loads(report.read_text())
-    if "verified" not in said or "not run" in said:
-        COMPARED["not run, and said so" if "not run: " in said else "not said"] += 1
+    if found["verify"]["not_run"]:
+        COMPARED["not run"] += 1
+        if "not run: " not in said or "verified" in said:
+            complaints.append("prune: nothing was compared, and that is not said")
     elif found["method"] == "select":
         wrong = unequal_to_masked(path, written, found)
         complaints += [f"prune: {wrong}"] if wrong else []
@@ -236,10 +238,14 @@ def work(first: int, last: int, step: int) -> None:
             complaints = trial(path, MODES[seed % len(MODES)])
             faulthandler.cancel_dump_traceback_later()
             complaints += [f"opened {opened}" for opened in outside]
-            print(json.dumps({"seed": seed, "complaints": complaints}), flush=True)
+            counts = {"outcomes": list(OUTCOMES.items()), "reasons": list(REASONS.items())}
+            print(
+                json.dumps({"seed": seed, "complaints": complaints, **counts, "compared": list(COMPARED.items())}),
+                flush=True,
+            )
+            for counter in (OUTCOMES, REASONS, COMPARED):
+                counter.clear()
             shutil.rmtree(folder)
-    counts = {"outcomes": list(OUTCOMES.items()), "reasons": list(REASONS.items()), "compared": list(COMPARED.items())}
-    print(json.dumps(counts), flush=True)
 
 
 def is_outside(event: str, about: tuple[Any, ...]) -> bool:
@@ -260,7 +266,7 @@ def share(first: int, last: int, step: int) -> tuple[list[str], list[Any]]:
                 said = json.loads(line)
                 if "outcomes" in said:
                     counts.append(said)
-                elif "done" in said:
+                if "done" in said:
                     now = said
                 for words_ in said.get("complaints", ()):
                     complaints.append(f"{now['seed']} ({now['done']}) {words_}")

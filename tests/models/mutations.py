@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper, parser
+from onnx.checker import ValidationError
 
 from tests.models.encoders import Encoder
 from tests.models.operators import CASES, build
@@ -846,7 +847,7 @@ def mutant(seed: int, folder: Path) -> tuple[Path, str]:
         change = rng.choice(MUTATIONS)
         try:
             change(model, rng)
-        except (IndexError, TypeError, ValueError, KeyError, DecodeError):  # an earlier change took what this one needs
+        except (LookupError, TypeError, ValueError, DecodeError, ValidationError):  # an earlier one took what it needs
             continue
         done.append(change.__name__)
     try:

@@ -145,3 +145,38 @@ def test_a_node_of_thousands_of_inputs_takes_seconds(operator: str, distinct: bo
     started = time.process_time()
     assert not trial(saved(tmp_path / "model.onnx", crowded, base=1))
     assert time.process_time() - started < 20
+
+
+# -- operands that contradict each other ------------------------------------------------------------------------------
+
+ATTENTIONS = [BASES.index(base) for base in BASES if any("Attention" in node.op_type for node in base.graph.node)]
+
+
+@pytest.mark.parametrize("base", ATTENTIONS)
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("num_heads", 0), ("num_heads", 7), ("num_heads", [4]), ("q_num_heads", 0),
+        ("qkv_hidden_sizes", [24, 24]), ("qkv_hidden_sizes", [1, 2, 3]),
+    ],
+)  # fmt: skip
+def test_attention_nodes_whose_numbers_make_no_sense(base: int, name: str, content: object, tmp_path: Path) -> None:
+    def changed(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "Attention" in node.op_type)
+        for attribute in [a for a in node.attribute if a.name == name]:
+            node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute(name, content))
+
+    assert not trial(saved(tmp_path / "model.onnx", changed, base))
+
+
+@pytest.mark.parametrize("base", ATTENTIONS)
+def test_weights_of_attention_in_the_wrong_places(base: int, tmp_path: Path) -> None:
+    def swapped(model: onnx.ModelProto) -> None:
+        weights = {t.name for t in model.graph.initializer if len(t.dims) > 1}
+        places = [(node, k) for node in model.graph.node for k, name in enumerate(node.input) if name in weights]
+        names = [node.input[k] for node, k in places]
+        for (node, k), name in zip(places, names[1:] + names[:1], strict=True):
+            node.input[k] = name
+
+    assert not trial(saved(tmp_path / "model.onnx", swapped, base))

@@ -15,7 +15,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def point(name: str, accuracy: float, speedup: float) -> SweepPoint:
-    return SweepPoint(name, (), 1, 1, 1, 1 - accuracy, None, accuracy, latency=10 / speedup, speedup=speedup)
+    return SweepPoint(
+        name, (), 1, 1, 1, 1 - accuracy, None, accuracy, latency=10 / speedup, speedup=speedup, low=speedup
+    )
 
 
 def sweep(*points: SweepPoint, model: str = "m.onnx") -> SweepResult:

@@ -74,15 +74,30 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
         for grid in block_grids(np.array(bundle), units.block_of_unit):
             merged_flags = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
             drafts.append(GroupDraft(grid, role_of(merged_flags, pins), merged_flags, pins))
-    drafts = [pin_if_infeasible(trace, units, draft, values) for draft in drafts]
+    drafts = pin_infeasible(trace, units, drafts, values)
     drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
     return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
 
 
-def pin_if_infeasible(trace: Trace, units: Units, draft: GroupDraft, values: ValuesByUnit) -> GroupDraft:
-    """``draft`` with a pin where it cannot be cut."""
-    pin = infeasible_cut_pin(trace, units, draft.units, values) if not draft.pins else None
-    return draft if pin is None else replace(draft, pins=(pin,))
+def pin_infeasible(trace: Trace, units: Units, drafts: list[GroupDraft], values: ValuesByUnit) -> list[GroupDraft]:
+    """``drafts`` with a pin where one cannot be cut on its own, unless it can be cut as wide as those that share the
+    tensor: they are then one (heads that two weights produce, laid side by side)."""
+    result = []
+    sharing: dict[tuple[str, int, Role], list[GroupDraft]] = defaultdict(list)
+    for draft in drafts:
+        pin = infeasible_cut_pin(trace, units, draft.units, values) if not draft.pins else None
+        if pin is None:
+            result.append(draft)
+        else:
+            sharing[pin.tensor, draft.units.shape[1], draft.role].append(replace(draft, pins=(pin,)))
+    for parts in sharing.values():
+        grid = np.concatenate([part.units for part in parts])
+        if len(parts) > 1 and infeasible_cut_pin(trace, units, grid, values) is None:
+            flags = LabelFlag(int(np.bitwise_or.reduce([int(part.flags) for part in parts])))
+            result.append(GroupDraft(grid, parts[0].role, flags, ()))
+        else:
+            result += parts
+    return result
 
 
 def unique_pins(pins_of: Mapping[int, list[LabelPin]], members: list[int]) -> tuple[LabelPin, ...]:

@@ -10,7 +10,14 @@ import numpy as np
 from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
-from snpc.passes.propagation.state import Contraction, Factors, LabeledValue, NodeContext, cover_remaining_axes
+from snpc.passes.propagation.state import (
+    Contraction,
+    Factors,
+    LabeledValue,
+    NodeContext,
+    cover_remaining_axes,
+    labels_fit,
+)
 
 
 def contract_labels(
@@ -20,6 +27,9 @@ def contract_labels(
 
     ``part`` names a product inside a fused node. The contraction is recorded in the trace.
     """
+    if not sizes_agree(left, right, letters):
+        context.refuse([left, right], SHAPE_MISMATCH)
+        return ()
     table = context.trace.table
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     weights = which_are_weights(left, right)
@@ -107,6 +117,16 @@ def which_are_weights(left: LabeledValue, right: LabeledValue) -> tuple[bool, bo
         swapped = right.projected and not left.projected
         return swapped, not both and not swapped
     return left.constant and not left.projected, right.constant
+
+
+def sizes_agree(left: LabeledValue, right: LabeledValue, letters: Letters) -> bool:
+    """Whether operands have an axis per letter and equal sizes, or 1, where they share one; not in a damaged graph."""
+    if (len(left.shape), len(right.shape)) != (len(letters.left), len(letters.right)):
+        return False
+    shared = [
+        (left.shape[k], right.shape[letters.right.index(c)]) for k, c in enumerate(letters.left) if c in letters.right
+    ]
+    return all(a == b or 1 in (a, b) for a, b in shared) and labels_fit(left) and labels_fit(right)
 
 
 def output_letters(operand_letters: str, out: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from snpc.ops import SHAPE_MISMATCH, Labels
 from snpc.passes.propagation.labels import varying_axes
-from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
+from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext, labels_fit
 
 
 def have_labels_in_common(left: LabeledValue, right: LabeledValue) -> bool:
@@ -23,7 +23,7 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
     Factors on the same axes are unified, coarser ones cover finer ones, and labels that are combined with an unlabeled
     operand are pinned.
     """
-    if any(len({c.shape[k] for c in parts} - {1}) > 1 for k in range(max((len(c.shape) for c in parts), default=0))):
+    if not broadcast_together(parts):
         context.refuse(parts, SHAPE_MISMATCH)
         return ()
     table, unlabeled = context.trace.table, unlabeled_operands(parts)
@@ -55,6 +55,15 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
             if not joined:
                 kept.append((index, labels))
     return tuple(labels for _, labels in kept)
+
+
+def broadcast_together(parts: Sequence[LabeledValue]) -> bool:
+    """Whether operands of one rank have equal sizes, or 1, and labels that fit these; not so in a damaged graph."""
+    ranks = {len(c.shape) for c in parts}
+    if len(ranks) > 1:
+        return False
+    sizes = [{c.shape[k] for c in parts} - {1} for k in range(max(ranks, default=0))]
+    return all(len(found) < 2 for found in sizes) and all(labels_fit(c) for c in parts)
 
 
 def unlabeled_operands(parts: Sequence[LabeledValue]) -> dict[int, list[int]]:

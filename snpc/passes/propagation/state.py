@@ -37,6 +37,15 @@ class LabeledValue:
     """Made of sums of results of different products, as a residual stream is."""
 
 
+def labels_fit(value: LabeledValue) -> bool:
+    """Whether the labels of a value broadcast to its shape; in a damaged graph the two may come from other inputs."""
+    return all(
+        len(labels.shape) == len(value.shape)
+        and all(n in (1, m) for n, m in zip(labels.shape, value.shape, strict=True))
+        for labels in value.factors
+    )
+
+
 @dataclass(frozen=True)
 class Contraction:
     """One sum of products over two operands, as cost, attention scale and probes read it.

@@ -22,6 +22,7 @@ from snpc.types import AnyArray, Feeds, TensorSpec
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+MAX_MESSAGE = 400  # characters of onnxruntime's words: it lists all inputs of a node, which may be thousands
 OptimizationLevel = Literal["all", "basic", "off"]
 MemoryMode = Literal["own", "lean", "shared", "least"]
 
@@ -197,7 +198,7 @@ def prepare_run(session: ort.InferenceSession, feeds: Feeds, *, name: str = "mod
 def first_lines(error: Exception, count: int = 1) -> str:
     """The first lines of onnxruntime's message as one line; source files and a stack follow them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count]) or type(error).__name__
+    return " ".join(lines[:count])[:MAX_MESSAGE] or type(error).__name__
 
 
 def _session_options(

@@ -74,6 +74,7 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
         check_producers(graph)
         check_contractions(graph)
         check_serializable(graph)
+        inputs, outputs = tensor_specs(graph.graph.inputs, graph), tensor_specs(graph.graph.outputs, graph)
     except MalformedGraphError as error:
         raise UserError(f"{path}: {error}; run onnx.checker on it") from None
     except UserError as error:
@@ -82,8 +83,8 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
         path,
         graph,
         digest,
-        tensor_specs(graph.graph.inputs, graph),
-        tensor_specs(graph.graph.outputs, graph),
+        inputs,
+        outputs,
         external,
         nodes,
     )
@@ -178,6 +179,8 @@ def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
     for value in values:
         if value.name in model.graph.initializers:
             continue
+        if value.dtype == ir.DataType.UNDEFINED:
+            raise MalformedGraphError(f"{value.name} is an input or output without a type")
         dtype = (
             value.dtype.numpy() if value.dtype is not None and value.dtype != ir.DataType.STRING else np.dtype(object)
         )

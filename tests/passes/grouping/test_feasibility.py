@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.propagation.removal import NotRectangular, RemovedUnits, slice_shape
 from tests.oracle import TOLERANCE, analysis_at, cut, prunable, random_cuts
@@ -36,15 +39,23 @@ def analysis_of_concat(axis: int, path: Path) -> Analysis:
     return analysis_at(path / "model.onnx", text_model(CONCATENATED_VALUES.replace("AXIS", str(axis)), weights))
 
 
-def test_heads_from_two_weights_cannot_have_different_widths(tmp_path: Path) -> None:
-    """[heads of a and heads of b, width]: a narrower width of a alone is not rectangular."""
+def test_heads_from_two_weights_get_as_narrow(tmp_path: Path) -> None:
+    """[heads of a and heads of b, width]: a narrower width of a alone is not rectangular, so both are one group."""
     analysis = analysis_of_concat(2, tmp_path)
-    widths = [group for group in analysis.groups if group.role == "vo"]
-    assert [{site.tensor for site in group.sites} for group in widths] == [{"w1", "wo"}, {"w2", "wo"}]
-    for group in widths:
-        assert [pin.reason for pin in group.pins] == [
-            "it shares v with units that are cut independently, which would not stay rectangular"
-        ]
+    (group,) = (group for group in analysis.groups if group.role == "vo")
+    assert {site.tensor for site in group.sites} == {"w1", "w2", "wo"}
+    assert (group.blocks, group.size, group.prunable) == (4, 2, True)
+    for chosen in ([group], prunable(analysis.groups, "head"), prunable(analysis.groups)):
+        assert cut(analysis, random_cuts(chosen, 0)).error(FEEDS) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "select", "criterion": "activation"}], ids=["auto", "activation"])
+def test_heads_from_two_weights_are_calibrated(options: dict[str, Any], tmp_path: Path) -> None:
+    analysis = analysis_of_concat(2, tmp_path)
+    out = tmp_path / "half.onnx"
+    snpc.prune(analysis.model.path, out, ratio=0.5, roles=("vo",), calibration=[FEEDS], **options)
+    shapes = {t.name: list(t.dims) for t in onnx.load(out).graph.initializer}
+    assert shapes["w1"][1] == shapes["w2"][1] == 2
 
 
 def test_widths_from_two_weights_are_cut_on_their_own(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def expected(name: str) -> Kinds:
     blocks = 2
     if model.startswith("t5"):
         # Self attention shares one bias table per stack, so its heads go in all layers at once; the bias of cross
-        # attention is zeros made at run time, which keep the heads.
+        # attention is zeros made at run time, which keep the heads where they are more than a term of a sum.
         widths = without(attention(4, 12, 3 * blocks), "head")
-        return widths + Counter({("head", 1, 4): 2}) + ffn(96, 2 * blocks)
+        free = blocks if variant == "ts17" else 0
+        return widths + Counter({("head", 1, 4): 2 + free}) + ffn(96, 2 * blocks)
     if model == "bart":
         return attention(4, 12, 3 * blocks) + ffn(96, 2 * blocks)
     if model == "encdec":  # a padding mask reshaped to batch x heads keeps the heads, the causal one does not
