@@ -13,7 +13,7 @@ from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.plan import SlicePlan, UnitScores
 from snpc.types import Group, Role
 
-SAFE_DRIFT = 0.1
+SAFE_DRIFT = 0.07
 """Up to this predicted drift outputs hardly change. Real drift is larger: curves are of one group at a time."""
 MARGIN = 1.1  # a prediction that is hardly beyond the limit is no news
 LARGE_SHARE = 0.5  # of what the widths can save at most

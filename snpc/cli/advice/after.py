@@ -28,7 +28,7 @@ def print_loss_first(result: PrunedModel, plan: PruningPlan, typed: TypedCommand
 def kept_by(result: PrunedModel, plan: PruningPlan, typed: TypedCommand) -> str:
     outlook = plan.outlook
     if outlook is not None and outlook.safe is not None:
-        return f"By the loss curves {outlook.safe} keeps them: {safe_command(outlook, typed).text()}"
+        return f"By the loss curves {outlook.safe} keeps them: {safe_command(plan, outlook, typed).text()}"
     if not result.calibration:
         return "Give --calib, cut less, or finetune the result (snpc finetune)"
     return "Cut less, or finetune the result (snpc finetune)"

@@ -45,7 +45,7 @@ def announce_plan(plan: PruningPlan, typed: TypedCommand) -> None:
         parts.append(f"widths: {removed_text(outlook.removed)} go{drift}")
     print_step("plan: " + "; ".join(parts))
     if outlook is not None and outlook.is_cliff and plan.calibration is not None:
-        print_warning(cliff_text(outlook, typed))
+        print_warning(cliff_text(plan, outlook, typed))
 
 
 def tokens_text(plan: PruningPlan) -> str:
@@ -61,7 +61,7 @@ def removed_text(removed: Mapping[Role, float]) -> str:
     return ", ".join(f"{format_share(share, 1)} of {role}" for role, share in removed.items()) or "no units"
 
 
-def cliff_text(outlook: PlanOutlook, typed: TypedCommand) -> str:
+def cliff_text(plan: PruningPlan, outlook: PlanOutlook, typed: TypedCommand) -> str:
     """What is asked for, what is thought safe, and the command for that."""
     much = f"{format_share(outlook.saved_share, 1)} of what these widths can give"
     if not outlook.exceeds_curves:
@@ -69,4 +69,6 @@ def cliff_text(outlook: PlanOutlook, typed: TypedCommand) -> str:
     drift = f"the loss curves predict a drift of {outlook.drift:.2g}, where {outlook.limit:.2g} is thought safe"
     if outlook.safe is None:
         return f"this takes {much}; {drift}; no smaller cut is thought safe"
-    return f"this takes {much}; {drift}. Thought safe down to {outlook.safe}: {safe_command(outlook, typed).text()}"
+    return (
+        f"this takes {much}; {drift}. Thought safe down to {outlook.safe}: {safe_command(plan, outlook, typed).text()}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snpc.cli.arguments import TypedCommand
+from snpc.pipeline import PruningPlan
 from snpc.planning import PlanOutlook
 
 CALIBRATION_FLAGS = ("--calib", "--calibration-data")
@@ -13,5 +14,10 @@ WIDTH_FLAGS = (
 )  # fmt: skip
 
 
-def safe_command(outlook: PlanOutlook, typed: TypedCommand) -> TypedCommand:
-    return typed.without(*AMOUNT_FLAGS).plus("--target", str(outlook.safe))
+def safe_command(plan: PruningPlan, outlook: PlanOutlook, typed: TypedCommand) -> TypedCommand:
+    """The command for what the curves call safe, with as many tokens as they were measured at."""
+    safer = typed.without(*AMOUNT_FLAGS, "--tokens").plus("--target", str(outlook.safe))
+    reduction = plan.analysis.reduction
+    if reduction is not None:
+        return safer.plus("--tokens", reduction.spec)
+    return safer.plus("--tokens", "none") if plan.analysis.tokens.points else safer

@@ -141,7 +141,11 @@ def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
-    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), np.load(path, allow_pickle=False) as arrays:
+    with (
+        as_user_error(str(path), READ_ADVICE, *READ_ERRORS),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
         return {name: arrays[name] for name in names}
 
 

@@ -209,7 +209,7 @@ def read_statistics(path: Path) -> Statistics:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
             if header["snpc_statistics"] != STATISTICS_FORMAT:
                 raise ValueError("another version of snpc wrote it; measure again")

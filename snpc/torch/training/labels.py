@@ -45,7 +45,7 @@ def _read_label_file(path: Path) -> AnyArray:
             array: AnyArray = np.load(path, allow_pickle=False)
             return array
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 names = list(arrays)
                 name = LABELS_KEY if LABELS_KEY in names else names[0] if len(names) == 1 else None
                 if name is None:
