@@ -30,10 +30,10 @@ class InlineFunctions(ir.passes.InPlacePass):
 
 def check_expansion(model: ir.Model) -> None:
     """Raises UserError where inlining would not end in reasonable time, MalformedGraphError where it never would."""
-    for domain, function_name, _ in model.functions:
+    for domain, called, _ in model.functions:
         if domain in ("", "ai.onnx"):
             raise UserError(
-                f"its function {function_name} stands in the domain of ONNX's own operators, where runtimes disagree on what is "
+                f"its function {called} stands in the domain of ONNX's own operators, where runtimes disagree on what is "
                 "meant; give it another domain"
             )
     copies = function_copies(model)
