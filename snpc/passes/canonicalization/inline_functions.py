@@ -33,8 +33,8 @@ def check_expansion(model: ir.Model) -> None:
     for domain, called, _ in model.functions:
         if domain in ("", "ai.onnx"):
             raise UserError(
-                f"its function {called} stands in the domain of ONNX's own operators, where runtimes disagree on what is "
-                "meant; give it another domain"
+                f"its function {called} stands in the domain of ONNX's own operators, where runtimes disagree on "
+                "what is meant; give it another domain"
             )
     copies = function_copies(model)
     total = 0
