@@ -141,6 +141,6 @@ def _index_demands(name: str, call: OpCall) -> Iterator[SizeDemand]:
         axis = int(call.attrs.get("axis", 0))
         per_axis = [(axis % len(shape) if shape else 0, indices)]
     for axis, positions in per_axis:
-        needed = int(max(np.max(positions) + 1, -np.min(positions)))
+        needed = max(int(np.max(positions)) + 1, -int(np.min(positions)))  # in Python: the largest int64 plus one
         if axis < len(shape) and needed > shape[axis]:
             yield SizeDemand("at least", shape[axis], needed)

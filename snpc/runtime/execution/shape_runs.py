@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph import MeasuredValue, add_constant, make_node, unused_name
+from snpc.graph import MeasuredValue, add_constant, make_node, malformed_graph_errors, unused_name
 from snpc.ops import GATHER, RESHAPE, SHAPE
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.machine import free_memory
@@ -25,7 +25,8 @@ def run_for_shapes(
     A model whose weights need more than half of the free memory is not run."""
     if session_bytes(model) > free_memory() // 2:
         return {}
-    copy = model.clone()
+    with malformed_graph_errors():
+        copy = model.clone()
     twins = {v.name: v for node in copy.graph for v in node.outputs}
     shape_outputs = {v: _append(copy, SHAPE, [twins[v.name]]) for v in values}
     type_outputs = {v: _append_empty_part(copy, twins[v.name]) for v in values if v in untyped}
