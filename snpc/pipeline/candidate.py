@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from snpc.errors import CheckFailed
 from snpc.graph import cost_of, infer_graph
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
@@ -121,10 +123,17 @@ class CandidateModel:
 
 @contextmanager
 def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target``. Raises UserError where that is an input, or cannot be written."""
+    """A temporary folder beside ``target``. Raises UserError where that is an input, or cannot be written.
+
+    CheckFailed about a file in the folder names ``target``: the folder is gone when a user reads it.
+    """
     check_target(target, *model_files(plan.analysis.model.path))
     with staging_folder(target) as folder:
-        yield folder
+        try:
+            yield folder
+        except CheckFailed as error:
+            staged = re.escape(str(folder)) + r"(/\d+)?/" + re.escape(target.name)
+            raise CheckFailed(re.sub(staged, lambda _: str(target), str(error))) from None
 
 
 def write_candidate(

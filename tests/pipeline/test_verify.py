@@ -345,6 +345,15 @@ class TestNothingHalfWritten:
         failed("differs from its masked original", "prune", tiny, "--ratio", 0.5, "-o", earlier)
         assert snapshot(tiny.parent) == before
 
+    def test_a_message_names_the_output_as_it_was_typed(
+        self, tiny: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path, *_: object) -> Any:
+            raise snpc.CheckFailed(f"{path}: is not what it should be")
+
+        patch(monkeypatch, "snpc.pipeline.candidate.verify_candidate", refuse)
+        failed(rf"^snpc: {re.escape(str(earlier))}: is not what", "prune", tiny, "--ratio", 0.5, "-o", earlier)
+
     @pytest.mark.parametrize("broken", ["tempfile.mkdtemp", "snpc.runtime.io.save.proto_without_weights"])
     def test_external_weights(self, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = write_tiny(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)

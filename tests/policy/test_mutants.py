@@ -180,3 +180,18 @@ def test_weights_of_attention_in_the_wrong_places(base: int, tmp_path: Path) -> 
             node.input[k] = name
 
     assert not trial(saved(tmp_path / "model.onnx", swapped, base))
+
+
+def test_a_weight_that_is_an_output_while_curves_are_measured(tmp_path: Path) -> None:
+    def shown(model: onnx.ModelProto) -> None:
+        table = next(t for t in model.graph.initializer if len(t.dims) > 1)
+        model.graph.output.append(onnx.helper.make_tensor_value_info(table.name, table.data_type, list(table.dims)))
+
+    mode = ("--ratio", "0.5", "--calib", "random", "--calib-samples", "4", "--calib-batch", "2")
+    assert not trial(saved(tmp_path / "model.onnx", shown, 0), mode)
+
+
+@pytest.mark.parametrize("seed", [5499, 7184])
+def test_mutants_that_were_tracebacks(seed: int, tmp_path: Path) -> None:
+    path, _ = mutant(seed, tmp_path / "inner")
+    assert not trial(path, MODES[seed % len(MODES)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snpc.ops import reshape_labels
+from snpc.ops import SHAPE_MISMATCH, Blocked, reshape_labels
 from snpc.passes.propagation.state import LabeledValue
 
 
@@ -17,7 +17,9 @@ def split_head_labels(operand: LabeledValue, heads: int) -> LabeledValue:
 
 
 def merge_head_labels(operand: LabeledValue) -> LabeledValue:
-    """[batch, heads, tokens, width] -> [batch, tokens, heads * width]."""
+    """[batch, heads, tokens, width] -> [batch, tokens, heads * width]. Raises Blocked for other axes."""
+    if len(operand.shape) != 4:
+        raise Blocked(0, SHAPE_MISMATCH)
     batch, heads, length, width = operand.shape
     moved, merged = (batch, length, heads, width), (batch, length, heads * width)
     factors = tuple(reshape_labels(f.transpose(0, 2, 1, 3), moved, merged) for f in operand.factors)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from snpc.ops import RotaryForm, rotary_form, rotated_pairs
+from snpc.ops import SHAPE_MISMATCH, Blocked, RotaryForm, rotary_form, rotated_pairs
 from snpc.passes.propagation.head_layout import merge_head_labels, split_head_labels
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors
@@ -30,8 +30,10 @@ def unify_rotated_pairs(
 ) -> LabeledValue:
     """``data`` after the rotation of its first ``form.width`` channels: [batch, heads, tokens, width].
 
-    ``tables``: cosines and sines, [..., form.width / 2].
+    ``tables``: cosines and sines, [..., form.width / 2]. Raises Blocked for data of other axes.
     """
+    if len(data.shape) != 4:
+        raise Blocked(0, SHAPE_MISMATCH)
     pair_columns = rotated_pairs(form)
     columns = [
         LabeledValue(t.name, (1, 1, 1, len(pair_columns)), table_column_labels(context, t, pair_columns), t.constant)

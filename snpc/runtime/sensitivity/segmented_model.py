@@ -98,7 +98,8 @@ def open_segmented_model(
         except (NotSegmentable, SessionLoadError):
             sessions = open_segments(source, split_into_segments(source.model, []), names, execution, stack)
         spans = {group_id: span_of(sessions, constants) for group_id, constants in changed.items()}
-        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in source.model.graph.outputs))
+        computed = [value for value in source.model.graph.outputs if value.producer() is not None]  # the rest is stored
+        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in computed))
 
 
 def span_of(sessions: Sequence[SegmentSession], constants: Collection[str]) -> tuple[int, int]:
