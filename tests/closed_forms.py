@@ -27,8 +27,8 @@ Feeds = dict[str, Array]
 
 
 def calibration_of(analysis: Analysis, feeds: Feeds, batch: int = 3) -> Calibration:
-    """The feeds as calibration data, ``batch`` samples at a time."""
-    return snpc.load_calibration(feeds, analysis.model.inputs, batch=batch)
+    """The feeds as calibration data, ``batch`` samples at a time, none of them held out."""
+    return snpc.load_calibration(feeds, analysis.model.inputs, batch=batch, held_out=0)
 
 
 def prunable_of(analysis: Analysis, *roles: Role) -> list[Group]:

@@ -40,17 +40,22 @@ class BudgetOptions(TypedDict, total=False):
     allocator: Allocator
 
 
+class PruneOptions(BudgetOptions, total=False):
+    """The same, and how units are chosen and outputs judged: see ``plan``."""
+
+    method: PruningMethod | None
+    criterion: str | None
+    metric: MetricRequest | None
+
+
 def prune(
     model: ModelSource,
     path: Path | str | None = None,
     *,
     calibration: Calibration | Any = None,
     tokens: str | None = None,
-    method: PruningMethod | None = None,
-    criterion: str | None = None,
-    metric: MetricRequest | None = None,
     execution: Execution = DEFAULT_EXECUTION,
-    **budget: Unpack[BudgetOptions],
+    **options: Unpack[PruneOptions],
 ) -> PrunedModel:
     """Prune ``model`` and write it to ``path``, verified. ``path`` None: ``PrunedModel.model`` has the result.
 
@@ -59,15 +64,17 @@ def prune(
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
     many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
-    and calibration data and the model's tokens can get fewer, else "none". ``budget``: the fields of ``Budget``, one of
-    ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion``, ``metric``: see ``plan``.
+    and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
+    of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
+    ``criterion`` and ``metric`` are among them too: see ``plan``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
+    method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
+    budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
-    limits = None if tokens_only else Budget(**budget)  # type: ignore[arg-type]  # text is parsed by Budget
+    limits = None if tokens_only else Budget(**budget)
     loaded = load(model)
     analysis = with_metrics(analyze(loaded), metric)
     if calibration is not None and not isinstance(calibration, Calibration):

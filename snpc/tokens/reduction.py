@@ -198,8 +198,9 @@ def parse_blocks(analysis: Analysis, text: str, listed: str | None) -> list[int]
 def expand_blocks(analysis: Analysis, first: str, last: str) -> range:
     """The blocks ``first`` to ``last``, both included. UserError: the model does not have them; raised before a
     list is made of them."""
+    highest = max(point.block for point in analysis.tokens.points)
     for digits in (first, last):
-        if len(digits.lstrip("0")) > MAX_DIGITS or int(digits) >= analysis.tokens.blocks:
+        if len(digits.lstrip("0")) > MAX_DIGITS or int(digits) > highest:
             raise UserError(impossible_block(analysis, digits[:20]))
     return range(int(first), int(last) + 1)
 
