@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from tests.command_line import invoke
+from tests.command_line import VIT, invoke
 from tests.models.mutants import MODES, trial
 from tests.models.mutations import BASES, mutant
 
@@ -195,3 +195,22 @@ def test_a_weight_that_is_an_output_while_curves_are_measured(tmp_path: Path) ->
 def test_mutants_that_were_tracebacks(seed: int, tmp_path: Path) -> None:
     path, _ = mutant(seed, tmp_path / "inner")
     assert not trial(path, MODES[seed % len(MODES)])
+
+
+@pytest.mark.parametrize("suffix", ["__cut", "__parts", "__rows", "__rows_1_0_1"])
+def test_names_that_end_like_those_of_snpc(suffix: str, tmp_path: Path) -> None:
+    """Every second value is called like the one before it, with an ending that snpc gives to values of its own."""
+    model = onnx.load(VIT)
+    kept = {output.name for output in model.graph.output}
+    names = [name for node in model.graph.node for name in node.output if name not in kept]
+    names += [tensor.name for tensor in model.graph.initializer]
+    new = {second: first + suffix for first, second in zip(names[::2], names[1::2], strict=False)}
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    del model.graph.value_info[:]
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    assert "rewrite: correct" in invoke("prune", tmp_path / "m.onnx", "--ratio", 0.5).stdout
