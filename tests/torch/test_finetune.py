@@ -402,7 +402,7 @@ def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_pat
     before, a, b = weights_of(pruned), weights_of(one), weights_of(two)
     moved = np.sqrt(sum(((a[k] - before[k]) ** 2).sum() for k in a))
     apart = np.sqrt(sum(((a[k] - b[k]) ** 2).sum() for k in a))
-    assert moved > 0 and apart < 1e-3 * moved
+    assert moved > 0 and apart < 2e-3 * moved  # sums in another order, over all steps
     words = arguments(pruned, again, *more, "--sharded", "--checkpoint", state, "--checkpoint-every", 1, "--resume")
     with subprocess.Popen([sys.executable, "-m", *torchrun, *words], env=environment()) as victim:
         while not (state / "checkpoint.pt").is_file():

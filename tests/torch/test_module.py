@@ -192,6 +192,7 @@ NOT_TRAINED = {
     **dict.fromkeys(["RandomNormalLike", "RandomUniformLike"], "draws random numbers, which no gradient goes through"),
     "com.microsoft.DecoderMaskedMultiHeadAttention": "one step of generation over a cache",
     "com.microsoft.PackedMultiHeadAttention": "tokens without their padding, for inference on GPUs",
+    "RoiAlign": "it pools regions of boxes, which torch itself does not",
 }
 
 
@@ -224,6 +225,7 @@ IMAGE = RNG.normal(size=(2, 3, 6, 7)).astype(np.float32)
 ROWS = RNG.normal(size=(4, 5)).astype(np.float32)
 KERNEL = RNG.normal(size=(4, 3, 3, 3)).astype(np.float32)
 BYTES = RNG.integers(0, 9, (3, 4)).astype(np.uint8)
+GRID = RNG.uniform(-1.2, 1.2, (len(IMAGE), 4, 5, 2)).astype(np.float32)
 PLACES = np.array([[0, 2, 1, 3, 1]])
 NONE = np.zeros(0, np.float32)
 HEADS = {n: RNG.normal(size=(2, 5, w)).astype(np.float32) for n, w in (("q", 64), ("k", 32), ("v", 32))}
@@ -243,6 +245,9 @@ NODES: list[tuple[str, dict[str, np.ndarray], int, int, dict[str, Any]]] = [
     ("HannWindow", {"n": np.array(9)}, 1, 17, {}),
     ("HammingWindow", {"n": np.array(9)}, 1, 17, {"periodic": 0}),
     ("BlackmanWindow", {"n": np.array(8)}, 1, 17, {}),
+    ("GridSample", {"x": IMAGE, "grid": GRID}, 1, 16, {"mode": "bilinear", "align_corners": 1}),
+    ("GridSample", {"x": IMAGE, "grid": GRID}, 1, 20, {"mode": "linear", "padding_mode": "border"}),
+    ("GridSample", {"x": IMAGE, "grid": GRID}, 1, 16, {"mode": "nearest"}),
     ("Scatter", {"x": ROWS, "i": PLACES, "u": ROWS[:1]}, 1, 10, {"axis": 0}),
     ("ms.FusedConv", {"x": IMAGE, "w": KERNEL, "b": ROWS[:, 0]}, 1, 17, {"activation": "Relu", "pads": [1] * 4}),
     ("ms.GroupQueryAttention", {**HEADS, **SHARED}, 3, 17, GROUPED),

@@ -103,6 +103,10 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
                 f"{path}: {tensor.name} is of type {tensor.data_type}, which this ONNX does not know; "
                 "update onnx and onnx_ir, or export it again"
             ) from None
+        if is_external(tensor) and tensor.data_type == TensorProto.STRING:
+            raise UserError(
+                f"{path}: the strings of {tensor.name} lie in another file, where ONNX has none; export it again"
+            )
         if is_external(tensor):
             location = external_entry(tensor, "location")
             if location not in file_sizes:
@@ -178,6 +182,10 @@ def resolve_external_locations(model: onnx.ModelProto, path: Path) -> None:
     current folder where they stand in functions, and follows no links."""
     files: dict[str, Path] = {}
     for tensor in all_tensors(model):
+        if is_external(tensor) and tensor.data_type == TensorProto.STRING:
+            raise UserError(
+                f"{path}: the strings of {tensor.name} lie in another file, where ONNX has none; export it again"
+            )
         if is_external(tensor):
             location = external_entry(tensor, "location")
             if location not in files:

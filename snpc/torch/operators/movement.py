@@ -270,6 +270,16 @@ def run_top_k(call: OperatorCall, x: Tensor, count: Integers | None = None) -> t
     return top.values, top.indices
 
 
+GRID_MODES = {"linear": "bilinear", "cubic": "bicubic"}  # names of opset 20 -> those of torch and older opsets
+
+
+@implements("GridSample")
+def run_grid_sample(call: OperatorCall, x: Tensor, grid: Tensor) -> Tensor:
+    mode = call.get("mode", "bilinear")
+    padding, corners = call.get("padding_mode", "zeros"), bool(call.get("align_corners", 0))
+    return F.grid_sample(x, grid, GRID_MODES.get(mode, mode), padding, corners)
+
+
 @implements("OneHot", data_dependent_shape=True)
 def run_one_hot(call: OperatorCall, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
     count = int(depth.item())

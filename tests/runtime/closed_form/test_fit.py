@@ -373,7 +373,7 @@ def test_pruned_and_verified(name: str, tmp_path: Path) -> None:
     target = tmp_path / "pruned.onnx"
     result = snpc.apply(made, target)
     assert result.verification.max_abs_diff is not None  # sliced was compared with masked, of the refitted weights
-    assert len(result.verification.structure) == 2
+    assert {"same inputs and outputs", "onnx.checker and strict shape inference"} <= set(result.verification.structure)
     assert result.after.params < result.before.params
     assert result.after.macs < result.before.macs
     assert result.plan.method == "auto"

@@ -245,12 +245,13 @@ def test_relevance_rules_leave_the_outputs_as_they_are() -> None:
     assert torch.equal(module(images), expected)
 
 
-def test_without_torch_gradients_are_refused_in_words() -> None:
+def test_without_torch_gradients_are_refused_in_words(tmp_path: Path) -> None:
+    target = str(tmp_path / "p.json")
     code = f"""
 import sys
 sys.modules["torch"] = None
 from snpc.cli import main
-main(["plan", {str(VIT)!r}, "--ratio", "0.5", "--criterion", "taylor", "--calib", {str(CALIB)!r}, "-o", "/dev/null"])
+main(["plan", {str(VIT)!r}, "--ratio", "0.5", "--criterion", "taylor", "--calib", {str(CALIB)!r}, "-o", {target!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
