@@ -104,9 +104,7 @@ def check_tensors(model: onnx.ModelProto, path: Path) -> None:
                 "update onnx and onnx_ir, or export it again"
             ) from None
         if is_external(tensor) and tensor.data_type == TensorProto.STRING:
-            raise UserError(
-                f"{path}: the strings of {tensor.name} lie in another file, where ONNX has none; export it again"
-            )
+            raise UserError(f"{path}: {tensor.name} has strings in another file, where ONNX puts none; export it again")
         if is_external(tensor):
             location = external_entry(tensor, "location")
             if location not in file_sizes:
@@ -182,10 +180,6 @@ def resolve_external_locations(model: onnx.ModelProto, path: Path) -> None:
     current folder where they stand in functions, and follows no links."""
     files: dict[str, Path] = {}
     for tensor in all_tensors(model):
-        if is_external(tensor) and tensor.data_type == TensorProto.STRING:
-            raise UserError(
-                f"{path}: the strings of {tensor.name} lie in another file, where ONNX has none; export it again"
-            )
         if is_external(tensor):
             location = external_entry(tensor, "location")
             if location not in files:

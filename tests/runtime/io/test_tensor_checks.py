@@ -236,3 +236,12 @@ def test_external_weights_of_a_branch_are_written_into_the_output(tmp_path: Path
         file.unlink()
     assert arrays(tmp_path / "m-pruned.onnx")["u"].shape == (8, 32)
     onnx.checker.check_model(onnx.load(tmp_path / "m-pruned.onnx"), full_check=True)
+
+
+def test_strings_in_another_file_are_refused(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].data_type = onnx.TensorProto.STRING
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="has strings in another file"):
+        load(path)
