@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
-from snpc.ops import SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup
+from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
@@ -362,9 +362,12 @@ def propagate_table_lookup(context: NodeContext, table: LabeledValue | None, ran
 
 
 def broadcast_per_channel(operand: LabeledValue | None, rank: int, channels: int) -> LabeledValue | None:
-    """A vector with an entry per channel (axis 1) or per group of channels, reshaped so that it broadcasts."""
+    """A vector with an entry per channel (axis 1) or per group of channels, reshaped so that it broadcasts. Raises
+    Blocked where its length does not divide that of the channels."""
     if operand is None or len(operand.shape) != 1 or rank < 2:
         return operand
+    if operand.shape[0] == 0 or channels % operand.shape[0]:
+        raise Blocked(0, SHAPE_MISMATCH)
     shape = (1, channels) + (1,) * (rank - 2)
     repeats = channels // operand.shape[0]
     factors = tuple(f.repeat(repeats).reshape(shape) for f in operand.factors if f.size > 1)

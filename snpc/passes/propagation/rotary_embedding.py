@@ -17,8 +17,9 @@ def propagate_rotary(context: NodeContext, inputs: Sequence[LabeledValue | None]
     """Factors of RotaryEmbedding over [batch, heads, tokens, width], or [batch, tokens, heads * width] with the number
     of heads in an attribute."""
     form = rotary_form(context.call, context.node.domain)
-    data, cosine, sine = (inputs[k] for k in (0, form.cosine, form.sine))
-    assert data is not None and cosine is not None and sine is not None
+    data, cosine, sine = (inputs[k] if k < len(inputs) else None for k in (0, form.cosine, form.sine))
+    if data is None or cosine is None or sine is None:
+        raise Blocked(0, "it has no table of cosines and sines")
     whole = split_head_labels(data, form.heads) if form.heads else data
     context.trace.inner_values[context.node, "rotated"] = whole
     rotated = unify_rotated_pairs(context, whole, [cosine, sine], form)

@@ -161,7 +161,7 @@ def test_a_target_cuts_them_like_other_layers(tmp_path: Path) -> None:
     name = "matcher__ts17"
     analysis = analysis_of(name)
     data = calibration_of(analysis, random_feeds(name, 32), 8)
-    made = snpc.plan(analysis, snpc.Budget(target="macs=0.6"), calibration=data)
+    made = snpc.plan(analysis, snpc.Budget(target="macs=0.5"), calibration=data)
     cut = [g for g in inside(analysis) if g.id in made.slices.keep]
     assert cut
     assert all(np.isfinite(made.loss_curves[g.id]).all() for g in inside(analysis))
