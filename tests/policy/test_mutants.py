@@ -192,7 +192,7 @@ def test_a_weight_that_is_an_output_while_curves_are_measured(tmp_path: Path) ->
     assert not trial(saved(tmp_path / "model.onnx", shown, 0), mode)
 
 
-@pytest.mark.parametrize("seed", [5499, 7184, 20224, 20665])
+@pytest.mark.parametrize("seed", [5499, 7184, 20224, 20665, 23104])
 def test_mutants_that_were_tracebacks(seed: int, tmp_path: Path) -> None:
     path, _ = mutant(seed, tmp_path / "inner")
     assert not trial(path, MODES[seed % len(MODES)])

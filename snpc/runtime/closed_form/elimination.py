@@ -134,7 +134,8 @@ class ObsState:
 
     def unit_rows(self, units: IntArray) -> AnyArray:
         """The refitted weights of these units, in float32."""
-        return self.current[unit_columns(units, self.columns)].astype(np.float32)
+        with np.errstate(over="ignore"):  # a weight beyond float32: its trial is the worst there is
+            return self.current[unit_columns(units, self.columns)].astype(np.float32)
 
     @property
     def ridge_loss(self) -> float:
