@@ -8,7 +8,7 @@ between them.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.models.exports import WIDTH, Exports, Model, _image_inputs, _randomize, register
 
@@ -31,10 +31,10 @@ def _build_matcher(attention: str) -> Model:
     import torch
     from torch import nn
 
-    def split(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (2, POINTS // 2)).transpose(1, 2)
+    def split(x: torch.Tensor) -> Any:
+        return x.unflatten(-1, (2, POINTS // 2)).transpose(1, 2)  # type: ignore[no-untyped-call]
 
-    def merge(x: torch.Tensor) -> torch.Tensor:
+    def merge(x: torch.Tensor) -> Any:
         return x.transpose(1, 2).flatten(-2)
 
     class Update(nn.Module):
@@ -44,7 +44,7 @@ def _build_matcher(attention: str) -> Model:
                 nn.Linear(2 * POINTS, 2 * POINTS), nn.LayerNorm(2 * POINTS), nn.GELU(), nn.Linear(2 * POINTS, POINTS)
             )
 
-        def forward(self, x: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, message: torch.Tensor) -> Any:
             return x + self.ffn(torch.cat([x, message], -1))
 
     class SelfBlock(nn.Module):
@@ -53,7 +53,7 @@ def _build_matcher(attention: str) -> Model:
             self.q, self.k, self.v, self.out = (nn.Linear(POINTS, POINTS) for _ in range(4))
             self.update = Update()
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
             weights = (q @ k.transpose(-1, -2) * (POINTS // 2) ** -0.5).softmax(-1)
             return self.update(x, self.out(merge(weights @ v)))
@@ -79,7 +79,7 @@ def _build_matcher(attention: str) -> Model:
             self.own, self.cross = SelfBlock(), CrossBlock()
             self.final = nn.Linear(POINTS, POINTS)
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
             x, y = self.own(self.enter(x)), self.own(self.enter(y))
             x, y = self.cross(x, y)
             return self.final(x) @ self.final(y).transpose(-1, -2)
@@ -107,7 +107,7 @@ def _build_sublayer_norm(attention: str) -> Model:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(HIDDEN))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
     class Gated(nn.Module):
@@ -117,7 +117,7 @@ def _build_sublayer_norm(attention: str) -> Model:
             self.gate, self.up = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN)
             self.norm, self.down = norm, nn.Linear(HIDDEN, WIDTH)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             n = self.before(x)
             return x + self.down(self.norm(nn.functional.silu(self.gate(n)) * self.up(n)))
 
@@ -128,7 +128,7 @@ def _build_sublayer_norm(attention: str) -> Model:
                 nn.Linear(WIDTH, HIDDEN), nn.LayerNorm(HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)
             )
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return x + self.layers(x)
 
     module = nn.Sequential(
@@ -159,7 +159,7 @@ def _build_conv_norms(attention: str) -> Model:
             self.up = nn.Conv2d(16, HIDDEN, kernel, padding=kernel // 2)
             self.norm, self.down = norm, nn.Conv2d(HIDDEN, 16, kernel, padding=kernel // 2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return x + self.down(nn.functional.silu(self.norm(self.up(x))))
 
     class Pooled(nn.Module):
@@ -171,7 +171,7 @@ def _build_conv_norms(attention: str) -> Model:
             self.wide = Layer(nn.GroupNorm(1, HIDDEN), 3)
             self.enter, self.classes = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 7)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             x = self.wide(self.groups(self.whole(self.instance(self.enter(x)))))
             return self.classes(x.mean((2, 3)))
 

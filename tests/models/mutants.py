@@ -151,10 +151,10 @@ def unequal_to_masked(path: Path, written: Path, report: Report) -> str:
     half = b"float16" in str(masked).encode() or any(a.dtype == np.float16 for _, b in expected for a in b)
     for feeds, outputs in expected:
         again = list(cut.run(None, {i.name: feeds[i.name] for i in cut.get_inputs()}))
-        error = difference(outputs, again)
-        if error > (5e-2 if half else 2e-3):
+        gap = difference(outputs, again)
+        if gap > (5e-2 if half else 2e-3):
             shapes = {name: a.shape for name, a in feeds.items()}
-            return f"differs from its masked original by {error:.1e} at {shapes}"
+            return f"differs from its masked original by {gap:.1e} at {shapes}"
     COMPARED["equal to the masked original"] += 1
     return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ BRANCHES = """
 BRANCH_SHAPES = {"v": (16,), "w2": (8, 40), "w3": (40, 16)}
 
 
-def whole(text: str, shapes: dict[str, tuple[int, ...]]) -> onnx.ModelProto:
+def whole(text: str, shapes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
     model = parser.parse_model(text)
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
@@ -532,6 +532,7 @@ def interposed(model: onnx.ModelProto, rng: random.Random) -> None:
     index = rng.randrange(len(graph.node))
     node = graph.node[index]
     at = rng.randrange(len(node.input))
+    choices: list[tuple[str, dict[str, Any]]]
     choices = [("Transpose", {}), ("Transpose", {"perm": [0, 1]}), ("Transpose", {"perm": [1, 1, 0]}), ("Flatten", {}),
                ("Cast", {"to": rng.choice([0, 1, 7, 9, 10, 11, 16, 8])}), ("Softmax", {"axis": rng.choice(NUMBERS)}),
                ("Squeeze", {}), ("Shape", {}), ("NonZero", {}), ("Relu", {}), ("Identity", {}), ("Dropout", {}),
@@ -643,7 +644,7 @@ def in_half(model: onnx.ModelProto, rng: random.Random) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type == 1 and tensor.raw_data and (not some or rng.random() < 0.3):
             with np.errstate(invalid="ignore", over="ignore"):
-                cast = numpy_helper.to_array(tensor).astype(dtype)
+                cast: Any = numpy_helper.to_array(tensor).astype(dtype)
             tensor.CopyFrom(numpy_helper.from_array(cast, tensor.name))
 
 
@@ -711,7 +712,8 @@ def crowded(model: onnx.ModelProto, rng: random.Random) -> None:
     if operator == "Split":
         model.graph.node.append(helper.make_node("Split", [source], [f"crowd_{k}" for k in range(count)]))
         return
-    attributes: dict[str, Any] = {"Concat": {"axis": 0}, "Einsum": {"equation": "ab"}}.get(operator, {})
+    given: dict[str, dict[str, Any]] = {"Concat": {"axis": 0}, "Einsum": {"equation": "ab"}}
+    attributes = given.get(operator, {})
     model.graph.node.append(helper.make_node(operator, [source] * count, ["crowd"], **attributes))
     model.graph.output.append(helper.make_tensor_value_info("crowd", 1, None))
 

@@ -7,6 +7,7 @@ of Megatron, and the shape arithmetic of TensorFlow exporters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -363,10 +364,10 @@ def deep_encoder(layers: int) -> onnx.ModelProto:
 OPTIMIZER_FORMS: dict[str, Callable[[], Form]] = {
     "spelled_default_domain": spelled_default_domain,
     "fused_encoder_without_import": lambda: fused_encoder(11, imported=False),
-    **{f"encoder_{n}": (lambda n=n: encoder(n)) for n in (7, 9, 11, 12, 13, 16)},
-    **{f"fused_encoder_{n}": (lambda n=n: fused_encoder(n)) for n in (9, 11, 12, 13)},
-    **{f"decoder_{n}": (lambda n=n: decoder(n)) for n in (11, 13)},
-    **{f"fused_decoder_{n}": (lambda n=n: fused_decoder(n)) for n in (11, 12)},
-    **{f"megatron_{n}": (lambda n=n: megatron(n)) for n in (11, 13)},
-    **{f"tensorflow_encoder_{n}": (lambda n=n: tensorflow_encoder(n)) for n in (11, 13)},
+    **{f"encoder_{n}": functools.partial(encoder, n) for n in (7, 9, 11, 12, 13, 16)},
+    **{f"fused_encoder_{n}": functools.partial(fused_encoder, n) for n in (9, 11, 12, 13)},
+    **{f"decoder_{n}": functools.partial(decoder, n) for n in (11, 13)},
+    **{f"fused_decoder_{n}": functools.partial(fused_decoder, n) for n in (11, 12)},
+    **{f"megatron_{n}": functools.partial(megatron, n) for n in (11, 13)},
+    **{f"tensorflow_encoder_{n}": functools.partial(tensorflow_encoder, n) for n in (11, 13)},
 }
