@@ -57,10 +57,9 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def delete_folder(path: Path, handle: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
-        os.close(handle)
-    shutil.rmtree(path, ignore_errors=True)  # where an open file cannot be deleted
+        os.close(handle)  # first: some systems delete no open file
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def lock(handle: int, wait: bool = False) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts, opset_version, weight_bytes
-from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letters_of, lookup
+from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letter_sizes, letters_of, lookup
 from snpc.types import Cost
 
 LetterSizes = dict[str, int]
@@ -94,14 +94,6 @@ def node_macs(call: OpCall, domain: str) -> int | None:
         return spec.macs(call) if all(call.has(k) for k in (0, *spec.weights)) and call.out_shapes[0] else None
     sizes = [count_macs(sizes) for _, _, sizes in contraction_sizes(call, domain)]
     return sum(sizes) if sizes or spec.kind not in ("contraction", "attention") else None
-
-
-def letter_sizes(letters: Letters, left: tuple[int, ...], right: tuple[int, ...]) -> LetterSizes:
-    sizes: LetterSizes = {}
-    for term, shape in ((letters.left, left), (letters.right, right)):
-        for letter, size in zip(term, shape, strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    return sizes
 
 
 def attention_contractions(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:

@@ -38,7 +38,7 @@ from snpc.ops.attention import (
     head_counts,
     qkv_widths,
 )
-from snpc.ops.contraction import contraction_entries, letters_of, matmul_letters, parse_einsum
+from snpc.ops.contraction import contraction_entries, letter_sizes, letters_of, matmul_letters, parse_einsum
 from snpc.ops.demands import SizeDemand, unmet_demands
 from snpc.ops.discontinuous import is_discontinuous
 from snpc.ops.indexing import indexing_entries
@@ -159,6 +159,7 @@ __all__ = [
     "evaluate_node",
     "head_counts",
     "is_discontinuous",
+    "letter_sizes",
     "letters_of",
     "lookup",
     "matmul_letters",

@@ -128,12 +128,18 @@ def _conv_transpose(call: OpCall) -> Letters:
     return Letters("BI" + spatial, "IC" + kernel, "BC" + spatial, windowed=spatial)
 
 
-def _matmul_shape(call: OpCall) -> list[Shape]:
-    letters = _fused_matmul(call)
+def letter_sizes(letters: Letters, left: Shape, right: Shape) -> dict[str, int]:
+    """The size of each letter of a product of operands of these shapes; of a broadcast axis, the larger one."""
     sizes: dict[str, int] = {}
-    for term, shape in ((letters.left, call.shape(0)), (letters.right, call.shape(1))):
+    for term, shape in ((letters.left, left), (letters.right, right)):
         for letter, size in zip(term, shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
+    return sizes
+
+
+def _matmul_shape(call: OpCall) -> list[Shape]:
+    letters = _fused_matmul(call)
+    sizes = letter_sizes(letters, call.shape(0), call.shape(1))
     return [tuple(sizes[letter] for letter in letters.out)]
 
 

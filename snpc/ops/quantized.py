@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from snpc.ops.contraction import matmul_letters
+from snpc.ops.contraction import letter_sizes, matmul_letters
 from snpc.ops.spec import MICROSOFT, OpCall
 from snpc.types import Shape
 
@@ -30,11 +30,7 @@ class ProductCost:
 def matmul_sizes(call: OpCall, left: int, right: int) -> tuple[dict[str, int], str]:
     """(size of each letter, letters of the output) of a product of two inputs."""
     letters = matmul_letters(len(call.shape(left)), len(call.shape(right)))
-    sizes: dict[str, int] = {}
-    for term, shape in ((letters.left, call.shape(left)), (letters.right, call.shape(right))):
-        for letter, size in zip(term, shape, strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    return sizes, letters.out
+    return letter_sizes(letters, call.shape(left), call.shape(right)), letters.out
 
 
 def matmul(left: int, right: int, dtype_input: int | None = None) -> ProductCost:
