@@ -42,6 +42,7 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
     "runtime": (
         ("io", "calibration"),
         ("execution",),
+        ("batches",),
         ("statistics", "evaluation"),
         ("closed_form",),
         ("sensitivity",),

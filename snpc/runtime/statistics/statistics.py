@@ -15,13 +15,13 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
+from snpc.runtime.batches import DenseValues, add_up
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
-    accumulate,
     criterion_keys,
     measure_batches,
     split_by_memory,
@@ -84,13 +84,15 @@ def measure_statistics(
     *,
     method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
+    dense: DenseValues | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
     """Measure what pruning these groups takes: the sums of the closed forms, and for groups without one (with method
     "select": for all) what ``criterion`` asks for.
 
     One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
-    by rounding only. Raises UserError where it is too small for a single group.
+    by rounding only. ``dense`` takes the values of the dense model that it names. Raises UserError where the limit is
+    too small for a single group.
     """
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
@@ -100,11 +102,15 @@ def measure_statistics(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
+    kept = dense.names if dense is not None else ()
     for part in split_by_memory(analysis, calibration, requests, budget // 2):
         batches = execution.track(calibration.batches())
-        for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
+        for number, result in enumerate(measure_batches(analysis, part, batches, kept=kept, execution=execution)):
             check_measured(part, result, calibration, number)
             totals.add(part, result)
+            if dense is not None and kept:
+                dense.add(result)
+        kept = ()
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -163,7 +169,7 @@ class StatisticAccumulator:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
-                accumulate(total[key], array)
+                add_up(total, key, array)
             else:
                 total[key] = self.store.keep(np.array(array, np.float64))
 
