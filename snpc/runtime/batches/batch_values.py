@@ -82,7 +82,7 @@ def widen(array: AnyArray) -> AnyArray:
 
 class DenseValues:
     """Values of the dense model at ``names``, for every batch of the pass that measured them: the layer-wise fit reads
-    them again. Held in half precision where their range allows it; beyond ``limit`` bytes they lie in files."""
+    them again. Beyond ``limit`` bytes they lie in files."""
 
     def __init__(self, names: tuple[str, ...], limit: int) -> None:
         self.names = names
@@ -91,7 +91,7 @@ class DenseValues:
 
     def add(self, outputs: Mapping[str, AnyArray]) -> None:
         """The values of the next batch."""
-        self.batches.append({dense_name(name): self.store.keep(narrow(outputs[name])) for name in self.names})
+        self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
 
 
 def dense_name(name: str) -> str:
