@@ -161,6 +161,11 @@ class Calibration:
                 sha.update(np.ascontiguousarray(feeds[name]).tobytes())
         return hashlib.sha256("".join(name + sha.hexdigest() for name, sha in shas.items()).encode()).hexdigest()
 
+    @property
+    def identity(self) -> tuple[str, list[int]]:
+        """What tells these samples and their batches from others. Reads all samples, once."""
+        return self.digest, self.batch_sizes()
+
     def record(self) -> dict[str, Any]:
         """What a plan or a report says of its data: enough to use the same again, and to see that it is the same."""
         return {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from snpc.graph import PassObserver
+from snpc.runtime.io import NOT_STORED, StoredStage, WorkFolder
 from snpc.types import Feeds
 
 BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read
@@ -19,7 +20,8 @@ class Execution:
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
     activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` wraps the
     batches of each pass over calibration data. ``observer`` is called after each graph pass over a model that is
-    written or built.
+    written or built. ``work`` holds the results of finished stages, for a run that is killed and started again; None:
+    nothing is kept.
     """
 
     provider: str = "cpu"
@@ -27,6 +29,7 @@ class Execution:
     memory_limit: int | None = None
     progress: BatchProgress | None = field(default=None, repr=False)
     observer: PassObserver | None = field(default=None, repr=False)
+    work: WorkFolder | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -35,6 +38,14 @@ class Execution:
     def track(self, batches: Iterable[Feeds]) -> Iterable[Feeds]:
         """The same batches, shown by ``progress`` as they go by."""
         return batches if self.progress is None else self.progress(batches)
+
+
+    def stage(self, name: str, *depends: object) -> StoredStage:
+        """The results of a stage that depends on these values and on how models are run: see ``WorkFolder.stage``. The
+        memory limit is left out, so that a run that took too much memory resumes with a lower one."""
+        if self.work is None:
+            return NOT_STORED
+        return self.work.stage(name, self.provider, self.threads, *depends)
 
 
 DEFAULT_EXECUTION = Execution()
