@@ -104,6 +104,7 @@ def plan_from_arguments(
             criterion=criterion,
             execution=replace(execution, progress=batch_progress("calibrating", calibration)),
             workload=workload,
+            effort=planning.selection.effort,
         )
     if statistics.save_stats is not None and plan.statistics is not None:
         snpc.save_statistics(plan.statistics, statistics.save_stats)
