@@ -28,7 +28,7 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import batch_progress
+from snpc.cli.progress import StageBars
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch
@@ -102,7 +102,7 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            execution=replace(execution, progress=batch_progress("calibrating", calibration)),
+            execution=replace(execution, progress=StageBars()),
             workload=workload,
             effort=planning.selection.effort,
         )
