@@ -59,9 +59,7 @@ def with_named_metrics(analysis: Analysis, texts: Sequence[str]) -> Analysis:
 def metrics_identity(analysis: Analysis) -> list[tuple[str, str, int | None, object]]:
     """What tells the user's metrics from others: output, name, axis, and the code of a function's file. A function of
     the caller stands for itself: no digest can be made of it."""
-    return [
-        (output, metric.name, metric.axis, function_source(metric)) for output, metric in analysis.metrics.items()
-    ]
+    return [(output, metric.name, metric.axis, function_source(metric)) for output, metric in analysis.metrics.items()]
 
 
 def function_source(metric: ChosenMetric) -> object:

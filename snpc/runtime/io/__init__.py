@@ -10,8 +10,7 @@ Files
                  producers.
   in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
   load           Loading models: tensors checked, external data found, the graph in canonical form.
-  mapped_npz     Arrays of .npz files, mapped into memory where they are stored uncompressed (``np.savez``), so that only
-                 the rows that are used are ever read.
+  mapped_npz     Arrays of .npz files. Large ones are mapped into memory, so that only rows that are used are read.
   protobuf       Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the
                  file.
   publish        Publishing: finished files of a staging folder get their names, so that a fault at any step leaves

@@ -97,10 +97,10 @@ NOT_STORED = StoredStage(None)
 
 
 class WorkFolder:
-    """The folder ``path`` in which stages store their results. It is made where it is missing.
+    """The folder ``path`` in which stages store their results.
 
-    ``counts``: stage -> the entries that this run found in it, and those that it made. Raises UserError where the folder
-    cannot be made.
+    ``counts``: stage -> the entries that this run found in it, and those that it made. Raises UserError where the
+    folder is missing and cannot be made.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -119,17 +119,18 @@ class WorkFolder:
         return StoredStage(folder, self.counts.setdefault(name, StageCount()))
 
     def describe(self) -> str:
-        """``work: resumed statistics, 12 of 36 trials from DIR``; "" where no stage ran."""
+        """``work: resumed statistics, 12 of 36 trials from DIR``"""
         ran = {name: count for name, count in self.counts.items() if count.found or count.made}
         found = [text_of(name, count) for name, count in ran.items() if count.found]
         if found:
             return f"work: resumed {', '.join(found)} from {self.path}"
-        return f"work: nothing to resume in {self.path}; it has {', '.join(ran)} now" if ran else ""
+        made = f"nothing to resume in {self.path}; it has {', '.join(ran)} now"
+        return f"work: {made if ran else f'no stage ran that keeps anything in {self.path}'}"
 
 
 def text_of(name: str, count: StageCount) -> str:
     total = count.found + count.made
-    return name if total == 1 else f"{count.found} of {total} {name}"
+    return name if count.found == total else f"{count.found} of {total} {name}"
 
 
 def make_folder(path: Path) -> None:
@@ -171,7 +172,7 @@ def read_entry(path: Path, name: str) -> StageEntry:
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise ValueError("its checksum is wrong")
-    arrays = map_npz(path)
+    arrays = map_npz(path, above=0)
     head = json.loads(str(arrays.pop(RECORD)))
     if head["name"] != name:
         raise ValueError("it is another entry")
@@ -189,8 +190,8 @@ class NoDigest(Exception):
 
 
 def digest_of(value: object) -> str:
-    """SHA-256 of numbers, texts, arrays, sequences, mappings and dataclasses, and what is in them. Raises NoDigest for a
-    function."""
+    """SHA-256 of numbers, texts, arrays, sequences, mappings and dataclasses, and what is in them. Raises NoDigest for
+    anything else, such as a function."""
     sha = hashlib.sha256()
     for part in digest_parts(value):
         sha.update(len(part).to_bytes(8, "little"))

@@ -169,7 +169,7 @@ def trial_stage(
     losses = {group.id: closed_forms.loss_curve(group) for group in analysis.groups}
     fitted = (closed_forms.kinds, losses, scores.values, scores.method)
     judged = (metrics_identity(analysis), limited)
-    return execution.stage("trials", analysis.identity, calibration.identity, fitted, judged)
+    return execution.stored_stage("trials", analysis.identity, calibration.identity, fitted, judged)
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def measure_statistics(
     by rounding only. Raises UserError where it is too small for a single group.
     """
     named = (analysis.identity, [group.id for group in groups], method, criterion)
-    stage = execution.stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
+    stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
     stored = stage.get("all")
     if stored is not None:
         return statistics_from(stored.record, stored.arrays)
@@ -120,8 +120,10 @@ def run_measurement(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    for part in split_by_memory(analysis, calibration, requests, budget // 2):
-        batches = execution.track(calibration.batches())
+    parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    for turn, part in enumerate(parts):
+        name = "statistics" if len(parts) == 1 else f"statistics, pass {turn + 1} of {len(parts)}"
+        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
         for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
             check_measured(part, result, calibration, number)
             totals.add(part, result)
@@ -134,7 +136,7 @@ def run_measurement(
             gated,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
-            execution.progress,
+            execution,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
