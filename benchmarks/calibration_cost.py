@@ -125,7 +125,7 @@ def random_feeds(model: Path, samples: int) -> dict[str, Any]:
     quotes MACs at."""
     import snpc
 
-    calibration = snpc.random_calibration(snpc.analyze(snpc.load(model)), samples)
+    calibration = snpc.random_calibration(snpc.analyze(snpc.load(model)), samples=samples)
     batches = list(calibration.batches())
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -187,7 +187,7 @@ def run_prune(row: DataRow, folder: Path, calibration: Any, execution: Any) -> S
 
 
 def run_sweep(row: DataRow, folder: Path, calibration: Any, execution: Any) -> Shares:
-    """All targets at once. Timing rounds belong to judging a sweep, not to pruning: one round of each model is run."""
+    """All targets at once. The rounds that time the models belong to judging them, not to pruning: one is run."""
     import snpc
     from snpc.pipeline import SweepRequest, sweep
 
@@ -202,7 +202,9 @@ def run_sweep(row: DataRow, folder: Path, calibration: Any, execution: Any) -> S
 def print_cost(cost: DataCost, samples: int) -> None:
     """The row's stages, beside plain passes."""
     plain, ratio = cost.passes, cost.ratio
-    print(f"\n{cost.name}: plain passes over {samples} samples {plain.wall:.2f} s ({plain.cpu:.2f} s of processor time)")
+    print(
+        f"\n{cost.name}: plain passes over {samples} samples {plain.wall:.2f} s ({plain.cpu:.2f} s of processor time)"
+    )
     print(f"{'stage':32s} {'seconds':>8s} {'x plain':>8s} {'cpu s':>8s} {'x plain':>8s}")
     for name, seconds in (*sorted(cost.stages.items(), key=lambda item: -item[1].wall), ("all", cost.total)):
         share = seconds.over(plain)

@@ -88,9 +88,7 @@ def prune_once(options: argparse.Namespace, setting: str, seed: int, judged: Eva
     shaped = {"images": images} if Path(options.calib).is_dir() else {}
     inputs = snpc.load(options.model).inputs
     calibration = snpc.load_calibration(options.calib, inputs, samples=options.samples, seed=seed, **shaped)
-    asked: dict[str, Any] = {"target": target, "tokens": tokens}
-    if effort != "normal":
-        asked["effort"] = effort
+    asked: dict[str, Any] = {"target": target, "tokens": tokens, "effort": effort}
     execution = snpc.Execution(threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "cut.onnx", time.perf_counter()
