@@ -82,7 +82,9 @@ def test_the_walk_finds_what_the_whole_grid_has() -> None:
     rng = np.random.default_rng(3)
     for power, rows in [(0.5, 80), (1.0, 200), (2.0, 2000)]:
         moments = half_moments(rng, decaying_covariance(rng, power), rows)
-        halves = [refit_regression(m, rng.standard_normal((UNITS, 1)) @ np.ones((1, 3)), np.arange(KEPT)) for m in moments]
+        halves = [
+            refit_regression(m, rng.standard_normal((UNITS, 1)) @ np.ones((1, 3)), np.arange(KEPT)) for m in moments
+        ]
         first, second = halves
         errors = {r: second.excess_error(first.solve(r)) + first.excess_error(second.solve(r)) for r in RIDGES}
         tried = choose_ridge(halves).excess
