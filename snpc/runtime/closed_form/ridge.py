@@ -139,4 +139,4 @@ def parabola_minimum(errors: Mapping[float, float], best: float) -> float:
     (low, _, _), (before, here, after) = errors, errors.values()
     curvature = before + after - 2 * here
     shift = (before - after) / (2 * curvature) if curvature > 0 else 0.0
-    return best * (best / low) ** shift
+    return best * math.exp(shift * math.log(best / low))
