@@ -1,7 +1,7 @@
-"""What a prune with calibration data costs beside plain forward passes over the same data; ``prune_cost.py --data`` calls it.
+"""What a prune with calibration data costs beside plain passes over the same data; ``prune_cost.py --data`` calls it.
 
-Each row runs in a process of its own. Passes of the dense model over all samples are timed twice before and twice after,
-and their median is what ratios refer to. Stages are those that ``Execution.progress`` is told of; a stage inside
+Each row runs in a process of its own. Passes of the dense model over all samples are timed twice before and twice
+after, and their median is what ratios refer to. Stages are those that ``Execution.progress`` is told of; a stage inside
 another one counts for itself only.
 """
 

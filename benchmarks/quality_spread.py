@@ -1,11 +1,12 @@
 """Quality over several draws of calibration data: the mean and the spread of each setting, and how two settings differ.
 
-    python benchmarks/quality_spread.py model.onnx --calib images/ --eval held-out/ --labels labels.csv --record rows.jsonl
+    python benchmarks/quality_spread.py model.onnx --calib images/ --eval held-out/ --labels labels.csv
+        --record rows.jsonl
 
-A setting is EFFORT:TOKENS:TARGET, as of ``snpc prune``: ``normal:none:macs=0.8`` cuts widths only. Every setting is pruned
-once per ``--seeds``, which draw the calibration samples; top-1 and the divergence from the dense model are those of the
-written file on all evaluation samples. ``--record`` gets one JSON line per run, with the seconds that it took: a run that
-was stopped goes on with what is missing, and ``--settings ''`` prints the table of what is there.
+A setting is EFFORT:TOKENS:TARGET, as of ``snpc prune``: ``normal:none:macs=0.8`` cuts widths only. Every setting is
+pruned once per ``--seeds``, which draw the calibration samples; top-1 and the divergence from the dense model are those
+of the written file on all evaluation samples. ``--record`` gets one JSON line per run, with the seconds that it took: a
+run that was stopped goes on with what is missing, and ``--settings ''`` prints the table of what is there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One pruned model. ``top1``: per cent; ``divergence``: KL from the dense model, nats; ``macs``: share that is left."""
+    """One pruned model. ``top1``: per cent; ``divergence``: KL from the dense model, nats; ``macs``: share of them."""
 
     setting: str
     seed: int
