@@ -43,8 +43,8 @@ class SpreadExecutionArguments(ExecutionArguments):
         metavar="ADDRESS|local:N",
         callback=parse_cluster_address,
         help="Run passes over the data, trials and targets on the workers of a Dask scheduler (tcp://host:8786), or on "
-        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared path "
-        "or a URL.",
+        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared "
+        "path or a URL.",
     )
 
     def load(self) -> Execution:

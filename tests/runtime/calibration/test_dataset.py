@@ -119,5 +119,5 @@ def test_pictures_pass_from_process_to_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("index", "count"), [(0, 2), (3, 2), (1, 6)])
 def test_parts_that_there_are_not_are_refused(index: int, count: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"part {index} of {count}: .* there are 5 of these"):
+    with pytest.raises(UserError, match=rf"part {index} of {count}: .* there are 5 of these"):
         loaded(as_npz(tmp_path)).shard(index, count)

@@ -100,7 +100,7 @@ def test_a_part_is_taken_once(tmp_path: Path) -> None:
     analysis = analysis_of(NAME)
     calibration = calibration_of(analysis, random_feeds(NAME, 8), 1)
     part = snpc.measure_statistics(analysis, calibration.shard(1, 2), prunable_of(analysis))
-    with pytest.raises(UserError, match="part 1 of 2 of .* given twice"):
+    with pytest.raises(UserError, match=r"part 1 of 2 of .* given twice"):
         part + part
     assert part.describe_sources().startswith("part 1 of 2 of ")
 
