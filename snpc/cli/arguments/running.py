@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,10 +11,10 @@ import click
 
 import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
-from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
 from snpc.cli.tables import print_step
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import Execution, open_cluster
 from snpc.runtime.io import WorkFolder
 from snpc.types import Shape
 
@@ -38,7 +38,28 @@ class ExecutionArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class LimitedExecutionArguments(ExecutionArguments):
+class SpreadExecutionArguments(ExecutionArguments):
+    """How models are run, and on how many machines."""
+
+    cluster: str | None = option(
+        "--cluster",
+        metavar="ADDRESS|local:N",
+        callback=parse_cluster_address,
+        help="Run passes over the data, trials and targets on the workers of a Dask scheduler (tcp://host:8786), or on "
+        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared "
+        "path or a URL.",
+    )
+
+    def load(self) -> Execution:
+        """Connects to the cluster until the command ends."""
+        if self.cluster is None:
+            return super().load()
+        executor = click.get_current_context().with_resource(open_cluster(self.cluster))
+        return replace(super().load(), executor=executor)
+
+
+@dataclass(frozen=True)
+class LimitedExecutionArguments(SpreadExecutionArguments):
     """How models are run, how much memory that may take, and where the results of finished stages are kept."""
 
     memory_limit: int | None = option(
@@ -61,7 +82,7 @@ class LimitedExecutionArguments(ExecutionArguments):
         folder = WorkFolder(self.work) if self.work is not None else None
         if folder is not None:  # a run that fails says it, too
             click.get_current_context().call_on_close(lambda: print_step(folder.describe()))
-        return Execution(provider=self.provider, memory_limit=self.memory_limit, work=folder)
+        return replace(super().load(), memory_limit=self.memory_limit, work=folder)
 
 
 @dataclass(frozen=True)

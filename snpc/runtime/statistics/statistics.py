@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
@@ -31,7 +31,7 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 3  # 1 held whole squares, 2 had other names for the statistics of closed forms
+STATISTICS_FORMAT = 4  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -41,7 +41,8 @@ class Statistics:
 
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
-    ``sources`` the data. Two values add up if the same was measured of the same model, else ``+`` raises UserError.
+    ``sources`` the data; ``parts`` are of data that is not there whole yet. Two values add up if the same was measured
+    of the same model, else ``+`` raises UserError.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Statistics:
     samples: int
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
+    parts: tuple[DataPart, ...] = ()
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -62,15 +64,28 @@ class Statistics:
                 f"statistics on {self.describe_sources()} and on {other.describe_sources()} are not of the same groups "
                 "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
+        repeated = sorted(part.describe() for part in {*self.parts} & {*other.parts})
+        if repeated:
+            raise UserError(f"statistics on {repeated[0]} are given twice: give each part once")
         sums = {
             group: {name: array + other.sums[group][name] for name, array in arrays.items()}
             for group, arrays in self.sums.items()
         }
-        return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
+        whole, parts = completed_parts(self.parts + other.parts)
+        sources = self.sources + other.sources + whole
+        return replace(self, samples=self.samples + other.samples, sources=sources, sums=sums, parts=parts)
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
-        return " and ".join(self.sources)
+        return " and ".join([*self.sources, *(part.describe() for part in self.parts)])
+
+
+def completed_parts(parts: Sequence[DataPart]) -> tuple[tuple[str, ...], tuple[DataPart, ...]]:
+    """(the data whose parts are all there, the other parts)."""
+    found = Counter((part.origin, part.count) for part in parts)
+    whole = [(origin, count) for (origin, count), number in found.items() if number == count]
+    rest = [part for part in parts if (part.origin, part.count) not in whole]
+    return tuple(origin for origin, _ in whole), tuple(sorted(rest, key=lambda part: part.index))
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -120,13 +135,13 @@ def run_measurement(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, part in enumerate(parts):
-        name = "statistics" if len(parts) == 1 else f"statistics, pass {turn + 1} of {len(parts)}"
+    passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    for turn, measured in enumerate(passes):
+        name = "statistics" if len(passes) == 1 else f"statistics, pass {turn + 1} of {len(passes)}"
         batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
-            check_measured(part, result, calibration, number)
-            totals.add(part, result)
+        for number, result in enumerate(measure_batches(analysis, measured, batches, execution=execution)):
+            check_measured(measured, result, calibration, number)
+            totals.add(measured, result)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -140,7 +155,11 @@ def run_measurement(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums)
+    part = calibration.part
+    sources = (calibration.origin,) if part is None else ()
+    return Statistics(
+        analysis.name, analysis.digest, spelled, samples, sources, totals.sums, (part,) if part is not None else ()
+    )
 
 
 def check_measured(
@@ -214,6 +233,7 @@ def statistics_header(statistics: Statistics) -> dict[str, Any]:
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
+        "parts": [astuple(part) for part in statistics.parts],
         "entries": [(group, name) for group, arrays in statistics.sums.items() for name in arrays],
     }
 
@@ -240,6 +260,7 @@ def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -
         int(header["samples"]),
         tuple(map(str, header["sources"])),
         dict(sums),
+        tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
     )
 
 
