@@ -10,9 +10,9 @@ import click
 
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
-from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_algebra, parse_memory_size, parse_provider
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import AlgebraName, Execution
 from snpc.types import Shape
 
 
@@ -36,7 +36,7 @@ class ExecutionArguments(ArgumentGroup):
 
 @dataclass(frozen=True)
 class LimitedExecutionArguments(ExecutionArguments):
-    """How models are run, and how much memory that may take."""
+    """How models are run and closed forms are solved, and how much memory that may take."""
 
     memory_limit: int | None = option(
         "--memory-limit",
@@ -45,9 +45,17 @@ class LimitedExecutionArguments(ExecutionArguments):
         help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
         "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
     )
+    algebra: AlgebraName = option(
+        "--algebra",
+        type=click.Choice(["numpy", "torch"]),
+        default="numpy",
+        show_default=True,
+        callback=parse_algebra,
+        help="What solves the closed forms: numpy, or torch, on a GPU where it finds one.",
+    )
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider, memory_limit=self.memory_limit)
+        return Execution(provider=self.provider, memory_limit=self.memory_limit, algebra=self.algebra)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ Files
 from __future__ import annotations
 
 from snpc.graph import register_shape_source
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, AlgebraName, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
 from snpc.runtime.execution.memory import (
@@ -67,6 +67,7 @@ __all__ = [
     "ENGINE_SUFFIXES",
     "OPENVINO_SUFFIX",
     "PRECISION_RT_INFO",
+    "AlgebraName",
     "Execution",
     "RandomInputs",
     "RunFunction",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from snpc.graph import PassObserver
 from snpc.types import Feeds
 
 BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read
+
+AlgebraName = Literal["numpy", "torch"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Execution:
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
     activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` wraps the
     batches of each pass over calibration data. ``observer`` is called after each graph pass over a model that is
-    written or built.
+    written or built. ``algebra`` solves the closed forms: numpy, or torch (on a GPU where torch finds one), which has to
+    be imported as ``snpc.torch``.
     """
 
     provider: str = "cpu"
@@ -27,6 +31,7 @@ class Execution:
     memory_limit: int | None = None
     progress: BatchProgress | None = field(default=None, repr=False)
     observer: PassObserver | None = field(default=None, repr=False)
+    algebra: AlgebraName = "numpy"
 
     @property
     def on_cpu(self) -> bool:
