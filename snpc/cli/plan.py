@@ -28,7 +28,7 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import batch_progress
+from snpc.cli.progress import StageBars
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch
@@ -102,8 +102,9 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            execution=replace(execution, progress=batch_progress("calibrating", calibration)),
+            execution=replace(execution, progress=StageBars()),
             workload=workload,
+            effort=planning.selection.effort,
         )
     if statistics.save_stats is not None and plan.statistics is not None:
         snpc.save_statistics(plan.statistics, statistics.save_stats)

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from snpc.runtime.calibration import Calibration
-from snpc.types import Feeds
+from snpc.runtime.execution import Advance, ignore_advance
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch.pruning import PruningRound
     from snpc.torch.training import TrainingCallback, TrainingProgress
 
 
-def batch_progress(what: str, calibration: Calibration | None) -> Callable[[Iterable[Feeds]], Iterable[Feeds]] | None:
-    """A wrapper of calibration batches that shows a bar; None without a terminal."""
-    if calibration is None or not sys.stderr.isatty():
-        return None
+class StageBars:
+    """A bar for each stage, on a terminal."""
 
-    def wrap(feeds: Iterable[Feeds]) -> Iterator[Feeds]:
-        from rich.console import Console
-        from rich.progress import track
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Advance]:
+        if not sys.stderr.isatty():
+            yield ignore_advance
+            return
+        done = 0.0
+        with remaining_time_bar(name, total) as update:
 
-        total = -(-calibration.samples // calibration.batch)
-        yield from track(feeds, what, total=total, console=Console(stderr=True), transient=True)
+            def advance(amount: float = 1.0) -> None:
+                nonlocal done
+                done += amount
+                update(completed=done)
 
-    return wrap
+            yield advance
 
 
 @contextmanager

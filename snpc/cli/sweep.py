@@ -133,6 +133,7 @@ def sweep_command(
                 evaluation,
                 arguments.batch,
                 arguments.iterations,
+                planning.selection.effort,
             ),
             builder=sweep_builder(arguments, data, execution),
             execution=execution,

@@ -14,7 +14,7 @@ from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request, effective_token_request
 from snpc.pipeline.token_schedule import check_token_target, prepare_evaluator
-from snpc.planning import Budget, PruningMethod, ResourceTarget
+from snpc.planning import Budget, Effort, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     EvaluationData,
@@ -110,6 +110,7 @@ class SweepRequest:
     evaluation: EvaluationData | None = None
     batch: int = 1
     rounds: int = 30
+    effort: Effort = "normal"
 
 
 def sweep(
@@ -201,7 +202,7 @@ def plan_by_one_measurement(
     timed = workload if first.kind == "latency" else None
     measured = make_plan(
         analysis,
-        PlanRequest(budgets[first], request.method, workload=timed, full_curves=True),
+        PlanRequest(budgets[first], request.method, workload=timed, full_curves=True, effort=request.effort),
         calibration,
         execution=execution,
     )
@@ -226,7 +227,7 @@ def plan_each_target(
         timed = workload if target.kind == "latency" else None
         widths = None
         if budget is not None:
-            widths = PlanRequest(budget, request.method, workload=timed, full_curves=True)
+            widths = PlanRequest(budget, request.method, workload=timed, full_curves=True, effort=request.effort)
         reduced = apply_token_request(
             analysis,
             calibration,

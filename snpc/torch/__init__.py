@@ -10,7 +10,8 @@ or, with the dense model as the teacher:
     snpc.torch.finetune(Path("pruned.onnx"), Path("model.onnx"), data, Path("tuned.onnx"))
 
 Files
-  dense_algebra       The dense algebra of closed forms on torch: on a GPU where there is one, else on torch's CPU kernels.
+  dense_algebra       The dense algebra of closed forms on torch: on a GPU where there is one, else on torch's CPU
+                      kernels.
   export_safetensors  Export of a graph's weights as safetensors, with the widths of its layers as JSON.
   finetune            Finetuning: the weights of a pruned model are trained towards the outputs of the dense model that
                       it came from.

@@ -15,9 +15,12 @@ from torch import Tensor
 from snpc.errors import UserError
 from snpc.types import FloatArray
 
+SMALL_SYSTEM = 512  # rows and columns below which a GPU takes longer to start than a CPU to finish
+
 
 class TorchAlgebra:
-    """``snpc.runtime.closed_form.DenseAlgebra`` on one device; None: the current GPU, else the CPU.
+    """``snpc.runtime.closed_form.DenseAlgebra`` on one device; None: the current GPU, else the CPU. Small systems, such
+    as those of a head, always stay on the CPU.
 
     Raises UserError where a system does not fit into the device's memory.
     """
@@ -27,7 +30,8 @@ class TorchAlgebra:
 
     def product(self, left: FloatArray, right: FloatArray) -> FloatArray:
         with self.numpy_errors(left):
-            return to_array(self.tensor(left) @ self.tensor(right))
+            device = self.device_for(left.shape[0], right.shape[0], right.shape[1])
+            return to_array(tensor_on(device, left) @ tensor_on(device, right))
 
     def cholesky(self, matrix: FloatArray) -> FloatArray:
         with self.numpy_errors(matrix):
@@ -35,13 +39,14 @@ class TorchAlgebra:
 
     def solve_triangular(self, factor: FloatArray, right: FloatArray, transposed: bool = False) -> FloatArray:
         with self.numpy_errors(factor):
-            lower = self.tensor(factor)
-            matrix = lower.mT if transposed else lower
-            return to_array(torch.linalg.solve_triangular(matrix, self.tensor(right), upper=transposed))
+            lower = tensor_on(self.device_for(*factor.shape), factor)
+            columns, matrix = tensor_on(lower.device, right), lower.mT if transposed else lower
+            return to_array(torch.linalg.solve_triangular(matrix, columns, upper=transposed))
 
     def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
         with self.numpy_errors(matrix):
-            return to_array(torch.cholesky_solve(self.tensor(right), self.factor(matrix)))
+            factor = self.factor(matrix)
+            return to_array(torch.cholesky_solve(tensor_on(factor.device, right), factor))
 
     def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
         with self.numpy_errors(matrix):
@@ -62,15 +67,13 @@ class TorchAlgebra:
 
     def finite(self, matrix: FloatArray) -> Tensor:
         """The matrix on the device. CUDA's solvers return NaN where LAPACK reports an error."""
-        tensor = self.tensor(matrix)
+        tensor = tensor_on(self.device_for(*matrix.shape), matrix)
         if not bool(torch.isfinite(tensor).all()):
             raise np.linalg.LinAlgError("the matrix holds NaN or infinity")
         return tensor
 
-    def tensor(self, array: FloatArray) -> Tensor:
-        """The array on the device, without a copy on the CPU where torch can share its memory."""
-        shared = array.flags.writeable and all(stride > 0 for stride in array.strides)
-        return torch.from_numpy(array if shared else array.copy()).to(self.device, torch.float64)
+    def device_for(self, *sizes: int) -> torch.device:
+        return self.device if min(sizes) >= SMALL_SYSTEM else torch.device("cpu")
 
     @contextmanager
     def numpy_errors(self, matrix: FloatArray) -> Iterator[None]:
@@ -83,6 +86,12 @@ class TorchAlgebra:
             ) from error
         except torch.linalg.LinAlgError as error:
             raise np.linalg.LinAlgError(str(error)) from error
+
+
+def tensor_on(device: torch.device, array: FloatArray) -> Tensor:
+    """The array on the device; on the CPU without a copy, where torch can share its memory."""
+    shared = array.flags.writeable and all(stride > 0 for stride in array.strides)
+    return torch.from_numpy(array if shared else array.copy()).to(device, torch.float64)
 
 
 def to_array(tensor: Tensor) -> FloatArray:

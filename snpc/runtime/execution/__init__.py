@@ -6,6 +6,8 @@ Files
   machine            What is known of this machine: cores, the processor's name and vector registers, free memory.
   memory             Memory limits: sizes as users write them, arrays kept within a limit or in files, and the memory a
                      model needs.
+  progress           Progress: how far the stages of a run are. Whoever shows it gives ``Execution`` an object with
+                     ``Progress.stage``.
   random_data        Random data to calibrate on, where there is none.
   random_inputs      Random inputs for an analyzed model: one feed of them.
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
@@ -32,6 +34,7 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
+from snpc.runtime.execution.progress import SILENT, TIMING_STAGE, Advance, Progress, SilentProgress, ignore_advance
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
     embedding_rows,
@@ -67,12 +70,17 @@ __all__ = [
     "ENGINE_SUFFIXES",
     "OPENVINO_SUFFIX",
     "PRECISION_RT_INFO",
+    "SILENT",
+    "TIMING_STAGE",
+    "Advance",
     "AlgebraName",
     "Execution",
+    "Progress",
     "RandomInputs",
     "RunFunction",
     "Runner",
     "SessionLoadError",
+    "SilentProgress",
     "SpillableStore",
     "available_cores",
     "check_feeds",
@@ -84,6 +92,7 @@ __all__ = [
     "find_running_sizes",
     "first_lines",
     "id_limits",
+    "ignore_advance",
     "import_openvino",
     "memory_budget",
     "onnxruntime_version",

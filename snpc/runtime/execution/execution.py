@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from snpc.graph import PassObserver
-from snpc.types import Feeds
+from snpc.runtime.execution.progress import SILENT, Progress
 
-BatchProgress = Callable[[Iterable[Feeds]], Iterable[Feeds]]  # yields the same batches, and shows how many were read
+ItemT = TypeVar("ItemT")
 
 AlgebraName = Literal["numpy", "torch"]
 
@@ -20,16 +20,16 @@ class Execution:
 
     ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``trt``) or by its full name.
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
-    activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` wraps the
-    batches of each pass over calibration data. ``observer`` is called after each graph pass over a model that is
-    written or built. ``algebra`` solves the closed forms: numpy, or torch (on a GPU where torch finds one), which has to
-    be imported as ``snpc.torch``.
+    activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` hears
+    of every stage that may take long. ``observer`` is called after each graph pass over a model that is
+    written or built. ``algebra`` solves the closed forms: numpy, or torch (on a GPU where torch finds one), which has
+    to be imported as ``snpc.torch``.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     memory_limit: int | None = None
-    progress: BatchProgress | None = field(default=None, repr=False)
+    progress: Progress = field(default=SILENT, repr=False)
     observer: PassObserver | None = field(default=None, repr=False)
     algebra: AlgebraName = "numpy"
 
@@ -37,9 +37,12 @@ class Execution:
     def on_cpu(self) -> bool:
         return self.provider.lower() in ("cpu", "cpuexecutionprovider")
 
-    def track(self, batches: Iterable[Feeds]) -> Iterable[Feeds]:
-        """The same batches, shown by ``progress`` as they go by."""
-        return batches if self.progress is None else self.progress(batches)
+    def track(self, name: str, batches: Iterable[ItemT], total: float) -> Iterator[ItemT]:
+        """The same batches, ``total`` of them, as a stage of ``progress`` that advances by one after each."""
+        with self.progress.stage(name, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(1)
 
 
 DEFAULT_EXECUTION = Execution()

@@ -100,8 +100,10 @@ def measure_statistics(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    for part in split_by_memory(analysis, calibration, requests, budget // 2):
-        batches = execution.track(calibration.batches())
+    parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    for turn, part in enumerate(parts):
+        name = "statistics" if len(parts) == 1 else f"statistics, pass {turn + 1} of {len(parts)}"
+        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
         for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
             check_measured(part, result, calibration, number)
             totals.add(part, result)
@@ -114,7 +116,7 @@ def measure_statistics(
             gated,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
-            execution.progress,
+            execution,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
