@@ -127,8 +127,8 @@ def test_a_pruned_model_is_that_of_numpy(method: str, tolerance: float, tmp_path
     """The same plan, and weights that agree up to a millionth of each tensor. Layer by layer, activations in float32
     stand between one solution and the next, and regressions on them enlarge their rounding."""
     for algebra in ("numpy", "torch"):
-        invoke("prune", VIT, "--calib", CALIB, "--target", "macs=0.6", "--method", method, "--algebra", algebra, "--plan",
-               tmp_path / f"{algebra}.json", "-o", tmp_path / f"{algebra}.onnx")  # fmt: skip
+        invoke("prune", VIT, "--calib", CALIB, "--target", "macs=0.6", "--method", method, "--algebra", algebra,
+               "--plan", tmp_path / f"{algebra}.json", "-o", tmp_path / f"{algebra}.onnx")  # fmt: skip
     expected, actual = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("numpy", "torch"))
     assert actual == expected
     expected_weights, weights = arrays(tmp_path / "numpy.onnx"), arrays(tmp_path / "torch.onnx")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import click
 
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
-from snpc.cli.arguments.parsers import parse_algebra, parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_algebra, parse_cluster_address, parse_memory_size, parse_provider
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import AlgebraName, Execution
+from snpc.runtime.execution import AlgebraName, Execution, open_cluster
 from snpc.types import Shape
 
 
@@ -35,16 +35,9 @@ class ExecutionArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class LimitedExecutionArguments(ExecutionArguments):
-    """How models are run and closed forms are solved, and how much memory that may take."""
+class SpreadExecutionArguments(ExecutionArguments):
+    """How models are run and closed forms are solved, and on how many machines."""
 
-    memory_limit: int | None = option(
-        "--memory-limit",
-        metavar="SIZE",
-        callback=parse_memory_size,
-        help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
-        "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
-    )
     algebra: AlgebraName = option(
         "--algebra",
         type=click.Choice(["numpy", "torch"]),
@@ -53,9 +46,38 @@ class LimitedExecutionArguments(ExecutionArguments):
         callback=parse_algebra,
         help="What solves the closed forms: numpy, or torch, on a GPU where it finds one.",
     )
+    cluster: str | None = option(
+        "--cluster",
+        metavar="ADDRESS|local:N",
+        callback=parse_cluster_address,
+        help="Run passes over the data, trials and targets on the workers of a Dask scheduler (tcp://host:8786), or on "
+        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared "
+        "path or a URL.",
+    )
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider, memory_limit=self.memory_limit, algebra=self.algebra)
+        """Connects to the cluster until the command ends."""
+        execution = replace(super().load(), algebra=self.algebra)
+        if self.cluster is None:
+            return execution
+        executor = click.get_current_context().with_resource(open_cluster(self.cluster))
+        return replace(execution, executor=executor)
+
+
+@dataclass(frozen=True)
+class LimitedExecutionArguments(SpreadExecutionArguments):
+    """How models are run, and how much memory that may take."""
+
+    memory_limit: int | None = option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=parse_memory_size,
+        help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
+        "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
+    )
+
+    def load(self) -> Execution:
+        return replace(super().load(), memory_limit=self.memory_limit)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Files
                         compensates for their error.
   masked_weights        Trial weights: edits applied and removed units zeroed; shapes unchanged.
   refit_normalizations  Refits normalizations whose channels are partly removed, and the weights that consume them.
+  ridge                 The ridge of a regression, chosen by two halves of the calibration samples.
   stages                The stages of layerwise fitting: segments of the graph, and the groups that are fitted in each.
 """
 

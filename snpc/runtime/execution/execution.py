@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from snpc.graph import PassObserver
@@ -22,8 +23,9 @@ class Execution:
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
     activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` hears
     of every stage that may take long. ``observer`` is called after each graph pass over a model that is
-    written or built. ``algebra`` solves the closed forms: numpy, or torch (on a GPU where torch finds one), which has
-    to be imported as ``snpc.torch``.
+    written or built. ``executor``: workers that passes over calibration data, trials and targets are spread over, as of
+    ``concurrent.futures`` or Dask (``Client.get_executor()``); None: this process does all. ``algebra``
+    solves the closed forms: numpy, or torch (on a GPU where torch finds one), which has to be imported as ``snpc.torch``.
     """
 
     provider: str = "cpu"
@@ -31,11 +33,17 @@ class Execution:
     memory_limit: int | None = None
     progress: Progress = field(default=SILENT, repr=False)
     observer: PassObserver | None = field(default=None, repr=False)
+    executor: Executor | None = field(default=None, repr=False)
     algebra: AlgebraName = "numpy"
 
     @property
     def on_cpu(self) -> bool:
         return self.provider.lower() in ("cpu", "cpuexecutionprovider")
+
+    @property
+    def alone(self) -> Execution:
+        """The same in this process alone, silent: what a worker is sent."""
+        return replace(self, progress=SILENT, observer=None, executor=None)
 
     def track(self, name: str, batches: Iterable[ItemT], total: float) -> Iterator[ItemT]:
         """The same batches, ``total`` of them, as a stage of ``progress`` that advances by one after each."""
