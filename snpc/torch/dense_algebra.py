@@ -63,7 +63,8 @@ class TorchAlgebra:
             return to_array(left), to_array(values), to_array(right)
 
     def factor(self, matrix: FloatArray) -> Tensor:
-        return torch.linalg.cholesky(self.finite(matrix))
+        factor: Tensor = torch.linalg.cholesky(self.finite(matrix))
+        return factor
 
     def finite(self, matrix: FloatArray) -> Tensor:
         """The matrix on the device. CUDA's solvers return NaN where LAPACK reports an error."""
@@ -84,7 +85,7 @@ class TorchAlgebra:
             raise UserError(
                 f"{self.device}: its memory is too small for a system of {len(matrix)} columns: choose --algebra numpy"
             ) from error
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise np.linalg.LinAlgError(str(error)) from error
 
 
