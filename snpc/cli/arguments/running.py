@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import click
 
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option
-from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import Execution, open_cluster
 from snpc.types import Shape
 
 
@@ -35,7 +35,28 @@ class ExecutionArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class LimitedExecutionArguments(ExecutionArguments):
+class SpreadExecutionArguments(ExecutionArguments):
+    """How models are run, and on how many machines."""
+
+    cluster: str | None = option(
+        "--cluster",
+        metavar="ADDRESS|local:N",
+        callback=parse_cluster_address,
+        help="Run passes over the data, trials and targets on the workers of a Dask scheduler (tcp://host:8786), or on "
+        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared "
+        "path or a URL.",
+    )
+
+    def load(self) -> Execution:
+        """Connects to the cluster until the command ends."""
+        if self.cluster is None:
+            return super().load()
+        executor = click.get_current_context().with_resource(open_cluster(self.cluster))
+        return replace(super().load(), executor=executor)
+
+
+@dataclass(frozen=True)
+class LimitedExecutionArguments(SpreadExecutionArguments):
     """How models are run, and how much memory that may take."""
 
     memory_limit: int | None = option(
@@ -47,7 +68,7 @@ class LimitedExecutionArguments(ExecutionArguments):
     )
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider, memory_limit=self.memory_limit)
+        return replace(super().load(), memory_limit=self.memory_limit)
 
 
 @dataclass(frozen=True)
