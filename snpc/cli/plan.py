@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,6 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import StageBars
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch
@@ -102,7 +101,7 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            execution=replace(execution, progress=StageBars()),
+            execution=execution,
             workload=workload,
             effort=planning.selection.effort,
         )

@@ -43,6 +43,9 @@ if TYPE_CHECKING:  # this needs torch
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+QUIET_KEY = "snpc.quiet"  # in click's ``Context.meta``
+
+
 def printable(text: str) -> str:
     """The text in one line, with escapes for what does not show: names in a model may hold anything."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -72,13 +75,25 @@ def print_line(text: str) -> None:
     print_text(printable(text))
 
 
+def is_quiet() -> bool:
+    """Does the command that runs print results, warnings and errors only (``--quiet``)?"""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET_KEY))
+
+
 def print_note(text: str) -> None:
-    """Print a remark to stderr, so that pipes get results only."""
-    print_text(printable(f"snpc: note: {text}"), err=True)
+    """Print a remark to stderr, so that pipes get results only. ``--quiet`` leaves it out."""
+    print_step(f"note: {text}")
 
 
 def print_step(text: str) -> None:
-    """Print to stderr what is about to be done, or what may follow."""
+    """Print to stderr what is about to be done, or what may follow. ``--quiet`` leaves it out."""
+    if not is_quiet():
+        print_error(text)
+
+
+def print_error(text: str) -> None:
+    """Print to stderr why a command ends."""
     print_text(printable(f"snpc: {text}"), err=True)
 
 

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import click
 
 import snpc
-from snpc.cli.arguments.group import ArgumentGroup, option
+from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.cli.progress import command_progress
+from snpc.cli.tables import QUIET_KEY
 from snpc.runtime.evaluation import TimedArtifact
 from snpc.runtime.execution import Execution
 from snpc.types import Shape
+
+
+def remember_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Remember --quiet for whatever prints while the command runs."""
+    context.meta[QUIET_KEY] = value
+    return value
+
+
+@dataclass(frozen=True)
+class QuietArguments(ArgumentGroup):
+    """What is printed while the command runs."""
+
+    section: ClassVar[str] = "Running"
+
+    quiet: bool = option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        callback=remember_quiet,
+        help="Print results, warnings and errors only: no progress, no remarks.",
+    )
 
 
 @dataclass(frozen=True)
@@ -29,9 +53,10 @@ class ExecutionArguments(ArgumentGroup):
         callback=parse_provider,
         help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
     )
+    printing: QuietArguments = subgroup()
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider)
+        return Execution(provider=self.provider, progress=command_progress())
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,7 @@ class LimitedExecutionArguments(ExecutionArguments):
     )
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider, memory_limit=self.memory_limit)
+        return replace(super().load(), memory_limit=self.memory_limit)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,16 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.progress import SILENT, TIMING_STAGE, Advance, Progress, SilentProgress, ignore_advance
+from snpc.runtime.execution.progress import (
+    SILENT,
+    TIMING_STAGE,
+    Advance,
+    ExpectedStage,
+    Progress,
+    SilentProgress,
+    announce,
+    ignore_advance,
+)
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
     embedding_rows,
@@ -74,6 +83,7 @@ __all__ = [
     "TIMING_STAGE",
     "Advance",
     "Execution",
+    "ExpectedStage",
     "Progress",
     "RandomInputs",
     "RunFunction",
@@ -81,6 +91,7 @@ __all__ = [
     "SessionLoadError",
     "SilentProgress",
     "SpillableStore",
+    "announce",
     "available_cores",
     "check_feeds",
     "check_shape",

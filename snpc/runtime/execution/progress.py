@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Advance = Callable[[float], None]  # takes how much more of a stage's total is done
 
@@ -21,6 +21,30 @@ class Progress(Protocol):
     """
 
     def stage(self, name: str, total: float) -> AbstractContextManager[Advance]: ...
+
+
+@dataclass(frozen=True)
+class ExpectedStage:
+    """A stage that has not begun. ``cost``: how long it takes beside the others, in any unit."""
+
+    name: str
+    cost: float
+
+
+@runtime_checkable
+class ForesightedProgress(Progress, Protocol):
+    """A progress that is told which stages are to come, in their order, so that it can say how long the run takes.
+
+    ``expect`` replaces what was announced before.
+    """
+
+    def expect(self, stages: Sequence[ExpectedStage]) -> None: ...
+
+
+def announce(progress: Progress, stages: Sequence[ExpectedStage]) -> None:
+    """Tell a progress what is to come, if it wants to know."""
+    if isinstance(progress, ForesightedProgress):
+        progress.expect(stages)
 
 
 @dataclass(frozen=True)
