@@ -64,7 +64,7 @@ def plan_command(
     planning = planning.with_width_multiple(None, execution)
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
-    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
+    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch(execution.progress))
     snpc.save_plan(plan, path)
     announce_plan(plan, typed)
     tables.note_if_predicted(plan)
@@ -149,7 +149,8 @@ def apply_command(
     A plan of --method auto needs --calib, the data that it was made with; one of --method parallel needs that or
     --load-stats. Other plans use --calib for verification only.
     """
-    execution, stopwatch = running.load(), Stopwatch()
+    execution = running.load()
+    stopwatch = Stopwatch(execution.progress)
     with stopwatch.stage("analyze"):
         loaded = snpc.load(model.path)
         slices = snpc.load_plan(plan.plan_file, loaded, model.at.sizes(loaded.inputs))

@@ -43,7 +43,9 @@ if TYPE_CHECKING:  # this needs torch
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-QUIET_KEY = "snpc.quiet"  # in click's ``Context.meta``
+# in click's ``Context.meta``:
+QUIET_KEY = "snpc.quiet"  # was --quiet given?
+CLEAR_KEY = "snpc.clear"  # a function that takes what is drawn on the terminal away, before other text is printed
 
 
 def printable(text: str) -> str:
@@ -54,6 +56,10 @@ def printable(text: str) -> str:
 def print_text(text: str, err: bool = False, color: bool | None = None) -> None:
     """Print a text as it is; characters that the stream cannot encode become escapes. Raises UserError where stdout
     cannot be written; a reader that went away ends the command silently."""
+    context = click.get_current_context(silent=True)
+    clear = context.meta.get(CLEAR_KEY) if context is not None else None
+    if clear is not None:
+        clear()
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, color=color)

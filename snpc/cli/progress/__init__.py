@@ -3,7 +3,8 @@
 Files
   displays      Displays: how the state of a run is shown. A bar on a terminal; plain lines in a pipe.
   run_progress  The progress of one command: what its stages say goes to one display, drawn by a thread of its own.
-  time_left     How long a run still takes: an estimate over the stages that are under way and those that have not begun.
+  time_left     How long a run still takes: an estimate over the stages that are under way and those that have
+                not begun.
   training      The progress of training: a bar with the loss on a terminal, lines in a pipe.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from snpc.cli.tables import print_step
 
@@ -17,11 +17,11 @@ LINE_INTERVAL = 5.0  # seconds between two lines on a stage
 
 @dataclass(frozen=True)
 class RunState:
-    """What is under way at ``now``. ``seconds``: how long the stage has taken. ``seconds_left``: of the whole run; None
-    where it is not known."""
+    """What is under way at ``now``. ``fraction``: of the stage; None where it has no parts. ``seconds``: since it
+    began. ``seconds_left``: of the whole run; None where it is not known."""
 
     name: str
-    fraction: float
+    fraction: float | None
     seconds: float
     seconds_left: float | None
     now: float
@@ -50,17 +50,19 @@ class Display(Protocol):
 
 
 class LineDisplay:
-    """Lines on stderr: one when a stage has taken ``FIRST_LINE``, one every ``LINE_INTERVAL`` then, and one at its
-    end."""
+    """Lines on stderr: one every ``LINE_INTERVAL``; one when a stage has taken ``FIRST_LINE``, and one at its end."""
 
     def __init__(self) -> None:
-        self.last = 0.0
+        self.last: float | None = None
 
     def show(self, state: RunState) -> None:
-        due = state.now - self.last >= LINE_INTERVAL or self.last < state.now - state.seconds
-        if state.seconds >= FIRST_LINE and due:
-            percent = f"{100 * state.fraction:.0f} %"
-            self.print(state, f"{percent} in {state.seconds:.0f} s")
+        began = state.now - state.seconds
+        if self.last is None:
+            self.last = began
+        first = self.last <= began and state.seconds >= FIRST_LINE
+        if first or state.now - self.last >= LINE_INTERVAL:
+            percent = "" if state.fraction is None else f"{100 * state.fraction:.0f} % in "
+            self.print(state, f"{percent}{state.seconds:.0f} s")
 
     def end_stage(self, state: RunState) -> None:
         if state.seconds >= FIRST_LINE:
@@ -83,9 +85,10 @@ class BarDisplay:
 
     def show(self, state: RunState) -> None:
         if self.drawn is None:
-            self.drawn = open_bar()
+            self.drawn = open_bar(state)
+            return
         bar, task = self.drawn
-        bar.update(task, description=state.name, completed=state.fraction, left=state.left_text, refresh=True)
+        bar.update(task, description=state.name, left=state.left_text, **bar_position(state), refresh=True)
 
     def end_stage(self, state: RunState) -> None:
         """The next state shows what is under way then."""
@@ -96,7 +99,12 @@ class BarDisplay:
             self.drawn = None
 
 
-def open_bar() -> tuple[Progress, TaskID]:
+def bar_position(state: RunState) -> dict[str, Any]:
+    """As rich takes it. Without a total the bar pulses."""
+    return {"total": None if state.fraction is None else 1.0, "completed": state.fraction or 0.0}
+
+
+def open_bar(state: RunState) -> tuple[Progress, TaskID]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -114,6 +122,6 @@ def open_bar() -> tuple[Progress, TaskID]:
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    task = bar.add_task("", total=1.0, left="")
+    task = bar.add_task(state.name, left=state.left_text, **bar_position(state))
     bar.start()
     return bar, task

@@ -13,8 +13,8 @@ import click
 
 from snpc.cli.progress.displays import BarDisplay, Display, LineDisplay, RunState
 from snpc.cli.progress.time_left import RunEstimate, RunningStage
-from snpc.cli.tables import is_quiet
-from snpc.runtime.execution import SILENT, TIMING_STAGE, Advance, ExpectedStage, Progress
+from snpc.cli.tables import CLEAR_KEY, is_quiet
+from snpc.runtime.execution import SILENT, TIMING_STAGE, Advance, Progress, StageCost
 
 REDRAW_INTERVAL = 0.5  # seconds: a tenth of a percent of one core
 REDRAW_INTERVAL_WHILE_TIMING = 0.1  # between rounds only
@@ -35,7 +35,7 @@ class RunProgress:
         self.thread: threading.Thread | None = None
         self.shown = -REDRAW_INTERVAL
 
-    def expect(self, stages: Sequence[ExpectedStage]) -> None:
+    def expect(self, stages: Sequence[StageCost]) -> None:
         with self.lock:
             self.estimate.expect(stages)
 
@@ -61,7 +61,7 @@ class RunProgress:
         now = self.clock()
         self.estimate.end(stage, now)
         left = self.estimate.seconds_left(now)
-        self.display.end_stage(RunState(stage.name, stage.fraction, now - stage.began, left, now))
+        self.display.end_stage(RunState(stage.name, stage.shown_fraction, now - stage.began, left, now))
         if not self.estimate.open:
             self.display.clear()
 
@@ -72,7 +72,7 @@ class RunProgress:
         stage, now = self.estimate.open[-1], self.clock()
         self.shown = now
         left = self.estimate.seconds_left(now)
-        self.display.show(RunState(stage.name, stage.fraction, now - stage.began, left, now))
+        self.display.show(RunState(stage.name, stage.shown_fraction, now - stage.began, left, now))
 
     def start_thread(self) -> None:
         if self.thread is None and not self.closed.is_set():
@@ -84,6 +84,11 @@ class RunProgress:
             with self.lock:
                 if self.estimate.open and self.estimate.open[-1].name != TIMING_STAGE:
                     self.show()
+
+    def clear(self) -> None:
+        """Take away what is drawn, until it is drawn again."""
+        with self.lock:
+            self.display.clear()
 
     def close(self) -> None:
         with self.lock:
@@ -101,6 +106,7 @@ def command_progress() -> Progress:
     progress = context.meta.get(PROGRESS_KEY)
     if progress is None:
         progress = context.meta[PROGRESS_KEY] = RunProgress(BarDisplay() if sys.stderr.isatty() else LineDisplay())
+        context.meta[CLEAR_KEY] = progress.clear
         context.call_on_close(progress.close)
     assert isinstance(progress, RunProgress)
     return progress

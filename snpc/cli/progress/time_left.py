@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snpc.runtime.execution import ExpectedStage
+from snpc.runtime.execution import StageCost
 
 
 @dataclass
@@ -24,6 +24,11 @@ class RunningStage:
     def fraction(self) -> float:
         return min(self.done / self.total, 1.0) if self.total > 0 else 1.0
 
+    @property
+    def shown_fraction(self) -> float | None:
+        """None of a stage in one piece: nothing is known before it ends."""
+        return None if self.total <= 1 and self.done == 0 else self.fraction
+
 
 class RunEstimate:
     """The stages of a run and the seconds that are left of it. Times are given by the caller, in seconds.
@@ -33,12 +38,12 @@ class RunEstimate:
     """
 
     def __init__(self) -> None:
-        self.expected: list[ExpectedStage] = []
+        self.expected: list[StageCost] = []
         self.open: list[RunningStage] = []
         self.spent_seconds = 0.0  # on announced stages that ended
         self.spent_cost = 0.0
 
-    def expect(self, stages: Sequence[ExpectedStage]) -> None:
+    def expect(self, stages: Sequence[StageCost]) -> None:
         """Announce what comes, in place of what was announced before."""
         self.expected = list(stages)
 
@@ -50,10 +55,10 @@ class RunEstimate:
 
     def take_expected(self, name: str) -> float | None:
         """The cost of the next announced stage of this name."""
-        for position, expected in enumerate(self.expected):
-            if expected.name == name:
+        for position, (expected, cost) in enumerate(self.expected):
+            if expected == name:
                 del self.expected[: position + 1]
-                return expected.cost
+                return cost
         return None
 
     def advance(self, stage: RunningStage, amount: float, now: float) -> None:
@@ -76,7 +81,7 @@ class RunEstimate:
         unit = self.seconds_per_cost()
         if (self.open and not known) or (not self.open and unit is None):
             return None
-        return max(known, default=0.0) + (unit or 0.0) * sum(expected.cost for expected in self.expected)
+        return max(known, default=0.0) + (unit or 0.0) * sum(cost for _, cost in self.expected)
 
     def seconds_per_cost(self) -> float | None:
         """Of the announced stages that ended; before one has, of the one that is under way."""

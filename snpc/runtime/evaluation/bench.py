@@ -176,8 +176,9 @@ def bench(
 ) -> BenchResult:
     """Time the models in turn and compare each with the first.
 
-    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). First, each model runs once on the first feed, for the outputs that are compared.
-    UserError: a model that does not load or run, models with different inputs, or sizes that no input can have.
+    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). First, each model runs
+    once on the first feed, for the outputs that are compared. UserError: a model that does not load or run, models with
+    different inputs, or sizes that no input can have.
     """
     if not paths:
         raise UserError("no model to time: name at least one ONNX file")

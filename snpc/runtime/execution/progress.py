@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 Advance = Callable[[float], None]  # takes how much more of a stage's total is done
 
+StageCost = tuple[str, float]
+
 TIMING_STAGE = "timing"  # the stage in which models are timed: nothing else should run between its advances
 
 
@@ -23,25 +25,18 @@ class Progress(Protocol):
     def stage(self, name: str, total: float) -> AbstractContextManager[Advance]: ...
 
 
-@dataclass(frozen=True)
-class ExpectedStage:
-    """A stage that has not begun. ``cost``: how long it takes beside the others, in any unit."""
-
-    name: str
-    cost: float
-
-
 @runtime_checkable
 class ForesightedProgress(Progress, Protocol):
-    """A progress that is told which stages are to come, in their order, so that it can say how long the run takes.
+    """A progress that is told which stages are to come, so that it can say how long the run takes.
 
-    ``expect`` replaces what was announced before.
+    ``stages``: (name, cost) in their order; the costs are in one unit, whatever it is. They replace what was announced
+    before.
     """
 
-    def expect(self, stages: Sequence[ExpectedStage]) -> None: ...
+    def expect(self, stages: Sequence[StageCost]) -> None: ...
 
 
-def announce(progress: Progress, stages: Sequence[ExpectedStage]) -> None:
+def announce(progress: Progress, stages: Sequence[StageCost]) -> None:
     """Tell a progress what is to come, if it wants to know."""
     if isinstance(progress, ForesightedProgress):
         progress.expect(stages)

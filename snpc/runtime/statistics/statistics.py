@@ -101,12 +101,13 @@ def measure_statistics(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, part in enumerate(parts):
-        name = "statistics" if len(parts) == 1 else f"statistics, pass {turn + 1} of {len(parts)}"
-        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
-            check_measured(part, result, calibration, number)
-            totals.add(part, result)
+    with execution.progress.stage("statistics", len(parts) * len(calibration.batch_plan)) as advance:
+        for part in parts:
+            results = measure_batches(analysis, part, calibration.batches(), execution=execution)
+            for number, result in enumerate(results):
+                check_measured(part, result, calibration, number)
+                totals.add(part, result)
+                advance(1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
