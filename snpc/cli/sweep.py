@@ -14,9 +14,9 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     CalibrationArguments,
-    ExecutionArguments,
     ModelArguments,
     PlanningArguments,
+    SpreadExecutionArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -96,7 +96,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
-    running: ExecutionArguments,
+    running: SpreadExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
 

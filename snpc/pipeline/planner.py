@@ -191,6 +191,23 @@ def plan(
     return make_plan(analysis, request, calibration, statistics, execution)
 
 
+def measure_request(
+    analysis: Analysis, request: PlanRequest, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> Statistics:
+    """The statistics that ``make_plan`` measures for a request; of parts of the data they add up."""
+    groups = groups_to_prune(analysis, request.budget)
+    check_finite_weights(analysis, groups)
+    calibration = with_token_decisions(analysis, calibration, execution) or calibration
+    return measure_statistics(
+        analysis,
+        calibration,
+        groups,
+        method=request.method or default_method(calibration, request.criterion is None, request.effort),
+        criterion=request.criterion or "mixed",
+        execution=execution,
+    )
+
+
 def make_plan(
     analysis: Analysis,
     request: PlanRequest,

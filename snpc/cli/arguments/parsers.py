@@ -62,6 +62,25 @@ def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | No
     return None if text is None else parse_bytes(text)
 
 
+def parse_cluster_address(ctx: click.Context, param: click.Parameter, text: str | None) -> str | None:
+    """Refuse at once what is no cluster."""
+    from snpc.runtime.execution import parse_cluster
+
+    if text is not None:
+        parse_cluster(text)
+    return text
+
+
+def parse_shard(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """``2/8`` -> (2, 8)."""
+    if text is None:
+        return None
+    numbers = [int(part) for part in text.split("/") if part.isascii() and part.isdigit()]
+    if text.count("/") != 1 or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise click.BadParameter(f"{text}: must look like 2/8, the second of eight parts")
+    return numbers[0], numbers[1]
+
+
 def parse_dim_sizes(texts: Sequence[str]) -> dict[str, int]:
     """``["batch=1"]`` -> ``{"batch": 1}``."""
     sizes = {}

@@ -10,11 +10,11 @@ import click
 
 import snpc
 from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
-from snpc.cli.arguments.parsers import parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
 from snpc.cli.progress import command_progress
 from snpc.cli.tables import QUIET_KEY
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import Execution, open_cluster
 from snpc.types import Shape
 
 
@@ -60,7 +60,28 @@ class ExecutionArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class LimitedExecutionArguments(ExecutionArguments):
+class SpreadExecutionArguments(ExecutionArguments):
+    """How models are run, and on how many machines."""
+
+    cluster: str | None = option(
+        "--cluster",
+        metavar="ADDRESS|local:N",
+        callback=parse_cluster_address,
+        help="Run passes over the data, trials and targets on the workers of a Dask scheduler (tcp://host:8786), or on "
+        "N worker processes of this machine (needs snpc[cluster]). Workers read the data themselves, from a shared "
+        "path or a URL.",
+    )
+
+    def load(self) -> Execution:
+        """Connects to the cluster until the command ends."""
+        if self.cluster is None:
+            return super().load()
+        executor = click.get_current_context().with_resource(open_cluster(self.cluster))
+        return replace(super().load(), executor=executor)
+
+
+@dataclass(frozen=True)
+class LimitedExecutionArguments(SpreadExecutionArguments):
     """How models are run, and how much memory that may take."""
 
     memory_limit: int | None = option(

@@ -134,10 +134,13 @@ def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
         )
     if len(inputs) == 1 and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
         headers = {inputs[0].name: headers["arr_0"]}
-        return CalibrationPart(
-            str(path), headers, lambda names: dict.fromkeys(names, _read_npz(path, ["arr_0"])["arr_0"])
-        )
+        return CalibrationPart(str(path), headers, partial(_read_unnamed, path))
     return CalibrationPart(str(path), headers, partial(_read_npz, path))
+
+
+def _read_unnamed(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
+    """The array that numpy named itself, for the one input there is."""
+    return dict.fromkeys(names, _read_npz(path, ["arr_0"])["arr_0"])
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
@@ -159,7 +162,7 @@ def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), path.open("rb") as file:
         headers = {name: _read_header(file)}
         _check_stored_bytes(headers[name], path.stat().st_size)
-    return CalibrationPart(str(path), headers, lambda names: {name: _read_npy(path)})
+    return CalibrationPart(str(path), headers, partial(_read_npy, path))
 
 
 def _array_bytes(header: ArrayHeader) -> int:
@@ -172,11 +175,10 @@ def _check_stored_bytes(header: ArrayHeader, stored: int) -> None:
         raise ValueError(f"its header claims {_array_bytes(header)} bytes, {stored} are there")
 
 
-def _read_npy(path: Path) -> AnyArray:
+def _read_npy(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
     """Mapped, not read: only the chosen rows are ever loaded."""
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS):
-        array: AnyArray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
+        return dict.fromkeys(names, np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _read_header(file: IO[bytes]) -> ArrayHeader:
@@ -247,12 +249,12 @@ def _test_set_folders(path: Path) -> list[Path]:
 def _test_set_part(folder: Path, inputs: ModelInputs) -> CalibrationPart:
     """The tensors are parsed for their shapes and dropped; ``read`` parses them again."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in _read_test_set(folder, inputs)}
+    return CalibrationPart(str(folder), headers, partial(_read_arrays_of_test_set, folder, inputs))
 
-    def read(names: Sequence[str]) -> dict[str, AnyArray]:
-        arrays = dict(_read_test_set(folder, inputs))
-        return {name: arrays[name] for name in names}
 
-    return CalibrationPart(str(folder), headers, read)
+def _read_arrays_of_test_set(folder: Path, inputs: ModelInputs, names: Sequence[str]) -> dict[str, AnyArray]:
+    arrays = dict(_read_test_set(folder, inputs))
+    return {name: arrays[name] for name in names}
 
 
 def _read_test_set(folder: Path, inputs: ModelInputs) -> Iterator[tuple[str, AnyArray]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from snpc.graph import PassObserver
@@ -20,7 +21,8 @@ class Execution:
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
     activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` hears
     of every stage that may take long. ``observer`` is called after each graph pass over a model that is
-    written or built.
+    written or built. ``executor``: workers that passes over calibration data, trials and targets are spread over, as of
+    ``concurrent.futures`` or Dask (``Client.get_executor()``); None: this process does all.
     """
 
     provider: str = "cpu"
@@ -28,10 +30,16 @@ class Execution:
     memory_limit: int | None = None
     progress: Progress = field(default=SILENT, repr=False)
     observer: PassObserver | None = field(default=None, repr=False)
+    executor: Executor | None = field(default=None, repr=False)
 
     @property
     def on_cpu(self) -> bool:
         return self.provider.lower() in ("cpu", "cpuexecutionprovider")
+
+    @property
+    def alone(self) -> Execution:
+        """The same in this process alone, silent: what a worker is sent."""
+        return replace(self, progress=SILENT, observer=None, executor=None)
 
     def track(self, name: str, batches: Iterable[ItemT], total: float) -> Iterator[ItemT]:
         """The same batches, ``total`` of them, as a stage of ``progress`` that advances by one after each."""

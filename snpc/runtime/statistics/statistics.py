@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
@@ -30,7 +30,7 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 3  # 1 held whole squares, 2 had other names for the statistics of closed forms
+STATISTICS_FORMAT = 4  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -40,7 +40,8 @@ class Statistics:
 
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
-    ``sources`` the data. Two values add up if the same was measured of the same model, else ``+`` raises UserError.
+    ``sources`` the data; ``parts`` are of data that is not there whole yet. Two values add up if the same was measured
+    of the same model, else ``+`` raises UserError.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Statistics:
     samples: int
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
+    parts: tuple[DataPart, ...] = ()
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -61,15 +63,28 @@ class Statistics:
                 f"statistics on {self.describe_sources()} and on {other.describe_sources()} are not of the same groups "
                 "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
+        repeated = sorted(part.describe() for part in {*self.parts} & {*other.parts})
+        if repeated:
+            raise UserError(f"statistics on {repeated[0]} are given twice: give each part once")
         sums = {
             group: {name: array + other.sums[group][name] for name, array in arrays.items()}
             for group, arrays in self.sums.items()
         }
-        return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
+        whole, parts = completed_parts(self.parts + other.parts)
+        sources = self.sources + other.sources + whole
+        return replace(self, samples=self.samples + other.samples, sources=sources, sums=sums, parts=parts)
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
-        return " and ".join(self.sources)
+        return " and ".join([*self.sources, *(part.describe() for part in self.parts)])
+
+
+def completed_parts(parts: Sequence[DataPart]) -> tuple[tuple[str, ...], tuple[DataPart, ...]]:
+    """(the data whose parts are all there, the other parts)."""
+    found = Counter((part.origin, part.count) for part in parts)
+    whole = [(origin, count) for (origin, count), number in found.items() if number == count]
+    rest = [part for part in parts if (part.origin, part.count) not in whole]
+    return tuple(origin for origin, _ in whole), tuple(sorted(rest, key=lambda part: part.index))
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -100,13 +115,13 @@ def measure_statistics(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    with execution.progress.stage("statistics", len(parts) * len(calibration.batch_plan)) as advance:
-        for part in parts:
-            results = measure_batches(analysis, part, calibration.batches(), execution=execution)
+    passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+        for measured in passes:
+            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
             for number, result in enumerate(results):
-                check_measured(part, result, calibration, number)
-                totals.add(part, result)
+                check_measured(measured, result, calibration, number)
+                totals.add(measured, result)
                 advance(1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
@@ -121,7 +136,11 @@ def measure_statistics(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums)
+    part = calibration.part
+    sources = (calibration.origin,) if part is None else ()
+    return Statistics(
+        analysis.name, analysis.digest, spelled, samples, sources, totals.sums, (part,) if part is not None else ()
+    )
 
 
 def check_measured(
@@ -189,6 +208,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
+        "parts": [astuple(part) for part in statistics.parts],
         "entries": entries,
     }
     arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
@@ -227,6 +247,7 @@ def read_statistics(path: Path) -> Statistics:
             int(header["samples"]),
             tuple(map(str, header["sources"])),
             dict(sums),
+            tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
         )
     except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
