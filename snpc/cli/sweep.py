@@ -14,9 +14,9 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     CalibrationArguments,
+    LimitedExecutionArguments,
     ModelArguments,
     PlanningArguments,
-    SpreadExecutionArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -96,7 +96,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
-    running: SpreadExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
 

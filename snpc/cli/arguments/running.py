@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import click
 
 import snpc
-from snpc.cli.arguments.group import ArgumentGroup, option, subgroup
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
 from snpc.cli.progress import command_progress
-from snpc.cli.tables import QUIET_KEY
+from snpc.cli.tables import QUIET_KEY, print_step
 from snpc.runtime.evaluation import TimedArtifact
 from snpc.runtime.execution import Execution, open_cluster
+from snpc.runtime.io import WorkFolder
 from snpc.types import Shape
 
 
@@ -82,7 +84,7 @@ class SpreadExecutionArguments(ExecutionArguments):
 
 @dataclass(frozen=True)
 class LimitedExecutionArguments(SpreadExecutionArguments):
-    """How models are run, and how much memory that may take."""
+    """How models are run, how much memory that may take, and where the results of finished stages are kept."""
 
     memory_limit: int | None = option(
         "--memory-limit",
@@ -92,8 +94,19 @@ class LimitedExecutionArguments(SpreadExecutionArguments):
         "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
     )
 
+    work: Path | None = option(
+        "--work",
+        type=FILE_PATH,
+        metavar="DIR",
+        help="Keep the results of finished stages in this folder: a run that is killed and started again goes on from "
+        "them, to the same bytes. Runs with other inputs may share it.",
+    )
+
     def load(self) -> Execution:
-        return replace(super().load(), memory_limit=self.memory_limit)
+        folder = WorkFolder(self.work) if self.work is not None else None
+        if folder is not None:  # a run that fails says it, too
+            click.get_current_context().call_on_close(lambda: print_step(folder.describe()))
+        return replace(super().load(), memory_limit=self.memory_limit, work=folder)
 
 
 @dataclass(frozen=True)
