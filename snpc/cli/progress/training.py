@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # these need torch
     from snpc.torch.pruning import PruningRound
     from snpc.torch.training import TrainingCallback, TrainingProgress
 
-LINE_INTERVAL = 10.0  # seconds between lines in a pipe
+TRAINING_LINE_INTERVAL = 10.0  # seconds between lines in a pipe
 
 
 @contextmanager
@@ -41,12 +41,12 @@ def training_bar() -> Iterator[TrainingCallback]:
 
 
 def training_lines() -> TrainingCallback:
-    """A line every ``LINE_INTERVAL`` seconds, and one for the last step."""
-    last_time = -LINE_INTERVAL
+    """A line every ``TRAINING_LINE_INTERVAL`` seconds, and one for the last step."""
+    last_time = -TRAINING_LINE_INTERVAL
 
     def report(now: TrainingProgress) -> None:
         nonlocal last_time
-        if now.step == now.steps or time.monotonic() - last_time >= LINE_INTERVAL:
+        if now.step == now.steps or time.monotonic() - last_time >= TRAINING_LINE_INTERVAL:
             last_time = time.monotonic()
             print_text(training_status(now), err=True)
 
