@@ -11,11 +11,11 @@ import click
 
 import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
-from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
+from snpc.cli.arguments.parsers import parse_algebra, parse_cluster_address, parse_memory_size, parse_provider
 from snpc.cli.progress import command_progress
 from snpc.cli.tables import QUIET_KEY, print_step
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution, open_cluster
+from snpc.runtime.execution import AlgebraName, Execution, open_cluster
 from snpc.runtime.io import WorkFolder
 from snpc.types import Shape
 
@@ -63,8 +63,16 @@ class ExecutionArguments(ArgumentGroup):
 
 @dataclass(frozen=True)
 class SpreadExecutionArguments(ExecutionArguments):
-    """How models are run, and on how many machines."""
+    """How models are run and closed forms are solved, and on how many machines."""
 
+    algebra: AlgebraName = option(
+        "--algebra",
+        type=click.Choice(["numpy", "torch"]),
+        default="numpy",
+        show_default=True,
+        callback=parse_algebra,
+        help="What solves the closed forms: numpy, or torch, on a GPU where it finds one.",
+    )
     cluster: str | None = option(
         "--cluster",
         metavar="ADDRESS|local:N",
@@ -76,10 +84,11 @@ class SpreadExecutionArguments(ExecutionArguments):
 
     def load(self) -> Execution:
         """Connects to the cluster until the command ends."""
+        execution = replace(super().load(), algebra=self.algebra)
         if self.cluster is None:
-            return super().load()
+            return execution
         executor = click.get_current_context().with_resource(open_cluster(self.cluster))
-        return replace(super().load(), executor=executor)
+        return replace(execution, executor=executor)
 
 
 @dataclass(frozen=True)
