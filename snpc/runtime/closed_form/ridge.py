@@ -41,6 +41,9 @@ class Regression:
     def __add__(self, other: Regression) -> Regression:
         return Regression(self.moment + other.moment, self.cross + other.cross)
 
+    def __sub__(self, other: Regression) -> Regression:
+        return Regression(self.moment - other.moment, self.cross - other.cross)
+
     def solve(self, ridge: float) -> FloatArray:
         """[k, D]: ridge least squares; ``ridge`` is a share of the mean diagonal, nil coefficients are for infinity.
         Raises LinAlgError where the moment with its ridge is not positive definite."""
@@ -86,6 +89,13 @@ def refit_regression(moment: FloatArray, weight: FloatArray, keep: IntArray) -> 
     """
     removed = np.setdiff1d(np.arange(len(moment)), keep)
     return Regression(moment[np.ix_(keep, keep)], moment[np.ix_(keep, removed)] @ weight[removed])
+
+
+def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, keep: IntArray) -> RidgeChoice:
+    """As ``choose_ridge``, for ``refit_regression``; ``odd``: the part of ``moment`` of one half of the samples."""
+    targets = combine_targets(weight)
+    whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
+    return choose_ridge((whole - half, half))
 
 
 def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES) -> RidgeChoice:

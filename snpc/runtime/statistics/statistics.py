@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +31,17 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 3  # 1 held whole squares, 2 had other names for the statistics of closed forms
+STATISTICS_FORMAT = 4  # 1 held whole squares, 2 had other names for closed forms, 3 had no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """``sums``: group id -> name of a statistic -> its sum over ``samples`` calibration samples.
+
+    ``odd``: those of "gram_joint" over every other batch, in float32, so that one half of the samples can judge what is
+    fitted to the other; empty where there was one batch. ``seen``: group id -> the share of the rows (tokens) that
+    these were summed over, weighted up to all of them; groups whose rows all count are left out.
 
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
@@ -49,6 +54,8 @@ class Statistics:
     samples: int
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
+    odd: StatisticSums = field(default_factory=dict, repr=False)
+    seen: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -65,11 +72,50 @@ class Statistics:
             group: {name: array + other.sums[group][name] for name, array in arrays.items()}
             for group, arrays in self.sums.items()
         }
-        return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
+        seen = {
+            group: row_share(self, other, group) for group in self.sums if group in self.seen or group in other.seen
+        }
+        return Statistics(
+            self.model,
+            self.digest,
+            self.criterion,
+            self.samples + other.samples,
+            self.sources + other.sources,
+            sums,
+            add_halves(self, other),
+            seen,
+        )
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
         return " and ".join(self.sources)
+
+
+def add_halves(first: Statistics, second: Statistics) -> StatisticSums:
+    """The odd half of the sum. Of two values without halves, the second is one."""
+    if not first.odd and not second.odd:
+        return {
+            group: {name: array.astype(np.float32) for name, array in arrays.items() if has_halves(name)}
+            for group, arrays in second.sums.items()
+        }
+    groups = {**first.odd, **second.odd}
+    return {
+        group: {
+            name: np.sum([s.odd[group][name] for s in (first, second) if group in s.odd], axis=0)
+            for name in groups[group]
+        }
+        for group in groups
+    }
+
+
+def row_share(first: Statistics, second: Statistics, group: str) -> float:
+    """The share of rows that the sum of two values has seen, by samples."""
+    return sum(s.samples * s.seen.get(group, 1.0) for s in (first, second)) / (first.samples + second.samples)
+
+
+def has_halves(name: str) -> bool:
+    """Whether halves of a statistic are kept apart."""
+    return name.startswith("gram_joint:")
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -106,7 +152,7 @@ def measure_statistics(
         batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
         for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
             check_measured(part, result, calibration, number)
-            totals.add(part, result)
+            totals.add(part, result, odd=number % 2 == 1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -120,7 +166,7 @@ def measure_statistics(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums)
+    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums, totals.odd)
 
 
 def check_measured(
@@ -144,9 +190,10 @@ class StatisticAccumulator:
         self.criterion = criterion
         self.store = store
         self.sums: dict[str, dict[str, FloatArray]] = {}
+        self.odd: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray]) -> None:
-        """Add one batch; ``outputs``: what the instrumented model gave."""
+    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], odd: bool) -> None:
+        """Add one batch; ``outputs``: what the instrumented model gave. ``odd``: the batch belongs to the odd half."""
         batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
         groups = {request.group.id: request.group for request in requests}
         for request in requests:
@@ -157,6 +204,17 @@ class StatisticAccumulator:
             self.add_observation(
                 group_id, arrays if group_id in self.closed else self.observe(groups[group_id], arrays)
             )
+            if odd and group_id in self.closed:
+                self.add_half(group_id, arrays)
+
+    def add_half(self, group_id: str, arrays: Mapping[str, AnyArray]) -> None:
+        """Add a batch of the odd half."""
+        for name in filter(has_halves, arrays):
+            half = self.odd.setdefault(group_id, {})
+            if name in half:
+                half[name] += arrays[name]
+            else:
+                half[name] = self.store.keep(np.array(arrays[name], np.float32))
 
     def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
         return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
@@ -179,8 +237,9 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
-    sums that the header names by group and statistic."""
-    entries = [(group, name) for group, arrays in statistics.sums.items() for name in arrays]
+    sums that the header names by part ("sum" or "odd"), group and statistic."""
+    parts = {"sum": statistics.sums, "odd": statistics.odd}
+    entries = [(part, group, name) for part, sums in parts.items() for group, arrays in sums.items() for name in arrays]
     header = {
         "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
@@ -188,9 +247,10 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
+        "seen": dict(statistics.seen),
         "entries": entries,
     }
-    arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
+    arrays = {str(k): parts[part][group][name] for k, (part, group, name) in enumerate(entries)}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
 
@@ -215,28 +275,40 @@ def read_statistics(path: Path) -> Statistics:
             header = json.loads(str(archive["header"]))
             if header["snpc_statistics"] != STATISTICS_FORMAT:
                 raise ValueError("another version of snpc wrote it; measure again")
-            sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-            for k, (group, name) in enumerate(header["entries"]):
-                sums[str(group)][str(name)] = check_finite(archive[str(k)])
-                check_squares(sums[str(group)][str(name)], str(name))
+            parts: dict[str, dict[str, dict[str, FloatArray]]] = {"sum": {}, "odd": {}}
+            for k, (part, group, name) in enumerate(header["entries"]):
+                array = check_finite(archive[str(k)], np.float64 if part == "sum" else np.float32)
+                check_squares(array, str(name))
+                parts[part].setdefault(str(group), {})[str(name)] = array
+            check_halves(parts["sum"], parts["odd"])
         return Statistics(
             str(header["model"]),
             str(header["digest"]),
             str(header["criterion"]),
             int(header["samples"]),
             tuple(map(str, header["sources"])),
-            dict(sums),
+            parts["sum"],
+            parts["odd"],
+            {str(group): float(share) for group, share in header["seen"].items()},
         )
     except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
         raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
 
 
-def check_finite(array: AnyArray) -> FloatArray:
-    """The array. Raises ValueError where it is not made of finite float64 numbers."""
-    if array.dtype != np.float64 or not np.isfinite(array).all():
-        raise ValueError("its sums are not all finite float64 numbers")
+def check_finite(array: AnyArray, dtype: type[np.floating[Any]]) -> FloatArray:
+    """The array. Raises ValueError where it is not made of finite numbers of this type."""
+    if array.dtype != dtype or not np.isfinite(array).all():
+        raise ValueError(f"its sums are not all finite {dtype.__name__} numbers")
     return array
+
+
+def check_halves(sums: StatisticSums, odd: StatisticSums) -> None:
+    """Raise ValueError where a half is of a statistic that is not there, or of another shape."""
+    for group, arrays in odd.items():
+        for name, array in arrays.items():
+            if array.shape != sums.get(group, {}).get(name, np.zeros(0)).shape:
+                raise ValueError(f"a half of {name} of {group} is not of its shape; measure again")
 
 
 def check_squares(sums: FloatArray, name: str) -> None:
