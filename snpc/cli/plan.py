@@ -31,7 +31,7 @@ from snpc.cli.arguments import (
 from snpc.cli.progress import StageBars
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
-from snpc.pipeline import PruningPlan, Stopwatch
+from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
 
@@ -65,6 +65,8 @@ def plan_command(
     planning = planning.with_width_multiple(None, execution)
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
+    if measured_shard(analysis, data, planning, statistics, execution):
+        return
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
     snpc.save_plan(plan, path)
     announce_plan(plan, typed)
@@ -72,6 +74,23 @@ def plan_command(
     tables.print_plan(plan.slices)
     tables.print_line(f"plan written to {path}")
     print_next(typed.of("apply", str(model.path), str(path), drop=("-o", "--output", "--load-stats")))
+
+
+def measured_shard(
+    analysis: snpc.Analysis,
+    calibration: Calibration | None,
+    planning: PlanningArguments,
+    statistics: SavedStatisticsArguments,
+    execution: Execution,
+) -> bool:
+    """Measure and write the part of --shard, where it is given; then nothing is left to do."""
+    if statistics.shard is None or not planning.cuts_widths:
+        return False
+    selection = planning.selection
+    import_gradient_provider(selection.criterion)
+    request = PlanRequest(planning.budget(), selection.method, selection.criterion, effort=selection.effort)
+    statistics.measure_shard(analysis, calibration, request, replace(execution, progress=StageBars()))
+    return True
 
 
 def plan_from_arguments(

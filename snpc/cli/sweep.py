@@ -14,7 +14,7 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     CalibrationArguments,
-    ExecutionArguments,
+    LimitedExecutionArguments,
     ModelArguments,
     PlanningArguments,
     TypedCommand,
@@ -97,7 +97,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
-    running: ExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
 

@@ -26,7 +26,16 @@ from __future__ import annotations
 
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel, SearchResult, Stopwatch
-from snpc.pipeline.planner import PlanRequest, PruningPlan, complete_plan, load_plan, make_plan, plan, save_plan
+from snpc.pipeline.planner import (
+    PlanRequest,
+    PruningPlan,
+    complete_plan,
+    load_plan,
+    make_plan,
+    measure_request,
+    plan,
+    save_plan,
+)
 from snpc.pipeline.prune import prune
 from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
@@ -64,6 +73,7 @@ __all__ = [
     "load_plan",
     "make_plan",
     "measure_quality",
+    "measure_request",
     "plan",
     "prune",
     "quality_json",

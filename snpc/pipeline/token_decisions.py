@@ -7,7 +7,7 @@ weight changed in its last digit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -35,6 +35,11 @@ class CalibrationWithDecisions(Calibration):
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         for feeds, decided in zip(super().batches(), self.decisions, strict=True):
             yield {**feeds, **decided}
+
+    def slice(self, start: int, stop: int) -> CalibrationWithDecisions:
+        sliced = super().slice(start, stop)
+        assert isinstance(sliced, CalibrationWithDecisions)
+        return replace(sliced, decisions=self.decisions[start:stop])
 
     def has_sample_axis(self, name: str) -> bool:
         return name in self.decisions[0] or super().has_sample_axis(name)

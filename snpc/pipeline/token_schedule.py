@@ -26,7 +26,7 @@ from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
 from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form import fit_parallel, in_rotated_order
+from snpc.runtime.closed_form import fit_parallel, in_rotated_order, using_algebra
 from snpc.runtime.evaluation import OutputMetrics, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import save
@@ -369,7 +369,8 @@ def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:
     slices, source = plan.slices, plan.analysis.traced_graph
     if plan.closed_forms is not None:
         slices = in_rotated_order(plan.closed_forms, slices)
-        source = fit_parallel(plan.closed_forms, slices)
+        with using_algebra(plan.execution.algebra):
+            source = fit_parallel(plan.closed_forms, slices)
     model = rewrite_model(source, cuts_of(slices)).model
     assert plan.analysis.reduction is not None
     plan.analysis.reduction.embed_decisions(model)

@@ -35,7 +35,12 @@ from snpc.cli.arguments.model import (
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
-from snpc.cli.arguments.running import ExecutionArguments, LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.arguments.running import (
+    ExecutionArguments,
+    LimitedExecutionArguments,
+    SpreadExecutionArguments,
+    WorkloadArguments,
+)
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
 from snpc.cli.arguments.typed import TypedCommand
 
@@ -59,6 +64,7 @@ __all__ = [
     "SavedStatisticsArguments",
     "ScheduleArguments",
     "SizeArguments",
+    "SpreadExecutionArguments",
     "StatisticsArguments",
     "TrainingArguments",
     "TrainingDataArguments",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
-from snpc.runtime.io import atomic_write
+from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
@@ -31,7 +31,7 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 4  # 1 held whole squares, 2 had other names for closed forms, 3 had no halves
+STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -45,7 +45,8 @@ class Statistics:
 
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
-    ``sources`` the data. Two values add up if the same was measured of the same model, else ``+`` raises UserError.
+    ``sources`` the data; ``parts`` are of data that is not there whole yet. Two values add up if the same was measured
+    of the same model, else ``+`` raises UserError.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Statistics:
     samples: int
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
+    parts: tuple[DataPart, ...] = ()
     odd: StatisticSums = field(default_factory=dict, repr=False)
     seen: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,27 +70,39 @@ class Statistics:
                 f"statistics on {self.describe_sources()} and on {other.describe_sources()} are not of the same groups "
                 "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
+        repeated = sorted(part.describe() for part in {*self.parts} & {*other.parts})
+        if repeated:
+            raise UserError(f"statistics on {repeated[0]} are given twice: give each part once")
         sums = {
             group: {name: array + other.sums[group][name] for name, array in arrays.items()}
             for group, arrays in self.sums.items()
         }
+        whole, parts = completed_parts(self.parts + other.parts)
+        sources = self.sources + other.sources + whole
         seen = {
             group: row_share(self, other, group) for group in self.sums if group in self.seen or group in other.seen
         }
-        return Statistics(
-            self.model,
-            self.digest,
-            self.criterion,
-            self.samples + other.samples,
-            self.sources + other.sources,
-            sums,
-            add_halves(self, other),
-            seen,
+        return replace(
+            self,
+            samples=self.samples + other.samples,
+            sources=sources,
+            sums=sums,
+            parts=parts,
+            odd=add_halves(self, other),
+            seen=seen,
         )
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
-        return " and ".join(self.sources)
+        return " and ".join([*self.sources, *(part.describe() for part in self.parts)])
+
+
+def completed_parts(parts: Sequence[DataPart]) -> tuple[tuple[str, ...], tuple[DataPart, ...]]:
+    """(the data whose parts are all there, the other parts)."""
+    found = Counter((part.origin, part.count) for part in parts)
+    whole = [(origin, count) for (origin, count), number in found.items() if number == count]
+    rest = [part for part in parts if (part.origin, part.count) not in whole]
+    return tuple(origin for origin, _ in whole), tuple(sorted(rest, key=lambda part: part.index))
 
 
 def add_halves(first: Statistics, second: Statistics) -> StatisticSums:
@@ -138,6 +152,25 @@ def measure_statistics(
     One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
     by rounding only. Raises UserError where it is too small for a single group.
     """
+    named = (analysis.identity, [group.id for group in groups], method, criterion)
+    stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
+    stored = stage.get("all")
+    if stored is not None:
+        return statistics_from(stored.record, stored.arrays)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution)
+    stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
+    return statistics
+
+
+def run_measurement(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    method: PruningMethod,
+    criterion: str | Criterion,
+    execution: Execution,
+) -> Statistics:
+    """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
     keys = {
@@ -146,13 +179,13 @@ def measure_statistics(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    parts = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, part in enumerate(parts):
-        name = "statistics" if len(parts) == 1 else f"statistics, pass {turn + 1} of {len(parts)}"
+    passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    for turn, measured in enumerate(passes):
+        name = "statistics" if len(passes) == 1 else f"statistics, pass {turn + 1} of {len(passes)}"
         batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, part, batches, execution=execution)):
-            check_measured(part, result, calibration, number)
-            totals.add(part, result, odd=number % 2 == 1)
+        for number, result in enumerate(measure_batches(analysis, measured, batches, execution=execution)):
+            check_measured(measured, result, calibration, number)
+            totals.add(measured, result, odd=number % 2 == 1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -166,7 +199,10 @@ def measure_statistics(
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums, totals.odd)
+    part = calibration.part
+    sources = (calibration.origin,) if part is None else ()
+    parts = (part,) if part is not None else ()
+    return Statistics(analysis.name, analysis.digest, spelled, samples, sources, totals.sums, parts, totals.odd)
 
 
 def check_measured(
@@ -237,22 +273,62 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
-    sums that the header names by part ("sum" or "odd"), group and statistic."""
-    parts = {"sum": statistics.sums, "odd": statistics.odd}
-    entries = [(part, group, name) for part, sums in parts.items() for group, arrays in sums.items() for name in arrays]
-    header = {
+    sums that the header names by half ("both" or "odd"), group and statistic."""
+    header = np.array(json.dumps(statistics_header(statistics)))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
+
+
+def statistics_header(statistics: Statistics) -> dict[str, Any]:
+    """What a file of statistics says beside the sums."""
+    return {
         "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
         "digest": statistics.digest,
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
+        "parts": [astuple(part) for part in statistics.parts],
         "seen": dict(statistics.seen),
-        "entries": entries,
+        "entries": [(half, group, name) for half, group, name, _ in statistic_entries(statistics)],
     }
-    arrays = {str(k): parts[part][group][name] for k, (part, group, name) in enumerate(entries)}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+
+
+def statistic_entries(statistics: Statistics) -> Iterator[tuple[str, str, str, AnyArray]]:
+    """(half, group id, name, sum) of every sum: of "both" halves, or of the "odd" one."""
+    for half, sums in (("both", statistics.sums), ("odd", statistics.odd)):
+        for group, arrays in sums.items():
+            for name, array in arrays.items():
+                yield half, group, name, array
+
+
+def statistics_arrays(statistics: Statistics) -> dict[str, AnyArray]:
+    """The sums, numbered as the header lists them."""
+    return {str(k): array for k, (*_, array) in enumerate(statistic_entries(statistics))}
+
+
+def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> Statistics:
+    """The statistics that ``statistics_header`` and ``statistics_arrays`` describe. Raises ValueError, KeyError or
+    TypeError where they describe none."""
+    if header["snpc_statistics"] != STATISTICS_FORMAT:
+        raise ValueError("another version of snpc wrote it; measure again")
+    sums: dict[str, dict[str, dict[str, FloatArray]]] = {"both": {}, "odd": {}}
+    for k, (half, group, name) in enumerate(header["entries"]):
+        array = check_finite(arrays[str(k)], np.float64 if half == "both" else np.float32)
+        check_squares(array, str(name))
+        sums[half].setdefault(str(group), {})[str(name)] = array
+    check_halves(sums["both"], sums["odd"])
+    return Statistics(
+        str(header["model"]),
+        str(header["digest"]),
+        str(header["criterion"]),
+        int(header["samples"]),
+        tuple(map(str, header["sources"])),
+        sums["both"],
+        tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
+        sums["odd"],
+        {str(group): float(share) for group, share in header["seen"].items()},
+    )
 
 
 def load_statistics(path: Path, *more: Path) -> Statistics:
@@ -272,25 +348,7 @@ def read_statistics(path: Path) -> Statistics:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
-            if header["snpc_statistics"] != STATISTICS_FORMAT:
-                raise ValueError("another version of snpc wrote it; measure again")
-            parts: dict[str, dict[str, dict[str, FloatArray]]] = {"sum": {}, "odd": {}}
-            for k, (part, group, name) in enumerate(header["entries"]):
-                array = check_finite(archive[str(k)], np.float64 if part == "sum" else np.float32)
-                check_squares(array, str(name))
-                parts[part].setdefault(str(group), {})[str(name)] = array
-            check_halves(parts["sum"], parts["odd"])
-        return Statistics(
-            str(header["model"]),
-            str(header["digest"]),
-            str(header["criterion"]),
-            int(header["samples"]),
-            tuple(map(str, header["sources"])),
-            parts["sum"],
-            parts["odd"],
-            {str(group): float(share) for group, share in header["seen"].items()},
-        )
+            return statistics_from(json.loads(str(archive["header"])), archive)
     except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
         raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
