@@ -124,7 +124,12 @@ def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES)
     tried = {ridges[k]: excess(k) for k in range(max(best - 1, 0), min(best + 2, len(ridges)))}
     if excess(best) >= 0 or best == len(ridges) - 1:
         return RidgeChoice(math.inf, tried)
-    return RidgeChoice(parabola_minimum(tried, ridges[best]) * HALF_TO_WHOLE, tried)
+    return RidgeChoice(snap(parabola_minimum(tried, ridges[best]) * HALF_TO_WHOLE), tried)
+
+
+def snap(ridge: float) -> float:
+    """The nearest eighth of a decade: moments that differ by rounding, as those of other workers do, choose alike."""
+    return float(10.0 ** (round(8 * math.log10(ridge)) / 8))
 
 
 def combine_targets(cross: FloatArray) -> FloatArray:

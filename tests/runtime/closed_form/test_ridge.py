@@ -43,7 +43,7 @@ def test_the_chosen_ridge_is_near_the_best_on_the_population(power: float, rows:
         chosen.append(mean_fill + population.excess_error(whole.solve(choose_ridge(halves).ridge)))
         best.append(min(remaining.values()))
         tiny.append(remaining[fine[0]])
-    assert np.mean(chosen) <= 1.02 * np.mean(best)
+    assert np.mean(chosen) <= 1.03 * np.mean(best)
     if rows <= 120:
         assert np.mean(chosen) < 0.95 * np.mean(tiny)  # where rows are few the choice matters
 
