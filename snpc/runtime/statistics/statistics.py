@@ -180,12 +180,13 @@ def run_measurement(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, measured in enumerate(passes):
-        name = "statistics" if len(passes) == 1 else f"statistics, pass {turn + 1} of {len(passes)}"
-        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, measured, batches, execution=execution)):
-            check_measured(measured, result, calibration, number)
-            totals.add(measured, result, odd=number % 2 == 1)
+    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+        for measured in passes:
+            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
+            for number, result in enumerate(results):
+                check_measured(measured, result, calibration, number)
+                totals.add(measured, result, odd=number % 2 == 1)
+                advance(1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
