@@ -317,10 +317,7 @@ def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group,
     inputs = closed_forms.moments[group.id].consumers[0]
     for number, (consumer, moments) in enumerate(zip(analysis.weights[group.id].consumers, inputs, strict=True)):
         weight, columns = consumer.matrix(analysis.traced_graph, edits), unit_columns(keep, consumer.columns)
-        if refits is not None:
-            fitted = refits[number]
-        else:
-            fitted = refit_kept_rows(moments, weight, columns)
+        fitted = refits[number] if refits is not None else refit_kept_rows(moments, weight, columns)
         consumer.put(edits, keep, fitted)
         lost = weight.copy()
         lost[columns] -= fitted

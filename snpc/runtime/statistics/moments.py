@@ -163,7 +163,8 @@ def consumer_moments(sums: Sequence[FloatArray]) -> ConsumerMoments:
 
 
 def moment_about(sums: FloatArray, mean: FloatArray) -> FloatArray:
-    """[n, n]: the second moment about any ``mean`` [n], from X'X [n + 1, n + 1] with a column of ones. Overwrites it."""
+    """[n, n]: the second moment about any ``mean`` [n], from X'X [n + 1, n + 1] with a column of ones,
+    which is overwritten."""
     count, total, moment = sums[-1, -1], sums[-1, :-1].copy(), sums[:-1, :-1]
     for start in range(0, len(mean), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
