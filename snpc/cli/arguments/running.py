@@ -10,13 +10,36 @@ from typing import ClassVar
 import click
 
 import snpc
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_algebra, parse_cluster_address, parse_memory_size, parse_provider
-from snpc.cli.tables import print_step
+from snpc.cli.progress import command_progress
+from snpc.cli.tables import QUIET_KEY, print_step
 from snpc.runtime.evaluation import TimedArtifact
 from snpc.runtime.execution import AlgebraName, Execution, open_cluster
 from snpc.runtime.io import WorkFolder
 from snpc.types import Shape
+
+
+def remember_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Remember --quiet for whatever prints while the command runs."""
+    context.meta[QUIET_KEY] = value
+    return value
+
+
+@dataclass(frozen=True)
+class QuietArguments(ArgumentGroup):
+    """What is printed while the command runs."""
+
+    section: ClassVar[str] = "Running"
+
+    quiet: bool = option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        callback=remember_quiet,
+        help="Print results, warnings and errors only: no progress, no remarks.",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,9 +55,10 @@ class ExecutionArguments(ArgumentGroup):
         callback=parse_provider,
         help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
     )
+    printing: QuietArguments = subgroup()
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider)
+        return Execution(provider=self.provider, progress=command_progress())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,16 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.progress import SILENT, TIMING_STAGE, Advance, Progress, SilentProgress, ignore_advance
+from snpc.runtime.execution.progress import (
+    SILENT,
+    TIMING_STAGE,
+    Advance,
+    Progress,
+    SilentProgress,
+    StageCost,
+    announce,
+    ignore_advance,
+)
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
     embedding_rows,
@@ -95,7 +104,9 @@ __all__ = [
     "SessionLoadError",
     "SilentProgress",
     "SpillableStore",
+    "StageCost",
     "Workers",
+    "announce",
     "available_cores",
     "check_feeds",
     "check_shape",
