@@ -1,10 +1,14 @@
-"""What pruning costs: seconds and peak memory per stage on a ViT-Base-sized model, beside loading and running it.
+"""What pruning costs on a ViT-Base-sized model: seconds and peak memory per stage, beside loading and running it.
 
     python benchmarks/prune_cost.py [--model vit_base.onnx] [--ratio 0.5] [--json out.json]
+    python benchmarks/prune_cost.py --data 64 --target macs=0.6 --effort normal,quick,search --uniform --sweep
+        macs=0.9,macs=0.8,macs=0.7,macs=0.6,macs=0.5
 
-Without --model a 12-layer, 768-wide ViT with random weights is exported first (needs torch and timm). Every stage runs
-in this one process; its peak is the highest resident size seen while it ran, less the size before anything was loaded.
-Plain loading (``onnx.load``) and one onnxruntime forward pass run in processes of their own, in the same run.
+Without --model a 12-layer, 768-wide ViT with random weights is exported first (needs torch and timm). Without --data,
+stages of a prune that needs none run in this one process; the peak of each is the highest resident size seen while it
+ran, less the size before anything was loaded. Plain loading (``onnx.load``) and one onnxruntime forward pass run in
+processes of their own, in the same run. With --data, whole prunes run on so many random samples, each beside plain
+forward passes over the same samples (``calibration_cost.py``).
 """
 
 from __future__ import annotations
@@ -14,46 +18,34 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from calibration_cost import DataRow, anonymous_bytes, measure_row, print_cost, sampled_peak
+
 MEGABYTE = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def resident() -> int:
-    """Bytes of this process in memory, without pages of mapped files."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 class Watch:
     """Runs a stage while a thread samples the resident size."""
 
     def __init__(self) -> None:
-        self.base = resident()
+        self.base = anonymous_bytes()
         self.rows: dict[str, tuple[float, int]] = {}
 
     def run(self, name: str, stage: Callable[[], Any]) -> Any:
-        peak, done = [resident()], threading.Event()
-
-        def sample() -> None:
-            while not done.wait(0.002):
-                peak[0] = max(peak[0], resident())
-
-        thread = threading.Thread(target=sample, daemon=True)
-        thread.start()
-        start = time.perf_counter()
-        try:
-            return stage()
-        finally:
+        with sampled_peak() as peak:
+            start = time.perf_counter()
+            result = stage()
             seconds = time.perf_counter() - start
-            done.set()
-            thread.join()
-            self.rows[name] = (seconds, max(peak[0], resident()) - self.base)
+        self.rows[name] = (seconds, peak[0] - self.base)
+        return result
 
 
 def export_vit(path: Path) -> None:
@@ -116,30 +108,67 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     return watch
 
 
+def print_stages(model: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The table of a prune without data."""
+    size = model.stat().st_size
+    rows = {what: reference(model, what) for what in ("onnx.load", "forward")}
+    stages = measure(model, options.ratio, folder).rows
+    print(f"{model.name}: {size / MEGABYTE:.0f} MiB")
+    print(f"{'stage':20s} {'seconds':>8s} {'peak MiB':>9s} {'x model':>8s}")
+    for stage, (seconds, peak) in {**rows, **stages}.items():
+        print(f"{stage:20s} {seconds:8.2f} {peak / MEGABYTE:9.0f} {peak / size:8.2f}")
+    total = sum(seconds for seconds, _ in stages.values())
+    highest = max(peak for _, peak in stages.values())
+    print(f"{'all stages of snpc':20s} {total:8.2f} {highest / MEGABYTE:9.0f} {highest / size:8.2f}")
+    loads, passes = total / rows["onnx.load"][0], total / rows["forward"][0]
+    print(f"that is {loads:.1f} x onnx.load and {passes:.1f} x one forward pass")
+    return {"bytes": size, "reference": rows, "stages": stages}
+
+
+def data_rows(model: Path, options: argparse.Namespace) -> Iterator[DataRow]:
+    """What is asked for of prunes with data."""
+    asked = {"target": options.target, "tokens": options.tokens}
+    sized = (model, options.data, options.threads)
+    for effort in filter(None, options.effort.split(",")):
+        yield DataRow(f"{options.target}, {effort}", *sized, {**asked, "effort": effort})
+    if options.uniform:
+        yield DataRow(f"{options.target}, uniform", *sized, {**asked, "uniform": True})
+    if options.sweep:
+        targets = tuple(options.sweep.split(","))
+        yield DataRow(f"a sweep of {len(targets)} targets", *sized, {"tokens": options.tokens}, targets)
+
+
+def print_data_rows(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The tables of prunes with data, each measured in a process of its own."""
+    found = {}
+    for row in data_rows(model, options):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            cost = pool.submit(measure_row, row).result()
+        print_cost(cost, options.data)
+        found[row.name] = asdict(cost)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--ratio", type=float, default=0.5, help="of a prune without data")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--data", type=int, metavar="N", help="prune with N random samples")
+    parser.add_argument("--target", default="macs=0.6")
+    parser.add_argument("--tokens", default="none")
+    parser.add_argument("--effort", default="normal", help="one or more of quick, normal, search; '' for none")
+    parser.add_argument("--uniform", action="store_true", help="the same width in all layers, too")
+    parser.add_argument("--sweep", default="", metavar="TARGETS", help="several targets at once, too")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        model = arguments.model or Path(name) / "vit_base.onnx"
-        if arguments.model is None:
+        model = options.model or Path(name) / "vit_base.onnx"
+        if options.model is None:
             export_vit(model)
-        size = model.stat().st_size
-        rows = {what: reference(model, what) for what in ("onnx.load", "forward")}
-        stages = measure(model, arguments.ratio, Path(name)).rows
-        print(f"{model.name}: {size / MEGABYTE:.0f} MiB")
-        print(f"{'stage':20s} {'seconds':>8s} {'peak MiB':>9s} {'x model':>8s}")
-        for stage, (seconds, peak) in {**rows, **stages}.items():
-            print(f"{stage:20s} {seconds:8.2f} {peak / MEGABYTE:9.0f} {peak / size:8.2f}")
-        total = sum(seconds for seconds, _ in stages.values())
-        highest = max(peak for _, peak in stages.values())
-        print(f"{'all stages of snpc':20s} {total:8.2f} {highest / MEGABYTE:9.0f} {highest / size:8.2f}")
-        loads, passes = total / rows["onnx.load"][0], total / rows["forward"][0]
-        print(f"that is {loads:.1f} x onnx.load and {passes:.1f} x one forward pass")
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"bytes": size, "reference": rows, "stages": stages}, indent=1))
+        found = print_data_rows(model, options) if options.data else print_stages(model, options, Path(name))
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

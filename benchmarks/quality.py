@@ -44,7 +44,9 @@ def evaluation(options: argparse.Namespace, model: snpc.Model) -> tuple[dict[str
     """Inputs by name, and labels."""
     if options.eval.is_dir():
         images = snpc.ImageOptions(mean=numbers(options.image_mean), std=numbers(options.image_std))
-        found = snpc.load_calibration(str(options.eval), model.inputs, samples=1 << 30, batch=BATCH, images=images)
+        found = snpc.load_calibration(
+            str(options.eval), model.inputs, samples=1 << 30, batch=BATCH, images=images, held_out=0
+        )
         name = model.inputs[0].name
         with options.labels.open() as file:
             rows = sorted(tuple(row.values()) for row in csv.DictReader(file))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,10 +28,9 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import batch_progress
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
-from snpc.pipeline import PruningPlan, Stopwatch
+from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
 
@@ -65,13 +64,32 @@ def plan_command(
     planning = planning.with_width_multiple(None, execution)
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
-    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
+    if measured_shard(analysis, data, planning, statistics, execution):
+        return
+    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch(execution.progress))
     snpc.save_plan(plan, path)
     announce_plan(plan, typed)
     tables.note_if_predicted(plan)
     tables.print_plan(plan.slices)
     tables.print_line(f"plan written to {path}")
     print_next(typed.of("apply", str(model.path), str(path), drop=("-o", "--output", "--load-stats")))
+
+
+def measured_shard(
+    analysis: snpc.Analysis,
+    calibration: Calibration | None,
+    planning: PlanningArguments,
+    statistics: SavedStatisticsArguments,
+    execution: Execution,
+) -> bool:
+    """Measure and write the part of --shard, where it is given; then nothing is left to do."""
+    if statistics.shard is None or not planning.cuts_widths:
+        return False
+    selection = planning.selection
+    import_gradient_provider(selection.criterion)
+    request = PlanRequest(planning.budget(), selection.method, selection.criterion, effort=selection.effort)
+    statistics.measure_shard(analysis, calibration, request, execution)
+    return True
 
 
 def plan_from_arguments(
@@ -102,8 +120,9 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            execution=replace(execution, progress=batch_progress("calibrating", calibration)),
+            execution=execution,
             workload=workload,
+            effort=planning.selection.effort,
         )
     if statistics.save_stats is not None and plan.statistics is not None:
         snpc.save_statistics(plan.statistics, statistics.save_stats)
@@ -149,7 +168,8 @@ def apply_command(
     A plan of --method auto needs --calib, the data that it was made with; one of --method parallel needs that or
     --load-stats. Other plans use --calib for verification only.
     """
-    execution, stopwatch = running.load(), Stopwatch()
+    execution = running.load()
+    stopwatch = Stopwatch(execution.progress)
     with stopwatch.stage("analyze"):
         loaded = snpc.load(model.path)
         slices = snpc.load_plan(plan.plan_file, loaded, model.at.sizes(loaded.inputs))

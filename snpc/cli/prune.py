@@ -27,7 +27,7 @@ from snpc.cli.arguments import (
     subgroup,
 )
 from snpc.cli.build import build_json
-from snpc.cli.plan import plan_from_arguments
+from snpc.cli.plan import measured_shard, plan_from_arguments
 from snpc.errors import UserError
 from snpc.pipeline import PruningPlan, Stopwatch, groups_json
 
@@ -68,8 +68,9 @@ def prune_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    observer, stopwatch, typed = model.dump.load(), Stopwatch(), TypedCommand.current()
+    observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
+    stopwatch = Stopwatch(execution.progress)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
         analysis = planning.judging.apply(model.load(observer))
@@ -87,6 +88,8 @@ def prune_command(
     timed = workload.load(artifact, shapes)
     with stopwatch.stage("tokens"):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)
+    if measured_shard(analysis, data, planning, statistics, execution):
+        return
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
     if output.plan_path is not None:
         snpc.save_plan(plan, output.plan_path)

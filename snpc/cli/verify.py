@@ -15,10 +15,10 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     CalibrationArguments,
-    ExecutionArguments,
     JsonArguments,
     MetricArguments,
     ModelArguments,
+    SpreadExecutionArguments,
     TypedCommand,
     argument,
     check_output_paths,
@@ -55,7 +55,7 @@ def verify_command(
     inputs: CalibrationArguments,
     judging: MetricArguments,
     json: JsonArguments,
-    running: ExecutionArguments,
+    running: SpreadExecutionArguments,
 ) -> None:
     """Check PRUNED against MODEL: structure, drift of the outputs, and slicing equals masking where --plan is given.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from snpc.pipeline.score import score_groups
 from snpc.pipeline.token_decisions import with_token_decisions
 from snpc.planning import (
     Budget,
+    Effort,
     PlanOutlook,
     PruningMethod,
     SlicePlan,
@@ -37,7 +38,7 @@ from snpc.planning import (
 )
 from snpc.runtime.batches import DenseValues
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form import ClosedForms, residual_error_values, solve_closed_forms
+from snpc.runtime.closed_form import ClosedForms, residual_error_values, solve_closed_forms, using_algebra
 from snpc.runtime.evaluation import (
     MetricRequest,
     OutputMetrics,
@@ -68,7 +69,8 @@ class PlanRequest:
     all at once; "select": sliced as they are); None: "auto" where there is calibration data and no ``criterion`` is
     named. ``criterion`` scores the groups that have no closed form; None: "mixed" with data, "magnitude" without.
     ``workload``: what is run to measure a latency. ``full_curves``: loss curves are measured over all widths, so that
-    ``PruningPlan.for_budget`` can serve other budgets, and not only near the widths of this one.
+    ``PruningPlan.for_budget`` can serve other budgets, and not only near the widths of this one. ``effort``: what the
+    plan may cost; with "quick" no trial runs the model, and the default ``method`` is "parallel".
     """
 
     budget: Budget
@@ -76,6 +78,7 @@ class PlanRequest:
     criterion: str | None = None
     workload: Workload | None = None
     full_curves: bool = False
+    effort: Effort = "normal"
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ class PruningPlan:
         return self.slices.analysis
 
     @property
+    def effort(self) -> Effort:
+        return self.scores.effort if self.scores is not None else "normal"
+
+    @property
     def data_source(self) -> str:
         """The data that weights are fitted to, in words."""
         if self.calibration is not None:
@@ -117,7 +124,7 @@ class PruningPlan:
         """What goes, the drift that the curves predict, and up to where they are safe. None where no widths are cut."""
         if self.budget is None or self.scores is None:
             return None
-        measured = self.calibration is not None and needs_loss_curves(self.budget, self.slices.method)
+        measured = self.calibration is not None and needs_loss_curves(self.budget, self.slices.method, self.effort)
         scores = self.scores if measured else replace(self.scores, curves={})
         return plan_outlook(self.groups, scores, self.budget, self.slices)
 
@@ -150,6 +157,7 @@ class PlanOptions(TypedDict, total=False):
 
     workload: Workload | None
     metric: MetricRequest | None
+    effort: Effort
 
 
 def plan(
@@ -172,6 +180,9 @@ def plan(
     function (original, pruned) -> distance; for one output as a mapping, or as text "OUTPUT=...". None: what suits each
     output (docs/how-it-works.md).
 
+    ``effort``: "quick" goes through the data once, and widths come from the closed forms' own loss; "normal" tries
+    widths on a few samples; "search" tries moves of units between groups besides.
+
     ``statistics`` that were measured before replace a measurement. Without ``calibration`` they allow "parallel" (then
     the default) and "select", and widths are allocated by the closed forms' own loss, relative to each group's output,
     because loss curves are measured on data. Raises UserError where data is needed and missing.
@@ -181,8 +192,24 @@ def plan(
         calibration = with_token_decisions(analysis, calibration, execution)
         unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "select")
         return PruningPlan(unchanged, calibration=calibration, execution=execution)
-    return make_plan(
-        analysis, PlanRequest(budget, method, criterion, options.get("workload")), calibration, statistics, execution
+    request = PlanRequest(budget, method, criterion, options.get("workload"), effort=options.get("effort", "normal"))
+    return make_plan(analysis, request, calibration, statistics, execution)
+
+
+def measure_request(
+    analysis: Analysis, request: PlanRequest, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> Statistics:
+    """The statistics that ``make_plan`` measures for a request; of parts of the data they add up."""
+    groups = groups_to_prune(analysis, request.budget)
+    check_finite_weights(analysis, groups)
+    calibration = with_token_decisions(analysis, calibration, execution) or calibration
+    return measure_statistics(
+        analysis,
+        calibration,
+        groups,
+        method=request.method or default_method(calibration, request.criterion is None, request.effort),
+        criterion=request.criterion or "mixed",
+        execution=execution,
     )
 
 
@@ -199,7 +226,7 @@ def make_plan(
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
     has_data = calibration is not None or statistics is not None
-    method = request.method or default_method(calibration, has_data and request.criterion is None)
+    method = request.method or default_method(calibration, has_data and request.criterion is None, request.effort)
     check_refit_data(method, calibration, statistics)
     check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
@@ -210,15 +237,17 @@ def make_plan(
         statistics = measure_statistics(
             analysis, calibration, groups, method=method, criterion=criterion, dense=dense, execution=execution
         )
-    measures_curves = calibration is not None and needs_loss_curves(budget, method)
+    measures_curves = calibration is not None and needs_loss_curves(budget, method, request.effort)
     closed_forms = ClosedForms.empty(analysis)
     if method != "select":
         assert statistics is not None
         refit_widths = {g.id: measurable_widths(g) for g in groups} if measures_curves else {}
         store = SpillableStore(memory_budget(execution.memory_limit) // 2)
-        closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
+        with using_algebra(execution.algebra):
+            closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
+    scores = replace(scores, effort=request.effort)
     check_numbers(scores, closed_forms, groups)
     if budget.allocator == "dimap":
         scores = replace(scores, energies=unit_weight_energies(analysis, groups))
@@ -229,7 +258,8 @@ def make_plan(
     if measures_curves:
         assert calibration is not None
         near = None if request.full_curves else budget
-        curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
+        with using_algebra(execution.algebra):
+            curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
     elif method != "select" and not budget.uniform:
@@ -277,19 +307,43 @@ def check_request(request: PlanRequest, calibration: Calibration | None) -> None
         raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
     if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
+    check_effort(request, calibration)
 
 
-def needs_loss_curves(budget: Budget, method: PruningMethod) -> bool:
-    """Uniform widths need none, except for a drift; a ratio of selected units needs the scores alone."""
+def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
+    """Raise UserError where the effort cannot serve the budget, or is none of the three."""
+    budget, effort = request.budget, request.effort
+    if effort not in get_args(Effort):
+        raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
+    if effort == "quick" and budget.max_drift is not None:
+        raise UserError(
+            "--effort quick measures no loss curves, which say how far --max-drift lets widths go: leave out one"
+        )
+    if effort == "search":
+        movable = budget.target is not None and not budget.is_latency
+        if not movable or budget.uniform or budget.allocator != "loss":
+            raise UserError(
+                "--effort search moves units between groups at equal cost: give --target macs=R, params=R or bytes=R, "
+                "without --uniform and --allocator"
+            )
+        raise UserError("--effort search is being built; give quick or normal")
+        if calibration is None:
+            raise UserError("--effort search tries plans on calibration data: give --calib")
+
+
+def needs_loss_curves(budget: Budget, method: PruningMethod, effort: Effort) -> bool:
+    """None for "quick". Uniform widths need none, except for a drift; a ratio of selected units needs scores alone."""
+    if effort == "quick":
+        return False
     if budget.uniform or budget.allocator == "dimap":
         return budget.max_drift is not None
     return method != "select" or budget.ratio is None
 
 
-def default_method(calibration: Calibration | None, refits: bool) -> PruningMethod:
+def default_method(calibration: Calibration | None, refits: bool, effort: Effort) -> PruningMethod:
     if not refits:
         return "select"
-    return "auto" if calibration is not None else "parallel"
+    return "auto" if calibration is not None and effort != "quick" else "parallel"
 
 
 def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
@@ -349,7 +403,8 @@ def complete_plan(
     if statistics is None:
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
-    closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
+    with using_algebra(execution.algebra):
+        closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 

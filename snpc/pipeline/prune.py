@@ -11,7 +11,7 @@ from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PlanRequest, plan
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
-from snpc.planning import Allocator, Budget, PruningMethod, ResourceTarget
+from snpc.planning import Allocator, Budget, Effort, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.evaluation import MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
@@ -46,6 +46,7 @@ class PruneOptions(BudgetOptions, total=False):
     method: PruningMethod | None
     criterion: str | None
     metric: MetricRequest | None
+    effort: Effort
 
 
 def prune(
@@ -66,12 +67,13 @@ def prune(
     many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
     and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
     of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion`` and ``metric`` are among them too: see ``plan``.
+    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
+    effort = options.pop("effort", "normal")
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
@@ -84,8 +86,10 @@ def prune(
         calibration,
         tokens,
         target=limits.target if limits is not None else None,
-        widths=PlanRequest(limits, method, criterion) if limits is not None else None,
+        widths=PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None,
         execution=execution,
     )
-    pruning_plan = plan(analysis, limits, calibration, method=method, criterion=criterion, execution=execution)
+    pruning_plan = plan(
+        analysis, limits, calibration, method=method, criterion=criterion, execution=execution, effort=effort
+    )
     return apply(pruning_plan, path)

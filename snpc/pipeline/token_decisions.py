@@ -7,7 +7,7 @@ weight changed in its last digit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -36,6 +36,11 @@ class CalibrationWithDecisions(Calibration):
         for feeds, decided in zip(super().batches(), self.decisions, strict=True):
             yield {**feeds, **decided}
 
+    def slice(self, start: int, stop: int) -> CalibrationWithDecisions:
+        sliced = super().slice(start, stop)
+        assert isinstance(sliced, CalibrationWithDecisions)
+        return replace(sliced, decisions=self.decisions[start:stop])
+
     def has_sample_axis(self, name: str) -> bool:
         return name in self.decisions[0] or super().has_sample_axis(name)
 
@@ -58,10 +63,11 @@ def model_decisions(
     model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """The decisions of ``model``, batch by batch. The model is changed."""
+    batches = execution.track("token decisions", calibration.batches(), len(calibration.batch_plan))
     with temporary_folder() as folder:
         path = folder / "deciding.onnx"
         save(finalize(model), path)
-        yield from file_decisions(path, names, calibration.batches(), execution)
+        yield from file_decisions(path, names, batches, execution)
 
 
 def self_deciding_model(analysis: Analysis) -> ir.Model:

@@ -15,7 +15,15 @@ Files
 from __future__ import annotations
 
 from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_prune, make_slice_plan, predicted_drift
-from snpc.planning.config import DEFAULT_ROLES, Allocator, Budget, ResourceTarget, parse_max_ratios, parse_target
+from snpc.planning.config import (
+    DEFAULT_ROLES,
+    Allocator,
+    Budget,
+    Effort,
+    ResourceTarget,
+    parse_max_ratios,
+    parse_target,
+)
 from snpc.planning.descent import AllocationPath
 from snpc.planning.outlook import SAFE_DRIFT, PlanOutlook, plan_outlook
 from snpc.planning.plan import LatencyCurves, PruningMethod, SlicePlan, UnitScores, cuts_of, select_units, top_units
@@ -34,6 +42,7 @@ __all__ = [
     "AllocationPath",
     "Allocator",
     "Budget",
+    "Effort",
     "LatencyCurves",
     "PlanOutlook",
     "PruningMethod",

@@ -14,6 +14,9 @@ from snpc.types import ROLES, Group, Role
 DEFAULT_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn")
 Allocator = Literal["loss", "dimap"]
 TargetKind = Literal["macs", "params", "bytes", "latency"]
+Effort = Literal["quick", "normal", "search"]
+"""What a plan may cost. "quick": widths come from the closed-form losses alone, and no trial runs the model. "normal":
+loss curves are measured by trials. "search": moves of units between groups are tried from the normal plan on."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from snpc.passes import Analysis
 from snpc.passes.slicing import Cuts
-from snpc.planning.config import Budget
+from snpc.planning.config import Budget, Effort
 from snpc.types import FloatArray, Group
 
 PruningMethod = Literal["select", "parallel", "auto"]
@@ -47,6 +47,7 @@ class UnitScores:
     """For the allocator dimap: group id -> [blocks, size], sum of the squared weights of each unit."""
     comparable: bool = False
     """Do the scores of different groups have the same unit, such as that of a loss?"""
+    effort: Effort = "normal"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def select_units(scores: UnitScores, budget: Budget, widths: Mapping[str, int]) 
     """The best units of each group, as many as ``widths`` (group id -> width) say."""
     groups = [g for g in scores.analysis.groups if widths.get(g.id, g.size) < g.size]
     keep = {g.id: top_units(scores.values[g.id], widths[g.id]) for g in groups}
-    return SlicePlan(scores.analysis, scores.criterion, budget.to_options(), keep, scores.method)
+    options = {**budget.to_options(), "effort": scores.effort}
+    return SlicePlan(scores.analysis, scores.criterion, options, keep, scores.method)
 
 
 def top_units(scores: FloatArray, width: int) -> tuple[tuple[int, ...], ...]:

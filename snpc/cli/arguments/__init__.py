@@ -35,7 +35,13 @@ from snpc.cli.arguments.model import (
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
 from snpc.cli.arguments.parsers import parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
-from snpc.cli.arguments.running import ExecutionArguments, LimitedExecutionArguments, WorkloadArguments
+from snpc.cli.arguments.running import (
+    ExecutionArguments,
+    LimitedExecutionArguments,
+    QuietArguments,
+    SpreadExecutionArguments,
+    WorkloadArguments,
+)
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
 from snpc.cli.arguments.typed import TypedCommand
 
@@ -56,9 +62,11 @@ __all__ = [
     "PlanningArguments",
     "PrunableModelArguments",
     "PruneBuildArguments",
+    "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
     "SizeArguments",
+    "SpreadExecutionArguments",
     "StatisticsArguments",
     "TrainingArguments",
     "TrainingDataArguments",

@@ -11,11 +11,13 @@ import numpy as np
 
 import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
-from snpc.cli.arguments.parsers import parse_numbers
-from snpc.cli.tables import print_note
+from snpc.cli.arguments.parsers import parse_numbers, parse_shard
+from snpc.cli.tables import print_line, print_note
 from snpc.errors import UserError
+from snpc.pipeline import PlanRequest, measure_request
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import EvaluationData
+from snpc.runtime.execution import Execution
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 ALL_SAMPLES = 1 << 30
@@ -162,8 +164,37 @@ class SavedStatisticsArguments(StatisticsArguments):
         "--save-stats", type=FILE_PATH, metavar="FILE", help="Write the measured statistics here, for --load-stats."
     )
 
+    shard: tuple[int, int] | None = option(
+        "--shard",
+        metavar="I/N",
+        callback=parse_shard,
+        help="Measure part I of N of the samples, write it with --save-stats and stop: for job arrays, whose N files "
+        "--load-stats adds up.",
+    )
+
+    def measure_shard(
+        self, analysis: snpc.Analysis, calibration: Calibration | None, request: PlanRequest, execution: Execution
+    ) -> None:
+        """Measure and write the part of --shard."""
+        assert self.shard is not None
+        if self.save_stats is None or self.load_stats:
+            raise UserError("--shard measures a part of the samples for a file: give --save-stats, and no --load-stats")
+        if calibration is None:
+            raise UserError("--shard measures a part of the samples: give --calib")
+        index, count = self.shard
+        statistics = measure_request(analysis, request, calibration.shard(index, count), execution)
+        snpc.save_statistics(statistics, self.save_stats)
+        print_line(
+            f"statistics of part {index} of {count} ({statistics.samples} of {calibration.samples} samples) written to "
+            f"{self.save_stats}"
+        )
+
     def check_no_widths(self) -> None:
         """Refuse, where no widths are cut, the statistics that only widths need."""
-        for flag, value in (("--load-stats", self.load_stats), ("--save-stats", self.save_stats)):
+        for flag, value in (
+            ("--load-stats", self.load_stats),
+            ("--save-stats", self.save_stats),
+            ("--shard", self.shard),
+        ):
             if value not in (None, ()):
                 raise UserError(f"no widths are cut: leave out {flag}, or give --ratio or --target, and --roles")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from snpc.errors import UserError
 from snpc.types import ROLES, Role
+
+if TYPE_CHECKING:
+    from snpc.runtime.execution import AlgebraName
 
 Number = TypeVar("Number", int, float)
 
@@ -36,6 +39,15 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
     return name
 
 
+def parse_algebra(ctx: click.Context, param: click.Parameter, name: AlgebraName) -> AlgebraName:
+    """Import the package that brings an algebra other than numpy's."""
+    if name == "torch":
+        from snpc.cli.torch_package import import_torch_package
+
+        import_torch_package("--algebra torch", ", or leave --algebra out")
+    return name
+
+
 def parse_width_multiple(ctx: click.Context, param: click.Parameter, text: str) -> int | str:
     """A number, or ``auto``."""
     if text == "auto":
@@ -60,6 +72,25 @@ def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | No
     from snpc.runtime.execution import parse_bytes
 
     return None if text is None else parse_bytes(text)
+
+
+def parse_cluster_address(ctx: click.Context, param: click.Parameter, text: str | None) -> str | None:
+    """Refuse at once what is no cluster."""
+    from snpc.runtime.execution import parse_cluster
+
+    if text is not None:
+        parse_cluster(text)
+    return text
+
+
+def parse_shard(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """``2/8`` -> (2, 8)."""
+    if text is None:
+        return None
+    numbers = [int(part) for part in text.split("/") if part.isascii() and part.isdigit()]
+    if text.count("/") != 1 or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise click.BadParameter(f"{text}: must look like 2/8, the second of eight parts")
+    return numbers[0], numbers[1]
 
 
 def parse_dim_sizes(texts: Sequence[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.cli.tables import print_note, print_step
 from snpc.errors import UserError
 from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request, effective_token_request
-from snpc.planning import Allocator, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
+from snpc.planning import Allocator, Effort, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
 from snpc.tokens import clamped_removals
@@ -49,6 +49,15 @@ class SelectionArguments(ArgumentGroup):
         "--criterion",
         metavar="NAME[:KEY=VALUE,...]",
         help="How units are scored, see `snpc criteria`.  [default: mixed with --calib, else magnitude]",
+    )
+    effort: Effort = option(
+        "--effort",
+        type=click.Choice(["quick", "normal", "search"]),
+        default="normal",
+        show_default=True,
+        help="What choosing the widths may cost. quick: one pass over --calib and no trial runs; --method is parallel "
+        "then, unless given. normal: a few trials per group. search: moves of units between groups are tried besides, "
+        "for --target macs=R, params=R or bytes=R.",
     )
     round_to: int | str = option(
         "--round-to",
@@ -195,6 +204,7 @@ class PlanningArguments(ArgumentGroup):
         for flag, given in (
             ("--criterion", selection.criterion),
             ("--method", selection.method),
+            ("--effort", selection.effort if selection.effort != "normal" else None),
             ("--include", selection.include),
             ("--exclude", selection.exclude),
             ("--max-ratio", selection.max_ratio),
@@ -213,7 +223,10 @@ class PlanningArguments(ArgumentGroup):
         """The analysis with its tokens reduced as --tokens says. ``workload``: of a latency target."""
         target, tokens, widths = self.amount.resource_target, self.reduction.tokens, None
         if self.cuts_widths:
-            widths = PlanRequest(self.budget(), self.selection.method, self.selection.criterion, workload)
+            selection = self.selection
+            widths = PlanRequest(
+                self.budget(), selection.method, selection.criterion, workload, effort=selection.effort
+            )
         elif tokens is None and target is not None:
             tokens = AUTO_TOKENS  # nothing else can reach the target
         schedule = self.reduction.schedule

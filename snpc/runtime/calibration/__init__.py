@@ -42,6 +42,7 @@ from pathlib import Path
 from snpc.errors import UserError
 from snpc.runtime.calibration.dataset import (
     Calibration,
+    DataPart,
     RowSelection,
     SampleRequest,
     calibration_from_source,
@@ -64,6 +65,7 @@ __all__ = [
     "MAX_HELD_OUT",
     "PREPROCESS",
     "Calibration",
+    "DataPart",
     "ImageOptions",
     "RowSelection",
     "as_user_error",

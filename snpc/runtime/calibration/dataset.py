@@ -13,7 +13,13 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.held_out import count_held_out, count_left_over, split_in_order, split_samples
-from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource, ImageFormat
+from snpc.runtime.calibration.sources import (
+    ArraysInMemory,
+    CalibrationPart,
+    CalibrationSource,
+    ImageFormat,
+    RowsInMemory,
+)
 from snpc.runtime.calibration.validation import (
     SampleAxes,
     count_samples,
@@ -50,6 +56,18 @@ class RowSelection:
 
 
 @dataclass(frozen=True)
+class DataPart:
+    """The part number ``index`` (from 1) of the ``count`` parts into which the data ``origin`` was split."""
+
+    origin: str
+    index: int
+    count: int
+
+    def describe(self) -> str:
+        return f"part {self.index} of {self.count} of {self.origin}"
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Calibration data that fits a model; ``batches()`` gives the same batches each time it is called.
 
@@ -57,7 +75,8 @@ class Calibration:
     how many samples were asked for. ``available``: how many the source holds (None: not counted). ``dropped``:
     samples that were chosen but do not fill a batch of the model's size. ``held_out``: other samples of the source,
     which ``batches`` does not give, so that nothing is fitted to them; None where samples are too few. ``random``: they
-    are noise. ``seed``: what drew them. ``images``: how pictures were prepared, where they are pictures.
+    are noise. ``seed``: what drew them. ``images``: how pictures were prepared, where they are pictures. ``part``:
+    which part of larger data this is, if it is one.
 
     How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
     source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
@@ -79,6 +98,7 @@ class Calibration:
     random: bool = False
     seed: int = 0
     images: ImageFormat | None = None
+    part: DataPart | None = None
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
@@ -106,6 +126,39 @@ class Calibration:
                 if self.sample_axes.batch_size or self.unbatched
                 else {k: v[:rows] if self.has_sample_axis(k) else v for k, v in feeds.items()}
             )
+
+    def slice(self, start: int, stop: int) -> Calibration:
+        """The batches from ``start`` to ``stop`` alone, as a value that can be sent to another process: of data in
+        memory it holds their rows alone, of files the paths."""
+        plan = tuple(
+            tuple(_without_other_rows(rows, self.sample_axes) for rows in batch)
+            for batch in self.batch_plan[start:stop]
+        )
+        return replace(self, samples=_planned_samples(plan), batch_plan=plan, held_out=None)
+
+    def without_data(self) -> Calibration:
+        """The same without arrays in memory, so that batches can be named but not given; of files all stays."""
+        held = {id(rows.part): rows.part for batch in self.batch_plan for rows in batch}.values()
+        if not any(isinstance(part.read, RowsInMemory) for part in held):
+            return self
+        bare = {id(part): replace(part, read=RowsInMemory({}, np.zeros(0, np.int64), {})) for part in held}
+        plan = tuple(tuple(replace(rows, part=bare[id(rows.part)]) for rows in batch) for batch in self.batch_plan)
+        return replace(self, batch_plan=plan)
+
+    def shard(self, index: int, count: int) -> Calibration:
+        """Part ``index`` (from 1) of ``count`` parts of the samples, for a job that measures one part. The parts hold
+        whole pairs of batches, in order, so that even batches of the whole are even in the part.
+
+        Raises UserError where there are fewer pairs than parts.
+        """
+        pairs = -(-len(self.batch_plan) // 2)
+        if not 1 <= index <= count <= pairs:
+            raise UserError(
+                f"part {index} of {count}: parts hold pairs of batches, and there are {pairs} of these "
+                f"({self.describe()}): number parts from 1, at most {pairs}, or use smaller batches (--calib-batch)"
+            )
+        start, stop = (2 * (pairs * number // count) for number in (index - 1, index))
+        return replace(self.slice(start, stop), part=DataPart(self.origin, index, count))
 
     def batch_text(self, number: int) -> str:
         """The samples of one batch by their numbers in the source, for messages: ``in samples 8 to 15``."""
@@ -160,6 +213,11 @@ class Calibration:
             for name, sha in shas.items():
                 sha.update(np.ascontiguousarray(feeds[name]).tobytes())
         return hashlib.sha256("".join(name + sha.hexdigest() for name, sha in shas.items()).encode()).hexdigest()
+
+    @property
+    def identity(self) -> tuple[str, list[int], str, DataPart | None]:
+        """What tells these samples, their batches and where they come from, from others. Reads all samples, once."""
+        return self.digest, self.batch_sizes(), self.origin, self.part
 
     def record(self) -> dict[str, Any]:
         """What a plan or a report says of its data: enough to use the same again, and to see that it is the same."""
@@ -252,6 +310,19 @@ def _plan_batches(
     """Batches of ``size``; where the model fixes its batch size, the full ones."""
     plan = pack_batches([replace(part, batch_key=_batch_key(part, inputs, axes)) for part in rows], size)
     return tuple(tuple(batch) for batch in plan if not axes.batch_size or sum(map(len, batch)) == size)
+
+
+def _without_other_rows(selection: RowSelection, axes: SampleAxes) -> RowSelection:
+    """The selection with a part that holds no other rows, where the part is in memory."""
+    reader = selection.part.read
+    if not isinstance(reader, ArraysInMemory):
+        return selection
+    sampled = {
+        name
+        for name, header in selection.part.headers.items()
+        if name in axes.inputs and name in selection.shapes and header.shape == selection.shapes[name]
+    }
+    return replace(selection, part=replace(selection.part, read=reader.only(selection.rows, sampled)))
 
 
 def _planned_samples(plan: Sequence[Sequence[RowSelection]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.sources import (
-    ArrayHeader,
     CalibrationPart,
     CalibrationSource,
     ImageFormat,
     as_user_error,
     name_list,
 )
+from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, TensorSpec
 
 PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std
@@ -75,13 +75,10 @@ def image_source(
     header = ArrayHeader(shape, np.dtype(np.uint8 if frame.raw else np.float32))
     unbatched = len(spec.shape) == 3  # a model for a single picture: no sample axis
     stored_input = TensorSpec(spec.name, spec.dtype, (1, *spec.shape)) if unbatched else spec
-    load = _image_loader(frame)
+    _import_pillow()
 
     def part(file: Path) -> CalibrationPart:
-        def read(names: Sequence[str]) -> Mapping[str, AnyArray]:
-            return {spec.name: load(file)}
-
-        return CalibrationPart(str(file), {spec.name: header}, read)
+        return CalibrationPart(str(file), {spec.name: header}, partial(_read_image, frame, file))
 
     return CalibrationSource(
         str(folder), (part(file) for file in files), (stored_input,), unbatched=unbatched, images=frame
@@ -147,12 +144,17 @@ def _image_size(spec: TensorSpec, dims: Sequence[int | str], options: ImageOptio
     return options.size
 
 
-def _image_loader(frame: ImageFormat) -> Callable[[Path], AnyArray]:
+def _import_pillow() -> Any:
     try:
         import PIL.Image
     except ImportError as error:
         raise UserError("reading pictures needs Pillow: pip install snpc[images]") from error
-    return partial(_load_image, PIL.Image, frame)
+    return PIL.Image
+
+
+def _read_image(frame: ImageFormat, file: Path, names: Sequence[str]) -> dict[str, AnyArray]:
+    """The picture, for the one input there is."""
+    return dict.fromkeys(names, _load_image(_import_pillow(), frame, file))
 
 
 def _load_image(pillow: Any, frame: ImageFormat, file: Path) -> AnyArray:

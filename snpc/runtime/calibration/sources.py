@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.types import AnyArray, TensorSpec
-
-
-class ArrayHeader(NamedTuple):
-    """Shape and type of an array that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+from snpc.runtime.io import ArrayHeader
+from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
 
 @dataclass(frozen=True)
 class CalibrationPart:
-    """A file, picture or dict. ``label`` names it in messages; ``read(names)`` gives these arrays as stored."""
+    """A file, picture or dict. ``label`` names it in messages; ``read(names)`` gives these arrays as stored, and can be
+    sent to another process."""
 
     label: str
     headers: Mapping[str, ArrayHeader]
@@ -74,7 +69,41 @@ class CalibrationSource:
 def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
     """A part whose arrays are in memory."""
     headers = {name: ArrayHeader(array.shape, array.dtype) for name, array in arrays.items()}
-    return CalibrationPart(label, headers, lambda names: {name: arrays[name] for name in names})
+    return CalibrationPart(label, headers, ArraysInMemory(arrays))
+
+
+@dataclass(frozen=True)
+class ArraysInMemory:
+    """Reads arrays that are in memory."""
+
+    arrays: Mapping[str, AnyArray]
+
+    def __call__(self, names: Sequence[str]) -> dict[str, AnyArray]:
+        return {name: self.arrays[name] for name in names}
+
+    def only(self, rows: IntArray, sampled: Collection[str]) -> RowsInMemory:
+        """A reader that holds these rows alone. ``sampled``: the arrays whose leading axis is samples."""
+        arrays = {name: array[rows] if name in sampled else array for name, array in self.arrays.items()}
+        return RowsInMemory(arrays, rows, {name: self.arrays[name].shape for name in sampled})
+
+
+@dataclass(frozen=True)
+class RowsInMemory:
+    """Reads arrays of which some ``rows`` are in memory; the others hold no values. ``shapes``: of the whole arrays
+    whose leading axis is samples."""
+
+    arrays: Mapping[str, AnyArray]
+    rows: IntArray
+    shapes: Mapping[str, Shape]
+
+    def __call__(self, names: Sequence[str]) -> dict[str, AnyArray]:
+        read = {}
+        for name in names:
+            read[name] = self.arrays[name]
+            if name in self.shapes:
+                read[name] = np.empty(self.shapes[name], self.arrays[name].dtype)
+                read[name][self.rows] = self.arrays[name]
+        return read
 
 
 def name_list(names: Iterable[str], limit: int = 8) -> str:

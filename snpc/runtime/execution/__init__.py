@@ -1,11 +1,14 @@
 """Running models under onnxruntime: sessions, feeds and memory.
 
 Files
+  cluster            Clusters of Dask workers: those of a scheduler, or processes of this machine.
   execution          The settings of everything that runs a model, as one value.
   feeds              Feeds for a model: shapes as users write them, seeded random arrays, and checks of arrays.
   machine            What is known of this machine: cores, the processor's name and vector registers, free memory.
   memory             Memory limits: sizes as users write them, arrays kept within a limit or in files, and the memory a
                      model needs.
+  progress           Progress: how far the stages of a run are. Whoever shows it gives ``Execution`` an object with
+                     ``Progress.stage``.
   random_data        Random data to calibrate on, where there is none.
   random_inputs      Random inputs for an analyzed model: one feed of them.
   runners            Runners: one interface to onnxruntime (.onnx, .ort) and OpenVINO IR, so that they run on the same
@@ -17,12 +20,15 @@ Files
                      all that nodes demand.
   temporary_session  Sessions as functions: of models in memory, written to a temporary file, run, and deleted; and of
                      files.
+  workers            Workers of an executor, of ``concurrent.futures`` or of Dask: how many they are, and tasks that run
+                     near their data.
 """
 
 from __future__ import annotations
 
 from snpc.graph import register_shape_source
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.cluster import open_cluster, parse_cluster
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, AlgebraName, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
 from snpc.runtime.execution.memory import (
@@ -31,6 +37,16 @@ from snpc.runtime.execution.memory import (
     parse_bytes,
     release_free_memory,
     too_large_reason,
+)
+from snpc.runtime.execution.progress import (
+    SILENT,
+    TIMING_STAGE,
+    Advance,
+    Progress,
+    SilentProgress,
+    StageCost,
+    announce,
+    ignore_advance,
 )
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
@@ -60,19 +76,37 @@ from snpc.runtime.execution.session import (
 )
 from snpc.runtime.execution.shape_runs import run_for_shapes
 from snpc.runtime.execution.size_trial import find_running_sizes, sizes_text
-from snpc.runtime.execution.temporary_session import RunFunction, file_session, runs_in_float32, temporary_session
+from snpc.runtime.execution.temporary_session import (
+    RunFunction,
+    file_session,
+    open_run,
+    runs_in_float32,
+    save_runnable,
+    temporary_session,
+)
+from snpc.runtime.execution.workers import LostWorker, Workers, workers_of
 
 __all__ = [
     "DEFAULT_EXECUTION",
     "ENGINE_SUFFIXES",
     "OPENVINO_SUFFIX",
     "PRECISION_RT_INFO",
+    "SILENT",
+    "TIMING_STAGE",
+    "Advance",
+    "AlgebraName",
     "Execution",
+    "LostWorker",
+    "Progress",
     "RandomInputs",
     "RunFunction",
     "Runner",
     "SessionLoadError",
+    "SilentProgress",
     "SpillableStore",
+    "StageCost",
+    "Workers",
+    "announce",
     "available_cores",
     "check_feeds",
     "check_shape",
@@ -83,12 +117,16 @@ __all__ = [
     "find_running_sizes",
     "first_lines",
     "id_limits",
+    "ignore_advance",
     "import_openvino",
     "memory_budget",
     "onnxruntime_version",
+    "open_cluster",
+    "open_run",
     "open_runner",
     "open_session",
     "parse_bytes",
+    "parse_cluster",
     "parse_shapes",
     "prepare_run",
     "probe_batch",
@@ -100,10 +138,12 @@ __all__ = [
     "run_session",
     "runs_in_float32",
     "save_optimized",
+    "save_runnable",
     "sizes_text",
     "temporary_session",
     "too_large_reason",
     "vector_width",
+    "workers_of",
 ]
 
 register_shape_source(run_for_shapes)

@@ -43,27 +43,47 @@ def temporary_session(
 
     bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic; the outputs are then float32 too.
     """
-    in_float32 = runs_in_float32(model, execution)
     with temporary_folder() as folder:
         path = folder / "model.onnx"
-        save(widen_bfloat16(finalize(model)) if in_float32 else finalize(model), path, external)
-        sessions = [open_session(path, execution=execution, optimization=optimization, memory=memory)]
-        names = {i.name for i in sessions[0].get_inputs()}
-
-        def run(feeds: Feeds) -> dict[str, AnyArray]:
-            model_feeds = {name: array for name, array in feeds.items() if name in names}
-            if in_float32:
-                model_feeds = {
-                    name: array.astype(np.float32) if array.dtype == BFLOAT16 else array
-                    for name, array in model_feeds.items()
-                }
-            return run_session(sessions[0], model_feeds)
-
+        save_runnable(model, path, execution, external)
+        runs = [open_run(path, execution=execution, optimization=optimization, memory=memory)]
         try:
-            yield run
+            yield lambda feeds: runs[0](feeds)
         finally:
-            sessions.clear()  # a caller that keeps ``run`` does not keep the session
+            runs.clear()  # a caller that keeps the function does not keep the session
             release_free_memory()
+
+
+def save_runnable(model: ir.Model, path: Path, execution: Execution, external: bool = False) -> None:
+    """Write a model to ``path`` as ``execution`` can run it; see ``temporary_session``. ``model`` must not be used
+    again."""
+    in_float32 = runs_in_float32(model, execution)
+    save(widen_bfloat16(finalize(model)) if in_float32 else finalize(model), path, external)
+
+
+def open_run(
+    path: Path,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+    optimization: OptimizationLevel = "all",
+    memory: MemoryMode = "lean",
+) -> RunFunction:
+    """A function from feeds to outputs of a file that ``save_runnable`` wrote, with a session of its own; feeds that
+    are no inputs are ignored."""
+    session = open_session(path, execution=execution, optimization=optimization, memory=memory)
+    in_float32 = {i.name: i.type == "tensor(float)" for i in session.get_inputs()}
+
+    def run(feeds: Feeds) -> dict[str, AnyArray]:
+        return run_session(
+            session,
+            {
+                name: array.astype(np.float32) if in_float32[name] and array.dtype == BFLOAT16 else array
+                for name, array in feeds.items()
+                if name in in_float32
+            },
+        )
+
+    return run
 
 
 @contextmanager

@@ -5,14 +5,15 @@ snpc itself runs graphs without gradients; ``snpc.torch`` registers its implemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from snpc.criteria import Criterion
 from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration
-from snpc.types import ROLES, Feeds, FloatArray, Group, Role
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.types import ROLES, FloatArray, Group, Role
 
 GATE_PREFIX = "gate:"  # names of the probes that a gradient provider measures
 
@@ -32,7 +33,7 @@ class GradientProvider(Protocol):
         groups: Sequence[Group],
         criterion: Criterion,
         observe: GateObserver,
-        progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
+        execution: Execution = DEFAULT_EXECUTION,
     ) -> None: ...
 
 
@@ -63,7 +64,7 @@ def observe_gate_gradients(
     groups: Sequence[Group],
     criterion: Criterion,
     observe: GateObserver,
-    progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> None:
     """Measure with the registered provider. Raises UserError where none is registered."""
     if not _registered:
@@ -71,4 +72,4 @@ def observe_gate_gradients(
             f"criterion {criterion.name} needs gradients: import snpc.torch first (pip install 'snpc[torch]'), or "
             "choose the criterion mixed"
         )
-    _registered[0](analysis, calibration, groups, criterion, observe, progress)
+    _registered[0](analysis, calibration, groups, criterion, observe, execution)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,9 @@ from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
 from snpc.runtime.batches import DenseValues, add_up
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
-from snpc.runtime.io import atomic_write
+from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
@@ -30,7 +31,7 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 3  # 1 held whole squares, 2 had other names for the statistics of closed forms
+STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -38,9 +39,14 @@ StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 class Statistics:
     """``sums``: group id -> name of a statistic -> its sum over ``samples`` calibration samples.
 
+    ``odd``: those of "gram_joint" over every other batch, in float32, so that one half of the samples can judge what is
+    fitted to the other; empty where there was one batch. ``seen``: group id -> the share of the rows (tokens) that
+    these were summed over, weighted up to all of them; groups whose rows all count are left out.
+
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
-    ``sources`` the data. Two values add up if the same was measured of the same model, else ``+`` raises UserError.
+    ``sources`` the data; ``parts`` are of data that is not there whole yet. Two values add up if the same was measured
+    of the same model, else ``+`` raises UserError.
     """
 
     model: str
@@ -49,6 +55,9 @@ class Statistics:
     samples: int
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
+    parts: tuple[DataPart, ...] = ()
+    odd: StatisticSums = field(default_factory=dict, repr=False)
+    seen: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -61,15 +70,66 @@ class Statistics:
                 f"statistics on {self.describe_sources()} and on {other.describe_sources()} are not of the same groups "
                 "and criterion: measure both with the same --roles, --include, --exclude, --method and --criterion"
             )
+        repeated = sorted(part.describe() for part in {*self.parts} & {*other.parts})
+        if repeated:
+            raise UserError(f"statistics on {repeated[0]} are given twice: give each part once")
         sums = {
             group: {name: array + other.sums[group][name] for name, array in arrays.items()}
             for group, arrays in self.sums.items()
         }
-        return replace(self, samples=self.samples + other.samples, sources=self.sources + other.sources, sums=sums)
+        whole, parts = completed_parts(self.parts + other.parts)
+        sources = self.sources + other.sources + whole
+        seen = {
+            group: row_share(self, other, group) for group in self.sums if group in self.seen or group in other.seen
+        }
+        return replace(
+            self,
+            samples=self.samples + other.samples,
+            sources=sources,
+            sums=sums,
+            parts=parts,
+            odd=add_halves(self, other),
+            seen=seen,
+        )
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
-        return " and ".join(self.sources)
+        return " and ".join([*self.sources, *(part.describe() for part in self.parts)])
+
+
+def completed_parts(parts: Sequence[DataPart]) -> tuple[tuple[str, ...], tuple[DataPart, ...]]:
+    """(the data whose parts are all there, the other parts)."""
+    found = Counter((part.origin, part.count) for part in parts)
+    whole = [(origin, count) for (origin, count), number in found.items() if number == count]
+    rest = [part for part in parts if (part.origin, part.count) not in whole]
+    return tuple(origin for origin, _ in whole), tuple(sorted(rest, key=lambda part: part.index))
+
+
+def add_halves(first: Statistics, second: Statistics) -> StatisticSums:
+    """The odd half of the sum. Of two values without halves, the second is one."""
+    if not first.odd and not second.odd:
+        return {
+            group: {name: array.astype(np.float32) for name, array in arrays.items() if has_halves(name)}
+            for group, arrays in second.sums.items()
+        }
+    groups = {**first.odd, **second.odd}
+    return {
+        group: {
+            name: np.sum([s.odd[group][name] for s in (first, second) if group in s.odd], axis=0)
+            for name in groups[group]
+        }
+        for group in groups
+    }
+
+
+def row_share(first: Statistics, second: Statistics, group: str) -> float:
+    """The share of rows that the sum of two values has seen, by samples."""
+    return sum(s.samples * s.seen.get(group, 1.0) for s in (first, second)) / (first.samples + second.samples)
+
+
+def has_halves(name: str) -> bool:
+    """Whether halves of a statistic are kept apart."""
+    return name.startswith("gram_joint:")
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -94,6 +154,26 @@ def measure_statistics(
     by rounding only. ``dense`` takes the values of the dense model that it names. Raises UserError where the limit is
     too small for a single group.
     """
+    named = (analysis.identity, [group.id for group in groups], method, criterion)
+    stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
+    stored = stage.get("all")
+    if stored is not None:
+        return statistics_from(stored.record, stored.arrays)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
+    stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
+    return statistics
+
+
+def run_measurement(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    method: PruningMethod,
+    criterion: str | Criterion,
+    execution: Execution,
+    dense: DenseValues | None = None,
+) -> Statistics:
+    """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
     keys = {
@@ -103,14 +183,17 @@ def measure_statistics(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     kept = dense.names if dense is not None else ()
-    for part in split_by_memory(analysis, calibration, requests, budget // 2):
-        batches = execution.track(calibration.batches())
-        for number, result in enumerate(measure_batches(analysis, part, batches, kept=kept, execution=execution)):
-            check_measured(part, result, calibration, number)
-            totals.add(part, result)
-            if dense is not None and kept:
-                dense.add(result)
-        kept = ()
+    passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
+    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+        for measured in passes:
+            results = measure_batches(analysis, measured, calibration.batches(), kept=kept, execution=execution)
+            for number, result in enumerate(results):
+                check_measured(measured, result, calibration, number)
+                totals.add(measured, result, odd=number % 2 == 1)
+                if dense is not None and kept:
+                    dense.add(result)
+                advance(1)
+            kept = ()
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -120,11 +203,14 @@ def measure_statistics(
             gated,
             judge,
             lambda name, arrays: totals.add_observation(name, judge.observe(roles[name], arrays)),
-            execution.progress,
+            execution,
         )
     spelled = criterion if isinstance(criterion, str) else judge.name
     samples = calibration.samples if requests or gated else 0
-    return Statistics(analysis.name, analysis.digest, spelled, samples, (calibration.origin,), totals.sums)
+    part = calibration.part
+    sources = (calibration.origin,) if part is None else ()
+    parts = (part,) if part is not None else ()
+    return Statistics(analysis.name, analysis.digest, spelled, samples, sources, totals.sums, parts, totals.odd)
 
 
 def check_measured(
@@ -148,9 +234,10 @@ class StatisticAccumulator:
         self.criterion = criterion
         self.store = store
         self.sums: dict[str, dict[str, FloatArray]] = {}
+        self.odd: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray]) -> None:
-        """Add one batch; ``outputs``: what the instrumented model gave."""
+    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], odd: bool) -> None:
+        """Add one batch; ``outputs``: what the instrumented model gave. ``odd``: the batch belongs to the odd half."""
         batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
         groups = {request.group.id: request.group for request in requests}
         for request in requests:
@@ -161,6 +248,17 @@ class StatisticAccumulator:
             self.add_observation(
                 group_id, arrays if group_id in self.closed else self.observe(groups[group_id], arrays)
             )
+            if odd and group_id in self.closed:
+                self.add_half(group_id, arrays)
+
+    def add_half(self, group_id: str, arrays: Mapping[str, AnyArray]) -> None:
+        """Add a batch of the odd half."""
+        for name in filter(has_halves, arrays):
+            half = self.odd.setdefault(group_id, {})
+            if name in half:
+                half[name] += arrays[name]
+            else:
+                half[name] = self.store.keep(np.array(arrays[name], np.float32))
 
     def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
         return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
@@ -183,20 +281,62 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
-    sums that the header names by group and statistic."""
-    entries = [(group, name) for group, arrays in statistics.sums.items() for name in arrays]
-    header = {
+    sums that the header names by half ("both" or "odd"), group and statistic."""
+    header = np.array(json.dumps(statistics_header(statistics)))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
+
+
+def statistics_header(statistics: Statistics) -> dict[str, Any]:
+    """What a file of statistics says beside the sums."""
+    return {
         "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
         "digest": statistics.digest,
         "criterion": statistics.criterion,
         "samples": statistics.samples,
         "sources": list(statistics.sources),
-        "entries": entries,
+        "parts": [astuple(part) for part in statistics.parts],
+        "seen": dict(statistics.seen),
+        "entries": [(half, group, name) for half, group, name, _ in statistic_entries(statistics)],
     }
-    arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+
+
+def statistic_entries(statistics: Statistics) -> Iterator[tuple[str, str, str, AnyArray]]:
+    """(half, group id, name, sum) of every sum: of "both" halves, or of the "odd" one."""
+    for half, sums in (("both", statistics.sums), ("odd", statistics.odd)):
+        for group, arrays in sums.items():
+            for name, array in arrays.items():
+                yield half, group, name, array
+
+
+def statistics_arrays(statistics: Statistics) -> dict[str, AnyArray]:
+    """The sums, numbered as the header lists them."""
+    return {str(k): array for k, (*_, array) in enumerate(statistic_entries(statistics))}
+
+
+def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> Statistics:
+    """The statistics that ``statistics_header`` and ``statistics_arrays`` describe. Raises ValueError, KeyError or
+    TypeError where they describe none."""
+    if header["snpc_statistics"] != STATISTICS_FORMAT:
+        raise ValueError("another version of snpc wrote it; measure again")
+    sums: dict[str, dict[str, dict[str, FloatArray]]] = {"both": {}, "odd": {}}
+    for k, (half, group, name) in enumerate(header["entries"]):
+        array = check_finite(arrays[str(k)], np.float64 if half == "both" else np.float32)
+        check_squares(array, str(name))
+        sums[half].setdefault(str(group), {})[str(name)] = array
+    check_halves(sums["both"], sums["odd"])
+    return Statistics(
+        str(header["model"]),
+        str(header["digest"]),
+        str(header["criterion"]),
+        int(header["samples"]),
+        tuple(map(str, header["sources"])),
+        sums["both"],
+        tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
+        sums["odd"],
+        {str(group): float(share) for group, share in header["seen"].items()},
+    )
 
 
 def load_statistics(path: Path, *more: Path) -> Statistics:
@@ -216,31 +356,25 @@ def read_statistics(path: Path) -> Statistics:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
-            if header["snpc_statistics"] != STATISTICS_FORMAT:
-                raise ValueError("another version of snpc wrote it; measure again")
-            sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-            for k, (group, name) in enumerate(header["entries"]):
-                sums[str(group)][str(name)] = check_finite(archive[str(k)])
-                check_squares(sums[str(group)][str(name)], str(name))
-        return Statistics(
-            str(header["model"]),
-            str(header["digest"]),
-            str(header["criterion"]),
-            int(header["samples"]),
-            tuple(map(str, header["sources"])),
-            dict(sums),
-        )
+            return statistics_from(json.loads(str(archive["header"])), archive)
     except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
         raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
 
 
-def check_finite(array: AnyArray) -> FloatArray:
-    """The array. Raises ValueError where it is not made of finite float64 numbers."""
-    if array.dtype != np.float64 or not np.isfinite(array).all():
-        raise ValueError("its sums are not all finite float64 numbers")
+def check_finite(array: AnyArray, dtype: type[np.floating[Any]]) -> FloatArray:
+    """The array. Raises ValueError where it is not made of finite numbers of this type."""
+    if array.dtype != dtype or not np.isfinite(array).all():
+        raise ValueError(f"its sums are not all finite {dtype.__name__} numbers")
     return array
+
+
+def check_halves(sums: StatisticSums, odd: StatisticSums) -> None:
+    """Raise ValueError where a half is of a statistic that is not there, or of another shape."""
+    for group, arrays in odd.items():
+        for name, array in arrays.items():
+            if array.shape != sums.get(group, {}).get(name, np.zeros(0)).shape:
+                raise ValueError(f"a half of {name} of {group} is not of its shape; measure again")
 
 
 def check_squares(sums: FloatArray, name: str) -> None:

@@ -7,7 +7,7 @@ batch size, a batch counts as one sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,13 @@ import torch
 from snpc.criteria import Criterion
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.statistics import GATE_PREFIX, GateObserver
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import Tensor, relevance_rules, to_tensor
 from snpc.torch.pruning.gates import Gate, apply_gates, canonical_module, make_gate
 from snpc.torch.training import cross_entropy, load_labels, one_sample_batches, sample_ids
-from snpc.types import Feeds, FloatArray, Group
+from snpc.types import FloatArray, Group
 
 GateArrays = dict[str, dict[str, FloatArray]]
 """Group id -> probe -> array."""
@@ -34,7 +35,7 @@ def compute_gate_gradients(
     groups: Sequence[Group],
     criterion: Criterion,
     observe: GateObserver,
-    progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> None:
     """Call ``observe(group id, arrays)`` for every sample and group. The first axis of each array is one sample.
 
@@ -50,8 +51,8 @@ def compute_gate_gradients(
     model = GatedModel(analysis, canonical_module(analysis), tuple(make_gate(analysis, g) for g in groups))
     costs = {g.id: gate_costs(analysis, g) for g in groups}
     data = one_sample_batches(calibration)
-    batches: Iterable[Feeds] = data.batches()
-    for ids, feeds in zip(sample_ids(data), progress(batches) if progress else batches, strict=True):
+    batches = execution.track("gradients", data.batches(), len(data.batch_plan))
+    for ids, feeds in zip(sample_ids(data), batches, strict=True):
         tensors = {name: to_tensor(array) for name, array in feeds.items()}
         measured: GateArrays = {g.id: dict(costs[g.id]) for g in groups}
         if kinds & {"gate:loss", "gate:weights"}:

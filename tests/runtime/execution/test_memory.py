@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-import snpc
 from snpc.errors import UserError
 from snpc.runtime.execution import memory
 from snpc.runtime.execution.memory import (
@@ -97,17 +96,3 @@ def test_a_model_may_take_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert too_large_reason(model) == ""
     monkeypatch.setattr(memory, "free_memory", lambda: (2 << 22) - 2)
     assert "takes about 0.0 GiB of memory, 0.0 GiB are free" in too_large_reason(model)
-
-
-def test_execution_tracks_batches_by_its_progress() -> None:
-    seen: list[int] = []
-
-    def progress(batches: object) -> list[object]:
-        batch_list = list(batches)  # type: ignore[call-overload]
-        seen.append(len(batch_list))
-        return batch_list
-
-    batches = [{"x": np.zeros(1)}, {"x": np.ones(1)}]
-    assert snpc.Execution().track(batches) is batches
-    assert snpc.Execution(progress=progress).track(batches) == batches  # type: ignore[arg-type]
-    assert seen == [2]

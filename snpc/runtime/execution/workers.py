@@ -1,0 +1,178 @@
+"""Workers of an executor, of ``concurrent.futures`` or of Dask: how many they are, and tasks near their data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import as_completed as pool_completed
+from typing import Any, Protocol
+
+from snpc.errors import UserError
+from snpc.runtime.execution.machine import available_cores
+
+MERGED_AT_ONCE = 4  # results that one task of a reduction takes
+DASK_ERRORS = ("KilledWorker", "FutureCancelledError", "FuturesCancelledError", "CancelledError", "CommClosedError")
+
+
+class LostWorker(Exception):
+    """Workers died, and what they held is gone: the tasks can be run again with all that they need."""
+
+
+class Workers(Protocol):
+    """``count``: workers. ``on_each_machine``: tasks that run on one machine at once. ``shares_files``: may they find
+    files where this process puts them?"""
+
+    count: int
+    on_each_machine: int
+    shares_files: bool
+
+    def send(self, value: Any) -> Any:
+        """A handle that stands for ``value`` as an argument of tasks, for all workers."""
+        ...
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        merge: Callable[..., Any],
+        advance: Callable[[int], None],
+    ) -> Any:
+        """``merge`` of the results of one task for each of ``arguments``, in their order: neighbors are merged, and
+        then what was merged. Task k always prefers the same worker. ``advance(k)`` hears that task k is done.
+
+        Raises what a task raises, and LostWorker.
+        """
+        ...
+
+    def broadcast(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Run a function once on every worker that can be told to."""
+        ...
+
+
+def workers_of(executor: Executor) -> Workers:
+    """The workers of an executor. UserError: there are none."""
+    distributed = sys.modules.get("distributed")  # who has such an executor has imported it
+    if distributed is not None and isinstance(executor, distributed.cfexecutor.ClientExecutor):
+        return DaskWorkers(executor._client)
+    return PoolWorkers(executor)
+
+
+class PoolWorkers:
+    """Any executor of ``concurrent.futures``; tasks run wherever it puts them."""
+
+    shares_files = True
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.count = int(getattr(executor, "_max_workers", 0) or available_cores())
+        self.on_each_machine = self.count
+
+    def send(self, value: Any) -> Any:
+        return value
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        merge: Callable[..., Any],
+        advance: Callable[[int], None],
+    ) -> Any:
+        try:
+            futures = [self.executor.submit(function, *task) for task in arguments]
+            try:
+                return self.merged(futures, merge, advance)
+            finally:
+                for future in futures:
+                    future.cancel()
+        except BrokenExecutor as error:
+            raise UserError(
+                f"a worker process ended (killed, or out of memory), and this executor starts no other ({error}): run "
+                "again with fewer workers, or with Dask's, which run such tasks again (--cluster local:N)"
+            ) from error
+
+    def merged(self, futures: list[Future[Any]], merge: Callable[..., Any], advance: Callable[[int], None]) -> Any:
+        """Results are merged in order as soon as those before them are there."""
+        numbers = {future: number for number, future in enumerate(futures)}
+        waiting: dict[int, Any] = {}
+        merged, next_number = None, 0
+        for future in pool_completed(futures):
+            waiting[numbers[future]] = future.result()
+            advance(numbers[future])
+            while next_number in waiting:
+                result = waiting.pop(next_number)
+                merged = result if next_number == 0 else merge(merged, result)
+                next_number += 1
+        return merged
+
+    def broadcast(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """A pool cannot be told to run a task on each worker."""
+
+
+class DaskWorkers:
+    """The workers of a Dask client. Neighbors of tasks run on the same worker, and results are merged on workers."""
+
+    shares_files = False
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        info = self.described()
+        self.count = sum(int(worker["nthreads"]) for worker in info.values())
+        hosts = [worker["host"] for worker in info.values() for _ in range(int(worker["nthreads"]))]
+        if not self.count:
+            raise UserError(
+                f"{client.scheduler.address}: the scheduler has no workers: start some "
+                f"(dask worker {client.scheduler.address}), with snpc installed"
+            )
+        self.on_each_machine = max(map(hosts.count, hosts))
+
+    def described(self) -> dict[str, Any]:
+        """Address -> what the scheduler knows of the worker."""
+        info: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        return dict(sorted(info.items()))
+
+    def send(self, value: Any) -> Any:
+        return self.client.scatter([value], broadcast=True, hash=False)[0]
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        merge: Callable[..., Any],
+        advance: Callable[[int], None],
+    ) -> Any:
+        import distributed
+
+        addresses = list(self.described())
+        near = [addresses[k * len(addresses) // len(arguments) :][:1] for k in range(len(arguments))]
+        futures = [
+            self.client.submit(function, *task, pure=False, workers=place or None, allow_other_workers=bool(place))
+            for task, place in zip(arguments, near, strict=True)
+        ]
+        numbers = {future.key: number for number, future in enumerate(futures)}
+        try:
+            result = self.merged(futures, merge)
+            for future in distributed.as_completed(futures):
+                advance(numbers[future.key])
+            return result.result()
+        except Exception as error:
+            self.client.cancel(futures)
+            if type(error).__name__ in DASK_ERRORS:
+                raise LostWorker(str(error)) from error
+            raise
+
+    def merged(self, futures: list[Any], merge: Callable[..., Any]) -> Any:
+        """A tree of merges over neighbors; Dask runs each where most of what it takes lies."""
+        while len(futures) > 1:
+            futures = [
+                self.client.submit(merge, *neighbors, pure=False) if len(neighbors) > 1 else neighbors[0]
+                for neighbors in chunks(futures, MERGED_AT_ONCE)
+            ]
+        return futures[0]
+
+    def broadcast(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.client.run(function, *arguments, on_error="ignore")
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
