@@ -53,7 +53,7 @@ class ExecutionArguments(ArgumentGroup):
         default="cpu",
         show_default=True,
         callback=parse_provider,
-        help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
+        help="onnxruntime execution provider: cpu, cuda, trt, or any other that it has, in short; cuda:1 chooses a device.",
     )
     printing: QuietArguments = subgroup()
 
