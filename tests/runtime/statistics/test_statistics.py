@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.memory import parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
-from snpc.types import Feeds
 from tests.closed_forms import calibration_of, initializers, initializers_of, prunable_of, random_feeds, statistics_of
 from tests.command_line import CALIB, VIT, invoke
 from tests.models.exports import export
 from tests.oracle import Array, analysis_of, written
+from tests.recorded_progress import RecordedProgress
 
 NAME = "vit_timm__ts17"
 NAMES = (NAME, "bert__ts17", "llama__ts17")
@@ -74,7 +73,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     statistics = statistics_of(NAME, random_feeds(NAME, 3), 3)
     snpc.save_statistics(statistics, tmp_path / "s.npz")
     again = snpc.load_statistics(tmp_path / "s.npz")
-    assert replace(again, sums={}) == replace(statistics, sums={})
+    assert replace(again, sums={}, odd={}) == replace(statistics, sums={}, odd={})
     close(again, statistics, 0.0)
 
 
@@ -89,7 +88,7 @@ def test_the_parts_of_a_job_array_are_the_whole(count: int, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.json"))  # nothing is planned
     invoke(*common, "--save-stats", tmp_path / "whole.npz", "-o", tmp_path / "whole.json")
     whole, parts = snpc.load_statistics(tmp_path / "whole.npz"), snpc.load_statistics(*reversed(files))
-    assert replace(parts, sums={}) == replace(whole, sums={})
+    assert replace(parts, sums={}, odd={}) == replace(whole, sums={}, odd={})
     close(parts, whole, 1e-15)
     some = snpc.load_statistics(*files[1:])
     assert some.sources == () and [part.index for part in some.parts] == list(range(2, count + 1))
@@ -186,24 +185,21 @@ def refused(path: Path) -> None:
 )  # llama's select measures one group only, since all layers share the rotary tables
 def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) -> None:
     analysis, feeds = analysis_of(name), random_feeds(name, 4)
-    passes = {}
-    found = {}
+    passes, found = [], []
     for limit in (1 << 40, smallest_limit(name, feeds, method)):
-        passes[limit] = 0
-
-        def count(batches: Iterable[Feeds], limit: int = limit) -> Iterator[Feeds]:
-            passes[limit] += 1
-            yield from batches
-
-        found[limit] = snpc.measure_statistics(
-            analysis,
-            calibration_of(analysis, feeds, 2),
-            prunable_of(analysis),
-            method=method,
-            criterion="snp",
-            execution=Execution(memory_limit=limit, progress=count),
+        progress = RecordedProgress()
+        found.append(
+            snpc.measure_statistics(
+                analysis,
+                calibration_of(analysis, feeds, 2),
+                prunable_of(analysis),
+                method=method,
+                criterion="snp",
+                execution=Execution(memory_limit=limit, progress=progress),
+            )
         )
-    (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
+        passes.append(len(progress.begun))
+    (one, many), (first, second) = passes, found
     assert one == 1 < many
     close(second, first, 1e-6)
 
