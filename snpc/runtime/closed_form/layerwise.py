@@ -136,13 +136,13 @@ def first_values(
 
     values = LocalBatchValues(batches(), execution)
     if not known:
-        model = with_outputs(fit.analysis.traced_graph, names)
+        model = model_with_outputs(fit.analysis.traced_graph, names)
         kept = {name: dense_name(name) for name in names}
         values.run(BatchProgram(model, kept=kept))
     return values
 
 
-def with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
+def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
     """A copy of the model whose outputs are these values."""
     instrument = Instrument(graph.model)
     types = {str(value.name): dtype for value, dtype in graph.facts.dtype.items() if dtype is not None}
