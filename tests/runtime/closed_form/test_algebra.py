@@ -28,7 +28,7 @@ from snpc.runtime.closed_form.elimination import (
     ObsState,
     cheapest_units,
     elimination_widths,
-    invert_positive_definite,
+    invert_hessian,
 )
 from snpc.runtime.closed_form.elimination import eliminate as eliminate_all
 from snpc.runtime.statistics.moments import consumer_moments
@@ -370,7 +370,7 @@ def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytes
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])
     np.testing.assert_allclose(
-        invert_positive_definite(add_ridge(systems[0].moment)) @ add_ridge(systems[0].moment),
+        invert_hessian(add_ridge(systems[0].moment), np.dtype(np.float64)) @ add_ridge(systems[0].moment),
         np.eye(size * columns),
         atol=1e-8,
     )
