@@ -287,7 +287,7 @@ class Instrument:
 
     def sampled_rows(self, flat: ir.Value, stride: int) -> ir.Value:
         """[rows / stride, rounded up]: a row number in each stretch of ``stride`` rows of ``flat`` [rows, size]. The
-        place within the stretch goes in steps of the golden ratio, so that it keeps step with no pattern of the rows."""
+        place within the stretch goes in steps of the golden ratio: it keeps step with no pattern of the rows."""
         step, turn, count = self.integer(stride), self.integer(TURN), self.reshape(self.shape_slice(flat, 0, 1))
         stretches = self.node(op.DIV, [self.node(op.ADD, [count, self.integer(stride - 1)]), step])
         numbers = self.node(op.RANGE, [self.integer(0), stretches, self.integer(1)])
