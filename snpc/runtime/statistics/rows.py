@@ -27,7 +27,7 @@ PADDED_SHARE = 4  # where padding does not count, so many times as many rows are
 SINCE_OPSET = 11  # the operators that choose rows
 
 
-def sample_rows(
+def choose_strides(
     analysis: Analysis, calibration: Calibration, requests: Sequence[StatisticRequest], masked: Collection[str]
 ) -> list[StatisticRequest]:
     """The requests with the strides of their rows. ``masked``: tensors with rows that may not count."""

@@ -30,7 +30,7 @@ from snpc.runtime.statistics.measure import (
 )
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters
-from snpc.runtime.statistics.rows import sample_rows, seen_shares
+from snpc.runtime.statistics.rows import choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
@@ -182,7 +182,7 @@ def run_measurement(
     masked = find_padding(
         analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
     ).row_masks
-    requests = sample_rows(analysis, calibration, requests, masked)
+    requests = choose_strides(analysis, calibration, requests, masked)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
