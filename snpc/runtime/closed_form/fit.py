@@ -44,6 +44,7 @@ from snpc.runtime.closed_form.elimination import (
     eliminate_by_score_loss,
 )
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
+from snpc.runtime.batches import narrow
 from snpc.runtime.execution import SpillableStore
 from snpc.runtime.statistics import (
     ConsumerMoments,
@@ -169,8 +170,9 @@ def elimination_orders(
 
 
 def spill_refits(order: EliminationOrder, store: SpillableStore) -> EliminationOrder:
-    """The same with its refitted weights kept in ``store``."""
-    return replace(order, refits={width: tuple(map(store.keep, rows)) for width, rows in order.refits.items()})
+    """The same with its refitted weights kept in ``store``, in half precision: a trial does not notice."""
+    refits = {width: tuple(store.keep(narrow(array)) for array in rows) for width, rows in order.refits.items()}
+    return replace(order, refits=refits)
 
 
 def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
