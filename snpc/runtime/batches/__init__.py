@@ -7,7 +7,16 @@ Files
 
 from __future__ import annotations
 
-from snpc.runtime.batches.batch_values import BatchValues, DenseValues, LocalBatchValues, add_up, dense_name, narrow
+from snpc.runtime.batches.batch_values import BatchValues, DenseValues, LocalBatchValues, add_up, dense_name
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 
-__all__ = ["BatchProgram", "BatchSums", "BatchValues", "DenseValues", "LocalBatchValues", "add_up", "dense_name", "narrow"]
+__all__ = [
+    "BatchProgram",
+    "BatchSums",
+    "BatchValues",
+    "DenseValues",
+    "LocalBatchValues",
+    "add_up",
+    "dense_name",
+    "narrow",
+]

@@ -1,12 +1,13 @@
 """The order in which units are removed: structured optimal brain surgeon (OBS), and greedy selection by score loss.
 
 OBS removes, again and again, the unit whose removal costs least after all others are refitted (ZipLM,
-arXiv 2302.04089). One pass gives the units to keep, their loss and the refitted weights for every width.
+arXiv 2302.04089). One pass gives the order of the units, and one factorization in this order (``factorization.py``) the
+loss and the refitted weights of every width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
-from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA, current_algebra
-from snpc.types import AnyArray, FloatArray, IntArray
+from snpc.runtime.closed_form.factorization import OrderedFactor, factorize, inverse_hessian
+from snpc.types import FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
 
@@ -31,17 +32,20 @@ MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tr
 class EliminationOrder:
     """``order``: units in the order of their removal. ``loss`` [units + 1]: squared output error by units kept.
 
-    ``refits``: for some numbers of units kept, the refitted weights (per system, [kept, D] in float32).
+    ``factors``: one per system, in the reverse order; none where units are not refitted.
     """
 
     order: IntArray
     loss: FloatArray
-    refits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
+    factors: tuple[OrderedFactor, ...] = field(default=(), repr=False)
 
-    def refit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
-        """The refitted weights for exactly these units (ascending), where they were kept."""
+    def refit_for(self, keep: IntArray) -> tuple[FloatArray, ...] | None:
+        """The refitted weights (per system, [columns of the kept units, D]) for these units, ascending; None where they
+        are not the last of the order."""
         last = np.sort(self.order[len(self.order) - len(keep) :])
-        return self.refits.get(len(keep)) if np.array_equal(last, keep) else None
+        if not self.factors or not np.array_equal(last, keep):
+            return None
+        return tuple(factor.refit(len(keep) * len(factor.columns) // len(self.order)) for factor in self.factors)
 
 
 @dataclass(frozen=True)
@@ -60,59 +64,57 @@ def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
     return [*range(size - batch, 0, -batch), 0]
 
 
-def eliminate(
-    systems: Sequence[LeastSquaresSystem], size: int, steps: int = ELIMINATION_STEPS, refit_at: Collection[int] = ()
-) -> EliminationOrder:
+def eliminate(systems: Sequence[LeastSquaresSystem], size: int, steps: int = ELIMINATION_STEPS) -> EliminationOrder:
     """Structured OBS over all consumer weights of a group.
 
     Removing unit i costs tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems; w and H^-1 are updated after every
     removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly;
     in large systems they are not, which costs a third of the time and 0 to 2 % of the loss (docs/design-notes.md).
-    ``loss`` is the error on the moments themselves, without the ridge. ``refit_at``: the numbers of units (of
-    ``elimination_widths``) whose refitted weights are kept. Where rounding leaves a moment with its ridge not positive
-    definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
+    ``loss`` is the error on the moments themselves, without the ridge. Where rounding leaves a moment with its ridge
+    not positive definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
     """
     single = all(s.ridge >= SINGLE_PRECISION_RIDGE for s in systems) and len(systems[0].moment) >= LARGE_ROWS
     if single:
         with suppress(np.linalg.LinAlgError):
-            return run_elimination(systems, size, steps, refit_at, np.dtype(np.float32))
+            return run_elimination(systems, size, steps, np.dtype(np.float32))
     try:
-        return run_elimination(systems, size, steps, refit_at)
+        return run_elimination(systems, size, steps)
     except np.linalg.LinAlgError:
         if max(system.ridge for system in systems) > MAX_RIDGE:
             raise
         larger = [replace(system, ridge=10 * max(system.ridge, DEFAULT_RIDGE)) for system in systems]
-        return eliminate(larger, size, steps, refit_at)
+        return eliminate(larger, size, steps)
 
 
 def run_elimination(
-    systems: Sequence[LeastSquaresSystem],
-    size: int,
-    steps: int,
-    refit_at: Collection[int],
-    dtype: np.dtype[Any] = DOUBLE,
+    systems: Sequence[LeastSquaresSystem], size: int, steps: int, dtype: np.dtype[Any] = DOUBLE
 ) -> EliminationOrder:
     """``eliminate`` with the ridges as they are. Raises LinAlgError where a moment is not positive definite."""
     states = [ObsState(system, size, dtype) for system in systems]
     exact = max(len(system.moment) for system in systems) < LARGE_ROWS
     kept = np.arange(size)
-    loss = np.zeros(size + 1)
     widths, ridge_losses = [size], [0.0]
     order: list[int] = []
-    refits = {}
     for width in elimination_widths(size, steps):
-        removed, costs = cheapest_units(states, len(kept), len(kept) - width, exact)
-        loss[width : len(kept)] = loss[len(kept)] + np.cumsum(costs)[::-1]
+        removed = cheapest_units(states, len(kept), len(kept) - width, exact)
         order += kept[removed].tolist()
         for state in states:
             state.remove(removed)
         kept = compact_rows(kept, removed)
-        if width in refit_at:
-            refits[width] = tuple(state.unit_rows(np.argsort(kept)) for state in states)
         widths.append(width)
         ridge_losses.append(sum(state.ridge_loss for state in states))
+    del states
+    factors = tuple(factorize_in_order(system, np.array(order[::-1], np.int64), dtype) for system in systems)
+    loss = np.sum([factor.losses[:: len(factor.columns) // size] for factor in factors], axis=0)
     loss = np.maximum(loss - np.interp(np.arange(size + 1), widths[::-1], ridge_losses[::-1]), 0.0)
-    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], refits)
+    loss[size] = 0.0
+    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], factors)
+
+
+def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
+    """The factor of a system with its ``units`` in this order."""
+    columns = unit_columns(units, len(system.moment) // len(units))
+    return factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
 
 
 class ObsState:
@@ -122,7 +124,7 @@ class ObsState:
     def __init__(self, system: LeastSquaresSystem, size: int, dtype: np.dtype[Any] = DOUBLE) -> None:
         self.columns = len(system.moment) // size
         self.ridge = absolute_ridge(system.moment, system.ridge)
-        self.inverse = InverseHessian(invert_hessian(add_ridge(system.moment, system.ridge), dtype))
+        self.inverse = InverseHessian(inverse_hessian(add_ridge(system.moment, system.ridge), dtype))
         self.current: FloatArray = system.weight.astype(dtype)
         self.weight = self.current.copy()
         self.removed_norm = 0.0
@@ -146,11 +148,6 @@ class ObsState:
         self.current, self.weight = compact_rows(self.current, removed), compact_rows(self.weight, removed)
         factor, half = self.inverse.remove(removed)
         self.current -= factor @ (half @ lost)
-
-    def unit_rows(self, units: IntArray) -> AnyArray:
-        """The refitted weights of these units, in float32."""
-        with np.errstate(over="ignore"):  # a weight beyond float32: its trial is the worst there is
-            return self.current[unit_columns(units, self.columns)].astype(np.float32)
 
     @property
     def ridge_loss(self) -> float:
@@ -194,21 +191,6 @@ class InverseHessian:
         return factor, half
 
 
-def invert_hessian(matrix: FloatArray, dtype: np.dtype[Any]) -> FloatArray:
-    """The inverse of a symmetric positive definite matrix, in ``dtype``: float32 takes half the time, and its error is
-    far below the ridge where that is large."""
-    if dtype == np.float64 or current_algebra() is not NUMPY_ALGEBRA:
-        return current_algebra().invert_positive_definite(matrix).astype(dtype, copy=False)
-    from scipy.linalg import lapack
-
-    factor, failed = lapack.spotrf(matrix.T.astype(dtype, order="F"), lower=0, overwrite_a=1)
-    if failed or not np.isfinite(np.trace(factor)):
-        raise np.linalg.LinAlgError("Matrix is not positive definite")
-    inverse, _ = lapack.spotri(factor, lower=0, overwrite_c=1)
-    inverse = np.triu(inverse)
-    return np.ascontiguousarray(inverse + np.triu(inverse, 1).T)
-
-
 def compact_rows(array: Entries, removed: IntArray) -> Entries:
     """Remove entries of the first axis, in place: the last entries move into the gaps, and a view is returned."""
     remaining = len(array) - len(removed)
@@ -216,27 +198,23 @@ def compact_rows(array: Entries, removed: IntArray) -> Entries:
     return array[:remaining]
 
 
-def cheapest_units(
-    states: Sequence[ObsState], units: int, count: int, exact: bool = True
-) -> tuple[IntArray, list[float]]:
-    """The next ``count`` of ``units`` to remove, and the cost of each. If ``exact``, the costs of the cheapest
-    ``2 * count`` are updated between them."""
+def cheapest_units(states: Sequence[ObsState], units: int, count: int, exact: bool = True) -> IntArray:
+    """The next ``count`` of ``units`` to remove. If ``exact``, the costs of the cheapest ``2 * count`` are updated
+    between them."""
     score = np.sum([state.costs() for state in states], axis=0)
+    order = np.argsort(score, kind="stable")
     if not exact:
-        cheapest = np.argsort(score, kind="stable")[:count]
-        return cheapest, score[cheapest].tolist()
-    candidates = np.argsort(score, kind="stable")[: min(units, 2 * count)]
+        return np.asarray(order[:count])
+    candidates = order[: min(units, 2 * count)]
     subsets = [state.subset(candidates) for state in states]
     removed: list[int] = []
-    costs: list[float] = []
     for _ in range(count):
         cost = np.sum([subset.costs() for subset in subsets], axis=0)
         cost[removed] = np.inf
         removed.append(int(np.argmin(cost)))
-        costs.append(float(cost[removed[-1]]))
         for subset in subsets:
             subset.remove(removed[-1])
-    return candidates[removed], costs
+    return np.asarray(candidates[removed])
 
 
 class ObsSubset:
