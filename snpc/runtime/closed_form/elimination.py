@@ -20,8 +20,10 @@ from snpc.types import FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
 
-ELIMINATION_STEPS = 24  # times that the costs of all remaining units are computed
-LARGE_ROWS = 1024  # rows from which on a system is large: then the costs of a step are not updated in between
+ELIMINATION_STEPS = 48  # times that the costs of all remaining units are computed
+LARGE_STEPS = 24  # the same in large systems
+LARGE_ROWS = 1024  # rows from which on a system is large
+UPDATES_PER_STEP = 8  # in large systems: times that the costs of the cheapest units are updated within a step
 SINGLE_PRECISION_RIDGE = 1e-3  # share of the mean diagonal from which on the order of a large system is in float32
 BLOCK_ROWS = 256  # rows from which on matrix products pay
 DOUBLE: np.dtype[Any] = np.dtype(np.float64)
@@ -64,17 +66,18 @@ def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
     return [*range(size - batch, 0, -batch), 0]
 
 
-def eliminate(systems: Sequence[LeastSquaresSystem], size: int, steps: int = ELIMINATION_STEPS) -> EliminationOrder:
+def eliminate(systems: Sequence[LeastSquaresSystem], size: int, steps: int | None = None) -> EliminationOrder:
     """Structured OBS over all consumer weights of a group.
 
     Removing unit i costs tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems; w and H^-1 are updated after every
     removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly;
-    in large systems they are not, which costs a third of the time and 0 to 2 % of the loss (docs/design-notes.md).
+    in large systems after every few units, so that units that stand for each other do not go together unseen.
     ``loss`` is the error on the moments themselves, without the ridge. Where rounding leaves a moment with its ridge
     not positive definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
     """
-    single = all(s.ridge >= SINGLE_PRECISION_RIDGE for s in systems) and len(systems[0].moment) >= LARGE_ROWS
-    if single:
+    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
+    steps = steps or (LARGE_STEPS if large else ELIMINATION_STEPS)
+    if large and all(system.ridge >= SINGLE_PRECISION_RIDGE for system in systems):
         with suppress(np.linalg.LinAlgError):
             return run_elimination(systems, size, steps, np.dtype(np.float32))
     try:
@@ -91,12 +94,13 @@ def run_elimination(
 ) -> EliminationOrder:
     """``eliminate`` with the ridges as they are. Raises LinAlgError where a moment is not positive definite."""
     states = [ObsState(system, size, dtype) for system in systems]
-    exact = max(len(system.moment) for system in systems) < LARGE_ROWS
+    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
     kept = np.arange(size)
     widths, ridge_losses = [size], [0.0]
     order: list[int] = []
     for width in elimination_widths(size, steps):
-        removed = cheapest_units(states, len(kept), len(kept) - width, exact)
+        count = len(kept) - width
+        removed = cheapest_units(states, len(kept), count, -(-count // UPDATES_PER_STEP) if large else 1)
         order += kept[removed].tolist()
         for state in states:
             state.remove(removed)
@@ -198,22 +202,20 @@ def compact_rows(array: Entries, removed: IntArray) -> Entries:
     return array[:remaining]
 
 
-def cheapest_units(states: Sequence[ObsState], units: int, count: int, exact: bool = True) -> IntArray:
-    """The next ``count`` of ``units`` to remove. If ``exact``, the costs of the cheapest ``2 * count`` are updated
-    between them."""
+def cheapest_units(states: Sequence[ObsState], units: int, count: int, at_once: int = 1) -> IntArray:
+    """The next ``count`` of ``units`` to remove. The costs of the cheapest ``2 * count`` are updated exactly after
+    every ``at_once`` of them."""
     score = np.sum([state.costs() for state in states], axis=0)
-    order = np.argsort(score, kind="stable")
-    if not exact:
-        return np.asarray(order[:count])
-    candidates = order[: min(units, 2 * count)]
+    candidates = np.argsort(score, kind="stable")[: min(units, 2 * count)]
     subsets = [state.subset(candidates) for state in states]
-    removed: list[int] = []
-    for _ in range(count):
+    removed = np.empty(0, np.int64)
+    while len(removed) < count:
         cost = np.sum([subset.costs() for subset in subsets], axis=0)
         cost[removed] = np.inf
-        removed.append(int(np.argmin(cost)))
+        next_ones = np.argsort(cost, kind="stable")[: min(at_once, count - len(removed))]
+        removed = np.concatenate([removed, next_ones])
         for subset in subsets:
-            subset.remove(removed[-1])
+            subset.remove(next_ones)
     return np.asarray(candidates[removed])
 
 
@@ -228,16 +230,17 @@ class ObsSubset:
         """[units]: tr(((H^-1)_ii)^-1 w_i w_i')."""
         return unit_costs(diagonal_blocks(self.inverse, self.columns), diagonal_blocks(self.gram, self.columns))
 
-    def remove(self, unit: int) -> None:
-        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the unit's rows."""
-        rows = slice(unit * self.columns, (unit + 1) * self.columns)
+    def remove(self, units: IntArray) -> None:
+        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the rows of the units."""
+        rows = unit_columns(units, self.columns)
         cross, cross_gram = self.inverse[:, rows], self.gram[:, rows]
-        factor = cross / cross[rows] if self.columns == 1 else np.linalg.solve(cross[rows], cross.T).T
+        factor = cross / cross[rows] if len(rows) == 1 else np.linalg.solve(cross[rows], cross.T).T
         half = factor @ (cross_gram - factor @ (cross_gram[rows] / 2)).T
         self.inverse -= factor @ cross.T
         self.gram -= half + half.T
-        self.inverse[rows] = self.inverse[:, rows] = self.gram[rows] = self.gram[:, rows] = 0.0
-        self.inverse[rows, rows] = np.eye(self.columns)
+        self.inverse[rows] = self.gram[rows] = 0.0
+        self.inverse[:, rows] = self.gram[:, rows] = 0.0
+        self.inverse[rows, rows] = 1.0
 
 
 def unit_costs(pivots: FloatArray, grams: FloatArray) -> FloatArray:
