@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import as_completed as pool_completed
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from snpc.errors import UserError
 from snpc.runtime.execution.machine import available_cores
@@ -17,6 +18,14 @@ DASK_ERRORS = ("KilledWorker", "FutureCancelledError", "FuturesCancelledError", 
 
 class LostWorker(Exception):
     """Workers died, and what they held is gone: the tasks can be run again with all that they need."""
+
+
+class Reduction(NamedTuple):
+    """``merge`` takes the results of neighboring tasks, in their order, and then what was merged; ``finish`` takes the
+    last one."""
+
+    merge: Callable[..., Any]
+    finish: Callable[[Any], Any]
 
 
 class Workers(Protocol):
@@ -35,11 +44,11 @@ class Workers(Protocol):
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
-        """``merge`` of the results of one task for each of ``arguments``, in their order: neighbors are merged, and
-        then what was merged. Task k always prefers the same worker. ``advance(k)`` hears that task k is done.
+        """The reduced results of one task for each of ``arguments``. Task k always prefers the same worker.
+        ``advance(k)`` hears that task k is done.
 
         Raises what a task raises, and LostWorker.
         """
@@ -75,20 +84,20 @@ class PoolWorkers:
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
         try:
             futures = [self.executor.submit(function, *task) for task in arguments]
             try:
-                return self.merged(futures, merge, advance)
+                return reduction.finish(self.merged(futures, reduction.merge, advance))
             finally:
                 for future in futures:
                     future.cancel()
         except BrokenExecutor as error:
             raise UserError(
-                f"a worker process ended (killed, or out of memory), and this executor starts no other ({error}): run "
-                "again with fewer workers, or with Dask's, which run such tasks again (--cluster local:N)"
+                "a worker process ended (killed, or out of memory), and its executor starts no other: use fewer workers, "
+                "or those of Dask, which run lost tasks again (--cluster local:N)"
             ) from error
 
     def merged(self, futures: list[Future[Any]], merge: Callable[..., Any], advance: Callable[[int], None]) -> Any:
@@ -132,13 +141,16 @@ class DaskWorkers:
         return dict(sorted(info.items()))
 
     def send(self, value: Any) -> Any:
-        return self.client.scatter([value], broadcast=True, hash=False)[0]
+        # As the result of a task, which Dask runs again where a worker that has it dies; scattered data is lost then.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")
+            return self.client.submit(passed_on, value, pure=False)
 
     def run(
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
         import distributed
@@ -151,12 +163,11 @@ class DaskWorkers:
         ]
         numbers = {future.key: number for number, future in enumerate(futures)}
         try:
-            result = self.merged(futures, merge)
-            for future in distributed.as_completed(futures):
+            result = self.client.submit(reduction.finish, self.merged(futures, reduction.merge), pure=False)
+            for future in distributed.as_completed(futures, loop=self.client.loop):
                 advance(numbers[future.key])
             return result.result()
         except Exception as error:
-            self.client.cancel(futures)
             if type(error).__name__ in DASK_ERRORS:
                 raise LostWorker(str(error)) from error
             raise
@@ -172,6 +183,10 @@ class DaskWorkers:
 
     def broadcast(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.client.run(function, *arguments, on_error="ignore")
+
+
+def passed_on(value: Any) -> Any:
+    return value
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
