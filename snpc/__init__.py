@@ -45,7 +45,7 @@ from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
 from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
 from snpc.runtime.execution import Execution, RandomInputs, random_calibration
-from snpc.runtime.io import load, save, write_example
+from snpc.runtime.io import WorkFolder, load, save, write_example
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
 from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, timed_artifact, widths_for_target
 from snpc.targets import BuildOptions as BuildOptions
@@ -86,6 +86,7 @@ __all__ = [
     "UnitScores",
     "UserError",
     "Verdict",
+    "WorkFolder",
     "Workload",
     "__version__",
     "analyze",

@@ -11,8 +11,8 @@ from snpc.cli.advice import print_commands_to_try
 from snpc.cli.arguments import (
     ArgumentGroup,
     CalibrationArguments,
-    ExecutionArguments,
     JsonArguments,
+    LimitedExecutionArguments,
     TypedCommand,
     WatchedModelArguments,
     check_output_paths,
@@ -44,13 +44,15 @@ def inspect_command(
     model: WatchedModelArguments,
     output: InspectArguments,
     calibration: CalibrationArguments,
-    running: ExecutionArguments,
+    running: LimitedExecutionArguments,
 ) -> None:
     """Show what can be made narrower in MODEL, and why the rest cannot."""
     analysis = model.load(model.dump.load())
     check_output_paths([output.json.json_path], *model.files(), calibration.calib)
     if output.curves != (calibration.calib is not None):
         raise UserError("--curves and --calib go together: curves are measured on calibration data")
+    if running.work is not None and not output.curves:
+        raise UserError("--work keeps what --curves measures: give --curves and --calib too, or leave it out")
     data = calibration.load(analysis)
     curves = {}
     if output.curves:

@@ -75,6 +75,12 @@ class Analysis:
         steps = json.dumps(self.reduction.to_json(), sort_keys=True)
         return hashlib.sha256(f"{self.model.digest} {steps}".encode()).hexdigest()
 
+    @property
+    def identity(self) -> tuple[str, Mapping[str, int], bool]:
+        """What tells this analysis from others: ``digest``, the sizes that the caller gave, and whether KV caches are
+        cut."""
+        return self.digest, self.given_sizes, self.traced_graph.kv_cache
+
     @cached_property
     def weights(self) -> Mapping[str, GroupWeights]:
         """Group id -> the weights that produce and consume its units, and its closed form. Computed once per group."""

@@ -21,7 +21,7 @@ def apply(plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopw
     Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
     model differs from the masked one, or where the smallest cut exceeds the drift. Then nothing is left at ``path``.
     """
-    stopwatch = stopwatch or Stopwatch()
+    stopwatch = stopwatch or Stopwatch(plan.execution.progress)
     if path is not None:
         return apply_to_file(plan, Path(path), stopwatch)
     folder = TemporaryFolder()

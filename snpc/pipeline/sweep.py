@@ -33,7 +33,6 @@ from snpc.runtime.io import check_target, file_bytes, publish_files, staging_fol
 from snpc.types import Cost
 
 ORIGINAL_NAME = "original"
-StepCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -122,19 +121,16 @@ def sweep(
     *,
     builder: SweepBuilder | None = None,
     execution: Execution = DEFAULT_EXECUTION,
-    on_step: StepCallback = lambda text: None,
 ) -> SweepResult:
     """Prune to each of ``targets``, build these models and the original (``builder`` None: the ONNX files themselves),
     judge and time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
-    Statistics are measured once, or once for every number of tokens. ``on_step`` is called before each of
-    ``count_sweep_steps(targets)`` steps. Raises UserError for a target that cannot be reached, before anything is
-    written.
+    Statistics are measured once, or once for every number of tokens. Raises UserError for a target that cannot be
+    reached, before anything is written.
     """
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
-    on_step("measuring")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
         (staging / "work").mkdir()
@@ -149,12 +145,10 @@ def sweep(
 
         points = [point(ORIGINAL_NAME, source, analysis.cost)]
         for target, pruning_plan in plans.items():
-            on_step(str(target))
             path = staging / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', str(target))}.onnx"
             pruned = apply(pruning_plan, path)
             reduction = pruning_plan.analysis.reduction
             points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
-        on_step("judging and timing")
         evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
         points = with_timings(
             with_quality(points, analysis, evaluation, execution), request, analysis.given_sizes, execution
@@ -242,10 +236,6 @@ def plan_each_target(
         else:
             plans[target] = make_plan(reduced, widths, calibration, execution=execution)
     return plans
-
-
-def count_sweep_steps(targets: Sequence[ResourceTarget]) -> int:
-    return len(targets) + 2
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------

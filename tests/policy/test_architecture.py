@@ -40,7 +40,8 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("mac_breakdown", "output_kinds", "pass_list"),
     ),
     "runtime": (
-        ("io", "calibration"),
+        ("io",),
+        ("calibration",),
         ("execution",),
         ("statistics", "evaluation"),
         ("closed_form",),

@@ -22,7 +22,7 @@ NAMES = {
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
     *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
     *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
-    *("UnitScores", "Verdict", "Workload", "TARGETS", "__version__"),
+    *("UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),
 }

@@ -214,6 +214,11 @@ class Calibration:
                 sha.update(np.ascontiguousarray(feeds[name]).tobytes())
         return hashlib.sha256("".join(name + sha.hexdigest() for name, sha in shas.items()).encode()).hexdigest()
 
+    @property
+    def identity(self) -> tuple[str, list[int], str, DataPart | None]:
+        """What tells these samples, their batches and where they come from, from others. Reads all samples, once."""
+        return self.digest, self.batch_sizes(), self.origin, self.part
+
     def record(self) -> dict[str, Any]:
         """What a plan or a report says of its data: enough to use the same again, and to see that it is the same."""
         return {

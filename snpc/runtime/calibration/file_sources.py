@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 import re
 import zipfile
@@ -13,15 +12,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import psutil
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.images import ImageOptions, image_source
 from snpc.runtime.calibration.sources import (
-    ArrayHeader,
     CalibrationPart,
     CalibrationSource,
     as_user_error,
@@ -29,6 +26,7 @@ from snpc.runtime.calibration.sources import (
     part_in_memory,
     require_inputs,
 )
+from snpc.runtime.io import ArrayHeader, map_npz, read_array_header
 from snpc.types import AnyArray, TensorSpec
 
 ModelInputs = tuple[TensorSpec, ...]
@@ -122,16 +120,9 @@ def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
         headers = {}
         for member in members:
             with archive.open(member) as file:
-                header = _read_header(file)
+                header = read_array_header(file)
                 _check_stored_bytes(header, archive.getinfo(member).file_size)
                 headers[member.removesuffix(".npy")] = header
-    needed = sum(_array_bytes(header) for header in headers.values())
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"{path}: it takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: save its arrays as .npy, "
-            "of which only the chosen samples are read, or in several files of a folder"
-        )
     if len(inputs) == 1 and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
         headers = {inputs[0].name: headers["arr_0"]}
         return CalibrationPart(str(path), headers, partial(_read_unnamed, path))
@@ -144,12 +135,9 @@ def _read_unnamed(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
-    with (
-        as_user_error(str(path), READ_ADVICE, *READ_ERRORS),
-        path.open("rb") as file,
-        np.load(file, allow_pickle=False) as arrays,
-    ):
-        return {name: arrays[name] for name in names}
+    """Large ones are mapped: only the chosen rows are ever loaded."""
+    with as_user_error(str(path), READ_ADVICE, *READ_ERRORS):
+        return map_npz(path, names)
 
 
 def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
@@ -160,33 +148,21 @@ def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
         )
     name = inputs[0].name
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), path.open("rb") as file:
-        headers = {name: _read_header(file)}
+        headers = {name: read_array_header(file)}
         _check_stored_bytes(headers[name], path.stat().st_size)
     return CalibrationPart(str(path), headers, partial(_read_npy, path))
 
 
-def _array_bytes(header: ArrayHeader) -> int:
-    return math.prod(header.shape) * header.dtype.itemsize
-
-
 def _check_stored_bytes(header: ArrayHeader, stored: int) -> None:
     """Raise ValueError where a header claims more than there is; ``stored``: bytes of the file, header and all."""
-    if not header.dtype.hasobject and _array_bytes(header) > stored:
-        raise ValueError(f"its header claims {_array_bytes(header)} bytes, {stored} are there")
+    if not header.dtype.hasobject and header.bytes > stored:
+        raise ValueError(f"its header claims {header.bytes} bytes, {stored} are there")
 
 
 def _read_npy(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
     """Mapped, not read: only the chosen rows are ever loaded."""
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS):
         return dict.fromkeys(names, np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def _read_header(file: IO[bytes]) -> ArrayHeader:
-    """Shape and type of an .npy stream. Object arrays pass here and are refused later, by the name of their input."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return ArrayHeader(shape, dtype)
 
 
 def _array_file_source(

@@ -14,13 +14,13 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.runtime.calibration.sources import (
-    ArrayHeader,
     CalibrationPart,
     CalibrationSource,
     ImageFormat,
     as_user_error,
     name_list,
 )
+from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, TensorSpec
 
 PREPROCESS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # name -> mean, std

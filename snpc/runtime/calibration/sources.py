@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, IntArray, Shape, TensorSpec
-
-
-class ArrayHeader(NamedTuple):
-    """Shape and type of an array that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.calibration.sources import ArrayHeader, CalibrationPart, name_list, require_inputs
+from snpc.runtime.calibration.sources import CalibrationPart, name_list, require_inputs
+from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, IntArray, Shape, TensorSpec, shape_text
 
 TypeFamily = Literal["bool", "int", "float", "other"]

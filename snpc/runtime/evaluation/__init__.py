@@ -44,7 +44,7 @@ from snpc.runtime.evaluation.latency import (
     time_pair,
     write_narrowed,
 )
-from snpc.runtime.evaluation.metric_choice import MetricRequest, with_metrics, with_named_metrics
+from snpc.runtime.evaluation.metric_choice import MetricRequest, metrics_identity, with_metrics, with_named_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "max_relative",
     "measure_differences",
     "median_interval",
+    "metrics_identity",
     "name_selectors",
     "raise_if_unequal",
     "rounding_tolerance",

@@ -56,6 +56,17 @@ def with_named_metrics(analysis: Analysis, texts: Sequence[str]) -> Analysis:
     return with_metrics(analysis, texts or None)
 
 
+def metrics_identity(analysis: Analysis) -> list[tuple[str, str, int | None, object]]:
+    """What tells the user's metrics from others: output, name, axis, and the code of a function's file. A function of
+    the caller stands for itself: no digest can be made of it."""
+    return [(output, metric.name, metric.axis, function_source(metric)) for output, metric in analysis.metrics.items()]
+
+
+def function_source(metric: ChosenMetric) -> object:
+    script = Path(metric.name.rpartition(":")[0])
+    return script.read_bytes() if metric.function is not None and script.is_file() else metric.function
+
+
 def requested_metrics(metric: MetricRequest, outputs: Sequence[str]) -> Iterator[tuple[str, str | MetricFunction]]:
     """(output or "", what is wanted of it) of every part of a request."""
     if isinstance(metric, Mapping):

@@ -10,6 +10,7 @@ Files
                  producers.
   in_memory      Models in memory: written to a temporary file that can be run, and read back as the type that came in.
   load           Loading models: tensors checked, external data found, the graph in canonical form.
+  mapped_npz     Arrays of .npz files. Large ones are mapped into memory, so that only rows that are used are read.
   protobuf       Reading ONNX files without their weights: tensors of a kilobyte and more stay where they are in the
                  file.
   publish        Publishing: finished files of a staging folder get their names, so that a fault at any step leaves
@@ -17,6 +18,7 @@ Files
   save           Writing models: weights inside the file, or in a file beside it.
   tensor_checks  Checks of the tensors in a model file: types, shapes, numbers of bytes, and where external data may
                  lie.
+  work_folder    Work folders: results of finished stages in files, so that a run that was killed goes on from them.
 """
 
 from __future__ import annotations
@@ -27,24 +29,34 @@ from snpc.runtime.io.atomic import atomic_write, check_target, recorded_publicat
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.in_memory import read_back
 from snpc.runtime.io.load import file_bytes, load, model_files, read_model
+from snpc.runtime.io.mapped_npz import ArrayHeader, map_npz, read_array_header
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.publish import discard_model, publish_files
 from snpc.runtime.io.save import PROTOBUF_LIMIT, external_data_path, save
+from snpc.runtime.io.work_folder import NOT_STORED, StageEntry, StoredStage, WorkFolder, digest_of
 
 if TYPE_CHECKING:
     from snpc.runtime.io.in_memory import InMemoryModel as InMemoryModel
     from snpc.runtime.io.load import ModelSource as ModelSource
 
 __all__ = [
+    "NOT_STORED",
     "PROTOBUF_LIMIT",
+    "ArrayHeader",
+    "StageEntry",
+    "StoredStage",
+    "WorkFolder",
     "atomic_write",
     "check_target",
+    "digest_of",
     "discard_model",
     "external_data_path",
     "file_bytes",
     "load",
+    "map_npz",
     "model_files",
     "publish_files",
+    "read_array_header",
     "read_back",
     "read_model",
     "read_without_weights",

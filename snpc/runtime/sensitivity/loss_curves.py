@@ -21,8 +21,9 @@ from snpc.runtime.closed_form import (
     elimination_widths,
     trial_weights,
 )
-from snpc.runtime.evaluation import OutputMetrics
+from snpc.runtime.evaluation import OutputMetrics, metrics_identity
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.io import NOT_STORED, StoredStage
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
 from snpc.runtime.statistics import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
@@ -86,7 +87,8 @@ def measure_loss_curves(
                 metrics = metrics.for_values({name: states[-1][name] for name in model.outputs})
                 metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
-        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups)
+        stage = trial_stage(closed_forms, scores, calibration, limited, execution)
+        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage)
         measurement.measure(trials)
         for _ in range(REFINEMENT_ROUNDS if budget is not None else 0):
             assert budget is not None
@@ -124,8 +126,10 @@ class CurveMeasurement:
         model: SegmentedModel,
         pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
+        stage: StoredStage = NOT_STORED,
     ) -> None:
         self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
+        self.stage = stage
         self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
         self.next_pool = {group.id: index for index, group in enumerate(groups)}
         self.changes: dict[tuple[str, int], OutputChange] = {}
@@ -140,12 +144,32 @@ class CurveMeasurement:
     def measure_width(self, group: Group, width: int) -> OutputChange:
         pool = self.next_pool[group.id] % len(self.pools)
         self.next_pool[group.id] += 1
+        name = f"{group.id} {width} of {group.size}, samples {pool}"
+        stored = self.stage.get(name)
+        if stored is not None:
+            return OutputChange(group, width, pool, float(stored.record))
         arrays = trial_constants(self.closed_forms, self.scores, group, width)
         changes = [batch.change(self.model.outputs_with(batch.states, group.id, arrays)) for batch in self.pools[pool]]
-        return OutputChange(group, width, pool, float(np.mean(changes)))
+        change = float(np.mean(changes))
+        self.stage.put(name, change)
+        return OutputChange(group, width, pool, change)
 
     def curves(self) -> dict[str, FloatArray]:
         return fit_curves(self.priors, list(self.changes.values()))
+
+
+def trial_stage(
+    closed_forms: ClosedForms, scores: UnitScores, calibration: Calibration, limited: bool, execution: Execution
+) -> StoredStage:
+    """Where trials are stored, for all budgets. Losses tell the closed forms, and what these were fitted to, from
+    others."""
+    if execution.work is None:
+        return NOT_STORED
+    analysis = closed_forms.analysis
+    losses = {group.id: closed_forms.loss_curve(group) for group in analysis.groups}
+    fitted = (closed_forms.kinds, losses, scores.values, scores.method)
+    judged = (metrics_identity(analysis), limited)
+    return execution.stored_stage("trials", analysis.identity, calibration.identity, fitted, judged)
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
-from snpc.runtime.io import atomic_write
+from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
@@ -107,6 +108,25 @@ def measure_statistics(
     One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
     by rounding only. Raises UserError where it is too small for a single group.
     """
+    named = (analysis.identity, [group.id for group in groups], method, criterion)
+    stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
+    stored = stage.get("all")
+    if stored is not None:
+        return statistics_from(stored.record, stored.arrays)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution)
+    stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
+    return statistics
+
+
+def run_measurement(
+    analysis: Analysis,
+    calibration: Calibration,
+    groups: Sequence[Group],
+    method: PruningMethod,
+    criterion: str | Criterion,
+    execution: Execution,
+) -> Statistics:
+    """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
     keys = {
@@ -116,12 +136,13 @@ def measure_statistics(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, measured in enumerate(passes):
-        name = "statistics" if len(passes) == 1 else f"statistics, pass {turn + 1} of {len(passes)}"
-        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, measured, batches, execution=execution)):
-            check_measured(measured, result, calibration, number)
-            totals.add(measured, result)
+    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+        for measured in passes:
+            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
+            for number, result in enumerate(results):
+                check_measured(measured, result, calibration, number)
+                totals.add(measured, result)
+                advance(1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -199,8 +220,14 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
     sums that the header names by group and statistic."""
-    entries = [(group, name) for group, arrays in statistics.sums.items() for name in arrays]
-    header = {
+    header = np.array(json.dumps(statistics_header(statistics)))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
+
+
+def statistics_header(statistics: Statistics) -> dict[str, Any]:
+    """What a file of statistics says beside the sums."""
+    return {
         "snpc_statistics": STATISTICS_FORMAT,
         "model": statistics.model,
         "digest": statistics.digest,
@@ -208,11 +235,34 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "samples": statistics.samples,
         "sources": list(statistics.sources),
         "parts": [astuple(part) for part in statistics.parts],
-        "entries": entries,
+        "entries": [(group, name) for group, arrays in statistics.sums.items() for name in arrays],
     }
-    arrays = {str(k): statistics.sums[group][name] for k, (group, name) in enumerate(entries)}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+
+
+def statistics_arrays(statistics: Statistics) -> dict[str, AnyArray]:
+    """The sums, numbered as the header lists them."""
+    sums = (array for arrays in statistics.sums.values() for array in arrays.values())
+    return {str(k): array for k, array in enumerate(sums)}
+
+
+def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> Statistics:
+    """The statistics that ``statistics_header`` and ``statistics_arrays`` describe. Raises ValueError, KeyError or
+    TypeError where they describe none."""
+    if header["snpc_statistics"] != STATISTICS_FORMAT:
+        raise ValueError("another version of snpc wrote it; measure again")
+    sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
+    for k, (group, name) in enumerate(header["entries"]):
+        sums[str(group)][str(name)] = check_finite(arrays[str(k)])
+        check_squares(sums[str(group)][str(name)], str(name))
+    return Statistics(
+        str(header["model"]),
+        str(header["digest"]),
+        str(header["criterion"]),
+        int(header["samples"]),
+        tuple(map(str, header["sources"])),
+        dict(sums),
+        tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
+    )
 
 
 def load_statistics(path: Path, *more: Path) -> Statistics:
@@ -232,22 +282,7 @@ def read_statistics(path: Path) -> Statistics:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
-            if header["snpc_statistics"] != STATISTICS_FORMAT:
-                raise ValueError("another version of snpc wrote it; measure again")
-            sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-            for k, (group, name) in enumerate(header["entries"]):
-                sums[str(group)][str(name)] = check_finite(archive[str(k)])
-                check_squares(sums[str(group)][str(name)], str(name))
-        return Statistics(
-            str(header["model"]),
-            str(header["digest"]),
-            str(header["criterion"]),
-            int(header["samples"]),
-            tuple(map(str, header["sources"])),
-            dict(sums),
-            tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
-        )
+            return statistics_from(json.loads(str(archive["header"])), archive)
     except Exception as error:  # zipfile, numpy and json fail in many ways on a broken file; all mean the same
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:150]
         raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
