@@ -96,8 +96,8 @@ class PoolWorkers:
                     future.cancel()
         except BrokenExecutor as error:
             raise UserError(
-                "a worker process ended (killed, or out of memory), and its executor starts no other: use fewer workers, "
-                "or those of Dask, which run lost tasks again (--cluster local:N)"
+                "a worker process ended (killed, or out of memory), and its executor starts no other: use fewer "
+                "workers, or those of Dask, which run lost tasks again (--cluster local:N)"
             ) from error
 
     def merged(self, futures: list[Future[Any]], merge: Callable[..., Any], advance: Callable[[int], None]) -> Any:

@@ -1,6 +1,7 @@
 """Statistics of activations, collected inside onnxruntime over calibration data.
 
 Files
+  distributed_measure  Statistics measured by the workers of an executor, each on its share of the batches.
   gate_gradients    Gradients of unit gates, for criteria that ask for them.
   instrument        Statistics as nodes of the graph: the runtime sums them along with the model, so that no activation
                     is kept.
@@ -24,6 +25,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.statistics.distributed_measure import keep_token_masks
 from snpc.runtime.statistics.gate_gradients import (
     GATE_PREFIX,
     GateObserver,
@@ -88,6 +90,7 @@ __all__ = [
     "criterion_inputs",
     "criterion_keys",
     "find_padding",
+    "keep_token_masks",
     "group_moments",
     "group_weight_rows",
     "load_statistics",
