@@ -34,11 +34,16 @@ LATENCY_MARGIN = 0.03  # a latency when it is at most this share of the dense mo
 
 
 def search_plans(
-    plan: PruningPlan, budget: Budget, scores: UnitScores, target: Path, stopwatch: Stopwatch
+    plan: PruningPlan,
+    budget: Budget,
+    scores: UnitScores,
+    target: Path,
+    stopwatch: Stopwatch,
+    reference: Reference | None = None,
 ) -> PrunedModel:
     """Write the narrowest model within ``budget.max_drift``, or the widest within the latency. See ``apply``."""
     with staging_folder_for(plan, target) as folder:
-        search = PlanSearch(plan, budget, scores, target, stopwatch, folder)
+        search = PlanSearch(plan, budget, scores, target, stopwatch, folder, reference=reference)
         return meet_latency(search) if budget.is_latency else meet_drift(search)
 
 

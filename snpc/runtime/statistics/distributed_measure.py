@@ -19,6 +19,7 @@ from snpc.runtime.statistics.measure import StatisticRequest, measuring_model
 from snpc.runtime.statistics.padding import PaddingMasks, masking_model
 from snpc.types import AnyArray, FloatArray, Role
 
+GroupSums = dict[str, dict[str, FloatArray]]
 SEPARATOR = "\n"  # between group and statistic in the name of a sum; no statistic has one
 
 
@@ -95,8 +96,9 @@ def measure_on_workers(
     observer: StatisticObserver,
     dense: DenseValues | None,
     advance: Advance,
-) -> dict[str, dict[str, FloatArray]]:
-    """Group id -> name of a statistic -> its sum. ``dense``: names what the workers keep of the dense model besides."""
+) -> tuple[GroupSums, GroupSums]:
+    """(the sums over all batches, those over the odd ones), each by group id and name of a statistic. ``dense`` names
+    what the workers keep of the dense model besides."""
     kept = dense.names if dense is not None else ()
     model, padding = measuring_model(analysis, requests, kept)
     keep_token_masks(values, analysis.traced_graph, padding)
@@ -108,11 +110,16 @@ def measure_on_workers(
         if not str(error).startswith("model: "):
             raise
         raise UserError(f"{analysis.model.path.name}: calibration: {str(error).removeprefix('model: ')}") from None
-    sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    for name in found.even:
+    return by_group({name: found.total(name) for name in found.even}), by_group(found.odd)
+
+
+def by_group(sums: Mapping[str, FloatArray]) -> GroupSums:
+    """By the two parts of their names."""
+    nested: GroupSums = defaultdict(dict)
+    for name, array in sums.items():
         group, _, statistic = name.rpartition(SEPARATOR)
-        sums[group][statistic] = found.total(name)
-    return sums
+        nested[group][statistic] = array
+    return nested
 
 
 def keep_token_masks(values: DistributedBatchValues, traced_graph: TracedGraph, padding: PaddingMasks) -> None:
