@@ -78,13 +78,15 @@ class DistributedBatchValues:
     def run(self, program: BatchProgram, advance: Advance = ignore_advance) -> BatchSums:
         """See ``BatchValues``. ``advance`` hears how many batches more are done."""
         self.programs.append(self.write(program))
-        again = False
+        anew: frozenset[int] = frozenset()
         for _ in range(MAX_TRIES):
             try:
-                return by_parity(self.attempt(again, advance))
-            except (LostWorker, StateMissing):
-                again = True
-                self.traffic.replays += 1
+                return by_parity(self.attempt(anew, advance))
+            except LostWorker as lost:
+                anew |= lost.tasks
+            except StateMissing:
+                anew = frozenset(range(len(self.blocks)))
+            self.traffic.replays += 1
         raise UserError(
             f"workers were lost {MAX_TRIES} times in one step, and their work with them: look at their logs, and "
             "whether they run out of memory"
@@ -117,21 +119,27 @@ class DistributedBatchValues:
             self.pinned,
         )
 
-    def attempt(self, again: bool, advance: Advance) -> Mapping[SumKey, FloatArray]:
-        """The sums of the last program. ``again``: with all that a worker needs to begin anew."""
-        sent = self.programs if again else self.programs[-1:]
-        contents = [self.content(program, again) for program in sent]
-        first = again or len(self.programs) == 1
-        blocks = self.blocks if first else [block.without_data() for block in self.blocks]
-        tasks = [(self.reference, block, sent, contents) for block in blocks]
+    def attempt(self, anew: frozenset[int], advance: Advance) -> Mapping[SumKey, FloatArray]:
+        """The sums of the last program. ``anew``: the blocks that are sent all that it takes to begin anew."""
+        contents = {program.number: self.content(program, bool(anew)) for program in self.sent(bool(anew))}
+        tasks = []
+        for block in self.blocks:
+            whole = block.index in anew
+            programs = self.sent(whole)
+            data = block if whole or len(self.programs) == 1 else block.without_data()
+            tasks.append((self.reference, data, programs, [contents[program.number] for program in programs]))
         found: Mapping[SumKey, FloatArray] = self.workers.run(
             run_block,
             tasks,
             Reduction(merge_sums, totals),
-            lambda number: advance(0 if again else len(blocks[number].calibration.batch_plan)),
+            lambda number: advance(0 if anew else len(self.blocks[number].calibration.batch_plan)),
         )
         self.traffic.sums += sum(array.nbytes for array in found.values())
         return found
+
+    def sent(self, whole: bool) -> list[ProgramReference]:
+        """The programs that a task takes: the last one, or all."""
+        return self.programs if whole else self.programs[-1:]
 
     def content(self, program: ProgramReference, again: bool) -> Any:
         """What workers are sent of a program's files; None where they are expected to find them."""

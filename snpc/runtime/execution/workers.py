@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from asyncio import TimeoutError as AsyncTimeoutError  # another one before Python 3.11
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import as_completed as pool_completed
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from snpc.errors import UserError
 from snpc.runtime.execution.machine import available_cores
 
 MERGED_AT_ONCE = 4  # results that one task of a reduction takes
-DASK_ERRORS = ("KilledWorker", "FutureCancelledError", "FuturesCancelledError", "CancelledError", "CommClosedError")
+WATCH_SECONDS = 0.2  # between two looks at which workers live
 
 
 class LostWorker(Exception):
-    """Workers died, and what they held is gone: the tasks can be run again with all that they need."""
+    """Workers died, and what they held is gone. ``tasks``: numbers of the tasks that they were to run."""
+
+    def __init__(self, tasks: Collection[int]) -> None:
+        super().__init__(f"the workers of tasks {', '.join(map(str, tasks))} are gone")
+        self.tasks = frozenset(tasks)
 
 
 class Reduction(NamedTuple):
@@ -119,12 +126,14 @@ class PoolWorkers:
 
 
 class DaskWorkers:
-    """The workers of a Dask client. Neighbors of tasks run on the same worker, and results are merged on workers."""
+    """The workers of a Dask client. Task k runs where it ran before, as long as that worker lives; neighbors run on the
+    same worker, and results are merged on workers."""
 
     shares_files = False
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.places: dict[int, str] = {}
         info = self.described()
         self.count = sum(int(worker["nthreads"]) for worker in info.values())
         hosts = [worker["host"] for worker in info.values() for _ in range(int(worker["nthreads"]))]
@@ -153,24 +162,44 @@ class DaskWorkers:
         reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
-        import distributed
-
-        addresses = list(self.described())
-        near = [addresses[k * len(addresses) // len(arguments) :][:1] for k in range(len(arguments))]
+        self.place(len(arguments))
         futures = [
-            self.client.submit(function, *task, pure=False, workers=place or None, allow_other_workers=bool(place))
-            for task, place in zip(arguments, near, strict=True)
+            self.client.submit(function, *task, pure=False, workers=[self.places[number]])
+            for number, task in enumerate(arguments)
         ]
-        numbers = {future.key: number for number, future in enumerate(futures)}
-        try:
-            result = self.client.submit(reduction.finish, self.merged(futures, reduction.merge), pure=False)
-            for future in distributed.as_completed(futures, loop=self.client.loop):
-                advance(numbers[future.key])
-            return result.result()
-        except Exception as error:
-            if type(error).__name__ in DASK_ERRORS:
-                raise LostWorker(str(error)) from error
-            raise
+        result = self.client.submit(reduction.finish, self.merged(futures, reduction.merge), pure=False)
+        reported: set[int] = set()
+        while True:
+            with suppress(TimeoutError, AsyncTimeoutError):
+                found = result.result(timeout=WATCH_SECONDS)
+                break
+            done = {number for number, future in enumerate(futures) if future.done()}
+            for number in sorted(done - reported):
+                advance(number)
+            reported |= done
+            self.check_places(len(arguments))
+        for number in sorted(set(range(len(futures))) - reported):
+            advance(number)
+        return found
+
+    def place(self, tasks: int) -> None:
+        """Give each task without a living worker one: neighbors the same at first, later whoever has fewest."""
+        addresses = list(self.described())
+        if not addresses:
+            raise UserError(f"{self.client.scheduler.address}: all workers are gone: look at their logs")
+        if not self.places:
+            self.places = {number: addresses[number * len(addresses) // tasks] for number in range(tasks)}
+        for number in range(tasks):
+            if self.places.get(number) not in addresses:
+                taken = Counter(self.places.values())
+                self.places[number] = min(addresses, key=lambda address: taken[address])
+
+    def check_places(self, tasks: int) -> None:
+        """Raise LostWorker where a task would wait for a worker that is gone."""
+        alive = self.described()
+        lost = [number for number in range(tasks) if self.places[number] not in alive]
+        if lost:
+            raise LostWorker(lost)
 
     def merged(self, futures: list[Any], merge: Callable[..., Any]) -> Any:
         """A tree of merges over neighbors; Dask runs each where most of what it takes lies."""

@@ -78,5 +78,8 @@ def test_a_worker_names_the_samples_that_are_not_finite() -> None:
     for key in feeds:
         feeds[key][5] = 3e38
     calibration = calibration_of(analysis, feeds, 2)
-    with process_pool(2) as executor, pytest.raises(UserError, match="in samples 4 to 5, activations of .* not finite"):
+    with (
+        process_pool(2) as executor,
+        pytest.raises(UserError, match=r"in samples 4 to 5, activations of .* not finite"),
+    ):
         snpc.measure_statistics(analysis, calibration, prunable_of(analysis), execution=Execution(executor=executor))
