@@ -102,7 +102,7 @@ class DistributedBatchValues:
             for value in program.model.graph.inputs
             if value.dtype is not None and value.dtype.numpy() == np.float32
         )
-        save_runnable(program.model, folder / MODEL_FILE, self.execution)
+        save_runnable(program.model, folder / MODEL_FILE)
         outdated = before.before if before is not None and before.before not in self.pinned else None
         return ProgramReference(
             number,
