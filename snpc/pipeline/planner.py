@@ -58,6 +58,8 @@ from snpc.types import FloatArray, Group, Model
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+DENSE_BYTES = 256 << 20  # of the dense model's values that stay in memory; they are read once
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -283,7 +285,9 @@ def dense_values_for(
     """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
     if method != "auto" or analysis.traced_graph.kv_cache:
         return None
-    return DenseValues(residual_error_values(analysis, groups), memory_budget(execution.memory_limit) // 2)
+    return DenseValues(
+        residual_error_values(analysis, groups), min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
+    )
 
 
 def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequence[Group]) -> None:

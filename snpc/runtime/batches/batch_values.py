@@ -37,7 +37,9 @@ class LocalBatchValues:
         self.batches = [{name: self.store.keep(array) for name, array in values.items()} for values in batches]
 
     def run(self, program: BatchProgram) -> BatchSums:
-        """See ``BatchValues``. Values in half precision are fed in float32."""
+        """See ``BatchValues``. Values in half precision are fed in float32. No program with ``observe`` runs here: it
+        names samples, which are not known."""
+        assert program.observe is None
         sums = BatchSums()
         widened = {
             str(value.name)
@@ -87,8 +89,7 @@ def widen(array: AnyArray) -> AnyArray:
 
 class DenseValues:
     """Values of the dense model at ``names``, for every batch of the pass that measured them: the layer-wise fit reads
-    them again. Held in half precision where their range allows it; beyond ``limit`` bytes they lie in files. Where
-    workers measured them, they stay there: ``on_workers``."""
+    them again. Beyond ``limit`` bytes they lie in files. Where workers measured them they stay: ``on_workers``."""
 
     def __init__(self, names: tuple[str, ...], limit: int) -> None:
         self.names = names
@@ -98,7 +99,7 @@ class DenseValues:
 
     def add(self, outputs: Mapping[str, AnyArray]) -> None:
         """The values of the next batch."""
-        self.batches.append({dense_name(name): self.store.keep(narrow(outputs[name])) for name in self.names})
+        self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
 
 
 def dense_name(name: str) -> str:

@@ -41,6 +41,7 @@ from snpc.runtime.closed_form.stages import (
     FitStage,
     NotSegmentable,
     ResidualError,
+    fitted_sums,
     kept_columns,
     residual_errors,
     schedule_stages,
@@ -82,7 +83,7 @@ def fit_layerwise(
     if not errors or not groups:
         return base
     cut = rewrite_model(base, cuts_of(plan))
-    stages = schedule_stages(cut.model, cut.source.facts, errors)
+    stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
     padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
@@ -146,9 +147,9 @@ def first_values(
         return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
     if not known:
-        model = with_outputs(fit.analysis.traced_graph, names)
+        model = model_with_outputs(fit.analysis.traced_graph, names)
         kept = {name: dense_name(name) for name in names}
-        values.run(BatchProgram(model, kept=kept, half=frozenset(kept.values())))
+        values.run(BatchProgram(model, kept=kept))
     return values
 
 
@@ -167,12 +168,12 @@ def values_on_workers(
         values, known = DistributedBatchValues(calibration, execution.executor, execution), False
     keep_token_masks(values, fit.analysis.traced_graph, fit.padding)
     if not known:
-        model = with_outputs(fit.analysis.traced_graph, names)
+        model = model_with_outputs(fit.analysis.traced_graph, names)
         values.run(BatchProgram(model, kept={name: dense_name(name) for name in names}))
     return values
 
 
-def with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
+def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
     """A copy of the model whose outputs are these values."""
     instrument = Instrument(graph.model)
     types = {str(value.name): dtype for value, dtype in graph.facts.dtype.items() if dtype is not None}
@@ -203,7 +204,7 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     units = np.arange(width).reshape([1] * (error.probe.units.ndim - 1) + [width])
     probe = Probe(error.probe.kind, hidden, units)
     instrument.add_output(instrument.gram_joint(probe, width, None), GRAM)
-    sums = instrument.residual_error_sums(probe, width, error.value, dense_name(error.value), types[error.value])
+    sums = instrument.residual_error_sums(probe, width, stage.summed, dense_name(error.value), types[stage.summed])
     for value, name in zip(sums, (CROSS, TOTAL), strict=True):
         instrument.add_output(value, name)
     for name in segment.outputs:
@@ -222,7 +223,7 @@ def live_names(fit: LayerwiseFit, stage: FitStage) -> frozenset[str]:
 def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArray, bias: FloatArray) -> BatchProgram:
     """Adds to the residual sum what the change of the weight in front of it adds: its hidden units times
     ``correction``, and ``bias``."""
-    name = stage.error.value
+    name = stage.summed
     types = {str(value.name): dtype for value, dtype in fit.facts.dtype.items()}
     hidden, summed = (
         ir.Value(name=of, type=ir.TensorType(types[kind] or ir.DataType.FLOAT))

@@ -37,10 +37,11 @@ class ResidualError:
 
 @dataclass(frozen=True)
 class FitStage:
-    """A segment of the cut graph that ends with a residual sum, and the consumer weights that are fitted there."""
+    """A segment of the cut graph that ends with ``summed``, the residual sum whose ``error`` is compensated there."""
 
     segment: Segment
     error: ResidualError
+    summed: str
 
 
 def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Group]:
@@ -100,17 +101,27 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     return ResidualError(group, str(summed.name), consumer.width, probe)
 
 
-def schedule_stages(cut: ir.Model, facts: ShapeFacts, errors: Sequence[ResidualError]) -> list[FitStage]:
-    """The segments of the ``cut`` graph up to its last residual error. ``facts`` know the types of its values.
+def fitted_sums(analysis: Analysis, base: TracedGraph, errors: Sequence[ResidualError]) -> list[str]:
+    """Names of the residual sums of ``errors`` in the model ``base``, where a bias may have been added in front."""
+    nodes = {node.name: node for node in base.model.graph}
+    consumers = [analysis.weights[error.group.id].consumers[0] for error in errors]
+    return [str(residual_sum_after(base, nodes[c.node.name].outputs[0]).name) for c in consumers]
+
+
+def schedule_stages(
+    cut: ir.Model, facts: ShapeFacts, errors: Sequence[ResidualError], sums: Sequence[str]
+) -> list[FitStage]:
+    """The segments of the ``cut`` graph up to its last residual error. ``facts`` know the types of its values; ``sums``
+    are the names of its residual sums, one per error.
 
     Raises NotSegmentable where a value that crosses a border cannot be passed from one segment to the next.
     """
     position = {str(value.name): index for index, node in enumerate(cut.graph) for value in node.outputs}
-    if any(error.value not in position for error in errors):
+    if any(name not in position for name in sums):
         raise NotSegmentable("the cut graph computes its residual sums otherwise")
-    ends = {position[error.value] + 1: error for error in errors}
+    ends = {position[name] + 1: (error, name) for error, name in zip(errors, sums, strict=True)}
     segments = split_into_segments(cut, sorted(ends))
-    stages = [FitStage(segment, ends[segment.last]) for segment in segments if segment.last in ends]
+    stages = [FitStage(segment, *ends[segment.last]) for segment in segments if segment.last in ends]
     check_boundary_types(facts, [stage.segment for stage in stages])
     return stages
 

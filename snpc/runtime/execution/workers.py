@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from asyncio import TimeoutError as AsyncTimeoutError  # another one before Python 3.11
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import as_completed as pool_completed
-from contextlib import suppress
+from threading import Event
 from typing import Any, NamedTuple, Protocol
 
 from snpc.errors import UserError
@@ -168,16 +167,16 @@ class DaskWorkers:
             for number, task in enumerate(arguments)
         ]
         result = self.client.submit(reduction.finish, self.merged(futures, reduction.merge), pure=False)
+        finished = Event()
+        result.add_done_callback(lambda future: finished.set())
         reported: set[int] = set()
-        while True:
-            with suppress(TimeoutError, AsyncTimeoutError):
-                found = result.result(timeout=WATCH_SECONDS)
-                break
+        while not finished.wait(WATCH_SECONDS):
             done = {number for number, future in enumerate(futures) if future.done()}
             for number in sorted(done - reported):
                 advance(number)
             reported |= done
             self.check_places(len(arguments))
+        found = result.result()
         for number in sorted(set(range(len(futures))) - reported):
             advance(number)
         return found

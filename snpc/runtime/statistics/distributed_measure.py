@@ -103,7 +103,7 @@ def measure_on_workers(
     model, padding = measuring_model(analysis, requests, kept)
     keep_token_masks(values, analysis.traced_graph, padding)
     names = {name: dense_name(name) for name in kept}
-    program = BatchProgram(model, kept=names, half=frozenset(names.values()), observe=observer)
+    program = BatchProgram(model, kept=names, observe=observer)
     try:
         found = values.run(program, advance)
     except UserError as error:

@@ -164,7 +164,7 @@ def measure_statistics(
     stored = stage.get("all")
     if stored is not None:
         return statistics_from(stored.record, stored.arrays)
-    statistics = run_measurement(analysis, calibration, groups, method, criterion, dense, execution)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
     stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
 
@@ -175,8 +175,8 @@ def run_measurement(
     groups: Sequence[Group],
     method: PruningMethod,
     criterion: str | Criterion,
-    dense: DenseValues | None,
     execution: Execution,
+    dense: DenseValues | None = None,
 ) -> Statistics:
     """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
