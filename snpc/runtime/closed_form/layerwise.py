@@ -101,7 +101,7 @@ def fit_layerwise(
             boundary.dense.append(boundary.keep(feeds))
             boundary.pruned.append(dict(boundary.dense[-1]))
     fit = LayerwiseFit(base, plan, earlier_plan, execution, padding)
-    for stage in stages:
+    for stage in execution.track("layers", stages, len(stages)):
         contents |= fit_stage(fit, stage, contents, boundary)
     return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
 
