@@ -33,16 +33,17 @@ from snpc.runtime.statistics.gate_gradients import (
 )
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.keys import CLOSED_FORM_STATISTICS, StatisticKey
-from snpc.runtime.statistics.measure import StatisticRequest, accumulate, criterion_keys, statistic_requests
+from snpc.runtime.statistics.measure import StatisticRequest, criterion_keys, statistic_requests
 from snpc.runtime.statistics.moments import (
     ConsumerMoments,
     GroupMoments,
     LazyMoments,
     MomentSet,
+    consumer_moments,
     group_moments,
     required_statistics,
 )
-from snpc.runtime.statistics.packed_symmetric import unpacked_size
+from snpc.runtime.statistics.packed_symmetric import unpack_symmetric, unpacked_size
 from snpc.runtime.statistics.padding import (
     PaddingMasks,
     TokenMask,
@@ -81,9 +82,9 @@ __all__ = [
     "Statistics",
     "TokenMask",
     "TokenMasks",
-    "accumulate",
     "check_finite_weights",
     "check_statistics_match",
+    "consumer_moments",
     "criterion_inputs",
     "criterion_keys",
     "find_padding",
@@ -101,5 +102,6 @@ __all__ = [
     "statistic_requests",
     "token_mask_runner",
     "unit_weight_energies",
+    "unpack_symmetric",
     "unpacked_size",
 ]

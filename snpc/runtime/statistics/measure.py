@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from snpc.criteria import Criterion
@@ -21,7 +20,7 @@ from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import packed_length
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters, token_mask_runner
 from snpc.runtime.statistics.score_loss import score_loss_matrix
-from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
+from snpc.types import AnyArray, Feeds, Group, Probe
 
 ACTIVATION_BYTES = 4 * 3  # per element of a measured activation: float32 as it is, transposed, and as rows
 STATISTIC_BYTES = 4 + 8 + 4  # per element of a statistic: float32 of a batch, the sum in float64, and a half of it
@@ -150,10 +149,11 @@ def measure_batches(
     requests: Sequence[StatisticRequest],
     batches: Iterable[Feeds],
     *,
+    kept: Sequence[str] = (),
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[dict[str, AnyArray]]:
-    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32; the caller
-    sums over batches in float64. Padded tokens do not count."""
+    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32, and the
+    values named ``kept``; the caller sums over batches in float64. Padded tokens do not count."""
     source = analysis.traced_graph
     probes = [
         (probe, request.group.blocks * request.group.size)
@@ -165,6 +165,9 @@ def measure_batches(
     instrument = Instrument(source.model, padding.row_masks)
     for request in requests:
         request.add_to(instrument)
+    types = {str(value.name): dtype for value, dtype in source.facts.dtype.items() if dtype is not None}
+    for name in kept:
+        instrument.add_output(instrument.values[name], name, types[name])
     with (
         token_mask_runner(source, padding, execution) as masks,
         temporary_session(instrument.model, execution=execution) as run,
@@ -183,8 +186,3 @@ def refused_batch(analysis: Analysis, feeds: Feeds, error: UserError) -> str:
     several = any(array.ndim > 1 and len(array) > 1 for array in feeds.values())
     advice = "; if it takes one sample at a time, give --calib-batch 1" if several else ""
     return f"{name}: calibration: {text}{advice}"
-
-
-def accumulate(total: FloatArray, part: AnyArray) -> None:
-    """Add to a sum in float64, in place and without a float64 copy of ``part``."""
-    np.add(total, part, out=total)

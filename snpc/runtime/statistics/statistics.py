@@ -16,13 +16,13 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
+from snpc.runtime.batches import DenseValues, add_up
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
-    accumulate,
     criterion_keys,
     measure_batches,
     split_by_memory,
@@ -144,20 +144,22 @@ def measure_statistics(
     *,
     method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
+    dense: DenseValues | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
     """Measure what pruning these groups takes: the sums of the closed forms, and for groups without one (with method
     "select": for all) what ``criterion`` asks for.
 
     One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
-    by rounding only. Raises UserError where it is too small for a single group.
+    by rounding only. ``dense`` takes the values of the dense model that it names. Raises UserError where the limit is
+    too small for a single group.
     """
     named = (analysis.identity, [group.id for group in groups], method, criterion)
     stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
     stored = stage.get("all")
     if stored is not None:
         return statistics_from(stored.record, stored.arrays)
-    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
     stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
 
@@ -169,6 +171,7 @@ def run_measurement(
     method: PruningMethod,
     criterion: str | Criterion,
     execution: Execution,
+    dense: DenseValues | None = None,
 ) -> Statistics:
     """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
@@ -179,14 +182,18 @@ def run_measurement(
     requests = statistic_requests(analysis, keys)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
+    kept = dense.names if dense is not None else ()
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
     with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
         for measured in passes:
-            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
+            results = measure_batches(analysis, measured, calibration.batches(), kept=kept, execution=execution)
             for number, result in enumerate(results):
                 check_measured(measured, result, calibration, number)
                 totals.add(measured, result, odd=number % 2 == 1)
+                if dense is not None and kept:
+                    dense.add(result)
                 advance(1)
+            kept = ()
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -260,7 +267,7 @@ class StatisticAccumulator:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
-                accumulate(total[key], array)
+                add_up(total, key, array)
             else:
                 total[key] = self.store.keep(np.array(array, np.float64))
 
