@@ -23,7 +23,14 @@ from snpc.runtime.closed_form import (
     trial_weights,
 )
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Advance,
+    Execution,
+    SpillableStore,
+    ignore_advance,
+    memory_budget,
+)
 from snpc.runtime.io import NOT_STORED, StoredStage
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
@@ -77,7 +84,9 @@ def measure_loss_curves(
     }
     metrics, limited = OutputMetrics.of(analysis), budget is not None and budget.max_drift is not None
     padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    rounds = REFINEMENT_ROUNDS if budget is not None else 0
     with (
+        execution.progress.stage("trials", len(trials) + rounds * len(groups)) as advance,
         token_mask_runner(source, padding, execution) as masks,
         temporary_folder() as folder,
         open_segmented_model(analysis, changed, execution, folder if execution.executor is not None else None) as model,
@@ -93,11 +102,11 @@ def measure_loss_curves(
                 metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         stage = trial_stage(closed_forms, scores, calibration, limited, execution)
-        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage)
+        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage, advance)
         if execution.executor is not None:
             measurement.workers = trial_workers(model, folder, samples, pools, execution)
         measurement.measure(trials)
-        for _ in range(REFINEMENT_ROUNDS if budget is not None else 0):
+        for _ in range(rounds):
             assert budget is not None
             planned = allocate_widths(groups, replace(scores, curves=measurement.curves()), budget)
             measurement.measure((group, nearest_widths(group, [planned[group.id] / group.size])) for group in groups)
@@ -147,9 +156,10 @@ class CurveMeasurement:
         pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
         stage: StoredStage = NOT_STORED,
+        advance: Advance = ignore_advance,
     ) -> None:
         self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
-        self.stage = stage
+        self.stage, self.advance = stage, advance
         self.workers: TrialWorkers | None = None  # None: trials run in this process
         self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
         self.next_pool = {group.id: index for index, group in enumerate(groups)}
@@ -158,19 +168,23 @@ class CurveMeasurement:
     def measure(self, trials: Iterable[tuple[Group, Sequence[int]]]) -> None:
         """Try these widths, except those that were tried before."""
         planned: dict[tuple[str, int], WidthTrial] = {}
+        ends: list[int] = []  # how many trials are planned when those of a group are; the stage counts groups
         for group, widths in trials:
             for width in widths:
                 if (group.id, width) not in self.changes and (group.id, width) not in planned:
                     planned[group.id, width] = WidthTrial(group, width, self.next_pool[group.id] % len(self.pools))
                     self.next_pool[group.id] += 1
+            ends.append(len(planned))
         stored = {key: self.stage.get(trial.name) for key, trial in planned.items()}
         changes = iter(self.changes_of([trial for key, trial in planned.items() if stored[key] is None]))
-        for key, trial in planned.items():
+        for number, (key, trial) in enumerate(planned.items()):
+            self.advance(ends.count(number))
             entry = stored[key]
             change = float(entry.record) if entry is not None else next(changes)
             if entry is None:
                 self.stage.put(trial.name, change)
             self.changes[key] = OutputChange(trial.group, trial.width, trial.pool, change)
+        self.advance(ends.count(len(planned)))
 
     def changes_of(self, trials: Sequence[WidthTrial]) -> Iterator[float]:
         """The change of the outputs in each trial, run here or by workers."""

@@ -14,6 +14,8 @@ Files
   padding           Padded tokens do not count in statistics: finds the rows of a probe that belong to tokens which
                     nothing attends to.
   probe_layout      How a probed tensor is read as rows of units (usually one row per token).
+  rows              From how many rows second moments are summed: where tokens are many, some of every sample's stand
+                    for all of them.
   score_loss        The error of attention scores when units of query and key are removed: a quadratic form, summed in
                     the graph.
   statistics        Statistics of a model on calibration data: float64 sums, which add up over parts of the data; and

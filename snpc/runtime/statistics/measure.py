@@ -36,7 +36,8 @@ class StatisticRequest:
     """One statistic to measure for a group, as ``output`` of the instrumented model.
 
     ``probe``: the activation. ``window``: the convolution through which it is read, if any. ``columns``: how many
-    columns show one unit. ``product``: for "score_loss", the product in which ``probe`` meets ``partner``.
+    columns show one unit. ``product``: for "score_loss", the product in which ``probe`` meets ``partner``. ``stride``:
+    of how many rows one is taken.
     """
 
     group: Group
@@ -47,11 +48,13 @@ class StatisticRequest:
     columns: int = 1
     product: Contraction | None = None
     partner: Probe | None = None
+    stride: int = 1
 
     def add_to(self, instrument: Instrument) -> None:
         """Add the statistic to the instrumented model, as a new output."""
         if self.key.kind == "gram_joint":
-            instrument.add_output(instrument.gram_joint(self.probe, self.group.size, self.window), self.output)
+            gram = instrument.gram_joint(self.probe, self.group.size, self.window, self.stride)
+            instrument.add_output(gram, self.output)
         elif self.product is not None:
             instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
         else:

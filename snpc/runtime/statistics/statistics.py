@@ -34,6 +34,8 @@ from snpc.runtime.statistics.measure import (
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
+from snpc.runtime.statistics.padding import find_padding, probe_row_counters
+from snpc.runtime.statistics.rows import choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
@@ -185,6 +187,10 @@ def run_measurement(
         g.id: required_statistics(analysis.weights[g.id]) if g.id in kinds else criterion_keys(judge, g) for g in groups
     }
     requests = statistic_requests(analysis, keys)
+    masked = find_padding(
+        analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
+    ).row_masks
+    requests = choose_strides(analysis, calibration, requests, masked)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
@@ -209,7 +215,17 @@ def run_measurement(
     part = calibration.part
     sources = (calibration.origin,) if part is None else ()
     parts = (part,) if part is not None else ()
-    return Statistics(analysis.name, analysis.digest, spelled, samples, sources, totals.sums, parts, totals.odd)
+    return Statistics(
+        analysis.name,
+        analysis.digest,
+        spelled,
+        samples,
+        sources,
+        totals.sums,
+        parts,
+        totals.odd,
+        dict(seen_shares(requests)),
+    )
 
 
 def measure_passes(
