@@ -135,13 +135,13 @@ def run_block(
 
 def forget_run(key: str) -> None:
     """Drop the sessions and files of a run that ended."""
-    with _LOCK:
+    with _RUNS_LOCK:
         _RUNS.pop(key, None)
 
 
 def run_in_process(reference: RunReference) -> WorkerRun:
     """What this process holds of a run."""
-    with _LOCK:
+    with _RUNS_LOCK:
         run = _RUNS.get(reference.key) or WorkerRun(reference)
         _RUNS[reference.key] = run
         _RUNS.move_to_end(reference.key)
@@ -190,7 +190,7 @@ class WorkerRun:
         """Run one program on the values of a block that the program before left, and keep what it leaves."""
         session, sums, after = self.session_of(program, content), BlockSums(), []
         for number, values in enumerate(self.values(block, program.before)):
-            feeds = {name: load(value) for name, value in values.items()}
+            feeds = {name: loaded(value) for name, value in values.items()}
             feeds = {name: widen(array) if name in program.widened else array for name, array in feeds.items()}
             outputs = session(feeds)
             observed: Mapping[str, AnyArray] = {name: outputs[name] for name in program.sums}
@@ -238,7 +238,7 @@ class WorkerRun:
             old.unlink(missing_ok=True)
 
 
-_LOCK = threading.Lock()
+_RUNS_LOCK = threading.Lock()
 _RUNS: OrderedDict[str, WorkerRun] = OrderedDict()
 
 
@@ -283,7 +283,7 @@ def store(value: Stored, folder: Path, number: int) -> Stored:
     return StoredArray(path, value.dtype, value.shape)
 
 
-def load(value: Stored) -> AnyArray:
+def loaded(value: Stored) -> AnyArray:
     return value.load() if isinstance(value, StoredArray) else value
 
 

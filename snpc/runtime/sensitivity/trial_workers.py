@@ -36,9 +36,9 @@ from snpc.temporary import TemporaryFolder
 from snpc.types import AnyArray, Feeds
 
 TRIALS_AT_ONCE = 4  # per worker: the weights of so many are on their way or wait
-MAX_TRIES = 4  # of the same trials, where workers die
+MAX_TRIAL_RUNS = 4  # of the same trials, where workers die
 MAX_MODELS = 2  # whose sessions a process keeps
-WEIGHTS_FILE = "weights.pickle"
+TRIAL_WEIGHTS_FILE = "weights.pickle"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrialWorkers:
         self.executor = executor
         workers = workers_of(executor)
         weights = [dict(session.weights) for session in model.segments]
-        (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(weights, protocol=5))
+        (folder / TRIAL_WEIGHTS_FILE).write_bytes(pickle.dumps(weights, protocol=5))
         alone, on_each_machine = execution.alone, workers.on_each_machine
         sent = TrialModel(uuid4().hex, str(folder), model.saved, model.outputs, pools, alone, on_each_machine)
         self.sent_model = workers.send(sent)
@@ -101,14 +101,14 @@ class TrialWorkers:
         # Neighbors go to one worker. Trials of early groups run longer, so each worker takes early and late ones.
         order = [k for first in range(workers.count) for k in range(first, len(trials), workers.count)]
         tasks = [(self.sent_model, self.sent_files, trials[k]) for k in order]
-        for _ in range(MAX_TRIES):
+        for _ in range(MAX_TRIAL_RUNS):
             try:
                 found = workers.run(run_trials, tasks, Reduction(joined_lists, list), lambda number: advance(1))
             except LostWorker:
                 workers = workers_of(self.executor)
                 continue
             return [change for _, change in sorted(zip(order, found, strict=True))]
-        raise UserError(f"workers were lost {MAX_TRIES} times in the same trials: do they run out of memory?")
+        raise UserError(f"workers were lost {MAX_TRIAL_RUNS} times in the same trials: do they run out of memory?")
 
     @property
     def at_once(self) -> int:
@@ -143,7 +143,7 @@ def run_trials(model: TrialModel, files: Mapping[str, bytes] | None, trial: Tria
 
 def model_in_process(model: TrialModel, files: Mapping[str, bytes] | None) -> LoadedTrialModel:
     """The sessions of this process."""
-    with _LOCK:
+    with _MODELS_LOCK:
         if model.key not in _MODELS:
             _MODELS[model.key] = LoadedTrialModel(model, files)
         _MODELS.move_to_end(model.key)
@@ -162,11 +162,11 @@ class LoadedTrialModel:
             folder = self.temporary.path
             for name, content in files.items():
                 (folder / name).write_bytes(content)
-        elif not (folder / WEIGHTS_FILE).is_file():
+        elif not (folder / TRIAL_WEIGHTS_FILE).is_file():
             raise UserError(f"a worker does not see {folder}: workers on other machines are those of Dask (--cluster)")
         threads = model.execution.threads or max(available_cores() // model.on_each_machine, 1)
         self.model, self.execution = model, replace(model.execution, threads=threads)
-        weights: list[dict[str, AnyArray]] = pickle.loads((folder / WEIGHTS_FILE).read_bytes())
+        weights: list[dict[str, AnyArray]] = pickle.loads((folder / TRIAL_WEIGHTS_FILE).read_bytes())
         sessions = tuple(self.session(folder, saved, w) for saved, w in zip(model.segments, weights, strict=True))
         self.segments = SegmentedModel(sessions, {}, model.outputs)
         self.store = SpillableStore(memory_budget(model.execution.memory_limit) // model.on_each_machine)
@@ -192,5 +192,5 @@ class LoadedTrialModel:
         return float(np.mean(changes))
 
 
-_LOCK = threading.Lock()
+_MODELS_LOCK = threading.Lock()
 _MODELS: OrderedDict[str, LoadedTrialModel] = OrderedDict()
