@@ -45,6 +45,7 @@ from snpc.runtime.statistics.moments import (
     MomentSet,
     consumer_moments,
     group_moments,
+    moment_about,
     required_statistics,
 )
 from snpc.runtime.statistics.packed_symmetric import unpack_symmetric, unpacked_size
@@ -56,6 +57,7 @@ from snpc.runtime.statistics.padding import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
     check_statistics_match,
@@ -81,6 +83,7 @@ __all__ = [
     "LazyMoments",
     "MomentSet",
     "PaddingMasks",
+    "SampledRows",
     "StatisticKey",
     "StatisticRequest",
     "Statistics",
@@ -98,6 +101,7 @@ __all__ = [
     "load_statistics",
     "measure_statistics",
     "measure_token_relevance",
+    "moment_about",
     "needs_gate_gradients",
     "needs_gradient_provider",
     "probe_row_counters",

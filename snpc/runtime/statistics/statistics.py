@@ -34,8 +34,9 @@ from snpc.runtime.statistics.measure import (
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
+from snpc.runtime.statistics.packed_symmetric import unpacked_size
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters
-from snpc.runtime.statistics.rows import choose_strides, seen_shares
+from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
@@ -98,6 +99,17 @@ class Statistics:
             odd=add_halves(self, other),
             seen=seen,
         )
+
+    @property
+    def sampled_rows(self) -> tuple[SampledRows, ...]:
+        """Where not all rows were summed: from how many, by size."""
+        found: Counter[tuple[int, int, int]] = Counter()
+        for group, share in self.seen.items():
+            joint = [array for name, array in self.sums[group].items() if has_halves(name)]
+            rows = max(float(array[-1]) for array in joint)
+            columns = max(unpacked_size(len(array)) or 1 for array in joint) - 1
+            found[columns, round(share * rows), round(rows)] += 1
+        return tuple(SampledRows(number, *what) for what, number in sorted(found.items()))
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
