@@ -245,7 +245,7 @@ def make_plan(
         limit = min(memory_budget(execution.memory_limit) // 2, FACTOR_BYTES)
         store = SpillableStore(limit) if measures_curves else None
         with using_algebra(execution.algebra):
-            closed_forms = solve_closed_forms(analysis, statistics, groups, store)
+            closed_forms = solve_closed_forms(analysis, statistics, groups, store, execution.progress)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
     scores = replace(scores, effort=request.effort)
@@ -405,7 +405,7 @@ def complete_plan(
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
     with using_algebra(execution.algebra):
-        closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
+        closed_forms = solve_closed_forms(slices.analysis, statistics, groups, progress=execution.progress)
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 
