@@ -20,7 +20,7 @@ import numpy as np
 
 from snpc.types import AnyArray
 
-ALIGNMENT = 64  # bytes
+SPILL_ALIGNMENT = 64  # bytes
 FIRST_SEGMENT, LARGEST_SEGMENT = 16 << 20, 1 << 30  # bytes; a file is as large as those before it together
 ZEROS = bytes(1 << 20)
 
@@ -59,7 +59,7 @@ class SpillFiles:
 
     def keep(self, array: AnyArray) -> AnyArray:
         """A copy of the array in a file. Raises OSError where there is no room."""
-        length = -(-max(array.nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        length = -(-max(array.nbytes, 1) // SPILL_ALIGNMENT) * SPILL_ALIGNMENT
         segment, offset = self.room_for(length)
         # not a view of another array: views of it then refer to it, and it is gone no sooner than they are
         kept: AnyArray = np.ndarray(array.shape, array.dtype, segment.buffer, offset)
