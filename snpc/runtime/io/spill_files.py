@@ -21,12 +21,12 @@ import numpy as np
 from snpc.types import AnyArray
 
 SPILL_ALIGNMENT = 64  # bytes
-FIRST_SEGMENT, LARGEST_SEGMENT = 16 << 20, 1 << 30  # bytes; a file is as large as those before it together
+FIRST_FILE, LARGEST_FILE = 16 << 20, 1 << 30  # bytes; a file is as large as those before it together
 ZEROS = bytes(1 << 20)
 
 
 @dataclass
-class Segment:
+class SpillFile:
     """One file. ``free``: (offset, length) of what no array takes, in order."""
 
     buffer: mmap.mmap
@@ -54,39 +54,39 @@ class SpillFiles:
     """Files for the arrays of one owner, in the system's folder for temporary files (TMPDIR)."""
 
     def __init__(self) -> None:
-        self.segments: list[Segment] = []
-        self.gone: deque[tuple[Segment, int, int]] = deque()  # arrays may end at any time, amid a search for room too
+        self.opened: list[SpillFile] = []
+        self.gone: deque[tuple[SpillFile, int, int]] = deque()  # arrays may end at any time, amid a search for room too
 
     def keep(self, array: AnyArray) -> AnyArray:
         """A copy of the array in a file. Raises OSError where there is no room."""
         length = -(-max(array.nbytes, 1) // SPILL_ALIGNMENT) * SPILL_ALIGNMENT
-        segment, offset = self.room_for(length)
+        file, offset = self.room_for(length)
         # not a view of another array: views of it then refer to it, and it is gone no sooner than they are
-        kept: AnyArray = np.ndarray(array.shape, array.dtype, segment.buffer, offset)
+        kept: AnyArray = np.ndarray(array.shape, array.dtype, file.buffer, offset)
         kept[...] = array
-        weakref.finalize(kept, self.gone.append, (segment, offset, length))
+        weakref.finalize(kept, self.gone.append, (file, offset, length))
         return kept
 
-    def room_for(self, length: int) -> tuple[Segment, int]:
+    def room_for(self, length: int) -> tuple[SpillFile, int]:
         while self.gone:
-            segment, offset, size = self.gone.popleft()
-            segment.give_back(offset, size)
-        for segment in self.segments:
-            found = segment.take(length)
+            file, offset, size = self.gone.popleft()
+            file.give_back(offset, size)
+        for file in self.opened:
+            found = file.take(length)
             if found is not None:
-                return segment, found
-        size = min(max(FIRST_SEGMENT, sum(len(s.buffer) for s in self.segments)), LARGEST_SEGMENT)
-        segment = open_segment(max(size, length))
-        self.segments.append(segment)
-        found = segment.take(length)
+                return file, found
+        size = min(max(FIRST_FILE, sum(len(s.buffer) for s in self.opened)), LARGEST_FILE)
+        file = open_spill_file(max(size, length))
+        self.opened.append(file)
+        found = file.take(length)
         assert found is not None
-        return segment, found
+        return file, found
 
 
-def open_segment(size: int) -> Segment:
+def open_spill_file(size: int) -> SpillFile:
     with tempfile.TemporaryFile(prefix="snpc-") as file:
         reserve(file, size)
-        return Segment(mmap.mmap(file.fileno(), size), [(0, size)])  # which keeps the file
+        return SpillFile(mmap.mmap(file.fileno(), size), [(0, size)])  # which keeps the file
 
 
 def reserve(file: IO[bytes], size: int) -> None:

@@ -38,10 +38,10 @@ def test_room_is_used_again() -> None:
     for _ in range(100):
         files.keep(np.zeros(1 << 20))  # 8 MB
         gc.collect()
-    assert len(files.segments) == 1
+    assert len(files.opened) == 1
     files.room_for(64)
-    (segment,) = files.segments
-    assert sum(size for _, size in segment.free) == len(segment.buffer) - 64 and len(segment.free) == 1
+    (file,) = files.opened
+    assert sum(size for _, size in file.free) == len(file.buffer) - 64 and len(file.free) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files by /proc")
