@@ -268,7 +268,7 @@ def best_profile(
     """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
     step takes time beside its MACs."""
     candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
-    for profile in evaluator.execution.track("token schedules", profiles, len(profiles)):
+    for profile in evaluator.execution.track("token schedules, one cost", profiles, len(profiles)):
         schedule = evaluator.scale_to_macs(method, profile, macs)
         if schedule is not None:
             candidates.append((evaluator.drift(method, schedule), profile, schedule))

@@ -47,6 +47,7 @@ from snpc.runtime.execution.progress import (
     StageCost,
     announce,
     ignore_advance,
+    track,
 )
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
@@ -84,7 +85,7 @@ from snpc.runtime.execution.temporary_session import (
     save_runnable,
     temporary_session,
 )
-from snpc.runtime.execution.workers import LostWorker, Workers, workers_of
+from snpc.runtime.execution.workers import LostWorker, Reduction, Workers, workers_of
 
 __all__ = [
     "DEFAULT_EXECUTION",
@@ -99,6 +100,7 @@ __all__ = [
     "LostWorker",
     "Progress",
     "RandomInputs",
+    "Reduction",
     "RunFunction",
     "Runner",
     "SessionLoadError",
@@ -142,6 +144,7 @@ __all__ = [
     "sizes_text",
     "temporary_session",
     "too_large_reason",
+    "track",
     "vector_width",
     "workers_of",
 ]

@@ -12,9 +12,18 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
-from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity.loss_curves import (
+    CURVE_SHARES,
+    REFINEMENT_ROUNDS,
+    SAMPLES_PER_WIDTH,
+    measurable_widths,
+    measure_loss_curves,
+)
 
 __all__ = [
+    "CURVE_SHARES",
+    "REFINEMENT_ROUNDS",
+    "SAMPLES_PER_WIDTH",
     "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
