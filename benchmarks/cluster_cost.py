@@ -64,7 +64,7 @@ def recorded(steps: list[Step]) -> Any:
     return run
 
 
-def measure(model: Path, data: Path, samples: int, batch: int, target: str, count: int, output: Path) -> Run:
+def measure(options: argparse.Namespace, count: int) -> Run:
     run = Run(count)
     original = DistributedBatchValues.run
     DistributedBatchValues.run = recorded(run.steps)  # type: ignore[method-assign]
@@ -72,14 +72,17 @@ def measure(model: Path, data: Path, samples: int, batch: int, target: str, coun
     try:
         with ProcessPoolExecutor(count, mp_context=context) as executor:
             list(executor.map(time.sleep, [1.0] * count))  # the workers are there before the clock starts
-            loaded = snpc.load(model)
-            calibration = snpc.load_calibration(data, loaded.inputs, samples=samples, batch=batch, held_out=4)
+            loaded = snpc.load(options.model)
+            calibration = snpc.load_calibration(
+                options.data, loaded.inputs, samples=options.samples, batch=options.batch, held_out=2
+            )
             processes = [psutil.Process(pid) for pid in executor._processes]
             start, own, workers = time.perf_counter(), time.process_time(), processor_time(processes)
             snpc.prune(
-                model,
-                output,
-                target=target,
+                options.model,
+                options.output,
+                target=options.target,
+                uniform=options.uniform,
                 tokens="none",
                 calibration=calibration,
                 execution=snpc.Execution(executor=executor, threads=1),
@@ -119,15 +122,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--target", default="macs=0.6")
+    parser.add_argument("--uniform", action="store_true", help="all groups alike: no trials")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, default=Path("cluster-cost.onnx"))
     options = parser.parse_args()
     runs = []
     print(f"{'workers':>7} {'seconds':>8} {'own CPU':>8} {'worker CPU':>10} {'own + workers/N':>15}")
     for count in options.workers:
-        run = measure(
-            options.model, options.data, options.samples, options.batch, options.target, count, options.output
-        )
+        run = measure(options, count)
         runs.append(run)
         ideal = run.own + run.workers / count
         print(f"{count:7} {run.seconds:8.1f} {run.own:8.1f} {run.workers:10.1f} {ideal:15.1f}", flush=True)

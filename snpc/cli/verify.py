@@ -25,7 +25,7 @@ from snpc.cli.arguments import (
     command,
     option,
 )
-from snpc.errors import CheckFailed
+from snpc.errors import CheckFailed, UserError
 from snpc.pipeline import completion_stages, verdict_json
 from snpc.runtime.calibration import MAX_HELD_OUT
 from snpc.runtime.execution import announce
@@ -63,6 +63,8 @@ def verify_command(
     Outputs are compared on the data of --calib, or on random inputs.
     """
     pruned = arguments.pruned
+    if running.cluster is not None and arguments.plan_path is None:
+        raise UserError("--cluster spreads the refit of a plan: give --plan too, or leave it out")
     loaded = snpc.load(model.path)
     sizes = model.at.sizes(loaded.inputs)
     slices = snpc.load_plan(arguments.plan_path, loaded, sizes) if arguments.plan_path else None

@@ -27,6 +27,10 @@ def test_what_is_no_cluster_is_refused(text: str) -> None:
     assert "local:N" in invoke(*PRUNE, "--cluster", text, code=2).output
 
 
+def test_a_comparison_of_two_files_is_not_spread() -> None:
+    assert "give --plan too" in invoke("verify", VIT, VIT, "--cluster", "local:2", code=2).output
+
+
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install snpc\[cluster\]"), open_cluster("local:2"):
