@@ -1,6 +1,7 @@
 """Statistics of activations, collected inside onnxruntime over calibration data.
 
 Files
+  distributed_measure  Statistics measured by the workers of an executor, each on its share of the batches.
   gate_gradients    Gradients of unit gates, for criteria that ask for them.
   instrument        Statistics as nodes of the graph: the runtime sums them along with the model, so that no activation
                     is kept.
@@ -26,6 +27,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.statistics.distributed_measure import keep_token_masks
 from snpc.runtime.statistics.gate_gradients import (
     GATE_PREFIX,
     GateObserver,
@@ -95,6 +97,7 @@ __all__ = [
     "find_padding",
     "group_moments",
     "group_weight_rows",
+    "keep_token_masks",
     "load_statistics",
     "measure_statistics",
     "measure_token_relevance",
