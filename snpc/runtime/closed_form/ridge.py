@@ -26,7 +26,7 @@ is best, what it leaves of the coefficients is noise: mean fill."""
 START = RIDGES.index(0.1)  # where the search begins
 HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
 BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
-REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: shrinkage adds up over layers, noise does not; measured
+REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: see ``choose_refit_ridge``
 PROBES = 64  # random combinations of the targets that stand for all of them
 
 
