@@ -157,3 +157,15 @@ def test_commands_that_keep_nothing_say_so(files: Path, tmp_path: Path) -> None:
     assert "work: no stage ran that keeps anything" in result.stderr
     refused = invoke("inspect", files / "model.onnx", "--work", tmp_path / "work", code=2)
     assert "--work keeps what --curves measures" in refused.stderr
+
+
+def test_tokens_are_chosen_from_what_was_tried(files: Path, tmp_path: Path) -> None:
+    runs = []
+    for number in range(3):
+        output = tmp_path / f"{number}.onnx"
+        where = () if number == 0 else ("--work", tmp_path / "work")
+        words = ("--calib", files / "calib.npz", "--calib-samples", 32, "--target", "macs=0.6", "--tokens", "auto")
+        runs.append(invoke("prune", files / "model.onnx", *words, "-o", output, *where))
+        assert output.read_bytes() == (tmp_path / "0.onnx").read_bytes()
+    assert "work: nothing to resume" in runs[1].stderr and "token schedules" in runs[1].stderr
+    assert "work: resumed token schedules" in runs[2].stderr

@@ -105,16 +105,13 @@ class DenseValues:
 
     def keep_in(self, stage: StoredStage) -> None:
         """Store them with the statistics that were measured beside them."""
-        arrays = {f"{k} {name}": array for k, values in enumerate(self.batches) for name, array in values.items()}
-        stage.put(DENSE_ENTRY, [list(values) for values in self.batches], arrays)
+        stage.put_batches(DENSE_ENTRY, self.batches)
 
     def restore(self, stage: StoredStage, batches: int) -> bool:
         """Take the values that were stored, mapped from their file. False where they are missing."""
-        entry = stage.get(DENSE_ENTRY)
-        if entry is None or len(entry.record) != batches:
-            return False
-        self.batches = [{name: entry.arrays[f"{k} {name}"] for name in names} for k, names in enumerate(entry.record)]
-        return True
+        found = stage.get_batches(DENSE_ENTRY, batches)
+        self.batches = found or []
+        return found is not None
 
 
 def dense_name(name: str) -> str:
