@@ -11,6 +11,7 @@ change of its weight, which is added to the values at the border.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
 from snpc.runtime.closed_form.masked_weights import edited_constants
+from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     FitStage,
     NotSegmentable,
@@ -53,13 +55,14 @@ from snpc.runtime.statistics import (
     consumer_moments,
     find_padding,
     keep_token_masks,
+    moment_about,
     probe_row_counters,
     token_mask_runner,
     unpack_symmetric,
 )
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
-RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units
+RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
 GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
 
@@ -244,12 +247,25 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
 
 
 def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
-    """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units."""
+    """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units, with the ridge
+    that carries over from one half of the batches to the other; of one batch, with ``RESIDUAL_DAMPING``."""
     moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
-    (mean,), total = moments.means, sums.total(TOTAL).reshape(-1)
-    cross = sums.total(CROSS).reshape(width, -1) - np.outer(mean, total)
-    correction = solve_ridge(moments.moment, cross, RESIDUAL_DAMPING)
-    return correction, total / moments.count - mean @ correction
+    (mean,), total = moments.means, sums.total(TOTAL).reshape(-1) / moments.count
+    cross = sums.total(CROSS).reshape(width, -1) - moments.count * np.outer(mean, total)
+    ridge = RESIDUAL_DAMPING
+    if sums.odd:
+        odd = odd_regression(sums, mean, total)
+        ridge = choose_ridge((Regression(moments.moment, cross) - odd, odd)).ridge
+    correction = np.zeros(cross.shape) if math.isinf(ridge) else solve_ridge(moments.moment, cross, ridge)
+    return correction, total - mean @ correction
+
+
+def odd_regression(sums: BatchSums, mean: FloatArray, error: FloatArray) -> Regression:
+    """The part of the odd batches in the regression of the error about the means of hidden units and error."""
+    gram, total = unpack_symmetric(sums.odd[GRAM]), sums.odd[TOTAL].reshape(-1)
+    shift = gram[-1, :-1] - gram[-1, -1] * mean
+    cross = sums.odd[CROSS].reshape(len(mean), -1) - np.outer(mean, total) - np.outer(shift, error)
+    return Regression(moment_about(gram, mean), cross)
 
 
 def compensate(
