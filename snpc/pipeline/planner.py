@@ -49,7 +49,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves, predicted_curves
 from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
@@ -254,7 +254,7 @@ def make_plan(
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
     elif method != "select" and not budget.uniform:
-        scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
+        scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
     return PruningPlan(
         make_slice_plan(scores, budget),
         closed_forms if method != "select" else None,
@@ -323,15 +323,6 @@ def default_method(calibration: Calibration | None, refits: bool, effort: Effort
     if not refits:
         return "select"
     return "auto" if calibration is not None and effort != "quick" else "parallel"
-
-
-def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
-    """[size + 1]: the closed form's loss relative to that of removing the whole group, or the scores' in its place."""
-    curve = closed_forms.loss_curve(group)
-    if curve is None:
-        ordered = np.sort(scores.values[group.id], axis=1).mean(0)
-        curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]
-    return curve / max(float(curve[0]), 1e-300)
 
 
 def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:

@@ -14,13 +14,22 @@ Files
 
 from __future__ import annotations
 
-from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_prune, make_slice_plan, predicted_drift
+from snpc.planning.allocate import (
+    allocate_widths,
+    allocation_path,
+    groups_to_prune,
+    make_slice_plan,
+    predicted_drift,
+    required_savings,
+    savings_by_width,
+)
 from snpc.planning.config import (
     DEFAULT_ROLES,
     Allocator,
     Budget,
     Effort,
     ResourceTarget,
+    allowed_widths,
     parse_max_ratios,
     parse_target,
 )
@@ -51,6 +60,7 @@ __all__ = [
     "UnitScores",
     "allocate_widths",
     "allocation_path",
+    "allowed_widths",
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",
@@ -63,6 +73,8 @@ __all__ = [
     "plan_to_json",
     "predicted_drift",
     "prunes_kv_cache",
+    "required_savings",
+    "savings_by_width",
     "select_units",
     "token_reduction_in",
     "top_units",

@@ -5,6 +5,7 @@ Files
                    width.
   loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
                    a time.
+  predicted_curves  Loss curves without trials: the closed-form losses of all groups, brought to one scale.
   segmented_model  A model in segments whose weights are inputs, so that a trial of changed weights runs only from their
                    segment on.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
 from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 
 __all__ = [
     "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
+    "predicted_curves",
 ]
