@@ -92,7 +92,8 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class DataRow:
-    """How one prune is asked for. ``options``: of ``snpc.prune``. ``sweep``: several targets in one sweep instead."""
+    """How one prune is asked for. ``options``: of ``snpc.prune``. ``sweep``: several targets in one sweep instead.
+    ``sizes``: of dynamic dimensions of the inputs. ``memory_limit``: bytes, of ``snpc.Execution``."""
 
     name: str
     model: Path
@@ -100,11 +101,14 @@ class DataRow:
     threads: int
     options: dict[str, Any]
     sweep: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    memory_limit: int | None = None
 
 
 @dataclass(frozen=True)
 class DataCost:
-    """``passes``: seconds of plain passes over the samples; ``total``: of the prune; ``peak``, ``before``: bytes."""
+    """``passes``: seconds of plain passes over the samples; ``total``: of the prune. In bytes: ``peak`` of the prune,
+    what was there ``before`` it, and ``passes_peak``."""
 
     name: str
     passes: Seconds
@@ -112,6 +116,7 @@ class DataCost:
     stages: dict[str, Seconds]
     peak: int
     before: int
+    passes_peak: int
     macs: tuple[float, ...]
     drift: tuple[float, ...]
 
@@ -120,12 +125,11 @@ class DataCost:
         return self.total.over(self.passes)
 
 
-def random_feeds(model: Path, samples: int) -> dict[str, Any]:
-    """Random inputs: normal numbers, and token numbers for integers. Dynamic sizes behind the first are those that snpc
-    quotes MACs at."""
+def random_feeds(row: DataRow, samples: int) -> dict[str, Any]:
+    """Random inputs: normal numbers, and token numbers for integers."""
     import snpc
 
-    calibration = snpc.random_calibration(snpc.analyze(snpc.load(model)), samples=samples)
+    calibration = snpc.random_calibration(snpc.analyze(snpc.load(row.model), row.sizes or None), samples=samples)
     batches = list(calibration.batches())
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -154,12 +158,14 @@ def measure_row(row: DataRow) -> DataCost:
     """One row, in this process."""
     import snpc
 
-    feeds = random_feeds(row.model, row.samples + max(row.samples // 4, 1))  # the last fifth is held out
+    feeds = random_feeds(row, row.samples + max(row.samples // 4, 1))  # a fifth is held out
     passed = {name: array[: row.samples] for name, array in feeds.items()}
-    passes = [plain_passes(row.model, passed, row.threads) for _ in range(2)]
+    return_memory()
+    with sampled_peak() as passes_peak:
+        passes = [plain_passes(row.model, passed, row.threads) for _ in range(2)]
     return_memory()
     times = StageTimes()
-    execution = snpc.Execution(threads=row.threads, progress=times)
+    execution = snpc.Execution(threads=row.threads, memory_limit=row.memory_limit, progress=times)
     inputs = snpc.load(row.model).inputs
     calibration = snpc.load_calibration(feeds, inputs, samples=row.samples, batch=BATCH)
     before = anonymous_bytes()
@@ -172,7 +178,7 @@ def measure_row(row: DataRow) -> DataCost:
     plain = Seconds(statistics.median(p.wall for p in passes), statistics.median(p.cpu for p in passes))
     known = sum(times.seconds.values(), Seconds())
     stages = {**times.seconds, REST: total - known}
-    return DataCost(row.name, plain, total, stages, peak[0], before, macs, drift)
+    return DataCost(row.name, plain, total, stages, peak[0], before, passes_peak[0], macs, drift)
 
 
 Shares = tuple[tuple[float, ...], tuple[float, ...]]  # MACs that are left, as shares, and drifts
@@ -211,5 +217,6 @@ def print_cost(cost: DataCost, samples: int) -> None:
         print(f"{name:32s} {seconds.wall:8.2f} {share.wall:8.2f} {seconds.cpu:8.2f} {share.cpu:8.2f}")
     macs, drift = (", ".join(f"{value:.3f}" for value in values) for values in (cost.macs, cost.drift))
     print(f"{ratio.wall:.2f} x plain passes, {ratio.cpu:.2f} x in processor time; MACs {macs}; drift {drift}")
-    megabytes = (cost.peak / 1e6, cost.before / 1e6)
-    print("peak anonymous memory {:.0f} MB, of which {:.0f} MB before the first stage".format(*megabytes), flush=True)
+    peak, before, passes = (size / 1e6 for size in (cost.peak, cost.before, cost.passes_peak))
+    print(f"peak anonymous memory {peak:.0f} MB, {before:.0f} MB of it before the first stage; "
+          f"of the plain passes {passes:.0f} MB", flush=True)  # fmt: skip

@@ -22,7 +22,7 @@ Files
   listings       ``snpc passes``, ``snpc criteria`` and ``snpc example``: what ships with snpc.
   plan           ``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and
                  edited.
-  progress       Progress on stderr: bars on a terminal; in a pipe nothing, or a line every few seconds.
+  progress/      Progress on stderr: one bar for a run on a terminal, lines in a pipe.
   prune          ``snpc prune``: score, plan, write and verify in one step.
   sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
   tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
@@ -46,7 +46,7 @@ from snpc.cli.listings import criteria_command, example_command, passes_command
 from snpc.cli.plan import apply_command, plan_command
 from snpc.cli.prune import prune_command
 from snpc.cli.sweep import sweep_command
-from snpc.cli.tables import print_step
+from snpc.cli.tables import print_error
 from snpc.cli.verify import verify_command
 from snpc.errors import CheckFailed, SnpcError
 from snpc.runtime.io import recorded_publications
@@ -63,11 +63,11 @@ class ErrorReportingGroup(click.Group):
                 with interruptible():
                     return super().invoke(ctx)
             except SnpcError as error:
-                print_step(" ".join(str(error).split()))  # names in a model may hold line breaks
+                print_error(" ".join(str(error).split()))  # names in a model may hold line breaks
                 sys.exit(1 if isinstance(error, CheckFailed) else 2)
             except Interrupted as interruption:
                 done = f"after writing {', '.join(map(str, written))}" if written else "nothing written"
-                print_step(f"interrupted, {done}")
+                print_error(f"interrupted, {done}")
                 sys.exit(interruption.exit_code)
 
 

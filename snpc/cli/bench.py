@@ -23,7 +23,6 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import timing_progress
 from snpc.errors import UserError
 from snpc.runtime.evaluation import TimingProtocol
 from snpc.runtime.execution import RandomInputs, open_runner
@@ -94,14 +93,12 @@ def bench_command(
         data = calibration.batches()
     if source is not None and (inputs.at.shapes or inputs.at.dims):
         raise UserError("--calib brings its own shapes: leave out --input-shapes and --dim-param")
-    with timing_progress() as on_progress:
-        result = snpc.bench(
-            paths,
-            RandomInputs(batch, inputs.at.input_shapes() or None, inputs.at.dim_sizes()) if data is None else data,
-            protocol=TimingProtocol(protocol.warmup, protocol.iterations, protocol.duration),
-            execution=replace(running.load(), threads=protocol.threads),
-            on_progress=on_progress,
-        )
+    result = snpc.bench(
+        paths,
+        RandomInputs(batch, inputs.at.input_shapes() or None, inputs.at.dim_sizes()) if data is None else data,
+        protocol=TimingProtocol(protocol.warmup, protocol.iterations, protocol.duration),
+        execution=replace(running.load(), threads=protocol.threads),
+    )
     json.write(result.to_json())
     if not json.replaces_tables:
         tables.print_bench(result)

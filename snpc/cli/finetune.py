@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     CheckpointArguments,
     JsonArguments,
     ModelArguments,
+    QuietArguments,
     ScheduleArguments,
     SizeArguments,
     TrainingArguments,
@@ -91,6 +92,7 @@ def finetune_command(
     pruning: ScheduleArguments,
     checkpoint: CheckpointArguments,
     output: FinetuneOutput,
+    printing: QuietArguments,
 ) -> None:
     """Train PRUNED towards the outputs of the dense model, and write it under the same names.
 

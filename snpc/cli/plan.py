@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,6 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.progress import StageBars
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch
@@ -67,7 +66,7 @@ def plan_command(
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):
         return
-    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch())
+    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch(execution.progress))
     snpc.save_plan(plan, path)
     announce_plan(plan, typed)
     tables.note_if_predicted(plan)
@@ -89,7 +88,7 @@ def measured_shard(
     selection = planning.selection
     import_gradient_provider(selection.criterion)
     request = PlanRequest(planning.budget(), selection.method, selection.criterion, effort=selection.effort)
-    statistics.measure_shard(analysis, calibration, request, replace(execution, progress=StageBars()))
+    statistics.measure_shard(analysis, calibration, request, execution)
     return True
 
 
@@ -121,7 +120,7 @@ def plan_from_arguments(
             statistics=measured,
             method=planning.selection.method,
             criterion=criterion,
-            execution=replace(execution, progress=StageBars()),
+            execution=execution,
             workload=workload,
             effort=planning.selection.effort,
         )
@@ -169,7 +168,8 @@ def apply_command(
     A plan of --method auto needs --calib, the data that it was made with; one of --method parallel needs that or
     --load-stats. Other plans use --calib for verification only.
     """
-    execution, stopwatch = running.load(), Stopwatch()
+    execution = running.load()
+    stopwatch = Stopwatch(execution.progress)
     with stopwatch.stage("analyze"):
         loaded = snpc.load(model.path)
         slices = snpc.load_plan(plan.plan_file, loaded, model.at.sizes(loaded.inputs))

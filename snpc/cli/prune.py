@@ -68,8 +68,9 @@ def prune_command(
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL, write the result, verify what was written, and show before and after."""
-    observer, stopwatch, typed = model.dump.load(), Stopwatch(), TypedCommand.current()
+    observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
+    stopwatch = Stopwatch(execution.progress)
     path = output.output or model.sibling("-pruned.onnx")
     with stopwatch.stage("analyze"):
         analysis = planning.judging.apply(model.load(observer))

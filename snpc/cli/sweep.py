@@ -23,9 +23,8 @@ from snpc.cli.arguments import (
     option,
     parse_target_name,
 )
-from snpc.cli.progress import step_progress
 from snpc.errors import UserError
-from snpc.pipeline import SweepBuilder, SweepRequest, count_sweep_steps, sweep, write_json
+from snpc.pipeline import SweepBuilder, SweepRequest, sweep, write_json
 from snpc.planning import parse_target
 from snpc.report import write_sweep_plot
 from snpc.runtime.calibration import Calibration
@@ -120,25 +119,23 @@ def sweep_command(
     evaluation = None
     if arguments.held_out is not None:
         evaluation = calibration.load_evaluation(arguments.held_out, arguments.labels, analysis)
-    with step_progress(count_sweep_steps(targets)) as on_step:
-        result = sweep(
-            analysis,
-            targets,
-            folder,
-            data,
-            SweepRequest(
-                planning.budget(targets[0]) if planning.selection.roles else None,
-                planning.reduction.tokens,
-                planning.selection.method,
-                evaluation,
-                arguments.batch,
-                arguments.iterations,
-                planning.selection.effort,
-            ),
-            builder=sweep_builder(arguments, data, execution),
-            execution=execution,
-            on_step=on_step,
-        )
+    result = sweep(
+        analysis,
+        targets,
+        folder,
+        data,
+        SweepRequest(
+            planning.budget(targets[0]) if planning.selection.roles else None,
+            planning.reduction.tokens,
+            planning.selection.method,
+            evaluation,
+            arguments.batch,
+            arguments.iterations,
+            planning.selection.effort,
+        ),
+        builder=sweep_builder(arguments, data, execution),
+        execution=execution,
+    )
     write_json(result.to_json(), table)
     write_sweep_plot(result, plot)
     tables.print_sweep(result)

@@ -43,6 +43,11 @@ if TYPE_CHECKING:  # this needs torch
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# in click's ``Context.meta``:
+QUIET_KEY = "snpc.quiet"  # was --quiet given?
+CLEAR_KEY = "snpc.clear"  # a function that takes what is drawn on the terminal away, before other text is printed
+
+
 def printable(text: str) -> str:
     """The text in one line, with escapes for what does not show: names in a model may hold anything."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -51,6 +56,10 @@ def printable(text: str) -> str:
 def print_text(text: str, err: bool = False, color: bool | None = None) -> None:
     """Print a text as it is; characters that the stream cannot encode become escapes. Raises UserError where stdout
     cannot be written; a reader that went away ends the command silently."""
+    context = click.get_current_context(silent=True)
+    clear = context.meta.get(CLEAR_KEY) if context is not None else None
+    if clear is not None:
+        clear()
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err, color=color)
@@ -72,13 +81,25 @@ def print_line(text: str) -> None:
     print_text(printable(text))
 
 
+def is_quiet() -> bool:
+    """Does the command that runs print results, warnings and errors only (``--quiet``)?"""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET_KEY))
+
+
 def print_note(text: str) -> None:
-    """Print a remark to stderr, so that pipes get results only."""
-    print_text(printable(f"snpc: note: {text}"), err=True)
+    """Print a remark to stderr, so that pipes get results only. ``--quiet`` leaves it out."""
+    print_step(f"note: {text}")
 
 
 def print_step(text: str) -> None:
-    """Print to stderr what is about to be done, or what may follow."""
+    """Print to stderr what is about to be done, or what may follow. ``--quiet`` leaves it out."""
+    if not is_quiet():
+        print_error(text)
+
+
+def print_error(text: str) -> None:
+    """Print to stderr why a command ends."""
     print_text(printable(f"snpc: {text}"), err=True)
 
 

@@ -39,7 +39,7 @@ from snpc.pipeline.planner import (
 from snpc.pipeline.prune import prune
 from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
-from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, count_sweep_steps, sweep
+from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
 from snpc.pipeline.token_request import (
     ALL_TOKENS,
@@ -65,7 +65,6 @@ __all__ = [
     "apply",
     "apply_token_request",
     "complete_plan",
-    "count_sweep_steps",
     "effective_token_request",
     "file_decisions",
     "groups_json",

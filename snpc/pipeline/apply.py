@@ -8,30 +8,39 @@ from pathlib import Path
 from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, staging_folder_for, write_candidate
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.search import search_plans
+from snpc.pipeline.verify import Reference
 from snpc.temporary import TemporaryFolder
 
 
-def apply(plan: PruningPlan, path: Path | str | None = None, *, stopwatch: Stopwatch | None = None) -> PrunedModel:
+def apply(
+    plan: PruningPlan,
+    path: Path | str | None = None,
+    *,
+    stopwatch: Stopwatch | None = None,
+    reference: Reference | None = None,
+) -> PrunedModel:
     """Write the pruned model to ``path``, verified before it is renamed into place. None: nothing is left on disk;
     ``PrunedModel.model`` has the result.
 
     Of a budget for a drift or a latency, the limit is measured on written candidates, and wider or narrower plans are
-    tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``.
+    tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``. ``reference``: what the
+    original makes of the samples to verify on, where it was run for another plan (``candidate_reference``).
 
     Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
     model differs from the masked one, or where the smallest cut exceeds the drift. Then nothing is left at ``path``.
     """
-    stopwatch = stopwatch or Stopwatch()
+    stopwatch = stopwatch or Stopwatch(plan.execution.progress)
     if path is not None:
-        return apply_to_file(plan, Path(path), stopwatch)
+        return apply_to_file(plan, Path(path), stopwatch, reference)
     folder = TemporaryFolder()
-    return replace(apply_to_file(plan, folder.path / plan.analysis.model.path.name, stopwatch), folder=folder)
+    target = folder.path / plan.analysis.model.path.name
+    return replace(apply_to_file(plan, target, stopwatch, reference), folder=folder)
 
 
-def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch) -> PrunedModel:
+def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch, reference: Reference | None) -> PrunedModel:
     budget = plan.budget
     if budget is not None and plan.scores is not None and (budget.is_latency or budget.max_drift is not None):
-        return search_plans(plan, budget, plan.scores, target, stopwatch)
+        return search_plans(plan, budget, plan.scores, target, stopwatch, reference)
     with staging_folder_for(plan, target) as folder:
-        candidate = write_candidate(plan, folder / target.name, stopwatch)
+        candidate = write_candidate(plan, folder / target.name, stopwatch, reference)
         return publish_candidate(candidate, plan, target, stopwatch)

@@ -21,6 +21,7 @@ from snpc.pipeline.verify import Reference, candidate_reference, verify_candidat
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import approximate_groups
+from snpc.runtime.execution import SILENT, Progress
 from snpc.runtime.io import (
     check_target,
     file_bytes,
@@ -40,15 +41,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stopwatch:
-    """Seconds per stage, in the order in which they ran."""
+    """Seconds per stage, in the order in which they ran. ``progress`` hears of them."""
 
+    progress: Progress = SILENT
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self.progress.stage(name, 1) as advance:
+                yield
+                advance(1)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -37,7 +37,7 @@ from snpc.planning import (
     token_reduction_in,
 )
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
+from snpc.runtime.closed_form import ClosedForms, solve_closed_forms, using_algebra
 from snpc.runtime.evaluation import (
     MetricRequest,
     OutputMetrics,
@@ -236,7 +236,8 @@ def make_plan(
         assert statistics is not None
         refit_widths = {g.id: measurable_widths(g) for g in groups} if measures_curves else {}
         store = SpillableStore(memory_budget(execution.memory_limit) // 2)
-        closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
+        with using_algebra(execution.algebra):
+            closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
     scores = replace(scores, effort=request.effort)
@@ -250,7 +251,8 @@ def make_plan(
     if measures_curves:
         assert calibration is not None
         near = None if request.full_curves else budget
-        curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
+        with using_algebra(execution.algebra):
+            curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
     elif method != "select" and not budget.uniform:
@@ -373,7 +375,8 @@ def complete_plan(
     if statistics is None:
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
-    closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
+    with using_algebra(execution.algebra):
+        closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 

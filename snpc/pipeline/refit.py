@@ -14,6 +14,7 @@ from snpc.runtime.closed_form import (
     fit_normalizations,
     fit_parallel,
     in_rotated_order,
+    using_algebra,
     without_groups,
 )
 
@@ -34,12 +35,13 @@ def with_refitted_weights(plan: PruningPlan) -> tuple[SlicePlan, TracedGraph]:
     slices = in_rotated_order(plan.closed_forms, slices)
     exact = without_groups(slices, approximate)
     source = plan.analysis.traced_graph
-    if exact.keep:
-        source = refit_weights(plan, plan.closed_forms, exact)
-    if not approximate:
-        return slices, source
-    assert calibration is not None
-    return slices, fit_normalizations(source, slices, calibration, execution=plan.execution)
+    with using_algebra(plan.execution.algebra):
+        if exact.keep:
+            source = refit_weights(plan, plan.closed_forms, exact)
+        if not approximate:
+            return slices, source
+        assert calibration is not None
+        return slices, fit_normalizations(source, slices, calibration, execution=plan.execution)
 
 
 def refit_weights(plan: PruningPlan, closed_forms: ClosedForms, slices: SlicePlan) -> TracedGraph:

@@ -24,6 +24,7 @@ from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.verify import Reference
 from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
 from snpc.runtime.evaluation import OutputMetrics, Workload, time_pair
+from snpc.runtime.execution import Advance, ignore_advance
 from snpc.temporary import temporary_folder
 from snpc.types import FloatArray
 
@@ -33,11 +34,16 @@ LATENCY_MARGIN = 0.03  # a latency when it is at most this share of the dense mo
 
 
 def search_plans(
-    plan: PruningPlan, budget: Budget, scores: UnitScores, target: Path, stopwatch: Stopwatch
+    plan: PruningPlan,
+    budget: Budget,
+    scores: UnitScores,
+    target: Path,
+    stopwatch: Stopwatch,
+    reference: Reference | None = None,
 ) -> PrunedModel:
     """Write the narrowest model within ``budget.max_drift``, or the widest within the latency. See ``apply``."""
     with staging_folder_for(plan, target) as folder:
-        search = PlanSearch(plan, budget, scores, target, stopwatch, folder)
+        search = PlanSearch(plan, budget, scores, target, stopwatch, folder, reference=reference)
         return meet_latency(search) if budget.is_latency else meet_drift(search)
 
 
@@ -98,7 +104,9 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
             raise UserError("--max-drift: the original cannot be run here, so no drift can be measured")
         return math.log(max(search.record(candidate, float(predicted[index]), candidate.drift, limit), 1e-300))
 
-    bisect_on_prediction(np.log(np.maximum(predicted, 1e-300)), math.log(limit), measure, DRIFT_LOG_MARGIN)
+    logs = np.log(np.maximum(predicted, 1e-300))
+    with search.plan.execution.progress.stage("search", SEARCH_ROUNDS) as advance:
+        bisect_on_prediction(logs, math.log(limit), measure, DRIFT_LOG_MARGIN, advance)
     if search.best is None:
         least = min(value for _, value in search.tried)
         raise CheckFailed(
@@ -134,7 +142,8 @@ def meet_latency_in(folder: Path, search: PlanSearch) -> PrunedModel:
         value = share * (dense if target.ms is not None else 1.0)
         return search.record(candidate, float(shares[index]) * scale, value, limit) / scale
 
-    bisect_on_prediction(shares, limit / scale, measure, LATENCY_MARGIN)
+    with search.plan.execution.progress.stage("search", SEARCH_ROUNDS) as advance:
+        bisect_on_prediction(shares, limit / scale, measure, LATENCY_MARGIN, advance)
     unit = "ms" if target.ms is not None else ""
     if search.best is None:
         least = min(value for _, value in search.tried)
@@ -151,12 +160,18 @@ def search_path(search: PlanSearch) -> AllocationPath:
     return allocation_path(search.plan.groups, search.scores, search.budget)[0]
 
 
-def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[[int], float], margin: float) -> int:
+def bisect_on_prediction(
+    predicted: FloatArray,
+    limit: float,
+    measure: Callable[[int], float],
+    margin: float,
+    advance: Advance = ignore_advance,
+) -> int:
     """The largest index at which a measurement was within ``limit``; -1 if none was.
 
     ``predicted`` rises. Measurements shift it, interpolated between their indices. From the fourth round on the
     remaining interval is halved as well, and the last round tries index 0 if nothing was within the limit. A value at
-    most ``margin`` below the limit ends the search.
+    most ``margin`` below the limit ends the search. ``advance`` hears of every round, and of those that are spared.
     """
     known: dict[int, float] = {}
     low, high = -1, len(predicted)
@@ -170,12 +185,14 @@ def bisect_on_prediction(predicted: FloatArray, limit: float, measure: Callable[
             guess = 0
         guess = min(max(guess, low + 1), high - 1)
         known[guess] = measure(guess)
+        advance(1)
         if known[guess] > limit:
             high = guess
         else:
             low = guess
             if known[guess] >= limit - margin:
                 break
+    advance(SEARCH_ROUNDS - len(known))
     return low
 
 

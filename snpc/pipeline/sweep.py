@@ -14,6 +14,7 @@ from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request, effective_token_request
 from snpc.pipeline.token_schedule import check_token_target, prepare_evaluator
+from snpc.pipeline.verify import Reference, candidate_reference, verification_data
 from snpc.planning import Budget, Effort, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
@@ -30,10 +31,9 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
 from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
-from snpc.types import Cost
+from snpc.types import Cost, Difference, Quality
 
 ORIGINAL_NAME = "original"
-StepCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class SweepPoint:
     low: float = 1.0
     high: float = 1.0
     front: bool = False
+
+    def judged_by(self, differences: Sequence[Difference]) -> SweepPoint:
+        """The point with its quality, from what its outputs are beside the original's."""
+        agreement = differences[0].agreement if differences else None
+        return replace(self, drift=max_drift(differences), agreement=agreement)
 
     @property
     def quality(self) -> float:
@@ -122,43 +127,44 @@ def sweep(
     *,
     builder: SweepBuilder | None = None,
     execution: Execution = DEFAULT_EXECUTION,
-    on_step: StepCallback = lambda text: None,
 ) -> SweepResult:
     """Prune to each of ``targets``, build these models and the original (``builder`` None: the ONNX files themselves),
     judge and time all of them in the same rounds, and keep in ``folder`` the models on the Pareto front.
 
-    Statistics are measured once, or once for every number of tokens. ``on_step`` is called before each of
-    ``count_sweep_steps(targets)`` steps. Raises UserError for a target that cannot be reached, before anything is
-    written.
+    Statistics are measured once, or once for every number of tokens. The original is run once for all of them, and
+    without a ``builder`` and ``SweepRequest.evaluation`` the models are judged by what verification found. Raises
+    UserError for a target that cannot be reached, before anything is written.
     """
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
-    on_step("measuring")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
         (staging / "work").mkdir()
         source = analysis.model.path
 
-        def point(name: str, path: Path, cost: Cost, tokens: str = "") -> SweepPoint:
+        def point(name: str, path: Path, cost: Cost, quality: Quality | None = None, tokens: str = "") -> SweepPoint:
             files: tuple[Path, ...] = (path,)
             if builder is not None:
                 files = builder.build(path, staging / path.with_suffix(builder.suffix).name)
             size = sum(file_bytes(file) if file.suffix == ".onnx" else file.stat().st_size for file in files)
-            return SweepPoint(name, files, cost.macs, cost.params, size, 0.0, None, None, tokens)
+            found = SweepPoint(name, files, cost.macs, cost.params, size, 0.0, None, None, tokens)
+            return found if quality is None else found.judged_by(quality.differences)
 
         points = [point(ORIGINAL_NAME, source, analysis.cost)]
+        reference = shared_reference(list(plans.values()))
         for target, pruning_plan in plans.items():
-            on_step(str(target))
             path = staging / "work" / f"{source.stem}-{re.sub('[^0-9a-z.]+', '-', str(target))}.onnx"
-            pruned = apply(pruning_plan, path)
+            pruned = apply(pruning_plan, path, reference=reference_for(pruning_plan, reference))
             reduction = pruning_plan.analysis.reduction
-            points.append(point(str(target), path, pruned.after, reduction.spec if reduction is not None else ""))
-        on_step("judging and timing")
-        evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
-        points = with_timings(
-            with_quality(points, analysis, evaluation, execution), request, analysis.given_sizes, execution
-        )
+            tokens = reduction.spec if reduction is not None else ""
+            points.append(point(str(target), path, pruned.after, pruned.quality, tokens))
+        if builder is not None or request.evaluation is not None or reference.not_run:
+            evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
+            points = with_quality(points, analysis, evaluation, execution)
+        elif points[-1].agreement is not None:
+            points[0] = replace(points[0], agreement=1.0)
+        points = with_timings(points, request, analysis.given_sizes, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
 
@@ -244,11 +250,22 @@ def plan_each_target(
     return plans
 
 
-def count_sweep_steps(targets: Sequence[ResourceTarget]) -> int:
-    return len(targets) + 2
-
-
 # -- judging ---------------------------------------------------------------------------------------------------------
+
+
+def shared_reference(plans: Sequence[PruningPlan]) -> Reference:
+    """What the original makes of the samples to verify on, for all plans. A plan that keeps all tokens says most: the
+    original is run at other sizes as well."""
+    return candidate_reference(min(plans, key=lambda plan: plan.analysis.reduction is not None))
+
+
+def reference_for(plan: PruningPlan, reference: Reference) -> Reference:
+    """The reference of another plan of the same model and data; the decisions of its tokens are its own."""
+    if plan.analysis.reduction is None:
+        return reference
+    data = verification_data(plan.analysis, plan.calibration).first(len(reference.data.batches))
+    data = replace(data, source=reference.data.source, held_out=reference.data.held_out)
+    return replace(reference, data=data, probe=None)
 
 
 def with_quality(
@@ -259,15 +276,8 @@ def with_quality(
     judged = []
     for point in points:
         outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)
-        differences = batch_differences(dense, outputs, metrics)
-        judged.append(
-            replace(
-                point,
-                drift=max_drift(differences),
-                agreement=differences[0].agreement,
-                accuracy=top1_accuracy(outputs, evaluation.labels),
-            )
-        )
+        found = point.judged_by(batch_differences(dense, outputs, metrics))
+        judged.append(replace(found, accuracy=top1_accuracy(outputs, evaluation.labels)))
     return judged
 
 

@@ -63,10 +63,11 @@ def model_decisions(
     model: ir.Model, names: Sequence[str], calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Iterator[Feeds]:
     """The decisions of ``model``, batch by batch. The model is changed."""
+    batches = execution.track("token decisions", calibration.batches(), len(calibration.batch_plan))
     with temporary_folder() as folder:
         path = folder / "deciding.onnx"
         save(finalize(model), path)
-        yield from file_decisions(path, names, calibration.batches(), execution)
+        yield from file_decisions(path, names, batches, execution)
 
 
 def self_deciding_model(analysis: Analysis) -> ir.Model:

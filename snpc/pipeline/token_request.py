@@ -112,7 +112,8 @@ def measure_offline_scores(
         return {}
     points, scores = analysis.tokens.points, dict[int, tuple[float, ...]]()
     if any(method.needs_offline and not method.input_adaptive for method, _ in request.values()):
-        scores |= measure_token_relevance(analysis.model.graph, points, calibration.batches(), execution)
+        batches = execution.track("token relevance", calibration.batches(), len(calibration.batch_plan))
+        scores |= measure_token_relevance(analysis.model.graph, points, batches, execution)
     adaptive = [block for block, (method, amount) in request.items() if method.input_adaptive and amount.share != 1]
     if adaptive:
         scores |= dict.fromkeys(adaptive, (1.0,))

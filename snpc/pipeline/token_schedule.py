@@ -26,7 +26,7 @@ from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
 from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form import fit_parallel, in_rotated_order
+from snpc.runtime.closed_form import fit_parallel, in_rotated_order, using_algebra
 from snpc.runtime.evaluation import OutputMetrics, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import save
@@ -203,7 +203,7 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
         batches.append(feeds)
         if len(batches) * calibration.batch >= SCHEDULE_SAMPLES:
             break
-    dense = run_batches(analysis.model.path, batches, execution)
+    dense = run_batches(analysis.model.path, batches, execution, "token schedules, original")
     metrics = OutputMetrics.of(analysis).for_values(dense[0])
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # other methods work without it
@@ -223,7 +223,7 @@ def least_drift_method(evaluator: ScheduleEvaluator, macs: float) -> TokenMethod
     """The method that changes the outputs least when every block removes the same number of tokens."""
     drifts: list[tuple[float, str]] = []
     fixed = has_fixed_token_count(evaluator.analysis)
-    for method in TOKEN_METHODS.values():
+    for method in evaluator.execution.track("token methods", TOKEN_METHODS.values(), len(TOKEN_METHODS)):
         if (
             method.input_adaptive
             or (method.needs_offline and not evaluator.offline)
@@ -268,7 +268,7 @@ def best_profile(
     """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
     step takes time beside its MACs."""
     candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
-    for profile in profiles:
+    for profile in evaluator.execution.track("token schedules", profiles, len(profiles)):
         schedule = evaluator.scale_to_macs(method, profile, macs)
         if schedule is not None:
             candidates.append((evaluator.drift(method, schedule), profile, schedule))
@@ -284,15 +284,18 @@ def schedules_at_levels(
     """(MACs, schedule) of every level that can be reached. All stretches are tried at the middle level; at the others,
     variants of the best of them."""
     whole = window_profiles(len(evaluator.analysis.tokens.points))
-    middle = best_profile(evaluator, method, levels[len(levels) // 2], whole)
-    profiles = whole[:]
-    if middle is not None:
-        profiles = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
-    reached = []
-    for level in levels:
-        best = best_profile(evaluator, method, level, profiles) or best_profile(evaluator, method, level, whole)
-        if best is not None:
-            reached.append((level, best[1]))
+    with evaluator.execution.progress.stage("token schedules", 1 + len(levels)) as advance:
+        middle = best_profile(evaluator, method, levels[len(levels) // 2], whole)
+        advance(1)
+        profiles = whole[:]
+        if middle is not None:
+            profiles = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
+        reached = []
+        for level in levels:
+            best = best_profile(evaluator, method, level, profiles) or best_profile(evaluator, method, level, whole)
+            if best is not None:
+                reached.append((level, best[1]))
+            advance(1)
     return reached
 
 
@@ -369,7 +372,8 @@ def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:
     slices, source = plan.slices, plan.analysis.traced_graph
     if plan.closed_forms is not None:
         slices = in_rotated_order(plan.closed_forms, slices)
-        source = fit_parallel(plan.closed_forms, slices)
+        with using_algebra(plan.execution.algebra):
+            source = fit_parallel(plan.closed_forms, slices)
     model = rewrite_model(source, cuts_of(slices)).model
     assert plan.analysis.reduction is not None
     plan.analysis.reduction.embed_decisions(model)

@@ -135,7 +135,8 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
     sizes = analysis.traced_graph.dim_sizes
     with file_session(original, execution) as run:
         try:
-            outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
+            batches = execution.track("verification, original", data.batches, len(data.batches))
+            outputs = run_until(run, batches, MAX_OUTPUT_BYTES)
         except UserError:
             if not data.random_inputs:
                 raise

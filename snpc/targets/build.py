@@ -74,7 +74,7 @@ def build(
     if calibration is not None:  # samples that int8 was not calibrated on, if there are any
         feeds = tuple(islice((calibration.held_out or calibration).batches(), VERIFICATION_BATCHES))
     job = BuildJob(output_path, precision, execution, options_given, model, model, feeds, drawn)
-    with staging_folder(output_path) as folder, write_errors(output_path):
+    with staging_folder(output_path) as folder, write_errors(output_path), execution.progress.stage("build", 1):
         work = folder / "work"
         work.mkdir()
         source, notes = cast_model(loaded, build_target, precision, calibration, work)

@@ -10,6 +10,8 @@ or, with the dense model as the teacher:
     snpc.torch.finetune(Path("pruned.onnx"), Path("model.onnx"), data, Path("tuned.onnx"))
 
 Files
+  dense_algebra       The dense algebra of closed forms on torch: on a GPU where there is one, else on torch's CPU
+                      kernels.
   export_safetensors  Export of a graph's weights as safetensors, with the widths of its layers as JSON.
   finetune            Finetuning: the weights of a pruned model are trained towards the outputs of the dense model that
                       it came from.
@@ -26,7 +28,9 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.closed_form import register_algebra
 from snpc.runtime.statistics import register_gradient_provider
+from snpc.torch.dense_algebra import TorchAlgebra
 from snpc.torch.export_safetensors import export_tensors
 from snpc.torch.finetune import FinetuneResult, finetune, finetune_json
 from snpc.torch.module import GraphModule
@@ -65,6 +69,7 @@ __all__ = [
     "LearnedPlan",
     "PruningRound",
     "Rounds",
+    "TorchAlgebra",
     "TrainingHooks",
     "TrainingOptions",
     "TrainingProgress",
@@ -81,3 +86,4 @@ __all__ = [
 ]
 
 register_gradient_provider(compute_gate_gradients)
+register_algebra("torch", TorchAlgebra)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +17,8 @@ from click.testing import CliRunner, Result
 import snpc
 from snpc.cli import main
 from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, mark_pareto_front
+from snpc.runtime.evaluation import EvaluationData, OutputMetrics, batch_differences, collect_outputs
+from tests.patching import patch
 
 
 def point(name: str, accuracy: float, speedup: float) -> SweepPoint:
@@ -116,3 +120,35 @@ def test_what_a_sweep_refuses(tmp_path: Path, arguments: list[str], said: str) -
     assert result.exit_code == 2 and said in result.stderr, result.output
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("digits_vit-sweep/*.onnx"))
+
+
+@pytest.mark.parametrize("tokens", ["none", "merge:2@1,2"])
+@pytest.mark.slow
+def test_a_sweep_runs_the_original_once_to_verify_and_judges_by_that(
+    tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snpc.write_example("digits", tmp_path)
+    model, runs = tmp_path / "digits_vit.onnx", list[Path]()
+    run_original = sys.modules["snpc.pipeline.verify"].run_original
+
+    def counted(analysis: snpc.Analysis, original: Path, *others: Any) -> Any:
+        runs.append(original)
+        return run_original(analysis, original, *others)
+
+    patch(monkeypatch, "snpc.pipeline.verify.run_original", counted)
+    out = tmp_path / "sizes"
+    result = swept(tmp_path, "--targets", "macs=0.6,0.5", "-o", str(out), "--tokens", tokens)
+    assert result.exit_code == 0, result.output
+    assert runs == [model]
+    analysis = snpc.analyze(snpc.load(model))
+    held_out = snpc.load_calibration(tmp_path / "calib.npz", analysis.model.inputs, samples=32).held_out
+    assert held_out is not None
+    rows = json.loads((out / "sweep.json").read_text())["points"]
+    assert rows[0]["drift"] == 0 and rows[0]["agreement"] == 1
+    metrics = OutputMetrics.of(analysis)
+    for row in rows[1:]:
+        for name in row["files"]:
+            dense, cut = (collect_outputs(file, EvaluationData(held_out)) for file in (model, out / name))
+            (found,) = batch_differences(dense, cut, metrics)
+            assert row["drift"] == pytest.approx(found.drift, rel=1e-3)
+            assert row["agreement"] == found.agreement

@@ -38,6 +38,7 @@ from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import (
     ExecutionArguments,
     LimitedExecutionArguments,
+    QuietArguments,
     SpreadExecutionArguments,
     WorkloadArguments,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "PlanningArguments",
     "PrunableModelArguments",
     "PruneBuildArguments",
+    "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
     "SizeArguments",

@@ -11,6 +11,7 @@ import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option, subgroup
 from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
+from snpc.cli.progress import command_progress
 from snpc.errors import UserError
 from snpc.graph import PassObserver
 from snpc.runtime.execution import check_shape, parse_shapes
@@ -101,9 +102,13 @@ def load_and_analyze(
     observer: PassObserver | None = None,
 ) -> snpc.Analysis:
     """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
-    model = snpc.load(path, observer)
-    sizes = at.sizes(model.inputs) if at is not None else {}
-    return snpc.analyze(model, sizes, prune_kv_cache=kv_cache, observer=observer)
+    with command_progress().stage("analysis", 2) as advance:
+        model = snpc.load(path, observer)
+        advance(1)
+        sizes = at.sizes(model.inputs) if at is not None else {}
+        analysis = snpc.analyze(model, sizes, prune_kv_cache=kv_cache, observer=observer)
+        advance(1)
+    return analysis
 
 
 def named_sizes(

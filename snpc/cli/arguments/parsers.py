@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from snpc.errors import UserError
 from snpc.types import ROLES, Role
+
+if TYPE_CHECKING:
+    from snpc.runtime.execution import AlgebraName
 
 Number = TypeVar("Number", int, float)
 
@@ -33,6 +36,15 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
         from snpc.runtime.execution import resolve_provider
 
         resolve_provider(name)
+    return name
+
+
+def parse_algebra(ctx: click.Context, param: click.Parameter, name: AlgebraName) -> AlgebraName:
+    """Import the package that brings an algebra other than numpy's."""
+    if name == "torch":
+        from snpc.cli.torch_package import import_torch_package
+
+        import_torch_package("--algebra torch", ", or leave --algebra out")
     return name
 
 

@@ -10,13 +10,36 @@ from typing import ClassVar
 import click
 
 import snpc
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option
-from snpc.cli.arguments.parsers import parse_cluster_address, parse_memory_size, parse_provider
-from snpc.cli.tables import print_step
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
+from snpc.cli.arguments.parsers import parse_algebra, parse_cluster_address, parse_memory_size, parse_provider
+from snpc.cli.progress import command_progress
+from snpc.cli.tables import QUIET_KEY, print_step
 from snpc.runtime.evaluation import TimedArtifact
-from snpc.runtime.execution import Execution, open_cluster
+from snpc.runtime.execution import AlgebraName, Execution, open_cluster
 from snpc.runtime.io import WorkFolder
 from snpc.types import Shape
+
+
+def remember_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """Remember --quiet for whatever prints while the command runs."""
+    context.meta[QUIET_KEY] = value
+    return value
+
+
+@dataclass(frozen=True)
+class QuietArguments(ArgumentGroup):
+    """What is printed while the command runs."""
+
+    section: ClassVar[str] = "Running"
+
+    quiet: bool = option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        callback=remember_quiet,
+        help="Print results, warnings and errors only: no progress, no remarks.",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,15 +55,24 @@ class ExecutionArguments(ArgumentGroup):
         callback=parse_provider,
         help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
     )
+    printing: QuietArguments = subgroup()
 
     def load(self) -> Execution:
-        return Execution(provider=self.provider)
+        return Execution(provider=self.provider, progress=command_progress())
 
 
 @dataclass(frozen=True)
 class SpreadExecutionArguments(ExecutionArguments):
-    """How models are run, and on how many machines."""
+    """How models are run and closed forms are solved, and on how many machines."""
 
+    algebra: AlgebraName = option(
+        "--algebra",
+        type=click.Choice(["numpy", "torch"]),
+        default="numpy",
+        show_default=True,
+        callback=parse_algebra,
+        help="What solves the closed forms: numpy, or torch, on a GPU where it finds one.",
+    )
     cluster: str | None = option(
         "--cluster",
         metavar="ADDRESS|local:N",
@@ -52,10 +84,11 @@ class SpreadExecutionArguments(ExecutionArguments):
 
     def load(self) -> Execution:
         """Connects to the cluster until the command ends."""
+        execution = replace(super().load(), algebra=self.algebra)
         if self.cluster is None:
-            return super().load()
+            return execution
         executor = click.get_current_context().with_resource(open_cluster(self.cluster))
-        return replace(super().load(), executor=executor)
+        return replace(execution, executor=executor)
 
 
 @dataclass(frozen=True)

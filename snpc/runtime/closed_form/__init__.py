@@ -3,6 +3,8 @@
 Files
   algebra               Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
                         activations.
+  dense_algebra         The dense algebra that closed forms are solved with: numpy's, or another implementation that
+                        registers itself.
   elimination           The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
                         selection by score loss.
   fit                   Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little
@@ -17,6 +19,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.closed_form.dense_algebra import DenseAlgebra, current_algebra, register_algebra, using_algebra
 from snpc.runtime.closed_form.elimination import elimination_widths
 from snpc.runtime.closed_form.fit import (
     ClosedForms,
@@ -32,21 +35,25 @@ from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types
 
 __all__ = [
     "ClosedForms",
+    "DenseAlgebra",
     "NotSegmentable",
     "approximate_groups",
     "changed_constants",
     "check_boundary_types",
     "closed_form_edits",
     "constant_array",
+    "current_algebra",
     "edited_constants",
     "elimination_widths",
     "fit_layerwise",
     "fit_normalizations",
     "fit_parallel",
     "in_rotated_order",
+    "register_algebra",
     "residual_sums",
     "residual_values",
     "solve_closed_forms",
     "trial_weights",
+    "using_algebra",
     "without_groups",
 ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.runtime.closed_form.dense_algebra import current_algebra
 from snpc.types import FloatArray, IntArray
 
 RANK_TOLERANCE = 1e-10  # eigenvalues below this share of the largest count as zero
@@ -77,12 +78,20 @@ class LowRankBasis:
 
 def symmetric_square_root(moment: FloatArray) -> tuple[FloatArray, FloatArray]:
     """(C^1/2, its pseudo-inverse) of a symmetric positive semi-definite C."""
-    values, vectors = np.linalg.eigh((moment + moment.T) / 2)
+    values, vectors = current_algebra().eigh((moment + moment.T) / 2)
     values = np.maximum(values, 0.0)
     nonzero = values > RANK_TOLERANCE * max(float(values[-1]), 1e-300)
     roots = np.sqrt(values)
     inverse = np.where(nonzero, 1.0 / np.where(nonzero, roots, 1.0), 0.0)
-    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+    product = current_algebra().product
+    return product(vectors * roots, vectors.T), product(vectors * inverse, vectors.T)
+
+
+def column_signs(vectors: FloatArray) -> FloatArray:
+    """[columns]: the signs that make the largest entry of each column positive. Which of v and -v a library returns is
+    up to it; with these, weights are the same from every one."""
+    largest = np.take_along_axis(vectors, np.argmax(np.abs(vectors), axis=0)[None], axis=0)[0]
+    return np.where(largest < 0, -1.0, 1.0)
 
 
 def squared_tail_sums(singular: FloatArray) -> FloatArray:
@@ -110,8 +119,8 @@ def solve_low_rank_qk(query: FloatArray, key: FloatArray, ridges: tuple[float, f
     """
     q_root, q_inverse = symmetric_square_root(add_ridge(query, ridges[0]))
     k_root, k_inverse = symmetric_square_root(add_ridge(key, ridges[1]))
-    left, singular, right = np.linalg.svd(q_root @ k_root)
-    half = np.sqrt(singular)
+    left, singular, right = current_algebra().svd(q_root @ k_root)
+    half = np.sqrt(singular) * column_signs(left)
     encode, decode = balance_norms(q_inverse @ (left * half), (k_inverse @ (right.T * half)).T)
     if not any(ridges):
         return LowRankBasis(encode, decode, squared_tail_sums(singular))
@@ -127,7 +136,8 @@ def solve_shared_qk(query: FloatArray, key: FloatArray, ridges: tuple[float, flo
     """
     moments = [add_ridge(moment, ridge) for moment, ridge in zip((query, key), ridges, strict=True)]
     total = sum(moment / max(float(np.trace(moment)), 1e-300) for moment in moments)
-    basis = np.linalg.eigh(total)[1][:, ::-1]
+    basis = current_algebra().eigh(np.asarray(total))[1][:, ::-1]
+    basis = basis * column_signs(basis)
     roots = [symmetric_square_root(moment)[0] for moment in (query, key)]
     return LowRankBasis(basis, basis.T.copy(), truncation_errors(roots[0], basis, basis.T, roots[1]))
 
@@ -140,9 +150,9 @@ def solve_low_rank_vo(context: FloatArray, weight: FloatArray, ridge: float = 0.
     ``ridge`` is added to C first; ``loss`` is the error without it.
     """
     c_root, c_inverse = symmetric_square_root(add_ridge(context, ridge))
-    left, singular, _ = np.linalg.svd(c_root @ weight, full_matrices=False)
+    left, singular, _ = current_algebra().svd(c_root @ weight)
     basis = np.zeros((len(context), len(context)))
-    basis[:, : left.shape[1]] = left
+    basis[:, : left.shape[1]] = left * column_signs(left)
     if left.shape[1] < len(context):
         singular = np.concatenate([singular, np.zeros(len(context) - len(singular))])
     encode, decode = balance_norms(c_inverse @ basis, basis.T @ c_root)

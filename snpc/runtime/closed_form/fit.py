@@ -43,6 +43,7 @@ from snpc.runtime.closed_form.elimination import (
     eliminate,
     eliminate_by_score_loss,
 )
+from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
 from snpc.runtime.execution import SpillableStore
 from snpc.runtime.statistics import (
     ConsumerMoments,
@@ -121,7 +122,7 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
                 f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
                 "again with the same --roles, --include and --exclude, and without --criterion"
             )
-    moments, skipped = LazyMoments(kinds, statistics.sums), refusal_reasons(analysis.weights, groups)
+    moments, skipped = LazyMoments(kinds, statistics.sums, statistics.odd), refusal_reasons(analysis.weights, groups)
     return MomentSet(kinds, moments, skipped, statistics.samples, statistics.describe_sources())
 
 
@@ -316,14 +317,22 @@ def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group,
     inputs = closed_forms.moments[group.id].consumers[0]
     for number, (consumer, moments) in enumerate(zip(analysis.weights[group.id].consumers, inputs, strict=True)):
         weight, columns = consumer.matrix(analysis.traced_graph, edits), unit_columns(keep, consumer.columns)
-        if refits is not None:
-            fitted = refits[number]
-        else:
-            fitted = refit_rows(moments.moment, weight, columns, relative_ridge(len(moments.moment), moments.count))
+        fitted = refits[number] if refits is not None else refit_kept_rows(moments, weight, columns)
         consumer.put(edits, keep, fitted)
         lost = weight.copy()
         lost[columns] -= fitted
         compensate_means(edits, consumer, moments, lost)
+
+
+def refit_kept_rows(moments: ConsumerMoments, weight: FloatArray, columns: IntArray) -> FloatArray:
+    """[kept, D]: rows for these columns that best replace ``weight``, with the ridge that carries over from one half of
+    the samples to the other; by a rule where there are no halves."""
+    odd = moments.odd_moment()
+    if odd is None:
+        return refit_rows(moments.moment, weight, columns, relative_ridge(len(moments.moment), moments.count))
+    choice = choose_refit_ridge(moments.moment, odd, weight, columns)
+    del odd
+    return weight[columns] + refit_regression(moments.moment, weight, columns).solve(choice.ridge)
 
 
 def fit_inner_normalizations(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:

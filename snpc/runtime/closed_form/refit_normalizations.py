@@ -65,7 +65,8 @@ def fit_normalizations(
     removed = find_removed_units(dense.trace, dense.units, cuts_of(partial))
     norms = [with_own_parameters(dense, norm) for norm in affected_normalizations(dense, removed)]
     edits = WeightEdits()
-    measured = measure_normalizations(dense, norms, removed, calibration.batches(), execution)
+    batches = execution.track("normalizations", calibration.batches(), len(calibration.batch_plan))
+    measured = measure_normalizations(dense, norms, removed, batches, execution)
     for norm, sums in zip(norms, measured, strict=True):
         gain = fold_affine(edits, norm, sums)
         for consumer in normalization_consumers(dense, norm, groups):

@@ -18,11 +18,13 @@ import numpy as np
 
 from snpc.types import FloatArray, IntArray
 
-RIDGES = tuple(10.0**power for power in range(-4, 2))
-"""Shares of the mean diagonal that are tried; between the best and its neighbors a parabola is followed."""
+RIDGES = tuple(10.0**power for power in range(-4, 3))
+"""Shares of the mean diagonal that are tried; between the best and its neighbors a parabola is followed. Where the last
+is best, what it leaves of the coefficients is noise: mean fill."""
 
 START = RIDGES.index(0.1)  # where the search begins
-HALF_TO_WHOLE = 0.5  # twice the rows ask for half the ridge
+HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
+BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
 PROBES = 64  # random combinations of the targets that stand for all of them
 
 
@@ -38,6 +40,9 @@ class Regression:
 
     def __add__(self, other: Regression) -> Regression:
         return Regression(self.moment + other.moment, self.cross + other.cross)
+
+    def __sub__(self, other: Regression) -> Regression:
+        return Regression(self.moment - other.moment, self.cross - other.cross)
 
     def solve(self, ridge: float) -> FloatArray:
         """[k, D]: ridge least squares; ``ridge`` is a share of the mean diagonal, nil coefficients are for infinity.
@@ -86,29 +91,45 @@ def refit_regression(moment: FloatArray, weight: FloatArray, keep: IntArray) -> 
     return Regression(moment[np.ix_(keep, keep)], moment[np.ix_(keep, removed)] @ weight[removed])
 
 
+def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, keep: IntArray) -> RidgeChoice:
+    """As ``choose_ridge``, for ``refit_regression``; ``odd``: the part of ``moment`` of one half of the samples."""
+    targets = combine_targets(weight)
+    whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
+    return choose_ridge((whole - half, half))
+
+
 def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES) -> RidgeChoice:
     """The ridge whose fit on either half has the least error on the other.
 
     The search walks down the error from the middle of the ascending ``ridges``, a decade apart. It takes one Cholesky
-    factor per ridge and half, six to eight in all and in float32, where one eigendecomposition takes as long as forty.
-    Up to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge.
+    factor in float32 per ridge and half, three or four ridges in all; an eigendecomposition takes as long as forty. Up
+    to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge. With more than
+    ``BOTH_WAYS`` regressors, only the first half is fitted, and the second judges.
     """
     first, second = (
         Regression(half.moment.astype(np.float32), combine_targets(half.cross).astype(np.float32)) for half in halves
     )
 
+    both = len(first.moment) <= BOTH_WAYS
+
     @cache
     def excess(index: int) -> float:
         try:
-            return second.excess_error(first.solve(ridges[index])) + first.excess_error(second.solve(ridges[index]))
+            error = second.excess_error(first.solve(ridges[index]))
+            return error + (first.excess_error(second.solve(ridges[index])) if both else 0.0)
         except np.linalg.LinAlgError:
             return math.inf  # fewer rows than regressors, and a ridge below rounding
 
     best = walk_downhill(excess, len(ridges), min(START, len(ridges) - 1))
     tried = {ridges[k]: excess(k) for k in range(max(best - 1, 0), min(best + 2, len(ridges)))}
-    if excess(best) >= 0:
+    if excess(best) >= 0 or best == len(ridges) - 1:
         return RidgeChoice(math.inf, tried)
-    return RidgeChoice(parabola_minimum(tried, ridges[best]) * HALF_TO_WHOLE, tried)
+    return RidgeChoice(snap(parabola_minimum(tried, ridges[best]) * HALF_TO_WHOLE), tried)
+
+
+def snap(ridge: float) -> float:
+    """The nearest eighth of a decade: moments that differ by rounding, as those of other workers do, choose alike."""
+    return float(10.0 ** (round(8 * math.log10(ridge)) / 8))
 
 
 def combine_targets(cross: FloatArray) -> FloatArray:

@@ -27,7 +27,8 @@ def collect_outputs(
 ) -> list[dict[str, AnyArray]]:
     """Outputs of a model or artifact by name, a dict per batch."""
     runner = open_runner(path, execution=execution)
-    return [runner.run(feeds) for feeds in evaluation.data.batches()]
+    batches = execution.track("evaluation", evaluation.data.batches(), len(evaluation.data.batch_plan))
+    return [runner.run(feeds) for feeds in batches]
 
 
 def top1_accuracy(batches: Sequence[dict[str, AnyArray]], labels: AnyArray | None) -> float | None:

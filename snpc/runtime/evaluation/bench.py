@@ -21,18 +21,20 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
+    TIMING_STAGE,
+    Advance,
     Execution,
     RandomInputs,
     Runner,
     available_cores,
     check_feeds,
     cpu_name,
+    ignore_advance,
     open_runner,
 )
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
-FractionCallback = Callable[[float], object]  # called with the fraction that is done
 
 MAX_FEEDS = 16  # kept in memory; rounds use them in turn
 BOOTSTRAP_RESAMPLES = 2000
@@ -171,24 +173,25 @@ def bench(
     *,
     protocol: TimingProtocol = DEFAULT_PROTOCOL,
     execution: Execution = DEFAULT_EXECUTION,
-    on_progress: FractionCallback | None = None,
 ) -> BenchResult:
     """Time the models in turn and compare each with the first.
 
-    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). ``on_progress`` is called with
-    the fraction that is done. First, each model runs once on the first feed, for the outputs that are compared.
-    UserError: a model that does not load or run, models with different inputs, or sizes that no input can have.
+    ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). First, each model runs
+    once on the first feed, for the outputs that are compared. UserError: a model that does not load or run, models with
+    different inputs, or sizes that no input can have.
     """
     if not paths:
         raise UserError("no model to time: name at least one ONNX file")
     labels = _model_labels(paths)
-    runners = [open_runner(path, execution=execution) for path in paths]
+    runners = [open_runner(path, execution=execution) for path in execution.track("loading", paths, len(paths))]
     inputs = common_inputs(labels, [runner.inputs for runner in runners])
     feeds, seed = _read_feeds(inputs, data), data.seed if isinstance(data, RandomInputs) else 0
     outputs = [runner.run(feeds[0]) for runner in runners]
     calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
-    run_rounds(calls, iterations=protocol.warmup)
-    times = run_rounds(calls, iterations=protocol.iterations, duration=protocol.duration, on_progress=on_progress) * 1e3
+    warming = protocol.warmup / max(protocol.iterations, 1)
+    with execution.progress.stage(TIMING_STAGE, 1.0 + warming) as advance:
+        run_rounds(calls, iterations=protocol.warmup, advance=lambda share: advance(warming * share))
+        times = run_rounds(calls, iterations=protocol.iterations, duration=protocol.duration, advance=advance) * 1e3
     return BenchResult(
         timings=tuple(summarize_times(label, times[:, m], protocol.percentiles) for m, label in enumerate(labels)),
         speedups=tuple(
@@ -212,15 +215,16 @@ def run_rounds(
     iterations: int,
     duration: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    on_progress: FractionCallback | None = None,
+    advance: Advance = ignore_advance,
 ) -> FloatArray:
     """[rounds, models] seconds of ``calls[model][feed]``, all models once per round, each round on one feed.
 
-    ``on_progress`` is called between rounds.
+    ``advance`` is called between rounds with the
+    fraction of all of them that was done.
     """
     models = len(calls)
     times: list[list[float]] = []
-    began = clock()
+    began, done = clock(), 0.0
     while len(times) < iterations or (duration is not None and clock() - began < duration):
         round_number = len(times)
         spent = [0.0] * models
@@ -232,9 +236,9 @@ def run_rounds(
             spent[model] = clock() - start
             del output  # freed here: not within the next model's time
         times.append(spent)
-        if on_progress is not None:
-            shares = [len(times) / max(iterations, 1), *([(clock() - began) / duration] if duration else [])]
-            on_progress(min(1.0, *shares))
+        shares = [len(times) / max(iterations, 1), *([(clock() - began) / duration] if duration else [])]
+        before, done = done, min(1.0, *shares)
+        advance(done - before)
     return np.array(times, dtype=np.float64).reshape(-1, models)
 
 

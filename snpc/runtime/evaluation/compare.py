@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -219,20 +218,22 @@ def max_relative(differences: Sequence[Difference]) -> float:
 
 
 def run_batches(
-    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION, max_bytes: float = math.inf
+    path: Path, batches: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION, stage: str | None = None
 ) -> list[dict[str, AnyArray]]:
     """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
-    ``max_bytes``: no further batch is run once the outputs are larger, apart from the first ``VERIFICATION_BATCHES``.
-    bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
+    ``stage``: the name of the run as a stage of ``execution.progress``; None: it is part of one. bfloat16 runs as
+    float32 where onnxruntime has no bfloat16 arithmetic.
     """
     with file_session(path, execution) as run:
-        return run_until(run, batches, max_bytes)
+        return [run(feeds) for feeds in (execution.track(stage, batches, len(batches)) if stage else batches)]
 
 
 def run_until(
-    run: Callable[[Feeds], dict[str, AnyArray]], batches: Sequence[Feeds], max_bytes: float
+    run: Callable[[Feeds], dict[str, AnyArray]], batches: Iterable[Feeds], max_bytes: float
 ) -> list[dict[str, AnyArray]]:
+    """Outputs per batch. No further batch is run once they are larger than ``max_bytes``, apart from the first
+    ``VERIFICATION_BATCHES``."""
     outputs: list[dict[str, AnyArray]] = []
     size = 0
     for number, feeds in enumerate(batches):
@@ -262,7 +263,9 @@ def compare_models(
     """
     cut = rewritten.sliced_interface() if rewritten is not None else {}
     try:
-        narrow = run_batches(pruned, [narrow_caches(feeds, cut) for feeds in batches], execution)
+        narrow = run_batches(
+            pruned, [narrow_caches(feeds, cut) for feeds in batches], execution, "verification, pruned"
+        )
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense[probes:]], narrow[probes:], metrics)
@@ -272,7 +275,7 @@ def compare_models(
         path = folder / "masked.onnx"
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
-        masked = run_batches(path, masked_feeds or batches, execution)
+        masked = run_batches(path, masked_feeds or batches, execution, "verification, masked")
     same = [narrow_caches(outputs, cut) for outputs in masked]
     equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])
     worst = {d.output: d for d in batch_differences(same[:probes], narrow[:probes])}

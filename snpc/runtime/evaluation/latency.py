@@ -153,10 +153,12 @@ def latency_table(
 
 
 def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, execution: Execution) -> LatencyTable:
-    with temporary_folder() as folder:
+    pairs = 1 + len(roles) * len(KEPT_SHARES)
+    with temporary_folder() as folder, execution.progress.stage("latency table", pairs) as advance:
         original = workload.timed_file(analysis.model.path, folder / "dense")
         base = workload.timed_file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
         dense, ratio = time_pair(analysis, original, base, workload, execution)
+        advance(1)
         saved = {}
         for role in roles:
             shares = []
@@ -164,6 +166,7 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
                 narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
                 artifact = workload.timed_file(narrow, folder / "narrow")
                 shares.append(1 - time_pair(analysis, base, artifact, workload, execution)[1])
+                advance(1)
             saved[role] = tuple(shares)
     return LatencyTable(dense, dense * ratio, saved)
 

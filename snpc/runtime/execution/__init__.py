@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from snpc.graph import register_shape_source
 from snpc.runtime.execution.cluster import open_cluster, parse_cluster
-from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution.execution import DEFAULT_EXECUTION, AlgebraName, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
 from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
 from snpc.runtime.execution.memory import (
@@ -38,7 +38,16 @@ from snpc.runtime.execution.memory import (
     release_free_memory,
     too_large_reason,
 )
-from snpc.runtime.execution.progress import SILENT, TIMING_STAGE, Advance, Progress, SilentProgress, ignore_advance
+from snpc.runtime.execution.progress import (
+    SILENT,
+    TIMING_STAGE,
+    Advance,
+    Progress,
+    SilentProgress,
+    StageCost,
+    announce,
+    ignore_advance,
+)
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
     embedding_rows,
@@ -85,6 +94,7 @@ __all__ = [
     "SILENT",
     "TIMING_STAGE",
     "Advance",
+    "AlgebraName",
     "Execution",
     "LostWorker",
     "Progress",
@@ -94,7 +104,9 @@ __all__ = [
     "SessionLoadError",
     "SilentProgress",
     "SpillableStore",
+    "StageCost",
     "Workers",
+    "announce",
     "available_cores",
     "check_feeds",
     "check_shape",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from snpc.graph import PassObserver
 from snpc.runtime.execution.progress import SILENT, Progress
 from snpc.runtime.io import NOT_STORED, StoredStage, WorkFolder
 
 ItemT = TypeVar("ItemT")
+
+AlgebraName = Literal["numpy", "torch"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Execution:
     of every stage that may take long. ``observer`` is called after each graph pass over a model that is
     written or built. ``executor``: workers that passes over calibration data, trials and targets are spread over, as of
     ``concurrent.futures`` or Dask (``Client.get_executor()``); None: this process does all. ``work`` holds the results
-    of finished stages, for a run that is killed and started again.
+    of finished stages, for a run that is killed and started again. ``algebra`` solves the closed forms:
+    numpy, or torch (on a GPU where torch finds one), which has to be imported as ``snpc.torch``.
     """
 
     provider: str = "cpu"
@@ -34,6 +37,7 @@ class Execution:
     observer: PassObserver | None = field(default=None, repr=False)
     executor: Executor | None = field(default=None, repr=False)
     work: WorkFolder | None = None
+    algebra: AlgebraName = "numpy"
 
     @property
     def on_cpu(self) -> bool:
@@ -56,7 +60,7 @@ class Execution:
         memory limit is left out, so that a run that took too much memory resumes with a lower one."""
         if self.work is None:
             return NOT_STORED
-        return self.work.stage(name, self.provider, self.threads, *depends)
+        return self.work.stage(name, self.provider, self.threads, self.algebra, *depends)
 
 
 DEFAULT_EXECUTION = Execution()

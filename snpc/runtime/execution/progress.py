@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Advance = Callable[[float], None]  # takes how much more of a stage's total is done
+
+StageCost = tuple[str, float]
 
 TIMING_STAGE = "timing"  # the stage in which models are timed: nothing else should run between its advances
 
@@ -21,6 +23,23 @@ class Progress(Protocol):
     """
 
     def stage(self, name: str, total: float) -> AbstractContextManager[Advance]: ...
+
+
+@runtime_checkable
+class ForesightedProgress(Progress, Protocol):
+    """A progress that is told which stages are to come, so that it can say how long the run takes.
+
+    ``stages``: (name, cost) in their order; the costs are in one unit, whatever it is. They replace what was announced
+    before.
+    """
+
+    def expect(self, stages: Sequence[StageCost]) -> None: ...
+
+
+def announce(progress: Progress, stages: Sequence[StageCost]) -> None:
+    """Tell a progress what is to come, if it wants to know."""
+    if isinstance(progress, ForesightedProgress):
+        progress.expect(stages)
 
 
 @dataclass(frozen=True)

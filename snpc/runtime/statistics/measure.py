@@ -24,7 +24,7 @@ from snpc.runtime.statistics.score_loss import score_loss_matrix
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
 
 ACTIVATION_BYTES = 4 * 3  # per element of a measured activation: float32 as it is, transposed, and as rows
-STATISTIC_BYTES = 4 + 8  # per element of a statistic: float32 of a batch, and the sum in float64
+STATISTIC_BYTES = 4 + 8 + 4  # per element of a statistic: float32 of a batch, the sum in float64, and a half of it
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,11 +20,21 @@ ROUNDING_ERROR = 1e-6  # relative to the square of a mean, per root of the numbe
 @dataclass(frozen=True)
 class ConsumerMoments:
     """What one consumer weight reads, in n columns. ``moment`` [n, n]: the second moment about the mean, summed over
-    the nodes that use the weight. ``means``: [n] at each of these nodes. ``count``: number of rows."""
+    the nodes that use the weight. ``means``: [n] at each of these nodes. ``count``: number of rows. ``odd``: X'X of
+    each use over one half of the samples, packed, where halves were kept apart."""
 
     moment: FloatArray
     means: tuple[FloatArray, ...]
     count: float
+    odd: tuple[FloatArray, ...] = ()
+
+    def odd_moment(self) -> FloatArray | None:
+        """[n, n] in float32: the part of ``moment`` of one half of the samples, about the same means."""
+        total: FloatArray | None = None
+        for packed, mean in zip(self.odd, self.means, strict=bool(self.odd)):
+            moment = moment_about(unpack_symmetric(packed), mean)
+            total = moment if total is None else total + moment
+        return total
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,10 @@ def required_statistics(weights: GroupWeights) -> tuple[StatisticKey, ...]:
             return ()
 
 
-def group_moments(kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray]) -> GroupMoments:
-    """From the sums that ``required_statistics`` names."""
+def group_moments(
+    kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray], odd: Mapping[StatisticKey, FloatArray] | None = None
+) -> GroupMoments:
+    """From the sums that ``required_statistics`` names; ``odd``: those of them whose halves were kept apart."""
     if kind == "low_rank_qk":
         counts = [float(sums[StatisticKey("row_sums", probe)][0, -1]) for probe in ("query", "key")]
         query, key = sums[StatisticKey("moment", "query")], sums[StatisticKey("gram_centered", "key")]
@@ -110,6 +122,8 @@ def group_moments(kind: ClosedFormKind, sums: Mapping[StatisticKey, FloatArray])
             tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in parts)
             for parts in (uses, inside)
         )
+        halves = sums_by_use({key: array for key, array in (odd or {}).items() if key.probe != "normalized"})
+        read = tuple(replace(m, odd=tuple(half)) for m, half in zip(read, halves, strict=True)) if halves else read
         return GroupMoments(consumers=(read,), normalized=normalized)
     repeats, blocks = uses[0][0].shape[:2]
     return GroupMoments(
@@ -148,18 +162,38 @@ def consumer_moments(sums: Sequence[FloatArray]) -> ConsumerMoments:
     return ConsumerMoments(moment, means, sum(counts))
 
 
-class LazyMoments(Mapping[str, GroupMoments]):
-    """Moments by group id, computed from their sums when they are read: sums are big, and may lie in files."""
+def moment_about(sums: FloatArray, mean: FloatArray) -> FloatArray:
+    """[n, n]: the second moment about any ``mean`` [n], from X'X [n + 1, n + 1] with a column of ones,
+    which is overwritten."""
+    count, total, moment = sums[-1, -1], sums[-1, :-1].copy(), sums[:-1, :-1]
+    for start in range(0, len(mean), CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        moment[chunk] += np.outer(mean[chunk], count * mean - total) - np.outer(total[chunk], mean)
+    return moment
 
-    def __init__(self, kinds: Mapping[str, ClosedFormKind], sums: Mapping[str, Mapping[str, FloatArray]]) -> None:
+
+class LazyMoments(Mapping[str, GroupMoments]):
+    """Moments by group id, computed from their sums when they are read: sums are big, and may lie in files. ``odd``:
+    those of one half of the samples."""
+
+    def __init__(
+        self,
+        kinds: Mapping[str, ClosedFormKind],
+        sums: Mapping[str, Mapping[str, FloatArray]],
+        odd: Mapping[str, Mapping[str, FloatArray]],
+    ) -> None:
         self.kinds = kinds
         self.sums = sums
+        self.odd = odd
         self.last: tuple[str, GroupMoments] | None = None  # read again for the next width
 
     def __getitem__(self, group_id: str) -> GroupMoments:
         if self.last is None or self.last[0] != group_id:
-            sums = {StatisticKey.parse(name): array for name, array in self.sums[group_id].items()}
-            self.last = (group_id, group_moments(self.kinds[group_id], sums))
+            sums, odd = (
+                {StatisticKey.parse(name): array for name, array in part.get(group_id, {}).items()}
+                for part in (self.sums, self.odd)
+            )
+            self.last = (group_id, group_moments(self.kinds[group_id], sums, odd))
         return self.last[1]
 
     def __iter__(self) -> Iterator[str]:

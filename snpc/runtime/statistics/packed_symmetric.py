@@ -29,10 +29,10 @@ def unpacked_size(length: int) -> int | None:
 
 
 def unpack_symmetric(packed: FloatArray) -> FloatArray:
-    """[size, size] from its packed entries."""
+    """[size, size] from its packed entries, of their type."""
     size = unpacked_size(len(packed))
     assert size is not None, len(packed)
-    whole = np.empty((size, size))
+    whole = np.empty((size, size), packed.dtype)
     at = 0
     for start, stop in row_strips(size):
         count = (stop - start) * (size - start)

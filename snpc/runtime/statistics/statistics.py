@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,17 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.types import AnyArray, FloatArray, Group
 
-STATISTICS_FORMAT = 4  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data
+STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """``sums``: group id -> name of a statistic -> its sum over ``samples`` calibration samples.
+
+    ``odd``: those of "gram_joint" over every other batch, in float32, so that one half of the samples can judge what is
+    fitted to the other; empty where there was one batch. ``seen``: group id -> the share of the rows (tokens) that
+    these were summed over, weighted up to all of them; groups whose rows all count are left out.
 
     Groups with a closed form have the statistics of ``moments.required_statistics``, named by the text of their
     ``StatisticKey``; the others have what ``criterion`` observes. ``digest`` and ``model`` identify the model,
@@ -52,6 +56,8 @@ class Statistics:
     sources: tuple[str, ...]
     sums: StatisticSums = field(repr=False)
     parts: tuple[DataPart, ...] = ()
+    odd: StatisticSums = field(default_factory=dict, repr=False)
+    seen: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.digest != other.digest:
@@ -73,7 +79,18 @@ class Statistics:
         }
         whole, parts = completed_parts(self.parts + other.parts)
         sources = self.sources + other.sources + whole
-        return replace(self, samples=self.samples + other.samples, sources=sources, sums=sums, parts=parts)
+        seen = {
+            group: row_share(self, other, group) for group in self.sums if group in self.seen or group in other.seen
+        }
+        return replace(
+            self,
+            samples=self.samples + other.samples,
+            sources=sources,
+            sums=sums,
+            parts=parts,
+            odd=add_halves(self, other),
+            seen=seen,
+        )
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
@@ -86,6 +103,33 @@ def completed_parts(parts: Sequence[DataPart]) -> tuple[tuple[str, ...], tuple[D
     whole = [(origin, count) for (origin, count), number in found.items() if number == count]
     rest = [part for part in parts if (part.origin, part.count) not in whole]
     return tuple(origin for origin, _ in whole), tuple(sorted(rest, key=lambda part: part.index))
+
+
+def add_halves(first: Statistics, second: Statistics) -> StatisticSums:
+    """The odd half of the sum. Of two values without halves, the second is one."""
+    if not first.odd and not second.odd:
+        return {
+            group: {name: array.astype(np.float32) for name, array in arrays.items() if has_halves(name)}
+            for group, arrays in second.sums.items()
+        }
+    groups = {**first.odd, **second.odd}
+    return {
+        group: {
+            name: np.sum([s.odd[group][name] for s in (first, second) if group in s.odd], axis=0)
+            for name in groups[group]
+        }
+        for group in groups
+    }
+
+
+def row_share(first: Statistics, second: Statistics, group: str) -> float:
+    """The share of rows that the sum of two values has seen, by samples."""
+    return sum(s.samples * s.seen.get(group, 1.0) for s in (first, second)) / (first.samples + second.samples)
+
+
+def has_halves(name: str) -> bool:
+    """Whether halves of a statistic are kept apart."""
+    return name.startswith("gram_joint:")
 
 
 def statistic_shapes(statistics: Statistics) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -136,12 +180,13 @@ def run_measurement(
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    for turn, measured in enumerate(passes):
-        name = "statistics" if len(passes) == 1 else f"statistics, pass {turn + 1} of {len(passes)}"
-        batches = execution.track(name, calibration.batches(), len(calibration.batch_plan))
-        for number, result in enumerate(measure_batches(analysis, measured, batches, execution=execution)):
-            check_measured(measured, result, calibration, number)
-            totals.add(measured, result)
+    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+        for measured in passes:
+            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
+            for number, result in enumerate(results):
+                check_measured(measured, result, calibration, number)
+                totals.add(measured, result, odd=number % 2 == 1)
+                advance(1)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -157,9 +202,8 @@ def run_measurement(
     samples = calibration.samples if requests or gated else 0
     part = calibration.part
     sources = (calibration.origin,) if part is None else ()
-    return Statistics(
-        analysis.name, analysis.digest, spelled, samples, sources, totals.sums, (part,) if part is not None else ()
-    )
+    parts = (part,) if part is not None else ()
+    return Statistics(analysis.name, analysis.digest, spelled, samples, sources, totals.sums, parts, totals.odd)
 
 
 def check_measured(
@@ -183,9 +227,10 @@ class StatisticAccumulator:
         self.criterion = criterion
         self.store = store
         self.sums: dict[str, dict[str, FloatArray]] = {}
+        self.odd: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray]) -> None:
-        """Add one batch; ``outputs``: what the instrumented model gave."""
+    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], odd: bool) -> None:
+        """Add one batch; ``outputs``: what the instrumented model gave. ``odd``: the batch belongs to the odd half."""
         batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
         groups = {request.group.id: request.group for request in requests}
         for request in requests:
@@ -196,6 +241,17 @@ class StatisticAccumulator:
             self.add_observation(
                 group_id, arrays if group_id in self.closed else self.observe(groups[group_id], arrays)
             )
+            if odd and group_id in self.closed:
+                self.add_half(group_id, arrays)
+
+    def add_half(self, group_id: str, arrays: Mapping[str, AnyArray]) -> None:
+        """Add a batch of the odd half."""
+        for name in filter(has_halves, arrays):
+            half = self.odd.setdefault(group_id, {})
+            if name in half:
+                half[name] += arrays[name]
+            else:
+                half[name] = self.store.keep(np.array(arrays[name], np.float32))
 
     def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
         return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
@@ -218,7 +274,7 @@ def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
-    sums that the header names by group and statistic."""
+    sums that the header names by half ("both" or "odd"), group and statistic."""
     header = np.array(json.dumps(statistics_header(statistics)))
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
@@ -234,14 +290,22 @@ def statistics_header(statistics: Statistics) -> dict[str, Any]:
         "samples": statistics.samples,
         "sources": list(statistics.sources),
         "parts": [astuple(part) for part in statistics.parts],
-        "entries": [(group, name) for group, arrays in statistics.sums.items() for name in arrays],
+        "seen": dict(statistics.seen),
+        "entries": [(half, group, name) for half, group, name, _ in statistic_entries(statistics)],
     }
+
+
+def statistic_entries(statistics: Statistics) -> Iterator[tuple[str, str, str, AnyArray]]:
+    """(half, group id, name, sum) of every sum: of "both" halves, or of the "odd" one."""
+    for half, sums in (("both", statistics.sums), ("odd", statistics.odd)):
+        for group, arrays in sums.items():
+            for name, array in arrays.items():
+                yield half, group, name, array
 
 
 def statistics_arrays(statistics: Statistics) -> dict[str, AnyArray]:
     """The sums, numbered as the header lists them."""
-    sums = (array for arrays in statistics.sums.values() for array in arrays.values())
-    return {str(k): array for k, array in enumerate(sums)}
+    return {str(k): array for k, (*_, array) in enumerate(statistic_entries(statistics))}
 
 
 def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> Statistics:
@@ -249,18 +313,22 @@ def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -
     TypeError where they describe none."""
     if header["snpc_statistics"] != STATISTICS_FORMAT:
         raise ValueError("another version of snpc wrote it; measure again")
-    sums: dict[str, dict[str, FloatArray]] = defaultdict(dict)
-    for k, (group, name) in enumerate(header["entries"]):
-        sums[str(group)][str(name)] = check_finite(arrays[str(k)])
-        check_squares(sums[str(group)][str(name)], str(name))
+    sums: dict[str, dict[str, dict[str, FloatArray]]] = {"both": {}, "odd": {}}
+    for k, (half, group, name) in enumerate(header["entries"]):
+        array = check_finite(arrays[str(k)], np.float64 if half == "both" else np.float32)
+        check_squares(array, str(name))
+        sums[half].setdefault(str(group), {})[str(name)] = array
+    check_halves(sums["both"], sums["odd"])
     return Statistics(
         str(header["model"]),
         str(header["digest"]),
         str(header["criterion"]),
         int(header["samples"]),
         tuple(map(str, header["sources"])),
-        dict(sums),
+        sums["both"],
         tuple(DataPart(str(origin), int(index), int(count)) for origin, index, count in header["parts"]),
+        sums["odd"],
+        {str(group): float(share) for group, share in header["seen"].items()},
     )
 
 
@@ -287,11 +355,19 @@ def read_statistics(path: Path) -> Statistics:
         raise UserError(f"{path}: holds no statistics ({reason}): give a file that --save-stats wrote") from None
 
 
-def check_finite(array: AnyArray) -> FloatArray:
-    """The array. Raises ValueError where it is not made of finite float64 numbers."""
-    if array.dtype != np.float64 or not np.isfinite(array).all():
-        raise ValueError("its sums are not all finite float64 numbers")
+def check_finite(array: AnyArray, dtype: type[np.floating[Any]]) -> FloatArray:
+    """The array. Raises ValueError where it is not made of finite numbers of this type."""
+    if array.dtype != dtype or not np.isfinite(array).all():
+        raise ValueError(f"its sums are not all finite {dtype.__name__} numbers")
     return array
+
+
+def check_halves(sums: StatisticSums, odd: StatisticSums) -> None:
+    """Raise ValueError where a half is of a statistic that is not there, or of another shape."""
+    for group, arrays in odd.items():
+        for name, array in arrays.items():
+            if array.shape != sums.get(group, {}).get(name, np.zeros(0)).shape:
+                raise ValueError(f"a half of {name} of {group} is not of its shape; measure again")
 
 
 def check_squares(sums: FloatArray, name: str) -> None:

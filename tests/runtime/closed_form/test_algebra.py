@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from snpc.runtime.closed_form import elimination
 from snpc.runtime.closed_form.algebra import (
     DEFAULT_RIDGE,
+    LowRankBasis,
     add_ridge,
+    column_signs,
     refit_loss,
     refit_rows,
     solve_low_rank_qk,
     solve_low_rank_vo,
+    solve_shared_qk,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -438,3 +441,24 @@ def test_what_rounding_leaves_of_a_large_mean_is_no_spread() -> None:
     plain = np.concatenate([rng.normal(size=(4000, 64)), np.ones((4000, 1))], 1)
     centred = centre(plain[:, :-1])
     np.testing.assert_allclose(consumer_moments([plain.T @ plain]).moment, centred.T @ centred, rtol=1e-5, atol=1e-3)
+
+
+def test_the_largest_entry_of_a_column_gets_positive() -> None:
+    vectors = np.array([[0.5, -0.1, 0.0], [-0.8, 0.9, 0.0]])
+    assert column_signs(vectors).tolist() == [-1.0, 1.0, 1.0]
+
+
+def test_bases_do_not_depend_on_the_signs_of_singular_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    query, key = (a.T @ a for a in rng.normal(size=(2, 40, 8)))
+    weight, svd, eigh = rng.normal(size=(8, 20)), np.linalg.svd, np.linalg.eigh
+
+    def bases() -> list[LowRankBasis]:
+        return [solve_low_rank_qk(query, key), solve_shared_qk(query, key), solve_low_rank_vo(query, weight)]
+
+    expected = bases()
+    monkeypatch.setattr("numpy.linalg.svd", lambda *a, **k: (lambda u, s, v: (-u, s, -v))(*svd(*a, **k)))
+    monkeypatch.setattr("numpy.linalg.eigh", lambda *a, **k: (lambda w, v: (w, -v))(*eigh(*a, **k)))
+    for basis, other in zip(expected, bases(), strict=True):
+        np.testing.assert_array_equal(basis.encode, other.encode)
+        np.testing.assert_array_equal(basis.decode, other.decode)

@@ -206,7 +206,7 @@ def test_predicted_loss_of_hidden_units(name: str, kept: int) -> None:
     """More rows than units, else nothing is lost that damping does not hide."""
     analysis, feeds = analysis_of(name), random_feeds(name, 48)
     for group in prunable_of(analysis, "ffn"):
-        found = closed_forms_on(name, feeds, [group], 16)
+        found = closed_forms_on(name, feeds, [group], 48)  # one batch: the ridge of a rule
         keep = tuple(sorted(found.elimination_orders[group.id][0].order[group.size - kept :].tolist()))
         plan = replace(only(analysis, group, kept), keep={group.id: (keep,)})
         # the output of the matrix, and of the bias that takes the means up

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from snpc.runtime.closed_form.algebra import refit_rows
-from snpc.runtime.closed_form.ridge import RIDGES, Regression, choose_ridge, refit_regression
+from snpc.runtime.closed_form.ridge import HALF_TO_WHOLE, RIDGES, Regression, choose_ridge, refit_regression
 from snpc.types import FloatArray
 
 UNITS, KEPT, OUTPUTS = 60, 40, 12
@@ -43,7 +43,7 @@ def test_the_chosen_ridge_is_near_the_best_on_the_population(power: float, rows:
         chosen.append(mean_fill + population.excess_error(whole.solve(choose_ridge(halves).ridge)))
         best.append(min(remaining.values()))
         tiny.append(remaining[fine[0]])
-    assert np.mean(chosen) <= 1.02 * np.mean(best)
+    assert np.mean(chosen) <= 1.03 * np.mean(best)
     if rows <= 120:
         assert np.mean(chosen) < 0.95 * np.mean(tiny)  # where rows are few the choice matters
 
@@ -101,7 +101,7 @@ def test_random_combinations_stand_for_many_targets() -> None:
     errors = {
         r: second.excess_error(first.solve(r)) + first.excess_error(second.solve(r)) for r in np.geomspace(1e-4, 10, 51)
     }
-    ridge = choose_ridge(halves).ridge * 2  # that of a half
+    ridge = choose_ridge(halves).ridge / HALF_TO_WHOLE
     reached = second.excess_error(first.solve(ridge)) + first.excess_error(second.solve(ridge))
     assert reached <= 0.99 * min(errors.values())
 

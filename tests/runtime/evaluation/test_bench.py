@@ -106,12 +106,12 @@ class TestRounds:
         assert run_rounds([[clock.call("a")]], iterations=20, duration=7.5, clock=clock).shape == (20, 1)
 
     def test_what_is_done_is_told_between_rounds(self) -> None:
-        clock, fractions = FakeClock({"a": 1.0, "b": 1.0}), []
-        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, on_progress=fractions.append)
-        assert fractions == [0.25, 0.5, 0.75, 1.0]
-        fractions.clear()
-        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, on_progress=fractions.append)
-        assert fractions == [0.25, 0.5, 0.75, 1.0]
+        clock, shares = FakeClock({"a": 1.0, "b": 1.0}), []
+        run_rounds([[clock.call("a")], [clock.call("b")]], iterations=4, clock=clock, advance=shares.append)
+        assert shares == [0.25] * 4
+        shares.clear()
+        run_rounds([[clock.call("a")]], iterations=2, duration=4.0, clock=clock, advance=shares.append)
+        assert shares == [0.25] * 4
 
     def test_no_rounds(self) -> None:
         assert run_rounds([[], []], iterations=0).shape == (0, 2)

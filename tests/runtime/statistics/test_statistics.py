@@ -74,7 +74,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     statistics = statistics_of(NAME, random_feeds(NAME, 3), 3)
     snpc.save_statistics(statistics, tmp_path / "s.npz")
     again = snpc.load_statistics(tmp_path / "s.npz")
-    assert replace(again, sums={}) == replace(statistics, sums={})
+    assert replace(again, sums={}, odd={}) == replace(statistics, sums={}, odd={})
     close(again, statistics, 0.0)
 
 
@@ -89,7 +89,7 @@ def test_the_parts_of_a_job_array_are_the_whole(count: int, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.json"))  # nothing is planned
     invoke(*common, "--save-stats", tmp_path / "whole.npz", "-o", tmp_path / "whole.json")
     whole, parts = snpc.load_statistics(tmp_path / "whole.npz"), snpc.load_statistics(*reversed(files))
-    assert replace(parts, sums={}) == replace(whole, sums={})
+    assert replace(parts, sums={}, odd={}) == replace(whole, sums={}, odd={})
     close(parts, whole, 1e-15)
     some = snpc.load_statistics(*files[1:])
     assert some.sources == () and [part.index for part in some.parts] == list(range(2, count + 1))

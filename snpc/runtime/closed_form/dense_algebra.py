@@ -1,0 +1,121 @@
+"""The dense algebra that closed forms are solved with: numpy's, or another implementation that registers itself.
+
+Everything is float64, on both sides: arrays go in and come out as numpy's, wherever the arithmetic runs. All
+implementations agree but for rounding and for the signs of eigenvectors and singular vectors.
+
+``using_algebra`` chooses the implementation for a block of code, in its thread or task; a worker enters it anew, with
+``Execution.algebra``. ``snpc.torch`` registers "torch" when it is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import numpy as np
+
+from snpc.errors import UserError
+from snpc.types import FloatArray
+
+
+class DenseAlgebra(Protocol):
+    """The operations. Each raises numpy's LinAlgError where it does not converge or a matrix is singular, not positive
+    definite, or not finite."""
+
+    def product(self, left: FloatArray, right: FloatArray) -> FloatArray:
+        """[n, m] x [m, k] -> [n, k]."""
+        ...
+
+    def cholesky(self, matrix: FloatArray) -> FloatArray:
+        """L, lower triangular, with L L' = ``matrix``, symmetric positive definite."""
+        ...
+
+    def solve_triangular(self, factor: FloatArray, right: FloatArray, transposed: bool = False) -> FloatArray:
+        """X with L X = ``right`` [n, k], or L' X = ``right`` if ``transposed``; ``factor``: L, lower triangular."""
+        ...
+
+    def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
+        """X with ``matrix`` X = ``right`` [n, k]; ``matrix`` is symmetric positive definite."""
+        ...
+
+    def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
+        """The inverse, symmetric, of a symmetric positive definite matrix."""
+        ...
+
+    def eigh(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(values [n], ascending; vectors [n, n], in columns) of a symmetric matrix."""
+        ...
+
+    def svd(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(U [n, r], singular values [r], descending, V' [r, m]) of ``matrix`` [n, m]; r is the smaller of both."""
+        ...
+
+
+class NumpyAlgebra:
+    """LAPACK on the CPU, through numpy and scipy."""
+
+    def product(self, left: FloatArray, right: FloatArray) -> FloatArray:
+        return np.asarray(left @ right)
+
+    def cholesky(self, matrix: FloatArray) -> FloatArray:
+        factor = np.linalg.cholesky(matrix).astype(np.float64, copy=False)
+        if not np.isfinite(np.trace(factor)):  # some LAPACKs carry NaN through
+            raise np.linalg.LinAlgError("the matrix holds NaN or infinity")
+        return factor
+
+    def solve_triangular(self, factor: FloatArray, right: FloatArray, transposed: bool = False) -> FloatArray:
+        from scipy.linalg import solve_triangular
+
+        return np.asarray(solve_triangular(factor, right, trans=int(transposed), lower=True, check_finite=False))
+
+    def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
+        from scipy.linalg import cho_solve
+
+        return np.asarray(cho_solve((self.cholesky(matrix), True), right, check_finite=False))
+
+    def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
+        from scipy.linalg.lapack import dpotri
+
+        inverse, _ = dpotri(self.cholesky(matrix).T, lower=0, overwrite_c=1)  # the transpose: Fortran's order, no copy
+        upper = np.triu(inverse)
+        return np.asarray(upper + np.triu(upper, 1).T)
+
+    def eigh(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
+        values, vectors = np.linalg.eigh(matrix)
+        return values.astype(np.float64, copy=False), vectors.astype(np.float64, copy=False)
+
+    def svd(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        return np.asarray(left), np.asarray(values), np.asarray(right)
+
+
+NUMPY_ALGEBRA = NumpyAlgebra()
+
+_chosen: ContextVar[DenseAlgebra] = ContextVar("dense_algebra", default=NUMPY_ALGEBRA)
+_makers: dict[str, Callable[[], DenseAlgebra]] = {"numpy": lambda: NUMPY_ALGEBRA}
+
+
+def register_algebra(name: str, make: Callable[[], DenseAlgebra]) -> None:
+    """``using_algebra(name)`` takes what ``make`` returns, from now on."""
+    _makers[name] = make
+
+
+@contextmanager
+def using_algebra(name: str) -> Iterator[DenseAlgebra]:
+    """Closed forms inside the block are solved by this implementation. Raises UserError where none has the name."""
+    if name not in _makers:
+        hint = ": import snpc.torch first (pip install 'snpc[torch]'), or choose numpy" if name == "torch" else ""
+        raise UserError(f"algebra {name!r} is not there; there is {', '.join(_makers)}{hint}")
+    algebra = _makers[name]()
+    token = _chosen.set(algebra)
+    try:
+        yield algebra
+    finally:
+        _chosen.reset(token)
+
+
+def current_algebra() -> DenseAlgebra:
+    """The implementation that ``using_algebra`` chose, else numpy's."""
+    return _chosen.get()
