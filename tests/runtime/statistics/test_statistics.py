@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.memory import parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
 from snpc.runtime.statistics.statistics import Statistics
-from snpc.types import Feeds
 from tests.closed_forms import calibration_of, initializers, initializers_of, prunable_of, random_feeds, statistics_of
 from tests.command_line import CALIB, VIT, invoke
 from tests.models.exports import export
 from tests.oracle import Array, analysis_of, written
+from tests.recorded_progress import RecordedProgress
 
 NAME = "vit_timm__ts17"
 NAMES = (NAME, "bert__ts17", "llama__ts17")
@@ -186,24 +185,21 @@ def refused(path: Path) -> None:
 )  # llama's select measures one group only, since all layers share the rotary tables
 def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) -> None:
     analysis, feeds = analysis_of(name), random_feeds(name, 4)
-    passes = {}
-    found = {}
+    passes, found = [], []
     for limit in (1 << 40, smallest_limit(name, feeds, method)):
-        passes[limit] = 0
-
-        def count(batches: Iterable[Feeds], limit: int = limit) -> Iterator[Feeds]:
-            passes[limit] += 1
-            yield from batches
-
-        found[limit] = snpc.measure_statistics(
-            analysis,
-            calibration_of(analysis, feeds, 2),
-            prunable_of(analysis),
-            method=method,
-            criterion="snp",
-            execution=Execution(memory_limit=limit, progress=count),
+        progress = RecordedProgress()
+        found.append(
+            snpc.measure_statistics(
+                analysis,
+                calibration_of(analysis, feeds, 2),
+                prunable_of(analysis),
+                method=method,
+                criterion="snp",
+                execution=Execution(memory_limit=limit, progress=progress),
+            )
         )
-    (one, first), (many, second) = zip(passes.values(), found.values(), strict=True)
+        passes.append(len(progress.begun))
+    (one, many), (first, second) = passes, found
     assert one == 1 < many
     close(second, first, 1e-6)
 
