@@ -11,9 +11,9 @@ from snpc.planning import UnitScores
 from snpc.runtime.closed_form import ClosedForms
 from snpc.types import ClosedFormKind, FloatArray, Group
 
-# The share of a group's units at whose loss its curve is scaled. A few directions may carry nearly all of the energy and
-# stay in any plan (massive activations; keys that all queries agree on): relative to the loss of the whole group, the
-# rest would seem free. Chosen on ViT-Tiny, see docs/how-it-works.md.
+# The share of a group's units at whose loss its curve is scaled. A few directions may carry nearly all of the energy
+# and stay in any plan (massive activations; keys that all queries agree on): relative to the loss of the whole group,
+# the rest would seem free. Chosen on ViT-Tiny, see docs/how-it-works.md.
 REFERENCE_SHARE = 1 / 64
 SCORE_REFERENCE_SHARE = 1 / 4
 SCORE_KINDS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection"})
