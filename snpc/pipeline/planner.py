@@ -67,7 +67,7 @@ class PlanRequest:
     named. ``criterion`` scores the groups that have no closed form; None: "mixed" with data, "magnitude" without.
     ``workload``: what is run to measure a latency. ``full_curves``: loss curves are measured over all widths, so that
     ``PruningPlan.for_budget`` can serve other budgets, and not only near the widths of this one. ``effort``: what the
-    plan may cost; with "quick" no trial runs the model, and the default ``method`` is "parallel".
+    plan may cost.
     """
 
     budget: Budget
@@ -202,7 +202,7 @@ def measure_request(
         analysis,
         calibration,
         groups,
-        method=request.method or default_method(calibration, request.criterion is None, request.effort),
+        method=request.method or default_method(calibration, request.criterion is None),
         criterion=request.criterion or "mixed",
         execution=execution,
     )
@@ -221,7 +221,7 @@ def make_plan(
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
     has_data = calibration is not None or statistics is not None
-    method = request.method or default_method(calibration, has_data and request.criterion is None, request.effort)
+    method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
     check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
@@ -321,10 +321,10 @@ def needs_loss_curves(budget: Budget, method: PruningMethod, effort: Effort) -> 
     return method != "select" or budget.ratio is None
 
 
-def default_method(calibration: Calibration | None, refits: bool, effort: Effort) -> PruningMethod:
+def default_method(calibration: Calibration | None, refits: bool) -> PruningMethod:
     if not refits:
         return "select"
-    return "auto" if calibration is not None and effort != "quick" else "parallel"
+    return "auto" if calibration is not None else "parallel"
 
 
 def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:

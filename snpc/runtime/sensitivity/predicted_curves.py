@@ -16,7 +16,7 @@ from snpc.types import ClosedFormKind, FloatArray, Group
 # the rest would seem free. Chosen on ViT-Tiny, see docs/how-it-works.md.
 REFERENCE_SHARE = 1 / 64
 SCORE_REFERENCE_SHARE = 1 / 4
-SCORE_KINDS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection"})
+SCORED_FORMS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection"})
 NO_LOSS = 1e-9  # of the whole group's: a loss that is smaller says nothing
 
 
@@ -37,7 +37,7 @@ def predicted_curves(closed_forms: ClosedForms, scores: UnitScores, groups: Sequ
 
 
 def reference_width(closed_forms: ClosedForms, group: Group) -> int:
-    share = SCORE_REFERENCE_SHARE if closed_forms.kinds.get(group.id) in SCORE_KINDS else REFERENCE_SHARE
+    share = SCORE_REFERENCE_SHARE if closed_forms.kinds.get(group.id) in SCORED_FORMS else REFERENCE_SHARE
     return min(max(1, int(group.size * share)), group.size - 1)
 
 
