@@ -189,7 +189,7 @@ def compare_artifact(job: BuildJob, written: BuildOutput) -> tuple[tuple[Differe
     differences: list[tuple[Difference, ...]] = []
     metrics = OutputMetrics.of_model(load(job.model))
     for file in [f for f in written.files if f.suffix in (".onnx", ".ort", ".xml")]:
-        runner = open_runner(file, execution=job.execution)
+        runner = open_runner(file, execution=job.execution, memory="lean")
         differences.append(batch_differences(reference, [runner.run(feeds) for feeds in job.feeds], metrics))
         if job.precision == "fp32" and max_relative(differences[-1]) > FP32_TOLERANCE:
             raise CheckFailed(

@@ -136,7 +136,7 @@ def apply_transformers_fusions(path: Path, output: Path, execution: Execution) -
 
 def output_drift(reference: Sequence[Feeds], path: Path, job: BuildJob) -> float:
     """Largest relative difference of a session with all optimizations from ``reference``."""
-    session = open_session(path, execution=job.execution)
+    session = open_session(path, execution=job.execution, memory="lean")
     outputs = [run_session(session, feeds, name=path.name) for feeds in job.feeds]
     return max_relative(batch_differences(reference, outputs))
 

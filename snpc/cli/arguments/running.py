@@ -53,7 +53,7 @@ class ExecutionArguments(ArgumentGroup):
         default="cpu",
         show_default=True,
         callback=parse_provider,
-        help="onnxruntime execution provider: cpu, cuda, trt, or a full name.",
+        help="onnxruntime execution provider: cpu, cuda, trt or another that it has; cuda:1 names a device.",
     )
     printing: QuietArguments = subgroup()
 

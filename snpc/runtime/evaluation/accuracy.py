@@ -26,7 +26,7 @@ def collect_outputs(
     path: Path, evaluation: EvaluationData, execution: Execution = DEFAULT_EXECUTION
 ) -> list[dict[str, AnyArray]]:
     """Outputs of a model or artifact by name, a dict per batch."""
-    runner = open_runner(path, execution=execution)
+    runner = open_runner(path, execution=execution, memory="lean")
     batches = execution.track("evaluation", evaluation.data.batches(), len(evaluation.data.batch_plan))
     return [runner.run(feeds) for feeds in batches]
 

@@ -20,7 +20,7 @@ AlgebraName = Literal["numpy", "torch"]
 class Execution:
     """How models are run.
 
-    ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``trt``) or by its full name.
+    ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``cuda:1``) or by its full name.
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
     activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` hears
     of every stage that may take long. ``observer`` is called after each graph pass over a model that is

@@ -13,6 +13,7 @@ from snpc.errors import UserError
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.session import (
     ORT_DTYPES,
+    MemoryMode,
     first_lines,
     open_session,
     prepare_run,
@@ -50,16 +51,17 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(path: Path, *, execution: Execution = DEFAULT_EXECUTION) -> Runner:
+def open_runner(path: Path, *, execution: Execution = DEFAULT_EXECUTION, memory: MemoryMode = "own") -> Runner:
     """Load ``path`` by its suffix: .xml is an OpenVINO IR, .engine, .plan and .trt are TensorRT's, the rest is
-    onnxruntime's. UserError: it does not load, or the machine or package that it needs is missing."""
+    onnxruntime's, in a session with ``memory`` as of ``open_session``. UserError: it does not load, or the machine or
+    package that it needs is missing."""
     if path.suffix in (OPENVINO_SUFFIX, *ENGINE_SUFFIXES) and not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == OPENVINO_SUFFIX:
         return open_openvino(path, execution.threads or 0)
     if path.suffix in ENGINE_SUFFIXES:
         raise UserError(f"{path}: engines are not run by this version; time it with trtexec --loadEngine")
-    return OnnxRuntimeRunner(path.name, open_session(path, execution=execution))
+    return OnnxRuntimeRunner(path.name, open_session(path, execution=execution, memory=memory))
 
 
 @dataclass(frozen=True)

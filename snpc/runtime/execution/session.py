@@ -26,10 +26,27 @@ MAX_MESSAGE = 400  # characters of onnxruntime's words: it lists all inputs of a
 OptimizationLevel = Literal["all", "basic", "off"]
 MemoryMode = Literal["own", "lean", "shared", "least"]
 
+PROVIDER_SUFFIX = "ExecutionProvider"  # "CUDAExecutionProvider" is "cuda" in short, and so on
+
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "trt": "TensorrtExecutionProvider",
+}
+"""Those that sessions are set up for, by their names in short."""
+
+# The option that chooses a device, by provider in short, and what it looks like.
+DEVICE_OPTIONS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("cuda", "trt", "rocm", "migraphx", "dml", "cann"), ("device_id", "[0-9]+")),
+    "openvino": ("device_type", "[A-Za-z]+[A-Za-z0-9_.:,]*"),
+}
+
+# CUDA computes float32 products in TF32, with 10 bits of mantissa, unless told otherwise. Sessions of few runs neither
+# wait for a trial of all convolution algorithms, nor double the memory that they hold whenever they need more.
+MEASURING_ON_CUDA = {
+    "use_tf32": "0",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "arena_extend_strategy": "kSameAsRequested",
 }
 
 # onnxruntime's names of the types that numpy arrays can hold. int4 and float4 are missing: two values share a byte.
@@ -87,10 +104,13 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session of a file or of a serialized model. It logs nothing; errors are raised.
 
-    ``memory``: "own": onnxruntime's default, for models that are timed. "lean": as fast, but each node runs as soon as
-    its inputs are there, so that statistics do not keep their activations until the end, and no block of memory is
-    reserved for a whole run. "shared": like "lean", and all such sessions allocate from one pool, so that dozens can be
-    open. "least": like "shared", and each weight is held once; slower, for few runs.
+    ``memory``: "own": the defaults of onnxruntime and the provider, for models that are timed. "lean": as fast, but
+    each node runs as soon as its inputs are there, so that statistics do not keep their activations until the end, and
+    no block of memory is reserved for a whole run. "shared": like "lean", and all such sessions allocate from one pool,
+    so that dozens can be open. "least": like "shared", and each weight is held once; slower, for few runs.
+
+    All but "own" compute float32 in full precision, and run on CUDA in place of TensorRT, which would compile an engine
+    for each. The pool, and weights held once, are of the CPU provider; others allocate by themselves.
 
     ``config_entries``: session configuration entries by name. ``optimized_path``: file for the optimized graph.
 
@@ -105,14 +125,18 @@ def open_session(
     name = _model_name(model)
     if isinstance(model, Path) and not model.is_file():
         raise UserError(f"{name}: no such file" if not model.exists() else f"{name}: not a file")
-    provider = resolve_provider(execution.provider)
+    chain = provider_chain(execution, measuring=memory != "own")
+    provider = chain[0][0]
     _prepare_runtime()
     _preload_cuda_libraries(provider)
     try:
         session = ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
-            _session_options(threads, optimization, memory, config_entries or {}, optimized_path),
-            providers=_provider_chain(provider),
+            _session_options(
+                threads, optimization, _memory_mode(provider, memory), config_entries or {}, optimized_path
+            ),
+            providers=[name for name, _ in chain],
+            provider_options=[options for _, options in chain],
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -148,20 +172,35 @@ def save_optimized(
     open_session(model, execution=execution, config_entries=config_entries, optimized_path=target)
 
 
-def resolve_provider(provider: str) -> str:
-    """``cuda`` or ``CUDAExecutionProvider`` -> the full name. UserError: this onnxruntime does not have it."""
+def resolve_provider(provider: str) -> tuple[str, dict[str, str]]:
+    """``cuda``, ``CUDAExecutionProvider`` or ``cuda:1`` -> the full name, and the option that chooses the device.
+
+    UserError: this onnxruntime does not have the provider, or the provider has no such device."""
     import onnxruntime as ort
 
     available: list[str] = ort.get_available_providers()
-    by_lower_case = {name.lower(): name for name in available}
-    full_name = PROVIDERS.get(provider.lower(), provider)
-    if full_name.lower() not in by_lower_case:
-        short = [key for key, name in PROVIDERS.items() if name in available]
+    wanted, colon, device = provider.partition(":")
+    full_name = next((name for name in available if wanted.lower() in _names_of(name)), None)
+    if full_name is None:
         raise UserError(
             f"provider {provider!r} is not in this onnxruntime {ort.__version__}: it has "
-            f"{', '.join(available)} (in short: {', '.join(short)})"
+            f"{', '.join(available)} (in short: {', '.join(_names_of(name)[0] for name in available)})"
         )
-    return by_lower_case[full_name.lower()]
+    if not colon:
+        return full_name, {}
+    option, pattern = DEVICE_OPTIONS.get(_names_of(full_name)[0], ("", ""))
+    if not option:
+        raise UserError(f"provider {provider!r}: {wanted} takes no device; leave out {':' + device!r}")
+    if not re.fullmatch(pattern, device):
+        example = f"{wanted}:1" if option == "device_id" else f"{wanted}:GPU"
+        raise UserError(f"provider {provider!r}: {device!r} names no device; write it as {example}")
+    return full_name, {option: device}
+
+
+def _names_of(full_name: str) -> tuple[str, str, str]:
+    """In lower case: the name in short, the one without its suffix, and the full one."""
+    bare = full_name.removesuffix(PROVIDER_SUFFIX).lower()
+    return {name: short for short, name in PROVIDERS.items()}.get(full_name, bare), bare, full_name.lower()
 
 
 def session_inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
@@ -266,15 +305,31 @@ def _preload_cuda_libraries(provider: str) -> None:
             ort.preload_dlls()
 
 
-def _provider_chain(provider: str) -> list[str]:
-    """The provider, then those that run the nodes it cannot run."""
-    import onnxruntime as ort
+def provider_chain(execution: Execution, measuring: bool) -> list[tuple[str, dict[str, str]]]:
+    """The provider, then those that run the nodes it cannot run, each with its options.
 
-    chain = [provider, PROVIDERS["cpu"]]
-    if provider == PROVIDERS["trt"]:
-        chain.insert(1, PROVIDERS["cuda"])
-    available = ort.get_available_providers()
-    return [name for name in dict.fromkeys(chain) if name in available]
+    ``measuring``: for sessions whose outputs count and not their time. UserError: as for ``resolve_provider``."""
+    provider, device = resolve_provider(execution.provider)
+    cuda = (PROVIDERS["cuda"], {**device, **(MEASURING_ON_CUDA if measuring else {})})
+    chain = [(provider, device)]
+    if provider == PROVIDERS["cuda"]:
+        chain = [cuda]
+    elif provider == PROVIDERS["trt"]:  # a package with TensorRT has CUDA
+        chain = [cuda] if measuring else [(provider, device), cuda]
+    elif _names_of(provider)[0] == "openvino":
+        chain = [(provider, {**device, **_openvino_options(execution, measuring)})]
+    return chain if provider == PROVIDERS["cpu"] else [*chain, (PROVIDERS["cpu"], {})]
+
+
+def _openvino_options(execution: Execution, measuring: bool) -> dict[str, str]:
+    """OpenVINO computes in bfloat16 or float16 where the device is faster so; "ACCURACY" keeps the model's types."""
+    threads = {"num_of_threads": str(execution.threads)} if execution.threads else {}
+    return {**threads, **({"precision": "ACCURACY"} if measuring else {})}
+
+
+def _memory_mode(provider: str, memory: MemoryMode) -> MemoryMode:
+    """Other providers have no use for the CPU's pool: it would replace the pinned memory that they copy through."""
+    return memory if provider == PROVIDERS["cpu"] or memory == "own" else "lean"
 
 
 def _tensor_spec(direction: str, value: Any) -> TensorSpec:

@@ -15,11 +15,9 @@ from snpc.passes.canonicalization import finalize
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.execution.memory import release_free_memory
 from snpc.runtime.execution.session import (
-    PROVIDERS,
     MemoryMode,
     OptimizationLevel,
     open_session,
-    resolve_provider,
     run_session,
 )
 from snpc.runtime.io import read_model, save
@@ -41,11 +39,11 @@ def temporary_session(
 ) -> Iterator[RunFunction]:
     """A function from feeds to outputs by name; feeds that are no inputs are ignored. ``model`` must not be used again.
 
-    bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic; the outputs are then float32 too.
+    bfloat16 runs as float32, and the outputs are then float32 too: see ``runs_in_float32``.
     """
     with temporary_folder() as folder:
         path = folder / "model.onnx"
-        save_runnable(model, path, execution, external)
+        save_runnable(model, path, external)
         runs = [open_run(path, execution=execution, optimization=optimization, memory=memory)]
         try:
             yield lambda feeds: runs[0](feeds)
@@ -54,11 +52,10 @@ def temporary_session(
             release_free_memory()
 
 
-def save_runnable(model: ir.Model, path: Path, execution: Execution, external: bool = False) -> None:
-    """Write a model to ``path`` as ``execution`` can run it; see ``temporary_session``. ``model`` must not be used
+def save_runnable(model: ir.Model, path: Path, external: bool = False) -> None:
+    """Write a model to ``path`` as any provider can run it; see ``temporary_session``. ``model`` must not be used
     again."""
-    in_float32 = runs_in_float32(model, execution)
-    save(widen_bfloat16(finalize(model)) if in_float32 else finalize(model), path, external)
+    save(widen_bfloat16(finalize(model)) if runs_in_float32(model) else finalize(model), path, external)
 
 
 def open_run(
@@ -90,7 +87,7 @@ def open_run(
 def file_session(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
     """A function from feeds to outputs of the model in ``path``, for few runs; see ``temporary_session``."""
     model = read_model(path)
-    if runs_in_float32(model, execution):
+    if runs_in_float32(model):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             yield run
         return
@@ -108,11 +105,9 @@ def file_session(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterat
 # -- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
-def runs_in_float32(model: ir.Model, execution: Execution) -> bool:
+def runs_in_float32(model: ir.Model) -> bool:
     """Whether ``temporary_session`` runs this model in float32: onnxruntime's CPU provider has no arithmetic in
-    bfloat16."""
-    if resolve_provider(execution.provider) != PROVIDERS["cpu"]:
-        return False
+    bfloat16, and it runs what another provider has no kernel for."""
     values = [*model.graph.initializers.values(), *model.graph.inputs]
     return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
 

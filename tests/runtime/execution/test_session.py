@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -23,6 +25,7 @@ from snpc.runtime.execution.session import (
     first_lines,
     open_session,
     prepare_run,
+    provider_chain,
     resolve_provider,
     run_session,
     session_inputs,
@@ -135,10 +138,25 @@ class TestOpen:
         assert first_lines(RuntimeError()) == "RuntimeError"
 
 
+@pytest.fixture
+def every_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An onnxruntime that has providers for other hardware, too."""
+    names = [*PROVIDERS.values(), "OpenVINOExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)
+
+
+def has_entry(options: ort.SessionOptions, name: str) -> bool:
+    try:
+        return bool(options.get_session_config_entry(name) == "1")
+    except RuntimeError:  # there is no such entry
+        return False
+
+
 class TestProvider:
     @pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "cpuexecutionprovider"])
     def test_short_and_full_names(self, name: str) -> None:
-        assert resolve_provider(name) == "CPUExecutionProvider"
+        assert resolve_provider(name) == ("CPUExecutionProvider", {})
         assert open_session(model_bytes(IDENTITY), execution=Execution(provider=name)).get_providers() == [
             "CPUExecutionProvider"
         ]
@@ -147,6 +165,66 @@ class TestProvider:
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
         with pytest.raises(UserError, match=r"'cuda' is not in .*: it has CPUExecutionProvider \(in short: cpu\)"):
             open_session(model_bytes(IDENTITY), execution=Execution(provider="cuda"))
+
+    @pytest.mark.parametrize(
+        ("text", "name", "device"),
+        [
+            ("cuda:1", "CUDAExecutionProvider", {"device_id": "1"}),
+            ("tensorrt:0", "TensorrtExecutionProvider", {"device_id": "0"}),
+            ("OpenVINO:GPU.1", "OpenVINOExecutionProvider", {"device_type": "GPU.1"}),
+            ("openvinoexecutionprovider", "OpenVINOExecutionProvider", {}),
+        ],
+    )
+    def test_a_device_is_named_after_a_colon(
+        self, text: str, name: str, device: dict[str, str], every_provider: None
+    ) -> None:
+        assert resolve_provider(text) == (name, device)
+
+    @pytest.mark.parametrize(
+        ("text", "refusal"),
+        [
+            ("cpu:1", "provider 'cpu:1': cpu takes no device; leave out ':1'"),
+            ("cuda:one", "provider 'cuda:one': 'one' names no device; write it as cuda:1"),
+            ("cuda:", "provider 'cuda:': '' names no device; write it as cuda:1"),
+            ("openvino:", "provider 'openvino:': '' names no device; write it as openvino:GPU"),
+        ],
+    )
+    def test_what_is_no_device_is_refused(self, text: str, refusal: str, every_provider: None) -> None:
+        with pytest.raises(UserError, match=re.escape(refusal)):
+            resolve_provider(text)
+
+    def test_measuring_is_in_full_precision_and_compiles_no_engines(self, every_provider: None) -> None:
+        """TF32 has 10 bits of mantissa, and TensorRT takes minutes to compile an engine for a session of few runs."""
+        cpu: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+        for name in ("cuda:1", "trt:1"):
+            chain = provider_chain(Execution(provider=name), measuring=True)
+            assert [name for name, _ in chain] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            assert chain[0][1].items() >= {"device_id": "1", "use_tf32": "0"}.items()
+        assert provider_chain(Execution(provider="trt:1"), measuring=False) == [
+            ("TensorrtExecutionProvider", {"device_id": "1"}), ("CUDAExecutionProvider", {"device_id": "1"}), cpu,
+        ]  # fmt: skip
+        exact = provider_chain(Execution(provider="openvino", threads=3), measuring=True)
+        assert exact == [("OpenVINOExecutionProvider", {"num_of_threads": "3", "precision": "ACCURACY"}), cpu]
+        assert provider_chain(Execution(), measuring=True) == [cpu]
+
+    @pytest.mark.parametrize(("provider", "shared"), [("cuda", False), ("cpu", True)])
+    def test_only_the_cpu_allocates_from_the_shared_pool(
+        self, provider: str, shared: bool, every_provider: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened: list[ort.SessionOptions] = []
+
+        class Recorder:
+            def __init__(self, _: object, options: ort.SessionOptions, providers: list[str], **__: object) -> None:
+                opened.append(options)
+                self.providers = providers
+
+            def get_providers(self) -> list[str]:
+                return self.providers
+
+        monkeypatch.setattr("onnxruntime.InferenceSession", Recorder)
+        open_session(b"", execution=Execution(provider=provider), memory="least")
+        for entry in ("session.use_env_allocators", "session.disable_prepacking"):
+            assert has_entry(opened[0], entry) == shared
 
     def test_an_unknown_one_is_refused(self) -> None:
         with pytest.raises(UserError, match="'abacus' is not in this onnxruntime"):
