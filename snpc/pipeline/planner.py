@@ -34,6 +34,7 @@ from snpc.planning import (
     plan_outlook,
     plan_to_json,
     prunes_kv_cache,
+    select_units,
     token_reduction_in,
 )
 from snpc.runtime.calibration import Calibration
@@ -49,7 +50,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves, predicted_curves
+from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves, predicted_curves, search_widths
 from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
@@ -144,7 +145,9 @@ class PruningPlan:
         ``budget`` differs in its target only, and that is a latency only if this one's is.
         """
         assert self.scores is not None
-        return replace(self, slices=make_slice_plan(self.scores, budget), budget=budget)
+        closed_forms = self.closed_forms or ClosedForms.empty(self.analysis)
+        slices = choose_units(closed_forms, self.scores, self.calibration, budget, self.execution)
+        return replace(self, slices=slices, budget=budget)
 
 
 class PlanOptions(TypedDict, total=False):
@@ -258,7 +261,7 @@ def make_plan(
     elif method != "select" and not budget.uniform:
         scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
     return PruningPlan(
-        make_slice_plan(scores, budget),
+        choose_units(closed_forms, scores, calibration, budget, execution),
         closed_forms if method != "select" else None,
         scores.curves,
         budget,
@@ -269,6 +272,21 @@ def make_plan(
         calibration,
         execution,
     )
+
+
+def choose_units(
+    closed_forms: ClosedForms,
+    scores: UnitScores,
+    calibration: Calibration | None,
+    budget: Budget,
+    execution: Execution,
+) -> SlicePlan:
+    """The units that stay: as the curves say, or as a search from there on finds."""
+    if scores.effort != "search" or calibration is None:
+        return make_slice_plan(scores, budget)
+    groups = groups_to_prune(scores.analysis, budget)
+    widths = search_widths(closed_forms, scores, calibration, groups, budget, execution=execution)
+    return select_units(scores, budget, widths)
 
 
 def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequence[Group]) -> None:
@@ -307,7 +325,6 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
                 "--effort search moves units between groups at equal cost: give --target macs=R, params=R or bytes=R, "
                 "without --uniform and --allocator"
             )
-        raise UserError("--effort search is being built; give quick or normal")
         if calibration is None:
             raise UserError("--effort search tries plans on calibration data: give --calib")
 
