@@ -37,8 +37,9 @@ from snpc.planning import (
     select_units,
     token_reduction_in,
 )
+from snpc.runtime.batches import DenseValues
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.closed_form import ClosedForms, solve_closed_forms, using_algebra
+from snpc.runtime.closed_form import ClosedForms, residual_error_values, solve_closed_forms, using_algebra
 from snpc.runtime.evaluation import (
     MetricRequest,
     OutputMetrics,
@@ -57,6 +58,8 @@ from snpc.types import FloatArray, Group, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+DENSE_BYTES = 256 << 20  # of the dense model's values that stay in memory; they are read once
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class PruningPlan:
     statistics: Statistics | None = field(default=None, repr=False)
     calibration: Calibration | None = field(default=None, repr=False)
     execution: Execution = DEFAULT_EXECUTION
+    dense_values: DenseValues | None = field(default=None, repr=False)
+    """What the layer-wise fit reads of the dense model, measured along with the statistics on ``calibration``."""
 
     @property
     def analysis(self) -> Analysis:
@@ -229,9 +234,11 @@ def make_plan(
     check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
     criterion = default_criterion if request.criterion is None else request.criterion
+    dense = None
     if statistics is None and calibration is not None:
+        dense = dense_values_for(analysis, groups, method, execution)
         statistics = measure_statistics(
-            analysis, calibration, groups, method=method, criterion=criterion, execution=execution
+            analysis, calibration, groups, method=method, criterion=criterion, dense=dense, execution=execution
         )
     measures_curves = calibration is not None and needs_loss_curves(budget, method, request.effort)
     closed_forms = ClosedForms.empty(analysis)
@@ -271,6 +278,18 @@ def make_plan(
         statistics,
         calibration,
         execution,
+        dense,
+    )
+
+
+def dense_values_for(
+    analysis: Analysis, groups: Sequence[Group], method: PruningMethod, execution: Execution
+) -> DenseValues | None:
+    """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
+    if method != "auto" or analysis.traced_graph.kv_cache:
+        return None
+    return DenseValues(
+        residual_error_values(analysis, groups), min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
     )
 
 

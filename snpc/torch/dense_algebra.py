@@ -1,6 +1,6 @@
 """The dense algebra of closed forms on torch: on a GPU where there is one, else on torch's CPU kernels.
 
-Everything stays float64, so that results are those of numpy but for rounding.
+Arrays keep their type, so that results are those of numpy but for rounding.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class TorchAlgebra:
 def tensor_on(device: torch.device, array: FloatArray) -> Tensor:
     """The array on the device; on the CPU without a copy, where torch can share its memory."""
     shared = array.flags.writeable and all(stride > 0 for stride in array.strides)
-    return torch.from_numpy(array if shared else array.copy()).to(device, torch.float64)
+    return torch.from_numpy(array if shared else array.copy()).to(device)
 
 
 def to_array(tensor: Tensor) -> FloatArray:

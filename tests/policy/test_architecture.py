@@ -43,6 +43,7 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("io",),
         ("calibration",),
         ("execution",),
+        ("batches",),
         ("statistics", "evaluation"),
         ("closed_form",),
         ("sensitivity",),

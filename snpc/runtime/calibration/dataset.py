@@ -99,6 +99,7 @@ class Calibration:
     seed: int = 0
     images: ImageFormat | None = None
     part: DataPart | None = None
+    batches_of_whole: float | None = field(default=None, repr=False, compare=False)
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         """Feeds: input name -> [at most ``batch``, ...] in the model's type. One part is in memory at a time.
@@ -134,7 +135,9 @@ class Calibration:
             tuple(_without_other_rows(rows, self.sample_axes) for rows in batch)
             for batch in self.batch_plan[start:stop]
         )
-        return replace(self, samples=_planned_samples(plan), batch_plan=plan, held_out=None)
+        return replace(
+            self, samples=_planned_samples(plan), batch_plan=plan, held_out=None, batches_of_whole=self.whole_batches
+        )
 
     def without_data(self) -> Calibration:
         """The same without arrays in memory, so that batches can be named but not given; of files all stays."""
@@ -183,6 +186,19 @@ class Calibration:
                 each = selections[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
                 elements[spec.name] = max(elements.get(spec.name, 0), rows * math.prod(each))
         return elements
+
+    @property
+    def whole_batches(self) -> float:
+        """How many batches as large as the largest the data make; of a slice, those of the whole."""
+        if self.batches_of_whole is not None:
+            return self.batches_of_whole
+        largest = max(self.max_elements().items(), key=lambda item: item[1], default=None)
+        if largest is None or not largest[1]:
+            return float(len(self.batch_plan))
+        name, most = largest
+        axis = 1 if name in self.sample_axes.inputs else 0
+        each = (math.prod(s[0].shapes[name][axis:]) * (sum(map(len, s)) if axis else 1) for s in self.batch_plan)
+        return sum(each) / most
 
     @property
     def origin(self) -> str:

@@ -9,12 +9,13 @@ Files
                         selection by score loss.
   fit                   Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little
                         as possible.
-  layerwise             Layerwise fitting: each layer is fitted to the activations of the pruned layers before it, and
-                        compensates for their error.
+  layerwise             Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers
+                        before it.
   masked_weights        Trial weights: edits applied and removed units zeroed; shapes unchanged.
   refit_normalizations  Refits normalizations whose channels are partly removed, and the weights that consume them.
   ridge                 The ridge of a regression, chosen by two halves of the calibration samples.
-  stages                The stages of layerwise fitting: segments of the graph, and the groups that are fitted in each.
+  stages                The stages of layer-wise fitting: residual sums whose error a weight in front can compensate,
+                        and the segments between them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from snpc.runtime.closed_form.fit import (
 from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.closed_form.masked_weights import changed_constants, constant_array, edited_constants, trial_weights
 from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
-from snpc.runtime.closed_form.stages import NotSegmentable, check_boundary_types, residual_sums, residual_values
+from snpc.runtime.closed_form.stages import (
+    NotSegmentable,
+    check_boundary_types,
+    residual_error_values,
+    residual_sums,
+    residual_values,
+)
 
 __all__ = [
     "ClosedForms",
@@ -50,6 +57,7 @@ __all__ = [
     "fit_parallel",
     "in_rotated_order",
     "register_algebra",
+    "residual_error_values",
     "residual_sums",
     "residual_values",
     "solve_closed_forms",

@@ -271,12 +271,20 @@ def refit_rows(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: fl
     removed[keep] = 0.0
     if ridge:
         hessian.flat[:: len(keep) + 1] += absolute_ridge(moment, ridge)
-    return weight[keep] + np.linalg.solve(hessian, (moment @ removed)[keep]).astype(np.float64)
+    return weight[keep] + solve_symmetric(hessian, current_algebra().product(moment[keep], removed))
 
 
 def solve_ridge(moment: FloatArray, cross: FloatArray, ridge: float) -> FloatArray:
     """[kept, D]: ridge least squares from the second moment and the cross moment with the targets."""
-    return np.linalg.solve(add_ridge(moment, ridge), cross).astype(np.float64)
+    return solve_symmetric(add_ridge(moment, ridge), cross)
+
+
+def solve_symmetric(matrix: FloatArray, right: FloatArray) -> FloatArray:
+    """X with ``matrix`` X = ``right``. A moment is positive definite but for rounding, where its ridge is tiny."""
+    try:
+        return current_algebra().solve_positive_definite(matrix, right)
+    except np.linalg.LinAlgError:
+        return np.linalg.solve(matrix, right).astype(np.float64)
 
 
 def refit_loss(moment: FloatArray, weight: FloatArray, keep: IntArray, refitted: FloatArray) -> float:

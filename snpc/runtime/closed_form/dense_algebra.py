@@ -1,7 +1,7 @@
 """The dense algebra that closed forms are solved with: numpy's, or another implementation that registers itself.
 
-Everything is float64, on both sides: arrays go in and come out as numpy's, wherever the arithmetic runs. All
-implementations agree but for rounding and for the signs of eigenvectors and singular vectors.
+Arrays go in and come out as numpy's, wherever the arithmetic runs, and keep their type: float64, or float32 where that
+is enough. All implementations agree but for rounding and for the signs of eigenvectors and singular vectors.
 
 ``using_algebra`` chooses the implementation for a block of code, in its thread or task; a worker enters it anew, with
 ``Execution.algebra``. ``snpc.torch`` registers "torch" when it is imported.
@@ -60,10 +60,7 @@ class NumpyAlgebra:
         return np.asarray(left @ right)
 
     def cholesky(self, matrix: FloatArray) -> FloatArray:
-        factor = np.linalg.cholesky(matrix).astype(np.float64, copy=False)
-        if not np.isfinite(np.trace(factor)):  # some LAPACKs carry NaN through
-            raise np.linalg.LinAlgError("the matrix holds NaN or infinity")
-        return factor
+        return check_factor(np.asarray(np.linalg.cholesky(matrix)))
 
     def solve_triangular(self, factor: FloatArray, right: FloatArray, transposed: bool = False) -> FloatArray:
         from scipy.linalg import solve_triangular
@@ -71,9 +68,10 @@ class NumpyAlgebra:
         return np.asarray(solve_triangular(factor, right, trans=int(transposed), lower=True, check_finite=False))
 
     def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
-        from scipy.linalg import cho_solve
+        from scipy.linalg import cho_factor, cho_solve
 
-        return np.asarray(cho_solve((self.cholesky(matrix), True), right, check_finite=False))
+        factor, lower = cho_factor(matrix, lower=True, check_finite=False)
+        return np.asarray(cho_solve((check_factor(factor), lower), right, check_finite=False))
 
     def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
         from scipy.linalg.lapack import dpotri
@@ -84,11 +82,18 @@ class NumpyAlgebra:
 
     def eigh(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
         values, vectors = np.linalg.eigh(matrix)
-        return values.astype(np.float64, copy=False), vectors.astype(np.float64, copy=False)
+        return np.asarray(values), np.asarray(vectors)
 
     def svd(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
         return np.asarray(left), np.asarray(values), np.asarray(right)
+
+
+def check_factor(factor: FloatArray) -> FloatArray:
+    """The same. Raises LinAlgError where NaN was carried through, as some LAPACKs do."""
+    if not np.isfinite(np.trace(factor)):
+        raise np.linalg.LinAlgError("the matrix holds NaN or infinity")
+    return factor
 
 
 NUMPY_ALGEBRA = NumpyAlgebra()

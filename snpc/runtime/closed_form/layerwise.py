@@ -1,76 +1,57 @@
-"""Layerwise fitting: each layer is fitted to the activations of the pruned layers before it, and compensates for their
-error.
+"""Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers before it.
 
-The graph runs in segments that end where a group's output joins the residual stream. The values at their borders are
-kept for every calibration batch, of the dense and of the pruned model, so that nothing is computed twice: each segment
-runs once with the dense weights, once with statistics, and once with the fitted weights.
+All weights are first fitted to the activations of the dense model (``fit_parallel``). Then the cut graph runs in
+segments, each of which ends where a layer's output has joined the residual stream. There the error of the pruned
+stream, dense less pruned, is regressed on the kept hidden units with a large ridge, and added to the weight that reads
+them (asymmetric calibration as in GPTQv2, arXiv 2504.02692, with a whole layer as the unknown).
 
-A consumer of hidden units is fitted to more than its own output: the error of the pruned residual stream behind it is
-regressed on its kept units, with a large ridge, and added (asymmetric calibration as in GPTAQ, arXiv 2504.02692, with
-a whole layer as the unknown). Groups whose weights are used in several segments keep the parallel fit.
+Every segment runs once, in its cut widths: the fitted layer differs by the product of its kept hidden units with the
+change of its weight, which is added to the values at the border.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import Segment, extract_segment
-from snpc.passes.canonicalization import finalize
+from snpc.graph import ShapeFacts, extract_segment
+from snpc.ops import names as op
+from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph, trace_graph
-from snpc.passes.propagation import affected_statistics
-from snpc.passes.slicing import find_removed_units, weigh_statistics
-from snpc.passes.weights import WeightEdits
+from snpc.passes.slicing import rewrite_model
+from snpc.passes.weights import WeightEdits, apply_edits
 from snpc.planning import SlicePlan, cuts_of
+from snpc.runtime.batches import BatchProgram, BatchSums, BatchValues, DenseValues, LocalBatchValues, dense_name
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
-from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, solve_bases
-from snpc.runtime.closed_form.masked_weights import edited_constants, trial_weights
-from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, ResidualError, add_missing_biases, schedule_stages
-from snpc.runtime.execution import (
-    DEFAULT_EXECUTION,
-    Execution,
-    SessionLoadError,
-    SpillableStore,
-    memory_budget,
-    temporary_session,
+from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
+from snpc.runtime.closed_form.masked_weights import edited_constants
+from snpc.runtime.closed_form.stages import (
+    FitStage,
+    NotSegmentable,
+    ResidualError,
+    fitted_sums,
+    kept_columns,
+    residual_errors,
+    schedule_stages,
 )
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError
 from snpc.runtime.statistics import (
-    GroupMoments,
     Instrument,
-    MomentSet,
     PaddingMasks,
-    StatisticKey,
-    TokenMasks,
-    accumulate,
+    consumer_moments,
     find_padding,
-    group_moments,
     probe_row_counters,
     token_mask_runner,
+    unpack_symmetric,
 )
-from snpc.types import AnyArray, FloatArray
+from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
 RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units
-
-TensorValues = dict[str, AnyArray]  # by name of the value
-ConstantArrays = dict[str, AnyArray]  # by name of the constant
-
-
-@dataclass
-class BoundaryValues:
-    """What later segments read of the dense and of the pruned model, per calibration batch. ``masks``: which tokens
-    count. ``store`` moves what does not fit into temporary files."""
-
-    dense: list[TensorValues]
-    pruned: list[TensorValues]
-    masks: list[TokenMasks]
-    store: SpillableStore
-
-    def keep(self, values: TensorValues) -> TensorValues:
-        return {name: self.store.keep(array) for name, array in values.items()}
+GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
 
 def fit_layerwise(
@@ -78,176 +59,174 @@ def fit_layerwise(
     plan: SlicePlan,
     calibration: Calibration,
     execution: Execution = DEFAULT_EXECUTION,
+    dense: DenseValues | None = None,
 ) -> TracedGraph:
     """The model at full size, every weight fitted for the plan, layer after layer.
 
-    Values at the borders of segments take up to ``execution.memory_limit`` bytes of memory; the others lie in temporary
-    files. Raises NotSegmentable where the graph cannot be run in segments.
+    ``dense``: values of the dense model on the same batches, where they were measured. Values at the borders of
+    segments take up to ``execution.memory_limit`` bytes of memory; the others lie in temporary files. Raises
+    NotSegmentable where the graph cannot be run in segments.
     """
-    analysis, source = closed_forms.analysis, closed_forms.analysis.traced_graph
-    base = add_missing_biases(closed_forms, plan)
-    stages = schedule_stages(analysis, base, plan)
-    staged = {group.id for stage in stages for group in stage.groups}
-    earlier_plan = replace(
-        plan, keep={group_id: rows for group_id, rows in plan.keep.items() if group_id not in staged}
-    )
-    contents = edited_constants(base, closed_form_edits(closed_forms, earlier_plan))
-    requests = [request for stage in stages for request in stage.requests]
-    padding = find_padding(source, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests))
-    boundary = BoundaryValues([], [], [], SpillableStore(memory_budget(execution.memory_limit)))
-    with token_mask_runner(source, padding, execution) as masks:
-        for feeds in calibration.batches():
-            boundary.masks.append(masks(feeds))
-            boundary.dense.append(boundary.keep(feeds))
-            boundary.pruned.append(dict(boundary.dense[-1]))
-    fit = LayerwiseFit(base, plan, earlier_plan, execution, padding)
-    for stage in stages:
-        contents |= fit_stage(fit, stage, contents, boundary)
-    return trace_graph(with_constants(base.model.clone(), contents), base.dim_sizes, kv_cache=base.kv_cache)
+    analysis = closed_forms.analysis
+    groups = [g for g in analysis.groups if g.id in plan.keep]
+    errors = residual_errors(analysis, groups)
+    base = fit_for_dense_stream(closed_forms, plan, errors)
+    if not errors or not groups:
+        return base
+    cut = rewrite_model(base, cuts_of(plan))
+    stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
+    padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
+    dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
+    fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
+    try:
+        values = first_values(fit, stages, calibration, execution, dense)
+        for number, stage in enumerate(stages):
+            fit_stage(fit, stage, values, last=number == len(stages) - 1)
+    except SessionLoadError as error:  # onnxruntime's own shape inference may need what lies before a segment
+        raise NotSegmentable(str(error)) from error
+    return base
 
 
-def with_constants(model: ir.Model, contents: ConstantArrays) -> ir.Model:
-    """``model`` with these contents of its constants; changed in place."""
-    for name, array in contents.items():
-        value = model.graph.initializers[name]
-        assert value.const_value is not None
-        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
-    return model
+def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: list[ResidualError]) -> TracedGraph:
+    """The model with all closed forms of the plan, and a bias behind every weight that compensates for an error."""
+    source = closed_forms.analysis.traced_graph
+    edits = closed_form_edits(closed_forms, plan)
+    for error in errors:
+        (consumer,) = closed_forms.analysis.weights[error.group.id].consumers
+        edits.add_bias(str(consumer.node.name), np.zeros(error.width))
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
 
 
 @dataclass(frozen=True)
 class LayerwiseFit:
-    """What all stages share. ``earlier_plan``: the part of the plan that was fitted before the first stage."""
+    """What all stages share. ``base``: the full-size model, whose constants the stages change. ``cut``: the same sliced
+    before the first stage, with the ``facts`` of its values."""
 
-    base: TracedGraph
+    analysis: Analysis
     plan: SlicePlan
-    earlier_plan: SlicePlan
-    execution: Execution
+    base: TracedGraph
+    cut: ir.Model
+    facts: ShapeFacts
     padding: PaddingMasks
+    dense_names: frozenset[str]
 
-    def rows_of(self, stage: FitStage) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """The part of the plan that the stage fits."""
-        return {group.id: self.plan.keep[group.id] for group in stage.groups if group.id in self.plan.keep}
-
-    def dense_model(self, segment: Segment) -> ir.Model:
-        """The segment with the dense weights."""
-        return finalize(extract_segment(self.base.model, segment, self.base.facts))
-
-    def pruned_model(
-        self, segment: Segment, contents: ConstantArrays, keep: Mapping[str, tuple[tuple[int, ...], ...]]
-    ) -> ir.Model:
-        """The segment with new contents of its constants, and with zeros where the earlier plan and ``keep`` remove
-        units."""
-        model = self.dense_model(segment)
-        cuts = cuts_of(replace(self.plan, keep={**self.earlier_plan.keep, **keep}))
-        removed = find_removed_units(self.base.trace, self.base.units, cuts)
-        weigh_statistics(model.graph, self.base.trace, affected_statistics(self.base.trace, removed))
-        return with_constants(model, trial_weights(self.base, contents, cuts, set(model.graph.initializers)))
-
-    def run(self, model: ir.Model, feeds: list[TensorValues]) -> Iterator[TensorValues]:
-        """Outputs per batch. Raises NotSegmentable where onnxruntime does not load the segment (its shape inference may
-        need what lies before)."""
-        try:
-            with temporary_session(model, execution=self.execution, memory="shared") as run:
-                for values in feeds:
-                    yield run(values)
-        except SessionLoadError as error:
-            raise NotSegmentable(str(error)) from error
+    def kept_units(self, error: ResidualError) -> IntArray:
+        """The units that the cut hidden value shows, in the order of its columns."""
+        rows = self.plan.keep.get(error.group.id)
+        return kept_columns(error, rows[0] if rows else range(error.group.size))
 
 
-def fit_stage(fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues) -> ConstantArrays:
-    """Fit the groups of one stage, and move ``boundary`` to the end of its segment. Returns the new contents of
-    constants; ``contents``: those of the stages before."""
-    segment = stage.segment
-    residuals = {error.value: None for error in stage.residual_errors}
-    with_residuals = replace(segment, outputs=tuple({**dict.fromkeys(segment.outputs), **residuals}))
-    dense = [boundary.keep(values) for values in fit.run(fit.dense_model(with_residuals), boundary.dense)]
-    fitted = edited_constants(fit.base, solve_stage(fit, stage, contents, boundary, dense), contents)
-    pruned = fit.run(fit.pruned_model(segment, {**contents, **fitted}, fit.rows_of(stage)), boundary.pruned)
-    for dense_state, dense_values, pruned_state, pruned_values in zip(
-        boundary.dense, dense, boundary.pruned, pruned, strict=True
-    ):
-        advance_boundary(dense_state, dense_values, segment)
-        advance_boundary(pruned_state, boundary.keep(pruned_values), segment)
-    return fitted
+def first_values(
+    fit: LayerwiseFit,
+    stages: list[FitStage],
+    calibration: Calibration,
+    execution: Execution,
+    dense: DenseValues | None,
+) -> BatchValues:
+    """The feeds of every batch, which tokens count, and the dense model's residual sums."""
+    names = tuple(stage.error.value for stage in stages)
+    known = (
+        dense is not None and set(names) <= set(dense.names) and len(dense.batches) == len(calibration.batch_sizes())
+    )
+
+    def batches() -> Iterator[dict[str, AnyArray]]:
+        with token_mask_runner(fit.analysis.traced_graph, fit.padding, execution) as masks:
+            for number, feeds in enumerate(calibration.batches()):
+                yield {**feeds, **masks(feeds), **(dense.batches[number] if known and dense is not None else {})}
+
+    values = LocalBatchValues(batches(), execution)
+    if not known:
+        model = model_with_outputs(fit.analysis.traced_graph, names)
+        kept = {name: dense_name(name) for name in names}
+        values.run(BatchProgram(model, kept=kept))
+    return values
 
 
-def advance_boundary(state: TensorValues, outputs: TensorValues, segment: Segment) -> None:
-    """Add the outputs of a segment, and drop the values that no later segment reads."""
-    state.update(outputs)
-    for name in set(state) - segment.live_values:
-        del state[name]
+def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
+    """A copy of the model whose outputs are these values."""
+    instrument = Instrument(graph.model)
+    types = {str(value.name): dtype for value, dtype in graph.facts.dtype.items() if dtype is not None}
+    for name in names:
+        instrument.add_output(instrument.values[name], name, types[name])
+    return instrument.model
 
 
-def solve_stage(
-    fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues, dense: list[TensorValues]
-) -> WeightEdits:
-    """The edits of the stage's groups, solved on the activations of the pruned model."""
-    if not stage.requests:
-        return WeightEdits()
-    sums = measure_stage(fit, stage, contents, boundary, dense)
-    moment_set = stage_moments(stage, sums)
-    closed_forms = solve_bases(fit.plan.analysis, moment_set, stage.groups)
-    consumers = {c.weight_slice.tensor for g in stage.groups for c in fit.plan.analysis.weights[g.id].consumers}
-    earlier = {name: array for name, array in contents.items() if name in consumers}
-    edits = closed_form_edits(closed_forms, replace(fit.plan, keep=fit.rows_of(stage)), earlier)
-    for error in stage.residual_errors:
-        compensate_residual_error(edits, fit.plan, moment_set.moments[error.group.id], error, sums)
-    return edits
+def fit_stage(fit: LayerwiseFit, stage: FitStage, values: BatchValues, last: bool) -> None:
+    """Measure the error at the end of one segment, change the weight in front of it, and move ``values`` there."""
+    keep = fit.kept_units(stage.error)
+    sums = values.run(measuring_program(fit, stage, len(keep)))
+    correction, bias = solve_residual_error(sums, len(keep))
+    compensate(fit, stage.error, keep, correction, bias)
+    if not last:
+        values.run(correcting_program(fit, stage, correction, bias))
 
 
-def measure_stage(
-    fit: LayerwiseFit, stage: FitStage, contents: ConstantArrays, boundary: BoundaryValues, dense: list[TensorValues]
-) -> dict[str, FloatArray]:
-    """Output of the instrumented segment -> its sum over the calibration data, in float64."""
-    instrument = Instrument(fit.pruned_model(stage.segment, contents, {}), fit.padding.row_masks)
-    for request in stage.requests:
-        request.add_to(instrument)
-    types = {str(value.name): dtype for value, dtype in fit.base.facts.dtype.items() if dtype is not None}
-    for error in stage.residual_errors:
-        cross, total = instrument.residual_error_sums(
-            error.request.probe, error.group.size, error.value, dense_input_name(error), types[error.value]
-        )
-        instrument.add_output(cross, error.cross)
-        instrument.add_output(total, error.total)
-    feeds = [
-        {**pruned, **masks, **{dense_input_name(error): values[error.value] for error in stage.residual_errors}}
-        for pruned, masks, values in zip(boundary.pruned, boundary.masks, dense, strict=True)
-    ]
-    sums: dict[str, FloatArray] = {}
-    for outputs in fit.run(finalize(instrument.model), feeds):
-        for name, array in outputs.items():
-            if name not in sums:
-                sums[name] = np.zeros(array.shape)
-            accumulate(sums[name], array)
-    return sums
+def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchProgram:
+    """The cut segment: moments of its ``width`` kept hidden units, their products with the error at its end, and the
+    values that later segments read."""
+    segment, error = stage.segment, stage.error
+    types = {str(value.name): dtype for value, dtype in fit.facts.dtype.items() if dtype is not None}
+    instrument = Instrument(extract_segment(fit.cut, segment, fit.facts), fit.padding.row_masks)
+    hidden = error.probe.tensor
+    if hidden not in instrument.values:
+        raise NotSegmentable(f"{hidden} is not computed in the segment of its weight")
+    units = np.arange(width).reshape([1] * (error.probe.units.ndim - 1) + [width])
+    probe = Probe(error.probe.kind, hidden, units)
+    instrument.add_output(instrument.gram_joint(probe, width, None), GRAM)
+    sums = instrument.residual_error_sums(probe, width, stage.summed, dense_name(error.value), types[stage.summed])
+    for value, name in zip(sums, (CROSS, TOTAL), strict=True):
+        instrument.add_output(value, name)
+    for name in segment.outputs:
+        instrument.add_output(instrument.values[name], name, types[name])
+    instrument.add_output(instrument.node(op.IDENTITY, [instrument.values[hidden]]), HIDDEN, types[hidden])
+    kept = {name: name for name in segment.outputs} | {HIDDEN: HIDDEN}
+    live = live_names(fit, stage) | {HIDDEN}
+    return BatchProgram(instrument.model, (GRAM, CROSS, TOTAL), kept, frozenset({HIDDEN}), live)
 
 
-def stage_moments(stage: FitStage, sums: Mapping[str, FloatArray]) -> MomentSet:
-    """The moments of the stage's groups, from the sums by output of the instrumented segment."""
-    by_group: dict[str, dict[StatisticKey, FloatArray]] = {}
-    for request in stage.requests:
-        arrays = by_group.setdefault(request.group.id, {})
-        arrays[request.key] = arrays.get(request.key, 0.0) + sums[request.output]
-    moments = {group_id: group_moments(stage.kinds[group_id], arrays) for group_id, arrays in by_group.items()}
-    return MomentSet(stage.kinds, moments, {})
+def live_names(fit: LayerwiseFit, stage: FitStage) -> frozenset[str]:
+    """The values that a batch keeps behind a stage: what later segments read, the masks, the dense residual sums."""
+    return stage.segment.live_values | set(fit.padding.sources) | fit.dense_names
 
 
-def dense_input_name(error: ResidualError) -> str:
-    """The input of the instrumented segment that takes the dense residual sum."""
-    return f"{error.value}__dense"
+def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArray, bias: FloatArray) -> BatchProgram:
+    """Adds to the residual sum what the change of the weight in front of it adds: its hidden units times
+    ``correction``, and ``bias``."""
+    name = stage.summed
+    types = {str(value.name): dtype for value, dtype in fit.facts.dtype.items()}
+    hidden, summed = (
+        ir.Value(name=of, type=ir.TensorType(types[kind] or ir.DataType.FLOAT))
+        for of, kind in ((HIDDEN, stage.error.probe.tensor), (name, name))
+    )
+    graph = ir.Graph([hidden, summed], [], nodes=[], opset_imports=dict(fit.cut.graph.opset_imports), name="correction")
+    instrument = Instrument(ir.Model(graph, ir_version=fit.cut.ir_version))
+    operands = [instrument.cast_float32(instrument.values[of]) for of in (HIDDEN, name)]
+    change = instrument.node(op.MATMUL, [operands[0], instrument.constant(correction.astype(np.float32))])
+    change = instrument.node(op.ADD, [change, instrument.constant(bias.astype(np.float32))])
+    total = instrument.node(op.ADD, [operands[1], change])
+    dtype = types[name] or ir.DataType.FLOAT
+    instrument.add_output(instrument.node(op.CAST, [total], to=int(dtype)), "corrected", dtype)
+    return BatchProgram(instrument.model, kept={"corrected": name}, live=live_names(fit, stage))
 
 
-def compensate_residual_error(
-    edits: WeightEdits, plan: SlicePlan, moments: GroupMoments, error: ResidualError, sums: Mapping[str, FloatArray]
+def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
+    """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units."""
+    moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
+    (mean,), total = moments.means, sums.total(TOTAL).reshape(-1)
+    cross = sums.total(CROSS).reshape(width, -1) - np.outer(mean, total)
+    correction = solve_ridge(moments.moment, cross, RESIDUAL_DAMPING)
+    return correction, total / moments.count - mean @ correction
+
+
+def compensate(
+    fit: LayerwiseFit, error: ResidualError, keep: IntArray, correction: FloatArray, bias: FloatArray
 ) -> None:
-    """Add to the consumer weight and its bias what explains most of the residual error from the kept hidden units."""
-    (consumer,) = plan.analysis.weights[error.group.id].consumers
-    rows = plan.keep.get(error.group.id)
-    keep = np.array(rows[0] if rows else range(error.group.size), np.int64)
-    (inputs,) = moments.consumers[0]
-    (mean,), total = inputs.means, sums[error.total].reshape(-1)
-    cross = sums[error.cross].reshape(error.group.size, -1) - np.outer(mean, total)
-    correction = solve_ridge(inputs.moment[np.ix_(keep, keep)], cross[keep], RESIDUAL_DAMPING)
+    """Add the correction to the weight and the bias of the full-size model."""
+    (consumer,) = fit.analysis.weights[error.group.id].consumers
+    edits = WeightEdits()
     edits.add(consumer.weight_slice, 0, keep, correction)
-    edits.add_bias(str(consumer.node.name), total / inputs.count - mean[keep] @ correction)
+    edits.add_bias(str(consumer.node.name), bias)
+    for name, array in edited_constants(fit.base, edits).items():
+        value = fit.base.model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)

@@ -16,6 +16,7 @@ from functools import cache
 
 import numpy as np
 
+from snpc.runtime.closed_form.dense_algebra import current_algebra
 from snpc.types import FloatArray, IntArray
 
 RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -47,14 +48,11 @@ class Regression:
     def solve(self, ridge: float) -> FloatArray:
         """[k, D]: ridge least squares; ``ridge`` is a share of the mean diagonal, nil coefficients are for infinity.
         Raises LinAlgError where the moment with its ridge is not positive definite."""
-        from scipy.linalg import cho_factor, cho_solve  # not for those who only import snpc
-
         if math.isinf(ridge) or not len(self.moment):
             return np.zeros(self.cross.shape)
         matrix = self.moment.copy()
         matrix.flat[:: len(matrix) + 1] += ridge * self.mean_diagonal + 1e-12
-        factor = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-        return np.asarray(cho_solve(factor, self.cross, check_finite=False))
+        return current_algebra().solve_positive_definite(matrix, self.cross)
 
     @property
     def mean_diagonal(self) -> float:

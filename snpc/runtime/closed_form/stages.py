@@ -1,22 +1,20 @@
-"""The stages of layerwise fitting: segments of the graph, and the groups that are fitted in each."""
+"""The stages of layer-wise fitting: residual sums whose error a weight in front can compensate, and the segments
+between them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import Segment, split_into_segments
+from snpc.graph import Segment, ShapeFacts, split_into_segments
 from snpc.ops import lookup
 from snpc.passes import Analysis
-from snpc.passes.grouping import TracedGraph, trace_graph
-from snpc.passes.weights import WeightEdits, apply_edits, closed_form_kinds, existing_bias
-from snpc.planning import SlicePlan
-from snpc.runtime.closed_form.fit import ClosedForms
-from snpc.runtime.statistics import StatisticRequest, required_statistics, statistic_requests
-from snpc.types import ClosedFormKind, Group
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.weights import closed_form_kinds, existing_bias
+from snpc.types import Group, Probe
 
 
 class NotSegmentable(Exception):
@@ -25,48 +23,36 @@ class NotSegmentable(Exception):
 
 @dataclass(frozen=True)
 class ResidualError:
-    """The error of the residual stream behind a group's consumer weight.
+    """The error of the residual stream that the consumer weight of ``group`` can compensate.
 
-    ``value`` [..., D]: the residual sum, with rows as in the probe of ``request``. ``width``: D. ``cross`` and
-    ``total`` name the outputs of the instrumented model that hold the sums of the error.
+    ``value`` [..., D]: the residual sum behind the weight. ``width``: D. ``probe``: the hidden units [..., size] that
+    the weight reads, with rows as in ``value``.
     """
 
     group: Group
     value: str
     width: int
-    request: StatisticRequest
-
-    @property
-    def cross(self) -> str:
-        return f"{self.request.output}_cross"
-
-    @property
-    def total(self) -> str:
-        return f"{self.request.output}_total"
+    probe: Probe
 
 
 @dataclass(frozen=True)
 class FitStage:
-    """A segment of the graph, the groups that are fitted in it, their closed forms and what is measured."""
+    """A segment of the cut graph that ends with ``summed``, the residual sum whose ``error`` is compensated there."""
 
     segment: Segment
-    groups: tuple[Group, ...]
-    kinds: dict[str, ClosedFormKind]
-    requests: tuple[StatisticRequest, ...]
-    residual_errors: tuple[ResidualError, ...]
+    error: ResidualError
+    summed: str
 
 
-def groups_to_fit(analysis: Analysis, plan: SlicePlan) -> tuple[list[Group], dict[str, ClosedFormKind]]:
-    """(groups, group id -> closed form) that change weights: those of the plan, and the feed-forward groups that the
-    plan leaves whole but that can compensate for the loss before them."""
-    candidates = [g for g in analysis.groups if g.prunable and (g.id in plan.keep or g.role == "ffn")]
+def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Group]:
+    """Of the groups that are pruned, and the feed-forward groups that are not, those whose consumer weight can
+    compensate for an error of the residual stream."""
+    chosen = {g.id for g in groups}
+    candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
     kinds = closed_form_kinds(analysis.weights, candidates)
-    groups = [
-        g
-        for g in candidates
-        if kinds.get(g.id) not in (None, "score_selection") and (g.id in plan.keep or consumers_have_bias(analysis, g))
+    return [
+        g for g in candidates if kinds.get(g.id) == "refit" and (g.id in chosen or consumers_have_bias(analysis, g))
     ]
-    return groups, {g.id: kinds[g.id] for g in groups}
 
 
 def consumers_have_bias(analysis: Analysis, group: Group) -> bool:
@@ -75,95 +61,74 @@ def consumers_have_bias(analysis: Analysis, group: Group) -> bool:
     return all(existing_bias(node, consumer.width) is not None for consumer in consumers for node in consumer.nodes)
 
 
-def add_missing_biases(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model in which every consumer weight that will be fitted has a bias (of zeros, if it had none)."""
-    analysis, source = closed_forms.analysis, closed_forms.analysis.traced_graph
-    groups, kinds = groups_to_fit(analysis, plan)
-    consumers = [c for g in groups if kinds[g.id] != "low_rank_qk" for c in analysis.weights[g.id].consumers]
-    nodes = [(node, consumer.width) for consumer in consumers for node in consumer.nodes]
-    missing = {str(node.name): np.zeros(width) for node, width in nodes if existing_bias(node, width) is None}
-    if not missing:
-        return source
-    return trace_graph(apply_edits(source, WeightEdits({}, dict(missing))), source.dim_sizes, kv_cache=source.kv_cache)
+def residual_errors(analysis: Analysis, groups: Iterable[Group]) -> list[ResidualError]:
+    """One per residual sum, in the order of the graph; where several weights end in one sum, that of the widest group.
+    ``groups``: those that are pruned."""
+    position = {
+        str(value.name): index for index, node in enumerate(analysis.traced_graph.model.graph) for value in node.outputs
+    }
+    found: dict[str, ResidualError] = {}
+    for group in compensable_groups(analysis, groups):
+        error = residual_error(analysis, group)
+        if error is not None and (error.value not in found or found[error.value].group.size < group.size):
+            found[error.value] = error
+    return sorted(found.values(), key=lambda error: position[error.value])
 
 
-def schedule_stages(analysis: Analysis, base: TracedGraph, plan: SlicePlan) -> list[FitStage]:
-    """The segments up to the last one in which a group is fitted. ``base``: the model of ``add_missing_biases``.
+def residual_error_values(analysis: Analysis, groups: Iterable[Group]) -> tuple[str, ...]:
+    """Names of the residual sums at which the layer-wise fit of these groups may read the dense model."""
+    return tuple(error.value for error in residual_errors(analysis, groups))
+
+
+def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
+    """The error that the group's one consumer weight can compensate. None where the weight is used more than once, or
+    where the rows of the residual sum are not those of the hidden units."""
+    graph, weights = analysis.traced_graph, analysis.weights[group.id]
+    consumers = weights.consumers
+    if len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
+        return None
+    (consumer,), (node,) = consumers, consumers[0].nodes
+    if len(list(graph.model.graph.initializers[consumer.weight_slice.tensor].uses())) != 1:
+        return None
+    probe, summed = weights.uses[0][0].probe, residual_sum_after(graph, node.outputs[0])
+    shapes = {str(v.name): shape for v, shape in graph.facts.shape.items()}
+    total, hidden = shapes.get(str(summed.name)), shapes.get(probe.tensor)
+    if not total or not hidden or total[:-1] != hidden[:-1] or total[-1] != consumer.width:
+        return None
+    unit_axes = [axis for axis, size in enumerate(probe.units.shape) if size > 1]
+    if unit_axes != [len(hidden) - 1] or hidden[-1] != group.size:
+        return None
+    return ResidualError(group, str(summed.name), consumer.width, probe)
+
+
+def fitted_sums(analysis: Analysis, base: TracedGraph, errors: Sequence[ResidualError]) -> list[str]:
+    """Names of the residual sums of ``errors`` in the model ``base``, where a bias may have been added in front."""
+    nodes = {node.name: node for node in base.model.graph}
+    consumers = [analysis.weights[error.group.id].consumers[0] for error in errors]
+    return [str(residual_sum_after(base, nodes[c.node.name].outputs[0]).name) for c in consumers]
+
+
+def schedule_stages(
+    cut: ir.Model, facts: ShapeFacts, errors: Sequence[ResidualError], sums: Sequence[str]
+) -> list[FitStage]:
+    """The segments of the ``cut`` graph up to its last residual error. ``facts`` know the types of its values; ``sums``
+    are the names of its residual sums, one per error.
 
     Raises NotSegmentable where a value that crosses a border cannot be passed from one segment to the next.
     """
-    groups, kinds = groups_to_fit(analysis, plan)
-    position = {str(node.name): index for index, node in enumerate(base.model.graph)}
-    sums = residual_sum_of_each(analysis, base, [g for g in groups if kinds[g.id] != "low_rank_qk"], position)
-    ends = stage_ends(analysis, groups, sums, position)
-    stages = []
-    for segment in split_into_segments(base.model, sorted(set(ends.values()))):
-        candidates = [g for g in groups if ends[g.id] == segment.last]
-        stages.append(stage_of_segment(analysis, base, plan, segment, candidates, sums))
-    while stages and not stages[-1].groups:
-        stages.pop()
-    check_boundary_types(base, [stage.segment for stage in stages])
+    position = {str(value.name): index for index, node in enumerate(cut.graph) for value in node.outputs}
+    if any(name not in position for name in sums):
+        raise NotSegmentable("the cut graph computes its residual sums otherwise")
+    ends = {position[name] + 1: (error, name) for error, name in zip(errors, sums, strict=True)}
+    segments = split_into_segments(cut, sorted(ends))
+    stages = [FitStage(segment, *ends[segment.last]) for segment in segments if segment.last in ends]
+    check_boundary_types(facts, [stage.segment for stage in stages])
     return stages
 
 
-def residual_sum_of_each(
-    analysis: Analysis, base: TracedGraph, groups: Sequence[Group], position: Mapping[str, int]
-) -> dict[str, ir.Value]:
-    """Group id -> where the output of its last consumer has joined the residual stream of ``base``."""
-    nodes = list(base.model.graph)
-    sums = {}
-    for group in groups:
-        last = max(position[str(n.name)] for c in analysis.weights[group.id].consumers for n in c.nodes)
-        sums[group.id] = residual_sum_after(base, nodes[last].outputs[0])
-    return sums
-
-
-def stage_ends(
-    analysis: Analysis, groups: Sequence[Group], sums: Mapping[str, ir.Value], position: Mapping[str, int]
-) -> dict[str, int]:
-    """Group id -> index of the node in front of which its stage ends: behind its residual sum, or for query and key at
-    the first end of another group behind their product."""
-    ends: dict[str, int] = {}
-    for group in groups:
-        if group.id in sums:
-            producer = sums[group.id].producer()
-            assert producer is not None
-            ends[group.id] = position[str(producer.name)] + 1
-    for group in groups:
-        if group.id not in sums:
-            closed = max(position[str(product.node.name)] for product in analysis.weights[group.id].products) + 1
-            ends[group.id] = min((end for end in ends.values() if end >= closed), default=closed)
-    return ends
-
-
-def stage_of_segment(
-    analysis: Analysis,
-    base: TracedGraph,
-    plan: SlicePlan,
-    segment: Segment,
-    candidates: Sequence[Group],
-    sums: Mapping[str, ir.Value],
-) -> FitStage:
-    """The stage of one segment: of the candidates, those that lie inside it and that the plan prunes, or whose consumer
-    weight can compensate for a residual error."""
-    weights = analysis.weights
-    requests = statistic_requests(analysis, {g.id: required_statistics(weights[g.id]) for g in candidates})
-    inside = [g for g in candidates if is_inside_segment(base, segment, g, [r for r in requests if r.group is g])]
-    errors = [
-        error
-        for g in inside
-        if weights[g.id].kind == "refit"
-        for error in residual_errors(analysis, base, g, sums[g.id], requests)
-    ]
-    fitted = [g for g in inside if g.id in plan.keep or any(error.group is g for error in errors)]
-    kinds = closed_form_kinds(weights, fitted)
-    chosen = tuple(request for request in requests if request.group.id in kinds)
-    return FitStage(segment, tuple(fitted), kinds, chosen, tuple(errors))
-
-
-def check_boundary_types(base: TracedGraph, segments: Sequence[Segment]) -> None:
+def check_boundary_types(facts: ShapeFacts, segments: Sequence[Segment]) -> None:
     """Raise NotSegmentable where the type of a value that crosses a border is unknown."""
-    types = {str(value.name): dtype for value, dtype in base.facts.dtype.items()}
+    types = {str(value.name): dtype for value, dtype in facts.dtype.items()}
     for name in (name for segment in segments for name in (*segment.inputs, *segment.outputs)):
         if types.get(name) is None:
             raise NotSegmentable(f"the type of {name} is not known")
@@ -203,33 +168,7 @@ def residual_values(analysis: Analysis) -> tuple[str, ...]:
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in names)
 
 
-def is_inside_segment(base: TracedGraph, segment: Segment, group: Group, requests: Sequence[StatisticRequest]) -> bool:
-    """Do all nodes that use the group's weights, and all its measured activations, lie in the segment?"""
-    nodes = list(base.model.graph)[segment.first : segment.last]
-    inside = set(nodes)
-    users = [node for site in group.sites for node, _ in base.model.graph.initializers[site.tensor].uses()]
-    probed = {request.probe.tensor for request in requests}
-    produced = {str(value.name) for node in nodes for value in node.outputs}
-    produced |= {f"{node.name}.{part}" for node in nodes for part in "qkv"}  # inside a fused attention node
-    return inside.issuperset(users) and bool(probed) and probed <= produced
-
-
-def residual_errors(
-    analysis: Analysis, base: TracedGraph, group: Group, value: ir.Value, requests: Sequence[StatisticRequest]
-) -> list[ResidualError]:
-    """The residual error that the group's one consumer weight can compensate; none where the rows of the residual sum
-    ``value`` are not those of the hidden units."""
-    of_reader = [r for r in requests if r.group is group and r.key.kind == "gram_joint" and r.key.probe != "normalized"]
-    request = next(iter(of_reader), None)
-    consumers = analysis.weights[group.id].consumers
-    if request is None or len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
-        return []
-    width = consumers[0].width
-    shapes = {str(v.name): shape for v, shape in base.facts.shape.items()}
-    summed, hidden = shapes.get(str(value.name)), shapes.get(request.probe.tensor)
-    if not summed or not hidden or summed[:-1] != hidden[:-1] or summed[-1] != width:
-        return []
-    unit_axes = [axis for axis, size in enumerate(request.probe.units.shape) if size > 1]
-    if unit_axes != [len(hidden) - 1] or hidden[-1] != group.size:
-        return []
-    return [ResidualError(group, str(value.name), width, request)]
+def kept_columns(error: ResidualError, keep: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The kept units in the order of the columns of the cut hidden value."""
+    units = error.probe.units.reshape(-1)
+    return units[np.isin(units, np.asarray(keep))].astype(np.int64)

@@ -107,7 +107,7 @@ def open_segmented_model(
     with ExitStack() as stack:
         try:
             segments = split_into_segments(source.model, sorted(set(ends)))
-            check_boundary_types(source, segments)
+            check_boundary_types(source.facts, segments)
             sessions = open_segments(source, segments, names, execution, stack)
         except (NotSegmentable, SessionLoadError):
             sessions = open_segments(source, split_into_segments(source.model, []), names, execution, stack)

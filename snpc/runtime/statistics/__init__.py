@@ -13,6 +13,8 @@ Files
   padding           Padded tokens do not count in statistics: finds the rows of a probe that belong to tokens which
                     nothing attends to.
   probe_layout      How a probed tensor is read as rows of units (usually one row per token).
+  rows              From how many rows second moments are summed: where tokens are many, some of every sample's stand
+                    for all of them.
   score_loss        The error of attention scores when units of query and key are removed: a quadratic form, summed in
                     the graph.
   statistics        Statistics of a model on calibration data: float64 sums, which add up over parts of the data; and
@@ -33,16 +35,17 @@ from snpc.runtime.statistics.gate_gradients import (
 )
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.keys import CLOSED_FORM_STATISTICS, StatisticKey
-from snpc.runtime.statistics.measure import StatisticRequest, accumulate, criterion_keys, statistic_requests
+from snpc.runtime.statistics.measure import StatisticRequest, criterion_keys, statistic_requests
 from snpc.runtime.statistics.moments import (
     ConsumerMoments,
     GroupMoments,
     LazyMoments,
     MomentSet,
+    consumer_moments,
     group_moments,
     required_statistics,
 )
-from snpc.runtime.statistics.packed_symmetric import unpacked_size
+from snpc.runtime.statistics.packed_symmetric import unpack_symmetric, unpacked_size
 from snpc.runtime.statistics.padding import (
     PaddingMasks,
     TokenMask,
@@ -81,9 +84,9 @@ __all__ = [
     "Statistics",
     "TokenMask",
     "TokenMasks",
-    "accumulate",
     "check_finite_weights",
     "check_statistics_match",
+    "consumer_moments",
     "criterion_inputs",
     "criterion_keys",
     "find_padding",
@@ -101,5 +104,6 @@ __all__ = [
     "statistic_requests",
     "token_mask_runner",
     "unit_weight_energies",
+    "unpack_symmetric",
     "unpacked_size",
 ]

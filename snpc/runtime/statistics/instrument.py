@@ -17,6 +17,8 @@ from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_pro
 from snpc.types import BoolArray, Probe
 
 SLICE_END = 1 << 30  # larger than any rank
+TURN = 1 << 16
+GOLDEN = 40503  # of a TURN: the golden ratio less one
 
 
 class Instrument:
@@ -52,6 +54,9 @@ class Instrument:
 
     def ints(self, numbers: Iterable[int]) -> ir.Value:
         return self.constant(np.asarray(list(numbers), np.int64))
+
+    def integer(self, number: int) -> ir.Value:
+        return self.constant(np.array(number, np.int64))
 
     def cast_float32(self, value: ir.Value) -> ir.Value:
         return self.node(op.CAST, [value], to=int(ir.DataType.FLOAT))
@@ -258,9 +263,10 @@ class Instrument:
         flat = self.reshape(extended, repeats, blocks, -1, size + 1)
         return self.node(op.MATMUL, [self.transpose(flat, 0, 1, 3, 2), flat])
 
-    def gram_joint(self, probe: Probe, units: int, window: ir.Node | None) -> ir.Value:
+    def gram_joint(self, probe: Probe, units: int, window: ir.Node | None, stride: int = 1) -> ir.Value:
         """X'X [units * columns + 1, the same] over samples and rows, packed, with a column of ones behind the units.
-        The columns of one unit (the width of a head, the offsets at which ``window`` reads a channel) are adjacent."""
+        The columns of one unit (the width of a head, the offsets at which ``window`` reads a channel) are adjacent.
+        One row of every ``stride`` is taken, with that weight."""
         if window is None:
             repeats = infer_probe_layout(probe, units).repeats
             rows = self.rows(probe, units)
@@ -271,11 +277,26 @@ class Instrument:
         else:
             rows, mask, columns = self.convolution_patches(probe, window), None, math.prod(kernel_shape(window))
         extended = self.node(op.CONCAT, [rows, self.ones_column(rows, mask)], axis=2)
-        return self.packed_gram(extended, units * columns + 1)
+        flat = self.reshape(extended, -1, units * columns + 1)
+        if stride == 1:
+            return self.packed_gram(flat, units * columns + 1)
+        gram = self.packed_gram(
+            self.node(op.GATHER, [flat, self.sampled_rows(flat, stride)], axis=0), units * columns + 1
+        )
+        return self.node(op.MUL, [gram, self.constant(np.array(stride, np.float32))])
 
-    def packed_gram(self, rows: ir.Value, size: int) -> ir.Value:
-        """X'X of all rows [.., size], packed as in ``packed_symmetric``."""
-        flat = self.reshape(rows, -1, size)
+    def sampled_rows(self, flat: ir.Value, stride: int) -> ir.Value:
+        """[rows / stride, rounded up]: a row number in each stretch of ``stride`` rows of ``flat`` [rows, size]. The
+        place within the stretch goes in steps of the golden ratio: it keeps step with no pattern of the rows."""
+        step, turn, count = self.integer(stride), self.integer(TURN), self.reshape(self.shape_slice(flat, 0, 1))
+        stretches = self.node(op.DIV, [self.node(op.ADD, [count, self.integer(stride - 1)]), step])
+        numbers = self.node(op.RANGE, [self.integer(0), stretches, self.integer(1)])
+        turns = self.node(op.MOD, [self.node(op.MUL, [numbers, self.integer(GOLDEN)]), turn])
+        places = self.node(op.DIV, [self.node(op.MUL, [turns, step]), turn])
+        return self.node(op.MOD, [self.node(op.ADD, [self.node(op.MUL, [numbers, step]), places]), count])
+
+    def packed_gram(self, flat: ir.Value, size: int) -> ir.Value:
+        """X'X of rows [rows, size], packed as in ``packed_symmetric``."""
         transposed, parts = self.transpose(flat, 1, 0), []
         for start, stop in row_strips(size):
             left, right = transposed, flat

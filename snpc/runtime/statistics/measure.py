@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx_ir as ir
 
 from snpc.criteria import Criterion
@@ -21,7 +20,7 @@ from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import packed_length
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters, token_mask_runner
 from snpc.runtime.statistics.score_loss import score_loss_matrix
-from snpc.types import AnyArray, Feeds, FloatArray, Group, Probe
+from snpc.types import AnyArray, Feeds, Group, Probe
 
 ACTIVATION_BYTES = 4 * 3  # per element of a measured activation: float32 as it is, transposed, and as rows
 STATISTIC_BYTES = 4 + 8 + 4  # per element of a statistic: float32 of a batch, the sum in float64, and a half of it
@@ -32,7 +31,8 @@ class StatisticRequest:
     """One statistic to measure for a group, as ``output`` of the instrumented model.
 
     ``probe``: the activation. ``window``: the convolution through which it is read, if any. ``columns``: how many
-    columns show one unit. ``product``: for "score_loss", the product in which ``probe`` meets ``partner``.
+    columns show one unit. ``product``: for "score_loss", the product in which ``probe`` meets ``partner``. ``stride``:
+    of how many rows one is taken.
     """
 
     group: Group
@@ -43,11 +43,13 @@ class StatisticRequest:
     columns: int = 1
     product: Contraction | None = None
     partner: Probe | None = None
+    stride: int = 1
 
     def add_to(self, instrument: Instrument) -> None:
         """Add the statistic to the instrumented model, as a new output."""
         if self.key.kind == "gram_joint":
-            instrument.add_output(instrument.gram_joint(self.probe, self.group.size, self.window), self.output)
+            gram = instrument.gram_joint(self.probe, self.group.size, self.window, self.stride)
+            instrument.add_output(gram, self.output)
         elif self.product is not None:
             instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
         else:
@@ -150,10 +152,11 @@ def measure_batches(
     requests: Sequence[StatisticRequest],
     batches: Iterable[Feeds],
     *,
+    kept: Sequence[str] = (),
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[dict[str, AnyArray]]:
-    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32; the caller
-    sums over batches in float64. Padded tokens do not count."""
+    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32, and the
+    values named ``kept``; the caller sums over batches in float64. Padded tokens do not count."""
     source = analysis.traced_graph
     probes = [
         (probe, request.group.blocks * request.group.size)
@@ -165,6 +168,9 @@ def measure_batches(
     instrument = Instrument(source.model, padding.row_masks)
     for request in requests:
         request.add_to(instrument)
+    types = {str(value.name): dtype for value, dtype in source.facts.dtype.items() if dtype is not None}
+    for name in kept:
+        instrument.add_output(instrument.values[name], name, types[name])
     with (
         token_mask_runner(source, padding, execution) as masks,
         temporary_session(instrument.model, execution=execution) as run,
@@ -183,8 +189,3 @@ def refused_batch(analysis: Analysis, feeds: Feeds, error: UserError) -> str:
     several = any(array.ndim > 1 and len(array) > 1 for array in feeds.values())
     advice = "; if it takes one sample at a time, give --calib-batch 1" if several else ""
     return f"{name}: calibration: {text}{advice}"
-
-
-def accumulate(total: FloatArray, part: AnyArray) -> None:
-    """Add to a sum in float64, in place and without a float64 copy of ``part``."""
-    np.add(total, part, out=total)

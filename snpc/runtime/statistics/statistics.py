@@ -16,19 +16,21 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
+from snpc.runtime.batches import DenseValues, add_up
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, atomic_write
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
-    accumulate,
     criterion_keys,
     measure_batches,
     split_by_memory,
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
+from snpc.runtime.statistics.padding import find_padding, probe_row_counters
+from snpc.runtime.statistics.rows import choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
@@ -144,20 +146,22 @@ def measure_statistics(
     *,
     method: PruningMethod = "auto",
     criterion: str | Criterion = "mixed",
+    dense: DenseValues | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Statistics:
     """Measure what pruning these groups takes: the sums of the closed forms, and for groups without one (with method
     "select": for all) what ``criterion`` asks for.
 
     One pass over the data measures as many groups as fit into ``execution.memory_limit`` bytes; the limit changes sums
-    by rounding only. Raises UserError where it is too small for a single group.
+    by rounding only. ``dense`` takes the values of the dense model that it names. Raises UserError where the limit is
+    too small for a single group.
     """
     named = (analysis.identity, [group.id for group in groups], method, criterion)
     stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
     stored = stage.get("all")
     if stored is not None:
         return statistics_from(stored.record, stored.arrays)
-    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution)
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
     stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
 
@@ -169,6 +173,7 @@ def run_measurement(
     method: PruningMethod,
     criterion: str | Criterion,
     execution: Execution,
+    dense: DenseValues | None = None,
 ) -> Statistics:
     """``measure_statistics`` where nothing is stored."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
@@ -177,16 +182,24 @@ def run_measurement(
         g.id: required_statistics(analysis.weights[g.id]) if g.id in kinds else criterion_keys(judge, g) for g in groups
     }
     requests = statistic_requests(analysis, keys)
+    masked = find_padding(
+        analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
+    ).row_masks
+    requests = choose_strides(analysis, calibration, requests, masked)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
+    kept = dense.names if dense is not None else ()
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
     with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
         for measured in passes:
-            results = measure_batches(analysis, measured, calibration.batches(), execution=execution)
+            results = measure_batches(analysis, measured, calibration.batches(), kept=kept, execution=execution)
             for number, result in enumerate(results):
                 check_measured(measured, result, calibration, number)
                 totals.add(measured, result, odd=number % 2 == 1)
+                if dense is not None and kept:
+                    dense.add(result)
                 advance(1)
+            kept = ()
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -203,7 +216,17 @@ def run_measurement(
     part = calibration.part
     sources = (calibration.origin,) if part is None else ()
     parts = (part,) if part is not None else ()
-    return Statistics(analysis.name, analysis.digest, spelled, samples, sources, totals.sums, parts, totals.odd)
+    return Statistics(
+        analysis.name,
+        analysis.digest,
+        spelled,
+        samples,
+        sources,
+        totals.sums,
+        parts,
+        totals.odd,
+        dict(seen_shares(requests)),
+    )
 
 
 def check_measured(
@@ -260,7 +283,7 @@ class StatisticAccumulator:
         total = self.sums.setdefault(name, {})
         for key, array in observed.items():
             if key in total:
-                accumulate(total[key], array)
+                add_up(total, key, array)
             else:
                 total[key] = self.store.keep(np.array(array, np.float64))
 

@@ -20,6 +20,7 @@ from snpc.runtime.closed_form.algebra import (
     solve_low_rank_qk,
     solve_low_rank_vo,
     solve_shared_qk,
+    solve_symmetric,
     unit_columns,
 )
 from snpc.runtime.closed_form.elimination import (
@@ -462,3 +463,10 @@ def test_bases_do_not_depend_on_the_signs_of_singular_vectors(monkeypatch: pytes
     for basis, other in zip(expected, bases(), strict=True):
         np.testing.assert_array_equal(basis.encode, other.encode)
         np.testing.assert_array_equal(basis.decode, other.decode)
+
+
+def test_a_system_that_rounding_left_indefinite_is_solved() -> None:
+    matrix, right = np.array([[1.0, 1.0], [1.0, 1.0 - 1e-9]]), np.array([[1.0], [2.0]])
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(matrix)
+    np.testing.assert_allclose(matrix @ solve_symmetric(matrix, right), right, atol=1e-6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.runtime.batches import BatchProgram, BatchSums, LocalBatchValues
 from snpc.runtime.closed_form.layerwise import fit_layerwise
-from snpc.runtime.closed_form.stages import FitStage, NotSegmentable, add_missing_biases, groups_to_fit, schedule_stages
+from snpc.runtime.closed_form.stages import NotSegmentable, residual_errors, schedule_stages
 from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
 from tests.closed_forms import calibration_of, prunable_of
@@ -78,17 +78,38 @@ def test_a_plan_that_cuts_nothing_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__dyn20_sdpa", "gpt2__ts17", "bart__ts17"])
-def test_every_layer_is_fitted_in_a_segment_of_its_own(name: str) -> None:
+def test_every_feed_forward_layer_ends_a_segment_of_its_own(name: str) -> None:
     decision, _ = made(name, "auto", 0.5)
     analysis = analysis_of(name)
+    errors = residual_errors(analysis, decision.groups)
+    assert [error.group.id for error in errors] == [g.id for g in prunable_of(analysis, "ffn")]
+    cut = rewrite_model(analysis.traced_graph, cuts_of(decision.slices))
+    stages = schedule_stages(cut.model, cut.source.facts, errors, [error.value for error in errors])
+    assert [stage.error for stage in stages] == errors
+    assert [stage.segment.last for stage in stages[:-1]] == [stage.segment.first for stage in stages[1:]]
+
+
+@pytest.mark.parametrize("name", ["vit_timm__ts17", "gpt2__ts17", "bert__dyn20_sdpa"])
+def test_the_product_at_a_border_is_what_the_fitted_layer_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next segment starts from the values that the fitted cut model has there, though that was never run."""
+    decision, calibration = made(name, "auto", 0.5)
+    analysis, borders = analysis_of(name), {}
+    run_program = LocalBatchValues.run
+
+    def watched(values: LocalBatchValues, program: BatchProgram) -> BatchSums:
+        sums = run_program(values, program)
+        if set(program.kept) == {"corrected"}:
+            (border,) = program.kept.values()
+            borders[border] = np.concatenate([batch[border] for batch in values.batches])
+        return sums
+
+    monkeypatch.setattr(LocalBatchValues, "run", watched)
     assert decision.closed_forms is not None
-    stages = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)
-    groups, _ = groups_to_fit(analysis, decision.slices)
-    staged = [g.id for stage in stages for g in stage.groups]
-    assert sorted(staged) == sorted(g.id for g in groups)
-    ffn = [k for k, stage in enumerate(stages) for g in stage.groups if g.role == "ffn"]
-    assert len(set(ffn)) == len(ffn) == len(prunable_of(analysis, "ffn"))
-    assert sum(len(stage.residual_errors) for stage in stages) == len(ffn)
+    source = fit_layerwise(decision.closed_forms, decision.slices, calibration)  # type: ignore[arg-type]
+    cut = rewrite_model(source, cuts_of(decision.slices)).model
+    assert len(borders) == len(prunable_of(analysis, "ffn")) - 1 > 0
+    for border, values in borders.items():
+        assert relative_error(stream(cut, border, name), values) < 1e-4  # hidden units are held in half precision
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "gpt2__ts17"])
@@ -98,8 +119,7 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
     decision, _ = made(name, "auto", 0.5)
     assert decision.closed_forms is not None
     analysis = analysis_of(name)
-    stage = schedule_stages(analysis, add_missing_biases(decision.closed_forms, decision.slices), decision.slices)[-1]
-    (gap,) = stage.residual_errors
+    gap = residual_errors(analysis, decision.groups)[-1]
     dense = stream(analysis.traced_graph.model, gap.value, name)
     found = {}
     for method in ("auto", "parallel"):
@@ -137,15 +157,19 @@ def test_prune_and_verify_agree(name: str, tmp_path: Path) -> None:
 def test_what_cannot_be_handed_over_is_fitted_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vit_timm__ts17"
     decision, calibration = made(name, "auto", 0.5)
-    assert decision.closed_forms is not None
     analysis = analysis_of(name)
-    base = add_missing_biases(decision.closed_forms, decision.slices)
-    border = schedule_stages(analysis, base, decision.slices)[0].segment.outputs[0]
-    types = {v: None if v.name == border else dtype for v, dtype in base.facts.dtype.items()}
-    blind = replace(base, facts=replace(base.facts, dtype=types))
+    errors = residual_errors(analysis, decision.groups)
+    graph = analysis.traced_graph
+    border = errors[0].value
+    types = {v: None if v.name == border else dtype for v, dtype in graph.facts.dtype.items()}
+    blind = replace(graph.facts, dtype=types)
     with pytest.raises(NotSegmentable, match=re.escape(border)):
-        schedule_stages(analysis, blind, decision.slices)
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.add_missing_biases", lambda *_: blind)
+        schedule_stages(graph.model, blind, errors, [error.value for error in errors])
+
+    def refuses(*_: object) -> None:
+        schedule_stages(graph.model, blind, errors, [error.value for error in errors])
+
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", refuses)
     assert_fitted_all_at_once(name, decision, calibration)
 
 
@@ -156,32 +180,23 @@ def test_where_a_piece_does_not_load_all_is_fitted_at_once(monkeypatch: pytest.M
     def refuses(*args: object, **options: object) -> None:
         raise SessionLoadError("sizes that are not known")
 
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.temporary_session", refuses)
+    monkeypatch.setattr("snpc.runtime.batches.batch_values.temporary_session", refuses)
     with pytest.raises(NotSegmentable, match="sizes that are not known"):
         fit_layerwise(decision.closed_forms, decision.slices, calibration)  # type: ignore[arg-type]
     assert_fitted_all_at_once(name, decision, calibration)
 
 
-def test_a_stage_without_groups_only_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all that is fitted there lies elsewhere too (what makes tables of positions, say)."""
-    name = "vit_timm__ts17"
-    decision, calibration = made(name, "auto", 0.5)
-    kept = {k: v for k, v in decision.slices.keep.items() if ".1." in k or "s1" in k}
-    assert 0 < len(kept) < len(decision.slices.keep)
-    plan = replace(decision.slices, keep=kept)
-
-    def emptied(*args: Any) -> list[FitStage]:
-        first, *rest = schedule_stages(*args)
-        return [replace(first, groups=(), kinds={}, requests=(), residual_errors=()), *rest]
-
-    whole = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.schedule_stages", emptied)
-    without = fit_layerwise(decision.closed_forms, plan, calibration)  # type: ignore[arg-type]
-    feeds = feeds_of(name)
-    for a, b in zip(
-        run(written(finalize(whole.model)), feeds), run(written(finalize(without.model)), feeds), strict=True
-    ):
-        assert np.isfinite(b).all() and relative_error(a, b) < 0.5
+def test_dense_values_that_were_measured_serve_the_fit() -> None:
+    """Those that were kept in the pass for the statistics give the same weights as a pass of their own."""
+    decision, calibration = made("vit_timm__ts17", "auto", 0.5)
+    assert decision.closed_forms is not None and decision.dense_values is not None
+    found = [
+        fit_layerwise(decision.closed_forms, decision.slices, calibration, dense=dense)  # type: ignore[arg-type]
+        for dense in (None, decision.dense_values)
+    ]
+    one, other = (run(written(finalize(source.model)), feeds_of("vit_timm__ts17")) for source in found)
+    for a, b in zip(one, other, strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
 def assert_fitted_all_at_once(name: str, decision: snpc.PruningPlan, calibration: object) -> None:

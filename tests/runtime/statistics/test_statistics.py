@@ -19,6 +19,8 @@ from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.memory import parse_bytes, spill_to_file
 from snpc.runtime.execution.random_inputs import random_batch
+from snpc.runtime.statistics.keys import StatisticKey
+from snpc.runtime.statistics.moments import group_moments
 from snpc.runtime.statistics.statistics import Statistics
 from tests.closed_forms import calibration_of, initializers, initializers_of, prunable_of, random_feeds, statistics_of
 from tests.command_line import CALIB, VIT, invoke
@@ -75,6 +77,63 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     again = snpc.load_statistics(tmp_path / "s.npz")
     assert replace(again, sums={}, odd={}) == replace(statistics, sums={}, odd={})
     close(again, statistics, 0.0)
+
+
+# -- halves of the samples -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_other_batch_is_the_odd_half(name: str, tmp_path: Path) -> None:
+    feeds = random_feeds(name, 10)
+    statistics = statistics_of(name, feeds, 2)
+    odd = statistics_of(name, {k: np.concatenate([v[2:4], v[6:8]]) for k, v in feeds.items()}, 2)
+    joint = {
+        group: {key: array for key, array in arrays.items() if key.startswith("gram_joint:")}
+        for group, arrays in odd.sums.items()
+    }
+    joint = {group: arrays for group, arrays in joint.items() if arrays}
+    assert joint
+    close(replace(statistics, sums=statistics.odd), replace(odd, sums=joint), 1e-6)
+    snpc.save_statistics(statistics, tmp_path / "s.npz")
+    again = snpc.load_statistics(tmp_path / "s.npz")
+    close(replace(again, sums=again.odd), replace(statistics, sums=statistics.odd), 0.0)
+    both = again + statistics
+    for group, arrays in statistics.odd.items():
+        for key, array in arrays.items():
+            np.testing.assert_allclose(both.odd[group][key], 2 * array, rtol=1e-6)
+
+
+def test_one_batch_has_no_halves_and_two_of_them_have() -> None:
+    feeds = random_feeds(NAME, 4)
+    first, second = (statistics_of(NAME, {k: v[part] for k, v in feeds.items()}, 2) for part in (slice(2), slice(2, 4)))
+    assert not first.odd and not second.odd
+    both = first + second
+    for group, arrays in both.odd.items():
+        for key, array in arrays.items():
+            np.testing.assert_allclose(array, second.sums[group][key], rtol=1e-6)
+    assert both.odd
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_of_a_half_are_about_the_mean_of_the_whole(name: str) -> None:
+    """Those of the even half are what is left."""
+    feeds = random_feeds(name, 8)
+    statistics, even = statistics_of(name, feeds, 4), statistics_of(name, {k: v[:4] for k, v in feeds.items()}, 4)
+    for group, arrays in statistics.odd.items():
+        keys = {
+            part: {StatisticKey.parse(k): a for k, a in sums.items()}
+            for part, sums in (("whole", statistics.sums[group]), ("odd", arrays), ("even", even.sums[group]))
+        }
+        (moments, *_) = group_moments("refit", keys["whole"], keys["odd"]).consumers[0]
+        (first, *_) = group_moments("refit", keys["even"]).consumers[0]
+        odd = moments.odd_moment()
+        assert odd is not None
+        shift = first.means[0] - moments.means[0]
+        expected = first.moment + first.count * np.outer(shift, shift)
+        if len(moments.means) == 1:
+            np.testing.assert_allclose(
+                moments.moment - odd, expected, rtol=1e-4, atol=1e-4 * np.abs(moments.moment).max()
+            )
 
 
 @pytest.mark.parametrize("count", [2, 3])

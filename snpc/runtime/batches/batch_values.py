@@ -1,0 +1,99 @@
+"""The named values of every calibration batch, and programs that run on them one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from snpc.runtime.batches.program import BatchProgram, BatchSums
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget, temporary_session
+from snpc.types import AnyArray, FloatArray
+
+HALF_LIMIT = 6e4  # float16 ends at 65504
+
+
+class BatchValues(Protocol):
+    """Values by name, for every batch; wherever they lie."""
+
+    def run(self, program: BatchProgram) -> BatchSums:
+        """Run a program on every batch. Raises SessionLoadError where its model does not load."""
+        ...
+
+
+class LocalBatchValues:
+    """Values in this process: in memory up to ``execution.memory_limit`` bytes, the others in temporary files.
+
+    ``batches``: the values that each batch begins with.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, AnyArray]], execution: Execution = DEFAULT_EXECUTION) -> None:
+        self.execution = execution
+        self.store = SpillableStore(memory_budget(execution.memory_limit))
+        self.batches = [{name: self.store.keep(array) for name, array in values.items()} for values in batches]
+
+    def run(self, program: BatchProgram) -> BatchSums:
+        """See ``BatchValues``. Values in half precision are fed in float32."""
+        sums = BatchSums()
+        widened = {
+            str(value.name)
+            for value in program.model.graph.inputs
+            if value.dtype is not None and value.dtype.numpy() == np.float32
+        }
+        with temporary_session(program.model, execution=self.execution, memory="shared") as run:
+            for number, values in enumerate(self.batches):
+                outputs = run({name: widen(array) if name in widened else array for name, array in values.items()})
+                half = sums.odd if number % 2 else sums.even
+                for name in program.sums:
+                    add_up(half, name, outputs[name])
+                self.batches[number] = self.advance(values, outputs, program)
+        return sums
+
+    def advance(
+        self, values: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], program: BatchProgram
+    ) -> dict[str, AnyArray]:
+        """The values of a batch after the program."""
+        kept = {
+            name: self.store.keep(narrow(outputs[output]) if name in program.half else outputs[output])
+            for output, name in program.kept.items()
+        }
+        after = {**values, **kept}
+        return after if program.live is None else {name: a for name, a in after.items() if name in program.live}
+
+
+def add_up(sums: dict[str, FloatArray], name: str, array: AnyArray) -> None:
+    """Add to a sum in float64, in place and without a float64 copy of ``array``."""
+    if name in sums:
+        np.add(sums[name], array, out=sums[name])
+    else:
+        sums[name] = array.astype(np.float64)
+
+
+def narrow(array: AnyArray) -> AnyArray:
+    """In half precision, where no entry is beyond its range."""
+    fits = array.dtype == np.float32 and bool((np.abs(array) < HALF_LIMIT).all())
+    return array.astype(np.float16) if fits else array
+
+
+def widen(array: AnyArray) -> AnyArray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+class DenseValues:
+    """Values of the dense model at ``names``, for every batch of the pass that measured them: the layer-wise fit reads
+    them again. Beyond ``limit`` bytes they lie in files."""
+
+    def __init__(self, names: tuple[str, ...], limit: int) -> None:
+        self.names = names
+        self.store = SpillableStore(limit)
+        self.batches: list[dict[str, AnyArray]] = []
+
+    def add(self, outputs: Mapping[str, AnyArray]) -> None:
+        """The values of the next batch."""
+        self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
+
+
+def dense_name(name: str) -> str:
+    """The name under which a batch keeps the dense model's value ``name``."""
+    return f"{name}__dense"
