@@ -27,7 +27,7 @@ from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore,
 from snpc.runtime.sensitivity.plan_trials import PlanTrials, TrialWeights, Widths, open_plan_trials
 from snpc.types import FloatArray, Group
 
-SEARCH_ROUNDS = 6
+MOVE_ROUNDS = 6
 STEP_BATCHES = 1  # on which single steps are tried
 MOVE_BATCHES = 2  # on which all moves are tried
 FINAL_BATCHES = 8  # on which the best moves are compared with the plan
@@ -57,11 +57,11 @@ def search_widths(
     store = SpillableStore(memory_budget(execution.memory_limit) // 2)
     weights = TrialWeights(closed_forms, scores, groups, store)
     with (
-        execution.progress.stage("search", SEARCH_ROUNDS) as advance,
+        execution.progress.stage("search", MOVE_ROUNDS) as advance,
         open_plan_trials(weights, calibration, execution) as trials,
     ):
         trials.widths, step = start, FIRST_STEP
-        for _ in range(SEARCH_ROUNDS):
+        for _ in range(MOVE_ROUNDS):
             if step >= LAST_STEP and not improve(trials, limit, step):
                 step /= 2
             weights.forget(but=trials.widths)
