@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 # Two libraries that each start a thread per core slow each other down many times over; set before numpy is imported.
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from snpc.cli.progress import displays
 from tests.models import classifiers, dynamic_sizes, exports, families
 
 pytest.register_assert_rewrite("tests.oracle", "tests.closed_forms", "tests.command_line")
@@ -42,6 +44,15 @@ EXPORTS = {
     **dynamic_sizes.CONSTRAINED,
 }
 TORCH = Path(__file__).parent / "torch"
+PROGRESS = Path(__file__).parent / "cli" / "progress"
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says on stderr must not depend on how busy the machine is."""
+    if PROGRESS not in request.node.path.parents:
+        monkeypatch.setattr(displays, "FIRST_LINE", math.inf)
+        monkeypatch.setattr(displays, "LINE_INTERVAL", math.inf)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,7 +21,8 @@ from snpc.cli.arguments import (
     subgroup,
 )
 from snpc.errors import UserError
-from snpc.pipeline import PlanRequest, analysis_json, make_plan
+from snpc.pipeline import PlanRequest, analysis_json, make_plan, planning_stages
+from snpc.runtime.execution import announce
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def inspect_command(
     curves = {}
     if output.curves:
         request = PlanRequest(snpc.Budget(ratio=0), full_curves=True)
-        curves = dict(make_plan(analysis, request, data, execution=running.load()).loss_curves)
+        execution = running.load()
+        if data is not None:
+            announce(execution.progress, planning_stages(analysis, data, request))
+        curves = dict(make_plan(analysis, request, data, execution=execution).loss_curves)
     output.json.write(analysis_json(analysis, curves))
     if output.json.replaces_tables:
         return

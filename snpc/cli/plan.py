@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.advice import announce_plan, print_loss_first, print_next, warn_without_data
+from snpc.cli.advice import announce_cost, announce_plan, print_loss_first, print_next, warn_without_data
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -30,9 +30,9 @@ from snpc.cli.arguments import (
 )
 from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
-from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch
+from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch, completion_stages, run_stages
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import Execution, announce
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ def plan_command(
     data = calibration.load(analysis)
     planning = planning.with_width_multiple(None, execution)
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
+    stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=False)
+    announce(execution.progress, stages)
+    announce_cost(analysis, data, planning, planning.request(timed), execution, writes=False)
     analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):
         return
@@ -177,6 +180,8 @@ def apply_command(
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]
     check_output_paths([path, output.json.json_path], *inputs)
     data = calibration.load(slices.analysis)
+    if data is not None:
+        announce(execution.progress, completion_stages(slices, data))
     with stopwatch.stage("closed forms"):
         completed = snpc.complete_plan(slices, data, statistics=statistics.load(), execution=execution)
     if completed.other_data and slices.method != "select":

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.advice import announce_plan, print_better_command, print_loss_first, print_next
+from snpc.cli.advice import announce_cost, announce_plan, print_better_command, print_loss_first, print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -29,7 +29,8 @@ from snpc.cli.arguments import (
 from snpc.cli.build import build_json
 from snpc.cli.plan import measured_shard, plan_from_arguments
 from snpc.errors import UserError
-from snpc.pipeline import PruningPlan, Stopwatch, groups_json
+from snpc.pipeline import PruningPlan, Stopwatch, groups_json, run_stages
+from snpc.runtime.execution import announce
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def prune_command(
     if planning.amount.wants_latency:
         artifact, shapes = build.timed_artifact(execution, data, workload.batch), model.at.input_shapes()
     timed = workload.load(artifact, shapes)
+    stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=not output.dry_run)
+    announce(execution.progress, stages)
+    announce_cost(analysis, data, planning, planning.request(timed), execution, writes=not output.dry_run)
     with stopwatch.stage("tokens"):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):

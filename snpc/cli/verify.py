@@ -26,8 +26,9 @@ from snpc.cli.arguments import (
     option,
 )
 from snpc.errors import CheckFailed
-from snpc.pipeline import verdict_json
+from snpc.pipeline import completion_stages, verdict_json
 from snpc.runtime.calibration import MAX_HELD_OUT
+from snpc.runtime.execution import announce
 from snpc.runtime.io import model_files
 
 
@@ -71,6 +72,8 @@ def verify_command(
     refits = slices is not None and slices.method != "select"  # then DATA is what it was fitted to, apart from some
     calibration = inputs.load(analysis, MAX_HELD_OUT if refits else 0)
     execution = running.load()
+    if slices is not None and calibration is not None:
+        announce(execution.progress, completion_stages(slices, calibration))
     plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
     metric = judging.metric or None
     verdict = snpc.verify(

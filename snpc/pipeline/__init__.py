@@ -14,6 +14,8 @@ Files
                    data.
   search           Search for a plan that meets a drift or a latency: candidates along the allocation path are written
                    and measured.
+  stage_costs      What the stages of a run cost, in plain passes of the model over its calibration data: a progress
+                   that is told it knows the time left over stages that have not begun.
   sweep            Sweeps: one model pruned to several targets, the quality and speed of each, and the Pareto front.
   token_decisions  Token decisions as arrays: computed for given inputs, replayed as graph inputs, and checked against
                    the oracle.
@@ -39,6 +41,13 @@ from snpc.pipeline.planner import (
 from snpc.pipeline.prune import prune
 from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
+from snpc.pipeline.stage_costs import (
+    completion_stages,
+    effort_costs,
+    plain_pass_seconds,
+    planning_stages,
+    run_stages,
+)
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
 from snpc.pipeline.token_request import (
@@ -65,7 +74,9 @@ __all__ = [
     "apply",
     "apply_token_request",
     "complete_plan",
+    "completion_stages",
     "effective_token_request",
+    "effort_costs",
     "file_decisions",
     "groups_json",
     "json_report",
@@ -73,9 +84,12 @@ __all__ = [
     "make_plan",
     "measure_quality",
     "measure_request",
+    "plain_pass_seconds",
     "plan",
+    "planning_stages",
     "prune",
     "quality_json",
+    "run_stages",
     "save_plan",
     "score",
     "self_deciding_model",

@@ -247,7 +247,7 @@ def make_plan(
         refit_widths = {g.id: measurable_widths(g) for g in groups} if measures_curves else {}
         store = SpillableStore(memory_budget(execution.memory_limit) // 2)
         with using_algebra(execution.algebra):
-            closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store)
+            closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store, execution.progress)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
     scores = replace(scores, effort=request.effort)
@@ -412,7 +412,7 @@ def complete_plan(
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
     with using_algebra(execution.algebra):
-        closed_forms = solve_closed_forms(slices.analysis, statistics, groups)
+        closed_forms = solve_closed_forms(slices.analysis, statistics, groups, progress=execution.progress)
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
 
 

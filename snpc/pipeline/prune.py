@@ -10,11 +10,12 @@ from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PlanRequest, plan
+from snpc.pipeline.stage_costs import run_stages
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, Effort, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.evaluation import MetricRequest, with_metrics
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, announce
 from snpc.runtime.io import load
 from snpc.types import Role
 
@@ -81,12 +82,14 @@ def prune(
     analysis = with_metrics(analyze(loaded), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs)
+    widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None
+    announce(execution.progress, run_stages(analysis, calibration, widths, tokens))
     analysis = apply_token_request(
         analysis,
         calibration,
         tokens,
         target=limits.target if limits is not None else None,
-        widths=PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None,
+        widths=widths,
         execution=execution,
     )
     pruning_plan = plan(

@@ -12,6 +12,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.pipeline.apply import apply
 from snpc.pipeline.planner import PlanRequest, PruningPlan, make_plan, plan
+from snpc.pipeline.stage_costs import sweep_stages
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request, effective_token_request
 from snpc.pipeline.token_schedule import check_token_target, prepare_evaluator
 from snpc.pipeline.verify import Reference, candidate_reference, verification_data
@@ -29,7 +30,7 @@ from snpc.runtime.evaluation import (
     max_drift,
     top1_accuracy,
 )
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs, announce
 from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
 from snpc.types import Cost, Difference, Quality
 
@@ -182,6 +183,13 @@ def plan_targets(
     artifact = builder.artifact if builder is not None else None
     workload = Workload(batch=request.batch, artifact=artifact)
     kinds = {t: effective_token_request(request.tokens, analysis, calibration, t) for t in targets}
+    requests = [
+        PlanRequest(replace(request.budget, target=target), request.method, effort=request.effort)
+        if request.budget is not None
+        else None
+        for target in targets
+    ]
+    announce(execution.progress, sweep_stages(analysis, calibration, requests, [kinds[target] for target in targets]))
     chosen, others = ([t for t in targets if (kinds[t] == AUTO_TOKENS) is auto] for auto in (True, False))
     if others and request.budget is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto, for targets in MACs")

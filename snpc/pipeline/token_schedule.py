@@ -268,7 +268,7 @@ def best_profile(
     """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
     step takes time beside its MACs."""
     candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
-    for profile in evaluator.execution.track("token schedules", profiles, len(profiles)):
+    for profile in evaluator.execution.track("token schedules, one cost", profiles, len(profiles)):
         schedule = evaluator.scale_to_macs(method, profile, macs)
         if schedule is not None:
             candidates.append((evaluator.drift(method, schedule), profile, schedule))
@@ -345,7 +345,7 @@ def predict_width_drift(
         target = ResourceTarget("macs", round(share, 9))
         return replace(widths.budget, target=target, uniform=False, allocator="loss")
 
-    effort: Effort = "quick" if widths.effort == "quick" else "normal"
+    effort = curve_effort(widths)
     budget = at_macs(macs / reduced.cost.macs)
     request = replace(widths, budget=budget, workload=None, full_curves=True, effort=effort)
     plan = make_plan(reduced, request, calibration, execution=evaluator.execution)
@@ -368,6 +368,11 @@ def predict_width_drift(
             return float("inf")
 
     return predicted
+
+
+def curve_effort(widths: PlanRequest) -> Effort:
+    """The effort at which loss curves are measured for the choice of tokens: no plan is searched there."""
+    return "quick" if widths.effort == "quick" else "normal"
 
 
 def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:

@@ -20,7 +20,6 @@ from snpc.planning.allocate import (
     groups_to_prune,
     make_slice_plan,
     predicted_drift,
-    required_savings,
     savings_by_width,
 )
 from snpc.planning.config import (
@@ -73,7 +72,6 @@ __all__ = [
     "plan_to_json",
     "predicted_drift",
     "prunes_kv_cache",
-    "required_savings",
     "savings_by_width",
     "select_units",
     "token_reduction_in",

@@ -213,6 +213,13 @@ class PlanningArguments(ArgumentGroup):
             if given is not None:
                 raise UserError(f"no widths are cut: leave out {flag}, or give --ratio or --target, and --roles")
 
+    def request(self, workload: snpc.Workload | None) -> PlanRequest | None:
+        """What ``make_plan`` is asked for; None where no width is cut. ``workload``: of a latency target."""
+        if not self.cuts_widths:
+            return None
+        selection = self.selection
+        return PlanRequest(self.budget(), selection.method, selection.criterion, workload, effort=selection.effort)
+
     def reduce_tokens(
         self,
         analysis: snpc.Analysis,
@@ -221,13 +228,8 @@ class PlanningArguments(ArgumentGroup):
         execution: Execution,
     ) -> snpc.Analysis:
         """The analysis with its tokens reduced as --tokens says. ``workload``: of a latency target."""
-        target, tokens, widths = self.amount.resource_target, self.reduction.tokens, None
-        if self.cuts_widths:
-            selection = self.selection
-            widths = PlanRequest(
-                self.budget(), selection.method, selection.criterion, workload, effort=selection.effort
-            )
-        elif tokens is None and target is not None:
+        target, tokens, widths = self.amount.resource_target, self.reduction.tokens, self.request(workload)
+        if widths is None and tokens is None and target is not None:
             tokens = AUTO_TOKENS  # nothing else can reach the target
         schedule = self.reduction.schedule
         tries = target is not None and target.kind in ("macs", "latency") and calibration is not None

@@ -44,7 +44,7 @@ from snpc.runtime.closed_form.elimination import (
     eliminate_by_score_loss,
 )
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
-from snpc.runtime.execution import SpillableStore
+from snpc.runtime.execution import SILENT, Progress, SpillableStore, track
 from snpc.runtime.statistics import (
     ConsumerMoments,
     GroupMoments,
@@ -142,6 +142,7 @@ def solve_closed_forms(
     groups: Sequence[Group],
     refit_widths: Mapping[str, Collection[int]] | None = None,
     store: SpillableStore | None = None,
+    progress: Progress = SILENT,
 ) -> ClosedForms:
     """Solve the closed forms of these groups for every width.
 
@@ -150,7 +151,7 @@ def solve_closed_forms(
     """
     moment_set = moments_from_statistics(analysis, statistics, groups)
     orders: dict[str, tuple[EliminationOrder, ...]] = {}
-    for group in groups:
+    for group in track(progress, "order", groups, len(groups)):
         if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
             moments, widths = moment_set.moments[group.id], (refit_widths or {}).get(group.id, ())
             with solving(group.id):

@@ -79,9 +79,12 @@ def fit_layerwise(
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
     try:
-        values = first_values(fit, stages, calibration, execution, dense)
-        for number, stage in enumerate(stages):
-            fit_stage(fit, stage, values, last=number == len(stages) - 1)
+        with execution.progress.stage("layers", 1 + len(stages)) as advance:
+            values = first_values(fit, stages, calibration, execution, dense)
+            advance(1)
+            for number, stage in enumerate(stages):
+                fit_stage(fit, stage, values, last=number == len(stages) - 1)
+                advance(1)
     except SessionLoadError as error:  # onnxruntime's own shape inference may need what lies before a segment
         raise NotSegmentable(str(error)) from error
     return base

@@ -47,6 +47,7 @@ from snpc.runtime.execution.progress import (
     StageCost,
     announce,
     ignore_advance,
+    track,
 )
 from snpc.runtime.execution.random_data import random_calibration
 from snpc.runtime.execution.random_inputs import (
@@ -142,6 +143,7 @@ __all__ = [
     "sizes_text",
     "temporary_session",
     "too_large_reason",
+    "track",
     "vector_width",
     "workers_of",
 ]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from snpc.graph import PassObserver
-from snpc.runtime.execution.progress import SILENT, Progress
+from snpc.runtime.execution.progress import SILENT, ItemT, Progress, track
 from snpc.runtime.io import NOT_STORED, StoredStage, WorkFolder
-
-ItemT = TypeVar("ItemT")
 
 AlgebraName = Literal["numpy", "torch"]
 
@@ -50,10 +48,7 @@ class Execution:
 
     def track(self, name: str, batches: Iterable[ItemT], total: float) -> Iterator[ItemT]:
         """The same batches, ``total`` of them, as a stage of ``progress`` that advances by one after each."""
-        with self.progress.stage(name, total) as advance:
-            for batch in batches:
-                yield batch
-                advance(1)
+        return track(self.progress, name, batches, total)
 
     def stored_stage(self, name: str, *depends: object) -> StoredStage:
         """The results of a stage that depends on these values and on how models are run: see ``WorkFolder.stage``. The

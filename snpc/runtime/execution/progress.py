@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
+ItemT = TypeVar("ItemT")
 Advance = Callable[[float], None]  # takes how much more of a stage's total is done
 
 StageCost = tuple[str, float]
@@ -52,6 +53,14 @@ class SilentProgress:
 
 def ignore_advance(amount: float = 1.0) -> None:
     """Advance nothing."""
+
+
+def track(progress: Progress, name: str, items: Iterable[ItemT], total: float) -> Iterator[ItemT]:
+    """The same items, ``total`` of them, as a stage that advances by one after each."""
+    with progress.stage(name, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 SILENT: Progress = SilentProgress()

@@ -3,8 +3,7 @@
 Files
   curve_fit        Fits loss curves to a few noisy trials: the closed-form loss times a factor that varies with the
                    width.
-  joint_search     Joint search over the widths of a plan: moves of units between groups, tried with all groups cut at
-                   once.
+  joint_search     Joint search over the widths of a plan: groups are made narrower and wider with all others cut too.
   loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
                    a time.
   plan_trials      Trials of whole plans: the outputs with all groups cut at once, to the widths that are asked for.
@@ -16,14 +15,24 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
-from snpc.runtime.sensitivity.joint_search import search_widths
-from snpc.runtime.sensitivity.loss_curves import measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
+from snpc.runtime.sensitivity.loss_curves import (
+    CURVE_SHARES,
+    REFINEMENT_ROUNDS,
+    SAMPLES_PER_WIDTH,
+    measurable_widths,
+    measure_loss_curves,
+)
 from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 
 __all__ = [
+    "CURVE_SHARES",
+    "REFINEMENT_ROUNDS",
+    "SAMPLES_PER_WIDTH",
     "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
     "predicted_curves",
+    "search_samples",
     "search_widths",
 ]

@@ -22,7 +22,14 @@ from snpc.runtime.closed_form import (
     trial_weights,
 )
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Advance,
+    Execution,
+    SpillableStore,
+    ignore_advance,
+    memory_budget,
+)
 from snpc.runtime.io import NOT_STORED, StoredStage
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
@@ -74,7 +81,9 @@ def measure_loss_curves(
     }
     metrics, limited = OutputMetrics.of(analysis), budget is not None and budget.max_drift is not None
     padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    rounds = REFINEMENT_ROUNDS if budget is not None else 0
     with (
+        execution.progress.stage("trials", len(trials) + rounds * len(groups)) as advance,
         token_mask_runner(source, padding, execution) as masks,
         open_segmented_model(analysis, changed, execution) as model,
     ):
@@ -88,9 +97,9 @@ def measure_loss_curves(
                 metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         stage = trial_stage(closed_forms, scores, calibration, limited, execution)
-        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage)
+        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage, advance)
         measurement.measure(trials)
-        for _ in range(REFINEMENT_ROUNDS if budget is not None else 0):
+        for _ in range(rounds):
             assert budget is not None
             planned = allocate_widths(groups, replace(scores, curves=measurement.curves()), budget)
             measurement.measure((group, nearest_widths(group, [planned[group.id] / group.size])) for group in groups)
@@ -127,9 +136,10 @@ class CurveMeasurement:
         pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
         stage: StoredStage = NOT_STORED,
+        advance: Advance = ignore_advance,
     ) -> None:
         self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
-        self.stage = stage
+        self.stage, self.advance = stage, advance
         self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
         self.next_pool = {group.id: index for index, group in enumerate(groups)}
         self.changes: dict[tuple[str, int], OutputChange] = {}
@@ -140,6 +150,7 @@ class CurveMeasurement:
             for width in widths:
                 if (group.id, width) not in self.changes:
                     self.changes[group.id, width] = self.measure_width(group, width)
+            self.advance(1)
 
     def measure_width(self, group: Group, width: int) -> OutputChange:
         pool = self.next_pool[group.id] % len(self.pools)

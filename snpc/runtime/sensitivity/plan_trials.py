@@ -26,7 +26,7 @@ from snpc.types import AnyArray, Feeds, Group
 Widths = Mapping[str, int]  # group id -> units per block that are kept
 
 BATCH_SAMPLES = 2  # of what is run together
-TRIAL_SAMPLES = 32  # that trials take in turn
+TRIAL_SAMPLES = 64  # that trials take in turn
 
 
 class TrialWeights:

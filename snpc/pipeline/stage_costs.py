@@ -1,0 +1,190 @@
+"""What the stages of a run cost, in plain passes of the model over its calibration data: a progress that is told it
+knows the time left over stages that have not begun.
+
+The figures are round ones of whole runs (a ViT of the base size and smaller ones). Whoever shows the time left corrects
+them by what the stages of this run take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+from snpc.errors import UserError
+from snpc.passes import Analysis
+from snpc.pipeline.planner import PlanRequest, check_effort, default_method, needs_loss_curves
+from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request
+from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES, curve_effort
+from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
+from snpc.runtime.evaluation import VERIFICATION_BATCHES
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost, file_session
+from snpc.runtime.sensitivity import CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
+from snpc.tokens import TOKEN_METHODS
+from snpc.types import Group
+
+STATISTICS_PASSES = 2.0
+LAYERS_PASSES = 2.5
+ELIMINATION_MACS = 6.0  # times the cube of a group's units: products in float64 count twice
+TRIAL_SHARE = 0.6  # of the model that runs in a trial, on average
+PRUNED_SHARE = 0.8  # of a plain pass that one of the pruned model takes
+SCHEDULE_TRIALS = 30  # token schedules that are run
+SEARCH_CANDIDATES = 4  # plans that are written on the way to a drift or a latency
+TIMED_SAMPLES = 2  # that are run to tell how long a plain pass takes
+
+
+def run_stages(
+    analysis: Analysis,
+    calibration: Calibration | None,
+    request: PlanRequest | None,
+    tokens: str | None = None,
+    *,
+    writes: bool = True,
+) -> list[StageCost]:
+    """The stages of a prune, or with ``writes`` False of a plan. ``request``: None where no width is cut. Nothing is
+    foreseen without calibration data."""
+    if calibration is None:
+        return []
+    target = request.budget.target if request is not None else None
+    stages: list[StageCost] = []
+    if effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS:
+        stages += token_stages(analysis, calibration, request)
+    if request is not None:
+        stages += planning_stages(analysis, calibration, request)
+    return stages + (writing_stages(calibration, request) if writes else [])
+
+
+def effort_costs(
+    analysis: Analysis,
+    calibration: Calibration,
+    request: PlanRequest,
+    tokens: str | None = None,
+    *,
+    writes: bool = True,
+) -> dict[Effort, float]:
+    """Effort -> the cost of ``run_stages`` in plain passes, of the efforts that can serve the request."""
+    costs: dict[Effort, float] = {}
+    for effort in get_args(Effort):
+        asked = replace(request, effort=effort)
+        try:
+            check_effort(asked, calibration)
+        except UserError:
+            continue
+        costs[effort] = sum(cost for _, cost in run_stages(analysis, calibration, asked, tokens, writes=writes))
+    return costs
+
+
+def plain_pass_seconds(
+    analysis: Analysis, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> float | None:
+    """Seconds of a plain pass over the calibration data, from ``TIMED_SAMPLES`` of it run twice: the first run warms
+    up. None where the model cannot be run here."""
+    feeds = next(calibration.first_rows(TIMED_SAMPLES))
+    samples = min(TIMED_SAMPLES, calibration.batch) if calibration.batch else TIMED_SAMPLES
+    try:
+        with file_session(analysis.model.path, execution) as run:
+            run(feeds)
+            start = time.perf_counter()
+            run(feeds)
+            return (time.perf_counter() - start) / samples * calibration.samples
+    except UserError:
+        return None
+
+
+def token_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:
+    """--tokens auto: schedules are run on some samples, and where widths are cut too they are planned once before."""
+    trial = min(SCHEDULE_SAMPLES / max(calibration.samples, 1), 1.0)
+    stages = [
+        ("token schedules, original", trial),
+        ("token methods", trial * len(TOKEN_METHODS)),
+        ("token schedules", trial * (SCHEDULE_TRIALS if request is not None else len(TOKEN_SAVING_SHARES))),
+    ]
+    if request is None:
+        return stages
+    return stages + planning_stages(analysis, calibration, replace(request, effort=curve_effort(request)), True)
+
+
+def planning_stages(
+    analysis: Analysis, calibration: Calibration, request: PlanRequest, full_curves: bool = False
+) -> list[StageCost]:
+    """The stages of ``make_plan``."""
+    groups = groups_to_prune(analysis, request.budget)
+    method = method_of(calibration, request)
+    stages = [("statistics", STATISTICS_PASSES)]
+    if method != "select":
+        stages.append(("order", elimination_passes(analysis, calibration, groups)))
+    if request.budget.is_latency:
+        stages.append(("latency table", 1.0))
+    if needs_loss_curves(request.budget, method, request.effort):
+        widths = len(CURVE_SHARES) if full_curves or request.full_curves else 1 + REFINEMENT_ROUNDS
+        trials = widths * len(groups) * SAMPLES_PER_WIDTH * TRIAL_SHARE
+        stages.append(("trials", trials / max(calibration.samples, 1)))
+    if request.effort == "search":
+        stages.append(("joint search", search_samples(len(groups)) / max(calibration.samples, 1)))
+    return stages
+
+
+def writing_stages(calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:
+    """The stages of ``apply``."""
+    method = method_of(calibration, request) if request is not None else "select"
+    fitted = [("layers", LAYERS_PASSES)] if method == "auto" else []
+    stages = [*fitted, *verification_stages(calibration)]
+    if request is None or (request.budget.max_drift is None and not request.budget.is_latency):
+        return stages
+    return [("search", SEARCH_CANDIDATES * sum(cost for _, cost in stages))]
+
+
+def completion_stages(slices: SlicePlan, calibration: Calibration) -> list[StageCost]:
+    """The stages of ``complete_plan``, and of what writes or verifies the model afterwards."""
+    analysis = slices.analysis
+    stages: list[StageCost] = []
+    if slices.method != "select":
+        groups = [group for group in analysis.groups if group.id in slices.keep]
+        stages += [("statistics", STATISTICS_PASSES), ("order", elimination_passes(analysis, calibration, groups))]
+    if slices.method == "auto":
+        stages.append(("layers", LAYERS_PASSES))
+    return stages + verification_stages(calibration)
+
+
+def sweep_stages(
+    analysis: Analysis, calibration: Calibration, requests: Sequence[PlanRequest | None], tokens: Sequence[str | None]
+) -> list[StageCost]:
+    """The stages of a sweep: ``requests`` and ``tokens`` of each target. Targets whose tokens are not chosen share one
+    measurement; the original is run once."""
+    stages: list[StageCost] = []
+    shared = [r for r, t in zip(requests, tokens, strict=True) if t != AUTO_TOKENS and r is not None]
+    for request, token_request in zip(requests, tokens, strict=True):
+        if token_request == AUTO_TOKENS:
+            stages += token_stages(analysis, calibration, request)
+            stages += planning_stages(analysis, calibration, request, full_curves=True) if request is not None else []
+    if shared:
+        stages += planning_stages(analysis, calibration, shared[0], full_curves=True)
+    original, *rest = verification_stages(calibration)
+    stages.append(original)
+    for request in requests:
+        fits = request is not None and method_of(calibration, request) == "auto"
+        stages += [("layers", LAYERS_PASSES), *rest] if fits else rest
+    return stages
+
+
+def verification_stages(calibration: Calibration) -> list[StageCost]:
+    samples = max(calibration.samples, 1)
+    judged = calibration.held_out.samples if calibration.held_out is not None else min(samples, MAX_HELD_OUT)
+    masked = min(VERIFICATION_BATCHES * calibration.batch, judged)
+    return [
+        ("verification, original", judged / samples),
+        ("verification, pruned", PRUNED_SHARE * judged / samples),
+        ("verification, masked", masked / samples),
+    ]
+
+
+def method_of(calibration: Calibration, request: PlanRequest) -> PruningMethod:
+    return request.method or default_method(calibration, request.criterion is None)
+
+
+def elimination_passes(analysis: Analysis, calibration: Calibration, groups: Sequence[Group]) -> float:
+    """The order of units, which does not depend on the number of samples."""
+    macs = sum(ELIMINATION_MACS * group.blocks * group.size**3 for group in groups)
+    return macs / max(analysis.cost.macs * calibration.samples, 1)
