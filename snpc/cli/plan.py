@@ -66,7 +66,8 @@ def plan_command(
     stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=False)
     announce(execution.progress, stages)
     announce_cost(analysis, data, planning, planning.request(timed), execution, writes=False)
-    analysis = planning.reduce_tokens(analysis, data, timed, execution)
+    with execution.progress.stage("tokens", 1):
+        analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):
         return
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch(execution.progress))
