@@ -203,7 +203,7 @@ class TestCost:
         )
         assert found is not None and float(found.group(1)) > 1
         assert text.index("effort normal") < text.index("plan: ")
-        assert "effort" not in invoke("--quiet", *words).stderr
+        assert "effort" not in invoke(*words, "--quiet").stderr
 
     def test_without_seconds_it_is_in_passes(self) -> None:
         data = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32, batch=8)
